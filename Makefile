@@ -1,0 +1,44 @@
+# make demo   install, then run the whole chain on the embedded default
+# make test   install (Slurm from Debian when root and absent), then run all tests
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+
+.PHONY: demo test lint setup slurm lock
+demo: setup
+	$(BIN)/python -m launcher submit full-pipeline --recipe bloom-tiny --wait
+
+test: setup slurm
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+
+# Installed again only when what to install has changed.
+setup: $(VENV)/.installed
+$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
+	@echo "setup: Python packages of constraints.txt into $(VENV)"
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 10) <= v < (3, 13) else f"Python {v.major}.{v.minor} is not supported: set PYTHON to one of 3.10, 3.11, 3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+# The tests of the launcher run on a real Slurm; Debian's and Ubuntu's packages are enough, nothing of the system's is configured.
+slurm:
+	@if command -v sbatch >/dev/null && command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v munged >/dev/null; then \
+		echo "setup: Slurm is installed"; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "setup: Slurm from the distribution's packages"; \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge; \
+	else \
+		echo "setup: no Slurm here and no right to install it: its tests will be skipped (apt-get install slurmctld slurmd slurm-client munge)"; \
+	fi
+
+# Resolve constraints.txt anew for Python 3.10 to 3.12.
+lock:
+	$(BIN)/python -m pip install --quiet uv
+	echo 'torch==2.13.0' > $(VENV)/torch.txt
+	$(BIN)/uv pip compile setup.cfg --extra test --universal --python-version 3.10 --constraint $(VENV)/torch.txt \
+		--no-emit-index-url --no-emit-find-links --no-annotate --no-header --quiet --output-file $(VENV)/resolved.txt
+	{ echo "# Versions that this release is tested with (make lock). torch's own CUDA packages are left to torch."; \
+	  grep -vE '^(nvidia-|cuda-|triton)' $(VENV)/resolved.txt; } > constraints.txt

@@ -1,0 +1,131 @@
+"""Ids, masks and padding by hand; the order of rows is one for any number of ranks and goes on exactly after a resume."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+from training.config import ConfigError
+from training.data.batches import (
+    Example,
+    Sampler,
+    collate,
+    collate_prompts,
+    comparison_example,
+    padded_length,
+    prompt_tokens,
+    sft_example,
+    shard,
+)
+
+CUE = [101, 102]
+
+
+class Letters:
+    """One id a letter; "#" is the cue's two ids."""
+
+    eos_id, pad_id = 2, 3
+
+    def encode(self, text: str) -> list[int]:
+        return [number for letter in text for number in (CUE if letter == "#" else [ord(letter)])]
+
+
+def ids(text: str) -> list[int]:
+    return Letters().encode(text)
+
+
+@pytest.mark.parametrize(("prompt", "response", "seq_length", "tokens", "start"), [
+    ("abc#", "xy", 8, ids("abc#xy") + [2], 5),
+    ("abc#", "xy", 7, ids("bc#xy") + [2], 4),  # one too long: the prompt's first id goes, the EOS stays
+    ("abcdef#", "xyz", 8, ids("ef#xyz") + [2], 4),
+    ("abcdef#", "uvwxyz", 8, ids("ef#uvwx"), 4),  # the prompt is at half a row: the reply loses its tail and the EOS
+    ("#", "uvwxyz", 8, ids("#uvwxyz"), 2),
+    ("#", "uvwxyz", 9, ids("#uvwxyz") + [2], 2),
+])
+def test_sft_example(prompt, response, seq_length, tokens, start):
+    assert sft_example({"prompt": prompt, "response": response}, Letters(), seq_length) == Example(tokens, start)
+
+
+def test_a_comparison_cuts_its_query_alike_for_all_replies():
+    row = {"query": "abcd#", "response": ["x", "xyz"], "score": [0.5, 2.0]}
+    assert comparison_example(row, Letters(), 8) == [(Example(ids("cd#x") + [2], 4), 0.5), (Example(ids("cd#xyz") + [2], 4), 2.0)]
+
+
+def test_a_long_prompt_keeps_its_cue():
+    assert prompt_tokens({"prompt": "abcdef#"}, Letters(), 4) == ids("ef#")
+    assert prompt_tokens({"prompt": "a#"}, Letters(), 4) == ids("a#")
+
+
+def test_collate_by_hand():
+    batch = collate([Example([7, 8, 9, 2], 2), Example([7, 2], 1), Example([7, 8, 9, 10, 11], 4)], 3, 6)
+    assert batch["tokens"].tolist() == [[7, 8, 9, 2, 3, 3], [7, 2, 3, 3, 3, 3], [7, 8, 9, 10, 11, 3]]
+    assert batch["response_mask"].int().tolist() == [[0, 0, 1, 1, 0, 0], [0, 1, 0, 0, 0, 0], [0, 0, 0, 0, 1, 0]]
+    assert batch["lengths"].tolist() == [4, 2, 5]
+    assert (batch["tokens"].dtype, batch["response_mask"].dtype, batch["lengths"].dtype) == (torch.int64, torch.bool, torch.int64)
+    with pytest.raises(AssertionError, match="a row of 5 tokens in a batch of length 4"):
+        collate([Example([7, 8, 9, 10, 2], 2)], 3, 4)
+
+
+def test_collate_prompts_by_hand():
+    tokens, prompt_mask = collate_prompts([[7], [8, 9, 10]], 3)
+    assert tokens.tolist() == [[3, 3, 7], [8, 9, 10]]
+    assert prompt_mask.int().tolist() == [[0, 0, 1], [1, 1, 1]]
+    tokens, prompt_mask = collate_prompts([[7], [8, 9, 10]], 3, 4)
+    assert tokens.tolist() == [[3, 3, 3, 7], [3, 8, 9, 10]] and prompt_mask.sum().item() == 4
+
+
+@pytest.mark.parametrize(("lengths", "multiple", "length"), [([5, 3], 1, 5), ([5, 3], 8, 8), ([8], 8, 8), ([9], 8, 16)])
+def test_padded_length(lengths, multiple, length):
+    assert padded_length(lengths, multiple) == length
+
+
+@pytest.mark.parametrize(("rows", "size"), [(10, 4), (8, 4), (3, 8), (1, 1)])
+def test_no_row_is_lost_or_seen_twice_in_an_epoch(rows, size):
+    sampler = Sampler(rows, size, seed=5)
+    seen = [index for _ in range(rows * 3) for index in sampler.next_batch()]  # = 3 x size epochs
+    for epoch in range(0, len(seen), rows):
+        assert sorted(seen[epoch:epoch + rows]) == list(range(rows))
+    assert Counter(seen) == {row: 3 * size for row in range(rows)}
+
+
+def test_the_order_depends_on_seed_and_epoch():
+    one, other = Sampler(100, 100, seed=0), Sampler(100, 100, seed=1)
+    first = one.next_batch()
+    assert first != other.next_batch() and first != one.next_batch() and first != sorted(first)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 3, 7])
+def test_a_resumed_run_sees_what_the_uninterrupted_one_sees(steps):
+    whole = Sampler(10, 4, seed=3)
+    for _ in range(steps):
+        whole.next_batch()
+    resumed = Sampler(10, 4, seed=3)
+    resumed.load_state_dict(whole.state_dict())
+    assert [resumed.next_batch() for _ in range(9)] == [whole.next_batch() for _ in range(9)]
+    assert resumed.state_dict() == whole.state_dict()
+
+
+def test_a_resume_may_change_the_batch_size_but_not_seed_or_data():
+    state = Sampler(10, 4, seed=3).state_dict()
+    Sampler(10, 8, seed=3).load_state_dict(state)
+    with pytest.raises(ConfigError, match="seed = 4, but the checkpoint was made with seed = 3"):
+        Sampler(10, 4, seed=4).load_state_dict(state)
+    with pytest.raises(ConfigError, match="rows = 11, but the checkpoint was made with rows = 10"):
+        Sampler(11, 4, seed=3).load_state_dict(state)
+
+
+def test_the_global_batch_is_the_same_for_any_number_of_ranks():
+    batches = [Sampler(50, 8, seed=2).next_batch() for _ in range(2)]
+    assert batches[0] == batches[1]
+    for ranks in (1, 2, 4, 8):
+        assert [index for rank in range(ranks) for index in shard(batches[0], rank, ranks)] == batches[0]
+    assert shard([1, 2, 3, 4], 1, 2) == [3, 4]
+    with pytest.raises(AssertionError, match="a global batch of 4 for 3"):
+        shard([1, 2, 3, 4], 0, 3)
+
+
+def test_no_rows_is_an_error():
+    with pytest.raises(ConfigError, match="0 training rows: expected at least 1"):
+        Sampler(0, 4, seed=0)

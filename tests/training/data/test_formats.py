@@ -1,0 +1,129 @@
+"""Each format reads into the same rows; what can't be read is named by file, line and field; what must not be used is counted."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections import Counter
+
+import pytest
+
+from training.data.formats import DataError, Row, Unusable, iterate, load_rows, parse
+
+Q, CUE = "\n\nHuman: Why?", "\n\nAssistant:"
+PAIR = Row(Q + CUE, (" So.", " No."), (1.0, 0.0))
+USER, SO, NO = ({"role": role, "content": text} for role, text in (("user", "Why?"), ("assistant", "So."), ("assistant", "No.")))
+
+
+@pytest.mark.parametrize("row", [
+    {"chosen": f"{Q}{CUE} So.", "rejected": f"{Q}{CUE} No."},
+    {"prompt": "Why?", "chosen": "So.", "rejected": "No."},
+    {"prompt": Q, "chosen": " So.", "rejected": "No. "},
+    {"prompt": Q + CUE + " ", "chosen": "So.", "rejected": "No."},
+    {"prompt": [USER], "chosen": [SO], "rejected": [NO]},
+    {"chosen": [USER, SO], "rejected": [USER, NO]},
+    {"query": Q + CUE, "response": [" So.", " No."], "score": [1, 0]},
+])
+def test_preferences_of_every_format_are_the_same_row(row):
+    assert parse(row) == PAIR
+
+
+def test_the_prompt_reaches_to_the_last_cue():
+    text = f"\n\nHuman: A{CUE} B\n\nHuman: C{CUE}"
+    assert parse({"chosen": text + " D", "rejected": text + "  E"}) == Row(text, (" D", " E"), (1.0, 0.0))
+
+
+def test_chat_messages_keep_system_and_earlier_turns():
+    messages = [{"role": "system", "content": "Be kind."}, USER, SO, {"role": "user", "content": "And?"}, NO]
+    assert parse({"messages": messages}) == Row(f"\n\nHuman: Be kind.\nWhy?{CUE} So.\n\nHuman: And?{CUE}", (" No.",), (0.0,))
+
+
+@pytest.mark.parametrize(("stage", "row", "native"), [
+    ("sft", {"query": "p", "response": "r"}, {"prompt": "p", "response": "r"}),
+    ("sft", {"query": "p", "response": ["r", "s"], "score": [0.5, 2]}, {"prompt": "p", "response": "s"}),
+    ("reward", {"query": "p", "response": ["r", "s", "t"], "score": [0.5, 2, 2]},
+     {"query": "p", "response": ["r", "s", "t"], "score": [0.5, 2.0, 2.0]}),
+    ("rlhf", {"prompt": "p", "rubric": {}}, {"prompt": "p"}),
+])
+def test_native_rows_are_kept_word_for_word(tmp_path, stage, row, native):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(row) + "\n\n")
+    assert load_rows(file, stage) == [native]
+
+
+BAD = [
+    (b"{\"prompt\": ", r"rows.jsonl:2: line: not JSON"),
+    (b"[1]", r"rows.jsonl:2: line: \[1\]: expected a JSON object"),
+    (b"{\"prompt\": \"\xff\"}", r"rows.jsonl:2: line: not UTF-8 at byte 12"),
+    (b'{"text": "x"}', r"rows.jsonl:2: prompt: missing; the fields are text"),
+    (b'{"prompt": 5}', r"rows.jsonl:2: prompt: 5: expected a string"),
+    (b'{"prompt": "p", "response": null}', r"rows.jsonl:2: response: None: expected a string"),
+    (b'{"prompt": "\\ud800"}', r"rows.jsonl:2: prompt: .*half of a surrogate pair"),
+    (b'{"query": "q", "response": ["a", 1], "score": [1, 0]}', r"rows.jsonl:2: response\[1\]: 1: expected a string"),
+    (b'{"query": "q", "response": ["a", "b"], "score": [1, NaN]}', r"rows.jsonl:2: score: \[1, nan\]: expected a list of finite"),
+    (b'{"query": "q", "response": ["a", "b"], "score": [1]}', r"rows.jsonl:2: score: 1 scores for 2 responses"),
+    (b'{"query": "q", "response": ["a", "b"]}', r"rows.jsonl:2: score: None: expected"),
+    (b'{"chosen": "hello", "rejected": "x"}', r"rows.jsonl:2: chosen: no turn begins with"),
+    (b'{"messages": [{"role": "user", "content": "x"}]}', r"rows.jsonl:2: messages\[0\].role: 'user': expected the last"),
+    (b'{"messages": [{"role": "tool", "content": "x"}]}', r"rows.jsonl:2: messages\[0\].role: 'tool': expected system"),
+    (b'{"messages": [{"role": "user"}]}', r'rows.jsonl:2: messages\[0\]: .*expected \{"role", "content"\}'),
+    (b'{"messages": []}', r"rows.jsonl:2: messages: \[\]: expected a list of messages"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), BAD)
+def test_a_bad_row_is_named_by_file_line_and_field_or_skipped_and_counted(tmp_path, line, message):
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b'{"prompt": "good"}\n' + line + b"\n")
+    with pytest.raises(DataError, match=message) as error:
+        load_rows(file, "rlhf")
+    assert error.value.exit_code == 65 and "\n" not in str(error.value)
+    counts = Counter()
+    assert len(list(iterate(file, "rlhf", counts, skip_bad_rows=True))) == 1
+    assert counts["rows"] == 2 and sum(counts.values()) == 3
+
+
+@pytest.mark.parametrize(("chosen", "rejected", "reason"), [
+    (f"{Q}{CUE} So.", f"\n\nHuman: What?{CUE} No.", "prompts of chosen and rejected differ"),
+    (f"{Q}{CUE}", f"{Q}{CUE} No.", "empty reply"),
+    (f"{Q}{CUE} So.", f"{Q}{CUE}  ", "empty reply"),
+    (f"{Q}{CUE} So.", f"{Q}{CUE} So.", "replies or their scores are equal"),
+    (f"{Q}{CUE} So.  Human: And?", f"{Q}{CUE} No.", "role marker inside the better reply"),
+])
+def test_oddities_of_hh_are_counted_by_reason(chosen, rejected, reason):
+    with pytest.raises(Unusable, match=reason):
+        parse({"chosen": chosen, "rejected": rejected})
+
+
+def test_a_marker_in_the_worse_reply_is_what_makes_it_worse():
+    assert parse({"chosen": f"{Q}{CUE} So.", "rejected": f"{Q}{CUE} No. Human: x"}).responses[1] == " No. Human: x"
+
+
+def test_a_pointer_in_place_of_the_data_is_called_by_its_name(tmp_path):
+    file = tmp_path / "train.jsonl.gz"
+    file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(DataError, match="train.jsonl.gz: a git-LFS pointer, not the data itself; fetch it with `git lfs pull`"):
+        load_rows(file, "sft")
+
+
+def test_compressed_files_and_broken_ones(tmp_path):
+    file = tmp_path / "rows.jsonl.gz"
+    data = gzip.compress(b"\xef\xbb\xbf" + b'{"prompt": "p"}\n' * 1000)
+    file.write_bytes(data)
+    assert len(load_rows(file, "rlhf")) == 1000
+    for broken in (data[:-20], b"plain text"):
+        file.write_bytes(broken)
+        with pytest.raises(DataError, match="rows.jsonl.gz: can't be read"):
+            load_rows(file, "rlhf")
+    with pytest.raises(DataError, match="absent.jsonl: can't be read: .*No such file"):
+        load_rows(tmp_path / "absent.jsonl", "rlhf")
+
+
+def test_a_file_without_a_usable_row_says_why(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("")
+    with pytest.raises(DataError, match="no usable row for rlhf: the file is empty"):
+        load_rows(file, "rlhf")
+    file.write_text('{"prompt": " "}\n' * 3)
+    with pytest.raises(DataError, match="no usable row for rlhf: 3 rows read; dropped: 3 empty prompt"):
+        load_rows(file, "rlhf")

@@ -1,0 +1,96 @@
+"""``python -m training.data.prepare``: a source of comparisons becomes every stage's rows, and nothing of the rest gets through."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from .conftest import ROOT, read
+
+HH = ROOT.parent / "shared/data/hh_harmless/harmless-base.test.jsonl.gz"
+NO_MODEL = {"checkpoint": "elsewhere"}
+
+
+def pair(question: str, good: str = "yes", bad: str = "no") -> dict:
+    prompt = f"\n\nHuman: {question}\n\nAssistant:"
+    return {"chosen": f"{prompt} {good}", "rejected": f"{prompt} {bad}"}
+
+
+def write(file: Path, rows: list[dict]) -> str:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def test_rows_of_one_prompt_stay_on_one_side(tmp_path, prepare):
+    rows = [pair(f"Is it {number}?", good) for number in range(100) for good in ("yes", "sure")] + [pair("is  IT 3?", "yep")]
+    done = prepare(tmp_path, NO_MODEL, source=write(tmp_path / "hh.jsonl", rows), heldout=0.2, heldout_max=15)
+    assert done.returncode == 0, done.stderr
+    files = {name: read(tmp_path / f"data/{name}.jsonl") for name in ("sft", "sft_heldout", "reward", "reward_heldout", "rlhf", "heldout")}
+    prompts = {name: {" ".join(row.get("prompt", row.get("query")).lower().split()) for row in rows} for name, rows in files.items()}
+    assert prompts["sft"] == prompts["reward"] == prompts["rlhf"] and len(prompts["sft"]) == 85
+    assert prompts["sft_heldout"] == prompts["reward_heldout"] == prompts["heldout"] and len(prompts["heldout"]) == 15
+    assert not prompts["sft"] & prompts["heldout"]
+    assert len(files["sft"]) + len(files["sft_heldout"]) == 201 and len(files["rlhf"]) in (85, 86)
+    assert not (tmp_path / "model").exists()  # a checkpoint of the user's own: none is made
+
+
+def test_row_order_does_not_change_what_is_held_out(tmp_path, prepare):
+    rows = [pair(f"Is it {number}?") for number in range(50)]
+    for name, order in (("a", rows), ("b", rows[::-1])):
+        folder = tmp_path / name
+        folder.mkdir()
+        assert prepare(folder, NO_MODEL, source=write(folder / "hh.jsonl", order), heldout=0.2).returncode == 0
+    a, b = ({row["prompt"] for row in read(tmp_path / name / "data/heldout.jsonl")} for name in "ab")
+    assert a == b and len(a) == 10
+
+
+def test_repetitions_are_written_once_and_counted(tmp_path, prepare):
+    rows = [pair("A?"), pair("A?"), pair("A?", "yes", "never"), pair("B?"), pair("B?"), pair("B?", "yes", "never")]
+    done = prepare(tmp_path, NO_MODEL, source=write(tmp_path / "hh.jsonl", rows))
+    counts = json.loads((tmp_path / "data/counts.json").read_text())
+    assert counts["files"] == {"sft.jsonl": 1, "sft_heldout.jsonl": 1, "reward.jsonl": 2, "reward_heldout.jsonl": 2,
+                               "rlhf.jsonl": 1, "heldout.jsonl": 1}
+    assert counts["read"] == {"rows": 6, "repeated: sft": 4, "repeated: reward": 2, "repeated: rlhf": 2}
+    assert "        2  repeated: reward\n" in done.stdout
+
+
+@pytest.mark.parametrize(("rows", "message"), [
+    ([{"prompt": "p", "response": "r"}],
+     "rows.jsonl:1: this row has 1 replies, but the reward stage needs two replies to compare: give Anthropic HH"),
+    ([{"prompt": "p"}], "rows.jsonl:1: this row has 0 replies, but the reward stage needs"),
+    ([{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}], "rows.jsonl:1: this row has 1 replies"),
+    ([pair("A?"), {"chosen": 5, "rejected": "x"}], "rows.jsonl:2: chosen: 5: expected a string"),
+    ([pair("A?", "")], "no usable row: 1 rows read; dropped: 1 empty reply"),
+    ([pair("A?"), pair("A?", "sure")], "1 distinct prompts; expected at least 2"),
+])
+def test_data_that_cant_fill_the_stages_is_65_in_one_line(tmp_path, prepare, rows, message):
+    done = prepare(tmp_path, NO_MODEL, source=write(tmp_path / "rows.jsonl", rows))
+    assert done.returncode == 65 and message in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(("model", "data", "message"), [
+    ({}, {"sede": 1}, "did you mean"),
+    ({"demo_vocab": 100_000}, {}, "model.demo_vocab = 100000: the text gives"),
+])
+def test_a_bad_configuration_is_64_in_one_line(tmp_path, prepare, model, data, message):
+    done = prepare(tmp_path, model, **data)
+    assert done.returncode == 64 and message in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "model").exists() and not (tmp_path / "data").exists()
+
+
+@pytest.mark.skipif(not HH.exists(), reason="the real HH file is not here: ../shared/data/hh_harmless")
+def test_real_hh(tmp_path, prepare):
+    done = prepare(tmp_path, source=str(HH))
+    assert done.returncode == 0, done.stderr
+    counts = json.loads((tmp_path / "data/counts.json").read_text())
+    read_counts, files = counts["read"], counts["files"]
+    assert read_counts["rows"] == 2312
+    assert read_counts["dropped: prompts of chosen and rejected differ"] == 5 and read_counts["dropped: empty reply"] == 4
+    dropped = sum(number for reason, number in read_counts.items() if reason.startswith("dropped"))
+    assert files["reward.jsonl"] + files["reward_heldout.jsonl"] == 2312 - dropped
+    for row in read(tmp_path / "data/reward.jsonl"):
+        assert row["query"].endswith("\n\nAssistant:") and all(response[0] == " " != response[1] for response in row["response"])
+    assert (tmp_path / "model/model.safetensors").exists()  # the demo's model, with a tokenizer trained on HH

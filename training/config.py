@@ -1,0 +1,308 @@
+"""Every training stage's configuration: one frozen dataclass a stage, standard library only.
+
+The launcher merges recipe, file and command line into these classes; a stage reads its own back from its one argument, a
+JSON file. Defaults are the BLOOM recipe of ChatLearn v0.1.0 where it is sound. ``paths`` is filled by the launcher
+and is no key of a recipe. Contradictions raise ``ValueError`` when the object is made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class ConfigError(ValueError):
+    """A user's mistake: the message names the key, its value, what was expected and the fix."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Section ``model``: the Hugging Face checkpoint that the chain starts from."""
+
+    checkpoint: str = "demo"
+    """Folder with config.json, weights and tokenizer, or "demo": a tiny random BLOOM made on the spot."""
+    demo_layers: int = 4
+    """Layers of the demo model."""
+    demo_hidden: int = 96
+    """Hidden size of the demo model."""
+    demo_heads: int = 6
+    """Attention heads of the demo model; ALiBi takes any number."""
+    demo_vocab: int = 512
+    """Vocabulary rows of the demo model (its tokenizer is trained to fit)."""
+
+    def __post_init__(self):
+        if self.demo_hidden % self.demo_heads:
+            raise ValueError(f"demo_hidden = {self.demo_hidden} is not a multiple of demo_heads = {self.demo_heads}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Section ``data``: where prompts, replies and comparisons come from."""
+
+    source: str = "demo"
+    """"demo" (generated), or a .jsonl / .jsonl.gz file: Anthropic HH, TRL preferences, chat messages or our own formats."""
+    seed: int = 0
+    """Seed of the generator and of the split."""
+    heldout: float = 0.05
+    """Share of the prompts that no stage trains on, 0..0.5."""
+    heldout_max: int = 256
+    """Most held-out prompts that are kept for evaluation."""
+    skip_bad_rows: bool = False
+    """Count and skip rows that can't be used instead of stopping at the first."""
+
+    def __post_init__(self):
+        if not 0 < self.heldout <= 0.5:
+            raise ValueError(f"heldout = {self.heldout}: expected a share above 0 and at most 0.5")
+
+
+@dataclass(frozen=True)
+class PreparePaths:
+    output: str
+    """Folder for the prepared files: sft.jsonl, sft_heldout.jsonl, reward.jsonl, reward_heldout.jsonl, rlhf.jsonl, heldout.jsonl."""
+    model: str
+    """Folder for the demo's Hugging Face checkpoint (written only when model.checkpoint is "demo")."""
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """What ``python -m training.data.prepare`` reads: not a stage, it runs on the login node before anything is queued."""
+
+    paths: PreparePaths
+    model: ModelConfig
+    data: DataConfig
+
+
+@dataclass(frozen=True)
+class Paths:
+    output: str
+    """The stage's own folder: checkpoints/, latest, metrics.jsonl, tensorboard/."""
+    model: str
+    """Hugging Face folder of the starting model: shape (config.json) and tokenizer."""
+    init: str
+    """Stage folder whose checkpoint this stage starts from."""
+    train: str
+    """Training rows, JSON lines."""
+    heldout: str
+    """Held-out rows, JSON lines."""
+
+
+@dataclass(frozen=True)
+class PPOPaths(Paths):
+    reward: str
+    """Stage folder of the reward model: reward and value start from it."""
+    reward_iteration: int = 0
+    """Iteration of the reward model to load; 0 = its last."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """What the three trainers have in common."""
+
+    seed: int = 1234
+    """Seed of data order, initialisation and sampling."""
+    precision: str = "bf16"
+    """"bf16" (fp32 master weights, fp32 gradient reduction) or "fp32"."""
+    tensor_parallel: int = 1
+    """Ranks that share each layer."""
+    pipeline_parallel: int = 1
+    """Ranks that share the stack of layers."""
+    sequence_parallel: bool = False
+    """Split activations along the sequence between tensor-parallel ranks."""
+    iterations: int
+    """Optimizer steps (rlhf: rollouts)."""
+    micro_batch_size: int
+    """Rows in one forward pass of one data-parallel rank (reward: queries)."""
+    global_batch_size: int
+    """Rows in one optimizer step over all data-parallel ranks (reward: queries)."""
+    lr: float
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the schedule."""
+    warmup_iterations: int = 0
+    """Optimizer steps of linear warm-up."""
+    schedule: str = "cosine"
+    """"cosine", "linear" or "constant" decay after warm-up."""
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    weight_decay: float = 0.0
+    """Decoupled weight decay; biases and norms have none."""
+    clip_grad: float = 1.0
+    """Largest gradient norm."""
+    save_every: int = 100
+    """Iterations between checkpoints; the last is always saved."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept; the one a later stage asks for by number must be among them."""
+    eval_every: int = 100
+    """Iterations between evaluations on the held-out rows; the last is always evaluated."""
+    log_every: int = 10
+    """Iterations between lines of the log."""
+
+    def __post_init__(self):
+        _one_of(self, "precision", ("bf16", "fp32"))
+        _one_of(self, "schedule", ("cosine", "linear", "constant"))
+        for name in ("iterations", "micro_batch_size", "global_batch_size", "tensor_parallel", "pipeline_parallel",
+                     "save_every", "keep_checkpoints", "eval_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: expected at least 1")
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(f"global_batch_size = {self.global_batch_size} is not a multiple of "
+                             f"micro_batch_size = {self.micro_batch_size}")
+        if self.warmup_iterations >= self.iterations and self.warmup_iterations:
+            raise ValueError(f"warmup_iterations = {self.warmup_iterations}: expected fewer than iterations = {self.iterations}")
+        if self.sequence_parallel and self.tensor_parallel == 1:
+            raise ValueError("sequence_parallel = true needs tensor_parallel > 1; set sequence_parallel = false")
+
+    def data_parallel(self, world_size: int) -> int:
+        """Data-parallel size for ``world_size`` ranks; raises ValueError where the numbers do not divide."""
+        model_ranks = self.tensor_parallel * self.pipeline_parallel
+        if world_size % model_ranks:
+            raise ValueError(f"{world_size} ranks can't be divided into tensor_parallel {self.tensor_parallel} x "
+                             f"pipeline_parallel {self.pipeline_parallel} = {model_ranks}; use a multiple of {model_ranks} ranks")
+        data_ranks = world_size // model_ranks
+        if self.global_batch_size % (self.micro_batch_size * data_ranks):
+            raise ValueError(f"global_batch_size = {self.global_batch_size} is not a multiple of micro_batch_size {self.micro_batch_size} "
+                             f"x {data_ranks} data-parallel ranks")
+        return data_ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig(TrainerConfig):
+    """Section ``sft``: next-token loss on responses only, one denominator for the whole batch."""
+
+    paths: Paths
+    seq_length: int = 2048
+    """Longest row in tokens, prompt and response together."""
+    iterations: int = 1000
+    micro_batch_size: int = 8
+    global_batch_size: int = 64
+    lr: float = 2e-5
+    warmup_iterations: int = 40
+    adam_beta2: float = 0.999
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig(TrainerConfig):
+    """Section ``reward``: pairwise ranking loss over the replies to one query."""
+
+    paths: Paths
+    seq_length: int = 2048
+    """Longest row in tokens, query and response together."""
+    iterations: int = 3600
+    micro_batch_size: int = 4
+    global_batch_size: int = 64
+    lr: float = 1e-5
+    warmup_iterations: int = 300
+    weight_decay: float = 0.1
+    load_iteration: int = 0
+    """Iteration of this reward model that rlhf starts from; 0 = the last (REWARD_LOAD_ITERATION of the tutorial)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig(TrainerConfig):
+    """Section ``rlhf``: PPO with a KL penalty to the SFT model (rewards per token, GAE, clipped policy and value losses)."""
+
+    paths: PPOPaths
+    prompt_length: int = 1024
+    """Longest prompt in tokens; a longer one loses its head."""
+    response_length: int = 512
+    """Most new tokens of a rollout."""
+    rollout_batch_size: int = 1024
+    """Samples an iteration, over all data-parallel ranks."""
+    generation_batch_size: int = 32
+    """Rows that one data-parallel rank generates together; bounds the key-value cache."""
+    epochs: int = 1
+    """Passes over an iteration's samples."""
+    iterations: int = 5000
+    micro_batch_size: int = 2
+    global_batch_size: int = 128
+    lr: float = 2.4e-7
+    value_lr: float = 5e-6
+    """Peak learning rate of the value model."""
+    schedule: str = "linear"
+    warmup_iterations: int = 100
+    value_warmup: int = 0
+    """First iterations in which only the value model learns."""
+    weight_decay: float = 0.01
+    clip_grad: float = 0.5
+    temperature: float = 1.0
+    """Divides the logits in rollout, old, reference and update alike."""
+    kl_coef: float = 0.02
+    """Weight of the per-token KL penalty (its start value when kl_target is set)."""
+    kl_target: float = 0.0
+    """Target KL per response in nats of the adaptive controller (Ziegler et al. 2019); 0 = fixed coefficient."""
+    kl_horizon: int = 10000
+    """Samples over which the adaptive controller corrects."""
+    gamma: float = 1.0
+    lam: float = 0.95
+    """Lambda of generalised advantage estimation."""
+    clip_ratio: float = 0.2
+    value_clip: float = 0.1
+    reward_clip: float = 100.0
+    missing_eos_penalty: float = -1.0
+    """Score of a response that does not end within response_length."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.temperature <= 0:
+            raise ValueError(f"temperature = {self.temperature}: expected above 0")
+        if self.rollout_batch_size % self.global_batch_size:
+            raise ValueError(f"rollout_batch_size = {self.rollout_batch_size} is not a multiple of "
+                             f"global_batch_size = {self.global_batch_size}")
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps of one iteration."""
+        return self.epochs * self.rollout_batch_size // self.global_batch_size
+
+
+def _one_of(config, name: str, allowed: tuple[str, ...]) -> None:
+    if getattr(config, name) not in allowed:
+        raise ValueError(f"{name} = {getattr(config, name)!r}: expected one of {', '.join(allowed)}")
+
+
+def build(cls, values: dict, where: str):
+    """Make ``cls`` from a mapping (nested dataclasses from nested mappings); ``where`` is the section in messages.
+
+    Raises ConfigError for an unknown key (with the nearest valid one), a wrong type, a missing key or a contradiction.
+    """
+    types = typing.get_type_hints(cls)
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    made = {}
+    for key, value in values.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1) or sorted(k for k in known if k != "paths")
+            raise ConfigError(f"{where}.{key}: no such key; did you mean {', '.join(f'{where}.{n}' for n in near)}?")
+        made[key] = _value(types[key], value, f"{where}.{key}")
+    missing = [f.name for f in known.values() if f.name not in made
+               and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+    if missing:
+        raise ConfigError(f"{where}: missing {', '.join(missing)}")
+    try:
+        return cls(**made)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{where}.{error}") from None
+
+
+def _value(kind, value, where: str):
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where} = {value!r}: expected a table")
+        return build(kind, value, where)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    base = typing.get_origin(kind) or kind
+    if not isinstance(value, base) or (base is int and isinstance(value, bool)):
+        raise ConfigError(f"{where} = {value!r}: expected {base.__name__}, got {type(value).__name__}")
+    return value
+
+
+def load(cls, path: str | Path):
+    """The stage's configuration from its one argument, a JSON file."""
+    return build(cls, json.loads(Path(path).read_text(encoding="utf-8")), Path(path).parent.name)

@@ -1,0 +1,131 @@
+"""From rows to tensors: token ids with the reply's place, padded batches, and the order of the rows.
+
+A prompt and its reply are tokenised separately and their ids joined, so that the loss mask can't be off by one merge.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import NamedTuple
+
+import torch
+
+from training.config import ConfigError
+from training.data.tokenizer import Tokenizer
+
+
+class Example(NamedTuple):
+    """One prompt with one reply."""
+
+    tokens: list[int]
+    """Ids of prompt, reply and EOS."""
+    response_start: int
+    """Index of the reply's first id; the reply, with its EOS, reaches to the end."""
+
+
+def sft_example(row: dict, tokenizer: Tokenizer, seq_length: int) -> Example:
+    """``{"prompt", "response"}`` in at most ``seq_length`` ids; what is cut where it is longer: see ``_join``."""
+    return _join(row["prompt"], [row["response"]], tokenizer, seq_length)[0]
+
+
+def comparison_example(row: dict, tokenizer: Tokenizer, seq_length: int) -> list[tuple[Example, float]]:
+    """``{"query", "response": [K], "score": [K]}`` as K (example, score): one query, cut alike for all of its replies."""
+    return list(zip(_join(row["query"], row["response"], tokenizer, seq_length), row["score"], strict=True))
+
+
+def prompt_tokens(row: dict, tokenizer: Tokenizer, prompt_length: int) -> list[int]:
+    """The last ``prompt_length`` ids of ``{"prompt"}``: an over-long prompt loses its head, never the cue at its end."""
+    return tokenizer.encode(row["prompt"])[-prompt_length:]
+
+
+def _join(prompt: str, responses: list[str], tokenizer: Tokenizer, seq_length: int) -> list[Example]:
+    """Examples of one prompt, all with the same prompt ids.
+
+    Too long for ``seq_length``: the prompt loses its head, down to half a row at most (so the cue stays); a reply that still
+    does not fit loses its tail, and the EOS with it, since it did not end there.
+    """
+    replies = [tokenizer.encode(response) + [tokenizer.eos_id] for response in responses]
+    room = max(seq_length - max(map(len, replies)), seq_length // 2)
+    head = tokenizer.encode(prompt)[-room:]
+    return [Example((head + reply)[:seq_length], len(head)) for reply in replies]
+
+
+def padded_length(lengths: list[int], multiple: int) -> int:
+    """The longest of ``lengths``, rounded up. Give it the lengths of the *global* batch: pipeline stages and data-parallel ranks
+    must agree on the shape of every micro-batch."""
+    return -(-max(lengths) // multiple) * multiple
+
+
+def collate(examples: list[Example], pad_id: int, length: int) -> dict[str, torch.Tensor]:
+    """Right-padded batch: ``tokens`` (B, length) int64; ``response_mask`` (B, length) bool, True at the reply's ids with its EOS;
+    ``lengths`` (B,) int64, real ids of each row."""
+    lengths = torch.tensor([len(example.tokens) for example in examples])
+    assert int(lengths.max()) <= length, f"a row of {int(lengths.max())} tokens in a batch of length {length}"
+    tokens = torch.full((len(examples), length), pad_id)
+    for row, example in zip(tokens, examples, strict=True):
+        row[:len(example.tokens)] = torch.tensor(example.tokens)
+    starts = torch.tensor([example.response_start for example in examples])
+    position = torch.arange(length)
+    response_mask = (position >= starts[:, None]) & (position < lengths[:, None])
+    return {"tokens": tokens, "response_mask": response_mask, "lengths": lengths}
+
+
+def collate_prompts(prompts: list[list[int]], pad_id: int, length: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Left-padded ``tokens`` (B, P) int64 and ``prompt_mask`` (B, P) bool, True at real ids; P = ``length``, or the longest prompt's."""
+    length = length or max(map(len, prompts))
+    assert max(map(len, prompts)) <= length, f"a prompt of {max(map(len, prompts))} tokens in a batch of length {length}"
+    tokens = torch.full((len(prompts), length), pad_id)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[length - len(prompt):] = torch.tensor(prompt)
+    starts = torch.tensor([length - len(prompt) for prompt in prompts])
+    return tokens, torch.arange(length) >= starts[:, None]
+
+
+class Sampler:
+    """Row indices of one global batch after the other: a seeded permutation an epoch, the same for any number of ranks.
+
+    What an epoch leaves over is the start of the batch that the next epoch fills: every row is seen once an epoch.
+    """
+
+    def __init__(self, n_rows: int, global_batch_size: int, seed: int):
+        if n_rows < 1:
+            raise ConfigError(f"{n_rows} training rows: expected at least 1; look at counts.json beside the data for what was dropped")
+        self.n_rows, self.global_batch_size, self.seed = n_rows, global_batch_size, seed
+        self.epoch, self.offset = 0, 0
+        self._order = self._permutation()
+
+    def next_batch(self) -> list[int]:
+        """``global_batch_size`` row indices; moves on."""
+        batch: list[int] = []
+        while len(batch) < self.global_batch_size:
+            if self.offset == self.n_rows:
+                self.epoch, self.offset = self.epoch + 1, 0
+                self._order = self._permutation()
+            taken = self._order[self.offset:self.offset + self.global_batch_size - len(batch)]
+            batch += taken
+            self.offset += len(taken)
+        return batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "offset": self.offset, "seed": self.seed, "rows": self.n_rows}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Goes on where ``state`` was taken. Raises ConfigError where data or seed are other ones: the order would be another."""
+        for name, value in (("seed", self.seed), ("rows", self.n_rows)):
+            if state[name] != value:
+                raise ConfigError(f"{name} = {value}, but the checkpoint was made with {name} = {state[name]}; "
+                                  "resume with the same data and seed, or start the stage anew")
+        self.epoch, self.offset = state["epoch"], state["offset"]
+        self._order = self._permutation()
+
+    def _permutation(self) -> list[int]:
+        order = list(range(self.n_rows))
+        random.Random(f"{self.seed}/{self.epoch}").shuffle(order)
+        return order
+
+
+def shard(indices: list[int], rank: int, ranks: int) -> list[int]:
+    """Data-parallel rank ``rank``'s contiguous part of a global batch."""
+    assert len(indices) % ranks == 0, f"a global batch of {len(indices)} for {ranks} data-parallel ranks"
+    size = len(indices) // ranks
+    return indices[rank * size:(rank + 1) * size]

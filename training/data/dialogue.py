@@ -1,0 +1,63 @@
+"""Anthropic HH's dialogue text: ``"\\n\\nHuman: ...\\n\\nAssistant:"``, then a reply that begins with one space. Pure, stdlib only."""
+
+from __future__ import annotations
+
+import re
+
+HUMAN = "\n\nHuman:"
+CUE = "\n\nAssistant:"
+"""What every prompt ends with; no space after it, because the reply brings its own."""
+
+_TURN = re.compile(r"\n\n(Human|Assistant):")
+_MARKER = re.compile(r"(?<!\w)(?:Human|Assistant):")
+_SPEAKERS = {"user": HUMAN, "human": HUMAN, "assistant": CUE}
+
+
+def as_prompt(question: str) -> str:
+    """The dialogue text of ``question``; a text that already is a dialogue only gets the cue at its very end."""
+    text = question.rstrip()
+    if text.endswith(CUE.strip()) and HUMAN in text:
+        return text
+    return (text if text.startswith(HUMAN) else f"{HUMAN} {text.strip()}") + CUE
+
+
+def as_reply(text: str) -> str:
+    """``text`` with the one leading space of HH; "" if there is nothing but white space."""
+    return f" {text.strip()}" if text.strip() else ""
+
+
+def split(dialogue: str) -> tuple[str, str] | None:
+    """(prompt, reply): the prompt reaches up to and including the last cue. None where there is no cue."""
+    head, cue, reply = dialogue.rpartition(CUE)
+    return (head + cue, as_reply(reply)) if cue else None
+
+
+def from_messages(messages: list[tuple[str, str]]) -> str:
+    """Dialogue text of (role, content) turns; a system turn is put in front of the next turn's own words.
+
+    Raises KeyError for a role that HH has no speaker for.
+    """
+    text, system = "", ""
+    for role, content in messages:
+        if role == "system":
+            system += content.strip() + "\n"
+            continue
+        text += f"{_SPEAKERS[role]} {system}{content.strip()}"
+        system = ""
+    return text
+
+
+def has_marker(text: str) -> bool:
+    """Is there a speaker's mark inside ``text``, as where one turn holds the next by mistake?"""
+    return _MARKER.search(text) is not None
+
+
+def oddities(prompt: str) -> list[str]:
+    """What is unusual about a prompt that is used all the same, e.g. two turns of one speaker in a row."""
+    speakers = _TURN.findall(prompt)
+    found = []
+    if any(one == two for one, two in zip(speakers, speakers[1:], strict=False)):
+        found.append("speakers do not alternate")
+    if any(has_marker(turn) for turn in _TURN.split(prompt)[2::2]):
+        found.append("role marker inside a turn")
+    return found
