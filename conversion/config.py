@@ -1,0 +1,51 @@
+"""Configuration of the two conversion stages, standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ConvertPaths:
+    output: str
+    """The stage's folder; the Megatron checkpoint goes to checkpoints/iter_0000000/model."""
+    model: str
+    """Hugging Face folder to read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """Section ``convert``: Hugging Face -> Megatron. The checkpoint fits any layout; the one asked for is checked here."""
+
+    paths: ConvertPaths
+    tensor_parallel: int = 1
+    """Tensor-parallel size that the heads, the feed-forward width and the padded vocabulary must divide by."""
+    pipeline_parallel: int = 1
+    """Pipeline-parallel size that the layers must divide by."""
+
+
+@dataclass(frozen=True)
+class ExportPaths:
+    output: str
+    """The stage's folder; one Hugging Face folder a model below it."""
+    model: str
+    """Hugging Face folder of the starting model: config, generation config and tokenizer are copied from it."""
+    checkpoints: dict
+    """Name of each model to export -> stage folder that holds it, e.g. {"sft": ".../sft", "rlhf": ".../rlhf"}."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Section ``export``: Megatron -> Hugging Face safetensors."""
+
+    paths: ExportPaths
+    max_shard_gb: float = 2.0
+    """Largest safetensors file, GB (1e9 bytes)."""
+    dtype: str = ""
+    """"bf16", "fp32", or "" for the data type of the starting checkpoint."""
+
+    def __post_init__(self):
+        if self.dtype not in ("", "bf16", "fp32"):
+            raise ValueError(f'dtype = {self.dtype!r}: expected "bf16", "fp32" or "" (as the starting checkpoint)')
+        if self.max_shard_gb <= 0:
+            raise ValueError(f"max_shard_gb = {self.max_shard_gb}: expected above 0")

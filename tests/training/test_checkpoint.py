@@ -1,0 +1,146 @@
+"""Checkpoints are complete or not there; a killed and resumed run is the uninterrupted one, bit for bit."""
+
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from megatron.core import dist_checkpointing
+
+from tests.distributed import run
+from training import checkpoint, ppo, reward, sft
+from training.config import ConfigError
+
+
+def metrics(stage: Path) -> list[dict]:
+    """Rows of metrics.jsonl without what depends on the clock."""
+    rows = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if not re.match("time|.*seconds|tokens_per_second", name)} for row in rows]
+
+
+def tensors(stage: Path, iteration: int, model: str) -> dict[str, str]:
+    """sha256 of every tensor, weights and optimizer, of a checkpoint, read back whole."""
+
+    def read():
+        folder = checkpoint.folder(stage, iteration) / model
+        state = dist_checkpointing.load_plain_tensors(str(folder))
+        found = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+        assert any(key.startswith("optimizer.state.exp_avg") for key in found)
+        return {key: hashlib.sha256(value.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest() for key, value in found.items()}
+
+    return run(read, 1, 1, 1)[0]
+
+
+def test_absent_iteration_lists_those_present(small_run, tmp_path):
+    with pytest.raises(ConfigError, match="iteration 7 is not there; present: 60"):
+        checkpoint.resolve(small_run.folder / "sft", 7)
+    with pytest.raises(ConfigError, match="present: none"):
+        checkpoint.resolve(tmp_path)
+
+
+def test_an_unfinished_save_is_not_a_checkpoint(small_run, tmp_path):
+    run(sft.run, 1, 1, 1, small_run.sft(tmp_path, iterations=2))
+    (tmp_path / "checkpoints" / ".iter_0000003.saving" / "model").mkdir(parents=True)
+    assert checkpoint.iterations(tmp_path) == [2] and checkpoint.latest(tmp_path) == 2
+
+
+def test_only_the_newest_are_kept(small_run, tmp_path):
+    run(sft.run, 1, 1, 1, small_run.sft(tmp_path, iterations=5, save_every=1, keep_checkpoints=2))
+    assert checkpoint.iterations(tmp_path) == [4, 5]
+
+
+@pytest.mark.parametrize(("stage", "layout"), [("sft", (1, 2, 1)), ("sft", (2, 1, 2)), ("reward", (2, 2, 1)), ("ppo", (1, 2, 1)), ("ppo", (2, 1, 2))])
+def test_resumed_equals_uninterrupted_bit_for_bit(small_run, tmp_path, stage, layout):
+    """4 iterations straight = 2, a new process, 2 more: weights, optimizer, metrics."""
+    make, trainer, learners = {"sft": (small_run.sft, sft, ["model"]), "reward": (small_run.reward, reward, ["model"]),
+                               "ppo": (small_run.ppo, ppo, ["policy", "value"])}[stage]
+    settings = dict(layout=layout[:2], iterations=4, save_every=2)
+    run(trainer.run, *layout, make(tmp_path / "straight", **settings))
+    run(stop_after, *layout, trainer, make(tmp_path / "resumed", **settings), 2)
+    assert checkpoint.latest(tmp_path / "resumed") == 2
+    run(trainer.run, *layout, make(tmp_path / "resumed", **settings))
+    assert metrics(tmp_path / "resumed") == metrics(tmp_path / "straight")
+    assert len(metrics(tmp_path / "straight")) == 4
+    for model in learners:
+        assert tensors(tmp_path / "resumed", 4, model) == tensors(tmp_path / "straight", 4, model)
+
+
+class Killed(BaseException):
+    pass
+
+
+def stop_after(trainer, config, iteration):
+    """The trainer, ended without any clean-up as soon as ``iteration`` is saved."""
+    save = checkpoint.save
+
+    def save_and_die(stage, iteration_, *args, **kwargs):
+        save(stage, iteration_, *args, **kwargs)
+        if iteration_ == iteration:
+            raise Killed
+
+    def save_keywords(stage, iteration=None, *args, **kwargs):
+        save_and_die(stage, iteration, *args, **kwargs)
+
+    checkpoint.save = save_keywords
+    try:
+        trainer.run(config)
+    except Killed:
+        return
+
+
+def test_resume_at_another_layout_goes_on_with_equal_losses(small_run, tmp_path):
+    """Saved at TP 2 x PP 1, resumed at TP 1 x PP 2 x DP 2: the rest of the losses equal to rounding, Adam's moments included."""
+    straight = small_run.sft(tmp_path / "straight", iterations=4, save_every=2)
+    run(sft.run, 1, 1, 1, straight)
+    run(stop_after, 2, 1, 1, sft, small_run.sft(tmp_path / "moved", layout=(2, 1), iterations=4, save_every=2), 2)
+    run(sft.run, 1, 2, 2, small_run.sft(tmp_path / "moved", layout=(1, 2), iterations=4, save_every=2))
+    for ours, expected in zip(metrics(tmp_path / "moved"), metrics(tmp_path / "straight"), strict=True):
+        assert ours["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert ours["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+
+
+def test_a_finished_stage_has_nothing_left_to_do(small_run, tmp_path, capfd):
+    run(sft.run, 1, 1, 1, small_run.sft(tmp_path, iterations=2))
+    before = metrics(tmp_path)
+    run(sft.run, 1, 1, 1, small_run.sft(tmp_path, iterations=2))
+    assert "nothing left to do" in capfd.readouterr().out and metrics(tmp_path) == before
+
+
+def start(module: str, config, world: int) -> list[subprocess.Popen]:
+    """The stage's real command line, one process a rank."""
+    folder = Path(config.paths.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(asdict(config)))
+    port = str(20000 + os.getpid() % 10000)
+    return [subprocess.Popen([sys.executable, "-W", "ignore", "-m", module, str(folder / "config.json")], stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT, text=True,
+                             env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
+                                  "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"})
+            for rank in range(world)]
+
+
+def test_term_saves_at_the_step_boundary_and_asks_to_go_on(small_run, tmp_path):
+    """TERM at one rank: both save the same iteration and exit 75 (EX_TEMPFAIL)."""
+    ranks = start("training.sft", small_run.sft(tmp_path, layout=(1, 2), iterations=5000), 2)
+    try:
+        end = time.monotonic() + 90
+        while not (tmp_path / "metrics.jsonl").exists() or not (tmp_path / "metrics.jsonl").read_text():
+            assert time.monotonic() < end and all(rank.poll() is None for rank in ranks)
+            time.sleep(0.05)
+        ranks[1].send_signal(signal.SIGTERM)
+        outputs = [rank.communicate(timeout=60)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    assert [rank.returncode for rank in ranks] == [75, 75], outputs
+    saved = checkpoint.latest(tmp_path)
+    assert checkpoint.iterations(tmp_path) == [saved] and metrics(tmp_path)[-1]["iteration"] == saved

@@ -1,0 +1,121 @@
+"""PPO's invariants on the real trainer: exact where they are exact, equal to rounding over layouts."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from tests.distributed import run
+from training import experience, ppo
+from training.config import ConfigError, PPOConfig, build
+from training.data.batches import Example, collate
+from training.step import split
+
+
+def rows(stage):
+    return [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_at_the_first_iteration_policy_is_reference_and_ratio_is_one(small_run, tmp_path):
+    """One minibatch an iteration: KL 0, approx KL 0, clip fraction 0, |policy loss| ~ 0 with whitened advantages."""
+    run(ppo.run, 1, 2, 1, small_run.ppo(tmp_path, layout=(1, 2), iterations=1, global_batch_size=16))
+    (first,) = rows(tmp_path)
+    assert first["kl"] == 0 and first["kl_k3"] == 0
+    assert first["clip_fraction"] == 0 and abs(first["approx_kl"]) < 1e-9
+    assert abs(first["policy_loss"]) < 1e-6
+    assert 0 < first["entropy"] < math.log(512) and first["policy_loss"] != first["value_loss"]
+
+
+@pytest.fixture(scope="module")
+def reference_rows(small_run, tmp_path_factory):
+    stage = tmp_path_factory.mktemp("reference")
+    run(ppo.run, 1, 1, 1, small_run.ppo(stage, iterations=2))
+    return rows(stage)
+
+
+@pytest.mark.parametrize("layout", [(2, 1, 1), (1, 2, 1), (2, 2, 1), (1, 1, 2), (1, 2, 2)])
+def test_every_layout_gives_the_same_numbers(small_run, reference_rows, tmp_path, layout):
+    """Two iterations of two minibatches: samples, rewards, KL, losses and gradient norms equal those of one rank."""
+    run(ppo.run, *layout, small_run.ppo(tmp_path, layout=layout[:2], iterations=2))
+    for ours, expected in zip(rows(tmp_path), reference_rows, strict=True):
+        for name in ("response_length", "eos_rate", "repeated_ngrams"):
+            assert ours[name] == expected[name], name  # the samples themselves
+        for name in ("reward", "kl", "policy_loss", "value_loss", "entropy", "explained_variance", "grad_norm", "value_grad_norm", "lr"):
+            assert ours[name] == pytest.approx(expected[name], rel=1e-3, abs=2e-5), name
+
+
+def test_micro_batch_size_does_not_change_the_numbers(small_run, reference_rows, tmp_path):
+    run(ppo.run, 1, 1, 1, small_run.ppo(tmp_path, iterations=2, micro_batch_size=8, generation_batch_size=5))
+    for ours, expected in zip(rows(tmp_path), reference_rows, strict=True):
+        for name in ("policy_loss", "value_loss", "grad_norm", "kl"):
+            assert ours[name] == pytest.approx(expected[name], rel=1e-3, abs=2e-5), name
+
+
+def test_the_sft_model_s_responses_score_zero_on_average(small_run, tmp_path):
+    settings = small_run.ppo(tmp_path, iterations=1, response_length=20, missing_eos_penalty=0.0)
+    run(ppo.run, 1, 1, 1, settings)
+    assert rows(tmp_path)[0]["reward"] == pytest.approx(0, abs=1e-6)
+    state = json.loads((tmp_path / "checkpoints" / "iter_0000001" / "state.json").read_text())
+    assert state["reward_bias"] != 0
+
+
+def one_step(config: PPOConfig, length: int):
+    """Loss of one policy and value step on fixed experience, padded to ``length``."""
+    trainer = ppo.PPO(config)
+    generator = torch.Generator().manual_seed(0)
+    examples = [Example(torch.randint(4, 500, (size,), generator=generator).tolist(), size // 2) for size in (9, 12, 7, 15, 11, 9, 16, 13)]
+    batch = collate(examples, trainer.tokenizer.pad_id, length)
+    rollout = experience.Rollout(batch, torch.tensor([True] * 7 + [False]))
+    samples = experience.experience(config, rollout, experience.score(config, trainer.models, batch), kl_coef=0.02, reward_bias=0.0)
+    assert samples.batch["advantages"][batch["response_mask"]].mean().abs() < 1e-6
+    assert not samples.batch["advantages"][~batch["response_mask"]].any() and not samples.batch["returns"][~batch["response_mask"]].any()
+    updated = ppo.update(config, trainer.policy, trainer.value, samples.batch, learn_policy=True)
+    return {**samples.metrics, **updated}
+
+
+def test_a_row_s_loss_does_not_depend_on_its_batch_s_padding(small_run, tmp_path):
+    settings = small_run.ppo(tmp_path, rollout_batch_size=8, global_batch_size=8, micro_batch_size=4)
+    short, wide = (run(one_step, 1, 1, 1, settings, length)[0] for length in (16, 40))
+    for name, value in short.items():
+        assert wide[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
+def test_response_without_eos_gets_the_penalty_instead_of_the_score(small_run, tmp_path):
+    def scores(config):
+        tokens = collate([Example([5, 6, 7, 2], 2), Example([5, 6, 7, 8], 2)], 3, 8)
+        scored = experience.Scored(*(torch.zeros(2, 8) for _ in range(3)), torch.tensor([4.0, 4.0]))
+        made = experience.experience(config, experience.Rollout(tokens, torch.tensor([True, False])), scored, 0.0, 1.0)
+        return made.metrics["reward"], made.batch["returns"]
+
+    reward, returns = run(scores, 1, 1, 1, small_run.ppo(tmp_path, gamma=1.0, lam=1.0))[0]
+    assert reward == pytest.approx((5.0 - 1.0) / 2)
+    assert returns[:, 2:4].tolist() == [[5.0, 5.0], [-1.0, -1.0]]
+
+
+def test_value_warm_up_leaves_the_policy_alone(small_run, tmp_path):
+    run(ppo.run, 1, 1, 1, small_run.ppo(tmp_path, iterations=2, value_warmup=1))
+    first, second = rows(tmp_path)
+    assert "policy_loss" not in first and "policy_loss" in second
+    assert second["kl"] == 0  # sampled before the policy's first step
+
+
+def test_repeated_ngrams_by_hand():
+    assert experience.repeated_ngrams([1, 2, 3, 1, 2, 3]) == pytest.approx(0.25)
+    assert experience.repeated_ngrams([1, 2]) == 0
+
+
+def test_split_fills_up_with_copies_of_the_last_row():
+    parts = split({"tokens": torch.arange(5)[:, None]}, 2)
+    assert [part["tokens"].flatten().tolist() for part in parts] == [[0, 1], [2, 3], [4, 4]]
+
+
+def test_contradictions_are_errors_that_say_what_to_change(small_run, tmp_path):
+    good = small_run.ppo(tmp_path)
+    with pytest.raises(ValueError, match="6 ranks can't be divided into tensor_parallel 2 x pipeline_parallel 2 = 4; use a multiple of 4"):
+        small_run.ppo(tmp_path, layout=(2, 2)).data_parallel(6)
+    with pytest.raises(ConfigError, match="rlhf.kl_coeff: no such key; did you mean rlhf.kl_coef"):
+        build(PPOConfig, {"kl_coeff": 0.1}, "rlhf")
+    with pytest.raises(ValueError, match="rollout_batch_size = 12 is not a multiple of global_batch_size = 8"):
+        small_run.ppo(tmp_path, rollout_batch_size=12)
+    assert good.updates == 2

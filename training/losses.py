@@ -1,0 +1,90 @@
+"""The mathematics of SFT, reward model and PPO: pure functions, tensors in, tensors out.
+
+Per-token tensors are (B, T) and aligned with the token they speak of: ``logprobs[:, t]`` = log p(token t | tokens before t),
+``values[:, t]`` = value of the state in which token t was chosen. ``response_mask`` is True at response tokens, EOS included.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def pairwise_loss(rewards: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ranking loss over the replies to each query: rewards (Q, K), scores (Q, K); higher is better.
+
+    Equal scores form no pair, nor does a score of NaN (a reply that only fills up the row). Returns, each (Q,): the mean of
+    -log sigmoid(r_i - r_j) over the query's valid pairs (Ouyang et al. 2022, eq. 1), the pairs' accuracy, their mean margin,
+    and whether the query has a pair at all (where not, the others are 0).
+    """
+    margin = rewards[:, :, None] - rewards[:, None, :]
+    pair = scores[:, :, None] > scores[:, None, :]
+    pairs = pair.sum((1, 2))
+
+    def mean(values):
+        return (values * pair).sum((1, 2)) / pairs.clamp(min=1)
+
+    return mean(-F.logsigmoid(margin)), mean((margin > 0).float()), mean(margin), pairs > 0
+
+
+def kl_k1(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
+    """Per-token log p - log p_ref on p's own samples: unbiased, may be negative (Schulman 2020, k1)."""
+    return logprobs - ref_logprobs
+
+
+def kl_k3(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
+    """Per-token (r - 1) - log r with r = p_ref / p: unbiased and never negative (Schulman 2020, k3)."""
+    log_ratio = ref_logprobs - logprobs
+    return log_ratio.exp() - 1 - log_ratio
+
+
+def token_rewards(logprobs, ref_logprobs, scores, response_mask, kl_coef: float) -> torch.Tensor:
+    """Rewards (B, T): -kl_coef * k1 at each response token, plus ``scores`` (B,) at the last one (Ouyang et al. 2022, eq. 2)."""
+    rewards = -kl_coef * kl_k1(logprobs, ref_logprobs) * response_mask
+    positions = torch.arange(response_mask.size(1), device=response_mask.device)
+    last = (response_mask * positions).argmax(1, keepdim=True)
+    return rewards.scatter_add(1, last, scores[:, None].to(rewards.dtype))
+
+
+def gae(rewards, values, response_mask, gamma: float, lam: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Generalised advantage estimation (Schulman et al. 2016, eq. 16) over response tokens only -> advantages, returns (B, T).
+
+    The value after the last response token is 0; outside the mask both results are 0.
+    """
+    advantages = torch.zeros_like(values)
+    carried = torch.zeros_like(values[:, 0])
+    next_value = torch.zeros_like(values[:, 0])
+    for t in reversed(range(values.size(1))):
+        inside = response_mask[:, t]
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        carried = torch.where(inside, delta + gamma * lam * carried, 0.0)
+        next_value = torch.where(inside, values[:, t], 0.0)
+        advantages[:, t] = carried
+    return advantages, (advantages + values) * response_mask
+
+
+def whiten(advantages, mean: torch.Tensor, variance: torch.Tensor, response_mask) -> torch.Tensor:
+    """(A - mean) / std at response tokens, 0 elsewhere; the moments are those of the whole iteration on all ranks."""
+    return (advantages - mean) * (variance + 1e-8).rsqrt() * response_mask
+
+
+def policy_loss(logprobs, old_logprobs, advantages, response_mask, clip: float):
+    """Sum over response tokens of PPO's clipped objective (Schulman et al. 2017, eq. 7) -> loss, clip fraction sum, approx KL sum."""
+    log_ratio = (logprobs - old_logprobs) * response_mask
+    ratio = log_ratio.exp()
+    unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
+    loss = (torch.maximum(unclipped, clipped) * response_mask).sum()
+    clip_fraction = ((clipped > unclipped) & response_mask).sum()
+    return loss, clip_fraction, ((ratio - 1 - log_ratio) * response_mask).sum()
+
+
+def value_loss(values, old_values, returns, response_mask, clip: float) -> torch.Tensor:
+    """Sum over response tokens of 0.5 max((V - R)^2, (clip(V, V_old +- clip) - R)^2)."""
+    clipped = old_values + (values - old_values).clamp(-clip, clip)
+    return 0.5 * (torch.maximum((values - returns) ** 2, (clipped - returns) ** 2) * response_mask).sum()
+
+
+def adaptive_kl_coef(kl_coef: float, kl: float, target: float, samples: int, horizon: int) -> float:
+    """Next coefficient of the proportional controller (Ziegler et al. 2019, section 2.2); ``kl`` in nats per response."""
+    error = max(-0.2, min(0.2, kl / target - 1))
+    return kl_coef * (1 + error * samples / horizon)

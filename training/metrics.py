@@ -1,0 +1,52 @@
+"""Numbers of a run: one JSON line a logged iteration, TensorBoard events, and one plain line in the log."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+
+class Metrics:
+    """Writer of ``<stage>/metrics.jsonl`` and ``<stage>/tensorboard/``; made on one rank only.
+
+    On resume, rows beyond the resumed iteration are dropped first, so that the file reads as if nothing had happened.
+    """
+
+    def __init__(self, stage: str | Path, total: int, resumed: int = 0):
+        self.path, self.total = Path(stage) / "metrics.jsonl", total
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in self._lines() if json.loads(line)["iteration"] <= resumed]
+        aside = self.path.with_suffix(".new")
+        aside.write_text("".join(kept), encoding="utf-8")
+        aside.replace(self.path)
+        self.file = self.path.open("a", encoding="utf-8")
+        self.events = SummaryWriter(str(Path(stage) / "tensorboard"), purge_step=resumed + 1)
+        self.started, self.resumed = time.monotonic(), resumed
+
+    def _lines(self) -> list[str]:
+        """Whole lines only: a killed run may leave half a line."""
+        if not self.path.exists():
+            return []
+        return [line for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+
+    def log(self, iteration: int, headline: tuple[str, ...] = (), **values: float) -> None:
+        """Append a row for ``iteration`` (from 1); the values named in ``headline`` are also printed, in one line."""
+        row = {"iteration": iteration, "total": self.total, "time": round(time.time(), 3)}
+        row.update({name: value if math.isfinite(value) else None for name, value in values.items()})
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        for name, value in values.items():
+            self.events.add_scalar(name, value, iteration)
+        if headline:
+            done = max(iteration - self.resumed, 1)
+            left = (time.monotonic() - self.started) / done * (self.total - iteration)
+            numbers = "  ".join(f"{name} {values[name]:.4g}" for name in headline if name in values)
+            print(f"iteration {iteration}/{self.total}  {numbers}  ETA {left:.0f} s", flush=True)
+
+    def close(self) -> None:
+        self.file.close()
+        self.events.close()

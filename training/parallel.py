@@ -1,0 +1,99 @@
+"""Processes, devices and groups: what a rank is, and how ranks agree.
+
+Ranks read RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, and nothing else of their surroundings.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import warnings
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from training.cpu import mcore_on_cpu
+
+EX_USAGE, EX_DATA, EX_TEMPFAIL = 64, 65, 75
+"""Exit codes of a stage: bad configuration, bad data, "saved and wants to go on"."""
+
+
+def device() -> torch.device:
+    """Where this rank computes."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+@contextlib.contextmanager
+def ranks(tensor_parallel_size: int, pipeline_parallel_size: int, seed: int, init_method: str = "env://"):
+    """Join the process group and build megatron-core's groups (order tp-dp-pp); leave them cleanly at the end.
+
+    On CUDA collectives of GPU tensors run on NCCL, of CPU tensors on gloo; without CUDA all is gloo under ``mcore_on_cpu``.
+    """
+    warnings.filterwarnings("ignore", module="megatron|torch.distributed")
+    with contextlib.ExitStack() as stack:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+            backend = "cpu:gloo,cuda:nccl"
+        else:
+            stack.enter_context(mcore_on_cpu())
+            backend = "gloo"
+        dist.init_process_group(backend, init_method=init_method, rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
+        stack.callback(dist.destroy_process_group)
+        parallel_state.initialize_model_parallel(tensor_parallel_size, pipeline_parallel_size)
+        stack.callback(parallel_state.destroy_model_parallel)
+        tensor_parallel.model_parallel_cuda_manual_seed(seed)
+        yield
+
+
+def data_rank() -> int:
+    return parallel_state.get_data_parallel_rank()
+
+
+def data_ranks() -> int:
+    return parallel_state.get_data_parallel_world_size()
+
+
+def first_stage() -> bool:
+    return parallel_state.is_pipeline_first_stage()
+
+
+def last_stage() -> bool:
+    return parallel_state.is_pipeline_last_stage()
+
+
+def is_main() -> bool:
+    """True on the one rank that writes logs and metrics."""
+    return dist.get_rank() == 0
+
+
+def sum_over_data(values: torch.Tensor) -> torch.Tensor:
+    """Sum of ``values`` over data-parallel ranks, in place."""
+    dist.all_reduce(values, group=parallel_state.get_data_parallel_group())
+    return values
+
+
+def from_last_stage(values: torch.Tensor) -> torch.Tensor:
+    """Overwrite ``values`` on every pipeline stage with the last stage's, in place."""
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        dist.broadcast(values, parallel_state.get_pipeline_model_parallel_last_rank(), parallel_state.get_pipeline_model_parallel_group())
+    return values
+
+
+class StopRequest:
+    """A flag that USR1 or TERM raises on any rank; ranks agree on it at step boundaries, so that all save the same step."""
+
+    def __init__(self):
+        self.raised = False
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(number, self._raise)
+
+    def _raise(self, number, frame):
+        self.raised = True
+
+    def agreed(self) -> bool:
+        """True on all ranks as soon as one has been signalled. A collective: call it on every rank at the same step."""
+        flag = torch.tensor(float(self.raised))
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag.item())

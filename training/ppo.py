@@ -1,0 +1,180 @@
+"""PPO with a KL penalty (Ziegler et al. 2019; Ouyang et al. 2022): ``python -m training.ppo config.json``.
+
+An iteration: sample responses; log-probabilities of policy and frozen reference, values and rewards by the training forward;
+rewards per token, GAE, whitening over the whole iteration; clipped updates of policy and value, one denominator a minibatch.
+Left out: entropy bonus, dual clip, off-policy reuse of samples. Every draw is seeded by (seed, iteration, row), so samples
+depend neither on layout nor on interruptions.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+
+import torch
+from megatron.core import parallel_state
+
+from training import checkpoint, losses, parallel
+from training.config import PPOConfig, load
+from training.data.batches import Sampler, prompt_tokens, shard
+from training.data.formats import load_rows
+from training.data.tokenizer import Tokenizer
+from training.experience import Experience, Models, experience, roll_out, score, state_values, timed
+from training.generation.rollout import draws
+from training.loop import resume
+from training.main import Interrupted, run_stage
+from training.metrics import Metrics
+from training.model.bloom import Bloom, BloomShape
+from training.model.heads import next_token_logprobs, vocab_parallel_entropy
+from training.step import Batch, Learner, Objective, build_model, split
+
+HEADLINE = ("reward", "kl", "entropy", "eos_rate", "response_length", "clip_fraction", "explained_variance", "grad_norm")
+"""Numbers that the log shows; metrics.jsonl has them all."""
+
+
+def policy_objective(config: PPOConfig) -> Objective:
+    def compute(logits: torch.Tensor, batch: Batch):
+        mask = batch["response_mask"]
+        logprobs = next_token_logprobs(logits, batch["tokens"], config.temperature)
+        loss, clipped, approx_kl = losses.policy_loss(logprobs, batch["old_logprobs"], batch["advantages"], mask, config.clip_ratio)
+        entropy = vocab_parallel_entropy(logits[:, :-1].detach() / config.temperature, parallel_state.get_tensor_model_parallel_group())
+        entropy = (torch.nn.functional.pad(entropy, (1, 0)) * mask).sum()
+        return loss, mask.sum(), torch.stack((loss, clipped, approx_kl, entropy))
+
+    return Objective(("policy_loss", "clip_fraction", "approx_kl", "entropy"), compute)
+
+
+def value_objective(config: PPOConfig) -> Objective:
+    def compute(outputs: torch.Tensor, batch: Batch):
+        mask = batch["response_mask"]
+        loss = losses.value_loss(state_values(outputs), batch["old_values"], batch["returns"], mask, config.value_clip)
+        return loss, mask.sum(), loss[None]
+
+    return Objective(("value_loss",), compute)
+
+
+def minibatch_rows(config: PPOConfig) -> list[int]:
+    """Rows of an iteration's global batch that this data-parallel rank holds: its part of each minibatch, in order.
+
+    So minibatch k is the same set of rows on every layout.
+    """
+    minibatches = torch.arange(config.rollout_batch_size).split(config.global_batch_size)
+    return [row for rows in minibatches for row in shard(rows.tolist(), parallel.data_rank(), parallel.data_ranks())]
+
+
+def update(config: PPOConfig, policy: Learner, value: Learner, batch: Batch, learn_policy: bool) -> dict[str, float]:
+    """``epochs`` passes of minibatch steps over the samples -> the means of their metrics."""
+    rows = config.global_batch_size // parallel.data_ranks()
+    collected: list[dict[str, float]] = []
+    for _ in range(config.epochs):
+        for minibatch in split(batch, rows):
+            micro_batches = split(minibatch, config.micro_batch_size)
+            critic = value.step(micro_batches, value_objective(config))
+            metrics = {"value_loss": critic["value_loss"], "value_grad_norm": critic["grad_norm"], "value_lr": critic["lr"]}
+            if learn_policy:
+                metrics |= policy.step(micro_batches, policy_objective(config))
+            collected.append(metrics)
+    return {name: sum(metrics[name] for metrics in collected) / len(collected) for name in collected[0]}
+
+
+def load_models(config: PPOConfig, shape: BloomShape) -> Models:
+    """Policy and reference from the SFT model; reward and value from the reward model."""
+    sft = checkpoint.resolve(config.paths.init) / "model"
+    reward = checkpoint.resolve(config.paths.reward, config.paths.reward_iteration) / "model"
+
+    def make(head: str, source) -> Bloom:
+        model = build_model(shape, config, head)
+        checkpoint.load_weights(source, model)
+        return model
+
+    return Models(policy=make("lm", sft), reference=make("lm", sft).requires_grad_(False),
+                  reward=make("scalar", reward).requires_grad_(False), value=make("scalar", reward))
+
+
+class PPO:
+    """Everything the loop reads and a checkpoint holds."""
+
+    def __init__(self, config: PPOConfig):
+        config.data_parallel(torch.distributed.get_world_size())
+        self.config = config
+        self.shape, self.tokenizer = BloomShape.read(config.paths.model), Tokenizer(config.paths.model)
+        self.shape.check_layout(config.tensor_parallel, config.pipeline_parallel)
+        self.rows = load_rows(config.paths.train, "rlhf")
+        self.models = load_models(config, self.shape)
+        steps, warmup = config.iterations * config.updates, config.warmup_iterations * config.updates
+        skipped = config.value_warmup * config.updates
+        self.policy = Learner(self.models.policy, config, config.lr, steps - skipped, warmup)
+        self.value = Learner(self.models.value, config, config.value_lr, steps, warmup)
+        self.learners = {"policy": self.policy, "value": self.value}
+        self.sampler = Sampler(len(self.rows), config.rollout_batch_size, config.seed)
+        self.kl_coef, self.reward_bias = config.kl_coef, None
+
+    def state(self) -> dict:
+        return {"sampler": self.sampler.state_dict(), "kl_coef": self.kl_coef, "reward_bias": self.reward_bias}
+
+    def restore(self, state: dict) -> None:
+        self.sampler.load_state_dict(state["sampler"])
+        self.kl_coef, self.reward_bias = state["kl_coef"], state["reward_bias"]
+
+    def iterate(self, iteration: int) -> dict[str, float]:
+        """One iteration, from 1 -> its metrics, the same on every rank."""
+        config = self.config
+        made, generate_seconds = timed(self.sample, iteration)
+        scored, score_seconds = timed(score, config, self.models, made.batch)
+        if self.reward_bias is None:  # the policy still is the SFT model: its responses shall score 0 on average
+            ended = made.ended.double()
+            total = parallel.sum_over_data(torch.stack(((scored.scores * ended).sum(), ended.sum())).to(parallel.device()))
+            self.reward_bias = float(-total[0] / total[1].clamp(min=1))
+        samples: Experience = experience(config, made, scored, self.kl_coef, self.reward_bias)
+        updated, update_seconds = timed(update, config, self.policy, self.value, samples.batch, iteration > config.value_warmup)
+        metrics = {**samples.metrics, **updated, "kl_coef": self.kl_coef}
+        if config.kl_target:
+            self.kl_coef = losses.adaptive_kl_coef(self.kl_coef, metrics["kl"], config.kl_target, config.rollout_batch_size,
+                                                   config.kl_horizon)
+        seconds = generate_seconds + score_seconds + update_seconds
+        tokens = metrics["response_length"] * config.rollout_batch_size
+        return {**metrics, "tokens_per_second": tokens / seconds, "seconds_generate": generate_seconds, "seconds_score": score_seconds,
+                "seconds_update": update_seconds}
+
+    def sample(self, iteration: int):
+        """This rank's part of the iteration's rollout."""
+        config, mine = self.config, minibatch_rows(self.config)
+        indices = self.sampler.next_batch()
+        prompts = [prompt_tokens(self.rows[indices[row]], self.tokenizer, config.prompt_length) for row in mine]
+        uniforms = draws(config.seed, iteration, config.rollout_batch_size, config.response_length)[mine]
+        return roll_out(config, self.models.policy, prompts, uniforms, self.tokenizer)
+
+
+def run(config: PPOConfig) -> None:
+    """The stage, inside ``ranks``. Raises Interrupted after a signal, all saved."""
+    ppo, stage = PPO(config), config.paths.output
+    start, state = resume(stage, ppo.learners)
+    if state:
+        ppo.restore(state)
+    if start >= config.iterations:
+        print(f"nothing left to do: iteration {start} of {config.iterations} is saved", flush=True)
+        return
+    stop = parallel.StopRequest()
+    metrics = Metrics(stage, config.iterations, start) if parallel.is_main() else None
+    save = partial(checkpoint.save, stage, learners=ppo.learners, keep=config.keep_checkpoints)
+    for iteration in range(start + 1, config.iterations + 1):
+        values = ppo.iterate(iteration)
+        last, stopping = iteration == config.iterations, stop.agreed()
+        if metrics:
+            metrics.log(iteration, HEADLINE if last or iteration % config.log_every == 0 else (), **values)
+        if last or stopping or iteration % config.save_every == 0:
+            save(iteration=iteration, state=ppo.state())
+        if stopping and not last:
+            raise Interrupted(f"stopped by a signal; iteration {iteration} is saved")
+    if metrics:
+        metrics.close()
+
+
+def main(path: str) -> None:
+    config = load(PPOConfig, path)
+    with parallel.ranks(config.tensor_parallel, config.pipeline_parallel, config.seed):
+        run(config)
+
+
+if __name__ == "__main__":
+    sys.exit(run_stage(main))

@@ -1,0 +1,109 @@
+"""Reward model: ``python -m training.reward config.json``.
+
+The SFT model with a new scalar head, read at the last real token (the EOS), learns -log sigmoid(r_i - r_j) over each query's
+pairs, averaged over the query and then over queries (Ouyang et al. 2022). All replies of a query are in one forward pass.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from functools import partial
+
+import torch
+
+from training import checkpoint, parallel
+from training.config import RewardConfig, load
+from training.data.batches import Example, Sampler, collate, comparison_example, padded_length, shard
+from training.data.formats import load_rows
+from training.data.tokenizer import Tokenizer
+from training.loop import Task, train
+from training.losses import pairwise_loss
+from training.main import run_stage
+from training.model.bloom import BloomShape
+from training.sft import LENGTH_MULTIPLE
+from training.step import Batch, Learner, Objective, build_model, evaluate, split
+
+Comparison = list[tuple[Example, float]]
+"""The replies to one query with their scores."""
+
+
+def read_last(values: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """The head's values (B, T) at each row's last real token (B,)."""
+    return values.gather(1, batch["lengths"][:, None] - 1).squeeze(1)
+
+
+def compute(replies: int, values: torch.Tensor, batch: Batch):
+    """Sum of the queries' losses, number of queries with a pair, and sums of (loss, accuracy, margin)."""
+    rewards, scores = read_last(values, batch).view(-1, replies), batch["scores"].view(-1, replies)
+    loss, accuracy, margin, valid = pairwise_loss(rewards, scores)
+    return loss.sum(), valid.sum(), torch.stack((loss.sum(), accuracy.sum(), margin.sum()))
+
+
+def collate_comparisons(comparisons: list[Comparison], replies: int, pad_id: int, length: int) -> Batch:
+    """``replies`` rows a query; where it has fewer, its last reply is repeated with score NaN, which forms no pair."""
+    filled = [group + [(group[-1][0], math.nan)] * (replies - len(group)) for group in comparisons]
+    batch = collate([example for group in filled for example, _ in group], pad_id, length)
+    return {**batch, "scores": torch.tensor([score for group in filled for _, score in group], dtype=torch.float)}
+
+
+def wilson(correct: float, total: float) -> tuple[float, float]:
+    """95% interval of a proportion (Wilson 1927)."""
+    z = 1.959964
+    centre = (correct + z * z / 2) / (total + z * z)
+    half = z / (total + z * z) * math.sqrt(correct * (total - correct) / total + z * z / 4)
+    return centre - half, centre + half
+
+
+def heldout(config: RewardConfig, learner: Learner, comparisons: list[Comparison], replies: int, pad_id: int) -> dict[str, float]:
+    """Accuracy with its 95% interval, mean margin, and the accuracy of "the shorter reply wins", over all held-out pairs."""
+    mine = comparisons[parallel.data_rank() :: parallel.data_ranks()]
+    sums = torch.zeros(4, dtype=torch.double)
+    if mine:
+        length = padded_length([len(example.tokens) for group in mine for example, _ in group], LENGTH_MULTIPLE * config.tensor_parallel)
+        batch = collate_comparisons(mine, replies, pad_id, length)
+        values = evaluate(learner.wrapped, batch, config.micro_batch_size * replies, lambda values, micro: values).cpu()
+        rewards, scores, lengths = (x.view(-1, replies) for x in (read_last(values, batch), batch["scores"], batch["lengths"]))
+        pair = scores[:, :, None] > scores[:, None, :]
+        margin = (rewards[:, :, None] - rewards[:, None, :])[pair].double()
+        shorter = (lengths[:, :, None] < lengths[:, None, :])[pair]
+        sums = torch.stack((pair.sum().double(), (margin > 0).sum().double(), margin.sum(), shorter.sum().double()))
+    total, correct, margin, shorter = parallel.sum_over_data(sums.to(parallel.device())).tolist()
+    low, high = wilson(correct, total)
+    return {"heldout_accuracy": correct / total, "heldout_accuracy_low": low, "heldout_accuracy_high": high,
+            "heldout_margin": margin / total, "shorter_wins": shorter / total}
+
+
+def run(config: RewardConfig) -> None:
+    """The stage, inside ``ranks``."""
+    config.data_parallel(torch.distributed.get_world_size())
+    shape, tokenizer = BloomShape.read(config.paths.model), Tokenizer(config.paths.model)
+    shape.check_layout(config.tensor_parallel, config.pipeline_parallel)
+    rows = load_rows(config.paths.train, "reward")
+    unseen = [comparison_example(row, tokenizer, config.seq_length) for row in load_rows(config.paths.heldout, "reward")]
+    replies = max(max(len(row["response"]) for row in rows), max(map(len, unseen)))
+    model = build_model(shape, config, "scalar")
+    checkpoint.load_weights(checkpoint.resolve(config.paths.init) / "model", model, fresh_head=config.seed)
+    learner = Learner(model, config, config.lr, config.iterations, config.warmup_iterations)
+
+    def micro_batches(indices: list[int]) -> list[Batch]:
+        comparisons = [comparison_example(rows[index], tokenizer, config.seq_length) for index in indices]
+        lengths = [len(example.tokens) for group in comparisons for example, _ in group]
+        mine = shard(comparisons, parallel.data_rank(), parallel.data_ranks())
+        batch = collate_comparisons(mine, replies, tokenizer.pad_id, padded_length(lengths, LENGTH_MULTIPLE * config.tensor_parallel))
+        return split(batch, config.micro_batch_size * replies)
+
+    objective = Objective(("loss", "accuracy", "margin"), partial(compute, replies))
+    task = Task(objective, micro_batches, lambda: heldout(config, learner, unseen, replies, tokenizer.pad_id),
+                headline=("loss", "accuracy", "margin", "heldout_accuracy", "shorter_wins", "grad_norm"))
+    train(config, learner, Sampler(len(rows), config.global_batch_size, config.seed), task)
+
+
+def main(path: str) -> None:
+    config = load(RewardConfig, path)
+    with parallel.ranks(config.tensor_parallel, config.pipeline_parallel, config.seed):
+        run(config)
+
+
+if __name__ == "__main__":
+    sys.exit(run_stage(main))

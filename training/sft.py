@@ -1,0 +1,82 @@
+"""Supervised fine-tuning: ``python -m training.sft config.json``.
+
+Next-token cross entropy on response tokens only, with one denominator for the whole global batch: a mean of micro-batch
+means would weigh tokens by their batch. Rows are padded on the right, where causal attention needs no mask.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import torch
+
+from training import checkpoint, parallel
+from training.config import SFTConfig, load
+from training.data.batches import Example, Sampler, collate, padded_length, sft_example, shard
+from training.data.formats import load_rows
+from training.data.tokenizer import Tokenizer
+from training.loop import Task, train
+from training.main import run_stage
+from training.model.bloom import BloomShape
+from training.model.heads import next_token_logprobs
+from training.step import Batch, Learner, Objective, build_model, evaluate, split
+
+LENGTH_MULTIPLE = 8
+"""Padded lengths are multiples of this times the tensor-parallel size (sequence parallelism divides them)."""
+
+
+def compute(logits: torch.Tensor, batch: Batch):
+    """Sum of -log p over the batch's response tokens, their number, and the sum again for the log."""
+    logprobs = next_token_logprobs(logits, batch["tokens"])
+    loss = -(logprobs * batch["response_mask"]).sum()
+    return loss, batch["response_mask"].sum(), loss[None]
+
+
+def heldout(config: SFTConfig, learner: Learner, examples: list[Example], pad_id: int) -> dict[str, float]:
+    """Loss per response token (nats), perplexity and, as the floor to beat, the tokens' unigram entropy (nats)."""
+    mine = examples[parallel.data_rank() :: parallel.data_ranks()]
+    sums = torch.zeros(2, dtype=torch.double)
+    if mine:
+        length = padded_length([len(example.tokens) for example in mine], LENGTH_MULTIPLE * config.tensor_parallel)
+        batch = collate(mine, pad_id, length)
+        logprobs = evaluate(learner.wrapped, batch, config.micro_batch_size,
+                            lambda logits, micro: next_token_logprobs(logits, micro["tokens"]))
+        sums = torch.stack((-(logprobs.cpu() * batch["response_mask"]).sum(), batch["response_mask"].sum())).double()
+    loss, count = parallel.sum_over_data(sums.to(parallel.device())).tolist()
+    tokens = torch.cat([torch.tensor(example.tokens[example.response_start :]) for example in examples])
+    frequency = tokens.bincount().double() / len(tokens)
+    entropy = -(frequency[frequency > 0] * frequency[frequency > 0].log()).sum().item()
+    return {"heldout_loss": loss / count, "heldout_perplexity": math.exp(loss / count), "unigram_entropy": entropy}
+
+
+def run(config: SFTConfig) -> None:
+    """The stage, inside ``ranks``."""
+    config.data_parallel(torch.distributed.get_world_size())
+    shape, tokenizer = BloomShape.read(config.paths.model), Tokenizer(config.paths.model)
+    shape.check_layout(config.tensor_parallel, config.pipeline_parallel)
+    rows = load_rows(config.paths.train, "sft")
+    unseen = [sft_example(row, tokenizer, config.seq_length) for row in load_rows(config.paths.heldout, "sft")]
+    model = build_model(shape, config, "lm")
+    checkpoint.load_weights(checkpoint.resolve(config.paths.init) / "model", model)
+    learner = Learner(model, config, config.lr, config.iterations, config.warmup_iterations)
+
+    def micro_batches(indices: list[int]) -> list[Batch]:
+        examples = [sft_example(rows[index], tokenizer, config.seq_length) for index in indices]
+        length = padded_length([len(example.tokens) for example in examples], LENGTH_MULTIPLE * config.tensor_parallel)
+        mine = shard(examples, parallel.data_rank(), parallel.data_ranks())
+        return split(collate(mine, tokenizer.pad_id, length), config.micro_batch_size)
+
+    task = Task(Objective(("loss",), compute), micro_batches, lambda: heldout(config, learner, unseen, tokenizer.pad_id),
+                headline=("loss", "heldout_loss", "unigram_entropy", "grad_norm", "lr"))
+    train(config, learner, Sampler(len(rows), config.global_batch_size, config.seed), task)
+
+
+def main(path: str) -> None:
+    config = load(SFTConfig, path)
+    with parallel.ranks(config.tensor_parallel, config.pipeline_parallel, config.seed):
+        run(config)
+
+
+if __name__ == "__main__":
+    sys.exit(run_stage(main))

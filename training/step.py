@@ -1,0 +1,125 @@
+"""One optimizer step, and one forward pass over many rows, on megatron-core's pipeline schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from training import parallel
+from training.config import TrainerConfig
+from training.model.bloom import Bloom, BloomShape, transformer_config
+from training.optimizer import make_optimizer, make_schedule
+
+Batch = dict[str, torch.Tensor]
+"""Tensors of one micro-batch, rows first; "tokens" (B, T) is always there."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss: ``compute(output, batch)`` -> (loss summed over ``count``, count, sums (len(names),)).
+
+    The gradient is that of (sum of losses) / (sum of counts) over the whole global batch; the reported numbers are
+    ``sums / count`` in the same sense. Runs on the last pipeline stage only.
+    """
+
+    names: tuple[str, ...]
+    compute: Callable[[torch.Tensor, Batch], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+
+
+def build_model(shape: BloomShape, trainer: TrainerConfig, head: str) -> Bloom:
+    """This rank's part of the model on its device, weights uninitialised."""
+    return Bloom(transformer_config(shape, trainer), shape, head)
+
+
+class Learner:
+    """A model that is trained: its gradients, optimizer and schedule. Load the weights before: the optimizer copies them."""
+
+    def __init__(self, model: Bloom, trainer: TrainerConfig, lr: float, steps: int, warmup_steps: int):
+        self.model = model
+        data_parallel = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+        self.wrapped = DistributedDataParallel(model.config, data_parallel, model)
+        self.optimizer = make_optimizer(self.wrapped, trainer, lr)
+        self.schedule = make_schedule(self.optimizer, trainer, lr, steps, warmup_steps)
+        # Without these no gradient is reduced over ranks, and nothing complains.
+        model.config.finalize_model_grads_func = finalize_model_grads
+        model.config.grad_scale_func = self.optimizer.scale_loss
+
+    def step(self, micro_batches: list[Batch], objective: Objective) -> dict[str, float]:
+        """Forward, backward and update over this data-parallel rank's ``micro_batches`` -> the objective's means, lr, grad_norm.
+
+        Raises FloatingPointError, on every rank, when loss or gradient is not finite: the weights are then unchanged.
+        """
+        self.wrapped.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        self.wrapped.train()
+        sums = _schedule(self.wrapped, micro_batches, partial(_loss, objective), forward_only=False)
+        metrics = _means(sums, objective.names)
+        if not all(map(math.isfinite, metrics.values())):
+            raise FloatingPointError(f"not finite: {metrics}")
+        self.schedule.step(1)
+        _, grad_norm, _ = self.optimizer.step()
+        if not math.isfinite(grad_norm):
+            raise FloatingPointError(f"gradient norm = {grad_norm}, {metrics}")
+        return {**metrics, "lr": self.optimizer.param_groups[0]["lr"], "grad_norm": float(grad_norm)}
+
+
+@torch.no_grad()
+def evaluate(model: torch.nn.Module, batch: Batch, micro_batch_size: int,
+             read: Callable[[torch.Tensor, Batch], torch.Tensor]) -> torch.Tensor:
+    """``read(output, micro_batch)`` (B, T) fp32 for every row of ``batch``, in order, on every pipeline stage; no gradients.
+
+    Rows beyond a multiple of ``micro_batch_size`` are filled up by repetition (pipeline messages have one shape) and cut again.
+    """
+    model.eval()
+    rows = batch["tokens"].size(0)
+    micro_batches = split(batch, micro_batch_size)
+    results = _schedule(model, micro_batches, lambda micro, output: read(output, micro), forward_only=True)
+    shape = (len(micro_batches) * micro_batch_size, batch["tokens"].size(1))
+    values = torch.cat(results).float().contiguous() if parallel.last_stage() else torch.empty(shape, device=parallel.device())
+    return parallel.from_last_stage(values)[:rows]
+
+
+def split(batch: Batch, size: int) -> list[Batch]:
+    """Micro-batches of exactly ``size`` rows; the last is filled up with copies of the last row."""
+    rows = batch["tokens"].size(0)
+    index = torch.arange(-(-rows // size) * size).clamp(max=rows - 1)
+    return [{name: tensor[part.to(tensor.device)] for name, tensor in batch.items()} for part in index.split(size)]
+
+
+def _schedule(model, micro_batches: list[Batch], on_output: Callable, forward_only: bool) -> list:
+    """megatron-core's 1F1B (or no-pipelining) schedule over the micro-batches -> what ``on_output`` gave, on the last stage."""
+
+    def forward_step(iterator, model):
+        micro = {name: tensor.to(parallel.device(), non_blocking=True) for name, tensor in next(iterator).items()}
+        return model(micro["tokens"]), partial(_call, on_output, micro)
+
+    rows, length = micro_batches[0]["tokens"].shape
+    return get_forward_backward_func()(
+        forward_step_func=forward_step, data_iterator=iter(micro_batches), model=model, num_microbatches=len(micro_batches),
+        seq_length=length, micro_batch_size=rows, forward_only=forward_only, collect_non_loss_data=forward_only)
+
+
+def _call(on_output, micro, output, non_loss_data: bool = False):
+    return on_output(micro, output)
+
+
+def _loss(objective: Objective, micro: Batch, output: torch.Tensor):
+    loss, count, sums = objective.compute(output, micro)
+    count = count.to(torch.int)
+    return loss, count, torch.cat((count.double()[None], sums.detach().double()))
+
+
+def _means(sums: list[torch.Tensor], names: tuple[str, ...]) -> dict[str, float]:
+    total = torch.stack(sums).sum(0) if sums else torch.zeros(1 + len(names), dtype=torch.double, device=parallel.device())
+    if parallel_state.is_pipeline_last_stage():
+        parallel.sum_over_data(total)
+    count, *values = parallel.from_last_stage(total).tolist()
+    assert count > 0, "the global batch has no token or pair to learn from"
+    return {name: value / count for name, value in zip(names, values, strict=True)}
