@@ -248,6 +248,9 @@ class PPOConfig(TrainerConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.warmup_iterations + self.value_warmup >= self.iterations:
+            raise ValueError(f"warmup_iterations = {self.warmup_iterations} + value_warmup = {self.value_warmup}: expected fewer together "
+                             f"than iterations = {self.iterations}")
         if self.temperature <= 0:
             raise ValueError(f"temperature = {self.temperature}: expected above 0")
         if self.rollout_batch_size % self.global_batch_size:

@@ -101,8 +101,7 @@ def score(config: PPOConfig, models: Models, batch: Batch) -> Scored:
 def experience(config: PPOConfig, rollout: Rollout, scored: Scored, kl_coef: float, reward_bias: float) -> Experience:
     """Per-token rewards, advantages whitened over all response tokens of the iteration on all ranks, returns, and the report."""
     mask = rollout.batch["response_mask"]
-    scores = (scored.scores + reward_bias).clamp(-config.reward_clip, config.reward_clip)
-    scores = torch.where(rollout.ended, scores, config.missing_eos_penalty)
+    scores = final_scores(config, rollout, scored, reward_bias)
     rewards = losses.token_rewards(scored.logprobs, scored.ref_logprobs, scores, mask, kl_coef)
     advantages, returns = losses.gae(rewards, scored.values, mask, config.gamma, config.lam)
     mean, variance = moments(advantages, mask)
@@ -110,7 +109,7 @@ def experience(config: PPOConfig, rollout: Rollout, scored: Scored, kl_coef: flo
     _, residual_variance = moments(returns - scored.values, mask)
     batch = {**rollout.batch, "old_logprobs": scored.logprobs, "old_values": scored.values, "returns": returns,
              "advantages": losses.whiten(advantages, mean, variance, mask)}
-    metrics = report(rollout, scored, scores)
+    metrics = report(rollout, scored, config, reward_bias)
     metrics["explained_variance"] = 1 - float(residual_variance / returns_variance.clamp(min=1e-8))
     return Experience(batch, metrics)
 
@@ -124,9 +123,15 @@ def moments(values: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, tor
     return mean.float(), (square / count).float()
 
 
-def report(rollout: Rollout, scored: Scored, scores: torch.Tensor) -> dict[str, float]:
+def final_scores(config: PPOConfig, rollout: Rollout, scored: Scored, reward_bias: float) -> torch.Tensor:
+    """(B,) the reward model's scores with bias and clip; ``missing_eos_penalty`` where the response has no EOS."""
+    scores = (scored.scores + reward_bias).clamp(-config.reward_clip, config.reward_clip)
+    return torch.where(rollout.ended, scores, config.missing_eos_penalty)
+
+
+def report(rollout: Rollout, scored: Scored, config: PPOConfig, reward_bias: float) -> dict[str, float]:
     """Means over samples: reward, KL to the reference per response in nats (k1 and k3), EOS rate, length, repetition."""
-    mask = rollout.batch["response_mask"]
+    mask, scores = rollout.batch["response_mask"], final_scores(config, rollout, scored, reward_bias)
     responses = [row[inside].tolist() for row, inside in zip(rollout.batch["tokens"], mask, strict=True)]
     per_row = {
         "reward": scores, "reward_square": scores.double() ** 2,

@@ -19,7 +19,7 @@ from training.config import PPOConfig, load
 from training.data.batches import Sampler, prompt_tokens, shard
 from training.data.formats import load_rows
 from training.data.tokenizer import Tokenizer
-from training.experience import Experience, Models, experience, roll_out, score, state_values, timed
+from training.experience import Experience, Models, experience, report, roll_out, score, state_values, timed
 from training.generation.rollout import draws
 from training.loop import resume
 from training.main import Interrupted, run_stage
@@ -28,7 +28,7 @@ from training.model.bloom import Bloom, BloomShape
 from training.model.heads import next_token_logprobs, vocab_parallel_entropy
 from training.step import Batch, Learner, Objective, build_model, split
 
-HEADLINE = ("reward", "kl", "entropy", "eos_rate", "response_length", "clip_fraction", "explained_variance", "grad_norm")
+HEADLINE = ("reward", "kl", "heldout_reward", "heldout_kl", "entropy", "eos_rate", "response_length", "clip_fraction", "explained_variance", "grad_norm")
 """Numbers that the log shows; metrics.jsonl has them all."""
 
 
@@ -99,7 +99,7 @@ class PPO:
         self.config = config
         self.shape, self.tokenizer = BloomShape.read(config.paths.model), Tokenizer(config.paths.model)
         self.shape.check_layout(config.tensor_parallel, config.pipeline_parallel)
-        self.rows = load_rows(config.paths.train, "rlhf")
+        self.rows, self.unseen = load_rows(config.paths.train, "rlhf"), load_rows(config.paths.heldout, "rlhf")
         self.models = load_models(config, self.shape)
         steps, warmup = config.iterations * config.updates, config.warmup_iterations * config.updates
         skipped = config.value_warmup * config.updates
@@ -136,6 +136,17 @@ class PPO:
         return {**metrics, "tokens_per_second": tokens / seconds, "seconds_generate": generate_seconds, "seconds_score": score_seconds,
                 "seconds_update": update_seconds}
 
+    def heldout(self) -> dict[str, float]:
+        """Reward and KL to the reference (nats per response) on the held-out prompts, with the same draws at every call. A collective."""
+        config, rows = self.config, range(parallel.data_rank(), len(self.unseen), parallel.data_ranks())
+        prompts = [prompt_tokens(self.unseen[row], self.tokenizer, config.prompt_length) for row in rows]
+        if not prompts:  # fewer prompts than ranks: this one repeats the first, so that all take part
+            prompts, rows = [prompt_tokens(self.unseen[0], self.tokenizer, config.prompt_length)], range(1)
+        uniforms = draws(config.seed, 0, len(self.unseen), config.response_length)[list(rows)]
+        made = roll_out(config, self.models.policy, prompts, uniforms, self.tokenizer)
+        metrics = report(made, score(config, self.models, made.batch), config, self.reward_bias)
+        return {f"heldout_{name}": metrics[name] for name in ("reward", "kl")}
+
     def sample(self, iteration: int):
         """This rank's part of the iteration's rollout."""
         config, mine = self.config, minibatch_rows(self.config)
@@ -160,6 +171,8 @@ def run(config: PPOConfig) -> None:
     for iteration in range(start + 1, config.iterations + 1):
         values = ppo.iterate(iteration)
         last, stopping = iteration == config.iterations, stop.agreed()
+        if last or iteration % config.eval_every == 0:
+            values |= ppo.heldout()
         if metrics:
             metrics.log(iteration, HEADLINE if last or iteration % config.log_every == 0 else (), **values)
         if last or stopping or iteration % config.save_every == 0:
