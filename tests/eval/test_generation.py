@@ -1,0 +1,112 @@
+import re
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from eval import generation
+from eval.answers import dialogue
+from eval.generation import Prompt, RowSampler
+
+QUESTIONS = ["What is the colour of the sky?", "Why?", "Is the air blue, or is the light of the sky blue because of the air?"]
+
+
+def prompts(temperature: float) -> list[Prompt]:
+    return [Prompt(dialogue([question], []), temperature, f"q/{i}") for i, question in enumerate(QUESTIONS)]
+
+
+@pytest.fixture(scope="module")
+def loaded(folders):
+    return generation.load(folders["sft"])
+
+
+def replies(loaded, given, new=24, context=256, **settings):
+    return generation.generate(*loaded, given, max_new_tokens=new, context_length=context, seed=0, **settings)
+
+
+def test_greedy_batch_equals_hugging_face_one_by_one(folders, loaded):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folders["sft"]), AutoTokenizer.from_pretrained(folders["sft"])
+    for prompt, reply in zip(prompts(0), replies(loaded, prompts(0)), strict=True):
+        ids = tokenizer(prompt.text, return_tensors="pt")["input_ids"]
+        alone = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False, pad_token_id=3)
+        expected = alone[0, ids.shape[1]:].tolist()
+        assert reply.tokens == expected
+        assert reply.finish == ("eos" if 2 in expected else "length")
+
+
+def test_a_sampled_reply_does_not_depend_on_its_neighbours(loaded):
+    together = replies(loaded, prompts(1))
+    assert [replies(loaded, [prompt])[0] for prompt in prompts(1)] == together
+    assert replies(loaded, prompts(1)[::-1])[::-1] == together
+    assert len({tuple(reply.tokens) for reply in together}) == 3
+
+
+def test_greedy_and_sampled_rows_share_a_batch(loaded):
+    greedy, sampled = replies(loaded, prompts(0)), replies(loaded, prompts(1))
+    mixed = [prompts(0)[0], prompts(1)[1], prompts(0)[2]]
+    assert replies(loaded, mixed) == [greedy[0], sampled[1], greedy[2]]
+
+
+def test_the_key_names_the_random_numbers():
+    assert np.array_equal(generation.uniforms("a", 0, 5), generation.uniforms("a", 0, 9)[:5])
+    assert not np.array_equal(generation.uniforms("a", 0, 5), generation.uniforms("b", 0, 5))
+    assert not np.array_equal(generation.uniforms("a", 0, 5), generation.uniforms("a", 1, 5))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_the_sampler_draws_from_the_tempered_softmax(temperature):
+    """Evenly spaced numbers must land on each token as often as its probability says, to one part in their count."""
+    logits = torch.tensor([1.0, -2.0, 0.5, 3.0, float("-inf")])
+    count = 10_000
+    grid = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    sampler = RowSampler(torch.full((count,), temperature, dtype=torch.float64), grid[:, None])
+    drawn = sampler(None, logits.repeat(count, 1)).argmax(-1).bincount(minlength=5) / count
+    assert torch.allclose(drawn.double(), (logits.double() / temperature).softmax(-1), atol=1.1 / count)
+
+
+def test_eos_ends_a_row_and_is_not_in_its_text(loaded):
+    """The most likely first token is made the end-of-sequence token: greedy replies are then that token alone."""
+    first = replies(loaded, prompts(0)[:1])[0].tokens[0]
+    model, tokenizer = loaded
+    eos = tokenizer.eos_token
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(first)
+    try:
+        reply = replies((model, tokenizer), prompts(0)[:1])[0]
+    finally:
+        tokenizer.eos_token = eos
+    assert (reply.tokens, reply.text, reply.finish) == ([first], "", "eos")
+
+
+def test_a_stop_string_ends_the_row_and_is_cut_off(loaded):
+    """Any text the model makes can be the stop string; the row that makes it ends there and the others go on."""
+    whole = replies(loaded, prompts(1))
+    stop = re.search("[a-z]{4}", whole[0].text)[0]
+    cut = replies(loaded, prompts(1), stop=(stop,))
+    assert stop in whole[0].text and cut[0].finish == "stop"
+    for before, after in zip(whole, cut, strict=True):
+        assert after.text == before.text.split(stop)[0]
+        assert after.tokens == before.tokens[:len(after.tokens)]
+        assert (after.finish == "stop") == (stop in before.text)
+
+
+def test_a_long_prompt_loses_its_head_and_keeps_the_cue(loaded):
+    model, tokenizer = loaded
+    long = dialogue(["blue " * 200 + "end?"], [])
+    ids = generation.encode(tokenizer, long, 20)
+    assert len(ids) == 20 and tokenizer.decode(ids).endswith("end?\n\nAssistant:")
+    short = tokenizer.decode(ids)
+    assert replies(loaded, [Prompt(long, 0, "a")], new=8, context=28) == replies(loaded, [Prompt(short, 0, "a")], new=8, context=28)
+
+
+def test_dialogue_of_two_turns():
+    assert dialogue(["one {x}?"], []) == "\n\nHuman: one {x}?\n\nAssistant:"
+    assert dialogue(["a", "b"], ["first"]) == "\n\nHuman: a\n\nAssistant: first\n\nHuman: b\n\nAssistant:"
+    assert dialogue(["a", "b"], [""]) == "\n\nHuman: a\n\nAssistant:\n\nHuman: b\n\nAssistant:"
+
+
+def test_the_fingerprint_follows_the_weights(folders, tmp_path):
+    assert generation.fingerprint(folders["sft"]) != generation.fingerprint(folders["rlhf"])
+    for file in folders["sft"].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    assert generation.fingerprint(tmp_path) == generation.fingerprint(folders["sft"])

