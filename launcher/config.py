@@ -1,0 +1,197 @@
+"""The run's configuration: defaults < recipe < file < ``--set``, merged once at submit. Standard library only.
+
+The sections ``model`` ... ``mtbench`` are the dataclasses of training, conversion and eval; the section ``resources``
+and a site's profile are defined here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from conversion.config import ConvertConfig, ExportConfig
+from eval.config import MTBenchConfig
+from training.config import ConfigError, DataConfig, ModelConfig, PPOConfig, RewardConfig, SFTConfig, build
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What one stage asks for; it runs ``nodes x max(1, gpus_per_node)`` ranks."""
+
+    nodes: int = 1
+    gpus_per_node: int = 1
+    """GPUs, and ranks, of each node; 0 = one rank without a GPU."""
+    minutes: int = 60
+    """Time limit; a trainer that reaches it saves, is queued again and goes on."""
+    cpus_per_gpu: int = 8
+    """CPU cores of each rank."""
+
+    def __post_init__(self):
+        if min(self.nodes, self.minutes, self.cpus_per_gpu) < 1 or self.gpus_per_node < 0:
+            raise ValueError(f"{dataclasses.asdict(self)}: nodes, minutes and cpus_per_gpu are at least 1, gpus_per_node at least 0")
+
+    @property
+    def ranks_per_node(self) -> int:
+        return max(1, self.gpus_per_node)
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.ranks_per_node
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageResources:
+    """Section ``resources``: one table a stage, e.g. ``resources.rlhf.nodes = 2``."""
+
+    convert: Resources = Resources(gpus_per_node=0)
+    sft: Resources = Resources()
+    reward: Resources = Resources()
+    rlhf: Resources = Resources()
+    export: Resources = Resources(gpus_per_node=0)
+    mtbench: Resources = Resources()
+
+    def __post_init__(self):
+        for name in ("convert", "export", "mtbench"):
+            if getattr(self, name).ranks != 1:
+                raise ValueError(f"{name}: this stage is one process; set nodes = 1 and gpus_per_node to 0 or 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """A site: slurm/clusters/<name>.toml."""
+
+    name: str
+    scheduler: str
+    """"slurm", or "local": the stages run here, in order."""
+    device: str = "cuda"
+    """"cuda", "cpu" (GPUs are hidden from the ranks), or "auto": cuda where this machine has a GPU for each rank."""
+    network: str = "auto"
+    """Name of a table in launcher/nccl.py."""
+    partition: str = ""
+    account: str = ""
+    qos: str = ""
+    constraint: str = ""
+    gpus_per_node: int = 8
+    """GPUs of a node."""
+    max_nodes: int = 1
+    """Most nodes of one job."""
+    max_minutes: int = 1440
+    """Longest job, minutes."""
+    exclusive: bool = False
+    """Ask for whole nodes when a stage uses all their GPUs."""
+    signal_lead_s: int = 300
+    """Seconds before the time limit at which the job is told to save; at most a quarter of the limit is used."""
+    setup: list = field(default_factory=list)
+    """Shell lines before the stage starts, e.g. "module load cuda/12.4"."""
+    environment: dict = field(default_factory=dict)
+    """Environment variables of the ranks; they win over the network's table."""
+
+    def __post_init__(self):
+        for name, allowed in (("scheduler", ("local", "slurm")), ("device", ("auto", "cpu", "cuda"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} = {getattr(self, name)!r}: expected one of {', '.join(allowed)}")
+        for value in (*self.setup, *self.environment, *self.environment.values()):
+            if not isinstance(value, str):
+                raise ValueError(f"setup and environment hold strings, got {value!r}; put it in quotes")
+
+
+SECTIONS = {"model": ModelConfig, "data": DataConfig, "convert": ConvertConfig, "sft": SFTConfig, "reward": RewardConfig,
+            "rlhf": PPOConfig, "export": ExportConfig, "mtbench": MTBenchConfig, "resources": StageResources}
+
+
+def read_toml(path: Path) -> dict:
+    """The file's tables; ConfigError names the file for a missing file or bad syntax."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from None
+
+
+def read_recipe(name: str) -> dict:
+    """Tables of launcher/recipes/<name>.toml."""
+    known = sorted(path.stem for path in RECIPES.glob("*.toml"))
+    if name not in known:
+        raise ConfigError(f"no recipe {name!r}{_near(name, known)}; there are: {', '.join(known)} (another file goes to --config)")
+    return read_toml(RECIPES / f"{name}.toml")
+
+
+def parse_set(text: str) -> dict:
+    """``sft.lr=1e-5`` -> {"sft": {"lr": 1e-5}}; the value is TOML, anything else is a string."""
+    key, equals, value = text.partition("=")
+    parts = key.strip().split(".")
+    if not equals or len(parts) < 2 or not all(parts):
+        raise ConfigError(f"--set {text}: expected section.key=value, e.g. --set sft.lr=1e-5")
+    try:
+        parsed = tomllib.loads(f"value = {value}")
+    except tomllib.TOMLDecodeError:
+        parsed = {}
+    made = parsed["value"] if set(parsed) == {"value"} else value
+    for part in reversed(parts):
+        made = {part: made}
+    return made
+
+
+def merge(*layers: dict) -> dict:
+    """Later layers win, table by table."""
+    merged: dict = {}
+    for layer in layers:
+        for key, value in layer.items():
+            both = isinstance(value, dict) and key in merged and isinstance(merged[key], dict)
+            merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def check_sections(tables: dict, where: str) -> None:
+    """ConfigError for an unknown section, a section that is no table, and for ``paths``, which only the launcher fills."""
+    for section, values in tables.items():
+        if section not in SECTIONS:
+            raise ConfigError(f"{where}: no section {section!r}{_near(section, SECTIONS)}; there are: {', '.join(SECTIONS)}")
+        if not isinstance(values, dict):
+            raise ConfigError(f"{where}: {section} = {values!r}: expected a table, e.g. [{section}] or --set {section}.key=value")
+        if "paths" in values:
+            raise ConfigError(f"{where}: {section}.paths is filled by the launcher; remove it (the folder follows from --runs and --name)")
+
+
+def layered(recipe: str, files: list[Path], sets: list[str]) -> dict:
+    """Recipe < files < --set, each checked for its sections; the defaults come from the dataclasses when they are built."""
+    layers = [(read_recipe(recipe), f"recipe {recipe}")]
+    layers += [(read_toml(path), str(path)) for path in files]
+    layers += [(parse_set(text), f"--set {text}") for text in sets]
+    for tables, where in layers:
+        check_sections(tables, where)
+    defaults = {section: {} for section in SECTIONS} | {"resources": dataclasses.asdict(StageResources())}
+    return merge(defaults, *(tables for tables, _ in layers))
+
+
+def build_plain(section: str, values: dict):
+    """A section that has no paths: model, data or resources."""
+    return build(SECTIONS[section], values, section)
+
+
+def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
+    """Lines ``key: old -> new`` for every leaf that differs."""
+    lines = []
+    for key in sorted(set(old) | set(new)):
+        before, after = (side.get(key, "(absent)") for side in (old, new))
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            lines.append(f"{prefix}{key}: {before!r} -> {after!r}")
+    return lines
+
+
+def _near(word: str, known) -> str:
+    match = difflib.get_close_matches(word, list(known), 1)
+    return f"; did you mean {match[0]!r}?" if match else ""

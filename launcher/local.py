@@ -1,0 +1,97 @@
+"""The chain without Slurm: each stage's supervisor here, in order, in the foreground or as a background process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from launcher.pipeline import STAGES, Stage
+from launcher.ranks import die_with_parent
+from launcher.run import Run, is_alive, this_process
+
+STOP_S = 90
+"""Seconds that a cancelled stage gets to save; then it is killed."""
+
+
+def run_stages(run: Run, stages: list[Stage], tick: Callable[[], None] = lambda: None) -> int:
+    """Run the stages in order until one fails; exit code of the last. ``tick`` is called several times a second.
+
+    Raises Busy where another runner holds the run, KeyboardInterrupt after a Ctrl-C or TERM, when the running stage has saved and ended.
+    """
+    with run.lock():
+        run.record("runner", stages=[stage.name for stage in stages], **this_process())
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            for stage in stages:
+                code = _supervised(run, stage, tick)
+                tick()
+                if code:
+                    return code
+        finally:
+            run.record("runner ended")
+    return 0
+
+
+def start_in_background(run: Run, stages: list[Stage]) -> int:
+    """A runner of its own session; returns its pid once it has the run's lock. RuntimeError with its words where it ended at once."""
+    path = run.folder / "runner.log"
+    before = len(run.ledger())
+    with open(path, "a", encoding="utf-8") as log:
+        process = subprocess.Popen([sys.executable, "-m", "launcher.local", str(run.folder), *(stage.name for stage in stages)],
+                                   stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    while not any(event["event"] == "runner" for event in run.ledger()[before:]):
+        if process.poll() is not None:
+            raise RuntimeError(f"the runner ended at once: see {path}")
+        time.sleep(0.02)
+    return process.pid
+
+
+def cancel(run: Run) -> bool:
+    """Stop the run's local runner: TERM, then after STOP_S kill; False where none runs here."""
+    runner = run.runner()
+    if runner is None:
+        return False
+    os.kill(runner["pid"], signal.SIGTERM)
+    deadline = time.monotonic() + STOP_S
+    while is_alive(runner) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if is_alive(runner):
+        os.kill(runner["pid"], signal.SIGKILL)  # the supervisor and the ranks die with it
+    return True
+
+
+def _supervised(run: Run, stage: Stage, tick: Callable[[], None]) -> int:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_") or name == "SLURM_CONF"}
+    logs = run.stage(stage.name) / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    with open(logs / "supervise.log", "a", encoding="utf-8") as log:
+        # its own session: a Ctrl-C reaches only this process, which then asks the stage to save
+        process = subprocess.Popen([sys.executable, "-m", "launcher.supervise", str(run.folder), stage.name], env=environment,
+                                   stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                                   preexec_fn=die_with_parent)
+    try:
+        while process.poll() is None:
+            tick()
+            time.sleep(0.1)
+    except KeyboardInterrupt:
+        process.terminate()
+        process.wait()
+        run.record("cancelled", stage=stage.name)
+        raise
+    return process.returncode
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        return run_stages(Run.open(Path(arguments[0])), [STAGES[name] for name in arguments[1:]])
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,171 @@
+"""The run folder: merged config, append-only ledger, status of each stage. Every write is atomic or fsynced."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import socket
+import time
+from pathlib import Path
+
+from training.config import ConfigError
+
+
+class Busy(RuntimeError):
+    """Another process holds the lock."""
+
+
+def write_json(path: Path, value) -> None:
+    """Write aside, fsync, rename: a reader sees the old text or the new one."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with open(aside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def hash_of(value) -> str:
+    """sha256 of the value's canonical JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def lock(path: Path):
+    """Hold ``path`` exclusively; the kernel lets go when this process dies. Raises Busy where another process holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Busy(f"{path} is held by another process") from None
+        yield
+
+
+def process_start(pid: int) -> int | None:
+    """Start time of a process in clock ticks since boot (field 22 of /proc/PID/stat); None when it has ended or is a zombie."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def this_process() -> dict:
+    """What identifies this process later: a pid alone is reused."""
+    return {"pid": os.getpid(), "pid_start": process_start(os.getpid()), "host": socket.gethostname()}
+
+
+def is_alive(record: dict) -> bool:
+    """Whether the process of ``this_process()`` still runs; one on another host is taken to run."""
+    return record["host"] != socket.gethostname() or process_start(record["pid"]) == record["pid_start"] is not None
+
+
+class Run:
+    """One folder runs/<name>/."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    @classmethod
+    def open(cls, folder: Path) -> Run:
+        """An existing run; ConfigError names those that there are where it is none."""
+        run = cls(folder)
+        if not run.config_file.is_file():
+            present = sorted(path.parent.name for path in folder.parent.glob("*/config.json"))
+            there = f"; in {folder.parent} there are: {', '.join(present)}" if present else ""
+            raise ConfigError(f"{folder} is not a run (no config.json){there}")
+        return run
+
+    def check_here(self) -> None:
+        """ConfigError unless the paths in this run's files, relative to where it was submitted, mean the same from here."""
+        written = Path(self.config["run"]["folder"])
+        if written.resolve() != self.folder.resolve():
+            raise ConfigError(f"the files of this run name it {written}, which from {Path.cwd()} is another folder: "
+                              f"run the command from the directory in which {written} is {self.folder.resolve()}")
+
+    @property
+    def config_file(self) -> Path:
+        return self.folder / "config.json"
+
+    @property
+    def config(self) -> dict:
+        return json.loads(self.config_file.read_text(encoding="utf-8"))
+
+    @property
+    def id(self) -> str:
+        return self.config["run"]["id"]
+
+    def stage(self, name: str) -> Path:
+        return self.folder / name
+
+    def lock(self):
+        """Held by whoever starts stages: the local runner as long as it runs, a Slurm submission while it queues."""
+        return lock(self.folder / ".lock")
+
+    def record(self, event: str, **fields) -> None:
+        """Append one line to the ledger and wait until it is on disk."""
+        line = json.dumps({"time": time.time(), "event": event, **fields}) + "\n"
+        descriptor = os.open(self.folder / "ledger.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(descriptor, line.encode())
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def ledger(self) -> list[dict]:
+        """All events in order; a half-written last line (a full disk, a crash) is left out."""
+        path = self.folder / "ledger.jsonl"
+        if not path.exists():
+            return []
+        lines = path.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines[:-1] if line.endswith("}")]
+
+    def status(self, stage: str) -> dict:
+        """status.json of a stage; a stage that never ran is {"state": "pending", "attempt": 0}."""
+        path = self.stage(stage) / "status.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"state": "pending", "attempt": 0}
+
+    def write_status(self, stage: str, **fields) -> None:
+        """Replace some fields of a stage's status.json."""
+        known = {**self.status(stage), "stage": stage, "run": self.id, "updated": time.time()}
+        write_json(self.stage(stage) / "status.json", {**known, **fields})
+
+    def iteration(self, stage: str) -> int | None:
+        """Iteration of the stage's last complete checkpoint (its file ``latest``); None without one."""
+        path = self.stage(stage) / "latest"
+        text = path.read_text(encoding="utf-8").strip() if path.exists() else ""
+        return int(text) if text.isdigit() else None
+
+    def checkpoint_iterations(self, stage: str) -> list[int]:
+        folders = (self.stage(stage) / "checkpoints").glob("iter_*")
+        return sorted(int(folder.name[5:]) for folder in folders if folder.name[5:].isdigit())
+
+    def runner(self) -> dict | None:
+        """The local runner that works on this run now: {"pid", "pid_start", "host", "stages"}; None when there is none."""
+        events = [event for event in self.ledger() if event["event"] in ("runner", "runner ended")]
+        return events[-1] if events and events[-1]["event"] == "runner" and is_alive(events[-1]) else None
+
+    def uses_slurm(self) -> bool:
+        """Whether the queue may hold a job of this run: submitted to Slurm, or one of its stages started in a job by hand."""
+        return self.config["profile"]["scheduler"] == "slurm" or any(event.get("job") for event in self.ledger())
+
+    def set_aside(self, path: Path) -> Path:
+        """Rename to the first free name path.1, path.2, ...: nothing is deleted."""
+        number = 1
+        while (target := path.with_name(f"{path.name}.{number}")).exists():
+            number += 1
+        os.replace(path, target)
+        return target
+
+
+def iteration_folder(iteration: int) -> str:
+    return f"iter_{iteration:07d}"

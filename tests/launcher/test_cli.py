@@ -1,0 +1,78 @@
+"""The command line: help that teaches, errors with exit code 2, and what may be imported."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from launcher import cli, nccl
+from tests.launcher.stub_project import ROOT
+
+COMMANDS = ["submit", "plan", "render", "status", "logs", "resume", "cancel", "report"]
+ALLOWED = {"click", "rich", "submitit", "tomllib", "tomli", "launcher", "training.config", "conversion.config", "eval.config"}
+
+
+def test_the_commands_are_these():
+    assert sorted(cli.main.commands) == sorted(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_each_command_has_an_example(name):
+    shown = CliRunner().invoke(cli.main, [name, "--help"])
+    words = shown.output.partition("\n\n")[2]
+    assert shown.exit_code == 0
+    assert any(line.strip().startswith((f"{name} ", "xdg-open")) for line in words.splitlines()), shown.output
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["status", "absent"], "runs/absent is not a run"),
+    (["submit", "full-pipeline", "--profile", "nowhere"], "--profile nowhere"),
+    (["submit", "full-pipeline", "--profile", "local", "--name", "../x"], "letters, digits"),
+    (["submit", "full-pipeline", "--profile", "local", "--set", "sft.lrr=1"], "did you mean sft.lr"),
+    (["submit", "sft", "--profile", "local"], "convert, not DONE"),
+    (["submit", "everything"], "is not one of"),
+])
+def test_a_mistake_exits_2_with_its_fix(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shown = CliRunner().invoke(cli.main, arguments)
+    assert shown.exit_code == 2 and message in shown.output, shown.output
+    assert list(tmp_path.iterdir()) == [], "nothing is written"
+
+
+def test_import_of_the_command_line_is_light():
+    code = "import sys, launcher.cli; print(sorted({'torch', 'transformers', 'submitit', 'rich', 'megatron'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "launcher").glob("*.py")), ids=lambda path: path.stem)
+def test_launcher_imports_only_what_it_may(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        for name in names:
+            top = name.partition(".")[0]
+            assert top in sys.stdlib_module_names or name in ALLOWED or top in ALLOWED, f"{path.name} imports {name}"
+            assert top != "submitit" or path.name == "sbatch.py"
+
+
+def test_program_is_named_as_it_was_called():
+    shown = subprocess.run([sys.executable, "-m", "launcher", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert shown.stdout.startswith("Usage: python -m launcher [OPTIONS] COMMAND")
+
+
+@pytest.mark.parametrize("name", sorted(nccl.NETWORKS))
+def test_each_variable_has_a_reason(name):
+    for variable, value, reason in nccl.NETWORKS[name]:
+        assert variable.isupper() and value and len(reason.split()) >= 3
+
+
+def test_profile_s_environment_wins_and_the_cpu_hides_the_gpus(monkeypatch):
+    profile = {"name": "mine", "network": "h800-roce", "device": "cuda", "environment": {"NCCL_IB_TC": "106"}}
+    made = {name: (value, reason) for name, value, reason in nccl.environment(profile, 8)}
+    assert made["NCCL_IB_TC"] == ("106", "profile mine") and made["NCCL_IB_GID_INDEX"][0] == "3" and "CUDA_VISIBLE_DEVICES" not in made
+    made = {name: value for name, value, _ in nccl.environment({**profile, "device": "cpu"}, 8)}
+    assert made["CUDA_VISIBLE_DEVICES"] == ""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    auto = [{name: value for name, value, _ in nccl.environment({**profile, "device": "auto"}, ranks)} for ranks in (1, 2)]
+    assert "CUDA_VISIBLE_DEVICES" not in auto[0] and auto[1]["CUDA_VISIBLE_DEVICES"] == ""

@@ -1,0 +1,101 @@
+"""Merging: defaults < recipe < file < --set, and what a mistake says."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from launcher.config import RECIPES, SECTIONS, Profile, build_plain, differences, layered, merge, parse_set, read_recipe
+from launcher.pipeline import STAGES, full_tables, stage_config
+from training.config import ConfigError, SFTConfig
+
+RUN = Path("runs/x")
+
+
+def tables(*sets, recipe="bloom-tiny", files=()):
+    return full_tables(RUN, layered(recipe, list(files), list(sets)))
+
+
+def test_later_layers_win_key_by_key(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text("[sft]\nlr = 0.25\nmin_lr = 0.125\n")
+    made = tables("sft.lr=0.5", files=[file])["sft"]
+    recipe = read_recipe("bloom-tiny")["sft"]
+    defaults = {field.name: field.default for field in dataclasses.fields(SFTConfig)}
+    assert (made["lr"], made["min_lr"]) == (0.5, 0.125)
+    assert (made["iterations"], made["adam_beta1"]) == (recipe["iterations"], defaults["adam_beta1"])
+
+
+def test_one_key_of_a_stage_s_resources_leaves_its_others():
+    made = tables("resources.convert.minutes=7")["resources"]["convert"]
+    assert made == {"nodes": 1, "gpus_per_node": 0, "minutes": 7, "cpus_per_gpu": 1}
+
+
+@pytest.mark.parametrize("text, value", [("sft.lr=1e-5", 1e-5), ("sft.sequence_parallel=true", True),
+                                         ("model.checkpoint=models/bloom", "models/bloom"),
+                                         ('data.source="a = b"', "a = b"), ("data.source=1\nx = 2", "1\nx = 2"), ("data.source=", "")])
+def test_values_are_toml_and_bare_words_are_strings(text, value):
+    section, key = text.partition("=")[0].split(".")
+    assert parse_set(text) == {section: {key: value}}
+
+
+@pytest.mark.parametrize("text", ["lr=1", "sft.lr", "sft.=3", "=3"])
+def test_a_set_without_section_and_key_says_how(text):
+    with pytest.raises(ConfigError, match=r"expected section\.key=value"):
+        parse_set(text)
+
+
+@pytest.mark.parametrize("section", sorted(set(SECTIONS) - {"resources"}))
+def test_unknown_key_in_every_section_names_the_nearest(section):
+    key = next(field.name for field in dataclasses.fields(SECTIONS[section]) if field.name != "paths")
+    with pytest.raises(ConfigError, match=rf"{section}\.{key}x: no such key; did you mean {section}\.{key}"):
+        tables(f"{section}.{key}x=1")
+
+
+@pytest.mark.parametrize("setting, message", [
+    ("stf.lr=1", "no section 'stf'; did you mean 'sft'"),
+    ("resources.sft.node=2", r"resources\.sft\.node: no such key; did you mean resources\.sft\.nodes"),
+    ("resources.rhlf.nodes=2", r"did you mean resources\.rlhf"),
+    ("sft.lr=fast", "sft.lr = 'fast': expected float, got str"),
+    ("sft.iterations=0", "sft.iterations = 0: expected at least 1"),
+    ("resources.sft.nodes=0", "nodes, minutes and cpus_per_gpu are at least 1"),
+    ("resources.export.nodes=2", "export: this stage is one process"),
+    ("sft.paths.output=x", "sft.paths is filled by the launcher"),
+])
+def test_a_mistake_is_named_with_its_fix(setting, message):
+    with pytest.raises(ConfigError, match=message):
+        tables(setting)
+
+
+def test_file_and_recipe_mistakes_name_the_file(tmp_path):
+    bad = tmp_path / "bad.toml"
+    bad.write_text("[sft\n")
+    for call, message in ((lambda: tables(files=[bad]), "bad.toml: not TOML"),
+                          (lambda: tables(files=[tmp_path / "no.toml"]), "no such file"),
+                          (lambda: tables(recipe="bloom-tinny"), "did you mean 'bloom-tiny'")):
+        with pytest.raises(ConfigError, match=message):
+            call()
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES.glob("*.toml")))
+def test_every_recipe_builds_and_its_ranks_divide(recipe):
+    made = tables(recipe=recipe)
+    assert set(made) == set(SECTIONS)
+    for name, stage in STAGES.items():
+        if stage.trainer:
+            ranks = getattr(build_plain("resources", made["resources"]), name).ranks
+            assert stage_config(RUN, made, name).data_parallel(ranks) >= 1
+
+
+def test_merge_and_differences_on_nested_tables():
+    old, new = {"a": {"b": 1, "c": {"d": 2}}}, {"a": {"c": {"d": 3}, "e": 4}}
+    assert merge(old, new) == {"a": {"b": 1, "c": {"d": 3}, "e": 4}}
+    assert old == {"a": {"b": 1, "c": {"d": 2}}}, "layers are not changed"
+    assert differences(old, merge(old, new)) == ["a.c.d: 2 -> 3", "a.e: '(absent)' -> 4"]
+
+
+def test_profile_values_are_checked():
+    with pytest.raises(ValueError, match="expected one of local, slurm"):
+        Profile(name="x", scheduler="pbs")
+    with pytest.raises(ValueError, match="hold strings, got 1"):
+        Profile(name="x", scheduler="slurm", environment={"NCCL_IB_TC": 1})
