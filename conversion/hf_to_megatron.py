@@ -14,11 +14,10 @@ from megatron.core import dist_checkpointing
 from conversion.config import ConvertConfig
 from conversion.weights import HuggingFaceWeights, entries, sharded
 from training import checkpoint
-from training.config import ConfigError, load
+from training.config import ConfigError
 from training.main import run_stage
 from training.metrics import Metrics
 from training.model.bloom import BloomShape
-from training.parallel import ranks
 
 
 def convert(config: ConvertConfig) -> None:
@@ -42,11 +41,5 @@ def convert(config: ConvertConfig) -> None:
     metrics.close()
 
 
-def main(path: str) -> None:
-    config = load(ConvertConfig, path)
-    with ranks(1, 1, seed=0):
-        convert(config)
-
-
 if __name__ == "__main__":
-    sys.exit(run_stage(main))
+    sys.exit(run_stage(ConvertConfig, convert))

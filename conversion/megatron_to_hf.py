@@ -18,11 +18,10 @@ from safetensors.torch import save_file
 from conversion.config import ExportConfig
 from conversion.weights import EMBEDDING, PREFIX, Entry, HuggingFaceWeights, entries, sharded
 from training import checkpoint
-from training.config import ConfigError, load
+from training.config import ConfigError
 from training.main import run_stage
 from training.metrics import Metrics
 from training.model.bloom import BloomShape
-from training.parallel import ranks
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 COPIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -109,11 +108,5 @@ def read(source: Path, shard: list[Stored], shape: BloomShape) -> dict[str, torc
     return dist_checkpointing.load({"model": wanted}, str(source), validate_access_integrity=False)["model"]
 
 
-def main(path: str) -> None:
-    config = load(ExportConfig, path)
-    with ranks(1, 1, seed=0):
-        export(config)
-
-
 if __name__ == "__main__":
-    sys.exit(run_stage(main))
+    sys.exit(run_stage(ExportConfig, export))

@@ -5,25 +5,37 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from typing import TypeVar
 
-from training.config import ConfigError
+from training.config import ConfigError, TrainerConfig, load
 from training.data.formats import DataError
-from training.parallel import EX_DATA, EX_TEMPFAIL, EX_USAGE
+from training.parallel import EX_DATA, EX_TEMPFAIL, EX_USAGE, ranks
+
+Config = TypeVar("Config")
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"}
+"""Surroundings of a stage that was started by hand, without a launcher: one rank."""
 
 
 class Interrupted(RuntimeError):  # noqa: N818 - not an error: the checkpoint is complete
     """A signal asked the stage to stop; everything is saved."""
 
 
-def run_stage(stage: Callable[[str], None]) -> int:
-    """Run ``stage(config path)``: 0 done, 64 bad configuration, 65 bad data, 75 saved and wants to go on; other errors propagate."""
+def run_stage(kind: type[Config], stage: Callable[[Config], None]) -> int:
+    """Run ``stage(config)`` inside its ranks, with the configuration of class ``kind`` that the one argument names.
+
+    Trainers run at their own layout, other stages on one rank. Returns the exit code: 0 done, 64 bad configuration, 65 bad data,
+    75 saved and wants to go on; other errors propagate.
+    """
     if len(sys.argv) != 2:
         print(f"usage: python -m MODULE config.json; got {len(sys.argv) - 1} arguments", file=sys.stderr)
         return EX_USAGE
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29400")):
+    for name, value in ALONE.items():
         os.environ.setdefault(name, value)
     try:
-        stage(sys.argv[1])
+        config = load(kind, sys.argv[1])
+        layout = (config.tensor_parallel, config.pipeline_parallel, config.seed) if isinstance(config, TrainerConfig) else (1, 1, 0)
+        with ranks(*layout):
+            stage(config)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return EX_USAGE

@@ -15,7 +15,7 @@ import torch
 from megatron.core import parallel_state
 
 from training import checkpoint, losses, parallel
-from training.config import PPOConfig, load
+from training.config import PPOConfig
 from training.data.batches import Sampler, prompt_tokens, shard
 from training.data.formats import load_rows
 from training.data.tokenizer import Tokenizer
@@ -28,7 +28,8 @@ from training.model.bloom import Bloom, BloomShape
 from training.model.heads import next_token_logprobs, vocab_parallel_entropy
 from training.step import Batch, Learner, Objective, build_model, split
 
-HEADLINE = ("reward", "kl", "heldout_reward", "heldout_kl", "entropy", "eos_rate", "response_length", "clip_fraction", "explained_variance", "grad_norm")
+HEADLINE = ("reward", "kl", "heldout_reward", "heldout_kl", "entropy", "eos_rate", "response_length", "clip_fraction",
+            "explained_variance", "grad_norm")
 """Numbers that the log shows; metrics.jsonl has them all."""
 
 
@@ -183,11 +184,5 @@ def run(config: PPOConfig) -> None:
         metrics.close()
 
 
-def main(path: str) -> None:
-    config = load(PPOConfig, path)
-    with parallel.ranks(config.tensor_parallel, config.pipeline_parallel, config.seed):
-        run(config)
-
-
 if __name__ == "__main__":
-    sys.exit(run_stage(main))
+    sys.exit(run_stage(PPOConfig, run))

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from training import checkpoint, parallel
-from training.config import RewardConfig, load
+from training.config import RewardConfig
 from training.data.batches import Example, Sampler, collate, comparison_example, padded_length, shard
 from training.data.formats import load_rows
 from training.data.tokenizer import Tokenizer
@@ -99,11 +99,5 @@ def run(config: RewardConfig) -> None:
     train(config, learner, Sampler(len(rows), config.global_batch_size, config.seed), task)
 
 
-def main(path: str) -> None:
-    config = load(RewardConfig, path)
-    with parallel.ranks(config.tensor_parallel, config.pipeline_parallel, config.seed):
-        run(config)
-
-
 if __name__ == "__main__":
-    sys.exit(run_stage(main))
+    sys.exit(run_stage(RewardConfig, run))

@@ -12,7 +12,7 @@ import sys
 import torch
 
 from training import checkpoint, parallel
-from training.config import SFTConfig, load
+from training.config import SFTConfig
 from training.data.batches import Example, Sampler, collate, padded_length, sft_example, shard
 from training.data.formats import load_rows
 from training.data.tokenizer import Tokenizer
@@ -72,11 +72,5 @@ def run(config: SFTConfig) -> None:
     train(config, learner, Sampler(len(rows), config.global_batch_size, config.seed), task)
 
 
-def main(path: str) -> None:
-    config = load(SFTConfig, path)
-    with parallel.ranks(config.tensor_parallel, config.pipeline_parallel, config.seed):
-        run(config)
-
-
 if __name__ == "__main__":
-    sys.exit(run_stage(main))
+    sys.exit(run_stage(SFTConfig, run))

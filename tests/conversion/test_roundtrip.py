@@ -35,7 +35,8 @@ def test_weights_come_back_byte_for_byte(tmp_path, heads, dtype, tied):
     model.to(dtype).save_pretrained(tmp_path / "hf")
     original = load_file(tmp_path / "hf" / "model.safetensors")
     if tied:
-        save_file({**original, "lm_head.weight": original["transformer.word_embeddings.weight"].clone()}, tmp_path / "hf" / "model.safetensors")
+        head = {"lm_head.weight": original["transformer.word_embeddings.weight"].clone()}
+        save_file({**original, **head}, tmp_path / "hf" / "model.safetensors")
     convert_to(tmp_path)
     target = export_from(tmp_path)
     back = load_file(target / "model.safetensors")
@@ -68,7 +69,7 @@ def test_published_names_without_prefix_and_the_tokenizer_go_through(tmp_path):
     stripped = {name.removeprefix("transformer."): tensor for name, tensor in model.transformer.state_dict().items()}
     save_file(stripped, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-        (tmp_path / "hf" / name).write_text('{"name": "%s"}' % name)
+        (tmp_path / "hf" / name).write_text(f'{{"name": "{name}"}}')
     convert_to(tmp_path)
     target = export_from(tmp_path, dtype="bf16")
     assert (target / "tokenizer.json").read_text() == '{"name": "tokenizer.json"}'

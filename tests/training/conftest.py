@@ -40,9 +40,10 @@ class Run:
         return RewardConfig(paths=paths, seq_length=80, **trainer(layout, iterations, **values))
 
     def ppo(self, output: Path, layout=(1, 1), iterations=2, **values) -> PPOConfig:
-        paths = PPOPaths(str(output), self.model, str(self.folder / "sft"), self.data("rlhf"), self.data("heldout"), str(self.folder / "reward"))
-        values = dict(prompt_length=48, response_length=8, rollout_batch_size=16, generation_batch_size=8, value_lr=1e-3, clip_grad=1.0) | values
-        return PPOConfig(paths=paths, **trainer(layout, iterations, **values))
+        paths = PPOPaths(str(output), self.model, str(self.folder / "sft"), self.data("rlhf"), self.data("heldout"),
+                         str(self.folder / "reward"))
+        small = dict(prompt_length=48, response_length=8, rollout_batch_size=16, generation_batch_size=8, value_lr=1e-3, clip_grad=1.0)
+        return PPOConfig(paths=paths, **trainer(layout, iterations, **(small | values)))
 
 
 @pytest.fixture(scope="session")

@@ -57,7 +57,8 @@ def test_only_the_newest_are_kept(small_run, tmp_path):
     assert checkpoint.iterations(tmp_path) == [4, 5]
 
 
-@pytest.mark.parametrize(("stage", "layout"), [("sft", (1, 2, 1)), ("sft", (2, 1, 2)), ("reward", (2, 2, 1)), ("ppo", (1, 2, 1)), ("ppo", (2, 1, 2))])
+@pytest.mark.parametrize(("stage", "layout"), [("sft", (1, 2, 1)), ("sft", (2, 1, 2)), ("reward", (2, 2, 1)), ("ppo", (1, 2, 1)),
+                                               ("ppo", (2, 1, 2))])
 def test_resumed_equals_uninterrupted_bit_for_bit(small_run, tmp_path, stage, layout):
     """4 iterations straight = 2, a new process, 2 more: weights, optimizer, metrics."""
     make, trainer, learners = {"sft": (small_run.sft, sft, ["model"]), "reward": (small_run.reward, reward, ["model"]),

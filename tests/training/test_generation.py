@@ -36,8 +36,8 @@ def ours(folder, layout, prompts, choose, eos_id, steps=STEPS):
 def theirs(model, prompt, eos_id):
     """Hugging Face's greedy continuation of one prompt alone: no padding at all."""
     with torch.no_grad():
-        tokens = model.generate(input_ids=torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), do_sample=False,
-                                max_new_tokens=STEPS, eos_token_id=eos_id, pad_token_id=PAD)
+        tokens = model.generate(input_ids=torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                                do_sample=False, max_new_tokens=STEPS, eos_token_id=eos_id, pad_token_id=PAD)
     response = tokens[0, len(prompt) :].tolist()
     return response + [PAD] * (STEPS - len(response))
 

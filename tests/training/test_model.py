@@ -35,8 +35,8 @@ def bloom(request, tmp_path_factory):
 
 
 def config(tensor, pipeline, **values) -> SFTConfig:
-    defaults = dict(precision="fp32", tensor_parallel=tensor, pipeline_parallel=pipeline, micro_batch_size=2, global_batch_size=8, iterations=8,
-                    warmup_iterations=0, lr=3e-3, weight_decay=0.1, clip_grad=0.5, schedule="constant", adam_beta2=0.95)
+    defaults = dict(precision="fp32", tensor_parallel=tensor, pipeline_parallel=pipeline, micro_batch_size=2, global_batch_size=8,
+                    iterations=8, warmup_iterations=0, lr=3e-3, weight_decay=0.1, clip_grad=0.5, schedule="constant", adam_beta2=0.95)
     return SFTConfig(paths=Paths("", "", "", "", ""), **{**defaults, **values})
 
 
@@ -118,7 +118,8 @@ def gradients(folder, settings, rows):
     return metrics["loss"], found
 
 
-@pytest.mark.parametrize(("tensor", "pipeline", "data", "sequence"), [(*layout, False) for layout in LAYOUTS] + [(2, 1, 1, True), (2, 2, 1, True)])
+@pytest.mark.parametrize(("tensor", "pipeline", "data", "sequence"),
+                         [(*layout, False) for layout in LAYOUTS] + [(2, 1, 1, True), (2, 2, 1, True)])
 def test_loss_and_gradients_equal_hugging_face(bloom, tensor, pipeline, data, sequence):
     """One denominator over ragged micro-batches, all reductions done (data-parallel, tied embedding, sequence-parallel norms).
 
@@ -254,7 +255,8 @@ def test_scalar_head_reads_hidden_states_as_hugging_face_gives_them(bloom):
 def test_shape_errors_name_the_file_and_the_fix(tmp_path):
     with pytest.raises(ConfigError, match="config.json is missing"):
         BloomShape.read(tmp_path)
-    good = {"model_type": "bloom", "n_layer": 30, "n_embed": 4096, "num_attention_heads": 32, "vocab_size": 250880, "layer_norm_epsilon": 1e-5}
+    good = {"model_type": "bloom", "n_layer": 30, "n_embed": 4096, "num_attention_heads": 32, "vocab_size": 250880,
+            "layer_norm_epsilon": 1e-5}
     (tmp_path / "config.json").write_text(json.dumps(good))
     shape = BloomShape.read(tmp_path)  # the field names of the published bloom-7b1
     assert (shape.layers, shape.hidden, shape.heads, shape.vocab) == (30, 4096, 32, 250880)
