@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import warnings
 
 import torch
 import torch.distributed as dist
@@ -31,7 +30,6 @@ def ranks(tensor_parallel_size: int, pipeline_parallel_size: int, seed: int, ini
 
     On CUDA collectives of GPU tensors run on NCCL, of CPU tensors on gloo; without CUDA all is gloo under ``mcore_on_cpu``.
     """
-    warnings.filterwarnings("ignore", module="megatron|torch.distributed")
     with contextlib.ExitStack() as stack:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())

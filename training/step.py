@@ -15,7 +15,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from training import parallel
 from training.config import TrainerConfig
 from training.model.bloom import Bloom, BloomShape, transformer_config
-from training.optimizer import make_optimizer, make_schedule
+from training.optimizer import HAVE_APEX_OR_TE, make_optimizer, make_schedule
 
 Batch = dict[str, torch.Tensor]
 """Tensors of one micro-batch, rows first; "tokens" (B, T) is always there."""
@@ -47,6 +47,10 @@ class Learner:
         self.wrapped = DistributedDataParallel(model.config, data_parallel, model)
         self.optimizer = make_optimizer(self.wrapped, trainer, lr)
         self.schedule = make_schedule(self.optimizer, trainer, lr, steps, warmup_steps)
+        if parallel.is_main():
+            adam = "Apex or Transformer Engine" if HAVE_APEX_OR_TE else "torch"
+            layout = f"TP {trainer.tensor_parallel} x PP {trainer.pipeline_parallel} x DP {parallel.data_ranks()}"
+            print(f"{layout} on {parallel.device().type}, {trainer.precision}, AdamW of {adam}", flush=True)
         # Without these no gradient is reduced over ranks, and nothing complains.
         model.config.finalize_model_grads_func = finalize_model_grads
         model.config.grad_scale_func = self.optimizer.scale_loss
