@@ -42,10 +42,10 @@ class ExportConfig:
     max_shard_gb: float = 2.0
     """Largest safetensors file, GB (1e9 bytes)."""
     dtype: str = ""
-    """"bf16", "fp32", or "" for the data type of the starting checkpoint."""
+    """"bf16", "fp16", "fp32", or "" for the data type of the starting checkpoint."""
 
     def __post_init__(self):
-        if self.dtype not in ("", "bf16", "fp32"):
-            raise ValueError(f'dtype = {self.dtype!r}: expected "bf16", "fp32" or "" (as the starting checkpoint)')
+        if self.dtype not in ("", "bf16", "fp16", "fp32"):
+            raise ValueError(f'dtype = {self.dtype!r}: expected "bf16", "fp16", "fp32" or "" (as the starting checkpoint)')
         if self.max_shard_gb <= 0:
             raise ValueError(f"max_shard_gb = {self.max_shard_gb}: expected above 0")

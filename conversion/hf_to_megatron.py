@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import shutil
 import sys
+from pathlib import Path
 
 from megatron.core import dist_checkpointing
 
 from conversion.config import ConvertConfig
 from conversion.weights import HuggingFaceWeights, entries, sharded
 from training import checkpoint
-from training.config import ConfigError
+from training.config import BloomShape, ConfigError
+from training.data.tokenizer import Tokenizer
 from training.main import run_stage
 from training.metrics import Metrics
-from training.model.bloom import BloomShape
 
 
 def convert(config: ConvertConfig) -> None:
@@ -28,6 +29,10 @@ def convert(config: ConvertConfig) -> None:
     rows = weights["word_embeddings.weight"].size(0)
     if rows != shape.vocab:
         raise ConfigError(f"{config.paths.model}: word_embeddings has {rows} rows, config.json says vocab_size = {shape.vocab}")
+    tokens = Tokenizer(config.paths.model).size if (Path(config.paths.model) / "tokenizer.json").is_file() else 0
+    if tokens > rows:
+        raise ConfigError(f"{config.paths.model}: the tokenizer has {tokens} tokens, the embedding only {rows} rows; "
+                          "resize the embedding (model.resize_token_embeddings) or use the tokenizer that the model was trained with")
     tensors = {entry.name: sharded(entry, weights[entry.name], shape.layers) for entry in entries(shape.layers)}
     target = checkpoint.folder(config.paths.output, 0)
     aside = target.with_name(f".{target.name}.saving")

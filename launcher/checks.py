@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from launcher import cluster
 from launcher.config import Profile, build_plain
 from launcher.pipeline import STAGES, Stage, model_folder, stage_config
-from training.config import ConfigError
+from training.config import BloomShape, ConfigError
 
 
 def check(run: Path, tables: dict, stages: list[Stage], profile: Profile) -> None:
@@ -50,14 +49,8 @@ def _model_shape(run: Path, tables: dict) -> dict[str, int]:
     if not any(folder.glob("*.safetensors")):
         raise ConfigError(f"model.checkpoint = {model.checkpoint!r}: no *.safetensors in it; weights in another format have to be saved "
                           "as safetensors first (save_pretrained of transformers does)")
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if config["model_type"] != "bloom":
-            raise ConfigError(f"{folder / 'config.json'}: model_type = {config['model_type']!r}: expected \"bloom\"")
-        hidden = config["hidden_size"] if "hidden_size" in config else config["n_embed"]
-        return {"heads": config["n_head"], "layers": config["n_layer"], "feed-forward width": 4 * hidden}
-    except (KeyError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{folder / 'config.json'} is not a BLOOM configuration: {error!r}") from None
+    shape = BloomShape.read(folder)
+    return {"heads": shape.heads, "layers": shape.layers, "feed-forward width": 4 * shape.hidden}
 
 
 def _layout(stage: str, shape: dict[str, int], tensor_parallel: int, pipeline_parallel: int) -> None:

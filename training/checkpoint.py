@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-from training.config import ConfigError
+from training.config import ConfigError, TrainerConfig
 from training.model.bloom import Bloom
 from training.step import Learner
 
@@ -54,8 +54,12 @@ def resolve(stage: str | Path, iteration: int = 0) -> Path:
     return folder(stage, wanted)
 
 
-def save(stage: str | Path, iteration: int, learners: dict[str, Learner], state: dict, keep: int) -> None:
-    """Write one checkpoint of all ``learners`` and ``state`` (JSON), then delete all but the ``keep`` newest. Collective."""
+def save(stage: str | Path, iteration: int, learners: dict[str, Learner], state: dict, trainer: TrainerConfig) -> None:
+    """Write one checkpoint of all ``learners`` and ``state`` (JSON), then delete old ones. Collective.
+
+    Kept are this one and the ``keep_checkpoints`` newest of those at a multiple of ``save_every``: one that a signal asked for
+    pushes out none that a later stage may ask for by number.
+    """
     target = folder(stage, iteration)
     aside = target.with_name(f".{target.name}.saving")
     if dist.get_rank() == 0:
@@ -71,9 +75,10 @@ def save(stage: str | Path, iteration: int, learners: dict[str, Learner], state:
         steps = {name: learner.schedule.num_steps for name, learner in learners.items()}
         _write(aside / "state.json", json.dumps({"iteration": iteration, "optimizer_steps": steps, **state}, indent=1))
         publish(stage, aside, iteration)
-        for old in iterations(stage)[:-keep]:
-            if old != iteration:
-                shutil.rmtree(folder(stage, old))
+        present = iterations(stage)
+        kept = {iteration, *[number for number in present if number % trainer.save_every == 0][-trainer.keep_checkpoints :]}
+        for old in set(present) - kept:
+            _remove(folder(stage, old))
     dist.barrier()
 
 
@@ -83,7 +88,7 @@ def publish(stage: str | Path, aside: Path, iteration: int) -> None:
     for path in sorted(aside.rglob("*")) + [aside]:
         _sync(path)
     if target.exists():
-        shutil.rmtree(target)
+        _remove(target)
     os.replace(aside, target)
     _sync(target.parent)
     mark = Path(stage) / "latest"
@@ -124,6 +129,14 @@ def load_weights(path: Path, model: Bloom, fresh_head: int | None = None) -> Non
 
 def _optimizer_state(learner: Learner, weights: dict, is_loading: bool) -> dict:
     return learner.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=_OPTIMIZER_FORMAT)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Delete a checkpoint; a kill half way leaves nothing that counts as one."""
+    doomed = checkpoint.with_name(f".{checkpoint.name}.deleting")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(checkpoint, doomed)
+    shutil.rmtree(doomed)
 
 
 def _write(path: Path, text: str) -> None:

@@ -145,10 +145,8 @@ class TrainerConfig:
     def __post_init__(self):
         _one_of(self, "precision", ("bf16", "fp32"))
         _one_of(self, "schedule", ("cosine", "linear", "constant"))
-        for name in ("iterations", "micro_batch_size", "global_batch_size", "tensor_parallel", "pipeline_parallel",
-                     "save_every", "keep_checkpoints", "eval_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: expected at least 1")
+        _at_least(self, 1, "iterations", "micro_batch_size", "global_batch_size", "tensor_parallel", "pipeline_parallel",
+                  "save_every", "keep_checkpoints", "eval_every", "log_every")
         if self.global_batch_size % self.micro_batch_size:
             raise ValueError(f"global_batch_size = {self.global_batch_size} is not a multiple of "
                              f"micro_batch_size = {self.micro_batch_size}")
@@ -158,14 +156,14 @@ class TrainerConfig:
             raise ValueError("sequence_parallel = true needs tensor_parallel > 1; set sequence_parallel = false")
 
     def data_parallel(self, world_size: int) -> int:
-        """Data-parallel size for ``world_size`` ranks; raises ValueError where the numbers do not divide."""
+        """Data-parallel size for ``world_size`` ranks; raises ConfigError where the numbers do not divide."""
         model_ranks = self.tensor_parallel * self.pipeline_parallel
         if world_size % model_ranks:
-            raise ValueError(f"{world_size} ranks can't be divided into tensor_parallel {self.tensor_parallel} x "
+            raise ConfigError(f"{world_size} ranks can't be divided into tensor_parallel {self.tensor_parallel} x "
                              f"pipeline_parallel {self.pipeline_parallel} = {model_ranks}; use a multiple of {model_ranks} ranks")
         data_ranks = world_size // model_ranks
         if self.global_batch_size % (self.micro_batch_size * data_ranks):
-            raise ValueError(f"global_batch_size = {self.global_batch_size} is not a multiple of micro_batch_size {self.micro_batch_size} "
+            raise ConfigError(f"global_batch_size = {self.global_batch_size} is not a multiple of micro_batch_size {self.micro_batch_size} "
                              f"x {data_ranks} data-parallel ranks")
         return data_ranks
 
@@ -184,6 +182,10 @@ class SFTConfig(TrainerConfig):
     warmup_iterations: int = 40
     adam_beta2: float = 0.999
 
+    def __post_init__(self):
+        super().__post_init__()
+        _at_least(self, 2, "seq_length")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig(TrainerConfig):
@@ -200,6 +202,10 @@ class RewardConfig(TrainerConfig):
     weight_decay: float = 0.1
     load_iteration: int = 0
     """Iteration of this reward model that rlhf starts from; 0 = the last (REWARD_LOAD_ITERATION of the tutorial)."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        _at_least(self, 2, "seq_length")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,6 +254,10 @@ class PPOConfig(TrainerConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        _at_least(self, 1, "prompt_length", "response_length", "rollout_batch_size", "generation_batch_size", "epochs")
+        for name in ("gamma", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: expected between 0 and 1")
         if self.warmup_iterations + self.value_warmup >= self.iterations:
             raise ValueError(f"warmup_iterations = {self.warmup_iterations} + value_warmup = {self.value_warmup}: expected fewer together "
                              f"than iterations = {self.iterations}")
@@ -261,6 +271,66 @@ class PPOConfig(TrainerConfig):
     def updates(self) -> int:
         """Optimizer steps of one iteration."""
         return self.epochs * self.rollout_batch_size // self.global_batch_size
+
+
+VOCAB_MULTIPLE = 128
+"""The embedding's rows are padded to a multiple of this times the tensor-parallel size (tensor cores, equal shards)."""
+
+
+@dataclass(frozen=True)
+class BloomShape:
+    """What Hugging Face's config.json says of the model; the only place the shape comes from."""
+
+    layers: int
+    hidden: int
+    heads: int
+    vocab: int
+    """Rows of the embedding in the Hugging Face checkpoint."""
+    eps: float
+    """Epsilon of the layer norms."""
+
+    @classmethod
+    def read(cls, folder: str | Path) -> BloomShape:
+        """Raises ConfigError where the folder is no BLOOM or one that we do not compute exactly."""
+        path = Path(folder) / "config.json"
+        if not path.is_file():
+            raise ConfigError(f"model.checkpoint: {path} is missing; expected a Hugging Face folder with config.json")
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path} is not JSON: {error}") from None
+
+        def first(*names):
+            for name in names:
+                if name in raw:
+                    return raw[name]
+            raise ConfigError(f"{path}: none of {', '.join(names)} is there; is it a BLOOM?")
+
+        if first("model_type") != "bloom":
+            raise ConfigError(f"{path}: model_type = {raw['model_type']!r}; expected 'bloom'")
+        for flag, wanted in (("apply_residual_connection_post_layernorm", False), ("tie_word_embeddings", True)):
+            if flag in raw and raw[flag] is not wanted:
+                raise ConfigError(f"{path}: {flag} = {raw[flag]}; only {wanted} is supported")
+        return cls(layers=first("n_layer", "num_hidden_layers"), hidden=first("hidden_size", "n_embed"),
+                   heads=first("n_head", "num_attention_heads"), vocab=first("vocab_size"), eps=first("layer_norm_epsilon"))
+
+    def check_layout(self, tensor_parallel_size: int, pipeline_parallel_size: int) -> None:
+        """Raises ConfigError where the layout does not divide the model."""
+        for what, number, by, key in (("attention heads", self.heads, tensor_parallel_size, "tensor_parallel"),
+                                      ("layers", self.layers, pipeline_parallel_size, "pipeline_parallel")):
+            if number % by:
+                fits = ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+                raise ConfigError(f"{key} = {by} does not divide the model's {number} {what}; choose one of {fits}")
+
+    def padded_vocab(self, tensor_parallel_size: int) -> int:
+        multiple = VOCAB_MULTIPLE * tensor_parallel_size
+        return -(-self.vocab // multiple) * multiple
+
+
+def _at_least(config, smallest: int, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < smallest:
+            raise ValueError(f"{name} = {getattr(config, name)}: expected at least {smallest}")
 
 
 def _one_of(config, name: str, allowed: tuple[str, ...]) -> None:

@@ -98,6 +98,16 @@ def score(config: PPOConfig, models: Models, batch: Batch) -> Scored:
                   state_values(evaluate(models.value, batch, size, head).cpu()), read_last(rewards, batch))
 
 
+def calibrate(rollout: Rollout, scored: Scored) -> float | None:
+    """Bias with which the responses that ended score 0 on average: taken once, while the policy still is the SFT model.
+
+    None where no response on any rank has ended: the next iteration tries again. A collective.
+    """
+    ended = rollout.ended.double()
+    total, count = parallel.sum_over_data(_here((scored.scores * ended).sum(), ended.sum())).tolist()
+    return -total / count if count else None
+
+
 def experience(config: PPOConfig, rollout: Rollout, scored: Scored, kl_coef: float, reward_bias: float) -> Experience:
     """Per-token rewards, advantages whitened over all response tokens of the iteration on all ranks, returns, and the report."""
     mask = rollout.batch["response_mask"]

@@ -39,7 +39,7 @@ def resume(stage: str, learners: dict[str, Learner]) -> tuple[int, dict]:
     return iteration, state
 
 
-def train(config: TrainerConfig, learner: Learner, sampler: Sampler, task: Task) -> None:
+def train(config: TrainerConfig, learner: Learner, sampler: Sampler, task: Task, stop: StopRequest) -> None:
     """Run ``task`` from the last checkpoint, if any, to ``config.iterations``. Raises Interrupted after a signal, all saved."""
     stage = config.paths.output
     start, state = resume(stage, {"model": learner})
@@ -48,7 +48,6 @@ def train(config: TrainerConfig, learner: Learner, sampler: Sampler, task: Task)
     if start >= config.iterations:
         print(f"nothing left to do: iteration {start} of {config.iterations} is saved", flush=True)
         return
-    stop = StopRequest()
     metrics = Metrics(stage, config.iterations, start) if is_main() else None
     for iteration in range(start + 1, config.iterations + 1):
         began = time.monotonic()
@@ -63,7 +62,7 @@ def train(config: TrainerConfig, learner: Learner, sampler: Sampler, task: Task)
         if metrics:
             metrics.log(iteration, task.headline if due["log"] or due["eval"] else (), **values)
         if due["save"] or stopping:
-            checkpoint.save(stage, iteration, {"model": learner}, {"sampler": sampler.state_dict()}, config.keep_checkpoints)
+            checkpoint.save(stage, iteration, {"model": learner}, {"sampler": sampler.state_dict()}, config)
         if stopping and not last:
             raise Interrupted(f"stopped by a signal; iteration {iteration} is saved")
     if metrics:

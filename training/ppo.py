@@ -15,16 +15,16 @@ import torch
 from megatron.core import parallel_state
 
 from training import checkpoint, losses, parallel
-from training.config import PPOConfig
+from training.config import BloomShape, PPOConfig
 from training.data.batches import Sampler, prompt_tokens, shard
 from training.data.formats import load_rows
 from training.data.tokenizer import Tokenizer
-from training.experience import Experience, Models, experience, report, roll_out, score, state_values, timed
+from training.experience import Experience, Models, calibrate, experience, report, roll_out, score, state_values, timed
 from training.generation.rollout import draws
 from training.loop import resume
 from training.main import Interrupted, run_stage
 from training.metrics import Metrics
-from training.model.bloom import Bloom, BloomShape
+from training.model.bloom import Bloom
 from training.model.heads import next_token_logprobs, vocab_parallel_entropy
 from training.step import Batch, Learner, Objective, build_model, split
 
@@ -122,14 +122,12 @@ class PPO:
         config = self.config
         made, generate_seconds = timed(self.sample, iteration)
         scored, score_seconds = timed(score, config, self.models, made.batch)
-        if self.reward_bias is None:  # the policy still is the SFT model: its responses shall score 0 on average
-            ended = made.ended.double()
-            total = parallel.sum_over_data(torch.stack(((scored.scores * ended).sum(), ended.sum())).to(parallel.device()))
-            self.reward_bias = float(-total[0] / total[1].clamp(min=1))
-        samples: Experience = experience(config, made, scored, self.kl_coef, self.reward_bias)
+        if self.reward_bias is None:
+            self.reward_bias = calibrate(made, scored)
+        samples: Experience = experience(config, made, scored, self.kl_coef, self.reward_bias or 0.0)
         updated, update_seconds = timed(update, config, self.policy, self.value, samples.batch, iteration > config.value_warmup)
         metrics = {**samples.metrics, **updated, "kl_coef": self.kl_coef}
-        if config.kl_target:
+        if config.kl_target and iteration > config.value_warmup:  # before, the policy has not moved and its KL says nothing
             self.kl_coef = losses.adaptive_kl_coef(self.kl_coef, metrics["kl"], config.kl_target, config.rollout_batch_size,
                                                    config.kl_horizon)
         seconds = generate_seconds + score_seconds + update_seconds
@@ -145,8 +143,8 @@ class PPO:
             prompts, rows = [prompt_tokens(self.unseen[0], self.tokenizer, config.prompt_length)], range(1)
         uniforms = draws(config.seed, 0, len(self.unseen), config.response_length)[list(rows)]
         made = roll_out(config, self.models.policy, prompts, uniforms, self.tokenizer)
-        metrics = report(made, score(config, self.models, made.batch), config, self.reward_bias)
-        return {f"heldout_{name}": metrics[name] for name in ("reward", "kl")}
+        metrics = report(made, score(config, self.models, made.batch), config, self.reward_bias or 0.0)
+        return {f"heldout_{name}": metrics[name] for name in ("reward", "kl", "kl_k3", "eos_rate")}
 
     def sample(self, iteration: int):
         """This rank's part of the iteration's rollout."""
@@ -159,6 +157,7 @@ class PPO:
 
 def run(config: PPOConfig) -> None:
     """The stage, inside ``ranks``. Raises Interrupted after a signal, all saved."""
+    stop = parallel.StopRequest()
     ppo, stage = PPO(config), config.paths.output
     start, state = resume(stage, ppo.learners)
     if state:
@@ -166,9 +165,8 @@ def run(config: PPOConfig) -> None:
     if start >= config.iterations:
         print(f"nothing left to do: iteration {start} of {config.iterations} is saved", flush=True)
         return
-    stop = parallel.StopRequest()
     metrics = Metrics(stage, config.iterations, start) if parallel.is_main() else None
-    save = partial(checkpoint.save, stage, learners=ppo.learners, keep=config.keep_checkpoints)
+    save = partial(checkpoint.save, stage, learners=ppo.learners, trainer=config)
     for iteration in range(start + 1, config.iterations + 1):
         values = ppo.iterate(iteration)
         last, stopping = iteration == config.iterations, stop.agreed()

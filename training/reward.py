@@ -13,14 +13,13 @@ from functools import partial
 import torch
 
 from training import checkpoint, parallel
-from training.config import RewardConfig
+from training.config import BloomShape, RewardConfig
 from training.data.batches import Example, Sampler, collate, comparison_example, padded_length, shard
 from training.data.formats import load_rows
 from training.data.tokenizer import Tokenizer
 from training.loop import Task, train
 from training.losses import pairwise_loss
 from training.main import run_stage
-from training.model.bloom import BloomShape
 from training.sft import LENGTH_MULTIPLE
 from training.step import Batch, Learner, Objective, build_model, evaluate, split
 
@@ -76,6 +75,7 @@ def heldout(config: RewardConfig, learner: Learner, comparisons: list[Comparison
 
 def run(config: RewardConfig) -> None:
     """The stage, inside ``ranks``."""
+    stop = parallel.StopRequest()
     config.data_parallel(torch.distributed.get_world_size())
     shape, tokenizer = BloomShape.read(config.paths.model), Tokenizer(config.paths.model)
     shape.check_layout(config.tensor_parallel, config.pipeline_parallel)
@@ -96,7 +96,7 @@ def run(config: RewardConfig) -> None:
     objective = Objective(("loss", "accuracy", "margin"), partial(compute, replies))
     task = Task(objective, micro_batches, lambda: heldout(config, learner, unseen, replies, tokenizer.pad_id),
                 headline=("loss", "accuracy", "margin", "heldout_accuracy", "shorter_wins", "grad_norm"))
-    train(config, learner, Sampler(len(rows), config.global_batch_size, config.seed), task)
+    train(config, learner, Sampler(len(rows), config.global_batch_size, config.seed), task, stop)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,12 @@ import sys
 import torch
 
 from training import checkpoint, parallel
-from training.config import SFTConfig
+from training.config import BloomShape, SFTConfig
 from training.data.batches import Example, Sampler, collate, padded_length, sft_example, shard
 from training.data.formats import load_rows
 from training.data.tokenizer import Tokenizer
 from training.loop import Task, train
 from training.main import run_stage
-from training.model.bloom import BloomShape
 from training.model.heads import next_token_logprobs
 from training.step import Batch, Learner, Objective, build_model, evaluate, split
 
@@ -52,6 +51,7 @@ def heldout(config: SFTConfig, learner: Learner, examples: list[Example], pad_id
 
 def run(config: SFTConfig) -> None:
     """The stage, inside ``ranks``."""
+    stop = parallel.StopRequest()
     config.data_parallel(torch.distributed.get_world_size())
     shape, tokenizer = BloomShape.read(config.paths.model), Tokenizer(config.paths.model)
     shape.check_layout(config.tensor_parallel, config.pipeline_parallel)
@@ -69,7 +69,7 @@ def run(config: SFTConfig) -> None:
 
     task = Task(Objective(("loss",), compute), micro_batches, lambda: heldout(config, learner, unseen, tokenizer.pad_id),
                 headline=("loss", "heldout_loss", "unigram_entropy", "grad_norm", "lr"))
-    train(config, learner, Sampler(len(rows), config.global_batch_size, config.seed), task)
+    train(config, learner, Sampler(len(rows), config.global_batch_size, config.seed), task, stop)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from training import parallel
-from training.config import TrainerConfig
-from training.model.bloom import Bloom, BloomShape, transformer_config
+from training.config import BloomShape, TrainerConfig
+from training.model.bloom import Bloom, transformer_config
 from training.optimizer import HAVE_APEX_OR_TE, make_optimizer, make_schedule
 
 Batch = dict[str, torch.Tensor]
@@ -58,7 +58,7 @@ class Learner:
     def step(self, micro_batches: list[Batch], objective: Objective) -> dict[str, float]:
         """Forward, backward and update over this data-parallel rank's ``micro_batches`` -> the objective's means, lr, grad_norm.
 
-        Raises FloatingPointError, on every rank, when loss or gradient is not finite: the weights are then unchanged.
+        Raises FloatingPointError, on every rank, where the loss or the gradient's norm is not finite.
         """
         self.wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()

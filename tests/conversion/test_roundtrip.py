@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import BloomForCausalLM
@@ -20,6 +21,13 @@ from training.config import ConfigError
 
 def convert_to(folder: Path, **layout) -> None:
     run(convert, 1, 1, 1, ConvertConfig(paths=ConvertPaths(str(folder / "convert"), str(folder / "hf")), **layout))
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Five words."""
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, "</s>": 1, "<pad>": 2, "a": 3, "b": 4}, unk_token="<unk>"))
+    words.save(str(folder / "tokenizer.json"))
+    (folder / "special_tokens_map.json").write_text('{"eos_token": "</s>", "pad_token": "<pad>"}')
 
 
 def export_from(folder: Path, **values) -> Path:
@@ -68,11 +76,11 @@ def test_published_names_without_prefix_and_the_tokenizer_go_through(tmp_path):
     model = tiny_bloom(tmp_path / "hf")
     stripped = {name.removeprefix("transformer."): tensor for name, tensor in model.transformer.state_dict().items()}
     save_file(stripped, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-        (tmp_path / "hf" / name).write_text(f'{{"name": "{name}"}}')
+    write_tokenizer(tmp_path / "hf")
     convert_to(tmp_path)
     target = export_from(tmp_path, dtype="bf16")
-    assert (target / "tokenizer.json").read_text() == '{"name": "tokenizer.json"}'
+    for name in ("tokenizer.json", "special_tokens_map.json"):
+        assert (target / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
     assert json.loads((target / "config.json").read_text())["dtype"] == "bfloat16"
     assert all(tensor.dtype == torch.bfloat16 for tensor in load_file(target / "model.safetensors").values())
 
@@ -106,6 +114,14 @@ def test_a_layout_that_does_not_divide_is_refused_before_anything_is_written(tmp
     with pytest.raises(AssertionError, match="tensor_parallel = 4 does not divide the model's 6 attention heads; choose one of 1, 2, 3, 6"):
         convert_to(tmp_path, tensor_parallel=4)
     assert not (tmp_path / "convert").exists()
+
+
+def test_a_tokenizer_with_more_tokens_than_rows_is_refused(tmp_path):
+    """Under TP 2 its ids would silently read no row at all."""
+    tiny_bloom(tmp_path / "hf", vocab=4)
+    write_tokenizer(tmp_path / "hf")
+    with pytest.raises(AssertionError, match="the tokenizer has 5 tokens, the embedding only 4 rows"):
+        convert_to(tmp_path)
 
 
 def test_converting_again_replaces(tmp_path):

@@ -17,8 +17,10 @@ def check(*sets, profile="local", recipe="bloom-tiny", last=None):
 
 
 def checkpoint(folder: Path, **changes) -> str:
-    """A Hugging Face folder with BLOOM-560m's shape and no real weights."""
-    (folder / "config.json").write_text(json.dumps({"model_type": "bloom", "hidden_size": 1024, "n_head": 16, "n_layer": 24, **changes}))
+    """A Hugging Face folder with BLOOM-560m's shape, under the names of its published config.json, and no real weights."""
+    published = {"model_type": "bloom", "n_embed": 1024, "num_attention_heads": 16, "n_layer": 24, "vocab_size": 250880,
+                 "layer_norm_epsilon": 1e-5}
+    (folder / "config.json").write_text(json.dumps(published | changes))
     (folder / "tokenizer.json").write_text("{}")
     (folder / "model.safetensors").touch()
     return f"model.checkpoint={folder}"
@@ -34,12 +36,13 @@ def test_demo_passes():
      r"4 layers can.t be divided by it; set --set rlhf.pipeline_parallel=4"),
     (["convert.tensor_parallel=5"], "convert.tensor_parallel = 5"),
     (["resources.sft.gpus_per_node=3"], "3 ranks can't be divided into tensor_parallel 1 x pipeline_parallel 2"),
-    (["sft.global_batch_size=48", "resources.sft.gpus_per_node=4"], "is not a multiple of micro_batch_size 16 x 2 data-parallel ranks"),
+    (["sft.global_batch_size=48", "sft.micro_batch_size=16", "resources.sft.gpus_per_node=4"],
+     "is not a multiple of micro_batch_size 16 x 2 data-parallel ranks"),
     (["resources.sft.nodes=2"], "resources.sft.nodes = 2: profile local gives at most 1"),
     (["data.source=absent.jsonl"], "data.source = 'absent.jsonl': no such file"),
     (["model.checkpoint=absent"], "absent/config.json does not exist"),
     (["reward.load_iteration=70"], "reward.load_iteration = 70 is not saved: reward saves every 50"),
-    (["reward.save_every=10", "reward.load_iteration=100"], "set --set reward.keep_checkpoints=6"),
+    (["reward.iterations=150", "reward.save_every=10", "reward.load_iteration=100"], "set --set reward.keep_checkpoints=6"),
 ])
 def test_mistake_is_found_and_its_fix_named(sets, message):
     with pytest.raises(ConfigError, match=message):

@@ -18,6 +18,8 @@ from megatron.core import dist_checkpointing
 from tests.distributed import run
 from training import checkpoint, ppo, reward, sft
 from training.config import ConfigError
+from training.main import Interrupted
+from training.parallel import StopRequest
 
 
 def metrics(stage: Path) -> list[dict]:
@@ -55,6 +57,23 @@ def test_an_unfinished_save_is_not_a_checkpoint(small_run, tmp_path):
 def test_only_the_newest_are_kept(small_run, tmp_path):
     run(sft.run, 1, 1, 1, small_run.sft(tmp_path, iterations=5, save_every=1, keep_checkpoints=2))
     assert checkpoint.iterations(tmp_path) == [4, 5]
+
+
+def test_a_checkpoint_that_a_signal_asked_for_pushes_out_no_regular_one(small_run, tmp_path, monkeypatch):
+    """reward.load_iteration = 4 must find its checkpoint although the run was interrupted at 5."""
+    settings = small_run.reward(tmp_path, iterations=6, save_every=2, keep_checkpoints=2)
+    calls = iter(range(1, 100))
+
+    def stopped_at_5():
+        with monkeypatch.context() as patch, pytest.raises(Interrupted, match="iteration 5 is saved"):
+            patch.setattr(StopRequest, "agreed", lambda self: next(calls) == 5)
+            reward.run(settings)
+
+    run(stopped_at_5, 1, 1, 1)
+    assert checkpoint.iterations(tmp_path) == [2, 4, 5]
+    run(reward.run, 1, 1, 1, settings)
+    assert checkpoint.iterations(tmp_path) == [4, 6]
+    assert [path.name for path in (tmp_path / "checkpoints").glob(".*")] == []
 
 
 @pytest.mark.parametrize(("stage", "layout"), [("sft", (1, 2, 1)), ("sft", (2, 1, 2)), ("reward", (2, 2, 1)), ("ppo", (1, 2, 1)),

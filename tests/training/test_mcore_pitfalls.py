@@ -11,8 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from tests.distributed import run
 from training import checkpoint, cpu
-from training.config import PPOConfig
-from training.model.bloom import BloomShape
+from training.config import BloomShape, PPOConfig
 from training.step import Learner, build_model
 
 ROOT = Path(__file__).parents[2]

@@ -34,10 +34,11 @@ def reference_rows(small_run, tmp_path_factory):
     return rows(stage)
 
 
-@pytest.mark.parametrize("layout", [(2, 1, 1), (1, 2, 1), (2, 2, 1), (1, 1, 2), (1, 2, 2)])
-def test_every_layout_gives_the_same_numbers(small_run, reference_rows, tmp_path, layout):
+@pytest.mark.parametrize(("layout", "sequence"), [((2, 1, 1), False), ((1, 2, 1), False), ((2, 2, 1), False), ((1, 1, 2), False),
+                                                  ((1, 2, 2), False), ((2, 1, 1), True), ((2, 2, 1), True)])
+def test_every_layout_gives_the_same_numbers(small_run, reference_rows, tmp_path, layout, sequence):
     """Two iterations of two minibatches: samples, rewards, KL, losses and gradient norms equal those of one rank."""
-    run(ppo.run, *layout, small_run.ppo(tmp_path, layout=layout[:2], iterations=2))
+    run(ppo.run, *layout, small_run.ppo(tmp_path, layout=layout[:2], iterations=2, sequence_parallel=sequence))
     for ours, expected in zip(rows(tmp_path), reference_rows, strict=True):
         for name in ("response_length", "eos_rate", "repeated_ngrams"):
             assert ours[name] == expected[name], name  # the samples themselves
@@ -58,6 +59,20 @@ def test_the_sft_model_s_responses_score_zero_on_average(small_run, tmp_path):
     assert rows(tmp_path)[0]["reward"] == pytest.approx(0, abs=1e-6)
     state = json.loads((tmp_path / "checkpoints" / "iter_0000001" / "state.json").read_text())
     assert state["reward_bias"] != 0
+
+
+def test_the_bias_waits_for_a_response_that_ends(small_run, tmp_path):
+    """With one token a response none ends: no bias may be frozen at 0."""
+    run(ppo.run, 1, 1, 1, small_run.ppo(tmp_path, iterations=1, response_length=1))
+    (row,) = rows(tmp_path)
+    assert row["eos_rate"] == 0 and row["reward"] == -1.0 and row["heldout_eos_rate"] == 0
+    assert json.loads((tmp_path / "checkpoints" / "iter_0000001" / "state.json").read_text())["reward_bias"] is None
+
+
+def test_the_adaptive_coefficient_waits_for_the_policy(small_run, tmp_path):
+    """While only the value model learns the KL is 0 by construction and must not lower the coefficient."""
+    run(ppo.run, 1, 1, 1, small_run.ppo(tmp_path, iterations=3, value_warmup=2, kl_target=1.0, kl_horizon=100))
+    assert [row["kl_coef"] for row in rows(tmp_path)] == [0.02] * 3
 
 
 def one_step(config: PPOConfig, length: int):
@@ -118,4 +133,8 @@ def test_contradictions_are_errors_that_say_what_to_change(small_run, tmp_path):
         build(PPOConfig, {"kl_coeff": 0.1}, "rlhf")
     with pytest.raises(ValueError, match="rollout_batch_size = 12 is not a multiple of global_batch_size = 8"):
         small_run.ppo(tmp_path, rollout_batch_size=12)
+    for change, message in (({"prompt_length": 0}, "prompt_length = 0: expected at least 1"), ({"lam": 1.5}, "lam = 1.5"),
+                            ({"value_warmup": 5}, "value_warmup = 5: expected fewer together than iterations = 2")):
+        with pytest.raises(ValueError, match=message):
+            small_run.ppo(tmp_path, **change)
     assert good.updates == 2

@@ -5,6 +5,7 @@ Prompts stand right-aligned (padding on the left, masked); ALiBi depends on dist
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -54,6 +55,27 @@ def generate(model: Bloom, prompts: torch.Tensor, prompt_mask: torch.Tensor, ste
     Collective over the model's tensor- and pipeline-parallel ranks.
     """
     model.eval()
+    with whole_sequences(model):
+        return _generate(model, prompts, prompt_mask, steps, choose, eos_id, pad_id)
+
+
+@contextlib.contextmanager
+def whole_sequences(model: Bloom):
+    """Sequence parallelism off inside the block: one new token can't be divided over ranks. Weights are the same either way."""
+    flags = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
+    owners = [model.config, *model.modules()]
+    changed = [(owner, flag) for owner in owners for flag in flags if getattr(owner, flag, False)]
+    try:
+        for owner, flag in changed:
+            setattr(owner, flag, False)
+        yield
+    finally:
+        for owner, flag in changed:
+            setattr(owner, flag, True)
+
+
+def _generate(model: Bloom, prompts: torch.Tensor, prompt_mask: torch.Tensor, steps: int, choose: Choose,
+              eos_id: int, pad_id: int) -> torch.Tensor:
     where = parallel.device()
     rows, width = prompts.shape
     stages = _Stages(model)

@@ -28,10 +28,11 @@ class ScalarHead(torch.nn.Module):
         self.linear.bias.zero_()
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        scores = self.linear(hidden).squeeze(-1)
+        # In fp32: bf16 would make ties of close replies, and steps of 1/128 of values near 1.
+        scores = torch.nn.functional.linear(hidden.float(), self.linear.weight.float(), self.linear.bias.float()).squeeze(-1)
         if self.sequence_parallel:
             scores = tensor_parallel.gather_from_sequence_parallel_region(scores, tensor_parallel_output_grad=False, group=self.group)
-        return scores.transpose(0, 1).float()
+        return scores.transpose(0, 1)
 
 
 class _VocabParallelLogProbs(torch.autograd.Function):
