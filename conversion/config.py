@@ -23,6 +23,11 @@ class ConvertConfig:
     pipeline_parallel: int = 1
     """Pipeline-parallel size that the layers must divide by."""
 
+    def __post_init__(self):
+        for name in ("tensor_parallel", "pipeline_parallel"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: expected at least 1")
+
 
 @dataclass(frozen=True)
 class ExportPaths:
@@ -47,5 +52,5 @@ class ExportConfig:
     def __post_init__(self):
         if self.dtype not in ("", "bf16", "fp16", "fp32"):
             raise ValueError(f'dtype = {self.dtype!r}: expected "bf16", "fp16", "fp32" or "" (as the starting checkpoint)')
-        if self.max_shard_gb <= 0:
+        if not self.max_shard_gb > 0:
             raise ValueError(f"max_shard_gb = {self.max_shard_gb}: expected above 0")

@@ -28,7 +28,7 @@ class Commands(click.Group):
             return super().invoke(context)
         except ConfigError as error:
             raise click.UsageError(str(error)) from None
-        except (Failed, SlurmError, Busy, Refused) as error:
+        except (Failed, SlurmError, Busy, Refused, OSError) as error:
             raise click.ClickException(str(error)) from None
 
 
@@ -78,7 +78,7 @@ def run_argument(command):
     def wrapped(run, **rest):
         from launcher.run import Run
 
-        return command(Run.open(run if run.exists() or len(run.parts) > 1 else Path("runs") / run), **rest)
+        return command(Run.open(run if (run / "config.json").exists() or len(run.parts) > 1 else Path("runs") / run), **rest)
     return wrapped
 
 
@@ -95,7 +95,7 @@ def submit(context, made, wait, dry_run):
       submit full-pipeline --recipe bloom-7b1 --profile a100 --set model.checkpoint=models/bloom-7b1
       submit full-pipeline --set data.source=harmless-base.test.jsonl.gz --name hh
       submit full-pipeline --until reward                           a part of the chain
-      submit rlhf --name hh --set rlhf.kl_coef=0.05                 one stage
+      submit rlhf --name hh                                         one stage
     The same command again goes on with what is left, and starts nothing twice.
     """
     from launcher import start, submit, view

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,6 +15,7 @@ from pathlib import Path
 from launcher.pipeline import STAGES, Stage
 from launcher.ranks import die_with_parent
 from launcher.run import Run, is_alive, this_process
+from training.config import ConfigError
 
 STOP_S = 90
 """Seconds that a cancelled stage gets to save; then it is killed."""
@@ -38,7 +41,7 @@ def run_stages(run: Run, stages: list[Stage], tick: Callable[[], None] = lambda:
 
 
 def start_in_background(run: Run, stages: list[Stage]) -> int:
-    """A runner of its own session; returns its pid once it has the run's lock. RuntimeError with its words where it ended at once."""
+    """A runner of its own session; returns its pid once it has the run's lock. ConfigError where it ended at once."""
     path = run.folder / "runner.log"
     before = len(run.ledger())
     with open(path, "a", encoding="utf-8") as log:
@@ -46,22 +49,25 @@ def start_in_background(run: Run, stages: list[Stage]) -> int:
                                    stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     while not any(event["event"] == "runner" for event in run.ledger()[before:]):
         if process.poll() is not None:
-            raise RuntimeError(f"the runner ended at once: see {path}")
+            raise ConfigError(f"the runner ended at once: see {path}")
         time.sleep(0.02)
     return process.pid
 
 
 def cancel(run: Run) -> bool:
-    """Stop the run's local runner: TERM, then after STOP_S kill; False where none runs here."""
+    """Stop the run's local runner: TERM, then after STOP_S kill; False where none runs. ConfigError where it runs on another host."""
     runner = run.runner()
     if runner is None:
         return False
-    os.kill(runner["pid"], signal.SIGTERM)
-    deadline = time.monotonic() + STOP_S
-    while is_alive(runner) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    if is_alive(runner):
-        os.kill(runner["pid"], signal.SIGKILL)  # the supervisor and the ranks die with it
+    if runner["host"] != socket.gethostname():  # the same pid here is somebody else's
+        raise ConfigError(f"{run.folder} is worked on by process {runner['pid']} on {runner['host']}: run the command there")
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(runner["pid"], signal.SIGTERM)
+        deadline = time.monotonic() + STOP_S
+        while is_alive(runner) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if is_alive(runner):
+            os.kill(runner["pid"], signal.SIGKILL)  # the supervisor and the ranks die with it
     return True
 
 

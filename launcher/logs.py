@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from launcher.pipeline import STAGES
-from launcher.run import Run
+from launcher.run import Run, is_alive
 from training.config import ConfigError
 
 
@@ -34,7 +34,9 @@ def lines(run: Run, stage: str, follow: bool) -> Iterator[str]:
         raise ConfigError(f"{stage} of {run.folder} has written no log yet; status {run.folder} says what it waits for")
     at: dict[Path, int] = collections.defaultdict(int)
     while True:
-        ended = run.status(stage)["state"] in ("done", "failed", "cancelled")
+        status = run.status(stage)
+        gone = status["state"] == "running" and status["job"] is None and not is_alive(status)  # its supervisor was killed
+        ended = gone or status["state"] in ("done", "failed", "cancelled")
         for path in attempts(run, stage)[begin:]:
             text = path.read_bytes()[at[path]:]
             whole = text[:text.rfind(b"\n") + 1]

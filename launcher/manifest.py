@@ -28,6 +28,9 @@ def make(run: Run, stage: Stage, attempt: int, started: float) -> dict:
         raise Refused(f"{stage.name} exited 0 but left no file `latest`: it saved no checkpoint")
     if stage.trainer and iteration == 0:
         raise Refused(f"{stage.name} exited 0 at iteration 0: it trained nothing (see counts.json in {run.folder / 'data'} for empty data)")
+    wanted = json.loads((run.stage(stage.name) / "config.json").read_text(encoding="utf-8"))["iterations"] if stage.trainer else iteration
+    if iteration != wanted:
+        raise Refused(f"{stage.name} exited 0 at iteration {iteration} of {wanted}: it did not finish")
     identity = {
         "stage": stage.name, "iteration": iteration, "config_hash": config_hash(run, stage.name),
         "parents": {parent: read(run, parent)["identity"] for parent in stage.parents},
@@ -77,7 +80,10 @@ def left(run: Run, stages: list[Stage]) -> list[Stage]:
     manifests = {}
     for name in STAGES:
         if (run.stage(name) / "DONE.json").exists():
-            manifests[name] = read(run, name)
+            manifest = read(run, name)
+            # What is made from a checkpoint is made again where it was lost; a lost checkpoint is the child's to refuse, by name.
+            if STAGES[name].checkpoints or all((run.folder / output).is_file() for output in manifest["outputs"]):
+                manifests[name] = manifest
     return remaining(stages, {name: manifest["identity"] for name, manifest in manifests.items()},
                      {name: manifest["parents"] for name, manifest in manifests.items()})
 

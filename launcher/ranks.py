@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import ctypes
 import os
 import re
@@ -63,9 +64,14 @@ class Log:
         self.file = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed by run_*
         self.writing = threading.Lock()
 
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.file.close()
+
     def write(self, tag: int | str, text: str) -> None:
         with self.writing:
-            self.file.write(f"[{tag}] {text}\n")
+            with contextlib.suppress(OSError):  # a full disk must neither stop the rank nor hide how it ended
+                self.file.write(f"[{tag}] {text}\n")
             text = re.sub(r"^\[rank\d+\]: ?", "", text)  # torch's own tag on the traceback of an uncaught exception
             if EXCEPTION.match(text):
                 self.raised.add(tag)
@@ -125,8 +131,9 @@ class LocalRanks(Ranks):
             time.sleep(0.02)
         for reader in self.readers:
             reader.join(GRACE_S)  # a helper process of a rank may hold the pipe open
-        self.log.file.close()
-        first = next(((rank, code) for rank, code in self.ended if code), None)
+        self.log.close()
+        codes = [*self.ended, *((rank, process.returncode) for rank, process in enumerate(self.processes))]
+        first = next(((rank, code) for rank, code in codes if code), None)
         return Ending(0) if first is None else Ending(first[1], first[0], self.log.last[first[0]])
 
 
@@ -155,7 +162,7 @@ class SlurmRanks(Ranks):
         for line in process.stdout:
             self._line(line.rstrip("\n"))
         code = process.wait()
-        self.log.file.close()
+        self.log.close()
         if code == 0:
             return Ending(0)
         if self.failed is None:

@@ -114,20 +114,25 @@ class Run:
     def record(self, event: str, **fields) -> None:
         """Append one line to the ledger and wait until it is on disk."""
         line = json.dumps({"time": time.time(), "event": event, **fields}) + "\n"
-        descriptor = os.open(self.folder / "ledger.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        descriptor = os.open(self.folder / "ledger.jsonl", os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(descriptor, line.encode())
+            size = os.fstat(descriptor).st_size
+            torn = size and os.pread(descriptor, 1, size - 1) != b"\n"  # a crash in the middle of the line before
+            os.write(descriptor, b"\n" * bool(torn) + line.encode())
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
 
     def ledger(self) -> list[dict]:
-        """All events in order; a half-written last line (a full disk, a crash) is left out."""
+        """All events in order; a half-written line (a full disk, a crash) is left out."""
         path = self.folder / "ledger.jsonl"
         if not path.exists():
             return []
-        lines = path.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines[:-1] if line.endswith("}")]
+        events = []
+        for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+            with contextlib.suppress(json.JSONDecodeError):
+                events.append(json.loads(line))
+        return events
 
     def status(self, stage: str) -> dict:
         """status.json of a stage; a stage that never ran is {"state": "pending", "attempt": 0}."""

@@ -38,7 +38,7 @@ def stage_request(run: Run, stage: Stage, resources: Resources, profile: Profile
     folder = Path(run.config["run"]["folder"])
     return JobRequest(
         name=f"{run.id}.{stage.name}", comment=probe.comment(run.id, stage.name), resources=resources, profile=profile,
-        output=str(folder / stage.name / "logs" / "slurm-%j.out"),
+        output=f"{str(folder).replace('%', '%%')}/{stage.name}/logs/slurm-%j.out",
         command=shlex.join([python_here(), "-m", "launcher.supervise", str(folder), stage.name]))
 
 

@@ -35,9 +35,14 @@ def start(run: Run, stages: list[Stage], wait: bool) -> int:
         move_stale_aside(run, todo := manifest.left(run, stages))
         out.print(f"started in the background: process {local.start_in_background(run, todo)}")
     if wait:
-        return wait_for(run, names)
+        code = wait_for(run, names)
+        return start(run, stages, wait) if code == IDLE else code  # the other worker had less to do
     out.print(f"python -m launcher status {run.folder} shows it, cancel stops it")
     return 0
+
+
+IDLE = -1
+"""wait_for's answer where stages are left that nobody works on."""
 
 
 def other_worker(run: Run, slurm: bool) -> str:
@@ -75,7 +80,7 @@ def wait_for(run: Run, names: list[str]) -> int:
     except KeyboardInterrupt:
         watch.out.print(f"not waiting any longer; it goes on. stop it: python -m launcher cancel {run.folder}")
         return 130
-    return report_end(run, names, overall)
+    return IDLE if overall == "idle" else report_end(run, names, overall)
 
 
 def report_end(run: Run, names: list[str], overall: str) -> int:

@@ -63,11 +63,13 @@ def states(run: Run) -> tuple[list[StageState], str]:
 
 
 def overall(found: list[StageState]) -> str:
-    """"done", "failed" (one failed, was cancelled or lost) or "running" for a selection of stages."""
+    """"done", "failed" (one failed, was cancelled or lost), "idle" (some are left and nobody works on them) or "running"."""
     kinds = {state.state for state in found}
     if kinds == {"done"}:
         return "done"
-    return "failed" if kinds & set(BAD) else "running"
+    if kinds & set(BAD):
+        return "failed"
+    return "idle" if kinds <= {"done", "not submitted"} else "running"
 
 
 def as_json(found: list[StageState]) -> list[dict]:

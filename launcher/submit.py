@@ -15,7 +15,7 @@ from pathlib import Path
 from launcher import checks, manifest, sbatch, state
 from launcher.config import SECTIONS, Profile, build_plain, differences, layered
 from launcher.pipeline import STAGES, Stage, full_tables, prepare_config, select, stage_config
-from launcher.run import Run, hash_of, iteration_folder, write_json, write_text
+from launcher.run import Run, hash_of, iteration_folder, lock, write_json, write_text
 from training.config import ConfigError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,60}")
@@ -60,13 +60,24 @@ def plan(target: str, recipe: str, files: list[Path], sets: list[str], name: str
 
 
 def create(made: Plan) -> Run:
-    """Write the run folder's configuration and prepare its data; repeating it changes nothing."""
+    """Write the run folder's configuration and prepare its data; repeating it changes nothing. Busy while another command does so."""
+    with lock(made.run.folder / ".prepare.lock"):
+        return _create(made)
+
+
+def _create(made: Plan) -> Run:
     run = made.run
+    if run.config_file.exists() and run.config["run"]["profile"] != made.profile.name and (busy := _busy(run)):
+        raise ConfigError(f"{', '.join(busy)} of {run.folder} is running or queued with profile {run.config['run']['profile']}; "
+                          f"stop it first: python -m launcher cancel {run.folder}")
     old = run.config["run"]["id"] if run.config_file.exists() else f"{run.folder.name}-{secrets.token_hex(4)}"
     identity = {"name": run.folder.name, "id": old, "recipe": made.recipe, "profile": made.profile.name, "folder": str(run.folder)}
     write_json(run.config_file, {"run": identity, "profile": dataclasses.asdict(made.profile), **made.tables})
     for name in STAGES:
         write_stage_config(run, name)
+        done = run.stage(name) / "DONE.json"
+        if done.exists() and manifest.read(run, name)["config_hash"] != manifest.config_hash(run, name):
+            run.set_aside(done)  # only what _check_same lets change: a judge, say
     prepare(run)
     return run
 
@@ -79,8 +90,10 @@ def prepare(run: Run) -> None:
     """Run ``training.data.prepare`` unless it has run with this configuration; ConfigError with its message for bad data."""
     config = dataclasses.asdict(prepare_config(run.folder, run.config))
     marker = run.folder / "data" / "DONE.json"
-    if marker.exists() and json.loads(marker.read_text(encoding="utf-8"))["config_hash"] == hash_of(config):
-        return
+    if marker.exists():
+        made = json.loads(marker.read_text(encoding="utf-8"))
+        if made["config_hash"] == hash_of(config) and all((run.folder / "data" / name).exists() for name in made["files"]):
+            return
     path = run.folder / "data" / "config.json"
     write_json(path, config)
     done = subprocess.run([sys.executable, "-m", "training.data.prepare", str(path)], capture_output=True, text=True, check=False)
@@ -90,7 +103,8 @@ def prepare(run: Run) -> None:
         raise ConfigError(f"data preparation: {words}")
     if done.returncode:
         raise Failed(f"data preparation: exit code {done.returncode}: {words}; all it said: {run.folder / 'data' / 'prepare.log'}")
-    write_json(marker, {"config_hash": hash_of(config)})
+    files = sorted(path.name for path in (run.folder / "data").glob("*.jsonl"))
+    write_json(marker, {"config_hash": hash_of(config), "files": files})
 
 
 def take_up(run: Run, stage: str | None, iteration: int | None) -> None:
@@ -98,12 +112,17 @@ def take_up(run: Run, stage: str | None, iteration: int | None) -> None:
     run.check_here()
     if iteration is not None and stage is None:
         raise ConfigError(f"--iteration {iteration} of which stage? add --stage, one of {', '.join(STAGES)}")
+    prepare(run)
     if stage is None:
         return
-    busy = [row.stage for row in state.states(run)[0] if row.state in ("running", "pending", "requeued")]
-    if busy:
+    if busy := _busy(run):
         raise ConfigError(f"{', '.join(busy)} of {run.folder} is running or queued; stop it first: python -m launcher cancel {run.folder}")
     rewind(run, STAGES[stage], iteration)
+
+
+def _busy(run: Run) -> list[str]:
+    """Stages that run or are queued."""
+    return [row.stage for row in state.states(run)[0] if row.state in ("running", "pending", "requeued")]
 
 
 def rewind(run: Run, stage: Stage, iteration: int | None) -> None:
@@ -160,8 +179,10 @@ def _begun(run: Run) -> bool:
 
 
 def _check_same(run: Run, tables: dict) -> None:
-    old = {section: run.config[section] for section in SECTIONS}
-    changed = differences(old, tables)
+    """ConfigError where a section differs that something was made from. Resources, the evaluation (which keeps the answers that it
+    has) and stages that have not begun may change."""
+    made = [name for name in SECTIONS if name not in ("resources", "mtbench") and (name not in STAGES or run.status(name)["attempt"])]
+    changed = differences({name: run.config[name] for name in made}, {name: tables[name] for name in made})
     if changed:
         raise ConfigError(f"{run.folder} was submitted with another configuration:\n  " + "\n  ".join(changed) +
                           f"\ngive the new one its own run with --name, or go on with the old one: python -m launcher resume {run.folder}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ class ModelConfig:
     """Vocabulary rows of the demo model (its tokenizer is trained to fit)."""
 
     def __post_init__(self):
+        _at_least(self, 1, "demo_layers", "demo_hidden", "demo_heads", "demo_vocab")
         if self.demo_hidden % self.demo_heads:
             raise ValueError(f"demo_hidden = {self.demo_hidden} is not a multiple of demo_heads = {self.demo_heads}")
 
@@ -145,6 +147,10 @@ class TrainerConfig:
     def __post_init__(self):
         _one_of(self, "precision", ("bf16", "fp32"))
         _one_of(self, "schedule", ("cosine", "linear", "constant"))
+        _positive(self, "lr", "adam_eps", "clip_grad")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: expected at least 0 and below 1")
         _at_least(self, 1, "iterations", "micro_batch_size", "global_batch_size", "tensor_parallel", "pipeline_parallel",
                   "save_every", "keep_checkpoints", "eval_every", "log_every")
         if self.global_batch_size % self.micro_batch_size:
@@ -261,8 +267,7 @@ class PPOConfig(TrainerConfig):
         if self.warmup_iterations + self.value_warmup >= self.iterations:
             raise ValueError(f"warmup_iterations = {self.warmup_iterations} + value_warmup = {self.value_warmup}: expected fewer together "
                              f"than iterations = {self.iterations}")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature = {self.temperature}: expected above 0")
+        _positive(self, "temperature", "value_lr", "clip_ratio", "value_clip", "reward_clip")
         if self.rollout_batch_size % self.global_batch_size:
             raise ValueError(f"rollout_batch_size = {self.rollout_batch_size} is not a multiple of "
                              f"global_batch_size = {self.global_batch_size}")
@@ -311,8 +316,12 @@ class BloomShape:
         for flag, wanted in (("apply_residual_connection_post_layernorm", False), ("tie_word_embeddings", True)):
             if flag in raw and raw[flag] is not wanted:
                 raise ConfigError(f"{path}: {flag} = {raw[flag]}; only {wanted} is supported")
-        return cls(layers=first("n_layer", "num_hidden_layers"), hidden=first("hidden_size", "n_embed"),
-                   heads=first("n_head", "num_attention_heads"), vocab=first("vocab_size"), eps=first("layer_norm_epsilon"))
+        numbers = {"layers": first("n_layer", "num_hidden_layers"), "hidden": first("hidden_size", "n_embed"),
+                   "heads": first("n_head", "num_attention_heads"), "vocab": first("vocab_size")}
+        for name, number in numbers.items():
+            if not isinstance(number, int) or number < 1:
+                raise ConfigError(f"{path}: {name} = {number!r}: expected a whole number above 0")
+        return cls(**numbers, eps=first("layer_norm_epsilon"))
 
     def check_layout(self, tensor_parallel_size: int, pipeline_parallel_size: int) -> None:
         """Raises ConfigError where the layout does not divide the model."""
@@ -331,6 +340,12 @@ def _at_least(config, smallest: int, *names: str) -> None:
     for name in names:
         if getattr(config, name) < smallest:
             raise ValueError(f"{name} = {getattr(config, name)}: expected at least {smallest}")
+
+
+def _positive(config, *names: str) -> None:
+    for name in names:
+        if not 0 < getattr(config, name) < math.inf:  # NaN is refused, too
+            raise ValueError(f"{name} = {getattr(config, name)}: expected a number above 0")
 
 
 def _one_of(config, name: str, allowed: tuple[str, ...]) -> None:

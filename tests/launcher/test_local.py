@@ -51,7 +51,7 @@ def test_submit_goes_on_with_what_is_left(project):
 
 
 def test_other_configuration_under_the_same_name_is_refused_with_the_keys(project):
-    project.submit("--wait", "--until", "convert")
+    project.submit("--wait", "--until", "sft")
     other = project.submit("--set", "sft.lr=0.5", "--wait")
     assert other.returncode == 2
     assert "sft.lr: 0.003 -> 0.5" in other.stderr and "--name" in other.stderr and "resume" in other.stderr

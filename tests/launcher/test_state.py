@@ -55,7 +55,7 @@ def test_durations(seconds, text):
 
 
 @pytest.mark.parametrize("kinds, expected", [(["done", "done"], "done"), (["done", "running"], "running"), (["done", "lost"], "failed"),
-                                             (["pending", "failed"], "failed"), (["not submitted", "done"], "running")])
+                                             (["pending", "failed"], "failed"), (["not submitted", "done"], "idle")])
 def test_overall(kinds, expected):
     assert overall([StageState("sft", kind) for kind in kinds]) == expected
 

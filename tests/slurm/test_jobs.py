@@ -141,8 +141,8 @@ def test_error_half_way_leaves_nothing_queued(project, queue):
     profile = project.folder / "wide.toml"
     text = (ROOT / "slurm/clusters/dev.toml").read_text()
     profile.write_text(text.replace("max_nodes = 4", "max_nodes = 400").replace("gpus_per_node = 8", "gpus_per_node = 80"))
-    failed = project.submit("--set", "resources.rlhf.nodes=300", "--set", "rlhf.global_batch_size=4800", "--set",
-                            "rlhf.rollout_batch_size=4800", profile=str(profile))
+    failed = project.submit("--set", "resources.rlhf.nodes=300", "--set", "rlhf.global_batch_size=9600", "--set",
+                            "rlhf.rollout_batch_size=9600", profile=str(profile))
     assert failed.returncode == 1 and "sbatch" in failed.stderr
     assert {state for _, state, _, _ in jobs(queue, project).values()} == {"CANCELLED"}
     assert not (project.run / "convert/rank_0.json").exists()
