@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -122,7 +121,7 @@ def _loss(objective: Objective, micro: Batch, output: torch.Tensor):
 
 def _means(sums: list[torch.Tensor], names: tuple[str, ...]) -> dict[str, float]:
     total = torch.stack(sums).sum(0) if sums else torch.zeros(1 + len(names), dtype=torch.double, device=parallel.device())
-    if parallel_state.is_pipeline_last_stage():
+    if parallel.last_stage():
         parallel.sum_over_data(total)
     count, *values = parallel.from_last_stage(total).tolist()
     assert count > 0, "the global batch has no token or pair to learn from"
