@@ -9,7 +9,7 @@ demo: setup
 	$(BIN)/python -m launcher submit full-pipeline --recipe bloom-tiny --wait
 
 test: setup slurm
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lint: setup
 	$(BIN)/ruff check .

@@ -15,10 +15,11 @@ from megatron.core import dist_checkpointing
 from conversion.config import ConvertConfig
 from conversion.weights import HuggingFaceWeights, entries, sharded
 from training import checkpoint
-from training.config import BloomShape, ConfigError
+from training.config import ConfigError
 from training.data.tokenizer import Tokenizer
 from training.main import run_stage
 from training.metrics import Metrics
+from training.shape import BloomShape
 
 
 def convert(config: ConvertConfig) -> None:

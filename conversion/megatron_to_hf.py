@@ -18,9 +18,10 @@ from safetensors.torch import save_file
 from conversion.config import ExportConfig
 from conversion.weights import EMBEDDING, PREFIX, Entry, HuggingFaceWeights, entries, sharded
 from training import checkpoint
-from training.config import BloomShape, ConfigError
+from training.config import ConfigError
 from training.main import run_stage
 from training.metrics import Metrics
+from training.shape import BloomShape
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 COPIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",

@@ -7,7 +7,8 @@ from pathlib import Path
 from launcher import cluster
 from launcher.config import Profile, build_plain
 from launcher.pipeline import STAGES, Stage, model_folder, stage_config
-from training.config import BloomShape, ConfigError
+from training.config import ConfigError
+from training.shape import BloomShape
 
 
 def check(run: Path, tables: dict, stages: list[Stage], profile: Profile) -> None:

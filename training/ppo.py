@@ -15,7 +15,7 @@ import torch
 from megatron.core import parallel_state
 
 from training import checkpoint, losses, parallel
-from training.config import BloomShape, PPOConfig
+from training.config import PPOConfig
 from training.data.batches import Sampler, prompt_tokens, shard
 from training.data.formats import load_rows
 from training.data.tokenizer import Tokenizer
@@ -26,6 +26,7 @@ from training.main import Interrupted, run_stage
 from training.metrics import Metrics
 from training.model.bloom import Bloom
 from training.model.heads import next_token_logprobs, vocab_parallel_entropy
+from training.shape import BloomShape
 from training.step import Batch, Learner, Objective, build_model, split
 
 HEADLINE = ("reward", "kl", "heldout_reward", "heldout_kl", "entropy", "eos_rate", "response_length", "clip_fraction",

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from training import checkpoint, parallel
-from training.config import BloomShape, RewardConfig
+from training.config import RewardConfig
 from training.data.batches import Example, Sampler, collate, comparison_example, padded_length, shard
 from training.data.formats import load_rows
 from training.data.tokenizer import Tokenizer
@@ -21,6 +21,7 @@ from training.loop import Task, train
 from training.losses import pairwise_loss
 from training.main import run_stage
 from training.sft import LENGTH_MULTIPLE
+from training.shape import BloomShape
 from training.step import Batch, Learner, Objective, build_model, evaluate, split
 
 Comparison = list[tuple[Example, float]]

@@ -12,13 +12,14 @@ import sys
 import torch
 
 from training import checkpoint, parallel
-from training.config import BloomShape, SFTConfig
+from training.config import SFTConfig
 from training.data.batches import Example, Sampler, collate, padded_length, sft_example, shard
 from training.data.formats import load_rows
 from training.data.tokenizer import Tokenizer
 from training.loop import Task, train
 from training.main import run_stage
 from training.model.heads import next_token_logprobs
+from training.shape import BloomShape
 from training.step import Batch, Learner, Objective, build_model, evaluate, split
 
 LENGTH_MULTIPLE = 8

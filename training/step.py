@@ -12,9 +12,10 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from training import parallel
-from training.config import BloomShape, TrainerConfig
+from training.config import TrainerConfig
 from training.model.bloom import Bloom, transformer_config
 from training.optimizer import HAVE_APEX_OR_TE, make_optimizer, make_schedule
+from training.shape import BloomShape
 
 Batch = dict[str, torch.Tensor]
 """Tensors of one micro-batch, rows first; "tokens" (B, T) is always there."""

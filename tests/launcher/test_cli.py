@@ -11,7 +11,8 @@ from launcher import cli, nccl
 from tests.launcher.stub_project import ROOT
 
 COMMANDS = ["submit", "plan", "render", "status", "logs", "resume", "cancel", "report"]
-ALLOWED = {"click", "rich", "submitit", "tomllib", "tomli", "launcher", "training.config", "conversion.config", "eval.config"}
+ALLOWED = {"click", "rich", "submitit", "tomllib", "tomli", "launcher", "training.config", "training.shape", "conversion.config",
+           "eval.config"}
 
 
 def test_the_commands_are_these():

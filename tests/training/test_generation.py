@@ -8,9 +8,10 @@ from conversion.hf_to_megatron import convert
 from tests.bloom import tiny_bloom
 from tests.distributed import run
 from training import checkpoint
-from training.config import BloomShape, Paths, SFTConfig
+from training.config import Paths, SFTConfig
 from training.data.batches import collate_prompts
 from training.generation.rollout import draws, generate, greedy, inverse_cdf
+from training.shape import BloomShape
 from training.step import build_model
 
 VOCAB, PAD, STEPS = 300, 3, 12

@@ -11,7 +11,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from tests.distributed import run
 from training import checkpoint, cpu
-from training.config import BloomShape, PPOConfig
+from training.config import PPOConfig
+from training.shape import BloomShape
 from training.step import Learner, build_model
 
 ROOT = Path(__file__).parents[2]

@@ -15,9 +15,10 @@ from conversion.weights import EMBEDDING, entries
 from tests.bloom import tiny_bloom
 from tests.distributed import run
 from training import checkpoint
-from training.config import BloomShape, ConfigError, Paths, SFTConfig
+from training.config import ConfigError, Paths, SFTConfig
 from training.model.attention import alibi_slopes
 from training.model.heads import next_token_logprobs, vocab_parallel_entropy, vocab_parallel_logprobs
+from training.shape import BloomShape
 from training.step import Batch, Learner, Objective, build_model, evaluate, split
 
 LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (1, 1, 2), (2, 1, 2), (1, 2, 2)]

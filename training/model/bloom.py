@@ -20,9 +20,9 @@ from megatron.core.transformer.transformer_block import TransformerBlock, Transf
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from training.config import BloomShape
 from training.model.attention import AlibiAttention
 from training.model.heads import ScalarHead
+from training.shape import BloomShape
 
 
 def _no_init(weight: torch.Tensor) -> None:
