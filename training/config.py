@@ -111,9 +111,17 @@ class TrainerConfig:
     tensor_parallel: int = 1
     """Ranks that share each layer."""
     pipeline_parallel: int = 1
-    """Ranks that share the stack of layers."""
+    """Ranks that share the stack of layers; it need not divide them."""
+    virtual_pipeline: int = 1
+    """Parts of the stack that each pipeline rank holds (interleaved schedule: smaller bubbles, more messages); 1 = one."""
     sequence_parallel: bool = False
     """Split activations along the sequence between tensor-parallel ranks."""
+    context_parallel: int = 1
+    """Not supported beyond 1: the key exists to say so."""
+    recompute: str = "none"
+    """Activations made again in the backward pass: "none", "selective" (attention scores, GELU: little time) or "full" (each layer)."""
+    attention: str = "auto"
+    """"auto" (the fastest that is here), "flash" (flash-attn), "te" (Transformer Engine), "flex" (FlexAttention) or "sdpa" (torch)."""
     iterations: int
     """Optimizer steps (rlhf: rollouts)."""
     micro_batch_size: int
@@ -139,6 +147,10 @@ class TrainerConfig:
     """Iterations between checkpoints; the last is always saved."""
     keep_checkpoints: int = 2
     """Checkpoints kept; the one a later stage asks for by number must be among them."""
+    keep_every: int = 0
+    """Checkpoints at multiples of this many iterations are never deleted; 0 = none."""
+    async_save: bool = False
+    """Write checkpoints while training goes on; each node needs host memory for a copy of what its ranks write."""
     eval_every: int = 100
     """Iterations between evaluations on the held-out rows; the last is always evaluated."""
     log_every: int = 10
@@ -147,12 +159,18 @@ class TrainerConfig:
     def __post_init__(self):
         _one_of(self, "precision", ("bf16", "fp32"))
         _one_of(self, "schedule", ("cosine", "linear", "constant"))
+        _one_of(self, "recompute", ("none", "selective", "full"))
+        _one_of(self, "attention", ("auto", "flash", "te", "flex", "sdpa"))
         _positive(self, "lr", "adam_eps", "clip_grad")
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: expected at least 0 and below 1")
         _at_least(self, 1, "iterations", "micro_batch_size", "global_batch_size", "tensor_parallel", "pipeline_parallel",
-                  "save_every", "keep_checkpoints", "eval_every", "log_every")
+                  "virtual_pipeline", "save_every", "keep_checkpoints", "eval_every", "log_every")
+        _at_least(self, 0, "keep_every")
+        if self.keep_every % self.save_every:
+            raise ValueError(f"keep_every = {self.keep_every} is not a multiple of save_every = {self.save_every}: "
+                             "nothing is saved there")
         if self.global_batch_size % self.micro_batch_size:
             raise ValueError(f"global_batch_size = {self.global_batch_size} is not a multiple of "
                              f"micro_batch_size = {self.micro_batch_size}")
@@ -160,6 +178,11 @@ class TrainerConfig:
             raise ValueError(f"warmup_iterations = {self.warmup_iterations}: expected fewer than iterations = {self.iterations}")
         if self.sequence_parallel and self.tensor_parallel == 1:
             raise ValueError("sequence_parallel = true needs tensor_parallel > 1; set sequence_parallel = false")
+        if self.context_parallel != 1:
+            raise ValueError(f"context_parallel = {self.context_parallel}: ALiBi attention is not divided along the sequence; set it to 1. "
+                             'For long rows use tensor_parallel with sequence_parallel = true, or recompute = "full"')
+        if self.virtual_pipeline > 1 and self.pipeline_parallel == 1:
+            raise ValueError(f"virtual_pipeline = {self.virtual_pipeline} needs pipeline_parallel > 1; set virtual_pipeline = 1")
 
     def data_parallel(self, world_size: int) -> int:
         """Data-parallel size for ``world_size`` ranks; raises ConfigError where the numbers do not divide."""
@@ -171,6 +194,12 @@ class TrainerConfig:
         if self.global_batch_size % (self.micro_batch_size * data_ranks):
             raise ConfigError(f"global_batch_size = {self.global_batch_size} is not a multiple of micro_batch_size {self.micro_batch_size} "
                              f"x {data_ranks} data-parallel ranks")
+        micro_batches = self.global_batch_size // (self.micro_batch_size * data_ranks)
+        if self.virtual_pipeline > 1 and micro_batches % self.pipeline_parallel:
+            raise ConfigError(f"virtual_pipeline = {self.virtual_pipeline}: the interleaved schedule takes micro-batches in groups of "
+                              f"pipeline_parallel = {self.pipeline_parallel}, but global_batch_size {self.global_batch_size} / "
+                              f"micro_batch_size {self.micro_batch_size} / {data_ranks} data-parallel ranks = {micro_batches}; "
+                              "change one of them or set virtual_pipeline = 1")
         return data_ranks
 
 

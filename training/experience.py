@@ -19,7 +19,7 @@ from training.generation.rollout import generate, inverse_cdf
 from training.model.bloom import Bloom
 from training.model.heads import next_token_logprobs
 from training.reward import read_last
-from training.sft import LENGTH_MULTIPLE
+from training.sft import length_multiple
 from training.step import Batch, evaluate
 
 
@@ -64,7 +64,7 @@ def roll_out(config: PPOConfig, policy: Bloom, prompts: list[list[int]], uniform
             response = response[: response.index(tokenizer.eos_id) + 1] if has_eos else response
             examples.append(Example(prompt + response, len(prompt)))
             ended.append(has_eos)
-    length = padded_length([len(example.tokens) for example in examples], LENGTH_MULTIPLE * config.tensor_parallel)
+    length = padded_length([len(example.tokens) for example in examples], length_multiple(config))
     return Rollout(collate(examples, tokenizer.pad_id, length), torch.tensor(ended))
 
 

@@ -15,8 +15,8 @@ from megatron.core import parallel_state, tensor_parallel
 
 from training.cpu import mcore_on_cpu
 
-EX_USAGE, EX_DATA, EX_TEMPFAIL = 64, 65, 75
-"""Exit codes of a stage: bad configuration, bad data, "saved and wants to go on"."""
+EX_USAGE, EX_DATA, EX_IOERR, EX_TEMPFAIL = 64, 65, 74, 75
+"""Exit codes of a stage: bad configuration, bad data or checkpoint, a checkpoint could not be written, "saved and wants to go on"."""
 
 
 def device() -> torch.device:
@@ -25,7 +25,7 @@ def device() -> torch.device:
 
 
 @contextlib.contextmanager
-def ranks(tensor_parallel_size: int, pipeline_parallel_size: int, seed: int, init_method: str = "env://"):
+def ranks(tensor_parallel_size: int, pipeline_parallel_size: int, seed: int, init_method: str = "env://", virtual_pipeline_size: int = 1):
     """Join the process group and build megatron-core's groups (order tp-dp-pp); leave them cleanly at the end.
 
     On CUDA collectives of GPU tensors run on NCCL, of CPU tensors on gloo; without CUDA all is gloo under ``mcore_on_cpu``.
@@ -39,7 +39,8 @@ def ranks(tensor_parallel_size: int, pipeline_parallel_size: int, seed: int, ini
             backend = "gloo"
         dist.init_process_group(backend, init_method=init_method, rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
         stack.callback(dist.destroy_process_group)
-        parallel_state.initialize_model_parallel(tensor_parallel_size, pipeline_parallel_size)
+        interleaved = virtual_pipeline_size if virtual_pipeline_size > 1 else None
+        parallel_state.initialize_model_parallel(tensor_parallel_size, pipeline_parallel_size, interleaved)
         stack.callback(parallel_state.destroy_model_parallel)
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
         yield
@@ -80,18 +81,32 @@ def from_last_stage(values: torch.Tensor) -> torch.Tensor:
 
 
 class StopRequest:
-    """A flag that USR1 or TERM raises on any rank; ranks agree on it at step boundaries, so that all save the same step."""
+    """What signals ask of a trainer: USR1 or TERM to save and stop, USR2 to save and go on.
+
+    One rank that is signalled is enough: ranks agree at step boundaries, so that all save the same step.
+    """
 
     def __init__(self):
-        self.raised = False
+        self.raised = self.asked = False
+        self.saving = False
+        """Whether, as of the last ``agreed()``, a save is asked for (on any rank)."""
         for number in (signal.SIGUSR1, signal.SIGTERM):
             signal.signal(number, self._raise)
+        signal.signal(signal.SIGUSR2, self._ask)
 
     def _raise(self, number, frame):
         self.raised = True
 
+    def _ask(self, number, frame):
+        self.asked = True
+
     def agreed(self) -> bool:
-        """True on all ranks as soon as one has been signalled. A collective: call it on every rank at the same step."""
-        flag = torch.tensor(float(self.raised))
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag.item())
+        """True on all ranks as soon as one was told to stop. A collective: call it on every rank at the same step."""
+        flags = torch.tensor([float(self.raised), float(self.asked)])
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        stopping, self.saving = (bool(flag) for flag in flags.tolist())
+        return stopping
+
+    def saved(self) -> None:
+        """What was asked for is done; the request may have been repeated meanwhile."""
+        self.asked = self.saving = False

@@ -8,17 +8,19 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from training import parallel
 from training.config import TrainerConfig
-from training.model.bloom import Bloom, transformer_config
-from training.optimizer import HAVE_APEX_OR_TE, make_optimizer, make_schedule
+from training.model.bloom import Bloom, Interleaved, parts, transformer_config
+from training.model.kernels import describe
+from training.optimizer import make_optimizer, make_schedule
 from training.shape import BloomShape
 
 Batch = dict[str, torch.Tensor]
-"""Tensors of one micro-batch, rows first; "tokens" (B, T) is always there."""
+"""Tensors of one micro-batch, rows first; "tokens" (B, T) is always there, "documents" (B, T) where rows are packed."""
 
 
 @dataclass(frozen=True)
@@ -33,24 +35,26 @@ class Objective:
     compute: Callable[[torch.Tensor, Batch], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
-def build_model(shape: BloomShape, trainer: TrainerConfig, head: str) -> Bloom:
+def build_model(shape: BloomShape, trainer: TrainerConfig, head: str) -> Bloom | Interleaved:
     """This rank's part of the model on its device, weights uninitialised."""
-    return Bloom(transformer_config(shape, trainer), shape, head)
+    config = transformer_config(shape, trainer, head)
+    return Interleaved(config, shape, head) if trainer.virtual_pipeline > 1 else Bloom(config, shape, head)
 
 
 class Learner:
     """A model that is trained: its gradients, optimizer and schedule. Load the weights before: the optimizer copies them."""
 
-    def __init__(self, model: Bloom, trainer: TrainerConfig, lr: float, steps: int, warmup_steps: int):
+    def __init__(self, model: Bloom | Interleaved, trainer: TrainerConfig, lr: float, steps: int, warmup_steps: int):
         self.model = model
         data_parallel = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
-        self.wrapped = DistributedDataParallel(model.config, data_parallel, model)
+        self.wrapped = [DistributedDataParallel(model.config, data_parallel, part) for part in parts(model)]
         self.optimizer = make_optimizer(self.wrapped, trainer, lr)
         self.schedule = make_schedule(self.optimizer, trainer, lr, steps, warmup_steps)
         if parallel.is_main():
-            adam = "Apex or Transformer Engine" if HAVE_APEX_OR_TE else "torch"
             layout = f"TP {trainer.tensor_parallel} x PP {trainer.pipeline_parallel} x DP {parallel.data_ranks()}"
-            print(f"{layout} on {parallel.device().type}, {trainer.precision}, AdamW of {adam}", flush=True)
+            layout += f", {trainer.virtual_pipeline} parts a stage" if trainer.virtual_pipeline > 1 else ""
+            print(f"{layout} on {parallel.device().type}, {trainer.precision}; {describe(model.config.alibi_backend)}; "
+                  f"recompute: {trainer.recompute}", flush=True)
         # Without these no gradient is reduced over ranks, and nothing complains.
         model.config.finalize_model_grads_func = finalize_model_grads
         model.config.grad_scale_func = self.optimizer.scale_loss
@@ -60,9 +64,10 @@ class Learner:
 
         Raises FloatingPointError, on every rank, where the loss or the gradient's norm is not finite.
         """
-        self.wrapped.zero_grad_buffer()
+        for part in self.wrapped:
+            part.zero_grad_buffer()
+            part.train()
         self.optimizer.zero_grad()
-        self.wrapped.train()
         sums = _schedule(self.wrapped, micro_batches, partial(_loss, objective), forward_only=False)
         metrics = _means(sums, objective.names)
         if not all(map(math.isfinite, metrics.values())):
@@ -75,38 +80,47 @@ class Learner:
 
 
 @torch.no_grad()
-def evaluate(model: torch.nn.Module, batch: Batch, micro_batch_size: int,
+def evaluate(model: torch.nn.Module | list, batch: Batch, micro_batch_size: int,
              read: Callable[[torch.Tensor, Batch], torch.Tensor]) -> torch.Tensor:
     """``read(output, micro_batch)`` (B, T) fp32 for every row of ``batch``, in order, on every pipeline stage; no gradients.
 
-    Rows beyond a multiple of ``micro_batch_size`` are filled up by repetition (pipeline messages have one shape) and cut again.
+    ``model``: what build_model made, or a Learner's ``wrapped``. Rows beyond a multiple of ``micro_batch_size`` are filled up by
+    repetition (pipeline messages have one shape) and cut again.
     """
-    model.eval()
+    pieces = parts(model)
+    for piece in pieces:
+        piece.eval()
     rows = batch["tokens"].size(0)
-    micro_batches = split(batch, micro_batch_size)
-    results = _schedule(model, micro_batches, lambda micro, output: read(output, micro), forward_only=True)
+    # The interleaved schedule takes micro-batches in groups of the pipeline's size.
+    group = parallel_state.get_pipeline_model_parallel_world_size() if len(pieces) > 1 else 1
+    micro_batches = split(batch, micro_batch_size, group)
+    results = _schedule(pieces, micro_batches, lambda micro, output: read(output, micro), forward_only=True)
     shape = (len(micro_batches) * micro_batch_size, batch["tokens"].size(1))
     values = torch.cat(results).float().contiguous() if parallel.last_stage() else torch.empty(shape, device=parallel.device())
     return parallel.from_last_stage(values)[:rows]
 
 
-def split(batch: Batch, size: int) -> list[Batch]:
-    """Micro-batches of exactly ``size`` rows; the last is filled up with copies of the last row."""
+def split(batch: Batch, size: int, group: int = 1) -> list[Batch]:
+    """Micro-batches of exactly ``size`` rows, a multiple of ``group`` of them; what is missing are copies of the last row."""
     rows = batch["tokens"].size(0)
-    index = torch.arange(-(-rows // size) * size).clamp(max=rows - 1)
+    index = torch.arange(-(-rows // (size * group)) * size * group).clamp(max=rows - 1)
     return [{name: tensor[part.to(tensor.device)] for name, tensor in batch.items()} for part in index.split(size)]
 
 
-def _schedule(model, micro_batches: list[Batch], on_output: Callable, forward_only: bool) -> list:
-    """megatron-core's 1F1B (or no-pipelining) schedule over the micro-batches -> what ``on_output`` gave, on the last stage."""
+def _schedule(pieces: list, micro_batches: list[Batch], on_output: Callable, forward_only: bool) -> list:
+    """megatron-core's schedule (1F1B, interleaved or without pipeline) over the micro-batches -> what ``on_output`` gave, on the last
+    stage. ``pieces``: this rank's parts of the model, one but for the interleaved schedule."""
 
     def forward_step(iterator, model):
         micro = {name: tensor.to(parallel.device(), non_blocking=True) for name, tensor in next(iterator).items()}
-        return model(micro["tokens"]), partial(_call, on_output, micro)
+        return model(micro["tokens"], documents=micro.get("documents")), partial(_call, on_output, micro)
 
     rows, length = micro_batches[0]["tokens"].shape
+    iterators = [iter(micro_batches) for _ in pieces]
+    single = len(pieces) == 1
     return get_forward_backward_func()(
-        forward_step_func=forward_step, data_iterator=iter(micro_batches), model=model, num_microbatches=len(micro_batches),
+        forward_step_func=forward_step, data_iterator=iterators[0] if single else iterators, model=pieces[0] if single else pieces,
+        num_microbatches=len(micro_batches),
         seq_length=length, micro_batch_size=rows, forward_only=forward_only, collect_non_loss_data=forward_only)
 
 

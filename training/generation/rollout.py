@@ -1,4 +1,4 @@
-"""Generation with a key-value cache on the training model's own layout, for any TP x PP. The fast engine is another part.
+"""Generation with a key-value cache on the training model's own layout, any TP x PP x parts. The fast engine is another part.
 
 Prompts stand right-aligned (padding on the left, masked); ALiBi depends on distances only, so padding does not shift it.
 """
@@ -15,7 +15,7 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
 from training import parallel
-from training.model.bloom import Bloom
+from training.model.bloom import Bloom, Interleaved, parts
 
 Choose = Callable[[torch.Tensor, int], torch.Tensor]
 """(logits (B, V) fp32, step) -> next tokens (B,)."""
@@ -47,7 +47,7 @@ def draws(seed: int, iteration: int, rows: int, steps: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def generate(model: Bloom, prompts: torch.Tensor, prompt_mask: torch.Tensor, steps: int, choose: Choose,
+def generate(model: Bloom | Interleaved, prompts: torch.Tensor, prompt_mask: torch.Tensor, steps: int, choose: Choose,
              eos_id: int, pad_id: int) -> torch.Tensor:
     """Responses (B, steps) int64 on every rank: after a row's first EOS only PAD; generation ends when all rows have ended.
 
@@ -60,7 +60,7 @@ def generate(model: Bloom, prompts: torch.Tensor, prompt_mask: torch.Tensor, ste
 
 
 @contextlib.contextmanager
-def whole_sequences(model: Bloom):
+def whole_sequences(model: Bloom | Interleaved):
     """Sequence parallelism off inside the block: one new token can't be divided over ranks. Weights are the same either way."""
     flags = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
     owners = [model.config, *model.modules()]
@@ -74,7 +74,7 @@ def whole_sequences(model: Bloom):
             setattr(owner, flag, True)
 
 
-def _generate(model: Bloom, prompts: torch.Tensor, prompt_mask: torch.Tensor, steps: int, choose: Choose,
+def _generate(model: Bloom | Interleaved, prompts: torch.Tensor, prompt_mask: torch.Tensor, steps: int, choose: Choose,
               eos_id: int, pad_id: int) -> torch.Tensor:
     where = parallel.device()
     rows, width = prompts.shape
@@ -104,7 +104,7 @@ def _generate(model: Bloom, prompts: torch.Tensor, prompt_mask: torch.Tensor, st
 class _Stages:
     """A forward pass through the pipeline, one message a stage, and the chosen token back to all."""
 
-    def __init__(self, model: Bloom):
+    def __init__(self, model: Bloom | Interleaved):
         self.model = model
         self.pipeline = parallel_state.get_pipeline_model_parallel_group()
         self.tensor = parallel_state.get_tensor_model_parallel_group()
@@ -112,18 +112,19 @@ class _Stages:
 
     def forward(self, tokens: torch.Tensor, hidden_keys: torch.Tensor | None, cache: StaticInferenceContext) -> torch.Tensor | None:
         """Logits (B, V padded) of the last position, gathered over tensor-parallel ranks; None before the last stage."""
-        if self.messages:
-            shape = (tokens.size(1), tokens.size(0), self.model.config.hidden_size)
-            self.model.set_input_tensor(self.messages.recv_forward(shape, parallel.first_stage()))
-        output = self.model(tokens, hidden_keys, inference_context=cache)
-        if self.messages:
-            self.messages.send_forward(output, parallel.last_stage())
+        for part in parts(self.model):  # of an interleaved pipeline the last stage's messages go on to the first stage's next part
+            if self.messages:
+                shape = (tokens.size(1), tokens.size(0), self.model.config.hidden_size)
+                part.set_input_tensor(self.messages.recv_forward(shape, part.pre_process))
+            output = part(tokens, hidden_keys, inference_context=cache)
+            if self.messages:
+                self.messages.send_forward(output, part.post_process)
         if not parallel.last_stage():
             return None
         logits = output[:, -1].contiguous()
-        parts = [torch.empty_like(logits) for _ in range(self.tensor.size())]
-        dist.all_gather(parts, logits, group=self.tensor)
-        return torch.cat(parts, -1)
+        columns = [torch.empty_like(logits) for _ in range(self.tensor.size())]
+        dist.all_gather(columns, logits, group=self.tensor)
+        return torch.cat(columns, -1)
 
     def agree(self, token: torch.Tensor | None, rows: int) -> torch.Tensor:
         """The last stage's choice on all ranks. Also within a stage: sums on a GPU have no fixed order."""

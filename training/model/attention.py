@@ -1,4 +1,7 @@
-"""Attention with linear biases (ALiBi, Press et al. 2022) as megatron-core's ``core_attention``."""
+"""Attention with linear biases (ALiBi, Press et al. 2022) as megatron-core's ``core_attention``.
+
+The arithmetic is a backend's (training.model.backends); this file knows heads, tensor-parallel ranks and packed documents.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,10 @@ import functools
 import math
 
 import torch
-import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
+
+from training.model import backends
 
 
 def alibi_slopes(heads: int) -> torch.Tensor:
@@ -22,42 +27,75 @@ def alibi_slopes(heads: int) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=8)
-def causal_alibi(heads: int, first: int, count: int, queries: int, keys: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """Additive bias (1, count, queries, keys) of heads [first, first + count): slope * (key - query), -inf for later keys.
+def rank_slopes(heads: int, first: int, count: int, device: torch.device) -> torch.Tensor:
+    """Slopes of heads [first, first + count) on ``device``. Kept outside the module: a cast of the model would round them to bf16."""
+    return alibi_slopes(heads)[first : first + count].to(device)
 
-    The last query sits at the last key, so a cached prefix (keys > queries) needs nothing else. Distances are relative to the
-    query: near keys, which matter, stay exact in bf16. One tensor serves all layers.
+
+class Documents(PackedSeqParams):
+    """Which document each token of a packed batch belongs to: ``ids`` (B, T) int, one run of equal ids a document.
+
+    A token sees the tokens of its own document up to itself. ALiBi counts distances, so positions need no reset. Padding is a
+    document of its own. What the backends derive from the ids is computed once and serves all layers.
     """
-    slopes = alibi_slopes(heads)[first : first + count].to(device)
-    distance = torch.arange(keys, device=device) - torch.arange(keys - queries, keys, device=device)[:, None]
-    bias = slopes[:, None, None] * distance
-    return bias.masked_fill(distance > 0, float("-inf")).to(dtype)[None]
+
+    def __init__(self, ids: torch.Tensor):
+        super().__init__(qkv_format="sbhd")
+        self.ids = ids
+
+    @classmethod
+    def from_lengths(cls, cumulative: torch.Tensor, length: int) -> Documents:
+        """One row (1, ``length``) from ``cu_seqlens`` (documents + 1,): 0 and the end of each document; the rest is padding."""
+        position = torch.arange(length, device=cumulative.device)
+        return cls(torch.searchsorted(cumulative[1:].contiguous(), position, right=True)[None])
+
+    @functools.cached_property
+    def apart(self) -> torch.Tensor:
+        """(B, 1, T, T) True where query and key are of different documents."""
+        return (self.ids[:, :, None] != self.ids[:, None, :])[:, None]
+
+    @functools.cached_property
+    def cumulative(self) -> torch.Tensor:
+        """``cu_seqlens`` (documents + 1,) int32 of all rows one after the other."""
+        changes = torch.ones_like(self.ids, dtype=torch.bool)
+        changes[:, 1:] = self.ids[:, 1:] != self.ids[:, :-1]
+        starts = changes.flatten().nonzero().squeeze(1)
+        return torch.cat((starts, starts.new_tensor([self.ids.numel()]))).int()
+
+    @functools.cached_property
+    def longest(self) -> int:
+        """Tokens of the longest document."""
+        return int(self.cumulative.diff().max())
+
+    @functools.cached_property
+    def blocks(self):
+        """FlexAttention's block mask."""
+        return backends.document_blocks(self.ids)
 
 
 class AlibiAttention(MegatronModule):
     """Causal scaled-dot-product attention with ALiBi over this rank's heads.
 
-    query (Tq, B, heads, D), key and value (Tk, B, heads, D) -> (Tq, B, heads * D). ``attention_mask`` (B, 1, 1, Tk) is True at
-    keys that nobody may see (left padding). Dropout is always off. Context parallelism is refused.
+    query (Tq, B, heads, D), key and value (Tk, B, heads, D) -> (Tq, B, heads * D). ``packed_seq_params``: the batch's Documents.
+    ``attention_mask`` (B, 1, 1, Tk) is True at keys that nobody may see (left padding of generation). Dropout is always off.
     """
 
     def __init__(self, config, layer_number, attn_mask_type, attention_type, attention_dropout=None, softmax_scale=None,
                  cp_comm_type=None, pg_collection=None):
         super().__init__(config=config)
-        if config.context_parallel_size != 1:
-            raise ValueError(f"context_parallel_size = {config.context_parallel_size}: ALiBi attention has no context parallelism; use 1")
+        assert config.context_parallel_size == 1, f"context_parallel_size = {config.context_parallel_size}: TrainerConfig refuses it"
         group = pg_collection.tp
         self.heads = config.num_attention_heads
         self.count = self.heads // group.size()
         self.first = group.rank() * self.count
         self.scale = softmax_scale or config.kv_channels**-0.5
+        self.backend = config.alibi_backend
 
     def forward(self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None, packed_seq_params=None):
-        assert packed_seq_params is None and attention_bias is None
-        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        bias = causal_alibi(self.heads, self.first, self.count, query.size(2), key.size(2), query.device, query.dtype)
-        if attention_mask is not None:
-            # A finite minimum: the rows of padding queries see nothing and must not become NaN.
-            bias = bias.masked_fill(attention_mask, torch.finfo(query.dtype).min)
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=self.scale)
-        return out.permute(2, 0, 1, 3).flatten(2)
+        assert attention_bias is None
+        slopes = rank_slopes(self.heads, self.first, self.count, query.device)
+        # A cache or a mask of single keys is generation's; a length off the kernels' blocks would compile a kernel for itself.
+        plain = attention_mask is None and query.size(0) == key.size(0)
+        if self.backend == "sdpa" or not plain or (self.backend == "flex" and query.size(0) % backends.FLEX_BLOCK):
+            return backends.sdpa(query, key, value, slopes, self.scale, packed_seq_params, attention_mask)
+        return backends.KERNELS[self.backend](query, key, value, slopes, self.scale, packed_seq_params)

@@ -11,6 +11,7 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType, ModelType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -20,8 +21,11 @@ from megatron.core.transformer.transformer_block import TransformerBlock, Transf
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from training.model.attention import AlibiAttention
+from training import parallel
+from training.model import backends
+from training.model.attention import AlibiAttention, Documents
 from training.model.heads import ScalarHead
+from training.model.kernels import norm_class
 from training.shape import BloomShape
 
 
@@ -30,74 +34,115 @@ def _no_init(weight: torch.Tensor) -> None:
     attributes of the parameters, and gradient norms would silently be wrong.)"""
 
 
-class LayerNorm(torch.nn.LayerNorm):
-    """torch's layer norm, with the flag that sequence parallelism needs (megatron-core's wrapper refuses it)."""
+class FeedForward(MLP):
+    """megatron-core's MLP that under selective recompute drops GELU's output (8 H bytes a token in bf16) and makes it again.
 
-    def __init__(self, config, hidden_size, eps=1e-5, **_):
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
-        for parameter in self.parameters():
-            parameter.sequence_parallel = config.sequence_parallel
+    megatron-core's own "mlp" recompute returns the bias from a checkpointed function and recurses for ever.
+    """
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__(config, MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+                         tp_group=parallel_state.get_tensor_model_parallel_group())
+
+    def forward(self, hidden_states, per_token_scale=None, **_):
+        if not self.training or self.config.recompute_granularity != "selective":
+            return super().forward(hidden_states)
+        widened, bias = self.linear_fc1(hidden_states)
+        kept = CheckpointWithoutOutput(fp8=None)  # False would ask Transformer Engine
+        activated = kept.checkpoint(lambda widened, bias: self.activation_func(widened + bias), widened, bias)
+        output, output_bias = self.linear_fc2(activated)
+        kept.discard_output_and_register_recompute(output)
+        return output, output_bias
 
 
-def transformer_config(shape: BloomShape, trainer) -> TransformerConfig:
+def transformer_config(shape: BloomShape, trainer, head: str = "lm") -> TransformerConfig:
     """megatron-core's configuration of ``shape`` under a trainer's layout and precision (training.config.TrainerConfig)."""
     dtype = torch.bfloat16 if trainer.precision == "bf16" else torch.float32
-    return TransformerConfig(
+    backend = backends.choose(trainer.attention, parallel.device().type, dtype, shape.hidden // shape.heads)
+    interleaved = trainer.virtual_pipeline > 1
+    config = TransformerConfig(
         num_layers=shape.layers, hidden_size=shape.hidden, num_attention_heads=shape.heads, ffn_hidden_size=4 * shape.hidden,
         layernorm_epsilon=shape.eps, add_bias_linear=True, hidden_dropout=0.0, attention_dropout=0.0,
         # The fused form of F.gelu is the tanh formula, the unfused one is not: state the formula, leave fusion off.
         activation_func=partial(F.gelu, approximate="tanh"), bias_activation_fusion=False, bias_dropout_fusion=False,
         masked_softmax_fusion=False, gradient_accumulation_fusion=False, persist_layer_norm=False,
         tensor_model_parallel_size=trainer.tensor_parallel, pipeline_model_parallel_size=trainer.pipeline_parallel,
+        virtual_pipeline_model_parallel_size=trainer.virtual_pipeline if interleaved else None,
+        pipeline_model_parallel_layout=pipeline_layout(shape, trainer, head),
+        # With two stages megatron-core's default of batched messages gives the interleaved schedule wrong gradients, silently.
+        overlap_p2p_comm=interleaved, batch_p2p_comm=not interleaved,
         sequence_parallel=trainer.sequence_parallel, params_dtype=dtype, pipeline_dtype=dtype, bf16=dtype == torch.bfloat16,
+        **RECOMPUTE[trainer.recompute], recompute_modules=["core_attn"] if backend == "sdpa" else [],  # the others keep no scores
         init_method=_no_init, output_layer_init_method=_no_init, use_cpu_initialization=False,
         calculate_per_token_loss=True,  # one denominator for the whole global batch, on every layout
     )
+    config.alibi_backend = backend
+    return config
 
 
-def block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
+RECOMPUTE = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective"},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+
+
+def pipeline_layout(shape: BloomShape, trainer, head: str) -> list[list[str]] | None:
+    """What each part of the pipeline holds, in the model's order, as megatron-core wants it; None without a pipeline."""
+    if trainer.pipeline_parallel == 1:
+        return None
+    stages = shape.chunk_layers(trainer.pipeline_parallel, trainer.virtual_pipeline, head)
+    layout = [["decoder"] * stage[part] for part in range(trainer.virtual_pipeline) for stage in stages]
+    layout[0].insert(0, "embedding")
+    layout[-1].append("loss")
+    return layout
+
+
+def block_spec(config: TransformerConfig, part: int | None) -> TransformerBlockSubmodules:
     """Every submodule is named: megatron-core's defaults depend on whether Transformer Engine or Apex happen to be installed."""
+    norm = norm_class()
     attention = SelfAttentionSubmodules(linear_qkv=ColumnParallelLinear, core_attention=AlibiAttention, linear_proj=RowParallelLinear,
                                         q_layernorm=IdentityOp, k_layernorm=IdentityOp)
     layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=LayerNorm,
+            input_layernorm=norm,
             self_attention=ModuleSpec(module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=LayerNorm,
-            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)),
+            pre_mlp_layernorm=norm,
+            mlp=FeedForward,
             mlp_bda=get_bias_dropout_add,
         ),
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=LayerNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, part), layer_norm=norm)
 
 
 class Bloom(LanguageModule):
-    """This pipeline stage's part of BLOOM.
+    """This pipeline stage's part of BLOOM; ``part``: which of its parts under the interleaved schedule.
 
     ``head`` "lm": tokens (B, T) -> logits (B, T, V / tp), columns of vocabulary padding at -inf. ``head`` "scalar": -> (B, T) fp32.
     Stages before the last return hidden states (T, B, H). Weights are uninitialised: load them.
     """
 
-    def __init__(self, config: TransformerConfig, shape: BloomShape, head: str):
+    def __init__(self, config: TransformerConfig, shape: BloomShape, head: str, part: int | None = None):
         super().__init__(config=config)
         tp = self.pg_collection.tp
-        self.pre_process, self.post_process = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
-        self.head, self.vp_stage = head, None
+        self.pre_process = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=part)
+        self.post_process = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=part)
+        self.head, self.vp_stage = head, part
         self.model_type = ModelType.encoder_or_decoder
-        self.share_embeddings_and_output_weights = head == "lm"
+        self.share_embeddings_and_output_weights = head == "lm" and shape.tied
         padded = shape.padded_vocab(tp.size())
         self.real_columns = min(max(shape.vocab - tp.rank() * (padded // tp.size()), 0), padded // tp.size())
         if self.pre_process:
             self.embedding = LanguageModelEmbedding(config, padded, max_sequence_length=0, position_embedding_type="none", tp_group=tp)
-            self.embedding_layernorm = LayerNorm(config, config.hidden_size, config.layernorm_epsilon)
-        self.decoder = TransformerBlock(config, block_spec(config), pre_process=self.pre_process, post_process=self.post_process,
-                                        pg_collection=self.pg_collection)
+            self.embedding_layernorm = norm_class()(config, config.hidden_size, config.layernorm_epsilon)
+        self.decoder = TransformerBlock(config, block_spec(config, part), pre_process=self.pre_process, post_process=self.post_process,
+                                        pg_collection=self.pg_collection, vp_stage=part)
         if self.post_process and head == "lm":
             self.output_layer = tensor_parallel.ColumnParallelLinear(
                 config.hidden_size, padded, config=config, init_method=_no_init, bias=False, skip_bias_add=False, gather_output=False,
-                skip_weight_param_allocation=self.pre_process, tp_group=tp)
+                skip_weight_param_allocation=self.pre_process and shape.tied, tp_group=tp)
         elif self.post_process:
             self.score = ScalarHead(config, tp)
         if head == "lm" and (self.pre_process or self.post_process):
@@ -107,17 +152,23 @@ class Bloom(LanguageModule):
         """The hidden states of the stage before; called by megatron-core's schedules."""
         self.decoder.set_input_tensor(tensor[0] if isinstance(tensor, list) else tensor)
 
-    def forward(self, tokens, attention_mask=None, inference_context=None):
-        """``attention_mask`` (B, 1, 1, keys): True at keys nobody may see. With ``inference_context`` only the last position's logits."""
+    def forward(self, tokens, attention_mask=None, inference_context=None, documents=None):
+        """``documents`` (B, T) int: the document of each token of a packed batch (training.model.attention.Documents), on every stage.
+
+        Generation: ``attention_mask`` (B, 1, 1, keys), True at keys nobody may see, and ``inference_context``, the cache; then
+        only the last position's logits are computed.
+        """
         hidden = self.embedding_layernorm(self.embedding(tokens, None)) if self.pre_process else None
-        hidden = self.decoder(hidden_states=hidden, attention_mask=attention_mask, inference_context=inference_context)
+        hidden = self.decoder(hidden_states=hidden, attention_mask=attention_mask, inference_context=inference_context,
+                              packed_seq_params=None if documents is None else Documents(documents))
         if not self.post_process:
             return hidden
         if self.head == "scalar":
             return self.score(hidden)
         if inference_context is not None:
             hidden = hidden[-1:]
-        logits, _ = self.output_layer(hidden, weight=self.shared_embedding_or_output_weight())
+        tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits, _ = self.output_layer(hidden, weight=tied)
         logits = logits.transpose(0, 1)
         if self.real_columns < logits.size(-1):
             # Out of place on the last columns only: padding rows must not take part in any softmax.
@@ -129,6 +180,36 @@ class Bloom(LanguageModule):
         # megatron-core's LanguageModule takes an output layer for granted; a scalar head has none.
         parent = super() if self.head == "lm" else super(LanguageModule, self)
         state = parent.sharded_state_dict(prefix, sharded_offsets, metadata)
-        if self.pre_process:
-            state[f"{prefix}embedding.word_embeddings.weight"].allow_shape_mismatch = True  # vocabulary padding depends on TP
+        for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+            if f"{prefix}{name}" in state:
+                state[f"{prefix}{name}"].allow_shape_mismatch = True  # vocabulary padding depends on TP
         return {key: value for key, value in state.items() if not key.endswith("_extra_state")}
+
+
+class Interleaved(torch.nn.Module):
+    """The parts that a pipeline stage holds under the interleaved schedule, as one module to load, save and initialise.
+
+    Its forward pass is the schedule's. Names are local (``parts.1.decoder.layers.0...``), keys in a checkpoint are the model's.
+    """
+
+    def __init__(self, config: TransformerConfig, shape: BloomShape, head: str):
+        super().__init__()
+        self.config = config
+        self.parts = torch.nn.ModuleList(Bloom(config, shape, head, part) for part in range(config.virtual_pipeline_model_parallel_size))
+
+    @property
+    def post_process(self) -> bool:
+        return self.parts[-1].post_process
+
+    @property
+    def score(self) -> ScalarHead:
+        return self.parts[-1].score
+
+    def sharded_state_dict(self) -> dict:
+        states = [part.sharded_state_dict() for part in self.parts]
+        return {f"parts.{number}.{key}": value for number, state in enumerate(states) for key, value in state.items()}
+
+
+def parts(model) -> list[torch.nn.Module]:
+    """The modules that megatron-core's schedules run: a model's parts in order, or the model itself."""
+    return list(model.parts) if isinstance(model, Interleaved) else list(model) if isinstance(model, list) else [model]

@@ -36,7 +36,10 @@ class ScalarHead(torch.nn.Module):
 
 
 class _VocabParallelLogProbs(torch.autograd.Function):
-    """log p(target) from logits (..., V / tp). Unlike megatron-core's cross entropy it leaves fp32 logits unchanged."""
+    """log p(target) from logits (..., V / tp). Unlike megatron-core's cross entropy it leaves fp32 logits unchanged.
+
+    At its worst (backward) it holds three fp32 tensors of the logits' size; launcher.memory.LOSS_BYTES counts them.
+    """
 
     @staticmethod
     def forward(ctx, logits, target, group):

@@ -1,0 +1,358 @@
+"""Is BLOOM on megatron-core right on a GPU, and what does it cost there? ``python benchmarks/parity_gpu.py STEP ... [--folder DIR]``
+
+    attention   every attention backend that is installed against fp64, forward and backward, plain, padded and packed rows,
+                head dimensions of the published models; then loss and all gradients of a small model against Hugging Face in
+                fp64, for each kind of recompute (3 minutes, most of it compiling)
+    memory      peak torch.cuda.max_memory_allocated of SFT steps of bloom-560m and bloom-1b7, beside tokens per second (5 minutes)
+    make        a random bf16 model of bloom-7b1's shape as a Hugging Face folder below DIR (2 minutes, 14 GB)
+    convert     that folder to Megatron, timed beside cp of the same bytes (needs 28 GB more for a while)
+    logits      ours in bf16 and fp32, and Hugging Face in bf16, against Hugging Face in fp64 (57 GB on the GPU)
+    export      back to Hugging Face, timed, every tensor compared bit for bit; deletes the Megatron checkpoint
+
+Each prints JSON lines; a line with "ok": false is a missed tolerance, and the exit code is 1. ``--small`` takes tiny shapes, for a try
+on a CPU. Steps may run in separate calls; make, convert, logits and export share DIR (default: a fixed folder of the temporary directory).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from transformers import BloomConfig, BloomForCausalLM
+
+from tests.attention import document_ids, errors, relative
+from training import checkpoint, parallel
+from training.config import Paths, SFTConfig
+from training.model import backends
+from training.model.bloom import parts
+from training.model.heads import next_token_logprobs
+from training.sft import compute
+from training.shape import BloomShape
+from training.step import Learner, Objective, build_model, evaluate
+
+ROOT = Path(__file__).parents[1]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BIG = dict(vocab_size=250880, hidden_size=4096, n_layer=30, n_head=32)  # bloom-7b1
+SMALL = dict(vocab_size=300, hidden_size=64, n_layer=4, n_head=4)
+SIZES = {"560m": BloomShape(24, 1024, 16, 250880, 1e-5), "1b7": BloomShape(24, 2048, 16, 250880, 1e-5)}
+TOLERANCES = {torch.float32: (1e-5, 2e-5), torch.bfloat16: (1e-2, 2e-2)}
+"""Of an attention backend, forward and gradients, relative L2: see training.model.backends."""
+missed = []
+
+
+def say(ok: bool | None = None, **values) -> None:
+    """One JSON line; ``ok`` says whether a tolerance was met."""
+    values = {name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in values.items()}
+    print(json.dumps(values if ok is None else {**values, "ok": ok}), flush=True)
+    if ok is False:
+        missed.append(values)
+
+
+def settings(**values) -> SFTConfig:
+    defaults = dict(precision="fp32", micro_batch_size=2, global_batch_size=4, iterations=10, warmup_iterations=0, lr=1e-5)
+    return SFTConfig(paths=Paths("", "", "", "", ""), **{**defaults, **values})
+
+
+def attention(folder: Path, small: bool) -> None:
+    """The kernels against fp64, then a model against Hugging Face in fp64."""
+    installed = [name for name in ("flash", "te") if backends.available(name)] + (["flex"] if DEVICE == "cuda" else []) + ["sdpa"]
+    shapes = [(2, 128, 3, 16)] if small else [(2, 512, 14, 64), (2, 512, 8, 80), (1, 640, 16, 96), (1, 1024, 32, 128)]
+    for name in installed:
+        for dtype, (forward, gradient) in TOLERANCES.items():
+            if name in backends.PACKAGES and dtype == torch.float32:
+                continue
+            for rows, length, heads, dim in shapes:
+                for kind in ("plain", "padded", "packed"):
+                    ids = document_ids(kind, rows, length, DEVICE)
+                    found = errors(backends.KERNELS[name], ids, rows, length, heads, dim, dtype, DEVICE)
+                    say(found[0] <= forward and found[1] <= gradient, step="attention", backend=name, dtype=str(dtype)[6:], heads=heads,
+                        head_dim=dim, length=length, rows=kind, forward=found[0], gradient=found[1])
+    with tempfile.TemporaryDirectory() as own:
+        whole_model(Path(own))
+
+
+def whole_model(folder: Path) -> None:
+    """Loss and every gradient of a small model, padded and packed, in fp32 and bf16, each recompute, against Hugging Face in fp64."""
+    shape = dict(vocab_size=1000, hidden_size=256, n_layer=4, n_head=8)
+    theirs = random_model(shape, torch.float32, spread=0.15)
+    theirs.save_pretrained(folder / "hf")
+    convert_folder(folder, "hf")
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, 1000, (4, 256), generator=generator)
+    for kind in ("padded", "packed"):
+        ids = document_ids(kind, 4, 256)
+        mask = torch.nn.functional.pad(ids[:, 1:] == ids[:, :-1], (1, 0))  # the first token of a document has nothing before it
+        exact = theirs.double().to(DEVICE)
+        loss, gradients = hugging_face(exact, tokens, ids, mask)
+        for dtype, recompute in (("fp32", "none"), ("fp32", "selective"), ("fp32", "full"), ("bf16", "none")):
+            config = settings(precision=dtype, recompute=recompute)
+            found, ours = our_gradients(folder, config, {"tokens": tokens, "response_mask": mask, "documents": ids})
+            worst, name = max((relative(ours[name], gradients[name]), name) for name in ours)
+            least, most = (1e-5, 5e-5) if dtype == "fp32" else (5e-3, 0.25)
+            say(abs(found - loss) <= least * loss and worst <= most, step="model", dtype=dtype, recompute=recompute, rows=kind,
+                loss=abs(found - loss) / loss, worst_gradient=worst, of=name)
+
+
+def hugging_face(model, tokens, ids, mask) -> tuple[float, dict]:
+    """Mean loss over ``mask`` and its gradients, every document through the model alone."""
+    model.zero_grad()
+    total = 0.0
+    for row, owner, inside in zip(tokens, ids, mask, strict=True):
+        for document in owner.unique():
+            chosen = (owner == document).nonzero().squeeze(1)
+            if len(chosen) < 2:
+                continue
+            inputs = row[chosen][None].to(DEVICE)
+            logprobs = model(input_ids=inputs).logits[0, :-1].log_softmax(-1).gather(-1, inputs[0, 1:, None]).squeeze(-1)
+            loss = -(logprobs * inside[chosen][1:].to(DEVICE)).sum() / mask.sum()
+            loss.backward()
+            total += loss.item()
+    return total, {name.removeprefix("transformer."): parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def our_gradients(folder: Path, config: SFTConfig, batch: dict) -> tuple[float, dict]:
+    """The mean loss and its gradients by Hugging Face name (one rank)."""
+    from conversion.weights import entries
+
+    shape = BloomShape.read(folder / "hf")
+    model = build_model(shape, config, "lm")
+    checkpoint.load_weights(checkpoint.resolve(folder / "convert") / "model", model)
+    learner = Learner(model, config, config.lr, 10, 0)
+    learner.optimizer.step = lambda: (True, 1.0, 0)  # gradients only
+    halves = [{name: tensor[first : first + 2] for name, tensor in batch.items()} for first in (0, 2)]
+    loss = learner.step(halves, Objective(("loss",), compute))["loss"]
+    names = {entry.key.replace("layers.", f"layers.{entry.layer}."): entry.name for entry in entries(shape.layers)}
+    gradients = {names[name]: parameter.main_grad for name, parameter in model.named_parameters()}
+    gradients["word_embeddings.weight"] = gradients["word_embeddings.weight"][: shape.vocab]
+    return loss, gradients
+
+
+def random_model(shape: dict, dtype: torch.dtype, spread: float = 0.02) -> BloomForCausalLM:
+    """A seeded random BLOOM on the GPU with noisy biases and norms."""
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(DEVICE):
+            config = BloomConfig(**shape, initializer_range=spread, hidden_dropout=0.0, attention_dropout=0.0, use_cache=False)
+            model = BloomForCausalLM(config)
+    finally:
+        torch.set_default_dtype(before)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter += 0.1 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def memory(folder: Path, small: bool) -> None:
+    """Peak memory of the second SFT step (the first makes Adam's moments) and its speed, TP 1, bf16, row length 2048."""
+    length = 64 if small else 2048
+    for size, shape in ({"small": BloomShape(4, 64, 4, 300, 1e-5)} if small else SIZES).items():
+        for rows in (1, 4):
+            for recompute in ("none", "selective", "full"):
+                free()
+                config = settings(precision="bf16", recompute=recompute, micro_batch_size=rows, global_batch_size=rows)
+                say(step="memory", model=size, parameters=shape.parameters(), rows=rows, length=length, recompute=recompute,
+                    **one_step(shape, config, rows, length))
+
+
+def one_step(shape: BloomShape, config: SFTConfig, rows: int, length: int) -> dict:
+    torch.manual_seed(0)
+    model = build_model(shape, config, "lm")
+    for part in parts(model):
+        for name, parameter in part.named_parameters():
+            torch.nn.init.normal_(parameter, 1.0 if "layernorm.weight" in name else 0.0, 0.02)
+    learner = Learner(model, config, 1e-5, 10, 0)
+    tokens = torch.randint(0, shape.vocab, (rows, length))
+    batch = {"tokens": tokens, "response_mask": torch.ones_like(tokens, dtype=torch.bool)}
+    seconds, losses = [], []
+    for _ in range(4):
+        if len(seconds) == 1:
+            reset_peak()
+        began = time.monotonic()
+        losses.append(learner.step([batch], Objective(("loss",), compute))["loss"])
+        seconds.append(time.monotonic() - began)
+    static = torch.cuda.memory_allocated() if DEVICE == "cuda" else 0
+    peak = torch.cuda.max_memory_allocated() if DEVICE == "cuda" else 0
+    return {"peak_gb": peak / 1e9, "static_gb": static / 1e9, "tokens_per_second": rows * length / sorted(seconds)[1], "loss": losses[-1]}
+
+
+def reset_peak() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+
+def free() -> None:
+    gc.collect()
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+
+
+def make(folder: Path, small: bool) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    began = time.monotonic()
+    model = random_model(SMALL if small else BIG, torch.bfloat16)
+    model.save_pretrained(folder / "hf", max_shard_size="5GB")
+    say(step="make", parameters=sum(parameter.numel() for parameter in model.parameters()), gigabytes=size(folder / "hf"),
+        seconds=time.monotonic() - began)
+
+
+def size(folder: Path) -> float:
+    """GB (1e9 bytes) of all files below."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e9
+
+
+def copy(source: Path, target: Path) -> float:
+    """Seconds of cp of the same bytes, to the disk; the copy is deleted."""
+    os.sync()
+    began = time.monotonic()
+    subprocess.run(["cp", "-r", source, target], check=True)
+    os.sync()
+    seconds = time.monotonic() - began
+    shutil.rmtree(target)
+    return seconds
+
+
+def stage(module: str, folder: Path, name: str, **config) -> tuple[float, float]:
+    """Run a conversion stage as a user would -> (seconds, peak resident memory of it and its children, GB; file pages included)."""
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(config))
+    os.sync()
+    began = time.monotonic()
+    subprocess.run([sys.executable, "-m", module, str(path)], check=True, cwd=ROOT, env={**os.environ, "MASTER_PORT": "29501"})
+    os.sync()
+    return time.monotonic() - began, resident_children()
+
+
+def resident_children() -> float:
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
+
+
+def convert_folder(folder: Path, source: str) -> tuple[float, float]:
+    target = folder / "convert"
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir()
+    return stage("conversion.hf_to_megatron", folder, "convert", paths={"output": str(target), "model": str(folder / source)})
+
+
+def convert(folder: Path, small: bool) -> None:
+    cp = copy(folder / "hf", folder / "copy")
+    seconds, resident = convert_folder(folder, "hf")
+    again = copy(folder / "hf", folder / "copy")
+    fastest, gigabytes = min(cp, again), size(folder / "hf")
+    say(step="convert", gigabytes=gigabytes, seconds=seconds, cp_seconds=[round(cp, 2), round(again, 2)], times_cp=seconds / fastest,
+        gb_per_second=gigabytes / seconds, max_rss_gb=resident)
+
+
+def export(folder: Path, small: bool) -> None:
+    target = folder / "export"
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir()
+    paths = {"output": str(target), "model": str(folder / "hf"), "checkpoints": {"sft": str(folder / "convert")}}
+    seconds, resident = stage("conversion.megatron_to_hf", folder, "export", paths=paths)
+    wrong, count = differences(folder / "hf", target / "sft")
+    shutil.rmtree(folder / "convert")  # room on the disk for the copy
+    gigabytes = size(target / "sft")
+    cp = copy(target / "sft", folder / "copy")
+    say(not wrong, step="export", gigabytes=gigabytes, seconds=seconds, cp_seconds=cp, times_cp=seconds / cp,
+        gb_per_second=gigabytes / seconds, max_rss_gb=resident, tensors=count, different=wrong[:5])
+
+
+def differences(left: Path, right: Path) -> tuple[list[str], int]:
+    """Names whose tensors are not the same bits in both folders, and how many there are."""
+    def tensors(folder):
+        from safetensors import safe_open
+
+        found = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            handle = safe_open(path, "pt")
+            found |= {name.removeprefix("transformer."): (handle, name) for name in handle.keys() if "lm_head" not in name}  # noqa: SIM118
+        return found
+
+    mine, theirs = tensors(left), tensors(right)
+    wrong = sorted(mine.keys() ^ theirs.keys())
+    for name in mine.keys() & theirs.keys():
+        a, b = (handle.get_tensor(stored) for handle, stored in (mine[name], theirs[name]))
+        if a.dtype != b.dtype or not torch.equal(a, b):
+            wrong.append(name)
+    return wrong, len(mine)
+
+
+def logits(folder: Path, small: bool) -> None:
+    """Logits of 2 rows against Hugging Face in fp64.
+
+    Tolerances: in fp32 2e-5 relative (L2): rounding of 30 layers. In bf16 no absolute number means anything for a random model: we
+    ask that ours is not farther from fp64 than Hugging Face's own bf16 by more than a tenth; the two differ from each other by
+    about the root of the sum of squares, since they round in different places (Hugging Face also rounds ALiBi itself).
+    """
+    shape = BloomShape.read(folder / "hf")
+    rows, length = 2, 128 if small else 256
+    tokens = torch.randint(0, shape.vocab, (rows, length), generator=torch.Generator().manual_seed(5))
+    exact, rounded = (theirs(folder, tokens, dtype) for dtype in (torch.float64, torch.bfloat16))
+    half, single = (ours(folder, shape, tokens, precision) for precision in ("bf16", "fp32"))
+    fp32, bf16, his = relative(single, exact), relative(half, exact), relative(rounded, exact)
+
+    def closeness(found):
+        return {"same_argmax": round((found.argmax(-1) == exact.argmax(-1)).float().mean().item(), 4),
+                "largest_difference": round((found.double() - exact).abs().max().item(), 4)}
+
+    say(fp32 <= 2e-5 and bf16 <= 1.1 * his, step="logits", ours_fp32=fp32, ours_bf16=bf16, hf_bf16=his,
+        ours_to_hf_bf16=relative(half, rounded), largest_logit=exact.abs().max().item(), ours=closeness(half), hf=closeness(rounded))
+
+
+def theirs(folder: Path, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Hugging Face's logits (B, T, V) on the CPU."""
+    free()
+    model = BloomForCausalLM.from_pretrained(folder / "hf", dtype=torch.bfloat16).to(DEVICE).to(dtype).eval()
+    with torch.no_grad():
+        return model(input_ids=tokens.to(DEVICE)).logits.cpu()
+
+
+def ours(folder: Path, shape: BloomShape, tokens: torch.Tensor, precision: str) -> torch.Tensor:
+    free()
+    model = build_model(shape, settings(precision=precision), "lm")
+    checkpoint.load_weights(checkpoint.resolve(folder / "convert") / "model", model)
+    found = []
+
+    def read(logits, micro):
+        found.append(logits[..., : shape.vocab].float().cpu())
+        return next_token_logprobs(logits, micro["tokens"])
+
+    evaluate(model, {"tokens": tokens}, 2, read)
+    return torch.cat(found)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("steps", nargs="+", choices=["attention", "memory", "make", "convert", "logits", "export"])
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "convoy-parity")
+    parser.add_argument("--small", action="store_true")
+    given = parser.parse_args(arguments)
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+    say(torch=torch.__version__, device=torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu")
+    run = {"attention": attention, "memory": memory, "make": make, "convert": convert, "logits": logits, "export": export}
+    with parallel.ranks(1, 1, seed=1):
+        for step in given.steps:
+            began = time.monotonic()
+            run[step](given.folder, given.small)
+            free()
+            say(step=step, took=time.monotonic() - began)
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,176 @@
+"""Each attention backend against fp64, forward and backward, plain, padded and packed; and which one a run takes.
+
+flash-attn and Transformer Engine need a GPU: here their calls are held against stand-ins that compute what the packages document
+(bias -slope * |query - key|, cu_seqlens, their layouts). benchmarks/parity_gpu.py runs the real ones where they are installed.
+"""
+
+import sys
+import types
+
+import pytest
+import torch
+
+from tests.attention import document_ids, errors, reference
+from training.config import ConfigError
+from training.model import backends, kernels
+from training.model.attention import Documents, alibi_slopes
+
+KINDS = ("plain", "padded", "packed")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("heads", [8, 12, 14])
+def test_sdpa_agrees_with_fp64(kind, heads):
+    for length in (1, 2, 7, 33) if kind == "plain" else (33,):
+        output, gradient = errors(backends.sdpa, document_ids(kind, 2, length), 2, length, heads, 8)
+        assert output < 1e-5 and gradient < 2e-5
+    output, gradient = errors(backends.sdpa, document_ids(kind, 2, 33), 2, 33, heads, 8, torch.bfloat16)
+    assert output < 1e-2 and gradient < 2e-2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_flex_attention_s_scores_and_masks_agree_with_fp64(kind):
+    """The forward pass, uncompiled: FlexAttention has no backward pass on the CPU."""
+    (output,) = errors(backends.flex, document_ids(kind, 2, 256), 2, 256, 6, 16, backward=False)
+    assert output < 1e-5
+
+
+def test_a_wrong_slope_or_a_document_too_far_would_be_seen():
+    """The tolerances above tell right from nearly right."""
+    def doubled(query, key, value, slopes, scale, documents):
+        return backends.sdpa(query, key, value, slopes * 1.01, scale, documents)
+
+    def unpacked(query, key, value, slopes, scale, documents):
+        return backends.sdpa(query, key, value, slopes, scale, None)
+
+    assert errors(doubled, None, 2, 33, 6, 8)[0] > 1e-4
+    assert errors(unpacked, document_ids("packed", 2, 33), 2, 33, 6, 8)[0] > 0.1
+
+
+def attend(query, key, value, slopes, scale, ends=None):
+    """(B, T, H, D), or with ``ends`` (tokens, H, D), in fp64 -> the same shape and type."""
+    if ends is None:
+        out = reference(*(x.transpose(0, 1) for x in (query, key, value)), slopes, scale, None).transpose(0, 1)
+    else:
+        ids = Documents.from_lengths(ends, query.size(0)).ids
+        out = reference(*(x[:, None] for x in (query, key, value)), slopes, scale, ids)
+    return out.reshape(query.shape).to(query.dtype)
+
+
+def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None):
+    assert causal and dropout_p == 0.0 and alibi_slopes.dtype == torch.float32
+    return attend(q, k, v, alibi_slopes, softmax_scale)
+
+
+def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
+                           causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None):
+    assert causal and dropout_p == 0.0 and cu_seqlens_q.dtype == torch.int32 and torch.equal(cu_seqlens_q, cu_seqlens_k)
+    assert max_seqlen_q == max_seqlen_k == int(cu_seqlens_q.diff().max()) and int(cu_seqlens_q[-1]) == q.size(0)
+    return attend(q, k, v, alibi_slopes, softmax_scale, cu_seqlens_q)
+
+
+class DotProductAttention:
+    def __init__(self, num_attention_heads, kv_channels, attention_dropout=0.0, softmax_scale=None, attn_mask_type="causal",
+                 qkv_format="sbhd"):
+        assert attention_dropout == 0.0
+        self.heads, self.channels, self.scale = num_attention_heads, kv_channels, softmax_scale
+
+    def __call__(self, query_layer, key_layer, value_layer, attention_mask=None, qkv_format=None, cu_seqlens_q=None, cu_seqlens_kv=None,
+                 max_seqlen_q=None, max_seqlen_kv=None, attn_mask_type=None, core_attention_bias_type="no_bias", alibi_slopes=None):
+        assert core_attention_bias_type == "alibi" and query_layer.shape[-2:] == (self.heads, self.channels)
+        assert (qkv_format, attn_mask_type) == (("sbhd", "causal") if cu_seqlens_q is None else ("thd", "padding_causal"))
+        layers = (query_layer, key_layer, value_layer)
+        if cu_seqlens_q is None:
+            return attend(*(x.transpose(0, 1) for x in layers), alibi_slopes, self.scale).transpose(0, 1).flatten(2)
+        return attend(*layers, alibi_slopes, self.scale, cu_seqlens_q).flatten(1)
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    flash, te, te_pytorch = (types.ModuleType(name) for name in ("flash_attn", "transformer_engine", "transformer_engine.pytorch"))
+    flash.flash_attn_func, flash.flash_attn_varlen_func, te_pytorch.DotProductAttention = (
+        flash_attn_func, flash_attn_varlen_func, DotProductAttention)
+    for module in (flash, te, te_pytorch):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    backends.available.cache_clear()
+    backends._te_attention.cache_clear()
+    yield
+    backends.available.cache_clear()
+    backends._te_attention.cache_clear()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["flash", "te"])
+def test_the_installed_packages_are_called_as_they_document(stand_ins, name, kind):
+    output, gradient = errors(backends.KERNELS[name], document_ids(kind, 2, 33), 2, 33, 6, 8)
+    assert output < 1e-6 and gradient < 1e-6
+
+
+def test_the_fastest_backend_that_can_run_is_chosen(stand_ins, monkeypatch):
+    bf16, fp32 = torch.bfloat16, torch.float32
+    assert backends.choose("auto", "cpu", bf16, 64) == "sdpa"
+    assert backends.choose("auto", "cuda", bf16, 64) == "flash"
+    assert backends.choose("auto", "cuda", fp32, 64) == "flex"
+    assert backends.choose("te", "cuda", bf16, 64) == "te"
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    backends.available.cache_clear()
+    assert backends.choose("auto", "cuda", bf16, 64) == "te"
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", None)
+    backends.available.cache_clear()
+    assert backends.choose("auto", "cuda", bf16, 64) == "flex"
+    assert backends.choose("auto", "cuda", bf16, 8) == "sdpa"
+    refused = (("flash", "cuda", bf16, 64, "is not installed here .pip install flash-attn"), ("flex", "cpu", bf16, 64, "needs a GPU"),
+               ("flex", "cuda", bf16, 8, "needs heads of 16 dimensions or more"))
+    for wanted, device, dtype, dim, problem in refused:
+        with pytest.raises(ConfigError, match=f'attention = "{wanted}" {problem}.*set attention = "auto"'):
+            backends.choose(wanted, device, dtype, dim)
+
+
+def test_documents_from_cu_seqlens_and_back():
+    documents = Documents.from_lengths(torch.tensor([0, 3, 4, 9]), 12)
+    assert documents.ids.tolist() == [[0, 0, 0, 1, 2, 2, 2, 2, 2, 3, 3, 3]]
+    assert documents.cumulative.tolist() == [0, 3, 4, 9, 12] and documents.longest == 5
+    both = Documents(torch.tensor([[0, 0, 1], [1, 1, 1]]))  # a document never goes on in the next row, even with the same id
+    assert both.cumulative.tolist() == [0, 2, 3, 6]
+
+
+def test_slopes_stay_fp32_and_are_those_of_the_rank():
+    from training.model.attention import rank_slopes
+
+    whole = alibi_slopes(14)
+    parts = [rank_slopes(14, first, 7, torch.device("cpu")) for first in (0, 7)]
+    assert torch.equal(torch.cat(parts), whole) and whole.dtype == torch.float32
+
+
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """Only for the question where fused kernels come from."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    kernels.provider.cache_clear()
+    yield monkeypatch
+    kernels.provider.cache_clear()
+
+
+def install(monkeypatch, *modules: str) -> None:
+    for name in modules:
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    kernels.provider.cache_clear()
+
+
+def test_nvidia_s_apex_is_told_from_pypi_s_and_from_one_without_extensions(a_gpu):
+    assert kernels.provider() == "torch"
+    install(a_gpu, "apex")  # PyPI's: no apex.optimizers
+    assert kernels.provider() == "torch" and kernels.describe("flex") == "attention: FlexAttention, layer norm: torch, AdamW: torch"
+    install(a_gpu, "apex.optimizers")
+    with pytest.raises(ConfigError, match="without its CUDA extensions.*--cpp_ext --cuda_ext"):
+        kernels.provider()
+    install(a_gpu, "amp_C", "fused_layer_norm_cuda")
+    assert kernels.provider() == "Apex"
+    install(a_gpu, "transformer_engine", "transformer_engine.pytorch", "transformer_engine.pytorch.optimizers")
+    assert kernels.provider() == "Transformer Engine"
+
+
+def test_without_a_gpu_fused_kernels_are_not_used(monkeypatch):
+    install(monkeypatch, "apex", "apex.optimizers", "amp_C", "fused_layer_norm_cuda")
+    assert kernels.provider() == "torch"
+    kernels.provider.cache_clear()

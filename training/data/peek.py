@@ -1,0 +1,31 @@
+"""``python -m training.data.peek FILE ROWS [--skip-bad-rows]``: can the first rows be trained on? Standard library only.
+
+Prints what they are; exit status 65 for bad data, with one line on stderr that names file, line and field.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections import Counter
+
+from training.data import formats
+
+
+def main(arguments: list[str]) -> int:
+    source, number, *options = arguments
+    counts: Counter = Counter()
+    try:
+        rows = list(itertools.islice(formats.iterate(source, "reward", counts, "--skip-bad-rows" in options), int(number)))
+        if not rows:
+            raise formats.DataError(f"{source}: no usable row{formats.because(counts)}")
+    except formats.DataError as error:
+        print(error, file=sys.stderr)
+        return formats.EXIT_DATA
+    dropped = counts["rows"] - len(rows)
+    print(f"{source}: the first {counts['rows']} rows can be read{f', {dropped} of them are not used' if dropped else ''}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

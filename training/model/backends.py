@@ -1,0 +1,186 @@
+"""The kernels that compute ALiBi attention, and which one a run uses.
+
+Every backend takes query (Tq, B, H, D), key and value (Tk, B, H, D), slopes (H,) fp32, the scale and the batch's Documents or
+None, and gives (Tq, B, H * D). Relative L2 error against fp64, forward / worst of dQ, dK, dV: fp32 under 1e-5 / 2e-5; bf16
+under 1e-2 / 2e-2 (inputs are rounded first, so what is left is the rounding of probabilities and of the results).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+
+import torch
+import torch.nn.functional as F
+
+from training.config import ConfigError
+
+FLEX_BLOCK = 128
+"""Tokens of a block of FlexAttention's mask: sequence lengths on CUDA are multiples of it."""
+FLEX_SMALLEST_HEAD = 16
+"""FlexAttention's kernels take no smaller head dimension."""
+PACKAGES = {"flash": ("flash_attn", "flash_attn_varlen_func"), "te": ("transformer_engine.pytorch", "DotProductAttention")}
+INSTALL = {"flash": "pip install flash-attn --no-build-isolation", "te": "pip install transformer-engine[pytorch] --no-build-isolation"}
+
+
+def choose(wanted: str, device: str, dtype: torch.dtype, head_dim: int) -> str:
+    """The backend of a run: "sdpa", "flex", "flash" or "te". ``wanted`` is TrainerConfig.attention.
+
+    "auto": SDPA on the CPU. On CUDA flash-attn, else Transformer Engine, where they are installed and the run is bf16, else
+    FlexAttention. Raises ConfigError where the one asked for can't run.
+    """
+    half = dtype in (torch.bfloat16, torch.float16)
+    problems = dict.fromkeys(KERNELS, "")
+    if head_dim < FLEX_SMALLEST_HEAD:
+        problems["flex"] = f"needs heads of {FLEX_SMALLEST_HEAD} dimensions or more, the model's have {head_dim}"
+    for name in PACKAGES:
+        if not available(name):
+            problems[name] = f"is not installed here ({INSTALL[name]})"
+        elif not half:
+            problems[name] = 'needs precision = "bf16"'
+    if device != "cuda":
+        problems |= dict.fromkeys(("flex", *PACKAGES), "needs a GPU")
+    if wanted == "auto":
+        order = ("flash", "te", "flex", "sdpa") if device == "cuda" else ("sdpa",)
+        return next(name for name in order if not problems[name])
+    if problems[wanted]:
+        raise ConfigError(f'attention = "{wanted}" {problems[wanted]}; set attention = "auto"')
+    return wanted
+
+
+@functools.cache
+def available(name: str) -> bool:
+    """Is the package of "flash" or "te" here, whole?"""
+    package, attribute = PACKAGES[name]
+    try:
+        return hasattr(importlib.import_module(package), attribute)
+    except (ImportError, OSError, RuntimeError):  # Transformer Engine without its compiled part raises RuntimeError, a wrong CUDA OSError
+        return False
+
+
+@functools.lru_cache(maxsize=8)
+def causal_alibi(slopes: tuple[float, ...], queries: int, keys: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Additive bias (1, heads, queries, keys): slope * (key - query), -inf for later keys.
+
+    The last query sits at the last key, so a cached prefix (keys > queries) needs nothing else. Distances are relative to the
+    query: near keys, which matter, stay exact in bf16. One tensor serves all layers.
+    """
+    distance = torch.arange(keys, device=device) - torch.arange(keys - queries, keys, device=device)[:, None]
+    bias = torch.tensor(slopes, dtype=torch.float32, device=device)[:, None, None] * distance
+    return bias.masked_fill(distance > 0, float("-inf")).to(dtype)[None]
+
+
+@functools.lru_cache(maxsize=8)
+def _numbers(slopes: torch.Tensor) -> tuple[float, ...]:
+    return tuple(slopes.tolist())
+
+
+def sdpa(query, key, value, slopes, scale, documents, hidden_keys=None):
+    """torch's scaled-dot-product attention with a bias of all distances: on the CPU, and for generation.
+
+    ``hidden_keys`` (B, 1, 1, Tk) True at keys that nobody may see.
+    """
+    query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+    bias = causal_alibi(_numbers(slopes), query.size(2), key.size(2), query.device, query.dtype)
+    if documents is not None:
+        bias = bias.masked_fill(documents.apart, float("-inf"))
+    if hidden_keys is not None:
+        # A finite minimum: the rows of padding queries see nothing and must not become NaN.
+        bias = bias.masked_fill(hidden_keys, torch.finfo(query.dtype).min)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
+    return out.permute(2, 0, 1, 3).flatten(2)
+
+
+@functools.cache
+def _compiled(name: str):
+    from torch.nn.attention import flex_attention
+
+    # A second length shall compile its own kernel, not switch to a slower one for any length; there are at most 8k / 128 of them.
+    torch._dynamo.config.automatic_dynamic_shapes = False
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    return torch.compile(getattr(flex_attention, name), dynamic=False)
+
+
+@functools.lru_cache(maxsize=8)
+def alibi_score(slopes: torch.Tensor):
+    """FlexAttention's ``score_mod``: fp32, so that distances of thousands of tokens are not rounded."""
+
+    def score(score, batch, head, query, key):
+        return score + slopes[head] * (key - query)
+
+    return score
+
+
+def _causal(batch, head, query, key):
+    return query >= key
+
+
+@functools.lru_cache(maxsize=16)
+def causal_blocks(length: int, device: torch.device):
+    """Block mask of a plain causal batch, made once a length."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    return create_block_mask(_causal, None, None, length, length, device=device, BLOCK_SIZE=FLEX_BLOCK)
+
+
+def document_blocks(ids: torch.Tensor):
+    """Block mask of a packed batch with documents ``ids`` (B, T): causal within a document."""
+    from torch.nn.attention import flex_attention
+
+    def mask(batch, head, query, key):
+        return (query >= key) & (ids[batch, query] == ids[batch, key])
+
+    rows, length = ids.shape
+    # Compiled, the (B, T, T) mask is never materialised.
+    create = _compiled("create_block_mask") if ids.is_cuda else flex_attention.create_block_mask
+    return create(mask, rows, None, length, length, device=ids.device, BLOCK_SIZE=FLEX_BLOCK)
+
+
+def flex(query, key, value, slopes, scale, documents):
+    """FlexAttention: compiled on CUDA. On the CPU it runs uncompiled and without gradients, for tests."""
+    blocks = causal_blocks(query.size(0), query.device) if documents is None else documents.blocks
+    query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+    from torch.nn.attention import flex_attention
+
+    attend = _compiled("flex_attention") if query.is_cuda else flex_attention.flex_attention
+    out = attend(query, key, value, score_mod=alibi_score(slopes), block_mask=blocks, scale=scale)
+    return out.permute(2, 0, 1, 3).flatten(2)
+
+
+def flash(query, key, value, slopes, scale, documents):
+    """flash-attn 2: its bias is -slope * |query - key|, ours under a causal mask. Packed rows go through as one, by cu_seqlens."""
+    import flash_attn
+
+    length, rows = query.shape[:2]
+    query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+    if documents is None:
+        out = flash_attn.flash_attn_func(query, key, value, softmax_scale=scale, causal=True, alibi_slopes=slopes)
+    else:
+        ends, longest = documents.cumulative, documents.longest
+        flat = (x.reshape(rows * length, *x.shape[2:]) for x in (query, key, value))
+        out = flash_attn.flash_attn_varlen_func(*flat, cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=longest, max_seqlen_k=longest,
+                                                softmax_scale=scale, causal=True, alibi_slopes=slopes)
+    return out.reshape(rows, length, -1).transpose(0, 1).contiguous()
+
+
+@functools.lru_cache(maxsize=8)
+def _te_attention(heads: int, dim: int, scale: float):
+    from transformer_engine.pytorch import DotProductAttention
+
+    return DotProductAttention(heads, dim, attention_dropout=0.0, softmax_scale=scale, attn_mask_type="causal", qkv_format="sbhd")
+
+
+def transformer_engine(query, key, value, slopes, scale, documents):
+    """Transformer Engine's attention with ALiBi slopes; it chooses flash, cuDNN or unfused itself. Packed rows go through as one."""
+    length, rows, heads, dim = query.shape
+    attend = _te_attention(heads, dim, scale)
+    if documents is None:
+        return attend(query, key, value, attn_mask_type="causal", qkv_format="sbhd", core_attention_bias_type="alibi", alibi_slopes=slopes)
+    ends, longest = documents.cumulative, documents.longest
+    flat = (x.transpose(0, 1).reshape(rows * length, heads, dim) for x in (query, key, value))
+    out = attend(*flat, attn_mask_type="padding_causal", qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=longest,
+                 max_seqlen_kv=longest, core_attention_bias_type="alibi", alibi_slopes=slopes)
+    return out.reshape(rows, length, heads * dim).transpose(0, 1).contiguous()
+
+
+KERNELS = {"sdpa": sdpa, "flex": flex, "flash": flash, "te": transformer_engine}
