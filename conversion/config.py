@@ -21,7 +21,7 @@ class ConvertConfig:
     tensor_parallel: int = 1
     """Tensor-parallel size that the heads, the feed-forward width and the padded vocabulary must divide by."""
     pipeline_parallel: int = 1
-    """Pipeline-parallel size that the layers must divide by."""
+    """Pipeline-parallel size: at most the number of layers."""
 
     def __post_init__(self):
         for name in ("tensor_parallel", "pipeline_parallel"):
@@ -36,7 +36,10 @@ class ExportPaths:
     model: str
     """Hugging Face folder of the starting model: config, generation config and tokenizer are copied from it."""
     checkpoints: dict
-    """Name of each model to export -> stage folder that holds it, e.g. {"sft": ".../sft", "rlhf": ".../rlhf"}."""
+    """Name of each model to export -> stage folder that holds it, e.g. {"sft": ".../sft", "rlhf": ".../rlhf"}; "reward" and
+    "value" (of rlhf) become sequence classifiers."""
+    reward_iteration: int = 0
+    """Iteration of the reward model to export; 0 = its last."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +49,15 @@ class ExportConfig:
     paths: ExportPaths
     max_shard_gb: float = 2.0
     """Largest safetensors file, GB (1e9 bytes)."""
+    heads: bool = True
+    """Also export the reward and the value model, as BloomForSequenceClassification."""
     dtype: str = ""
     """"bf16", "fp16", "fp32", or "" for the data type of the starting checkpoint."""
 
     def __post_init__(self):
+        unknown = self.paths.checkpoints.keys() - {"sft", "rlhf", "reward", "value"}
+        if unknown:
+            raise ValueError(f"paths.checkpoints.{min(unknown)}: expected sft, rlhf, reward or value")
         if self.dtype not in ("", "bf16", "fp16", "fp32"):
             raise ValueError(f'dtype = {self.dtype!r}: expected "bf16", "fp16", "fp32" or "" (as the starting checkpoint)')
         if not self.max_shard_gb > 0:

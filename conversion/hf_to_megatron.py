@@ -1,51 +1,68 @@
-"""Hugging Face -> Megatron: ``python -m conversion.hf_to_megatron config.json``.
+"""Hugging Face -> Megatron: ``python -m conversion.hf_to_megatron HF_FOLDER OUTPUT`` (or, as a stage, ``... config.json``).
 
-Tensor by tensor from memory-mapped safetensors into one ``torch_dist`` checkpoint, which every TP x PP x DP loads: no model
-is built and no layout is baked in. Tensors keep their data type and their bits.
+Tensor by tensor from memory-mapped files into one ``torch_dist`` checkpoint, which every TP x PP x DP loads: no model is built
+and no layout is baked in. Tensors keep their data type and their bits. OUTPUT is a stage's folder: a trainer starts from it.
 """
 
 from __future__ import annotations
 
-import shutil
 import sys
+from argparse import ArgumentParser
+from functools import partial
 from pathlib import Path
 
-from megatron.core import dist_checkpointing
-
-from conversion.config import ConvertConfig
-from conversion.weights import HuggingFaceWeights, entries, sharded
+from conversion import huggingface, torch_dist, work
+from conversion.command import main
+from conversion.config import ConvertConfig, ConvertPaths
 from training import checkpoint
 from training.config import ConfigError
 from training.data.tokenizer import Tokenizer
-from training.main import run_stage
 from training.metrics import Metrics
 from training.shape import BloomShape
 
 
 def convert(config: ConvertConfig) -> None:
-    """Write iteration 0 of the stage. Inside ``ranks(1, 1)``. Raises ConfigError before anything is written."""
+    """Write iteration 0 of the stage. Raises ConfigError before anything is written."""
     shape = BloomShape.read(config.paths.model)
     shape.check_layout(config.tensor_parallel, config.pipeline_parallel)
-    weights = HuggingFaceWeights(config.paths.model, shape.layers)
-    rows = weights["word_embeddings.weight"].size(0)
-    if rows != shape.vocab:
-        raise ConfigError(f"{config.paths.model}: word_embeddings has {rows} rows, config.json says vocab_size = {shape.vocab}")
-    tokens = Tokenizer(config.paths.model).size if (Path(config.paths.model) / "tokenizer.json").is_file() else 0
-    if tokens > rows:
-        raise ConfigError(f"{config.paths.model}: the tokenizer has {tokens} tokens, the embedding only {rows} rows; "
-                          "resize the embedding (model.resize_token_embeddings) or use the tokenizer that the model was trained with")
-    tensors = {entry.name: sharded(entry, weights[entry.name], shape.layers) for entry in entries(shape.layers)}
+    head, tensors = huggingface.read(config.paths.model, shape)
+    check_tokenizer(Path(config.paths.model), shape.vocab)
+    size = sum(tensor.nbytes for tensor in tensors.values())
     target = checkpoint.folder(config.paths.output, 0)
-    aside = target.with_name(f".{target.name}.saving")
-    shutil.rmtree(aside, ignore_errors=True)
-    (aside / "model").mkdir(parents=True)
-    dist_checkpointing.save(tensors, str(aside / "model"))
-    checkpoint.publish(config.paths.output, aside, 0)
+    aside = target.with_name(f".{target.name}.converting")
+    files = torch_dist.plan(tensors, shape.layers, head)
+    sizes = {name: sum(part.tensor.nbytes for part in parts) for name, parts in files.items()}
+    made_from = {"from": work.described(huggingface.files(config.paths.model)), "files": sizes}
+    with work.folder(aside, made_from, size):
+        (aside / "model").mkdir(exist_ok=True)
+        writers = {name: partial(torch_dist.write, parts) for name, parts in files.items()}
+        written = work.write_files(aside / "model", writers, sizes, "convert")
+        torch_dist.finish(aside / "model", {name: file.record for name, file in written.items()}, tensors, shape.layers, head)
+        work.clean(aside / "model")
+        checkpoint.publish(config.paths.output, aside, 0, {f"model/{name}": file.sha256 for name, file in written.items()})
     metrics = Metrics(config.paths.output, total=len(tensors))
-    size = sum(tensor.data.numel() * tensor.data.element_size() for tensor in tensors.values())
     metrics.log(len(tensors), ("gigabytes",), gigabytes=size / 1e9)
     metrics.close()
 
 
+def check_tokenizer(folder: Path, rows: int) -> None:
+    """Raises ConfigError for a tokenizer with ids beyond the embedding: under TP they would silently read no row at all."""
+    tokens = Tokenizer(folder).size if (folder / "tokenizer.json").is_file() else 0
+    if tokens > rows:
+        raise ConfigError(f"{folder}: the tokenizer has {tokens} tokens, the embedding only {rows} rows; "
+                          "resize the embedding (model.resize_token_embeddings) or use the tokenizer that the model was trained with")
+
+
+def arguments() -> ArgumentParser:
+    parser = ArgumentParser("python -m conversion.hf_to_megatron", description="Hugging Face BLOOM folder -> Megatron checkpoint "
+                            "(torch_dist; any TP x PP x DP loads it). Interrupted? Run the same again.")
+    parser.add_argument("model", help="Hugging Face folder (config.json, *.safetensors or *.bin), or a stage's config.json alone")
+    parser.add_argument("output", help="stage folder to write; the checkpoint goes to OUTPUT/checkpoints/iter_0000000/model")
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="check that this TP fits the model (default 1)")
+    parser.add_argument("--pipeline-parallel", type=int, default=1, help="check that this PP fits the model (default 1)")
+    return parser
+
+
 if __name__ == "__main__":
-    sys.exit(run_stage(ConvertConfig, convert))
+    sys.exit(main(ConvertConfig, convert, arguments(), lambda given: ConvertConfig(
+        paths=ConvertPaths(given.output, given.model), tensor_parallel=given.tensor_parallel, pipeline_parallel=given.pipeline_parallel)))

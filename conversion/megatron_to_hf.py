@@ -1,7 +1,8 @@
-"""Megatron -> Hugging Face: ``python -m conversion.megatron_to_hf config.json``.
+"""Megatron -> Hugging Face: ``python -m conversion.megatron_to_hf CHECKPOINT OUTPUT --model HF_FOLDER`` (as a stage: ``... config.json``).
 
-Writes one folder a model (sft, rlhf) that transformers loads: sharded safetensors with index, and config, generation config
-and tokenizer of the starting checkpoint. Vocabulary padding is cut off; everything else keeps its bits.
+Writes folders that transformers loads: sharded safetensors with index, and config, generation config and tokenizer of the
+starting checkpoint. Vocabulary padding is cut off; everything else keeps its bits. A model with a scalar head becomes a
+BloomForSequenceClassification (conversion/classifier.py).
 """
 
 from __future__ import annotations
@@ -9,62 +10,97 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from argparse import ArgumentParser
+from functools import partial
 from pathlib import Path
 
 import torch
-from megatron.core import dist_checkpointing
-from safetensors.torch import save_file
 
-from conversion.config import ExportConfig
-from conversion.weights import EMBEDDING, PREFIX, Entry, HuggingFaceWeights, entries, sharded
-from training import checkpoint
+from conversion import classifier, huggingface, torch_dist, work
+from conversion.command import main
+from conversion.config import ExportConfig, ExportPaths
+from conversion.tensors import Stored, raw
+from conversion.weights import head_of, stored_name
+from training import checkpoint, checksums
 from training.config import ConfigError
-from training.main import run_stage
 from training.metrics import Metrics
 from training.shape import BloomShape
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-COPIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-          "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja")
-POLICY = {"sft": "model", "rlhf": "policy"}
-"""Name of the language model's folder in each stage's checkpoint."""
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+             "tokenizer.model", "chat_template.jinja")
+COPIED = ("config.json", "generation_config.json", *TOKENIZER)
+FOLDERS = {"sft": "model", "rlhf": "policy", "reward": "model", "value": "value"}
+"""Name of the model's folder in each stage's checkpoint."""
 
 
 def export(config: ExportConfig) -> None:
-    """Write every model's folder. Inside ``ranks(1, 1)``."""
+    """Write every model's folder."""
     shape = BloomShape.read(config.paths.model)
-    dtype = DTYPES[config.dtype] if config.dtype else HuggingFaceWeights(config.paths.model, shape.layers)["ln_f.weight"].dtype
-    metrics = Metrics(config.paths.output, total=len(config.paths.checkpoints))
-    for number, (name, stage) in enumerate(config.paths.checkpoints.items(), 1):
-        source, target = checkpoint.resolve(stage) / POLICY[name], Path(config.paths.output) / name
+    dtype = DTYPES[config.dtype] if config.dtype else starting_dtype(config.paths.model, shape)
+    wanted = {name: stage for name, stage in config.paths.checkpoints.items() if config.heads or name not in ("reward", "value")}
+    metrics = Metrics(config.paths.output, total=len(wanted))
+    for number, (name, stage) in enumerate(wanted.items(), 1):
+        iteration = config.paths.reward_iteration if name == "reward" else 0
+        saved = checkpoint.resolve(stage, iteration)
+        checksums.check(saved, FOLDERS[name])
+        source, target = saved / FOLDERS[name], Path(config.paths.output) / name
         export_model(source, target, Path(config.paths.model), shape, dtype, config.max_shard_gb)
         metrics.log(number)
         print(f"{name}: {source} -> {target}", flush=True)
     metrics.close()
 
 
+def starting_dtype(model: str | Path, shape: BloomShape) -> torch.dtype:
+    """Type of the starting checkpoint's weights."""
+    return huggingface.read(model, shape)[1]["ln_f.weight"].dtype
+
+
 def export_model(source: Path, target: Path, model: Path, shape: BloomShape, dtype: torch.dtype, max_shard_gb: float) -> None:
-    """One model; ``target`` appears when it is complete."""
-    aside = target.with_name(f".{target.name}.saving")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    shards = plan_shards(source, shape, dtype, max_shard_gb)
-    places = {}
-    for number, shard in enumerate(shards, 1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = read(source, shard, shape)
-        save_file({PREFIX + name: tensor.to(dtype) for name, tensor in tensors.items()}, aside / file, metadata={"format": "pt"})
-        places.update(dict.fromkeys((PREFIX + name for name in tensors), file))
-    if len(shards) > 1:
-        size = sum((aside / file).stat().st_size for file in set(places.values()))
-        index = {"metadata": {"total_size": size}, "weight_map": places}
-        (aside / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
-    for name in COPIED:
-        if (model / name).is_file():
-            shutil.copyfile(model / name, aside / name)
-    set_dtype(aside / "config.json", dtype)
-    shutil.rmtree(target, ignore_errors=True)
-    aside.replace(target)
+    """One ``torch_dist`` folder; ``target`` appears when it is complete."""
+    head = torch_dist.head_in(source)
+    if head != "scalar" and head != head_of(shape):
+        raise ConfigError(f"{source} has {'a tied' if head == 'tied' else 'its own'} output matrix, {model}/config.json says "
+                          f"tie_word_embeddings = {str(shape.tied).lower()}; give the folder that the training started from")
+    tensors = torch_dist.read(source, shape, head)
+    write_folder(target, tensors, work.described(sorted(source.iterdir())), model, head, dtype, max_shard_gb)
+
+
+def write_folder(target: Path, tensors: dict[str, Stored], made_from: list, model: Path, head: str, dtype: torch.dtype,
+                 max_shard_gb: float) -> None:
+    """A Hugging Face folder of ``tensors`` (by name without prefix); other files from ``model``. Goes on where it was killed."""
+    if head == "scalar":
+        tensors = classifier.without_bias(tensors, dtype)
+    shards = huggingface.plan({name: tensor.shape for name, tensor in tensors.items()}, dtype, max_shard_gb)
+    sizes = {file: sum(torch.Size(tensors[name].shape).numel() * dtype.itemsize for name in names) for file, names in shards.items()}
+    made = {"from": made_from, "model": work.described([model / name for name in COPIED if (model / name).is_file()]), "dtype": str(dtype),
+            "files": sizes}
+    aside = target.with_name(f".{target.name}.converting")
+    with work.folder(aside, made, sum(sizes.values())):
+        writers = {file: partial(write, {name: tensors[name] for name in names}, dtype) for file, names in shards.items()}
+        work.write_files(aside, writers, sizes, f"export {target.name}")
+        if len(shards) > 1:
+            (aside / "model.safetensors.index.json").write_text(huggingface.index(shards, sum(sizes.values())), encoding="utf-8")
+        for name in COPIED if head != "scalar" else ("config.json", *TOKENIZER):
+            if (model / name).is_file():
+                shutil.copyfile(model / name, aside / name)
+        set_dtype(aside / "config.json", dtype)
+        if head == "scalar":
+            classifier.set_config(aside)
+        work.clean(aside)
+        shutil.rmtree(target, ignore_errors=True)
+        aside.replace(target)
+
+
+def write(tensors: dict[str, Stored], dtype: torch.dtype, file, count) -> list:
+    """One safetensors file."""
+    stored = {stored_name(name): tensor for name, tensor in tensors.items()}
+    file.write(huggingface.header({name: tensor.shape for name, tensor in stored.items()}, dtype))
+    for name in sorted(stored):
+        for block in stored[name].blocks(dtype):
+            file.write(memoryview(raw(block).numpy()))
+            count(block.nbytes)
+    return []
 
 
 def set_dtype(path: Path, dtype: torch.dtype) -> None:
@@ -76,38 +112,47 @@ def set_dtype(path: Path, dtype: torch.dtype) -> None:
             path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-Stored = tuple[Entry, tuple[int, ...], torch.dtype]
-"""A tensor with its shape and the type it has in the Megatron checkpoint."""
+def find_checkpoint(path: Path) -> Path:
+    """The ``torch_dist`` folder that a person means: itself, an iteration's folder, or a stage's (its latest).
+
+    Raises ConfigError naming the folders where there are several models or none. Checksums, where there are some, are checked.
+    """
+    saved = checkpoint.resolve(path) if (path / "checkpoints").is_dir() else path
+    models = [saved] if (saved / ".metadata").is_file() else sorted(found.parent for found in saved.glob("*/.metadata"))
+    if len(models) != 1:
+        names = ", ".join(model.name for model in models) or "none"
+        raise ConfigError(f"{path}: models in it: {names}; give the folder of one Megatron checkpoint (with .metadata), e.g. "
+                          f"{models[0] if models else 'STAGE/checkpoints/iter_0000100/model'}")
+    if (models[0].parent / checksums.NAME).is_file():
+        checksums.check(models[0].parent, models[0].name)
+    return models[0]
 
 
-def plan_shards(source: Path, shape: BloomShape, dtype: torch.dtype, max_shard_gb: float) -> list[list[Stored]]:
-    """The tensors of each file. A Megatron key (all its layers) is read whole, so it is never split."""
-    stored = dist_checkpointing.load_tensors_metadata(str(source))
-    by_key: dict[str, list] = {}
-    for entry in entries(shape.layers):
-        if entry.key not in stored:
-            raise ConfigError(f"{source}: {entry.key} is missing; is it a checkpoint of this model?")
-        size = tuple(stored[entry.key].global_shape[0 if entry.layer is None else 1 :])
-        size = (shape.vocab, *size[1:]) if entry.key == EMBEDDING else size
-        by_key.setdefault(entry.key, []).append((entry, size, stored[entry.key].dtype))
-    shards: list[list] = [[]]
-    filled = 0
-    for group in by_key.values():
-        size = sum(torch.Size(shape_).numel() for _, shape_, _ in group) * dtype.itemsize
-        if shards[-1] and filled + size > max_shard_gb * 1e9:
-            shards.append([])
-            filled = 0
-        shards[-1] += group
-        filled += size
-    return shards
+def export_by_hand(given) -> None:
+    model, target = Path(given.model), Path(given.output)
+    shape = BloomShape.read(model)
+    if target.is_dir() and any(target.iterdir()) and not given.overwrite:
+        raise ConfigError(f"{target} is there and not empty; give another folder, or --overwrite")
+    dtype = DTYPES[given.dtype] if given.dtype else starting_dtype(model, shape)
+    export_model(find_checkpoint(Path(given.checkpoint)), target, model, shape, dtype, given.max_shard_gb)
+    print(f"{target}: from_pretrained loads it", flush=True)
 
 
-def read(source: Path, shard: list[Stored], shape: BloomShape) -> dict[str, torch.Tensor]:
-    """Tensors of one file by Hugging Face name."""
-    wanted = {entry.name: sharded(entry, torch.empty(size, dtype=dtype), shape.layers) for entry, size, dtype in shard}
-    # Nested, because the loaded dictionary also holds what the checkpoint has beside tensors (the optimizer's groups).
-    return dist_checkpointing.load({"model": wanted}, str(source), validate_access_integrity=False)["model"]
+def arguments() -> ArgumentParser:
+    parser = ArgumentParser("python -m conversion.megatron_to_hf", description="Megatron checkpoint (torch_dist) -> Hugging Face folder. "
+                            "Interrupted? Run the same again.")
+    parser.add_argument("checkpoint", help="stage folder (its latest), iter_... folder or model folder; or a stage's config.json alone")
+    parser.add_argument("output", help="Hugging Face folder to write")
+    parser.add_argument("--model", required=True, help="Hugging Face folder of the starting model: config and tokenizer are copied from it")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="default: as the starting model")
+    parser.add_argument("--max-shard-gb", type=float, default=ExportConfig(paths=ExportPaths("", "", {})).max_shard_gb)
+    parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT where it is there")
+    return parser
+
+
+def run(given) -> None:
+    export(given) if isinstance(given, ExportConfig) else export_by_hand(given)
 
 
 if __name__ == "__main__":
-    sys.exit(run_stage(ExportConfig, export))
+    sys.exit(main(ExportConfig, run, arguments(), lambda given: given))

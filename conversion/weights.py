@@ -6,24 +6,17 @@ conversion is renaming. megatron-core stores one key for all layers, with the la
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-import torch
-from megatron.core.dist_checkpointing import ShardedTensor
-from safetensors import safe_open
-
 from training.config import ConfigError
+from training.shape import BloomShape
 
 # megatron-core key -> Hugging Face name
 TOP = {
     "embedding.word_embeddings.weight": "word_embeddings.weight",
     "embedding_layernorm.weight": "word_embeddings_layernorm.weight",
     "embedding_layernorm.bias": "word_embeddings_layernorm.bias",
-    "decoder.final_layernorm.weight": "ln_f.weight",
-    "decoder.final_layernorm.bias": "ln_f.bias",
 }
 LAYER = {
     "input_layernorm": "input_layernorm",
@@ -33,9 +26,25 @@ LAYER = {
     "mlp.linear_fc1": "mlp.dense_h_to_4h",
     "mlp.linear_fc2": "mlp.dense_4h_to_h",
 }
+END = {
+    "decoder.final_layernorm.weight": "ln_f.weight",
+    "decoder.final_layernorm.bias": "ln_f.bias",
+}
+# What stands on top of the transformer, for each kind of model. A tied head is the embedding and has no tensor of its own.
+HEADS = {
+    "tied": {},
+    "untied": {"output_layer.weight": "lm_head.weight"},
+    "scalar": {"score.linear.weight": "score.weight", "score.linear.bias": "score.bias"},
+}
 EMBEDDING = "embedding.word_embeddings.weight"
 TIED_HEAD = "lm_head.weight"
+VOCABULARY = ("word_embeddings.weight", "lm_head.weight")
+"""Tensors with a row a token: padded for tensor parallelism."""
 PREFIX = "transformer."
+# The axis that tensor parallelism splits; what is not here is the same on every rank.
+SPLIT = {"word_embeddings.weight": 0, "lm_head.weight": 0, "self_attention.query_key_value.weight": 0,
+         "self_attention.query_key_value.bias": 0, "self_attention.dense.weight": 1, "mlp.dense_h_to_4h.weight": 0,
+         "mlp.dense_h_to_4h.bias": 0, "mlp.dense_4h_to_h.weight": 1}
 
 
 class Entry(NamedTuple):
@@ -45,53 +54,47 @@ class Entry(NamedTuple):
     name: str
     layer: int | None
 
+    @property
+    def axis(self) -> int | None:
+        """The axis that tensor parallelism splits."""
+        return SPLIT.get(self.name if self.layer is None else self.name.split(".", 2)[2])
 
-def entries(layers: int) -> Iterator[Entry]:
+
+def entries(layers: int, head: str = "tied") -> Iterator[Entry]:
+    """The table for a model, in the model's order. ``head``: "tied", "untied" or "scalar"."""
     for key, name in TOP.items():
         yield Entry(key, name, None)
     for layer in range(layers):
         for key, name in LAYER.items():
             for part in ("weight", "bias"):
                 yield Entry(f"decoder.layers.{key}.{part}", f"h.{layer}.{name}.{part}", layer)
+    for key, name in (END | HEADS[head]).items():
+        yield Entry(key, name, None)
 
 
-def sharded(entry: Entry, tensor: torch.Tensor, layers: int) -> ShardedTensor:
-    """The tensor as its place in the Megatron checkpoint. The embedding's rows may differ: vocabulary padding."""
-    offsets = [] if entry.layer is None else [(0, entry.layer, layers)]
-    made = ShardedTensor.from_rank_offsets(entry.key, tensor, *offsets, prepend_axis_num=len(offsets), replica_id=0)
-    made.allow_shape_mismatch = entry.key == EMBEDDING
-    return made
+def head_of(shape: BloomShape) -> str:
+    return "tied" if shape.tied else "untied"
 
 
-class HuggingFaceWeights:
-    """Tensors of a Hugging Face safetensors folder, memory-mapped, by name without prefix.
+def stored_name(name: str) -> str:
+    """The name in a Hugging Face file: what is part of the transformer has its prefix."""
+    return name if name.startswith(("lm_head.", "score.")) else PREFIX + name
 
-    Raises ConfigError where the folder has no safetensors, or its tensors are not exactly the table's.
-    """
 
-    def __init__(self, folder: str | Path, layers: int):
-        folder = Path(folder)
-        index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-        if index.is_file():
-            files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        elif single.is_file():
-            with safe_open(single, "pt") as shard:
-                files = dict.fromkeys(shard.keys(), single.name)
-        else:
-            raise ConfigError(f"model.checkpoint: {folder} has neither {index.name} nor {single.name}; "
-                              "save it with model.save_pretrained(folder, safe_serialization=True)")
-        missing = sorted(set(files.values()) - {path.name for path in folder.iterdir()})
-        if missing:
-            raise ConfigError(f"model.checkpoint: {index} names files that are not there: {', '.join(missing)}")
-        self.folder, self.open = folder, {}
-        self.places = {name.removeprefix(PREFIX): (name, file) for name, file in files.items() if name != TIED_HEAD}
-        wanted = {entry.name for entry in entries(layers)}
-        if self.places.keys() != wanted:
-            raise ConfigError(f"model.checkpoint: {folder} does not hold the tensors of a BLOOM of {layers} layers; "
-                              f"missing: {sorted(wanted - self.places.keys())[:5]}, unknown: {sorted(self.places.keys() - wanted)[:5]}")
+def size_of(entry: Entry, shape: BloomShape) -> tuple[int, ...]:
+    """Shape of a tensor in Hugging Face."""
+    hidden = shape.hidden
+    sizes = {"word_embeddings.weight": (shape.vocab, hidden), "lm_head.weight": (shape.vocab, hidden), "score.weight": (1, hidden),
+             "score.bias": (1,), "self_attention.query_key_value.weight": (3 * hidden, hidden),
+             "self_attention.query_key_value.bias": (3 * hidden,), "self_attention.dense.weight": (hidden, hidden),
+             "mlp.dense_h_to_4h.weight": (4 * hidden, hidden), "mlp.dense_h_to_4h.bias": (4 * hidden,),
+             "mlp.dense_4h_to_h.weight": (hidden, 4 * hidden)}
+    return sizes.get(entry.name if entry.layer is None else entry.name.split(".", 2)[2], (hidden,))
 
-    def __getitem__(self, name: str) -> torch.Tensor:
-        stored, file = self.places[name]
-        if file not in self.open:
-            self.open[file] = safe_open(self.folder / file, "pt")
-        return self.open[file].get_tensor(stored)
+
+def check_names(found: Iterable[str], wanted: Iterable[str], where, layers: int) -> None:
+    """Raises ConfigError unless the tensors are exactly the table's."""
+    found, wanted = set(found), set(wanted)
+    if found != wanted:
+        raise ConfigError(f"{where} does not hold the tensors of a BLOOM of {layers} layers; missing: {sorted(wanted - found)[:5]}, "
+                          f"unknown: {sorted(found - wanted)[:5]}")

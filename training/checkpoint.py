@@ -1,32 +1,25 @@
 """Checkpoints: complete or not there. ``<stage>/checkpoints/iter_0000100/<model>/`` is a megatron-core ``torch_dist`` folder.
 
-A checkpoint is written beside its place, fsynced, renamed, and only then named by ``<stage>/latest``. It holds weights and
-optimizer of every trained model and, in state.json, all else that the loop reads. No random state is kept: dropout is off
-and every draw is seeded by (seed, iteration). The layout is free: any TP x PP x DP loads it.
+A checkpoint is written beside its place (training/saving.py), fsynced, renamed, and only then named by ``<stage>/latest``. It
+holds weights and optimizer of every trained model, in state.json all else that the loop reads, and in SHA256 the checksums,
+which every load checks first. No random state is kept: dropout is off and every draw is seeded by (seed, iteration). The
+layout is free: any TP x PP x DP loads it.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import queue
 import shutil
 from pathlib import Path
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+from training import checksums, unpickle
 from training.config import ConfigError, TrainerConfig
 from training.model.bloom import Bloom
 from training.step import Learner
-
-# The first save of each rank would start a spawned manager process (seconds, 350 MB, left behind by a kill) only to pass
-# results from a function to its caller in the same process.
-filesystem_async._results_queue = queue.Queue()
-
-# megatron-core's default sharding of the optimizer can't be loaded again; this one loads at any layout.
-_OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": True}
 
 
 def folder(stage: str | Path, iteration: int) -> Path:
@@ -34,14 +27,21 @@ def folder(stage: str | Path, iteration: int) -> Path:
 
 
 def iterations(stage: str | Path) -> list[int]:
-    """Iterations saved in a stage's folder, ascending."""
-    return sorted(int(path.name.removeprefix("iter_")) for path in (Path(stage) / "checkpoints").glob("iter_*"))
+    """Iterations saved in a stage's folder, ascending; folders of other names (iter_0000100.old) are no checkpoints."""
+    names = (path.name.removeprefix("iter_") for path in (Path(stage) / "checkpoints").glob("iter_*"))
+    return sorted(int(name) for name in names if name.isdigit())
 
 
 def latest(stage: str | Path) -> int | None:
-    """The iteration that ``latest`` names, or None."""
+    """The iteration that ``latest`` names, or None where there is no such file. Raises ConfigError where it holds no number."""
     path = Path(stage) / "latest"
-    return int(path.read_text()) if path.is_file() else None
+    if not path.is_file():
+        return None
+    text = path.read_text(encoding="utf-8", errors="replace").strip()
+    if not text.isdigit():
+        raise ConfigError(f"{path} holds {text[:40]!r}, no iteration; {_present(stage)}: write one of them into it, or resume with "
+                          "--load-iteration")
+    return int(text)
 
 
 def resolve(stage: str | Path, iteration: int = 0) -> Path:
@@ -49,61 +49,116 @@ def resolve(stage: str | Path, iteration: int = 0) -> Path:
     present = iterations(stage)
     wanted = iteration or latest(stage)
     if wanted not in present:
-        have = ", ".join(map(str, present)) or "none"
-        raise ConfigError(f"{stage}: checkpoint of iteration {'(last)' if wanted is None else wanted} is not there; present: {have}")
+        raise ConfigError(f"{stage}: checkpoint of iteration {'(last)' if wanted is None else wanted} is not there; {_present(stage)}")
     return folder(stage, wanted)
 
 
-def save(stage: str | Path, iteration: int, learners: dict[str, Learner], state: dict, trainer: TrainerConfig) -> None:
-    """Write one checkpoint of all ``learners`` and ``state`` (JSON), then delete old ones. Collective.
+def _present(stage: str | Path) -> str:
+    return f"present: {', '.join(map(str, iterations(stage))) or 'none'}"
 
-    Kept are this one and the ``keep_checkpoints`` newest of those at a multiple of ``save_every``: one that a signal asked for
-    pushes out none that a later stage may ask for by number.
+
+def publish(stage: str | Path, aside: Path, iteration: int, digests: dict[str, str] | None = None) -> None:
+    """Make the complete checkpoint ``aside`` the stage's iteration, durably: checksums, fsync, rename, ``latest``.
+
+    ``digests``: sha256 by file name below ``aside`` where they are known; other files are read again.
     """
-    target = folder(stage, iteration)
-    aside = target.with_name(f".{target.name}.saving")
-    if dist.get_rank() == 0:
-        shutil.rmtree(aside, ignore_errors=True)
-        for name in learners:
-            (aside / name).mkdir(parents=True)
-    dist.barrier()
-    for name, learner in learners.items():
-        weights = learner.model.sharded_state_dict()
-        dist_checkpointing.save({"model": weights, "optimizer": _optimizer_state(learner, weights, is_loading=False)}, str(aside / name))
-    dist.barrier()
-    if dist.get_rank() == 0:
-        steps = {name: learner.schedule.num_steps for name, learner in learners.items()}
-        _write(aside / "state.json", json.dumps({"iteration": iteration, "optimizer_steps": steps, **state}, indent=1))
-        publish(stage, aside, iteration)
-        present = iterations(stage)
-        kept = {iteration, *[number for number in present if number % trainer.save_every == 0][-trainer.keep_checkpoints :]}
-        for old in set(present) - kept:
-            _remove(folder(stage, old))
-    dist.barrier()
-
-
-def publish(stage: str | Path, aside: Path, iteration: int) -> None:
-    """Make the complete checkpoint ``aside`` the stage's iteration, durably."""
-    target = folder(stage, iteration)
+    _check_attempt(Path(stage))
+    target, mark = folder(stage, iteration), Path(stage) / "latest"
+    checksums.write(aside, digests)
     for path in sorted(aside.rglob("*")) + [aside]:
         _sync(path)
     if target.exists():
+        if latest(stage) == iteration:  # a kill between here and the end must not leave ``latest`` naming nothing
+            mark.unlink()
         _remove(target)
     os.replace(aside, target)
     _sync(target.parent)
-    mark = Path(stage) / "latest"
     _write(mark.with_suffix(".new"), f"{iteration}\n")
     os.replace(mark.with_suffix(".new"), mark)
     _sync(mark.parent)
 
 
+def _check_attempt(stage: Path) -> None:
+    """OSError when the launcher has begun a newer attempt of this stage, whose number stands in ``.attempt``: a node that Slurm took for
+    lost may compute on, and must not write among the newer attempt's checkpoints."""
+    mine, newest = os.environ.get("CONVOY_ATTEMPT"), stage / ".attempt"
+    if mine and newest.exists() and (now := newest.read_text(encoding="utf-8").strip()) != mine:
+        raise OSError(f"attempt {now} of {stage.name} has begun: attempt {mine} saves no more")
+
+
+def prune(stage: str | Path, iteration: int, trainer: TrainerConfig) -> None:
+    """Delete old checkpoints after ``iteration`` was saved.
+
+    Kept are this one, the ``keep_checkpoints`` newest of those at a multiple of ``save_every`` (one that a signal asked for pushes
+    out none that a later stage may ask for by number), and all at a multiple of ``keep_every``.
+    """
+    present = iterations(stage)
+    kept = {iteration, *[number for number in present if number % trainer.save_every == 0][-trainer.keep_checkpoints :]}
+    if trainer.keep_every:
+        kept |= {number for number in present if number % trainer.keep_every == 0}
+    for old in set(present) - kept:
+        _remove(folder(stage, old))
+
+
+def clear(stage: str | Path) -> None:
+    """Delete what killed saves and deletions left behind."""
+    for path in (Path(stage) / "checkpoints").glob(".iter_*"):
+        shutil.rmtree(path)
+
+
+def verify(checkpoint: Path, below: str = "") -> None:
+    """Raise Damaged, the same on every rank, unless the files of ``checkpoint`` (or of its sub-folder) have their checksums and no
+    pickle among them names anything but tensors. Collective; each rank reads a part of the bytes.
+    """
+    def bytes_agree() -> None:
+        listed = checksums.select(checksums.read(checkpoint), below)
+        sizes = checksums.present(checkpoint, listed)
+        checksums.compare(checkpoint, listed, _share(sizes, dist.get_rank(), dist.get_world_size()))
+
+    def pickles_are_harmless() -> None:
+        if dist.get_rank() == 0:
+            unpickle.check(checkpoint / name for name in checksums.select(checksums.read(checkpoint), below))
+
+    for test in (bytes_agree, pickles_are_harmless):
+        problem = ""
+        try:
+            test()
+        except checksums.Damaged as error:
+            problem = str(error)
+        except OSError as error:
+            problem = f"{checkpoint} can't be read: {error}"
+        problems = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, problem)
+        if any(problems):
+            raise checksums.Damaged(next(filter(None, problems)))
+
+
+def _share(sizes: dict[str, int], rank: int, ranks: int) -> list[str]:
+    """The files that ``rank`` checks: largest first, each to the rank with the fewest bytes so far."""
+    loads, mine = [0] * ranks, []
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        chosen = loads.index(min(loads))
+        loads[chosen] += sizes[name]
+        if chosen == rank:
+            mine.append(name)
+    return mine
+
+
+def sharded(learner: Learner, is_loading: bool) -> dict:
+    """What a checkpoint folder holds of a learner, as megatron-core describes it: this rank's part."""
+    weights = learner.model.sharded_state_dict()
+    return {"model": weights, "optimizer": learner.optimizer.sharded_state_dict(weights, is_loading=is_loading)}
+
+
 def load(path: Path, learners: dict[str, Learner]) -> dict:
-    """Restore weights, optimizer and schedule of all ``learners`` from a checkpoint folder -> its state. Collective."""
+    """Restore weights, optimizer and schedule of all ``learners`` from a checkpoint folder -> its state. Collective.
+
+    Raises Damaged where a file is missing, truncated or changed.
+    """
+    verify(path)
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     for name, learner in learners.items():
-        weights = learner.model.sharded_state_dict()
-        wanted = {"model": weights, "optimizer": _optimizer_state(learner, weights, is_loading=True)}
-        loaded = dist_checkpointing.load(wanted, str(path / name))
+        loaded = dist_checkpointing.load(sharded(learner, is_loading=True), str(path / name))
         learner.model.load_state_dict(loaded["model"])
         learner.optimizer.load_state_dict(loaded["optimizer"])
         learner.schedule.num_steps = state["optimizer_steps"][name]
@@ -113,22 +168,23 @@ def load(path: Path, learners: dict[str, Learner]) -> dict:
 def load_weights(path: Path, model: Bloom, fresh_head: int | None = None) -> None:
     """Weights alone, from a checkpoint's model folder (".../iter_0000100/model"), before a Learner is made. Collective.
 
-    ``fresh_head``: seed of a new scalar head that the checkpoint does not hold.
+    ``fresh_head``: seed of a new scalar head that the checkpoint does not hold. Raises Damaged as ``load`` does.
     """
+    verify(path.parent, path.name)
     wanted = model.sharded_state_dict()
     if fresh_head is not None:
-        wanted = {key: value for key, value in wanted.items() if not key.startswith("score.")}
+        wanted = {key: value for key, value in wanted.items() if not _of_head(key)}
     # Nested, because the loaded dictionary also holds what the checkpoint has beside tensors (the optimizer's groups).
     loaded = dist_checkpointing.load({"model": wanted}, str(path))["model"]
     missing, unexpected = model.load_state_dict(loaded, strict=False)
-    missing = [key for key in missing if not key.endswith("_extra_state") and not (fresh_head is not None and key.startswith("score."))]
+    missing = [key for key in missing if not key.endswith("_extra_state") and not (fresh_head is not None and _of_head(key))]
     assert not missing and not unexpected, f"{path}: missing {missing}, unexpected {unexpected}"
     if fresh_head is not None and model.post_process:
         model.score.initialise(fresh_head)
 
 
-def _optimizer_state(learner: Learner, weights: dict, is_loading: bool) -> dict:
-    return learner.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=_OPTIMIZER_FORMAT)
+def _of_head(key: str) -> bool:
+    return key.startswith("score.") or ".score." in key  # also in a part of an interleaved pipeline
 
 
 def _remove(checkpoint: Path) -> None:

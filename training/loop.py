@@ -1,10 +1,14 @@
-"""The loop that SFT and reward model share: it only orders things."""
+"""The loop that SFT and reward model share, and the step boundary that all trainers share: they only order things."""
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
 
 from training import checkpoint
 from training.config import TrainerConfig
@@ -12,6 +16,7 @@ from training.data.batches import Sampler
 from training.main import Interrupted
 from training.metrics import Metrics
 from training.parallel import StopRequest, is_main
+from training.saving import Saver
 from training.step import Batch, Learner, Objective
 
 
@@ -39,31 +44,67 @@ def resume(stage: str, learners: dict[str, Learner]) -> tuple[int, dict]:
     return iteration, state
 
 
+class Boundary:
+    """What every trainer does between two steps: evaluate, log, save, and obey signals, at the same step on every rank."""
+
+    def __init__(self, config: TrainerConfig, learners: dict[str, Learner], start: int, headline: tuple[str, ...], stop: StopRequest):
+        self.config, self.learners, self.headline, self.stop = config, learners, headline, stop
+        self.metrics = Metrics(config.paths.output, config.iterations, start) if is_main() else None
+        self.saver = Saver(config.paths.output, learners, config)
+
+    def end(self, iteration: int, values: dict[str, float], heldout: Callable[[], dict[str, float]], state: Callable[[], dict]) -> None:
+        """End of ``iteration`` (from 1), which gave ``values``. Raises Interrupted when told to stop, all saved. A collective."""
+        config, last, stopping = self.config, iteration == self.config.iterations, self.stop.agreed()
+        due = {name: last or iteration % every == 0
+               for name, every in (("log", config.log_every), ("eval", config.eval_every), ("save", config.save_every))}
+        if due["eval"]:
+            values = values | heldout()
+        values = values | self.saver.poll()
+        if self.metrics:
+            self.metrics.log(iteration, self.headline if due["log"] or due["eval"] else (), **values)
+        if due["save"] or stopping or self.stop.saving:
+            check_finite(self.learners, iteration)
+            self.saver.save(iteration, state())
+            self.stop.saved()
+        if stopping or last:
+            self.saver.wait()
+        if last and self.metrics:
+            self.metrics.close()
+        if stopping and not last:
+            raise Interrupted(f"stopped by a signal; iteration {iteration} is saved")
+
+
+@contextlib.contextmanager
+def at(iteration: int):
+    """A step's FloatingPointError, which every rank raises, names its iteration."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise FloatingPointError(f"iteration {iteration}: {error}") from None
+
+
+def check_finite(learners: dict[str, Learner], iteration: int) -> None:
+    """Raise FloatingPointError on every rank where a weight of any is not finite: such a checkpoint would replace a good one."""
+    bad = torch.tensor([float(not all(torch.isfinite(weight).all() for weight in learner.model.parameters()))
+                        for learner in learners.values()])
+    dist.all_reduce(bad, dist.ReduceOp.MAX)
+    if names := [name for name, flag in zip(learners, bad.tolist(), strict=True) if flag]:
+        raise FloatingPointError(f"iteration {iteration}: weights of {' and '.join(names)} are not finite; not saved")
+
+
 def train(config: TrainerConfig, learner: Learner, sampler: Sampler, task: Task, stop: StopRequest) -> None:
     """Run ``task`` from the last checkpoint, if any, to ``config.iterations``. Raises Interrupted after a signal, all saved."""
-    stage = config.paths.output
-    start, state = resume(stage, {"model": learner})
+    start, state = resume(config.paths.output, {"model": learner})
     if state:
         sampler.load_state_dict(state["sampler"])
     if start >= config.iterations:
         print(f"nothing left to do: iteration {start} of {config.iterations} is saved", flush=True)
         return
-    metrics = Metrics(stage, config.iterations, start) if is_main() else None
+    boundary = Boundary(config, {"model": learner}, start, task.headline, stop)
     for iteration in range(start + 1, config.iterations + 1):
         began = time.monotonic()
         batches = task.micro_batches(sampler.next_batch())
-        values = learner.step(batches, task.objective)
+        with at(iteration):
+            values = learner.step(batches, task.objective)
         values["seconds"] = time.monotonic() - began
-        last, stopping = iteration == config.iterations, stop.agreed()
-        due = {name: last or iteration % every == 0
-               for name, every in (("log", config.log_every), ("eval", config.eval_every), ("save", config.save_every))}
-        if due["eval"]:
-            values |= task.heldout()
-        if metrics:
-            metrics.log(iteration, task.headline if due["log"] or due["eval"] else (), **values)
-        if due["save"] or stopping:
-            checkpoint.save(stage, iteration, {"model": learner}, {"sampler": sampler.state_dict()}, config)
-        if stopping and not last:
-            raise Interrupted(f"stopped by a signal; iteration {iteration} is saved")
-    if metrics:
-        metrics.close()
+        boundary.end(iteration, values, task.heldout, lambda: {"sampler": sampler.state_dict()})

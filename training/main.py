@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import sys
 from collections.abc import Callable
 from typing import TypeVar
 
+from training.checksums import Damaged
 from training.config import ConfigError, TrainerConfig, load
 from training.data.formats import DataError
-from training.parallel import EX_DATA, EX_TEMPFAIL, EX_USAGE, ranks
+from training.parallel import EX_DATA, EX_IOERR, EX_TEMPFAIL, EX_USAGE, ranks
+from training.saving import SaveFailed
 
 Config = TypeVar("Config")
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"}
@@ -23,25 +26,32 @@ class Interrupted(RuntimeError):  # noqa: N818 - not an error: the checkpoint is
 def run_stage(kind: type[Config], stage: Callable[[Config], None]) -> int:
     """Run ``stage(config)`` inside its ranks, with the configuration of class ``kind`` that the one argument names.
 
-    Trainers run at their own layout, other stages on one rank. Returns the exit code: 0 done, 64 bad configuration, 65 bad data,
-    75 saved and wants to go on; other errors propagate.
+    Trainers run at their own layout, other stages on one rank. Returns the exit code: 0 done, 64 bad configuration, 65 bad data or
+    checkpoint, 74 a checkpoint could not be written, 75 saved and wants to go on; other errors propagate.
     """
     if len(sys.argv) != 2:
         print(f"usage: python -m MODULE config.json; got {len(sys.argv) - 1} arguments", file=sys.stderr)
         return EX_USAGE
+    faulthandler.enable()  # a hung rank that gets an ABRT, and one that crashes in C, says where it is
     for name, value in ALONE.items():
         os.environ.setdefault(name, value)
     try:
         config = load(kind, sys.argv[1])
-        layout = (config.tensor_parallel, config.pipeline_parallel, config.seed) if isinstance(config, TrainerConfig) else (1, 1, 0)
-        with ranks(*layout):
+        if isinstance(config, TrainerConfig):
+            layout = ranks(config.tensor_parallel, config.pipeline_parallel, config.seed, virtual_pipeline_size=config.virtual_pipeline)
+        else:
+            layout = ranks(1, 1, 0)
+        with layout:
             stage(config)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return EX_USAGE
-    except DataError as error:
+    except (Damaged, DataError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return EX_DATA
+    except SaveFailed as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return EX_IOERR
     except Interrupted as stopped:
         print(stopped, flush=True)
         return EX_TEMPFAIL

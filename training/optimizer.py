@@ -1,12 +1,15 @@
-"""megatron-core's distributed optimizer and schedule, made to resume with torch's Adam."""
+"""megatron-core's distributed optimizer and schedule, made to resume with torch's Adam and at any layout."""
 
 from __future__ import annotations
 
 import functools
+import math
 from unittest import mock
 
 import megatron.core.optimizer as mcore_optimizer
 import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
@@ -15,47 +18,90 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from training.config import TrainerConfig
 
 
-class TorchAdamDistributedOptimizer(DistributedOptimizer):
-    """megatron-core 0.16.1 can only restore Apex's or Transformer Engine's Adam, which keep ``step`` once a group.
+class ReshardableOptimizer(DistributedOptimizer):
+    """megatron-core 0.16.1's distributed optimizer with checkpoints that any TP x PP x DP loads, written without communication.
 
-    torch's Adam keeps it per parameter: restoring raises, or gives all parameters one shared tensor that then grows by the
-    number of parameters a step, silently (distrib_optimizer.py lines 642, 825, 940).
+    Each data-parallel rank owns a range of every parameter's flattened elements. megatron-core would gather these on rank 0 (12
+    bytes a parameter through the network at every save) to write whole tensors. Here a range is cut into at most three
+    boxes of the tensor (the end of a row, whole rows, the start of a row; 2-D case), which torch's checkpoint format stores and
+    cuts again for any other layout: each rank writes, and reads in place, only what it owns.
+
+    It also restores torch's Adam, which keeps ``step`` per parameter: megatron-core expects Apex's or Transformer Engine's, which
+    keep it once a group, and raises or gives all parameters one shared tensor that then grows by the number of parameters a
+    step, silently (distrib_optimizer.py lines 642, 825, 940).
     """
 
-    def sharded_state_dict(self, model_sharded_state_dict, is_loading=False, **kwargs):
+    def sharded_state_dict(self, model_sharded_state_dict, is_loading=False, **_):
         if is_loading and not self.optimizer.state:
             self._init_optimizer_states_with_dummy_values()
-        return super().sharded_state_dict(model_sharded_state_dict, is_loading, **kwargs)
+        return {**self.state_dict(), "param_state": dict(self._boxes(model_sharded_state_dict))}
 
     def load_state_dict(self, state_dict):
-        super().load_state_dict(state_dict)
-        for state in self.optimizer.state.values():
-            state["step"] = state["step"].clone()
+        """Groups and steps; the tensors of ``param_state`` are this optimizer's own and were filled by the load."""
+        super().load_state_dict({name: value for name, value in state_dict.items() if name != "param_state"})
+        if not HAVE_APEX_OR_TE:
+            for state in self.optimizer.state.values():
+                state["step"] = state["step"].clone()
 
-    def _get_main_param_and_optimizer_states(self, model_param):
-        tensors = super()._get_main_param_and_optimizer_states(model_param)
-        return {name: tensor for name, tensor in tensors.items() if name != "step"}
+    def _boxes(self, model_sharded_state_dict):
+        """(name, ShardedTensor) of each box of each state that this rank owns; their data are views of the optimizer's tensors."""
+        described = {tensor.data: tensor for tensor in nested_values(model_sharded_state_dict) if isinstance(tensor, ShardedTensor)}
+        buckets = (bucket for maps in self.gbuf_ranges for buckets in maps.values() for bucket in buckets)
+        for parameter, owned in (item for bucket in buckets for item in bucket["param_map"].items()):
+            like, start, stop = described[parameter], owned["param"].start, owned["param"].end
+            for state, values in self._get_main_param_and_optimizer_states(parameter).items():
+                if state == "step":
+                    continue
+                position = 0
+                for number, (offset, size) in enumerate(boxes(tuple(like.local_shape), start, stop)):
+                    count = math.prod(size)
+                    yield f"{like.key}.{like.global_offset}.{state}.{number}", _box(
+                        like, f"optimizer.state.{state}.{like.key}", values.detach()[position : position + count], offset, size)
+                    position += count
 
-    @torch.no_grad()
-    def _set_main_param_and_optimizer_states(self, model_param, tensors):
-        for name, tensor in self._get_main_param_and_optimizer_states(model_param).items():
-            tensor.copy_(tensors[name])
+
+def boxes(shape: tuple[int, ...], start: int, stop: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Elements ``start``..``stop`` of a tensor in row-major order as boxes (offset, size), in that order."""
+    if start >= stop:
+        return []
+    if len(shape) == 1:
+        return [((start,), (stop - start,))]
+    row = math.prod(shape[1:])
+    first, last = -(-start // row), stop // row  # whole rows
+    if first > last:  # inside one row
+        return _in_row(shape, last, start, stop)
+    whole = [((first, *(0 for _ in shape[1:])), (last - first, *shape[1:]))] if last > first else []
+    return _in_row(shape, first - 1, start, first * row) + whole + _in_row(shape, last, last * row, stop)
 
 
-def make_optimizer(model: DistributedDataParallel, trainer: TrainerConfig, lr: float):
+def _in_row(shape: tuple[int, ...], index: int, start: int, stop: int):
+    row = math.prod(shape[1:])
+    return [((index, *offset), (1, *size)) for offset, size in boxes(shape[1:], start - index * row, stop - index * row)]
+
+
+def _box(like: ShardedTensor, key: str, values: torch.Tensor, offset: tuple[int, ...], size: tuple[int, ...]) -> ShardedTensor:
+    """``values`` as a box of the tensor that ``like`` is this rank's part of; the layer axis that it may lack is spelled out."""
+    extra = like.prepend_axis_num
+    place = (*like.global_offset[:extra], *(base + step for base, step in zip(like.global_offset[extra:], offset, strict=True)))
+    size = (1,) * extra + size
+    # The last number of a replica is its data-parallel rank: there every box has one owner.
+    return ShardedTensor(key, values.view(size), values.dtype, size, tuple(like.global_shape), place, axis_fragmentations=None,
+                         replica_id=(*like.replica_id[:-1], 0), allow_shape_mismatch=like.allow_shape_mismatch)
+
+
+def make_optimizer(parts: list[DistributedDataParallel], trainer: TrainerConfig, lr: float):
     """AdamW over fp32 master weights, state sharded over data-parallel ranks; no decay on biases and norms. ``lr`` is the peak."""
     dtype = torch.bfloat16 if trainer.precision == "bf16" else torch.float32
     config = OptimizerConfig(
         optimizer="adam", lr=lr, min_lr=trainer.min_lr, weight_decay=trainer.weight_decay, adam_beta1=trainer.adam_beta1,
         adam_beta2=trainer.adam_beta2, adam_eps=trainer.adam_eps, clip_grad=trainer.clip_grad, use_distributed_optimizer=True,
         bf16=dtype == torch.bfloat16, params_dtype=dtype)
-    distributed_optimizer = DistributedOptimizer if HAVE_APEX_OR_TE else TorchAdamDistributedOptimizer
-    with mock.patch.object(mcore_optimizer, "DistributedOptimizer", distributed_optimizer):
+    with mock.patch.object(mcore_optimizer, "DistributedOptimizer", ReshardableOptimizer):
         if torch.cuda.is_available() and not HAVE_APEX_OR_TE:
             # megatron-core looks AdamW up at call time and passes no ``fused``: 58 -> 35 ms a step at 1b7 on an H200.
             with mock.patch.object(torch.optim, "AdamW", functools.partial(torch.optim.AdamW, fused=True)):
-                return get_megatron_optimizer(config, [model], get_standard_config_overrides(config))
-        return get_megatron_optimizer(config, [model], get_standard_config_overrides(config))
+                return get_megatron_optimizer(config, parts, get_standard_config_overrides(config))
+        return get_megatron_optimizer(config, parts, get_standard_config_overrides(config))
 
 
 def make_schedule(optimizer, trainer: TrainerConfig, lr: float, steps: int, warmup_steps: int) -> OptimizerParamScheduler:

@@ -9,7 +9,6 @@ depend neither on layout nor on interruptions.
 from __future__ import annotations
 
 import sys
-from functools import partial
 
 import torch
 from megatron.core import parallel_state
@@ -21,9 +20,8 @@ from training.data.formats import load_rows
 from training.data.tokenizer import Tokenizer
 from training.experience import Experience, Models, calibrate, experience, report, roll_out, score, state_values, timed
 from training.generation.rollout import draws
-from training.loop import resume
-from training.main import Interrupted, run_stage
-from training.metrics import Metrics
+from training.loop import Boundary, at, resume
+from training.main import run_stage
 from training.model.bloom import Bloom
 from training.model.heads import next_token_logprobs, vocab_parallel_entropy
 from training.shape import BloomShape
@@ -100,7 +98,7 @@ class PPO:
         config.data_parallel(torch.distributed.get_world_size())
         self.config = config
         self.shape, self.tokenizer = BloomShape.read(config.paths.model), Tokenizer(config.paths.model)
-        self.shape.check_layout(config.tensor_parallel, config.pipeline_parallel)
+        self.shape.check_layout(config.tensor_parallel, config.pipeline_parallel, config.virtual_pipeline)
         self.rows, self.unseen = load_rows(config.paths.train, "rlhf"), load_rows(config.paths.heldout, "rlhf")
         self.models = load_models(config, self.shape)
         steps, warmup = config.iterations * config.updates, config.warmup_iterations * config.updates
@@ -159,28 +157,18 @@ class PPO:
 def run(config: PPOConfig) -> None:
     """The stage, inside ``ranks``. Raises Interrupted after a signal, all saved."""
     stop = parallel.StopRequest()
-    ppo, stage = PPO(config), config.paths.output
-    start, state = resume(stage, ppo.learners)
+    ppo = PPO(config)
+    start, state = resume(config.paths.output, ppo.learners)
     if state:
         ppo.restore(state)
     if start >= config.iterations:
         print(f"nothing left to do: iteration {start} of {config.iterations} is saved", flush=True)
         return
-    metrics = Metrics(stage, config.iterations, start) if parallel.is_main() else None
-    save = partial(checkpoint.save, stage, learners=ppo.learners, trainer=config)
+    boundary = Boundary(config, ppo.learners, start, HEADLINE, stop)
     for iteration in range(start + 1, config.iterations + 1):
-        values = ppo.iterate(iteration)
-        last, stopping = iteration == config.iterations, stop.agreed()
-        if last or iteration % config.eval_every == 0:
-            values |= ppo.heldout()
-        if metrics:
-            metrics.log(iteration, HEADLINE if last or iteration % config.log_every == 0 else (), **values)
-        if last or stopping or iteration % config.save_every == 0:
-            save(iteration=iteration, state=ppo.state())
-        if stopping and not last:
-            raise Interrupted(f"stopped by a signal; iteration {iteration} is saved")
-    if metrics:
-        metrics.close()
+        with at(iteration):
+            values = ppo.iterate(iteration)
+        boundary.end(iteration, values, ppo.heldout, ppo.state)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from training.data.tokenizer import Tokenizer
 from training.loop import Task, train
 from training.losses import pairwise_loss
 from training.main import run_stage
-from training.sft import LENGTH_MULTIPLE
+from training.sft import length_multiple
 from training.shape import BloomShape
 from training.step import Batch, Learner, Objective, build_model, evaluate, split
 
@@ -60,7 +60,7 @@ def heldout(config: RewardConfig, learner: Learner, comparisons: list[Comparison
     mine = comparisons[parallel.data_rank() :: parallel.data_ranks()]
     sums = torch.zeros(4, dtype=torch.double)
     if mine:
-        length = padded_length([len(example.tokens) for group in mine for example, _ in group], LENGTH_MULTIPLE * config.tensor_parallel)
+        length = padded_length([len(example.tokens) for group in mine for example, _ in group], length_multiple(config))
         batch = collate_comparisons(mine, replies, pad_id, length)
         values = evaluate(learner.wrapped, batch, config.micro_batch_size * replies, lambda values, micro: values).cpu()
         rewards, scores, lengths = (x.view(-1, replies) for x in (read_last(values, batch), batch["scores"], batch["lengths"]))
@@ -79,7 +79,7 @@ def run(config: RewardConfig) -> None:
     stop = parallel.StopRequest()
     config.data_parallel(torch.distributed.get_world_size())
     shape, tokenizer = BloomShape.read(config.paths.model), Tokenizer(config.paths.model)
-    shape.check_layout(config.tensor_parallel, config.pipeline_parallel)
+    shape.check_layout(config.tensor_parallel, config.pipeline_parallel, config.virtual_pipeline)
     rows = load_rows(config.paths.train, "reward")
     unseen = [comparison_example(row, tokenizer, config.seq_length) for row in load_rows(config.paths.heldout, "reward")]
     replies = max(max(len(row["response"]) for row in rows), max(map(len, unseen)))
@@ -91,7 +91,7 @@ def run(config: RewardConfig) -> None:
         comparisons = [comparison_example(rows[index], tokenizer, config.seq_length) for index in indices]
         lengths = [len(example.tokens) for group in comparisons for example, _ in group]
         mine = shard(comparisons, parallel.data_rank(), parallel.data_ranks())
-        batch = collate_comparisons(mine, replies, tokenizer.pad_id, padded_length(lengths, LENGTH_MULTIPLE * config.tensor_parallel))
+        batch = collate_comparisons(mine, replies, tokenizer.pad_id, padded_length(lengths, length_multiple(config)))
         return split(batch, config.micro_batch_size * replies)
 
     objective = Objective(("loss", "accuracy", "margin"), partial(compute, replies))

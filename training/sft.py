@@ -12,18 +12,23 @@ import sys
 import torch
 
 from training import checkpoint, parallel
-from training.config import SFTConfig
+from training.config import SFTConfig, TrainerConfig
 from training.data.batches import Example, Sampler, collate, padded_length, sft_example, shard
 from training.data.formats import load_rows
 from training.data.tokenizer import Tokenizer
 from training.loop import Task, train
 from training.main import run_stage
+from training.model.backends import FLEX_BLOCK
 from training.model.heads import next_token_logprobs
 from training.shape import BloomShape
 from training.step import Batch, Learner, Objective, build_model, evaluate, split
 
-LENGTH_MULTIPLE = 8
-"""Padded lengths are multiples of this times the tensor-parallel size (sequence parallelism divides them)."""
+
+def length_multiple(config: TrainerConfig) -> int:
+    """Padded lengths are multiples of this: sequence parallelism divides them, and on a GPU attention's kernels are compiled for each."""
+    if parallel.device().type == "cuda":
+        return math.lcm(FLEX_BLOCK, config.tensor_parallel)
+    return 8 * config.tensor_parallel
 
 
 def compute(logits: torch.Tensor, batch: Batch):
@@ -38,7 +43,7 @@ def heldout(config: SFTConfig, learner: Learner, examples: list[Example], pad_id
     mine = examples[parallel.data_rank() :: parallel.data_ranks()]
     sums = torch.zeros(2, dtype=torch.double)
     if mine:
-        length = padded_length([len(example.tokens) for example in mine], LENGTH_MULTIPLE * config.tensor_parallel)
+        length = padded_length([len(example.tokens) for example in mine], length_multiple(config))
         batch = collate(mine, pad_id, length)
         logprobs = evaluate(learner.wrapped, batch, config.micro_batch_size,
                             lambda logits, micro: next_token_logprobs(logits, micro["tokens"]))
@@ -55,7 +60,7 @@ def run(config: SFTConfig) -> None:
     stop = parallel.StopRequest()
     config.data_parallel(torch.distributed.get_world_size())
     shape, tokenizer = BloomShape.read(config.paths.model), Tokenizer(config.paths.model)
-    shape.check_layout(config.tensor_parallel, config.pipeline_parallel)
+    shape.check_layout(config.tensor_parallel, config.pipeline_parallel, config.virtual_pipeline)
     rows = load_rows(config.paths.train, "sft")
     unseen = [sft_example(row, tokenizer, config.seq_length) for row in load_rows(config.paths.heldout, "sft")]
     model = build_model(shape, config, "lm")
@@ -64,7 +69,7 @@ def run(config: SFTConfig) -> None:
 
     def micro_batches(indices: list[int]) -> list[Batch]:
         examples = [sft_example(rows[index], tokenizer, config.seq_length) for index in indices]
-        length = padded_length([len(example.tokens) for example in examples], LENGTH_MULTIPLE * config.tensor_parallel)
+        length = padded_length([len(example.tokens) for example in examples], length_multiple(config))
         mine = shard(examples, parallel.data_rank(), parallel.data_ranks())
         return split(collate(mine, tokenizer.pad_id, length), config.micro_batch_size)
 

@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import multiprocessing
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -17,15 +19,16 @@ from megatron.core import dist_checkpointing
 
 from tests.distributed import run
 from training import checkpoint, ppo, reward, sft
-from training.config import ConfigError
-from training.main import Interrupted
+from training.config import ConfigError, SFTConfig
+from training.main import Interrupted, run_stage
 from training.parallel import StopRequest
+from training.saving import Saver
 
 
 def metrics(stage: Path) -> list[dict]:
     """Rows of metrics.jsonl without what depends on the clock."""
     rows = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if not re.match("time|.*seconds|tokens_per_second", name)} for row in rows]
+    return [{name: value for name, value in row.items() if not re.match("time|.*seconds|tokens_per_second|save_", name)} for row in rows]
 
 
 def tensors(stage: Path, iteration: int, model: str) -> dict[str, str]:
@@ -57,6 +60,8 @@ def test_an_unfinished_save_is_not_a_checkpoint(small_run, tmp_path):
 def test_only_the_newest_are_kept(small_run, tmp_path):
     run(sft.run, 1, 1, 1, small_run.sft(tmp_path, iterations=5, save_every=1, keep_checkpoints=2))
     assert checkpoint.iterations(tmp_path) == [4, 5]
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [0 < row["save_stall_s"] <= row["save_s"] if "save_s" in row else None for row in rows] == [None] + [True] * 4
 
 
 def test_a_checkpoint_that_a_signal_asked_for_pushes_out_no_regular_one(small_run, tmp_path, monkeypatch):
@@ -79,14 +84,15 @@ def test_a_checkpoint_that_a_signal_asked_for_pushes_out_no_regular_one(small_ru
 @pytest.mark.parametrize(("stage", "layout"), [("sft", (1, 2, 1)), ("sft", (2, 1, 2)), ("reward", (2, 2, 1)), ("ppo", (1, 2, 1)),
                                                ("ppo", (2, 1, 2))])
 def test_resumed_equals_uninterrupted_bit_for_bit(small_run, tmp_path, stage, layout):
-    """4 iterations straight = 2, a new process, 2 more: weights, optimizer, metrics."""
+    """4 iterations straight = 2, a new process, 2 more: weights, optimizer, metrics. Without pipeline the second saves asynchronously."""
     make, trainer, learners = {"sft": (small_run.sft, sft, ["model"]), "reward": (small_run.reward, reward, ["model"]),
                                "ppo": (small_run.ppo, ppo, ["policy", "value"])}[stage]
     settings = dict(layout=layout[:2], iterations=4, save_every=2)
     run(trainer.run, *layout, make(tmp_path / "straight", **settings))
-    run(stop_after, *layout, trainer, make(tmp_path / "resumed", **settings), 2)
+    resumed = make(tmp_path / "resumed", **settings, async_save=layout[1] == 1)
+    run(stop_after, *layout, trainer, resumed, 2)
     assert checkpoint.latest(tmp_path / "resumed") == 2
-    run(trainer.run, *layout, make(tmp_path / "resumed", **settings))
+    run(trainer.run, *layout, resumed)
     assert metrics(tmp_path / "resumed") == metrics(tmp_path / "straight")
     assert len(metrics(tmp_path / "straight")) == 4
     for model in learners:
@@ -99,17 +105,15 @@ class Killed(BaseException):
 
 def stop_after(trainer, config, iteration):
     """The trainer, ended without any clean-up as soon as ``iteration`` is saved."""
-    save = checkpoint.save
+    save = Saver.save
 
-    def save_and_die(stage, iteration_, *args, **kwargs):
-        save(stage, iteration_, *args, **kwargs)
-        if iteration_ == iteration:
+    def save_and_die(self, number, state):
+        save(self, number, state)
+        if number == iteration:
+            self.wait()
             raise Killed
 
-    def save_keywords(stage, iteration=None, *args, **kwargs):
-        save_and_die(stage, iteration, *args, **kwargs)
-
-    checkpoint.save = save_keywords
+    Saver.save = save_and_die
     try:
         trainer.run(config)
     except Killed:
@@ -134,6 +138,34 @@ def test_a_finished_stage_has_nothing_left_to_do(small_run, tmp_path, capfd):
     assert "nothing left to do" in capfd.readouterr().out and metrics(tmp_path) == before
 
 
+@pytest.mark.parametrize(("code", "message"), [(65, r"model/__0_0\.distcp .* does not have the sha256"),
+                                               (74, "failed on rank 0: .*File too large")])
+def test_exit_code_tells_a_damaged_checkpoint_from_a_failed_save(small_run, tmp_path, capfd, code, message):
+    """One line, not a traceback; the checkpoint before is named."""
+    run(sft.run, 1, 1, 1, small_run.sft(tmp_path, iterations=2))
+    config = small_run.sft(tmp_path, iterations=3)
+    (tmp_path / "config.json").write_text(json.dumps(asdict(config)))
+
+    def stage():
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(21000 + os.getpid() % 9000))
+        sys.argv = ["sft", str(tmp_path / "config.json")]
+        if code == 74:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+        os._exit(run_stage(SFTConfig, sft.run))
+
+    if code == 65:
+        with open(checkpoint.resolve(tmp_path) / "model" / "__0_0.distcp", "r+b") as file:
+            file.seek(1000)
+            file.write(b"damage")
+    process = multiprocessing.get_context("fork").Process(target=stage)
+    process.start()
+    process.join(60)
+    shown = capfd.readouterr().err
+    assert process.exitcode == code and re.search(f"^error: .*{message}", shown, re.MULTILINE) and "Traceback" not in shown, shown
+    assert checkpoint.latest(tmp_path) == 2
+
+
 def start(module: str, config, world: int) -> list[subprocess.Popen]:
     """The stage's real command line, one process a rank."""
     folder = Path(config.paths.output)
@@ -148,8 +180,8 @@ def start(module: str, config, world: int) -> list[subprocess.Popen]:
 
 
 def test_term_saves_at_the_step_boundary_and_asks_to_go_on(small_run, tmp_path):
-    """TERM at one rank: both save the same iteration and exit 75 (EX_TEMPFAIL)."""
-    ranks = start("training.sft", small_run.sft(tmp_path, layout=(1, 2), iterations=5000), 2)
+    """TERM at one rank: both save the same iteration, wait until it is written, and exit 75 (EX_TEMPFAIL)."""
+    ranks = start("training.sft", small_run.sft(tmp_path, layout=(1, 2), iterations=5000, async_save=True), 2)
     try:
         end = time.monotonic() + 90
         while not (tmp_path / "metrics.jsonl").exists() or not (tmp_path / "metrics.jsonl").read_text():

@@ -1,0 +1,123 @@
+"""Conversion in bounded memory, against copying the same bytes: ``python benchmarks/convert.py FOLDER [--layers 30] [--hidden 4096]``.
+
+Makes a BLOOM of random bf16 weights on disk (default: the shape of bloom-7b1, 14.1 GB; three times that is needed), then times, each
+in processes of its own: cp, Hugging Face -> Megatron, the same with a kill -9 in the middle and a second start, Megatron -> Hugging
+Face. Prints one JSON line a step: seconds (files synced to disk), GB/s, ratio to the copy, and the largest RssAnon of any process,
+sampled every 20 ms. All results are compared by sha256; the folder is removed at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import torch
+
+from conversion import huggingface
+from conversion.tensors import BLOCK, raw
+from conversion.weights import entries, size_of, stored_name
+from training import checksums
+from training.shape import BloomShape
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def make(folder: Path, layers: int, hidden: int, heads: int, vocab: int) -> int:
+    """A Hugging Face folder with random weights (one random block, repeated at shifting places) -> bytes of weights."""
+    folder.mkdir(parents=True)
+    config = {"architectures": ["BloomForCausalLM"], "model_type": "bloom", "n_layer": layers, "hidden_size": hidden, "n_head": heads,
+              "vocab_size": vocab, "layer_norm_epsilon": 1e-5, "torch_dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(config))
+    shape = BloomShape.read(folder)
+    table = {entry.name: size_of(entry, shape) for entry in entries(layers)}
+    noise = (0.02 * torch.randn(BLOCK + 4096, generator=torch.Generator().manual_seed(0))).bfloat16()
+    shards, total = huggingface.plan(table, torch.bfloat16, 2.0), 0
+    for file, names in shards.items():
+        stored = {stored_name(name): table[name] for name in names}
+        with open(folder / file, "wb") as out:
+            out.write(huggingface.header(stored, torch.bfloat16))
+            for number, name in enumerate(sorted(stored)):
+                left = 2 * torch.Size(stored[name]).numel()
+                total += left
+                block = memoryview(raw(noise[number : number + BLOCK]).numpy())
+                while left:
+                    left -= out.write(block[: min(left, len(block))])
+    (folder / "model.safetensors.index.json").write_text(huggingface.index(shards, total))
+    return total
+
+
+def anonymous(process: psutil.Process) -> int:
+    """RssAnon of one process, bytes (/proc/PID/status)."""
+    try:
+        lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon")), 0)
+
+
+def run(command: list[str], kill_after: Path | None = None) -> tuple[float, int]:
+    """(seconds, largest RssAnon of any process) of a command; killed -9 once ``kill_after`` holds half of its files' bytes."""
+    started, most = time.monotonic(), 0
+    process = psutil.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL if kill_after else None)
+    while process.poll() is None:
+        family = [process]
+        if process.is_running():
+            try:
+                family += process.children(recursive=True)
+            except psutil.NoSuchProcess:
+                continue
+        most = max(most, *map(anonymous, family))
+        if kill_after and sum(path.stat().st_size for path in kill_after.rglob("*") if path.is_file()) > run.total / 2:
+            os.kill(process.pid, signal.SIGKILL)
+        time.sleep(0.02)
+    if process.returncode and not kill_after:
+        sys.exit(f"{command} ended with {process.returncode}")
+    return time.monotonic() - started, most
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path, help="on the disk to measure; must not exist")
+    for name, number in (("layers", 30), ("hidden", 4096), ("heads", 32), ("vocab", 250880)):
+        parser.add_argument(f"--{name}", type=int, default=number)
+    given = parser.parse_args()
+    hf, stage, back, copy = (given.folder / name for name in ("hf", "stage", "back", "copy"))
+    run.total = make(hf, given.layers, given.hidden, given.heads, given.vocab)
+    print(json.dumps({"step": "made", "gigabytes": run.total / 1e9}), flush=True)
+
+    def report(step: str, seconds: float, memory: int, base: float | None) -> None:
+        row = {"step": step, "seconds": round(seconds, 1), "gb_per_s": round(run.total / 1e9 / seconds, 2), "rss_anon_mb": memory >> 20}
+        print(json.dumps(row | ({"ratio_to_copy": round(seconds / base, 2)} if base else {})), flush=True)
+
+    try:
+        copied, memory = run(["sh", "-c", f"cp -r {hf} {copy} && sync {copy}/*"])
+        report("copy", copied, memory, None)
+        shutil.rmtree(copy)
+        to_megatron = [sys.executable, "-m", "conversion.hf_to_megatron", str(hf), str(stage)]
+        report("hf -> megatron", *run(to_megatron), copied)
+        checkpoint = stage / "checkpoints" / "iter_0000000"
+        whole = checksums.read(checkpoint)
+        to_hf = [sys.executable, "-m", "conversion.megatron_to_hf", str(checkpoint / "model"), str(back), "--model", str(hf)]
+        report("megatron -> hf", *run(to_hf), copied)
+        same = all(checksums.digest(path) == checksums.digest(back / path.name) for path in hf.glob("*.safetensors"))
+        print(json.dumps({"step": "round trip", "identical_files": same}), flush=True)
+        shutil.rmtree(back)
+        shutil.rmtree(stage)
+        run(to_megatron, kill_after=stage)
+        left = sum(path.stat().st_size for path in stage.rglob("*.distcp"))
+        report(f"hf -> megatron, killed, {left / 1e9:.1f} GB kept, second start", *run(to_megatron), copied)
+        print(json.dumps({"step": "after the kill", "identical_files": checksums.read(checkpoint) == whole}), flush=True)
+    finally:
+        shutil.rmtree(given.folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""Reward and value models as Hugging Face's BloomForSequenceClassification: one label, no bias, read at the last token that is no padding.
+
+Its ``score`` layer has no bias, ours has one (b). The score is w . (n * g + s) + b, with the last layer norm's output n * g + s;
+s goes nowhere else, so s + b w / |w|^2 in place of s gives the same score without a bias. Rounding that to bf16 would lose
+digits: each component's rounding error is carried to the next, so that w . s' = w . s + b to about the smallest |w_i s_i| / 256.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from conversion.tensors import Stored
+from training.config import ConfigError
+from training.data.tokenizer import Tokenizer
+
+
+def without_bias(tensors: dict[str, Stored], dtype: torch.dtype) -> dict[str, Stored]:
+    """The tensors of an equally scoring model without ``score.bias``, its last layer norm's bias in ``dtype``."""
+    rest = {name: tensor for name, tensor in tensors.items() if name != "score.bias"}
+    bias = tensors["score.bias"].load().double().item()
+    if bias != 0:
+        shift = folded(tensors["ln_f.bias"].load(), tensors["score.weight"].load().to(dtype)[0], bias, dtype)
+        rest["ln_f.bias"] = Stored.whole(shift)
+    return rest
+
+
+def folded(shift: torch.Tensor, weight: torch.Tensor, bias: float, dtype: torch.dtype) -> torch.Tensor:
+    """``shift`` (H,) moved so that ``weight`` . shift grows by ``bias``, in ``dtype`` with rounding errors carried on."""
+    weight, start = weight.double(), shift.double()
+    square = (weight**2).sum().item()
+    if square == 0:
+        raise ConfigError(f"the scalar head's weights are all zero, its bias is {bias}: the model scores everything alike; train it first")
+    moved = shift.to(dtype).clone()
+    left = bias  # of the growth that is wanted
+    remaining = square
+    # The largest weights first: the last ones, with the smallest steps, take up what rounding left.
+    for index in weight.abs().argsort(descending=True).tolist():
+        w = weight[index].item()
+        if w == 0:
+            break
+        moved[index] = start[index] + left * w / remaining
+        left -= w * (moved[index].double().item() - start[index].item())
+        remaining -= w * w
+        if remaining <= 1e-12 * square:
+            break
+    return moved
+
+
+def set_config(folder: Path) -> None:
+    """Make the copied config.json that of a sequence classifier with one label, which finds the last token by the padding's id."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.pop("num_labels", None)
+    config |= {"architectures": ["BloomForSequenceClassification"], "id2label": {"0": "score"}, "label2id": {"score": 0},
+               "problem_type": "regression"}
+    if (folder / "tokenizer.json").is_file():
+        config["pad_token_id"] = Tokenizer(folder).pad_id
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

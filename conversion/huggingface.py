@@ -1,0 +1,176 @@
+"""Hugging Face folders: safetensors (and legacy .bin) in, sharded safetensors out; tensors stay on disk (conversion/tensors.py)."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from pathlib import Path
+
+import torch
+
+from conversion.tensors import FLOATS, Stored, equal, mapped, view
+from conversion.weights import PREFIX, TIED_HEAD, VOCABULARY, check_names, entries, head_of, size_of, stored_name
+from training.config import ConfigError
+from training.shape import BloomShape
+
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+"""safetensors' names of the data types that weights may have."""
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+SAFETENSORS, BIN = "model.safetensors", "pytorch_model.bin"
+
+
+def read(folder: str | Path, shape: BloomShape) -> tuple[str, dict[str, Stored]]:
+    """(kind of head, tensors by name without prefix) of a Hugging Face folder; a scalar head where it has score.weight.
+
+    Raises ConfigError where files are missing, truncated or unsafe, and where the tensors are not exactly those of ``shape``.
+    """
+    folder = Path(folder)
+    tensors = {}
+    for name, tensor in _tensors(folder).items():
+        short = name.removeprefix(PREFIX)
+        if short in tensors:
+            raise ConfigError(f"{folder} holds {short} twice, with and without the prefix {PREFIX!r}; remove one")
+        tensors[short] = tensor
+    head = head_of(shape)
+    if "score.weight" in tensors:
+        head = "scalar"
+        tensors.setdefault("score.bias", Stored.whole(torch.zeros(1, dtype=tensors["score.weight"].dtype)))
+    tied_head = tensors.pop(TIED_HEAD, None) if head == "tied" else None
+    table = list(entries(shape.layers, head))
+    check_names(tensors, [entry.name for entry in table], folder, shape.layers)
+    for entry in table:
+        check_tensor(folder, entry.name, tensors[entry.name], size_of(entry, shape))
+    if tied_head is not None and not equal(tied_head, tensors["word_embeddings.weight"]):
+        raise ConfigError(f"{folder}: {TIED_HEAD} differs from the embedding, but config.json ties them; set tie_word_embeddings = false "
+                          f"there if the head is its own, or remove {TIED_HEAD}")
+    return head, tensors
+
+
+def check_tensor(where, name: str, tensor: Stored, size: tuple[int, ...]) -> None:
+    """Raises ConfigError for another shape than config.json's, and for a type that is no weight's."""
+    if tensor.shape != size and name in VOCABULARY and tensor.shape[1:] == size[1:]:
+        raise ConfigError(f"{where}: {name} has {tensor.shape[0]} rows, config.json says vocab_size = {size[0]}")
+    if tensor.shape != size:
+        raise ConfigError(f"{where}: {name} has shape {list(tensor.shape)}, config.json says {list(size)}")
+    if tensor.dtype not in FLOATS:
+        raise ConfigError(f"{where}: {name} has type {str(tensor.dtype).removeprefix('torch.')}; weights are bf16, fp16 or fp32 "
+                          "(quantised checkpoints can't be trained: take the original)")
+
+
+def files(folder: str | Path) -> list[Path]:
+    """The weight files of a folder, in order. Raises ConfigError where there are none or the index names others."""
+    folder = Path(folder)
+    for single in (SAFETENSORS, BIN):
+        index = folder / f"{single}.index.json"
+        if index.is_file():
+            try:
+                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                raise ConfigError(f"{index} is no index of shards ({type(error).__name__}: {error}); download it again") from None
+            missing = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
+            if missing:
+                raise ConfigError(f"model.checkpoint: {index} names files that are not there: {', '.join(missing)}; download them")
+            return [folder / name for name in names]
+        if (folder / single).is_file():
+            return [folder / single]
+    raise ConfigError(f"model.checkpoint: {folder} has neither {SAFETENSORS} nor {BIN} nor an index of shards; "
+                      "save it with model.save_pretrained(folder, safe_serialization=True)")
+
+
+def _tensors(folder: Path) -> dict[str, Stored]:
+    found: dict[str, Stored] = {}
+    for path in files(folder):
+        tensors = read_bin(path) if path.suffix == ".bin" else read_safetensors(path)
+        twice = found.keys() & tensors.keys()
+        if twice:
+            raise ConfigError(f"{path} holds {sorted(twice)[0]}, which another shard holds, too; remove the stale shard")
+        found.update(tensors)
+    return found
+
+
+def read_safetensors(path: Path) -> dict[str, Stored]:
+    """Tensors of one file (format: github.com/huggingface/safetensors). Raises ConfigError where it is truncated or no such file."""
+    size = path.stat().st_size
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 + length:
+                raise ConfigError(f"{path} is truncated or no safetensors file: {size:,} bytes, its header alone needs {8 + length:,}; "
+                                  "download it again")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        end = 8 + length + max((info["data_offsets"][1] for info in header.values()), default=0)
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{path} is no safetensors file ({type(error).__name__}: {error}); download it again") from None
+    if size != end:
+        raise ConfigError(f"{path} is truncated or damaged: {size:,} bytes, its header says {end:,}; download it again")
+    mapping, tensors = mapped(path), {}
+    for name, info in header.items():
+        (first, last), shape = info["data_offsets"], tuple(info["shape"])
+        if info["dtype"] not in DTYPES:
+            raise ConfigError(f"{path}: {name} has type {info['dtype']}; weights are BF16, F16 or F32 "
+                              "(quantised checkpoints can't be trained: take the original)")
+        dtype = DTYPES[info["dtype"]]
+        if last - first != torch.Size(shape).numel() * dtype.itemsize or first < 0:
+            raise ConfigError(f"{path}: {name} of shape {list(shape)} has {last - first} bytes; the file is damaged, download it again")
+        tensors[name] = Stored.whole(view(mapping, dtype, shape, 8 + length + first))
+    return tensors
+
+
+def read_bin(path: Path) -> dict[str, Stored]:
+    """Tensors of one legacy .bin file, memory-mapped, weights only. Raises ConfigError for whatever else is pickled in it."""
+    loaded = load_pickle(path)
+    if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+        raise ConfigError(f"{path} holds {type(loaded).__name__}, not a dictionary of tensors; save the model's state_dict()")
+    return {name: Stored.whole(tensor) for name, tensor in loaded.items()}
+
+
+def load_pickle(path: Path):
+    """torch.load that runs no code of the file and maps its tensors. Raises ConfigError with the reason."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        reason = asked[1] if asked else str(error).strip().splitlines()[-1]
+        raise ConfigError(f"{path} asks to load more than tensors ({reason}); a pickle can run any code, so it is not loaded. "
+                          "Use safetensors, or weights saved as a plain state_dict()") from None
+    except (RuntimeError, EOFError, ValueError) as error:
+        raise ConfigError(f"{path} can't be read ({str(error).splitlines()[0]}): truncated, or older than torch 1.6's format; "
+                          "download it again, or load and save it once with torch.save") from None
+
+
+def plan(names: dict[str, tuple[int, ...]], dtype: torch.dtype, max_shard_gb: float) -> dict[str, list[str]]:
+    """File name -> the tensors (by name without prefix) in it; a file is at most ``max_shard_gb`` or one tensor."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, shape in names.items():
+        size = torch.Size(shape).numel() * dtype.itemsize
+        if shards[-1] and filled + size > max_shard_gb * 1e9:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    if len(shards) == 1:
+        return {SAFETENSORS: shards[0]}
+    return {f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard for number, shard in enumerate(shards, 1)}
+
+
+def header(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
+    """Length and header of a safetensors file with these tensors (stored names), as the library writes it: sorted by name."""
+    table, position = {"__metadata__": {"format": "pt"}}, 0
+    for name in sorted(shapes):
+        size = torch.Size(shapes[name]).numel() * dtype.itemsize
+        table[name] = {"dtype": _NAMES[dtype], "shape": list(shapes[name]), "data_offsets": [position, position + size]}
+        position += size
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def index(shards: dict[str, list[str]], total: int) -> str:
+    """Text of model.safetensors.index.json; ``total``: bytes of all tensors."""
+    places = {stored_name(name): file for file, names in shards.items() for name in names}
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=2) + "\n"

@@ -1,0 +1,129 @@
+"""Tensors that stay on disk: where their pieces lie, and their rows without loading the rest.
+
+Every format that we read (safetensors, .bin, torch_dist, Megatron-LM's .pt) becomes a ``Stored`` a tensor: memory-mapped pieces
+whose pages the kernel may drop again. What is read at a time is a block of rows; nothing as large as a tensor is ever allocated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import mmap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+BLOCK = 1 << 25
+"""Bytes of a tensor that are read, converted and written at a time, a thread."""
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+"""Data types of weights that training can start from."""
+
+
+class Piece(NamedTuple):
+    """A block of a larger tensor: its first element's index in that tensor, and its values (memory-mapped)."""
+
+    offset: tuple[int, ...]
+    values: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor (vector or matrix) of ``shape`` and ``dtype`` that lies in ``pieces``; what none covers is zero (``padded``)."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    pieces: tuple[Piece, ...]
+
+    @classmethod
+    def whole(cls, values: torch.Tensor) -> Stored:
+        return cls(tuple(values.shape), values.dtype, (Piece((0,) * values.dim(), values),))
+
+    @classmethod
+    def joined(cls, parts: list[Stored], axis: int) -> Stored:
+        """Tensor-parallel shards side by side along ``axis``."""
+        pieces, position = [], 0
+        for part in parts:
+            pieces += [Piece(_moved(piece.offset, axis, position), piece.values) for piece in part.pieces]
+            position += part.shape[axis]
+        shape = list(parts[0].shape)
+        shape[axis] = position
+        return cls(tuple(shape), parts[0].dtype, tuple(pieces))
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def complete(self) -> bool:
+        """True where the pieces cover every element."""
+        return sum(piece.values.numel() for piece in self.pieces) == math.prod(self.shape)
+
+    def part(self, axis: int, start: int, length: int) -> Stored:
+        """``length`` indices from ``start`` of ``axis``, as torch.narrow; no bytes are read."""
+        found = []
+        for offset, values in self.pieces:
+            first, last = max(start, offset[axis]), min(start + length, offset[axis] + values.shape[axis])
+            if first < last:
+                found.append(Piece(_moved(offset, axis, max(offset[axis], start) - start - offset[axis]),
+                                   values.narrow(axis, first - offset[axis], last - first)))
+        shape = list(self.shape)
+        shape[axis] = length
+        return Stored(tuple(shape), self.dtype, tuple(found))
+
+    def layer(self, index: int) -> Stored:
+        """Row ``index`` of the first axis, without that axis."""
+        row = self.part(0, index, 1)
+        return Stored(row.shape[1:], row.dtype, tuple(Piece(piece.offset[1:], piece.values[0]) for piece in row.pieces))
+
+    def padded(self, rows: int) -> Stored:
+        """With zero rows below, up to ``rows``."""
+        return dataclasses.replace(self, shape=(rows, *self.shape[1:]))
+
+    def rows(self, start: int, length: int) -> torch.Tensor:
+        """Values of some rows: a view of the file where one piece holds them, else a copy."""
+        wanted = self.part(0, start, length)
+        if len(wanted.pieces) == 1 and wanted.complete:
+            return wanted.pieces[0].values
+        values = torch.zeros(wanted.shape, dtype=self.dtype)
+        for offset, piece in wanted.pieces:
+            values[tuple(slice(first, first + size) for first, size in zip(offset, piece.shape, strict=True))] = piece
+        return values
+
+    def blocks(self, dtype: torch.dtype | None = None) -> Iterator[torch.Tensor]:
+        """The rows in order, at most BLOCK bytes (or one row) at a time, contiguous, as ``dtype``."""
+        step = max(1, BLOCK * self.shape[0] // max(self.nbytes, 1))
+        for start in range(0, self.shape[0], step):
+            yield self.rows(start, min(step, self.shape[0] - start)).to(dtype or self.dtype).contiguous()
+
+    def load(self) -> torch.Tensor:
+        """All values, for small tensors."""
+        return self.rows(0, self.shape[0])
+
+
+def _moved(offset: tuple[int, ...], axis: int, by: int) -> tuple[int, ...]:
+    return (*offset[:axis], offset[axis] + by, *offset[axis + 1 :])
+
+
+def equal(ours: Stored, theirs: Stored) -> bool:
+    """Same shape, data type and bits."""
+    return ours.shape == theirs.shape and ours.dtype == theirs.dtype and all(
+        torch.equal(raw(a), raw(b)) for a, b in zip(ours.blocks(), theirs.blocks(), strict=True))
+
+
+def raw(values: torch.Tensor) -> torch.Tensor:
+    """The bytes of a contiguous tensor: NaN equals itself, -0 is not 0."""
+    return values.reshape(-1).view(torch.uint8)
+
+
+def mapped(path: str | Path) -> mmap.mmap:
+    """The file, memory-mapped; private, so that torch takes it as writable, and never written to."""
+    with open(path, "rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+
+def view(mapping: mmap.mmap, dtype: torch.dtype, shape: tuple[int, ...], offset: int) -> torch.Tensor:
+    """A tensor whose storage is exactly its part of the file, at byte ``offset``."""
+    return torch.frombuffer(mapping, dtype=dtype, count=math.prod(shape), offset=offset).view(shape)

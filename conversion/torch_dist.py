@@ -1,0 +1,216 @@
+"""megatron-core's ``torch_dist`` checkpoints, piece by piece and without a process group.
+
+The folder is one of torch.distributed.checkpoint: ``.metadata`` lists every chunk of every tensor with its place in the
+``*.distcp`` files, where each chunk is an ordinary torch.save. megatron-core itself can only read and write whole keys (a key is
+a tensor of all layers: 4 GB for 7b1) and copies them; here a chunk is mapped or written at a time.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import zipfile
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from conversion.tensors import Piece, Stored, mapped, raw, view
+from conversion.weights import HEADS, VOCABULARY, Entry, entries, size_of
+from training import unpickle
+from training.config import ConfigError
+from training.shape import BloomShape
+
+FILE_BYTES = 1 << 30
+"""Tensors are dealt out to files of about this size, which are written in parallel."""
+
+
+def metadata(folder: Path) -> Metadata:
+    """What the folder says of its tensors; read by an allow-list, never by plain pickle."""
+    path = Path(folder) / ".metadata"
+    if not path.is_file():
+        raise ConfigError(f"{folder} is no Megatron checkpoint: {path} is missing")
+    with open(path, "rb") as file:
+        return unpickle.load(file)
+
+
+def head_in(folder: Path) -> str:
+    """The kind of head that a checkpoint holds."""
+    keys = metadata(folder).state_dict_metadata
+    return next((head for head, table in HEADS.items() if table and table.keys() <= keys.keys()), "tied")
+
+
+def read(folder: str | Path, shape: BloomShape, head: str) -> dict[str, Stored]:
+    """Tensors by Hugging Face name, vocabulary padding cut off. Raises ConfigError where they are not those of ``shape``."""
+    folder, described = Path(folder), metadata(Path(folder))
+    chunks: dict[str, list] = {}
+    for place, where in described.storage_data.items():
+        chunks.setdefault(place.fqn, []).append((tuple(place.offset or ()), where))
+    maps, whole, found = {}, {}, {}
+    table = list(entries(shape.layers, head))
+    missing = [entry.key for entry in table if entry.key not in described.state_dict_metadata]
+    if missing:
+        raise ConfigError(f"{folder}: {missing[0]} is missing; is it a checkpoint of this model?")
+    check_unused(folder, described, {entry.key for entry in table})
+    for entry in table:
+        if entry.key not in whole:
+            whole[entry.key] = _stored(folder, described.state_dict_metadata[entry.key], chunks[entry.key], maps)
+        tensor = whole[entry.key] if entry.layer is None else _layer(folder, whole[entry.key], entry, shape.layers)
+        wanted = size_of(entry, shape)
+        if entry.name in VOCABULARY and tensor.shape[0] > wanted[0]:
+            tensor = tensor.part(0, 0, wanted[0])
+        if tensor.shape != wanted:
+            raise ConfigError(f"{folder}: {entry.key} has shape {list(tensor.shape)}, the model's config.json says {list(wanted)}")
+        if not tensor.complete:
+            raise ConfigError(f"{folder}: a part of {entry.key} is in none of its files: the checkpoint is not complete")
+        found[entry.name] = tensor
+    return found
+
+
+def check_unused(folder: Path, described: Metadata, used: set[str]) -> None:
+    """Raises ConfigError for a weight that the table does not name. The optimizer's tensors are not weights."""
+    unknown = [key for key in described.state_dict_metadata if key not in used and not key.startswith(("optimizer.", "chained_"))]
+    if unknown:
+        raise ConfigError(f"{folder}: {unknown[0]} is no tensor of a BLOOM with this head and would be lost; unknown: {unknown[:5]}")
+
+
+def _layer(folder: Path, tensor: Stored, entry: Entry, layers: int) -> Stored:
+    if tensor.shape[0] != layers:
+        raise ConfigError(f"{folder}: {entry.key} has {tensor.shape[0]} layers, the model's config.json says {layers}")
+    return tensor.layer(entry.layer)
+
+
+def _stored(folder: Path, described: TensorStorageMetadata, places: list, maps: dict) -> Stored:
+    sizes = {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in described.chunks}
+    pieces = []
+    for offset, where in places:
+        if where.relative_path not in maps:
+            path = folder / where.relative_path
+            if Path(where.relative_path).name != where.relative_path or not path.is_file():
+                raise ConfigError(f"{path} is missing, but the checkpoint's .metadata names it")
+            maps[where.relative_path] = mapped(path)
+        file, dtype = maps[where.relative_path], described.properties.dtype
+        start, length = _payload(file, where.offset, where.length, folder / where.relative_path)
+        shape = sizes[offset]
+        if length != torch.Size(shape).numel() * dtype.itemsize:
+            raise ConfigError(f"{folder / where.relative_path}: a chunk of shape {list(shape)} has {length} bytes: damaged")
+        pieces.append(Piece(offset, view(file, dtype, shape, start)))
+    return Stored(tuple(described.size), described.properties.dtype, tuple(pieces))
+
+
+class _Window(io.RawIOBase):
+    """A part of a mapped file as a file."""
+
+    def __init__(self, mapping, start: int, length: int):
+        self.mapping, self.start, self.length, self.position = mapping, start, length, 0
+
+    def seekable(self):
+        return True
+
+    def readable(self):
+        return True
+
+    def tell(self):
+        return self.position
+
+    def seek(self, offset, whence=0):
+        self.position = offset + (0, self.position, self.length)[whence]
+        return self.position
+
+    def readinto(self, buffer):
+        taken = self.mapping[self.start + self.position : self.start + min(self.position + len(buffer), self.length)]
+        buffer[: len(taken)] = taken
+        self.position += len(taken)
+        return len(taken)
+
+
+def _payload(mapping, start: int, length: int, path: Path) -> tuple[int, int]:
+    """(position in the file, bytes) of the values of the one tensor in the torch.save that lies at ``start``."""
+    if start + length > len(mapping):
+        raise ConfigError(f"{path} is truncated: {len(mapping):,} bytes, a chunk ends at {start + length:,}")
+    try:
+        archive = zipfile.ZipFile(_Window(mapping, start, length))
+    except zipfile.BadZipFile as error:
+        raise ConfigError(f"{path} is damaged: no tensor at byte {start:,} ({error})") from None
+    data = [info for info in archive.infolist() if "/data/" in info.filename]
+    order = [archive.read(info) for info in archive.infolist() if info.filename.endswith("/byteorder")]
+    if len(data) != 1 or data[0].compress_type != zipfile.ZIP_STORED or order != [b"little"]:
+        raise ConfigError(f"{path}: at byte {start:,} is not one plain tensor")
+    local = start + data[0].header_offset  # a zip's local header: 30 bytes, its name and extra fields, then the values
+    name, extra = (int.from_bytes(mapping[local + at : local + at + 2], "little") for at in (26, 28))
+    return local + 30 + name + extra, data[0].file_size
+
+
+class Part(NamedTuple):
+    """One tensor on its way into a file."""
+
+    entry: Entry
+    tensor: Stored
+
+
+def plan(tensors: dict[str, Stored], layers: int, head: str) -> dict[str, list[Part]]:
+    """File name -> tensors in it, in the model's order. Raises ConfigError where layers differ in type: a key has one."""
+    types: dict[str, torch.dtype] = {}
+    for entry in entries(layers, head):
+        if types.setdefault(entry.key, tensors[entry.name].dtype) != tensors[entry.name].dtype:
+            raise ConfigError(f"{entry.name} is {tensors[entry.name].dtype}, in layer 0 it is {types[entry.key]}; "
+                              "save the model in one type (model.to(torch.bfloat16).save_pretrained)")
+    shards: list[list[Part]] = [[]]
+    filled = 0
+    for entry in entries(layers, head):
+        size = tensors[entry.name].nbytes
+        if shards[-1] and filled + size > FILE_BYTES:
+            shards.append([])
+            filled = 0
+        shards[-1].append(Part(entry, tensors[entry.name]))
+        filled += size
+    return {f"__0_{number}.distcp": shard for number, shard in enumerate(shards)}
+
+
+def write(parts: list[Part], file: BinaryIO, count) -> list[dict]:
+    """Write the tensors as chunks -> what .metadata will say of them. ``count(bytes)`` is called as they are written."""
+    placed = []
+    for entry, tensor in parts:
+        row = 0
+        for block in tensor.blocks():
+            # torch.save writes the whole storage: by way of numpy this one is the block alone, and still no copy.
+            values = torch.from_numpy(raw(block).numpy()).view(block.dtype).view((*(1,) * (entry.layer is not None), *block.shape))
+            start = file.tell()
+            torch.save(values, file)
+            lead = () if entry.layer is None else (entry.layer,)
+            placed.append({"key": entry.key, "offset": [*lead, row, *[0] * (block.dim() - 1)], "size": list(values.shape),
+                           "start": start, "length": file.tell() - start})
+            row += block.shape[0]
+            count(block.nbytes)
+    return placed
+
+
+def finish(folder: Path, files: dict[str, list[dict]], tensors: dict[str, Stored], layers: int, head: str) -> None:
+    """Write ``.metadata`` and the two small files of a megatron-core checkpoint. The same input gives the same bytes."""
+    described, places = {}, {}
+    for entry in entries(layers, head):
+        tensor = tensors[entry.name]
+        size = tensor.shape if entry.layer is None else (layers, *tensor.shape)
+        described[entry.key] = TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), torch.Size(size), [])
+    for file, placed in files.items():
+        for chunk in placed:
+            offset, size = torch.Size(chunk["offset"]), torch.Size(chunk["size"])
+            described[chunk["key"]].chunks.append(ChunkStorageMetadata(offset, size))
+            places[MetadataIndex(chunk["key"], offset)] = _StorageInfo(file, chunk["start"], chunk["length"])
+    with open(folder / ".metadata", "wb") as file:
+        pickle.dump(Metadata(described, None, places, StorageMeta()), file)
+    (folder / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1,
+                                                      "common_backend": "torch", "common_backend_version": 1}), encoding="utf-8")
+    torch.save({}, folder / "common.pt")
+
+

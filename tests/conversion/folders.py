@@ -1,0 +1,59 @@
+"""What the conversion tests share: folders, converted and exported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import tokenizers
+import torch
+from megatron.core import dist_checkpointing
+
+from conversion.config import ConvertConfig, ConvertPaths, ExportConfig, ExportPaths
+from conversion.hf_to_megatron import convert
+from conversion.megatron_to_hf import export
+from training import checkpoint
+from training.config import Paths, SFTConfig
+from training.shape import BloomShape
+from training.step import build_model
+
+
+def convert_to(folder: Path, **layout) -> None:
+    """folder/hf -> folder/convert."""
+    convert(ConvertConfig(paths=ConvertPaths(str(folder / "convert"), str(folder / "hf")), **layout))
+
+
+def export_from(folder: Path, name: str = "sft", stage: str = "convert", **values) -> Path:
+    """folder/``stage`` -> folder/export/``name``."""
+    export(ExportConfig(paths=ExportPaths(str(folder / "export"), str(folder / "hf"), {name: str(folder / stage)}), **values))
+    return folder / "export" / name
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Five words."""
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, "</s>": 1, "<pad>": 2, "a": 3, "b": 4}, unk_token="<unk>"))
+    words.save(str(folder / "tokenizer.json"))
+    (folder / "special_tokens_map.json").write_text('{"eos_token": "</s>", "pad_token": "<pad>"}')
+
+
+def trainer(tensor: int = 1, pipeline: int = 1, **values) -> SFTConfig:
+    return SFTConfig(paths=Paths("", "", "", "", ""), precision="fp32", tensor_parallel=tensor, pipeline_parallel=pipeline,
+                     micro_batch_size=2, global_batch_size=2, **values)
+
+
+def save_model(folder: Path, stage: str, head: str, bias: float, tensor: int, pipeline: int) -> None:
+    """Load folder/convert into the model that trains, set a scalar head's bias, and save it as iteration 1. Inside ``ranks``."""
+    model = build_model(BloomShape.read(folder / "hf"), trainer(tensor, pipeline), head)
+    checkpoint.load_weights(checkpoint.resolve(folder / "convert") / "model", model, fresh_head=5 if head == "scalar" else None)
+    if head == "scalar" and model.post_process:
+        with torch.no_grad():
+            model.score.linear.bias.fill_(bias)
+    aside = folder / stage / "aside"
+    if torch.distributed.get_rank() == 0:
+        (aside / "model").mkdir(parents=True)
+    torch.distributed.barrier()
+    dist_checkpointing.save({"model": model.sharded_state_dict()}, str(aside / "model"))
+    torch.distributed.barrier()
+    if torch.distributed.get_rank() == 0:
+        (folder / stage / "checkpoints").mkdir()
+        checkpoint.publish(folder / stage, aside, 1)
+    torch.distributed.barrier()
