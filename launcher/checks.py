@@ -1,76 +1,132 @@
-"""What can be known to fail before anything is queued: configuration, layout, starting model, data, and the site's limits."""
+"""What can be known to fail before anything is queued: configuration, layout, memory, inputs, disk, and the site's limits."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from launcher import cluster
-from launcher.config import Profile, build_plain
+from launcher import cluster, container, inputs, memory, storage
+from launcher.config import Profile, StageResources, build_plain
 from launcher.pipeline import STAGES, Stage, model_folder, stage_config
-from training.config import ConfigError
+from training.config import ConfigError, ModelConfig, RewardConfig
 from training.shape import BloomShape
 
 
-def check(run: Path, tables: dict, stages: list[Stage], profile: Profile) -> None:
-    """Raise ConfigError, with the fix, for the first mistake in what the selected stages would run with."""
+@dataclass(frozen=True)
+class Checked:
+    """What the checks found out; ``plan`` shows it."""
+
+    shape: BloomShape
+    resources: StageResources
+    estimates: dict[str, memory.Estimate]
+    """Stage -> memory of one GPU; trainers only."""
+    disk: dict[str, float]
+    """Stage -> GB that it will have on disk."""
+    room: storage.Room
+    data: str
+    """What the data is, in words."""
+    warnings: list[str] = field(default_factory=list)
+
+
+def check(run: Path, tables: dict, stages: list[Stage], profile: Profile) -> Checked:
+    """Raise ConfigError with every mistake in what the selected stages would run with, each with its fix."""
+    found = Mistakes()
+    model, data = build_plain("model", tables["model"]), build_plain("data", tables["data"])
     resources = build_plain("resources", tables["resources"])
-    _data(tables)
-    shape = _model_shape(run, tables)
-    for stage in stages:
-        asked = getattr(resources, stage.name)
-        cluster.check_fits(profile, stage.name, asked)
-        config = stage_config(run, tables, stage.name)
-        if stage.trainer:
-            try:
-                config.data_parallel(asked.ranks)
-            except ValueError as error:
-                raise ConfigError(f"{stage.name}: {error} (resources.{stage.name}: {asked.nodes} nodes "
-                                  f"x {asked.ranks_per_node} ranks)") from None
-        if stage.trainer or stage.name == "convert":
-            _layout(stage.name, shape, config.tensor_parallel, config.pipeline_parallel)
-    _reward_iteration(stage_config(run, tables, "reward"))
-
-
-def _data(tables: dict) -> None:
-    source = build_plain("data", tables["data"]).source
-    if source != "demo" and not Path(source).is_file():
-        raise ConfigError(f'data.source = {source!r}: no such file; give a .jsonl or .jsonl.gz file, or "demo" for generated data')
-
-
-def _model_shape(run: Path, tables: dict) -> dict[str, int]:
-    """Heads, layers and feed-forward width of the starting model, from its config.json; for the demo from section model."""
-    model = build_plain("model", tables["model"])
-    if model.checkpoint == "demo":
-        return {"heads": model.demo_heads, "layers": model.demo_layers, "feed-forward width": 4 * model.demo_hidden}
     folder = Path(model_folder(run, tables))
+    words = found.of(lambda: inputs.check_data(data.source, data.skip_bad_rows))
+    shape, weights_gb = found.of(lambda: _model(model, folder)) or (None, 0.0)
+    found.of(lambda: _reward_iteration(stage_config(run, tables, "reward")))
+    estimates, disk, warnings = {}, {}, []
+    for stage in stages:
+        asked, config = getattr(resources, stage.name), stage_config(run, tables, stage.name)
+        found.of(lambda: cluster.check_fits(profile, stage.name, asked))  # noqa: B023 - called at once
+        if stage.trainer:
+            divides = found.of(lambda: _data_parallel(stage.name, config, asked))  # noqa: B023
+        if shape and (stage.trainer or stage.name == "convert"):
+            laid_out = found.of(lambda: _layout(stage.name, shape, config))  # noqa: B023
+        if shape and stage.trainer and divides and laid_out:
+            estimates[stage.name] = memory.estimate(shape, config, asked.ranks)
+            if profile.gpu_memory_gb and asked.gpus_per_node and profile.device != "cpu":
+                warnings.append(found.of(lambda: memory.check(stage.name, shape, config, asked, profile)))  # noqa: B023
+        if shape:
+            disk[stage.name] = _disk_gb(stage, config, shape, weights_gb)
+    found.of(lambda: container.check_seen(profile, {"model.checkpoint": folder, "--runs": run}))
+    there = found.of(lambda: storage.check(disk, run))
+    found.raise_if_any()
+    return Checked(shape, resources, estimates, disk, there, words, [words for words in warnings if words])
+
+
+class Mistakes:
+    """Collects ConfigErrors, so that a person sees all of them at once."""
+
+    def __init__(self):
+        self.messages: list[str] = []
+
+    def of(self, check: Callable):
+        """What ``check()`` returns, None where it raised."""
+        try:
+            return check()
+        except ConfigError as error:
+            if str(error) not in self.messages:
+                self.messages.append(str(error))
+            return None
+
+    def raise_if_any(self) -> None:
+        if len(self.messages) > 1:
+            raise ConfigError(f"{len(self.messages)} mistakes:\n" + "\n".join(f"{at}. {text}" for at, text in enumerate(self.messages, 1)))
+        if self.messages:
+            raise ConfigError(self.messages[0])
+
+
+def _model(model: ModelConfig, folder: Path) -> tuple[BloomShape, float]:
+    """The starting model's shape and its weights' size in GB."""
+    if model.checkpoint == "demo":
+        shape = BloomShape(model.demo_layers, model.demo_hidden, model.demo_heads, model.demo_vocab, 1e-5)
+        return shape, 4 * shape.parameters() / storage.GB
     for name in ("config.json", "tokenizer.json"):
         if not (folder / name).is_file():
             raise ConfigError(f"model.checkpoint = {model.checkpoint!r}: {folder / name} does not exist; give the folder of a Hugging Face "
-                              "BLOOM checkpoint (config.json, tokenizer.json, *.safetensors): --set model.checkpoint=FOLDER")
-    if not any(folder.glob("*.safetensors")):
-        raise ConfigError(f"model.checkpoint = {model.checkpoint!r}: no *.safetensors in it; weights in another format have to be saved "
-                          "as safetensors first (save_pretrained of transformers does)")
+                              "BLOOM checkpoint (config.json, tokenizer.json, weights): --set model.checkpoint=FOLDER")
     shape = BloomShape.read(folder)
-    return {"heads": shape.heads, "layers": shape.layers, "feed-forward width": 4 * shape.hidden}
+    inputs.check_tokenizer(folder, shape)
+    return shape, inputs.check_checkpoint(folder, shape) / storage.GB
 
 
-def _layout(stage: str, shape: dict[str, int], tensor_parallel: int, pipeline_parallel: int) -> None:
-    for what, key, size in (("heads", "tensor_parallel", tensor_parallel), ("feed-forward width", "tensor_parallel", tensor_parallel),
-                            ("layers", "pipeline_parallel", pipeline_parallel)):
-        if shape[what] % size:
-            fits = [number for number in range(1, size + 1) if shape[what] % number == 0]
-            raise ConfigError(f"{stage}.{key} = {size}: the model's {shape[what]} {what} can't be divided by it; "
-                              f"set --set {stage}.{key}={fits[-1]} (and resources.{stage} to match)")
+def _data_parallel(stage: str, config, asked) -> int:
+    try:
+        return config.data_parallel(asked.ranks)
+    except ValueError as error:
+        raise ConfigError(f"{stage}: {error} (resources.{stage}: {asked.nodes} nodes x {asked.ranks_per_node} ranks)") from None
 
 
-def _reward_iteration(reward) -> None:
+def _layout(stage: str, shape: BloomShape, config) -> bool:
+    """True. Heads, layers and vocabulary are divided by TP and PP; the vocabulary is padded to fit."""
+    try:
+        virtual = config.virtual_pipeline if STAGES[stage].trainer else 1
+        shape.check_layout(config.tensor_parallel, config.pipeline_parallel, virtual)
+    except ConfigError as error:
+        raise ConfigError(f"{stage}.{error}; with --set {stage}.KEY=VALUE, and resources.{stage} to match") from None
+    return True
+
+
+def _disk_gb(stage: Stage, config, shape: BloomShape, weights_gb: float) -> float:
+    """Most that a stage has on disk at once: kept checkpoints and the one being written, or the models that it exports."""
+    if stage.trainer:
+        return storage.checkpoints(config) * storage.checkpoint_gb(config, shape.parameters())
+    return {"convert": 1, "export": 4, "mtbench": 0}[stage.name] * weights_gb
+
+
+def _reward_iteration(reward: RewardConfig) -> None:
     """The reward iteration that rlhf asks for must be one that is saved and still kept when the stage ends."""
     wanted = reward.load_iteration
     saved = sorted({*range(reward.save_every, reward.iterations + 1, reward.save_every), reward.iterations})
     if wanted and wanted not in saved:
         raise ConfigError(f"reward.load_iteration = {wanted} is not saved: reward saves every {reward.save_every} iterations and the last, "
                           f"{reward.iterations}; use one of these, or 0 for the last")
-    if wanted and wanted not in saved[-reward.keep_checkpoints:]:
+    kept = reward.keep_every and wanted % reward.keep_every == 0
+    if wanted and not kept and wanted not in saved[-reward.keep_checkpoints:]:
         needed = len(saved) - saved.index(wanted)
         raise ConfigError(f"reward.load_iteration = {wanted} will be deleted before rlhf starts: the last {reward.keep_checkpoints} of "
                           f"{len(saved)} checkpoints are kept; set --set reward.keep_checkpoints={needed}")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 from pathlib import Path
 
 import click
 
+from launcher import completion
 from launcher.pipeline import FULL, STAGES
 from training.config import ConfigError
 
@@ -18,11 +20,14 @@ STAGE = click.Choice(list(STAGES))
 class Commands(click.Group):
     """Turns the project's errors into click's: a user's mistake exits 2 with its fix, anything else that went wrong exits 1."""
 
+    def list_commands(self, context: click.Context) -> list[str]:
+        """In the order in which a person needs them, not of the alphabet."""
+        return ["doctor", "plan", "submit", "render", "status", "watch", "logs", "resume", "cancel", "report", "completion"]
+
     def invoke(self, context: click.Context):
         from launcher.manifest import Refused
         from launcher.probe import SlurmError
-        from launcher.run import Busy
-        from launcher.submit import Failed
+        from launcher.run import Busy, Failed
 
         try:
             return super().invoke(context)
@@ -37,43 +42,62 @@ def main():
     """Convoy: RLHF on Slurm. From a Hugging Face BLOOM checkpoint through SFT, reward model and PPO to an evaluation report.
 
     \b
+    What is here:                doctor
     Try it on this machine:      submit full-pipeline --wait
     See what would run:          plan full-pipeline --recipe bloom-7b1 --profile a100
     On a cluster:                submit full-pipeline --recipe bloom-7b1 --profile a100
-    Then:                        status RUN, logs RUN -f, report RUN
+    Then:                        status RUN, watch RUN, logs RUN -f, report RUN
     After a failure:             resume RUN
 
     \b
     RUN is a run's folder (runs/demo) or its name below runs/ (demo).
-    Exit codes: 0 done, 1 something failed, 2 a mistake on the command line or in a configuration, 130 interrupted.
+    Exit codes of a command:
+      0    done: started, queued, shown; with --wait all stages are DONE
+      1    it failed, or Slurm refused or did not answer; nothing is left half queued
+      2    a mistake on the command line, in a configuration or in the data; nothing was started
+      130  interrupted by Ctrl-C
+    Exit codes of a stage's job:
+      0    DONE; 75 saved and queued again; 64 bad configuration; 65 bad data; 143 stopped; others: it failed, status says why
     """
 
 
 def plan_options(command):
     """Options that choose what runs, with what, where; the command gets the checked Plan as ``made``."""
     @click.argument("target", type=TARGETS)
-    @click.option("--recipe", default="bloom-tiny", show_default=True, help="Starting point: a file of launcher/recipes, without .toml.")
+    @click.option("--recipe", default="bloom-tiny", show_default=True, shell_complete=completion.recipes,
+                  help="Starting point: a file of launcher/recipes, without .toml.")
     @click.option("--config", "files", multiple=True, type=click.Path(dir_okay=False, path_type=Path),
                   help="TOML file whose keys win over the recipe's; may be repeated.")
-    @click.option("--set", "sets", multiple=True, metavar="SECTION.KEY=VALUE", help="One key, wins over all files; may be repeated.")
+    @click.option("--set", "sets", multiple=True, metavar="SECTION.KEY=VALUE", shell_complete=completion.keys,
+                  help="One key, wins over all files; may be repeated.")
     @click.option("--name", help="Name of the run.  [default: the recipe's]")
     @click.option("--runs", default="runs", show_default=True, type=click.Path(file_okay=False, path_type=Path), help="Folder of all runs.")
-    @click.option("--profile", metavar="NAME|FILE.toml",
+    @click.option("--profile", metavar="NAME|FILE.toml", shell_complete=completion.profiles,
                   help="Site: local, dev, a100, h800 or a file.  [default: dev when its cluster runs, else local]")
     @click.option("--from", "first", type=STAGE, help=f"First stage of {FULL}; those before it must be DONE.")
     @click.option("--until", "last", type=STAGE, help=f"Last stage of {FULL}.")
+    @click.option("--sweep", "sweeps", multiple=True, metavar="SECTION.KEY=VALUE,VALUE", shell_complete=completion.keys,
+                  help="A run for each value, RUN/0, RUN/1, ...; repeated, for each combination. One job array a stage.")
     @functools.wraps(command)
-    def wrapped(target, recipe, files, sets, name, runs, profile, first, last, **rest):
+    def wrapped(target, recipe, files, sets, name, runs, profile, first, last, sweeps, **rest):
         from launcher import cluster, submit
 
         chosen = cluster.choose(profile)
-        return command(submit.plan(target, recipe, list(files), list(sets), name, runs, chosen, first, last), **rest)
+
+        def make(more, name, runs):
+            return submit.plan(target, recipe, list(files), [*sets, *more], name, runs, chosen, first, last)
+
+        if not sweeps:
+            return command(make([], name or recipe, runs), **rest)
+        from launcher import sweep
+
+        return command(sweep.plan(sweeps, make, name or recipe, runs), **rest)
     return wrapped
 
 
 def run_argument(command):
     """Argument RUN: a folder, or a name below runs/; the command gets the opened Run."""
-    @click.argument("run", type=click.Path(path_type=Path))
+    @click.argument("run", type=click.Path(path_type=Path), shell_complete=completion.runs)
     @functools.wraps(command)
     def wrapped(run, **rest):
         from launcher.run import Run
@@ -82,7 +106,31 @@ def run_argument(command):
     return wrapped
 
 
-@main.command()
+def run_or_sweep(command):
+    """Argument RUN: as in ``run_argument``, or the folder or name of a sweep; the command gets the Runs."""
+    @click.argument("run", type=click.Path(path_type=Path), shell_complete=completion.runs)
+    @functools.wraps(command)
+    def wrapped(run, **rest):
+        from launcher.run import Runs
+
+        return command(Runs.open([run], Path("runs")), **rest)
+    return wrapped
+
+
+def runs_argument(command):
+    """Arguments RUN...: as RUN; none means all below --runs. The command gets the opened Runs, and whether they were ``named``."""
+    @click.argument("runs", nargs=-1, metavar="[RUN]...", type=click.Path(path_type=Path), shell_complete=completion.runs)
+    @click.option("--runs", "below", default="runs", show_default=True, type=click.Path(file_okay=False, path_type=Path),
+                  help="Folder of all runs.")
+    @functools.wraps(command)
+    def wrapped(runs, below, **rest):
+        from launcher.run import Runs
+
+        return command(Runs.open(runs, below), **rest)
+    return wrapped
+
+
+@main.command(short_help="Check everything, then run or queue the chain.")
 @plan_options
 @click.option("--wait", is_flag=True, help="Show progress until the end; exit 1 when a stage failed.")
 @click.option("--dry-run", is_flag=True, help="Check and show the plan; write and start nothing.")
@@ -96,30 +144,34 @@ def submit(context, made, wait, dry_run):
       submit full-pipeline --set data.source=harmless-base.test.jsonl.gz --name hh
       submit full-pipeline --until reward                           a part of the chain
       submit rlhf --name hh                                         one stage
+      submit full-pipeline --name lr --sweep sft.lr=1e-5,2e-5       a run for each value: runs/lr/0, runs/lr/1
     The same command again goes on with what is left, and starts nothing twice.
     """
-    from launcher import start, submit, view
+    from launcher import plan, view
 
-    view.console().print(view.plan_table(made) if dry_run else f"profile {made.profile.name}: {made.reason}")
-    if not dry_run:
-        context.exit(start.start(submit.create(made), made.stages, wait))
+    if dry_run:
+        plan.present(made, view.console())
+    else:
+        context.exit(plan.carry_out(made, wait, view.console()))
 
 
-@main.command()
+@main.command(short_help="What would run: graph, hours, memory, disk, start.")
 @plan_options
-def plan(made):
-    """Show the graph, what each stage asks for, and every mistake that can be found before anything is queued.
+@click.option("--scripts", is_flag=True, help="Print the batch script of each stage, too.")
+def plan(made, scripts):
+    """Show the graph, GPU-hours, memory of a GPU, disk and possible start, and every mistake that can be found before anything is queued.
 
     \b
       plan full-pipeline
       plan full-pipeline --recipe bloom-7b1 --profile a100 --set model.checkpoint=models/bloom-7b1
+      plan rlhf --name hh --scripts
     """
-    from launcher import view
+    from launcher import plan, view
 
-    view.console().print(view.plan_table(made))
+    plan.present(made, view.console(), scripts)
 
 
-@main.command()
+@main.command(short_help="Print the batch scripts.")
 @click.option("--committed", is_flag=True, is_eager=True, expose_value=False,
               callback=lambda context, _option, asked: _committed(context, asked),
               help="Write the generic scripts slurm/<stage>.sbatch (for developers; a test holds them equal).")
@@ -132,86 +184,131 @@ def render(made):
       render rlhf --name hh --profile dev
       render --committed
     """
-    from launcher import submit
+    from launcher import plan
 
-    for stage, text in submit.render_all(made).items():
+    for stage, text in plan.scripts_of(made).items():
         click.echo(f"# ---- {stage} ----\n{text}")
 
 
-@main.command()
-@run_argument
-@click.option("--watch", is_flag=True, help="Redraw until every stage has ended; Ctrl-C leaves the run alone.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON list, a table a stage.")
-def status(run, watch, as_json):
-    """Where each stage is: state, iteration, key numbers, time left, job, and why it waits or how it ended.
+@main.command(short_help="Where each stage is, and why it waits.")
+@runs_argument
+@click.option("--json", "as_json", is_flag=True, help="One JSON list, a table a stage; times in seconds since 1970.")
+def status(runs, as_json):
+    """One screen a RUN: where each stage is, how fast, when it ends, what it waits for or how it ended. Without RUN a line for each run.
 
     \b
+      status                              all runs below runs/
       status bloom-tiny
-      status runs/hh --watch
-      status runs/hh --json | jq '.[] | select(.state == "failed").why'
+      status lr                           a sweep: its runs, side by side
+      status hh hh-2 --json | jq '.[] | select(.state == "failed") | {run, stage, why, advice}'
+    Slurm is asked once. Where it does not answer, or has forgotten a job, the run's own files tell.
     """
-    from launcher import state, view
+    import time
 
-    if watch:
-        view.watch_status(run, view.console())
-        return
-    found, trouble = state.states(run)
+    from launcher import live, screen, state
+
+    if runs.sweeps:
+        return _compare(runs.sweeps, as_json)
+    seen = state.look_at(runs)
     if as_json:
-        click.echo(json.dumps(state.as_json(found), indent=2))
-    else:
-        view.console().print(view.states_table(run, found, trouble))
+        click.echo(json.dumps(state.as_json(seen), indent=2))
+        return
+    width, now = live.width(), time.time()
+    screens = [screen.run_lines(one, width, now) for one in seen] if runs.named else [screen.runs_lines(seen, width, now)]
+    click.echo("\n\n".join("\n".join(lines) for lines in screens))
 
 
-@main.command()
-@run_argument
-@click.argument("stage", type=STAGE, required=False)
-@click.option("-f", "--follow", is_flag=True, help="Wait for more until the stage has ended.")
-def logs(run, stage, follow):
-    """The merged log of a stage's newest attempt, each line tagged with its rank; without STAGE the one that wrote last.
+@main.command(short_help="Status, live.")
+@runs_argument
+@click.pass_context
+def watch(context, runs):
+    """Like status, live until nothing goes on any more; Ctrl-C leaves the run alone. With several runs, or none named, a line a run.
 
     \b
-      logs bloom-tiny
-      logs runs/hh rlhf -f
+      watch bloom-tiny
+      watch hh hh-2
+    Exit code: 0 all is done, 1 something is not, 130 after Ctrl-C.
+    """
+    from launcher import live
+
+    context.exit(live.watch(runs))
+
+
+@main.command(short_help="All ranks' lines in order of time.")
+@run_argument
+@click.argument("stage", type=click.Choice([*STAGES, "all"]), required=False)
+@click.option("-f", "--follow", is_flag=True, help="Wait for more until the stage has ended; without STAGE through all that follow.")
+@click.option("--rank", "ranks", default="", metavar="RANKS", help="Only these: 3, 0-7,12, launcher (the supervisor), srun, slurm.")
+@click.option("--errors", is_flag=True, help="Only lines that look like errors, and whole tracebacks.")
+@click.option("--attempt", default="", metavar="N|all", help="Which attempt.  [default: the newest]")
+@click.option("-n", "--tail", "last", type=click.IntRange(min=1), help="Only so many lines from the end.")
+def logs(run, stage, follow, ranks, errors, attempt, last):
+    """All ranks' lines, the supervisor's and Slurm's, in order of time; [0-499] is a line that all of these ranks wrote.
+
+    \b
+      logs bloom-tiny                     the newest attempt of the stage that wrote last
+      logs runs/hh -f                     this stage, and those that follow
+      logs runs/hh rlhf --errors --attempt all
+      logs runs/hh rlhf --rank 3,8-15 -n 100
     """
     from launcher import logs
 
-    for line in logs.lines(run, stage or logs.newest_stage(run), follow):
+    choice = logs.Choice(ranks, errors)
+    if follow and attempt:
+        raise ConfigError("--attempt shows what was, --follow what comes: leave one out")
+    for line in (logs.follow(run, stage, choice, last or 0) if follow else logs.show(run, stage, attempt, choice, last or 0)):
         click.echo(line)
 
 
-@main.command()
-@run_argument
-@click.option("--stage", type=STAGE, help="Run this stage again although it is DONE, and all that was built from it.")
-@click.option("--iteration", type=click.IntRange(min=0), help="Saved iteration that --stage goes on from.  [default: its last]")
+@main.command(short_help="Go on after a failure, a cancel or a crash.")
+@run_or_sweep
+@click.option("--from", "first", type=STAGE, help="This stage begins anew, or at --load-iteration, and all that was built from it.")
+@click.option("--load-iteration", "iteration", type=click.IntRange(min=0),
+              help="Saved iteration to go on from.  [default: the last whole one; its stage: --from, else the first that is not DONE]")
+@click.option("--config", "files", multiple=True, type=click.Path(dir_okay=False, path_type=Path), help="TOML file with changed keys.")
+@click.option("--set", "sets", multiple=True, metavar="SECTION.KEY=VALUE", shell_complete=completion.keys,
+              help="One changed key; may be repeated.")
+@click.option("--profile", metavar="NAME|FILE.toml", shell_complete=completion.profiles, help="Go on at another site, or here: local.")
+@click.option("--take-over", is_flag=True, help="Its host or cluster is gone for good: go on without it.")
+@click.option("--yes", is_flag=True, help="Change the configuration without being asked.")
 @click.option("--wait", is_flag=True, help="Show progress until the end; exit 1 when a stage failed.")
 @click.pass_context
-def resume(context, run, stage, iteration, wait):
+def resume(context, runs, first, iteration, files, sets, profile, take_over, yes, wait):
     """Go on with a run after a failure, a cancel or a crash: what is DONE is not run again, what is queued not queued twice.
 
     \b
       resume bloom-tiny --wait
-      resume runs/hh --stage rlhf --iteration 400
+      resume runs/hh --from rlhf --load-iteration 400
+      resume runs/hh --set resources.rlhf.minutes=600 --set rlhf.lr=5e-7
+      resume runs/hh --profile local --take-over
+      resume lr                                      all runs of a sweep
     """
-    from launcher import start, submit
+    from launcher import cluster, plan, resume
 
-    submit.take_up(run, stage, iteration)
-    context.exit(start.start(run, list(STAGES.values()), wait))
+    wish = resume.Wish(first, iteration, files, sets, cluster.load(profile) if profile else None, take_over)
+    for run in runs:
+        for line in resume.take_up(run, wish, functools.partial(_agree, yes)):
+            click.echo(line)
+    context.exit(plan.go_on(runs, list(STAGES.values()), wait))
 
 
-@main.command()
-@run_argument
-def cancel(run):
-    """Stop a run: its jobs, or its process on this machine. Trainers save first where they get the time.
+@main.command(short_help="Stop a run.")
+@run_or_sweep
+def cancel(runs):
+    """Stop a run: its jobs, retries that wait, its process on this machine. Trainers save first where they get the time.
 
     \b
       cancel runs/hh
+      cancel lr                           all runs of a sweep
+      cancel runs/lr/1                    one of them
     """
-    from launcher import start
+    from launcher.cancel import cancel
 
-    click.echo(start.cancel(run))
+    for run in runs:
+        click.echo(cancel(run) if len(runs) == 1 else f"{run.folder}: {cancel(run)}")
 
 
-@main.command()
+@main.command(short_help="Path of the finished report.")
 @run_argument
 def report(run):
     """Print the path of the finished report, or say which stage has to finish first.
@@ -226,6 +323,65 @@ def report(run):
         why = f" ({waiting[0].why})" if waiting[0].why else ""
         raise click.ClickException(f"no report yet: {waiting[0].stage} has to finish; it is {waiting[0].state}{why}")
     click.echo(run.folder / "report.html")
+
+
+@main.command(short_help="What this site has, and what follows from it.")
+@click.option("--node", "on_node", is_flag=True, help="Look at a compute node, too (one small job): driver, NCCL, Apex, fabric.")
+@click.option("--write", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.toml", help="Write a profile from the findings.")
+@click.option("--partition", help="Partition that the node and the profile are for.  [default: the open one with most GPUs a node]")
+@click.option("--profile", metavar="NAME|FILE.toml", shell_complete=completion.profiles,
+              help="Site whose partition, account, modules and container --node uses.")
+@click.option("--timeout", "timeout_s", default=120, show_default=True, type=click.IntRange(min=1), help="Seconds to wait for a node.")
+@click.option("--json", "as_json", is_flag=True, help="Findings, and the profile's keys that follow from them.")
+@click.pass_context
+def doctor(context, on_node, write, partition, profile, timeout_s, as_json):
+    """What this site has, and what follows from it for a run. Exit code 1 when something will not work.
+
+    \b
+      doctor
+      doctor --node --write mine.toml                 then: submit full-pipeline --profile mine.toml
+      doctor --node --profile mine.toml               the same modules and container as a stage
+      doctor --json | jq '.findings[] | select(.level == "bad")'
+    """
+    from launcher import cluster, doctor, view
+
+    report = doctor.examine(partition, cluster.load(profile) if profile else None, on_node, timeout_s)
+    click.echo(json.dumps(doctor.as_json(report), indent=2)) if as_json else doctor.shown(report, view.console())
+    if write:
+        doctor.write_profile(report, write)
+        click.echo(f"written: {write}; look it over, then: submit full-pipeline --profile {write}", err=True)
+    context.exit(1 if report.bad else 0)
+
+
+def _agree(yes: bool, lines: list[str]) -> bool:
+    """Show what a changed configuration means and ask, unless ``--yes``."""
+    click.echo("\n".join(lines))
+    if not yes and not sys.stdin.isatty():
+        raise ConfigError("this changes the run's configuration; add --yes to do so without being asked")
+    return yes or click.confirm("go on?")
+
+
+@main.command(name="completion", short_help="Code for bash, zsh and fish.")
+@click.argument("shell", type=click.Choice(completion.SHELLS))
+def completion_command(shell):
+    """Print the code that makes a shell complete the command convoy: commands, run names, stages, recipes, profiles, keys of --set.
+
+    \b
+      eval "$(convoy completion bash)"                                  # into ~/.bashrc
+      eval "$(convoy completion zsh)"                                   # into ~/.zshrc, after compinit
+      completion fish > ~/.config/fish/completions/convoy.fish          # once, as: convoy completion fish
+    """
+    click.echo(completion.source(main, shell))
+
+
+def _compare(sweeps: tuple[Path, ...], as_json: bool) -> None:
+    from launcher import sweep, view
+
+    if as_json:
+        click.echo(json.dumps([{"sweep": str(folder), "runs": sweep.comparison(folder)} for folder in sweeps], indent=2))
+        return
+    for folder in sweeps:
+        view.console().print(sweep.table(folder))
 
 
 def _committed(context: click.Context, asked: bool) -> None:

@@ -1,7 +1,7 @@
 """The run's configuration: defaults < recipe < file < ``--set``, merged once at submit. Standard library only.
 
-The sections ``model`` ... ``mtbench`` are the dataclasses of training, conversion and eval; the section ``resources``
-and a site's profile are defined here.
+The sections ``model`` ... ``mtbench`` are the dataclasses of training, conversion and eval; the section ``resources`` is defined
+here, a site's profile in launcher/profile.py.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from conversion.config import ConvertConfig, ExportConfig
 from eval.config import MTBenchConfig
+from launcher.profile import Profile
 from training.config import ConfigError, DataConfig, ModelConfig, PPOConfig, RewardConfig, SFTConfig, build
 
 if sys.version_info >= (3, 11):
@@ -35,10 +36,13 @@ class Resources:
     """Time limit; a trainer that reaches it saves, is queued again and goes on."""
     cpus_per_gpu: int = 8
     """CPU cores of each rank."""
+    spares: int = 0
+    """Nodes asked for beyond ``nodes``: preflight leaves out those that are bad."""
 
     def __post_init__(self):
-        if min(self.nodes, self.minutes, self.cpus_per_gpu) < 1 or self.gpus_per_node < 0:
-            raise ValueError(f"{dataclasses.asdict(self)}: nodes, minutes and cpus_per_gpu are at least 1, gpus_per_node at least 0")
+        if min(self.nodes, self.minutes, self.cpus_per_gpu) < 1 or min(self.gpus_per_node, self.spares) < 0:
+            raise ValueError(f"{dataclasses.asdict(self)}: nodes, minutes and cpus_per_gpu are at least 1, gpus_per_node and spares at "
+                             "least 0")
 
     @property
     def ranks_per_node(self) -> int:
@@ -66,45 +70,6 @@ class StageResources:
                 raise ValueError(f"{name}: this stage is one process; set nodes = 1 and gpus_per_node to 0 or 1")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Profile:
-    """A site: slurm/clusters/<name>.toml."""
-
-    name: str
-    scheduler: str
-    """"slurm", or "local": the stages run here, in order."""
-    device: str = "cuda"
-    """"cuda", "cpu" (GPUs are hidden from the ranks), or "auto": cuda where this machine has a GPU for each rank."""
-    network: str = "auto"
-    """Name of a table in launcher/nccl.py."""
-    partition: str = ""
-    account: str = ""
-    qos: str = ""
-    constraint: str = ""
-    gpus_per_node: int = 8
-    """GPUs of a node."""
-    max_nodes: int = 1
-    """Most nodes of one job."""
-    max_minutes: int = 1440
-    """Longest job, minutes."""
-    exclusive: bool = False
-    """Ask for whole nodes when a stage uses all their GPUs."""
-    signal_lead_s: int = 300
-    """Seconds before the time limit at which the job is told to save; at most a quarter of the limit is used."""
-    setup: list = field(default_factory=list)
-    """Shell lines before the stage starts, e.g. "module load cuda/12.4"."""
-    environment: dict = field(default_factory=dict)
-    """Environment variables of the ranks; they win over the network's table."""
-
-    def __post_init__(self):
-        for name, allowed in (("scheduler", ("local", "slurm")), ("device", ("auto", "cpu", "cuda"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} = {getattr(self, name)!r}: expected one of {', '.join(allowed)}")
-        for value in (*self.setup, *self.environment, *self.environment.values()):
-            if not isinstance(value, str):
-                raise ValueError(f"setup and environment hold strings, got {value!r}; put it in quotes")
-
-
 SECTIONS = {"model": ModelConfig, "data": DataConfig, "convert": ConvertConfig, "sft": SFTConfig, "reward": RewardConfig,
             "rlhf": PPOConfig, "export": ExportConfig, "mtbench": MTBenchConfig, "resources": StageResources}
 
@@ -119,12 +84,21 @@ def read_toml(path: Path) -> dict:
         raise ConfigError(f"{path}: not TOML: {error}") from None
 
 
-def read_recipe(name: str) -> dict:
-    """Tables of launcher/recipes/<name>.toml."""
+def read_recipe(name: str, profile: Profile | None = None) -> dict:
+    """Tables of launcher/recipes/<name>.toml, with those of its layout for the profile's nodes, if it has one, laid over them.
+
+    A layout fits a profile with as many GPUs a node, each with at least its memory; of several the one with most memory.
+    """
     known = sorted(path.stem for path in RECIPES.glob("*.toml"))
     if name not in known:
         raise ConfigError(f"no recipe {name!r}{_near(name, known)}; there are: {', '.join(known)} (another file goes to --config)")
-    return read_toml(RECIPES / f"{name}.toml")
+    recipe = read_toml(RECIPES / f"{name}.toml")
+    fitting = [layout for layout in recipe.pop("layouts", {}).values()
+               if profile and profile.gpus_per_node == layout["gpus_per_node"] and profile.gpu_memory_gb >= layout["gpu_memory_gb"]]
+    if not fitting:
+        return recipe
+    chosen = max(fitting, key=lambda layout: layout["gpu_memory_gb"])
+    return merge(recipe, {section: values for section, values in chosen.items() if isinstance(values, dict)})
 
 
 def parse_set(text: str) -> dict:
@@ -164,9 +138,9 @@ def check_sections(tables: dict, where: str) -> None:
             raise ConfigError(f"{where}: {section}.paths is filled by the launcher; remove it (the folder follows from --runs and --name)")
 
 
-def layered(recipe: str, files: list[Path], sets: list[str]) -> dict:
-    """Recipe < files < --set, each checked for its sections; the defaults come from the dataclasses when they are built."""
-    layers = [(read_recipe(recipe), f"recipe {recipe}")]
+def layered(recipe: str, files: list[Path], sets: list[str], profile: Profile | None = None) -> dict:
+    """Recipe (in its layout for ``profile``) < files < --set, each checked for its sections; the dataclasses add defaults when built."""
+    layers = [(read_recipe(recipe, profile), f"recipe {recipe}")]
     layers += [(read_toml(path), str(path)) for path in files]
     layers += [(parse_set(text), f"--set {text}") for text in sets]
     for tables, where in layers:

@@ -59,16 +59,27 @@ def cancel(run: Run) -> bool:
     runner = run.runner()
     if runner is None:
         return False
-    if runner["host"] != socket.gethostname():  # the same pid here is somebody else's
-        raise ConfigError(f"{run.folder} is worked on by process {runner['pid']} on {runner['host']}: run the command there")
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(runner["pid"], signal.SIGTERM)
-        deadline = time.monotonic() + STOP_S
-        while is_alive(runner) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        if is_alive(runner):
-            os.kill(runner["pid"], signal.SIGKILL)  # the supervisor and the ranks die with it
+    if not here(runner):
+        raise ConfigError(f"{run.folder} is worked on by process {runner['pid']} on {runner['host']}: run the command there; if that host "
+                          f"is gone for good: python -m launcher resume {run.folder} --take-over")
+    end(runner)
     return True
+
+
+def here(record: dict) -> bool:
+    """Whether a process of ``this_process()`` is of this host: the same pid elsewhere is somebody else's."""
+    return record["host"] == socket.gethostname()
+
+
+def end(record: dict) -> None:
+    """TERM to a process of this host, and KILL when it has not ended after STOP_S."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(record["pid"], signal.SIGTERM)
+        deadline = time.monotonic() + STOP_S
+        while is_alive(record) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if is_alive(record):
+            os.kill(record["pid"], signal.SIGKILL)  # the supervisor and the ranks die with it
 
 
 def _supervised(run: Run, stage: Stage, tick: Callable[[], None]) -> int:

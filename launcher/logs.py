@@ -1,22 +1,38 @@
-"""The merged log of a stage: print it, follow it into its next attempts."""
+"""The merged log of a run: the lines of all ranks, of srun and of the supervisor by time, each said once for all ranks that said it.
+
+A stage writes ``logs/attempt_N.log`` (lines ``2026-11-23T14:02:11.123 [rank] text``, launcher/ranks.py); what the supervisor and
+Slurm say of its jobs stands in ``logs/supervise.log`` and ``logs/slurm-*.out``. All times are of the machines of the supervisors.
+"""
 
 from __future__ import annotations
 
-import collections
+import bisect
+import heapq
+import itertools
 import re
 import time
+from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
+from launcher import state
+from launcher.collapse import Group, Groups, Line, collapsed, ranges
 from launcher.pipeline import STAGES
-from launcher.run import Run, is_alive
+from launcher.run import Run
 from training.config import ConfigError
+
+STAMPED = re.compile(r"(\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:\.\d+)?) (.*)", re.DOTALL)
+TAGGED = re.compile(r"\[([\w.-]+)\] ?(.*)", re.DOTALL)
+POLL_S, LOOK_S = 0.2, 5.0
+ERROR = re.compile(r"error|exception|traceback|fatal|critical|\bkilled\b|out of memory|oom|segmentation fault|core dumped|abort|NCCL WARN|"
+                   r"CANCELLED AT|FAILURE|\bnan\b|assert|signal \d+|SIG[A-Z]{3,4}\b", re.IGNORECASE)
 
 
 def attempts(run: Run, stage: str) -> list[Path]:
     """Logs of all attempts of a stage, in order."""
-    found = (run.stage(stage) / "logs").glob("attempt_*.log")
-    return sorted(found, key=lambda path: int(re.sub(r"\D", "", path.stem)))
+    return sorted((run.stage(stage) / "logs").glob("attempt_*.log"), key=_number)
 
 
 def newest_stage(run: Run) -> str:
@@ -27,21 +43,216 @@ def newest_stage(run: Run) -> str:
     return max(written, key=lambda name: written[name])
 
 
-def lines(run: Run, stage: str, follow: bool) -> Iterator[str]:
-    """Lines of the newest attempt, and with ``follow`` those still to come, until the stage has ended."""
-    begin = max(0, len(attempts(run, stage)) - 1)
-    if not attempts(run, stage) and not follow:
+@dataclass
+class Choice:
+    """Which lines to show."""
+
+    ranks: str = ""
+    """"3", "0-7,12", "launcher", "srun,slurm"; "" all."""
+    errors: bool = False
+    traces: set = field(default_factory=set)
+    """(stage, tag) of those in the middle of a traceback."""
+
+    def __post_init__(self):
+        self.tags = _tags(self.ranks) if self.ranks else None
+
+    def wants(self, line: Line) -> bool:
+        if self.tags is not None and line.tag not in self.tags:
+            return False
+        return not self.errors or self._error(line)
+
+    def _error(self, line: Line) -> bool:
+        """An error's line, or one of a traceback down to its exception."""
+        who, text = (line.stage, line.tag), re.sub(r"^\[rank\d+\]: ?", "", line.text)
+        if text.startswith("Traceback (most recent call last)"):
+            self.traces.add(who)
+        elif who in self.traces and text[:1] not in (" ", ""):
+            self.traces.discard(who)
+            return True
+        return who in self.traces or bool(ERROR.search(text))
+
+
+def show(run: Run, stage: str | None, attempt: str = "", choice: Choice | None = None, last: int = 0) -> Iterator[str]:
+    """Lines to print of one stage, of the newest one (None) or of "all"; ``attempt``: "" the newest, a number, or "all"; ``last``: only
+    so many from the end. ConfigError where there is none yet, or no such attempt."""
+    names = list(STAGES) if stage == "all" else [stage or newest_stage(run)]
+    if stage != "all":
+        _check(run, names[0], attempt)
+    lines = heapq.merge(*(_stage_lines(run, name, attempt) for name in names), key=lambda line: line.stamp)
+    shown = (text_of(group, stage == "all") for group in collapsed(filter((choice or Choice()).wants, lines)))
+    yield from deque(shown, maxlen=last) if last else shown
+
+
+def follow(run: Run, stage: str | None, choice: Choice | None = None, last: int = 0) -> Iterator[str]:
+    """Lines of a stage's newest attempt and those still to come, until the stage has ended. Without a stage (or for "all"): of the
+    newest one (of all), then of those that follow, until the run has ended."""
+    several, choice, groups = stage in (None, "all"), choice or Choice(), Groups()
+    tails = Tails(run, list(STAGES) if several else [stage])
+    begun = [name for name in STAGES if attempts(run, name)]
+    tails.skip([stage] if not several else begun if stage == "all" else [newest_stage(run)] if begun else [])
+    first = True
+    for lines in tails.follow(None if several else stage):
+        said = [group for line in lines if choice.wants(line) for group in groups.add(line)]
+        if first or not lines:
+            said += groups.rest()
+        yield from (text_of(group, several) for group in (said[-last:] if first and last else said))
+        first = False
+
+
+def text_of(group: Group, several: bool) -> str:
+    """``11-23 14:02:11 [0-499] text``; with ``several`` stages the stage stands before the ranks."""
+    line = group.line
+    when = f"{line.stamp[5:10]} {line.stamp[11:19]} " if line.stamp else ""
+    return f"{when}{f'{line.stage} ' if several else ''}[{ranges(group.tags)}] {line.text}"
+
+
+class Tails:
+    """New lines of the logs of some stages, files that begin later included."""
+
+    def __init__(self, run: Run, stages: list[str]):
+        self.run, self.stages = run, stages
+        self.at: dict[Path, int] = {}
+        self.stamp: dict[Path, str] = {}
+
+    def skip(self, shown: list[str]) -> None:
+        """Pass over what stands there now, except the newest attempts of ``shown``."""
+        for stage, path in self._files():
+            newest = attempts(self.run, stage)[-1:]
+            if stage not in shown:
+                self.at[path] = path.stat().st_size
+            elif path.name.startswith("attempt_"):
+                self.at[path] = 0 if path in newest else path.stat().st_size
+            elif newest:  # the supervisor's words on earlier attempts
+                begin = _begin(self.run, stage, newest[0])
+                with open(path, "rb") as file:
+                    self.at[path] = sum(map(len, itertools.takewhile(lambda text, begin=begin: _stamp(text) < begin, file)))
+
+    def follow(self, stage: str | None) -> Iterator[list[Line]]:
+        """What is new, again and again, empty when nothing is; until ``stage`` (None: the run) has ended and all of it was read."""
+        looked, size, ended = 0.0, -1, False
+        while True:
+            ledger = self.run.folder / "ledger.jsonl"
+            now = ledger.stat().st_size if ledger.exists() else 0
+            if now != size or time.monotonic() > looked + LOOK_S:  # ends stand in the ledger; of some only the queue knows
+                seen = state.look(self.run)
+                rows = [row for row in seen.stages if stage in (None, row.stage)]
+                ended, looked, size = not any(row.state in state.ACTIVE for row in rows), time.monotonic(), now
+            lines = self.new(whole=not ended)
+            yield lines
+            if ended and not lines:
+                return
+            if not lines:
+                time.sleep(POLL_S)
+
+    def new(self, whole: bool = True) -> list[Line]:
+        """Lines since the last call, by time; with ``whole`` a line still being written is left for the next."""
+        found = []
+        for stage, path in self._files():
+            with open(path, "rb") as file:
+                file.seek(self.at.get(path, 0))
+                data = file.read()
+            if whole:
+                data = data[:data.rfind(b"\n") + 1]
+            self.at[path] = self.at.get(path, 0) + len(data)
+            for text in _split(data.decode(errors="replace")):
+                line = parse(text, stage, _tag(path), self.stamp.get(path, ""))
+                self.stamp[path] = line.stamp
+                found.append(line)
+        return sorted(found, key=lambda line: line.stamp)
+
+    def _files(self) -> list[tuple[str, Path]]:
+        return [(stage, path) for stage in self.stages for path in (*attempts(self.run, stage), *_others(self.run, stage))]
+
+
+def parse(text: str, stage: str, tag: str, before: str) -> Line:
+    """One line of a file whose untagged lines are ``tag``'s and whose line before had the stamp ``before``."""
+    stamped = STAMPED.match(text)
+    stamp, text = (stamped[1].replace(" ", "T"), stamped[2]) if stamped else (before, text)
+    tagged = TAGGED.match(text) if not tag else None
+    if tagged:
+        return Line(stamp, stage, tagged[1], tagged[2])
+    return Line(stamp, stage, ("launcher" if stamped else "slurm") if tag else "?", text)
+
+
+def _stage_lines(run: Run, stage: str, attempt: str) -> Iterator[Line]:
+    """Lines of the chosen attempts of a stage by time; the supervisor's lines belong to the attempt in whose time they were written."""
+    paths = attempts(run, stage)
+    begins = [_begin(run, stage, path) for path in paths]
+    chosen = [path for path in paths if attempt in ("all", str(_number(path))) or (not attempt and path == paths[-1])]
+
+    def among(line: Line) -> bool:
+        if attempt == "all" or not paths:
+            return True
+        index = bisect.bisect_right(begins, line.stamp) - 1
+        return paths[max(0, index)] in chosen
+
+    others = (filter(among, _lines(path, stage)) for path in _others(run, stage))
+    return heapq.merge(*(_lines(path, stage) for path in chosen), *others, key=lambda line: line.stamp)
+
+
+def _begin(run: Run, stage: str, path: Path) -> str:
+    """When an attempt began: the ledger says it, else its first line."""
+    times = [event["time"] for event in run.ledger() if event["event"] == "started" and event.get("stage") == stage
+             and event.get("attempt") == _number(path)]
+    if times:
+        return datetime.fromtimestamp(times[-1]).isoformat(timespec="milliseconds")
+    return next(_lines(path, stage), Line("9", stage, "", "")).stamp
+
+
+def _lines(path: Path, stage: str) -> Iterator[Line]:
+    stamp = ""
+    with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
+        for text in file:
+            line = parse(text.rstrip("\n"), stage, _tag(path), stamp)
+            stamp = line.stamp
+            yield line
+
+
+def _split(text: str) -> list[str]:
+    lines = text.split("\n")
+    return lines if lines[-1] else lines[:-1]
+
+
+def _others(run: Run, stage: str) -> list[Path]:
+    """Where the supervisor of a stage and Slurm itself write."""
+    folder = run.stage(stage) / "logs"
+    return [*folder.glob("supervise.log"), *sorted(folder.glob("slurm-*.out"), key=_number)]
+
+
+def _tag(path: Path) -> str:
+    """"" where each line says its rank itself."""
+    return "" if path.name.startswith("attempt_") else "launcher"
+
+
+def _number(path: Path) -> int:
+    return int(re.sub(r"\D", "", path.stem) or 0)
+
+
+def _tags(text: str) -> frozenset[str]:
+    """The tags that ``--rank`` names."""
+    found: set[str] = set()
+    for part in text.split(","):
+        first, dash, end = part.strip().partition("-")
+        if first.isdigit() and (end.isdigit() if dash else True):
+            found |= {str(number) for number in range(int(first), int(end or first) + 1)}
+        elif part.strip() in ("launcher", "srun", "slurm"):
+            found.add(part.strip())
+        else:
+            raise ConfigError(f"--rank {text}: {part!r} is no rank; expected numbers, ranges such as 0-7, launcher, srun or slurm, "
+                              "with commas between")
+    return frozenset(found)
+
+
+def _stamp(text: bytes) -> str:
+    """When a supervisor's line was written; "" for one without."""
+    stamped = STAMPED.match(text.decode(errors="replace"))
+    return stamped[1].replace(" ", "T") if stamped else ""
+
+
+def _check(run: Run, stage: str, attempt: str) -> None:
+    """ConfigError where a stage has no log, or not of this attempt."""
+    numbers = [_number(path) for path in attempts(run, stage)]
+    if not numbers and not _others(run, stage):
         raise ConfigError(f"{stage} of {run.folder} has written no log yet; status {run.folder} says what it waits for")
-    at: dict[Path, int] = collections.defaultdict(int)
-    while True:
-        status = run.status(stage)
-        gone = status["state"] == "running" and status["job"] is None and not is_alive(status)  # its supervisor was killed
-        ended = gone or status["state"] in ("done", "failed", "cancelled")
-        for path in attempts(run, stage)[begin:]:
-            text = path.read_bytes()[at[path]:]
-            whole = text[:text.rfind(b"\n") + 1]
-            at[path] += len(whole)
-            yield from whole.decode(errors="replace").splitlines()
-        if not follow or ended:
-            return
-        time.sleep(0.2)
+    if attempt not in ("", "all") and (not attempt.isdigit() or int(attempt) not in numbers):
+        raise ConfigError(f"--attempt {attempt}: {stage} of {run.folder} has attempts {', '.join(map(str, numbers))}; or all")

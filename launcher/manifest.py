@@ -1,20 +1,21 @@
-"""DONE.json: what a finished stage left behind, and the child's check of it before any rank starts."""
+"""DONE.json: what a finished stage left behind, and the child's check of it before any rank starts.
+
+A child reads every byte of its parents' outputs, several files at a time: a size or a date says nothing about a flipped bit. Only
+later attempts of the same child skip files that were not touched since (size, inode, times of the last change of content and of
+anything else, which no program can set back): ``verified.json`` in the child's folder remembers them.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import json
 import os
 import platform
 import time
 from pathlib import Path
 
+from launcher import hashes
 from launcher.pipeline import STAGES, Stage, remaining
 from launcher.run import Run, hash_of, iteration_folder, write_json
-
-HASHED_BYTES = 64_000_000
-"""A child compares sha256 of files below this size and only the size of larger ones: reading 100 GB again would cost it minutes."""
 
 
 class Refused(RuntimeError):
@@ -31,11 +32,15 @@ def make(run: Run, stage: Stage, attempt: int, started: float) -> dict:
     wanted = json.loads((run.stage(stage.name) / "config.json").read_text(encoding="utf-8"))["iterations"] if stage.trainer else iteration
     if iteration != wanted:
         raise Refused(f"{stage.name} exited 0 at iteration {iteration} of {wanted}: it did not finish")
+    outputs = _outputs(run, stage, iteration)
+    for folder in {path.parent for path in outputs if path.name == hashes.NAME}:
+        if reason := hashes.damage(folder):  # else a bit that flipped after the save would be certified
+            raise Refused(f"{stage.name} can't be called done: {reason}; resume goes on from the checkpoint before it")
+    sums = hashes.sha256_of(outputs)
     identity = {
         "stage": stage.name, "iteration": iteration, "config_hash": config_hash(run, stage.name),
         "parents": {parent: read(run, parent)["identity"] for parent in stage.parents},
-        "outputs": {str(path.relative_to(run.folder)): {"size": path.stat().st_size, "sha256": _sha256(path)}
-                    for path in _outputs(run, stage, iteration)}}
+        "outputs": {str(path.relative_to(run.folder)): {"size": path.stat().st_size, "sha256": sums[path]} for path in outputs}}
     return {"identity": hash_of(identity), **identity, "run": run.id, "attempt": attempt,
             "started": started, "ended": time.time(), "versions": versions()}
 
@@ -56,8 +61,11 @@ def read(run: Run, stage: str) -> dict:
         raise Refused(f"{path} is not JSON ({error}); remove it and resume: {stage} then checks its outputs again") from None
 
 
-def verify(run: Run, stage: Stage) -> None:
-    """Raise Refused with the reason unless the stage is done and its outputs are what its manifest says."""
+def verify(run: Run, stage: Stage, child: str | None = None) -> None:
+    """Raise Refused with the reason unless the stage is done and its outputs are what its manifest says.
+
+    ``child``: the stage that is to use them; its verified.json spares files that an earlier attempt of it has read.
+    """
     manifest = read(run, stage.name)
     if manifest["run"] != run.id:
         raise Refused(f"{stage.name}/DONE.json is of run {manifest['run']}, not of {run.id}")
@@ -65,14 +73,46 @@ def verify(run: Run, stage: Stage) -> None:
         raise Refused(f"{stage.name} was done with another config.json than the one that is there now")
     if stage.trainer and not manifest["iteration"]:
         raise Refused(f"{stage.name} is marked done at iteration {manifest['iteration']}: it trained nothing")
+    if manifest["identity"] != hash_of({key: manifest[key] for key in IDENTITY}):
+        raise Refused(f"{stage.name}/DONE.json was changed by hand: its identity is not the hash of its content")
+    _check_parents(run, stage, manifest)
     for name, expected in manifest["outputs"].items():
         path = run.folder / name
         if not path.is_file():
             raise Refused(f"{stage.name} is marked done but {path} is missing")
         if path.stat().st_size != expected["size"]:
             raise Refused(f"{path} has {path.stat().st_size} bytes, its manifest says {expected['size']}: truncated or overwritten")
-        if expected["size"] < HASHED_BYTES and _sha256(path) != expected["sha256"]:
+    _check_content(run, manifest, run.stage(child) / "verified.json" if child else None)
+
+
+IDENTITY = ("stage", "iteration", "config_hash", "parents", "outputs")
+"""What a manifest's identity is the hash of."""
+
+
+def _check_parents(run: Run, stage: Stage, manifest: dict) -> None:
+    """Raise Refused where the stage was made from other parents than those that are there: the chain would mix two runs."""
+    for parent in stage.parents:
+        now = read(run, parent)["identity"]
+        if manifest["parents"][parent] != now:
+            raise Refused(f"{stage.name} was made from another {parent} than the one that is there now; "
+                          f"python -m launcher resume {run.folder} moves it aside and runs it again")
+
+
+def _check_content(run: Run, manifest: dict, memory: Path | None) -> None:
+    known = json.loads(memory.read_text(encoding="utf-8")) if memory and memory.exists() else {}
+    touched = {run.folder / name: [expected["sha256"], *_touched(run.folder / name)] for name, expected in manifest["outputs"].items()}
+    unread = [path for path in touched if str(path) not in known or known[str(path)] != touched[path]]
+    for path, found in hashes.sha256_of(unread).items():
+        if found != touched[path][0]:
             raise Refused(f"{path} does not have the sha256 of its manifest: its content changed")
+    if memory and unread:
+        write_json(memory, {**known, **{str(path): touched[path] for path in unread}})
+
+
+def _touched(path: Path) -> list[int]:
+    """What changes with every write to a file that goes through the kernel."""
+    status = path.stat()
+    return [status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
 
 
 def left(run: Run, stages: list[Stage]) -> list[Stage]:
@@ -94,6 +134,8 @@ def config_hash(run: Run, stage: str) -> str:
 
 def versions() -> dict:
     """Versions of what computed the outputs, read from package metadata: importing torch here would cost seconds."""
+    import importlib.metadata  # late: 40 ms, and status needs this file
+
     found = {"python": platform.python_version()}
     for package in ("torch", "megatron-core", "transformers", "safetensors", "convoy-rlhf"):
         try:
@@ -122,11 +164,3 @@ def _outputs(run: Run, stage: Stage, iteration: int | None) -> list[Path]:
         for number in iterations:
             found.update(path for path in (folder / "checkpoints" / iteration_folder(number or 0)).rglob("*") if path.is_file())
     return sorted(found)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

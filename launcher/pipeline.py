@@ -39,7 +39,8 @@ STAGES = {stage.name: stage for stage in (
     Stage("rlhf", "training.ppo", ("sft", "reward"), ("checkpoints/{iteration}/policy/*", "checkpoints/{iteration}/value/*"), True,
           ("reward", "kl", "eos_rate")),
     Stage("export", "conversion.megatron_to_hf", ("sft", "rlhf"),
-          ("sft/config.json", "sft/*.json", "sft/*.safetensors", "rlhf/config.json", "rlhf/*.json", "rlhf/*.safetensors")),
+          ("sft/config.json", "sft/*.json", "sft/*.safetensors", "rlhf/config.json", "rlhf/*.json", "rlhf/*.safetensors",
+           "*/*.json", "*/*.safetensors")),
     Stage("mtbench", "eval", ("export",), ("results.json", "table.md", "table.csv", "model_answer/*.jsonl", "../report.html")),
 )}
 
@@ -112,7 +113,8 @@ def _paths(run: Path, tables: dict, name: str) -> dict:
                 "reward": str(run / "reward"), "reward_iteration": reward.load_iteration}
     models = ("sft", "rlhf")
     if name == "export":
-        return {**own, "checkpoints": {model: str(run / model) for model in models}}
+        holders = {**{model: str(run / model) for model in models}, "reward": str(run / "reward"), "value": str(run / "rlhf")}
+        return {**own, "checkpoints": holders, "reward_iteration": stage_config(run, tables, "reward").load_iteration}
     return {"output": str(run / name), "models": {model: str(run / "export" / model) for model in models},
             "heldout": str(data / "heldout.jsonl"), "stages": {stage: str(run / stage) for stage in ("sft", "reward", "rlhf")},
             "report": str(run / "report.html")}

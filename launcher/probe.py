@@ -1,16 +1,17 @@
-"""What the Slurm here is and knows: version, cluster, accounting, and the jobs of this user in the queue."""
+"""What the Slurm here is: version, cluster, accounting; and how its commands are called."""
 
 from __future__ import annotations
 
-import getpass
+import os
 import re
 import shutil
 import subprocess
 from dataclasses import dataclass
 
-ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED"}
 TIMEOUT_S = 20
 """Seconds that a Slurm command may take; a controller that is down keeps them for about 10."""
+READABLE = {"SLURM_TIME_FORMAT": "standard", "SLURM_BITSTR_LEN": "0"}
+"""Dates as ISO 8601, the indices of an array in full."""
 
 
 class SlurmError(RuntimeError):
@@ -24,29 +25,21 @@ class Site:
     accounting: bool
 
 
-@dataclass(frozen=True)
-class Job:
-    id: int
-    state: str
-    reason: str
-
-    @property
-    def alive(self) -> bool:
-        """Pending, running or ending; an ended job stays visible for MinJobAge."""
-        return self.state not in ENDED
-
-
-def call(*command: str) -> str:
-    """Standard output of a Slurm command; SlurmError with its standard error where it fails."""
+def call(*command: str, timeout_s: float = TIMEOUT_S, without=(), with_errors: bool = False) -> str:
+    """Standard output of a Slurm command (and its standard error, ``with_errors``), run without the variables ``without``;
+    SlurmError with its standard error where it fails."""
+    # SQUEUE_PARTITION, SACCT_FORMAT and their like in a person's shell would filter or reshape what is asked here
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("SQUEUE_", "SACCT_")) and name not in without}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=timeout_s, check=False,
+                              env={**own, **READABLE})
     except FileNotFoundError:
         raise SlurmError(f"{command[0]} is not on PATH; is this a login node?") from None
     except subprocess.TimeoutExpired:
-        raise SlurmError(f"{command[0]} did not answer in {TIMEOUT_S} s: the controller is down or unreachable") from None
+        raise SlurmError(f"{command[0]} did not answer in {timeout_s:g} s: the controller is down or unreachable") from None
     if done.returncode:
         raise SlurmError(f"{command[0]}: {done.stderr.strip() or done.stdout.strip()}")
-    return done.stdout
+    return done.stdout + done.stderr if with_errors else done.stdout
 
 
 def unusable() -> str:
@@ -67,20 +60,13 @@ def site() -> Site:
     return Site(values["SLURM_VERSION"], values["ClusterName"], values["AccountingStorageType"] != "accounting_storage/none")
 
 
+def own_job(job: int) -> str:
+    """What scontrol and scancel call the job that this process runs in: to them the id of a job array's last element is the whole
+    array."""
+    element = os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{element}" if element else str(job)
+
+
 def comment(run_id: str, stage: str) -> str:
     """What marks a job as this stage of this run: ids are handed out again after a controller crash, this is not."""
     return f"convoy run={run_id} stage={stage}"
-
-
-def jobs(run_id: str) -> dict[str, Job]:
-    """Stage -> its job, alive or recently ended, matched by comment; of several the live one, else the newest."""
-    found: dict[str, Job] = {}
-    for line in call("squeue", "-h", "-t", "all", "-u", getpass.getuser(), "-o", "%A|%T|%r|%k").splitlines():
-        number, state, reason, text = line.split("|", 3)
-        match = re.fullmatch(rf"convoy run={re.escape(run_id)} stage=(\w+)", text.strip())
-        if not match:
-            continue
-        job, stage = Job(int(number), state, reason), match[1]
-        if stage not in found or (job.alive, job.id) > (found[stage].alive, found[stage].id):
-            found[stage] = job
-    return found

@@ -1,4 +1,4 @@
-"""Start a stage's ranks, merge what they print into one rank-tagged log, and say which rank ended first and why."""
+"""Start a stage's ranks, merge what they print into one rank-tagged log, and say in which order they ended, and how."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launcher import probe
+from launcher import container, endings, probe, secrets
+from launcher.endings import SAVED, Ended
+from launcher.profile import Profile
 
 LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1
@@ -25,43 +28,31 @@ GRACE_S = 2
 """Seconds that the other ranks get to say what they saw when one has died; then they are killed."""
 SAVE_GRACE_S = 60
 """The same when the first one ended because all were to save."""
-SAVED = 75
-"""EX_TEMPFAIL: the stage saved its state and wants to go on."""
-WRAPPER = 'export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID; exec "$@"'
-EXCEPTION = re.compile(r"^(\w[\w.]*(Error|Exception|Interrupt|Exit|Warning)\b.*|AssertionError.*)$")
-
-
-@dataclass
-class Ending:
-    """How one attempt ended: ``code`` of the first rank that failed (negative: a signal's number), 0 when all ended well."""
-
-    code: int
-    rank: int | None = None
-    line: str = ""
-    """The exception of that rank, or the last thing it printed."""
-
-    def cause(self) -> str:
-        """One sentence with the rank, how it ended and its last word."""
-        how = f"killed by {signal.Signals(-self.code).name}" if self.code < 0 else f"exit code {self.code}"
-        if self.code == -signal.SIGKILL:
-            how += " (kill -9, or the machine ran out of memory)"
-        return f"{'a rank' if self.rank is None else f'rank {self.rank}'}: {how}{f': {self.line}' if self.line else ''}"
+PORTS = 50
+"""Ports that are tried from a job's own on."""
+LINES = 20
+"""Last lines kept of each rank."""
+WRAPPER = ("trap '' USR1 USR2; "  # before the stage has its own handlers, a request to save must not kill it
+           'export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID; exec "$@"')
 
 
 @dataclass
 class Log:
-    """The merged log of one attempt; lines are ``[rank] text``, those of srun ``[srun] text``."""
+    """The merged log of one attempt; lines are ``time [rank] text``, those of srun ``time [srun] text``, time of this machine."""
 
     path: Path
-    last: dict = field(default_factory=lambda: collections.defaultdict(str))
-    """Rank -> its last exception, or its last line while it has raised none."""
-    raised: set = field(default_factory=set)
-    before: dict = field(default_factory=lambda: collections.defaultdict(str))
-    """Rank -> its last line: under a traceback's end, the statement that raised."""
+    secrets: dict = field(default_factory=dict)
+    """Variables whose values must not be in it."""
+    words: dict = field(default_factory=dict)
+    """Rank -> its last exception."""
+    lines: dict = field(default_factory=lambda: collections.defaultdict(lambda: collections.deque(maxlen=LINES)))
+    """Tag -> its last lines."""
+    heard: float = field(default_factory=time.monotonic)
+    """When anything was written last."""
 
     def __post_init__(self):
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed by run_*
+        self.file = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed by wait()
         self.writing = threading.Lock()
 
     def close(self) -> None:
@@ -70,29 +61,69 @@ class Log:
 
     def write(self, tag: int | str, text: str) -> None:
         with self.writing:
-            with contextlib.suppress(OSError):  # a full disk must neither stop the rank nor hide how it ended
-                self.file.write(f"[{tag}] {text}\n")
-            text = re.sub(r"^\[rank\d+\]: ?", "", text)  # torch's own tag on the traceback of an uncaught exception
-            if EXCEPTION.match(text):
-                self.raised.add(tag)
-                self.last[tag] = text if ":" in text else f"{text} at `{self.before[tag]}`"
-            elif text.strip() and tag not in self.raised:
-                self.last[tag] = text.strip()
-            if text.strip(" ^~"):
-                self.before[tag] = text.strip()
+            text = secrets.mask(text, self.secrets)
+            self.heard, now = time.monotonic(), time.time()
+            stamp = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.localtime(now))}.{int(now * 1000) % 1000:03d}"
+            with contextlib.suppress(OSError, ValueError):  # a full disk, a closed file: neither may stop the rank nor hide how it ended
+                self.file.write(f"{stamp} [{tag}] {text}\n")
+            text = re.sub(r"^\[rank\d+\]: ?", "", text).strip()  # torch's own tag on the traceback of an uncaught exception
+            if not text.strip(" ^~"):
+                return
+            if endings.EXCEPTION.match(text):
+                self.words[tag] = text if ":" in text or not self.lines[tag] else f"{text} at `{self.lines[tag][-1]}`"
+            self.lines[tag].append(text)
+
+    def lost_node(self) -> bool:
+        """Whether srun has said that a node is gone."""
+        return any("Node failure on" in line for line in self.lines["srun"])
+
+    def ended(self, rank: int | None, code: int) -> Ended:
+        lines = tuple(self.lines["srun" if rank is None else rank])
+        return Ended(code, rank, self.words.get(rank, lines[-1] if lines else ""), lines)
 
 
 class Ranks:
-    """The processes of one attempt; ``wait()`` of a subclass returns the Ending."""
+    """The processes of one attempt; ``wait()`` says in which order those ended that did not exit 0."""
 
     def __init__(self, log: Log):
         self.log = log
         self.processes: list[subprocess.Popen] = []
+        self.readers: list[threading.Thread] = []
 
     def pass_on(self, number: int) -> None:
         for process in self.processes:
             if process.poll() is None:
                 process.send_signal(number)
+
+    def show_stacks(self) -> None:
+        """Ask each rank where it is (ABRT: Python's faulthandler writes all threads' stacks); it ends."""
+        self.pass_on(signal.SIGABRT)
+
+    def start(self, command: list[str], environment: dict[str, str], **options) -> None:
+        self.processes.append(subprocess.Popen(command, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                               stdin=subprocess.DEVNULL, text=True, errors="replace", **options))
+
+    def read(self, function: Callable, *arguments) -> None:
+        self.readers.append(threading.Thread(target=function, args=arguments, daemon=True))
+        self.readers[-1].start()
+
+    def wait(self, tick: Callable[[], None]) -> list[Ended]:
+        """Until all have ended; ``tick`` is called some ten times a second. Empty when all exited 0."""
+        while any(process.poll() is None for process in self.processes):
+            self.check()
+            tick()
+            time.sleep(0.05)
+        for reader in self.readers:
+            reader.join(GRACE_S)  # a helper process of a rank may hold the pipe open
+        ended = self.order()
+        self.log.close()
+        return ended
+
+    def check(self) -> None:
+        """End those that can't go on; nothing where Slurm does it."""
+
+    def order(self) -> list[Ended]:
+        raise NotImplementedError
 
 
 class LocalRanks(Ranks):
@@ -100,75 +131,55 @@ class LocalRanks(Ranks):
 
     def __init__(self, log: Log, command: list[str], ranks: int, environment: dict[str, str]):
         super().__init__(log)
-        self.ended: list[tuple[int, int]] = []  # (rank, code) in the order of their ends
+        self.ends: list[tuple[int, int]] = []  # (rank, code) in the order of their ends
+        self.deadline: float | None = None
         cores = len(os.sched_getaffinity(0))
         shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
                   "OMP_NUM_THREADS": str(max(1, cores // ranks)), **environment}
         for rank in range(ranks):
-            self.processes.append(subprocess.Popen(
-                command, env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True, errors="replace", preexec_fn=die_with_parent))
-        self.readers = [threading.Thread(target=self._read, args=(rank,), daemon=True) for rank in range(ranks)]
-        for reader in self.readers:
-            reader.start()
+            self.start(command, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, preexec_fn=as_rank)
+        for rank in range(ranks):
+            self.read(self._read, rank)
 
     def _read(self, rank: int) -> None:
         process = self.processes[rank]
         for line in process.stdout:
             self.log.write(rank, line.rstrip("\n"))
-        self.ended.append((rank, process.wait()))
+        self.ends.append((rank, process.wait()))
 
-    def wait(self) -> Ending:
-        """Until all ranks have ended; when one fails the others get GRACE_S to end, then are killed."""
-        deadline = None
-        while any(process.poll() is None for process in self.processes):
-            failed = [code for _, code in self.ended if code]
-            if failed and deadline is None:
-                # a rank that died leaves the others in a collective that may never return
-                deadline = time.monotonic() + (SAVE_GRACE_S if failed[0] == SAVED else GRACE_S)
-            if deadline and time.monotonic() > deadline:
-                self.pass_on(signal.SIGKILL)
-            time.sleep(0.02)
-        for reader in self.readers:
-            reader.join(GRACE_S)  # a helper process of a rank may hold the pipe open
-        self.log.close()
-        codes = [*self.ended, *((rank, process.returncode) for rank, process in enumerate(self.processes))]
-        first = next(((rank, code) for rank, code in codes if code), None)
-        return Ending(0) if first is None else Ending(first[1], first[0], self.log.last[first[0]])
+    def check(self) -> None:
+        """When one has failed the others get GRACE_S to end, then are killed: they may be in a collective that never returns."""
+        failed = [code for _, code in self.ends if code]
+        if failed and self.deadline is None:
+            self.deadline = time.monotonic() + (SAVE_GRACE_S if failed[0] == SAVED else GRACE_S)
+        if self.deadline and time.monotonic() > self.deadline:
+            self.pass_on(signal.SIGKILL)
+
+    def order(self) -> list[Ended]:
+        seen = dict(self.ends)
+        late = [(rank, process.returncode) for rank, process in enumerate(self.processes) if rank not in seen]
+        return [self.log.ended(rank, code) for rank, code in (*self.ends, *late) if code]
 
 
 class SlurmRanks(Ranks):
-    """One srun task a rank, within this allocation."""
+    """One srun task a rank, on ``hosts`` of this allocation."""
 
-    def __init__(self, log: Log, command: list[str], nodes: int, ranks_per_node: int, environment: dict[str, str]):
+    def __init__(self, log: Log, command: list[str], hosts: list[str], ranks_per_node: int, environment: dict[str, str], profile: Profile):
         super().__init__(log)
-        self.failed: Ending | None = None
-        job = int(os.environ["SLURM_JOB_ID"])
-        hosts = probe.call("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
-        if len(hosts) < nodes:
-            raise probe.SlurmError(f"this allocation has {len(hosts)} node(s), the run's resources ask for {nodes}: "
-                                   f"sbatch --nodes={nodes} --gpus-per-node={ranks_per_node} ...")
-        shared = {"MASTER_ADDR": hosts[0], "MASTER_PORT": str(20000 + job % 12000), **environment}  # below the kernel's ephemeral ports
+        self.ends: list[tuple[int | None, int]] = []
+        command = container.inside(profile, command)
         if "CUDA_VISIBLE_DEVICES" in environment:  # slurmd sets it anew for each task, after srun's environment
             command = ["env", f"CUDA_VISIBLE_DEVICES={environment['CUDA_VISIBLE_DEVICES']}", *command]
-        srun = ["srun", "--kill-on-bad-exit=1", "--label", f"--nodes={nodes}", f"--ntasks={nodes * ranks_per_node}",
-                f"--ntasks-per-node={ranks_per_node}", "bash", "-c", WRAPPER, "rank", *command]
-        log.write("srun", shlex.join(srun))
-        self.processes.append(subprocess.Popen(srun, env={**os.environ, **shared}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                               stdin=subprocess.DEVNULL, text=True, errors="replace"))
+        srun = ["srun", "--kill-on-bad-exit=1", "--label", f"--nodes={len(hosts)}", f"--nodelist={','.join(hosts)}",
+                f"--ntasks={len(hosts) * ranks_per_node}", f"--ntasks-per-node={ranks_per_node}",
+                *container.srun_options(profile, environment), "bash", "-c", WRAPPER, "rank", *command]
+        log.write("launcher", shlex.join(srun))
+        self.start(srun, container.passed_on(profile, environment))
+        self.read(self._read)
 
-    def wait(self) -> Ending:
-        process = self.processes[0]
-        for line in process.stdout:
+    def _read(self) -> None:
+        for line in self.processes[0].stdout:
             self._line(line.rstrip("\n"))
-        code = process.wait()
-        self.log.close()
-        if code == 0:
-            return Ending(0)
-        if self.failed is None:
-            return Ending(code if code < 128 else 128 - code)
-        self.failed.line = self.log.last[self.failed.rank] if self.failed.rank is not None else self.failed.line
-        return self.failed
 
     def _line(self, line: str) -> None:
         labelled = re.match(r"^ *(\d+): (.*)$", line)
@@ -176,14 +187,44 @@ class SlurmRanks(Ranks):
             self.log.write(int(labelled[1]), labelled[2])
             return
         self.log.write("srun", line)
-        ending = re.match(r"srun: error: \S+: tasks? (\d+)\S*: (?:Exited with exit code (\d+)|(\w[\w ]*))", line)
-        if ending and self.failed is None:  # srun reports the ends in their order
-            code = int(ending[2]) if ending[2] else -WORDS.get(ending[3].strip(), signal.SIGKILL)
-            self.failed = Ending(code, int(ending[1]))
+        self.ends += ends(line)  # in their order
+
+    def show_stacks(self) -> None:
+        # srun itself would die of it
+        job = probe.own_job(int(os.environ["SLURM_JOB_ID"]))
+        subprocess.run(["scancel", "--signal=ABRT", job], check=False, timeout=30, capture_output=True)
+
+    def order(self) -> list[Ended]:
+        code = self.processes[0].returncode
+        if code == 0 and self.log.lost_node():
+            return [self.log.ended(None, 1)]  # srun gives up the ranks of a node that Slurm calls down, and exits 0
+        if code == 0:
+            return []
+        if self.ends:
+            return [self.log.ended(rank, code) for rank, code in self.ends]
+        return [self.log.ended(None, code if 0 <= code < 128 else 128 - code if code > 0 else code)]
 
 
 WORDS = {signal.strsignal(number): number for number in signal.valid_signals() if signal.strsignal(number)}
 """srun names signals in words: "Killed", "Terminated", "Segmentation fault"."""
+
+
+def ends(line: str) -> list[tuple[int, int]]:
+    """(rank, code) of the tasks of whose end a line of srun tells; a signal's number is negative."""
+    told = re.match(r"srun: error: \S+: tasks? ([\d,\-]+)\S*: (?:Exited with exit code (\d+)|(\w[\w ]*))", line)
+    if told is None:
+        return []
+    code = int(told[2]) if told[2] else -WORDS.get(told[3].strip(), signal.SIGKILL)  # "Out Of Memory" is a kill, too
+    return [(rank, code) for rank in _numbers(told[1])]
+
+
+def _numbers(text: str) -> list[int]:
+    """"0-2,5" -> [0, 1, 2, 5]."""
+    found = []
+    for part in filter(None, text.split(",")):
+        first, _, last = part.partition("-")
+        found += range(int(first), int(last or first) + 1)
+    return found
 
 
 def stage_command(module: str, config: Path) -> list[str]:
@@ -193,6 +234,28 @@ def stage_command(module: str, config: Path) -> list[str]:
 def die_with_parent() -> None:
     """In the child, before exec: the kernel kills it when its parent dies, so that no rank writes on without a supervisor."""
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def as_rank() -> None:
+    """In the child, before exec: as WRAPPER does, and it dies with the supervisor."""
+    die_with_parent()
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def job_port(job: int, here: bool) -> int:
+    """MASTER_PORT of a job: below the kernel's ephemeral ports, apart for jobs on one node. ``here``: rank 0 will run on this node, so
+    that a port which a stranger holds can be stepped over."""
+    wanted = 20000 + job % 12000
+    for port in range(wanted, wanted + PORTS if here else wanted):
+        with socket.socket() as probe_socket:
+            probe_socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe_socket.bind(("", port))
+                return port
+            except OSError:
+                continue
+    return wanted
 
 
 def free_port() -> int:

@@ -9,9 +9,17 @@ import json
 import os
 import socket
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 from training.config import ConfigError
+
+SWEEP = "sweep.json"
+"""In the folder of a sweep; its runs are the folders 0, 1, ... there."""
+
+
+class Failed(RuntimeError):
+    """Something outside the user's command line went wrong; the message says what and where to look."""
 
 
 class Busy(RuntimeError):
@@ -156,12 +164,29 @@ class Run:
 
     def runner(self) -> dict | None:
         """The local runner that works on this run now: {"pid", "pid_start", "host", "stages"}; None when there is none."""
-        events = [event for event in self.ledger() if event["event"] in ("runner", "runner ended")]
+        events = [event for event in self.ledger() if event["event"] in ("runner", "runner ended", "taken over")]
         return events[-1] if events and events[-1]["event"] == "runner" and is_alive(events[-1]) else None
 
     def uses_slurm(self) -> bool:
-        """Whether the queue may hold a job of this run: submitted to Slurm, or one of its stages started in a job by hand."""
-        return self.config["profile"]["scheduler"] == "slurm" or any(event.get("job") for event in self.ledger())
+        """Whether the queue may hold a job of this run: it is to run there, or ``resume --take-over`` did not declare all its jobs dead."""
+        if self.config["profile"]["scheduler"] == "slurm":
+            return True
+        events, gone = self.ledger(), self.disowned()
+        return any(event["job"] not in gone for event in events if event.get("job"))
+
+    def disowned(self) -> set[int]:
+        """Jobs that ``resume --take-over`` declared dead: should Slurm start one after all, it must not touch the run."""
+        return {job for event in self.ledger() if event["event"] == "taken over" for job in event.get("jobs", [])}
+
+    def cancelled_since(self, when: float, job: int) -> bool:
+        """Whether ``cancel`` was told to stop this job after ``when``: it must not queue itself again."""
+        return any(event["event"] == "cancelled" and event["time"] >= when and job in event.get("jobs", {}).values()
+                   for event in self.ledger())
+
+    def changed(self) -> float:
+        """When something last happened to the run, seconds since 1970."""
+        path = self.folder / "ledger.jsonl"
+        return (path if path.exists() else self.config_file).stat().st_mtime
 
     def set_aside(self, path: Path) -> Path:
         """Rename to the first free name path.1, path.2, ...: nothing is deleted."""
@@ -174,3 +199,34 @@ class Run:
 
 def iteration_folder(iteration: int) -> str:
     return f"iter_{iteration:07d}"
+
+
+def elements(folder: Path) -> list[Run]:
+    """The runs of a sweep, by index (launcher/sweep.py)."""
+    values = json.loads((folder / SWEEP).read_text(encoding="utf-8"))["values"]
+    return [Run.open(folder / str(index)) for index in range(len(values))]
+
+
+class Runs(list):
+    """Several runs; ``named``: whether a person named them."""
+
+    named = False
+    sweeps: tuple[Path, ...] = ()
+    """Folders of sweeps among the named ones; the runs are then their elements."""
+
+    @classmethod
+    def open(cls, paths: Collection[Path], below: Path) -> Runs:
+        """The runs of ``paths`` (folders, or names below ``below``; a sweep's stands for its elements), without any all below
+        ``below``, the last active one first; ConfigError where there is none."""
+        if paths:
+            folders = [path if any((path / name).exists() for name in ("config.json", SWEEP)) or len(path.parts) > 1 else below / path
+                       for path in paths]
+            sweeps = tuple(folder for folder in folders if (folder / SWEEP).is_file())
+            made = cls(run for folder in folders for run in (elements(folder) if folder in sweeps else [Run.open(folder)]))
+            made.named, made.sweeps = True, sweeps
+            return made
+        found = [Run(path.parent) for path in below.glob("*/config.json")]
+        found += [run for path in below.glob(f"*/{SWEEP}") for run in elements(path.parent)]
+        if not found:
+            raise ConfigError(f"no run in {below}; start one: python -m launcher submit full-pipeline; or say where they are: --runs DIR")
+        return cls(sorted(found, key=lambda run: run.changed(), reverse=True))

@@ -11,11 +11,14 @@ from pathlib import Path
 from launcher import probe
 from launcher.config import Profile, Resources
 from launcher.pipeline import Stage
-from launcher.run import Run, write_text
+from launcher.run import Run
 from training.config import ConfigError
 
 SETUP = ("set -euo pipefail",)
 EXPORT_CPUS = 'export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"  # since 22.05 srun gives each task one core unless told'
+SRUN_CPUS_SINCE, GPUS_PER_NODE_SINCE = (22, 5), (19, 5)
+FIND_MODULE = ('command -v module >/dev/null || for file in /etc/profile.d/{modules,lmod,z00_lmod}.sh; do [ -r "$file" ] && . "$file"; done'
+               "  # a batch shell is no login shell")
 NEEDS_RUN = ': "${RUN:?which run? RUN=runs/<name> sbatch [--nodes=N ...] slurm/%s.sbatch, from the root of the project}"'
 
 
@@ -54,58 +57,51 @@ def script(request: JobRequest) -> str:
     """The text of the batch script: parameters, set-up, and one ``exec`` as its last line, so that its exit code is the stage's own."""
     from submitit.slurm.slurm import _make_sbatch_string  # late: --help must not wait for it
 
-    resources, profile = request.resources, request.profile
-    values = {key: value for key in ("partition", "account", "qos", "constraint") if (value := getattr(profile, key))}
-    for key, value in {"job name": request.name, "comment": request.comment, "output": request.output, **values}.items():
-        if not value.isprintable():  # a line break would end the #SBATCH line and start one of its own
+    profile, resources = request.profile, request.resources
+    values = {**site_options(profile, resources.gpus_per_node), **profile.options, "comment": request.comment, "output": request.output,
+              "requeue": True, "kill-on-invalid-dep": "yes", "signal": f"B:USR1@{min(profile.signal_lead_s, resources.minutes * 15)}"}
+    for key, value in {**values, "job name": request.name}.items():
+        if not str(value).isprintable():  # a line break would end the #SBATCH line and start one of its own
             raise ConfigError(f"{key} = {value!r} has a line break or another character that can't be printed; remove it")
-    if resources.gpus_per_node:
-        values["gpus_per_node"] = resources.gpus_per_node
-    if profile.exclusive and resources.gpus_per_node == profile.gpus_per_node:
-        values["exclusive"] = True
+    cpus = [] if (0, 0) < profile.version < SRUN_CPUS_SINCE else [EXPORT_CPUS]
     text = _make_sbatch_string(
-        command=f"exec {request.command}", folder="unused", job_name=request.name, comment=request.comment, wckey=None,
-        time=resources.minutes, nodes=resources.nodes, ntasks_per_node=resources.ranks_per_node, cpus_per_task=resources.cpus_per_gpu,
-        stderr_to_stdout=True, use_srun=False, setup=[*SETUP, *request.setup, *profile.setup, EXPORT_CPUS],
-        additional_parameters={"output": request.output, "requeue": True, "kill-on-invalid-dep": "yes",
-                               "signal": f"B:USR1@{min(profile.signal_lead_s, resources.minutes * 15)}"},
-        **values)
+        command=f"exec {request.command}", folder="unused", job_name=request.name, wckey=None,
+        time=resources.minutes, nodes=resources.nodes + resources.spares, ntasks_per_node=resources.ranks_per_node,
+        cpus_per_task=resources.cpus_per_gpu, stderr_to_stdout=True, use_srun=False,
+        setup=[*SETUP, *request.setup, *site_setup(profile), *cpus], additional_parameters=values)
     return text.rstrip("\n") + "\n"
 
 
-def submit_chain(run: Run, requests: dict[Stage, JobRequest], alive: dict[str, int]) -> dict[str, int]:
-    """Queue the stages so that either all are queued or none.
-
-    ``alive``: stage -> job that the queue shows under this run's comment; only these and the jobs made here become dependencies: to Slurm
-    an id that it no longer knows is a satisfied one. Jobs that wait for no other of this chain are held until the last is in.
-    Returns stage -> job id; raises SlurmError after cancelling what was queued.
-    """
-    made: dict[str, int] = {}
-    held: list[int] = []
-    try:
-        for stage, request in requests.items():
-            path = run.stage(stage.name) / f"{stage.name}.sbatch"
-            write_text(path, script(request))
-            (run.stage(stage.name) / "logs").mkdir(exist_ok=True)  # Slurm ends a job without a word when it can't open its output
-            waits = [made[parent] if parent in made else alive[parent] for parent in stage.parents if parent in made or parent in alive]
-            options = [f"--dependency=afterok:{':'.join(map(str, waits))}"] if waits else []
-            hold = not any(parent in made for parent in stage.parents)
-            printed = probe.call("sbatch", "--parsable", *options, *(["--hold"] if hold else []), str(path))
-            made[stage.name] = int(printed.strip().split(";")[0])
-            held += [made[stage.name]] if hold else []
-            run.record("submitted", stage=stage.name, job=made[stage.name], after=waits)
-        probe.call("scontrol", "release", ",".join(map(str, held)))
-    except (probe.SlurmError, OSError) as error:
-        if made:
-            cancel(list(made.values()))
-            run.record("withdrawn", jobs=made, cause=str(error))
-        raise
-    return made
+def site_options(profile: Profile, gpus: int) -> dict[str, str | int | bool]:
+    """Options for where a job goes and what it takes of each node, as this site and its version of Slurm ask for it."""
+    values = {key: value for key in ("partition", "account", "qos", "reservation", "constraint") if (value := getattr(profile, key))}
+    whole = gpus and (profile.gpu_option == "none" or (profile.exclusive and gpus == profile.gpus_per_node))
+    if gpus and profile.gpu_option != "none":
+        wanted = f"{profile.gpu_type}:{gpus}" if profile.gpu_type else gpus
+        old = profile.gpu_option == "gres" or (0, 0) < profile.version < GPUS_PER_NODE_SINCE
+        values |= {"gres": f"gpu:{wanted}"} if old else {"gpus-per-node": wanted}
+    if whole:
+        values |= {"exclusive": True, "mem": "0"}  # --exclusive alone gives all cores, but only the default memory
+    elif profile.mem_gb:
+        values["mem"] = f"{max(1, profile.mem_gb * max(1, gpus) // max(1, profile.gpus_per_node))}G"
+    return values
 
 
-def cancel(ids: list[int]) -> None:
-    """scancel; ids come from the queue by comment, never from memory alone."""
-    probe.call("scancel", *map(str, ids))
+def site_setup(profile: Profile) -> list[str]:
+    """The profile's shell lines. ``set -u`` rests meanwhile: modules and activate scripts read variables that nobody has set."""
+    lines = [f"module load {shlex.join(profile.modules)}"] if profile.modules else []
+    lines = [*([FIND_MODULE] if lines else []), *lines, *profile.setup]
+    return ["set +u", *lines, "set -u"] if lines else []
+
+
+def cancel(handles: list[str]) -> None:
+    """scancel; handles come from the queue by name and comment, never from memory alone."""
+    probe.call("scancel", *handles)
+
+
+def release(handles: list[str]) -> None:
+    """Let held jobs go."""
+    probe.call("scontrol", "release", ",".join(handles))
 
 
 def python_here() -> str:

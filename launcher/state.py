@@ -1,69 +1,99 @@
-"""What each stage of a run is doing. Order of truth: DONE.json and ledger, status.json, the queue by comment; never a bare id."""
+"""What each stage of a run is doing. Order of truth: DONE.json and ledger, status.json, the queue by name and comment, the accounting;
+never a bare id."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
 
-from launcher import manifest, probe
+from launcher import jobs, manifest, probe, progress
+from launcher.jobs import Job
+from launcher.manifest import Refused
 from launcher.pipeline import STAGES, Stage
+from launcher.progress import Progress
 from launcher.run import Run, is_alive
 
-TAIL_BYTES = 32_768
-REASONS = {
-    "Priority": "jobs of higher priority come first",
-    "Resources": "the nodes it needs are busy",
-    "JobHeldUser": "held: scontrol release JOB",
-    "JobHeldAdmin": "held by the site's administrators",
-    "BeginTime": "queued again, Slurm holds it back for a moment",
-    "PartitionTimeLimit": "asks for more time than its partition gives: it will never start",
-    "PartitionNodeLimit": "asks for more nodes than its partition gives: it will never start",
-    "QOSMaxJobsPerUserLimit": "your limit of running jobs is reached",
-    "DependencyNeverSatisfied": "its parent failed, so it will never start; queue it again: python -m launcher resume RUN",
-    "None": "just queued",
-}
-ENDED_IN_QUEUE = {
-    "TIMEOUT": "reached its time limit before it could save",
-    "NODE_FAIL": "its node failed",
-    "OUT_OF_MEMORY": "the node ran out of memory",
-    "CANCELLED": "cancelled",
-}
-BAD = ("failed", "cancelled", "lost")
+ASK_S = 10
+"""Seconds that status waits for the queue; then it shows what the files say."""
+SILENT_S = 120
+"""A running trainer that logged nothing for so long, and for five iterations' time, is pointed out."""
+BAD = ("failed", "cancelled", "stopped", "lost")
 FINAL = ("done", *BAD)
+ACTIVE = ("running", "pending", "requeued")
 
 
 @dataclass
 class StageState:
     stage: str
     state: str
-    """not submitted, pending, running, requeued, done, failed, cancelled or lost."""
+    """not submitted, pending, running, requeued, done, failed, cancelled, stopped or lost."""
     why: str = ""
     """Why it waits or how it ended, in words."""
     job: int | None = None
     attempt: int = 0
-    iteration: int | None = None
-    total: int | None = None
-    eta_s: float | None = None
-    numbers: dict = field(default_factory=dict)
+    progress: Progress = field(default_factory=Progress)
+    starts: float | None = None
+    """When Slurm expects a pending job to start, seconds since 1970; None where it does not say."""
     started: float | None = None
     ended: float | None = None
+    nodes: str = ""
+    kind: str = ""
+    """Class of the ending: "cuda oom", "time limit", ...; "" while there is none."""
+    advice: str = ""
+    rank: int | None = None
+    """The rank that failed first."""
+    lines: list[str] = field(default_factory=list)
+    """The last lines of that rank."""
+
+
+@dataclass
+class Look:
+    """One look at a run."""
+
+    run: Run
+    stages: list[StageState]
+    trouble: str = ""
+    """Why the queue could not be asked; "" when it was, or when none is needed."""
+    stop: bool = False
+    """Whether the file STOP is in the run folder."""
+
+    @property
+    def overall(self) -> str:
+        return overall(self.stages)
+
+
+def look(run: Run) -> Look:
+    return look_at([run])[0]
+
+
+def look_at(runs: list[Run]) -> list[Look]:
+    """One look at each of the runs, with one question to the queue for all, and one to the accounting where the queue has forgotten."""
+    asked = [run for run in runs if run.uses_slurm()]
+    known: dict[str, dict[str, Job]] = {}
+    trouble = ""
+    if asked:
+        try:
+            known = jobs.of_runs(asked, ASK_S)
+        except probe.SlurmError as error:
+            trouble = str(error)
+    files = {run.id: Files(run) for run in runs}
+    forgotten = {run: names for run in asked if (names := files[run.id].forgotten(known.get(run.id, {})))}
+    for run_id, found in (jobs.accounted(forgotten) if forgotten else {}).items():
+        known.setdefault(run_id, {}).update(found)
+    return [Look(run, [_state(files[run.id], stage, known.get(run.id, {}).get(name), trouble if run in asked else "")
+                       for name, stage in STAGES.items()], trouble if run in asked else "", (run.folder / "STOP").exists())
+            for run in runs]
 
 
 def states(run: Run) -> tuple[list[StageState], str]:
     """The state of every stage, and why the queue could not be asked ("" when it was, or when none is needed)."""
-    jobs, trouble = {}, ""
-    if run.uses_slurm():
-        try:
-            jobs = probe.jobs(run.id)
-        except probe.SlurmError as error:
-            trouble = str(error)
-    left = {stage.name for stage in manifest.left(run, list(STAGES.values()))}
-    runner = run.runner()
-    return [_state(run, stage, stage.name in left, jobs.get(stage.name), runner, trouble) for stage in STAGES.values()], trouble
+    found = look(run)
+    return found.stages, found.trouble
 
 
-def overall(found: list[StageState]) -> str:
-    """"done", "failed" (one failed, was cancelled or lost), "idle" (some are left and nobody works on them) or "running"."""
+def overall(found: Iterable[StageState]) -> str:
+    """"done", "failed" (one failed, was cancelled, stopped or lost), "idle" (some are left and nobody works on them) or "running"."""
     kinds = {state.state for state in found}
     if kinds == {"done"}:
         return "done"
@@ -72,85 +102,149 @@ def overall(found: list[StageState]) -> str:
     return "idle" if kinds <= {"done", "not submitted"} else "running"
 
 
-def as_json(found: list[StageState]) -> list[dict]:
-    return [asdict(state) for state in found]
+def busy(run: Run) -> list[str]:
+    """Stages that run or are queued."""
+    return [row.stage for row in states(run)[0] if row.state in ACTIVE]
 
 
-def _state(run: Run, stage: Stage, left: bool, job: probe.Job | None, runner: dict | None, trouble: str) -> StageState:
-    status = run.status(stage.name)
-    made = StageState(stage.name, "", attempt=status["attempt"], job=job.id if job else status.get("job"),
-                      started=status.get("started"), ended=status.get("ended"))
-    progress(run, stage, made)
-    made.state, made.why = ("done", "") if not left else _undone(run, stage, status, job, runner, trouble)
-    if made.state != "running":
-        made.eta_s = None
+def as_json(seen: Iterable[Look]) -> list[dict]:
+    """One table a stage, each with its run's name and id; times are seconds since 1970, ``trouble`` is why the queue wasn't asked."""
+    made = []
+    for one in seen:
+        shared = {"run": one.run.folder.name, "id": one.run.id, "folder": str(one.run.folder), "trouble": one.trouble}
+        for row in one.stages:
+            table = asdict(row)
+            far = table.pop("progress")
+            table["class"] = table.pop("kind")
+            made.append({**shared, **table, **far})
     return made
 
 
-def _undone(run: Run, stage: Stage, status: dict, job: probe.Job | None, runner: dict | None, trouble: str) -> tuple[str, str]:
+class Files:
+    """What a run's folder says; each file is read once."""
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.ledger = run.ledger()
+        self.status = {name: run.status(name) for name in STAGES}
+        self.runner = run.runner()
+        self.disowned = run.disowned()
+        try:
+            self.left, self.damaged = {stage.name for stage in manifest.left(run, list(STAGES.values()))}, ""
+        except Refused as error:
+            self.left, self.damaged = set(STAGES), str(error)
+
+    def last_event(self, stage: str) -> dict | None:
+        """The last ledger event of a stage that says where it stands."""
+        return next((event for event in reversed(self.ledger) if event.get("stage") == stage and event["event"] in STANDING), None)
+
+    def forgotten(self, known: dict[str, Job]) -> set[str]:
+        """Stages that the files believe to be with Slurm while squeue shows no job of them."""
+        return {name for name in self.left if name not in known and
+                (self.status[name]["state"] in ("running", "requeued") and self.status[name].get("job") or
+                 (last := self.last_event(name)) and last["event"] == "submitted")}
+
+
+STANDING = ("submitted", "started", "requeued", "done", "failed", "cancelled", "stopped", "rewound",
+            "set aside")
+
+
+def _state(files: Files, stage: Stage, job: Job | None, trouble: str) -> StageState:
+    name, status = stage.name, files.status[stage.name]
+    if job and job.id in files.disowned:
+        job = None
+    made = StageState(name, "", attempt=status["attempt"], job=job.id if job else status.get("job"), started=status.get("started"),
+                      ended=status.get("ended"), progress=progress.read(files.run, stage, status.get("started") or 0))
+    made.state, made.why = ("done", "") if name not in files.left else _undone(files, stage, job, trouble)
+    if made.state in BAD:
+        made.kind, made.advice = status.get("class") or "", status.get("advice") or ""
+        made.rank, made.lines = status.get("rank"), list(status.get("lines") or [])
+    if job and job.alive and made.state != "done":
+        made.nodes, made.starts = job.nodes, job.starts if job.pending else None
+    if made.state != "running":
+        made.progress = replace(made.progress, eta_s=None, speed=None, tokens_per_s=None)
+    elif not made.why:
+        made.why = _silence(made)
+    return made
+
+
+def _undone(files: Files, stage: Stage, job: Job | None, trouble: str) -> tuple[str, str]:
     """(state, why) of a stage without a valid manifest."""
-    parents = ", ".join(stage.parents)
-    if job and job.alive:
-        if job.state == "PENDING":
-            why = f"waits for {parents}" if job.reason == "Dependency" else REASONS.get(job.reason, job.reason)
-            return ("requeued" if status["state"] == "requeued" else "pending"), why
-        return "running", "" if job.state == "RUNNING" else job.state.lower()
+    status, last = files.status[stage.name], files.last_event(stage.name)
+    parents = ", ".join(parent for parent in stage.parents if parent in files.left)
+    if job and job.alive and job.source == "squeue":
+        if job.pending:
+            return ("requeued" if status["state"] == "requeued" else "pending"), job.waits(parents, str(files.run.folder))
+        return "running", "" if job.state == "RUNNING" else f"Slurm says {job.state.lower()}"
     if status["state"] == "running":
-        if trouble:
-            return "running", "as last heard of: the queue can't be asked"
-        if status["job"] is None and is_alive(status):
-            return "running", ""
-        gone = f"job {status['job']} is gone from the queue" if status["job"] else f"process {status['pid']} is gone"
-        how = ENDED_IN_QUEUE.get(job.state, job.state) if job else gone
-        return "failed", f"ended without a last word: {how}; python -m launcher resume {run.folder} goes on from its last checkpoint"
-    last = _last_event(run, stage.name)
-    if runner and stage.name in runner["stages"] and runner["time"] >= (status.get("ended") or 0):
+        return _silent(files, stage.name, status, job, trouble)
+    if files.runner and stage.name in files.runner["stages"] and files.runner["time"] >= (status.get("ended") or 0):
         return "pending", f"waits for {parents}" if parents else "starts now"
-    if status["state"] in ("failed", "cancelled", "requeued") and (last is None or last["event"] != "submitted"):
+    if files.damaged and (files.run.stage(stage.name) / "DONE.json").exists():
+        return "failed", files.damaged
+    again = last is not None and last["event"] in ("submitted", "rewound", "set aside")
+    if status["state"] in BAD and not again:
         return status["state"], status["cause"]
-    if job:
-        if job.state == "CANCELLED" and stage.parents:
-            return "cancelled", f"cancelled with job {job.id}, by hand or because {parents} did not finish"
-        return "failed", f"job {job.id}: {ENDED_IN_QUEUE.get(job.state, job.state)}"
-    if last and last["event"] == "submitted":
-        if trouble:
-            return "pending", f"job {last['job']} as last heard of: the queue can't be asked"
-        return "lost", (f"job {last['job']} is not in the queue any more and never started; "
-                        f"queue it again: python -m launcher resume {run.folder}")
+    if job and not job.alive and not (again and last.get("job", 0) > job.id):
+        return _ended_unstarted(files, job, parents)
+    if status["state"] == "requeued" and not again:
+        return _unseen(files, status, job, trouble) if status["job"] else ("failed", f"{status['cause']}, but nobody does it")
+    if last and last["event"] == "submitted" and last["job"] not in files.disowned:
+        return _unseen(files, last, job, trouble)
     return "not submitted", ""
 
 
-def _last_event(run: Run, stage: str) -> dict | None:
-    """The last ledger event of a stage that says where it stands."""
-    events = [event for event in run.ledger() if event.get("stage") == stage]
-    return events[-1] if events else None
+def _silent(files: Files, stage: str, status: dict, job: Job | None, trouble: str) -> tuple[str, str]:
+    """A stage whose status.json says running while the queue shows no live job."""
+    if job and not job.alive:
+        how = f"job {job.id}: {job.ending}" + _last_output(files.run, stage, job.id)
+    elif status["job"]:
+        if trouble:
+            return "running", "as last heard of: the queue can't be asked"
+        how = f"job {status['job']} is gone from the queue" + (f"; sacct still says {job.state}" if job else "")
+        how += _last_output(files.run, stage, status["job"])
+    elif is_alive(status):
+        return "running", ""
+    else:
+        how = f"process {status['pid']} is gone"
+    return "failed", f"ended without a last word: {how}; python -m launcher resume {files.run.folder} goes on from its last checkpoint"
 
 
-def progress(run: Run, stage: Stage, made: StageState) -> None:
-    """Iteration, total, key numbers and time left from the end of metrics.jsonl."""
-    rows = _rows(run, stage.name)
-    if not rows:
-        return
-    made.iteration, made.total = rows[-1]["iteration"], rows[-1]["total"]
-    for name in stage.key_numbers:
-        values = [row[name] for row in rows if name in row]
-        if values:
-            made.numbers[name] = values[-1]
-    first = next((row for row in rows if row["time"] >= (made.started or 0)), rows[-1])
-    done, seconds = rows[-1]["iteration"] - first["iteration"], rows[-1]["time"] - first["time"]
-    if done > 0 and seconds > 0:
-        made.eta_s = (made.total - made.iteration) * seconds / done
+def _ended_unstarted(files: Files, job: Job, parents: str) -> tuple[str, str]:
+    """A job that ended and left no word of its own."""
+    if job.state == "CANCELLED":
+        if files.run.cancelled_since(0, job.id):
+            return "cancelled", f"job {job.id} was cancelled with the run (python -m launcher cancel)"
+        because = f" or because {parents} did not finish" if parents else ""
+        return "cancelled", f"job {job.id} was cancelled by hand{because}"
+    return "failed", f"job {job.id}: {job.ending}"
 
 
-def _rows(run: Run, stage: str) -> list[dict]:
-    """The last whole rows of metrics.jsonl that lie in its last TAIL_BYTES."""
-    try:
-        with open(run.stage(stage) / "metrics.jsonl", "rb") as file:
-            file.seek(0, 2)
-            start = max(0, file.tell() - TAIL_BYTES)
-            file.seek(start)
-            lines = file.read().decode(errors="replace").split("\n")
-    except FileNotFoundError:
-        return []
-    whole = lines[1 if start else 0:-1]
-    return [row for row in map(json.loads, whole) if "iteration" in row and "total" in row]
+def _unseen(files: Files, last: dict, job: Job | None, trouble: str) -> tuple[str, str]:
+    """Submitted, never started, and the queue shows no job of it."""
+    if trouble:
+        return "pending", f"job {last['job']} as last heard of: the queue can't be asked"
+    if job:
+        return "lost", (f"job {job.id} is not in the queue, though sacct still says {job.state}; "
+                        f"queue it again: python -m launcher resume {files.run.folder}")
+    return "lost", (f"job {last['job']} is not in the queue any more; "
+                    f"queue it again: python -m launcher resume {files.run.folder}")
+
+
+def _last_output(run: Run, stage: str, job: int) -> str:
+    """What the job's own output ends with: the last word of a supervisor that could not write status.json, or of Slurm."""
+    path = run.stage(stage) / "logs" / f"slurm-{job}.out"
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return f" (it said last: {last})" if last else ""
+
+
+def _silence(made: StageState) -> str:
+    """What to say of a running trainer that has logged nothing for long."""
+    far, now = made.progress, time.time()
+    if far.logged is None or made.started is None:
+        return ""
+    quiet = now - max(far.logged, made.started)
+    if quiet > SILENT_S and quiet > 5 / (far.speed or 1):
+        return f"no iteration logged for {quiet / 60:.0f} minutes"
+    return ""

@@ -1,4 +1,4 @@
-"""From a command line to a run folder: merge, check, prepare the data; take a finished stage back."""
+"""From a command line to a run folder: merge, check, prepare the data."""
 
 from __future__ import annotations
 
@@ -12,17 +12,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher import checks, manifest, sbatch, state
-from launcher.config import SECTIONS, Profile, build_plain, differences, layered
+from launcher import checks, manifest, sbatch, state, submission
+from launcher.config import SECTIONS, Profile, Resources, build_plain, differences, layered
 from launcher.pipeline import STAGES, Stage, full_tables, prepare_config, select, stage_config
-from launcher.run import Run, hash_of, iteration_folder, lock, write_json, write_text
+from launcher.run import Failed, Run, hash_of, lock, write_json, write_text
 from training.config import ConfigError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,60}")
-
-
-class Failed(RuntimeError):
-    """Something outside the user's command line went wrong; the message says what and where to look."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +32,28 @@ class Plan:
     profile: Profile
     reason: str
     """Why this profile."""
+    checked: checks.Checked
+    identity: dict
+    """Section ``run`` of the run's config.json."""
 
-    def resources(self, stage: Stage):
-        return getattr(build_plain("resources", self.tables["resources"]), stage.name)
+    def resources(self, stage: Stage) -> Resources:
+        return getattr(self.checked.resources, stage.name)
+
+    def written(self) -> dict:
+        """What config.json of the run will hold."""
+        return {"run": self.identity, "profile": dataclasses.asdict(self.profile), **self.tables}
+
+
+class Draft(Run):
+    """A run as it will be once its config.json is written."""
+
+    def __init__(self, made: Plan):
+        super().__init__(made.run.folder)
+        self.made = made
+
+    @property
+    def config(self) -> dict:
+        return self.made.written()
 
 
 def plan(target: str, recipe: str, files: list[Path], sets: list[str], name: str | None, runs: Path,
@@ -49,30 +64,36 @@ def plan(target: str, recipe: str, files: list[Path], sets: list[str], name: str
         raise ConfigError(f"--name {name!r}: a run's name has letters, digits, '.', '_' and '-' only, begins with a letter or digit "
                           "and is at most 61 long")
     run, stages = Run(runs / name), select(target, first, last)
-    tables = full_tables(run.folder, layered(recipe, files, sets))
-    checks.check(run.folder, tables, stages, chosen[0])
+    tables = full_tables(run.folder, layered(recipe, files, sets, chosen[0]))
+    checked = checks.check(run.folder, tables, stages, chosen[0])
     done: set[str] = set()
     if run.config_file.exists() and _begun(run):
         _check_same(run, tables)
         done = set(STAGES) - {stage.name for stage in manifest.left(run, list(STAGES.values()))}
     checks.check_parents(stages, done)
-    return Plan(run, tables, recipe, stages, *chosen)
+    known = run.config_file.exists()
+    identity = {"name": name, "id": run.id if known else f"{name}-{secrets.token_hex(4)}", "recipe": recipe, "profile": chosen[0].name,
+                "folder": str(run.folder)}
+    return Plan(run, tables, recipe, stages, *chosen, checked, identity)
 
 
 def create(made: Plan) -> Run:
-    """Write the run folder's configuration and prepare its data; repeating it changes nothing. Busy while another command does so."""
-    with lock(made.run.folder / ".prepare.lock"):
+    """Write the run folder's configuration and prepare its data; repeating it changes nothing. Waits for another command that does so."""
+    with submission.patient(lambda: lock(made.run.folder / ".prepare.lock")):
         return _create(made)
 
 
 def _create(made: Plan) -> Run:
     run = made.run
-    if run.config_file.exists() and run.config["run"]["profile"] != made.profile.name and (busy := _busy(run)):
+    if run.config_file.exists() and run.config["run"]["profile"] != made.profile.name and (busy := state.busy(run)):
         raise ConfigError(f"{', '.join(busy)} of {run.folder} is running or queued with profile {run.config['run']['profile']}; "
                           f"stop it first: python -m launcher cancel {run.folder}")
-    old = run.config["run"]["id"] if run.config_file.exists() else f"{run.folder.name}-{secrets.token_hex(4)}"
-    identity = {"name": run.folder.name, "id": old, "recipe": made.recipe, "profile": made.profile.name, "folder": str(run.folder)}
-    write_json(run.config_file, {"run": identity, "profile": dataclasses.asdict(made.profile), **made.tables})
+    written = made.written()
+    if run.config_file.exists():
+        written["run"]["id"] = run.id  # another command may have been first since the plan was made
+        if _begun(run):
+            _check_same(run, made.tables)
+    write_json(run.config_file, written)
     for name in STAGES:
         write_stage_config(run, name)
         done = run.stage(name) / "DONE.json"
@@ -107,55 +128,9 @@ def prepare(run: Run) -> None:
     write_json(marker, {"config_hash": hash_of(config), "files": files})
 
 
-def take_up(run: Run, stage: str | None, iteration: int | None) -> None:
-    """Check that a run can go on from here, and take ``stage`` back when one is named; ConfigError where that can't be."""
-    run.check_here()
-    if iteration is not None and stage is None:
-        raise ConfigError(f"--iteration {iteration} of which stage? add --stage, one of {', '.join(STAGES)}")
-    prepare(run)
-    if stage is None:
-        return
-    if busy := _busy(run):
-        raise ConfigError(f"{', '.join(busy)} of {run.folder} is running or queued; stop it first: python -m launcher cancel {run.folder}")
-    rewind(run, STAGES[stage], iteration)
-
-
-def _busy(run: Run) -> list[str]:
-    """Stages that run or are queued."""
-    return [row.stage for row in state.states(run)[0] if row.state in ("running", "pending", "requeued")]
-
-
-def rewind(run: Run, stage: Stage, iteration: int | None) -> None:
-    """Make ``stage`` run again, from ``iteration`` when one is given; what was built from it is moved aside whole.
-
-    The checkpoint becomes the stage's ``latest`` and newer ones are moved to checkpoints.N, so that a later attempt of
-    the same stage goes on from where it is then, not from this iteration once more.
-    """
-    present = run.checkpoint_iterations(stage.name)
-    if iteration is not None and iteration not in present:
-        shown = ", ".join(map(str, present)) or "none"
-        raise ConfigError(f"--iteration {iteration}: {stage.name} of {run.folder} has no such checkpoint; present: {shown}")
-    folder = run.stage(stage.name)
-    run.record("rewound", stage=stage.name, iteration=iteration)
-    if (folder / "DONE.json").exists():
-        run.set_aside(folder / "DONE.json")
-    if iteration is not None:
-        write_text(folder / "latest", f"{iteration}\n")
-        newer = [number for number in present if number > iteration]
-        for number in newer:
-            aside = folder / "checkpoints.aside"
-            aside.mkdir(exist_ok=True)
-            os.replace(folder / "checkpoints" / iteration_folder(number), _free(aside / iteration_folder(number)))
-    for later in descendants(stage):
-        if run.iteration(later.name) is not None or (run.stage(later.name) / "DONE.json").exists():
-            _begin_again(run, later)
-
-
 def render_all(made: Plan) -> dict[str, str]:
-    """Stage -> text of its batch script; writes nothing."""
-    run = made.run
-    if not run.config_file.exists():
-        return {stage.name: sbatch.script(sbatch.committed_request(stage, made.resources(stage))) for stage in made.stages}
+    """Stage -> text of its batch script, as it will be queued; writes nothing."""
+    run = Draft(made)
     return {stage.name: sbatch.script(sbatch.stage_request(run, stage, made.resources(stage), made.profile)) for stage in made.stages}
 
 
@@ -187,31 +162,3 @@ def _check_same(run: Run, tables: dict) -> None:
         raise ConfigError(f"{run.folder} was submitted with another configuration:\n  " + "\n  ".join(changed) +
                           f"\ngive the new one its own run with --name, or go on with the old one: python -m launcher resume {run.folder}")
     run.check_here()
-
-
-def move_stale_aside(run: Run, todo: list[Stage]) -> None:
-    """A stage that has to run although it has a manifest was built from parents that are no more: it begins anew."""
-    for stage in todo:
-        if (run.stage(stage.name) / "DONE.json").exists():
-            _begin_again(run, stage)
-
-
-def _begin_again(run: Run, stage: Stage) -> None:
-    aside = run.set_aside(run.stage(stage.name))
-    run.record("set aside", stage=stage.name, folder=aside.name)
-    write_stage_config(run, stage.name)
-
-
-def descendants(stage: Stage) -> list[Stage]:
-    found = {stage.name}
-    for other in STAGES.values():
-        if found & set(other.parents):
-            found.add(other.name)
-    return [other for other in STAGES.values() if other.name in found and other is not stage]
-
-
-def _free(path: Path) -> Path:
-    number = 0
-    while (target := path.with_name(f"{path.name}.{number}") if number else path).exists():
-        number += 1
-    return target

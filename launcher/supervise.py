@@ -1,27 +1,37 @@
 """``python -m launcher.supervise RUN STAGE``: run one stage inside its job, outside its ranks.
 
-Checks the parents' manifests, starts the ranks, passes USR1 and TERM on to them, and turns how they ended into DONE.json, another
-attempt, or a failure with its cause. The exit code is the stage's: 0 done, 75 queued again, others failed.
+Checks the parents' manifests, the stage's own last checkpoint and the nodes, starts the ranks, tells them to save in time, and turns
+how they ended into DONE.json, another attempt, or a failure with its cause. The exit code is the stage's: 0 done, 75 queued
+again, others failed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
-from launcher import manifest, nccl, probe
+from launcher import deadline, hashes, manifest, nccl, preflight, probe, requeue, secrets
+from launcher.attempt import Attempt
 from launcher.config import build_plain
+from launcher.endings import REASONS, SAVED, Class, Facts, Verdict, classify, shown
 from launcher.manifest import Refused
 from launcher.pipeline import STAGES, Stage
-from launcher.ranks import SAVED, Ending, LocalRanks, Log, SlurmRanks, stage_command
-from launcher.run import Busy, Run, lock, this_process
+from launcher.profile import Profile
+from launcher.ranks import LocalRanks, Log, SlurmRanks, job_port, stage_command
+from launcher.run import Busy, Run, lock, this_process, write_text
 from training.config import ConfigError
 
-CANCELLED = 143
-"""Exit code after a TERM: 128 + SIGTERM."""
+ENDED = 143
+"""Exit code after a TERM or STOP: 128 + SIGTERM."""
+RESERVE_BYTES = 256 * 1024
+"""Size of a file that is given up at the end, so that the last words find room on a disk that the stage has filled."""
+LOCK_S = 900
+"""Seconds for which a job waits for an earlier one of the same stage that its node or controller has forgotten to end."""
 
 
 class Supervisor:
@@ -29,32 +39,37 @@ class Supervisor:
 
     def __init__(self, run: Run, stage: Stage, job: int | None):
         self.run, self.stage, self.job = run, stage, job
-        self.config = run.config
-        self.attempt = run.status(stage.name)["attempt"]
-        self.ranks: LocalRanks | SlurmRanks | None = None
-        self.signals: list[int] = []
+        self.config, self.profile = run.config, Profile(**run.config["profile"])
+        self.resources = getattr(build_plain("resources", self.config["resources"]), stage.name)
+        self.number, self.began = run.status(stage.name)["attempt"], time.time()
+        self.attempt = self.new_attempt()
+        self.before: int | None = None
+        self.reserve = run.stage(stage.name) / ".reserve"
+
+    def new_attempt(self) -> Attempt:
+        lead_s = min(self.profile.signal_lead_s, self.resources.minutes * 15)
+        return Attempt(self.run, self.stage, self.job, self.profile.stall_minutes, lead_s, say)
 
     def main(self) -> int:
         """Attempts until the stage is done, has failed or waits in the queue again; returns the exit code."""
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.on_signal)
-        if self.job:
-            self.claim_job()
         try:
+            if self.job:
+                self.claim_job()
             if self.is_done():
                 return 0
-            for parent in self.stage.parents:
-                manifest.verify(self.run, STAGES[parent])
+            self.settle_unfinished()
             while True:
-                state, cause, code = self.one_attempt()
-                self.end(state, cause)
-                if state != "requeued":
+                verdict = self.one_attempt()
+                state, code = self.decide(verdict)
+                if state != "requeued" or self.job:
                     return code
-                if self.job:
-                    return self.requeue()
-        except (Refused, probe.SlurmError) as error:
-            self.end("failed", str(error))
-            return 1
+                self.attempt = self.new_attempt()
+        except Refused as error:
+            return self.end("failed", Verdict(Class.REFUSED, str(error)))
+        except (probe.SlurmError, ConfigError) as error:
+            return self.end("failed", Verdict(Class.BAD_CONFIG if isinstance(error, ConfigError) else Class.BUG, str(error)))
 
     def is_done(self) -> bool:
         """True when there is nothing to do; raises Refused when the parents changed since this stage was done."""
@@ -66,68 +81,152 @@ class Supervisor:
         say(f"{self.stage.name} is already done: nothing to do")
         return True
 
-    def one_attempt(self) -> tuple[str, str, int]:
-        """Run the ranks once; (state, cause, exit code)."""
-        self.attempt += 1
-        folder, resources = self.run.stage(self.stage.name), getattr(build_plain("resources", self.config["resources"]), self.stage.name)
-        log = Log(folder / "logs" / f"attempt_{self.attempt}.log")
-        started, before = time.time(), self.run.iteration(self.stage.name)
-        identity = {"attempt": self.attempt, "job": self.job, **this_process()}
-        self.run.write_status(self.stage.name, state="running", cause="", started=started, ended=None, iteration=before, **identity)
-        self.run.record("started", stage=self.stage.name, iteration=before, **identity)
-        say(f"{self.stage.name} attempt {self.attempt}: {resources.nodes} node(s) x {resources.ranks_per_node} rank(s), log {log.path}")
-        lines = nccl.environment(self.config["profile"], resources.ranks)
-        for name, value, reason in lines:
-            log.write("launcher", f"{name}={value}  # {reason}")
-        environment = {name: value for name, value, _ in lines}
+    def settle_unfinished(self) -> None:
+        """An attempt that was killed with its supervisor (node, kill -9, KillWait) could not say so; its end is noted now."""
+        status = self.run.status(self.stage.name)
+        known = {event["attempt"] for event in self.run.ledger() if event.get("stage") == self.stage.name and event["event"] != "started"
+                 and "attempt" in event}
+        if not status["attempt"] or status["attempt"] in known:
+            return
+        kind = status.get("class") if status["state"] != "running" else None
+        kind = kind or (Class.NODE_FAILURE.value if self.job and self.job == status.get("job") else Class.KILLED.value)
+        self.run.record("requeued", stage=self.stage.name, attempt=status["attempt"], job=status.get("job"), began=status.get("began"),
+                        iteration=self.run.iteration(self.stage.name), cause="ended without a last word", **{"class": kind})
+
+    def one_attempt(self) -> Verdict:
+        """Check what the ranks need, run them once, say how they ended."""
+        name, folder = self.stage.name, self.run.stage(self.stage.name)
+        self.number, self.began = self.number + 1, time.time()
+        write_text(folder / ".attempt", f"{self.number}\n")  # ranks of an earlier attempt that still live save no more
+        self.drop_damaged()
+        self.before = self.run.iteration(name)
+        identity = {"attempt": self.number, "job": self.job, **this_process()}
+        self.run.write_status(name, state="running", cause="", started=self.began, ended=None, iteration=self.before, began=self.before,
+                              rank=None, lines=[], advice="", **identity, **{"class": ""})
+        self.run.record("started", stage=name, iteration=self.before, **identity)
+        if (self.run.folder / "STOP").exists():
+            return Verdict(Class.STOPPED, "the file STOP is in the run folder: nothing was started", code=ENDED)
+        for parent in self.stage.parents:
+            manifest.verify(self.run, STAGES[parent], name)
+        keys = secrets.read(self.profile.secrets) if self.profile.secrets else {}
+        log = Log(folder / "logs" / f"attempt_{self.number}.log", keys)
+        say(f"{name} attempt {self.number}: {self.resources.nodes} node(s) x {self.resources.ranks_per_node} rank(s), log {log.path}")
+        self.reserve.write_bytes(b"." * RESERVE_BYTES)
+        lines = nccl.environment(self.config["profile"], self.resources.ranks)
+        for variable, value, reason in lines:
+            log.write("launcher", f"{variable}={value}  # {reason}")
+        environment = {**{variable: value for variable, value, _ in lines}, **keys, "CONVOY_ATTEMPT": str(self.number)}
         command = stage_command(self.stage.module, folder / "config.json")
-        if self.job:
-            self.ranks = SlurmRanks(log, command, resources.nodes, resources.ranks_per_node, environment)
-        else:
-            self.ranks = LocalRanks(log, command, resources.ranks, environment)
-        for number in self.signals:  # came before there was a rank to pass it on to
-            self.ranks.pass_on(number)
-        ending = self.ranks.wait()
-        return self.classify(ending, before, started)
+        if not self.job:
+            return self.judge(LocalRanks(log, command, self.resources.ranks, environment))
+        hosts = preflight.hosts(self.resources)
+        if self.profile.preflight:
+            report = preflight.run(self.run, self.stage, self.profile, self.resources, hosts, environment, log)
+            if report.bad and not self.goes_on():  # the checks were cut off: their silence says nothing about the nodes
+                return self.interrupted()
+            for node, reason in report.bad.items():
+                say(f"bad node {node}: {reason}")
+                self.run.record("bad node", stage=name, node=node, reason=reason, job=self.job)
+            if report.verdict:
+                return report.verdict
+            hosts = report.good
+        hosts = hosts[:self.resources.nodes]
+        environment = {"MASTER_ADDR": preflight.address(hosts[0]), **environment}
+        environment["MASTER_PORT"] = str(job_port(self.job, os.environ.get("SLURMD_NODENAME") == hosts[0]))
+        return self.judge(SlurmRanks(log, command, hosts, self.resources.ranks_per_node, environment, self.profile))
 
-    def classify(self, ending: Ending, before: int | None, started: float) -> tuple[str, str, int]:
-        """What follows from how the ranks ended: (state, cause, exit code)."""
-        after = self.run.iteration(self.stage.name)
-        if ending.code == 0:
+    def goes_on(self) -> bool:
+        """Whether this job still runs, and nobody has told it to end; Slurm may end a step a moment before it tells us."""
+        try:
+            self.attempt.terminated |= deadline.ask(self.job).state != "RUNNING"
+        except probe.SlurmError:
+            time.sleep(1)
+        return not (self.attempt.asked or self.attempt.terminated)
+
+    def interrupted(self) -> Verdict:
+        """Told to end before there was a rank."""
+        self.attempt.settle_fate()
+        kind = self.attempt.fate or self.attempt.asked or Class.CANCELLED
+        return Verdict(kind, f"{REASONS[kind]} before its ranks started; last checkpoint: {shown(self.before)}", code=ENDED)
+
+    def judge(self, ranks: LocalRanks | SlurmRanks) -> Verdict:
+        """Wait for the ranks; what became of them."""
+        attempt, name = self.attempt, self.stage.name
+        ended = attempt.wait(ranks)
+        if not ended:
             try:
-                manifest.write(self.run, self.stage, manifest.make(self.run, self.stage, self.attempt, started))
+                made = manifest.make(self.run, self.stage, self.number, self.began)
             except Refused as refused:
-                return "failed", str(refused), 1
-            return "done", "", 0
-        if signal.SIGTERM in self.signals and not self.preempted():
-            return "cancelled", f"told to stop (SIGTERM); last checkpoint: iteration {after}", CANCELLED
-        if ending.code == SAVED:
-            if (after or 0) > (before or 0):
-                return "requeued", f"saved iteration {after} and goes on", SAVED
-            return "failed", f"no progress: the attempt began and ended at iteration {before}; it would do so again", 1
-        cause = ending.cause()
-        if signal.SIGUSR1 in self.signals:
-            cause = f"reached its time limit and ended without saving ({cause}); raise resources.{self.stage.name}.minutes"
-        return "failed", cause, ending.code if ending.code > 0 else 128 - ending.code
+                return Verdict(Class.REFUSED if "sha256" in str(refused) else Class.BUG, str(refused))
+            manifest.write(self.run, self.stage, made)
+            return Verdict(Class.DONE, "", code=0)
+        attempt.settle_fate()  # a TERM may have ended the ranks before its reason was known
+        fate = attempt.fate
+        told = all(one.code in (SAVED, -signal.SIGTERM, 143) for one in ended)
+        if self.job and fate is None and attempt.asked is None and (told or ranks.log.lost_node()):
+            fate = self.silent_fate()
+        facts = Facts(name, ended, list(ranks.log.lines["srun"]), attempt.asked, fate, attempt.hung_minutes, self.before,
+                      self.run.iteration(name))
+        return classify(facts)
 
-    def preempted(self) -> bool:
-        """After a TERM: is this job still running for Slurm? Then only its tasks were told to make room, and it may queue itself again."""
-        return self.job is not None and probe.call("squeue", "-h", "-j", str(self.job), "-o", "%T").strip() == "RUNNING"
+    def silent_fate(self) -> Class | None:
+        """With GraceTime only the tasks are told of a preemption, and nobody is where Slurm has lost the node and queued the job again."""
+        try:
+            facts = deadline.ask(self.job)
+        except probe.SlurmError:
+            return None
+        if facts.restarts > int(os.environ.get("SLURM_RESTART_COUNT", 0)):
+            self.attempt.requeued = True
+            return Class.NODE_FAILURE
+        if facts.state == "CANCELLED":  # the tasks hear of it before we do
+            return Class.CANCELLED
+        return Class.PREEMPTED if facts.preempted else None
 
-    def requeue(self) -> int:
-        """Put this job back into the queue; Slurm then ends it and starts it again under the same id."""
-        probe.call("scontrol", "requeue", str(self.job))
-        return SAVED
+    def drop_damaged(self) -> None:
+        """Go on from the newest checkpoint that is whole; newer ones that are not are moved aside."""
+        good, bad = hashes.newest_intact(self.run, self.stage.name) if self.stage.trainer else (None, {})
+        if bad:
+            requeue.set_aside(self.run, self.stage, good, bad)
+            for iteration, reason in bad.items():
+                say(f"checkpoint {iteration} is damaged and moved aside: {reason}")
 
-    def end(self, state: str, cause: str) -> None:
+    def decide(self, verdict: Verdict) -> tuple[str, int]:
+        """Done, once more, or failed: (state, exit code); written to status and ledger."""
+        if verdict.kind is Class.DONE:
+            return "done", self.end("done", verdict)
+        if self.attempt.requeued:  # Slurm has done it
+            return "requeued", self.end("requeued", replace(verdict, code=SAVED))
+        if verdict.kind in (Class.CANCELLED, Class.STOPPED):
+            return verdict.kind.value, self.end(verdict.kind.value, replace(verdict, code=ENDED))
+        if verdict.again:
+            verdict = requeue.refuse(self.run, self.stage, self.profile, verdict, self.before) or verdict
+        if not verdict.again:
+            return "failed", self.end("failed", verdict)
+        if self.job and self.run.cancelled_since(self.began, self.job):
+            return "cancelled", self.end("cancelled", replace(verdict, kind=Class.CANCELLED, code=ENDED))
+        self.end("requeued", verdict)  # written first: Slurm ends this job at once
+        if self.job:
+            requeue.back_to_queue(self.job, preflight.excluded(self.run, self.job), say)
+        return "requeued", SAVED
+
+    def end(self, state: str, verdict: Verdict) -> int:
+        """Write how the attempt ended; the exit code."""
         name = self.stage.name
+        self.reserve.unlink(missing_ok=True)
         iteration = self.run.iteration(name)
-        self.run.write_status(name, state=state, cause=cause, ended=time.time(), iteration=iteration, attempt=self.attempt, job=self.job)
-        self.run.record(state, stage=name, attempt=self.attempt, cause=cause, iteration=iteration, job=self.job)
-        say(f"{name} {state}{f': {cause}' if cause else ''}")
+        shared = {"cause": verdict.cause, "iteration": iteration, "attempt": self.number, "job": self.job, "class": verdict.kind.value}
+        self.run.write_status(name, state=state, ended=time.time(), advice="" if state in ("done", "requeued") else verdict.advice(name),
+                              rank=verdict.rank, lines=list(verdict.lines), **shared)
+        self.run.record(state, stage=name, began=self.before, **shared)
+        say(f"{name} {state}{f': {verdict.cause}' if verdict.cause else ''}")
+        return verdict.code
 
     def claim_job(self) -> None:
         """Mark this job as ours in the queue: one submitted by hand from slurm/<stage>.sbatch does not carry the run's id yet."""
+        if self.job in self.run.disowned():
+            raise Refused(f"job {self.job} was declared dead by resume --take-over: it must not touch the run again")
+        if "sweep" in self.config["run"]:
+            return  # an element of a job array is found by the array's name and its own index
         try:
             probe.call("scontrol", "update", f"jobid={self.job}", f"comment={probe.comment(self.run.id, self.stage.name)}",
                        f"name={self.run.id}.{self.stage.name}")
@@ -135,17 +234,33 @@ class Supervisor:
             say(f"could not mark job {self.job} as this run's ({error}); status will not find it in the queue")
 
     def on_signal(self, number: int, _frame) -> None:
-        """USR1 (time limit ahead) and TERM reach the ranks, which save at the step's end and exit 75."""
-        say(f"{signal.Signals(number).name} received: the ranks are told to save")
-        # under Slurm slurmd has sent the TERM to the tasks too, and srun would take one as an order to kill them
-        number = signal.SIGTERM if number == signal.SIGINT else signal.Signals(number)
-        self.signals.append(number)
-        if self.ranks:
-            self.ranks.pass_on(signal.SIGUSR1 if self.job else number)
+        """USR1 (time limit ahead), TERM and Ctrl-C."""
+        say(f"{signal.Signals(number).name} received")
+        self.attempt.signalled(signal.SIGTERM if number == signal.SIGINT else number)
 
 
 def say(text: str) -> None:
-    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", flush=True)
+    now = time.time()
+    print(f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(now))}.{int(now * 1000) % 1000:03d} {text}", flush=True)
+
+
+@contextlib.contextmanager
+def lock_when_free(path: Path, seconds: float):
+    """``lock(path)``, waiting for its holder for so long: an orphan of a lost slurmd or controller may be about to finish."""
+    deadline_s, told = time.monotonic() + seconds, False
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(lock(path))
+                break
+            except Busy:
+                if time.monotonic() > deadline_s:
+                    raise
+            if not told:
+                say(f"another process holds {path}: it is waited for, at most {seconds:.0f} s")
+                told = True
+            time.sleep(0.5)
+        yield
 
 
 def main(arguments: list[str]) -> int:
@@ -157,8 +272,9 @@ def main(arguments: list[str]) -> int:
     try:
         run = Run.open(Path(arguments[0]))
         run.check_here()
-        with lock(run.stage(name) / ".lock"):
-            return Supervisor(run, STAGES[name], int(os.environ["SLURM_JOB_ID"]) if "SLURM_JOB_ID" in os.environ else None).main()
+        job = int(os.environ["SLURM_JOB_ID"]) if "SLURM_JOB_ID" in os.environ else None
+        with lock_when_free(run.stage(name) / ".lock", LOCK_S if job else 0):
+            return Supervisor(run, STAGES[name], job).main()
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return os.EX_USAGE

@@ -1,17 +1,31 @@
 """A stage program for tests of the launcher, standard library only: it keeps a stage's contract (checkpoints, latest, metrics.jsonl, exit
 codes, signals) and misbehaves as ``behaviour.json`` in the working directory says:
 
-  fail_at N      raise at iteration N on rank ``rank`` (default 0), until the file ``mended`` exists
+  fail_at N      raise at iteration N on rank ``rank`` (default 0), until the file ``mended`` exists;
+                 with ``fail_in NAME`` only in the run of this name
   exit N         end with this exit code at the start
   pause_at N     save and exit 75 on reaching iteration N
   stuck true     exit 75 without having saved anything
   step_s S       seconds an iteration takes
   omit true      exit 0 without writing what the stage is for
+  signal_at N    end by signal ``signal`` (default 9) at iteration N on rank ``rank``, once; ``exit_at N``: by os._exit(``code``, default 0)
+  hang_at N      rank ``rank`` answers no more from iteration N on, once; the others end with gloo's message after ``timeout_s`` (default 2)
+  deaf true      TERM, USR1 and USR2 are not heeded
+  big_at N       the checkpoint of this iteration is larger than a limit of 100 kB a file, until the file ``mended`` exists
+  save_every N   iterations between checkpoints (default 1)
+  lines N        lines that each rank prints in an iteration
+  say NAME       print the value of this environment variable
+
+Iterations that a checkpoint holds are noted in ``executed.jsonl`` of the working directory, outside the run, so that a test can tell
+whether one was lost or run twice. Rank 0 listens on MASTER_PORT as a real one does.
 """
 
+import hashlib
 import json
 import os
+import resource
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -27,10 +41,22 @@ def write(path: Path, text: str) -> None:
     os.replace(aside, path)
 
 
-def save(output: Path, iteration: int, models: list[str]) -> None:
+def save(output: Path, iteration: int, models: list[str], padding: int = 0) -> None:
+    folder, text = output / "checkpoints" / f"iter_{iteration:07d}", f"{output.name} {iteration}{' ' * padding}"
+    newest = output / ".attempt"
+    if newest.exists() and newest.read_text().strip() != os.environ["CONVOY_ATTEMPT"]:
+        raise OSError(f"attempt {newest.read_text().strip()} has begun")  # as training.checkpoint.publish
     for model in models:
-        write(output / "checkpoints" / f"iter_{iteration:07d}" / model / "weights", f"{output.name} {iteration}")
+        write(folder / model / "weights", text)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    write(folder / "SHA256", "".join(f"{digest}  {model}/weights\n" for model in models))
     write(output / "latest", f"{iteration}\n")
+
+
+def note(output: Path, iterations: list[int]) -> None:
+    with open("executed.jsonl", "a") as file:
+        file.write("".join(json.dumps({"run": output.parent.name, "stage": output.name, "iteration": number, "pid": os.getpid()}) + "\n"
+                           for number in iterations))
 
 
 def pause(rank: int) -> None:
@@ -38,21 +64,71 @@ def pause(rank: int) -> None:
     sys.exit(75)
 
 
+def first_time(output: Path, what: str) -> bool:
+    """Whether this misdeed has not been done yet: a later attempt of the stage is spared it."""
+    try:
+        Path(f"{output.parent.name}.{output.name}.{what}").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def misbehave(output: Path, behaviour: dict, iteration: int, rank: int) -> None:
+    """What is to go wrong at this iteration on this rank."""
+    mine = behaviour.get("rank", 0) == rank
+    here = behaviour.get("fail_in", output.parent.name) == output.parent.name
+    if behaviour.get("fail_at") == iteration and mine and here and not Path("mended").exists():
+        raise RuntimeError(f"loss is nan at iteration {iteration}")
+    if behaviour.get("signal_at") == iteration and mine and first_time(output, "signal"):
+        os.kill(os.getpid(), behaviour.get("signal", signal.SIGKILL))
+    if behaviour.get("exit_at") == iteration and mine and first_time(output, "exit"):
+        os._exit(behaviour.get("code", 0))
+    if behaviour.get("hang_at") == iteration and (mine and first_time(output, "hang") or not mine):
+        hang(output, behaviour, mine)
+
+
+def hang(output: Path, behaviour: dict, mine: bool) -> None:
+    marker = Path(f"{output.parent.name}.{output.name}.hung")
+    if mine:
+        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        marker.touch()
+        time.sleep(3600)
+    time.sleep(0.3)
+    if marker.exists():
+        marker.unlink()
+        seconds = behaviour.get("timeout_s", 2)
+        time.sleep(seconds)
+        raise RuntimeError(f"[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting {seconds * 1000}ms for "
+                           "recv operation to complete")
+
+
 def train(output: Path, total: int, rank: int, behaviour: dict) -> None:
-    for number in (signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(number, lambda number, _frame: told.append(number))
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN if behaviour.get("deaf") else lambda number, _frame: told.append(number))
     start = int((output / "latest").read_text()) if (output / "latest").exists() else 0
     if behaviour.get("stuck"):
         pause(rank)
+    unsaved = []
     for iteration in range(start + 1, total + 1):
         time.sleep(behaviour.get("step_s", 0))
-        if behaviour.get("fail_at") == iteration and behaviour.get("rank", 0) == rank and not Path("mended").exists():
-            raise RuntimeError(f"loss is nan at iteration {iteration}")
-        stop = told or behaviour.get("pause_at") == iteration
+        misbehave(output, behaviour, iteration, rank)
+        unsaved.append(iteration)
+        for number in range(behaviour.get("lines", 0)):
+            print(f"iteration {iteration} line {number}")
+        stop = {signal.SIGUSR1, signal.SIGTERM} & set(told) or behaviour.get("pause_at") == iteration
+        asked = signal.SIGUSR2 in told
+        told[:] = [number for number in told if number != signal.SIGUSR2]
         if rank == 0:
             with open(output / "metrics.jsonl", "a") as file:
                 file.write(json.dumps({"iteration": iteration, "total": total, "time": time.time(), "loss": 1 / iteration}) + "\n")
-            save(output, iteration, TRAINERS[output.name])
+            if stop or asked or iteration == total or iteration % behaviour.get("save_every", 1) == 0:
+                big = behaviour.get("big_at") == iteration and not Path("mended").exists()
+                if big:
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+                save(output, iteration, TRAINERS[output.name], 200_000 * big)
+                note(output, unsaved)
+                unsaved = []
         if stop:
             pause(rank)
 
@@ -66,6 +142,11 @@ def main() -> None:
              "SLURM_CPUS_PER_TASK")
     write(output / f"rank_{rank}.json", json.dumps({"pid": os.getpid(), **{name: os.environ.get(name) for name in names}}))
     print(f"{output.name} rank {rank} of {os.environ['WORLD_SIZE']}")
+    if "say" in behaviour:
+        print(f"{behaviour['say']} is {os.environ.get(behaviour['say'])}")
+    if rank == 0:
+        listener = socket.create_server(("", int(os.environ["MASTER_PORT"])))  # noqa: F841 - held until the end
+    socket.getaddrinfo(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     if "exit" in behaviour:
         print("error: told to end", file=sys.stderr)
         sys.exit(behaviour["exit"])
@@ -73,7 +154,8 @@ def main() -> None:
         return
     if output.name in TRAINERS:
         train(output, config["iterations"], rank, behaviour)
-    elif output.name == "convert":
+        return
+    if output.name == "convert":
         time.sleep(behaviour.get("step_s", 0))
         save(output, 0, ["model"])
     elif output.name == "export":
@@ -84,6 +166,8 @@ def main() -> None:
         for name in ("results.json", "table.md", "table.csv", "model_answer/sft.jsonl"):
             write(output / name, name)
         write(Path(config["paths"]["report"]), "<html>")
+    if rank == 0:
+        note(output, [0])
 
 
 if __name__ == "__main__":

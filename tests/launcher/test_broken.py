@@ -40,7 +40,7 @@ def test_a_failed_rank_counts_although_the_log_can_t_be_written(tmp_path):
     log.file.close()
     log.file = open("/dev/full", "w", buffering=1)  # noqa: SIM115 - closed by wait(): every write raises ENOSPC
     command = [sys.executable, "-c", "print('word'); raise SystemExit(3)"]
-    assert LocalRanks(log, command, 1, {}).wait().code == 3
+    assert LocalRanks(log, command, 1, {}).wait(lambda: None)[0].code == 3
 
 
 def test_a_lost_report_is_made_again_by_the_same_command(project):

@@ -1,14 +1,21 @@
 """Mistakes that are found before anything is queued, each with its fix."""
 
+import gzip
 import json
+import math
+import os
+import struct
+import zipfile
 from pathlib import Path
 
 import pytest
 
-from launcher import checks, cluster
+from launcher import checks, cluster, storage
 from launcher.config import layered
-from launcher.pipeline import FULL, full_tables, select
+from launcher.pipeline import FULL, full_tables, select, stage_config
 from training.config import ConfigError
+
+GOOD_ROW = b'{"query": "q", "response": ["a", "b"], "score": [1, 0]}\n'
 
 
 def check(*sets, profile="local", recipe="bloom-tiny", last=None):
@@ -16,13 +23,34 @@ def check(*sets, profile="local", recipe="bloom-tiny", last=None):
     checks.check(run, full_tables(run, layered(recipe, [], list(sets))), select(FULL, None, last), cluster.load(profile))
 
 
-def checkpoint(folder: Path, **changes) -> str:
-    """A Hugging Face folder with BLOOM-560m's shape, under the names of its published config.json, and no real weights."""
+def safetensors(path: Path, tensors: dict[str, list[int]]) -> None:
+    """A whole file of bf16 tensors, its data a hole in the file."""
+    offset, header = 0, {}
+    for name, shape in tensors.items():
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, offset := offset + 2 * math.prod(shape)]}
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text)
+    os.truncate(path, 8 + len(text) + offset)
+
+
+def checkpoint(folder: Path, shards: int = 1, **changes) -> str:
+    """A Hugging Face folder with BLOOM-560m's shape, under the names of its published config.json; a few tensors a layer."""
     published = {"model_type": "bloom", "n_embed": 1024, "num_attention_heads": 16, "n_layer": 24, "vocab_size": 250880,
                  "layer_norm_epsilon": 1e-5}
     (folder / "config.json").write_text(json.dumps(published | changes))
-    (folder / "tokenizer.json").write_text("{}")
-    (folder / "model.safetensors").touch()
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "<pad>": 3, "a": 4}
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "vocab": vocabulary}, "added_tokens": []}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "pad_token": "<pad>"}))
+    tensors = {"word_embeddings.weight": [250880, 1024], **{f"h.{layer}.input_layernorm.weight": [1024] for layer in range(24)}}
+    if shards == 1:
+        safetensors(folder / "model.safetensors", tensors)
+    else:
+        names = list(tensors)
+        parts = {f"model-{at + 1:05d}-of-{shards:05d}.safetensors": names[at::shards] for at in range(shards)}
+        for name, held in parts.items():
+            safetensors(folder / name, {tensor: tensors[tensor] for tensor in held})
+        weight_map = {tensor: name for name, held in parts.items() for tensor in held}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return f"model.checkpoint={folder}"
 
 
@@ -31,9 +59,10 @@ def test_demo_passes():
 
 
 @pytest.mark.parametrize("sets, message", [
-    (["sft.tensor_parallel=4", "resources.sft.gpus_per_node=8"], "the model's 6 heads can't be divided"),
+    (["sft.tensor_parallel=4", "resources.sft.gpus_per_node=8"],
+     "sft.tensor_parallel = 4 does not divide the model's 6 attention heads; choose one of 1, 2, 3, 6; with --set sft.KEY=VALUE"),
     (["rlhf.pipeline_parallel=8", "resources.rlhf.gpus_per_node=8"],
-     r"4 layers can.t be divided by it; set --set rlhf.pipeline_parallel=4"),
+     r"rlhf.pipeline_parallel = 8 is more than the model's 4 layers; choose any from 1 to 4"),
     (["convert.tensor_parallel=5"], "convert.tensor_parallel = 5"),
     (["resources.sft.gpus_per_node=3"], "3 ranks can't be divided into tensor_parallel 1 x pipeline_parallel 2"),
     (["sft.global_batch_size=48", "sft.micro_batch_size=16", "resources.sft.gpus_per_node=4"],
@@ -58,24 +87,145 @@ def test_request_beyond_the_site_is_refused(key, value, limit):
 def test_shape_comes_from_the_checkpoint(tmp_path):
     check(checkpoint(tmp_path), "sft.tensor_parallel=16", "sft.pipeline_parallel=1", "resources.sft.gpus_per_node=8",
           "resources.sft.nodes=2", profile="a100", last="sft")
-    with pytest.raises(ConfigError, match="the model's 16 heads"):
+    with pytest.raises(ConfigError, match="the model's 16 attention heads"):
         check(checkpoint(tmp_path), "convert.tensor_parallel=3", last="convert")
 
 
-def test_checkpoint_must_be_a_whole_bloom(tmp_path):
+def test_every_mistake_is_named_at_once():
+    with pytest.raises(ConfigError) as refused:
+        check("sft.tensor_parallel=4", "resources.sft.gpus_per_node=8", "data.source=absent.jsonl", "reward.load_iteration=70")
+    said = str(refused.value)
+    assert said.startswith("3 mistakes:\n1. data.source = 'absent.jsonl'")
+    assert "\n2. reward.load_iteration" in said and "6 attention heads" in said
+
+
+def test_a_folder_that_is_no_bloom(tmp_path):
     with pytest.raises(ConfigError, match="model_type = 'llama'"):
         check(checkpoint(tmp_path, model_type="llama"))
     setting = checkpoint(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(ConfigError, match=r"no \*.safetensors"):
+    with pytest.raises(ConfigError, match=r"no weights in .*expected model.safetensors, or pytorch_model.bin"):
         check(setting)
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(ConfigError, match="tokenizer.json does not exist"):
         check(setting)
 
 
+def cut(folder: Path) -> None:
+    path = folder / "model-00002-of-00003.safetensors"
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def no_header(folder: Path) -> None:
+    os.truncate(folder / "model-00001-of-00003.safetensors", 5)
+
+
+def lost_shard(folder: Path) -> None:
+    (folder / "model-00003-of-00003.safetensors").unlink()
+
+
+def lost_tensor(folder: Path) -> None:
+    safetensors(folder / "model-00003-of-00003.safetensors", {"h.1.input_layernorm.weight": [1024]})
+
+
+def pointer(folder: Path) -> None:
+    (folder / "model-00001-of-00003.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+
+
+def short_index(folder: Path) -> None:
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"] = {name: file for name, file in index["weight_map"].items() if ".h.7." not in f".{name}"}
+    path.write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("damage, message", [
+    (cut, r"model-00002-of-00003.safetensors has \d+ bytes, its header says \d+: truncated"),
+    (no_header, r"\(5 bytes\) is no safetensors file, or was cut off"),
+    (lost_shard, r"model-00003-of-00003.safetensors is missing, .*names it \(shard 3 of 3\)"),
+    (lost_tensor, "says that model-00003-of-00003.safetensors holds h.4.input_layernorm.weight, it does not"),
+    (pointer, "is a git-LFS pointer"),
+    (short_index, "says 24 layers; the weights lack layers 7"),
+])
+def test_damaged_weights_are_found_without_reading_them(damage, message, tmp_path):
+    setting = checkpoint(tmp_path, shards=3)
+    check(setting, last="convert")
+    damage(tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        check(setting, last="convert")
+
+
+def test_weights_of_another_shape(tmp_path):
+    with pytest.raises(ConfigError, match=r"word_embeddings.weight is \[250880, 1024\], config.json says \[250881, 1024\]"):
+        check(checkpoint(tmp_path, vocab_size=250881), last="convert")
+
+
+def test_weights_of_torch_are_taken_where_the_archive_is_whole(tmp_path):
+    setting = checkpoint(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with zipfile.ZipFile(tmp_path / "pytorch_model.bin", "w") as archive:
+        archive.writestr("archive/data.pkl", b"never unpickled")
+    check(setting, last="convert")
+    os.truncate(tmp_path / "pytorch_model.bin", 20)
+    with pytest.raises(ConfigError, match="pytorch_model.bin is no whole torch archive: truncated"):
+        check(setting, last="convert")
+
+
+@pytest.mark.parametrize("file, content, message", [
+    ("tokenizer_config.json", {"eos_token": "</s>", "pad_token": "</s>"}, r"the padding token of .* is its EOS token \(id 2\)"),
+    ("tokenizer_config.json", {"eos_token": "</s>"}, "names no pad token"),
+    ("tokenizer_config.json", {"eos_token": {"content": "<end>"}, "pad_token": "<pad>"}, "eos_token = '<end>' is not in tokenizer.json"),
+    ("tokenizer.json", {"model": {"vocab": {"a": 0, "</s>": 250880, "<pad>": 2}}}, "token '</s>' of .* has id 250880, the embedding has"),
+    ("tokenizer.json", {}, "has no vocabulary"),
+])
+def test_tokenizer_that_does_not_fit_the_model(file, content, message, tmp_path):
+    setting = checkpoint(tmp_path)
+    (tmp_path / file).write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=message):
+        check(setting, last="convert")
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("rows.jsonl", GOOD_ROW + b'{"query": 7}\n', r"rows.jsonl:2: query: 7: expected a string"),
+    ("rows.jsonl.gz", gzip.compress(GOOD_ROW * 50)[:-20], "can't be read"),
+    ("rows.jsonl.gz", b"version https://git-lfs.github.com/spec/v1\n", "a git-LFS pointer"),
+    ("rows.jsonl", b"", "no usable row: the file is empty"),
+])
+def test_data_is_read_before_anything_is_queued(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        check(f"data.source={tmp_path / name}")
+
+
+def test_more_than_the_disk_has_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "room", lambda folder: storage.Room(10.0, f"free on the file system of {folder}"))
+    with pytest.raises(ConfigError, match=r"the run would write about \d+\.\d GB \(at once: .*rlhf .*"
+                                          r"but only 10.0 GB are free.*rlhf.keep_checkpoints=1"):
+        check(checkpoint(tmp_path), recipe="bloom-560m", profile="a100")
+
+
+def test_quotas_are_read_from_both_commands():
+    quota = """Disk quotas for user u (uid 1000):
+     Filesystem  blocks   quota   limit   grace   files   quota   limit   grace
+fs:/home/u  1000000  2000000 3000000       0      12       0       0       0
+"""
+    lustre = "     /scratch 1500000*  1400000 1600000       - 5 0 0 -\n"
+    assert storage.parse_quota(quota) == pytest.approx(1.024)
+    assert storage.parse_quota(lustre) == pytest.approx(-0.1024)
+    assert storage.parse_quota("Disk quotas for user u (uid 1000): none\n") is None
+    assert storage.parse_quota("  /dev/sda1  20  0  0  0  2  0  0  0\n") is None
+
+
+def test_kept_checkpoints_and_the_one_being_written():
+    tables = full_tables(Path("runs/x"), layered("bloom-7b1", [], ["sft.keep_every=400"]))
+    sft, reward = (stage_config(Path("runs/x"), tables, name) for name in ("sft", "reward"))
+    assert storage.checkpoints(sft) == 4, "400, 800 for ever, the last 2 (800 and 1000), one being written"
+    assert storage.checkpoints(reward) == 3
+    assert storage.checkpoint_gb(sft, 7_069_016_064) == pytest.approx(99.0, abs=0.1)
+
+
 def test_profile_of_no_file_and_of_an_unknown_network(tmp_path):
-    with pytest.raises(ConfigError, match="there are: a100, dev, h800, local"):
+    with pytest.raises(ConfigError, match="there are: a100, dev, h200, h800, local"):
         cluster.load("a10")
     mine = tmp_path / "mine.toml"
     mine.write_text('scheduler = "slurm"\nnetwork = "h800"\n')

@@ -10,13 +10,14 @@ from click.testing import CliRunner
 from launcher import cli, nccl
 from tests.launcher.stub_project import ROOT
 
-COMMANDS = ["submit", "plan", "render", "status", "logs", "resume", "cancel", "report"]
-ALLOWED = {"click", "rich", "submitit", "tomllib", "tomli", "launcher", "training.config", "training.shape", "conversion.config",
-           "eval.config"}
+COMMANDS = ["doctor", "plan", "submit", "render", "status", "watch", "logs", "resume", "cancel", "report", "completion"]
+ALLOWED = {"click", "rich", "submitit", "tomllib", "tomli", "launcher", "training.config", "training.shape",
+           "training.checksums", "conversion.config", "eval.config"}
 
 
 def test_the_commands_are_these():
     assert sorted(cli.main.commands) == sorted(COMMANDS)
+    assert cli.main.list_commands(None) == COMMANDS, "help lists them all, in this order"
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -24,7 +25,7 @@ def test_help_of_each_command_has_an_example(name):
     shown = CliRunner().invoke(cli.main, [name, "--help"])
     words = shown.output.partition("\n\n")[2]
     assert shown.exit_code == 0
-    assert any(line.strip().startswith((f"{name} ", "xdg-open")) for line in words.splitlines()), shown.output
+    assert any(line.strip().startswith((name, "xdg-open", "eval")) for line in words.splitlines()), shown.output
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -68,12 +69,53 @@ def test_each_variable_has_a_reason(name):
         assert variable.isupper() and value and len(reason.split()) >= 3
 
 
-def test_profile_s_environment_wins_and_the_cpu_hides_the_gpus(monkeypatch):
+def test_profile_s_environment_wins_and_the_cpu_hides_the_gpus(monkeypatch, tmp_path):
     profile = {"name": "mine", "network": "h800-roce", "device": "cuda", "environment": {"NCCL_IB_TC": "106"}}
     made = {name: (value, reason) for name, value, reason in nccl.environment(profile, 8)}
     assert made["NCCL_IB_TC"] == ("106", "profile mine") and made["NCCL_IB_GID_INDEX"][0] == "3" and "CUDA_VISIBLE_DEVICES" not in made
     made = {name: value for name, value, _ in nccl.environment({**profile, "device": "cpu"}, 8)}
     assert made["CUDA_VISIBLE_DEVICES"] == ""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    (tmp_path / "nvidia0").touch()
+    (tmp_path / "nvidiactl").touch()
+    monkeypatch.setattr(nccl, "DEVICES", tmp_path)
     auto = [{name: value for name, value, _ in nccl.environment({**profile, "device": "auto"}, ranks)} for ranks in (1, 2)]
     assert "CUDA_VISIBLE_DEVICES" not in auto[0] and auto[1]["CUDA_VISIBLE_DEVICES"] == ""
+    (tmp_path / "nvidia0").unlink()  # a GPU that Slurm only pretends
+    assert nccl.environment({**profile, "device": "auto"}, 1)[-1][:2] == ("CUDA_VISIBLE_DEVICES", "")
+
+
+def completions(monkeypatch, words: str) -> list[str]:
+    """What ``convoy WORDS<TAB>`` offers."""
+    typed = f"convoy {words}".split(" ")
+    monkeypatch.setenv("_CONVOY_COMPLETE", "fish_complete")
+    monkeypatch.setenv("COMP_WORDS", " ".join(typed))
+    monkeypatch.setenv("COMP_CWORD", typed[-1])
+    shown = CliRunner().invoke(cli.main, [], prog_name="convoy", complete_var="_CONVOY_COMPLETE")
+    return [line.partition(",")[2].partition("\t")[0] for line in shown.output.splitlines() if line.startswith("plain,")]
+
+
+@pytest.mark.parametrize("words, offered", [
+    ("sta", ["status"]),
+    ("submit rl", ["rlhf"]),
+    ("status h", ["hh", "hh-2"]),
+    ("logs hh re", ["reward"]),
+    ("submit full-pipeline --recipe bloom-7", ["bloom-7b1"]),
+    ("submit full-pipeline --profile a1", ["a100"]),
+    ("submit full-pipeline --set rlhf.kl_", ["rlhf.kl_coef=", "rlhf.kl_horizon=", "rlhf.kl_target="]),
+    ("plan full-pipeline --set resources.sft.n", ["resources.sft.nodes="]),
+])
+def test_tab_completes(words, offered, tmp_path, monkeypatch):
+    for name in ("runs/hh/config.json", "runs/hh-2/sweep.json"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    assert completions(monkeypatch, words) == offered
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_is_code_for_the_shell(shell):
+    shown = CliRunner().invoke(cli.main, ["completion", shell])
+    assert shown.exit_code == 0 and "_CONVOY_COMPLETE" in shown.output and "convoy" in shown.output
+    if shell == "bash":
+        subprocess.run(["bash", "-n", "/dev/stdin"], input=shown.output, text=True, check=True)

@@ -28,7 +28,7 @@ def test_later_layers_win_key_by_key(tmp_path):
 
 def test_one_key_of_a_stage_s_resources_leaves_its_others():
     made = tables("resources.convert.minutes=7")["resources"]["convert"]
-    assert made == {"nodes": 1, "gpus_per_node": 0, "minutes": 7, "cpus_per_gpu": 1}
+    assert made == {"nodes": 1, "gpus_per_node": 0, "minutes": 7, "cpus_per_gpu": 1, "spares": 0}
 
 
 @pytest.mark.parametrize("text, value", [("sft.lr=1e-5", 1e-5), ("sft.sequence_parallel=true", True),

@@ -1,92 +1,92 @@
-"""Reading progress, the queue's text, srun's messages and the ledger; no process is started."""
+"""Reading progress, the queue's text, reasons and the ledger; no process is started."""
 
 import json
-import signal
 
 import pytest
 
-from launcher import probe
+from launcher import jobs, progress
+from launcher.jobs import Job
 from launcher.pipeline import STAGES
-from launcher.ranks import Ending, Log, SlurmRanks
 from launcher.run import Busy, Run, is_alive, lock, this_process
-from launcher.state import StageState, overall, progress
-from launcher.view import duration
+from launcher.screen import clock, span
+from launcher.state import StageState, overall
 
 QUEUE = """\
-11|COMPLETED|None|convoy run=hh-1 stage=convert
-12|FAILED|NonZeroExitCode|convoy run=hh-1 stage=sft
-15|PENDING|Priority|convoy run=hh-1 stage=sft
-12|RUNNING|None|convoy run=hh-12 stage=reward
-16|CANCELLED|Dependency|convoy run=hh-1 stage=rlhf
-13|RUNNING|None|somebody's | own job
-17|RUNNING|None|(null)
+11|11|N/A|COMPLETED|None|(null)|2026-01-02T03:04:05|n1|hh-1.convert|convoy run=hh-1 submission=5f stage=convert
+12|12|N/A|FAILED|NonZeroExitCode|(null)|N/A|n1|hh-1.sft|convoy run=hh-1 stage=sft
+15|15|N/A|PENDING|Priority|(null)|N/A||hh-1.sft|
+12|12|N/A|RUNNING|None|(null)|N/A|n2|hh-12.reward|convoy run=hh-12 stage=reward
+16|16|N/A|CANCELLED|Dependency|afterok:15(failed)|N/A||renamed|convoy run=hh-1 stage=rlhf
+13|13|N/A|RUNNING|None|(null)|N/A|n1|hh-1|somebody's | own job
+18|18|N/A|RUNNING|None|(null)|N/A|n1|a|b|(null)
 """
 
 
-def test_jobs_are_matched_by_the_whole_run_id_and_the_live_one_wins(monkeypatch):
-    monkeypatch.setattr(probe, "call", lambda *command: QUEUE)
-    found = probe.jobs("hh-1")
+def test_jobs_are_matched_by_the_whole_run_id_and_the_live_one_wins():
+    found = jobs.parse(QUEUE, "hh-1")
     assert {stage: (job.id, job.alive) for stage, job in found.items()} == {"convert": (11, False), "sft": (15, True), "rlhf": (16, False)}
 
 
+@pytest.mark.parametrize("index, expected", [(0, (21, "RUNNING", "20_0")), (2, (20, "PENDING", "20_2")), (7, (20, "PENDING", "20_7")),
+                                             (5, None)])
+def test_an_element_of_a_sweep_finds_its_job_in_the_array(index, expected):
+    text = """\
+20|20|1-3,7%2|PENDING|JobArrayTaskLimit|(null)|N/A||lr-9.sft|convoy run=lr-9 stage=sft
+21|20|0|RUNNING|None|(null)|N/A|n1|lr-9.sft|convoy run=lr-9 stage=sft
+"""
+    found = jobs.parse(text, "lr-9", index).get("sft")
+    assert (found and (found.id, found.state, found.handle)) == expected
+
+
+@pytest.mark.parametrize("job, words", [
+    (Job(5, "PENDING", "Priority"), "jobs of higher priority come first"),
+    (Job(5, "PENDING", "JobHeldUser"), "let it go: scontrol release 5"),
+    (Job(5, "PENDING", "Dependency", "afterok:4(unfulfilled)"), "waits for sft, reward"),
+    (Job(5, "PENDING", "Dependency", "afterok:4(failed)"), "its parent failed, so it will never start"),
+    (Job(5, "PENDING", "DependencyNeverSatisfied"), "python -m launcher resume runs/hh"),
+    (Job(5, "PENDING", "QOSGrpGRES"), "a limit of your QOS is reached (QOSGrpGRES)"),
+    (Job(5, "PENDING", "AssocMaxJobsLimit"), "a limit of your account is reached (AssocMaxJobsLimit)"),
+    (Job(5, "PENDING", "ReqNodeNotAvail, UnavailableNodes:n[1-2]"), "down, drained or reserved (UnavailableNodes:n[1-2])"),
+    (Job(5, "PENDING", "SomethingNew"), "SomethingNew"),
+])
+def test_why_a_job_waits_is_said_in_words(job, words):
+    assert words in job.waits("sft, reward", "runs/hh")
+
+
 def test_progress_reads_the_last_rows_and_the_time_left(tmp_path):
-    rows = [{"iteration": n, "total": 100, "time": 1000.0 + 2 * n, "loss": 1 / n} for n in range(1, 41)]
+    rows = [{"iteration": n, "total": 100, "time": 1000.0 + 2 * n, "loss": 1 / n, "tokens_per_second": 10.0 * n} for n in range(1, 41)]
     rows[9]["heldout_loss"] = 2.5
     (tmp_path / "sft").mkdir()
-    (tmp_path / "sft/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"iteration": 41, "to')
-    made = StageState("sft", "running", started=1000.0)
-    progress(Run(tmp_path), STAGES["sft"], made)
-    assert (made.iteration, made.total, made.eta_s) == (40, 100, pytest.approx(120.0))
-    assert made.numbers == {"loss": 1 / 40, "heldout_loss": 2.5}
+    (tmp_path / "sft/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + 'torn\n{"iteration": 41, "to')
+    (tmp_path / "sft/latest").write_text("30\n")
+    far = progress.read(Run(tmp_path), STAGES["sft"], since=1000.0)
+    assert (far.iteration, far.total, far.speed, far.tokens_per_s, far.saved) == (40, 100, pytest.approx(0.5), 400.0, 30)
+    assert far.eta_s == pytest.approx(120.0) and far.numbers == {"loss": 1 / 40, "heldout_loss": 2.5}
 
 
-def test_time_left_counts_this_attempt_only(tmp_path):
+def test_speed_and_time_left_count_this_attempt_only(tmp_path):
     (tmp_path / "sft").mkdir()
     rows = [{"iteration": iteration, "total": 10, "time": seconds} for iteration, seconds in ((1, 0), (2, 5000), (4, 5010))]
     (tmp_path / "sft/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    made = StageState("sft", "running", started=4990)
-    progress(Run(tmp_path), STAGES["sft"], made)
-    assert made.eta_s == pytest.approx(30)
+    far = progress.read(Run(tmp_path), STAGES["sft"], since=4990)
+    assert (far.speed, far.eta_s) == (pytest.approx(0.2), pytest.approx(30))
 
 
 @pytest.mark.parametrize("seconds, text", [(None, ""), (5, "0:05"), (65.4, "1:05"), (3661, "1:01:01")])
-def test_durations(seconds, text):
-    assert duration(seconds) == text
+def test_time_left(seconds, text):
+    assert clock(seconds) == text
+
+
+@pytest.mark.parametrize("seconds, text", [(-3, "0 s"), (99, "99 s"), (600, "10 min"), (9000, "2.5 h"), (200_000, "2 days")])
+def test_ages(seconds, text):
+    assert span(seconds) == text
 
 
 @pytest.mark.parametrize("kinds, expected", [(["done", "done"], "done"), (["done", "running"], "running"), (["done", "lost"], "failed"),
-                                             (["pending", "failed"], "failed"), (["not submitted", "done"], "idle")])
+                                             (["done", "stopped"], "failed"), (["pending", "failed"], "failed"),
+                                             (["not submitted", "done"], "idle")])
 def test_overall(kinds, expected):
     assert overall([StageState("sft", kind) for kind in kinds]) == expected
-
-
-@pytest.mark.parametrize("lines, expected", [
-    (["srun: error: n2: task 3: Exited with exit code 9", "srun: error: n1: task 0: Exited with exit code 1"], (9, 3)),
-    (["srun: error: n1: tasks 0-1: Exited with exit code 75"], (75, 0)),
-    (["srun: error: n1: task 1: Killed", "srun: error: n1: task 0: Terminated"], (-signal.SIGKILL, 1)),
-    (["srun: error: n1: task 1: Segmentation fault (core dumped)"], (-signal.SIGSEGV, 1)),
-])
-def test_first_task_that_srun_reports_is_the_cause(tmp_path, lines, expected):
-    ranks = object.__new__(SlurmRanks)
-    ranks.log, ranks.failed = Log(tmp_path / "log"), None
-    for line in lines:
-        ranks._line(line)
-    assert (ranks.failed.code, ranks.failed.rank) == expected
-
-
-def test_last_word_of_a_rank_is_its_exception(tmp_path):
-    log = Log(tmp_path / "log")
-    for text in ("iteration 3", "Traceback (most recent call last):", '  File "x.py"', "torch.OutOfMemoryError: tried 2 GiB", "bye"):
-        log.write(1, text)
-    assert Ending(1, 1, log.last[1]).cause() == "rank 1: exit code 1: torch.OutOfMemoryError: tried 2 GiB"
-    assert (tmp_path / "log").read_text().startswith("[1] iteration 3\n[1] Traceback")
-
-
-def test_an_exception_without_a_message_is_told_by_its_statement(tmp_path):
-    log = Log(tmp_path / "log")
-    for text in ("[rank1]: Traceback", "[rank1]:     assert loss > 0", "[rank1]:            ^^^^^^^^", "[rank1]: AssertionError"):
-        log.write(1, text)
-    assert log.last[1] == "AssertionError at `assert loss > 0`"
 
 
 def test_lock_is_for_one(tmp_path):

@@ -3,35 +3,27 @@
 from __future__ import annotations
 
 import os
-import re
-import shutil
 import subprocess
-import tempfile
-from pathlib import Path
 
 import pytest
 
-from tests.launcher.stub_project import ROOT, Project
+from tests.launcher.stub_project import Project
+from tests.slurm.cluster import Cluster, missing
 
 
 @pytest.fixture(scope="session")
-def slurm():
-    """Environment of the cluster: {"SLURM_CONF": ...}. Skipped where Slurm is not installed; with CI=true that is a failure."""
-    path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
-    if any(shutil.which(program, path=path) is None for program in ("sbatch", "slurmctld", "slurmd", "munged")):
+def slurm_installed():
+    """Skips where Slurm is not installed; with CI=true that is a failure."""
+    if missing("sbatch", "slurmctld", "slurmd", "munged"):
         reason = "Slurm is not installed: apt-get install slurmctld slurmd slurm-client munge"
         (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
-    folder = Path(tempfile.mkdtemp(prefix="convoy-"))
-    environment = {**os.environ, "CONVOY_DEV": str(folder), "CONVOY_DEV_KILL_WAIT": "3"}
-    try:
-        with open(folder / "up.out", "w+") as out:  # not a pipe: a daemon that kept it open would hang the test
-            started = subprocess.run([ROOT / "slurm/dev/up"], env=environment, stdout=out, stderr=subprocess.STDOUT, timeout=120)
-            out.seek(0)
-            said = out.read()
-        assert started.returncode == 0, said
-        yield {"SLURM_CONF": re.search(r"^export SLURM_CONF=(.*)$", said, re.MULTILINE)[1]}
-    finally:
-        subprocess.run([ROOT / "slurm/dev/down", "--wipe"], env=environment, timeout=60)
+
+
+@pytest.fixture(scope="session")
+def slurm(slurm_installed):
+    """Environment of the cluster: {"SLURM_CONF": ...}."""
+    with Cluster() as cluster:
+        yield cluster.environment
 
 
 @pytest.fixture

@@ -117,7 +117,8 @@ def test_cancel_leaves_nothing_in_the_queue(project, queue):
     wait_until(lambda: project.states()["convert"]["state"] == "running", 20, "start")
     assert project.convoy("cancel", "demo").returncode == 0
     assert {state for _, state, _, _ in jobs(queue, project).values()} == {"CANCELLED"}
-    assert {row["state"] for row in project.states().values()} == {"cancelled"}
+    states = project.states()
+    assert {row["state"] for row in states.values()} == {"cancelled"}, [row["why"] for row in states.values()]
 
 
 def test_purged_id_is_never_a_dependency(project, queue):
@@ -136,17 +137,16 @@ def test_purged_id_is_never_a_dependency(project, queue):
     assert made[0]["after"] == [] and made[1]["after"] == [made[0]["job"]]
 
 
-def test_error_half_way_leaves_nothing_queued(project, queue):
-    """The last stage asks for a partition's impossible node count; the profile's own limit is raised so that Slurm has to refuse."""
+def test_more_nodes_than_slurm_has_is_refused_before_anything_is_queued(project, queue):
+    """The profile's own limit is raised, so that only Slurm knows; what happens half-way is in test_submission.py."""
     profile = project.folder / "wide.toml"
     text = (ROOT / "slurm/clusters/dev.toml").read_text()
-    profile.write_text(text.replace("max_nodes = 4", "max_nodes = 400").replace("gpus_per_node = 8", "gpus_per_node = 80"))
-    failed = project.submit("--set", "resources.rlhf.nodes=300", "--set", "rlhf.global_batch_size=9600", "--set",
-                            "rlhf.rollout_batch_size=9600", profile=str(profile))
-    assert failed.returncode == 1 and "sbatch" in failed.stderr
-    assert {state for _, state, _, _ in jobs(queue, project).values()} == {"CANCELLED"}
-    assert not (project.run / "convert/rank_0.json").exists()
-    assert list(project.ledger("withdrawn")[0]["jobs"]) == ["convert", "sft", "reward"]
+    profile.write_text(text.replace("max_nodes = 4", "max_nodes = 400"))
+    refused = project.submit("--set", "resources.rlhf.nodes=300", "--set", "rlhf.global_batch_size=9600", "--set",
+                             "rlhf.rollout_batch_size=9600", profile=str(profile))
+    assert refused.returncode == 2, refused.stderr
+    assert "rlhf: Slurm would refuse it: " in refused.stderr and "300 nodes x 2 GPUs" in refused.stderr
+    assert not project.run.exists()
 
 
 def test_committed_script_runs_by_hand_and_status_finds_its_job(project, queue):

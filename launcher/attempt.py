@@ -1,0 +1,166 @@
+"""One attempt of a stage while its ranks run: when they are told to save, to save and end, or to end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from launcher import deadline, probe
+from launcher.deadline import Deadline
+from launcher.endings import Class, Ended
+from launcher.pipeline import Stage
+from launcher.ranks import Ranks
+from launcher.run import Run
+
+REPEAT_S = 5
+"""Seconds between repetitions of a request to save: ranks that are still starting do not hear it."""
+LOOK_S = 0.5
+"""Seconds between looks at the operator's files."""
+LAST_S = 10
+"""Seconds before the end of the job at which ranks that have not saved are killed, so that there is time to queue again."""
+FATE_TRIES = 5
+"""Questions for the reason of a TERM: the first may die of the same TERM."""
+STACKS_S = 3
+"""Seconds that hung ranks get to write where they are."""
+
+
+class Attempt:
+    """The ranks of one attempt, and why they were told to end (``asked``) or what Slurm did to their job (``fate``)."""
+
+    def __init__(self, run: Run, stage: Stage, job: int | None, stall_minutes: int, default_lead_s: float, say: Callable[[str], None]):
+        self.run, self.stage, self.job, self.say = run, stage, job, say
+        self.stall_s, self.deadline = 60 * stall_minutes, Deadline(run, stage.name, job, default_lead_s)
+        self.ranks: Ranks | None = None
+        self.asked: Class | None = None
+        self.fate: Class | None = None
+        self.requeued = False
+        """Slurm has put the job back into the queue itself."""
+        self.terminated = False
+        """A TERM came whose reason is not known yet."""
+        self.hung_minutes = 0
+        self.killed_at_the_end = False
+        self.repeated = self.looked = self.asked_to_save = float("-inf")
+        self.moved = (None, time.monotonic())
+
+    def wait(self, ranks: Ranks) -> list[Ended]:
+        self.ranks = ranks
+        return ranks.wait(self.tick)
+
+    def signalled(self, number: int) -> None:
+        """From a signal handler: USR1 is Slurm's warning before the limit, or a person's; TERM has several reasons."""
+        if number == signal.SIGUSR1:
+            self.asked = self.asked or Class.TIME_LIMIT
+        elif self.job:
+            self.terminated = True
+        else:
+            self.asked = Class.CANCELLED
+        self.repeated = float("-inf")  # the next tick passes it on
+
+    def tick(self) -> None:
+        """Some ten times a second, between the reads of the ranks' output."""
+        if self.terminated and self.fate is None:
+            self.find_fate()
+        now = time.monotonic()
+        if now - self.looked > LOOK_S:
+            self.looked = now
+            self.operator()
+            self.watch_end()
+            self.watch_stall(now)
+        if (self.asked or self.terminated) and now - self.repeated > REPEAT_S:
+            self.repeated = now
+            self.ask_to_end()
+
+    def ask_to_end(self) -> None:
+        """Trainers save at the end of their step and exit 75; other stages have nothing to save."""
+        ending = self.asked in (Class.CANCELLED, Class.STOPPED)
+        if self.stage.trainer:
+            # under Slurm slurmd has sent a TERM to the tasks, too, and srun would take one as an order to kill them
+            self.ranks.pass_on(signal.SIGTERM if self.asked is Class.CANCELLED else signal.SIGUSR1)
+        elif ending:
+            self.ranks.pass_on(signal.SIGTERM)
+
+    def operator(self) -> None:
+        """The files STOP and SAVE in the run folder."""
+        if not self.asked and (self.run.folder / "STOP").exists():
+            self.say("file STOP: the ranks are told to save and end")
+            self.asked, self.repeated = Class.STOPPED, float("-inf")
+        save = self.run.folder / "SAVE"
+        if not self.stage.trainer or not save.exists():
+            return
+        with contextlib.suppress(FileNotFoundError):
+            wanted, latest = save.stat().st_mtime, self.run.stage(self.stage.name) / "latest"
+            if latest.exists() and latest.stat().st_mtime >= wanted:
+                save.unlink()
+                self.say(f"file SAVE: iteration {self.run.iteration(self.stage.name)} is saved")
+            elif time.monotonic() - self.asked_to_save > REPEAT_S:
+                self.asked_to_save = time.monotonic()
+                self.say("file SAVE: the ranks are told to save and go on")
+                self.ranks.pass_on(signal.SIGUSR2)
+
+    def watch_end(self) -> None:
+        """Ask for the save in time; kill ranks that have not saved when the end has come."""
+        remaining = self.deadline.remaining()
+        if remaining is None:
+            return
+        if remaining < 0 and not self.asked and self.stage.trainer:
+            self.say(f"{self.deadline.left():.0f} s before the end of job {self.job}: the ranks are told to save "
+                     f"(steps and saves so far need {self.deadline.lead_s:.0f} s)")
+            self.asked = Class.PREEMPTED if self.deadline.facts.preempted else Class.TIME_LIMIT
+            self.repeated = float("-inf")
+        if self.deadline.left() < LAST_S and not self.killed_at_the_end:
+            self.say(f"{self.deadline.left():.0f} s before the end of job {self.job}: the ranks have not ended, they are killed")
+            self.killed_at_the_end, self.asked = True, self.asked or Class.TIME_LIMIT
+            self.ranks.pass_on(signal.SIGKILL)
+
+    def watch_stall(self, now: float) -> None:
+        """Kill ranks of which nothing has been heard for too long, after they said where they are."""
+        folder = self.run.stage(self.stage.name)
+        seen = tuple(_mtime(folder / name) for name in ("metrics.jsonl", "latest"))
+        if seen != self.moved[0]:
+            self.moved = (seen, now)
+        quiet = now - max(self.moved[1], self.ranks.log.heard)
+        if self.hung_minutes:
+            if quiet > STACKS_S:
+                self.ranks.pass_on(signal.SIGKILL)
+        elif quiet > self.stall_s:
+            self.hung_minutes = self.stall_s // 60
+            self.say(f"nothing heard of any rank for {self.hung_minutes} minutes: hung")
+            self.ranks.log.write("launcher", f"no sign of life for {self.hung_minutes} minutes: the ranks say where they are and are ended")
+            self.ranks.show_stacks()
+
+    def settle_fate(self) -> None:
+        """Find it once there is no next tick."""
+        tries = 0
+        while self.terminated and self.fate is None and tries < FATE_TRIES:
+            self.find_fate()
+            tries += 1
+
+    def find_fate(self) -> None:
+        """Why a TERM came: Slurm has requeued the job (preemption, a node), it preempts with grace, it is over, or a person's scancel."""
+        try:
+            facts = deadline.ask(self.job)
+        except probe.SlurmError:  # the question may have died of the same TERM; it is put again by the next tick
+            return
+        if facts.restarts > int(os.environ.get("SLURM_RESTART_COUNT", 0)):
+            self.fate, self.requeued = Class.PREEMPTED, True
+        elif facts.state == "RUNNING":
+            self.fate = Class.PREEMPTED
+        elif facts.reason == "TimeLimit":
+            self.fate = Class.TIME_LIMIT
+        else:
+            self.fate = Class.CANCELLED
+        self.say(f"SIGTERM: {self.fate.value}; the ranks are told to save")
+        # Slurm kills all within KillWait: what is known now is written now
+        state = "cancelled" if self.fate is Class.CANCELLED else "requeued" if self.requeued else "running"
+        self.run.write_status(self.stage.name, state=state, cause=f"{self.fate.value}: told to end (SIGTERM)", **{"class": self.fate.value})
+
+
+def _mtime(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0

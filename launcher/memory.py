@@ -1,0 +1,210 @@
+"""Memory of one GPU, estimated before anything is queued: what each model of a stage keeps, and what its worst moment adds.
+
+The formula, in bytes; P = parameters of this rank, T = tokens of a micro-batch, h = hidden size, t, p, d = TP, PP, DP:
+
+* a trained model under bf16: weights 2 P, fp32 gradients 4 P, and of the fp32 master weights and Adam's two moments 12 P / d,
+  which the distributed optimizer shards (Rajbhandari et al. 2020, ZeRO stage 1); a frozen model: 2 P. fp32: 4, 4, 8 / d and 4.
+* a layer's activations: T h (8 + 24 / t), with sequence parallelism 32 T h / t. This is Korthikanti et al. 2022 (arXiv:2205.05198),
+  equations 2 and 4, without what we do not keep: dropout masks (no dropout) and attention scores (a fused kernel). Selective
+  recompute does not keep GELU's output, 8 T h / t; full keeps 2 T h a layer, and one layer's activations at a time. The first
+  pipeline stage keeps those of min(p, micro-batches) at once.
+* the language model's head: LOSS_BYTES a logit of the last stage, and the embedding's gradient once more in the weights' type.
+* rollout: keys and values 4 h / t bytes a token and layer, and fp32 logits of one position a row.
+
+Held against torch's peak on one H200 by tests/launcher/test_memory.py: our SFT of 560m and 1b7, batch 1 and 4, each recompute, 1 to 3 %
+above the measured; 7b1 and 1b7 of an earlier prototype within 5 %. What the allocator can't reuse is in OUTSIDE_GB.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from launcher.config import Profile, Resources
+from training.config import ConfigError, PPOConfig, SFTConfig, TrainerConfig
+from training.shape import BloomShape
+
+GB = 1e9
+OUTSIDE_GB = 2.5
+"""Of each GPU: the CUDA context, NCCL's buffers and what the allocator can't use again."""
+REPLIES = 2
+"""Replies to a query that the reward stage is reckoned with; its rows are micro_batch_size x this."""
+LOSS_BYTES = {"sft": 12, "policy": 24}
+"""Bytes a logit at the head's worst moment. sft: three fp32 tensors of their size in the backward of training.model.heads. policy: the
+logits, a scaled copy (2 + 2), the saved probabilities and four fp32 tensors of the entropy (4 + 16)."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """GB of one GPU of one stage, at its worst moment."""
+
+    lines: tuple[tuple[str, float], ...]
+    """(what, GB), in the order of the formula."""
+
+    @property
+    def total(self) -> float:
+        return sum(gb for _, gb in self.lines) + OUTSIDE_GB
+
+    @property
+    def static(self) -> float:
+        """Weights, gradients and optimizer: no batch size changes these."""
+        return sum(gb for what, gb in self.lines if ":" in what)
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One pipeline stage's share of the model."""
+
+    shape: BloomShape
+    config: TrainerConfig
+    data: int
+    """Data-parallel size."""
+    stage: int
+
+    @property
+    def first(self) -> bool:
+        return self.stage == 0
+
+    @property
+    def last(self) -> bool:
+        return self.stage == self.config.pipeline_parallel - 1
+
+    def layers(self, head: str) -> int:
+        return sum(self.shape.chunk_layers(self.config.pipeline_parallel, self.config.virtual_pipeline, head)[self.stage])
+
+    @property
+    def embedding(self) -> int:
+        """Parameters of the vocabulary's matrix, which first and last stage hold."""
+        return self.shape.padded_vocab(self.config.tensor_parallel) // self.config.tensor_parallel * self.shape.hidden
+
+    @property
+    def word(self) -> int:
+        """Bytes of a weight or an activation."""
+        return 2 if self.config.precision == "bf16" else 4
+
+    def parameters(self, head: str) -> int:
+        """Of this rank: 12 h^2 a layer and the embedding are shared by the TP ranks, norms and row-parallel biases are not."""
+        hidden, tensor = self.shape.hidden, self.config.tensor_parallel
+        layer = 12 * hidden * hidden // tensor + 7 * hidden // tensor + 6 * hidden
+        ends = (self.first or (self.last and head == "lm")) * self.embedding + 2 * hidden * (self.first + self.last)
+        return self.layers(head) * layer + ends
+
+    def trained(self, name: str, head: str) -> list[tuple[str, float]]:
+        parameters, optimizer = self.parameters(head), 12 if self.config.precision == "bf16" else 8
+        return [(f"{name}: weights", self.word * parameters / GB), (f"{name}: fp32 gradients", 4 * parameters / GB),
+                (f"{name}: fp32 weights, Adam / DP {self.data}", optimizer * parameters / self.data / GB)]
+
+    def frozen(self, name: str, head: str) -> list[tuple[str, float]]:
+        return [(f"{name}: weights", self.word * self.parameters(head) / GB)]
+
+    def activations(self, tokens: int, micro_batches: int, head: str) -> float:
+        """GB that forward keeps for backward, of all micro-batches in flight."""
+        config, one = self.config, tokens * self.shape.hidden * self.word / 2 / GB
+        tensor, whole = config.tensor_parallel, config.tensor_parallel if config.sequence_parallel else 1
+        layer = one * (8 / whole + (16 if config.recompute == "selective" else 24) / tensor)
+        kept = one * 2 / whole if config.recompute == "full" else layer
+        pipeline, virtual = config.pipeline_parallel, config.virtual_pipeline
+        flights = min(pipeline - self.stage, micro_batches)
+        if virtual > 1 and self.first:  # Narayanan et al. 2021 (arXiv:2104.04473): interleaving holds a few more
+            flights *= 1 + (pipeline - 1) / (pipeline * virtual)
+        return self.layers(head) * kept * flights + (layer if config.recompute == "full" else 0) + 4 * one / whole
+
+    def head(self, tokens: int, loss: str) -> float:
+        """GB for logits, loss and the embedding's own gradient."""
+        if not self.last:
+            return self.word * self.embedding / GB
+        logits = tokens * self.shape.padded_vocab(self.config.tensor_parallel) // self.config.tensor_parallel
+        return (LOSS_BYTES[loss] * self.word / 2 * logits + self.word * self.embedding) / GB
+
+
+def estimate(shape: BloomShape, config: TrainerConfig, ranks: int) -> Estimate:
+    """The pipeline stage that needs most. Raises ConfigError where the layout does not divide."""
+    data = config.data_parallel(ranks)
+    stages = [Rank(shape, config, data, stage) for stage in range(config.pipeline_parallel)]
+    return max((_ppo(rank) if isinstance(config, PPOConfig) else _trainer(rank) for rank in stages), key=lambda made: made.total)
+
+
+def _trainer(rank: Rank) -> Estimate:
+    config = rank.config
+    micro_batches = config.global_batch_size // (config.micro_batch_size * rank.data)
+    if isinstance(config, SFTConfig):
+        tokens = config.micro_batch_size * config.seq_length
+        return Estimate((*rank.trained("model", "lm"), ("activations", rank.activations(tokens, micro_batches, "lm")),
+                         ("logits and loss", rank.head(tokens, "sft"))))
+    tokens = config.micro_batch_size * REPLIES * config.seq_length
+    return Estimate((*rank.trained("model", "scalar"), ("activations", rank.activations(tokens, micro_batches, "scalar"))))
+
+
+def _ppo(rank: Rank) -> Estimate:
+    config, shape = rank.config, rank.shape
+    static = [*rank.trained("policy", "lm"), *rank.trained("value", "scalar"), *rank.frozen("reference", "lm"),
+              *rank.frozen("reward", "scalar")]
+    length = config.prompt_length + config.response_length
+    tokens = config.micro_batch_size * length
+    micro_batches = config.global_batch_size // (config.micro_batch_size * rank.data)
+    update = [("activations of an update", rank.activations(tokens, micro_batches, "lm")), ("logits and loss", rank.head(tokens, "policy"))]
+    rows = min(config.generation_batch_size, config.rollout_batch_size // rank.data)
+    cache = 2 * rank.word * rank.layers("lm") * shape.hidden / config.tensor_parallel * rows * length / GB
+    logits = rank.last * rows * 4 * 3 * shape.padded_vocab(config.tensor_parallel) / GB  # gathered; probabilities, cumulative
+    rollout = [(f"keys and values of {rows} rows", cache), ("logits of a rollout step", logits)]
+    worst = max(update, rollout, key=lambda lines: sum(gb for _, gb in lines))
+    return Estimate((*static, *worst))
+
+
+@dataclass(frozen=True)
+class Knob:
+    setting: str
+    """What to add to the command line."""
+    total: float
+    """GB with it."""
+
+
+def knobs(stage: str, shape: BloomShape, config: TrainerConfig, asked: Resources, profile: Profile) -> list[Knob]:
+    """Changes of one setting that free memory, the one that frees most first."""
+    now, found = estimate(shape, config, asked.ranks).total, []
+    for setting, changed, ranks in _changes(stage, shape, config, asked, profile):
+        try:
+            total = estimate(shape, changed(), ranks).total
+        except (ConfigError, ValueError):
+            continue  # this layout does not divide the batch
+        if total < now - 0.05:
+            found.append(Knob(setting, total))
+    return sorted(found, key=lambda knob: knob.total)
+
+
+def _changes(stage: str, shape: BloomShape, config: TrainerConfig, asked: Resources, profile: Profile):
+    """(command line, function that makes the configuration, ranks)."""
+    def keys(**changes):
+        words = " ".join(f"--set {stage}.{key}={str(value).lower()}" for key, value in changes.items())
+        return words, lambda: dataclasses.replace(config, **changes)
+
+    tensor = 2 * config.tensor_parallel
+    if config.micro_batch_size % 2 == 0:
+        yield *keys(micro_batch_size=config.micro_batch_size // 2), asked.ranks
+    if config.recompute != "full":
+        yield *keys(recompute="full"), asked.ranks
+    if config.tensor_parallel > 1 and not config.sequence_parallel:
+        yield *keys(sequence_parallel=True), asked.ranks
+    if tensor <= profile.gpus_per_node and shape.heads % tensor == 0:
+        words, made = keys(tensor_parallel=tensor, sequence_parallel=True)
+        nodes, gpus = asked.nodes, max(asked.ranks_per_node, tensor)
+        more = "" if gpus == asked.ranks_per_node else f" --set resources.{stage}.gpus_per_node={gpus}"
+        yield words + more, made, nodes * gpus
+    if 2 * asked.nodes <= profile.max_nodes:
+        yield f"--set resources.{stage}.nodes={2 * asked.nodes}", lambda: config, 2 * asked.ranks
+    if isinstance(config, PPOConfig) and config.generation_batch_size > 1:
+        yield *keys(generation_batch_size=config.generation_batch_size // 2), asked.ranks
+
+
+def check(stage: str, shape: BloomShape, config: TrainerConfig, asked: Resources, profile: Profile) -> str:
+    """A warning where the estimate comes close to what the profile's GPU has, else ""; ConfigError, with what would free how much,
+    where it is more than 10 % above (the estimate's own error)."""
+    made, gpu_gb = estimate(shape, config, asked.ranks), profile.gpu_memory_gb
+    if made.total <= 0.9 * gpu_gb:
+        return ""
+    ways = [f"  {knob.total:6.1f} GB with {knob.setting}" for knob in knobs(stage, shape, config, asked, profile)]
+    text = (f"{stage} needs about {made.total:.0f} GB of each GPU, {made.static:.0f} of it for weights, gradients and optimizer; "
+            f"the profile's gpu_memory_gb is {gpu_gb:g}")
+    if made.total > 1.1 * gpu_gb or made.static > gpu_gb:
+        raise ConfigError("\n".join([f"{text}; it would run out of memory. What helps:", *ways]))
+    return "\n".join([f"{text}: it may not fit. What would help:", *ways])

@@ -1,0 +1,224 @@
+"""Preflight in the allocation: which of its nodes are fit for the ranks. Seconds; a bad node is named, left out, or excluded.
+
+``launcher.nodecheck`` runs on each node (shared folder, clock, disk, network, driver), then, where ranks use GPUs, ``training.health``
+on each GPU (memory, matrix product, all-reduce within the node and over all).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+
+from launcher import container, probe
+from launcher.config import Resources
+from launcher.endings import Class, Verdict
+from launcher.pipeline import Stage
+from launcher.profile import Profile
+from launcher.ranks import Log
+from launcher.run import Run, write_text
+
+NODES_S = 90
+"""Seconds that the nodes' own checks may take together; a node without an answer by then is a bad one."""
+GPUS_S = 180
+"""The same for the GPUs: CUDA and NCCL take some 20 s to start on eight GPUs."""
+SKEW_S = 5
+"""Seconds that a node's clock may differ."""
+
+
+@dataclass
+class Report:
+    good: list[str]
+    """Nodes to use, in the order of the allocation."""
+    bad: dict[str, str] = field(default_factory=dict)
+    """Node -> what is wrong with it."""
+    verdict: Verdict | None = None
+    """Why no rank can start, when none can."""
+
+
+def hosts(resources: Resources) -> list[str]:
+    """Nodes of this allocation; SlurmError where there are fewer than the run's resources ask for."""
+    found = probe.call("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
+    if len(found) < resources.nodes:
+        raise probe.SlurmError(f"this allocation has {len(found)} node(s), the run's resources ask for {resources.nodes}: "
+                               f"sbatch --nodes={resources.nodes} --gpus-per-node={resources.ranks_per_node} ...")
+    return found
+
+
+def address(host: str) -> str:
+    """What other nodes reach ``host`` by: its name, or where that doesn't resolve the address that Slurm itself uses."""
+    try:
+        socket.getaddrinfo(host, None)
+        return host
+    except OSError:
+        words = probe.call("scontrol", "show", "node", "-o", host).split()
+        return next((word.partition("=")[2] for word in words if word.startswith("NodeAddr=")), host)
+
+
+def run(run: Run, stage: Stage, profile: Profile, resources: Resources, nodes: list[str], environment: dict[str, str], log: Log) -> Report:
+    """Check all ``nodes``; with fewer good ones than the stage needs the report has a verdict."""
+    began = time.monotonic()
+    if reason := no_room(run, stage):
+        return Report([], verdict=Verdict(Class.DISK_FULL, reason))
+    gpus = resources.gpus_per_node if uses_gpus(profile, environment) else 0
+    bad = check_nodes(run, stage, profile, gpus, nodes, log)
+    good = [node for node in nodes if node not in bad]
+    if gpus and len(good) >= resources.nodes:
+        found, trouble = check_gpus(profile, good, gpus, environment, log)
+        bad.update(found)
+        good = [node for node in nodes if node not in bad]
+        if trouble and not found:
+            return Report(good, bad, Verdict(Class.COMMUNICATION, trouble))
+    log.write("launcher", f"preflight: {len(good)} of {len(nodes)} node(s) good, {time.monotonic() - began:.1f} s")
+    if len(good) >= resources.nodes:
+        return Report(good, bad)
+    named = "; ".join(f"node {node}: {reason}" for node, reason in bad.items())
+    return Report(good, bad, Verdict(Class.PREFLIGHT, f"{named}; {len(good)} good node(s), {resources.nodes} needed: queued without it"
+                                     if len(bad) == 1 else f"{named}; {len(good)} good node(s), {resources.nodes} needed"))
+
+
+def uses_gpus(profile: Profile, environment: dict[str, str]) -> bool:
+    return profile.device != "cpu" and environment.get("CUDA_VISIBLE_DEVICES") != ""
+
+
+def no_room(run: Run, stage: Stage) -> str:
+    """"" when the run folder's file system has room for one more checkpoint like the last; else what is missing."""
+    sizes = []
+    for name in (stage.name, *stage.parents):
+        last = sorted((run.stage(name) / "checkpoints").glob("iter_*"))[-1:]
+        sizes += [sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) for folder in last]
+        if sizes and name == stage.name:
+            break
+    needed, free = max(sizes, default=0) if stage.checkpoints else 0, shutil.disk_usage(run.folder).free
+    return "" if free > needed else (f"no room for a checkpoint: {free / 1e9:.1f} GB free where {run.folder} is, the last one took "
+                                     f"{needed / 1e9:.1f} GB")
+
+
+def check_nodes(run: Run, stage: Stage, profile: Profile, gpus: int, nodes: list[str], log: Log) -> dict[str, str]:
+    """Run launcher.nodecheck on every node -> the bad ones and why."""
+    folder = run.stage(stage.name) / "preflight"
+    shutil.rmtree(folder, ignore_errors=True)
+    token = f"{run.id} {stage.name} {log.path.stem} {time.time_ns()}"
+    write_text(folder / "canary", token)
+    environment = {"CONVOY_CANARY": token, "CONVOY_ADDRESS": address(nodes[0]), "CONVOY_NODE_CHECK": profile.node_check}
+    command = [sys.executable, "-m", "launcher.nodecheck", str(folder), str(len(nodes)), str(gpus)]
+    sent = time.time()
+    rows = {row["node"]: row for row in step(command, nodes, 1, environment, NODES_S, log)}
+    bad = {}
+    for node in nodes:
+        if node not in rows:
+            bad[node] = f"did not answer within {NODES_S} s"
+            continue
+        reasons, skew = rows[node]["bad"], rows[node]["time"] - time.time()
+        if not sent - SKEW_S <= rows[node]["time"] <= time.time() + SKEW_S:
+            reasons.append(f"its clock is {skew:+.0f} s off")
+        if not reasons and not _sees(folder / f"{node}.seen", token):
+            reasons.append(f"what it wrote into {folder} is not seen here: the file system is not shared")
+        if reasons:
+            bad[node] = "; ".join(reasons)
+    shutil.rmtree(folder, ignore_errors=True)
+    return blame(nodes, bad)
+
+
+def blame(nodes: list[str], bad: dict[str, str]) -> dict[str, str]:
+    """Whom the others can't reach is at fault, not they: all report the first node when its network is down."""
+    first, others = nodes[0], nodes[1:]
+    unreached = [node for node in others if bad.get(node, "").startswith("network:")]
+    if others and len(unreached) == len(others) and (len(others) > 1 or first in bad):
+        bad = {node: reason for node, reason in bad.items() if node not in unreached}
+        bad.setdefault(first, "network: no other node can reach it")
+    return bad
+
+
+def _sees(path, text: str) -> bool:
+    deadline = time.monotonic() + SKEW_S
+    while True:
+        if path.exists() and path.read_text() == text:
+            return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+
+
+def step(command: list[str], nodes: list[str], tasks: int, environment: dict[str, str], seconds: float, log: Log,
+         options: tuple[str, ...] = ()) -> list[dict]:
+    """Run ``command`` by srun, ``tasks`` on each node -> the JSON lines that came in time; everything else goes into the log."""
+    srun = ["srun", "--kill-on-bad-exit=0", f"--nodes={len(nodes)}", f"--nodelist={','.join(nodes)}", f"--ntasks={len(nodes) * tasks}",
+            f"--ntasks-per-node={tasks}", *options, *command]
+    process = subprocess.Popen(srun, env={**os.environ, **environment}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True, errors="replace")
+    try:
+        text, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # srun ends its tasks; a node that is gone may keep it waiting
+        try:
+            text, _ = process.communicate(timeout=10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            text, _ = process.communicate()
+    rows = []
+    for line in text.splitlines():
+        try:
+            rows.append(json.loads(line) if line.startswith("{") else None)
+        except json.JSONDecodeError:
+            rows.append(None)
+        if rows[-1] is None:
+            log.write("preflight", line)
+    return [row for row in rows if row]
+
+
+def check_gpus(profile: Profile, nodes: list[str], gpus: int, environment: dict[str, str], log: Log) -> tuple[dict[str, str], str]:
+    """Run training.health on every GPU -> (bad nodes and why, what is wrong between nodes that are good by themselves)."""
+    command = container.inside(profile, [sys.executable, "-u", "-m", "training.health"])
+    wrapped = ["bash", "-c", 'export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID '
+                             'LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE NODE=$SLURMD_NODENAME; exec "$@"', "rank", *command]
+
+    def ask(some: list[str]) -> list[dict]:
+        port = 20000 + (int(os.environ["SLURM_JOB_ID"]) + 6000) % 12000  # not the one that the ranks will use
+        shared = container.passed_on(profile, {"MASTER_ADDR": address(some[0]), "MASTER_PORT": str(port), **environment})
+        return step(wrapped, some, gpus, shared, GPUS_S, log, tuple(container.srun_options(profile, environment)))
+
+    bad, trouble = judge_gpus(ask(nodes), nodes, gpus)
+    if not bad and trouble and len(nodes) > 2:
+        bad = halves(nodes, lambda some: not any(judge_gpus(ask(some), some, gpus)), trouble)
+    return bad, trouble
+
+
+def judge_gpus(rows: list[dict], nodes: list[str], gpus: int) -> tuple[dict[str, str], str]:
+    """Rows of training.health -> (bad nodes and why, trouble that shows only between nodes)."""
+    bad: dict[str, str] = {}
+    for row in rows:
+        if row["check"] != "all" and row["bad"] and row["node"] not in bad:
+            bad[row["node"]] = f"GPU {row['gpu']}: {row['bad']}"
+    for node in nodes:
+        passed = {row["gpu"] for row in rows if row["node"] == node and row["check"] == "node" and not row["bad"]}
+        if node not in bad and len(passed) < gpus:
+            missing = sorted(set(range(gpus)) - passed)
+            bad[node] = f"GPU {missing[0]}: no answer from its check within {GPUS_S} s"
+    speeds = sorted(row["tflops"] for row in rows if row["check"] == "gpu" and not row["bad"])
+    for row in rows:
+        if row["check"] == "gpu" and not row["bad"] and row["tflops"] < speeds[len(speeds) // 2] / 2:
+            bad.setdefault(row["node"], f"GPU {row['gpu']}: {row['tflops']:.0f} TFLOP/s, the others {speeds[len(speeds) // 2]:.0f}")
+    passed = sum(row["check"] == "all" and not row["bad"] for row in rows)
+    reason = next((row["bad"] for row in rows if row["check"] == "all" and row["bad"]), "no answer")
+    return bad, "" if passed == len(nodes) * gpus else f"the all-reduce over {len(nodes)} node(s) failed: {reason}"
+
+
+def halves(nodes: list[str], fine, trouble: str) -> dict[str, str]:
+    """The node that an all-reduce fails with, found by asking pairs; ``fine(nodes)`` runs the checks on some of them."""
+    pairs = list(zip(nodes[::2], nodes[1::2], strict=False))
+    good = [pair for pair in pairs if fine(list(pair))]
+    suspects = [node for node in nodes if not any(node in pair for pair in good)]
+    if not good:
+        return {}  # not one pair works: the network or its settings, not a node
+    return {node: trouble for node in suspects if not fine([good[0][0], node])}
+
+
+def excluded(run: Run, job: int) -> list[str]:
+    """Nodes that were found bad in this job, for ``scontrol update excnodelist``."""
+    return sorted({event["node"] for event in run.ledger() if event["event"] == "bad node" and event.get("job") == job})

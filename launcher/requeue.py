@@ -1,0 +1,99 @@
+"""Whether a stage may queue itself again, and how: limits, damaged checkpoints, the call to Slurm."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from launcher import probe
+from launcher.endings import BLAMELESS, Class, Verdict
+from launcher.pipeline import Stage
+from launcher.profile import Profile
+from launcher.run import Run, iteration_folder, write_text
+
+RETRY_S = 300
+"""Seconds for which a controller that does not answer is asked again."""
+PAUSE_S = 3
+BAD_STARTS = 3
+"""Preflights in a row that found a bad node: then the fault is no single node's."""
+
+
+def refuse(run: Run, stage: Stage, profile: Profile, verdict: Verdict, before: int | None) -> Verdict | None:
+    """The verdict that ends the stage where it must not go on: no progress twice, too many attempts; None where it may."""
+    attempts, ends = history(run, stage.name)
+    if attempts >= profile.max_attempts:
+        return replace(verdict, final=True, cause=f"{verdict.cause}; that was attempt {attempts} of at most {profile.max_attempts} "
+                                                  "(profile: max_attempts)")
+    if verdict.kind is Class.PREFLIGHT:
+        row = [end["class"] for end in ends[1 - BAD_STARTS:]]
+        return replace(verdict, final=True) if row == [Class.PREFLIGHT.value] * (BAD_STARTS - 1) else None
+    if verdict.kind is Class.TIME_LIMIT and not stage.trainer:
+        return replace(verdict, final=True, cause=f"{verdict.cause}; this stage saves nothing on its way")
+    moved = (run.iteration(stage.name) or 0) > (before or 0)
+    counted = [end for end in ends if end["class"] not in BLAMELESS_VALUES]
+    if moved or verdict.kind in BLAMELESS or not counted or (counted[-1]["iteration"] or 0) > (counted[-1]["began"] or 0):
+        return None
+    return replace(verdict, kind=Class.NO_PROGRESS, cause=f"no progress: two attempts began and ended at iteration {before}; "
+                                                          f"the last one: {verdict.cause}")
+
+
+BLAMELESS_VALUES = {kind.value for kind in BLAMELESS}
+
+
+def history(run: Run, stage: str) -> tuple[int, list[dict]]:
+    """Attempts started, and the ends of those that were queued again, since the stage was last submitted or resumed."""
+    attempts, ends = 0, []
+    for event in run.ledger():
+        if event["event"] == "runner" or (event["event"] in ("submitted", "rewound") and event.get("stage") == stage):
+            attempts, ends = 0, []
+        elif event.get("stage") == stage and event["event"] == "started":
+            attempts += 1
+        elif event.get("stage") == stage and event["event"] == "requeued" and "class" in event:
+            ends.append(event)
+    return attempts, ends
+
+
+def set_aside(run: Run, stage: Stage, good: int | None, bad: dict[int, str]) -> None:
+    """Move damaged checkpoints to checkpoints.aside and make the newest whole one ``latest``; nothing is deleted."""
+    folder = run.stage(stage.name)
+    aside = folder / "checkpoints.aside"
+    aside.mkdir(exist_ok=True)
+    if good is None:
+        (folder / "latest").unlink()
+    else:
+        write_text(folder / "latest", f"{good}\n")
+    for iteration, reason in bad.items():
+        source, number = folder / "checkpoints" / iteration_folder(iteration), 0
+        while (target := aside / f"{source.name}{f'.{number}' if number else ''}").exists():
+            number += 1
+        if source.exists():
+            os.replace(source, target)
+        run.record("bad checkpoint", stage=stage.name, iteration=iteration, reason=reason)
+
+
+def back_to_queue(job: str, exclude: list[str], say: Callable[[str], None]) -> None:
+    """Put this job back into the queue; Slurm ends it and starts it again under the same id, without the nodes ``exclude``.
+
+    Raises SlurmError where Slurm refuses, or does not answer for RETRY_S.
+    """
+    _insist(say, "scontrol", "requeue", probe.own_job(job))
+    if exclude:  # refused while the job runs; Slurm holds a requeued one back for some seconds
+        _insist(say, "scontrol", "update", f"jobid={probe.own_job(job)}", f"excnodelist={','.join(exclude)}")
+
+
+def _insist(say: Callable[[str], None], *command: str) -> None:
+    deadline = time.monotonic() + RETRY_S
+    while True:
+        try:
+            probe.call(*command)
+            return
+        except probe.SlurmError as error:
+            if "disabled" in str(error):
+                raise probe.SlurmError(f"{error}: the job was submitted with --no-requeue; resume goes on") from None
+            if time.monotonic() > deadline:
+                raise
+            if "Job is no longer pending" not in str(error) and "Job/step already completing" not in str(error):
+                say(f"{error}; asked again in {PAUSE_S} s")
+        time.sleep(PAUSE_S if "update" not in command else 0.2)

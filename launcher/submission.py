@@ -1,0 +1,215 @@
+"""Queue a chain so that all of it is queued or nothing is, whoever dies half-way.
+
+Every job carries the submission's token in its comment, and those that wait for no other of the chain are held. The ledger
+says "submitting" before the first sbatch and "committed" when all are in; only then are they released, and it says "queued". A
+guard, a process of its own, settles what a killed submitter or a silent controller leaves: committed -> released, else
+cancelled. Should the guard die too, the next command on the run does it (``settle``); until then nothing runs: the jobs are held.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher import probe
+from launcher.jobs import ENDED
+from launcher.run import Busy, Run
+
+LOCK_S = 60
+"""Seconds that a command waits for another one on the same run to finish its submission."""
+GUARD_S = 3600
+"""Seconds for which the guard asks a controller that does not answer; then the jobs stay held until the next command."""
+ASK_EVERY_S = 1.0
+DONE = b"done"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One job, or job array, of a chain."""
+
+    stage: str
+    identity: str
+    """The run's id, or the sweep's: what the job's name and comment say."""
+    script: Path
+    parents: tuple[str, ...] = ()
+    """Stages whose outputs this one reads; those of this submission, and those in ``waits``, become its dependency."""
+    waits: tuple[tuple[str, int], ...] = ()
+    """(stage, job) of parents that the queue shows under this run's comment. Only these, never an old id: to Slurm an id that it no
+    longer knows is a satisfied dependency."""
+    dependency: str = "afterok"
+    """"afterok", or for arrays "aftercorr": each element waits for its own."""
+    array: str = ""
+    """Elements of a job array, e.g. "0-3"."""
+    without: tuple[str, ...] = ()
+    """Variables that sbatch must not see: it would store the keys of a secrets file in the controller's state."""
+
+
+def submit(book: Run, steps: list[Step]) -> dict[str, int]:
+    """Queue the steps, in order, all or none; stage -> job id. ``book`` keeps the ledger; its lock is held by the caller.
+
+    Raises SlurmError or OSError after withdrawing what was queued; where Slurm does not let it, the guard goes on trying.
+    """
+    settle(book)
+    token, made, held = secrets.token_hex(4), {}, []
+    book.record("submitting", token=token, stages=[step.stage for step in steps])
+    with _guarded(book) as guard:
+        try:
+            for step in steps:
+                made[step.stage], hold = _sbatch(step, token, made)
+                held += [str(made[step.stage])] if hold else []
+            for step in steps:
+                waits = [made[parent] for parent in step.parents if parent in made] + [job for _, job in step.waits]
+                book.record("submitted", stage=step.stage, job=made[step.stage], after=waits)
+            book.record("committed", token=token, held=held)
+            _finish(book, token, held)
+        except (probe.SlurmError, OSError, KeyboardInterrupt) as error:
+            try:
+                settle(book, str(error) or "interrupted")
+            except (probe.SlurmError, OSError):
+                raise probe.SlurmError(f"{error}; what was queued is held, and process {guard.pid} withdraws it as soon as Slurm answers "
+                                       f"(so does the next command on {book.folder})") from None
+            if _open(book, "queued", token):
+                return made  # the release was refused first and accepted then
+            raise
+        finally:
+            if _last(book)["event"] in ("queued", "withdrawn"):
+                with contextlib.suppress(OSError):
+                    guard.stdin.write(DONE)
+    return made
+
+
+def settle(book: Run, cause: str = "the command that submitted it was stopped half-way") -> None:
+    """Bring the last submission of ``book`` to an end if it has none: release it when all of it is in, else cancel its jobs.
+
+    Repeating it changes nothing. Raises SlurmError while Slurm does not answer.
+    """
+    last = _last(book)
+    if last["event"] == "committed":
+        if {stage for stage, *_ in tokened(last["token"])} >= set(_stages(book, last["token"])):
+            _finish(book, last["token"], last["held"])
+        else:
+            _withdraw(book, last["token"], "the controller lost a part of it")  # it saves its state up to 5 s late
+    elif last["event"] == "submitting":
+        _withdraw(book, last["token"], cause)
+
+
+def tokened(token: str) -> list[tuple[str, str, str]]:
+    """(stage, job, state) of every job that was submitted with ``token``; an array is one job."""
+    found = []
+    for line in probe.call("squeue", "-h", "-t", "all", "-o", "%F|%T|%k").splitlines():
+        job, state, comment = line.split("|", 2)
+        if f" submission={token} " in comment:
+            found.append((comment.rpartition("stage=")[2].strip(), job, state))
+    return found
+
+
+@contextlib.contextmanager
+def patient(take: Callable[[], AbstractContextManager]) -> Iterator[None]:
+    """Hold the lock that ``take()`` gives, waiting up to LOCK_S where another command holds it; then Busy as it comes."""
+    deadline = time.monotonic() + LOCK_S
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(take())
+                break
+            except Busy:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
+        yield
+
+
+def comment(identity: str, token: str, stage: str) -> str:
+    return f"convoy run={identity} submission={token} stage={stage}"
+
+
+def _sbatch(step: Step, token: str, made: dict[str, int]) -> tuple[int, bool]:
+    """Queue one step -> its job id, and whether it is held."""
+    waits = [made[parent] for parent in step.parents if parent in made] + [job for _, job in step.waits]
+    hold = not any(parent in made for parent in step.parents)
+    options = [f"--comment={comment(step.identity, token, step.stage)}"]
+    options += [f"--dependency={step.dependency}:{':'.join(map(str, waits))}"] if waits else []
+    options += [f"--array={step.array}"] if step.array else []
+    options += ["--hold"] if hold else []
+    printed = probe.call("sbatch", "--parsable", *options, str(step.script), without=step.without)
+    match = re.match(r"(\d+)(;|$)", printed.strip())
+    if not match:
+        raise probe.SlurmError(f"sbatch printed {printed.strip()!r} where a job id was expected")
+    return int(match[1]), hold
+
+
+def _finish(book: Run, token: str, held: list[str]) -> None:
+    probe.call("scontrol", "release", ",".join(held))
+    book.record("queued", token=token)
+
+
+def _withdraw(book: Run, token: str, cause: str) -> None:
+    """Cancel every job of the submission, asked for by token: the one whose sbatch never answered, too."""
+    gone: dict[str, int] = {}
+    deadline = time.monotonic() + probe.TIMEOUT_S
+    while alive := {stage: job for stage, job, state in tokened(token) if state not in ENDED}:
+        if time.monotonic() > deadline:
+            raise probe.SlurmError(f"scancel {' '.join(alive.values())} had no effect within {probe.TIMEOUT_S} s")
+        probe.call("scancel", *sorted(set(alive.values())))
+        gone = {stage: int(job) for stage, job in alive.items()} | gone
+        time.sleep(0.05)
+    order = _stages(book, token)
+    book.record("withdrawn", token=token, jobs={stage: gone[stage] for stage in order if stage in gone}, cause=cause)
+
+
+def _last(book: Run) -> dict:
+    """The ledger's last word on a submission; {"event": ""} before the first."""
+    kinds = ("submitting", "committed", "queued", "withdrawn")
+    events = [event for event in book.ledger() if event["event"] in kinds and "token" in event]
+    return events[-1] if events else {"event": ""}
+
+
+def _open(book: Run, event: str, token: str) -> bool:
+    last = _last(book)
+    return last["event"] == event and last["token"] == token
+
+
+def _stages(book: Run, token: str) -> list[str]:
+    return next(event["stages"] for event in book.ledger() if event["event"] == "submitting" and event["token"] == token)
+
+
+@contextlib.contextmanager
+def _guarded(book: Run) -> Iterator[subprocess.Popen]:
+    """A process that settles the submission unless it is told that all is well before this end of its pipe closes."""
+    with open(book.folder / "submit.log", "a", encoding="utf-8") as log:
+        guard = subprocess.Popen([sys.executable, "-m", "launcher.submission", str(book.folder)], stdin=subprocess.PIPE, stdout=log,
+                                 stderr=subprocess.STDOUT, start_new_session=True, bufsize=0)
+    try:
+        yield guard
+    finally:
+        guard.stdin.close()
+
+
+def main(arguments: list[str]) -> int:
+    """The guard: wait for the submitter's end; exit 1 where Slurm never answered."""
+    if sys.stdin.buffer.read() == DONE:
+        return 0
+    book, deadline = Run(Path(arguments[0])), time.monotonic() + GUARD_S
+    while time.monotonic() < deadline:
+        try:
+            with book.lock():
+                settle(book)
+            return 0
+        except Busy:
+            pass  # a command on this run: it settles first
+        except (probe.SlurmError, OSError) as error:
+            print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {error}", flush=True)
+        time.sleep(ASK_EVERY_S)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

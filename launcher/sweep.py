@@ -1,0 +1,254 @@
+"""A sweep: one run for each combination of values, ``runs/<sweep>/<index>``, queued as one job array a stage.
+
+The array's index is the run's folder; each element waits for its own parent only (aftercorr), so that one that fails stops no
+other. ``sweep.json`` in the sweep's folder says which index has which values. Without Slurm the elements run here, one after the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import secrets
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher import chain, manifest, probe, sbatch, start, state, storage, submission, submit
+from launcher import secrets as passwords
+from launcher.config import Profile, build_plain, parse_set
+from launcher.pipeline import STAGES, Stage, prepare_config
+from launcher.run import SWEEP, Run, elements, hash_of, write_json, write_text
+from training.config import ConfigError
+
+MOST = 1000
+"""Elements; MaxArraySize of Slurm is 1001 unless the site says otherwise."""
+SAME_FOR_ALL = ("model", "resources")
+"""Sections that no element may change: an array asks for the same nodes and time for all."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One element of a sweep."""
+
+    index: int
+    run: Run
+    values: dict
+    """Key, e.g. "sft.lr", -> value."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep that passed its checks; nothing is written yet."""
+
+    folder: Path
+    identity: str
+    values: list[dict]
+    plans: list[submit.Plan]
+
+
+def plan(texts: list[str], make: Callable[[list[str], str, Path], submit.Plan], name: str, runs: Path) -> Sweep:
+    """``texts`` are the values of --sweep; ``make(sets, name, runs)`` plans one run. ConfigError for every mistake."""
+    folder, values = runs / name, combinations(texts)
+    if (folder / "config.json").exists():
+        raise ConfigError(f"{folder} is a run, not a sweep; give the sweep another --name")
+    known = read(folder) if (folder / SWEEP).exists() else None
+    if known and known["values"] != values:
+        raise ConfigError(f"{folder} was submitted with another sweep: {_words(known['values'])}; "
+                          "give the new one another --name, or repeat the old one's --sweep")
+    identity = known["id"] if known else f"{name}-{secrets.token_hex(4)}"
+    plans = []
+    for index, chosen in enumerate(values):
+        made = make([f"{key}={json.dumps(value)}" for key, value in chosen.items()], str(index), folder)
+        run = {**made.identity, "id": f"{identity}.{index}", "sweep": {"id": identity, "index": index}}
+        plans.append(dataclasses.replace(made, identity=run))
+    storage.check({f"element {index}": sum(made.checked.disk.values()) for index, made in enumerate(plans)}, folder)
+    return Sweep(folder, identity, values, plans)
+
+
+def scripts(made: Sweep) -> dict[str, str]:
+    """Stage -> text of its array's batch script, as it will be queued; writes nothing."""
+    held = [Member(index, submit.Draft(one), values) for index, (one, values) in enumerate(zip(made.plans, made.values, strict=True))]
+    return {stage.name: script(made.folder, made.identity, stage, held) for stage in made.plans[0].stages}
+
+
+def combinations(texts: list[str]) -> list[dict]:
+    """``["sft.lr=1e-5,2e-5", "rlhf.kl_coef=0.01,0.05"]`` -> four tables key -> value, the last key changing fastest."""
+    axes: dict[str, list] = {}
+    for text in texts:
+        key, equals, rest = text.partition("=")
+        section = key.strip().partition(".")[0]
+        values = [_leaf(parse_set(f"{key}={value.strip()}")) for value in rest.split(",") if value.strip()] if equals else []
+        if len(values) < 2 or len({json.dumps(value) for value in values}) < len(values):
+            raise ConfigError(f"--sweep {text}: expected section.key=VALUE,VALUE with two or more different values, "
+                              "e.g. --sweep sft.lr=1e-5,2e-5")
+        if section in SAME_FOR_ALL:
+            raise ConfigError(f"--sweep {text}: all elements of a job array share section {section}; make runs of their own, by --name")
+        if key.strip() in axes:
+            raise ConfigError(f"--sweep {text}: {key.strip()} is swept twice; give all its values at once")
+        axes[key.strip()] = values
+    made = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    if len(made) > MOST:
+        raise ConfigError(f"--sweep: {len(made)} combinations; at most {MOST}")
+    return made
+
+
+def create(made: Sweep) -> Path:
+    """Write the sweep's folder and those of its runs; data that is the same for all is prepared once. Repeating it changes nothing."""
+    made.folder.mkdir(parents=True, exist_ok=True)
+    with submission.patient(Run(made.folder).lock):
+        write_json(made.folder / SWEEP, {"id": made.identity, "values": made.values})
+        first = submit.create(made.plans[0])
+        for one in made.plans[1:]:
+            _share_data(first, one)
+            submit.create(one)
+    return made.folder
+
+
+def read(folder: Path) -> dict:
+    return json.loads((folder / SWEEP).read_text(encoding="utf-8"))
+
+
+def members(folder: Path) -> list[Member]:
+    """The runs of a sweep, by index."""
+    return [Member(index, run, values) for index, (run, values) in enumerate(zip(elements(folder), read(folder)["values"], strict=True))]
+
+
+def begin(folder: Path, stages: list[Stage], wait: bool) -> int:
+    """Run or queue what is left of every element; the command's exit code: with ``wait`` 1 when one failed."""
+    out, found = start.console(), members(folder)
+    if found[0].run.config["profile"]["scheduler"] != "slurm":
+        if wait:
+            return run_here(folder, stages)
+        command = [sys.executable, "-m", "launcher.sweep", str(folder), *(stage.name for stage in stages)]
+        with open(folder / "runner.log", "a", encoding="utf-8") as log:
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        out.print(f"started in the background: process {process.pid}, one element after the other")
+    else:
+        made = queue(folder, stages)
+        out.print("queued: " + ", ".join(f"{stage} {job}" for stage, job in made) if made else "everything that is left is queued already")
+        if wait:
+            return max(start.wait_for(member.run, [stage.name for stage in stages]) for member in found)
+    out.print(f"python -m launcher status {folder} compares them, cancel stops them")
+    return 0
+
+
+def run_here(folder: Path, stages: list[Stage]) -> int:
+    """Every element here, one after the other; one that fails stops no other."""
+    codes = []
+    for member in members(folder):
+        if manifest.left(member.run, stages):
+            start.console().print(f"{member.run.folder}: {_words([member.values])}")
+            codes.append(start.run_here(member.run, stages))
+        if 130 in codes:
+            return 130
+    return max(codes, default=0)
+
+
+def queue(folder: Path, stages: list[Stage], only: int | None = None) -> list[tuple[str, str]]:
+    """Queue what is neither done nor queued, of element ``only`` or of all: those with the same stages left make one array a stage.
+
+    Returns (stage, "job[elements]") of each array.
+    """
+    book, said = Run(folder), []
+    with submission.patient(book.lock):
+        submission.settle(book)
+        groups: dict[tuple, list[Member]] = {}
+        for member in members(folder) if only is None else [members(folder)[only]]:
+            todo, alive = chain.missing(member.run, stages)
+            start.move_stale_aside(member.run, todo)
+            waits = {parent: int(alive[parent].element.partition("_")[0]) for stage in todo for parent in stage.parents if parent in alive}
+            groups.setdefault((tuple(stage.name for stage in todo), tuple(waits.items())), []).append(member)
+        for number, ((names, waits), held) in enumerate(groups.items()):
+            if names:
+                said += _queue_group(book, f"{number}" if len(groups) > 1 else "", [STAGES[name] for name in names], dict(waits), held)
+    return said
+
+
+def _queue_group(book: Run, mark: str, stages: list[Stage], waits: dict[str, int], held: list[Member]) -> list[tuple[str, str]]:
+    identity, array = read(book.folder)["id"], ",".join(str(member.index) for member in held)
+    steps, keys = [], passwords.names(Profile(**held[0].run.config["profile"]))
+    for stage in stages:
+        path = book.folder / "scripts" / f"{stage.name}{mark and f'-{mark}'}.sbatch"
+        write_text(path, script(book.folder, identity, stage, held))
+        for member in held:
+            (member.run.stage(stage.name) / "logs").mkdir(parents=True, exist_ok=True)
+        before = tuple((parent, waits[parent]) for parent in stage.parents if parent in waits)
+        steps.append(submission.Step(stage.name, identity, path, stage.parents, before, "aftercorr", array, keys))
+    made = submission.submit(book, steps)
+    for member, stage in itertools.product(held, stages):
+        member.run.record("submitted", stage=stage.name, job=made[stage.name], element=member.index, after=[])
+    return [(stage, f"{job}[{array}]") for stage, job in made.items()]
+
+
+def script(folder: Path, identity: str, stage: Stage, held: list[Member]) -> str:
+    """The batch script of a stage's array: index -> run folder in plain sight."""
+    config = held[0].run.config
+    resources = getattr(build_plain("resources", config["resources"]), stage.name)
+    cases = [f"  {member.index}) run={shlex.quote(str(folder / str(member.index)))} ;;  # {_words([member.values])}" for member in held]
+    cases += ['  *) echo "element $SLURM_ARRAY_TASK_ID is none of this sweep" >&2; exit 64 ;;']
+    site, supervise = Profile(**config["profile"]), [sbatch.python_here(), "-m", "launcher.supervise"]
+    return sbatch.script(sbatch.JobRequest(
+        name=f"{identity}.{stage.name}", comment=probe.comment(identity, stage.name), resources=resources, profile=site,
+        output=f"{str(folder).replace('%', '%%')}/%a/{stage.name}/logs/slurm-%A_%a.out",
+        setup=('case "$SLURM_ARRAY_TASK_ID" in', *cases, "esac"), command=f'{shlex.join(supervise)} "$run" {stage.name}'))
+
+
+def comparison(folder: Path) -> list[dict]:
+    """A table a run: {"element", "folder", "values", "state", "stage", "why", "numbers": {"sft.loss": 1.2, ...}}."""
+    found = members(folder)
+    made = []
+    for member, seen in zip(found, state.look_at([member.run for member in found]), strict=True):
+        at = next((row for row in seen.stages if row.state != "done"), seen.stages[-1])
+        at = next((row for row in seen.stages if row.state in (*state.BAD, "running")), at)
+        numbers = {f"{row.stage}.{name}": value for row in seen.stages for name, value in row.progress.numbers.items()}
+        made.append({"element": member.index, "folder": str(member.run.folder), "values": member.values, "state": seen.overall,
+                     "stage": at.stage, "iteration": at.progress.iteration, "why": at.why, "numbers": numbers})
+    return made
+
+
+def table(folder: Path):
+    """``comparison`` as a rich table: a row a run, a column a swept key and a number of the stages that are swept or come later."""
+    from rich.table import Table
+
+    rows = comparison(folder)
+    keys, names = list(rows[0]["values"]), list(dict.fromkeys(name for row in rows for name in row["numbers"]))
+    columns = ("run", *keys, "state", "stage", "iteration", *names, "why")
+    made = Table(*columns, title=f"{folder}  ({read(folder)['id']})", title_justify="left")
+    for row in rows:
+        numbers = [f"{row['numbers'][name]:.4g}" if name in row["numbers"] else "" for name in names]
+        at = "" if row["iteration"] is None else str(row["iteration"])
+        made.add_row(row["folder"], *(f"{row['values'][key]}" for key in keys), row["state"], row["stage"], at, *numbers, row["why"])
+    return made
+
+
+def _share_data(first: Run, other: submit.Plan) -> None:
+    """Copy the prepared data of ``first`` where ``other`` would prepare the same."""
+    mine, theirs = (dataclasses.asdict(prepare_config(run, tables)) for run, tables in
+                    ((other.run.folder, other.tables), (first.folder, first.config)))
+    target = other.run.folder / "data"
+    if {**mine, "paths": None} != {**theirs, "paths": None} or (target / "DONE.json").exists():
+        return
+    for name in ("model", "data"):
+        if (first.folder / name).exists():
+            shutil.copytree(first.folder / name, other.run.folder / name, dirs_exist_ok=True)
+    marker = json.loads((first.folder / "data" / "DONE.json").read_text(encoding="utf-8"))
+    write_json(target / "DONE.json", {**marker, "config_hash": hash_of(mine)})
+
+
+def _leaf(value):
+    while isinstance(value, dict):
+        value = next(iter(value.values()))
+    return value
+
+
+def _words(values: list[dict]) -> str:
+    return "; ".join(", ".join(f"{key}={value}" for key, value in one.items()) for one in values)
+
+
+if __name__ == "__main__":
+    sys.exit(run_here(Path(sys.argv[1]), [STAGES[name] for name in sys.argv[2:]]))

@@ -1,0 +1,131 @@
+"""Attempts with real processes and no Slurm: early signals, hung ranks, operator files, damaged checkpoints, contracts between stages."""
+
+import hashlib
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from launcher import manifest
+from launcher.attempt import Attempt
+from launcher.endings import Class, Facts, classify
+from launcher.manifest import Refused
+from launcher.pipeline import STAGES
+from launcher.ranks import LocalRanks, Log
+from launcher.run import Run
+from tests.launcher.stub_project import wait_until
+
+HUNG = """
+import faulthandler, time
+faulthandler.enable()
+def waits_for_a_peer():
+    time.sleep(60)
+print("ready", flush=True)
+waits_for_a_peer()
+"""
+LATE = """
+import signal, sys, time
+time.sleep(0.7)
+signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
+time.sleep(60)
+"""
+
+
+def attempt(tmp_path, program: str, ranks: int = 1) -> tuple[Attempt, LocalRanks]:
+    (tmp_path / "sft").mkdir()
+    made = Attempt(Run(tmp_path), STAGES["sft"], None, 60, 300, print)
+    return made, LocalRanks(Log(tmp_path / "sft/log"), [sys.executable, "-c", program], ranks, {})
+
+
+def test_ranks_of_which_nothing_is_heard_say_where_they_are_and_are_ended(tmp_path):
+    made, ranks = attempt(tmp_path, HUNG, 2)
+    wait_until(lambda: (tmp_path / "sft/log").read_text().count("ready") == 2, 30, "both ranks")
+    made.stall_s = 1
+    began = time.monotonic()
+    ended = made.wait(ranks)
+    assert time.monotonic() - began < 15
+    verdict = classify(Facts("sft", ended, hung_minutes=60))
+    assert verdict.kind is Class.COMMUNICATION and verdict.again and "no line, metric or checkpoint of any rank" in verdict.cause
+    log = (tmp_path / "sft/log").read_text()
+    assert "waits_for_a_peer" in log and "[0]" in log and "[1]" in log
+
+
+def test_a_request_to_save_during_the_imports_kills_nobody_and_is_repeated(tmp_path, monkeypatch):
+    monkeypatch.setattr("launcher.attempt.REPEAT_S", 0.2)
+    made, ranks = attempt(tmp_path, LATE)
+    made.asked = Class.TIME_LIMIT
+    assert [one.code for one in made.wait(ranks)] == [75]
+
+
+def test_secrets_are_masked_in_the_log(tmp_path):
+    log = Log(tmp_path / "log", {"KEY": "sk-very-secret"})
+    ranks = LocalRanks(log, [sys.executable, "-c", "import os; raise ValueError('no ' + os.environ['KEY'])"], 1, {"KEY": "sk-very-secret"})
+    ended = ranks.wait(lambda: None)
+    assert ended[0].line == "ValueError: no ********"
+    assert "sk-very-secret" not in (tmp_path / "log").read_text()
+
+
+def sums(folder) -> None:
+    """The SHA256 file that a real trainer's save leaves."""
+    names = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "SHA256")
+    lines = (f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(folder)}\n" for path in names)
+    (folder / "SHA256").write_text("".join(lines))
+
+
+def test_a_flipped_bit_is_never_certified_and_the_checkpoint_before_it_is_used(project):
+    assert project.submit("--wait", "--until", "sft").returncode == 0
+    for number in (2, 3):
+        sums(project.run / f"sft/checkpoints/iter_000000{number}")
+    weights = project.run / "sft/checkpoints/iter_0000003/model/weights"
+    weights.write_bytes(bytes([weights.read_bytes()[0] ^ 1]) + weights.read_bytes()[1:])
+    (project.run / "sft/DONE.json").unlink()
+    with pytest.raises(Refused, match="weights does not have the sha256 with which it was saved"):
+        manifest.make(Run(project.run), STAGES["sft"], 1, 0.0)
+    assert project.submit("--wait", "--until", "sft").returncode == 0
+    assert [event["iteration"] for event in project.ledger("started") if event["stage"] == "sft"] == [None, 2]
+    assert project.ledger("bad checkpoint")[0]["iteration"] == 3
+    assert weights.read_text() == "sft 3" and (project.run / "sft/checkpoints.aside/iter_0000003").is_dir()
+
+
+def test_a_stage_that_begins_while_stop_is_there_starts_nothing(project):
+    assert project.submit("--wait", "--until", "convert").returncode == 0
+    (project.run / "STOP").touch()
+    ended = subprocess.run([sys.executable, "-m", "launcher.supervise", "runs/demo", "sft"], cwd=project.folder, env=project.environment,
+                           capture_output=True, text=True)
+    assert ended.returncode == 143, ended.stdout
+    assert project.json("sft/status.json")["state"] == "stopped" and not (project.run / "sft/rank_0.json").exists()
+    assert "file STOP" in project.json("sft/status.json")["cause"]
+
+
+def test_contracts_between_stages(project):
+    """One chain, harmed in turn; each harm is undone before the next."""
+    assert project.submit("--wait", "--until", "reward").returncode == 0
+    run = Run(project.run)
+    manifest.verify(run, STAGES["reward"], "rlhf")
+    remembered = project.json("rlhf/verified.json")
+    weights = project.run / "reward/checkpoints/iter_0000003/model/weights"
+    assert str(weights) in remembered
+    weights.write_text("REWARD 3")  # the same length
+    with pytest.raises(Refused, match="does not have the sha256"):
+        manifest.verify(run, STAGES["reward"], "rlhf")
+    weights.write_text("reward 3")
+    manifest.verify(run, STAGES["reward"], "rlhf")
+
+    path = project.run / "reward/DONE.json"
+    whole = path.read_text()
+    for harm, reason in (({"iteration": 0}, "marked done at iteration 0"), ({"iteration": 2}, "was changed by hand"),
+                         ({"run": "other"}, "is of run other")):
+        path.write_text(json.dumps(json.loads(whole) | harm))
+        with pytest.raises(Refused, match=reason):
+            manifest.verify(run, STAGES["reward"])
+    path.write_text(whole[:100])
+    with pytest.raises(Refused, match="is not JSON"):
+        manifest.verify(run, STAGES["reward"])
+    path.write_text(whole)
+
+    other = project.json("sft/DONE.json") | {"identity": "0" * 64}
+    (project.run / "sft/DONE.json").write_text(json.dumps(other))
+    with pytest.raises(Refused, match="reward was made from another sft"):
+        manifest.verify(run, STAGES["reward"])

@@ -1,0 +1,265 @@
+"""Endings from what ranks, torch, NCCL, gloo, the kernel and Slurm really print; deadlines and limits from numbers. Nothing runs here."""
+
+import contextlib
+import json
+import socket
+
+import pytest
+
+from launcher import deadline, nodecheck, preflight, requeue
+from launcher.endings import ADVICE, Class, Ended, Facts, classify
+from launcher.pipeline import STAGES
+from launcher.profile import Profile
+from launcher.ranks import PORTS, Log, ends, job_port
+from launcher.run import Run
+
+CUDA = ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 29.76 GiB. GPU 0 has a total capacity of 79.11 GiB of which 12.73 "
+        "GiB is free. Including non-PyTorch memory, this process has 66.38 GiB memory in use.")
+WATCHDOG = ("[E321 02:07:08.408271257 ProcessGroupNCCL.cpp:607] [Rank 0] Watchdog caught collective operation timeout: WorkNCCL("
+            "SeqNum=1580, OpType=ALLREDUCE, NumelIn=466119168, NumelOut=466119168, Timeout(ms)=600000) ran for 600060 milliseconds before "
+            "timing out.")
+ABORT = "what():  [PG ID 0 PG GUID 0(default_pg) Rank 0] Process group watchdog thread terminated with exception"
+CLOSED = "RuntimeError: [../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:26441"
+GLOO = ("RuntimeError: [../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation to "
+        "complete")
+REMOTE = ("torch.distributed.DistBackendError: NCCL error in: ../torch/csrc/distributed/c10d/NCCLUtils.hpp:268, remote process exited or "
+          "there was a network error, NCCL version 2.21.5")
+OOM_STEP = "slurmstepd: error: Detected 1 oom_kill event in StepId=11300781.0. Some of the step tasks have been OOM Killed."
+ECC = "RuntimeError: CUDA error: uncorrectable ECC error encountered"
+FULL = "OSError: [Errno 28] No space left on device: 'runs/hh/sft/checkpoints/.iter_0000100.saving/model/__0_0.distcp'"
+STEP = "slurmstepd-n1: error: *** STEP 7.0 ON n1 CANCELLED AT 2026-11-23T23:29:46 DUE TO {} ***"
+
+
+def rank(code, line, number=0, lines=()):
+    return Ended(code, number, line, (*lines, line))
+
+
+@pytest.mark.parametrize("ended, launcher, kind", [
+    ([rank(1, CUDA)], [], Class.CUDA_OOM),
+    ([rank(1, "torch.cuda.OutOfMemoryError: CUDA out of memory. Tried to allocate 1.70 GiB.")], [], Class.CUDA_OOM),
+    ([rank(1, "RuntimeError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")], [], Class.CUDA_OOM),
+    ([rank(-9, "iteration 7/10")], [OOM_STEP, "srun: error: nid001277: tasks 1-3: Out Of Memory"], Class.HOST_OOM),
+    ([rank(1, "MemoryError")], [], Class.HOST_OOM),
+    ([rank(1, "RuntimeError: [enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8e9 "
+              "bytes. Error code 12 (Cannot allocate memory)")], [], Class.HOST_OOM),
+    ([rank(1, "FloatingPointError: iteration 7: not finite: {'loss': nan}")], [], Class.NAN),
+    ([rank(-6, ABORT, lines=[WATCHDOG, "terminate called after throwing an instance of 'c10::DistBackendError'"])], [],
+     Class.COMMUNICATION),
+    ([rank(1, GLOO)], [], Class.COMMUNICATION),
+    ([rank(1, REMOTE)], [], Class.COMMUNICATION),
+    ([rank(1, "torch.distributed.DistStoreError: Timed out after 601 seconds waiting for clients. 3/4 clients joined.")], [],
+     Class.COMMUNICATION),
+    ([rank(1, "torch.distributed.DistNetworkError: The client socket has failed to connect to any network address of (n7, 20017). The IPv4 "
+              "network addresses of (n7, 20017) cannot be retrieved (gai error: -2 - Name or service not known).")], [],
+     Class.COMMUNICATION),
+    ([rank(1, ECC)], [], Class.NODE_FAILURE),
+    ([rank(1, "RuntimeError: No CUDA GPUs are available")], [], Class.NODE_FAILURE),
+    ([Ended(143)], ["srun: error: Node failure on n4", "srun: Job step aborted: Waiting up to 5 seconds for job step to finish."],
+     Class.NODE_FAILURE),
+    ([rank(1, FULL)], [], Class.DISK_FULL),
+    ([rank(74, "error: saving iteration 4 failed on rank 0: [Errno 122] Disk quota exceeded")], [], Class.DISK_FULL),
+    ([rank(64, "error: sft.lr = -1: expected above 0")], [], Class.BAD_CONFIG),
+    ([rank(65, "error: rows.jsonl line 7: field prompt is missing")], [], Class.BAD_DATA),
+    ([rank(65, "error: iter_0000100/model/__0_0.distcp does not have the sha256 that SHA256 lists: truncated or changed.")], [],
+     Class.REFUSED),
+    ([rank(-9, "iteration 7/10")], [], Class.KILLED),
+    ([rank(-11, "Current thread 0x00007f (most recent call first):")], [], Class.BUG),
+    ([rank(1, "KeyError: 'prompt'", lines=["urllib3: Connection refused, tried again"])], [], Class.BUG),
+    ([rank(3, "")], [], Class.BUG),
+])
+def test_class_of_real_last_words(ended, launcher, kind):
+    verdict = classify(Facts("sft", ended, launcher, before=1, after=4))
+    assert verdict.kind is kind
+    assert verdict.again == (kind in (Class.COMMUNICATION, Class.NODE_FAILURE))
+    assert verdict.code not in (0, 75), "a failure never looks like success or a requeue"
+    assert "{" not in verdict.advice("sft") and verdict.advice("sft")
+
+
+def test_the_rank_with_a_cause_of_its_own_comes_before_those_that_noticed():
+    """Measured: peers see the closed connection within 20 ms, and srun may report them first."""
+    ended = [rank(1, CLOSED, 2), rank(-15, "iteration 3/10", 0), rank(1, CUDA, 5), rank(1, CLOSED, 1)]
+    verdict = classify(Facts("rlhf", ended))
+    assert (verdict.kind, verdict.rank) == (Class.CUDA_OOM, 5)
+    assert verdict.cause.startswith("rank 5: exit code 1: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 29.76 GiB")
+    assert "rlhf.micro_batch_size" in verdict.advice("rlhf")
+    alone = classify(Facts("rlhf", [rank(1, CLOSED, 2), rank(1, GLOO, 0)]))
+    assert (alone.kind, alone.rank) == (Class.COMMUNICATION, 2)
+
+
+def test_a_rank_that_hung_and_was_killed_for_it_is_a_time_out_but_a_killed_one_is_itself():
+    assert classify(Facts("sft", [rank(1, GLOO, 0), rank(-9, "iteration 3/10", 1)])).kind is Class.COMMUNICATION
+    killed = classify(Facts("sft", [rank(1, CLOSED, 0), rank(-9, "iteration 3/10", 1)]))
+    assert (killed.kind, killed.rank) == (Class.KILLED, 1)
+
+
+def test_memory_that_ran_out_is_told_in_the_words_of_the_kernel():
+    verdict = classify(Facts("sft", [rank(-9, "iteration 7/10", 3)], [OOM_STEP]))
+    assert "rank 3: killed by SIGKILL" in verdict.cause and "oom_kill event" in verdict.cause
+
+
+@pytest.mark.parametrize("words, kind", [("PREEMPTION", Class.PREEMPTED), ("TIME LIMIT", Class.TIME_LIMIT),
+                                         ("NODE FAILURE, SEE SLURMCTLD LOG FOR DETAILS", Class.NODE_FAILURE)])
+def test_what_slurm_did_comes_before_what_the_ranks_saw(words, kind):
+    lost = classify(Facts("sft", [rank(-15, "iteration 7/10"), rank(1, CLOSED, 1)], [STEP.format(words)], before=0, after=5))
+    assert lost.kind is kind and lost.again and "ended without saving" in lost.cause and "last checkpoint: iteration 5" in lost.cause
+    kept = classify(Facts("sft", [rank(75, "stopped by a signal; iteration 7 is saved")], [STEP.format(words)], before=0, after=7))
+    assert kept.kind is kind and "saved iteration 7 and goes on" in kept.cause
+
+
+def test_a_fault_during_the_save_that_was_asked_for_keeps_its_own_name():
+    verdict = classify(Facts("sft", [rank(1, FULL)], asked=Class.TIME_LIMIT))
+    assert verdict.kind is Class.DISK_FULL and not verdict.again
+
+
+@pytest.mark.parametrize("asked", [Class.STOPPED, Class.CANCELLED])
+def test_what_a_person_asked_for_is_not_queued_again(asked):
+    verdict = classify(Facts("sft", [rank(75, "saved")], asked=asked, before=1, after=3))
+    assert verdict.kind is asked and not verdict.again and "saved iteration 3" in verdict.cause
+
+
+def test_every_ending_but_done_says_what_to_do():
+    assert set(ADVICE) == set(Class) - {Class.DONE}
+
+
+def test_lead_is_the_longest_step_and_save_with_margin():
+    """30 s steps; the save after iteration 2 took 200 s, so that row 3 came 230 s after row 2. The queue between 3 and 4 is no step."""
+    rows = [{"iteration": 1, "time": 1000.0}, {"iteration": 2, "time": 1030.0}, {"iteration": 3, "time": 1260.0, "save_s": 200.0},
+            {"iteration": 4, "time": 9000.0}]
+    wanted = 230 + deadline.SAVE_FACTOR * 200 + deadline.MARGIN_S
+    assert deadline.lead(rows, [900.0, 8900.0], 300, 7200) == wanted
+    assert deadline.lead(rows, [900.0, 8900.0], 300, 600) == 300, "half of a short limit"
+    assert deadline.lead(rows[:2], [900.0], 300, 7200) == 300, "no save was measured"
+    assert deadline.lead([], [], 300, 600) == 150
+
+
+def attempts(tmp_path, *ends, iteration=0, max_attempts=20, kind=Class.COMMUNICATION, stage="sft"):
+    """What refuse() says after these earlier ends (class, began, iteration) and one more of ``kind`` that began and ended at 5."""
+    run = Run(tmp_path)
+    (tmp_path / stage).mkdir()
+    (tmp_path / stage / "latest").write_text(f"{iteration or 5}\n")
+    run.record("submitted", stage=stage, job=1)
+    for number, (name, began, after) in enumerate(ends, 1):
+        run.record("started", stage=stage, attempt=number)
+        run.record("requeued", stage=stage, attempt=number, began=began, iteration=after, **{"class": name})
+    run.record("started", stage=stage, attempt=len(ends) + 1)
+    verdict = classify(Facts(stage, [rank(1, GLOO)])) if kind is Class.COMMUNICATION else classify(Facts(stage, [rank(75, "")], asked=kind))
+    return requeue.refuse(run, STAGES[stage], Profile(name="x", scheduler="slurm", max_attempts=max_attempts), verdict, 5)
+
+
+@pytest.mark.parametrize("ends, now, refused", [
+    ([], 5, None),
+    ([("communication timeout", 3, 5)], 5, None),
+    ([("communication timeout", 5, 5)], 5, Class.NO_PROGRESS),
+    ([("communication timeout", 5, 5)], 6, None),
+    ([("preempted", 5, 5)], 5, None),
+    ([("time limit", None, None), ("preempted", 5, 5)], 5, Class.NO_PROGRESS),
+])
+def test_two_attempts_without_progress_are_enough(tmp_path, ends, now, refused):
+    verdict = attempts(tmp_path, *ends, iteration=now)
+    assert (verdict and verdict.kind) is refused
+    assert verdict is None or (not verdict.again and "Timed out waiting 1800000ms" in verdict.cause)
+
+
+def test_attempts_have_a_limit_that_a_resume_resets(tmp_path):
+    ends = [("preempted", number, number + 1) for number in range(4)]
+    verdict = attempts(tmp_path, *ends, iteration=9, max_attempts=5)
+    assert not verdict.again and "attempt 5 of at most 5 (profile: max_attempts)" in verdict.cause
+    Run(tmp_path).record("submitted", stage="sft", job=2)
+    assert requeue.history(Run(tmp_path), "sft") == (0, [])
+
+
+def test_a_stage_that_saves_nothing_is_not_repeated_after_its_time_limit(tmp_path):
+    verdict = attempts(tmp_path, kind=Class.TIME_LIMIT, stage="export")
+    assert not verdict.again and "saves nothing on its way" in verdict.cause
+
+
+@pytest.mark.parametrize("text, wanted, reason", [
+    ("0, 4, 0\n1, 4, 0\n", 2, ""),
+    ("0, 4, [N/A]\n1, 560, [N/A]\n", 2, ""),
+    ("0, 4, 0\n", 2, "1 GPU(s) visible, 2 asked for"),
+    ("0, 4, 0\n1, 40960, 0\n", 2, "GPU 1 is not empty: 40960 MiB in use"),
+    ("0, 4, 0\n1, 4, 2\n", 2, "GPU 1 has 2 uncorrected memory errors"),
+])
+def test_rows_of_nvidia_smi(text, wanted, reason):
+    assert nodecheck.judge_gpus(text, wanted) == reason
+
+
+def health(node, gpu, check, bad="", tflops=600.0):
+    return {"node": node, "gpu": gpu, "check": check, "bad": bad, **({"tflops": tflops} if check == "gpu" else {})}
+
+
+def test_health_names_the_node_of_a_gpu_that_is_wrong_slow_or_silent():
+    def rows(node, **changes):
+        return [health(node, gpu, check) for gpu in (0, 1) for check in ("gpu", "node", "all")]
+
+    nodes = ["n1", "n2"]
+    assert preflight.judge_gpus(rows("n1") + rows("n2"), nodes, 2) == ({}, "")
+    wrong = [row | {"bad": "its matrix product is wrong"} if row["gpu"] == 1 and row["check"] == "gpu" else row for row in rows("n2")]
+    assert preflight.judge_gpus(rows("n1") + wrong, nodes, 2)[0] == {"n2": "GPU 1: its matrix product is wrong"}
+    slow = [row | {"tflops": 90.0} if row["gpu"] == 0 and row["check"] == "gpu" else row for row in rows("n2")]
+    assert preflight.judge_gpus(rows("n1") + slow, nodes, 2)[0] == {"n2": "GPU 0: 90 TFLOP/s, the others 600"}
+    assert preflight.judge_gpus(rows("n1"), nodes, 2)[0]["n2"].startswith("GPU 0: no answer")
+    between = [row | {"bad": "timed out"} if row["check"] == "all" else row for row in rows("n1") + rows("n2")]
+    assert preflight.judge_gpus(between, nodes, 2) == ({}, "the all-reduce over 2 node(s) failed: timed out")
+
+
+@pytest.mark.parametrize("broken, found", [({"n3"}, {"n3"}), ({"n1"}, {"n1"}), ({"n5"}, {"n5"}), ({"n2", "n4"}, {"n2", "n4"})])
+def test_pairs_find_the_node_that_an_all_reduce_fails_with(broken, found):
+    nodes = ["n1", "n2", "n3", "n4", "n5", "n6"] if len(broken) == 1 else ["n1", "n2", "n3", "n4", "n5", "n6", "n7"]
+    assert set(preflight.halves(nodes, lambda some: not broken & set(some), "timed out")) == found
+
+
+def test_nodes_that_nobody_can_reach_are_blamed_not_the_others():
+    unreached = "network: can't reach the first node at n1: timed out"
+    assert preflight.blame(["n1", "n2", "n3"], {"n2": unreached, "n3": unreached}) == {"n1": "network: no other node can reach it"}
+    assert preflight.blame(["n1", "n2", "n3"], {"n3": unreached}) == {"n3": unreached}
+    silent = {"n1": "did not answer within 90 s", "n2": "network: the first node told nobody where it listens"}
+    assert preflight.blame(["n1", "n2"], silent) == {"n1": "did not answer within 90 s"}
+
+
+@pytest.mark.parametrize("lines, expected", [
+    (["srun: error: n2: task 3: Exited with exit code 9", "srun: error: n1: task 0: Exited with exit code 1"], [(3, 9), (0, 1)]),
+    (["srun: error: n1: tasks 0-1,3: Exited with exit code 75"], [(0, 75), (1, 75), (3, 75)]),
+    (["srun: error: n1: task 1: Killed", "srun: error: n1: task 0: Terminated"], [(1, -9), (0, -15)]),
+    (["srun: error: n1: task 1: Segmentation fault (core dumped)"], [(1, -11)]),
+    (["srun: error: nid001277: tasks 1-2: Out Of Memory"], [(1, -9), (2, -9)]),
+    (["srun: Job step aborted: Waiting up to 32 seconds for job step to finish."], []),
+])
+def test_ends_in_the_words_of_srun(lines, expected):
+    assert [found for line in lines for found in ends(line)] == expected
+
+
+def test_last_word_of_a_rank_is_its_exception(tmp_path):
+    log = Log(tmp_path / "log")
+    for text in ("iteration 3", "Traceback (most recent call last):", '  File "x.py"', "torch.OutOfMemoryError: tried 2 GiB", "bye"):
+        log.write(1, text)
+    for text in ("[rank2]: Traceback", "[rank2]:     assert loss > 0", "[rank2]:            ^^^^^^^^", "[rank2]: AssertionError"):
+        log.write(2, text)
+    assert log.ended(1, 1).words() == "rank 1: exit code 1: torch.OutOfMemoryError: tried 2 GiB"
+    assert log.ended(1, 1).lines == ("iteration 3", "Traceback (most recent call last):", 'File "x.py"',
+                                     "torch.OutOfMemoryError: tried 2 GiB", "bye")
+    assert log.ended(2, 1).line == "AssertionError at `assert loss > 0`"
+    log.close()
+    stamped = (tmp_path / "log").read_text().splitlines()
+    assert [line.partition(" ")[2] for line in stamped[:2]] == ["[1] iteration 3", "[1] Traceback (most recent call last):"]
+
+
+def test_a_port_that_a_stranger_holds_is_stepped_over():
+    with socket.create_server(("", 0)) as stranger:
+        taken = stranger.getsockname()[1]
+        assert job_port(taken - 20000, here=False) == 20000 + (taken - 20000) % 12000
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(socket.create_server(("", job_port(7, here=True))))
+                break
+            except OSError:
+                continue
+        assert 20007 < job_port(7, here=True) < 20007 + PORTS
+
+
+def test_a_row_of_metrics_that_is_half_written_is_passed_over(tmp_path):
+    (tmp_path / "sft").mkdir()
+    rows = [{"iteration": 1, "time": 5.0}, {"iteration": 2, "time": 6.0}]
+    (tmp_path / "sft/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"iteration": 3, "ti')
+    assert deadline.metrics(Run(tmp_path), "sft") == rows

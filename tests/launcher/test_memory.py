@@ -1,0 +1,98 @@
+"""The estimate of a GPU's memory against what was measured on one H200 (torch's peak), and what follows from it."""
+
+import dataclasses
+
+import pytest
+
+from launcher import memory
+from launcher.config import Profile, Resources
+from training.config import ConfigError, Paths, PPOConfig, PPOPaths, RewardConfig, SFTConfig
+from training.shape import BloomShape
+
+SHAPES = {"560m": BloomShape(24, 1024, 16, 250880, 1e-5),
+          "7b1": BloomShape(30, 4096, 32, 250880, 1e-5),
+          "1b7": BloomShape(24, 2048, 16, 250880, 1e-5)}
+PATHS = Paths(output="", model="", init="", train="", heldout="")
+PPO_PATHS = PPOPaths(output="", model="", init="", train="", heldout="", reward="")
+
+
+def sft(**changes) -> SFTConfig:
+    return SFTConfig(**{"paths": PATHS, "micro_batch_size": 1, "global_batch_size": 8, **changes})
+
+
+@pytest.mark.parametrize("model, batch, recompute, measured", [
+    ("7b1", 1, "none", 138.5), ("7b1", 2, "full", 133.6), ("7b1", 8, "full", 137.0), ("1b7", 4, "none", 48.2), ("1b7", 8, "none", 61.3)])
+def test_training_as_measured_on_an_h200(model, batch, recompute, measured):
+    """The lab computed the loss in chunks of 2,048 tokens: bf16 logits of one, and the head's gradient once or twice."""
+    shape, config = SHAPES[model], sft(micro_batch_size=batch, recompute=recompute)
+    lines = dict(memory.estimate(shape, config, 1).lines)
+    lab = (2 * 2048 * shape.vocab + (1 if batch == 1 else 2) * 2 * shape.vocab * shape.hidden) / 1e9
+    made = sum(lines.values()) - lines["logits and loss"] + lab
+    assert made == pytest.approx(measured, rel=0.05)
+
+
+MEASURED = {  # benchmarks/parity_gpu.py memory on one H200: (model, rows) -> torch's peak in GB with recompute none, selective, full
+    ("560m", 1): (17.93, 17.52, 16.41), ("560m", 4): (41.29, 39.68, 35.24),
+    ("1b7", 1): (40.49, 39.68, 37.46), ("1b7", 4): (68.72, 65.5, 56.63)}
+
+
+@pytest.mark.parametrize("model, rows", MEASURED)
+def test_sft_as_our_own_trainer_needs_it_on_an_h200(model, rows):
+    for recompute, peak in zip(("none", "selective", "full"), MEASURED[model, rows], strict=True):
+        config = sft(micro_batch_size=rows, global_batch_size=rows, recompute=recompute)
+        made = memory.estimate(SHAPES[model], config, 1).total - memory.OUTSIDE_GB
+        assert made == pytest.approx(peak, rel=0.04), recompute
+
+
+def test_weights_and_optimizer_of_7b1_on_one_gpu():
+    made = memory.estimate(SHAPES["7b1"], sft(), 1)
+    assert made.static == pytest.approx(127.3, abs=0.3)
+    assert SHAPES["7b1"].parameters() * 18 / 1e9 == pytest.approx(made.static, rel=1e-3)
+
+
+def test_the_ranks_of_a_layout_hold_the_whole_model():
+    shape, config = SHAPES["7b1"], sft(tensor_parallel=4, pipeline_parallel=4)
+    stages = [memory.Rank(shape, config, 1, stage) for stage in range(4)]
+    assert sum(rank.layers("lm") for rank in stages) == 30
+    total = 4 * (sum(rank.parameters("lm") for rank in stages) - stages[3].embedding)  # the tied matrix, a second time on the last stage
+    assert total == pytest.approx(shape.parameters(), rel=0.002)
+
+
+def test_ppo_counts_four_models_and_the_distributed_optimizer_shards_over_data_ranks():
+    config = PPOConfig(paths=PPO_PATHS, tensor_parallel=8, sequence_parallel=True)
+    one, four = (memory.estimate(SHAPES["7b1"], config, ranks) for ranks in (8, 32))
+    names = {what.partition(":")[0] for what, _ in one.lines if ":" in what}
+    assert names == {"policy", "value", "reference", "reward"}
+    adam = [dict(made.lines)[f"policy: fp32 weights, Adam / DP {data}"] for made, data in ((one, 1), (four, 4))]
+    assert adam[0] == pytest.approx(4 * adam[1])
+    assert one.static == pytest.approx(2 * (18 + 2) * SHAPES["7b1"].parameters() / 8e9, rel=0.01)
+
+
+@pytest.mark.parametrize("change", [{"recompute": "full"}, {"recompute": "selective"}, {"sequence_parallel": True},
+                                    {"micro_batch_size": 4}])
+def test_what_a_setting_frees(change):
+    config = sft(tensor_parallel=8, micro_batch_size=8, global_batch_size=128)
+    before, after = (memory.estimate(SHAPES["7b1"], made, 8).total for made in (config, dataclasses.replace(config, **change)))
+    assert after < before - 0.3
+
+
+def test_too_much_for_the_profile_s_gpu_names_what_would_free_how_much():
+    site = Profile(name="site", scheduler="slurm", gpu_memory_gb=85, max_nodes=4)
+    config = sft(tensor_parallel=2, micro_batch_size=8, global_batch_size=64)
+    with pytest.raises(ConfigError) as refused:
+        memory.check("sft", SHAPES["7b1"], config, Resources(gpus_per_node=8), site)
+    said = str(refused.value).splitlines()
+    assert "sft needs about" in said[0] and "gpu_memory_gb is 85" in said[0]
+    ways = [line.partition(" GB with ")[2] for line in said[1:]]
+    assert {"--set sft.micro_batch_size=4", "--set sft.recompute=full", "--set sft.tensor_parallel=4 --set sft.sequence_parallel=true",
+            "--set resources.sft.nodes=2"} <= set(ways)
+    sizes = [float(line.partition(" GB with ")[0]) for line in said[1:]]
+    assert sizes == sorted(sizes)
+
+
+def test_close_to_the_limit_warns_and_far_below_says_nothing():
+    config, asked = RewardConfig(paths=PATHS, micro_batch_size=1, tensor_parallel=8), Resources(gpus_per_node=8)
+    needs = memory.estimate(SHAPES["7b1"], config, 8).total
+    near, far = (Profile(name="site", scheduler="slurm", gpu_memory_gb=needs * share) for share in (1.05, 2.0))
+    assert "it may not fit" in memory.check("reward", SHAPES["7b1"], config, asked, near)
+    assert memory.check("reward", SHAPES["7b1"], config, asked, far) == ""

@@ -1,0 +1,134 @@
+"""What plan shows, as text; the parts of a sweep that need no Slurm; the script of an array in full."""
+
+import json
+
+import pytest
+from rich.console import Console
+
+from launcher import cluster, plan, submit, sweep
+from launcher.config import Profile
+from launcher.pipeline import STAGES
+from tests.launcher.stub_project import SMALL
+from training.config import ConfigError
+
+GRAPH = """\
+stage | after | runs | nodes x ranks | hours | GPU-hours | layout | writes
+sft | convert | training.sft | 1 + 1 spare x 8 | 4 | 64 | TP 4 x PP 1 x DP 2, batch 128 = 8 x 2 x 8 | 158 MB
+reward | sft | training.reward | 1 x 8 | 12 | 96 | TP 4 x PP 1 x DP 2, batch 128 = 4 x 2 x 16 | 158 MB
+rlhf | sft, reward | training.ppo | 1 x 8 | 24 | 192 | TP 4 x PP 1 x DP 2, batch 128 = 2 x 2 x 32 | 316 MB
+352 GPU-hours at most; profile local: as asked
+"""
+HERE = Profile(name="local", scheduler="local", max_nodes=2, max_minutes=10_000)
+CASES = """\
+case "$SLURM_ARRAY_TASK_ID" in
+  0) run=runs/lr/0 ;;  # sft.lr=1e-05, rlhf.kl_coef=0.01
+  1) run=runs/lr/1 ;;  # sft.lr=1e-05, rlhf.kl_coef=0.05
+  2) run=runs/lr/2 ;;  # sft.lr=2e-05, rlhf.kl_coef=0.01
+  3) run=runs/lr/3 ;;  # sft.lr=2e-05, rlhf.kl_coef=0.05
+  *) echo "element $SLURM_ARRAY_TASK_ID is none of this sweep" >&2; exit 64 ;;
+esac
+"""
+
+
+@pytest.fixture
+def nowhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def planned(nowhere, *sets, recipe="bloom-tiny", profile=HERE, target="full-pipeline", first=None, last=None) -> submit.Plan:
+    return submit.plan(target, recipe, [], list(sets), "x", nowhere.relative_to(nowhere) / "runs", (profile, "as asked"), first, last)
+
+
+def shown(made, **more) -> str:
+    """What is printed, without the lines of tables."""
+    out = Console(width=220, record=True, file=open("/dev/null", "w"))  # noqa: SIM115 - nothing is written
+    plan.show(made, more.get("starts", {}), out, more.get("scripts", {}))
+    lines = [line.strip("┃│ ").replace("┃", "│") for line in out.export_text().splitlines() if not set(line) & set("┏┡└├")]
+    return "".join(" | ".join(cell.strip() for cell in line.split("│")) + "\n" for line in lines)
+
+
+def test_graph_with_gpu_hours_layout_and_disk(nowhere):
+    sets = ["model.demo_heads=8", "model.demo_hidden=256", "rlhf.rollout_batch_size=128", "resources.sft.spares=1"]
+    for stage, batch, minutes in (("sft", 8, 240), ("reward", 4, 720), ("rlhf", 2, 1440)):
+        sets += [f"{stage}.{key}" for key in ("tensor_parallel=4", "pipeline_parallel=1", f"micro_batch_size={batch}",
+                                              "global_batch_size=128", "iterations=300", "save_every=100", "keep_checkpoints=2")]
+        sets += [f"resources.{stage}.gpus_per_node=8", f"resources.{stage}.minutes={minutes}"]
+    made = planned(nowhere, *sets, last="rlhf")
+    made.stages.pop(0)
+    assert shown(made).startswith("runs/x\n" + GRAPH)
+
+
+def test_memory_names_each_model_and_its_parts(nowhere):
+    said = shown(planned(nowhere, "model.demo_hidden=768", "model.demo_vocab=250880"))
+    for model in ("policy", "value", "reference", "reward"):
+        assert f"rlhf | {model} | " in said
+    assert "fp32 gradients" in said and "logits and loss" in said and "disk: about" in said and "data: generated demo data" in said
+
+
+def test_starts_are_slurm_s_for_the_first_stage_and_after_its_parents_for_the_others(nowhere):
+    made = planned(nowhere, profile=cluster.load("dev"))
+    starts = dict.fromkeys(STAGES, plan.parse_start("sbatch: Job 11 to start at 2026-11-23T23:43:25 using 2 processors on nodes n[1-2] in "
+                                                    "partition main\n"))
+    assert starts["sft"] == plan.Start("2026-11-23T23:43:25", "n[1-2]")
+    said = shown(made, starts=starts)
+    assert "2026-11-23 23:43:25" in said and "after sft, reward" in said and said.count("2026-11-23") == 1
+
+
+def test_two_plans_of_a_new_run_write_nothing_and_carry_the_run_s_name(nowhere):
+    made = planned(nowhere, profile=cluster.load("dev"))
+    texts = submit.render_all(made)
+    assert list(texts) == list(STAGES) and f"#SBATCH --job-name={made.identity['id']}.sft" in texts["sft"]
+    assert list(nowhere.iterdir()) == []
+
+
+def test_combinations_of_a_sweep():
+    assert sweep.combinations(["sft.lr=1e-5,2e-5"]) == [{"sft.lr": 1e-5}, {"sft.lr": 2e-5}]
+    assert len(sweep.combinations(["sft.lr=1e-5,2e-5", "rlhf.kl_coef=0.01,0.02,0.05"])) == 6
+    assert sweep.combinations(['sft.schedule="linear",cosine'])[1] == {"sft.schedule": "cosine"}
+
+
+@pytest.mark.parametrize("texts, message", [
+    (["sft.lr"], "expected section.key=VALUE,VALUE"),
+    (["sft.lr=1e-5"], "two or more different values"),
+    (["sft.lr=1e-5,0.00001"], "two or more different values"),
+    (["resources.sft.nodes=1,2"], "share section resources"),
+    (["sft.lr=1,2", "sft.lr=3,4"], "sft.lr is swept twice"),
+    (["sft.seed=" + ",".join(map(str, range(40))), "rlhf.seed=" + ",".join(map(str, range(40)))], "1600 combinations; at most 1000"),
+])
+def test_sweep_that_is_none(texts, message):
+    with pytest.raises(ConfigError, match=message):
+        sweep.combinations(texts)
+
+
+def test_script_of_an_array_shows_which_index_is_which_run(nowhere):
+    def make(sets, name, runs):
+        return submit.plan("sft", "bloom-tiny", [], sets, name, runs, (Profile(name="site", scheduler="slurm"), "as asked"), None, None)
+
+    (nowhere / "runs").mkdir()
+    with pytest.raises(ConfigError, match="sft starts from convert, not DONE"):
+        sweep.plan(["sft.lr=1e-5,2e-5"], make, "lr", nowhere / "runs")
+
+    def whole(sets, name, runs):
+        return submit.plan("full-pipeline", "bloom-tiny", [], sets, name, runs, (Profile(name="site", scheduler="slurm"), "as asked"), None,
+                           "sft")
+
+    made = sweep.plan(["sft.lr=1e-5,2e-5", "rlhf.kl_coef=0.01,0.05"], whole, "lr", nowhere.relative_to(nowhere) / "runs")
+    texts = sweep.scripts(made)
+    assert list(texts) == ["convert", "sft"] and CASES in texts["sft"]
+    assert "#SBATCH --output=runs/lr/%a/sft/logs/slurm-%A_%a.out\n" in texts["sft"]
+    assert texts["sft"].splitlines()[-1].endswith('-m launcher.supervise "$run" sft')
+    assert made.plans[3].identity["id"] == f"{made.identity}.3" and made.plans[3].identity["sweep"] == {"id": made.identity, "index": 3}
+
+
+def test_sweep_here_runs_one_element_after_the_other_and_prepares_the_data_once(project):
+    project.behave(sft={"fail_in": "0", "fail_at": 2})
+    arguments = ["submit", "full-pipeline", "--name", "lr", "--profile", "local", "--until", "sft", "--sweep", "sft.lr=1e-5,2e-5", *SMALL]
+    done = project.convoy(*arguments, "--wait")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert (project.folder / "prepared").read_text() == "once\n"
+    rows = json.loads(project.convoy("status", "lr", "--json").stdout)[0]["runs"]
+    assert [(row["values"], row["state"]) for row in rows] == [({"sft.lr": 1e-5}, "failed"), ({"sft.lr": 2e-5}, "idle")]
+    assert rows[1]["numbers"]["sft.loss"] == pytest.approx(1 / 3)
+    other = project.convoy(*[word.replace("2e-5", "3e-5") for word in arguments])
+    assert other.returncode == 2 and "was submitted with another sweep: sft.lr=1e-05; sft.lr=2e-05" in other.stderr
