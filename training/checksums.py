@@ -9,15 +9,20 @@ import hashlib
 import os
 import re
 from collections.abc import Collection
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 NAME = "SHA256"
+Name = TypeVar("Name", str, Path)
 _LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 
 
 class Damaged(ValueError):  # noqa: N818 - what is wrong with the checkpoint
-    """A checkpoint that must not be used; the message names the file and what to do."""
+    """A checkpoint that must not be used; the message names the file and what to do, ``what`` only the first."""
+
+    def __init__(self, what: str, fix: str = ""):
+        super().__init__(f"{what}. {fix}" if fix else what)
+        self.what = what
 
 
 def digest(path: str | Path) -> str:
@@ -36,9 +41,11 @@ def files(folder: str | Path) -> list[str]:
     return sorted(name for name in found if name != NAME)
 
 
-def digests(folder: str | Path, names: Collection[str]) -> dict[str, str]:
-    """sha256 of each of the files ``names`` of ``folder``, several at a time."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+def digests(folder: str | Path, names: Collection[Name]) -> dict[Name, str]:
+    """sha256 of each of the files ``names`` of ``folder`` ("": of paths as they are), several at a time."""
+    from concurrent.futures import ThreadPoolExecutor  # late: the launcher's commands are quick
+
+    with ThreadPoolExecutor(min(16, len(os.sched_getaffinity(0)))) as pool:
         return dict(zip(names, pool.map(lambda name: digest(Path(folder, name)), names), strict=True))
 
 
@@ -58,17 +65,18 @@ def read(folder: str | Path) -> dict[str, str]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise Damaged(f"{path} is missing: not a complete checkpoint. {_fix(folder)}. If it is whole and only older than checksums: "
-                      f"cd {folder} && find . -type f -printf '%P\\0' | xargs -0 sha256sum > /tmp/{NAME} && mv /tmp/{NAME} .") from None
+        older = f"cd {folder} && find . -type f -printf '%P\\0' | xargs -0 sha256sum > /tmp/{NAME} && mv /tmp/{NAME} ."
+        raise Damaged(f"{path} is missing: not a complete checkpoint",
+                      f"{_fix(folder)}. If it is whole and only older than checksums: {older}") from None
     except UnicodeDecodeError:
-        raise Damaged(f"{path} is not text. {_fix(folder)}") from None
+        raise Damaged(f"{path} is not text", _fix(folder)) from None
     matches = [_LINE.fullmatch(line) for line in text.splitlines()]
     if not text.endswith("\n") or not all(matches):
-        raise Damaged(f"{path} is not a list of sha256 sums: truncated or overwritten. {_fix(folder)}")
+        raise Damaged(f"{path} is not a list of sha256 sums: truncated or overwritten", _fix(folder))
     listed = {match[2]: match[1] for match in matches if match}
     outside = [name for name in listed if name.startswith("/") or ".." in Path(name).parts]
     if outside:
-        raise Damaged(f"{path} names {outside[0]}, which is not below {folder}. {_fix(folder)}")
+        raise Damaged(f"{path} names {outside[0]}, which is not below {folder}", _fix(folder))
     return listed
 
 
@@ -93,7 +101,7 @@ def present(folder: str | Path, listed: Collection[str]) -> dict[str, int]:
     for name in listed:
         path = Path(folder, name)
         if not path.is_file():
-            raise Damaged(f"{path} is missing, but {NAME} lists it. {_fix(folder)}")
+            raise Damaged(f"{path} is missing, but {NAME} lists it", _fix(folder))
         sizes[name] = path.stat().st_size
     return sizes
 
@@ -103,8 +111,8 @@ def compare(folder: str | Path, listed: dict[str, str], names: Collection[str]) 
     for name, found in digests(folder, names).items():
         if found != listed[name]:
             path = Path(folder, name)
-            raise Damaged(f"{path} ({path.stat().st_size:,} bytes) does not have the sha256 that {NAME} lists: truncated or changed. "
-                          f"{_fix(folder)}")
+            raise Damaged(f"{path} ({path.stat().st_size:,} bytes) does not have the sha256 that {NAME} lists: truncated or changed",
+                          _fix(folder))
 
 
 def _fix(folder: str | Path) -> str:

@@ -81,7 +81,7 @@ def test_a_flipped_bit_is_never_certified_and_the_checkpoint_before_it_is_used(p
     weights = project.run / "sft/checkpoints/iter_0000003/model/weights"
     weights.write_bytes(bytes([weights.read_bytes()[0] ^ 1]) + weights.read_bytes()[1:])
     (project.run / "sft/DONE.json").unlink()
-    with pytest.raises(Refused, match="weights does not have the sha256 with which it was saved"):
+    with pytest.raises(Refused, match=r"weights \(5 bytes\) does not have the sha256 that SHA256 lists"):
         manifest.make(Run(project.run), STAGES["sft"], 1, 0.0)
     assert project.submit("--wait", "--until", "sft").returncode == 0
     assert [event["iteration"] for event in project.ledger("started") if event["stage"] == "sft"] == [None, 2]

@@ -53,7 +53,7 @@ def test_load_iteration_refuses_a_checkpoint_that_does_not_match_its_hashes(proj
     (folder / "SHA256").write_text(f"{hashlib.sha256(b'sft 2').hexdigest()}  model/weights\n")
     (folder / "model/weights").write_text("sft 3")  # a flipped bit
     refused = project.convoy("resume", "demo", "--from", "sft", "--load-iteration", "2")
-    assert refused.returncode == 2 and "does not have the sha256 with which it was saved" in refused.stderr
+    assert refused.returncode == 2 and "does not have the sha256 that SHA256 lists" in refused.stderr
     assert "present: 1, 2, 3" in refused.stderr and (project.run / "sft/DONE.json").exists()
 
 
