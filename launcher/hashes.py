@@ -5,18 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from launcher.run import Run, iteration_folder
-from training import checksums
-from training.checksums import Damaged
+from training.checksums import NAME, Damaged, check
 
 
 def damage(folder: Path) -> str:
     """What is wrong with an iteration's folder, in words; "" when it is whole, or has no checksums to tell by. Reads every byte."""
     if not folder.is_dir() or not any(folder.iterdir()):
         return f"{folder} is missing or empty"
-    if not (folder / checksums.NAME).is_file():
+    if not (folder / NAME).is_file():
         return ""  # saved by an older Convoy
     try:
-        checksums.check(folder)
+        check(folder)
     except Damaged as error:
         return error.what
     return ""

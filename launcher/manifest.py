@@ -16,7 +16,7 @@ from pathlib import Path
 from launcher import hashes
 from launcher.pipeline import STAGES, Stage, remaining
 from launcher.run import Run, hash_of, iteration_folder, write_json
-from training import checksums
+from training.checksums import NAME, digests
 
 
 class Refused(RuntimeError):
@@ -34,10 +34,10 @@ def make(run: Run, stage: Stage, attempt: int, started: float) -> dict:
     if iteration != wanted:
         raise Refused(f"{stage.name} exited 0 at iteration {iteration} of {wanted}: it did not finish")
     outputs = _outputs(run, stage, iteration)
-    for folder in {path.parent for path in outputs if path.name == checksums.NAME}:
+    for folder in {path.parent for path in outputs if path.name == NAME}:
         if reason := hashes.damage(folder):  # else a bit that flipped after the save would be certified
             raise Refused(f"{stage.name} can't be called done: {reason}; resume goes on from the checkpoint before it")
-    sums = checksums.digests("", outputs)
+    sums = digests("", outputs)
     identity = {
         "stage": stage.name, "iteration": iteration, "config_hash": config_hash(run, stage.name),
         "parents": {parent: read(run, parent)["identity"] for parent in stage.parents},
@@ -103,7 +103,7 @@ def _check_content(run: Run, manifest: dict, memory: Path | None) -> None:
     known = json.loads(memory.read_text(encoding="utf-8")) if memory and memory.exists() else {}
     touched = {run.folder / name: [expected["sha256"], *_touched(run.folder / name)] for name, expected in manifest["outputs"].items()}
     unread = [path for path in touched if str(path) not in known or known[str(path)] != touched[path]]
-    for path, found in checksums.digests("", unread).items():
+    for path, found in digests("", unread).items():
         if found != touched[path][0]:
             raise Refused(f"{path} does not have the sha256 of its manifest: its content changed")
     if memory and unread:
