@@ -15,7 +15,13 @@ SHARED = ROOT.parent / "shared" / "data"
 HH = SHARED / "hh_harmless" / "harmless-base.test.jsonl.gz"
 STAGES = ["convert", "sft", "reward", "rlhf", "export", "mtbench"]
 SHORT = ["sft.iterations=4", "sft.warmup_iterations=0", "reward.iterations=4", "reward.warmup_iterations=0", "rlhf.warmup_iterations=0",
-         "rlhf.rollout_batch_size=32", "rlhf.global_batch_size=32", "rlhf.micro_batch_size=16", "model.demo_layers=2", "data.heldout_max=8"]
+         "rlhf.rollout_batch_size=32", "rlhf.global_batch_size=32", "rlhf.micro_batch_size=16", "model.demo_layers=2", "data.heldout_max=8",
+         "mtbench.max_new_tokens=4", "mtbench.heldout_max_new_tokens=4"]
+
+
+def single(*stages: str) -> list[str]:
+    """One rank each."""
+    return [value for stage in stages for value in (f"{stage}.pipeline_parallel=1", f"resources.{stage}.gpus_per_node=1")]
 
 
 def convoy(*arguments: str) -> subprocess.CompletedProcess:
@@ -36,10 +42,8 @@ def status(run: Path, stage: str) -> dict:
 def test_real_hh_pairs_and_real_questions_go_through_the_same_command(tmp_path):
     """Anthropic's file as it comes from the Hub, with its odd rows; the real question set from the wheel."""
     wheel = next((SHARED / "mt_bench_questions").glob("*.whl"))
-    single = [value for stage in ("sft", "reward", "rlhf")
-              for value in (f"{stage}.pipeline_parallel=1", f"resources.{stage}.gpus_per_node=1")]
-    short = ["rlhf.iterations=2", "mtbench.max_new_tokens=4", "mtbench.heldout_max_new_tokens=4", "mtbench.context_length=64"]
-    done = convoy(*submit(tmp_path, "hh", f"data.source={HH}", f"mtbench.questions={wheel}", *short, *single))
+    done = convoy(*submit(tmp_path, "hh", f"data.source={HH}", f"mtbench.questions={wheel}", "rlhf.iterations=2",
+                          "mtbench.context_length=64", *single("sft", "reward", "rlhf")))
     assert done.returncode == 0, done.stdout + done.stderr
     run = tmp_path / "hh"
     assert all((run / stage / "DONE.json").exists() for stage in STAGES)
@@ -53,7 +57,8 @@ def test_real_hh_pairs_and_real_questions_go_through_the_same_command(tmp_path):
 def test_kill_9_of_a_rank_during_ppo_then_resume(tmp_path):
     """The command fails with the rank named; resume goes on from the last checkpoint and runs no done stage again."""
     run = tmp_path / "killed"
-    command = [sys.executable, "-m", "launcher", *submit(tmp_path, "killed", "rlhf.iterations=8", "rlhf.save_every=2")]
+    command = [sys.executable, "-m", "launcher", *submit(tmp_path, "killed", "rlhf.iterations=8", "rlhf.save_every=2",
+                                                             *single("sft", "reward"))]
     first = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
         end = time.monotonic() + 200
