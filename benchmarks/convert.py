@@ -1,9 +1,10 @@
 """Conversion in bounded memory, against copying the same bytes: ``python benchmarks/convert.py FOLDER [--layers 30] [--hidden 4096]``.
 
 Makes a BLOOM of random bf16 weights on disk (default: the shape of bloom-7b1, 14.1 GB; three times that is needed), then times, each
-in processes of its own: cp, Hugging Face -> Megatron, the same with a kill -9 in the middle and a second start, Megatron -> Hugging
-Face. Prints one JSON line a step: seconds (files synced to disk), GB/s, ratio to the copy, and the largest RssAnon of any process,
-sampled every 20 ms. All results are compared by sha256; the folder is removed at the end.
+in processes of its own: cp, Hugging Face -> Megatron, Megatron -> Hugging Face, Hugging Face -> Megatron after a kill -9 in the middle,
+and cp again. Before each, all is synced and dropped from the page cache; each ends with its files on disk. Prints one JSON line a
+step: seconds (with the start of Python), GB/s, ratio to the mean of the two copies before and after, and the largest RssAnon of any
+process, sampled every 20 ms. All results are compared by sha256; the folder is removed at the end.
 """
 
 from __future__ import annotations
@@ -83,38 +84,69 @@ def run(command: list[str], kill_after: Path | None = None) -> tuple[float, int]
     return time.monotonic() - started, most
 
 
+def cold(folder: Path) -> None:
+    """Nothing left to write, nothing of the folder in the page cache."""
+    os.sync()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            handle = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(handle)
+
+
+def copy(hf: Path, to: Path) -> tuple[float, int]:
+    cold(hf.parent)
+    found = run(["sh", "-c", f"cp -r {hf} {to} && sync {to}/*"])
+    shutil.rmtree(to)
+    return found
+
+
+def measure(hf: Path, stage: Path, back: Path) -> None:
+    rows: list[dict] = []
+
+    def report(step: str, seconds: float, memory: int) -> None:
+        speed = round(run.total / 1e9 / seconds, 2)
+        rows.append({"step": step, "seconds": round(seconds, 1), "gb_per_s": speed, "rss_anon_mb": memory >> 20})
+        print(json.dumps(rows[-1]), flush=True)
+
+    def same(what: str, identical: bool) -> None:
+        print(json.dumps({"step": what, "identical_files": identical}), flush=True)
+
+    report("copy", *copy(hf, hf.with_name("copy")))
+    to_megatron = [sys.executable, "-m", "conversion.hf_to_megatron", str(hf), str(stage)]
+    cold(hf.parent)
+    report("hf -> megatron", *run(to_megatron))
+    checkpoint = stage / "checkpoints" / "iter_0000000"
+    whole = checksums.read(checkpoint)
+    cold(hf.parent)
+    to_hf = [sys.executable, "-m", "conversion.megatron_to_hf", str(checkpoint / "model"), str(back), "--model", str(hf)]
+    report("megatron -> hf", *run(to_hf))
+    same("round trip", all(checksums.digest(path) == checksums.digest(back / path.name) for path in hf.glob("*.safetensors")))
+    shutil.rmtree(back)
+    shutil.rmtree(stage)
+    run(to_megatron, kill_after=stage)
+    left = sum(path.stat().st_size for path in stage.rglob("*.distcp"))
+    cold(hf.parent)
+    report(f"hf -> megatron, killed, {left / 1e9:.1f} GB kept, second start", *run(to_megatron))
+    same("after the kill", checksums.read(checkpoint) == whole)
+    shutil.rmtree(stage)
+    report("copy again", *copy(hf, hf.with_name("copy")))
+    base = (rows[0]["seconds"] + rows[-1]["seconds"]) / 2
+    for row in rows:
+        print(json.dumps({"step": row["step"], "ratio_to_copy": round(row["seconds"] / base, 2)}), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, help="on the disk to measure; must not exist")
     for name, number in (("layers", 30), ("hidden", 4096), ("heads", 32), ("vocab", 250880)):
         parser.add_argument(f"--{name}", type=int, default=number)
     given = parser.parse_args()
-    hf, stage, back, copy = (given.folder / name for name in ("hf", "stage", "back", "copy"))
+    hf, stage, back = (given.folder / name for name in ("hf", "stage", "back"))
     run.total = make(hf, given.layers, given.hidden, given.heads, given.vocab)
     print(json.dumps({"step": "made", "gigabytes": run.total / 1e9}), flush=True)
-
-    def report(step: str, seconds: float, memory: int, base: float | None) -> None:
-        row = {"step": step, "seconds": round(seconds, 1), "gb_per_s": round(run.total / 1e9 / seconds, 2), "rss_anon_mb": memory >> 20}
-        print(json.dumps(row | ({"ratio_to_copy": round(seconds / base, 2)} if base else {})), flush=True)
-
     try:
-        copied, memory = run(["sh", "-c", f"cp -r {hf} {copy} && sync {copy}/*"])
-        report("copy", copied, memory, None)
-        shutil.rmtree(copy)
-        to_megatron = [sys.executable, "-m", "conversion.hf_to_megatron", str(hf), str(stage)]
-        report("hf -> megatron", *run(to_megatron), copied)
-        checkpoint = stage / "checkpoints" / "iter_0000000"
-        whole = checksums.read(checkpoint)
-        to_hf = [sys.executable, "-m", "conversion.megatron_to_hf", str(checkpoint / "model"), str(back), "--model", str(hf)]
-        report("megatron -> hf", *run(to_hf), copied)
-        same = all(checksums.digest(path) == checksums.digest(back / path.name) for path in hf.glob("*.safetensors"))
-        print(json.dumps({"step": "round trip", "identical_files": same}), flush=True)
-        shutil.rmtree(back)
-        shutil.rmtree(stage)
-        run(to_megatron, kill_after=stage)
-        left = sum(path.stat().st_size for path in stage.rglob("*.distcp"))
-        report(f"hf -> megatron, killed, {left / 1e9:.1f} GB kept, second start", *run(to_megatron), copied)
-        print(json.dumps({"step": "after the kill", "identical_files": checksums.read(checkpoint) == whole}), flush=True)
+        measure(hf, stage, back)
     finally:
         shutil.rmtree(given.folder)
 

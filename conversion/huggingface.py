@@ -128,15 +128,15 @@ def read_bin(path: Path) -> dict[str, Stored]:
     return {name: Stored.whole(tensor) for name, tensor in loaded.items()}
 
 
-def load_pickle(path: Path):
-    """torch.load that runs no code of the file and maps its tensors. Raises ConfigError with the reason."""
+def load_pickle(path: Path, fix: str = "Use safetensors, or weights saved as a plain state_dict()"):
+    """torch.load that runs no code of the file and maps its tensors. Raises ConfigError: why, and ``fix`` where it is more than tensors."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL (\S+)", str(error))
         reason = asked[1] if asked else str(error).strip().splitlines()[-1]
         raise ConfigError(f"{path} asks to load more than tensors ({reason}); a pickle can run any code, so it is not loaded. "
-                          "Use safetensors, or weights saved as a plain state_dict()") from None
+                          f"{fix}") from None
     except (RuntimeError, EOFError, ValueError) as error:
         raise ConfigError(f"{path} can't be read ({str(error).splitlines()[0]}): truncated, or older than torch 1.6's format; "
                           "download it again, or load and save it once with torch.save") from None

@@ -18,6 +18,7 @@ import torch
 
 from conversion import huggingface, torch_dist, work
 from conversion.command import main
+from conversion.intact import Intact
 from conversion.megatron_to_hf import DTYPES, find_checkpoint, write_folder
 from conversion.tensors import Stored, mapped, raw, view
 from conversion.weights import END, HEADS, TOP, VOCABULARY, Entry, check_names, entries, head_of, size_of
@@ -28,6 +29,8 @@ FILE = "model_optim_rng.pt"
 MARK = "latest_checkpointed_iteration.txt"
 VERSION = 3.0
 """checkpoint_version whose QKV rows are [head, (q, k, v), head_dim], as BLOOM's; before 2.0 they are in other orders."""
+FIX = ('Where you trust it: load it in Megatron-LM\'s environment and save {"model": state["model"], "checkpoint_version": '
+       'state["checkpoint_version"]} in its place')
 _LEGACY_TOP = {
     "word_embeddings.weight": "language_model.embedding.word_embeddings.weight",
     "word_embeddings_layernorm.weight": "language_model.embedding.word_embeddings.norm.weight",
@@ -85,7 +88,7 @@ def _folder(tensor_rank: int, pipeline_rank: int, pipeline: int) -> str:
 
 def read_rank(path: Path) -> dict[str, torch.Tensor]:
     """Tensors of one rank's file by flat name in today's spelling, memory-mapped."""
-    loaded = huggingface.load_pickle(path)
+    loaded = huggingface.load_pickle(path, FIX)
     if not isinstance(loaded, dict) or "model" not in loaded:
         raise ConfigError(f"{path} is no Megatron-LM checkpoint: it has no 'model'")
     version = loaded.get("checkpoint_version", 0)
@@ -170,7 +173,7 @@ def write(output: Path, tensors: dict[str, Stored], made_from: list, shape: Bloo
         extra = arguments_of(shape, tensor, pipeline, iteration)
         work.write_files(aside, {file: partial(_write, rank, extra, family) for file, rank in files.items()}, sizes, f"write {name}")
         work.clean(aside)
-        aside.replace(target)
+        work.replace(aside, target)
     (output / f"{MARK}.new").write_text(str(iteration or "release"), encoding="utf-8")
     (output / f"{MARK}.new").replace(output / MARK)
 
@@ -259,6 +262,7 @@ def run(given) -> None:
         return
     if given.source:
         source = find_checkpoint(Path(given.source))
+        Intact(source).check()
         tensors, made_from = torch_dist.read(source, shape, head_of(shape)), work.described(sorted(source.iterdir()))
     else:
         tensors, made_from = huggingface.read(model, shape)[1], work.described(huggingface.files(model))

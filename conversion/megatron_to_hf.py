@@ -11,6 +11,7 @@ import json
 import shutil
 import sys
 from argparse import ArgumentParser
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -19,9 +20,10 @@ import torch
 from conversion import classifier, huggingface, torch_dist, work
 from conversion.command import main
 from conversion.config import ExportConfig, ExportPaths
+from conversion.intact import Intact
 from conversion.tensors import Stored, raw
 from conversion.weights import head_of, stored_name
-from training import checkpoint, checksums
+from training import checkpoint
 from training.config import ConfigError
 from training.metrics import Metrics
 from training.shape import BloomShape
@@ -43,9 +45,8 @@ def export(config: ExportConfig) -> None:
     for number, (name, stage) in enumerate(wanted.items(), 1):
         iteration = config.paths.reward_iteration if name == "reward" else 0
         saved = checkpoint.resolve(stage, iteration)
-        checksums.check(saved, FOLDERS[name])
         source, target = saved / FOLDERS[name], Path(config.paths.output) / name
-        export_model(source, target, Path(config.paths.model), shape, dtype, config.max_shard_gb)
+        export_model(source, target, Path(config.paths.model), shape, dtype, config.max_shard_gb, Intact(source, required=True))
         metrics.log(number)
         print(f"{name}: {source} -> {target}", flush=True)
     metrics.close()
@@ -56,20 +57,35 @@ def starting_dtype(model: str | Path, shape: BloomShape) -> torch.dtype:
     return huggingface.read(model, shape)[1]["ln_f.weight"].dtype
 
 
-def export_model(source: Path, target: Path, model: Path, shape: BloomShape, dtype: torch.dtype, max_shard_gb: float) -> None:
+def export_model(source: Path, target: Path, model: Path, shape: BloomShape, dtype: torch.dtype, max_shard_gb: float,
+                 intact: Intact) -> None:
     """One ``torch_dist`` folder; ``target`` appears when it is complete."""
     head = torch_dist.head_in(source)
     if head != "scalar" and head != head_of(shape):
         raise ConfigError(f"{source} has {'a tied' if head == 'tied' else 'its own'} output matrix, {model}/config.json says "
                           f"tie_word_embeddings = {str(shape.tied).lower()}; give the folder that the training started from")
-    tensors = torch_dist.read(source, shape, head)
-    write_folder(target, tensors, work.described(sorted(source.iterdir())), model, head, dtype, max_shard_gb)
+    try:
+        tensors = torch_dist.read(source, shape, head)
+    except ConfigError:
+        intact.check()  # a file that changed is why: say that
+        raise
+    places = torch_dist.sources(source, shape.layers, head)
+
+    def check(names: Iterable[str]) -> None:
+        intact.check(sorted(set().union(*(places[name] for name in names))))
+
+    made_from = work.described(sorted(source.iterdir()))
+    write_folder(target, tensors, made_from, model, head, dtype, max_shard_gb, check)
 
 
 def write_folder(target: Path, tensors: dict[str, Stored], made_from: list, model: Path, head: str, dtype: torch.dtype,
-                 max_shard_gb: float) -> None:
-    """A Hugging Face folder of ``tensors`` (by name without prefix); other files from ``model``. Goes on where it was killed."""
+                 max_shard_gb: float, check: Callable[[Iterable[str]], None] = lambda names: None) -> None:
+    """A Hugging Face folder of ``tensors`` (by name without prefix); other files from ``model``. Goes on where it was killed.
+
+    ``check`` is called with the names of the tensors before they are read.
+    """
     if head == "scalar":
+        check(("score.weight", "score.bias", "ln_f.bias"))
         tensors = classifier.without_bias(tensors, dtype)
     shards = huggingface.plan({name: tensor.shape for name, tensor in tensors.items()}, dtype, max_shard_gb)
     sizes = {file: sum(torch.Size(tensors[name].shape).numel() * dtype.itemsize for name in names) for file, names in shards.items()}
@@ -77,8 +93,8 @@ def write_folder(target: Path, tensors: dict[str, Stored], made_from: list, mode
             "files": sizes}
     aside = target.with_name(f".{target.name}.converting")
     with work.folder(aside, made, sum(sizes.values())):
-        writers = {file: partial(write, {name: tensors[name] for name in names}, dtype) for file, names in shards.items()}
-        work.write_files(aside, writers, sizes, f"export {target.name}")
+        writers = {file: partial(write, {name: tensors[name] for name in names}, dtype, check) for file, names in shards.items()}
+        work.write_files(aside, writers, sizes, f"export {target.name}", hashed=False)
         if len(shards) > 1:
             (aside / "model.safetensors.index.json").write_text(huggingface.index(shards, sum(sizes.values())), encoding="utf-8")
         for name in COPIED if head != "scalar" else ("config.json", *TOKENIZER):
@@ -88,12 +104,12 @@ def write_folder(target: Path, tensors: dict[str, Stored], made_from: list, mode
         if head == "scalar":
             classifier.set_config(aside)
         work.clean(aside)
-        shutil.rmtree(target, ignore_errors=True)
-        aside.replace(target)
+        work.replace(aside, target)
 
 
-def write(tensors: dict[str, Stored], dtype: torch.dtype, file, count) -> list:
+def write(tensors: dict[str, Stored], dtype: torch.dtype, check: Callable[[Iterable[str]], None], file, count) -> list:
     """One safetensors file."""
+    check(tensors)
     stored = {stored_name(name): tensor for name, tensor in tensors.items()}
     file.write(huggingface.header({name: tensor.shape for name, tensor in stored.items()}, dtype))
     for name in sorted(stored):
@@ -115,7 +131,7 @@ def set_dtype(path: Path, dtype: torch.dtype) -> None:
 def find_checkpoint(path: Path) -> Path:
     """The ``torch_dist`` folder that a person means: itself, an iteration's folder, or a stage's (its latest).
 
-    Raises ConfigError naming the folders where there are several models or none. Checksums, where there are some, are checked.
+    Raises ConfigError naming the folders where there are several models or none.
     """
     saved = checkpoint.resolve(path) if (path / "checkpoints").is_dir() else path
     models = [saved] if (saved / ".metadata").is_file() else sorted(found.parent for found in saved.glob("*/.metadata"))
@@ -123,8 +139,6 @@ def find_checkpoint(path: Path) -> Path:
         names = ", ".join(model.name for model in models) or "none"
         raise ConfigError(f"{path}: models in it: {names}; give the folder of one Megatron checkpoint (with .metadata), e.g. "
                           f"{models[0] if models else 'STAGE/checkpoints/iter_0000100/model'}")
-    if (models[0].parent / checksums.NAME).is_file():
-        checksums.check(models[0].parent, models[0].name)
     return models[0]
 
 
@@ -134,7 +148,8 @@ def export_by_hand(given) -> None:
     if target.is_dir() and any(target.iterdir()) and not given.overwrite:
         raise ConfigError(f"{target} is there and not empty; give another folder, or --overwrite")
     dtype = DTYPES[given.dtype] if given.dtype else starting_dtype(model, shape)
-    export_model(find_checkpoint(Path(given.checkpoint)), target, model, shape, dtype, given.max_shard_gb)
+    source = find_checkpoint(Path(given.checkpoint))
+    export_model(source, target, model, shape, dtype, given.max_shard_gb, Intact(source))
     print(f"{target}: from_pretrained loads it", flush=True)
 
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import struct
 import zipfile
+import zlib
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -77,6 +79,18 @@ def read(folder: str | Path, shape: BloomShape, head: str) -> dict[str, Stored]:
     return found
 
 
+def sources(folder: Path, layers: int, head: str) -> dict[str, set[str]]:
+    """Hugging Face name -> names of the files that the tensor lies in."""
+    described, keyed = metadata(folder), {entry.key for entry in entries(layers) if entry.layer is not None}
+    places: dict[tuple[str, int | None], set[str]] = {}
+    for key, tensor in described.state_dict_metadata.items():
+        for chunk in getattr(tensor, "chunks", ()):
+            first, where = chunk.offsets[0], described.storage_data[MetadataIndex(key, chunk.offsets)].relative_path
+            for layer in range(first, first + chunk.sizes[0]) if key in keyed else (None,):
+                places.setdefault((key, layer), set()).add(where)
+    return {entry.name: places[entry.key, entry.layer] for entry in entries(layers, head)}
+
+
 def check_unused(folder: Path, described: Metadata, used: set[str]) -> None:
     """Raises ConfigError for a weight that the table does not name. The optimizer's tensors are not weights."""
     unknown = [key for key in described.state_dict_metadata if key not in used and not key.startswith(("optimizer.", "chained_"))]
@@ -140,10 +154,10 @@ def _payload(mapping, start: int, length: int, path: Path) -> tuple[int, int]:
         raise ConfigError(f"{path} is truncated: {len(mapping):,} bytes, a chunk ends at {start + length:,}")
     try:
         archive = zipfile.ZipFile(_Window(mapping, start, length))
-    except zipfile.BadZipFile as error:
+        order = [archive.read(info) for info in archive.infolist() if info.filename.endswith("/byteorder")]
+    except (zipfile.BadZipFile, zlib.error, struct.error, ValueError, NotImplementedError, EOFError) as error:
         raise ConfigError(f"{path} is damaged: no tensor at byte {start:,} ({error})") from None
     data = [info for info in archive.infolist() if "/data/" in info.filename]
-    order = [archive.read(info) for info in archive.infolist() if info.filename.endswith("/byteorder")]
     if len(data) != 1 or data[0].compress_type != zipfile.ZIP_STORED or order != [b"little"]:
         raise ConfigError(f"{path}: at byte {start:,} is not one plain tensor")
     local = start + data[0].header_offset  # a zip's local header: 30 bytes, its name and extra fields, then the values

@@ -20,6 +20,7 @@ import transformers
 
 from conversion import classifier, huggingface, torch_dist
 from conversion.command import main
+from conversion.intact import Intact
 from conversion.megatron_to_hf import find_checkpoint
 from conversion.tensors import Stored, raw
 from training import checkpoint
@@ -87,6 +88,7 @@ def verify(folder: Path, path: Path, precision: str) -> dict:
     source = find_checkpoint(path)
     if torch_dist.head_in(source) != head:
         raise ConfigError(f"{folder} has a {head} head, {source} a {torch_dist.head_in(source)} one: two models")
+    Intact(source).check()
     ours = torch_dist.read(source, shape, head)
     if head == "scalar":
         theirs.pop("score.bias")

@@ -74,8 +74,11 @@ class Written(NamedTuple):
     sha256: str
 
 
-def write_files(aside: Path, files: dict[str, Writer], sizes: dict[str, int], title: str) -> dict[str, Written]:
-    """Write those of ``files`` (name below ``aside`` -> writer) that are not there yet. ``sizes``: bytes of weights of each."""
+def write_files(aside: Path, files: dict[str, Writer], sizes: dict[str, int], title: str, hashed: bool = True) -> dict[str, Written]:
+    """Write those of ``files`` (name below ``aside`` -> writer) that are not there yet. ``sizes``: bytes of weights of each.
+
+    Not ``hashed``: their sha256 is left empty.
+    """
     (aside / RECORDS).mkdir(exist_ok=True)
     left = {name: writer for name, writer in files.items() if not _done(aside, name)}
     progress = Progress(title, sum(sizes.values()), sum(sizes[name] for name in files.keys() - left.keys()))
@@ -86,8 +89,9 @@ def write_files(aside: Path, files: dict[str, Writer], sizes: dict[str, int], ti
             raise InterruptedError("another file could not be written")
         progress.add(size)
 
-    with ThreadPoolExecutor(max(1, min(THREADS, len(os.sched_getaffinity(0)), len(left) or 1))) as pool, progress:
-        jobs = [pool.submit(_write, aside, name, writer, count) for name, writer in left.items()]
+    threads = min(THREADS, max(2, len(os.sched_getaffinity(0))))  # two on one core: one computes while the other waits for the disk
+    with ThreadPoolExecutor(threads) as pool, progress:
+        jobs = [pool.submit(_write, aside, name, writer, count, hashed) for name, writer in left.items()]
         try:
             done, _ = wait(jobs, return_when=FIRST_EXCEPTION)
             failed = next((job for job in done if job.exception()), None)
@@ -108,6 +112,27 @@ def clean(aside: Path) -> None:
     shutil.rmtree(aside / RECORDS)
 
 
+def replace(aside: Path, target: Path) -> None:
+    """Make the complete folder ``aside`` the folder ``target``, durably; an old one goes after the new one is in place."""
+    for path in [*(path for path in aside.rglob("*") if path.is_file()), aside]:
+        _sync(path)
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.replace(old)
+    aside.replace(target)
+    _sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def _record(aside: Path, name: str) -> Path:
     return aside / RECORDS / f"{name.replace('/', '!')}.json"
 
@@ -117,17 +142,17 @@ def _done(aside: Path, name: str) -> bool:
     return path.is_file() and record.is_file() and json.loads(record.read_text(encoding="utf-8"))["size"] == path.stat().st_size
 
 
-def _write(aside: Path, name: str, writer: Writer, count: Count) -> None:
+def _write(aside: Path, name: str, writer: Writer, count: Count, hashed: bool) -> None:
     path = aside / name
     part = path.with_name(path.name + ".part")
     part.parent.mkdir(parents=True, exist_ok=True)
     with open(part, "wb") as file:
         hashing = _Hashing(file)
-        record = writer(hashing, count)
+        record = writer(hashing if hashed else file, count)
         file.flush()
         os.fsync(file.fileno())
     note = _record(aside, name)
-    text = json.dumps({"size": part.stat().st_size, "sha256": hashing.digest.hexdigest(), "record": record})
+    text = json.dumps({"size": part.stat().st_size, "sha256": hashing.digest.hexdigest() if hashed else "", "record": record})
     note.with_suffix(".new").write_text(text, encoding="utf-8")
     note.with_suffix(".new").replace(note)
     part.replace(path)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import queue
 from pathlib import Path
 
 import tokenizers
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+from conversion import huggingface
 from conversion.config import ConvertConfig, ConvertPaths, ExportConfig, ExportPaths
 from conversion.hf_to_megatron import convert
 from conversion.megatron_to_hf import export
+from conversion.weights import entries, size_of, stored_name
 from training import checkpoint
 from training.config import Paths, SFTConfig
 from training.shape import BloomShape
@@ -40,7 +45,18 @@ def trainer(tensor: int = 1, pipeline: int = 1, **values) -> SFTConfig:
                      micro_batch_size=2, global_batch_size=2, **values)
 
 
-def save_model(folder: Path, stage: str, head: str, bias: float, tensor: int, pipeline: int) -> None:
+def sparse_bloom(folder: Path, vocab: int) -> None:
+    """A BLOOM of one layer, all zeros in a file with holes: it may say to be larger than the disk."""
+    folder.mkdir()
+    config = {"model_type": "bloom", "n_layer": 1, "hidden_size": 64, "n_head": 2, "vocab_size": vocab, "layer_norm_epsilon": 1e-5}
+    (folder / "config.json").write_text(json.dumps(config))
+    sizes = {stored_name(entry.name): size_of(entry, BloomShape.read(folder)) for entry in entries(1)}
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(huggingface.header(sizes, torch.bfloat16))
+        file.truncate(file.tell() + 2 * sum(torch.Size(size).numel() for size in sizes.values()))
+
+
+def save_model(folder: Path, stage: str, head: str, bias: float, tensor: int, pipeline: int, name: str = "model") -> None:
     """Load folder/convert into the model that trains, set a scalar head's bias, and save it as iteration 1. Inside ``ranks``."""
     model = build_model(BloomShape.read(folder / "hf"), trainer(tensor, pipeline), head)
     checkpoint.load_weights(checkpoint.resolve(folder / "convert") / "model", model, fresh_head=5 if head == "scalar" else None)
@@ -49,9 +65,10 @@ def save_model(folder: Path, stage: str, head: str, bias: float, tensor: int, pi
             model.score.linear.bias.fill_(bias)
     aside = folder / stage / "aside"
     if torch.distributed.get_rank() == 0:
-        (aside / "model").mkdir(parents=True)
+        (aside / name).mkdir(parents=True)
     torch.distributed.barrier()
-    dist_checkpointing.save({"model": model.sharded_state_dict()}, str(aside / "model"))
+    filesystem_async._results_queue = queue.Queue()  # else a spawned manager, which outlives a rank that leaves by os._exit
+    dist_checkpointing.save({"model": model.sharded_state_dict()}, str(aside / name))
     torch.distributed.barrier()
     if torch.distributed.get_rank() == 0:
         (folder / stage / "checkpoints").mkdir()

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from conversion import huggingface, torch_dist, work
 from tests.bloom import tiny_bloom
-from tests.conversion.folders import convert_to, export_from, write_tokenizer
+from tests.conversion.folders import convert_to, export_from, sparse_bloom, write_tokenizer
 from training.checksums import Damaged
 from training.config import ConfigError
 from training.shape import BloomShape
@@ -91,12 +91,11 @@ def test_layouts_that_do_not_fit_and_a_wrong_tokenizer(tmp_path):
     assert not (tmp_path / "convert").exists()
 
 
-def test_no_space_is_known_before_anything_is_written(tmp_path, monkeypatch):
-    """The free space is the one thing that a test can't arrange: 1 MB is reported."""
-    tiny_bloom(tmp_path / "hf", layers=2, vocab=3000)
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(work.shutil, "disk_usage", lambda path: usage._replace(free=10**6))
-    with pytest.raises(ConfigError, match="GB are needed, 0.00 GB are free; make room or write to another disk"):
+def test_no_space_is_known_before_anything_is_written(tmp_path):
+    """The model is a file with holes, twice as large as the room on the disk."""
+    rows = 2 * shutil.disk_usage(tmp_path).free // 128
+    sparse_bloom(tmp_path / "hf", rows)
+    with pytest.raises(ConfigError, match=f"{rows * 128 * work.EXTRA / 1e9:,.2f} GB are needed, .* are free; make room or write to"):
         convert_to(tmp_path)
     assert not list((tmp_path / "convert").rglob("*.distcp*"))
 
@@ -136,12 +135,29 @@ def test_a_megatron_checkpoint_that_is_cut_or_hostile_is_refused(tmp_path):
         export_from(tmp_path)
     with pytest.raises(ConfigError, match="is truncated"):
         torch_dist.read(model, shape, "tied")
+    data.write_bytes(b"")
+    with pytest.raises(Damaged, match="__0_0.distcp.* does not have the sha256"):
+        export_from(tmp_path)
+    for at in (0, 60, len(whole) // 2, len(whole) - 30, len(whole) - 300):  # zip headers, values, the directory at the end
+        data.write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :])
+        with pytest.raises(Damaged, match="__0_0.distcp.* does not have the sha256"):
+            export_from(tmp_path)
+    assert not (tmp_path / "export" / "sft").exists()
     data.unlink()
     with pytest.raises(ConfigError, match="__0_0.distcp is missing"):
         torch_dist.read(model, shape, "tied")
     with pytest.raises(ConfigError, match="has 2 layers, the model's config.json says 3"):
         data.write_bytes(whole)
         torch_dist.read(model, BloomShape(3, shape.hidden, shape.heads, shape.vocab, shape.eps), "tied")
+    described = torch_dist.metadata(model)
+    described.state_dict_metadata["decoder.layers.extra"] = described.state_dict_metadata["decoder.final_layernorm.bias"]
+    (model / ".metadata").write_bytes(pickle.dumps(described))
+    with pytest.raises(ConfigError, match="decoder.layers.extra is no tensor of a BLOOM with this head and would be lost"):
+        torch_dist.read(model, shape, "tied")
+    del described.state_dict_metadata["decoder.final_layernorm.bias"], described.state_dict_metadata["decoder.layers.extra"]
+    (model / ".metadata").write_bytes(pickle.dumps(described))
+    with pytest.raises(ConfigError, match="decoder.final_layernorm.bias is missing; is it a checkpoint of this model"):
+        torch_dist.read(model, shape, "tied")
     with open(model / ".metadata", "wb") as file:
         pickle.dump(Evil(tmp_path / "ran"), file)
     with pytest.raises(Damaged, match="mkdir"):

@@ -1,6 +1,8 @@
 """Tied and untied output matrices, and scalar heads as Hugging Face's sequence classifiers that score equally."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -66,22 +68,22 @@ def test_a_head_of_its_own_in_a_model_called_tied_is_refused(tmp_path):
         convert_to(tmp_path)
 
 
-def scores(folder, batch):
+def scores(folder, batch, source):
     model = build_model(BloomShape.read(folder / "hf"), trainer(), "scalar")
-    checkpoint.load_weights(checkpoint.resolve(folder / "reward") / "model", model)
+    checkpoint.load_weights(source, model)
     return read_last(evaluate(model, batch, 2, lambda values, micro: values), batch)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_a_scalar_head_scores_equally_as_a_sequence_classifier(tmp_path, dtype):
+@pytest.mark.parametrize(("dtype", "name", "stage", "inner"), [("fp32", "value", "rlhf", "value"), ("bf16", "reward", "reward", "model")])
+def test_a_scalar_head_scores_equally_as_a_sequence_classifier(tmp_path, dtype, name, stage, inner):
     """Saved at TP 2 x PP 2, with a bias, rows padded on the right; AutoModel finds the class and the last real token."""
     model = tiny_bloom(tmp_path / "hf", layers=2, vocab=VOCAB)
     if dtype == "bf16":
         model.bfloat16().save_pretrained(tmp_path / "hf")
     write_tokenizer(tmp_path / "hf")
     convert_to(tmp_path)
-    run(save_model, 2, 2, 1, tmp_path, "reward", "scalar", -1.7, 2, 2)
-    target = export_from(tmp_path, "reward", "reward", dtype=dtype)
+    run(save_model, 2, 2, 1, tmp_path, stage, "scalar", -1.7, 2, 2, inner)
+    target = export_from(tmp_path, name, stage, dtype=dtype)
     lengths = torch.tensor([3, 11, 7, 12])
     tokens = torch.randint(3, VOCAB, (4, 12), generator=torch.Generator().manual_seed(2))
     tokens = tokens.masked_fill(torch.arange(12) >= lengths[:, None], 2)
@@ -90,7 +92,7 @@ def test_a_scalar_head_scores_equally_as_a_sequence_classifier(tmp_path, dtype):
     assert not loading["missing_keys"] and not loading["unexpected_keys"]
     with torch.no_grad():
         found = theirs(tokens).logits.squeeze(-1)
-    ours = run(scores, 1, 1, 1, tmp_path, {"tokens": tokens, "lengths": lengths})[0]
+    ours = run(scores, 1, 1, 1, tmp_path, {"tokens": tokens, "lengths": lengths}, checkpoint.resolve(tmp_path / stage) / inner)[0]
     # In bf16 the head's weights are rounded, too (an fp32 run's; a bf16 run's are bf16 already).
     assert torch.allclose(found, ours, atol=1e-5 if dtype == "fp32" else 2e-2)
     assert found.std() > 0.1  # not a constant
@@ -122,7 +124,10 @@ def test_verify_writes_the_proof_and_sees_one_changed_bit(tmp_path):
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    proof = run(verified, 1, 1, 1, tmp_path / "hf", tmp_path / "convert", "none")[0]
+    command = [sys.executable, "-m", "conversion.verify", str(tmp_path / "hf"), str(tmp_path / "convert"), "--logits", "none"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 65 and "not the same model: 1 of 29 tensors differ ['word_embeddings_layernorm.weight']" in ended.stderr
+    proof = json.loads((tmp_path / "hf" / "PROOF.json").read_text())
     differing = [name for name, row in proof["tensors"].items() if "differs" in row]
     assert not proof["proved"] and differing == ["word_embeddings_layernorm.weight"]
 

@@ -1,25 +1,28 @@
 """From any shard layout to any other, and on after a kill."""
 
+import hashlib
+import multiprocessing
 import os
+import resource
 import shutil
-import signal
-import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from conversion import tensors, torch_dist, work
+from conversion import command, megatron_to_hf, tensors, torch_dist, work
+from conversion.config import ConvertConfig, ConvertPaths, ExportConfig
+from conversion.hf_to_megatron import convert
 from conversion.tensors import BLOCK, Piece, Stored
 from tests.bloom import tiny_bloom
-from tests.conversion.folders import convert_to, export_from, save_model
+from tests.conversion.folders import convert_to, export_from, save_model, sparse_bloom
 from tests.distributed import run
 from training import checksums
 from training.config import ConfigError
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(("tensor", "pipeline"), [(2, 2), (1, 3)])
@@ -56,33 +59,94 @@ def content(folder: Path) -> dict[str, str]:
 def test_a_killed_conversion_goes_on_and_leaves_the_same_bytes(tmp_path, monkeypatch):
     """kill -9 in the middle of the second of several files; the first is not written again, and nothing is left over."""
     tiny_bloom(tmp_path / "hf", hidden=256, layers=6, vocab=2000)
-    (tmp_path / "sitecustomize.py").write_text("import conversion.torch_dist, conversion.work\n"
-                                               "conversion.torch_dist.FILE_BYTES = 1 << 21\nconversion.work.THREADS = 1\n")
-    slow = tmp_path / "slow"
-    slow.mkdir()
-    (slow / "sitecustomize.py").write_text((tmp_path / "sitecustomize.py").read_text() + "import time, torch\nsave = torch.save\n"
-                                           "torch.save = lambda *given: (time.sleep(0.1), save(*given))\n")
-    command = [sys.executable, "-m", "conversion.hf_to_megatron", str(tmp_path / "hf")]
-
-    def start(output: str, where: Path) -> subprocess.Popen:
-        return subprocess.Popen([*command, str(tmp_path / output)], cwd=ROOT, env={**os.environ, "PYTHONPATH": f"{where}:{ROOT}"})
-
-    assert start("whole", tmp_path).wait() == 0
-    killed = start("killed", slow)
+    monkeypatch.setattr(torch_dist, "FILE_BYTES", 1 << 21)
+    whole, killed = (ConvertConfig(paths=ConvertPaths(str(tmp_path / name), str(tmp_path / "hf"))) for name in ("whole", "killed"))
+    convert(whole)
+    save = torch.save
+    with monkeypatch.context() as slowly:
+        slowly.setattr(torch, "save", lambda *given: (time.sleep(0.05), save(*given)))
+        process = multiprocessing.get_context("fork").Process(target=convert, args=(killed,))
+        process.start()
     aside = tmp_path / "killed" / "checkpoints" / ".iter_0000000.converting"
-    while len(list(aside.rglob("*.distcp"))) < 1 or not list(aside.rglob("*.part")):
-        assert killed.poll() is None
-        time.sleep(0.01)
-    os.kill(killed.pid, signal.SIGKILL)
-    killed.wait()
-    first = aside / "model" / "__0_0.distcp"
+    while not list(aside.rglob("*.distcp")) or not list(aside.rglob("*.part")):
+        assert process.is_alive()
+        time.sleep(0.002)
+    process.kill()
+    process.join()
+    first = next(aside.rglob("*.distcp"))
     written = first.stat().st_mtime_ns
     assert not (tmp_path / "killed" / "latest").exists()
-    assert start("killed", tmp_path).wait() == 0
-    whole, resumed = (tmp_path / name / "checkpoints" / "iter_0000000" for name in ("whole", "killed"))
-    assert (resumed / "model" / "__0_0.distcp").stat().st_mtime_ns == written
-    assert len(list(resumed.rglob("*.distcp"))) > 2 and content(whole) == content(resumed)
+    convert(killed)
+    ended, resumed = (tmp_path / name / "checkpoints" / "iter_0000000" for name in ("whole", "killed"))
+    assert (resumed / "model" / first.name).stat().st_mtime_ns == written
+    assert len(list(resumed.rglob("*.distcp"))) > 2 and content(ended) == content(resumed)
     assert [path.name for path in (tmp_path / "killed" / "checkpoints").iterdir()] == ["iter_0000000"]
+
+
+def test_a_full_disk_in_the_middle_of_an_export(tmp_path, monkeypatch, capsys):
+    """No file may grow beyond 50 kB: exit code 74, the old folder stays. The next start keeps the first file and ends with all."""
+    tiny_bloom(tmp_path / "hf", layers=2, vocab=100)
+    convert_to(tmp_path)
+    old = (export_from(tmp_path) / "model.safetensors").read_bytes()
+    target, source = tmp_path / "export" / "sft", str(tmp_path / "convert")
+    given = [source, str(target), "--model", str(tmp_path / "hf"), "--max-shard-gb", "3e-5", "--overwrite"]
+    monkeypatch.setattr(sys, "argv", ["megatron_to_hf", *given])
+
+    def start() -> int:
+        return command.main(ExportConfig, megatron_to_hf.run, megatron_to_hf.arguments(), lambda parsed: parsed)
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        assert start() == os.EX_IOERR
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "File too large; what is written is kept: run the same again to go on" in capsys.readouterr().err
+    assert (target / "model.safetensors").read_bytes() == old
+    first = next((tmp_path / "export" / ".sft.converting").glob("model-00001-of-*.safetensors"))
+    written = first.stat().st_mtime_ns
+    assert start() == 0
+    assert (target / first.name).stat().st_mtime_ns == written and not (target / "model.safetensors").exists()
+    assert [path.name for path in (tmp_path / "export").glob("*sft*")] == ["sft"]
+    tensors = {name: tensor for file in target.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in load_file(tmp_path / "hf" / "model.safetensors").items())
+
+
+def with_little_memory(folder: Path) -> None:
+    data = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData"))
+    limit = 1024 * int(data.split()[1]) + 200 * 2**20
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    convert_to(folder)
+    export_from(folder)
+
+
+def test_a_tensor_larger_than_the_memory_goes_both_ways(tmp_path):
+    """The embedding has 307 MB; the kernel gives the process 200 MB more than it begins with."""
+    sparse_bloom(tmp_path / "hf", 2_400_000)
+    run(with_little_memory, 1, 1, 1, tmp_path)
+    back, file = tmp_path / "export" / "sft" / "model.safetensors", tmp_path / "hf" / "model.safetensors"
+    assert back.stat().st_size == file.stat().st_size > 300e6 and checksums.digest(back) == checksums.digest(file)
+    shutil.rmtree(tmp_path)
+
+
+def test_files_are_written_at_the_same_time(tmp_path):
+    """Each writer waits for the other: one after the other they would never end."""
+    both = threading.Barrier(2, timeout=20)
+
+    def writer(file, count):
+        both.wait()
+        count(file.write(b"12"))
+        return {"at": file.tell()}
+
+    written = work.write_files(tmp_path, {"a": writer, "b": writer}, {"a": 2, "b": 2}, "test")
+    assert written["a"] == written["b"] == work.Written({"at": 2}, hashlib.sha256(b"12").hexdigest())
+
+
+def test_progress_tells_bytes_per_second_and_what_was_there():
+    progress = work.Progress("convert", 4 * 10**9, 10**9)
+    progress.started -= 10
+    progress.add(10**9)
+    assert progress.text() == f"convert {'━' * 12}{'─' * 12}  50%  2.00 of 4.00 GB  100 MB/s  20 s left, 1.00 GB were there"
 
 
 def test_what_was_begun_from_other_files_is_not_gone_on_with(tmp_path):

@@ -1,11 +1,16 @@
 """Megatron-LM's classic checkpoints: written at any layout in both families of names, read back to the same bytes."""
 
 import argparse
+import os
+import random
 
+import numpy
 import pytest
 import torch
 
 from conversion import huggingface, megatron_lm
+from conversion.config import ConvertConfig, ConvertPaths
+from conversion.hf_to_megatron import convert
 from conversion.tensors import equal
 from tests.bloom import tiny_bloom
 from training.config import ConfigError
@@ -65,6 +70,37 @@ def test_older_spellings_are_read(tmp_path):
         assert all(equal(back[name], tensors[name]) for name in tensors)
 
 
+def test_a_training_checkpoint_goes_by_the_command_line_to_convoy_and_back(tmp_path):
+    """With all that Megatron-LM keeps beside the weights (optimizer, random states). Out of a Convoy checkpoint, too."""
+    shape, tensors = source(tmp_path / "hf")
+    hf, out, ours = (str(tmp_path / name) for name in ("hf", "megatron", "ours"))
+    given = megatron_lm.arguments().parse_args(["write", out, "--model", hf, "--tensor-parallel", "2", "--iteration", "5"])
+    megatron_lm.run(given)
+    for file in (tmp_path / "megatron").rglob("*.pt"):
+        state = torch.load(file, weights_only=True)
+        adam = torch.optim.Adam([torch.nn.Parameter(torch.zeros(2))]).state_dict()
+        states = {"random_rng_state": random.getstate(), "np_rng_state": numpy.random.get_state(), "torch_rng_state": torch.get_rng_state()}
+        state["args"].params_dtype = torch.bfloat16
+        torch.save(state | {"optimizer": {"optimizer": adam}, "rng_state": [states], "opt_param_scheduler": {"lr": 1e-4}}, file)
+    megatron_lm.run(megatron_lm.arguments().parse_args(["read", out, ours, "--model", hf]))
+    assert (tmp_path / "ours" / "model.safetensors").read_bytes() == (tmp_path / "hf" / "model.safetensors").read_bytes()
+    convert(ConvertConfig(paths=ConvertPaths(str(tmp_path / "convert"), ours)))
+    again = ["write", str(tmp_path / "again"), "--model", hf, "--source", str(tmp_path / "convert"), "--names", "mcore"]
+    megatron_lm.run(megatron_lm.arguments().parse_args(again))
+    back = megatron_lm.read(tmp_path / "again", shape)
+    assert back.keys() == tensors.keys() and all(equal(back[name], tensors[name]) for name in tensors)
+
+
+class Evil:
+    """A pickle that would make a file when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
 def test_what_is_missing_old_or_unsafe_is_refused(tmp_path):
     shape, tensors = source(tmp_path / "hf")
     out = tmp_path / "megatron"
@@ -80,6 +116,10 @@ def test_what_is_missing_old_or_unsafe_is_refused(tmp_path):
     torch.save(saved, file)
     with pytest.raises(ConfigError, match=r"unknown: \['language_model.encoder.layers.0.mlp.extra'\]"):
         megatron_lm.read(out, shape)
+    torch.save(saved | {"args": Evil(tmp_path / "ran")}, file)
+    with pytest.raises(ConfigError, match=r"asks to load more than tensors \(posix.mkdir\).* load it in Megatron-LM's environment"):
+        megatron_lm.read(out, shape)
+    assert not (tmp_path / "ran").exists()
     file.rename(file.with_suffix(".gone"))
     with pytest.raises(ConfigError, match="mp_rank_00 is missing of TP 2 x PP 1"):
         megatron_lm.read(out, shape)

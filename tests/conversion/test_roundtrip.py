@@ -49,6 +49,16 @@ def test_shards_in_and_out(tmp_path):
     assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
 
 
+def test_every_bf16_there_is_keeps_its_bits(tmp_path):
+    """All 65536 patterns: NaNs with their payload, -0, numbers below the normal ones. Both into the checkpoint and out."""
+    model = tiny_bloom(tmp_path / "hf", layers=1, vocab=1024).bfloat16()
+    with torch.no_grad():
+        model.transformer.word_embeddings.weight.copy_(torch.arange(65536).sub(32768).short().view(torch.bfloat16).view(1024, 64))
+    model.save_pretrained(tmp_path / "hf")
+    convert_to(tmp_path)
+    assert (export_from(tmp_path) / "model.safetensors").read_bytes() == (tmp_path / "hf" / "model.safetensors").read_bytes()
+
+
 def test_published_names_without_prefix_and_the_tokenizer_go_through(tmp_path):
     model = tiny_bloom(tmp_path / "hf")
     stripped = {name.removeprefix("transformer."): tensor for name, tensor in model.transformer.state_dict().items()}
@@ -56,7 +66,7 @@ def test_published_names_without_prefix_and_the_tokenizer_go_through(tmp_path):
     write_tokenizer(tmp_path / "hf")
     convert_to(tmp_path)
     target = export_from(tmp_path, dtype="bf16")
-    for name in ("tokenizer.json", "special_tokens_map.json"):
+    for name in ("tokenizer.json", "special_tokens_map.json", "generation_config.json"):
         assert (target / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
     assert json.loads((target / "config.json").read_text())["dtype"] == "bfloat16"
     assert all(tensor.dtype == torch.bfloat16 for tensor in load_file(target / "model.safetensors").values())
