@@ -20,6 +20,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from training.checkpoint import sync
 from training.config import ConfigError
 
 Count = Callable[[int], None]
@@ -115,22 +116,14 @@ def clean(aside: Path) -> None:
 def replace(aside: Path, target: Path) -> None:
     """Make the complete folder ``aside`` the folder ``target``, durably; an old one goes after the new one is in place."""
     for path in [*(path for path in aside.rglob("*") if path.is_file()), aside]:
-        _sync(path)
+        sync(path)
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.replace(old)
     aside.replace(target)
-    _sync(target.parent)
+    sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _record(aside: Path, name: str) -> Path:

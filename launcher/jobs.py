@@ -49,7 +49,6 @@ FAMILIES = (("QOS", "a limit of your QOS is reached ({reason}): it starts when o
             ("Assoc", "a limit of your account is reached ({reason}): it starts when other jobs of it end"),
             ("Max", "a limit of your account is reached ({reason}): it starts when other jobs of it end"),
             ("BurstBuffer", "its burst buffer is being staged ({reason})"))
-HELD = {"JobHeldUser", "JobHeldAdmin", "JobHoldMaxRequeue", "launch_failed_requeued_held"}
 ENDINGS = {
     "COMPLETED": "Slurm calls it completed, but it left no DONE.json",
     "FAILED": "it failed before it could say why",

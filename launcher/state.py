@@ -19,7 +19,6 @@ ASK_S = 10
 SILENT_S = 120
 """A running trainer that logged nothing for so long, and for five iterations' time, is pointed out."""
 BAD = ("failed", "cancelled", "stopped", "lost")
-FINAL = ("done", *BAD)
 ACTIVE = ("running", "pending", "requeued")
 
 

@@ -66,16 +66,16 @@ def publish(stage: str | Path, aside: Path, iteration: int, digests: dict[str, s
     target, mark = folder(stage, iteration), Path(stage) / "latest"
     checksums.write(aside, digests)
     for path in sorted(aside.rglob("*")) + [aside]:
-        _sync(path)
+        sync(path)
     if target.exists():
         if latest(stage) == iteration:  # a kill between here and the end must not leave ``latest`` naming nothing
             mark.unlink()
         _remove(target)
     os.replace(aside, target)
-    _sync(target.parent)
+    sync(target.parent)
     _write(mark.with_suffix(".new"), f"{iteration}\n")
     os.replace(mark.with_suffix(".new"), mark)
-    _sync(mark.parent)
+    sync(mark.parent)
 
 
 def _check_attempt(stage: Path) -> None:
@@ -197,10 +197,11 @@ def _remove(checkpoint: Path) -> None:
 
 def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
-    _sync(path)
+    sync(path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """A file's content, or a folder's names, are on the disk when this returns."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

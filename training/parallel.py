@@ -54,10 +54,6 @@ def data_ranks() -> int:
     return parallel_state.get_data_parallel_world_size()
 
 
-def first_stage() -> bool:
-    return parallel_state.is_pipeline_first_stage()
-
-
 def last_stage() -> bool:
     return parallel_state.is_pipeline_last_stage()
 
