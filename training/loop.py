@@ -25,8 +25,9 @@ class Task:
     """What a supervised trainer learns, and from what."""
 
     objective: Objective
-    micro_batches: Callable[[list[int]], list[Batch]]
-    """Row indices of a global batch -> this data-parallel rank's micro-batches."""
+    micro_batches: Callable[[list[int]], tuple[list[Batch], dict[str, float]]]
+    """Row indices of a global batch -> this data-parallel rank's micro-batches, and numbers on the whole batch for the log, among them
+    "tokens", those of the examples."""
     heldout: Callable[[], dict[str, float]]
     """Numbers on the held-out rows. A collective."""
     headline: tuple[str, ...]
@@ -103,8 +104,9 @@ def train(config: TrainerConfig, learner: Learner, sampler: Sampler, task: Task,
     boundary = Boundary(config, {"model": learner}, start, task.headline, stop)
     for iteration in range(start + 1, config.iterations + 1):
         began = time.monotonic()
-        batches = task.micro_batches(sampler.next_batch())
+        batches, said = task.micro_batches(sampler.next_batch())
         with at(iteration):
-            values = learner.step(batches, task.objective)
+            values = said | learner.step(batches, task.objective)
         values["seconds"] = time.monotonic() - began
+        values["tokens_per_second"] = said["tokens"] / values["seconds"]
         boundary.end(iteration, values, task.heldout, lambda: {"sampler": sampler.state_dict()})

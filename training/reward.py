@@ -87,12 +87,12 @@ def run(config: RewardConfig) -> None:
     checkpoint.load_weights(checkpoint.resolve(config.paths.init) / "model", model, fresh_head=config.seed)
     learner = Learner(model, config, config.lr, config.iterations, config.warmup_iterations)
 
-    def micro_batches(indices: list[int]) -> list[Batch]:
+    def micro_batches(indices: list[int]) -> tuple[list[Batch], dict[str, float]]:
         comparisons = [comparison_example(rows[index], tokenizer, config.seq_length) for index in indices]
         lengths = [len(example.tokens) for group in comparisons for example, _ in group]
         mine = shard(comparisons, parallel.data_rank(), parallel.data_ranks())
         batch = collate_comparisons(mine, replies, tokenizer.pad_id, padded_length(lengths, length_multiple(config)))
-        return split(batch, config.micro_batch_size * replies)
+        return split(batch, config.micro_batch_size * replies), {"tokens": sum(lengths)}
 
     objective = Objective(("loss", "accuracy", "margin"), partial(compute, replies))
     task = Task(objective, micro_batches, lambda: heldout(config, learner, unseen, replies, tokenizer.pad_id),

@@ -1,7 +1,8 @@
 """Supervised fine-tuning: ``python -m training.sft config.json``.
 
 Next-token cross entropy on response tokens only, with one denominator for the whole global batch: a mean of micro-batch
-means would weigh tokens by their batch. Rows are padded on the right, where causal attention needs no mask.
+means would weigh tokens by their batch. With packing a row holds several examples, each a document that sees only itself; without,
+rows are padded on the right, where causal attention needs no mask.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from training import checkpoint, parallel
 from training.config import SFTConfig, TrainerConfig
 from training.data.batches import Example, Sampler, collate, padded_length, sft_example, shard
 from training.data.formats import load_rows
+from training.data.packing import collate_packed, pack
 from training.data.tokenizer import Tokenizer
 from training.loop import Task, train
 from training.main import run_stage
@@ -36,6 +38,24 @@ def compute(logits: torch.Tensor, batch: Batch):
     logprobs = next_token_logprobs(logits, batch["tokens"])
     loss = -(logprobs * batch["response_mask"]).sum()
     return loss, batch["response_mask"].sum(), loss[None]
+
+
+def global_batch(config: SFTConfig, examples: list[Example], pad_id: int) -> tuple[list[Batch], dict[str, float]]:
+    """A global batch -> this data-parallel rank's micro-batches, and what the log says of it: "tokens", examples' without padding, and
+    "packing_efficiency", their part of all that is computed."""
+    ranks, lengths = parallel.data_ranks(), [len(example.tokens) for example in examples]
+    # The interleaved schedule takes micro-batches in groups of the pipeline's size.
+    unit = ranks * config.micro_batch_size * (config.pipeline_parallel if config.virtual_pipeline > 1 else 1)
+    packed = pack(lengths, config.seq_length, unit) if config.packing else []
+    if 0 < len(packed) < len(examples):
+        rows = [[examples[index] for index in row] for row in packed]
+        length = padded_length([sum(lengths[index] for index in row) for row in packed], length_multiple(config))
+        batch = collate_packed(shard(rows, parallel.data_rank(), ranks), pad_id, length)
+    else:
+        rows, length = examples, padded_length(lengths, length_multiple(config))
+        batch = collate(shard(examples, parallel.data_rank(), ranks), pad_id, length)
+    said = {"tokens": sum(lengths), "packing_efficiency": sum(lengths) / (len(rows) * length)}
+    return split(batch, config.micro_batch_size), said
 
 
 def heldout(config: SFTConfig, learner: Learner, examples: list[Example], pad_id: int) -> dict[str, float]:
@@ -67,14 +87,11 @@ def run(config: SFTConfig) -> None:
     checkpoint.load_weights(checkpoint.resolve(config.paths.init) / "model", model)
     learner = Learner(model, config, config.lr, config.iterations, config.warmup_iterations)
 
-    def micro_batches(indices: list[int]) -> list[Batch]:
-        examples = [sft_example(rows[index], tokenizer, config.seq_length) for index in indices]
-        length = padded_length([len(example.tokens) for example in examples], length_multiple(config))
-        mine = shard(examples, parallel.data_rank(), parallel.data_ranks())
-        return split(collate(mine, tokenizer.pad_id, length), config.micro_batch_size)
+    def micro_batches(indices: list[int]) -> tuple[list[Batch], dict[str, float]]:
+        return global_batch(config, [sft_example(rows[index], tokenizer, config.seq_length) for index in indices], tokenizer.pad_id)
 
     task = Task(Objective(("loss",), compute), micro_batches, lambda: heldout(config, learner, unseen, tokenizer.pad_id),
-                headline=("loss", "heldout_loss", "unigram_entropy", "grad_norm", "lr"))
+                headline=("loss", "heldout_loss", "unigram_entropy", "packing_efficiency", "grad_norm", "lr"))
     train(config, learner, Sampler(len(rows), config.global_batch_size, config.seed), task, stop)
 
 

@@ -33,7 +33,7 @@ class Run:
 
     def sft(self, output: Path, layout=(1, 1), iterations=2, **values) -> SFTConfig:
         paths = Paths(str(output), self.model, str(self.folder / "convert"), self.data("sft"), self.data("sft_heldout"))
-        return SFTConfig(paths=paths, seq_length=80, **trainer(layout, iterations, **values))
+        return SFTConfig(paths=paths, **trainer(layout, iterations, **({"seq_length": 80} | values)))
 
     def reward(self, output: Path, layout=(1, 1), iterations=2, **values) -> RewardConfig:
         paths = Paths(str(output), self.model, str(self.folder / "sft"), self.data("reward"), self.data("reward_heldout"))

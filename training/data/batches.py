@@ -64,7 +64,7 @@ def collate(examples: list[Example], pad_id: int, length: int) -> dict[str, torc
     tokens = torch.full((len(examples), length), pad_id)
     for row, example in zip(tokens, examples, strict=True):
         row[:len(example.tokens)] = torch.tensor(example.tokens)
-    starts = torch.tensor([example.response_start for example in examples])
+    starts = torch.tensor([max(example.response_start, 1) for example in examples])  # nothing predicts a row's first id
     position = torch.arange(length)
     response_mask = (position >= starts[:, None]) & (position < lengths[:, None])
     return {"tokens": tokens, "response_mask": response_mask, "lengths": lengths}
