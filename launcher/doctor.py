@@ -56,13 +56,19 @@ def examine(partition: str | None, profile: Profile | None, on_node: bool, timeo
     ``profile``: a site's profile whose partition, account, modules and container the node's job uses.
     """
     reason = probe.unusable()
-    found = [Finding("Slurm", "Slurm", "none", f"{reason}: stages run here, one after the other (profile local)", "note")] if reason else \
+    found = [Finding("Slurm", "Slurm", "none", _without(reason), "note")] if reason else \
         ask_slurm(partition or (profile.partition if profile else None))
     found += here(Path.cwd(), "" if reason else probe.call("srun", "--help"))
     if on_node:
         options = {"name": "doctor", "scheduler": "local" if reason else "slurm", **({} if reason else Report(found).settings)}
         found += look_at_node(profile or Profile(**options), timeout_s)
     return Report(found)
+
+
+def _without(reason: str) -> str:
+    """What follows from there being no Slurm to ask."""
+    later = "; where there should be one, ask again when it does" if "answers" in reason else ""
+    return f"{reason}: stages run here, one after the other (profile local){later}"
 
 
 def ask_slurm(partition: str | None) -> list[Finding]:

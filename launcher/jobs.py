@@ -119,21 +119,11 @@ def of_run(run: Run) -> dict[str, Job]:
 
 def of_runs(runs: Iterable[Run], timeout_s: float = probe.TIMEOUT_S) -> dict[str, dict[str, Job]]:
     """Run id -> stage -> its job, by one squeue: all jobs of the runs' owners, of which ours are picked by name or comment."""
-    _ping(timeout_s)
+    probe.ping(timeout_s)
     named = {_name(run): run for run in runs}
     owners = ",".join(sorted({owner(run) for run in named.values()}))
     text = probe.call("squeue", "-h", "-t", "all", "-u", owners, "-o", FIELDS, timeout_s=timeout_s)
     return {run.id: parse(text, *name) for name, run in named.items()}
-
-
-def _ping(timeout_s: float) -> None:
-    """Raise SlurmError at once where no controller answers: scontrol tells it in milliseconds, squeue takes 9 s."""
-    try:
-        probe.call("scontrol", "ping", timeout_s=timeout_s)
-    except probe.SlurmError as error:
-        said = str(error).removeprefix("scontrol: ").splitlines()
-        if not any(" is UP" in line for line in said):  # of several controllers one may be down
-            raise probe.SlurmError(next((line for line in said if " is DOWN" in line), said[-1])) from None
 
 
 def parse(text: str, run_id: str, index: int | None = None) -> dict[str, Job]:

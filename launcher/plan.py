@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,8 +46,8 @@ def ask_slurm(made: submit.Plan) -> dict[str, Start]:
     """
     if made.profile.scheduler != "slurm":
         return {}
-    if shutil.which("sbatch") is None:
-        return dict.fromkeys((stage.name for stage in made.stages), Start("", "", "no sbatch here"))
+    if reason := probe.unusable():  # else sbatch would try for 10 s, and call it a refusal
+        return dict.fromkeys((stage.name for stage in made.stages), Start("", "", reason))
     found, refused = {}, []
     with tempfile.TemporaryDirectory() as folder:
         for stage, text in submit.render_all(made).items():
@@ -97,6 +96,8 @@ def carry_out(made: submit.Plan | Sweep, wait: bool, out: Console) -> int:
     from launcher import start, sweep
 
     first = made if isinstance(made, submit.Plan) else made.plans[0]
+    if first.profile.scheduler == "slurm" and (reason := probe.unusable()):
+        raise probe.SlurmError(f"{reason}: nothing was queued; the same command does it once Slurm answers")
     ask_slurm(first)  # refuses what Slurm would refuse
     out.print("\n".join([f"profile {first.profile.name}: {first.reason}", *(f"warning: {line}" for line in first.checked.warnings)]))
     if made is first:

@@ -105,6 +105,18 @@ def test_controller_that_dies_between_two_jobs(tmp_path):
         assert not (project.run / "convert/status.json").exists()
 
 
+def test_controller_that_is_down_is_named_as_the_cause_and_nothing_is_written(tmp_path):
+    with Cluster(NODES=1) as cluster:
+        project = Project(tmp_path, cluster.environment)
+        cluster.kill("slurmctld", signal.SIGTERM)
+        failed = project.submit(profile="dev")
+        assert failed.returncode == 1 and "is DOWN): nothing was queued" in failed.stderr, failed.stderr
+        assert "would refuse" not in failed.stderr and not project.run.exists()
+        shown = project.convoy("plan", "full-pipeline", "--profile", "dev")
+        assert shown.returncode == 0 and "start: sbatch is here, but no cluster answers" in shown.stdout, shown.stdout + shown.stderr
+        assert "is DOWN): stages run here" in project.convoy("doctor").stdout
+
+
 def test_what_slurm_would_refuse_is_said_before_a_run_folder_exists(project):
     refused = project.submit("--set", "resources.sft.cpus_per_gpu=1000", "--set", "resources.rlhf.cpus_per_gpu=1000", profile="dev")
     assert refused.returncode == 2, refused.stdout + refused.stderr
