@@ -59,7 +59,7 @@ class Draft(Run):
 def plan(target: str, recipe: str, files: list[Path], sets: list[str], name: str | None, runs: Path,
          chosen: tuple[Profile, str], first: str | None, last: str | None) -> Plan:
     """Merge and check; ConfigError for every mistake that can be seen now."""
-    name = name or recipe
+    name = recipe if name is None else name
     if not NAME.fullmatch(name):
         raise ConfigError(f"--name {name!r}: a run's name has letters, digits, '.', '_' and '-' only, begins with a letter or digit "
                           "and is at most 61 long")
@@ -68,7 +68,7 @@ def plan(target: str, recipe: str, files: list[Path], sets: list[str], name: str
     checked = checks.check(run.folder, tables, stages, chosen[0])
     done: set[str] = set()
     if run.config_file.exists() and _begun(run):
-        _check_same(run, tables)
+        _check_same(run, tables, chosen[0])
         done = set(STAGES) - {stage.name for stage in manifest.left(run, list(STAGES.values()))}
     checks.check_parents(stages, done)
     known = run.config_file.exists()
@@ -92,7 +92,7 @@ def _create(made: Plan) -> Run:
     if run.config_file.exists():
         written["run"]["id"] = run.id  # another command may have been first since the plan was made
         if _begun(run):
-            _check_same(run, made.tables)
+            _check_same(run, made.tables, made.profile)
     write_json(run.config_file, written)
     for name in STAGES:
         write_stage_config(run, name)
@@ -153,12 +153,17 @@ def _begun(run: Run) -> bool:
     return any(event["event"] in ("submitted", "runner", "started") for event in run.ledger())
 
 
-def _check_same(run: Run, tables: dict) -> None:
+def _check_same(run: Run, tables: dict, profile: Profile) -> None:
     """ConfigError where a section differs that something was made from. Resources, the evaluation (which keeps the answers that it
-    has) and stages that have not begun may change."""
+    has) and stages that have not begun may change, unless they are queued: their jobs are what they were."""
     made = [name for name in SECTIONS if name not in ("resources", "mtbench") and (name not in STAGES or run.status(name)["attempt"])]
     changed = differences({name: run.config[name] for name in made}, {name: tables[name] for name in made})
     if changed:
         raise ConfigError(f"{run.folder} was submitted with another configuration:\n  " + "\n  ".join(changed) +
                           f"\ngive the new one its own run with --name, or go on with the old one: python -m launcher resume {run.folder}")
     run.check_here()
+    old = {"profile": run.config["profile"], **{name: run.config[name] for name in SECTIONS}}
+    changed = differences(old, {"profile": dataclasses.asdict(profile), **{name: tables[name] for name in SECTIONS}})
+    if changed and (busy := state.busy(run)):
+        raise ConfigError(f"{', '.join(busy)} of {run.folder} is running or queued with another configuration:\n  " + "\n  ".join(changed) +
+                          f"\nstop it first (python -m launcher cancel {run.folder}), or give the new one its own run with --name")

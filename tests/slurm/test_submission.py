@@ -117,6 +117,19 @@ def test_controller_that_is_down_is_named_as_the_cause_and_nothing_is_written(tm
         assert "is DOWN): stages run here" in project.convoy("doctor").stdout
 
 
+def test_another_configuration_of_what_is_queued_is_refused(project):
+    """The jobs that wait are what they were: neither their resources nor a stage that has not begun may change under them."""
+    project.behave(convert={"step_s": 5})
+    assert project.submit(profile="dev").returncode == 0
+    before = (project.run / "config.json").read_bytes()
+    for change, line in (("rlhf.lr=0.5", "rlhf.lr: "), ("resources.sft.nodes=2", "resources.sft.nodes: 1 -> 2")):
+        refused = project.submit("--set", change, profile="dev")
+        assert refused.returncode == 2 and "queued with another configuration" in refused.stderr, refused.stdout + refused.stderr
+        assert line in refused.stderr and "launcher cancel runs/demo" in refused.stderr
+    assert (project.run / "config.json").read_bytes() == before
+    project.convoy("cancel", "demo")
+
+
 def test_what_slurm_would_refuse_is_said_before_a_run_folder_exists(project):
     refused = project.submit("--set", "resources.sft.cpus_per_gpu=1000", "--set", "resources.rlhf.cpus_per_gpu=1000", profile="dev")
     assert refused.returncode == 2, refused.stdout + refused.stderr
