@@ -37,7 +37,7 @@ def attempts(run: Run, stage: str) -> list[Path]:
 
 def newest_stage(run: Run) -> str:
     """The stage whose log was written last; ConfigError when none has begun."""
-    written = {name: paths[-1].stat().st_mtime for name in STAGES if (paths := attempts(run, name))}
+    written = {name: paths[-1].stat().st_mtime for name in STAGES if (paths := attempts(run, name) or _others(run, name))}
     if not written:
         raise ConfigError(f"no stage of {run.folder} has written a log yet; status {run.folder} says what it waits for")
     return max(written, key=lambda name: written[name])
@@ -88,7 +88,7 @@ def follow(run: Run, stage: str | None, choice: Choice | None = None, last: int 
     newest one (of all), then of those that follow, until the run has ended."""
     several, choice, groups = stage in (None, "all"), choice or Choice(), Groups()
     tails = Tails(run, list(STAGES) if several else [stage])
-    begun = [name for name in STAGES if attempts(run, name)]
+    begun = [name for name in STAGES if attempts(run, name) or _others(run, name)]
     tails.skip([stage] if not several else begun if stage == "all" else [newest_stage(run)] if begun else [])
     first = True
     for lines in tails.follow(None if several else stage):

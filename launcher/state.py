@@ -18,6 +18,8 @@ ASK_S = 10
 """Seconds that status waits for the queue; then it shows what the files say."""
 SILENT_S = 120
 """A running trainer that logged nothing for so long, and for five iterations' time, is pointed out."""
+LAST_LINES = 8
+UNSTARTED = "mend what its batch script stumbled over (modules, setup or container of the profile?), then resume"
 BAD = ("failed", "cancelled", "stopped", "lost")
 ACTIVE = ("running", "pending", "requeued")
 
@@ -155,7 +157,10 @@ def _state(files: Files, stage: Stage, job: Job | None, trouble: str) -> StageSt
     made = StageState(name, "", attempt=status["attempt"], job=job.id if job else status.get("job"), started=status.get("started"),
                       ended=status.get("ended"), progress=progress.read(files.run, stage, status.get("started") or 0))
     made.state, made.why = ("done", "") if name not in files.left else _undone(files, stage, job, trouble)
-    if made.state in BAD:
+    if made.state in BAD and made.why != status.get("cause") and job and not job.alive:
+        made.lines = _output(files.run, name, job.handle)[-LAST_LINES:]  # what status.json tells is of an attempt before
+        made.advice = UNSTARTED if made.lines and job.state == "FAILED" else ""
+    elif made.state in BAD:
         made.kind, made.advice = status.get("class") or "", status.get("advice") or ""
         made.rank, made.lines = status.get("rank"), list(status.get("lines") or [])
     if job and job.alive and made.state != "done":
@@ -185,23 +190,23 @@ def _undone(files: Files, stage: Stage, job: Job | None, trouble: str) -> tuple[
     if status["state"] in BAD and not again:
         return status["state"], status["cause"]
     if job and not job.alive and not (again and last.get("job", 0) > job.id):
-        return _ended_unstarted(files, job, parents)
+        return _ended_unstarted(files, stage.name, job, parents)
     if status["state"] == "requeued" and not again:
-        return _unseen(files, status, job, trouble) if status["job"] else ("failed", f"{status['cause']}, but nobody does it")
+        return _unseen(files, stage.name, status, job, trouble) if status["job"] else ("failed", f"{status['cause']}, but nobody does it")
     if last and last["event"] == "submitted" and last["job"] not in files.disowned:
-        return _unseen(files, last, job, trouble)
+        return _unseen(files, stage.name, last, job, trouble)
     return "not submitted", ""
 
 
 def _silent(files: Files, stage: str, status: dict, job: Job | None, trouble: str) -> tuple[str, str]:
     """A stage whose status.json says running while the queue shows no live job."""
     if job and not job.alive:
-        how = f"job {job.id}: {job.ending}" + _last_output(files.run, stage, job.id)
+        how = f"job {job.id}: {job.ending}" + _last_output(files.run, stage, job.handle)
     elif status["job"]:
         if trouble:
             return "running", "as last heard of: the queue can't be asked"
         how = f"job {status['job']} is gone from the queue" + (f"; sacct still says {job.state}" if job else "")
-        how += _last_output(files.run, stage, status["job"])
+        how += _last_output(files.run, stage, str(status["job"]))
     elif is_alive(status):
         return "running", ""
     else:
@@ -209,33 +214,38 @@ def _silent(files: Files, stage: str, status: dict, job: Job | None, trouble: st
     return "failed", f"ended without a last word: {how}; python -m launcher resume {files.run.folder} goes on from its last checkpoint"
 
 
-def _ended_unstarted(files: Files, job: Job, parents: str) -> tuple[str, str]:
+def _ended_unstarted(files: Files, stage: str, job: Job, parents: str) -> tuple[str, str]:
     """A job that ended and left no word of its own."""
     if job.state == "CANCELLED":
         if files.run.cancelled_since(0, job.id):
             return "cancelled", f"job {job.id} was cancelled with the run (python -m launcher cancel)"
         because = f" or because {parents} did not finish" if parents else ""
         return "cancelled", f"job {job.id} was cancelled by hand{because}"
-    return "failed", f"job {job.id}: {job.ending}"
+    return "failed", f"job {job.id}: {job.ending}{_last_output(files.run, stage, job.handle)}"
 
 
-def _unseen(files: Files, last: dict, job: Job | None, trouble: str) -> tuple[str, str]:
+def _unseen(files: Files, stage: str, last: dict, job: Job | None, trouble: str) -> tuple[str, str]:
     """Submitted, never started, and the queue shows no job of it."""
     if trouble:
         return "pending", f"job {last['job']} as last heard of: the queue can't be asked"
     if job:
         return "lost", (f"job {job.id} is not in the queue, though sacct still says {job.state}; "
                         f"queue it again: python -m launcher resume {files.run.folder}")
-    return "lost", (f"job {last['job']} is not in the queue any more; "
+    return "lost", (f"job {last['job']} is not in the queue any more{_last_output(files.run, stage, str(last['job']))}; "
                     f"queue it again: python -m launcher resume {files.run.folder}")
 
 
-def _last_output(run: Run, stage: str, job: int) -> str:
+def _last_output(run: Run, stage: str, job: str) -> str:
     """What the job's own output ends with: the last word of a supervisor that could not write status.json, or of Slurm."""
+    lines = _output(run, stage, job)
+    return f" (it said last: {lines[-1].strip()})" if lines else ""
+
+
+def _output(run: Run, stage: str, job: str) -> list[str]:
+    """The lines of the job's own output that are not empty; ``job``: its id, or an array's element."""
     path = run.stage(stage) / "logs" / f"slurm-{job}.out"
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
-    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
-    return f" (it said last: {last})" if last else ""
+    return [line.rstrip() for line in lines if line.strip()]
 
 
 def _silence(made: StageState) -> str:

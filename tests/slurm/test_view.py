@@ -126,6 +126,20 @@ def test_logs_follow_the_run_through_its_stages(own, tmp_path):
     assert stamps == sorted(stamps)
 
 
+def test_batch_script_that_fails_before_its_stage_begins_is_told_by_its_output(own, tmp_path):
+    project = Project(tmp_path, own.environment)
+    (tmp_path / "mine.toml").write_text('scheduler = "slurm"\ndevice = "cpu"\npartition = "main"\ngpus_per_node = 2\nmax_nodes = 2\n'
+                                        'setup = ["echo no such module: cuda/99 >&2", "echo see module avail >&2", "false"]\n')
+    assert project.submit(profile="mine.toml").returncode == 0
+    wait_until(lambda: project.states()["convert"]["state"] not in ("pending", "running"), 30, "end of convert")
+    shown, row = project.convoy("status", "demo").stdout, project.states()["convert"]
+    assert row["state"] in ("failed", "lost") and "(it said last: see module avail)" in row["why"], row
+    assert row["state"] == "lost" or "| no such module: cuda/99" in shown and "setup or container of the profile" in shown, shown
+    said = project.convoy("logs", "demo")
+    assert said.returncode == 0 and "[slurm] no such module: cuda/99" in said.stdout, said.stderr
+    project.convoy("cancel", "demo")
+
+
 def test_start_estimate_and_reasons_come_from_the_queue(own, tmp_path):
     blocker = own.call("sbatch", "--parsable", "--nodes=2", "--exclusive", "--time=5", "--output=/dev/null", "--wrap", "sleep 60").strip()
     project = Project(tmp_path, own.environment)
