@@ -33,6 +33,8 @@ class Commands(click.Group):
             return super().invoke(context)
         except ConfigError as error:
             raise click.UsageError(str(error)) from None
+        except BrokenPipeError:  # | head: its reader has seen enough; click ends quietly
+            raise
         except (Failed, SlurmError, Busy, Refused, OSError) as error:
             raise click.ClickException(str(error)) from None
 
@@ -88,10 +90,10 @@ def plan_options(command):
             return submit.plan(target, recipe, list(files), [*sets, *more], name, runs, chosen, first, last)
 
         if not sweeps:
-            return command(make([], name or recipe, runs), **rest)
+            return command(make([], recipe if name is None else name, runs), **rest)
         from launcher import sweep
 
-        return command(sweep.plan(sweeps, make, name or recipe, runs), **rest)
+        return command(sweep.plan(sweeps, make, recipe if name is None else name, runs), **rest)
     return wrapped
 
 
@@ -256,8 +258,12 @@ def logs(run, stage, follow, ranks, errors, attempt, last):
     choice = logs.Choice(ranks, errors)
     if follow and attempt:
         raise ConfigError("--attempt shows what was, --follow what comes: leave one out")
-    for line in (logs.follow(run, stage, choice, last or 0) if follow else logs.show(run, stage, attempt, choice, last or 0)):
-        click.echo(line)
+    lines = logs.follow(run, stage, choice, last or 0) if follow else logs.show(run, stage, attempt, choice, last or 0)
+    try:
+        for line in lines:
+            click.echo(line)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 @main.command(short_help="Go on after a failure, a cancel or a crash.")
@@ -345,6 +351,8 @@ def doctor(context, on_node, write, partition, profile, timeout_s, as_json):
     """
     from launcher import cluster, doctor, view
 
+    if write:
+        doctor.check_writable(write)
     report = doctor.examine(partition, cluster.load(profile) if profile else None, on_node, timeout_s)
     click.echo(json.dumps(doctor.as_json(report), indent=2)) if as_json else doctor.shown(report, view.console())
     if write:

@@ -170,12 +170,20 @@ def as_json(report: Report) -> dict:
     return {"findings": [dataclasses.asdict(finding) for finding in report.findings], "profile": report.settings}
 
 
-def write_profile(report: Report, path: Path) -> None:
-    """A profile from the findings; ConfigError where the file is there already, or where there is no Slurm to write one for."""
+def check_writable(path: Path) -> None:
+    """ConfigError for a file that ``write_profile`` would not write, before a node is waited for."""
     if path.suffix != ".toml":
         raise ConfigError(f"--write {path}: a profile's name ends in .toml; try {path.with_suffix('.toml')}")
     if path.exists():
         raise ConfigError(f"--write {path}: exists already; name another file, or remove it")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not os.access(above, os.W_OK):
+        raise ConfigError(f"--write {path}: {above} can't be written to; name a file elsewhere")
+
+
+def write_profile(report: Report, path: Path) -> None:
+    """A profile from the findings; ConfigError where there is no Slurm to write one for."""
+    check_writable(path)
     if "partition" not in report.settings:
         raise ConfigError(f"--write {path}: no Slurm with an open partition was found, so there is nothing to write; the profile local is "
                           "for this machine")

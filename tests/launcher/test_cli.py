@@ -1,6 +1,7 @@
 """The command line: help that teaches, errors with exit code 2, and what may be imported."""
 
 import ast
+import shlex
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from launcher import cli, nccl
-from tests.launcher.stub_project import ROOT
+from tests.launcher.stub_project import ROOT, Project
 
 COMMANDS = ["doctor", "plan", "submit", "render", "status", "watch", "logs", "resume", "cancel", "report", "completion"]
 ALLOWED = {"click", "rich", "submitit", "tomllib", "tomli", "launcher", "training.config", "training.shape",
@@ -119,3 +120,26 @@ def test_completion_is_code_for_the_shell(shell):
     assert shown.exit_code == 0 and "_CONVOY_COMPLETE" in shown.output and "convoy" in shown.output
     if shell == "bash":
         subprocess.run(["bash", "-n", "/dev/stdin"], input=shown.output, text=True, check=True)
+
+
+def test_an_empty_name_is_no_name(tmp_path):
+    """--name "$RUN" with RUN unset must not submit the recipe's own run."""
+    project = Project(tmp_path)
+    refused = project.convoy("submit", "full-pipeline", "--profile", "local", "--name", "")
+    assert refused.returncode == 2 and "--name ''" in refused.stderr, refused.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_logs_into_head_ends_quietly(tmp_path):
+    project = Project(tmp_path)
+    project.behave(sft={"lines": 5_000})
+    assert project.submit("--wait", "--until", "sft").returncode == 0
+    shown = subprocess.run(f"{shlex.join(project.command('logs', 'demo', 'sft'))} | head -1", shell=True, cwd=tmp_path, check=False,
+                           env=project.environment, capture_output=True, text=True, timeout=60)
+    assert shown.stderr == "" and len(shown.stdout.splitlines()) == 1
+
+
+def test_doctor_looks_at_where_it_is_to_write_before_it_waits_for_a_node(tmp_path):
+    (tmp_path / "mine.toml").write_text("")
+    refused = Project(tmp_path).convoy("doctor", "--node", "--write", "mine.toml")
+    assert refused.returncode == 2 and "exists already" in refused.stderr and refused.stdout == ""
