@@ -106,7 +106,7 @@ class Job:
         word = self.reason.partition(",")[0].strip()
         words = REASONS.get(word) or next((text for start, text in FAMILIES if word.startswith(start)), word or "Slurm gives no reason")
         if word == "Dependency" and not parents:
-            return f"waits for {self.dependency}"
+            return f"its parents are done; Slurm has still to see it ({self.dependency})"
         made = words.format(id=self.handle, parents=parents, run=run, reason=self.reason)
         rest = self.reason.partition(",")[2].strip()
         return f"{made} ({rest})" if rest and word in REASONS else made

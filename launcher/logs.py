@@ -28,6 +28,8 @@ TAGGED = re.compile(r"\[([\w.-]+)\] ?(.*)", re.DOTALL)
 POLL_S, LOOK_S = 0.2, 5.0
 ERROR = re.compile(r"error|exception|traceback|fatal|critical|\bkilled\b|out of memory|oom|segmentation fault|core dumped|abort|NCCL WARN|"
                    r"CANCELLED AT|FAILURE|\bnan\b|assert|signal \d+|SIG[A-Z]{3,4}\b", re.IGNORECASE)
+SETTING = re.compile(r"[A-Z][A-Z0-9_]*=\S* +# ")
+"""A variable with its reason, as the supervisor prints them: TORCH_NCCL_ASYNC_ERROR_HANDLING is no error."""
 
 
 def attempts(run: Run, stage: str) -> list[Path]:
@@ -69,7 +71,7 @@ class Choice:
         elif who in self.traces and text[:1] not in (" ", ""):
             self.traces.discard(who)
             return True
-        return who in self.traces or bool(ERROR.search(text))
+        return who in self.traces or bool(ERROR.search(text)) and not SETTING.match(text)
 
 
 def show(run: Run, stage: str | None, attempt: str = "", choice: Choice | None = None, last: int = 0) -> Iterator[str]:

@@ -35,8 +35,8 @@ def refuse(run: Run, stage: Stage, profile: Profile, verdict: Verdict, before: i
     counted = [end for end in ends if end["class"] not in BLAMELESS_VALUES]
     if moved or verdict.kind in BLAMELESS or not counted or (counted[-1]["iteration"] or 0) > (counted[-1]["began"] or 0):
         return None
-    return replace(verdict, kind=Class.NO_PROGRESS, cause=f"no progress: two attempts began and ended at iteration {before}; "
-                                                          f"the last one: {verdict.cause}")
+    where = "ended before a first checkpoint" if before is None else f"began and ended at iteration {before}"
+    return replace(verdict, kind=Class.NO_PROGRESS, cause=f"no progress: two attempts {where}; the last one: {verdict.cause}")
 
 
 BLAMELESS_VALUES = {kind.value for kind in BLAMELESS}

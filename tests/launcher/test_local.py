@@ -114,7 +114,7 @@ def test_exit_75_with_progress_starts_again(project):
 def test_two_attempts_without_progress_fail(project):
     project.behave(sft={"stuck": True})
     failed = project.submit("--wait")
-    assert failed.returncode == 1 and "no progress: two attempts began and ended at iteration None" in failed.stdout
+    assert failed.returncode == 1 and "no progress: two attempts ended before a first checkpoint" in failed.stdout
     assert len(project.ledger("started")) == 3  # convert and two attempts of sft
     assert project.json("sft/status.json")["class"] == "no progress"
 

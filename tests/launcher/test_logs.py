@@ -62,6 +62,11 @@ def test_errors_are_whole_tracebacks_and_lines_that_look_like_one(run):
         "[launcher] SIGTERM received", "[slurm] slurmstepd: error: DUE TO TIME LIMIT"]
 
 
+def test_a_setting_named_after_errors_is_none():
+    said = logs.parse("2026-11-23 14:00:00.500 TORCH_NCCL_ASYNC_ERROR_HANDLING=1  # a rank whose peer died ends", "sft", "launcher", "")
+    assert not logs.Choice(errors=True).wants(said)
+
+
 @pytest.mark.parametrize("ranks, expected", [("1", {"1"}), ("0-1", {"0", "1"}), ("0,launcher", {"0", "launcher"}), ("slurm", {"slurm"})])
 def test_ranks_are_chosen(run, ranks, expected):
     assert {re.search(r"\[(.*?)\]", text)[1] for text in logs.show(run, "sft", choice=logs.Choice(ranks))} == expected
