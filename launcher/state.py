@@ -228,6 +228,8 @@ def _unseen(files: Files, stage: str, last: dict, job: Job | None, trouble: str)
     """Submitted, never started, and the queue shows no job of it."""
     if trouble:
         return "pending", f"job {last['job']} as last heard of: the queue can't be asked"
+    if files.run.cancelled_since(last.get("time", 0), last["job"]):
+        return "cancelled", f"job {last['job']} was cancelled with the run (python -m launcher cancel)"
     if job:
         return "lost", (f"job {job.id} is not in the queue, though sacct still says {job.state}; "
                         f"queue it again: python -m launcher resume {files.run.folder}")

@@ -64,7 +64,7 @@ def test_what_slurm_has_forgotten_is_told_by_the_files_and_resume_chains_it_anew
     wait_until(lambda: not own.call("squeue", "-h", "-t", "all").strip(), 40, "purge of the jobs")
     rows = chain.states()
     assert (rows["sft"]["state"], rows["sft"]["class"]) == ("cancelled", "cancelled") and rows["convert"]["state"] == "done"
-    assert rows["reward"]["state"] == "lost" and "queue it again: python -m launcher resume" in rows["reward"]["why"]
+    assert rows["reward"]["state"] == "cancelled" and "was cancelled with the run" in rows["reward"]["why"]
     chain.behave()
     resumed = chain.convoy("resume", "demo", "--set", "sft.iterations=20", "--yes")
     assert resumed.returncode == 0 and "sft.iterations: 500 -> 20" in resumed.stdout, resumed.stdout + resumed.stderr

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from megatron.core import parallel_state
 from transformers import BloomModel
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
@@ -81,6 +82,33 @@ def test_bf16_with_fp32_master_weights_follows_fp32(bloom):
     for history in run(trajectory, 1, 2, 1, folder, config(1, 2, precision="bf16"), 6):
         for (loss, _), (expected, _) in zip(history, exact, strict=True):
             assert loss == pytest.approx(expected, rel=0.02)
+
+
+def passes(folder, settings) -> tuple[int, int]:
+    """How often one step of one micro-batch runs the first layer's feed-forward part, and the model's GELUs, forwards."""
+    calls = {"layer": 0, "gelu": 0}
+    learner = Learner(load(folder, settings), settings, 1e-3, 1, 0)
+    layers = learner.model.decoder.layers
+
+    def gelu(values):
+        calls["gelu"] += 1
+        return F.gelu(values, approximate="tanh")
+
+    def count(*_):
+        calls["layer"] += 1
+
+    layers[0].mlp.register_forward_hook(count)
+    for layer in layers:
+        layer.mlp.activation_func = gelu
+    learner.step([batch(rows=2)], Objective(("loss",), nll))
+    return calls["layer"], calls["gelu"] // len(layers)
+
+
+@pytest.mark.parametrize(("recompute", "expected"), [("none", (1, 1)), ("selective", (1, 2)), ("full", (2, 2))])
+def test_what_is_recomputed_is_computed_twice(bloom, recompute, expected):
+    """Equal gradients (test_model_parity) would also come of a switch that does nothing."""
+    folder, _ = bloom
+    assert run(passes, 1, 1, 1, folder, config(1, 1, recompute=recompute))[0] == expected
 
 
 def test_this_initialisation_tells_the_gelu_formulas_apart(bloom):

@@ -1,5 +1,7 @@
 """Layouts: how layers are divided, what is refused, and that checkpoints, heads and generation do not depend on the division."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from megatron.core import parallel_state
@@ -14,7 +16,7 @@ from training import checkpoint
 from training.config import ConfigError, PPOConfig, PPOPaths, RewardConfig, build
 from training.data.batches import collate_prompts
 from training.generation.rollout import generate, greedy
-from training.model.bloom import Interleaved
+from training.model.bloom import Interleaved, pipeline_layout
 from training.saving import Saver
 from training.sft import compute
 from training.shape import BloomShape
@@ -46,6 +48,9 @@ def test_the_split_counts_the_output_matrix_and_leaves_the_first_stage_no_more_t
 
 def test_parts_of_an_interleaved_pipeline_hold_every_layer_once():
     assert BLOOM_7B1.chunk_layers(4, 2) == [[5, 4], [5, 4], [5, 4], [2, 1]]
+    layout = pipeline_layout(BLOOM_7B1, SimpleNamespace(pipeline_parallel=4, virtual_pipeline=2), "lm")
+    assert [part.count("decoder") for part in layout] == [5, 5, 5, 2, 4, 4, 4, 1], "megatron-core's order: all stages' first parts first"
+    assert layout[0][0] == "embedding" and layout[-1][-1] == "loss"
     for stages, virtual in ((2, 2), (3, 5), (4, 7), (15, 2)):
         parts = BLOOM_7B1.chunk_layers(stages, virtual)
         assert sum(map(sum, parts)) == 30 and min(map(min, parts)) >= 1
