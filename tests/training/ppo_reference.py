@@ -1,0 +1,164 @@
+"""PPO once more, in plain torch on Hugging Face's models, one process, one row at a time: what test_ppo_reference.py compares with.
+
+Nothing of training.ppo, training.experience, training.losses or megatron-core is used. Advantages are the written-out sum of
+Schulman et al. 2016, eq. 16, not a recursion; a row is never padded; generation has no cache.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+
+import tokenizers
+import torch
+from transformers import BloomConfig, BloomForCausalLM, BloomModel
+
+from training.config import PPOConfig
+
+
+class Scalar(torch.nn.Module):
+    """Hugging Face's BLOOM with one number a token."""
+
+    def __init__(self, config: BloomConfig, body: dict, weight: torch.Tensor, bias: torch.Tensor):
+        super().__init__()
+        self.body, self.head = BloomModel(config), torch.nn.Linear(config.hidden_size, 1)
+        self.body.load_state_dict(body)
+        self.head.load_state_dict({"weight": weight, "bias": bias})
+
+    def forward(self, tokens: list[int]) -> torch.Tensor:
+        return self.head(self.body(torch.tensor([tokens])).last_hidden_state[0])[:, 0]
+
+
+class Row:
+    """One prompt with its response, and what the four models said of it before the update; (R,) tensors over response tokens."""
+
+    def __init__(self, tokens: list[int], start: int, ended: bool):
+        self.tokens, self.start, self.ended = tokens, start, ended
+        self.logprobs = self.reference = self.values = self.advantages = self.returns = torch.empty(0)
+        self.score = 0.0
+
+
+class Reference:
+    """The iteration of training/ppo.py; ``sft`` and ``reward``: Hugging Face's names -> weights, ``head``: weight and bias."""
+
+    def __init__(self, config: PPOConfig, sft: dict, reward: dict, head: tuple):
+        self.config = config
+        shape = BloomConfig.from_pretrained(config.paths.model)
+        self.policy = BloomForCausalLM(shape).eval()
+        self.policy.transformer.load_state_dict(sft)
+        self.policy.tie_weights()
+        self.frozen = copy.deepcopy(self.policy)
+        self.critic, self.judge = Scalar(shape, reward, *head).eval(), Scalar(shape, reward, *head).eval()
+        tokenizer = tokenizers.Tokenizer.from_file(f"{config.paths.model}/tokenizer.json")
+        with open(f"{config.paths.model}/special_tokens_map.json") as file:
+            eos = json.load(file)["eos_token"]
+        self.eos = tokenizer.token_to_id(eos if isinstance(eos, str) else eos["content"])
+        with open(config.paths.train) as file:
+            self.prompts = [tokenizer.encode(json.loads(line)["prompt"]).ids[-config.prompt_length:] for line in file]
+        self.order = list(range(len(self.prompts)))
+        random.Random(f"{config.seed}/0").shuffle(self.order)
+        self.bias, self.steps = None, 0
+        self.optimizers = {name: self.adam(model, lr) for name, model, lr in (("policy", self.policy, config.lr),
+                                                                             ("value", self.critic, config.value_lr))}
+
+    def adam(self, model: torch.nn.Module, lr: float) -> torch.optim.AdamW:
+        groups = [[p for p in model.parameters() if (p.dim() > 1) == matrix] for matrix in (True, False)]
+        decay = self.config.weight_decay
+        return torch.optim.AdamW([{"params": groups[0], "weight_decay": decay}, {"params": groups[1], "weight_decay": 0.0}], lr=lr,
+                                 betas=(self.config.adam_beta1, self.config.adam_beta2), eps=self.config.adam_eps)
+
+    def logits(self, model, row: Row) -> torch.Tensor:
+        """(R, V): at each response token, the distribution it was drawn from."""
+        return model(torch.tensor([row.tokens])).logits[0, row.start - 1:-1] / self.config.temperature
+
+    def logprobs(self, model, row: Row) -> torch.Tensor:
+        chosen = torch.tensor(row.tokens[row.start:])
+        return self.logits(model, row).log_softmax(-1)[torch.arange(len(chosen)), chosen]
+
+    def values(self, row: Row) -> torch.Tensor:
+        return self.critic(row.tokens)[row.start - 1:-1]
+
+    @torch.no_grad()
+    def sample(self, prompt: list[int], uniforms: list[float]) -> Row:
+        tokens = list(prompt)
+        for uniform in uniforms:
+            odds = (self.policy(torch.tensor([tokens])).logits[0, -1] / self.config.temperature).softmax(-1).cumsum(-1)
+            tokens.append(int((odds <= uniform * odds[-1]).sum()))
+            if tokens[-1] == self.eos:
+                break
+        return Row(tokens, len(prompt), tokens[-1] == self.eos)
+
+    @torch.no_grad()
+    def judged(self, rows: list[Row]) -> dict[str, float]:
+        """Fill the rows in; the means that are reported of them."""
+        config = self.config
+        for row in rows:
+            row.logprobs, row.reference = self.logprobs(self.policy, row), self.logprobs(self.frozen, row)
+            row.values, row.score = self.values(row), self.judge(row.tokens)[-1].item()
+        if self.bias is None:
+            ended = [row.score for row in rows if row.ended]
+            self.bias = -sum(ended) / len(ended) if ended else None
+        for row in rows:
+            row.score = max(-config.reward_clip, min(config.reward_clip, row.score + (self.bias or 0)))
+            row.score = row.score if row.ended else config.missing_eos_penalty
+            rewards = -config.kl_coef * (row.logprobs - row.reference)
+            rewards[-1] += row.score
+            after = torch.cat((row.values[1:], torch.zeros(1)))
+            delta = rewards + config.gamma * after - row.values
+            row.advantages = torch.stack([sum((config.gamma * config.lam) ** (k - t) * delta[k] for k in range(t, len(delta)))
+                                          for t in range(len(delta))])
+            row.returns = row.advantages + row.values
+        every = torch.cat([row.advantages for row in rows]).double()
+        for row in rows:
+            row.advantages = ((row.advantages - every.mean()) / (every.var(correction=0) + 1e-8).sqrt()).float()
+        returns, values = torch.cat([row.returns for row in rows]), torch.cat([row.values for row in rows])
+        return {"reward": sum(row.score for row in rows) / len(rows), "eos_rate": sum(row.ended for row in rows) / len(rows),
+                "kl": sum((row.logprobs - row.reference).sum().item() for row in rows) / len(rows),
+                "response_length": sum(len(row.logprobs) for row in rows) / len(rows),
+                "explained_variance": 1 - ((returns - values).var(correction=0) / returns.var(correction=0)).item()}
+
+    def step(self, name: str, model: torch.nn.Module, loss: torch.Tensor, peak: float, total: int) -> float:
+        """One update at the linear schedule's rate; the gradient's norm before clipping."""
+        optimizer = self.optimizers[name]
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), self.config.clip_grad).item()
+        for group in optimizer.param_groups:
+            group["lr"] = peak * (1 - self.steps / (total + 1))
+        optimizer.step()
+        return norm
+
+    def update(self, rows: list[Row], total: int) -> dict[str, float]:
+        """One minibatch: value, then policy."""
+        config, count = self.config, sum(len(row.logprobs) for row in rows)
+        self.steps += 1
+        value_loss = policy_loss = clipped = entropy = 0.0
+        for row in rows:
+            now = self.values(row)
+            near = torch.minimum(torch.maximum(now, row.values - config.value_clip), row.values + config.value_clip)
+            value_loss = value_loss + 0.5 * torch.maximum((now - row.returns) ** 2, (near - row.returns) ** 2).sum() / count
+        value_norm = self.step("value", self.critic, value_loss, config.value_lr, total)
+        for row in rows:
+            odds = self.logits(self.policy, row).log_softmax(-1)
+            ratio = (odds[torch.arange(len(row.logprobs)), torch.tensor(row.tokens[row.start:])] - row.logprobs).exp()
+            near = ratio.clamp(1 - config.clip_ratio, 1 + config.clip_ratio)
+            gain = torch.minimum(ratio * row.advantages, near * row.advantages)
+            policy_loss = policy_loss - gain.sum() / count
+            clipped += (near * row.advantages < ratio * row.advantages).sum().item() / count
+            entropy += -(odds.exp() * odds).sum().item() / count
+        norm = self.step("policy", self.policy, policy_loss, config.lr, total)
+        return {"value_loss": value_loss.item(), "policy_loss": policy_loss.item(), "clip_fraction": clipped, "entropy": entropy,
+                "grad_norm": norm, "value_grad_norm": value_norm}
+
+    def iterate(self, iteration: int) -> dict[str, float]:
+        """Iteration, from 1 -> its metrics."""
+        config, size = self.config, self.config.rollout_batch_size
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + iteration)
+        uniforms = torch.rand(size, config.response_length, generator=generator).tolist()
+        indices = self.order[(iteration - 1) * size:iteration * size]
+        rows = [self.sample(self.prompts[index], draws) for index, draws in zip(indices, uniforms, strict=True)]
+        metrics, minibatches = self.judged(rows), range(0, size, config.global_batch_size)
+        total = config.iterations * config.epochs * len(minibatches)
+        made = [self.update(rows[first:first + config.global_batch_size], total) for _ in range(config.epochs) for first in minibatches]
+        return metrics | {name: sum(one[name] for one in made) / len(made) for name in made[0]}
