@@ -55,10 +55,37 @@ def wilson(correct: float, total: float) -> tuple[float, float]:
     return centre - half, centre + half
 
 
+CONFIDENCE = (0.5, 0.6, 0.7, 0.8, 0.9)
+"""Lower edges of the bins in which calibration is measured: the model's probability that the reply it prefers is the better one."""
+
+
+def calibration_sums(margin: torch.Tensor) -> torch.Tensor:
+    """``margin`` (pairs,): reward of the better reply less that of the other -> (3, bins): pairs, those that the model orders rightly, and
+    their summed confidence sigmoid(abs(margin)), by confidence. Sums, so that data-parallel ranks can add them up."""
+    confidence, right = margin.abs().sigmoid(), (margin > 0).double()
+    place = torch.bucketize(confidence, torch.tensor(CONFIDENCE[1:], dtype=confidence.dtype), right=True)
+    bins = torch.nn.functional.one_hot(place, len(CONFIDENCE)).double()
+    return torch.stack((bins.sum(0), right @ bins, confidence.double() @ bins))
+
+
+def calibration(sums: torch.Tensor) -> dict[str, float]:
+    """Accuracy at each confidence (bins without a pair are left out), and the expected calibration error (Guo et al. 2017, eq. 3): how far
+    accuracy is from confidence, 0 at best.
+
+    >>> calibration(calibration_sums(torch.tensor([2.2, 2.2, 2.2, -2.2])))  # 90% sure, 75% right
+    {'heldout_calibration_error': 0.1502, 'heldout_accuracy_at_0.9': 0.75}
+    """
+    pairs, right, confidence = sums
+    error = ((right - confidence).abs().sum() / pairs.sum()).item()
+    found = {f"heldout_accuracy_at_{edge}": hit / count
+             for edge, count, hit in zip(CONFIDENCE, pairs.tolist(), right.tolist(), strict=True) if count}
+    return {"heldout_calibration_error": round(error, 4), **found}
+
+
 def heldout(config: RewardConfig, learner: Learner, comparisons: list[Comparison], replies: int, pad_id: int) -> dict[str, float]:
-    """Accuracy with its 95% interval, mean margin, and the accuracy of "the shorter reply wins", over all held-out pairs."""
+    """Accuracy with its 95% interval, mean margin, calibration, and the accuracy of "the shorter reply wins", over all held-out pairs."""
     mine = comparisons[parallel.data_rank() :: parallel.data_ranks()]
-    sums = torch.zeros(4, dtype=torch.double)
+    sums, bins = torch.zeros(4, dtype=torch.double), torch.zeros(3, len(CONFIDENCE), dtype=torch.double)
     if mine:
         length = padded_length([len(example.tokens) for group in mine for example, _ in group], length_multiple(config))
         batch = collate_comparisons(mine, replies, pad_id, length)
@@ -68,10 +95,12 @@ def heldout(config: RewardConfig, learner: Learner, comparisons: list[Comparison
         margin = (rewards[:, :, None] - rewards[:, None, :])[pair].double()
         shorter = (lengths[:, :, None] < lengths[:, None, :])[pair]
         sums = torch.stack((pair.sum().double(), (margin > 0).sum().double(), margin.sum(), shorter.sum().double()))
+        bins = calibration_sums(margin)
     total, correct, margin, shorter = parallel.sum_over_data(sums.to(parallel.device())).tolist()
+    bins = parallel.sum_over_data(bins.to(parallel.device())).cpu()
     low, high = wilson(correct, total)
     return {"heldout_accuracy": correct / total, "heldout_accuracy_low": low, "heldout_accuracy_high": high,
-            "heldout_margin": margin / total, "shorter_wins": shorter / total}
+            "heldout_margin": margin / total, "shorter_wins": shorter / total, **calibration(bins)}
 
 
 def run(config: RewardConfig) -> None:
