@@ -103,6 +103,51 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["a new iteration", "an iteration that is there"])
+def test_a_kill_before_any_step_of_publishing_leaves_a_whole_checkpoint(tmp_path, monkeypatch, again):
+    """Random kills (test_saving) rarely hit the microseconds between two renames; here every one is a place to die."""
+    def save(stage, iteration, text):
+        aside = checkpoint.folder(stage, iteration).with_name(".saving")
+        aside.mkdir(parents=True)
+        (aside / "state.json").write_text(text)
+        checkpoint.publish(stage, aside, iteration)
+
+    def dying(function):
+        def call(*args, **kwargs):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Killed
+            return function(*args, **kwargs)
+        return call
+
+    survived, place = False, 0
+    while not survived:
+        stage, left, place = tmp_path / str(place), place, place + 1
+        save(stage, 1, "old")
+        with monkeypatch.context() as patch:
+            for owner, name in ((os, "replace"), (checkpoint, "sync"), (checkpoint.shutil, "rmtree"), (Path, "unlink"),
+                                (Path, "write_text")):
+                patch.setattr(owner, name, dying(getattr(owner, name)))
+            aside = checkpoint.folder(stage, 1 if again else 2).with_name(".saving")
+            aside.mkdir()
+            with open(aside / "state.json", "w") as file:
+                file.write("new")
+            try:
+                checkpoint.publish(stage, aside, 1 if again else 2)
+                survived = True
+            except Killed:
+                pass
+        found = checkpoint.latest(stage)
+        if found is None:
+            assert again, "only a checkpoint that replaces the newest may leave none for a moment"
+            continue
+        checkpoint.checksums.check(checkpoint.folder(stage, found))
+        text = (checkpoint.folder(stage, found) / "state.json").read_text()
+        assert text in ("old", "new") and (found == 1 or text == "new")
+    assert place > 8 and found == (1 if again else 2) and text == "new"
+
+
 def stop_after(trainer, config, iteration):
     """The trainer, ended without any clean-up as soon as ``iteration`` is saved."""
     save = Saver.save
