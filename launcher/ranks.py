@@ -26,6 +26,8 @@ LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1
 GRACE_S = 2
 """Seconds that the other ranks get to say what they saw when one has died; then they are killed."""
+DRAIN_S = 60
+"""Most seconds for reading what ended ranks have still written; GRACE_S without a line end it, too."""
 SAVE_GRACE_S = 60
 """The same when the first one ended because all were to save."""
 PORTS = 50
@@ -113,11 +115,19 @@ class Ranks:
             self.check()
             tick()
             time.sleep(0.05)
-        for reader in self.readers:
-            reader.join(GRACE_S)  # a helper process of a rank may hold the pipe open
+        self.drain()
         ended = self.order()
         self.log.close()
         return ended
+
+    def drain(self) -> None:
+        """Read what the ranks have left in their pipes; not to the end where a helper process of theirs holds one open."""
+        began = time.monotonic()
+        while any(reader.is_alive() for reader in self.readers):
+            now = time.monotonic()
+            if now - max(self.log.heard, began) > GRACE_S or now - began > DRAIN_S:
+                break
+            time.sleep(0.01)
 
     def check(self) -> None:
         """End those that can't go on; nothing where Slurm does it."""

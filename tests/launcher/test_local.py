@@ -93,7 +93,7 @@ def test_killed_rank_then_resume_goes_on_without_running_done_stages_again(proje
     project.behave(rlhf={"step_s": 0.3})
     running = project.start("submit", "full-pipeline", "--name", "demo", "--profile", "local", "--wait", "--set", "rlhf.iterations=8",
                             "--set", "rlhf.warmup_iterations=0")
-    wait_until(lambda: (project.run / "rlhf/latest").exists(), 30, "first checkpoint of rlhf")
+    wait_until(lambda: (project.run / "rlhf/latest").exists(), 90, "first checkpoint of rlhf")
     os.kill(project.json("rlhf/rank_1.json")["pid"], signal.SIGKILL)
     output, _ = running.communicate(timeout=30)
     assert running.returncode == 1 and "rank 1: killed by SIGKILL" in output

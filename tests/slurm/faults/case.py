@@ -147,15 +147,15 @@ class Case:
 
     # how it must end
 
-    def done(self, *stages: str, seconds: float = 60) -> None:
-        """Wait until these stages are DONE; fails at once when one has failed and nothing of the run is queued."""
+    def done(self, *stages: str, seconds: float = 60, again: str = "") -> None:
+        """Wait until these stages are DONE; fails at once when one has failed and nothing of the run is queued. ``again``: see ``once``."""
         def ended() -> bool:
             left = [stage for stage in stages if not self.has(f"{stage}/DONE.json")]
             failed = [stage for stage in left if self.state(stage) in ("failed", "cancelled", "stopped")]
             assert not failed or not self.idle(), f"{failed} instead of done\n{self.told()}"
             return not left
         self.until(ended, seconds, f"{', '.join(stages)} DONE")
-        self.once(*stages)
+        self.once(*stages, again=again)
 
     def fails(self, stage: str, *words: str, seconds: float = 30, states: tuple[str, ...] = ("failed",)) -> str:
         """Wait until a stage has failed; its cause must hold ``words``. Returns the cause. Its children must not have run."""
@@ -173,9 +173,14 @@ class Case:
             found[row["run"], row["stage"]][row["iteration"]] += 1
         return found
 
-    def once(self, *stages: str, run: str = "demo") -> None:
-        """Nothing lost, nothing run twice: of each stage every iteration was executed and saved once, and no stage ran that should not."""
+    def once(self, *stages: str, run: str = "demo", again: str = "") -> None:
+        """Nothing lost, nothing run twice: of each stage every iteration was executed and saved once, and no stage ran that should not.
+
+        ``again``: a stage that saves nothing on its way, and may have been killed after its work but before its supervisor said DONE.
+        """
         executed = self.executed()
+        if (run, again) in executed:
+            executed[run, again] = collections.Counter(executed[run, again].keys())
         for stage in stages:
             wanted = self.project.json(f"../{run}/{stage}/config.json")["iterations"] if stage in TRAINERS else 0
             expected = collections.Counter(range(1, wanted + 1) if wanted else [0])

@@ -74,7 +74,7 @@ def controller_forgot(case: Case) -> str:
     case.notice(lambda: case.row("sft")["state"] in ("lost", "pending", "running", "done"), 20, "status answers")
     kept = sorted(stage for stage, state in case.jobs().items() if state not in ("CANCELLED", "FAILED"))
     case.resume()
-    case.done("convert", "sft", "reward", seconds=90)
+    case.done("convert", "sft", "reward", seconds=90, again="convert")  # Slurm kills orphans when it hears of them
     assert case.cluster.call("squeue", "-h", "-t", "all", "-j", stranger, "-o", "%T").strip() in ("RUNNING", "COMPLETED"), "not ours"
     reused = " (its id went to a stranger's job)" if stranger == first else ""
     return f"queue knew {', '.join(kept) or 'no job'} of 3{reused}; resumed: done"
