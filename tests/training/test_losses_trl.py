@@ -1,0 +1,86 @@
+"""losses.py beside the functions of TRL 0.11.4, whose PPO has them all as methods; skipped where it is not installed."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from training import losses
+
+NEEDS = "needs `pip install trl==0.11.4 datasets==3.6.0 'tyro<0.10'`"
+core = pytest.importorskip("trl.core", reason=NEEDS)
+if not hasattr(core, "masked_whiten"):
+    pytest.skip(NEEDS, allow_module_level=True)
+PPOTrainer = pytest.importorskip("trl.trainer.ppo_trainer", reason=NEEDS, exc_type=ImportError).PPOTrainer
+trl_utils = pytest.importorskip("trl.trainer.utils", reason=NEEDS, exc_type=ImportError)
+
+CONFIG = SimpleNamespace(gamma=0.97, lam=0.9, whiten_rewards=False, cliprange=0.2, cliprange_value=0.3, vf_coef=0.0, ratio_threshold=1e9,
+                         kl_penalty="kl")
+"""What TRL's methods read of ``self.config``."""
+
+
+@pytest.fixture
+def case():
+    """Right-padded responses (4, 9): mask, and a new random tensor of the shape at each call."""
+    generator = torch.Generator().manual_seed(5)
+    mask = torch.arange(9)[None] < torch.tensor([[9], [4], [1], [7]])
+    return mask, lambda: torch.randn(4, 9, generator=generator)
+
+
+def test_gae_and_whitening(case):
+    """TRL divides the squares by n - 1, we by n: the same but for that factor."""
+    mask, draw = case
+    rewards, values = draw() * mask, draw()
+    _, theirs, returns = PPOTrainer.compute_advantages(SimpleNamespace(config=CONFIG), values, rewards, mask.float())
+    advantages, our_returns = losses.gae(rewards, values, mask, CONFIG.gamma, CONFIG.lam)
+    assert torch.allclose(our_returns[mask], returns[mask], atol=1e-6)
+    chosen = advantages[mask]
+    white = losses.whiten(advantages, chosen.mean(), chosen.var(correction=0), mask)
+    unbiased = ((mask.sum() - 1) / mask.sum()).sqrt()
+    assert torch.allclose((white * unbiased)[mask], theirs[mask], atol=1e-5)
+
+
+def test_clipped_losses(case):
+    mask, draw = case
+    old, old_values, advantages, returns = draw(), draw(), draw(), draw()
+    new, values = old + 0.3 * draw(), old_values + 0.5 * draw()
+    theirs = PPOTrainer.loss(SimpleNamespace(config=CONFIG), old, old_values, torch.zeros(4, 9, 2), values, new, mask.float(), advantages,
+                             returns)
+    stats = theirs[-1]
+    count = mask.sum()
+    loss, clipped, _ = losses.policy_loss(new, old, advantages, mask, CONFIG.cliprange)
+    assert loss.item() / count == pytest.approx(stats["loss/policy"].item(), rel=1e-5)
+    assert clipped.item() / count == pytest.approx(stats["policy/clipfrac"].item(), rel=1e-5) and clipped > 0
+    ours = losses.value_loss(values, old_values, returns, mask, CONFIG.cliprange_value)
+    assert ours.item() / count == pytest.approx(stats["loss/value"].item(), rel=1e-5)
+
+
+def test_kl_penalty(case):
+    _, draw = case
+    p, q = draw(), draw()
+    assert torch.equal(losses.kl_k1(p, q), PPOTrainer._kl_penalty(SimpleNamespace(config=CONFIG), p, q))
+
+
+def test_adaptive_controller():
+    theirs, ours = trl_utils.AdaptiveKLController(0.2, 6.0, 1000), 0.2
+    for kl in (1.0, 5.5, 6.5, 80.0, 6.0, 0.0):
+        theirs.update(kl, 64)
+        ours = losses.adaptive_kl_coef(ours, kl, 6.0, 64, 1000)
+        assert ours == pytest.approx(theirs.value)
+
+
+def test_reward_loss():
+    """TRL's trainer knows pairs: chosen and rejected; ours any K."""
+    from trl.trainer.reward_trainer import RewardTrainer
+
+    rewards = torch.randn(6, 2, generator=torch.Generator().manual_seed(6))
+
+    def model(input_ids, **_):
+        return {"logits": input_ids}
+
+    inputs = {f"{name}_{side}": rewards[:, i:i + 1] for i, side in enumerate(("chosen", "rejected")) for name in ("input_ids",)}
+    inputs |= {f"attention_mask_{side}": torch.ones(6, 1) for side in ("chosen", "rejected")}
+    trainer = SimpleNamespace(use_reward_data_collator=True, args=SimpleNamespace(center_rewards_coefficient=None))
+    theirs = RewardTrainer.compute_loss(trainer, model, inputs)
+    ours = losses.pairwise_loss(rewards, torch.tensor([[1.0, 0.0]]).expand(6, 2))[0].mean()
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
