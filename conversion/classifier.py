@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from conversion.tensors import Stored
-from training.config import ConfigError
 from training.data.tokenizer import Tokenizer
+from training.settings import ConfigError
 
 
 def without_bias(tensors: dict[str, Stored], dtype: torch.dtype) -> dict[str, Stored]:

@@ -8,7 +8,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 
 from training.checksums import Damaged
-from training.config import ConfigError, load
+from training.settings import ConfigError, load
 
 
 def main(kind, stage: Callable, parser: ArgumentParser, from_arguments: Callable[[Namespace], object]) -> int:

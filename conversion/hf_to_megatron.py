@@ -15,9 +15,9 @@ from conversion import huggingface, torch_dist, work
 from conversion.command import main
 from conversion.config import ConvertConfig, ConvertPaths
 from training import checkpoint
-from training.config import ConfigError
 from training.data.tokenizer import Tokenizer
 from training.metrics import Metrics
+from training.settings import ConfigError
 from training.shape import BloomShape
 
 

@@ -11,7 +11,7 @@ import torch
 
 from conversion.tensors import FLOATS, Stored, equal, mapped, view
 from conversion.weights import PREFIX, TIED_HEAD, VOCABULARY, check_names, entries, head_of, size_of, stored_name
-from training.config import ConfigError
+from training.settings import ConfigError
 from training.shape import BloomShape
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}

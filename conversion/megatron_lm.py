@@ -22,7 +22,7 @@ from conversion.intact import Intact
 from conversion.megatron_to_hf import DTYPES, find_checkpoint, write_folder
 from conversion.tensors import Stored, mapped, raw, view
 from conversion.weights import END, HEADS, TOP, VOCABULARY, Entry, check_names, entries, head_of, size_of
-from training.config import ConfigError
+from training.settings import ConfigError
 from training.shape import BloomShape
 
 FILE = "model_optim_rng.pt"

@@ -24,8 +24,8 @@ from conversion.intact import Intact
 from conversion.tensors import Stored, raw
 from conversion.weights import head_of, stored_name
 from training import checkpoint
-from training.config import ConfigError
 from training.metrics import Metrics
+from training.settings import ConfigError
 from training.shape import BloomShape
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

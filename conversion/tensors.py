@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from training.config import ConfigError
+from training.settings import ConfigError
 
 with warnings.catch_warnings():  # torch says once that it can't know such a buffer to be read-only: nobody writes to ours
     warnings.simplefilter("ignore")

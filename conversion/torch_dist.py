@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 from conversion.tensors import Piece, Stored, mapped, raw, view
 from conversion.weights import HEADS, VOCABULARY, Entry, entries, size_of
 from training import unpickle
-from training.config import ConfigError
+from training.settings import ConfigError
 from training.shape import BloomShape
 
 FILE_BYTES = 1 << 30

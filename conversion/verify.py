@@ -25,8 +25,9 @@ from conversion.megatron_to_hf import find_checkpoint
 from conversion.tensors import Stored, raw
 from training import checkpoint
 from training.checksums import Damaged
-from training.config import ConfigError, Paths, SFTConfig
+from training.config import Paths, SFTConfig
 from training.parallel import device, ranks
+from training.settings import ConfigError
 from training.shape import BloomShape
 from training.step import build_model, evaluate
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from training.config import ConfigError
+from training.settings import ConfigError
 from training.shape import BloomShape
 
 # megatron-core key -> Hugging Face name

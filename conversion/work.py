@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from training.checkpoint import sync
-from training.config import ConfigError
+from training.settings import ConfigError
 
 Count = Callable[[int], None]
 Writer = Callable[[BinaryIO, Count], object]

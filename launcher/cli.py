@@ -11,7 +11,7 @@ import click
 
 from launcher import completion
 from launcher.pipeline import FULL, STAGES
-from training.config import ConfigError
+from training.settings import ConfigError
 
 TARGETS = click.Choice([FULL, *STAGES])
 STAGE = click.Choice(list(STAGES))

@@ -9,7 +9,7 @@ from pathlib import Path
 from launcher import probe, secrets
 from launcher.config import Profile, Resources, read_toml
 from launcher.nccl import NETWORKS
-from training.config import ConfigError, build
+from training.settings import ConfigError, build
 
 DEV_CLUSTER = "convoy-dev"
 """ClusterName of the cluster that slurm/dev/up starts."""

@@ -15,7 +15,8 @@ from pathlib import Path
 from conversion.config import ConvertConfig, ExportConfig
 from eval.config import MTBenchConfig
 from launcher.profile import Profile
-from training.config import ConfigError, DataConfig, ModelConfig, PPOConfig, RewardConfig, SFTConfig, build
+from training.config import DataConfig, ModelConfig, PPOConfig, RewardConfig, SFTConfig
+from training.settings import ConfigError, build
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from launcher.profile import Profile
-from training.config import ConfigError
+from training.settings import ConfigError
 
 
 def srun_options(profile: Profile, environment=()) -> list[str]:

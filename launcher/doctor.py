@@ -23,7 +23,7 @@ from launcher.findings import Finding
 from launcher.here import here
 from launcher.profile import Profile
 from launcher.run import write_text
-from training.config import ConfigError
+from training.settings import ConfigError
 
 NODE_SCRIPT = Path(__file__).with_name("node.py")
 NODE_MARK = "CONVOY-NODE "

@@ -13,7 +13,7 @@ from launcher.manifest import Refused
 from launcher.pipeline import STAGES, Stage
 from launcher.run import Busy, Run, lock
 from launcher.submit import write_stage_config
-from training.config import ConfigError
+from training.settings import ConfigError
 
 ALIVE_S = 60
 """A run that was written to within so many seconds is taken to be worked on."""

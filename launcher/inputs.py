@@ -14,7 +14,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from training.config import ConfigError
+from training.settings import ConfigError
 from training.shape import BloomShape
 
 PEEK_ROWS = 100

@@ -15,7 +15,7 @@ from pathlib import Path
 from launcher.pipeline import STAGES, Stage
 from launcher.ranks import die_with_parent
 from launcher.run import Run, is_alive, this_process
-from training.config import ConfigError
+from training.settings import ConfigError
 
 STOP_S = 90
 """Seconds that a cancelled stage gets to save; then it is killed."""

@@ -21,7 +21,7 @@ from launcher import state
 from launcher.collapse import Group, Groups, Line, collapsed, ranges
 from launcher.pipeline import STAGES
 from launcher.run import Run
-from training.config import ConfigError
+from training.settings import ConfigError
 
 STAMPED = re.compile(r"(\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:\.\d+)?) (.*)", re.DOTALL)
 TAGGED = re.compile(r"\[([\w.-]+)\] ?(.*)", re.DOTALL)

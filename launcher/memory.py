@@ -21,7 +21,8 @@ import dataclasses
 from dataclasses import dataclass
 
 from launcher.config import Profile, Resources
-from training.config import ConfigError, PPOConfig, SFTConfig, TrainerConfig
+from training.config import PPOConfig, SFTConfig, TrainerConfig
+from training.settings import ConfigError
 from training.shape import BloomShape
 
 GB = 1e9

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.config import SECTIONS, build_plain
-from training.config import ConfigError, PrepareConfig, build
+from training.config import PrepareConfig
+from training.settings import ConfigError, build
 
 FULL = "full-pipeline"
 

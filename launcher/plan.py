@@ -15,7 +15,7 @@ from rich.text import Text
 from launcher import memory, probe, storage, submit
 from launcher.pipeline import STAGES, Stage
 from launcher.run import Runs
-from training.config import ConfigError
+from training.settings import ConfigError
 
 if TYPE_CHECKING:
     from launcher.sweep import Sweep

@@ -14,7 +14,7 @@ from launcher.heal import begin_again
 from launcher.pipeline import STAGES, Stage, full_tables, stage_config
 from launcher.run import Run, iteration_folder, lock, write_json, write_text
 from launcher.submit import prepare, write_stage_config
-from training.config import ConfigError
+from training.settings import ConfigError
 
 ASIDE = "checkpoints.aside"
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Collection
 from pathlib import Path
 
-from training.config import ConfigError
+from training.settings import ConfigError
 
 SWEEP = "sweep.json"
 """In the folder of a sweep; its runs are the folders 0, 1, ... there."""

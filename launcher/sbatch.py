@@ -12,7 +12,7 @@ from launcher import probe
 from launcher.config import Profile, Resources
 from launcher.pipeline import Stage
 from launcher.run import Run
-from training.config import ConfigError
+from training.settings import ConfigError
 
 SETUP = ("set -euo pipefail",)
 EXPORT_CPUS = 'export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"  # since 22.05 srun gives each task one core unless told'

@@ -12,7 +12,7 @@ import stat
 from pathlib import Path
 
 from launcher.profile import Profile
-from training.config import ConfigError
+from training.settings import ConfigError
 
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 SHORTEST = 8

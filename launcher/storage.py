@@ -10,7 +10,8 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from training.config import ConfigError, PPOConfig, TrainerConfig
+from training.config import PPOConfig, TrainerConfig
+from training.settings import ConfigError
 
 GB = 1e9
 QUOTA_S = 5

@@ -16,7 +16,7 @@ from launcher import checks, manifest, sbatch, state, submission
 from launcher.config import SECTIONS, Profile, Resources, build_plain, differences, layered
 from launcher.pipeline import STAGES, Stage, full_tables, prepare_config, select, stage_config
 from launcher.run import Failed, Run, hash_of, lock, write_json, write_text
-from training.config import ConfigError
+from training.settings import ConfigError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,60}")
 

@@ -24,7 +24,7 @@ from launcher.pipeline import STAGES, Stage
 from launcher.profile import Profile
 from launcher.ranks import LocalRanks, Log, SlurmRanks, job_port, stage_command
 from launcher.run import Busy, Run, lock, this_process, write_text
-from training.config import ConfigError
+from training.settings import ConfigError
 
 ENDED = 143
 """Exit code after a TERM or STOP: 128 + SIGTERM."""

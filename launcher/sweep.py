@@ -23,7 +23,7 @@ from launcher import secrets as passwords
 from launcher.config import Profile, build_plain, parse_set
 from launcher.pipeline import STAGES, Stage, prepare_config
 from launcher.run import SWEEP, Run, elements, hash_of, write_json, write_text
-from training.config import ConfigError
+from training.settings import ConfigError
 
 MOST = 1000
 """Elements; MaxArraySize of Slurm is 1001 unless the site says otherwise."""

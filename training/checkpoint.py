@@ -17,8 +17,9 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
 from training import checksums, unpickle
-from training.config import ConfigError, TrainerConfig
+from training.config import TrainerConfig
 from training.model.bloom import Bloom
+from training.settings import ConfigError
 from training.step import Learner
 
 

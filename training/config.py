@@ -7,17 +7,9 @@ and is no key of a recipe. Contradictions raise ``ValueError`` when the object i
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import json
-import math
-import typing
 from dataclasses import dataclass
-from pathlib import Path
 
-
-class ConfigError(ValueError):
-    """A user's mistake: the message names the key, its value, what was expected and the fix."""
+from training.settings import ConfigError, at_least, one_of, positive
 
 
 @dataclass(frozen=True)
@@ -36,7 +28,7 @@ class ModelConfig:
     """Vocabulary rows of the demo model (its tokenizer is trained to fit)."""
 
     def __post_init__(self):
-        _at_least(self, 1, "demo_layers", "demo_hidden", "demo_heads", "demo_vocab")
+        at_least(self, 1, "demo_layers", "demo_hidden", "demo_heads", "demo_vocab")
         if self.demo_hidden % self.demo_heads:
             raise ValueError(f"demo_hidden = {self.demo_hidden} is not a multiple of demo_heads = {self.demo_heads}")
 
@@ -157,17 +149,17 @@ class TrainerConfig:
     """Iterations between lines of the log."""
 
     def __post_init__(self):
-        _one_of(self, "precision", ("bf16", "fp32"))
-        _one_of(self, "schedule", ("cosine", "linear", "constant"))
-        _one_of(self, "recompute", ("none", "selective", "full"))
-        _one_of(self, "attention", ("auto", "flash", "te", "flex", "sdpa"))
-        _positive(self, "lr", "adam_eps", "clip_grad")
+        one_of(self, "precision", ("bf16", "fp32"))
+        one_of(self, "schedule", ("cosine", "linear", "constant"))
+        one_of(self, "recompute", ("none", "selective", "full"))
+        one_of(self, "attention", ("auto", "flash", "te", "flex", "sdpa"))
+        positive(self, "lr", "adam_eps", "clip_grad")
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: expected at least 0 and below 1")
-        _at_least(self, 1, "iterations", "micro_batch_size", "global_batch_size", "tensor_parallel", "pipeline_parallel",
+        at_least(self, 1, "iterations", "micro_batch_size", "global_batch_size", "tensor_parallel", "pipeline_parallel",
                   "virtual_pipeline", "save_every", "keep_checkpoints", "eval_every", "log_every")
-        _at_least(self, 0, "keep_every")
+        at_least(self, 0, "keep_every")
         if self.keep_every % self.save_every:
             raise ValueError(f"keep_every = {self.keep_every} is not a multiple of save_every = {self.save_every}: "
                              "nothing is saved there")
@@ -221,7 +213,7 @@ class SFTConfig(TrainerConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        _at_least(self, 2, "seq_length")
+        at_least(self, 2, "seq_length")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,7 +234,7 @@ class RewardConfig(TrainerConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        _at_least(self, 2, "seq_length")
+        at_least(self, 2, "seq_length")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,14 +283,14 @@ class PPOConfig(TrainerConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        _at_least(self, 1, "prompt_length", "response_length", "rollout_batch_size", "generation_batch_size", "epochs")
+        at_least(self, 1, "prompt_length", "response_length", "rollout_batch_size", "generation_batch_size", "epochs")
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: expected between 0 and 1")
         if self.warmup_iterations + self.value_warmup >= self.iterations:
             raise ValueError(f"warmup_iterations = {self.warmup_iterations} + value_warmup = {self.value_warmup}: expected fewer together "
                              f"than iterations = {self.iterations}")
-        _positive(self, "temperature", "value_lr", "clip_ratio", "value_clip", "reward_clip")
+        positive(self, "temperature", "value_lr", "clip_ratio", "value_clip", "reward_clip")
         if self.rollout_batch_size % self.global_batch_size:
             raise ValueError(f"rollout_batch_size = {self.rollout_batch_size} is not a multiple of "
                              f"global_batch_size = {self.global_batch_size}")
@@ -307,63 +299,3 @@ class PPOConfig(TrainerConfig):
     def updates(self) -> int:
         """Optimizer steps of one iteration."""
         return self.epochs * self.rollout_batch_size // self.global_batch_size
-
-
-def _at_least(config, smallest: int, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) < smallest:
-            raise ValueError(f"{name} = {getattr(config, name)}: expected at least {smallest}")
-
-
-def _positive(config, *names: str) -> None:
-    for name in names:
-        if not 0 < getattr(config, name) < math.inf:  # NaN is refused, too
-            raise ValueError(f"{name} = {getattr(config, name)}: expected a number above 0")
-
-
-def _one_of(config, name: str, allowed: tuple[str, ...]) -> None:
-    if getattr(config, name) not in allowed:
-        raise ValueError(f"{name} = {getattr(config, name)!r}: expected one of {', '.join(allowed)}")
-
-
-def build(cls, values: dict, where: str):
-    """Make ``cls`` from a mapping (nested dataclasses from nested mappings); ``where`` is the section in messages.
-
-    Raises ConfigError for an unknown key (with the nearest valid one), a wrong type, a missing key or a contradiction.
-    """
-    types = typing.get_type_hints(cls)
-    known = {f.name: f for f in dataclasses.fields(cls)}
-    made = {}
-    for key, value in values.items():
-        if key not in known:
-            near = difflib.get_close_matches(key, known, 1) or sorted(k for k in known if k != "paths")
-            raise ConfigError(f"{where}.{key}: no such key; did you mean {', '.join(f'{where}.{n}' for n in near)}?")
-        made[key] = _value(types[key], value, f"{where}.{key}")
-    missing = [f.name for f in known.values() if f.name not in made
-               and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
-    if missing:
-        raise ConfigError(f"{where}: missing {', '.join(missing)}")
-    try:
-        return cls(**made)
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(f"{where}.{error}") from None
-
-
-def _value(kind, value, where: str):
-    if dataclasses.is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise ConfigError(f"{where} = {value!r}: expected a table")
-        return build(kind, value, where)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    base = typing.get_origin(kind) or kind
-    if not isinstance(value, base) or (base is int and isinstance(value, bool)):
-        raise ConfigError(f"{where} = {value!r}: expected {base.__name__}, got {type(value).__name__}")
-    return value
-
-
-def load(cls, path: str | Path):
-    """The stage's configuration from its one argument, a JSON file."""
-    return build(cls, json.loads(Path(path).read_text(encoding="utf-8")), Path(path).parent.name)

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from training.checksums import Damaged
-from training.config import ConfigError, TrainerConfig, load
+from training.config import TrainerConfig
 from training.data.formats import DataError
 from training.parallel import EX_DATA, EX_IOERR, EX_TEMPFAIL, EX_USAGE, ranks
 from training.saving import SaveFailed
+from training.settings import ConfigError, load
 
 Config = TypeVar("Config")
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"}

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from training.config import ConfigError
+from training.settings import ConfigError
 
 VOCAB_MULTIPLE = 128
 """The embedding's rows are padded to a multiple of this times the tensor-parallel size (tensor cores, equal shards)."""

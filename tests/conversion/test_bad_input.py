@@ -13,7 +13,7 @@ from conversion import huggingface, torch_dist, work
 from tests.bloom import tiny_bloom
 from tests.conversion.folders import convert_to, export_from, sparse_bloom, write_tokenizer
 from training.checksums import Damaged
-from training.config import ConfigError
+from training.settings import ConfigError
 from training.shape import BloomShape
 
 

@@ -15,8 +15,8 @@ from tests.bloom import tiny_bloom
 from tests.conversion.folders import convert_to, export_from, save_model, trainer, write_tokenizer
 from tests.distributed import run
 from training import checkpoint
-from training.config import ConfigError
 from training.reward import read_last
+from training.settings import ConfigError
 from training.shape import BloomShape
 from training.step import build_model, evaluate
 

@@ -22,7 +22,7 @@ from tests.bloom import tiny_bloom
 from tests.conversion.folders import convert_to, export_from, save_model, sparse_bloom
 from tests.distributed import run
 from training import checksums
-from training.config import ConfigError
+from training.settings import ConfigError
 
 
 @pytest.mark.parametrize(("tensor", "pipeline"), [(2, 2), (1, 3)])

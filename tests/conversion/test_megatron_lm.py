@@ -13,7 +13,7 @@ from conversion.config import ConvertConfig, ConvertPaths
 from conversion.hf_to_megatron import convert
 from conversion.tensors import equal
 from tests.bloom import tiny_bloom
-from training.config import ConfigError
+from training.settings import ConfigError
 from training.shape import BloomShape
 
 

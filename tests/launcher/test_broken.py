@@ -9,7 +9,7 @@ import pytest
 from launcher import local
 from launcher.ranks import LocalRanks, Log
 from launcher.run import Run, this_process
-from training.config import ConfigError
+from training.settings import ConfigError
 
 
 def test_a_torn_ledger_line_costs_that_line_only(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 from launcher import checks, cluster, storage
 from launcher.config import layered
 from launcher.pipeline import FULL, full_tables, select, stage_config
-from training.config import ConfigError
+from training.settings import ConfigError
 
 GOOD_ROW = b'{"query": "q", "response": ["a", "b"], "score": [1, 0]}\n'
 

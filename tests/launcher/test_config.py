@@ -7,7 +7,8 @@ import pytest
 
 from launcher.config import RECIPES, SECTIONS, Profile, build_plain, differences, layered, merge, parse_set, read_recipe
 from launcher.pipeline import STAGES, full_tables, stage_config
-from training.config import ConfigError, SFTConfig
+from training.config import SFTConfig
+from training.settings import ConfigError
 
 RUN = Path("runs/x")
 

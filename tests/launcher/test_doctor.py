@@ -12,7 +12,7 @@ from launcher import doctor, findings, here, node, node_findings
 from launcher.findings import Finding
 from launcher.profile import Profile
 from tests.launcher.stub_project import ROOT
-from training.config import ConfigError
+from training.settings import ConfigError
 
 CONFIG = """\
 Configuration data as of 2026-11-23T23:44:40

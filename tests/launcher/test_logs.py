@@ -11,7 +11,7 @@ import pytest
 from launcher import logs
 from launcher.collapse import Groups, Line, collapsed, ranges
 from launcher.run import Run, this_process, write_json
-from training.config import ConfigError
+from training.settings import ConfigError
 
 
 def line(second: float, rank: int, text: str) -> str:

@@ -6,7 +6,8 @@ import pytest
 
 from launcher import memory
 from launcher.config import Profile, Resources
-from training.config import ConfigError, Paths, PPOConfig, PPOPaths, RewardConfig, SFTConfig
+from training.config import Paths, PPOConfig, PPOPaths, RewardConfig, SFTConfig
+from training.settings import ConfigError
 from training.shape import BloomShape
 
 SHAPES = {"560m": BloomShape(24, 1024, 16, 250880, 1e-5),

@@ -3,7 +3,7 @@
 import pytest
 
 from launcher.pipeline import FULL, STAGES, remaining, select
-from training.config import ConfigError
+from training.settings import ConfigError
 
 NAMES = ["convert", "sft", "reward", "rlhf", "export", "mtbench"]
 

@@ -9,7 +9,7 @@ from launcher import cluster, plan, submit, sweep
 from launcher.config import Profile
 from launcher.pipeline import STAGES
 from tests.launcher.stub_project import SMALL
-from training.config import ConfigError
+from training.settings import ConfigError
 
 GRAPH = """\
 stage | after | runs | nodes x ranks | hours | GPU-hours | layout | writes

@@ -11,7 +11,7 @@ import pytest
 from launcher import cluster, container, nccl, secrets
 from launcher.config import Profile, Resources
 from tests.launcher.stub_project import ROOT
-from training.config import ConfigError, build
+from training.settings import ConfigError, build
 
 
 def profile(**values) -> Profile:

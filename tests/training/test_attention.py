@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from tests.attention import document_ids, errors, reference
-from training.config import ConfigError
 from training.model import backends, kernels
 from training.model.attention import Documents, alibi_slopes
+from training.settings import ConfigError
 
 KINDS = ("plain", "padded", "packed")
 

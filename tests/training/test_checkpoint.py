@@ -19,10 +19,11 @@ from megatron.core import dist_checkpointing
 
 from tests.distributed import run
 from training import checkpoint, ppo, reward, sft
-from training.config import ConfigError, SFTConfig
+from training.config import SFTConfig
 from training.main import Interrupted, run_stage
 from training.parallel import StopRequest
 from training.saving import Saver
+from training.settings import ConfigError
 
 
 def metrics(stage: Path) -> list[dict]:

@@ -14,9 +14,10 @@ from conversion.hf_to_megatron import convert
 from tests.bloom import tiny_bloom
 from tests.distributed import run
 from training import checkpoint
-from training.config import ConfigError, Paths, SFTConfig
+from training.config import Paths, SFTConfig
 from training.model.attention import alibi_slopes
 from training.model.heads import next_token_logprobs, vocab_parallel_entropy, vocab_parallel_logprobs
+from training.settings import ConfigError
 from training.shape import BloomShape
 from training.step import Batch, Learner, Objective, build_model, evaluate, split
 

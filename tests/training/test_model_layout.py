@@ -13,11 +13,12 @@ from tests.distributed import run
 from tests.training.test_generation import PROMPTS, STEPS, theirs
 from tests.training.test_model_parity import enter, settings
 from training import checkpoint
-from training.config import ConfigError, PPOConfig, PPOPaths, RewardConfig, build
+from training.config import PPOConfig, PPOPaths, RewardConfig
 from training.data.batches import collate_prompts
 from training.generation.rollout import generate, greedy
 from training.model.bloom import Interleaved, pipeline_layout
 from training.saving import Saver
+from training.settings import ConfigError, build
 from training.sft import compute
 from training.shape import BloomShape
 from training.step import Learner, Objective, build_model, evaluate, split

@@ -8,8 +8,9 @@ import torch
 
 from tests.distributed import run
 from training import experience, ppo
-from training.config import ConfigError, PPOConfig, build
+from training.config import PPOConfig
 from training.data.batches import Example, collate
+from training.settings import ConfigError, build
 from training.step import split
 
 

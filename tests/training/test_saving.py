@@ -23,10 +23,10 @@ from tests.distributed import run
 from tests.training.learners import fill, learner, settings, wrong
 from training import checkpoint, checksums, unpickle
 from training.checksums import Damaged
-from training.config import ConfigError
 from training.optimizer import boxes
 from training.parallel import ranks
 from training.saving import SaveFailed, Saver
+from training.settings import ConfigError
 
 
 def saved(stage: Path, layout: tuple[int, int, int], *numbers: int, **values) -> None:

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from training.config import ConfigError
 from training.data.tokenizer import Tokenizer
+from training.settings import ConfigError
 
 
 class Example(NamedTuple):

@@ -13,7 +13,8 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from training.config import ConfigError, ModelConfig
+from training.config import ModelConfig
+from training.settings import ConfigError
 
 SPECIAL = {"unk": "<unk>", "bos": "<s>", "eos": "</s>", "pad": "<pad>"}
 """Name -> text; the ids are 0, 1, 2, 3 in this order, as in BLOOM."""

@@ -17,8 +17,9 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from training.config import ConfigError, DataConfig, PrepareConfig, load
+from training.config import DataConfig, PrepareConfig
 from training.data import demo, dialogue, formats
+from training.settings import ConfigError, load
 
 EXIT_USAGE = 64
 TOKENIZER_ROWS = 20_000

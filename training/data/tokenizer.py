@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tokenizers
 
-from training.config import ConfigError
+from training.settings import ConfigError
 
 
 class Tokenizer:

@@ -13,7 +13,7 @@ import importlib
 import torch
 import torch.nn.functional as F
 
-from training.config import ConfigError
+from training.settings import ConfigError
 
 FLEX_BLOCK = 128
 """Tokens of a block of FlexAttention's mask: sequence lengths on CUDA are multiples of it."""

@@ -7,7 +7,7 @@ import importlib
 
 import torch
 
-from training.config import ConfigError
+from training.settings import ConfigError
 
 
 class LayerNorm(torch.nn.LayerNorm):

@@ -7,7 +7,6 @@ from collections import Counter
 import pytest
 import torch
 
-from training.config import ConfigError
 from training.data.batches import (
     Example,
     Sampler,
@@ -19,6 +18,7 @@ from training.data.batches import (
     sft_example,
     shard,
 )
+from training.settings import ConfigError
 
 CUE = [101, 102]
 

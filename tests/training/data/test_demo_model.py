@@ -9,9 +9,10 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from training.config import ConfigError, ModelConfig
+from training.config import ModelConfig
 from training.data import demo_model
 from training.data.tokenizer import Tokenizer
+from training.settings import ConfigError
 
 from .conftest import read
 
