@@ -19,7 +19,7 @@ from training.generation.rollout import generate, inverse_cdf
 from training.model.bloom import Bloom
 from training.model.heads import next_token_logprobs
 from training.reward import read_last
-from training.sft import length_multiple
+from training.start import length_multiple
 from training.step import Batch, evaluate
 
 

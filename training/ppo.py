@@ -16,8 +16,6 @@ from megatron.core import parallel_state
 from training import checkpoint, losses, parallel
 from training.config import PPOConfig
 from training.data.batches import Sampler, prompt_tokens, shard
-from training.data.formats import load_rows
-from training.data.tokenizer import Tokenizer
 from training.experience import Experience, Models, calibrate, experience, report, roll_out, score, state_values, timed
 from training.generation.rollout import draws
 from training.loop import Boundary, at, resume
@@ -25,6 +23,7 @@ from training.main import run_stage
 from training.model.bloom import Bloom
 from training.model.heads import next_token_logprobs, vocab_parallel_entropy
 from training.shape import BloomShape
+from training.start import read_inputs
 from training.step import Batch, Learner, Objective, build_model, split
 
 HEADLINE = ("reward", "kl", "heldout_reward", "heldout_kl", "entropy", "eos_rate", "response_length", "clip_fraction",
@@ -95,11 +94,8 @@ class PPO:
     """Everything the loop reads and a checkpoint holds."""
 
     def __init__(self, config: PPOConfig):
-        config.data_parallel(torch.distributed.get_world_size())
         self.config = config
-        self.shape, self.tokenizer = BloomShape.read(config.paths.model), Tokenizer(config.paths.model)
-        self.shape.check_layout(config.tensor_parallel, config.pipeline_parallel, config.virtual_pipeline)
-        self.rows, self.unseen = load_rows(config.paths.train, "rlhf"), load_rows(config.paths.heldout, "rlhf")
+        self.shape, self.tokenizer, self.rows, self.unseen = read_inputs(config, "rlhf")
         self.models = load_models(config, self.shape)
         steps, warmup = config.iterations * config.updates, config.warmup_iterations * config.updates
         skipped = config.value_warmup * config.updates

@@ -12,17 +12,14 @@ from functools import partial
 
 import torch
 
-from training import checkpoint, parallel
+from training import parallel
 from training.config import RewardConfig
-from training.data.batches import Example, Sampler, collate, comparison_example, padded_length, shard
-from training.data.formats import load_rows
-from training.data.tokenizer import Tokenizer
-from training.loop import Task, train
+from training.data.batches import Example, collate, comparison_example, padded_length, shard
+from training.loop import Task
 from training.losses import pairwise_loss
 from training.main import run_stage
-from training.sft import length_multiple
-from training.shape import BloomShape
-from training.step import Batch, Learner, Objective, build_model, evaluate, split
+from training.start import Inputs, learn, length_multiple
+from training.step import Batch, Learner, Objective, evaluate, split
 
 Comparison = list[tuple[Example, float]]
 """The replies to one query with their scores."""
@@ -103,18 +100,10 @@ def heldout(config: RewardConfig, learner: Learner, comparisons: list[Comparison
             "heldout_margin": margin / total, "shorter_wins": shorter / total, **calibration(bins)}
 
 
-def run(config: RewardConfig) -> None:
-    """The stage, inside ``ranks``."""
-    stop = parallel.StopRequest()
-    config.data_parallel(torch.distributed.get_world_size())
-    shape, tokenizer = BloomShape.read(config.paths.model), Tokenizer(config.paths.model)
-    shape.check_layout(config.tensor_parallel, config.pipeline_parallel, config.virtual_pipeline)
-    rows = load_rows(config.paths.train, "reward")
-    unseen = [comparison_example(row, tokenizer, config.seq_length) for row in load_rows(config.paths.heldout, "reward")]
+def task(config: RewardConfig, inputs: Inputs, learner: Learner) -> Task:
+    rows, tokenizer = inputs.rows, inputs.tokenizer
+    unseen = [comparison_example(row, tokenizer, config.seq_length) for row in inputs.unseen]
     replies = max(max(len(row["response"]) for row in rows), max(map(len, unseen)))
-    model = build_model(shape, config, "scalar")
-    checkpoint.load_weights(checkpoint.resolve(config.paths.init) / "model", model, fresh_head=config.seed)
-    learner = Learner(model, config, config.lr, config.iterations, config.warmup_iterations)
 
     def micro_batches(indices: list[int]) -> tuple[list[Batch], dict[str, float]]:
         comparisons = [comparison_example(rows[index], tokenizer, config.seq_length) for index in indices]
@@ -124,9 +113,13 @@ def run(config: RewardConfig) -> None:
         return split(batch, config.micro_batch_size * replies), {"tokens": sum(lengths)}
 
     objective = Objective(("loss", "accuracy", "margin"), partial(compute, replies))
-    task = Task(objective, micro_batches, lambda: heldout(config, learner, unseen, replies, tokenizer.pad_id),
+    return Task(objective, micro_batches, lambda: heldout(config, learner, unseen, replies, tokenizer.pad_id),
                 headline=("loss", "accuracy", "margin", "heldout_accuracy", "shorter_wins", "grad_norm"))
-    train(config, learner, Sampler(len(rows), config.global_batch_size, config.seed), task, stop)
+
+
+def run(config: RewardConfig) -> None:
+    """The stage, inside ``ranks``."""
+    learn(config, "reward", "scalar", task)
 
 
 if __name__ == "__main__":

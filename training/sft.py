@@ -12,25 +12,15 @@ import sys
 
 import torch
 
-from training import checkpoint, parallel
-from training.config import SFTConfig, TrainerConfig
-from training.data.batches import Example, Sampler, collate, padded_length, sft_example, shard
-from training.data.formats import load_rows
+from training import parallel
+from training.config import SFTConfig
+from training.data.batches import Example, collate, padded_length, sft_example, shard
 from training.data.packing import collate_packed, pack
-from training.data.tokenizer import Tokenizer
-from training.loop import Task, train
+from training.loop import Task
 from training.main import run_stage
-from training.model.backends import FLEX_BLOCK
 from training.model.heads import next_token_logprobs
-from training.shape import BloomShape
-from training.step import Batch, Learner, Objective, build_model, evaluate, split
-
-
-def length_multiple(config: TrainerConfig) -> int:
-    """Padded lengths are multiples of this: sequence parallelism divides them, and on a GPU attention's kernels are compiled for each."""
-    if parallel.device().type == "cuda":
-        return math.lcm(FLEX_BLOCK, config.tensor_parallel)
-    return 8 * config.tensor_parallel
+from training.start import Inputs, learn, length_multiple
+from training.step import Batch, Learner, Objective, evaluate, split
 
 
 def compute(logits: torch.Tensor, batch: Batch):
@@ -75,24 +65,20 @@ def heldout(config: SFTConfig, learner: Learner, examples: list[Example], pad_id
     return {"heldout_loss": loss / count, "heldout_perplexity": math.exp(loss / count), "unigram_entropy": entropy}
 
 
-def run(config: SFTConfig) -> None:
-    """The stage, inside ``ranks``."""
-    stop = parallel.StopRequest()
-    config.data_parallel(torch.distributed.get_world_size())
-    shape, tokenizer = BloomShape.read(config.paths.model), Tokenizer(config.paths.model)
-    shape.check_layout(config.tensor_parallel, config.pipeline_parallel, config.virtual_pipeline)
-    rows = load_rows(config.paths.train, "sft")
-    unseen = [sft_example(row, tokenizer, config.seq_length) for row in load_rows(config.paths.heldout, "sft")]
-    model = build_model(shape, config, "lm")
-    checkpoint.load_weights(checkpoint.resolve(config.paths.init) / "model", model)
-    learner = Learner(model, config, config.lr, config.iterations, config.warmup_iterations)
+def task(config: SFTConfig, inputs: Inputs, learner: Learner) -> Task:
+    tokenizer = inputs.tokenizer
+    unseen = [sft_example(row, tokenizer, config.seq_length) for row in inputs.unseen]
 
     def micro_batches(indices: list[int]) -> tuple[list[Batch], dict[str, float]]:
-        return global_batch(config, [sft_example(rows[index], tokenizer, config.seq_length) for index in indices], tokenizer.pad_id)
+        return global_batch(config, [sft_example(inputs.rows[index], tokenizer, config.seq_length) for index in indices], tokenizer.pad_id)
 
-    task = Task(Objective(("loss",), compute), micro_batches, lambda: heldout(config, learner, unseen, tokenizer.pad_id),
+    return Task(Objective(("loss",), compute), micro_batches, lambda: heldout(config, learner, unseen, tokenizer.pad_id),
                 headline=("loss", "heldout_loss", "unigram_entropy", "packing_efficiency", "grad_norm", "lr"))
-    train(config, learner, Sampler(len(rows), config.global_batch_size, config.seed), task, stop)
+
+
+def run(config: SFTConfig) -> None:
+    """The stage, inside ``ranks``."""
+    learn(config, "sft", "lm", task)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,57 @@
+"""What every trainer begins with: shape, tokenizer and rows, the layout checked; and, where one model learns from rows, that model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch.distributed as dist
+
+from training import checkpoint, parallel
+from training.config import TrainerConfig
+from training.data.batches import Sampler
+from training.data.formats import load_rows
+from training.data.tokenizer import Tokenizer
+from training.loop import Task, train
+from training.model.backends import FLEX_BLOCK
+from training.shape import BloomShape
+from training.step import Learner, build_model
+
+
+class Inputs(NamedTuple):
+    """A trainer's inputs beside weights."""
+
+    shape: BloomShape
+    tokenizer: Tokenizer
+    rows: Sequence[dict]
+    """Training rows, in the format of the kind that was asked for (training.data.formats)."""
+    unseen: Sequence[dict]
+    """Held-out rows."""
+
+
+def read_inputs(config: TrainerConfig, kind: str) -> Inputs:
+    """Rows of ``kind`` ("sft", "reward" or "rlhf"). Raises ConfigError where ranks, batch or model can't be divided as asked."""
+    config.data_parallel(dist.get_world_size())
+    shape = BloomShape.read(config.paths.model)
+    shape.check_layout(config.tensor_parallel, config.pipeline_parallel, config.virtual_pipeline)
+    return Inputs(shape, Tokenizer(config.paths.model), load_rows(config.paths.train, kind), load_rows(config.paths.heldout, kind))
+
+
+def learn(config: TrainerConfig, kind: str, head: str, make_task: Callable[[TrainerConfig, Inputs, Learner], Task]) -> None:
+    """A stage in which one model learns from rows, inside ``ranks``: a model with ``head`` ("lm", or a new "scalar" one) and the weights of
+    ``paths.init`` learns the task. Raises Interrupted after a signal, all saved."""
+    stop = parallel.StopRequest()
+    inputs = read_inputs(config, kind)
+    model = build_model(inputs.shape, config, head)
+    checkpoint.load_weights(checkpoint.resolve(config.paths.init) / "model", model, fresh_head=config.seed if head == "scalar" else None)
+    learner = Learner(model, config, config.lr, config.iterations, config.warmup_iterations)
+    sampler = Sampler(len(inputs.rows), config.global_batch_size, config.seed)
+    train(config, learner, sampler, make_task(config, inputs, learner), stop)
+
+
+def length_multiple(config: TrainerConfig) -> int:
+    """Padded lengths are multiples of this: sequence parallelism divides them, and on a GPU attention's kernels are compiled for each."""
+    if parallel.device().type == "cuda":
+        return math.lcm(FLEX_BLOCK, config.tensor_parallel)
+    return 8 * config.tensor_parallel
