@@ -22,8 +22,10 @@ SPLIT = " ?[^(\\s|[.,!?…。，、।۔،])]+"
 """BLOOM's pre-tokenizer: words with the space before them; white space and sentence punctuation stand alone."""
 
 
-def write(folder: Path, texts: Iterable[str], model: ModelConfig, seed: int) -> None:
+def write(folder: Path, texts: Iterable[str], model: ModelConfig, seed: int, rows: int = 0) -> None:
     """Write tokenizer (trained on ``texts``), configuration and random weights into ``folder``, which exists.
+
+    ``rows``: rows of the embedding where it shall have more than the tokenizer has tokens, as BLOOM's own has.
 
     Raises ConfigError where the texts can't fill ``model.demo_vocab`` rows.
     """
@@ -32,7 +34,7 @@ def write(folder: Path, texts: Iterable[str], model: ModelConfig, seed: int) -> 
     tokens = {f"{name}_token": text for name, text in SPECIAL.items()}
     _write(folder / "special_tokens_map.json", tokens)
     _write(folder / "tokenizer_config.json", tokens | {"padding_side": "left", "tokenizer_class": "BloomTokenizerFast"})
-    config = bloom_config(model)
+    config = bloom_config(model) | ({"vocab_size": rows} if rows else {})
     _write(folder / "config.json", config)
     _write(folder / "generation_config.json", {"_from_model_config": True}
            | {f"{name}_token_id": config[f"{name}_token_id"] for name in ("bos", "eos", "pad")})
