@@ -328,9 +328,9 @@ def ours(folder: Path, shape: BloomShape, tokens: torch.Tensor, precision: str) 
     checkpoint.load_weights(checkpoint.resolve(folder / "convert") / "model", model)
     found = []
 
-    def read(logits, micro):
-        found.append(logits[..., : shape.vocab].float().cpu())
-        return next_token_logprobs(logits, micro["tokens"])
+    def read(output, micro):
+        found.append(output.logits()[..., : shape.vocab].float().cpu())
+        return next_token_logprobs(output, micro["tokens"])
 
     evaluate(model, {"tokens": tokens}, 2, read)
     return torch.cat(found)

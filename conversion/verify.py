@@ -71,14 +71,14 @@ def difference(folder: Path, source: Path, shape: BloomShape, head: str, precisi
     model = build_model(shape, trainer, "scalar" if head == "scalar" else "lm")
     checkpoint.load_weights(source, model)
     kept = []
-    evaluate(model, {"tokens": tokens}, ROWS, lambda output, micro: _keep(kept, output.float().cpu()))
+    evaluate(model, {"tokens": tokens}, ROWS, lambda output, micro: _keep(kept, output if head == "scalar" else output.logits()))
     ours = kept[0][:, -1:] if head == "scalar" else kept[0][..., : shape.vocab]
     return {"max_difference": (ours - expected).abs().max().item(), "max_value": expected.abs().max().item(), "precision": precision,
             "rows": ROWS, "tokens": LENGTH, "seed": SEED}
 
 
 def _keep(kept: list, output: torch.Tensor) -> torch.Tensor:
-    kept.append(output)
+    kept.append(output.float().cpu())
     return torch.zeros(ROWS, LENGTH)
 
 

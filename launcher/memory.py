@@ -8,7 +8,8 @@ The formula, in bytes; P = parameters of this rank, T = tokens of a micro-batch,
   equations 2 and 4, without what we do not keep: dropout masks (no dropout) and attention scores (a fused kernel). Selective
   recompute does not keep GELU's output, 8 T h / t; full keeps 2 T h a layer, and one layer's activations at a time. The first
   pipeline stage keeps those of min(p, micro-batches) at once.
-* the language model's head: LOSS_BYTES a logit of the last stage, and the embedding's gradient once more in the weights' type.
+* the language model's head: the logits of a chunk of tokens (training.shape.CHUNK_LOGITS), and the output matrix's gradient in the
+  weights' type. Log-probabilities and entropies of all other tokens are numbers (training.model.heads).
 * rollout: keys and values 4 h / t bytes a token and layer, and fp32 logits of one position a row.
 
 Held against torch's peak on one H200 by tests/launcher/test_memory.py: our SFT of 560m and 1b7, batch 1 and 4, each recompute, 1 to 3 %
@@ -23,16 +24,13 @@ from dataclasses import dataclass
 from launcher.config import Profile, Resources
 from training.config import PPOConfig, SFTConfig, TrainerConfig
 from training.settings import ConfigError
-from training.shape import BloomShape
+from training.shape import CHUNK_LOGITS, BloomShape
 
 GB = 1e9
 OUTSIDE_GB = 2.5
 """Of each GPU: the CUDA context, NCCL's buffers and what the allocator can't use again."""
 REPLIES = 2
 """Replies to a query that the reward stage is reckoned with; its rows are micro_batch_size x this."""
-LOSS_BYTES = {"sft": 12, "policy": 24}
-"""Bytes a logit at the head's worst moment. sft: three fp32 tensors of their size in the backward of training.model.heads. policy: the
-logits, a scaled copy (2 + 2), the saved probabilities and four fp32 tensors of the entropy (4 + 16)."""
 
 
 @dataclass(frozen=True)
@@ -110,12 +108,11 @@ class Rank:
             flights *= 1 + (pipeline - 1) / (pipeline * virtual)
         return self.layers(head) * kept * flights + (layer if config.recompute == "full" else 0) + 4 * one / whole
 
-    def head(self, tokens: int, loss: str) -> float:
-        """GB for logits, loss and the embedding's own gradient."""
-        if not self.last:
-            return self.word * self.embedding / GB
-        logits = tokens * self.shape.padded_vocab(self.config.tensor_parallel) // self.config.tensor_parallel
-        return (LOSS_BYTES[loss] * self.word / 2 * logits + self.word * self.embedding) / GB
+    def head(self, tokens: int) -> float:
+        """GB for a chunk's logits and the embedding's own gradient."""
+        columns = self.shape.padded_vocab(self.config.tensor_parallel) // self.config.tensor_parallel
+        logits = min(tokens * columns, CHUNK_LOGITS) if self.last else 0
+        return self.word * (logits + self.embedding) / GB
 
 
 def estimate(shape: BloomShape, config: TrainerConfig, ranks: int) -> Estimate:
@@ -131,7 +128,7 @@ def _trainer(rank: Rank) -> Estimate:
     if isinstance(config, SFTConfig):
         tokens = config.micro_batch_size * config.seq_length
         return Estimate((*rank.trained("model", "lm"), ("activations", rank.activations(tokens, micro_batches, "lm")),
-                         ("logits and loss", rank.head(tokens, "sft"))))
+                         ("logits and loss", rank.head(tokens))))
     tokens = config.micro_batch_size * REPLIES * config.seq_length
     return Estimate((*rank.trained("model", "scalar"), ("activations", rank.activations(tokens, micro_batches, "scalar"))))
 
@@ -143,7 +140,7 @@ def _ppo(rank: Rank) -> Estimate:
     length = config.prompt_length + config.response_length
     tokens = config.micro_batch_size * length
     micro_batches = config.global_batch_size // (config.micro_batch_size * rank.data)
-    update = [("activations of an update", rank.activations(tokens, micro_batches, "lm")), ("logits and loss", rank.head(tokens, "policy"))]
+    update = [("activations of an update", rank.activations(tokens, micro_batches, "lm")), ("logits and loss", rank.head(tokens))]
     rows = min(config.generation_batch_size, config.rollout_batch_size // rank.data)
     cache = 2 * rank.word * rank.layers("lm") * shape.hidden / config.tensor_parallel * rows * length / GB
     logits = rank.last * rows * 4 * 3 * shape.padded_vocab(config.tensor_parallel) / GB  # gathered; probabilities, cumulative

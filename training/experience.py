@@ -86,8 +86,8 @@ class Scored(NamedTuple):
 def score(config: PPOConfig, models: Models, batch: Batch) -> Scored:
     """Recompute log-probabilities with the training forward (not the rollout's), values, and the reward at the last real token."""
 
-    def logprobs(logits, micro):
-        return next_token_logprobs(logits, micro["tokens"], config.temperature)
+    def logprobs(output, micro):
+        return next_token_logprobs(output, micro["tokens"], config.temperature, micro["response_mask"])
 
     def head(values, micro):
         return values

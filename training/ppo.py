@@ -11,7 +11,6 @@ from __future__ import annotations
 import sys
 
 import torch
-from megatron.core import parallel_state
 
 from training import checkpoint, losses, parallel
 from training.config import PPOConfig
@@ -21,7 +20,7 @@ from training.generation.rollout import draws
 from training.loop import Boundary, at, resume
 from training.main import run_stage
 from training.model.bloom import Bloom
-from training.model.heads import next_token_logprobs, vocab_parallel_entropy
+from training.model.heads import Output, next_token_logprobs_and_entropy
 from training.shape import BloomShape
 from training.start import read_inputs
 from training.step import Batch, Learner, Objective, build_model, split
@@ -32,13 +31,11 @@ HEADLINE = ("reward", "kl", "heldout_reward", "heldout_kl", "entropy", "eos_rate
 
 
 def policy_objective(config: PPOConfig) -> Objective:
-    def compute(logits: torch.Tensor, batch: Batch):
+    def compute(output: Output, batch: Batch):
         mask = batch["response_mask"]
-        logprobs = next_token_logprobs(logits, batch["tokens"], config.temperature)
+        logprobs, entropy = next_token_logprobs_and_entropy(output, batch["tokens"], config.temperature, mask)
         loss, clipped, approx_kl = losses.policy_loss(logprobs, batch["old_logprobs"], batch["advantages"], mask, config.clip_ratio)
-        entropy = vocab_parallel_entropy(logits[:, :-1].detach() / config.temperature, parallel_state.get_tensor_model_parallel_group())
-        entropy = (torch.nn.functional.pad(entropy, (1, 0)) * mask).sum()
-        return loss, mask.sum(), torch.stack((loss, clipped, approx_kl, entropy))
+        return loss, mask.sum(), torch.stack((loss, clipped, approx_kl, entropy.detach().sum()))
 
     return Objective(("policy_loss", "clip_fraction", "approx_kl", "entropy"), compute)
 

@@ -18,15 +18,14 @@ from training.data.batches import Example, collate, padded_length, sft_example, 
 from training.data.packing import collate_packed, pack
 from training.loop import Task
 from training.main import run_stage
-from training.model.heads import next_token_logprobs
+from training.model.heads import Output, next_token_logprobs, next_token_nll
 from training.start import Inputs, learn, length_multiple
 from training.step import Batch, Learner, Objective, evaluate, split
 
 
-def compute(logits: torch.Tensor, batch: Batch):
+def compute(output: Output, batch: Batch):
     """Sum of -log p over the batch's response tokens, their number, and the sum again for the log."""
-    logprobs = next_token_logprobs(logits, batch["tokens"])
-    loss = -(logprobs * batch["response_mask"]).sum()
+    loss = next_token_nll(output, batch["tokens"], batch["response_mask"])
     return loss, batch["response_mask"].sum(), loss[None]
 
 
@@ -56,7 +55,7 @@ def heldout(config: SFTConfig, learner: Learner, examples: list[Example], pad_id
         length = padded_length([len(example.tokens) for example in mine], length_multiple(config))
         batch = collate(mine, pad_id, length)
         logprobs = evaluate(learner.wrapped, batch, config.micro_batch_size,
-                            lambda logits, micro: next_token_logprobs(logits, micro["tokens"]))
+                            lambda output, micro: next_token_logprobs(output, micro["tokens"], mask=micro["response_mask"]))
         sums = torch.stack((-(logprobs.cpu() * batch["response_mask"]).sum(), batch["response_mask"].sum())).double()
     loss, count = parallel.sum_over_data(sums.to(parallel.device())).tolist()
     tokens = torch.cat([torch.tensor(example.tokens[example.response_start :]) for example in examples])

@@ -37,7 +37,7 @@ def logits(folder, tokens, tensor, pipeline):
     kept = []
 
     def read(output, micro):
-        kept.append(output)
+        kept.append(output.logits())
         return torch.zeros(micro["tokens"].shape)
 
     evaluate(model, {"tokens": tokens}, 2, read)

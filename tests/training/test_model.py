@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from megatron.core import parallel_state
+from megatron.core import parallel_state, tensor_parallel
 from transformers import BloomModel
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
@@ -15,8 +15,9 @@ from tests.bloom import tiny_bloom
 from tests.distributed import run
 from training import checkpoint
 from training.config import Paths, SFTConfig
+from training.model import vocabulary
 from training.model.attention import alibi_slopes
-from training.model.heads import next_token_logprobs, vocab_parallel_entropy, vocab_parallel_logprobs
+from training.model.heads import Output, next_token_logprobs, next_token_logprobs_and_entropy, next_token_nll
 from training.settings import ConfigError
 from training.shape import BloomShape
 from training.step import Batch, Learner, Objective, build_model, evaluate, split
@@ -55,8 +56,8 @@ def batch(seed: int = 0, rows: int = 8, length: int = 16) -> Batch:
     return {"tokens": tokens, "response_mask": (position >= starts) & (position < ends)}
 
 
-def nll(logits, micro):
-    loss = -(next_token_logprobs(logits, micro["tokens"]) * micro["response_mask"]).sum()
+def nll(output, micro):
+    loss = -(next_token_logprobs(output, micro["tokens"]) * micro["response_mask"]).sum()
     return loss, micro["response_mask"].sum(), loss[None]
 
 
@@ -125,30 +126,58 @@ def test_this_initialisation_tells_the_gelu_formulas_apart(bloom):
         assert (wrong.eval()(input_ids=tokens).logits - tanh).abs().max() > 20 * 1e-5 * tanh.abs().max()
 
 
-def heads(logits, target):
+REAL = 20
+"""Columns of the vocabulary in the tests of the head; padded to 32, so that of four ranks the last has padding only."""
+
+
+def read_head(hidden, weight, tokens, mask, sequence, chunk):
+    """Each reader's values, and the gradients that it leaves: of the hidden states whole, of this rank's rows of the weight."""
     group = parallel_state.get_tensor_model_parallel_group()
-    mine = logits.chunk(group.size(), -1)[group.rank()].contiguous().requires_grad_()
-    before = mine.detach().clone()
-    logprobs = vocab_parallel_logprobs(mine, target, group)
-    entropy = vocab_parallel_entropy(mine.detach(), group)
-    assert torch.equal(mine.detach(), before)  # megatron-core's cross entropy overwrites fp32 logits
-    (logprobs * torch.arange(1.0, target.numel() + 1).view_as(target)).sum().backward()
-    return logprobs.detach(), entropy, mine.grad
+    rank, size, results = group.rank(), weight.size(0) // group.size(), []
+    columns = vocabulary.Columns(rank * size, min(max(REAL - rank * size, 0), size), group)
+    factors = torch.linspace(-1, 2, tokens.numel()).view(tokens.shape)
+    vocabulary.CHUNK_LOGITS = chunk
+    for reader in ("logprobs", "entropy", "nll"):
+        mine = hidden.chunk(group.size())[rank] if sequence else hidden
+        mine, part = mine.clone().requires_grad_(), weight.chunk(group.size())[rank].clone().requires_grad_()
+        output = Output(mine, part, columns, sequence)
+        if reader == "nll":
+            values = next_token_nll(output, tokens, mask)
+            (3 * values).backward()
+        elif reader == "logprobs":
+            values = next_token_logprobs(output, tokens, 0.7, mask)
+            (values * factors).sum().backward()
+        else:
+            logprobs, values = next_token_logprobs_and_entropy(output, tokens, 0.7, mask)
+            (values * factors + logprobs).sum().backward()
+        gradient = tensor_parallel.gather_from_sequence_parallel_region(mine.grad) if sequence else mine.grad
+        results.append((values.detach(), gradient, part.grad))
+    return results
 
 
-@pytest.mark.parametrize("tensor", [1, 2])
-def test_vocab_parallel_logprobs_and_entropy_equal_log_softmax(tensor):
-    torch.manual_seed(0)
-    logits, target = 5 * torch.randn(2, 3, 12), torch.randint(0, 10, (2, 3))
-    logits[..., 10:] = float("-inf")  # vocabulary padding
-    whole = logits.clone().requires_grad_()
-    expected = whole.log_softmax(-1).gather(-1, target[..., None]).squeeze(-1)
-    (expected * torch.arange(1.0, 7).view(2, 3)).sum().backward()
-    entropy = torch.distributions.Categorical(logits=logits[..., :10]).entropy()
-    results = run(heads, tensor, 1, 1, logits, target)
-    for logprobs, ours, _ in results:
-        assert torch.allclose(logprobs, expected.detach(), atol=1e-6) and torch.allclose(ours, entropy, atol=1e-5)
-    assert torch.allclose(torch.cat([grad for *_, grad in results], -1), whole.grad, atol=1e-6)
+@pytest.mark.parametrize("tensor, sequence, chunk", [(1, False, 2**29), (1, False, 5 * 32), (2, True, 20), (4, False, 2**29)])
+@pytest.mark.parametrize("masked", ["all", "some", "none"])
+def test_the_head_read_in_chunks_equals_a_softmax_over_all_logits(tensor, sequence, chunk, masked):
+    """Values and gradients, in double precision on the other side: chunks of all tokens, five and one; columns over 1, 2 and 4 ranks."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(8, 3, 6, generator=generator), torch.randn(32, 6, generator=generator)
+    tokens = torch.randint(0, REAL, (3, 8), generator=generator)
+    mask = {"all": None, "some": torch.rand(3, 8, generator=generator) < 0.5, "none": torch.zeros(3, 8, dtype=torch.bool)}[masked]
+    results = run(read_head, tensor, 1, 1, hidden, weight, tokens, mask, sequence, chunk)
+    counted = torch.ones(3, 8, dtype=torch.bool) if mask is None else mask.clone()
+    counted[:, 0] = False
+    factors = torch.linspace(-1, 2, 24).view(3, 8)
+    for number, temperature in enumerate((0.7, 0.7, 1.0)):
+        whole, matrix = hidden.double().requires_grad_(), weight.double().requires_grad_()
+        made = torch.distributions.Categorical(logits=(whole @ matrix[:REAL].T).transpose(0, 1)[:, :-1] / temperature)
+        logprobs, entropy = (F.pad(values, (1, 0)) * counted for values in (made.log_prob(tokens[:, 1:]), made.entropy()))
+        values, loss = [(logprobs, (logprobs * factors).sum()), (entropy, (entropy * factors + logprobs).sum()),
+                        (-logprobs.sum(), -3 * logprobs.sum())][number]
+        loss.backward()
+        for rank in results:
+            assert torch.allclose(rank[number][0], values.float(), atol=1e-5)
+            assert torch.allclose(rank[number][1], whole.grad.float(), atol=1e-5)
+        assert torch.allclose(torch.cat([rank[number][2] for rank in results]), matrix.grad.float(), atol=1e-5)
 
 
 def test_scalar_head_reads_hidden_states_as_hugging_face_gives_them(bloom):

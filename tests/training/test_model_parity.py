@@ -148,11 +148,11 @@ def whole_gradients(learner: Learner) -> None:
 def logits_error(model, rows: dict, expected: torch.Tensor, size: int) -> float:
     gathered = []
 
-    def read(logits, micro):
-        whole = tensor_parallel.gather_from_tensor_model_parallel_region(logits.contiguous())
+    def read(output, micro):
+        whole = tensor_parallel.gather_from_tensor_model_parallel_region(output.logits().contiguous())
         assert (whole[..., VOCAB:] == float("-inf")).all()
         gathered.append(whole[..., :VOCAB].clone())
-        return next_token_logprobs(logits, micro["tokens"])
+        return next_token_logprobs(output, micro["tokens"])
 
     logprobs = evaluate(model, rows, size, read)
     assert logprobs.shape == rows["tokens"].shape  # known on every stage

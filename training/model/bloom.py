@@ -24,8 +24,9 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from training import parallel
 from training.model import backends
 from training.model.attention import AlibiAttention, Documents
-from training.model.heads import ScalarHead
+from training.model.heads import Output, ScalarHead
 from training.model.kernels import norm_class
+from training.model.vocabulary import Columns
 from training.shape import BloomShape
 
 
@@ -120,7 +121,7 @@ def block_spec(config: TransformerConfig, part: int | None) -> TransformerBlockS
 class Bloom(LanguageModule):
     """This pipeline stage's part of BLOOM; ``part``: which of its parts under the interleaved schedule.
 
-    ``head`` "lm": tokens (B, T) -> logits (B, T, V / tp), columns of vocabulary padding at -inf. ``head`` "scalar": -> (B, T) fp32.
+    ``head`` "lm": tokens (B, T) -> training.model.heads.Output. ``head`` "scalar": -> (B, T) fp32.
     Stages before the last return hidden states (T, B, H). Weights are uninitialised: load them.
     """
 
@@ -133,7 +134,8 @@ class Bloom(LanguageModule):
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = head == "lm" and shape.tied
         padded = shape.padded_vocab(tp.size())
-        self.real_columns = min(max(shape.vocab - tp.rank() * (padded // tp.size()), 0), padded // tp.size())
+        first = tp.rank() * (padded // tp.size())
+        self.columns = Columns(first, min(max(shape.vocab - first, 0), padded // tp.size()), tp)
         if self.pre_process:
             self.embedding = LanguageModelEmbedding(config, padded, max_sequence_length=0, position_embedding_type="none", tp_group=tp)
             self.embedding_layernorm = norm_class()(config, config.hidden_size, config.layernorm_epsilon)
@@ -156,7 +158,7 @@ class Bloom(LanguageModule):
         """``documents`` (B, T) int: the document of each token of a packed batch (training.model.attention.Documents), on every stage.
 
         Generation: ``attention_mask`` (B, 1, 1, keys), True at keys nobody may see, and ``inference_context``, the cache; then
-        only the last position's logits are computed.
+        logits (B, 1, V / tp) of the last position are returned, columns of vocabulary padding at -inf.
         """
         hidden = self.embedding_layernorm(self.embedding(tokens, None)) if self.pre_process else None
         hidden = self.decoder(hidden_states=hidden, attention_mask=attention_mask, inference_context=inference_context,
@@ -165,15 +167,10 @@ class Bloom(LanguageModule):
             return hidden
         if self.head == "scalar":
             return self.score(hidden)
-        if inference_context is not None:
-            hidden = hidden[-1:]
-        tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        logits, _ = self.output_layer(hidden, weight=tied)
-        logits = logits.transpose(0, 1)
-        if self.real_columns < logits.size(-1):
-            # Out of place on the last columns only: padding rows must not take part in any softmax.
-            logits = F.pad(logits[..., : self.real_columns], (0, logits.size(-1) - self.real_columns), value=float("-inf"))
-        return logits
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
+        if inference_context is None:
+            return Output(hidden, weight, self.columns, self.config.sequence_parallel)
+        return Output(hidden[-1:], weight, self.columns, False).logits()
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         """Without megatron-core's ``_extra_state`` objects: they hold nothing here, and loading them would unpickle."""

@@ -1,10 +1,18 @@
-"""What stands on top of the transformer: a scalar head, and log-probabilities from a vocabulary that is split over ranks."""
+"""What stands on top of the transformer: a scalar head, and a language model's output, from which losses read log-probabilities.
+
+Memory of reading, C the smaller of a rank's predictions and training.model.vocabulary's chunk (2,139 at BLOOM's vocabulary without
+tensor parallelism), V its columns, H the hidden size: 2 C V bytes in bf16, and in a backward pass the weight's gradient, 2 V H.
+Nothing grows with the micro-batch but (B, T) numbers. Where a mask leaves tokens out, the head does not compute them.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import tensor_parallel
+
+from training.model.vocabulary import Columns, Positions, logprobs_and_entropy, negative_log_likelihood
 
 
 class ScalarHead(torch.nn.Module):
@@ -35,64 +43,69 @@ class ScalarHead(torch.nn.Module):
         return scores.transpose(0, 1)
 
 
-class _VocabParallelLogProbs(torch.autograd.Function):
-    """log p(target) from logits (..., V / tp). Unlike megatron-core's cross entropy it leaves fp32 logits unchanged.
+@dataclass(frozen=True)
+class Output:
+    """What a language model's last stage returns. Losses read it by the functions below only."""
 
-    At its worst (backward) it holds three fp32 tensors of the logits' size; launcher.memory.LOSS_BYTES counts them.
+    hidden: torch.Tensor
+    """(T, B, H) after the last layer norm; under sequence parallelism this rank's part (T / tp, B, H)."""
+    weight: torch.Tensor
+    """The output matrix's rows of this rank (V / tp, H)."""
+    columns: Columns
+    sequence_parallel: bool
+
+    def whole(self) -> torch.Tensor:
+        """Hidden states (T, B, H) on each tensor-parallel rank; their gradients are summed over the ranks."""
+        if self.sequence_parallel:
+            return tensor_parallel.gather_from_sequence_parallel_region(self.hidden, group=self.columns.group)
+        return tensor_parallel.copy_to_tensor_model_parallel_region(self.hidden, group=self.columns.group)
+
+    def logits(self) -> torch.Tensor:
+        """All logits (B, T, V / tp), columns of vocabulary padding at -inf: to compare models with, too large for a loss."""
+        logits = torch.nn.functional.linear(self.whole(), self.weight[: self.columns.real]).transpose(0, 1)
+        return torch.nn.functional.pad(logits, (0, self.weight.size(0) - self.columns.real), value=float("-inf"))
+
+
+def _read(output: Output, tokens: torch.Tensor, mask: torch.Tensor | None):
+    """Hidden states (T * B, H), the positions that predict tokens (where ``mask``), and the predicted tokens' places in (B, T)."""
+    length, rows = tokens.size(1), tokens.size(0)
+    if mask is None:
+        place = torch.arange(rows * (length - 1), device=tokens.device)
+        row, t = place % rows, place // rows + 1
+    else:
+        row, t = mask[:, 1:].nonzero(as_tuple=True)
+        t = t + 1
+    return output.whole().flatten(0, 1), Positions((t - 1) * rows + row, tokens[row, t]), (row, t)
+
+
+def next_token_logprobs(output: Output, tokens: torch.Tensor, temperature: float = 1.0, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """(B, T) fp32, aligned with ``tokens`` (B, T): at t the log-probability of token t given those before it; 0 at t = 0 and where
+    ``mask`` (B, T) is False. Differentiable: the backward pass makes the logits of each chunk again, a third more of the head's
+    matrix products, unless all are one chunk. The same on every tensor-parallel rank.
     """
-
-    @staticmethod
-    def forward(ctx, logits, target, group):
-        columns = logits.size(-1)
-        first = group.rank() * columns
-        highest = logits.amax(-1).float()
-        dist.all_reduce(highest, dist.ReduceOp.MAX, group)
-        shifted = logits.float() - highest.unsqueeze(-1)
-        here = (target >= first) & (target < first + columns)
-        index = torch.where(here, target - first, 0).unsqueeze(-1)
-        picked = shifted.gather(-1, index).squeeze(-1).masked_fill(~here, 0.0)
-        exponentials = shifted.exp_()
-        picked, total = _sum(torch.stack((picked, exponentials.sum(-1))), group)
-        ctx.save_for_backward(exponentials.div_(total.unsqueeze(-1)), index, here)
-        ctx.dtype = logits.dtype
-        return picked - total.log()
-
-    @staticmethod
-    def backward(ctx, grad):
-        probabilities, index, here = ctx.saved_tensors
-        grad_logits = -probabilities * grad.unsqueeze(-1)
-        grad_logits.scatter_add_(-1, index, (grad * here).unsqueeze(-1))
-        return grad_logits.to(ctx.dtype), None, None
+    hidden, positions, place = _read(output, tokens, mask)
+    logprobs, _ = logprobs_and_entropy(hidden, output.weight, positions, output.columns, temperature, False)
+    return _placed(tokens, place, logprobs)
 
 
-def vocab_parallel_logprobs(logits: torch.Tensor, target: torch.Tensor, group) -> torch.Tensor:
-    """log p(target), fp32, shape of ``target`` (...), from this rank's columns ``logits`` (..., V / tp). Differentiable."""
-    return _VocabParallelLogProbs.apply(logits, target, group)
+def next_token_logprobs_and_entropy(output: Output, tokens: torch.Tensor, temperature: float = 1.0,
+                                    mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``next_token_logprobs``, and (B, T) fp32 the entropy in nats of the distribution that token t was drawn from. Both
+    differentiable, at the cost of the first alone and one more sum over the logits."""
+    hidden, positions, place = _read(output, tokens, mask)
+    logprobs, entropy = logprobs_and_entropy(hidden, output.weight, positions, output.columns, temperature, True)
+    return _placed(tokens, place, logprobs), _placed(tokens, place, entropy)
 
 
-@torch.no_grad()
-def vocab_parallel_entropy(logits: torch.Tensor, group) -> torch.Tensor:
-    """Entropy in nats (...), fp32, of the distribution whose logits (..., V / tp) are split over ``group``."""
-    highest = logits.amax(-1).float()
-    dist.all_reduce(highest, dist.ReduceOp.MAX, group)
-    shifted = logits.float() - highest.unsqueeze(-1)
-    exponentials = shifted.exp()
-    # Columns of vocabulary padding are -inf: they weigh nothing, and 0 * -inf must not become NaN.
-    weighted = torch.where(exponentials > 0, exponentials * shifted, 0.0)
-    total, weighted = _sum(torch.stack((exponentials.sum(-1), weighted.sum(-1))), group)
-    return total.log() - weighted / total
-
-
-def _sum(values: torch.Tensor, group) -> torch.Tensor:
-    dist.all_reduce(values, group=group)
-    return values
-
-
-def next_token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """(B, T) fp32, aligned with ``tokens`` (B, T): at t the log-probability of token t given those before it; 0 at t = 0.
-
-    ``logits`` (B, T, V / tp) of the same tokens are this tensor-parallel rank's columns.
+def next_token_nll(output: Output, tokens: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """-sum of ``next_token_logprobs`` where ``mask``, fp32 (): for a loss that weighs all tokens alike. Its gradients are made in the
+    forward pass, so no logits are made twice; the hidden states' gradient and the weight's are kept until the backward pass.
     """
-    logits = logits[:, :-1] if temperature == 1.0 else logits[:, :-1] / temperature
-    logprobs = vocab_parallel_logprobs(logits, tokens[:, 1:], parallel_state.get_tensor_model_parallel_group())
-    return torch.nn.functional.pad(logprobs, (1, 0))
+    hidden, positions, _ = _read(output, tokens, mask)
+    if not torch.is_grad_enabled():
+        return -logprobs_and_entropy(hidden, output.weight, positions, output.columns, 1.0, False)[0].sum()
+    return negative_log_likelihood(hidden, output.weight, positions, output.columns)
+
+
+def _placed(tokens: torch.Tensor, place: tuple[torch.Tensor, torch.Tensor], values: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(tokens.shape, device=tokens.device).index_put(place, values)
