@@ -238,6 +238,38 @@ class RewardConfig(TrainerConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DPOConfig(TrainerConfig):
+    """Section ``dpo``: the pairs teach the policy, without a reward model and without samples (Rafailov et al. 2023)."""
+
+    paths: Paths
+    seq_length: int = 2048
+    """Longest row in tokens, query and response together."""
+    iterations: int = 1000
+    micro_batch_size: int = 4
+    """Queries, with all their replies, in one forward pass of one data-parallel rank."""
+    global_batch_size: int = 64
+    """Queries in one optimizer step over all data-parallel ranks."""
+    lr: float = 5e-7
+    warmup_iterations: int = 100
+    beta: float = 0.1
+    """Pull to the SFT model: a reply's implicit reward is beta (log p - log p_ref)."""
+    loss: str = "sigmoid"
+    """"sigmoid" (Rafailov et al. 2023) or "ipo" (Azar et al. 2024)."""
+    label_smoothing: float = 0.0
+    """Probability, 0..0.5, that a pair is the wrong way round (conservative DPO); of "sigmoid" only."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least(self, 2, "seq_length")
+        positive(self, "beta")
+        one_of(self, "loss", ("sigmoid", "ipo"))
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing = {self.label_smoothing}: expected at least 0 and below 0.5")
+        if self.label_smoothing and self.loss == "ipo":
+            raise ValueError(f'label_smoothing = {self.label_smoothing}: "ipo" has none; set it to 0 or loss = "sigmoid"')
+
+
+@dataclass(frozen=True, kw_only=True)
 class PPOConfig(TrainerConfig):
     """Section ``rlhf``: PPO with a KL penalty to the SFT model (rewards per token, GAE, clipped policy and value losses)."""
 

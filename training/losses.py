@@ -6,15 +6,34 @@ Per-token tensors are (B, T) and aligned with the token they speak of: ``logprob
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
 
-def pairwise_loss(rewards: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def logistic_loss(margin: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+    """-log sigmoid(r_i - r_j), the negative log-likelihood of Bradley and Terry's model (Ouyang et al. 2022, eq. 1; with DPO's implicit
+    rewards Rafailov et al. 2023, eq. 7); ``label_smoothing``: the probability that a pair is the wrong way round (Mitchell 2023).
+
+    >>> logistic_loss(torch.tensor([0.0, 2.0, 2.0]), 0.1)
+    tensor([0.6931, 0.3269, 0.3269])
+    """
+    return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
+
+
+def ipo_loss(margin: torch.Tensor, beta: float) -> torch.Tensor:
+    """(h - 1 / (2 beta))^2 with h = ``margin`` / beta, by how much the log ratios of a pair's whole replies differ (Azar et al. 2024,
+    eq. 17): they are to be apart by so much, not by ever more."""
+    return (margin / beta - 1 / (2 * beta)) ** 2
+
+
+def pairwise_loss(rewards: torch.Tensor, scores: torch.Tensor, loss: Callable[[torch.Tensor], torch.Tensor] = logistic_loss,
+                  ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Ranking loss over the replies to each query: rewards (Q, K), scores (Q, K); higher is better.
 
     Equal scores form no pair, nor does a score of NaN (a reply that only fills up the row). Returns, each (Q,): the mean of
-    -log sigmoid(r_i - r_j) over the query's valid pairs (Ouyang et al. 2022, eq. 1), the pairs' accuracy, their mean margin,
+    ``loss(r_i - r_j)`` over the query's valid pairs (Ouyang et al. 2022, eq. 1), the pairs' accuracy, their mean margin,
     and whether the query has a pair at all (where not, the others are 0).
     """
     margin = rewards[:, :, None] - rewards[:, None, :]
@@ -24,7 +43,7 @@ def pairwise_loss(rewards: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Te
     def mean(values):
         return (values * pair).sum((1, 2)) / pairs.clamp(min=1)
 
-    return mean(-F.logsigmoid(margin)), mean((margin > 0).float()), mean(margin), pairs > 0
+    return mean(loss(margin)), mean((margin > 0).float()), mean(margin), pairs > 0
 
 
 def kl_k1(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:

@@ -80,24 +80,32 @@ def calibration(sums: torch.Tensor) -> dict[str, float]:
 
 
 def heldout(config: RewardConfig, learner: Learner, comparisons: list[Comparison], replies: int, pad_id: int) -> dict[str, float]:
-    """Accuracy with its 95% interval, mean margin, calibration, and the accuracy of "the shorter reply wins", over all held-out pairs."""
-    mine = comparisons[parallel.data_rank() :: parallel.data_ranks()]
-    sums, bins = torch.zeros(4, dtype=torch.double), torch.zeros(3, len(CONFIDENCE), dtype=torch.double)
-    if mine:
-        length = padded_length([len(example.tokens) for group in mine for example, _ in group], length_multiple(config))
-        batch = collate_comparisons(mine, replies, pad_id, length)
+    """``judged`` on all held-out pairs. A collective."""
+
+    def rewards(batch: Batch) -> torch.Tensor:
         values = evaluate(learner.wrapped, batch, config.micro_batch_size * replies, lambda values, micro: values).cpu()
-        rewards, scores, lengths = (x.view(-1, replies) for x in (read_last(values, batch), batch["scores"], batch["lengths"]))
-        pair = scores[:, :, None] > scores[:, None, :]
-        margin = (rewards[:, :, None] - rewards[:, None, :])[pair].double()
-        shorter = (lengths[:, :, None] < lengths[:, None, :])[pair]
-        sums = torch.stack((pair.sum().double(), (margin > 0).sum().double(), margin.sum(), shorter.sum().double()))
-        bins = calibration_sums(margin)
-    total, correct, margin, shorter = parallel.sum_over_data(sums.to(parallel.device())).tolist()
-    bins = parallel.sum_over_data(bins.to(parallel.device())).cpu()
+        return read_last(values, batch)
+
+    mine = comparisons[parallel.data_rank() :: parallel.data_ranks()]
+    if not mine:
+        return judged(*torch.zeros(3, 0, replies))
+    length = padded_length([len(example.tokens) for group in mine for example, _ in group], length_multiple(config))
+    batch = collate_comparisons(mine, replies, pad_id, length)
+    return judged(*(values.view(-1, replies) for values in (rewards(batch), batch["scores"], batch["lengths"])))
+
+
+def judged(rewards: torch.Tensor, scores: torch.Tensor, lengths: torch.Tensor) -> dict[str, float]:
+    """This data-parallel rank's rewards, scores and rows' lengths, each (Q, K) -> over all ranks' pairs: accuracy with its 95% interval,
+    mean margin, calibration, and the accuracy of "the shorter reply wins". A collective."""
+    pair = scores[:, :, None] > scores[:, None, :]
+    margin = (rewards[:, :, None] - rewards[:, None, :])[pair].double()
+    shorter = (lengths[:, :, None] < lengths[:, None, :])[pair]
+    sums = torch.stack((pair.sum().double(), (margin > 0).sum().double(), margin.sum(), shorter.sum().double()))
+    total, correct, margins, shorter = parallel.sum_over_data(sums.to(parallel.device())).tolist()
+    bins = parallel.sum_over_data(calibration_sums(margin).to(parallel.device())).cpu()
     low, high = wilson(correct, total)
     return {"heldout_accuracy": correct / total, "heldout_accuracy_low": low, "heldout_accuracy_high": high,
-            "heldout_margin": margin / total, "shorter_wins": shorter / total, **calibration(bins)}
+            "heldout_margin": margins / total, "shorter_wins": shorter / total, **calibration(bins)}
 
 
 def task(config: RewardConfig, inputs: Inputs, learner: Learner) -> Task:

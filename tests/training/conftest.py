@@ -10,7 +10,18 @@ from conversion.config import ConvertConfig, ConvertPaths
 from conversion.hf_to_megatron import convert
 from tests.distributed import run
 from training import reward, sft
-from training.config import DataConfig, ModelConfig, Paths, PPOConfig, PPOPaths, PrepareConfig, PreparePaths, RewardConfig, SFTConfig
+from training.config import (
+    DataConfig,
+    DPOConfig,
+    ModelConfig,
+    Paths,
+    PPOConfig,
+    PPOPaths,
+    PrepareConfig,
+    PreparePaths,
+    RewardConfig,
+    SFTConfig,
+)
 from training.data.prepare import prepare
 
 
@@ -38,6 +49,10 @@ class Run:
     def reward(self, output: Path, layout=(1, 1), iterations=2, **values) -> RewardConfig:
         paths = Paths(str(output), self.model, str(self.folder / "sft"), self.data("reward"), self.data("reward_heldout"))
         return RewardConfig(paths=paths, seq_length=80, **trainer(layout, iterations, **values))
+
+    def dpo(self, output: Path, layout=(1, 1), iterations=2, **values) -> DPOConfig:
+        paths = Paths(str(output), self.model, str(self.folder / "sft"), self.data("reward"), self.data("reward_heldout"))
+        return DPOConfig(paths=paths, **trainer(layout, iterations, **({"seq_length": 80} | values)))
 
     def ppo(self, output: Path, layout=(1, 1), iterations=2, **values) -> PPOConfig:
         paths = PPOPaths(str(output), self.model, str(self.folder / "sft"), self.data("rlhf"), self.data("heldout"),

@@ -1,6 +1,8 @@
-"""losses.py beside the functions of TRL 0.11.4, whose PPO has them all as methods; skipped where it is not installed."""
+"""losses.py beside the functions of TRL 0.11.4, whose trainers have them all as methods; skipped where it is not installed."""
 
-from types import SimpleNamespace
+import sys
+from functools import partial
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -87,3 +89,21 @@ def test_reward_loss():
     theirs = RewardTrainer.compute_loss(trainer, model, inputs)
     ours = losses.pairwise_loss(rewards, torch.tensor([[1.0, 0.0]]).expand(6, 2))[0].mean()
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "smoothing"), [("sigmoid", 0.0), ("sigmoid", 0.2), ("ipo", 0.0)])
+def test_dpo_losses(monkeypatch, kind, smoothing):
+    """TRL's module asks for a name that transformers 5 has dropped, and takes llm_blender for installed."""
+    monkeypatch.setattr("transformers.models.auto.modeling_auto.MODEL_FOR_VISION_2_SEQ_MAPPING_NAMES", {}, raising=False)
+    monkeypatch.setitem(sys.modules, "llm_blender", ModuleType("llm_blender"))
+    from trl.trainer.dpo_trainer import DPOTrainer
+
+    generator = torch.Generator().manual_seed(7)
+    chosen, rejected, ref_chosen, ref_rejected = 3 * torch.randn(4, 9, generator=generator)
+    trainer = SimpleNamespace(accelerator=SimpleNamespace(device="cpu"), reference_free=False, f_divergence_type="reverse_kl", beta=0.3,
+                              label_smoothing=smoothing, loss_type=kind)
+    theirs, chosen_rewards, rejected_rewards = DPOTrainer.dpo_loss(trainer, chosen, rejected, ref_chosen, ref_rejected)
+    rewards = 0.3 * torch.stack((chosen - ref_chosen, rejected - ref_rejected), 1)
+    pair_loss = partial(losses.ipo_loss, beta=0.3) if kind == "ipo" else partial(losses.logistic_loss, label_smoothing=smoothing)
+    ours, _, margin, _ = losses.pairwise_loss(rewards, torch.tensor([[1.0, 0.0]]).expand(9, 2), pair_loss)
+    assert torch.allclose(ours, theirs, rtol=1e-5) and torch.allclose(margin, chosen_rewards - rejected_rewards, atol=1e-6)

@@ -1,0 +1,162 @@
+"""Direct preference optimisation (Rafailov et al. 2023): ``python -m training.dpo config.json``.
+
+The reward model's loss over each query's pairs, with the implicit reward beta (log p(reply) - log p_ref(reply)) in place of the
+head's: the policy is its own reward model. The reference is the SFT model with which training begins. Its log-probabilities,
+one number a reply, are computed once, before the first step and with the very model that then learns, and kept in
+``reference.pt``: no second model in memory, no second forward pass in a step, and a resumed run has the same bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from training import checkpoint, checksums, losses, parallel
+from training.config import DPOConfig
+from training.data.batches import Sampler, comparison_example, padded_length, shard
+from training.loop import Task
+from training.main import run_stage
+from training.model.heads import next_token_logprobs
+from training.reward import Comparison, collate_comparisons, judged
+from training.start import Inputs, learn, length_multiple
+from training.step import Batch, Learner, Objective, evaluate, split
+
+HEADLINE = ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "heldout_accuracy", "heldout_margin", "grad_norm")
+
+
+class Comparisons:
+    """All queries that the stage sees: the training rows, then the held-out ones. ``reference`` (queries, K) fp32 holds log p_ref of each
+    reply, NaN where it is not known."""
+
+    def __init__(self, config: DPOConfig, inputs: Inputs):
+        self.config, self.inputs, self.trained = config, inputs, len(inputs.rows)
+        self.replies = max(len(row["response"]) for rows in (inputs.rows, inputs.unseen) for row in rows)
+        self.reference = torch.full((self.trained + len(inputs.unseen), self.replies), torch.nan)
+
+    def __getitem__(self, index: int) -> Comparison:
+        return comparison_example(self.row(index), self.inputs.tokenizer, self.config.seq_length)
+
+    def row(self, index: int) -> dict:
+        return self.inputs.rows[index] if index < self.trained else self.inputs.unseen[index - self.trained]
+
+    def batch(self, indices: list[int], mine: list[int]) -> tuple[Batch, int]:
+        """The rows of the queries ``mine``, with "reference", padded as all of ``indices`` need it; and the tokens of all of them."""
+        made = {index: self[index] for index in indices}
+        lengths = [len(example.tokens) for comparison in made.values() for example, _ in comparison]
+        padded = padded_length(lengths, length_multiple(self.config))
+        batch = collate_comparisons([made[index] for index in mine], self.replies, self.inputs.tokenizer.pad_id, padded)
+        return {**batch, "reference": self.reference[mine].flatten()}, sum(lengths)
+
+
+def reply_logprobs(output: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """log p(reply | prompt), its EOS included, of each row (B,)."""
+    return (next_token_logprobs(output, batch["tokens"]) * batch["response_mask"]).sum(1)
+
+
+def objective(config: DPOConfig, replies: int) -> Objective:
+    pair_loss = (partial(losses.ipo_loss, beta=config.beta) if config.loss == "ipo"
+                 else partial(losses.logistic_loss, label_smoothing=config.label_smoothing))
+
+    def compute(output, batch: Batch):
+        """Sum of the queries' losses and number of queries with a pair, as in the reward model."""
+        rewards = config.beta * (reply_logprobs(output, batch) - batch["reference"]).view(-1, replies)
+        scores = batch["scores"].view(-1, replies)
+        loss, accuracy, margin, valid = losses.pairwise_loss(rewards, scores, pair_loss)
+        pair = (scores[:, :, None] > scores[:, None, :]).float()
+        pairs = pair.sum((1, 2)).clamp(min=1)
+        chosen, rejected = (pair.sum(2) * rewards).sum(1) / pairs, (pair.sum(1) * rewards).sum(1) / pairs
+        return loss.sum(), valid.sum(), torch.stack([values.sum() for values in (loss, accuracy, margin, chosen, rejected)])
+
+    return Objective(("loss", "accuracy", "margin", "chosen_reward", "rejected_reward"), compute)
+
+
+def evaluated(learner: Learner, data: Comparisons, indices: list[int]) -> tuple[Batch, torch.Tensor]:
+    """This data-parallel rank's rows of the queries ``indices``, and log p of their replies (rows,), on every pipeline stage."""
+    batch, _ = data.batch(indices, indices[parallel.data_rank() :: parallel.data_ranks()] or indices[:1])
+    logprobs = evaluate(learner.wrapped, batch, data.config.micro_batch_size * data.replies,
+                        lambda output, micro: next_token_logprobs(output, micro["tokens"])).cpu()
+    return batch, (logprobs * batch["response_mask"]).sum(1)
+
+
+def ask_reference(learner: Learner, data: Comparisons) -> None:
+    """Fill ``data.reference`` in for every query that training or evaluation will see, while the learner still is the SFT model.
+
+    What an earlier attempt has computed is read from ``reference.pt``. A collective.
+    """
+    config = data.config
+    sampler = Sampler(data.trained, config.global_batch_size, config.seed)
+    steps = min(config.iterations, -(-data.trained // config.global_batch_size))  # one epoch has all rows
+    seen = {index for _ in range(steps) for index in sampler.next_batch()} | set(range(data.trained, len(data.reference)))
+    path, made_from = Path(config.paths.output) / "reference.pt", identity(data)
+    data.reference = read_reference(path, made_from, data.reference)
+    # Rows of about equal length together: little padding.
+    missing = sorted((index for index in seen if data.reference[index].isnan().any()), key=lambda index: (len(str(data.row(index))), index))
+    if not missing:
+        return
+    found, ranks = torch.zeros_like(data.reference[missing]), parallel.data_ranks()
+    for first in range(0, len(missing), config.global_batch_size):
+        indices = missing[first : first + config.global_batch_size]
+        places = range(first + parallel.data_rank(), first + len(indices), ranks)
+        _, logprobs = evaluated(learner, data, indices)
+        found[list(places)] = logprobs.view(-1, data.replies)[: len(places)]
+    data.reference[missing] = parallel.sum_over_data(found.to(parallel.device())).cpu()
+    if parallel.is_main():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"made_from": made_from, "logprobs": data.reference}, path.with_suffix(".new"))
+        os.replace(path.with_suffix(".new"), path)
+        print(f"reference: log-probabilities of {len(missing)} queries' replies are in {path}", flush=True)
+
+
+def identity(data: Comparisons) -> str:
+    """What ``reference.pt`` depends on: the SFT checkpoint's bytes, the rows' number and how they are cut."""
+    listed = checksums.read(checkpoint.resolve(data.config.paths.init))
+    described = repr((sorted(listed.items()), data.trained, *data.reference.shape, data.config.seq_length))
+    return hashlib.sha256(described.encode()).hexdigest()
+
+
+def read_reference(path: Path, made_from: str, unknown: torch.Tensor) -> torch.Tensor:
+    """What the file holds, on every rank, if it was made from the same; else ``unknown``. Rank 0 reads: all must decide alike."""
+    if parallel.is_main() and path.exists():
+        held = torch.load(path, weights_only=True)
+        unknown = held["logprobs"] if held["made_from"] == made_from else unknown
+    dist.broadcast(unknown, 0)
+    return unknown
+
+
+def heldout(learner: Learner, data: Comparisons) -> dict[str, float]:
+    """The reward model's numbers, of implicit rewards; and KL(reference || policy) in nats a reply, by k1: in the mean exact where the
+    replies are the reference's own. (mtbench measures KL(policy || reference), on replies that it samples.) A collective."""
+    indices = list(range(data.trained, len(data.reference)))
+    batch, logprobs = evaluated(learner, data, indices)
+    shown = slice(len(indices[parallel.data_rank() :: parallel.data_ranks()]))  # none where there are more ranks than queries
+    ratio, scores, lengths = (values.view(-1, data.replies)[shown] for values in
+                              (logprobs - batch["reference"], batch["scores"], batch["lengths"]))
+    real = ~scores.isnan()
+    drift, count = parallel.sum_over_data(torch.stack((-ratio[real].double().sum(), real.double().sum())).to(parallel.device())).tolist()
+    return {**judged(data.config.beta * ratio, scores, lengths), "heldout_kl_from_reference": drift / count}
+
+
+def task(config: DPOConfig, inputs: Inputs, learner: Learner) -> Task:
+    data = Comparisons(config, inputs)
+    ask_reference(learner, data)
+
+    def micro_batches(indices: list[int]) -> tuple[list[Batch], dict[str, float]]:
+        batch, tokens = data.batch(indices, shard(indices, parallel.data_rank(), parallel.data_ranks()))
+        return split(batch, config.micro_batch_size * data.replies), {"tokens": tokens}
+
+    return Task(objective(config, data.replies), micro_batches, lambda: heldout(learner, data), HEADLINE)
+
+
+def run(config: DPOConfig) -> None:
+    """The stage, inside ``ranks``."""
+    learn(config, "reward", "lm", task)
+
+
+if __name__ == "__main__":
+    sys.exit(run_stage(DPOConfig, run))
