@@ -138,8 +138,8 @@ def _ppo(rank: Rank) -> Estimate:
     static = [*rank.trained("policy", "lm"), *rank.trained("value", "scalar"), *rank.frozen("reference", "lm"),
               *rank.frozen("reward", "scalar")]
     length = config.prompt_length + config.response_length
-    tokens = config.micro_batch_size * length
-    micro_batches = config.global_batch_size // (config.micro_batch_size * rank.data)
+    tokens = config.micro_batch_tokens or config.micro_batch_size * length
+    micro_batches = -(-config.global_batch_size * length // (tokens * rank.data))
     update = [("activations of an update", rank.activations(tokens, micro_batches, "lm")), ("logits and loss", rank.head(tokens))]
     rows = min(config.generation_batch_size, config.rollout_batch_size // rank.data)
     cache = 2 * rank.word * rank.layers("lm") * shape.hidden / config.tensor_parallel * rows * length / GB
@@ -177,7 +177,10 @@ def _changes(stage: str, shape: BloomShape, config: TrainerConfig, asked: Resour
         return words, lambda: dataclasses.replace(config, **changes)
 
     tensor = 2 * config.tensor_parallel
-    if config.micro_batch_size % 2 == 0:
+    if isinstance(config, PPOConfig) and config.micro_batch_tokens:
+        half = max(config.micro_batch_tokens // 2, config.prompt_length + config.response_length)
+        yield *keys(micro_batch_tokens=half), asked.ranks
+    elif config.micro_batch_size % 2 == 0:
         yield *keys(micro_batch_size=config.micro_batch_size // 2), asked.ranks
     if config.recompute != "full":
         yield *keys(recompute="full"), asked.ranks

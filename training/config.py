@@ -176,13 +176,17 @@ class TrainerConfig:
         if self.virtual_pipeline > 1 and self.pipeline_parallel == 1:
             raise ValueError(f"virtual_pipeline = {self.virtual_pipeline} needs pipeline_parallel > 1; set virtual_pipeline = 1")
 
-    def data_parallel(self, world_size: int) -> int:
-        """Data-parallel size for ``world_size`` ranks; raises ConfigError where the numbers do not divide."""
+    def model_copies(self, world_size: int) -> int:
+        """Data-parallel size for ``world_size`` ranks; raises ConfigError where TP x PP does not divide them."""
         model_ranks = self.tensor_parallel * self.pipeline_parallel
         if world_size % model_ranks:
             raise ConfigError(f"{world_size} ranks can't be divided into tensor_parallel {self.tensor_parallel} x "
                              f"pipeline_parallel {self.pipeline_parallel} = {model_ranks}; use a multiple of {model_ranks} ranks")
-        data_ranks = world_size // model_ranks
+        return world_size // model_ranks
+
+    def data_parallel(self, world_size: int) -> int:
+        """Data-parallel size for ``world_size`` ranks; raises ConfigError where the numbers do not divide."""
+        data_ranks = self.model_copies(world_size)
         if self.global_batch_size % (self.micro_batch_size * data_ranks):
             raise ConfigError(f"global_batch_size = {self.global_batch_size} is not a multiple of micro_batch_size {self.micro_batch_size} "
                              f"x {data_ranks} data-parallel ranks")
@@ -286,6 +290,9 @@ class PPOConfig(TrainerConfig):
     """Passes over an iteration's samples."""
     iterations: int = 5000
     micro_batch_size: int = 2
+    micro_batch_tokens: int = 0
+    """Most tokens of samples in one forward pass of one data-parallel rank, packed by length into one row; 0 = micro_batch_size samples,
+    padded. Losses are the same, less padding is computed."""
     global_batch_size: int = 128
     lr: float = 2.4e-7
     value_lr: float = 5e-6
@@ -323,9 +330,16 @@ class PPOConfig(TrainerConfig):
             raise ValueError(f"warmup_iterations = {self.warmup_iterations} + value_warmup = {self.value_warmup}: expected fewer together "
                              f"than iterations = {self.iterations}")
         positive(self, "temperature", "value_lr", "clip_ratio", "value_clip", "reward_clip")
+        if self.micro_batch_tokens and self.micro_batch_tokens < self.prompt_length + self.response_length:
+            raise ValueError(f"micro_batch_tokens = {self.micro_batch_tokens}: expected 0 (off) or at least prompt_length + "
+                             f"response_length = {self.prompt_length + self.response_length}, so that the longest sample fits")
         if self.rollout_batch_size % self.global_batch_size:
             raise ValueError(f"rollout_batch_size = {self.rollout_batch_size} is not a multiple of "
                              f"global_batch_size = {self.global_batch_size}")
+
+    def data_parallel(self, world_size: int) -> int:
+        """As any trainer's; rows that a token budget packs come in whatever number the ranks divide."""
+        return self.model_copies(world_size) if self.micro_batch_tokens else super().data_parallel(world_size)
 
     @property
     def updates(self) -> int:

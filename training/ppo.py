@@ -14,16 +14,18 @@ import torch
 
 from training import checkpoint, losses, parallel
 from training.config import PPOConfig
-from training.data.batches import Sampler, prompt_tokens, shard
-from training.experience import Experience, Models, calibrate, experience, report, roll_out, score, state_values, timed
+from training.data.batches import Sampler, prompt_tokens
+from training.experience import Models, Rollout, calibrate, experience, report, roll_out, score, state_values
 from training.generation.rollout import draws
 from training.loop import Boundary, at, resume
 from training.main import run_stage
 from training.model.bloom import Bloom
 from training.model.heads import Output, next_token_logprobs_and_entropy
+from training.phases import Phases
+from training.samples import Plan, plan
 from training.shape import BloomShape
 from training.start import read_inputs
-from training.step import Batch, Learner, Objective, build_model, split
+from training.step import Batch, Learner, Objective, build_model
 
 HEADLINE = ("reward", "kl", "heldout_reward", "heldout_kl", "entropy", "eos_rate", "response_length", "clip_fraction",
             "explained_variance", "grad_norm")
@@ -49,22 +51,12 @@ def value_objective(config: PPOConfig) -> Objective:
     return Objective(("value_loss",), compute)
 
 
-def minibatch_rows(config: PPOConfig) -> list[int]:
-    """Rows of an iteration's global batch that this data-parallel rank holds: its part of each minibatch, in order.
-
-    So minibatch k is the same set of rows on every layout.
-    """
-    minibatches = torch.arange(config.rollout_batch_size).split(config.global_batch_size)
-    return [row for rows in minibatches for row in shard(rows.tolist(), parallel.data_rank(), parallel.data_ranks())]
-
-
-def update(config: PPOConfig, policy: Learner, value: Learner, batch: Batch, learn_policy: bool) -> dict[str, float]:
+def update(config: PPOConfig, policy: Learner, value: Learner, batch: Batch, rows: Plan, learn_policy: bool) -> dict[str, float]:
     """``epochs`` passes of minibatch steps over the samples -> the means of their metrics."""
-    rows = config.global_batch_size // parallel.data_ranks()
     collected: list[dict[str, float]] = []
     for _ in range(config.epochs):
-        for minibatch in split(batch, rows):
-            micro_batches = split(minibatch, config.micro_batch_size)
+        for number in range(len(rows.minibatches)):
+            micro_batches = rows.micro_batches(batch, number)
             critic = value.step(micro_batches, value_objective(config))
             metrics = {"value_loss": critic["value_loss"], "value_grad_norm": critic["grad_norm"], "value_lr": critic["lr"]}
             if learn_policy:
@@ -111,39 +103,37 @@ class PPO:
 
     def iterate(self, iteration: int) -> dict[str, float]:
         """One iteration, from 1 -> its metrics, the same on every rank."""
-        config = self.config
-        made, generate_seconds = timed(self.sample, iteration)
-        scored, score_seconds = timed(score, config, self.models, made.batch)
+        config, phases, learn_policy = self.config, Phases(), iteration > self.config.value_warmup
+        with phases("generate"):
+            made = self.sample(self.sampler.next_batch(), self.rows, iteration)
+        rows = plan(config, made.batch["lengths"].tolist(), config.global_batch_size)
+        with phases("score"):
+            scored = score(config, self.models, made.batch, rows)
         if self.reward_bias is None:
             self.reward_bias = calibrate(made, scored)
-        samples: Experience = experience(config, made, scored, self.kl_coef, self.reward_bias or 0.0)
-        updated, update_seconds = timed(update, config, self.policy, self.value, samples.batch, iteration > config.value_warmup)
-        metrics = {**samples.metrics, **updated, "kl_coef": self.kl_coef}
-        if config.kl_target and iteration > config.value_warmup:  # before, the policy has not moved and its KL says nothing
+        samples = experience(config, made, scored, self.kl_coef, self.reward_bias or 0.0)
+        with phases("update"):
+            updated = update(config, self.policy, self.value, samples.batch, rows, learn_policy)
+        metrics = {**samples.metrics, **updated, "kl_coef": self.kl_coef, "packing_efficiency": rows.efficiency}
+        if config.kl_target and learn_policy:  # before, the policy has not moved and its KL says nothing
             self.kl_coef = losses.adaptive_kl_coef(self.kl_coef, metrics["kl"], config.kl_target, config.rollout_batch_size,
                                                    config.kl_horizon)
-        seconds = generate_seconds + score_seconds + update_seconds
-        tokens = metrics["response_length"] * config.rollout_batch_size
-        return {**metrics, "tokens_per_second": tokens / seconds, "seconds_generate": generate_seconds, "seconds_score": score_seconds,
-                "seconds_update": update_seconds}
+        seen, new = sum(rows.lengths), int(made.batch["response_mask"].sum())
+        return {**metrics, "tokens_per_second": new / sum(phases.seconds.values()),
+                **phases.metrics({"generate": new, "score": seen, "update": seen * config.epochs})}
 
     def heldout(self) -> dict[str, float]:
         """Reward and KL to the reference (nats per response) on the held-out prompts, with the same draws at every call. A collective."""
-        config, rows = self.config, range(parallel.data_rank(), len(self.unseen), parallel.data_ranks())
-        prompts = [prompt_tokens(self.unseen[row], self.tokenizer, config.prompt_length) for row in rows]
-        if not prompts:  # fewer prompts than ranks: this one repeats the first, so that all take part
-            prompts, rows = [prompt_tokens(self.unseen[0], self.tokenizer, config.prompt_length)], range(1)
-        uniforms = draws(config.seed, 0, len(self.unseen), config.response_length)[list(rows)]
-        made = roll_out(config, self.models.policy, prompts, uniforms, self.tokenizer)
-        metrics = report(made, score(config, self.models, made.batch), config, self.reward_bias or 0.0)
+        made = self.sample(list(range(len(self.unseen))), self.unseen, 0)
+        rows = plan(self.config, made.batch["lengths"].tolist(), len(self.unseen))
+        metrics = report(made, score(self.config, self.models, made.batch, rows), self.config, self.reward_bias or 0.0)
         return {f"heldout_{name}": metrics[name] for name in ("reward", "kl", "kl_k3", "eos_rate")}
 
-    def sample(self, iteration: int):
-        """This rank's part of the iteration's rollout."""
-        config, mine = self.config, minibatch_rows(self.config)
-        indices = self.sampler.next_batch()
-        prompts = [prompt_tokens(self.rows[indices[row]], self.tokenizer, config.prompt_length) for row in mine]
-        uniforms = draws(config.seed, iteration, config.rollout_batch_size, config.response_length)[mine]
+    def sample(self, indices: list[int], rows, iteration: int) -> Rollout:
+        """Responses to the prompts ``rows[indices]`` with ``iteration``'s draws."""
+        config = self.config
+        prompts = [prompt_tokens(rows[index], self.tokenizer, config.prompt_length) for index in indices]
+        uniforms = draws(config.seed, iteration, len(prompts), config.response_length)
         return roll_out(config, self.models.policy, prompts, uniforms, self.tokenizer)
 
 

@@ -21,6 +21,8 @@ from training.shape import BloomShape
 
 Batch = dict[str, torch.Tensor]
 """Tensors of one micro-batch, rows first; "tokens" (B, T) is always there, "documents" (B, T) where rows are packed."""
+Read = Callable[[torch.Tensor, Batch], torch.Tensor]
+"""(a model's output, its micro-batch) -> numbers (B, T); runs on the last pipeline stage only."""
 
 
 @dataclass(frozen=True)
@@ -80,24 +82,28 @@ class Learner:
 
 
 @torch.no_grad()
-def evaluate(model: torch.nn.Module | list, batch: Batch, micro_batch_size: int,
-             read: Callable[[torch.Tensor, Batch], torch.Tensor]) -> torch.Tensor:
+def evaluate(model: torch.nn.Module | list, batch: Batch, micro_batch_size: int, read: Read) -> torch.Tensor:
     """``read(output, micro_batch)`` (B, T) fp32 for every row of ``batch``, in order, on every pipeline stage; no gradients.
 
     ``model``: what build_model made, or a Learner's ``wrapped``. Rows beyond a multiple of ``micro_batch_size`` are filled up by
     repetition (pipeline messages have one shape) and cut again.
     """
+    # The interleaved schedule takes micro-batches in groups of the pipeline's size.
+    group = parallel_state.get_pipeline_model_parallel_world_size() if len(parts(model)) > 1 else 1
+    return look(model, split(batch, micro_batch_size, group), read)[: batch["tokens"].size(0)]
+
+
+@torch.no_grad()
+def look(model: torch.nn.Module | list, micro_batches: list[Batch], read: Read) -> torch.Tensor:
+    """``evaluate`` over micro-batches of one shape (R, T), made by the caller -> (all their rows, T)."""
     pieces = parts(model)
     for piece in pieces:
         piece.eval()
-    rows = batch["tokens"].size(0)
-    # The interleaved schedule takes micro-batches in groups of the pipeline's size.
-    group = parallel_state.get_pipeline_model_parallel_world_size() if len(pieces) > 1 else 1
-    micro_batches = split(batch, micro_batch_size, group)
     results = _schedule(pieces, micro_batches, lambda micro, output: read(output, micro), forward_only=True)
-    shape = (len(micro_batches) * micro_batch_size, batch["tokens"].size(1))
+    rows, length = micro_batches[0]["tokens"].shape
+    shape = (len(micro_batches) * rows, length)
     values = torch.cat(results).float().contiguous() if parallel.last_stage() else torch.empty(shape, device=parallel.device())
-    return parallel.from_last_stage(values)[:rows]
+    return parallel.from_last_stage(values)
 
 
 def split(batch: Batch, size: int, group: int = 1) -> list[Batch]:

@@ -29,7 +29,8 @@ from training.settings import ConfigError
 def metrics(stage: Path) -> list[dict]:
     """Rows of metrics.jsonl without what depends on the clock."""
     rows = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if not re.match("time|.*seconds|tokens_per_second|save_", name)} for row in rows]
+    clocked = re.compile("time|.*seconds|tokens_per_second|peak_gb|save_")
+    return [{name: value for name, value in row.items() if not clocked.match(name)} for row in rows]
 
 
 def tensors(stage: Path, iteration: int, model: str) -> dict[str, str]:

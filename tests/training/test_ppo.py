@@ -10,6 +10,7 @@ from tests.distributed import run
 from training import experience, ppo
 from training.config import PPOConfig
 from training.data.batches import Example, collate
+from training.samples import plan
 from training.settings import ConfigError, build
 from training.step import split
 
@@ -18,12 +19,13 @@ def rows(stage):
     return [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_at_the_first_iteration_policy_is_reference_and_ratio_is_one(small_run, tmp_path):
-    """One minibatch an iteration: KL 0, approx KL 0, clip fraction 0, |policy loss| ~ 0 with whitened advantages."""
-    run(ppo.run, 1, 2, 1, small_run.ppo(tmp_path, layout=(1, 2), iterations=1, global_batch_size=16))
+@pytest.mark.parametrize("tokens", [0, 100])
+def test_at_the_first_iteration_policy_is_reference_and_ratio_is_one(small_run, tmp_path, tokens):
+    """One minibatch an iteration: KL 0, approx KL 0, clip fraction 0, |policy loss| ~ 0 with whitened advantages; in packed rows, too."""
+    run(ppo.run, 1, 2, 1, small_run.ppo(tmp_path, layout=(1, 2), iterations=1, global_batch_size=16, micro_batch_tokens=tokens))
     (first,) = rows(tmp_path)
     assert first["kl"] == 0 and first["kl_k3"] == 0
-    assert first["clip_fraction"] == 0 and abs(first["approx_kl"]) < 1e-9
+    assert first["clip_fraction"] == 0 and first["approx_kl"] == 0
     assert abs(first["policy_loss"]) < 1e-6
     assert 0 < first["entropy"] < math.log(512) and first["policy_loss"] != first["value_loss"]
 
@@ -35,11 +37,14 @@ def reference_rows(small_run, tmp_path_factory):
     return rows(stage)
 
 
-@pytest.mark.parametrize(("layout", "sequence"), [((2, 1, 1), False), ((1, 2, 1), False), ((2, 2, 1), False), ((1, 1, 2), False),
-                                                  ((1, 2, 2), False), ((2, 1, 1), True), ((2, 2, 1), True)])
-def test_every_layout_gives_the_same_numbers(small_run, reference_rows, tmp_path, layout, sequence):
-    """Two iterations of two minibatches: samples, rewards, KL, losses and gradient norms equal those of one rank."""
-    run(ppo.run, *layout, small_run.ppo(tmp_path, layout=layout[:2], iterations=2, sequence_parallel=sequence))
+SEQUENCE, PACKED = {"sequence_parallel": True}, {"micro_batch_tokens": 100}
+
+
+@pytest.mark.parametrize(("layout", "values"), [((2, 1, 1), {}), ((1, 2, 1), {}), ((1, 1, 2), {}), ((1, 2, 2), {}), ((1, 2, 2), PACKED),
+                                                ((2, 1, 1), SEQUENCE), ((2, 2, 1), SEQUENCE | PACKED)])
+def test_every_layout_gives_the_same_numbers(small_run, reference_rows, tmp_path, layout, values):
+    """Two iterations of two minibatches: samples, rewards, KL, losses and gradient norms equal those of one rank, padded."""
+    run(ppo.run, *layout, small_run.ppo(tmp_path, layout=layout[:2], iterations=2, **values))
     for ours, expected in zip(rows(tmp_path), reference_rows, strict=True):
         for name in ("response_length", "eos_rate", "repeated_ngrams"):
             assert ours[name] == expected[name], name  # the samples themselves
@@ -83,10 +88,12 @@ def one_step(config: PPOConfig, length: int):
     examples = [Example(torch.randint(4, 500, (size,), generator=generator).tolist(), size // 2) for size in (9, 12, 7, 15, 11, 9, 16, 13)]
     batch = collate(examples, trainer.tokenizer.pad_id, length)
     rollout = experience.Rollout(batch, torch.tensor([True] * 7 + [False]))
-    samples = experience.experience(config, rollout, experience.score(config, trainer.models, batch), kl_coef=0.02, reward_bias=0.0)
+    division = plan(config, batch["lengths"].tolist(), config.global_batch_size)
+    scored = experience.score(config, trainer.models, batch, division)
+    samples = experience.experience(config, rollout, scored, kl_coef=0.02, reward_bias=0.0)
     assert samples.batch["advantages"][batch["response_mask"]].mean().abs() < 1e-6
     assert not samples.batch["advantages"][~batch["response_mask"]].any() and not samples.batch["returns"][~batch["response_mask"]].any()
-    updated = ppo.update(config, trainer.policy, trainer.value, samples.batch, learn_policy=True)
+    updated = ppo.update(config, trainer.policy, trainer.value, samples.batch, division, learn_policy=True)
     return {**samples.metrics, **updated}
 
 
