@@ -1,0 +1,46 @@
+"""What the tests of the rollout engine share: small models, their weights by megatron-core's names, engines on one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import BloomForCausalLM
+
+from conversion.weights import entries, head_of
+from training.generation import torch_ops
+from training.generation.bloom import BloomDecoder
+from training.generation.engine import Engine, Limits
+from training.generation.request import Request, Sampling
+from training.shape import BloomShape
+
+
+def decoder(folder: Path, model: BloomForCausalLM, ops=torch_ops, dtype=torch.float32, device="cpu") -> BloomDecoder:
+    """The engine's forward pass on a Hugging Face model's own tensors."""
+    shape = BloomShape.read(folder)
+    state = {name.removeprefix("transformer."): tensor.to(device, dtype) for name, tensor in model.state_dict().items()}
+    weights = {entry.key.replace("layers.", f"layers.{entry.layer}."): state[entry.name] for entry in entries(shape.layers, head_of(shape))}
+    return BloomDecoder(shape, weights, ops)
+
+
+def prompts(count: int, vocab: int, longest: int, seed: int = 0) -> list[list[int]]:
+    """Random prompts of 1 to ``longest`` tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, longest + 1, (count,), generator=generator).tolist()
+    return [torch.randint(0, vocab, (length,), generator=generator).tolist() for length in lengths]
+
+
+def greedy(model: BloomForCausalLM, prompt: list[int], steps: int, eos: int | None, **options) -> list[int]:
+    """Hugging Face's greedy response to one prompt alone, its EOS included."""
+    tokens = torch.tensor([prompt], device=model.device)
+    with torch.no_grad():
+        made = model.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=steps,
+                              eos_token_id=eos, pad_token_id=3, use_cache=True, **options)
+    return made[0, len(prompt):].tolist()
+
+
+def generate(made: BloomDecoder, asked: list[list[int]], sampling: Sampling, eos: int = -1, uniforms=None, late: bool = False, decode=None,
+             **limits) -> tuple[list, Engine]:
+    engine = Engine(made, Limits(**{"context": 64, **limits}), eos, decode, late)
+    rows = [None] * len(asked) if uniforms is None else uniforms
+    return engine.generate([Request(prompt, sampling, row) for prompt, row in zip(asked, rows, strict=True)]), engine

@@ -1,0 +1,233 @@
+"""The rollout engine: continuous batching over a paged key-value cache, in the trainer's own process.
+
+Each turn of the loop admits waiting rows, computes a chunk of their prompts into the cache and makes one decode step of all ready
+rows. A prompt's last token is left to the first decode step, so that prefill needs no logits and only decode steps sample. On a GPU
+the results of a step are read while the next one runs: the host never makes it wait, and an ended row costs one step too many.
+A response depends on its request alone (prompt, sampling, uniforms): not on batch, order, cache size or preemption.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from training.generation.cache import Batch, Slots, token_bytes
+from training.generation.pages import Pages
+from training.generation.request import Completion, Request, check
+from training.generation.sampling import penalise
+from training.generation.schedule import Piece, Row, Scheduler
+from training.settings import ConfigError
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one replica of the engine may take."""
+
+    context: int
+    """Most tokens of a row, prompt and response together."""
+    rows: int = 512
+    """Most rows that run at once."""
+    cache_share: float = 0.9
+    """Of the GPU's free memory the cache takes at most this."""
+    cache_tokens: int = 0
+    """Most tokens that the cache holds; 0 = as many as memory and rows allow."""
+    expected: float = 1.0
+    """Of its longest response a row is expected to need this share until some rows have ended; too little costs preemptions."""
+    page: int = 32
+    """Tokens of a page."""
+    prefill_tokens: int = 8192
+    """Most prompt tokens of one forward pass."""
+    prefill_least: int = 1024
+    """While rows run, new ones wait until so many tokens come together (or none else wait): small forward passes cost as much."""
+
+
+@dataclass
+class Stats:
+    """Of one call of generate; seconds on the engine's device."""
+
+    tokens: int = 0
+    """Response tokens given back."""
+    steps: int = 0
+    wasted: int = 0
+    """Row-steps after a row's end, before the host knew."""
+    preemptions: int = 0
+    cache_gb: float = 0.0
+    seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    tail_share: float = 0.0
+    """Share of the time in which less than a quarter of the rows were alive."""
+
+
+@dataclass
+class _Flight:
+    """A launched decode step whose results have not been read."""
+
+    rows: list[Row]
+    tokens: torch.Tensor
+    logprobs: torch.Tensor
+    done: object | None = None
+
+
+class Engine:
+    """``decoder``: the model's forward pass on its weights (BloomDecoder). ``decode``: ids -> text, for stop strings.
+
+    ``late``: read a step's results while the next one runs (default: on CUDA). Collective over the decoder's tensor-parallel group: every
+    rank gives the same requests and gets the same completions.
+    """
+
+    def __init__(self, decoder, limits: Limits, eos_id: int, decode: Callable[[list[int]], str] | None = None, late: bool | None = None):
+        self.decoder, self.limits, self.eos_id, self.decode = decoder, limits, eos_id, decode
+        self.device = decoder.device
+        self.late = self.device.type == "cuda" if late is None else late
+        self.stats = Stats()
+        self.cache: torch.Tensor | None = None
+
+    @torch.no_grad()
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """A completion for each request, in order. Raises ConfigError, before anything runs, where one can't be served."""
+        check(requests, self.decoder.vocab, self.limits.context, self.decode is not None)
+        self.stats = Stats()
+        wanted = [request for request in requests if request.sampling.max_new_tokens]
+        scheduler = Scheduler(requests, self._prepare(wanted), min(self.limits.rows, len(wanted)), self.limits.expected) if wanted else None
+        if scheduler:
+            self._run(scheduler)
+            return [Completion(row.tokens, row.logprobs, row.reason) for row in scheduler.rows]
+        return [Completion([], [], "length") for _ in requests]
+
+    def release(self) -> None:
+        """Give the cache's memory back; the next call takes it anew."""
+        self.cache = None
+
+    def _prepare(self, requests: Sequence[Request]) -> Pages:
+        """Cache and slots for ``requests``, as large as they need or memory allows."""
+        limits, decoder = self.limits, self.decoder
+        rows = min(limits.rows, len(requests))
+        longest = [-(-(len(request.prompt) + request.sampling.max_new_tokens) // limits.page) for request in requests]
+        page_bytes = limits.page * token_bytes(decoder.layers, decoder.kv_heads, decoder.head_dim, decoder.dtype)
+        pages = min(sum(sorted(longest)[-rows:]), self._affordable(page_bytes, rows))
+        if max(longest) > pages:
+            number = longest.index(max(longest))
+            raise ConfigError(f"request {number} needs {max(longest)} pages of {limits.page} tokens, the cache has room for {pages} "
+                              f"({pages * page_bytes / 1e9:.2f} GB); free GPU memory, raise cache_share or cache_tokens, or ask for less")
+        shape = (decoder.layers, 2, pages + 1, decoder.kv_heads, limits.page, decoder.head_dim)
+        if self.cache is None or self.cache.size(2) < pages + 1:
+            self.cache = None
+            self.cache = torch.zeros(shape, dtype=decoder.dtype, device=self.device)
+        self.slots = Slots(rows, max(longest), max(request.sampling.max_new_tokens for request in requests), decoder.vocab,
+                           any(request.sampling.repetition_penalty != 1 for request in requests), self.device)
+        self.stats.cache_gb = self.cache.numel() * self.cache.element_size() / 1e9
+        return Pages(pages, limits.page)
+
+    def _affordable(self, page_bytes: int, rows: int) -> int:
+        """Pages that fit, the same number on all ranks of the group; page 0 and a step's logits (twice, fp32) are taken off."""
+        pages = self.limits.cache_tokens // self.limits.page if self.limits.cache_tokens else 1 << 40
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            held = self.cache.numel() * self.cache.element_size() if self.cache is not None else 0
+            free = torch.cuda.mem_get_info(self.device)[0] + held
+            pages = min(pages, int((free * self.limits.cache_share - rows * self.decoder.vocab * 8) / page_bytes) - 1)
+        if self.decoder.group:
+            least = torch.tensor(pages, device=self.device)
+            dist.all_reduce(least, dist.ReduceOp.MIN, group=self.decoder.group)
+            pages = int(least)
+        return pages
+
+    def _run(self, scheduler: Scheduler) -> None:
+        began, flight, all_rows = time.monotonic(), None, sum(not row.reason for row in scheduler.rows)
+        quarter = None
+        while scheduler.running or scheduler.waiting:
+            admitted = scheduler.admit(self.limits.prefill_least)
+            if admitted:
+                self.slots.enter(admitted)
+            pieces = scheduler.prefill(self.limits.prefill_tokens)
+            if pieces:
+                self._prefill(pieces)
+            ready = scheduler.ready()
+            if scheduler.missing(ready) > 0:
+                if flight:
+                    flight = self._collect(scheduler, flight)
+                else:
+                    scheduler.preempt()
+                continue
+            before, flight = flight, self._decode(scheduler, ready) if ready else None
+            if before:
+                self._collect(scheduler, before)
+            if flight and not self.late:
+                flight = self._collect(scheduler, flight)
+            if quarter is None and 4 * (len(scheduler.running) + len(scheduler.waiting)) < all_rows:
+                quarter = time.monotonic()
+        self._report(scheduler, began, quarter)
+
+    def _prefill(self, pieces: list[Piece]) -> None:
+        """Compute ``pieces`` into the cache."""
+        put, slots = self.slots.put, self.slots
+        tokens = put([token for piece in pieces for token in piece.row.text(piece.first, piece.count)], torch.int64)
+        position = put([piece.first + i for piece in pieces for i in range(piece.count)], torch.int64)
+        owner = put([i for i, piece in enumerate(pieces) for _ in range(piece.count)], torch.int64)
+        starts = [0]
+        for piece in pieces:
+            starts.append(starts[-1] + piece.count)
+        lengths = [piece.first + piece.count for piece in pieces]
+        table = slots.table[put([piece.row.slot for piece in pieces], torch.int64)]
+        batch = Batch(table, put(lengths, torch.int64), position, put(starts, torch.int64), max(piece.count for piece in pieces),
+                      max(lengths), self.limits.page, owner)
+        self.decoder.fill(tokens, self.cache, batch)
+
+    def _decode(self, scheduler: Scheduler, rows: list[Row]) -> _Flight:
+        """Launch one step of ``rows``: their next tokens."""
+        grown = scheduler.step(rows)
+        if grown:
+            self.slots.pages_of(grown)
+        slots = self.slots
+        index = slots.put([row.slot for row in rows], torch.int64)
+        logits = self._logits(index, max(row.cached for row in rows))
+        if slots.seen is not None:
+            logits = penalise(logits, slots.seen[index], slots.penalty[index])
+        truncation = (slots.top_k[index], slots.top_p[index]) if any(row.request.sampling.truncates for row in rows) else ()
+        uniforms = slots.uniforms[index, slots.step[index]]
+        tokens, logprobs = self.decoder.ops.choose(logits, slots.temperature[index], uniforms, *truncation)
+        slots.sampled(index, tokens)
+        self.stats.steps += 1
+        return _Flight(rows, tokens, logprobs)
+
+    def _logits(self, index: torch.Tensor, longest: int) -> torch.Tensor:
+        slots = self.slots
+        position = slots.position[index]
+        batch = Batch(slots.table[index], position + 1, position, longest=longest, page=self.limits.page)
+        return self.decoder.next_logits(slots.last[index], self.cache, batch)
+
+    def _collect(self, scheduler: Scheduler, flight: _Flight) -> None:
+        """Read a step's results; rows that ended leave."""
+        for row, token, logprob in zip(flight.rows, flight.tokens.tolist(), flight.logprobs.tolist(), strict=True):
+            if row.reason:
+                self.stats.wasted += 1
+                continue
+            row.tokens.append(token)
+            row.logprobs.append(logprob)
+            reason = self._ended(row)
+            if reason:
+                scheduler.finish(row, reason)
+
+    def _ended(self, row: Row) -> str:
+        sampling, tokens = row.request.sampling, row.tokens
+        if tokens[-1] == self.eos_id:
+            return "eos"
+        if any(len(stop) <= len(tokens) and tuple(tokens[-len(stop) :]) == stop for stop in sampling.stop):
+            return "stop"
+        if sampling.stop_strings:
+            # A token is a byte or more: a stop text can't reach back farther than its bytes, and one cut character more.
+            tail = self.decode(tokens[-max(len(text.encode()) for text in sampling.stop_strings) - 4 :])
+            if any(text in tail for text in sampling.stop_strings):
+                return "stop"
+        return "length" if len(tokens) == sampling.max_new_tokens else ""
+
+    def _report(self, scheduler: Scheduler, began: float, quarter: float | None) -> None:
+        stats, end = self.stats, time.monotonic()
+        stats.tokens = sum(len(row.tokens) for row in scheduler.rows)
+        stats.preemptions, stats.seconds = scheduler.preemptions, end - began
+        stats.tail_share = (end - quarter) / stats.seconds if quarter else 0.0

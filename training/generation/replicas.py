@@ -1,0 +1,71 @@
+"""The engine on the trainer's ranks: weights moved in, requests divided over replicas, completions on every rank of the model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from training import parallel
+from training.generation import torch_ops
+from training.generation.bloom import BloomDecoder
+from training.generation.engine import Engine, Limits
+from training.generation.request import Completion, Request
+from training.generation.reshard import Resharder
+from training.model.bloom import Bloom, Interleaved
+from training.shape import BloomShape
+
+
+def operations(device_type: str):
+    """The engine's operations on a device."""
+    return torch_ops
+
+
+class Replicas:
+    """Generation by a model that is being trained, over ``tensor_parallel`` ranks each (0: as in training); PP is always 1.
+
+    A model-parallel group of TP x PP ranks makes TP x PP / ``tensor_parallel`` replicas, which divide its requests. Making one is
+    collective over all ranks. ``decode``: ids -> text, for stop strings.
+    """
+
+    def __init__(self, model: Bloom | Interleaved, shape: BloomShape, limits: Limits, eos_id: int, tensor_parallel: int = 0,
+                 decode: Callable[[list[int]], str] | None = None):
+        self.shape, self.limits, self.eos_id, self.decode = shape, limits, eos_id, decode
+        self.size = tensor_parallel or parallel_state.get_tensor_model_parallel_world_size()
+        self.resharder = Resharder(model, shape, self.size)
+        self.model_group = parallel_state.get_model_parallel_group()
+        self.report: dict[str, float] = {}
+        """Of the last call: see ``_measured``."""
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """Completions in the requests' order, on every rank of the model-parallel group, each of which gives the same requests."""
+        began = time.monotonic()
+        decoder = BloomDecoder(self.shape, self.resharder.weights(), operations(parallel.device().type), self.resharder.group)
+        reshard_seconds = time.monotonic() - began
+        engine = Engine(decoder, self.limits, self.eos_id, self.decode)
+        mine = self._assigned(requests)[self.resharder.member // self.size]
+        made = engine.generate([requests[index] for index in mine]) if mine else []
+        gathered: list = [None] * self.model_group.size()
+        dist.all_gather_object(gathered, (mine, made, engine.stats), group=self.model_group)
+        self.report = self._measured([stats for _, _, stats in gathered[:: self.size]], reshard_seconds)
+        completions = dict(pair for indices, results, _ in gathered for pair in zip(indices, results, strict=True))
+        return [completions[index] for index in range(len(requests))]
+
+    def _assigned(self, requests: Sequence[Request]) -> list[list[int]]:
+        """Indices of each replica's requests: prompts in turn, those that are equal together."""
+        count = self.model_group.size() // self.size
+        prompts: dict[tuple[int, ...], int] = {}
+        assigned: list[list[int]] = [[] for _ in range(count)]
+        for index, request in enumerate(requests):
+            assigned[prompts.setdefault(tuple(request.prompt), len(prompts)) % count].append(index)
+        return assigned
+
+    def _measured(self, stats: list, reshard_seconds: float) -> dict[str, float]:
+        """Means and sums over this model's replicas."""
+        longest = max(stats, key=lambda one: one.seconds)
+        return {"rollout_tokens_per_second": sum(one.tokens for one in stats) / max(longest.seconds, 1e-9),
+                "seconds_prefill": longest.prefill_seconds, "seconds_decode": longest.decode_seconds, "seconds_reshard": reshard_seconds,
+                "reshard_gb": self.resharder.received_bytes / 1e9, "cache_gb": longest.cache_gb,
+                "preemptions": float(sum(one.preemptions for one in stats)), "rollout_tail_share": longest.tail_share}
