@@ -100,6 +100,8 @@ class TrainerConfig:
     """Seed of data order, initialisation and sampling."""
     precision: str = "bf16"
     """"bf16" (fp32 master weights, fp32 gradient reduction) or "fp32"."""
+    optimizer_precision: str = "fp32"
+    """"fp32" (weights and Adam's moments: 18 bytes a parameter under bf16) or "bf16" (12: weights still exact, moments rounded)."""
     tensor_parallel: int = 1
     """Ranks that share each layer."""
     pipeline_parallel: int = 1
@@ -150,6 +152,7 @@ class TrainerConfig:
 
     def __post_init__(self):
         one_of(self, "precision", ("bf16", "fp32"))
+        one_of(self, "optimizer_precision", ("fp32", "bf16"))
         one_of(self, "schedule", ("cosine", "linear", "constant"))
         one_of(self, "recompute", ("none", "selective", "full"))
         one_of(self, "attention", ("auto", "flash", "te", "flex", "sdpa"))
@@ -168,6 +171,8 @@ class TrainerConfig:
                              f"micro_batch_size = {self.micro_batch_size}")
         if self.warmup_iterations >= self.iterations and self.warmup_iterations:
             raise ValueError(f"warmup_iterations = {self.warmup_iterations}: expected fewer than iterations = {self.iterations}")
+        if self.optimizer_precision == "bf16" and self.precision != "bf16":
+            raise ValueError(f'optimizer_precision = "bf16" needs precision = "bf16", not "{self.precision}"')
         if self.sequence_parallel and self.tensor_parallel == 1:
             raise ValueError("sequence_parallel = true needs tensor_parallel > 1; set sequence_parallel = false")
         if self.context_parallel != 1:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from unittest import mock
 
 import megatron.core.optimizer as mcore_optimizer
 import torch
+import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
+from megatron.core.optimizer.optimizer import param_group_identifier_keys
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from training.adamw import SplitAdamW
 from training.config import TrainerConfig
 
 
@@ -29,15 +33,90 @@ class ReshardableOptimizer(DistributedOptimizer):
     It also restores torch's Adam, which keeps ``step`` per parameter: megatron-core expects Apex's or Transformer Engine's, which
     keep it once a group, and raises or gives all parameters one shared tensor that then grows by the number of parameters a
     step, silently (distrib_optimizer.py lines 642, 825, 940).
+
+    And its step asks the GPU nothing: gradients stay sums, ``scale`` (one number on the device, 1 / tokens) and the clipping factor are
+    applied while they are read, and the norm comes back as a tensor.
     """
+
+    scale: torch.Tensor | None = None
+    """What the gradients are to be multiplied by; None = 1."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.is_stub_optimizer or not isinstance(self.optimizer, SplitAdamW):
+            return
+        numbers = {parameter: (index << 20) + number for index, buffer in enumerate(self.buffers)
+                   for number, parameter in enumerate(buffer.params)}
+        for parameter, owned in self._owned():
+            group, order = self.model_param_group_index_map[parameter]
+            self.optimizer.param_groups[group]["params"][order].place = (numbers[parameter], owned["param"].start)
+
+    @torch.no_grad()
+    def step(self):
+        """Update the weights -> (True, the gradients' norm (), None). The norm is that of the scaled gradients, before clipping."""
+        self.prepare_grads()
+        grads = self.get_main_grads_for_grad_norm()
+        square = torch.zeros((), device=torch.cuda.current_device())
+        if grads:
+            square += torch.stack(torch._foreach_norm(grads, 2, torch.float32)).square().sum()
+        dist.all_reduce(square, group=self.get_grad_stats_parallel_group())
+        scale = torch.ones_like(square) if self.scale is None else self.scale
+        norm = square.sqrt() * scale
+        if not self.is_stub_optimizer:
+            self._apply(scale * (self.config.clip_grad / (norm + 1e-6)).clamp(max=1.0))
+        self.step_with_ready_grads()
+        return True, norm, None
+
+    def _apply(self, factor: torch.Tensor) -> None:
+        """Have the update multiply all gradients by ``factor``."""
+        if isinstance(self.optimizer, SplitAdamW):
+            self.optimizer.factor = factor
+        elif self.optimizer.defaults.get("fused"):
+            self.optimizer.grad_scale, self.optimizer.found_inf = 1 / factor, torch.zeros_like(factor)
+        else:
+            torch._foreach_mul_([parameter.grad for parameter in self.get_parameters()], factor)
+
+    def _owned(self):
+        """(parameter, ranges) of each parameter of which this rank owns elements."""
+        buckets = (bucket for maps in self.gbuf_ranges for buckets in maps.values() for bucket in buckets)
+        return (item for bucket in buckets for item in bucket["param_map"].items())
+
+    def _init_optimizer_states_with_dummy_values(self):
+        """megatron-core steps with gradients of zero, which takes their memory once more."""
+        if isinstance(self.optimizer, SplitAdamW):
+            self.optimizer.initialise()
+        elif HAVE_APEX_OR_TE:
+            super()._init_optimizer_states_with_dummy_values()
+        else:
+            where = torch.cuda.current_device() if self.optimizer.defaults.get("fused") else "cpu"
+            for parameter in self.get_parameters():
+                self.optimizer.state[parameter] = {"step": torch.zeros((), device=where), "exp_avg": torch.zeros_like(parameter),
+                                                   "exp_avg_sq": torch.zeros_like(parameter)}
+
+    def _get_main_param_and_optimizer_states(self, model_param):
+        if not isinstance(self.optimizer, SplitAdamW):
+            return super()._get_main_param_and_optimizer_states(model_param)
+        group, order = self.model_param_group_index_map[model_param]
+        return self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
 
     def sharded_state_dict(self, model_sharded_state_dict, is_loading=False, **_):
         if is_loading and not self.optimizer.state:
             self._init_optimizer_states_with_dummy_values()
         return {**self.state_dict(), "param_state": dict(self._boxes(model_sharded_state_dict))}
 
+    def state_dict(self):
+        if not isinstance(self.optimizer, SplitAdamW):
+            return super().state_dict()
+        return {"optimizer": {"param_groups": [{name: value for name, value in group.items() if name != "params"}
+                                               for group in self.optimizer.param_groups]}}
+
     def load_state_dict(self, state_dict):
         """Groups and steps; the tensors of ``param_state`` are this optimizer's own and were filled by the load."""
+        if isinstance(self.optimizer, SplitAdamW):
+            saved = {_kind(group): group for group in state_dict["optimizer"]["param_groups"]}
+            for group in self.optimizer.param_groups:
+                group.update(saved[_kind(group)])
+            return
         super().load_state_dict({name: value for name, value in state_dict.items() if name != "param_state"})
         if not HAVE_APEX_OR_TE:
             for state in self.optimizer.state.values():
@@ -46,8 +125,7 @@ class ReshardableOptimizer(DistributedOptimizer):
     def _boxes(self, model_sharded_state_dict):
         """(name, ShardedTensor) of each box of each state that this rank owns; their data are views of the optimizer's tensors."""
         described = {tensor.data: tensor for tensor in nested_values(model_sharded_state_dict) if isinstance(tensor, ShardedTensor)}
-        buckets = (bucket for maps in self.gbuf_ranges for buckets in maps.values() for bucket in buckets)
-        for parameter, owned in (item for bucket in buckets for item in bucket["param_map"].items()):
+        for parameter, owned in self._owned():
             like, start, stop = described[parameter], owned["param"].start, owned["param"].end
             for state, values in self._get_main_param_and_optimizer_states(parameter).items():
                 if state == "step":
@@ -58,6 +136,11 @@ class ReshardableOptimizer(DistributedOptimizer):
                     yield f"{like.key}.{like.global_offset}.{state}.{number}", _box(
                         like, f"optimizer.state.{state}.{like.key}", values.detach()[position : position + count], offset, size)
                     position += count
+
+
+def _kind(group: dict) -> tuple:
+    """What tells parameter groups apart: megatron-core's multipliers of rate and decay."""
+    return tuple(group[name] for name in param_group_identifier_keys)
 
 
 def boxes(shape: tuple[int, ...], start: int, stop: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -90,18 +173,28 @@ def _box(like: ShardedTensor, key: str, values: torch.Tensor, offset: tuple[int,
 
 
 def make_optimizer(parts: list[DistributedDataParallel], trainer: TrainerConfig, lr: float):
-    """AdamW over fp32 master weights, state sharded over data-parallel ranks; no decay on biases and norms. ``lr`` is the peak."""
+    """AdamW over fp32 weights (training.adamw's under optimizer_precision "bf16"), state sharded over data-parallel ranks; no decay on
+    biases and norms. ``lr`` is the peak."""
     dtype = torch.bfloat16 if trainer.precision == "bf16" else torch.float32
     config = OptimizerConfig(
         optimizer="adam", lr=lr, min_lr=trainer.min_lr, weight_decay=trainer.weight_decay, adam_beta1=trainer.adam_beta1,
         adam_beta2=trainer.adam_beta2, adam_eps=trainer.adam_eps, clip_grad=trainer.clip_grad, use_distributed_optimizer=True,
         bf16=dtype == torch.bfloat16, params_dtype=dtype)
-    with mock.patch.object(mcore_optimizer, "DistributedOptimizer", ReshardableOptimizer):
-        if torch.cuda.is_available() and not HAVE_APEX_OR_TE:
-            # megatron-core looks AdamW up at call time and passes no ``fused``: 58 -> 35 ms a step at 1b7 on an H200.
-            with mock.patch.object(torch.optim, "AdamW", functools.partial(torch.optim.AdamW, fused=True)):
-                return get_megatron_optimizer(config, parts, get_standard_config_overrides(config))
-        return get_megatron_optimizer(config, parts, get_standard_config_overrides(config))
+    split = trainer.optimizer_precision == "bf16"
+    # megatron-core then leaves the weights to the optimizer. Its own switch asks for Transformer Engine when the object is made.
+    config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = split
+    with contextlib.ExitStack() as patches:
+        patches.enter_context(mock.patch.object(mcore_optimizer, "DistributedOptimizer", ReshardableOptimizer))
+        # megatron-core looks Adam up at call time, and passes torch's no ``fused``: 58 -> 35 ms a step at 1b7 on an H200.
+        if split:
+            patches.enter_context(mock.patch.object(mcore_optimizer, "USING_PYTORCH_OPTIMIZER", True))
+            patches.enter_context(mock.patch.object(torch.optim, "AdamW", SplitAdamW))
+        elif torch.cuda.is_available() and not HAVE_APEX_OR_TE:
+            patches.enter_context(mock.patch.object(torch.optim, "AdamW", functools.partial(torch.optim.AdamW, fused=True)))
+        made = get_megatron_optimizer(config, parts, get_standard_config_overrides(config))
+    assert len(made.chained_optimizers) == 1, "a dense model has one optimizer"
+    made.step = made.chained_optimizers[0].step  # the chain's own computes and applies the norm with the host in between
+    return made
 
 
 def make_schedule(optimizer, trainer: TrainerConfig, lr: float, steps: int, warmup_steps: int) -> OptimizerParamScheduler:

@@ -58,7 +58,7 @@ class Learner:
             print(f"{layout} on {parallel.device().type}, {trainer.precision}; {describe(model.config.alibi_backend)}; "
                   f"recompute: {trainer.recompute}", flush=True)
         # Without these no gradient is reduced over ranks, and nothing complains.
-        model.config.finalize_model_grads_func = finalize_model_grads
+        model.config.finalize_model_grads_func = self._reduce
         model.config.grad_scale_func = self.optimizer.scale_loss
 
     def step(self, micro_batches: list[Batch], objective: Objective) -> dict[str, float]:
@@ -71,14 +71,21 @@ class Learner:
             part.train()
         self.optimizer.zero_grad()
         sums = _schedule(self.wrapped, micro_batches, partial(_loss, objective), forward_only=False)
-        metrics = _means(sums, objective.names)
-        if not all(map(math.isfinite, metrics.values())):
-            raise FloatingPointError(f"not finite: {metrics}")
         self.schedule.step(1)
         _, grad_norm, _ = self.optimizer.step()
+        # The host waits for the GPU here and nowhere before: all of the step is queued. After an error nothing is saved.
+        metrics, grad_norm = _means(sums, objective.names), grad_norm.item()
+        if not all(map(math.isfinite, metrics.values())):
+            raise FloatingPointError(f"not finite: {metrics}")
         if not math.isfinite(grad_norm):
             raise FloatingPointError(f"gradient norm = {grad_norm}, {metrics}")
-        return {**metrics, "lr": self.optimizer.param_groups[0]["lr"], "grad_norm": float(grad_norm)}
+        return {**metrics, "lr": self.optimizer.param_groups[0]["lr"], "grad_norm": grad_norm}
+
+    def _reduce(self, model: list, tokens: torch.Tensor, **kwargs) -> None:
+        """Sum the gradients over ranks. They stay sums over tokens: the optimizer divides by ``tokens``, this rank's, while it reads them
+        (megatron-core asks whether there are any, for which the host waits, and goes through all gradients once more)."""
+        finalize_model_grads(model, None, **kwargs)
+        self.optimizer.chained_optimizers[0].scale = 1 / parallel.sum_over_data(parallel.from_last_stage(tokens)).clamp(min=1).float()
 
 
 @torch.no_grad()
