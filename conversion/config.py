@@ -29,6 +29,10 @@ class ConvertConfig:
                 raise ValueError(f"{name} = {getattr(self, name)}: expected at least 1")
 
 
+FOLDERS = {"sft": "model", "dpo": "model", "rlhf": "policy", "reward": "model", "value": "value"}
+"""Name of each model that can be exported -> name of its folder in the stage's checkpoint."""
+
+
 @dataclass(frozen=True)
 class ExportPaths:
     output: str
@@ -55,9 +59,9 @@ class ExportConfig:
     """"bf16", "fp16", "fp32", or "" for the data type of the starting checkpoint."""
 
     def __post_init__(self):
-        unknown = self.paths.checkpoints.keys() - {"sft", "rlhf", "reward", "value"}
+        unknown = self.paths.checkpoints.keys() - set(FOLDERS)
         if unknown:
-            raise ValueError(f"paths.checkpoints.{min(unknown)}: expected sft, rlhf, reward or value")
+            raise ValueError(f"paths.checkpoints.{min(unknown)}: expected one of {', '.join(FOLDERS)}")
         if self.dtype not in ("", "bf16", "fp16", "fp32"):
             raise ValueError(f'dtype = {self.dtype!r}: expected "bf16", "fp16", "fp32" or "" (as the starting checkpoint)')
         if not self.max_shard_gb > 0:

@@ -19,7 +19,7 @@ import torch
 
 from conversion import classifier, huggingface, torch_dist, work
 from conversion.command import main
-from conversion.config import ExportConfig, ExportPaths
+from conversion.config import FOLDERS, ExportConfig, ExportPaths
 from conversion.intact import Intact
 from conversion.tensors import Stored, raw
 from conversion.weights import head_of, stored_name
@@ -32,8 +32,6 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
              "tokenizer.model", "chat_template.jinja")
 COPIED = ("config.json", "generation_config.json", *TOKENIZER)
-FOLDERS = {"sft": "model", "rlhf": "policy", "reward": "model", "value": "value"}
-"""Name of the model's folder in each stage's checkpoint."""
 
 
 def export(config: ExportConfig) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import time
 
 from launcher import jobs, local, probe, sbatch, state
-from launcher.pipeline import STAGES
 from launcher.run import Failed, Run, is_alive
 
 CANCEL_S = 90
@@ -29,7 +28,7 @@ def cancel(run: Run) -> str:
     said += _lone_supervisors(run)
     if run.uses_slurm():
         said += _jobs(run, before)
-    working = [words(before[name]) for name in STAGES if before[name].state in state.ACTIVE]
+    working = [words(before[name]) for name in run.stages if before[name].state in state.ACTIVE]
     if not said:
         return "nothing is running or queued"
     left = [row.stage for row in state.look(run).stages if row.state in state.ACTIVE]
@@ -50,7 +49,7 @@ def words(row: state.StageState) -> str:
 def _lone_supervisors(run: Run) -> list[str]:
     """Stop supervisors that were started by hand, without a runner or a job."""
     said = []
-    for name in STAGES:
+    for name in run.stages:
         status = run.status(name)
         if status["state"] == "running" and status["job"] is None and local.here(status) and is_alive(status):
             local.end(status)

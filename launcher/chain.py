@@ -6,7 +6,7 @@ from pathlib import Path
 
 from launcher import jobs, manifest, sbatch, secrets, submission
 from launcher.config import Profile, build_plain
-from launcher.pipeline import STAGES, Stage
+from launcher.pipeline import Stage
 from launcher.resume import descendants, move_stale_aside
 from launcher.run import Failed, Run, write_text
 
@@ -40,18 +40,18 @@ def missing(run: Run, stages: list[Stage]) -> tuple[list[Stage], dict[str, jobs.
     A job whose stage has failed is ending, and jobs that wait for it will be cancelled by Slurm within a second: they
     are cancelled now and replaced, as is one that can never start. One that is only held is let go.
     """
-    left = {stage.name for stage in manifest.left(run, list(STAGES.values()))}
+    left = {stage.name for stage in manifest.left(run, list(run.stages.values()))}
     alive = {name: job for name, job in jobs.of_run(run).items() if job.alive and name in left and not _ending(run, name, job)}
     todo = {stage.name for stage in stages if stage.name in left and (stage.name not in alive or alive[stage.name].stuck)}
     for name in list(todo):
-        todo |= {stage.name for stage in descendants(STAGES[name]) if stage.name in alive and alive[stage.name].pending}
+        todo |= {stage.name for stage in descendants(run, run.stages[name]) if stage.name in alive and alive[stage.name].pending}
     replaced = [alive.pop(name).handle for name in todo & set(alive)]
     if replaced:
         sbatch.cancel(replaced)
     held = [job.handle for job in alive.values() if job.reason == "JobHeldUser"]
     if held:  # a controller that crashed may have forgotten that we released it
         sbatch.release(held)
-    chain = [stage for stage in STAGES.values() if stage.name in todo]
+    chain = [stage for stage in run.stages.values() if stage.name in todo]
     lacking = [parent for stage in chain for parent in stage.parents if parent in left and parent not in todo and parent not in alive]
     if lacking:
         raise Failed(f"{lacking[0]} of {run.folder} is neither done nor queued; queue it and what follows with: "

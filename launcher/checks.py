@@ -8,7 +8,7 @@ from pathlib import Path
 
 from launcher import cluster, container, inputs, memory, storage
 from launcher.config import Profile, StageResources, build_plain
-from launcher.pipeline import STAGES, Stage, model_folder, stage_config
+from launcher.pipeline import Graph, Stage, model_folder, stage_config
 from training.config import ModelConfig, RewardConfig
 from training.settings import ConfigError
 from training.shape import BloomShape
@@ -30,7 +30,7 @@ class Checked:
     warnings: list[str] = field(default_factory=list)
 
 
-def check(run: Path, tables: dict, stages: list[Stage], profile: Profile) -> Checked:
+def check(run: Path, tables: dict, graph: Graph, stages: list[Stage], profile: Profile) -> Checked:
     """Raise ConfigError with every mistake in what the selected stages would run with, each with its fix."""
     found = Mistakes()
     model, data = build_plain("model", tables["model"]), build_plain("data", tables["data"])
@@ -38,15 +38,16 @@ def check(run: Path, tables: dict, stages: list[Stage], profile: Profile) -> Che
     folder = Path(model_folder(run, tables))
     words = found.of(lambda: inputs.check_data(data.source, data.skip_bad_rows))
     shape, weights_gb = found.of(lambda: _model(model, folder)) or (None, 0.0)
-    found.of(lambda: _reward_iteration(stage_config(run, tables, "reward")))
+    if "reward" in graph:
+        found.of(lambda: _reward_iteration(stage_config(run, tables, graph, "reward")))
     estimates, disk, warnings = {}, {}, []
     for stage in stages:
-        asked, config = getattr(resources, stage.name), stage_config(run, tables, stage.name)
+        asked, config = getattr(resources, stage.name), stage_config(run, tables, graph, stage.name)
         found.of(lambda: cluster.check_fits(profile, stage.name, asked))  # noqa: B023 - called at once
         if stage.trainer:
             divides = found.of(lambda: _data_parallel(stage.name, config, asked))  # noqa: B023
         if shape and (stage.trainer or stage.name == "convert"):
-            laid_out = found.of(lambda: _layout(stage.name, shape, config))  # noqa: B023
+            laid_out = found.of(lambda: _layout(stage, shape, config))  # noqa: B023
         if shape and stage.trainer and divides and laid_out:
             estimates[stage.name] = memory.estimate(shape, config, asked.ranks)
             if profile.gpu_memory_gb and asked.gpus_per_node and profile.device != "cpu":
@@ -102,13 +103,13 @@ def _data_parallel(stage: str, config, asked) -> int:
         raise ConfigError(f"{stage}: {error} (resources.{stage}: {asked.nodes} nodes x {asked.ranks_per_node} ranks)") from None
 
 
-def _layout(stage: str, shape: BloomShape, config) -> bool:
+def _layout(stage: Stage, shape: BloomShape, config) -> bool:
     """True. Heads, layers and vocabulary are divided by TP and PP; the vocabulary is padded to fit."""
     try:
-        virtual = config.virtual_pipeline if STAGES[stage].trainer else 1
+        virtual = config.virtual_pipeline if stage.trainer else 1
         shape.check_layout(config.tensor_parallel, config.pipeline_parallel, virtual)
     except ConfigError as error:
-        raise ConfigError(f"{stage}.{error}; with --set {stage}.KEY=VALUE, and resources.{stage} to match") from None
+        raise ConfigError(f"{stage.name}.{error}; with --set {stage.name}.KEY=VALUE, and resources.{stage.name} to match") from None
     return True
 
 
@@ -116,7 +117,8 @@ def _disk_gb(stage: Stage, config, shape: BloomShape, weights_gb: float) -> floa
     """Most that a stage has on disk at once: kept checkpoints and the one being written, or the models that it exports."""
     if stage.trainer:
         return storage.checkpoints(config) * storage.checkpoint_gb(config, shape.parameters())
-    return {"convert": 1, "export": 4, "mtbench": 0}[stage.name] * weights_gb
+    models = len(config.paths.checkpoints) if stage.name == "export" else stage.name == "convert"
+    return models * weights_gb
 
 
 def _reward_iteration(reward: RewardConfig) -> None:
@@ -133,12 +135,12 @@ def _reward_iteration(reward: RewardConfig) -> None:
                           f"{len(saved)} checkpoints are kept; set --set reward.keep_checkpoints={needed}")
 
 
-def check_parents(stages: list[Stage], done: set[str]) -> None:
+def check_parents(graph: Graph, stages: list[Stage], done: set[str]) -> None:
     """ConfigError when a selected stage needs one that is neither done nor selected before it."""
     coming = set(done)
     for stage in stages:
         missing = [parent for parent in stage.parents if parent not in coming]
         if missing:
             raise ConfigError(f"{stage.name} starts from {' and '.join(missing)}, not DONE in this run; "
-                              f"submit full-pipeline --until {stage.name}, or {missing[0]} first (order: {' -> '.join(STAGES)})")
+                              f"submit full-pipeline --until {stage.name}, or {missing[0]} first (order: {' -> '.join(graph)})")
         coming.add(stage.name)

@@ -10,11 +10,11 @@ from pathlib import Path
 import click
 
 from launcher import completion
-from launcher.pipeline import FULL, STAGES
+from launcher.pipeline import FULL, NAMES, PIPELINES, PPO
 from training.settings import ConfigError
 
-TARGETS = click.Choice([FULL, *STAGES])
-STAGE = click.Choice(list(STAGES))
+TARGETS = click.Choice([FULL, *NAMES])
+STAGE = click.Choice(NAMES)
 
 
 class Commands(click.Group):
@@ -41,11 +41,12 @@ class Commands(click.Group):
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 def main():
-    """Convoy: RLHF on Slurm. From a Hugging Face BLOOM checkpoint through SFT, reward model and PPO to an evaluation report.
+    """Convoy: RLHF on Slurm. From a Hugging Face BLOOM checkpoint through SFT, reward model and PPO, or DPO, to an evaluation report.
 
     \b
     What is here:                doctor
     Try it on this machine:      submit full-pipeline --wait
+    DPO instead of PPO:          submit full-pipeline --pipeline dpo --name dpo
     See what would run:          plan full-pipeline --recipe bloom-7b1 --profile a100
     On a cluster:                submit full-pipeline --recipe bloom-7b1 --profile a100
     Then:                        status RUN, watch RUN, logs RUN -f, report RUN
@@ -66,6 +67,8 @@ def main():
 def plan_options(command):
     """Options that choose what runs, with what, where; the command gets the checked Plan as ``made``."""
     @click.argument("target", type=TARGETS)
+    @click.option("--pipeline", type=click.Choice(list(PIPELINES)),
+                  help=f"How preferences are learnt.  [default: the run's, else the first that has the stage: {PPO}]")
     @click.option("--recipe", default="bloom-tiny", show_default=True, shell_complete=completion.recipes,
                   help="Starting point: a file of launcher/recipes, without .toml.")
     @click.option("--config", "files", multiple=True, type=click.Path(dir_okay=False, path_type=Path),
@@ -81,13 +84,13 @@ def plan_options(command):
     @click.option("--sweep", "sweeps", multiple=True, metavar="SECTION.KEY=VALUE,VALUE", shell_complete=completion.keys,
                   help="A run for each value, RUN/0, RUN/1, ...; repeated, for each combination. One job array a stage.")
     @functools.wraps(command)
-    def wrapped(target, recipe, files, sets, name, runs, profile, first, last, sweeps, **rest):
+    def wrapped(target, pipeline, recipe, files, sets, name, runs, profile, first, last, sweeps, **rest):
         from launcher import cluster, submit
 
         chosen = cluster.choose(profile)
 
         def make(more, name, runs):
-            return submit.plan(target, recipe, list(files), [*sets, *more], name, runs, chosen, first, last)
+            return submit.plan(target, recipe, list(files), [*sets, *more], name, runs, chosen, first, last, pipeline)
 
         if not sweeps:
             return command(make([], recipe if name is None else name, runs), **rest)
@@ -145,6 +148,7 @@ def submit(context, made, wait, dry_run):
       submit full-pipeline --recipe bloom-7b1 --profile a100 --set model.checkpoint=models/bloom-7b1
       submit full-pipeline --set data.source=harmless-base.test.jsonl.gz --name hh
       submit full-pipeline --until reward                           a part of the chain
+      submit full-pipeline --pipeline dpo --name dpo                sft, then dpo on the pairs: neither reward model nor rlhf
       submit rlhf --name hh                                         one stage
       submit full-pipeline --name lr --sweep sft.lr=1e-5,2e-5       a run for each value: runs/lr/0, runs/lr/1
     The same command again goes on with what is left, and starts nothing twice.
@@ -238,7 +242,7 @@ def watch(context, runs):
 
 @main.command(short_help="All ranks' lines in order of time.")
 @run_argument
-@click.argument("stage", type=click.Choice([*STAGES, "all"]), required=False)
+@click.argument("stage", type=click.Choice([*NAMES, "all"]), required=False)
 @click.option("-f", "--follow", is_flag=True, help="Wait for more until the stage has ended; without STAGE through all that follow.")
 @click.option("--rank", "ranks", default="", metavar="RANKS", help="Only these: 3, 0-7,12, launcher (the supervisor), srun, slurm.")
 @click.option("--errors", is_flag=True, help="Only lines that look like errors, and whole tracebacks.")
@@ -295,7 +299,7 @@ def resume(context, runs, first, iteration, files, sets, profile, take_over, yes
     for run in runs:
         for line in resume.take_up(run, wish, functools.partial(_agree, yes)):
             click.echo(line)
-    context.exit(plan.go_on(runs, list(STAGES.values()), wait))
+    context.exit(plan.go_on(runs, wait))
 
 
 @main.command(short_help="Stop a run.")

@@ -15,7 +15,7 @@ from pathlib import Path
 from conversion.config import ConvertConfig, ExportConfig
 from eval.config import MTBenchConfig
 from launcher.profile import Profile
-from training.config import DataConfig, ModelConfig, PPOConfig, RewardConfig, SFTConfig
+from training.config import DataConfig, DPOConfig, ModelConfig, PPOConfig, RewardConfig, SFTConfig
 from training.settings import ConfigError, build
 
 if sys.version_info >= (3, 11):
@@ -62,6 +62,7 @@ class StageResources:
     sft: Resources = Resources()
     reward: Resources = Resources()
     rlhf: Resources = Resources()
+    dpo: Resources = Resources()
     export: Resources = Resources(gpus_per_node=0)
     mtbench: Resources = Resources()
 
@@ -72,7 +73,7 @@ class StageResources:
 
 
 SECTIONS = {"model": ModelConfig, "data": DataConfig, "convert": ConvertConfig, "sft": SFTConfig, "reward": RewardConfig,
-            "rlhf": PPOConfig, "export": ExportConfig, "mtbench": MTBenchConfig, "resources": StageResources}
+            "rlhf": PPOConfig, "dpo": DPOConfig, "export": ExportConfig, "mtbench": MTBenchConfig, "resources": StageResources}
 
 
 def read_toml(path: Path) -> dict:

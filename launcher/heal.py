@@ -10,7 +10,7 @@ from pathlib import Path
 
 from launcher import jobs, local, manifest, probe, state
 from launcher.manifest import Refused
-from launcher.pipeline import STAGES, Stage
+from launcher.pipeline import Stage
 from launcher.run import Busy, Run, lock
 from launcher.submit import write_stage_config
 from training.settings import ConfigError
@@ -27,7 +27,7 @@ def heal(run: Run) -> list[str]:
     A damaged checkpoint is left to the stage's supervisor: it goes on from the newest whole one.
     """
     said = _orphans(run)
-    for stage in STAGES.values():
+    for stage in run.stages.values():
         said += _unreadable(run, stage) or _lost_manifest(run, stage)
     return said + _refused_parents(run)
 
@@ -52,7 +52,7 @@ def take_over(run: Run) -> list[str]:
     who = [f"process {runner['pid']} on {runner['host']}"] if runner else []
     who += [f"job {job} ({stage})" for stage, job in dead.items()]
     run.record("taken over", host=runner and runner["host"], pid=runner and runner["pid"], jobs=list(dead.values()), by=getpass.getuser())
-    for name in STAGES:
+    for name in run.stages:
         if run.status(name)["state"] in ("running", "requeued"):
             run.write_status(name, state="failed", cause=f"declared dead by resume --take-over: {', '.join(who)}", ended=time.time(),
                              **{"class": "node failure"})
@@ -86,7 +86,7 @@ def _silent_jobs(run: Run) -> dict[str, int]:
 
 def _last_write(run: Run) -> float:
     """When a stage that is not done wrote last."""
-    paths = [path for name in STAGES if not _is_done(run, name) for path in
+    paths = [path for name in run.stages if not _is_done(run, name) for path in
              (run.stage(name) / "metrics.jsonl", run.stage(name) / "latest", *(run.stage(name) / "logs").glob("*"))]
     return max((path.stat().st_mtime for path in paths if path.exists()), default=0.0)
 
@@ -149,19 +149,19 @@ def _lost_manifest(run: Run, stage: Stage) -> list[str]:
 def _refused_parents(run: Run) -> list[str]:
     """A child that refused to start from a parent's outputs: the parent is not done any more if they are still not what they were."""
     said = []
-    for stage in manifest.left(run, list(STAGES.values())):
+    for stage in manifest.left(run, list(run.stages.values())):
         if run.status(stage.name).get("class") != "refused":
             continue
         for parent in stage.parents:
             if not _is_done(run, parent):
                 continue
             try:
-                manifest.verify(run, STAGES[parent])
+                manifest.verify(run, run.stages[parent])
             except Refused as reason:
-                if STAGES[parent].trainer:  # it goes on from its newest whole checkpoint
+                if run.stages[parent].trainer:  # it goes on from its newest whole checkpoint
                     run.record("rewound", stage=parent, iteration=run.iteration(parent))
                     run.set_aside(run.stage(parent) / "DONE.json")
                 else:
-                    begin_again(run, STAGES[parent])
+                    begin_again(run, run.stages[parent])
                 said.append(f"{parent} runs again: {reason}")
     return said

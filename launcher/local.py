@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from launcher.pipeline import STAGES, Stage
+from launcher.pipeline import Stage
 from launcher.ranks import die_with_parent
 from launcher.run import Run, is_alive, this_process
 from training.settings import ConfigError
@@ -105,7 +105,8 @@ def _supervised(run: Run, stage: Stage, tick: Callable[[], None]) -> int:
 
 def main(arguments: list[str]) -> int:
     try:
-        return run_stages(Run.open(Path(arguments[0])), [STAGES[name] for name in arguments[1:]])
+        run = Run.open(Path(arguments[0]))
+        return run_stages(run, [run.stages[name] for name in arguments[1:]])
     except KeyboardInterrupt:
         return 130
 

@@ -19,7 +19,6 @@ from pathlib import Path
 
 from launcher import state
 from launcher.collapse import Group, Groups, Line, collapsed, ranges
-from launcher.pipeline import STAGES
 from launcher.run import Run
 from training.settings import ConfigError
 
@@ -39,7 +38,7 @@ def attempts(run: Run, stage: str) -> list[Path]:
 
 def newest_stage(run: Run) -> str:
     """The stage whose log was written last; ConfigError when none has begun."""
-    written = {name: paths[-1].stat().st_mtime for name in STAGES if (paths := attempts(run, name) or _others(run, name))}
+    written = {name: paths[-1].stat().st_mtime for name in run.stages if (paths := attempts(run, name) or _others(run, name))}
     if not written:
         raise ConfigError(f"no stage of {run.folder} has written a log yet; status {run.folder} says what it waits for")
     return max(written, key=lambda name: written[name])
@@ -77,7 +76,7 @@ class Choice:
 def show(run: Run, stage: str | None, attempt: str = "", choice: Choice | None = None, last: int = 0) -> Iterator[str]:
     """Lines to print of one stage, of the newest one (None) or of "all"; ``attempt``: "" the newest, a number, or "all"; ``last``: only
     so many from the end. ConfigError where there is none yet, or no such attempt."""
-    names = list(STAGES) if stage == "all" else [stage or newest_stage(run)]
+    names = list(run.stages) if stage == "all" else [stage or newest_stage(run)]
     if stage != "all":
         _check(run, names[0], attempt)
     lines = heapq.merge(*(_stage_lines(run, name, attempt) for name in names), key=lambda line: line.stamp)
@@ -89,8 +88,8 @@ def follow(run: Run, stage: str | None, choice: Choice | None = None, last: int 
     """Lines of a stage's newest attempt and those still to come, until the stage has ended. Without a stage (or for "all"): of the
     newest one (of all), then of those that follow, until the run has ended."""
     several, choice, groups = stage in (None, "all"), choice or Choice(), Groups()
-    tails = Tails(run, list(STAGES) if several else [stage])
-    begun = [name for name in STAGES if attempts(run, name) or _others(run, name)]
+    tails = Tails(run, list(run.stages) if several else [stage])
+    begun = [name for name in run.stages if attempts(run, name) or _others(run, name)]
     tails.skip([stage] if not several else begun if stage == "all" else [newest_stage(run)] if begun else [])
     first = True
     for lines in tails.follow(None if several else stage):

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from launcher import hashes
-from launcher.pipeline import STAGES, Stage, remaining
+from launcher.pipeline import Stage, remaining
 from launcher.run import Run, hash_of, iteration_folder, write_json
 from training.checksums import NAME, digests
 
@@ -119,13 +119,13 @@ def _touched(path: Path) -> list[int]:
 def left(run: Run, stages: list[Stage]) -> list[Stage]:
     """Those of ``stages`` that are not done, judged by the manifests."""
     manifests = {}
-    for name in STAGES:
+    for name, stage in run.stages.items():
         if (run.stage(name) / "DONE.json").exists():
             manifest = read(run, name)
             # What is made from a checkpoint is made again where it was lost; a lost checkpoint is the child's to refuse, by name.
-            if STAGES[name].checkpoints or all((run.folder / output).is_file() for output in manifest["outputs"]):
+            if stage.checkpoints or all((run.folder / output).is_file() for output in manifest["outputs"]):
                 manifests[name] = manifest
-    return remaining(stages, {name: manifest["identity"] for name, manifest in manifests.items()},
+    return remaining(run.stages, stages, {name: manifest["identity"] for name, manifest in manifests.items()},
                      {name: manifest["parents"] for name, manifest in manifests.items()})
 
 

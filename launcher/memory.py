@@ -22,7 +22,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from launcher.config import Profile, Resources
-from training.config import PPOConfig, SFTConfig, TrainerConfig
+from training.config import PPOConfig, RewardConfig, SFTConfig, TrainerConfig
 from training.settings import ConfigError
 from training.shape import CHUNK_LOGITS, BloomShape
 
@@ -30,7 +30,7 @@ GB = 1e9
 OUTSIDE_GB = 2.5
 """Of each GPU: the CUDA context, NCCL's buffers and what the allocator can't use again."""
 REPLIES = 2
-"""Replies to a query that the reward stage is reckoned with; its rows are micro_batch_size x this."""
+"""Replies to a query that reward and dpo are reckoned with; their rows are micro_batch_size x this."""
 
 
 @dataclass(frozen=True)
@@ -125,12 +125,10 @@ def estimate(shape: BloomShape, config: TrainerConfig, ranks: int) -> Estimate:
 def _trainer(rank: Rank) -> Estimate:
     config = rank.config
     micro_batches = config.global_batch_size // (config.micro_batch_size * rank.data)
-    if isinstance(config, SFTConfig):
-        tokens = config.micro_batch_size * config.seq_length
-        return Estimate((*rank.trained("model", "lm"), ("activations", rank.activations(tokens, micro_batches, "lm")),
-                         ("logits and loss", rank.head(tokens))))
-    tokens = config.micro_batch_size * REPLIES * config.seq_length
-    return Estimate((*rank.trained("model", "scalar"), ("activations", rank.activations(tokens, micro_batches, "scalar"))))
+    head = "scalar" if isinstance(config, RewardConfig) else "lm"
+    tokens = config.micro_batch_size * (1 if isinstance(config, SFTConfig) else REPLIES) * config.seq_length
+    lines = [*rank.trained("model", head), ("activations", rank.activations(tokens, micro_batches, head))]
+    return Estimate((*lines, *([("logits and loss", rank.head(tokens))] if head == "lm" else [])))
 
 
 def _ppo(rank: Rank) -> Estimate:

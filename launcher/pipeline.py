@@ -1,4 +1,5 @@
-"""The chain as a graph: what each stage runs, reads and must leave behind. Pure: it knows no Slurm."""
+"""The chain as a graph, one for each way to learn from preferences: what each stage runs, reads and must leave behind. Pure: it knows no
+Slurm."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from launcher.config import SECTIONS, build_plain
 from training.config import PrepareConfig
 from training.settings import ConfigError, build
 
-FULL = "full-pipeline"
+FULL, PPO = "full-pipeline", "ppo"
 
 
 @dataclass(frozen=True)
@@ -27,46 +28,68 @@ class Stage:
     """Several ranks, checkpoints with an iteration above 0."""
     key_numbers: tuple[str, ...] = ()
     """Metrics shown beside the progress."""
+    policy: bool = False
+    """Its language model is exported and evaluated."""
 
     @property
     def checkpoints(self) -> bool:
         return any("{iteration}" in pattern for pattern in self.outputs)
 
 
-STAGES = {stage.name: stage for stage in (
-    Stage("convert", "conversion.hf_to_megatron", (), ("checkpoints/{iteration}/model/*",)),
-    Stage("sft", "training.sft", ("convert",), ("checkpoints/{iteration}/model/*",), True, ("loss", "heldout_loss")),
-    Stage("reward", "training.reward", ("sft",), ("checkpoints/{iteration}/model/*",), True, ("loss", "heldout_accuracy")),
-    Stage("rlhf", "training.ppo", ("sft", "reward"), ("checkpoints/{iteration}/policy/*", "checkpoints/{iteration}/value/*"), True,
-          ("reward", "kl", "eos_rate")),
-    Stage("export", "conversion.megatron_to_hf", ("sft", "rlhf"),
-          ("sft/config.json", "sft/*.json", "sft/*.safetensors", "rlhf/config.json", "rlhf/*.json", "rlhf/*.safetensors",
-           "*/*.json", "*/*.safetensors")),
-    Stage("mtbench", "eval", ("export",), ("results.json", "table.md", "table.csv", "model_answer/*.jsonl", "../report.html")),
-)}
+Graph = dict[str, Stage]
+"""The stages of a pipeline by name, parents before their children."""
+MODEL = ("checkpoints/{iteration}/model/*",)
 
 
-def select(target: str, first: str | None, last: str | None) -> list[Stage]:
-    """The stages of ``submit TARGET --from first --until last``, in order; ConfigError where that names none."""
-    names = list(STAGES)
+def graph(*trainers: Stage) -> Graph:
+    """convert, the trainers, export of every policy among them, evaluation."""
+    policies = tuple(stage.name for stage in trainers if stage.policy)
+    files = [f"{name}/{file}" for name in policies for file in ("config.json", "*.json", "*.safetensors")]
+    stages = (Stage("convert", "conversion.hf_to_megatron", (), MODEL), *trainers,
+              Stage("export", "conversion.megatron_to_hf", policies, (*files, "*/*.json", "*/*.safetensors")),
+              Stage("mtbench", "eval", ("export",), ("results.json", "table.md", "table.csv", "model_answer/*.jsonl", "../report.html")))
+    return {stage.name: stage for stage in stages}
+
+
+SFT = Stage("sft", "training.sft", ("convert",), MODEL, True, ("loss", "heldout_loss"), policy=True)
+REWARD = Stage("reward", "training.reward", ("sft",), MODEL, True, ("loss", "heldout_accuracy"))
+PIPELINES: dict[str, Graph] = {
+    PPO: graph(SFT, REWARD, Stage("rlhf", "training.ppo", ("sft", "reward"),
+                                  ("checkpoints/{iteration}/policy/*", "checkpoints/{iteration}/value/*"), True,
+                                  ("reward", "kl", "eos_rate"), policy=True)),
+    "dpo": graph(SFT, Stage("dpo", "training.dpo", ("sft",), MODEL, True, ("loss", "heldout_accuracy"), policy=True)),
+}
+ALL: Graph = {name: stage for made in reversed(PIPELINES.values()) for name, stage in made.items()}
+"""Every stage that there is; those that several pipelines have, as the first has them."""
+NAMES = tuple(sorted(ALL, key=lambda name: (name in ("export", "mtbench"), [*PIPELINES[PPO], *ALL].index(name))))
+"""Their names, roughly in order."""
+
+
+def select(made: Graph, target: str, first: str | None, last: str | None) -> list[Stage]:
+    """The stages of ``submit TARGET --from first --until last``, in order; ConfigError where that names none of the pipeline."""
+    names = list(made)
+    for name in (target, first, last):
+        if name not in (None, FULL, *names):
+            others = " or ".join(f"--pipeline {other}" for other, stages in PIPELINES.items() if name in stages)
+            raise ConfigError(f"{name} is no stage of this pipeline ({' -> '.join(names)}); it is one of {others}, in a run of its own")
     if target != FULL:
         if first or last:
             raise ConfigError(f"--from and --until choose a part of {FULL}; {target} is a single stage: leave them out")
-        return [STAGES[target]]
+        return [made[target]]
     start, end = names.index(first or names[0]), names.index(last or names[-1])
     if start > end:
         raise ConfigError(f"--from {first} comes after --until {last}; the order is {' -> '.join(names)}")
-    return [STAGES[name] for name in names[start:end + 1]]
+    return [made[name] for name in names[start:end + 1]]
 
 
-def remaining(stages: Collection[Stage], identities: dict[str, str], built_from: dict[str, dict[str, str]]) -> list[Stage]:
-    """Stages that still have to run, in order.
+def remaining(made: Graph, stages: Collection[Stage], identities: dict[str, str], built_from: dict[str, dict[str, str]]) -> list[Stage]:
+    """Those of ``stages`` that still have to run, in order.
 
     ``identities``: stage -> identity of its manifest, for those that have one; ``built_from``: stage -> the parents' identities that
     its manifest names. A stage is done when it has a manifest, its parents are done, and they are the ones it was built from.
     """
     done = set()
-    for stage in STAGES.values():
+    for stage in made.values():
         if stage.name in identities and all(
                 parent in done and built_from[stage.name][parent] == identities[parent] for parent in stage.parents):
             done.add(stage.name)
@@ -85,37 +108,48 @@ def prepare_config(run: Path, tables: dict) -> PrepareConfig:
     return build(PrepareConfig, {"paths": paths, "model": tables["model"], "data": tables["data"]}, "prepare")
 
 
-def stage_config(run: Path, tables: dict, name: str):
+def stage_config(run: Path, tables: dict, made: Graph, name: str):
     """The stage's own dataclass with its paths; raises ConfigError for a bad key or value in its section."""
-    return build(SECTIONS[name], {**tables[name], "paths": _paths(run, tables, name)}, name)
+    return build(SECTIONS[name], {**tables[name], "paths": _paths(run, tables, made, name)}, name)
 
 
-def full_tables(run: Path, tables: dict) -> dict:
-    """Every section with its defaults filled in, as plain tables without paths: what config.json of the run holds."""
-    made = {}
-    for section in SECTIONS:
-        config = stage_config(run, tables, section) if section in STAGES else build_plain(section, tables[section])
-        made[section] = {key: value for key, value in dataclasses.asdict(config).items() if key != "paths"}
-    return made
+def sections(made: Graph) -> list[str]:
+    """Names of the sections that a run of this pipeline reads."""
+    return [name for name in SECTIONS if name in made or name not in ALL]
 
 
-def _paths(run: Path, tables: dict, name: str) -> dict:
+def full_tables(run: Path, tables: dict, made: Graph) -> dict:
+    """The run's sections with their defaults filled in, as plain tables without paths: what its config.json holds.
+
+    Sections of other pipelines are checked, too, and left out.
+    """
+    full = {}
+    for section in tables:
+        config = stage_config(run, tables, made, section) if section in ALL else build_plain(section, tables[section])
+        full[section] = {key: value for key, value in dataclasses.asdict(config).items() if key != "paths"}
+    full["resources"] = {name: full["resources"][name] for name in made}
+    return {section: full[section] for section in sections(made)}
+
+
+def _paths(run: Path, tables: dict, made: Graph, name: str) -> dict:
     model, data = model_folder(run, tables), run / "data"
     own = {"output": str(run / name), "model": model}
     if name == "convert":
         return own
     if name == "sft":
         return {**own, "init": str(run / "convert"), "train": str(data / "sft.jsonl"), "heldout": str(data / "sft_heldout.jsonl")}
-    if name == "reward":
+    if name in ("reward", "dpo"):
         return {**own, "init": str(run / "sft"), "train": str(data / "reward.jsonl"), "heldout": str(data / "reward_heldout.jsonl")}
+    scored = name in ("rlhf", "export") and "reward" in tables
+    iteration = {"reward_iteration": stage_config(run, tables, made, "reward").load_iteration if scored else 0}
     if name == "rlhf":
-        reward = stage_config(run, tables, "reward")
         return {**own, "init": str(run / "sft"), "train": str(data / "rlhf.jsonl"), "heldout": str(data / "heldout.jsonl"),
-                "reward": str(run / "reward"), "reward_iteration": reward.load_iteration}
-    models = ("sft", "rlhf")
+                "reward": str(run / "reward"), **iteration}
+    models = [stage.name for stage in made.values() if stage.policy]
     if name == "export":
-        holders = {**{model: str(run / model) for model in models}, "reward": str(run / "reward"), "value": str(run / "rlhf")}
-        return {**own, "checkpoints": holders, "reward_iteration": stage_config(run, tables, "reward").load_iteration}
+        holders = {**dict(zip(models, models, strict=True)), "reward": "reward", "value": "rlhf"}
+        return {**own, "checkpoints": {model: str(run / stage) for model, stage in holders.items() if stage in made}, **iteration}
+    trainers = [stage.name for stage in made.values() if stage.trainer]
     return {"output": str(run / name), "models": {model: str(run / "export" / model) for model in models},
-            "heldout": str(data / "heldout.jsonl"), "stages": {stage: str(run / stage) for stage in ("sft", "reward", "rlhf")},
+            "heldout": str(data / "heldout.jsonl"), "stages": {stage: str(run / stage) for stage in trainers},
             "report": str(run / "report.html")}

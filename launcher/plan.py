@@ -13,7 +13,6 @@ from rich.table import Table
 from rich.text import Text
 
 from launcher import memory, probe, storage, submit
-from launcher.pipeline import STAGES, Stage
 from launcher.run import Runs
 from training.settings import ConfigError
 
@@ -105,10 +104,11 @@ def carry_out(made: submit.Plan | Sweep, wait: bool, out: Console) -> int:
     return sweep.begin(sweep.create(made), first.stages, wait)
 
 
-def go_on(runs: Runs, stages: list[Stage], wait: bool) -> int:
+def go_on(runs: Runs, wait: bool) -> int:
     """Start what is left of a run, or of a sweep; the command's exit code."""
     from launcher import start, sweep
 
+    stages = list(runs[0].stages.values())
     return sweep.begin(runs.sweeps[0], stages, wait) if runs.sweeps else start.start(runs[0], stages, wait)
 
 
@@ -163,7 +163,7 @@ def _start(stage: str, made: submit.Plan, starts: dict[str, Start]) -> str:
     if stage not in starts or not starts[stage].when:
         return "?"
     chosen = {one.name for one in made.stages}
-    waits = [parent for parent in STAGES[stage].parents if parent in chosen]
+    waits = [parent for parent in made.graph[stage].parents if parent in chosen]
     return f"after {', '.join(waits)}" if waits else starts[stage].when.replace("T", " ")
 
 
@@ -194,7 +194,7 @@ def _notes(made: submit.Plan, starts: dict[str, Start]) -> list[Text]:
 
 
 def _asked(made: submit.Plan, name: str) -> str:
-    asked = made.resources(STAGES[name])
+    asked = made.resources(made.graph[name])
     where = f"partition {made.profile.partition}" if made.profile.partition else "the default partition"
     return f"{asked.nodes + asked.spares} nodes x {asked.gpus_per_node} GPUs for {asked.minutes} min in {where}"
 

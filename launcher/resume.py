@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from launcher import checks, hashes, heal, jobs, manifest, probe, state, submission
-from launcher.config import SECTIONS, Profile, check_sections, differences, merge, parse_set, read_toml
+from launcher.config import Profile, check_sections, differences, merge, parse_set, read_toml
 from launcher.heal import begin_again
-from launcher.pipeline import STAGES, Stage, full_tables, stage_config
+from launcher.pipeline import Stage, full_tables, sections, stage_config
 from launcher.run import Run, iteration_folder, lock, write_json, write_text
 from launcher.submit import prepare, write_stage_config
 from training.settings import ConfigError
@@ -95,7 +95,7 @@ def rewind(run: Run, stage: Stage, iteration: int | None) -> list[str]:
         for number in newer:
             put_aside(run, stage.name, number)
         said.append(f"{stage.name} goes on from iteration {iteration}" + (f"; newer ones are in {folder / ASIDE}" if newer else ""))
-    for later in descendants(stage):
+    for later in descendants(run, stage):
         if _has_work(run, later):
             said.append(f"{later.name} was made from it: it begins anew; what it had is in {begin_again(run, later)}")
     return said
@@ -117,19 +117,19 @@ def move_stale_aside(run: Run, todo: list[Stage]) -> None:
             begin_again(run, stage)
 
 
-def descendants(stage: Stage) -> list[Stage]:
+def descendants(run: Run, stage: Stage) -> list[Stage]:
     found = {stage.name}
-    for other in STAGES.values():
+    for other in run.stages.values():
         if found & set(other.parents):
             found.add(other.name)
-    return [other for other in STAGES.values() if other.name in found and other is not stage]
+    return [other for other in run.stages.values() if other.name in found and other is not stage]
 
 
 def _chosen(run: Run, wish: Wish) -> Stage:
-    left = manifest.left(run, list(STAGES.values()))
+    left = manifest.left(run, list(run.stages.values()))
     if wish.first is None and not left:
-        raise ConfigError(f"--load-iteration {wish.iteration} of which stage? all are done; add --from, one of {', '.join(STAGES)}")
-    return STAGES[wish.first] if wish.first else left[0]
+        raise ConfigError(f"--load-iteration {wish.iteration} of which stage? all are done; add --from, one of {', '.join(run.stages)}")
+    return run.stage_named(wish.first) if wish.first else left[0]
 
 
 def _check_iteration(run: Run, stage: Stage, iteration: int) -> None:
@@ -166,13 +166,13 @@ def _change(run: Run, wish: Wish) -> Change:
     layers = [(read_toml(path), str(path)) for path in wish.files] + [(parse_set(text), f"--set {text}") for text in wish.sets]
     for tables, where in layers:
         check_sections(tables, where)
-    old = {section: config[section] for section in SECTIONS}
+    old = {section: config[section] for section in sections(run.stages)}
     profile = config["profile"] if wish.profile is None else dataclasses.asdict(wish.profile)
-    change = Change(full_tables(run.folder, merge(old, *(tables for tables, _ in layers))), profile)
+    change = Change(full_tables(run.folder, merge(old, *(tables for tables, _ in layers)), run.stages), profile)
     keys = differences(old, change.tables) + differences({"profile": config["profile"]}, {"profile": profile})
     if not keys:
         return change
-    checks.check(run.folder, change.tables, manifest.left(run, list(STAGES.values())), Profile(**profile))
+    checks.check(run.folder, change.tables, run.stages, manifest.left(run, list(run.stages.values())), Profile(**profile))
     change.lines = [*keys, *_consequences(run, old, change, wish)]
     return change
 
@@ -180,9 +180,9 @@ def _change(run: Run, wish: Wish) -> Change:
 def _consequences(run: Run, old: dict, change: Change, wish: Wish) -> list[str]:
     """What each stage makes of the change, in words; fills ``anew`` and ``uncertified``."""
     lines = []
-    for name, stage in STAGES.items():
-        before, after = (dataclasses.asdict(stage_config(run.folder, tables, name)) for tables in (old, change.tables))
-        if before == after or not _has_work(run, stage) or any(stage in descendants(STAGES[other]) for other in change.anew):
+    for name, stage in run.stages.items():
+        before, after = (dataclasses.asdict(stage_config(run.folder, tables, run.stages, name)) for tables in (old, change.tables))
+        if before == after or not _has_work(run, stage) or any(stage in descendants(run, run.stages[other]) for other in change.anew):
             continue
         at, only = run.iteration(name), {key for key in after if before[key] != after[key]}
         chosen = wish.first == name and wish.iteration is not None
@@ -193,7 +193,7 @@ def _consequences(run: Run, old: dict, change: Change, wish: Wish) -> list[str]:
             lines.append(f"=> {name} goes on from {where}, with the new values")
         else:
             change.anew.append(name)
-            later = [each.name for each in descendants(stage) if _has_work(run, each)]
+            later = [each.name for each in descendants(run, stage) if _has_work(run, each)]
             lines.append(f"=> {name} begins anew" + (f", and so does what was made from it: {', '.join(later)}" if later else "") +
                          "; what they had is kept aside")
     return lines or ["=> the stages that are left run with it"]
@@ -205,8 +205,8 @@ def _apply(run: Run, change: Change) -> None:
                                  **change.tables})
     run.record("changed", lines=change.lines)
     for name in change.anew:
-        rewind(run, STAGES[name], None)
-    for name in STAGES:
+        rewind(run, run.stages[name], None)
+    for name in run.stages:
         write_stage_config(run, name)
         done = run.stage(name) / "DONE.json"
         if name in change.uncertified and done.exists():

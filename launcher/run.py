@@ -12,6 +12,7 @@ import time
 from collections.abc import Collection
 from pathlib import Path
 
+from launcher.pipeline import PIPELINES, PPO, Graph, Stage
 from training.settings import ConfigError
 
 SWEEP = "sweep.json"
@@ -99,6 +100,21 @@ class Run:
         if written.resolve() != self.folder.resolve():
             raise ConfigError(f"the files of this run name it {written}, which from {Path.cwd()} is another folder: "
                               f"run the command from the directory in which {written} is {self.folder.resolve()}")
+
+    @property
+    def pipeline(self) -> str:
+        """Name of the run's graph; runs made before there were others have PPO's."""
+        return self.config["run"].get("pipeline", PPO)
+
+    @property
+    def stages(self) -> Graph:
+        return PIPELINES[self.pipeline]
+
+    def stage_named(self, name: str) -> Stage:
+        """ConfigError where the run's pipeline has no such stage."""
+        if name not in self.stages:
+            raise ConfigError(f"{self.folder} has no stage {name}: its pipeline is {self.pipeline} ({' -> '.join(self.stages)})")
+        return self.stages[name]
 
     @property
     def config_file(self) -> Path:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from launcher import jobs, manifest, probe, progress
 from launcher.jobs import Job
 from launcher.manifest import Refused
-from launcher.pipeline import STAGES, Stage
+from launcher.pipeline import Stage
 from launcher.progress import Progress
 from launcher.run import Run, is_alive
 
@@ -83,7 +83,7 @@ def look_at(runs: list[Run]) -> list[Look]:
     for run_id, found in (jobs.accounted(forgotten) if forgotten else {}).items():
         known.setdefault(run_id, {}).update(found)
     return [Look(run, [_state(files[run.id], stage, known.get(run.id, {}).get(name), trouble if run in asked else "")
-                       for name, stage in STAGES.items()], trouble if run in asked else "", (run.folder / "STOP").exists())
+                       for name, stage in run.stages.items()], trouble if run in asked else "", (run.folder / "STOP").exists())
             for run in runs]
 
 
@@ -127,13 +127,13 @@ class Files:
     def __init__(self, run: Run):
         self.run = run
         self.ledger = run.ledger()
-        self.status = {name: run.status(name) for name in STAGES}
+        self.status = {name: run.status(name) for name in run.stages}
         self.runner = run.runner()
         self.disowned = run.disowned()
         try:
-            self.left, self.damaged = {stage.name for stage in manifest.left(run, list(STAGES.values()))}, ""
+            self.left, self.damaged = {stage.name for stage in manifest.left(run, list(run.stages.values()))}, ""
         except Refused as error:
-            self.left, self.damaged = set(STAGES), str(error)
+            self.left, self.damaged = set(run.stages), str(error)
 
     def last_event(self, stage: str) -> dict | None:
         """The last ledger event of a stage that says where it stands."""

@@ -10,6 +10,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from launcher.pipeline import ALL
 from training.config import PPOConfig, TrainerConfig
 from training.settings import ConfigError
 
@@ -79,7 +80,7 @@ def check(needs: dict[str, float], folder: Path) -> Room:
     if total > there.free_gb:
         largest = max(needs, key=needs.__getitem__)
         each = ", ".join(f"{stage} {amount(gb)}" for stage, gb in needs.items())
-        fix = f"--set {largest}.keep_checkpoints=1 and a larger save_every, or " if largest in ("sft", "reward", "rlhf") else ""
+        fix = f"--set {largest}.keep_checkpoints=1 and a larger save_every, or " if largest in ALL and ALL[largest].trainer else ""
         raise ConfigError(f"the run would write about {amount(total)} (at once: {each}), "
                           f"but only {amount(there.free_gb)} are {there.where}; "
                           f"{fix}another place: --runs FOLDER; or remove old runs")

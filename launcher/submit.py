@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher import checks, manifest, sbatch, state, submission
-from launcher.config import SECTIONS, Profile, Resources, build_plain, differences, layered
-from launcher.pipeline import STAGES, Stage, full_tables, prepare_config, select, stage_config
+from launcher.config import Profile, Resources, build_plain, differences, layered
+from launcher.pipeline import ALL, FULL, PIPELINES, Graph, Stage, full_tables, prepare_config, sections, select, stage_config
 from launcher.run import Failed, Run, hash_of, lock, write_json, write_text
 from training.settings import ConfigError
 
@@ -35,6 +35,10 @@ class Plan:
     checked: checks.Checked
     identity: dict
     """Section ``run`` of the run's config.json."""
+
+    @property
+    def graph(self) -> Graph:
+        return PIPELINES[self.identity["pipeline"]]
 
     def resources(self, stage: Stage) -> Resources:
         return getattr(self.checked.resources, stage.name)
@@ -57,23 +61,28 @@ class Draft(Run):
 
 
 def plan(target: str, recipe: str, files: list[Path], sets: list[str], name: str | None, runs: Path,
-         chosen: tuple[Profile, str], first: str | None, last: str | None) -> Plan:
-    """Merge and check; ConfigError for every mistake that can be seen now."""
+         chosen: tuple[Profile, str], first: str | None, last: str | None, pipeline: str | None = None) -> Plan:
+    """Merge and check; ConfigError for every mistake that can be seen now. ``pipeline`` None: the run's, else the first with TARGET."""
     name = recipe if name is None else name
     if not NAME.fullmatch(name):
         raise ConfigError(f"--name {name!r}: a run's name has letters, digits, '.', '_' and '-' only, begins with a letter or digit "
                           "and is at most 61 long")
-    run, stages = Run(runs / name), select(target, first, last)
-    tables = full_tables(run.folder, layered(recipe, files, sets, chosen[0]))
-    checked = checks.check(run.folder, tables, stages, chosen[0])
+    run = Run(runs / name)
+    if pipeline is None:
+        pipeline = run.pipeline if run.config_file.exists() else next(key for key, each in PIPELINES.items() if target in (FULL, *each))
+    graph = PIPELINES[pipeline]
+    stages = select(graph, target, first, last)
+    _check_sets(sets, pipeline)
+    tables = full_tables(run.folder, layered(recipe, files, sets, chosen[0]), graph)
+    checked = checks.check(run.folder, tables, graph, stages, chosen[0])
     done: set[str] = set()
     if run.config_file.exists() and _begun(run):
-        _check_same(run, tables, chosen[0])
-        done = set(STAGES) - {stage.name for stage in manifest.left(run, list(STAGES.values()))}
-    checks.check_parents(stages, done)
+        _check_same(run, tables, chosen[0], pipeline)
+        done = set(graph) - {stage.name for stage in manifest.left(run, list(graph.values()))}
+    checks.check_parents(graph, stages, done)
     known = run.config_file.exists()
     identity = {"name": name, "id": run.id if known else f"{name}-{secrets.token_hex(4)}", "recipe": recipe, "profile": chosen[0].name,
-                "folder": str(run.folder)}
+                "pipeline": pipeline, "folder": str(run.folder)}
     return Plan(run, tables, recipe, stages, *chosen, checked, identity)
 
 
@@ -92,9 +101,9 @@ def _create(made: Plan) -> Run:
     if run.config_file.exists():
         written["run"]["id"] = run.id  # another command may have been first since the plan was made
         if _begun(run):
-            _check_same(run, made.tables, made.profile)
+            _check_same(run, made.tables, made.profile, made.identity["pipeline"])
     write_json(run.config_file, written)
-    for name in STAGES:
+    for name in run.stages:
         write_stage_config(run, name)
         done = run.stage(name) / "DONE.json"
         if done.exists() and manifest.read(run, name)["config_hash"] != manifest.config_hash(run, name):
@@ -104,7 +113,7 @@ def _create(made: Plan) -> Run:
 
 
 def write_stage_config(run: Run, name: str) -> None:
-    write_json(run.stage(name) / "config.json", dataclasses.asdict(stage_config(run.folder, run.config, name)))
+    write_json(run.stage(name) / "config.json", dataclasses.asdict(stage_config(run.folder, run.config, run.stages, name)))
 
 
 def prepare(run: Run) -> None:
@@ -145,7 +154,7 @@ def render_committed(folder: Path) -> list[Path]:
 
 def committed_scripts() -> dict[str, str]:
     resources = build_plain("resources", layered("bloom-1b7", [], [])["resources"])
-    return {name: sbatch.script(sbatch.committed_request(stage, getattr(resources, name))) for name, stage in STAGES.items()}
+    return {name: sbatch.script(sbatch.committed_request(stage, getattr(resources, name))) for name, stage in ALL.items()}
 
 
 def _begun(run: Run) -> bool:
@@ -153,17 +162,31 @@ def _begun(run: Run) -> bool:
     return any(event["event"] in ("submitted", "runner", "started") for event in run.ledger())
 
 
-def _check_same(run: Run, tables: dict, profile: Profile) -> None:
+def _check_sets(sets: list[str], pipeline: str) -> None:
+    """ConfigError for a --set that nothing of this pipeline reads. (A recipe or file may serve several.)"""
+    for text in sets:
+        words = text.partition("=")[0].strip().split(".")
+        stage = words[1] if words[0] == "resources" and len(words) > 1 else words[0]
+        if stage in ALL and stage not in PIPELINES[pipeline]:
+            right = next(name for name, graph in PIPELINES.items() if stage in graph)
+            raise ConfigError(f"--set {text}: pipeline {pipeline} has no stage {stage} ({' -> '.join(PIPELINES[pipeline])}); "
+                              f"leave it out, or add --pipeline {right}")
+
+
+def _check_same(run: Run, tables: dict, profile: Profile, pipeline: str) -> None:
     """ConfigError where a section differs that something was made from. Resources, the evaluation (which keeps the answers that it
     has) and stages that have not begun may change, unless they are queued: their jobs are what they were."""
-    made = [name for name in SECTIONS if name not in ("resources", "mtbench") and (name not in STAGES or run.status(name)["attempt"])]
+    if pipeline != run.pipeline:
+        raise ConfigError(f"{run.folder} was submitted with --pipeline {run.pipeline}; give {pipeline} its own run with --name")
+    known = sections(run.stages)
+    made = [name for name in known if name not in ("resources", "mtbench") and (name not in run.stages or run.status(name)["attempt"])]
     changed = differences({name: run.config[name] for name in made}, {name: tables[name] for name in made})
     if changed:
         raise ConfigError(f"{run.folder} was submitted with another configuration:\n  " + "\n  ".join(changed) +
                           f"\ngive the new one its own run with --name, or go on with the old one: python -m launcher resume {run.folder}")
     run.check_here()
-    old = {"profile": run.config["profile"], **{name: run.config[name] for name in SECTIONS}}
-    changed = differences(old, {"profile": dataclasses.asdict(profile), **{name: tables[name] for name in SECTIONS}})
+    old = {"profile": run.config["profile"], **{name: run.config[name] for name in known}}
+    changed = differences(old, {"profile": dataclasses.asdict(profile), **{name: tables[name] for name in known}})
     if changed and (busy := state.busy(run)):
         raise ConfigError(f"{', '.join(busy)} of {run.folder} is running or queued with another configuration:\n  " + "\n  ".join(changed) +
                           f"\nstop it first (python -m launcher cancel {run.folder}), or give the new one its own run with --name")

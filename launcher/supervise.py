@@ -20,7 +20,7 @@ from launcher.attempt import Attempt
 from launcher.config import build_plain
 from launcher.endings import REASONS, SAVED, Class, Facts, Verdict, classify, shown
 from launcher.manifest import Refused
-from launcher.pipeline import STAGES, Stage
+from launcher.pipeline import NAMES, Stage
 from launcher.profile import Profile
 from launcher.ranks import LocalRanks, Log, SlurmRanks, job_port, stage_command
 from launcher.run import Busy, Run, lock, this_process, write_text
@@ -107,7 +107,7 @@ class Supervisor:
         if (self.run.folder / "STOP").exists():
             return Verdict(Class.STOPPED, "the file STOP is in the run folder: nothing was started", code=ENDED)
         for parent in self.stage.parents:
-            manifest.verify(self.run, STAGES[parent], name)
+            manifest.verify(self.run, self.run.stages[parent], name)
         keys = secrets.read(self.profile.secrets) if self.profile.secrets else {}
         log = Log(folder / "logs" / f"attempt_{self.number}.log", keys)
         say(f"{name} attempt {self.number}: {self.resources.nodes} node(s) x {self.resources.ranks_per_node} rank(s), log {log.path}")
@@ -265,8 +265,8 @@ def lock_when_free(path: Path, seconds: float):
 
 def main(arguments: list[str]) -> int:
     """Exit code of the stage; 64 for bad arguments, 1 where another process runs the same stage."""
-    if len(arguments) != 2 or arguments[1] not in STAGES:
-        print(f"usage: python -m launcher.supervise RUN STAGE, with STAGE one of {', '.join(STAGES)}", file=sys.stderr)
+    if len(arguments) != 2 or arguments[1] not in NAMES:
+        print(f"usage: python -m launcher.supervise RUN STAGE, with STAGE one of {', '.join(NAMES)}", file=sys.stderr)
         return os.EX_USAGE
     name = arguments[1]
     try:
@@ -274,7 +274,7 @@ def main(arguments: list[str]) -> int:
         run.check_here()
         job = int(os.environ["SLURM_JOB_ID"]) if "SLURM_JOB_ID" in os.environ else None
         with lock_when_free(run.stage(name) / ".lock", LOCK_S if job else 0):
-            return Supervisor(run, STAGES[name], job).main()
+            return Supervisor(run, run.stage_named(name), job).main()
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return os.EX_USAGE

@@ -21,7 +21,7 @@ from pathlib import Path
 from launcher import chain, manifest, probe, sbatch, start, state, storage, submission, submit
 from launcher import secrets as passwords
 from launcher.config import Profile, build_plain, parse_set
-from launcher.pipeline import STAGES, Stage, prepare_config
+from launcher.pipeline import Stage, prepare_config
 from launcher.run import SWEEP, Run, elements, hash_of, write_json, write_text
 from training.settings import ConfigError
 
@@ -165,7 +165,8 @@ def queue(folder: Path, stages: list[Stage], only: int | None = None) -> list[tu
             groups.setdefault((tuple(stage.name for stage in todo), tuple(waits.items())), []).append(member)
         for number, ((names, waits), held) in enumerate(groups.items()):
             if names:
-                said += _queue_group(book, f"{number}" if len(groups) > 1 else "", [STAGES[name] for name in names], dict(waits), held)
+                todo = [held[0].run.stages[name] for name in names]
+                said += _queue_group(book, f"{number}" if len(groups) > 1 else "", todo, dict(waits), held)
     return said
 
 
@@ -251,4 +252,5 @@ def _words(values: list[dict]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run_here(Path(sys.argv[1]), [STAGES[name] for name in sys.argv[2:]]))
+    sweep = Path(sys.argv[1])
+    sys.exit(run_here(sweep, [elements(sweep)[0].stages[name] for name in sys.argv[2:]]))

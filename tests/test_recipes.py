@@ -19,13 +19,13 @@ from transformers import BloomConfig, BloomForCausalLM
 
 from launcher import cluster, memory
 from launcher.config import RECIPES, build_plain, layered, read_recipe, read_toml
-from launcher.pipeline import full_tables, stage_config
+from launcher.pipeline import PIPELINES, full_tables, stage_config
 from training import cpu
 from training.shape import BloomShape
 from training.step import build_model
 
 PUBLISHED = json.loads((Path(__file__).parent / "bloom_configs.json").read_text())
-TRAINERS = ("sft", "reward", "rlhf")
+TRAINERS = ("sft", "reward", "rlhf", "dpo")
 DOES_NOT_FIT = {("bloom-7b1", "h200", "rlhf")}
 """Said in the recipe: two trained models of 7.1 billion parameters need more than one H200."""
 
@@ -50,10 +50,11 @@ def test_there_is_a_recipe_for_each_size():
 def test_layout_divides_and_fits(name, profile, tmp_path):
     """Heads and layers by TP and PP, the batch by DP, whole nodes by TP; memory by launcher/memory.py's formula."""
     site, shape = cluster.load(profile), shape_of(name, tmp_path)
-    tables = full_tables(tmp_path, layered(name, [], [], site))
+    tables = layered(name, [], [], site)
     resources = build_plain("resources", tables["resources"])
     for stage in TRAINERS:
-        config, asked = stage_config(tmp_path, tables, stage), getattr(resources, stage)
+        graph = next(each for each in PIPELINES.values() if stage in each)
+        config, asked = stage_config(tmp_path, full_tables(tmp_path, tables, graph), graph, stage), getattr(resources, stage)
         shape.check_layout(config.tensor_parallel, config.pipeline_parallel, config.virtual_pipeline)
         data = config.data_parallel(asked.ranks)
         assert asked.gpus_per_node == site.gpus_per_node and asked.gpus_per_node % config.tensor_parallel == 0
@@ -75,7 +76,8 @@ def test_hyper_parameters_are_the_tutorial_s_on_every_site(name):
     for layout in read_toml(RECIPES / f"{name}.toml").get("layouts", {}).values():
         assert set(layout) <= {"gpus_per_node", "gpu_memory_gb", "convert", "resources", *TRAINERS}
         assert all(set(layout[stage]) <= alone for stage in TRAINERS if stage in layout)
-    sft, reward, rlhf = (read_recipe(name)[stage] for stage in TRAINERS)
+    sft, reward, rlhf, dpo = (read_recipe(name)[stage] for stage in TRAINERS)
+    assert (dpo["lr"], dpo["beta"], dpo["global_batch_size"]) == (5e-7, 0.1, 64)
     assert (sft["lr"], sft["warmup_iterations"], sft["iterations"], sft["seq_length"]) == (2e-5, 40, 1000, 2048)
     assert (reward["lr"], reward["warmup_iterations"], reward["iterations"], reward["weight_decay"]) == (1e-5, 300, 3600, 0.1)
     assert (rlhf["lr"], rlhf["value_lr"], rlhf["warmup_iterations"], rlhf["iterations"]) == (2.4e-7, 5e-6, 100, 5000)
@@ -117,8 +119,9 @@ def test_the_model_is_hugging_face_s(name, tmp_path):
     with torch.device("meta"):
         theirs = sum(parameter.numel() for parameter in BloomForCausalLM(BloomConfig.from_pretrained(tmp_path)).parameters())
     assert theirs == PUBLISHED[name]["parameters"] == shape.parameters()
-    tables = full_tables(tmp_path, layered(name, [], [], cluster.load("a100")))
-    config, asked = stage_config(tmp_path, tables, "sft"), build_plain("resources", tables["resources"]).sft
+    graph = PIPELINES["ppo"]
+    tables = full_tables(tmp_path, layered(name, [], [], cluster.load("a100")), graph)
+    config, asked = stage_config(tmp_path, tables, graph, "sft"), build_plain("resources", tables["resources"]).sft
     whole: dict[str, tuple[int, ...]] = {}
     context = multiprocessing.get_context("fork")
     stages = sorted({0, min(1, config.pipeline_parallel - 1), config.pipeline_parallel - 1})

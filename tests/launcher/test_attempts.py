@@ -12,7 +12,7 @@ from launcher import manifest
 from launcher.attempt import Attempt
 from launcher.endings import Class, Facts, classify
 from launcher.manifest import Refused
-from launcher.pipeline import STAGES
+from launcher.pipeline import ALL
 from launcher.ranks import LocalRanks, Log
 from launcher.run import Run
 from tests.launcher.stub_project import wait_until
@@ -35,7 +35,7 @@ time.sleep(60)
 
 def attempt(tmp_path, program: str, ranks: int = 1) -> tuple[Attempt, LocalRanks]:
     (tmp_path / "sft").mkdir()
-    made = Attempt(Run(tmp_path), STAGES["sft"], None, 60, 300, print)
+    made = Attempt(Run(tmp_path), ALL["sft"], None, 60, 300, print)
     return made, LocalRanks(Log(tmp_path / "sft/log"), [sys.executable, "-c", program], ranks, {})
 
 
@@ -82,7 +82,7 @@ def test_a_flipped_bit_is_never_certified_and_the_checkpoint_before_it_is_used(p
     weights.write_bytes(bytes([weights.read_bytes()[0] ^ 1]) + weights.read_bytes()[1:])
     (project.run / "sft/DONE.json").unlink()
     with pytest.raises(Refused, match=r"weights \(5 bytes\) does not have the sha256 that SHA256 lists"):
-        manifest.make(Run(project.run), STAGES["sft"], 1, 0.0)
+        manifest.make(Run(project.run), ALL["sft"], 1, 0.0)
     assert project.submit("--wait", "--until", "sft").returncode == 0
     assert [event["iteration"] for event in project.ledger("started") if event["stage"] == "sft"] == [None, 2]
     assert project.ledger("bad checkpoint")[0]["iteration"] == 3
@@ -103,15 +103,15 @@ def test_contracts_between_stages(project):
     """One chain, harmed in turn; each harm is undone before the next."""
     assert project.submit("--wait", "--until", "reward").returncode == 0
     run = Run(project.run)
-    manifest.verify(run, STAGES["reward"], "rlhf")
+    manifest.verify(run, ALL["reward"], "rlhf")
     remembered = project.json("rlhf/verified.json")
     weights = project.run / "reward/checkpoints/iter_0000003/model/weights"
     assert str(weights) in remembered
     weights.write_text("REWARD 3")  # the same length
     with pytest.raises(Refused, match="does not have the sha256"):
-        manifest.verify(run, STAGES["reward"], "rlhf")
+        manifest.verify(run, ALL["reward"], "rlhf")
     weights.write_text("reward 3")
-    manifest.verify(run, STAGES["reward"], "rlhf")
+    manifest.verify(run, ALL["reward"], "rlhf")
 
     path = project.run / "reward/DONE.json"
     whole = path.read_text()
@@ -119,13 +119,13 @@ def test_contracts_between_stages(project):
                          ({"run": "other"}, "is of run other")):
         path.write_text(json.dumps(json.loads(whole) | harm))
         with pytest.raises(Refused, match=reason):
-            manifest.verify(run, STAGES["reward"])
+            manifest.verify(run, ALL["reward"])
     path.write_text(whole[:100])
     with pytest.raises(Refused, match="is not JSON"):
-        manifest.verify(run, STAGES["reward"])
+        manifest.verify(run, ALL["reward"])
     path.write_text(whole)
 
     other = project.json("sft/DONE.json") | {"identity": "0" * 64}
     (project.run / "sft/DONE.json").write_text(json.dumps(other))
     with pytest.raises(Refused, match="reward was made from another sft"):
-        manifest.verify(run, STAGES["reward"])
+        manifest.verify(run, ALL["reward"])

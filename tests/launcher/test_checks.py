@@ -12,7 +12,7 @@ import pytest
 
 from launcher import checks, cluster, storage
 from launcher.config import layered
-from launcher.pipeline import FULL, full_tables, select, stage_config
+from launcher.pipeline import FULL, PIPELINES, full_tables, select, stage_config
 from training.settings import ConfigError
 
 GOOD_ROW = b'{"query": "q", "response": ["a", "b"], "score": [1, 0]}\n'
@@ -20,7 +20,9 @@ GOOD_ROW = b'{"query": "q", "response": ["a", "b"], "score": [1, 0]}\n'
 
 def check(*sets, profile="local", recipe="bloom-tiny", last=None):
     run = Path("runs/x")
-    checks.check(run, full_tables(run, layered(recipe, [], list(sets))), select(FULL, None, last), cluster.load(profile))
+    graph = PIPELINES["ppo"]
+    tables = full_tables(run, layered(recipe, [], list(sets)), graph)
+    checks.check(run, tables, graph, select(graph, FULL, None, last), cluster.load(profile))
 
 
 def safetensors(path: Path, tensors: dict[str, list[int]]) -> None:
@@ -217,8 +219,9 @@ fs:/home/u  1000000  2000000 3000000       0      12       0       0       0
 
 
 def test_kept_checkpoints_and_the_one_being_written():
-    tables = full_tables(Path("runs/x"), layered("bloom-7b1", [], ["sft.keep_every=400"]))
-    sft, reward = (stage_config(Path("runs/x"), tables, name) for name in ("sft", "reward"))
+    graph = PIPELINES["ppo"]
+    tables = full_tables(Path("runs/x"), layered("bloom-7b1", [], ["sft.keep_every=400"]), graph)
+    sft, reward = (stage_config(Path("runs/x"), tables, graph, name) for name in ("sft", "reward"))
     assert storage.checkpoints(sft) == 4, "400, 800 for ever, the last 2 (800 and 1000), one being written"
     assert storage.checkpoints(reward) == 3
     assert storage.checkpoint_gb(sft, 7_069_016_064) == pytest.approx(99.0, abs=0.1)

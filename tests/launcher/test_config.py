@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 
 from launcher.config import RECIPES, SECTIONS, Profile, build_plain, differences, layered, merge, parse_set, read_recipe
-from launcher.pipeline import STAGES, full_tables, stage_config
+from launcher.pipeline import ALL, PIPELINES, full_tables, stage_config
 from training.config import SFTConfig
 from training.settings import ConfigError
 
 RUN = Path("runs/x")
 
 
-def tables(*sets, recipe="bloom-tiny", files=()):
-    return full_tables(RUN, layered(recipe, list(files), list(sets)))
+def tables(*sets, recipe="bloom-tiny", files=(), pipeline="ppo"):
+    return full_tables(RUN, layered(recipe, list(files), list(sets)), PIPELINES[pipeline])
 
 
 def test_later_layers_win_key_by_key(tmp_path):
@@ -80,12 +80,13 @@ def test_file_and_recipe_mistakes_name_the_file(tmp_path):
 
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES.glob("*.toml")))
 def test_every_recipe_builds_and_its_ranks_divide(recipe):
-    made = tables(recipe=recipe)
-    assert set(made) == set(SECTIONS)
-    for name, stage in STAGES.items():
-        if stage.trainer:
-            ranks = getattr(build_plain("resources", made["resources"]), name).ranks
-            assert stage_config(RUN, made, name).data_parallel(ranks) >= 1
+    for pipeline, graph in PIPELINES.items():
+        made = tables(recipe=recipe, pipeline=pipeline)
+        assert set(made) == set(SECTIONS) - (set(ALL) - set(graph))
+        for name, stage in graph.items():
+            if stage.trainer:
+                ranks = getattr(build_plain("resources", made["resources"]), name).ranks
+                assert stage_config(RUN, made, graph, name).data_parallel(ranks) >= 1
 
 
 def test_merge_and_differences_on_nested_tables():

@@ -8,7 +8,7 @@ import pytest
 
 from launcher import deadline, nodecheck, preflight, requeue
 from launcher.endings import ADVICE, Class, Ended, Facts, classify
-from launcher.pipeline import STAGES
+from launcher.pipeline import ALL
 from launcher.profile import Profile
 from launcher.ranks import PORTS, Log, ends, job_port
 from launcher.run import Run
@@ -143,7 +143,7 @@ def attempts(tmp_path, *ends, iteration=0, max_attempts=20, kind=Class.COMMUNICA
         run.record("requeued", stage=stage, attempt=number, began=began, iteration=after, **{"class": name})
     run.record("started", stage=stage, attempt=len(ends) + 1)
     verdict = classify(Facts(stage, [rank(1, GLOO)])) if kind is Class.COMMUNICATION else classify(Facts(stage, [rank(75, "")], asked=kind))
-    return requeue.refuse(run, STAGES[stage], Profile(name="x", scheduler="slurm", max_attempts=max_attempts), verdict, 5)
+    return requeue.refuse(run, ALL[stage], Profile(name="x", scheduler="slurm", max_attempts=max_attempts), verdict, 5)
 
 
 @pytest.mark.parametrize("ends, now, refused", [

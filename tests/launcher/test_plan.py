@@ -7,7 +7,7 @@ from rich.console import Console
 
 from launcher import cluster, plan, submit, sweep
 from launcher.config import Profile
-from launcher.pipeline import STAGES
+from launcher.pipeline import PIPELINES
 from tests.launcher.stub_project import SMALL
 from training.settings import ConfigError
 
@@ -68,8 +68,8 @@ def test_memory_names_each_model_and_its_parts(nowhere):
 
 def test_starts_are_slurm_s_for_the_first_stage_and_after_its_parents_for_the_others(nowhere):
     made = planned(nowhere, profile=cluster.load("dev"))
-    starts = dict.fromkeys(STAGES, plan.parse_start("sbatch: Job 11 to start at 2026-11-23T23:43:25 using 2 processors on nodes n[1-2] in "
-                                                    "partition main\n"))
+    said = "sbatch: Job 11 to start at 2026-11-23T23:43:25 using 2 processors on nodes n[1-2] in partition main\n"
+    starts = dict.fromkeys(PIPELINES["ppo"], plan.parse_start(said))
     assert starts["sft"] == plan.Start("2026-11-23T23:43:25", "n[1-2]")
     said = shown(made, starts=starts)
     assert "2026-11-23 23:43:25" in said and "after sft, reward" in said and said.count("2026-11-23") == 1
@@ -78,7 +78,7 @@ def test_starts_are_slurm_s_for_the_first_stage_and_after_its_parents_for_the_ot
 def test_two_plans_of_a_new_run_write_nothing_and_carry_the_run_s_name(nowhere):
     made = planned(nowhere, profile=cluster.load("dev"))
     texts = submit.render_all(made)
-    assert list(texts) == list(STAGES) and f"#SBATCH --job-name={made.identity['id']}.sft" in texts["sft"]
+    assert list(texts) == list(PIPELINES["ppo"]) and f"#SBATCH --job-name={made.identity['id']}.sft" in texts["sft"]
     assert list(nowhere.iterdir()) == []
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from launcher import jobs, progress
 from launcher.jobs import Job
-from launcher.pipeline import STAGES
+from launcher.pipeline import ALL
 from launcher.run import Busy, Run, is_alive, lock, this_process
 from launcher.screen import clock, span
 from launcher.state import StageState, overall
@@ -59,7 +59,7 @@ def test_progress_reads_the_last_rows_and_the_time_left(tmp_path):
     (tmp_path / "sft").mkdir()
     (tmp_path / "sft/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + 'torn\n{"iteration": 41, "to')
     (tmp_path / "sft/latest").write_text("30\n")
-    far = progress.read(Run(tmp_path), STAGES["sft"], since=1000.0)
+    far = progress.read(Run(tmp_path), ALL["sft"], since=1000.0)
     assert (far.iteration, far.total, far.speed, far.tokens_per_s, far.saved) == (40, 100, pytest.approx(0.5), 400.0, 30)
     assert far.eta_s == pytest.approx(120.0) and far.numbers == {"loss": 1 / 40, "heldout_loss": 2.5}
 
@@ -68,7 +68,7 @@ def test_speed_and_time_left_count_this_attempt_only(tmp_path):
     (tmp_path / "sft").mkdir()
     rows = [{"iteration": iteration, "total": 10, "time": seconds} for iteration, seconds in ((1, 0), (2, 5000), (4, 5010))]
     (tmp_path / "sft/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    far = progress.read(Run(tmp_path), STAGES["sft"], since=4990)
+    far = progress.read(Run(tmp_path), ALL["sft"], since=4990)
     assert (far.speed, far.eta_s) == (pytest.approx(0.2), pytest.approx(30))
 
 

@@ -10,7 +10,7 @@ import pytest
 from launcher import deadline
 from launcher.attempt import Attempt
 from launcher.endings import Class
-from launcher.pipeline import STAGES
+from launcher.pipeline import ALL
 from launcher.ranks import LocalRanks, Log
 from launcher.run import Run
 from tests.launcher.stub_project import ROOT, wait_until
@@ -182,7 +182,7 @@ def test_the_deadline_is_the_end_that_slurm_has_set_less_what_a_step_and_a_save_
         rows = [{"iteration": 1, "time": now + 10}, {"iteration": 2, "time": now + 110, "save_s": 100.0}]
         (tmp_path / "sft/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         run.record("started", stage="sft", attempt=1)
-        made = Attempt(run, STAGES["sft"], job, 60, 150, print)
+        made = Attempt(run, ALL["sft"], job, 60, 150, print)
         lead = 100 + deadline.SAVE_FACTOR * 100 + deadline.MARGIN_S
         assert made.deadline.remaining() == pytest.approx(600 - lead, abs=5)
         queue("scontrol", "update", f"jobid={job}", "timelimit=6")
