@@ -1,13 +1,13 @@
 """``python -m eval config.json``: questions, answers, held-out replies, checks, judge, scores, report.
 
-Everything made is kept under the stage's folder and found again by key, so that a second start makes only what is missing.
+Everything made is kept under the stage's folder and found again by key, so that a second start makes only what is missing. With
+RANK and WORLD_SIZE set, the ranks share the answers; rank 0 does the rest.
 Exit codes: 0 done, 64 configuration, 65 bad data, 4 too few valid ratings for an average (the report says so), 1 the judge failed,
 75 stopped by USR1 or TERM: every finished batch is saved, start it again.
 """
 
 from __future__ import annotations
 
-import json
 import platform
 import signal
 import sys
@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 import transformers
 
-from eval import answers, checks, config, heldout, report, scores, tables
+from eval import checks, config, gold, harness, report, rewards, scores, tables, winrate
 from eval.config import MTBenchConfig
-from eval.jsonl import DataError
+from eval.errors import DataError, HarnessError
+from eval.ranks import Ranks
 from eval.stage import Stage
 
 USAGE, BAD_DATA, GO_ON, TOO_FEW_RATINGS = 64, 65, 75, 4
@@ -26,59 +27,84 @@ USAGE, BAD_DATA, GO_ON, TOO_FEW_RATINGS = 64, 65, 75, 4
 
 def run(settings: MTBenchConfig) -> int:
     """The stage, start to end; the exit code."""
-    stage = Stage(settings)
     made, replies = {}, {}
-    for name in stage.folders:
-        made[name], replies[name] = stage.answers(name)
-    kls = {name: stage.kl(name, replies[name]) for name in stage.folders if name != stage.baseline}
-    judgments, problem = stage.judgments(made)
-    results = _results(stage, made, replies, kls, judgments, problem)
-    _write(stage, results, made, replies, judgments)
+    with Ranks() as ranks:
+        stage = Stage(settings, ranks)
+        for name in stage.folders:
+            made[name], replies[name] = stage.answers(name)
+        kls = {name: stage.kl(name, replies[name]) for name in stage.folders if name != stage.baseline}
+    if ranks.rank:
+        return 0
+    judgments, pairs, problem = stage.judgments(made)
+    harness_results, harness_problem = _harness(settings, stage)
+    results = _results(stage, made, replies, kls, judgments, pairs, problem)
+    results |= {"harness": harness_results, "harness_problem": harness_problem}
+    stage.write_questions()
+    tables.write(stage.output, results)
+    report.write(report.collect([Path(settings.paths.report).parent]), Path(settings.paths.report))
     print(tables.title(results), *tables.missing(results), f"report: {settings.paths.report}", sep="\n", flush=True)
-    if problem:
-        print(problem, file=sys.stderr)
+    for text in filter(None, (problem, harness_problem)):
+        print(text, file=sys.stderr)
+    if problem or harness_problem:
         return 1
-    return TOO_FEW_RATINGS if results["scores"] and not scores.passed(results["scores"]) else 0
+    return 0 if tables.covered(results) else TOO_FEW_RATINGS
 
 
-def _results(stage: Stage, made: dict, replies: dict, kls: dict, judgments: list[dict], problem: str) -> dict:
+def _harness(settings: MTBenchConfig, stage: Stage) -> tuple[dict | None, str]:
+    try:
+        return harness.run(settings, stage.fingerprints), ""
+    except HarnessError as error:
+        return None, str(error)
+
+
+def _results(stage: Stage, made: dict, replies: dict, kls: dict, judgments: list[dict], pairs: list[dict], problem: str) -> dict:
     """results.json."""
     settings = stage.config
-    reward_folder = settings.paths.stages.get("reward")
     categories = {question.question_id: question.category for question in stage.set.questions}
+    lengths = {(name, row["question_id"], turn + 1): len(text)
+               for name, rows in made.items() for row in rows for turn, text in enumerate(row["choices"][0]["turns"])}
     return {
         "questions": {"label": stage.set.label, "source": settings.questions, "count": len(categories), "references": stage.set.references,
                       "sha256": stage.set.sha256},
-        "template": answers.TEMPLATE, "models": stage.fingerprints, "baseline": stage.baseline, "seed": settings.seed,
-        "judge": {"kind": settings.judge, "requested": settings.judge_model if settings.judge != "none" else "",
-                  "returned": sorted({row["judge_id"] for row in judgments}), "problem": problem},
-        "scores": scores.table(judgments, categories, list(stage.folders), settings.seed) if judgments else None,
-        "heldout": heldout.summary(replies, kls, settings.seed),
+        "template": settings.template, "stop": settings.stop, "models": stage.fingerprints, "baseline": stage.baseline,
+        "seed": settings.seed, "max_new_tokens": settings.max_new_tokens,
+        "judge": judge_facts(settings, judgments, pairs, problem),
+        "scores": scores.table(judgments, categories, list(stage.folders), settings.seed, settings.judge_repeats) if judgments else None,
+        "pairwise": winrate.table(pairs, lengths, list(categories), settings.seed) if pairs else None,
+        "heldout": gold.summary(replies, kls, settings.seed),
         "checks": {"questions": {name: checks.check(checks.of_answers(rows)) for name, rows in made.items()},
-                   "heldout": {name: checks.check(checks.of_replies(rows)) for name, rows in replies.items()}},
-        "reward_model": report.reward_model(report.stage_metrics(reward_folder)) if reward_folder else None,
+                   "heldout": {name: checks.check(checks.of_replies(rows)) for name, rows in replies.items() if rows}},
+        "reward_model": rewards.summary(settings.paths.stages),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
     }
 
 
-def _write(stage: Stage, results: dict, made: dict, replies: dict, judgments: list[dict]) -> None:
-    stages = {name: report.stage_metrics(folder) for name, folder in stage.config.paths.stages.items()}
-    path = Path(stage.config.paths.report)
-    report.write(stage.output / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    report.write(stage.output / "table.md", tables.markdown(results))
-    report.write(stage.output / "table.csv", tables.comma_separated(results))
-    report.write(path, report.page(path.resolve().parent.name, results, stage.set, made, replies, judgments, stages))
+def judge_facts(settings: MTBenchConfig, judgments: list[dict], pairs: list[dict], problem: str) -> dict:
+    """Who judged, what it was asked to be, how often, and what all ratings of the table have cost together, also in earlier starts."""
+    rows = judgments + pairs
+    tokens_in, tokens_out = (sum(row[name] for row in rows) for name in ("tokens_in", "tokens_out"))
+    priced = settings.judge_price_in or settings.judge_price_out
+    cost = (tokens_in * settings.judge_price_in + tokens_out * settings.judge_price_out) / 1e6
+    return {"kind": settings.judge, "requested": settings.judge_model if settings.judge != "none" else "",
+            "returned": sorted({row["judge_id"] for row in rows}), "problem": problem, "repeats": settings.judge_repeats,
+            "requests": len(judgments) + 2 * len(pairs), "tokens_in": tokens_in, "tokens_out": tokens_out,
+            "cost": cost if priced else None, "currency": settings.judge_currency}
 
 
 def main(arguments: list[str]) -> int:
     if len(arguments) != 1:
-        print("usage: python -m eval config.json", file=sys.stderr)
+        print("usage: python -m eval config.json; on its own, without a run: python -m eval.mtbench --help", file=sys.stderr)
         return USAGE
     try:
         settings = config.load(arguments[0])
     except (OSError, ValueError, TypeError, KeyError) as error:
         print(f"{arguments[0]}: {error}", file=sys.stderr)
         return USAGE
+    return guarded(settings)
+
+
+def guarded(settings: MTBenchConfig) -> int:
+    """``run`` with bad data as exit code 65."""
     try:
         return run(settings)
     except DataError as error:
@@ -86,7 +112,12 @@ def main(arguments: list[str]) -> int:
         return BAD_DATA
 
 
-if __name__ == "__main__":
+def heed_signals() -> None:
+    """USR1 and TERM end the process with 75: it wants to go on."""
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, lambda *_: sys.exit(GO_ON))
+
+
+if __name__ == "__main__":
+    heed_signals()
     sys.exit(main(sys.argv[1:]))

@@ -18,17 +18,25 @@ from eval.generation import Prompt, Reply
 from eval.jsonl import append, last_by, recover
 from eval.questions import Question
 
-TEMPLATE = "\n\nHuman: {question}\n\nAssistant:"
-"""One turn; an answer follows after a space."""
 TEMPERATURE = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1,
                "coding": 0.0, "extraction": 0.0, "math": 0.0, "reasoning": 0.0}
 
 
-def dialogue(turns: Sequence[str], answers: Sequence[str]) -> str:
-    """The prompt for the next answer: all questions so far (``turns``) with the answers given to all but the last."""
+def stops(config: MTBenchConfig) -> tuple[str, ...]:
+    """Texts that end an answer."""
+    return (config.stop,) if config.stop else ()
+
+
+def dialogue(turns: Sequence[str], answers: Sequence[str], template: str, tokenizer=None) -> str:
+    """The prompt for the next answer: all questions so far (``turns``) with the answers given to all but the last; ``tokenizer`` is for
+    the template "chat"."""
+    if template == "chat":
+        messages = [{"role": role, "content": text} for pair in zip(turns, [*answers, ""], strict=True)
+                    for role, text in zip(("user", "assistant"), pair, strict=True)]
+        return tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
     parts = []
     for number, question in enumerate(turns):
-        parts.append(TEMPLATE.format(question=question))
+        parts.append(template.replace("{question}", question))
         if number < len(answers) and answers[number]:
             parts.append(f" {answers[number]}")
     return "".join(parts)
@@ -36,7 +44,7 @@ def dialogue(turns: Sequence[str], answers: Sequence[str]) -> str:
 
 def key(model: str, config: MTBenchConfig, question: Question) -> str:
     """Names everything that an answer depends on; ``model`` is the fingerprint. Answers under another key are made again."""
-    parts = [model, question.turns, TEMPERATURE[question.category], TEMPLATE, generation.STOP,
+    parts = [model, question.turns, TEMPERATURE[question.category], config.template, config.stop,
              config.max_new_tokens, config.context_length, config.seed]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
@@ -58,11 +66,12 @@ def answer(model, tokenizer, name: str, questions: Sequence[Question], keys: dic
     for batch in batches(questions, config.batch_size):
         replies: list[list[Reply]] = [[] for _ in batch]
         for turn in (1, 2):
-            prompts = [Prompt(dialogue(question.turns[:turn], [reply.text.strip() for reply in given]), TEMPERATURE[question.category],
-                              f"question/{question.question_id}/{turn}")
-                       for question, given in zip(batch, replies, strict=True)]
+            texts = [dialogue(question.turns[:turn], [reply.text.strip() for reply in given], config.template, tokenizer)
+                     for question, given in zip(batch, replies, strict=True)]
+            prompts = [Prompt(text, TEMPERATURE[question.category], f"question/{question.question_id}/{turn}")
+                       for text, question in zip(texts, batch, strict=True)]
             made = generation.generate(model, tokenizer, prompts, max_new_tokens=config.max_new_tokens,
-                                       context_length=config.context_length, seed=config.seed)
+                                       context_length=config.context_length, seed=config.seed, stop=stops(config))
             for given, reply in zip(replies, made, strict=True):
                 given.append(reply)
         append(path, [_row(name, question, given, keys[question.question_id])

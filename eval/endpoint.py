@@ -7,10 +7,17 @@ import http.client
 import json
 import os
 import random
+import stat
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from eval.budget import CHARACTERS, Budget
+from eval.config import MTBenchConfig
+from eval.errors import JudgeError
 
 ATTEMPTS = 7
 LONGEST_WAIT = 120.0
@@ -20,8 +27,13 @@ TIMEOUT = 180.0
 _TRANSIENT = (408, 409, 425, 429)
 
 
-class JudgeError(RuntimeError):
-    """The judge can't be used: the message names address, cause and fix, and never holds the key."""
+class Completion(NamedTuple):
+    text: str
+    model: str
+    """Id of the model as the endpoint returns it: an alias drifts."""
+    tokens_in: int
+    tokens_out: int
+    """As the endpoint counts them; where it doesn't, from the length of the text."""
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -32,22 +44,25 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 
 class Endpoint:
-    def __init__(self, url: str, model: str, key_variable: str, sleep: Callable[[float], None] = time.sleep):
-        """``url`` is the base address (".../v1"); ``key_variable`` names the environment variable with the key, which may be unset."""
+    def __init__(self, config: MTBenchConfig, url: str, budget: Budget, sleep: Callable[[float], object] | None = None):
+        """``url`` is the base address (".../v1"). Raises JudgeError where the file with the key can't be used."""
+        self.config, self.budget, self.sleep = config, budget, sleep or budget.stopped.wait
         self.url = url.rstrip("/") + "/chat/completions"
-        self.model, self.key_variable, self.sleep = model, key_variable, sleep
-        self._key = os.environ.get(key_variable, "")
+        self._key, self.key_place = read_key(config)
         self._opener = urllib.request.build_opener(_NoRedirects)
 
-    def complete(self, system: str, user: str) -> tuple[str, str]:
-        """(text, id of the model as the endpoint returns it), at temperature 0.
+    def complete(self, system: str, user: str) -> Completion:
+        """The judge's reply at temperature 0.
 
-        Waits and asks again on 429, 5xx, time-outs and broken replies; raises JudgeError on any other status at once, and when
-        ``ATTEMPTS`` are used up.
+        Waits and asks again on 429, 5xx, time-outs and broken replies; raises JudgeError on any other status at once, when the budget
+        is used up, and when ``ATTEMPTS`` are.
         """
         for attempt in range(ATTEMPTS):
+            self.budget.request()
             try:
-                return self._ask(system, user)
+                made = self._ask(system, user)
+                self.budget.spend(made.tokens_in, made.tokens_out)
+                return made
             except urllib.error.HTTPError as error:
                 problem, wait = self._problem(error), _retry_after(error)
                 if error.code not in _TRANSIENT and error.code < 500:
@@ -58,8 +73,9 @@ class Endpoint:
                 self.sleep(min(LONGEST_WAIT, wait if wait is not None else 2**attempt * random.uniform(0.5, 1)))
         raise JudgeError(f"{problem}; gave up after {ATTEMPTS} attempts. Ratings so far are kept: run the stage again to go on")
 
-    def _ask(self, system: str, user: str) -> tuple[str, str]:
-        body = {"model": self.model, "temperature": 0, "max_tokens": 2048,
+    def _ask(self, system: str, user: str) -> Completion:
+        model = self.config.judge_model
+        body = {"model": model, "temperature": 0, "max_tokens": self.config.judge_max_tokens,
                 "messages": [{"role": "system", "content": system}, {"role": "user", "content": user}]}
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
         request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
@@ -68,24 +84,42 @@ class Endpoint:
         text = reply["choices"][0]["message"]["content"]
         if not isinstance(text, str):
             raise TypeError(f"the reply's content is {type(text).__name__}, expected text")
-        return text, str(reply.get("model") or self.model)
+        usage = reply.get("usage") or {}
+        return Completion(text, str(reply.get("model") or model), usage.get("prompt_tokens") or len(system + user) // CHARACTERS,
+                          usage.get("completion_tokens") or len(text) // CHARACTERS)
 
     def _problem(self, error: urllib.error.HTTPError) -> str:
-        """One line for a refused request; it names the variable where the key may be at fault."""
+        """One line for a refused request; it names the place where the key is taken from where that may be at fault."""
         try:
             detail = " ".join(error.read(2000).decode("utf-8", "replace").split())[:300]
         except (OSError, http.client.HTTPException):
             detail = ""
         fix = ""
         if error.code in (401, 403):
-            fix = f"; check the key in {self.key_variable}" if self._key else f"; {self.key_variable} is not set: put the key there"
+            fix = f"; check the key in {self.key_place}" if self._key else f"; {self.key_place} is not set: put the key there"
         elif error.code == 404:
-            fix = f"; check judge_url and judge_model = {self.model!r}"
+            fix = f"; check judge_url and judge_model = {self.config.judge_model!r}"
         return f"{self.url}: HTTP {error.code} {error.reason}{fix}" + (f" ({self._redacted(detail)})" if detail else "")
 
     def _redacted(self, text: str) -> str:
         """Endpoints quote the key in their messages."""
         return text.replace(self._key, "***") if self._key else text
+
+
+def read_key(config: MTBenchConfig) -> tuple[str, str]:
+    """(key, where it is from): the file, which must be its owner's alone, or the environment variable, which may be unset."""
+    if not config.judge_key_file:
+        return os.environ.get(config.judge_key_variable, ""), config.judge_key_variable
+    path = Path(config.judge_key_file).expanduser()
+    try:
+        mode, key = path.stat().st_mode, path.read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise JudgeError(f"mtbench.judge_key_file = {path}: {error.strerror}") from None
+    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise JudgeError(f"mtbench.judge_key_file = {path}: not its owner's alone (mode {stat.S_IMODE(mode):o}); chmod 600 {path}")
+    if not key or len(key.split()) != 1:
+        raise JudgeError(f"mtbench.judge_key_file = {path}: expected the key and nothing else")
+    return key, str(path)
 
 
 def _retry_after(error: urllib.error.HTTPError) -> float | None:

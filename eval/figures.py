@@ -23,31 +23,6 @@ RADAR_AXES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction"
 """Clockwise from the top."""
 
 
-@dataclass(frozen=True)
-class Panel:
-    stage: str
-    title: str
-    series: tuple[tuple[str, str], ...]
-    """(name in metrics.jsonl, label)."""
-    level: str = ""
-    """Name whose last value is drawn as a dashed level."""
-
-
-PANELS = (
-    Panel("sft", "Loss, nats a token", (("loss", "training"), ("heldout_loss", "held out")), "unigram_entropy"),
-    Panel("reward", "Accuracy", (("accuracy", "training"), ("heldout_accuracy", "held out")), "shorter_wins"),
-    Panel("reward", "Margin, chosen minus rejected", (("margin", "training"), ("heldout_margin", "held out"))),
-    Panel("rlhf", "Reward, mean score", (("reward", "reward"),)),
-    Panel("rlhf", "KL to SFT, nats a response", (("kl", "KL"),)),
-    Panel("rlhf", "Entropy, nats a token", (("entropy", "entropy"),)),
-    Panel("rlhf", "Response length, tokens", (("response_length", "length"),)),
-    Panel("rlhf", "Shares of responses", (("eos_rate", "ended by EOS"), ("repeated_ngrams", "repeated n-grams"))),
-    Panel("rlhf", "Value model, explained variance", (("explained_variance", "explained variance"),)),
-    Panel("rlhf", "Policy update", (("clip_fraction", "clip fraction"), ("approx_kl", "approximate KL"))),
-    Panel("rlhf", "Seconds an iteration", (("seconds_generate", "generate"), ("seconds_score", "score"), ("seconds_update", "update"))),
-)
-
-
 def curve(rows: Sequence[Mapping], name: str) -> tuple[list[float], list[float]]:
     """(iterations, values) of ``name`` in metrics rows; a resumed run repeats iterations, and its last value counts."""
     points = {row["iteration"]: row[name] for row in rows
@@ -58,20 +33,51 @@ def curve(rows: Sequence[Mapping], name: str) -> tuple[list[float], list[float]]
     return [sum(g) / len(g) for g in groups], [sum(points[i] for i in g) / len(g) for g in groups]
 
 
-def panel_svg(panel: Panel, rows: Sequence[Mapping]) -> tuple[str, list[str], str] | None:
-    """(SVG, labels of the drawn curves in the order of their colours, label of the dashed level or ""); None without a curve."""
-    curves = [(label, *curve(rows, name)) for name, label in panel.series]
-    curves = [(label, x, y) for label, x, y in curves if x]
-    if not curves:
-        return None
+@dataclass(frozen=True)
+class Curve:
+    label: str
+    x: list[float]
+    y: list[float]
+    colour: int
+    """Number of the page's series colour."""
+    dashed: bool = False
+
+
+def panel_svg(name: str, curves: Sequence[Curve], level: float | None = None) -> str:
+    """Curves over iterations, and a dashed level; ``name`` is unique on the page."""
     figure, axes = _axes((3.4, 2.1))
-    for number, (_, x, y) in enumerate(curves):
-        axes.plot(x, y, color=_SERIES[number], linewidth=1.6, marker="o" if len(x) <= 12 else None, markersize=3)
-    level = curve(rows, panel.level)[1] if panel.level else []
-    if level:
-        axes.axhline(level[-1], color=_INK, linewidth=1, linestyle=(0, (4, 3)))
-    svg = _svg(figure, f"{panel.stage}-{panel.series[0][0]}")
-    return svg, [label for label, _, _ in curves], panel.level.replace("_", " ") if level else ""
+    for drawn in curves:
+        alone = len(drawn.x) <= 12
+        axes.plot(drawn.x, drawn.y, color=_SERIES[drawn.colour % len(_SERIES)], linewidth=1.6, linestyle="--" if drawn.dashed else "-",
+                  marker="o" if alone else None, markersize=3)
+    if level is not None:
+        axes.axhline(level, color=_INK, linewidth=1, linestyle=(0, (1, 2)))
+    return _svg(figure, name)
+
+
+def frontier_svg(name: str, paths: Sequence[Curve], labels: tuple[str, str]) -> str:
+    """Reward over KL, a dot a checkpoint, joined in the order of training; the last one is larger. ``labels``: of the two axes."""
+    figure, axes = _axes((5.2, 3.1))
+    for path in paths:
+        colour = _SERIES[path.colour % len(_SERIES)]
+        axes.plot(path.x, path.y, color=colour, linewidth=1.1, alpha=0.6, marker="o", markersize=3)
+        axes.plot(path.x[-1:], path.y[-1:], color=colour, marker="o", markersize=7)
+    axes.set_xlabel(labels[0], color=_INK, fontsize=8)
+    axes.set_ylabel(labels[1], color=_INK, fontsize=8)
+    return _svg(figure, name)
+
+
+def calibration_svg(name: str, stages: Mapping[str, Mapping[str, float]]) -> str:
+    """Stage -> lower edge of a bin of confidence -> accuracy in it, beside the diagonal of perfect calibration."""
+    figure, axes = _axes((3.4, 2.3))
+    axes.plot([0.5, 1], [0.5, 1], color=_LINE, linewidth=1)
+    for number, bins in enumerate(stages.values()):
+        edges = sorted(bins, key=float)
+        axes.plot([float(edge) + 0.05 for edge in edges], [bins[edge] for edge in edges], color=_SERIES[number % len(_SERIES)],
+                  linewidth=1.4, marker="o", markersize=4)
+    axes.set_xlabel("confidence", color=_INK, fontsize=8)
+    axes.set_xlim(0.5, 1)
+    return _svg(figure, name)
 
 
 def interval_svg(values: Mapping[str, Mapping], name: str) -> str:
@@ -87,17 +93,17 @@ def interval_svg(values: Mapping[str, Mapping], name: str) -> str:
     return _svg(figure, name)
 
 
-def radar_svg(means: Mapping[str, Mapping[str, float]]) -> str:
+def radar_svg(means: Mapping[str, Mapping[str, float]], name: str = "radar") -> str:
     """Model -> category -> mean rating, 0..10 on eight axes; a category without a rating breaks no line but has no point."""
     figure = Figure(figsize=(4.6, 3.9))
     axes = figure.add_subplot(projection="polar")
     axes.set_theta_zero_location("N")
     axes.set_theta_direction(-1)
     angles = [2 * math.pi * i / len(RADAR_AXES) for i in range(len(RADAR_AXES))]
-    for number, (model, values) in enumerate(means.items()):
+    for number, values in enumerate(means.values()):
         points = [(angle, values[axis]) for angle, axis in zip(angles, RADAR_AXES, strict=True) if axis in values]
         x, y = zip(*(points + points[:1]), strict=True)
-        axes.plot(x, y, color=_SERIES[number % len(_SERIES)], linewidth=1.8, label=model)
+        axes.plot(x, y, color=_SERIES[number % len(_SERIES)], linewidth=1.8)
         axes.fill(x, y, color=_SERIES[number % len(_SERIES)], alpha=0.12)
     axes.set_xticks(angles, [axis.upper() if axis == "stem" else axis.capitalize() for axis in RADAR_AXES])
     axes.set_ylim(0, 10)
@@ -106,8 +112,7 @@ def radar_svg(means: Mapping[str, Mapping[str, float]]) -> str:
     axes.spines["polar"].set_color(_LINE)
     axes.tick_params(colors=_INK, labelsize=8, pad=11)
     axes.patch.set_visible(False)
-    axes.legend(frameon=False, fontsize=8, labelcolor=_INK, loc="upper left", bbox_to_anchor=(1.02, 1.1))
-    return _svg(figure, "radar")
+    return _svg(figure, name)
 
 
 def _axes(size: tuple[float, float]):
@@ -127,6 +132,7 @@ def _axes(size: tuple[float, float]):
 
 def _svg(figure: Figure, name: str) -> str:
     """The figure as an <svg> element without size, metadata, fonts of its own, or ids that another figure might have."""
+    name = re.sub(r"[^\w-]", "-", name)
     figure.patch.set_visible(False)
     text = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor, StoppingCriteria
 from transformers.utils import logging
 
-from eval.jsonl import DataError
-
-STOP = ("\n\nHuman:",)
-"""Strings that end a reply as the end-of-sequence token does: the next speaker of a Human/Assistant dialogue."""
+from eval.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,10 @@ class Reply:
 
 
 def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """This rank's GPU (of those that it sees), or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
 def require_model(folder: str | Path, name: str) -> None:
@@ -121,7 +122,7 @@ class StopStrings(StoppingCriteria):
         self.tokenizer, self.stop, self.width = tokenizer, stop, width
         self.ends = [0] * rows
         # every token holds at least a byte, so a stop string that has just been completed lies in this many tokens
-        self.tail = max(len(text.encode()) for text in stop)
+        self.tail = max((len(text.encode()) for text in stop), default=0)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_) -> torch.Tensor:
         tails = input_ids[:, max(self.width, input_ids.shape[1] - self.tail):].tolist()
@@ -145,7 +146,7 @@ def _left_padded(rows: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.T
 
 @torch.no_grad()
 def generate(model, tokenizer, prompts: Sequence[Prompt], *, max_new_tokens: int, context_length: int, seed: int,
-             stop: Sequence[str] = STOP) -> list[Reply]:
+             stop: Sequence[str]) -> list[Reply]:
     """One batch of replies, in the order of ``prompts``; a prompt keeps at most context_length - max_new_tokens tokens."""
     assert context_length > max_new_tokens, (context_length, max_new_tokens)
     eos = tokenizer.eos_token_id

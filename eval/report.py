@@ -1,20 +1,22 @@
-"""One self-contained HTML page about a run: no script, no address to load from, every text escaped."""
+"""``python -m eval.report RUN [RUN...]``: one self-contained HTML page about runs or evaluations. It loads nothing from anywhere.
+
+Made from the files in the runs' folders alone, so it can be made again, of several runs together, and of one that is not finished.
+"""
 
 from __future__ import annotations
 
-import json
-import os
+import argparse
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from eval import figures, tables
-from eval.questions import QuestionSet
-
-SAMPLES = 12
-"""Held-out prompts whose replies are shown, evenly spaced over the file."""
+from eval import browse, curves, facts, figures, merge, rewards, runs, tables
+from eval.errors import DataError
+from eval.jsonl import write as write_text
+from eval.runs import Run
 
 CHECKS = (
     ("texts", "Texts", "d", "Texts that were checked."),
@@ -31,32 +33,6 @@ CHECKS = (
 """Measure, column, format, meaning."""
 
 
-def stage_metrics(folder: str | Path) -> list[dict]:
-    """Rows of a stage's metrics.jsonl; none where it is absent. A line torn by a kill is left out: the curve loses a point."""
-    path = Path(folder) / "metrics.jsonl"
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
-
-
-def last(rows: Sequence[Mapping], name: str) -> float | None:
-    """The last value of ``name``."""
-    return next((row[name] for row in reversed(rows) if name in row), None)
-
-
-def reward_model(rows: Sequence[Mapping]) -> dict | None:
-    """Held-out accuracy with its 95% interval, the margin and the "shorter reply wins" floor, from the last evaluation."""
-    evaluated = [row for row in rows if "heldout_accuracy" in row]
-    names = ("heldout_accuracy", "heldout_accuracy_low", "heldout_accuracy_high", "heldout_margin", "shorter_wins")
-    return {name: evaluated[-1].get(name) for name in names} | {"iteration": evaluated[-1]["iteration"]} if evaluated else None
-
-
 def number(value: float | None, form: str = ".2f") -> str:
     """A number for a reader: "%" as form makes a percentage; None is a dash."""
     if value is None:
@@ -70,65 +46,118 @@ def interval(value: Mapping | None, form: str = ".2f") -> str:
     return "–" if value is None else f"{number(value['mean'], form)} [{number(value['low'], form)}, {number(value['high'], form)}]"
 
 
-def curves(stages: Mapping[str, Sequence[Mapping]]) -> dict[str, list[dict]]:
-    """Stage -> its panels {"title", "svg", "labels", "level"}, stages and panels without data left out."""
-    drawn: dict[str, list[dict]] = {}
-    for panel in figures.PANELS:
-        made = figures.panel_svg(panel, stages[panel.stage]) if panel.stage in stages else None
-        if made:
-            svg, labels, level = made
-            drawn.setdefault(panel.stage, []).append({"title": panel.title, "svg": Markup(svg), "labels": labels, "level": level})
-    return drawn
+def duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "–"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
 
 
-def heldout_samples(replies: Mapping[str, Sequence[dict]]) -> list[dict]:
-    """{"prompt", "index", "replies": {model: first sampled row}} for evenly spaced prompts."""
-    first = {name: {row["index"]: row for row in rows if row["sample"] == 0} for name, rows in replies.items()}
-    indices = sorted(next(iter(first.values())))
-    count = min(SAMPLES, len(indices))
-    chosen = [indices[i * len(indices) // count] for i in range(count)]
-    base = next(iter(first.values()))
-    return [{"index": i, "prompt": base[i]["prompt"].strip(), "replies": {name: rows[i] for name, rows in first.items()}}
-            for i in chosen]
+def collect(folders: Sequence[str | Path]) -> dict[str, Run]:
+    """Name -> run; raises DataError for a folder without one."""
+    return merge.names([runs.collect(folder) for folder in {Path(folder).resolve(): folder for folder in folders}.values()])
 
 
-def question_samples(question_set: QuestionSet, answers: Mapping[str, Sequence[dict]], judgments: Sequence[Mapping]) -> list[dict]:
-    """{"id", "category", "turns": [{"question", "answers": {model: {"text", "finish", "score"}}}]} for every question."""
-    by_id = {name: {row["question_id"]: row["choices"][0] for row in rows} for name, rows in answers.items()}
-    ratings = {(row["model"], row["question_id"], row["turn"]): row["score"] for row in judgments}
-    shown = []
-    for question in question_set.questions:
-        key = question.question_id
-        turns = [{"question": text, "answers": {
-            name: {"text": rows[key]["turns"][turn], "finish": rows[key]["finish"][turn], "score": ratings.get((name, key, turn + 1))}
-            for name, rows in by_id.items()}} for turn, text in enumerate(question.turns)]
-        shown.append({"id": key, "category": question.category, "turns": turns})
-    return shown
+def evaluations(found: Mapping[str, Run]) -> dict[str, runs.Evaluation]:
+    """Run -> its evaluation, for those that have one; models carry their run's name where there are several runs."""
+    made = {name: run.evaluation for name, run in found.items() if run.evaluation}
+    return {name: merge.renamed(name, one) for name, one in made.items()} if len(found) > 1 else made
 
 
-def page(run: str, results: dict, question_set: QuestionSet, answers: Mapping[str, Sequence[dict]], replies: Mapping[str, Sequence[dict]],
-         judgments: Sequence[Mapping], stages: Mapping[str, Sequence[Mapping]]) -> str:
+def blocks(judged: Mapping[str, runs.Evaluation]) -> tuple[list[dict], list[str]]:
+    """(tables of scores, why there is more than one): one of all runs where they were judged alike, else one a run."""
+    if not judged:
+        return [], []
+    different = merge.contradictions(judged)
+    if len(judged) == 1:
+        return [_block("", next(iter(judged.values())).results)], []
+    if not different:
+        return [_block("", merge.together(list(judged.values())))], []
+    return [_block(name, one.results) for name, one in judged.items()], different
+
+
+def _block(name: str, results: dict) -> dict:
+    scores = results["scores"]
+    rated = {model: {category: cell["mean"] for category, cell in row["categories"].items()}
+             for model, row in scores["models"].items() if row["covered"]} if scores else {}
+    return {"name": name, "results": results, "title": tables.title(results), "missing": tables.missing(results),
+            "rows": tables.rows(scores) if scores else [], "spread": tables.spread(scores),
+            "duplicates": scores["duplicates"] if scores else 0,
+            "pairs": tables.pair_rows(results["pairwise"]) if results["pairwise"] else [],
+            "radar": Markup(figures.radar_svg(rated, f"radar{name}")) if rated else None, "models": list(rated)}
+
+
+def training(found: Mapping[str, Run]) -> list[dict]:
+    """[{"stage", "panels", "others"}] in the order of the first run that has the stage; a stage without a curve is left out."""
+    order = dict.fromkeys(stage.name for run in found.values() for stage in run.stages if not runs.is_evaluation(stage.folder))
+    made = []
+    for name in order:
+        rows = {run_name: stage.metrics for run_name, run in found.items() for stage in run.stages if stage.name == name and stage.metrics}
+        panels, others = curves.panels(name, rows)
+        if panels or others:
+            made.append({"stage": name, "panels": panels, "others": others})
+    return made
+
+
+def page(found: Mapping[str, Run]) -> str:
     """The HTML text; the same input gives the same bytes."""
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": number, "interval": interval}
-    scores, gold = results["scores"], results["heldout"]["gold"]
-    rated = {name: {category: cell["mean"] for category, cell in row["categories"].items()}
-             for name, row in scores["models"].items() if row["covered"]} if scores else {}
+    environment.filters |= {"number": number, "interval": interval, "duration": duration}
+    judged = evaluations(found)
+    made, different = blocks(judged)
+    common = merge.beside(list(judged.values())) if judged else None
+    preference = {label: row for name, run in found.items()
+                  for stage, row in rewards.summary({stage.name: stage.folder for stage in run.stages}).items()
+                  for label in [stage if len(found) == 1 else f"{name}, {stage}"]}
+    language = {stage if len(found) == 1 else f"{name}, {stage}": row
+                for name, run in found.items() for stage, row in facts.language_models(run).items()}
+    calibrated = {label: row["calibration"] for label, row in preference.items() if row["calibration"]}
+    gold = common["heldout"]["gold"] if common else {}
     return environment.get_template("report.html.j2").render(
-        run=run, results=results, title=tables.title(results), missing=tables.missing(results),
-        header=tables.HEADER, note=tables.NOTE, rows=tables.rows(scores) if scores else [], checks=CHECKS,
-        radar=Markup(figures.radar_svg(rated)) if rated else None,
+        title=", ".join(found), runs=found, blocks=made, different=different, common=common, evaluations=judged,
+        header=tables.HEADER, note=tables.NOTE, pair_header=tables.PAIR_HEADER, pair_note=tables.PAIR_NOTE, checks_columns=CHECKS,
         gold_figure=Markup(figures.interval_svg(gold, "gold")) if gold else None,
-        curves=curves(stages), sft_loss=last(stages["sft"], "heldout_loss") if "sft" in stages else None,
-        unigram=last(stages["sft"], "unigram_entropy") if "sft" in stages else None,
-        heldout=heldout_samples(replies), questions=question_samples(question_set, answers, judgments))
+        frontier=curves.frontiers({name: {stage.name: stage.metrics for stage in run.stages} for name, run in found.items()}),
+        preference=preference, language=language,
+        calibration=Markup(figures.calibration_svg("calibration", calibrated)) if calibrated else None,
+        calibrated=list(calibrated), training=training(found), stages={name: facts.stage_rows(run) for name, run in found.items()},
+        differences=facts.differences(list(found.values())) if len(found) > 1 else [],
+        configuration=[(key, facts.written(value)) for run in found.values() for key, value in facts.flat(run.config).items()]
+        if len(found) == 1 else [],
+        provenance_rows={name: facts.provenance(run) for name, run in found.items()},
+        heldout=browse.heldout(judged), questions=browse.questions(judged), unjudged=[name for name in found if name not in judged])
 
 
-def write(path: str | Path, text: str) -> None:
-    """Write whole or not at all: a reader never sees half a file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+def write(found: Mapping[str, Run], path: Path) -> None:
+    write_text(path, page(found))
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m eval.report", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or the output of python -m eval.mtbench")
+    parser.add_argument("--output", type=Path, metavar="FOLDER",
+                        help="where report.html goes, of several runs with table.md, table.csv and results.json "
+                             "(default: the run's folder; of several runs report-A-B beside the first)")
+    asked = parser.parse_args(arguments)
+    try:
+        found = collect(asked.runs)
+    except DataError as error:
+        print(error, file=sys.stderr)
+        return 65
+    first = Path(asked.runs[0])
+    joined = "-".join(["report", *(name.replace("/", "-") for name in found)])
+    output = asked.output or (first if len(found) == 1 else first.parent / joined)
+    write(found, output / "report.html")
+    if len(found) > 1:
+        made, _ = blocks(evaluations(found))
+        for block in made:
+            tables.write(output / block["name"], block["results"])
+    print(output / "report.html")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

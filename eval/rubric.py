@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from eval.jsonl import DataError
+from eval.errors import DataError
 
 KEYS = {"must": list, "must_not": list, "max_words": int}
 

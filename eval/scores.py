@@ -1,11 +1,13 @@
 """From judgments to the table: averages, intervals and differences, or no number at all. Pure.
 
 Average = mean of all valid ratings (micro), as FastChat prints it; macro = mean of the category means. Units of the bootstrap are
-questions. Below ``COVERAGE`` valid ratings a model gets no average: unparsed ratings are not missing at random.
+questions, with all their turns and repeats. Below ``COVERAGE`` valid ratings a model gets no average: unparsed ratings are not missing at
+random.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,15 +31,16 @@ def parse_rating(judgment: str) -> float:
     return UNPARSED
 
 
-def table(judgments: Sequence[dict], categories: Mapping[int, str], models: Sequence[str], seed: int) -> dict:
+def table(judgments: Sequence[dict], categories: Mapping[int, str], models: Sequence[str], seed: int, repeats: int = 1) -> dict:
     """{"models": {name: summary}, "differences": {name: ...} against the first model, "duplicates": n}.
 
-    ``categories`` maps every question that had to be rated to its category. Where a model fails the coverage gate, its
+    ``categories`` maps every question that had to be rated, ``repeats`` times each turn, to its category. Where a model fails the gate, its
     summary holds counts only and no difference is computed with it.
     """
-    ratings = {(row["model"], row["question_id"], row["turn"]): row["score"] for row in judgments}  # the last line wins
-    arrays = {name: _arrays(ratings, name, list(categories)) for name in models}
-    summaries = {name: _summary(ratings, name, categories, arrays[name], seed) for name in models}
+    ratings = {(row["model"], row["question_id"], row["turn"], row.get("repeat", 0)): row["score"] for row in judgments}  # last line wins
+    arrays = {name: _arrays(ratings, name, list(categories), repeats) for name in models}
+    summaries = {name: _summary(ratings, name, categories, arrays[name], seed, repeats) for name in models}
+    arrays = {name: tuple(array.sum(2) for array in pair) for name, pair in arrays.items()}
     covered = [name for name in models if summaries[name]["covered"]]
     differences = {}
     if models[0] in covered:
@@ -59,19 +62,20 @@ def reason(ratings: Mapping, place: tuple) -> str:
     return "valid" if 1 <= ratings[place] <= 10 else "out of range"
 
 
-def _arrays(ratings: Mapping, name: str, questions: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """(sums, counts) of valid ratings, each (questions, turns)."""
-    places = [[(name, question, turn) for turn in TURNS] for question in questions]
-    counts = np.array([[reason(ratings, place) == "valid" for place in row] for row in places], dtype=float)
-    sums = np.array([[ratings[place] if valid else 0 for place, valid in zip(row, flags, strict=True)]
-                     for row, flags in zip(places, counts, strict=True)], dtype=float)
-    return sums, counts
+def _arrays(ratings: Mapping, name: str, questions: Sequence[int], repeats: int) -> tuple[np.ndarray, np.ndarray]:
+    """(ratings, 0 where there is no valid one; 1 where there is one), each (questions, turns, repeats)."""
+    places = [(name, question, turn, repeat) for question in questions for turn in TURNS for repeat in range(repeats)]
+    valid = np.array([reason(ratings, place) == "valid" for place in places], dtype=float)
+    values = np.array([ratings[place] if flag else 0 for place, flag in zip(places, valid, strict=True)], dtype=float)
+    shape = (len(questions), len(TURNS), repeats)
+    return values.reshape(shape), valid.reshape(shape)
 
 
-def _summary(ratings: Mapping, name: str, categories: Mapping[int, str], arrays: tuple, seed: int) -> dict:
-    sums, counts = arrays
-    reasons = Counter(reason(ratings, (name, question, turn)) for question in categories for turn in TURNS)
-    expected = len(categories) * len(TURNS)
+def _summary(ratings: Mapping, name: str, categories: Mapping[int, str], arrays: tuple, seed: int, repeats: int) -> dict:
+    sums, counts = (array.sum(2) for array in arrays)
+    reasons = Counter(reason(ratings, (name, question, turn, repeat))
+                      for question in categories for turn in TURNS for repeat in range(repeats))
+    expected = len(categories) * len(TURNS) * repeats
     valid = reasons.pop("valid", 0)
     result = {"n_valid": valid, "n_expected": expected, "invalid": dict(sorted(reasons.items())), "covered": valid >= COVERAGE * expected}
     if not result["covered"]:
@@ -83,7 +87,23 @@ def _summary(ratings: Mapping, name: str, categories: Mapping[int, str], arrays:
         "micro": intervals.pooled_mean(sums.sum(1), counts.sum(1), seed).as_dict(),
         "macro": sum(cell["mean"] for cell in cells.values()) / len(cells),
         "turns": [sums[:, turn].sum() / counts[:, turn].sum() if counts[:, turn].any() else None for turn in range(len(TURNS))],
+        "spread": _spread(*arrays) if repeats > 1 else None,
     }
+
+
+def _spread(values: np.ndarray, valid: np.ndarray) -> dict:
+    """How far the judge is from itself; both (questions, turns, repeats).
+
+    {"rating_sd": standard deviation of a rating around the mean of its answer's ratings, pooled over answers (n - 1),
+    "averages": the average of each repeat alone}.
+    """
+    count = valid.sum(2)
+    several = count > 1
+    mean = np.divide(values.sum(2), count, out=np.zeros_like(count), where=count > 0)
+    squares = (valid * (values - mean[:, :, None]) ** 2).sum(2)
+    freedom = (count - 1)[several].sum()
+    averages = [values[:, :, k].sum() / valid[:, :, k].sum() if valid[:, :, k].any() else None for k in range(values.shape[2])]
+    return {"rating_sd": math.sqrt(squares[several].sum() / freedom) if freedom else None, "averages": averages}
 
 
 def _rows(categories: Mapping[int, str]) -> Iterable[tuple[str, np.ndarray]]:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from pathlib import Path
 
-from eval import answers, generation, heldout, judge, questions
+import torch
+
+from eval import answers, asking, generation, harness, heldout, judge, pairwise, questions
 from eval.config import MTBenchConfig
-from eval.endpoint import JudgeError
-from eval.jsonl import DataError, append, recover
+from eval.errors import DataError, JudgeError
+from eval.jsonl import append, dump, recover
+from eval.ranks import Ranks
 
 
 class Progress:
-    """Counts what is done (answers, replies, KL estimates, ratings) into metrics.jsonl and prints a line each time."""
+    """Counts what is done (answers, replies, KL estimates, ratings) into metrics.jsonl and prints a line each time; rank 0 does so."""
 
-    def __init__(self, output: str, total: int):
-        self.path, self.total, self.iteration = Path(output) / "metrics.jsonl", total, 0
-        recover(self.path)
+    def __init__(self, output: str, total: int, speaks: bool):
+        self.path, self.total, self.speaks, self.iteration = Path(output) / "metrics.jsonl", total, speaks, 0
+        if speaks:
+            recover(self.path)
 
     def counter(self, label: str, total: int):
         """``done(n)`` for a part of the work with ``total`` items."""
@@ -24,7 +29,7 @@ class Progress:
 
         def done(n: int) -> None:
             nonlocal finished
-            if n:
+            if n and self.speaks:
                 finished += n
                 self.iteration += n
                 append(self.path, [{"iteration": self.iteration, "total": self.total, "time": time.time()}])
@@ -33,66 +38,103 @@ class Progress:
 
 
 class Stage:
-    """What the parts share: configuration, questions, held-out prompts, models' fingerprints, progress."""
+    """What the parts share: configuration, questions, held-out prompts, models' fingerprints, progress, ranks."""
 
-    def __init__(self, settings: MTBenchConfig):
-        self.config, self.output, self.folders = settings, Path(settings.paths.output), settings.paths.models
+    def __init__(self, settings: MTBenchConfig, ranks: Ranks):
+        self.config, self.output, self.folders, self.ranks = settings, Path(settings.paths.output), settings.paths.models, ranks
         if not self.folders:
             raise DataError("paths.models: no model; expected one or more Hugging Face folders by name")
-        self.set = questions.load(settings.questions)
+        self.set = questions.load(settings.questions, settings.references)
         self.prompts = heldout.load(settings.paths.heldout)
         if settings.judge != "none":
             judge.require(self.set)
+            if settings.judge_pairwise:
+                pairwise.require(self.set, list(self.folders))
         for name, folder in self.folders.items():
             generation.require_model(folder, name)
+        harness.require(settings)
         self.fingerprints = {name: generation.fingerprint(folder) for name, folder in self.folders.items()}
         self.baseline = next(iter(self.folders))
         self.places = [(prompt, sample) for prompt in self.prompts for sample in range(settings.heldout_samples)]
-        ratings = 2 * len(self.set.questions) if settings.judge != "none" else 0
-        kls = (len(self.folders) - 1) * len(self.places)
-        self.progress = Progress(settings.paths.output,
-                                 len(self.folders) * (len(self.set.questions) + len(self.places) + ratings) + kls)
+        self.progress = Progress(settings.paths.output, self._total(), ranks.rank == 0)
+
+    def _total(self) -> int:
+        items, models, others = len(self.set.questions), len(self.folders), len(self.folders) - 1
+        ratings = 2 * items * (models * self.config.judge_repeats + others * self.config.judge_pairwise)
+        return models * (items + len(self.places)) + others * len(self.places) + ratings * (self.config.judge != "none")
 
     def answers(self, name: str) -> tuple[list[dict], list[dict]]:
         """(model_answer rows, held-out rows) of one model, complete and in order; its weights are loaded only if a row is missing."""
-        mark, items = self.fingerprints[name], self.set.questions
+        mark, items, ranks = self.fingerprints[name], self.set.questions, self.ranks
         answer_path, reply_path = self.output / "model_answer" / f"{name}.jsonl", self.output / "heldout" / f"{name}.jsonl"
         answer_keys = {question.question_id: answers.key(mark, self.config, question) for question in items}
         reply_keys = {(prompt.index, sample): heldout.key(mark, self.config, prompt, sample) for prompt, sample in self.places}
-        answered, replied = answers.stored(answer_path, answer_keys), heldout.stored(reply_path, reply_keys)
         answer_done = self.progress.counter(f"{name}: questions answered", len(items))
         reply_done = self.progress.counter(f"{name}: held-out replies", len(self.places))
+
+        def stored() -> tuple[dict, dict]:
+            ranks.gather(answer_path, lambda row: (row["question_id"],))
+            ranks.gather(reply_path, lambda row: (row["index"], row["sample"]))
+            return answers.stored(answer_path, answer_keys), heldout.stored(reply_path, reply_keys)
+
+        answered, replied = stored()
         answer_done(len(answered))
         reply_done(len(replied))
-        questions_left = [question for question in items if question.question_id not in answered]
-        places_left = [(prompt, sample) for prompt, sample in self.places if (prompt.index, sample) not in replied]
+        ranks.meet()  # all have read before one writes
+        questions_left = ranks.mine([question for question in items if question.question_id not in answered])
+        places_left = ranks.mine([(prompt, sample) for prompt, sample in self.places if (prompt.index, sample) not in replied])
         if questions_left or places_left:
             model, tokenizer = generation.load(self.folders[name])
-            answers.answer(model, tokenizer, name, questions_left, answer_keys, self.config, answer_path, answer_done)
-            heldout.reply(model, tokenizer, places_left, reply_keys, self.config, reply_path, reply_done)
-            answered, replied = answers.stored(answer_path, answer_keys), heldout.stored(reply_path, reply_keys)
+            answers.answer(model, tokenizer, name, questions_left, answer_keys, self.config, ranks.own(answer_path), answer_done)
+            heldout.reply(model, tokenizer, places_left, reply_keys, self.config, ranks.own(reply_path), reply_done)
+            del model
+            release()
+        mine = len(answered) + len(questions_left), len(replied) + len(places_left)
+        answered, replied = stored()
+        answer_done(len(answered) - mine[0])  # the other ranks'
+        reply_done(len(replied) - mine[1])
         return [answered[question.question_id] for question in items], [replied[prompt.index, sample] for prompt, sample in self.places]
 
     def kl(self, name: str, replies: list[dict]) -> list[dict]:
         """KL rows of one model's replies against the baseline."""
         path, base = self.output / "heldout" / f"{name}_kl.jsonl", self.fingerprints[self.baseline]
-        stored = {row["key"]: row for row in recover(path)}
-        left = [row for row in replies if heldout.kl_key(row, base) not in stored]
+
+        def stored() -> dict[str, dict]:
+            self.ranks.gather(path, lambda row: (row["index"], row["sample"]))
+            return {row["key"]: row for row in recover(path)}
+
+        known = stored()
+        self.ranks.meet()
+        left = [row for row in replies if heldout.kl_key(row, base) not in known]
         done = self.progress.counter(f"{name}: KL to {self.baseline}", len(replies))
         done(len(replies) - len(left))
-        if left:
-            made = heldout.kl_rows(self.folders[name], self.folders[self.baseline], left, base, self.config)
-            append(path, made)
-            stored |= {row["key"]: row for row in made}
-            done(len(left))
-        return [stored[heldout.kl_key(row, base)] for row in replies]
+        if mine := self.ranks.mine(left):
+            append(self.ranks.own(path), heldout.kl_rows(self.folders[name], self.folders[self.baseline], mine, base, self.config))
+            release()
+        known = stored()
+        done(len(left))
+        return [known[heldout.kl_key(row, base)] for row in replies]
 
-    def judgments(self, made: dict[str, list[dict]]) -> tuple[list[dict], str]:
-        """(judgment rows, what went wrong); both empty without a judge."""
+    def judgments(self, made: dict[str, list[dict]]) -> tuple[list[dict], list[dict], str]:
+        """(judgment rows, pairwise rows, what went wrong); all empty without a judge."""
         if self.config.judge == "none":
-            return [], ""
-        wanted = judge.requests(self.set, made)
+            return [], [], ""
+        works = asking.ratings(self.config, self.set, made)
         try:
-            return judge.rate(self.config, wanted, self.set.prompts, self.progress.counter("ratings", len(wanted))), ""
+            rows = asking.rate(self.config, works, self.set.prompts, self.progress.counter("ratings", sum(len(w.wanted) for w in works)))
         except JudgeError as error:
-            return [], str(error)
+            return [], [], str(error)
+        return rows[0], rows[1] if self.config.judge_pairwise else [], ""
+
+    def write_questions(self) -> None:
+        """question.jsonl and reference_answer/ beside the answers, as FastChat's tools expect them; the report reads them, too."""
+        dump(self.output / "question.jsonl", [
+            {"question_id": item.question_id, "category": item.category, "turns": list(item.turns)}
+            | ({"reference": list(item.reference)} if item.reference else {}) for item in self.set.questions])
+
+
+def release() -> None:
+    """Give a model's memory back to the device: the next one, or a judge's server, needs it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
-from eval.answers import TEMPLATE
+from eval.jsonl import write as write_text
 from eval.questions import CATEGORIES
 from eval.scores import COVERAGE, passed
 
@@ -36,7 +38,7 @@ def title(results: dict) -> str:
     models = scores["models"].items() if scores else ()
     valid = "; ".join(f"{model} {row['n_valid']}/{row['n_expected']}" for model, row in models) or "none"
     return (f"{results['questions']['label']} · judge: {name} · references: {results['questions']['references']} · "
-            f"template: {TEMPLATE!r} · valid ratings: {valid}")
+            f"template: {results['template']!r} · valid ratings: {valid}")
 
 
 def missing(results: dict) -> list[str]:
@@ -48,15 +50,22 @@ def missing(results: dict) -> list[str]:
                 "A hosted judge: set mtbench.judge = \"openai\", mtbench.judge_url to the address of any OpenAI-compatible endpoint, "
                 "mtbench.judge_model to its model, put the key in the environment variable that mtbench.judge_key_variable names, and run "
                 "the stage mtbench again.",
-                "A judge of your own: serve a model inside the allocation behind an OpenAI-compatible address (for example vllm serve), "
-                "set mtbench.judge = \"openai\" and mtbench.judge_url = \"http://localhost:8000/v1\", and run the stage mtbench again."]
+                "A judge of your own: set mtbench.judge = \"local\" and mtbench.judge_model to the Hugging Face folder of a strong model; "
+                "the stage serves it inside its own allocation (vllm serve where it is installed) while it needs it. A small model is no "
+                "judge."]
     if judge["problem"]:
         return [f"The judge could not be used, so there is no score: {judge['problem']}", "Answers and ratings so far are kept; correct "
                 "the cause and run the stage mtbench again."]
-    if passed(scores):
-        return []
-    return [f"{name}: no average, because {row['n_valid']} of {row['n_expected']} ratings are valid ({_reasons(row)}) and "
-            f"{COVERAGE:.0%} are needed." for name, row in scores["models"].items() if not row["covered"]]
+    short = [f"{name}: no average, because {row['n_valid']} of {row['n_expected']} ratings are valid ({_reasons(row)}) and "
+             f"{COVERAGE:.0%} are needed." for name, row in scores["models"].items() if not row["covered"]]
+    return short + [f"{name} against {row['baseline']}: no win rate, because {row['n_valid']} of {row['n_expected']} comparisons have a "
+                    f"verdict in both orders and {COVERAGE:.0%} are needed."
+                    for name, row in (results["pairwise"] or {}).items() if not row["covered"]]
+
+
+def covered(results: dict) -> bool:
+    """Are there enough valid ratings and comparisons for all that was asked for? True without a judge, which is asked for nothing."""
+    return not results["scores"] or passed(results["scores"]) and all(row["covered"] for row in (results["pairwise"] or {}).values())
 
 
 def _reasons(row: dict) -> str:
@@ -87,16 +96,52 @@ def _cell(value: dict | None, form: str) -> Cell:
     return Cell(f"{value['mean']:{form}}", f"[{value['low']:{form}}, {value['high']:{form}}]", form.startswith("+") and separated)
 
 
+PAIR_HEADER = ("Model", "Against", "Win rate", "At equal length", "Won", "Tied", "Lost", "Orders disagree", "First preferred", "Valid")
+PAIR_NOTE = ("Each pair is judged in both orders; where the two verdicts disagree it is a tie, and a tie counts half. The win rate at "
+             "equal length is AlpacaEval 2's regression (Dubois et al. 2024) without its term for an instruction's difficulty. Bold: its "
+             "interval excludes one half.")
+
+
+def pair_rows(pairwise: dict) -> list[list[Cell]]:
+    """One row a model, in the columns of PAIR_HEADER."""
+    return [[Cell(name), Cell(row["baseline"]), *(_rate(row.get(key)) for key in ("win_rate", "length_controlled")),
+             *(Cell(str(row[key])) for key in ("wins", "ties", "losses")), Cell(f"{row['orders_disagree']} of {row['n_valid']}"),
+             Cell("-" if row["first_preferred"] is None else f"{row['first_preferred']:.0%}"),
+             Cell(f"{row['n_valid']}/{row['n_expected']}")]
+            for name, row in pairwise.items()]
+
+
+def _rate(value: dict | None) -> Cell:
+    """A win rate in percent."""
+    if value is None:
+        return Cell("-")
+    separated = (value["low"] > 0.5 or value["high"] < 0.5) and value["units"] >= LEAST_QUESTIONS
+    return Cell(f"{value['mean']:.1%}", f"[{value['low']:.1%}, {value['high']:.1%}]", separated)
+
+
+def spread(scores: dict | None) -> list[str]:
+    """What repeated ratings say about the judge, a sentence a model; empty where each answer was rated once."""
+    return [f"{name}: repeated ratings of one answer differ by {row['spread']['rating_sd']:.2f} points (standard deviation); the averages "
+            f"of the repeats are {', '.join('-' if a is None else format(a, '.2f') for a in row['spread']['averages'])}."
+            for name, row in (scores["models"] if scores else {}).items() if row.get("spread") and row["spread"]["rating_sd"] is not None]
+
+
 def markdown(results: dict) -> str:
     """table.md."""
     lines = [title(results), "", *(line + "\n" for line in missing(results))]
     if results["scores"]:
-        lines += ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
-        for row in rows(results["scores"]):
-            cells = [(f"**{cell.text}**" if cell.bold else cell.text) + (f" {cell.interval}" if cell.interval else "") for cell in row]
-            lines.append("| " + " | ".join(cells) + " |")
-        lines += ["", NOTE]
+        lines += [*_pipes(HEADER, rows(results["scores"])), "", NOTE, *("\n" + line for line in spread(results["scores"]))]
+    if results["pairwise"]:
+        lines += ["", *_pipes(PAIR_HEADER, pair_rows(results["pairwise"])), "", PAIR_NOTE]
     return "\n".join(lines) + "\n"
+
+
+def _pipes(header: tuple[str, ...], body: list[list[Cell]]) -> list[str]:
+    made = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for row in body:
+        cells = [(f"**{cell.text}**" if cell.bold else cell.text) + (f" {cell.interval}" if cell.interval else "") for cell in row]
+        made.append("| " + " | ".join(cells) + " |")
+    return made
 
 
 def comma_separated(results: dict) -> str:
@@ -107,3 +152,10 @@ def comma_separated(results: dict) -> str:
     if results["scores"]:
         writer.writerows([cell.text for cell in row] for row in rows(results["scores"]))
     return text.getvalue()
+
+
+def write(folder: str | Path, results: dict) -> None:
+    """results.json, table.md and table.csv."""
+    write_text(Path(folder) / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    write_text(Path(folder) / "table.md", markdown(results))
+    write_text(Path(folder) / "table.csv", comma_separated(results))

@@ -318,21 +318,25 @@ def cancel(runs):
         click.echo(cancel(run) if len(runs) == 1 else f"{run.folder}: {cancel(run)}")
 
 
-@main.command(short_help="Path of the finished report.")
-@run_argument
-def report(run):
-    """Print the path of the finished report, or say which stage has to finish first.
+@main.command(short_help="One HTML page about a run, or several side by side.")
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path), shell_complete=completion.runs)
+@click.option("--output", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER",
+              help="Where it goes.  [default: the run's folder; of several runs report-A-B beside the first]")
+@click.option("--open", "show", is_flag=True, help="Open it in the browser.")
+def report(runs, output, show):
+    """Make report.html from what the runs' folders hold, finished or not, and print its path. The page loads nothing: send it to anyone.
 
     \b
-      xdg-open "$(python -m launcher report bloom-tiny)"
+      report bloom-tiny --open
+      report lr                                 all runs of a sweep side by side
+      report first second --output comparison   with table.md, table.csv and results.json of both together
     """
-    from launcher import state
+    from launcher.report import make
 
-    waiting = [row for row in state.states(run)[0] if row.state != "done"]
-    if waiting:
-        why = f" ({waiting[0].why})" if waiting[0].why else ""
-        raise click.ClickException(f"no report yet: {waiting[0].stage} has to finish; it is {waiting[0].state}{why}")
-    click.echo(run.folder / "report.html")
+    path = make(runs, output)
+    click.echo(path)
+    if show:
+        click.launch(str(path))
 
 
 @main.command(short_help="What this site has, and what follows from it.")

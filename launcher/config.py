@@ -67,7 +67,7 @@ class StageResources:
     mtbench: Resources = Resources()
 
     def __post_init__(self):
-        for name in ("convert", "export", "mtbench"):
+        for name in ("convert", "export"):
             if getattr(self, name).ranks != 1:
                 raise ValueError(f"{name}: this stage is one process; set nodes = 1 and gpus_per_node to 0 or 1")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import subprocess
 import time
 from pathlib import Path
 
@@ -143,7 +144,19 @@ def versions() -> dict:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return found | commit(Path(__file__).parent.parent)
+
+
+def commit(root: Path) -> dict[str, str]:
+    """{"commit": the checkout's commit, "-dirty" where files differ from it}; {} where the code is installed without its repository."""
+    if not (root / ".git").exists():  # else git would name a repository around the installation
+        return {}
+    try:
+        done = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+                              capture_output=True, text=True, check=False, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    return {"commit": done.stdout.strip()} if done.returncode == 0 else {}
 
 
 def _outputs(run: Run, stage: Stage, iteration: int | None) -> list[Path]:

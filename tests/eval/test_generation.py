@@ -9,11 +9,12 @@ from eval import generation
 from eval.answers import dialogue
 from eval.generation import Prompt, RowSampler
 
+HH = "\n\nHuman: {question}\n\nAssistant:"
 QUESTIONS = ["What is the colour of the sky?", "Why?", "Is the air blue, or is the light of the sky blue because of the air?"]
 
 
 def prompts(temperature: float) -> list[Prompt]:
-    return [Prompt(dialogue([question], []), temperature, f"q/{i}") for i, question in enumerate(QUESTIONS)]
+    return [Prompt(dialogue([question], [], HH), temperature, f"q/{i}") for i, question in enumerate(QUESTIONS)]
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,7 @@ def loaded(folders):
 
 
 def replies(loaded, given, new=24, context=256, **settings):
-    return generation.generate(*loaded, given, max_new_tokens=new, context_length=context, seed=0, **settings)
+    return generation.generate(*loaded, given, max_new_tokens=new, context_length=context, seed=0, **{"stop": ("\n\nHuman:",), **settings})
 
 
 def test_greedy_batch_equals_hugging_face_one_by_one(folders, loaded):
@@ -92,7 +93,7 @@ def test_a_stop_string_ends_the_row_and_is_cut_off(loaded):
 
 def test_a_long_prompt_loses_its_head_and_keeps_the_cue(loaded):
     model, tokenizer = loaded
-    long = dialogue(["blue " * 200 + "end?"], [])
+    long = dialogue(["blue " * 200 + "end?"], [], HH)
     ids = generation.encode(tokenizer, long, 20)
     assert len(ids) == 20 and tokenizer.decode(ids).endswith("end?\n\nAssistant:")
     short = tokenizer.decode(ids)
@@ -100,9 +101,9 @@ def test_a_long_prompt_loses_its_head_and_keeps_the_cue(loaded):
 
 
 def test_dialogue_of_two_turns():
-    assert dialogue(["one {x}?"], []) == "\n\nHuman: one {x}?\n\nAssistant:"
-    assert dialogue(["a", "b"], ["first"]) == "\n\nHuman: a\n\nAssistant: first\n\nHuman: b\n\nAssistant:"
-    assert dialogue(["a", "b"], [""]) == "\n\nHuman: a\n\nAssistant:\n\nHuman: b\n\nAssistant:"
+    assert dialogue(["one {x}?"], [], HH) == "\n\nHuman: one {x}?\n\nAssistant:"
+    assert dialogue(["a", "b"], ["first"], HH) == "\n\nHuman: a\n\nAssistant: first\n\nHuman: b\n\nAssistant:"
+    assert dialogue(["a", "b"], [""], HH) == "\n\nHuman: a\n\nAssistant:\n\nHuman: b\n\nAssistant:"
 
 
 def test_the_fingerprint_follows_the_weights(folders, tmp_path):

@@ -4,9 +4,9 @@ import random
 import pytest
 import torch
 
-from eval import generation, heldout, intervals
+from eval import generation, gold, heldout, intervals
 from eval.config import MTBenchConfig, MTBenchPaths
-from eval.jsonl import DataError
+from eval.errors import DataError
 
 
 def settings(**values) -> MTBenchConfig:
@@ -58,7 +58,7 @@ def test_summary_is_by_prompt_and_paired():
     replies = {"sft": [reply(0, 0, 0.2), reply(0, 1, 0.4), reply(1, 0, 0.6), reply(1, 1, 0.6), reply(2, 0, None)],
                "rlhf": [reply(0, 0, 1.0), reply(0, 1, 1.0), reply(1, 0, 0.8), reply(1, 1, 0.8), reply(2, 0, None)]}
     kls = {"rlhf": [{"index": 0, "sample": 0, "kl": 1.0}, {"index": 0, "sample": 1, "kl": 3.0}, {"index": 1, "sample": 0, "kl": 4.0}]}
-    found = heldout.summary(replies, kls, seed=0)
+    found = gold.summary(replies, kls, seed=0)
     assert found["gold"]["sft"]["mean"] == pytest.approx(0.45) and found["gold"]["rlhf"]["mean"] == pytest.approx(0.9)
     difference = found["gold_difference"]["rlhf"]
     assert difference["mean"] == pytest.approx(0.45)
@@ -69,7 +69,7 @@ def test_summary_is_by_prompt_and_paired():
 
 def test_without_rubrics_there_is_no_gold():
     replies = {name: [{"index": 0, "sample": 0, "gold": None}] for name in ("sft", "rlhf")}
-    found = heldout.summary(replies, {"rlhf": [{"index": 0, "sample": 0, "kl": 1.0}]}, seed=0)
+    found = gold.summary(replies, {"rlhf": [{"index": 0, "sample": 0, "kl": 1.0}]}, seed=0)
     assert found["gold"] == {} and found["gold_difference"] == {}
 
 

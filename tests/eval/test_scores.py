@@ -84,7 +84,7 @@ def test_bold_is_for_differences_that_are_separated_from_zero(questions, lower, 
 
 
 def results(found: dict) -> dict:
-    return {"questions": {"label": "Convoy questions", "references": "own"}, "scores": found,
+    return {"questions": {"label": "Convoy questions", "references": "own"}, "scores": found, "pairwise": None, "template": "{question}",
             "judge": {"kind": "openai", "requested": "j", "returned": ["j"], "problem": ""}}
 
 

@@ -1,0 +1,105 @@
+"""Asks the judge for what is not in the files yet: budget first, one known item, then many requests at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+from eval import judge, pairwise, serving
+from eval.budget import Budget
+from eval.config import MTBenchConfig
+from eval.endpoint import Endpoint
+from eval.errors import JudgeError
+from eval.jsonl import append, dump, last_by, recover
+from eval.questions import QuestionSet
+from eval.scores import UNPARSED, parse_rating
+
+
+@dataclass(frozen=True)
+class Work:
+    """Requests of one kind (``judge.Request`` or ``pairwise.Pair``), and the file with their rows."""
+
+    path: Path
+    module: object
+    """eval.judge or eval.pairwise: row_key, row_place."""
+    wanted: Sequence
+
+    def stored(self) -> dict[tuple, dict]:
+        return last_by(recover(self.path), self.module.row_key)
+
+
+def ratings(config: MTBenchConfig, question_set: QuestionSet, answers: dict[str, list[dict]]) -> list[Work]:
+    """What the configuration asks of the judge: ratings, and comparisons where ``judge_pairwise`` says so."""
+    model, output = config.judge_model, config.paths.output
+    found = [Work(judge.judgment_path(output, model), judge,
+                  judge.unique(judge.requests(question_set, answers, config.judge_repeats), model))]
+    if config.judge_pairwise:
+        found.append(Work(judge.judgment_path(output, model, "pair"), pairwise, pairwise.requests(question_set, answers)))
+    return found
+
+
+def rate(config: MTBenchConfig, works: Sequence[Work], prompts: dict[str, dict], done: Callable[[int], None]) -> list[list[dict]]:
+    """Each work's rows in the order of its requests: stored ones, and new ones appended as they come. Raises JudgeError."""
+    stored = [work.stored() for work in works]
+    missing = [[item for item in work.wanted if item.key(config.judge_model) not in rows]
+               for work, rows in zip(works, stored, strict=True)]
+    done(sum(len(work.wanted) for work in works) - sum(map(len, missing)))
+    if any(missing):
+        budget = Budget(config)
+        with serving.opened(config) as url:
+            endpoint = Endpoint(config, url, budget)
+            try:
+                print(budget.plan([text for items in missing for item in items for text in item.texts()], endpoint.url), flush=True)
+                preflight(endpoint, prompts)
+                for work, items, rows in zip(works, missing, stored, strict=True):
+                    _ask_all(config, endpoint, work, items, rows, done)
+            finally:
+                if budget.requests:
+                    print(budget.spent(), flush=True)
+    for work, rows in zip(works, stored, strict=True):
+        _settle(config, work, rows)
+    return [[rows[item.key(config.judge_model)] for item in work.wanted] for work, rows in zip(works, stored, strict=True)]
+
+
+def preflight(endpoint: Endpoint, prompts: dict[str, dict]) -> None:
+    """Rate one known item before the many; raises JudgeError where the endpoint can't be used or gives no rating."""
+    made = endpoint.complete(*judge.known_item(prompts))
+    if parse_rating(made.text) == UNPARSED:
+        raise JudgeError(f"{endpoint.url}: model {endpoint.config.judge_model!r} gave no rating [[n]] to a known answer, but: "
+                         f"{made.text[:200]!r}; choose another judge_model")
+
+
+def _ask_all(config: MTBenchConfig, endpoint: Endpoint, work: Work, items: Sequence, rows: dict, done: Callable[[int], None]) -> None:
+    def keep(row: dict) -> None:
+        append(work.path, [row])
+        rows[work.module.row_key(row)] = row
+        done(1)
+
+    pool = ThreadPoolExecutor(config.judge_concurrency)
+    waiting = {pool.submit(item.ask, endpoint) for item in items}
+    try:
+        for future in as_completed(list(waiting)):
+            waiting.discard(future)
+            keep(future.result())
+    except BaseException:  # an error of the judge or a signal: what is under way is waited for and kept, it is paid for
+        endpoint.budget.stopped.set()
+        pool.shutdown(cancel_futures=True)
+        for future in waiting:
+            if not future.cancelled() and not future.exception():
+                keep(future.result())
+        raise
+    pool.shutdown()
+
+
+def _settle(config: MTBenchConfig, work: Work, stored: dict) -> None:
+    """Leave one row a place in the file: FastChat averages all that it finds there. What gave way (ratings of answers that are no more,
+    repeated lines) goes to superseded/; rows of models that were not asked for stay."""
+    used = {item.place(config.judge_model): item.key(config.judge_model) for item in work.wanted}
+    rows = recover(work.path)
+    last = {work.module.row_key(row): number for number, row in enumerate(rows)}
+    kept = {number for key, number in last.items() if used.get(work.module.row_place(rows[number]), key) == key}
+    if len(kept) < len(rows):
+        append(work.path.parent / "superseded" / work.path.name, [row for number, row in enumerate(rows) if number not in kept])
+        dump(work.path, [row for number, row in enumerate(rows) if number in kept])

@@ -1,0 +1,95 @@
+"""Where a run's time and memory went, what distinguishes runs' configurations, and where everything came from. Pure."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+
+from eval.curves import SECONDS
+from eval.runs import Run, StageFolder
+
+_NAMES_OF_A_RUN = ("run.name", "run.id", "run.folder", "run.recipe")
+
+
+def stage_rows(run: Run) -> list[dict]:
+    """One row a stage: {"name", "state", "iterations", "attempts", "seconds", "ranks", "rank_hours", "tokens_per_second", "memory",
+    "phases": {name: mean seconds an iteration}}; what isn't known is None."""
+    return [_stage_row(stage, run.config) for stage in run.stages]
+
+
+def _stage_row(stage: StageFolder, config: Mapping) -> dict:
+    values = numbers(stage.metrics)
+    ranks = _ranks(config.get("resources", {}).get(stage.name))
+    memory = {name: max(found) for name, found in values.items() if "memory" in name or name.endswith("_gb")}
+    phases = {name.removeprefix(SECONDS[1]).replace("_", " "): statistics.fmean(found)
+              for name, found in values.items() if name.startswith(SECONDS[1])}
+    return {"name": stage.name, "state": stage.status.get("state"), "attempts": len(stage.attempts) or None, "seconds": stage.seconds,
+            "iterations": stage.status.get("iteration"), "ranks": ranks,
+            "rank_hours": stage.seconds * ranks / 3600 if stage.seconds is not None and ranks else None,
+            "tokens_per_second": statistics.median(values["tokens_per_second"]) if values.get("tokens_per_second") else None,
+            "memory": memory, "phases": phases}
+
+
+def language_models(run: Run) -> dict[str, dict]:
+    """Stage -> {"loss", "unigram"} of each that measured its held-out loss against the entropy of single tokens, its floor."""
+    found = {stage.name: numbers(stage.metrics) for stage in run.stages}
+    return {name: {"loss": values["heldout_loss"][-1], "unigram": values["unigram_entropy"][-1]}
+            for name, values in found.items() if values.get("heldout_loss") and values.get("unigram_entropy")}
+
+
+def numbers(rows: Sequence[Mapping]) -> dict[str, list[float]]:
+    """Name -> its values in order."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                found.setdefault(name, []).append(value)
+    return found
+
+
+def _ranks(resources: Mapping | None) -> int | None:
+    try:
+        return resources["nodes"] * max(1, resources["gpus_per_node"])
+    except (KeyError, TypeError):
+        return None
+
+
+def flat(config: Mapping, before: str = "") -> dict[str, object]:
+    """{"sft.lr": 1e-5, ...} of nested tables."""
+    found = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{before}{key}.")
+        else:
+            found[before + key] = value
+    return found
+
+
+def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """(key, its value in each run) of every key of config.json that isn't the same in all; a key that a run lacks is "-"."""
+    tables = [flat(run.config) for run in runs]
+    keys = sorted({key for table in tables for key in table} - set(_NAMES_OF_A_RUN))
+    rows = [(key, [written(table[key]) if key in table else "-" for table in tables]) for key in keys]
+    return [(key, values) for key, values in rows if len(set(values)) > 1]
+
+
+def written(value: object) -> str:
+    """As in a TOML file, or nearly."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return repr(value) if isinstance(value, str) else str(value)
+
+
+def provenance(run: Run) -> list[tuple[str, str]]:
+    """(name, value): run id, recipe, profile, and for each stage its manifest, its configuration's hash and what computed it."""
+    about = run.config.get("run", {})
+    rows = [(name, str(about[name])) for name in ("id", "recipe", "profile") if about.get(name)]
+    for stage in run.stages:
+        done = stage.manifest
+        if not done:
+            continue
+        versions = ", ".join(f"{name} {version}" for name, version in done.get("versions", {}).items())
+        hashes = [f"{word} {str(done[key])[:12]}" for word, key in (("manifest", "identity"), ("configuration", "config_hash"))
+                  if done.get(key)]
+        rows.append((stage.name, "; ".join([*hashes, f"{len(done.get('outputs', {}))} files by sha256", *filter(None, [versions])])))
+    return rows

@@ -1,0 +1,132 @@
+"""``python -m eval.serve FOLDER --port P``: a small OpenAI-compatible server of one Hugging Face model on loopback, greedy.
+
+For a judge inside the allocation where vLLM is not installed. What comes in while the model is busy is answered together as the next
+batch. GET /health, GET /v1/models, POST /v1/chat/completions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import queue
+import sys
+import threading
+from concurrent.futures import Future
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from eval import generation
+from eval.generation import Prompt, Reply
+
+BATCH = 8
+"""Most requests answered together."""
+
+
+class Batcher:
+    """One thread owns the model; ``reply`` may be called from many."""
+
+    def __init__(self, model, tokenizer):
+        self.model, self.tokenizer = model, tokenizer
+        self.context = getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "seq_length", None) or 8192
+        self.waiting: queue.SimpleQueue = queue.SimpleQueue()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def reply(self, text: str, max_tokens: int) -> tuple[Reply, int]:
+        """(reply, tokens of the prompt); ValueError for a prompt that leaves no room for one."""
+        sent = len(generation.encode(self.tokenizer, text, sys.maxsize))
+        if sent >= self.context:
+            raise ValueError(f"the prompt has {sent} tokens, the model's context {self.context}")
+        future: Future = Future()
+        self.waiting.put((text, min(max_tokens, self.context - sent), future))
+        return future.result(), sent
+
+    def _run(self) -> None:
+        while True:
+            batch = [self.waiting.get()]
+            while len(batch) < BATCH and not self.waiting.empty():
+                batch.append(self.waiting.get())
+            texts, limits, futures = zip(*batch, strict=True)
+            try:
+                replies = generation.generate(self.model, self.tokenizer, [Prompt(text, 0.0, "") for text in texts],
+                                              max_new_tokens=max(limits), context_length=sys.maxsize, seed=0, stop=())
+                for future, reply in zip(futures, replies, strict=True):
+                    future.set_result(reply)
+            except (RuntimeError, ValueError) as error:  # out of memory, say: those who wait must hear it, and the next batch may fit
+                for future in futures:
+                    future.set_exception(error)
+
+
+def as_text(tokenizer, messages: list[dict]) -> str:
+    """By the tokenizer's chat template; without one as plain text in the Human/Assistant form."""
+    if tokenizer.chat_template:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    speakers = {"system": "", "user": "\n\nHuman: ", "assistant": "\n\nAssistant: "}
+    return "".join(speakers[message["role"]] + message["content"] for message in messages) + "\n\nAssistant:"
+
+
+def handler(batcher: Batcher, name: str) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self):
+            if self.path == "/health":
+                self.send(200, {})
+            elif self.path == "/v1/models":
+                self.send(200, {"object": "list", "data": [{"id": name, "object": "model"}]})
+            else:
+                self.send(404, {"error": {"message": f"no {self.path} here"}})
+
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            if self.path != "/v1/chat/completions":
+                return self.send(404, {"error": {"message": f"no {self.path} here"}})
+            try:
+                asked = json.loads(body)
+                reply, sent = batcher.reply(as_text(batcher.tokenizer, asked["messages"]), int(asked.get("max_tokens", 1024)))
+            except (ValueError, KeyError, TypeError) as error:
+                return self.send(400, {"error": {"message": f"bad request: {type(error).__name__}: {error}"}})
+            except RuntimeError as error:  # the client decides whether to ask again
+                return self.send(500, {"error": {"message": f"{type(error).__name__}: {error}"}})
+            choice = {"index": 0, "message": {"role": "assistant", "content": reply.text},
+                      "finish_reason": "length" if reply.finish == "length" else "stop"}
+            self.send(200, {"object": "chat.completion", "model": name, "choices": [choice],
+                            "usage": {"prompt_tokens": sent, "completion_tokens": len(reply.tokens),
+                                      "total_tokens": sent + len(reply.tokens)}})
+
+        def send(self, status: int, value: dict) -> None:
+            text = json.dumps(value).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+        def log_message(self, *_):
+            pass
+    return Handler
+
+
+def end_with_parent() -> None:
+    """Leave as soon as standard input is closed: whoever started this has ended, however that came about."""
+    sys.stdin.buffer.read()
+    os._exit(0)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m eval.serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", help="Hugging Face folder: config.json, tokenizer, weights")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
+    parser.add_argument("--end-with-stdin", action="store_true", help="end when standard input is closed: it never outlives its parent")
+    asked = parser.parse_args(arguments)
+    batcher = Batcher(*generation.load(asked.folder))
+    server = ThreadingHTTPServer((asked.host, asked.port), handler(batcher, asked.folder))
+    if asked.end_with_stdin:
+        threading.Thread(target=end_with_parent, daemon=True).start()
+    print(f"serving {asked.folder} at http://{asked.host}:{asked.port}/v1", flush=True)
+    server.serve_forever()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

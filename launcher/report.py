@@ -1,0 +1,31 @@
+"""The report of one or several runs, made by ``python -m eval.report`` in a process of its own: it needs what is never imported here."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from launcher import state
+from launcher.run import Failed, Runs
+from training.settings import ConfigError
+
+
+def make(paths: Sequence[Path], output: Path | None) -> Path:
+    """Path of the written report.html; a note for each run that isn't finished goes to stderr. ConfigError where a run is none."""
+    runs = Runs.open(paths, Path("runs"))
+    for run in runs:
+        waiting = [row for row in state.states(run)[0] if row.state != "done"]
+        if waiting:
+            why = f" ({waiting[0].why})" if waiting[0].why else ""
+            print(f"{run.folder} is not finished: {waiting[0].stage} is {waiting[0].state}{why}; the report shows what there is",
+                  file=sys.stderr)
+    command = [sys.executable, "-m", "eval.report", *(str(run.folder) for run in runs), *(["--output", str(output)] if output else [])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == os.EX_DATAERR:
+        raise ConfigError(done.stderr.strip())
+    if done.returncode:
+        raise Failed(f"the report: exit code {done.returncode}: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
+    return Path(done.stdout.strip().splitlines()[-1])

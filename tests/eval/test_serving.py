@@ -1,0 +1,122 @@
+"""A judge inside the allocation: the real server with a real model, built so that all it can say is [[7]]."""
+
+import json
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from transformers import BloomConfig, BloomForCausalLM
+
+from eval import asking, questions, serving
+from eval.config import MTBenchConfig, MTBenchPaths
+from eval.errors import JudgeError
+from tests.eval.conftest import tokenizer
+from tests.eval.test_judge import answers
+
+QUESTIONS = questions.load("embedded")
+
+
+@pytest.fixture(scope="module")
+def seven(tmp_path_factory) -> Path:
+    """The last layer norm gives one vector whatever came in, and one token's embedding lies along it."""
+    folder = tmp_path_factory.mktemp("judge")
+    words = tokenizer()
+    words.add_tokens(["[[7]]"])
+    model = BloomForCausalLM(BloomConfig(vocab_size=len(words), hidden_size=24, n_layer=1, n_head=3, bos_token_id=1, eos_token_id=2,
+                                         pad_token_id=3, seq_length=4096))
+    with torch.no_grad():
+        model.transformer.ln_f.weight.zero_()
+        model.transformer.ln_f.bias.zero_()[0] = 1
+        model.transformer.word_embeddings.weight[words.convert_tokens_to_ids("[[7]]"), 0] = 9
+    model.save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
+
+
+def settings(folder: Path, output: Path, **values) -> MTBenchConfig:
+    paths = MTBenchPaths(output=str(output), models={}, heldout="", stages={}, report="")
+    return MTBenchConfig(paths=paths, judge="local", judge_model=str(folder), judge_max_tokens=2, judge_server="transformers", **values)
+
+
+def test_it_is_served_asked_and_ended(seven, tmp_path, capsys):
+    config = settings(seven, tmp_path)
+    made = {"sft": answers()["sft"][:4]}
+    rows = asking.rate(config, asking.ratings(config, QUESTIONS, made), QUESTIONS.prompts, lambda n: None)[0]
+    assert [row["score"] for row in rows] == [7] * 8 and {row["judge_id"] for row in rows} == {str(seven)}
+    assert {row["judgment"] for row in rows} == {"[[7]][[7]]"} and all(row["tokens_out"] == 2 and row["tokens_in"] > 50 for row in rows)
+    assert "it answers at http://127.0.0.1:" in capsys.readouterr().out
+    assert not [process for process in psutil.Process().children() if "eval.serve" in " ".join(process.cmdline())]
+
+
+def test_the_server_speaks_the_protocol_and_dies_with_its_parent(seven):
+    script = "import subprocess, sys; subprocess.Popen([sys.executable, '-m', 'eval.serve', sys.argv[1], '--port', sys.argv[2], " \
+             "'--end-with-stdin'], stdin=subprocess.PIPE); input()"
+    port = free_port()
+    parent = subprocess.Popen([sys.executable, "-c", script, str(seven), str(port)], stdin=subprocess.PIPE, env=serving.environment())
+    url = f"http://127.0.0.1:{port}"
+    log = seven / "none.log"
+    log.touch()
+    serving.wait(parent, url, 60, log)
+    child, = psutil.Process(parent.pid).children()
+    models = json.load(urllib.request.urlopen(url + "/v1/models"))
+    assert models["data"][0]["id"] == str(seven)
+    for body, status in ((b"{", 400), (b"{}", 400), (json.dumps({"messages": [{"role": "user", "content": "a b " * 5000}]}).encode(), 400)):
+        with pytest.raises(urllib.error.HTTPError) as error:
+            urllib.request.urlopen(url + "/v1/chat/completions", body)
+        assert error.value.code == status and "message" in json.load(error.value)["error"]
+    parent.kill()
+    parent.wait()
+    child.wait(10)
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_a_server_that_ends_early_is_quoted(tmp_path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text("{}")
+    with pytest.raises(JudgeError, match="ended with exit code 1 before it answered; it said last: .*logs/judge_server.log"), \
+            serving.opened(settings(broken, tmp_path)):
+        pass
+
+
+def test_one_that_never_answers_is_ended(tmp_path):
+    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], stdin=subprocess.PIPE)
+    log = tmp_path / "log"
+    log.write_text("loading weights\n")
+    with pytest.raises(JudgeError, match="did not answer within .* it said last: 'loading weights'"):
+        serving.wait(sleeper, f"http://127.0.0.1:{free_port()}", 0.3, log)
+    began = time.monotonic()
+    serving.end(sleeper)
+    assert sleeper.returncode == -15 and time.monotonic() - began < 5
+
+
+def test_the_command_line(seven, tmp_path, monkeypatch):
+    """vLLM where it stands beside the interpreter, and only there; our own server else."""
+    with pytest.raises(JudgeError, match="no config.json there"):
+        serving.command(settings(tmp_path / "none", tmp_path), 5)
+    auto = {**settings(seven, tmp_path).__dict__, "judge_server": "auto", "judge_server_options": "--max-model-len 8192"}
+    assert serving.command(MTBenchConfig(**auto), 5)[1:] == ["-m", "eval.serve", str(seven), "--port", "5", "--end-with-stdin"]
+    with pytest.raises(JudgeError, match="vLLM is not installed beside"):
+        serving.command(MTBenchConfig(**auto | {"judge_server": "vllm"}), 5)
+    (tmp_path / "vllm").touch()
+    (tmp_path / "site/vllm").mkdir(parents=True)
+    (tmp_path / "site/vllm/__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    assert serving.command(MTBenchConfig(**auto), 5) == [
+        str(tmp_path / "vllm"), "serve", str(seven), "--host", "127.0.0.1", "--port", "5", "--served-model-name", str(seven),
+        "--max-model-len", "8192"]
+
