@@ -35,6 +35,7 @@ class Class(str, enum.Enum):
     NO_PROGRESS = "no progress"
     PREFLIGHT = "preflight"
     REFUSED = "refused"
+    UNHEALTHY = "health gate"
 
 
 AGAIN = {Class.TIME_LIMIT, Class.PREEMPTED, Class.SAVED, Class.NODE_FAILURE, Class.COMMUNICATION, Class.PREFLIGHT}
@@ -64,6 +65,8 @@ ADVICE = {
     Class.PREEMPTED: "resume, or ask for a partition or QOS that is not preempted",
     Class.SAVED: "resume goes on from the last checkpoint",
     Class.PREFLIGHT: "tell the site about the node; resume goes on elsewhere",
+    Class.UNHEALTHY: "look at metrics.jsonl and the log's warnings; resume goes on from the last checkpoint, resume --from {stage} "
+                     "--load-iteration N from an earlier one, with another {stage}.lr or {stage}.kl_coef, or the limit moved",
     Class.REFUSED: "make the stage that is named run again: python -m launcher resume RUN --from STAGE",
 }
 
@@ -88,7 +91,7 @@ SIGNS = tuple((kind, re.compile(pattern)) for kind, pattern in (
 """What a rank's or srun's last lines show, most specific first. Texts of torch 2.x, NCCL, gloo, glibc, Slurm 22-24."""
 
 FATES = ((Class.PREEMPTED, "DUE TO PREEMPTION"), (Class.NODE_FAILURE, "DUE TO NODE FAILURE"), (Class.TIME_LIMIT, "DUE TO TIME LIMIT"))
-CODES = {os.EX_USAGE: Class.BAD_CONFIG, os.EX_DATAERR: Class.BAD_DATA, os.EX_IOERR: Class.DISK_FULL}
+CODES = {os.EX_USAGE: Class.BAD_CONFIG, os.EX_DATAERR: Class.BAD_DATA, os.EX_IOERR: Class.DISK_FULL, 76: Class.UNHEALTHY}
 """Exit codes of a stage by which it says itself what is wrong."""
 SAVED = os.EX_TEMPFAIL
 """Exit code 75: the stage saved its state and wants to go on."""

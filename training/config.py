@@ -137,6 +137,10 @@ class TrainerConfig:
     """Decoupled weight decay; biases and norms have none."""
     clip_grad: float = 1.0
     """Largest gradient norm."""
+    grad_spike: float = 100.0
+    """A gradient norm of more than so many times its running mean is a spike: that update is left out; 0 = off."""
+    skip_updates: int = 3
+    """Updates in a row that may be left out (loss or gradient not finite, or a spike) before the stage stops; 0 = none."""
     save_every: int = 100
     """Iterations between checkpoints; the last is always saved."""
     keep_checkpoints: int = 2
@@ -162,7 +166,7 @@ class TrainerConfig:
                 raise ValueError(f"{name} = {getattr(self, name)}: expected at least 0 and below 1")
         at_least(self, 1, "iterations", "micro_batch_size", "global_batch_size", "tensor_parallel", "pipeline_parallel",
                   "virtual_pipeline", "save_every", "keep_checkpoints", "eval_every", "log_every")
-        at_least(self, 0, "keep_every")
+        at_least(self, 0, "keep_every", "skip_updates", "grad_spike")
         if self.keep_every % self.save_every:
             raise ValueError(f"keep_every = {self.keep_every} is not a multiple of save_every = {self.save_every}: "
                              "nothing is saved there")
@@ -324,10 +328,28 @@ class PPOConfig(TrainerConfig):
     reward_clip: float = 100.0
     missing_eos_penalty: float = -1.0
     """Score of a response that does not end within response_length."""
+    kl_max: float = 100.0
+    """Health gate: most KL to the reference, nats per response."""
+    eos_rate_min: float = 0.01
+    """Health gate: least share of responses that end."""
+    explained_variance_min: float = -1000.0
+    """Health gate: least explained variance of the values (1 = perfect, 0 = no better than their mean; far below 0 while returns hardly
+    differ)."""
+    length_correlation_max: float = 0.98
+    """Health gate: most correlation of reward and response length."""
+    entropy_min: float = 0.01
+    """Health gate: least entropy of the policy, nats per token."""
+    gate_after: int = 10
+    """Iterations, beside value_warmup, after which the gates are watched."""
+    gate_pause: int = 20
+    """A gate breached in so many iterations in a row saves a checkpoint and ends the stage until someone resumes it; 0 = never."""
+    gate_stop: int = 40
+    """A gate breached in so many iterations in a row, pauses not counted, ends the stage without saving; 0 = never."""
 
     def __post_init__(self):
         super().__post_init__()
         at_least(self, 1, "prompt_length", "response_length", "rollout_batch_size", "generation_batch_size", "epochs")
+        at_least(self, 0, "gate_after", "gate_pause", "gate_stop")
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: expected between 0 and 1")

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from training import losses, parallel
+from training import invariants, losses, parallel
 from training.config import PPOConfig
 from training.data.batches import Example, collate, collate_prompts, padded_length, shard
 from training.data.tokenizer import Tokenizer
@@ -64,8 +64,10 @@ def roll_out(config: PPOConfig, policy: Bloom, prompts: list[list[int]], uniform
     dist.all_gather_object(everyone, examples, group=parallel_state.get_data_parallel_group())
     examples = [example for rank in everyone for example in rank][:count]
     length = padded_length([len(example.tokens) for example in examples], length_multiple(config))
-    ended = torch.tensor([example.tokens[-1] == tokenizer.eos_id and len(example.tokens) > example.response_start for example in examples])
-    return Rollout(collate(examples, tokenizer.pad_id, length), ended)
+    ended = torch.tensor([example.tokens[-1] == tokenizer.eos_id for example in examples])
+    batch = collate(examples, tokenizer.pad_id, length)
+    invariants.samples_are_whole(batch, [example.response_start for example in examples], ended, tokenizer.eos_id)
+    return Rollout(batch, ended)
 
 
 def _generate(config: PPOConfig, policy: Bloom, prompts: list[list[int]], uniforms: torch.Tensor, tokenizer: Tokenizer) -> list[Example]:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from training import checkpoint
 from training.config import TrainerConfig
 from training.data.batches import Sampler
+from training.gates import Unhealthy
 from training.main import Interrupted
 from training.metrics import Metrics
 from training.parallel import StopRequest, is_main
@@ -40,6 +41,8 @@ def resume(stage: str, learners: dict[str, Learner]) -> tuple[int, dict]:
     if iteration is None:
         return 0, {}
     state = checkpoint.load(checkpoint.resolve(stage, iteration), learners)
+    for name, learner in learners.items():
+        learner.guard.load_state_dict(state["guards"][name])
     if is_main():
         print(f"resumed from iteration {iteration}", flush=True)
     return iteration, state
@@ -53,8 +56,10 @@ class Boundary:
         self.metrics = Metrics(config.paths.output, config.iterations, start) if is_main() else None
         self.saver = Saver(config.paths.output, learners, config)
 
-    def end(self, iteration: int, values: dict[str, float], heldout: Callable[[], dict[str, float]], state: Callable[[], dict]) -> None:
-        """End of ``iteration`` (from 1), which gave ``values``. Raises Interrupted when told to stop, all saved. A collective."""
+    def end(self, iteration: int, values: dict[str, float], heldout: Callable[[], dict[str, float]], state: Callable[[], dict],
+            pause: str = "") -> None:
+        """End of ``iteration`` (from 1), which gave ``values``; ``pause``: why the run may not go on. Raises Interrupted when told to stop,
+        Unhealthy for a pause, all saved. A collective."""
         config, last, stopping = self.config, iteration == self.config.iterations, self.stop.agreed()
         due = {name: last or iteration % every == 0
                for name, every in (("log", config.log_every), ("eval", config.eval_every), ("save", config.save_every))}
@@ -63,16 +68,19 @@ class Boundary:
         values = values | self.saver.poll()
         if self.metrics:
             self.metrics.log(iteration, self.headline if due["log"] or due["eval"] else (), **values)
-        if due["save"] or stopping or self.stop.saving:
+        if due["save"] or stopping or pause or self.stop.saving:
             check_finite(self.learners, iteration)
-            self.saver.save(iteration, state())
+            guards = {name: learner.guard.state_dict() for name, learner in self.learners.items()}
+            self.saver.save(iteration, {**state(), "guards": guards})
             self.stop.saved()
-        if stopping or last:
+        if stopping or pause or last:
             self.saver.wait()
         if last and self.metrics:
             self.metrics.close()
         if stopping and not last:
             raise Interrupted(f"stopped by a signal; iteration {iteration} is saved")
+        if pause and not last:
+            raise Unhealthy(f"paused by a health gate: {pause}; iteration {iteration} is saved, and resume goes on from it")
 
 
 @contextlib.contextmanager

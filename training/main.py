@@ -11,7 +11,8 @@ from typing import TypeVar
 from training.checksums import Damaged
 from training.config import TrainerConfig
 from training.data.formats import DataError
-from training.parallel import EX_DATA, EX_IOERR, EX_TEMPFAIL, EX_USAGE, ranks
+from training.gates import Unhealthy
+from training.parallel import EX_DATA, EX_IOERR, EX_TEMPFAIL, EX_UNHEALTHY, EX_USAGE, ranks
 from training.saving import SaveFailed
 from training.settings import ConfigError, load
 
@@ -28,7 +29,8 @@ def run_stage(kind: type[Config], stage: Callable[[Config], None]) -> int:
     """Run ``stage(config)`` inside its ranks, with the configuration of class ``kind`` that the one argument names.
 
     Trainers run at their own layout, other stages on one rank. Returns the exit code: 0 done, 64 bad configuration, 65 bad data or
-    checkpoint, 74 a checkpoint could not be written, 75 saved and wants to go on; other errors propagate.
+    checkpoint, 74 a checkpoint could not be written, 75 saved and wants to go on, 76 paused or stopped by a health gate; other errors
+    propagate.
     """
     if len(sys.argv) != 2:
         print(f"usage: python -m MODULE config.json; got {len(sys.argv) - 1} arguments", file=sys.stderr)
@@ -53,6 +55,9 @@ def run_stage(kind: type[Config], stage: Callable[[Config], None]) -> int:
     except SaveFailed as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return EX_IOERR
+    except Unhealthy as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return EX_UNHEALTHY
     except Interrupted as stopped:
         print(stopped, flush=True)
         return EX_TEMPFAIL

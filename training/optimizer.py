@@ -34,8 +34,8 @@ class ReshardableOptimizer(DistributedOptimizer):
     keep it once a group, and raises or gives all parameters one shared tensor that then grows by the number of parameters a
     step, silently (distrib_optimizer.py lines 642, 825, 940).
 
-    And its step asks the GPU nothing: gradients stay sums, ``scale`` (one number on the device, 1 / tokens) and the clipping factor are
-    applied while they are read, and the norm comes back as a tensor.
+    And its step, in two halves, asks the GPU nothing: gradients stay sums, ``scale`` (one number on the device, 1 / tokens) and the
+    clipping factor are applied while they are read, and the norm comes back as a tensor.
     """
 
     scale: torch.Tensor | None = None
@@ -52,20 +52,23 @@ class ReshardableOptimizer(DistributedOptimizer):
             self.optimizer.param_groups[group]["params"][order].place = (numbers[parameter], owned["param"].start)
 
     @torch.no_grad()
-    def step(self):
-        """Update the weights -> (True, the gradients' norm (), None). The norm is that of the scaled gradients, before clipping."""
+    def gradient_norm(self) -> torch.Tensor:
+        """The norm () of the scaled gradients, before clipping. Nothing has changed yet: ``update`` may follow or not."""
         self.prepare_grads()
         grads = self.get_main_grads_for_grad_norm()
         square = torch.zeros((), device=torch.cuda.current_device())
         if grads:
             square += torch.stack(torch._foreach_norm(grads, 2, torch.float32)).square().sum()
         dist.all_reduce(square, group=self.get_grad_stats_parallel_group())
-        scale = torch.ones_like(square) if self.scale is None else self.scale
-        norm = square.sqrt() * scale
+        return square.sqrt() * (1.0 if self.scale is None else self.scale)
+
+    @torch.no_grad()
+    def update(self, norm: torch.Tensor) -> None:
+        """Clip the gradients, whose ``gradient_norm`` is ``norm``, and update the weights."""
+        scale = torch.ones_like(norm) if self.scale is None else self.scale
         if not self.is_stub_optimizer:
             self._apply(scale * (self.config.clip_grad / (norm + 1e-6)).clamp(max=1.0))
         self.step_with_ready_grads()
-        return True, norm, None
 
     def _apply(self, factor: torch.Tensor) -> None:
         """Have the update multiply all gradients by ``factor``."""
@@ -193,7 +196,6 @@ def make_optimizer(parts: list[DistributedDataParallel], trainer: TrainerConfig,
             patches.enter_context(mock.patch.object(torch.optim, "AdamW", functools.partial(torch.optim.AdamW, fused=True)))
         made = get_megatron_optimizer(config, parts, get_standard_config_overrides(config))
     assert len(made.chained_optimizers) == 1, "a dense model has one optimizer"
-    made.step = made.chained_optimizers[0].step  # the chain's own computes and applies the norm with the host in between
     return made
 
 
@@ -206,3 +208,4 @@ def make_schedule(optimizer, trainer: TrainerConfig, lr: float, steps: int, warm
         optimizer, init_lr=0.0, max_lr=lr, min_lr=trainer.min_lr, lr_warmup_steps=warmup_steps, lr_decay_steps=steps + 1,
         lr_decay_style=trainer.schedule, start_wd=trainer.weight_decay, end_wd=trainer.weight_decay, wd_incr_steps=steps + 1,
         wd_incr_style="constant")
+

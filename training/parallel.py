@@ -15,8 +15,9 @@ from megatron.core import parallel_state, tensor_parallel
 
 from training.cpu import mcore_on_cpu
 
-EX_USAGE, EX_DATA, EX_IOERR, EX_TEMPFAIL = 64, 65, 74, 75
-"""Exit codes of a stage: bad configuration, bad data or checkpoint, a checkpoint could not be written, "saved and wants to go on"."""
+EX_USAGE, EX_DATA, EX_IOERR, EX_TEMPFAIL, EX_UNHEALTHY = 64, 65, 74, 75, 76
+"""Exit codes of a stage: bad configuration, bad data or checkpoint, a checkpoint could not be written, "saved and wants to go on", paused
+or stopped by a health gate: a person must look."""
 
 
 def device() -> torch.device:

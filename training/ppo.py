@@ -8,14 +8,16 @@ depend neither on layout nor on interruptions.
 
 from __future__ import annotations
 
+import math
 import sys
 
 import torch
 
-from training import checkpoint, losses, parallel
+from training import checkpoint, invariants, losses, parallel
 from training.config import PPOConfig
 from training.data.batches import Sampler, prompt_tokens
 from training.experience import Models, Rollout, calibrate, experience, report, roll_out, score, state_values
+from training.gates import Gates
 from training.generation.rollout import draws
 from training.loop import Boundary, at, resume
 from training.main import run_stage
@@ -51,18 +53,27 @@ def value_objective(config: PPOConfig) -> Objective:
     return Objective(("value_loss",), compute)
 
 
-def update(config: PPOConfig, policy: Learner, value: Learner, batch: Batch, rows: Plan, learn_policy: bool) -> dict[str, float]:
-    """``epochs`` passes of minibatch steps over the samples -> the means of their metrics."""
-    collected: list[dict[str, float]] = []
+def update(config: PPOConfig, policy: Learner, value: Learner, batch: Batch, rows: Plan, learn_policy: bool) -> list[dict[str, float]]:
+    """``epochs`` passes of minibatch steps over the samples -> each step's metrics."""
+    made: list[dict[str, float]] = []
     for _ in range(config.epochs):
         for number in range(len(rows.minibatches)):
             micro_batches = rows.micro_batches(batch, number)
             critic = value.step(micro_batches, value_objective(config))
-            metrics = {"value_loss": critic["value_loss"], "value_grad_norm": critic["grad_norm"], "value_lr": critic["lr"]}
+            metrics = {name if name == "value_loss" else f"value_{name}": number for name, number in critic.items()}
             if learn_policy:
                 metrics |= policy.step(micro_batches, policy_objective(config))
-            collected.append(metrics)
-    return {name: sum(metrics[name] for metrics in collected) / len(collected) for name in collected[0]}
+            made.append(metrics)
+    return made
+
+
+def summary(steps: list[dict[str, float]]) -> dict[str, float]:
+    """The means of an iteration's steps, of those that are finite; the number of skipped updates."""
+    made = {}
+    for name in steps[0]:
+        values = [step[name] for step in steps if math.isfinite(step[name])]
+        made[name] = sum(values) if name.endswith("skipped_updates") else sum(values) / len(values) if values else math.nan
+    return made
 
 
 def load_models(config: PPOConfig, shape: BloomShape) -> Models:
@@ -93,12 +104,15 @@ class PPO:
         self.learners = {"policy": self.policy, "value": self.value}
         self.sampler = Sampler(len(self.rows), config.rollout_batch_size, config.seed)
         self.kl_coef, self.reward_bias = config.kl_coef, None
+        self.gates, self.proven = Gates(config), False
 
     def state(self) -> dict:
-        return {"sampler": self.sampler.state_dict(), "kl_coef": self.kl_coef, "reward_bias": self.reward_bias}
+        return {"sampler": self.sampler.state_dict(), "kl_coef": self.kl_coef, "reward_bias": self.reward_bias,
+                "gates": self.gates.state_dict()}
 
     def restore(self, state: dict) -> None:
         self.sampler.load_state_dict(state["sampler"])
+        self.gates.load_state_dict(state["gates"])
         self.kl_coef, self.reward_bias = state["kl_coef"], state["reward_bias"]
 
     def iterate(self, iteration: int) -> dict[str, float]:
@@ -112,9 +126,14 @@ class PPO:
         if self.reward_bias is None:
             self.reward_bias = calibrate(made, scored)
         samples = experience(config, made, scored, self.kl_coef, self.reward_bias or 0.0)
+        if iteration == 1:
+            invariants.policy_is_reference(config, samples.metrics)
         with phases("update"):
-            updated = update(config, self.policy, self.value, samples.batch, rows, learn_policy)
-        metrics = {**samples.metrics, **updated, "kl_coef": self.kl_coef, "packing_efficiency": rows.efficiency}
+            steps = update(config, self.policy, self.value, samples.batch, rows, learn_policy)
+        if learn_policy and not self.proven:
+            invariants.first_update(config, steps[0], samples.batch)
+            self.proven = True
+        metrics = {**samples.metrics, **summary(steps), "kl_coef": self.kl_coef, "packing_efficiency": rows.efficiency}
         if config.kl_target and learn_policy:  # before, the policy has not moved and its KL says nothing
             self.kl_coef = losses.adaptive_kl_coef(self.kl_coef, metrics["kl"], config.kl_target, config.rollout_batch_size,
                                                    config.kl_horizon)
@@ -151,7 +170,10 @@ def run(config: PPOConfig) -> None:
     for iteration in range(start + 1, config.iterations + 1):
         with at(iteration):
             values = ppo.iterate(iteration)
-        boundary.end(iteration, values, ppo.heldout, ppo.state)
+        warnings, pause = ppo.gates.judge(iteration, values)
+        for warning in warnings if parallel.is_main() else ():
+            print(f"warning: iteration {iteration}: {warning}", flush=True)
+        boundary.end(iteration, values | {"gates_breached": len(warnings)}, ppo.heldout, ppo.state, pause)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +13,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from training import parallel
 from training.config import TrainerConfig
+from training.gates import Guard
 from training.model.bloom import Bloom, Interleaved, parts, transformer_config
 from training.model.kernels import describe
 from training.optimizer import make_optimizer, make_schedule
@@ -52,6 +52,7 @@ class Learner:
         self.wrapped = [DistributedDataParallel(model.config, data_parallel, part) for part in parts(model)]
         self.optimizer = make_optimizer(self.wrapped, trainer, lr)
         self.schedule = make_schedule(self.optimizer, trainer, lr, steps, warmup_steps)
+        self.guard = Guard(trainer)
         if parallel.is_main():
             layout = f"TP {trainer.tensor_parallel} x PP {trainer.pipeline_parallel} x DP {parallel.data_ranks()}"
             layout += f", {trainer.virtual_pipeline} parts a stage" if trainer.virtual_pipeline > 1 else ""
@@ -62,24 +63,24 @@ class Learner:
         model.config.grad_scale_func = self.optimizer.scale_loss
 
     def step(self, micro_batches: list[Batch], objective: Objective) -> dict[str, float]:
-        """Forward, backward and update over this data-parallel rank's ``micro_batches`` -> the objective's means, lr, grad_norm.
+        """Forward, backward and update over this data-parallel rank's ``micro_batches`` -> the objective's means, lr, grad_norm, and
+        "skipped_updates": 1 where loss or gradient were not fit to be used, and nothing has changed.
 
-        Raises FloatingPointError, on every rank, where the loss or the gradient's norm is not finite.
+        Raises FloatingPointError, on every rank, where that happened too often in a row.
         """
         for part in self.wrapped:
             part.zero_grad_buffer()
             part.train()
         self.optimizer.zero_grad()
         sums = _schedule(self.wrapped, micro_batches, partial(_loss, objective), forward_only=False)
-        self.schedule.step(1)
-        _, grad_norm, _ = self.optimizer.step()
-        # The host waits for the GPU here and nowhere before: all of the step is queued. After an error nothing is saved.
-        metrics, grad_norm = _means(sums, objective.names), grad_norm.item()
-        if not all(map(math.isfinite, metrics.values())):
-            raise FloatingPointError(f"not finite: {metrics}")
-        if not math.isfinite(grad_norm):
-            raise FloatingPointError(f"gradient norm = {grad_norm}, {metrics}")
-        return {**metrics, "lr": self.optimizer.param_groups[0]["lr"], "grad_norm": grad_norm}
+        optimizer = self.optimizer.chained_optimizers[0]
+        # The host waits for the GPU here and nowhere before: an update must be refused before it is made.
+        norm = optimizer.gradient_norm()
+        metrics, grad_norm = _means(sums, objective.names), norm.item()
+        if made := self.guard.admits(metrics, grad_norm):
+            self.schedule.step(1)
+            optimizer.update(norm)
+        return {**metrics, "lr": self.optimizer.param_groups[0]["lr"], "grad_norm": grad_norm, "skipped_updates": float(not made)}
 
     def _reduce(self, model: list, tokens: torch.Tensor, **kwargs) -> None:
         """Sum the gradients over ranks. They stay sums over tokens: the optimizer divides by ``tokens``, this rank's, while it reads them

@@ -103,7 +103,7 @@ def completions(monkeypatch, words: str) -> list[str]:
     ("logs hh re", ["reward"]),
     ("submit full-pipeline --recipe bloom-7", ["bloom-7b1"]),
     ("submit full-pipeline --profile a1", ["a100"]),
-    ("submit full-pipeline --set rlhf.kl_", ["rlhf.kl_coef=", "rlhf.kl_horizon=", "rlhf.kl_target="]),
+    ("submit full-pipeline --set rlhf.kl_", ["rlhf.kl_coef=", "rlhf.kl_horizon=", "rlhf.kl_max=", "rlhf.kl_target="]),
     ("plan full-pipeline --set resources.sft.n", ["resources.sft.nodes="]),
 ])
 def test_tab_completes(words, offered, tmp_path, monkeypatch):

@@ -58,6 +58,8 @@ def rank(code, line, number=0, lines=()):
      Class.NODE_FAILURE),
     ([rank(1, FULL)], [], Class.DISK_FULL),
     ([rank(74, "error: saving iteration 4 failed on rank 0: [Errno 122] Disk quota exceeded")], [], Class.DISK_FULL),
+    ([rank(76, "error: paused by a health gate: KL to the reference, nats per response = 120, kl_max = 100, 20 iterations in a row; "
+               "iteration 30 is saved, and resume goes on from it")], [], Class.UNHEALTHY),
     ([rank(64, "error: sft.lr = -1: expected above 0")], [], Class.BAD_CONFIG),
     ([rank(65, "error: rows.jsonl line 7: field prompt is missing")], [], Class.BAD_DATA),
     ([rank(65, "error: iter_0000100/model/__0_0.distcp does not have the sha256 that SHA256 lists: truncated or changed.")], [],

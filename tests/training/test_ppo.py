@@ -93,8 +93,8 @@ def one_step(config: PPOConfig, length: int):
     samples = experience.experience(config, rollout, scored, kl_coef=0.02, reward_bias=0.0)
     assert samples.batch["advantages"][batch["response_mask"]].mean().abs() < 1e-6
     assert not samples.batch["advantages"][~batch["response_mask"]].any() and not samples.batch["returns"][~batch["response_mask"]].any()
-    updated = ppo.update(config, trainer.policy, trainer.value, samples.batch, division, learn_policy=True)
-    return {**samples.metrics, **updated}
+    steps = ppo.update(config, trainer.policy, trainer.value, samples.batch, division, learn_policy=True)
+    return {**samples.metrics, **ppo.summary(steps)}
 
 
 def test_a_row_s_loss_does_not_depend_on_its_batch_s_padding(small_run, tmp_path):
