@@ -24,9 +24,9 @@ import torch
 
 from conversion import huggingface
 from conversion.tensors import BLOCK, raw
-from conversion.weights import entries, size_of, stored_name
+from conversion.weights import entries, stored_name
 from training import checksums
-from training.shape import BloomShape
+from training.shape import Shape
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -37,12 +37,12 @@ def make(folder: Path, layers: int, hidden: int, heads: int, vocab: int) -> int:
     config = {"architectures": ["BloomForCausalLM"], "model_type": "bloom", "n_layer": layers, "hidden_size": hidden, "n_head": heads,
               "vocab_size": vocab, "layer_norm_epsilon": 1e-5, "torch_dtype": "bfloat16"}
     (folder / "config.json").write_text(json.dumps(config))
-    shape = BloomShape.read(folder)
-    table = {entry.name: size_of(entry, shape) for entry in entries(layers)}
+    shape = Shape.read(folder)
+    table = {name: size for entry in entries(shape) for name, size in entry.parts.items()}
     noise = (0.02 * torch.randn(BLOCK + 4096, generator=torch.Generator().manual_seed(0))).bfloat16()
     shards, total = huggingface.plan(table, torch.bfloat16, 2.0), 0
     for file, names in shards.items():
-        stored = {stored_name(name): table[name] for name in names}
+        stored = {stored_name(shape, name): table[name] for name in names}
         with open(folder / file, "wb") as out:
             out.write(huggingface.header(stored, torch.bfloat16))
             for number, name in enumerate(sorted(stored)):
@@ -51,7 +51,7 @@ def make(folder: Path, layers: int, hidden: int, heads: int, vocab: int) -> int:
                 block = memoryview(raw(noise[number : number + BLOCK]).numpy())
                 while left:
                     left -= out.write(block[: min(left, len(block))])
-    (folder / "model.safetensors.index.json").write_text(huggingface.index(shards, total))
+    (folder / "model.safetensors.index.json").write_text(huggingface.index(shape, shards, total))
     return total
 
 

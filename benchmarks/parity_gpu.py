@@ -35,17 +35,17 @@ from tests.attention import document_ids, errors, relative
 from training import checkpoint, parallel
 from training.config import Paths, SFTConfig
 from training.model import backends
-from training.model.bloom import parts
 from training.model.heads import next_token_logprobs
+from training.model.language_model import parts
 from training.sft import compute
-from training.shape import BloomShape
+from training.shape import Shape
 from training.step import Learner, Objective, build_model, evaluate
 
 ROOT = Path(__file__).parents[1]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BIG = dict(vocab_size=250880, hidden_size=4096, n_layer=30, n_head=32)  # bloom-7b1
 SMALL = dict(vocab_size=300, hidden_size=64, n_layer=4, n_head=4)
-SIZES = {"560m": BloomShape(24, 1024, 16, 250880, 1e-5), "1b7": BloomShape(24, 2048, 16, 250880, 1e-5)}
+SIZES = {"560m": Shape(24, 1024, 16, 250880, 1e-5), "1b7": Shape(24, 2048, 16, 250880, 1e-5)}
 TOLERANCES = {torch.float32: (1e-5, 2e-5), torch.bfloat16: (1e-2, 2e-2)}
 """Of an attention backend, forward and gradients, relative L2: see training.model.backends."""
 missed = []
@@ -125,14 +125,14 @@ def our_gradients(folder: Path, config: SFTConfig, batch: dict) -> tuple[float, 
     """The mean loss and its gradients by Hugging Face name (one rank)."""
     from conversion.weights import entries
 
-    shape = BloomShape.read(folder / "hf")
+    shape = Shape.read(folder / "hf")
     model = build_model(shape, config, "lm")
     checkpoint.load_weights(checkpoint.resolve(folder / "convert") / "model", model)
     learner = Learner(model, config, config.lr, 10, 0)
     learner.optimizer.step = lambda: (True, 1.0, 0)  # gradients only
     halves = [{name: tensor[first : first + 2] for name, tensor in batch.items()} for first in (0, 2)]
     loss = learner.step(halves, Objective(("loss",), compute))["loss"]
-    names = {entry.key.replace("layers.", f"layers.{entry.layer}."): entry.name for entry in entries(shape.layers)}
+    names = {entry.parameter: entry.name for entry in entries(shape)}
     gradients = {names[name]: parameter.main_grad for name, parameter in model.named_parameters()}
     gradients["word_embeddings.weight"] = gradients["word_embeddings.weight"][: shape.vocab]
     return loss, gradients
@@ -159,7 +159,7 @@ def random_model(shape: dict, dtype: torch.dtype, spread: float = 0.02) -> Bloom
 def memory(folder: Path, small: bool) -> None:
     """Peak memory of the second SFT step (the first makes Adam's moments) and its speed, TP 1, bf16, row length 2048."""
     length = 64 if small else 2048
-    for size, shape in ({"small": BloomShape(4, 64, 4, 300, 1e-5)} if small else SIZES).items():
+    for size, shape in ({"small": Shape(4, 64, 4, 300, 1e-5)} if small else SIZES).items():
         for rows in (1, 4):
             for recompute in ("none", "selective", "full"):
                 free()
@@ -168,7 +168,7 @@ def memory(folder: Path, small: bool) -> None:
                     **one_step(shape, config, rows, length))
 
 
-def one_step(shape: BloomShape, config: SFTConfig, rows: int, length: int) -> dict:
+def one_step(shape: Shape, config: SFTConfig, rows: int, length: int) -> dict:
     torch.manual_seed(0)
     model = build_model(shape, config, "lm")
     for part in parts(model):
@@ -299,7 +299,7 @@ def logits(folder: Path, small: bool) -> None:
     ask that ours is not farther from fp64 than Hugging Face's own bf16 by more than a tenth; the two differ from each other by
     about the root of the sum of squares, since they round in different places (Hugging Face also rounds ALiBi itself).
     """
-    shape = BloomShape.read(folder / "hf")
+    shape = Shape.read(folder / "hf")
     rows, length = 2, 128 if small else 256
     tokens = torch.randint(0, shape.vocab, (rows, length), generator=torch.Generator().manual_seed(5))
     exact, rounded = (theirs(folder, tokens, dtype) for dtype in (torch.float64, torch.bfloat16))
@@ -322,7 +322,7 @@ def theirs(folder: Path, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tens
         return model(input_ids=tokens.to(DEVICE)).logits.cpu()
 
 
-def ours(folder: Path, shape: BloomShape, tokens: torch.Tensor, precision: str) -> torch.Tensor:
+def ours(folder: Path, shape: Shape, tokens: torch.Tensor, precision: str) -> torch.Tensor:
     free()
     model = build_model(shape, settings(precision=precision), "lm")
     checkpoint.load_weights(checkpoint.resolve(folder / "convert") / "model", model)

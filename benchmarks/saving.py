@@ -25,11 +25,11 @@ from training.config import Paths, SFTConfig
 from training.main import ALONE
 from training.saving import Saver
 from training.sft import compute
-from training.shape import BloomShape
+from training.shape import Shape
 from training.step import Learner, Objective, build_model
 
-SHAPES = {"560m": BloomShape(24, 1024, 16, 250880, 1e-5), "1b7": BloomShape(24, 2048, 16, 250880, 1e-5),
-          "small": BloomShape(4, 64, 4, 3000, 1e-5)}
+SHAPES = {"560m": Shape(24, 1024, 16, 250880, 1e-5), "1b7": Shape(24, 2048, 16, 250880, 1e-5),
+          "small": Shape(4, 64, 4, 3000, 1e-5)}
 
 
 def timed(what: str, function, **more) -> float:
@@ -44,7 +44,7 @@ def timed(what: str, function, **more) -> float:
     return seconds
 
 
-def make(shape: BloomShape, config: SFTConfig) -> Learner:
+def make(shape: Shape, config: SFTConfig) -> Learner:
     model = build_model(shape, config, "lm")
     generator = torch.Generator(device=parallel.device()).manual_seed(1)
     with torch.no_grad():
@@ -66,7 +66,7 @@ def plain(learner: Learner, path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def run(shape: BloomShape, folder: Path) -> int:
+def run(shape: Shape, folder: Path) -> int:
     config = SFTConfig(paths=Paths(str(folder), "", "", "", ""), micro_batch_size=1, global_batch_size=8, save_every=1, async_save=True)
     waiting = SFTConfig(paths=config.paths, micro_batch_size=1, global_batch_size=8, save_every=1)
     learner, objective = make(shape, config), Objective(("loss",), compute)

@@ -1,6 +1,7 @@
-"""Reward and value models as Hugging Face's BloomForSequenceClassification: one label, no bias, read at the last token that is no padding.
+"""Reward and value models as Hugging Face's sequence classifiers: one label, no bias, read at the last token that is no padding.
 
-Its ``score`` layer has no bias, ours has one (b). The score is w . (n * g + s) + b, with the last layer norm's output n * g + s;
+Their ``score`` layer has no bias. Ours has none either where the family's last norm has none (Llama); where it has (BLOOM), ours has one,
+b. The score is w . (n * g + s) + b, with the last layer norm's output n * g + s;
 s goes nowhere else, so s + b w / |w|^2 in place of s gives the same score without a bias. Rounding that to bf16 would lose
 digits: each component's rounding error is carried to the next, so that w . s' = w . s + b to about the smallest |w_i s_i| / 256.
 """
@@ -12,18 +13,25 @@ from pathlib import Path
 
 import torch
 
-from conversion.tensors import Stored
+from conversion.tensors import Rows, Stored
 from training.data.tokenizer import Tokenizer
 from training.settings import ConfigError
+from training.shape import Shape, family
 
 
-def without_bias(tensors: dict[str, Stored], dtype: torch.dtype) -> dict[str, Stored]:
+def touched(shape: Shape) -> tuple[str, str, str]:
+    """Hugging Face's names of a scalar head's weight and bias, and of the last norm's bias."""
+    (bias,) = shape.table.last[-1].parts
+    return "score.weight", "score.bias", bias
+
+
+def without_bias(tensors: dict[str, Rows], shape: Shape, dtype: torch.dtype) -> dict[str, Rows]:
     """The tensors of an equally scoring model without ``score.bias``, its last layer norm's bias in ``dtype``."""
-    rest = {name: tensor for name, tensor in tensors.items() if name != "score.bias"}
-    bias = tensors["score.bias"].load().double().item()
-    if bias != 0:
-        shift = folded(tensors["ln_f.bias"].load(), tensors["score.weight"].load().to(dtype)[0], bias, dtype)
-        rest["ln_f.bias"] = Stored.whole(shift)
+    weight, bias, shift = touched(shape)
+    rest = {name: tensor for name, tensor in tensors.items() if name != bias}
+    value = tensors[bias].load().double().item()
+    if value != 0:
+        rest[shift] = Stored.whole(folded(tensors[shift].load(), tensors[weight].load().to(dtype)[0], value, dtype))
     return rest
 
 
@@ -49,13 +57,13 @@ def folded(shift: torch.Tensor, weight: torch.Tensor, bias: float, dtype: torch.
     return moved
 
 
-def set_config(folder: Path) -> None:
+def set_config(folder: Path, shape: Shape) -> None:
     """Make the copied config.json that of a sequence classifier with one label, which finds the last token by the padding's id."""
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config.pop("num_labels", None)
-    config |= {"architectures": ["BloomForSequenceClassification"], "id2label": {"0": "score"}, "label2id": {"score": 0},
-               "problem_type": "regression"}
+    config |= {"architectures": [f"{family(shape.family).HUGGING_FACE}ForSequenceClassification"], "id2label": {"0": "score"},
+               "label2id": {"score": 0}, "problem_type": "regression"}
     if (folder / "tokenizer.json").is_file():
         config["pad_token_id"] = Tokenizer(folder).pad_id
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

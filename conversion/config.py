@@ -54,7 +54,7 @@ class ExportConfig:
     max_shard_gb: float = 2.0
     """Largest safetensors file, GB (1e9 bytes)."""
     heads: bool = True
-    """Also export the reward and the value model, as BloomForSequenceClassification."""
+    """Also export the reward and the value model, as sequence classifiers."""
     dtype: str = ""
     """"bf16", "fp16", "fp32", or "" for the data type of the starting checkpoint."""
 

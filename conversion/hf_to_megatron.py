@@ -18,26 +18,26 @@ from training import checkpoint
 from training.data.tokenizer import Tokenizer
 from training.metrics import Metrics
 from training.settings import ConfigError
-from training.shape import BloomShape
+from training.shape import Shape
 
 
 def convert(config: ConvertConfig) -> None:
     """Write iteration 0 of the stage. Raises ConfigError before anything is written."""
-    shape = BloomShape.read(config.paths.model)
+    shape = Shape.read(config.paths.model)
     shape.check_layout(config.tensor_parallel, config.pipeline_parallel)
     head, tensors = huggingface.read(config.paths.model, shape)
     check_tokenizer(Path(config.paths.model), shape.vocab)
     size = sum(tensor.nbytes for tensor in tensors.values())
     target = checkpoint.folder(config.paths.output, 0)
     aside = target.with_name(f".{target.name}.converting")
-    files = torch_dist.plan(tensors, shape.layers, head)
+    files = torch_dist.plan(tensors, shape, head)
     sizes = {name: sum(part.tensor.nbytes for part in parts) for name, parts in files.items()}
     made_from = {"from": work.described(huggingface.files(config.paths.model)), "files": sizes}
     with work.folder(aside, made_from, size):
         (aside / "model").mkdir(exist_ok=True)
         writers = {name: partial(torch_dist.write, parts) for name, parts in files.items()}
         written = work.write_files(aside / "model", writers, sizes, "convert")
-        torch_dist.finish(aside / "model", {name: file.record for name, file in written.items()}, tensors, shape.layers, head)
+        torch_dist.finish(aside / "model", {name: file.record for name, file in written.items()}, tensors, shape, head)
         work.clean(aside / "model")
         checkpoint.publish(config.paths.output, aside, 0, {f"model/{name}": file.sha256 for name, file in written.items()})
     metrics = Metrics(config.paths.output, total=len(tensors))
@@ -54,7 +54,7 @@ def check_tokenizer(folder: Path, rows: int) -> None:
 
 
 def arguments() -> ArgumentParser:
-    parser = ArgumentParser("python -m conversion.hf_to_megatron", description="Hugging Face BLOOM folder -> Megatron checkpoint "
+    parser = ArgumentParser("python -m conversion.hf_to_megatron", description="Hugging Face folder -> Megatron checkpoint "
                             "(torch_dist; any TP x PP x DP loads it). Interrupted? Run the same again.")
     parser.add_argument("model", help="Hugging Face folder (config.json, *.safetensors or *.bin), or a stage's config.json alone")
     parser.add_argument("output", help="stage folder to write; the checkpoint goes to OUTPUT/checkpoints/iter_0000000/model")

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from conversion.tensors import FLOATS, Stored, equal, mapped, view
-from conversion.weights import PREFIX, TIED_HEAD, VOCABULARY, check_names, entries, head_of, size_of, stored_name
+from conversion.tensors import FLOATS, Rows, Stored, equal, mapped, view
+from conversion.weights import HEADS, check_names, embedding_name, entries, head_of, stored_name
 from training.settings import ConfigError
-from training.shape import BloomShape
+from training.shape import Shape, family
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 """safetensors' names of the data types that weights may have."""
@@ -20,36 +20,37 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SAFETENSORS, BIN = "model.safetensors", "pytorch_model.bin"
 
 
-def read(folder: str | Path, shape: BloomShape) -> tuple[str, dict[str, Stored]]:
+def read(folder: str | Path, shape: Shape) -> tuple[str, dict[str, Stored]]:
     """(kind of head, tensors by name without prefix) of a Hugging Face folder; a scalar head where it has score.weight.
 
     Raises ConfigError where files are missing, truncated or unsafe, and where the tensors are not exactly those of ``shape``.
     """
-    folder = Path(folder)
+    folder, prefix = Path(folder), family(shape.family).PREFIX
     tensors = {}
     for name, tensor in _tensors(folder).items():
-        short = name.removeprefix(PREFIX)
+        short = name.removeprefix(prefix)
         if short in tensors:
-            raise ConfigError(f"{folder} holds {short} twice, with and without the prefix {PREFIX!r}; remove one")
+            raise ConfigError(f"{folder} holds {short} twice, with and without the prefix {prefix!r}; remove one")
         tensors[short] = tensor
     head = head_of(shape)
     if "score.weight" in tensors:
         head = "scalar"
-        tensors.setdefault("score.bias", Stored.whole(torch.zeros(1, dtype=tensors["score.weight"].dtype)))
-    tied_head = tensors.pop(TIED_HEAD, None) if head == "tied" else None
-    table = list(entries(shape.layers, head))
-    check_names(tensors, [entry.name for entry in table], folder, shape.layers)
-    for entry in table:
-        check_tensor(folder, entry.name, tensors[entry.name], size_of(entry, shape))
-    if tied_head is not None and not equal(tied_head, tensors["word_embeddings.weight"]):
-        raise ConfigError(f"{folder}: {TIED_HEAD} differs from the embedding, but config.json ties them; set tie_word_embeddings = false "
-                          f"there if the head is its own, or remove {TIED_HEAD}")
+        if shape.score_bias:
+            tensors.setdefault("score.bias", Stored.whole(torch.zeros(1, dtype=tensors["score.weight"].dtype)))
+    tied_head = tensors.pop(HEADS["untied"], None) if head == "tied" else None
+    table = [(entry, name, size) for entry in entries(shape, head) for name, size in entry.parts.items()]
+    check_names(tensors, [name for _, name, _ in table], folder, shape)
+    for entry, name, size in table:
+        check_tensor(folder, name, tensors[name], size, entry.vocabulary)
+    if tied_head is not None and not equal(tied_head, tensors[embedding_name(shape)]):
+        raise ConfigError(f"{folder}: {HEADS['untied']} differs from the embedding, but config.json ties them; set tie_word_embeddings = "
+                          f"false there if the head is its own, or remove {HEADS['untied']}")
     return head, tensors
 
 
-def check_tensor(where, name: str, tensor: Stored, size: tuple[int, ...]) -> None:
+def check_tensor(where, name: str, tensor: Rows, size: tuple[int, ...], vocabulary: bool) -> None:
     """Raises ConfigError for another shape than config.json's, and for a type that is no weight's."""
-    if tensor.shape != size and name in VOCABULARY and tensor.shape[1:] == size[1:]:
+    if tensor.shape != size and vocabulary and tensor.shape[1:] == size[1:]:
         raise ConfigError(f"{where}: {name} has {tensor.shape[0]} rows, config.json says vocab_size = {size[0]}")
     if tensor.shape != size:
         raise ConfigError(f"{where}: {name} has shape {list(tensor.shape)}, config.json says {list(size)}")
@@ -170,7 +171,7 @@ def header(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def index(shards: dict[str, list[str]], total: int) -> str:
+def index(shape: Shape, shards: dict[str, list[str]], total: int) -> str:
     """Text of model.safetensors.index.json; ``total``: bytes of all tensors."""
-    places = {stored_name(name): file for file, names in shards.items() for name in names}
+    places = {stored_name(shape, name): file for file, names in shards.items() for name in names}
     return json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=2) + "\n"

@@ -1,8 +1,9 @@
 """Megatron-LM's classic checkpoints, both ways: ``python -m conversion.megatron_lm read|write ...``.
 
-Layout: ``latest_checkpointed_iteration.txt`` (a number or "release"), ``iter_0000100/`` or ``release/``, and in it one file a rank,
-``mp_rank_TT[_PPP]/model_optim_rng.pt``. Two families of names: "legacy" (language_model.encoder.layers.N..., with Megatron-DeepSpeed's
-word_embeddings.norm for BLOOM's embedding layer norm) and "mcore" (decoder.layers.N...). Weights only: pickles run no code.
+For BLOOM only. Layout: ``latest_checkpointed_iteration.txt`` (a number or "release"), ``iter_0000100/`` or ``release/``, and in it
+one file a rank, ``mp_rank_TT[_PPP]/model_optim_rng.pt``. Two families of names: "legacy" (language_model.encoder.layers.N..., with
+Megatron-DeepSpeed's word_embeddings.norm for BLOOM's embedding layer norm) and "mcore" (decoder.layers.N...). Weights only: pickles run
+no code.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from conversion.command import main
 from conversion.intact import Intact
 from conversion.megatron_to_hf import DTYPES, find_checkpoint, write_folder
 from conversion.tensors import Stored, mapped, raw, view
-from conversion.weights import END, HEADS, TOP, VOCABULARY, Entry, check_names, entries, head_of, size_of
+from conversion.weights import Entry, check_names, embedding_name, entries, head_of
 from training.settings import ConfigError
-from training.shape import BloomShape
+from training.shape import EMBEDDING, Shape
 
 FILE = "model_optim_rng.pt"
 MARK = "latest_checkpointed_iteration.txt"
@@ -111,7 +112,7 @@ def _flatten(node: dict, prefix: str, flat: dict) -> None:
             flat[name] = value
 
 
-def read(folder: str | Path, shape: BloomShape) -> dict[str, Stored]:
+def read(folder: str | Path, shape: Shape) -> dict[str, Stored]:
     """Tensors by Hugging Face name from any TP x PP, padding cut off. Raises ConfigError where they are not exactly those of ``shape``."""
     folder, head = Path(folder), head_of(shape)
     files = ranks(folder)
@@ -120,7 +121,7 @@ def read(folder: str | Path, shape: BloomShape) -> dict[str, Stored]:
     family = "legacy" if any(name.startswith("language_model.") for name in loaded[0, 0]) else "mcore"
     counts = [1 + max((int(match[1]) for name in loaded[0, p] if (match := re.search(r"\.layers\.(\d+)\.", name))), default=-1)
               for p in range(pipeline)]
-    table = list(entries(shape.layers, head))
+    table = list(entries(shape, head))
     found: dict[str, Stored] = {}
     for entry in table:
         stage, local = _place(entry, counts)
@@ -128,24 +129,24 @@ def read(folder: str | Path, shape: BloomShape) -> dict[str, Stored]:
         if any(shard is None for shard in shards):
             continue
         parts = [Stored.whole(shard) for shard in shards]
-        found[entry.name] = parts[0] if entry.axis is None else Stored.joined(parts, entry.axis)
+        found[entry.name] = parts[0] if entry.weight.split is None else Stored.joined(parts, entry.weight.split)
     for t in range(tensor) if head == "tied" else ():
         for name in _TIED_COPY:
             loaded[t, pipeline - 1].pop(name, None)
     unknown = sorted({name for names in loaded.values() for name in names})
-    check_names([*found, *unknown], [entry.name for entry in table], folder, shape.layers)
+    check_names([*found, *unknown], [entry.name for entry in table], folder, shape)
     for entry in table:
-        stored, size = found[entry.name], size_of(entry, shape)
-        if entry.name in VOCABULARY and stored.shape[0] > size[0]:
+        stored, size = found[entry.name], entry.weight.size
+        if entry.vocabulary and stored.shape[0] > size[0]:
             stored = found[entry.name] = stored.part(0, 0, size[0])
-        huggingface.check_tensor(folder, entry.name, stored, size)
+        huggingface.check_tensor(folder, entry.name, stored, size, entry.vocabulary)
     return found
 
 
 def _place(entry: Entry, counts: list[int]) -> tuple[int, int | None]:
     """(pipeline stage, layer within it) of a tensor."""
     if entry.layer is None:
-        return (0 if entry.key in TOP else len(counts) - 1), None
+        return (0 if entry.key.startswith("embedding") else len(counts) - 1), None
     first = 0
     for stage, count in enumerate(counts):
         if entry.layer < first + count:
@@ -154,7 +155,7 @@ def _place(entry: Entry, counts: list[int]) -> tuple[int, int | None]:
     return 0, entry.layer
 
 
-def write(output: Path, tensors: dict[str, Stored], made_from: list, shape: BloomShape, tensor: int, pipeline: int, family: str,
+def write(output: Path, tensors: dict[str, Stored], made_from: list, shape: Shape, tensor: int, pipeline: int, family: str,
           iteration: int = 0) -> None:
     """Write every rank's file and, last, the mark; iteration 0 is "release". Goes on where it was killed."""
     shape.check_layout(tensor, pipeline)
@@ -178,35 +179,34 @@ def write(output: Path, tensors: dict[str, Stored], made_from: list, shape: Bloo
     (output / f"{MARK}.new").replace(output / MARK)
 
 
-def _rank(tensors: dict[str, Stored], shape: BloomShape, tensor: tuple[int, int], pipeline: tuple[int, int],
+def _rank(tensors: dict[str, Stored], shape: Shape, tensor: tuple[int, int], pipeline: tuple[int, int],
           family: str) -> dict[str, Stored]:
     """Flat name -> this rank's shard; ``tensor`` and ``pipeline`` are (rank, size)."""
     head, per = head_of(shape), shape.layers // pipeline[1]
     first, last = pipeline[0] == 0, pipeline[0] == pipeline[1] - 1
     found = {}
-    for entry in entries(shape.layers, head):
-        if (entry.key in TOP and not first) or (entry.key in END | HEADS[head] and not last):
-            continue
-        if entry.layer is not None and entry.layer // per != pipeline[0]:
+    for entry in entries(shape, head):
+        here = entry.layer // per == pipeline[0] if entry.layer is not None else first if entry.key.startswith("embedding") else last
+        if not here:
             continue
         local = None if entry.layer is None else entry.layer % per
         found[name_in(entry, local, family)] = _shard(entry, tensors[entry.name], shape, tensor)
     if head == "tied" and last and not first:
-        embedding = next(entry for entry in entries(0) if entry.name in VOCABULARY)
+        embedding = next(entry for entry in entries(shape, head) if entry.key == EMBEDDING)
         found[_TIED_COPY[family == "mcore"]] = _shard(embedding, tensors[embedding.name], shape, tensor)
     return found
 
 
-def _shard(entry: Entry, stored: Stored, shape: BloomShape, tensor: tuple[int, int]) -> Stored:
-    if entry.name in VOCABULARY:
+def _shard(entry: Entry, stored: Stored, shape: Shape, tensor: tuple[int, int]) -> Stored:
+    if entry.vocabulary:
         stored = stored.padded(shape.padded_vocab(tensor[1]))
-    if entry.axis is None:
+    if entry.weight.split is None:
         return stored
-    length = stored.shape[entry.axis] // tensor[1]
-    return stored.part(entry.axis, tensor[0] * length, length)
+    length = stored.shape[entry.weight.split] // tensor[1]
+    return stored.part(entry.weight.split, tensor[0] * length, length)
 
 
-def arguments_of(shape: BloomShape, tensor: int, pipeline: int, iteration: int) -> dict:
+def arguments_of(shape: Shape, tensor: int, pipeline: int, iteration: int) -> dict:
     """What stands beside the weights: the version, and the model in Megatron-LM's own argument names."""
     args = {"num_layers": shape.layers, "hidden_size": shape.hidden, "ffn_hidden_size": 4 * shape.hidden,
             "num_attention_heads": shape.heads, "padded_vocab_size": shape.padded_vocab(tensor), "make_vocab_size_divisible_by": 128,
@@ -253,12 +253,15 @@ def _put(model: dict, name: str, values: torch.Tensor) -> None:
 
 def run(given) -> None:
     model = Path(given.model)
-    shape = BloomShape.read(model)
+    shape = Shape.read(model)
+    if shape.family != "bloom":
+        raise ConfigError(f"{model}: model_type = {shape.family!r}: Megatron-LM's classic layout is written and read for BLOOM only; "
+                          "conversion.hf_to_megatron and conversion.megatron_to_hf take every family")
     if given.action == "read":
         tensors = read(given.source, shape)
-        dtype = DTYPES[given.dtype] if given.dtype else tensors["ln_f.weight"].dtype
+        dtype = DTYPES[given.dtype] if given.dtype else tensors[embedding_name(shape)].dtype
         made_from = work.described(list(ranks(Path(given.source)).values()))
-        write_folder(Path(given.output), tensors, made_from, model, head_of(shape), dtype, given.max_shard_gb)
+        write_folder(Path(given.output), tensors, made_from, model, shape, head_of(shape), dtype, given.max_shard_gb)
         return
     if given.source:
         source = find_checkpoint(Path(given.source))

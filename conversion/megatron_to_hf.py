@@ -2,7 +2,7 @@
 
 Writes folders that transformers loads: sharded safetensors with index, and config, generation config and tokenizer of the
 starting checkpoint. Vocabulary padding is cut off; everything else keeps its bits. A model with a scalar head becomes a
-BloomForSequenceClassification (conversion/classifier.py).
+sequence classifier (conversion/classifier.py).
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from conversion import classifier, huggingface, torch_dist, work
 from conversion.command import main
 from conversion.config import FOLDERS, ExportConfig, ExportPaths
 from conversion.intact import Intact
-from conversion.tensors import Stored, raw
-from conversion.weights import head_of, stored_name
+from conversion.tensors import Rows, raw
+from conversion.weights import embedding_name, head_of, stored_name
 from training import checkpoint
 from training.metrics import Metrics
 from training.settings import ConfigError
-from training.shape import BloomShape
+from training.shape import Shape
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
@@ -36,7 +36,7 @@ COPIED = ("config.json", "generation_config.json", *TOKENIZER)
 
 def export(config: ExportConfig) -> None:
     """Write every model's folder."""
-    shape = BloomShape.read(config.paths.model)
+    shape = Shape.read(config.paths.model)
     dtype = DTYPES[config.dtype] if config.dtype else starting_dtype(config.paths.model, shape)
     wanted = {name: stage for name, stage in config.paths.checkpoints.items() if config.heads or name not in ("reward", "value")}
     metrics = Metrics(config.paths.output, total=len(wanted))
@@ -50,12 +50,12 @@ def export(config: ExportConfig) -> None:
     metrics.close()
 
 
-def starting_dtype(model: str | Path, shape: BloomShape) -> torch.dtype:
+def starting_dtype(model: str | Path, shape: Shape) -> torch.dtype:
     """Type of the starting checkpoint's weights."""
-    return huggingface.read(model, shape)[1]["ln_f.weight"].dtype
+    return huggingface.read(model, shape)[1][embedding_name(shape)].dtype
 
 
-def export_model(source: Path, target: Path, model: Path, shape: BloomShape, dtype: torch.dtype, max_shard_gb: float,
+def export_model(source: Path, target: Path, model: Path, shape: Shape, dtype: torch.dtype, max_shard_gb: float,
                  intact: Intact) -> None:
     """One ``torch_dist`` folder; ``target`` appears when it is complete."""
     head = torch_dist.head_in(source)
@@ -67,48 +67,48 @@ def export_model(source: Path, target: Path, model: Path, shape: BloomShape, dty
     except ConfigError:
         intact.check()  # a file that changed is why: say that
         raise
-    places = torch_dist.sources(source, shape.layers, head)
+    places = torch_dist.sources(source, shape, head)
 
     def check(names: Iterable[str]) -> None:
         intact.check(sorted(set().union(*(places[name] for name in names))))
 
     made_from = work.described(sorted(source.iterdir()))
-    write_folder(target, tensors, made_from, model, head, dtype, max_shard_gb, check)
+    write_folder(target, tensors, made_from, model, shape, head, dtype, max_shard_gb, check)
 
 
-def write_folder(target: Path, tensors: dict[str, Stored], made_from: list, model: Path, head: str, dtype: torch.dtype,
+def write_folder(target: Path, tensors: dict[str, Rows], made_from: list, model: Path, shape: Shape, head: str, dtype: torch.dtype,
                  max_shard_gb: float, check: Callable[[Iterable[str]], None] = lambda names: None) -> None:
     """A Hugging Face folder of ``tensors`` (by name without prefix); other files from ``model``. Goes on where it was killed.
 
     ``check`` is called with the names of the tensors before they are read.
     """
-    if head == "scalar":
-        check(("score.weight", "score.bias", "ln_f.bias"))
-        tensors = classifier.without_bias(tensors, dtype)
+    if head == "scalar" and shape.score_bias:
+        check(classifier.touched(shape))
+        tensors = classifier.without_bias(tensors, shape, dtype)
     shards = huggingface.plan({name: tensor.shape for name, tensor in tensors.items()}, dtype, max_shard_gb)
     sizes = {file: sum(torch.Size(tensors[name].shape).numel() * dtype.itemsize for name in names) for file, names in shards.items()}
     made = {"from": made_from, "model": work.described([model / name for name in COPIED if (model / name).is_file()]), "dtype": str(dtype),
             "files": sizes}
     aside = target.with_name(f".{target.name}.converting")
     with work.folder(aside, made, sum(sizes.values())):
-        writers = {file: partial(write, {name: tensors[name] for name in names}, dtype, check) for file, names in shards.items()}
+        writers = {file: partial(write, shape, {name: tensors[name] for name in names}, dtype, check) for file, names in shards.items()}
         work.write_files(aside, writers, sizes, f"export {target.name}", hashed=False)
         if len(shards) > 1:
-            (aside / "model.safetensors.index.json").write_text(huggingface.index(shards, sum(sizes.values())), encoding="utf-8")
+            (aside / "model.safetensors.index.json").write_text(huggingface.index(shape, shards, sum(sizes.values())), encoding="utf-8")
         for name in COPIED if head != "scalar" else ("config.json", *TOKENIZER):
             if (model / name).is_file():
                 shutil.copyfile(model / name, aside / name)
         set_dtype(aside / "config.json", dtype)
         if head == "scalar":
-            classifier.set_config(aside)
+            classifier.set_config(aside, shape)
         work.clean(aside)
         work.replace(aside, target)
 
 
-def write(tensors: dict[str, Stored], dtype: torch.dtype, check: Callable[[Iterable[str]], None], file, count) -> list:
+def write(shape: Shape, tensors: dict[str, Rows], dtype: torch.dtype, check: Callable[[Iterable[str]], None], file, count) -> list:
     """One safetensors file."""
     check(tensors)
-    stored = {stored_name(name): tensor for name, tensor in tensors.items()}
+    stored = {stored_name(shape, name): tensor for name, tensor in tensors.items()}
     file.write(huggingface.header({name: tensor.shape for name, tensor in stored.items()}, dtype))
     for name in sorted(stored):
         for block in stored[name].blocks(dtype):
@@ -142,7 +142,7 @@ def find_checkpoint(path: Path) -> Path:
 
 def export_by_hand(given) -> None:
     model, target = Path(given.model), Path(given.output)
-    shape = BloomShape.read(model)
+    shape = Shape.read(model)
     if target.is_dir() and any(target.iterdir()) and not given.overwrite:
         raise ConfigError(f"{target} is there and not empty; give another folder, or --overwrite")
     dtype = DTYPES[given.dtype] if given.dtype else starting_dtype(model, shape)

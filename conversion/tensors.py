@@ -37,11 +37,80 @@ class Piece(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A tensor (vector or matrix) of ``shape`` and ``dtype`` that lies in ``pieces``; what none covers is zero (``padded``)."""
+class Rows:
+    """A tensor (vector or matrix) of ``shape`` and ``dtype`` whose rows can be asked for."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def rows(self, start: int, length: int) -> torch.Tensor:
+        """Values of some rows."""
+        raise NotImplementedError
+
+    def blocks(self, dtype: torch.dtype | None = None) -> Iterator[torch.Tensor]:
+        """The rows in order, at most BLOCK bytes (or one row) at a time, contiguous, as ``dtype``."""
+        step = max(1, BLOCK * self.shape[0] // max(self.nbytes, 1))
+        for start in range(0, self.shape[0], step):
+            yield self.rows(start, min(step, self.shape[0] - start)).to(dtype or self.dtype).contiguous()
+
+    def load(self) -> torch.Tensor:
+        """All values, for small tensors."""
+        return self.rows(0, self.shape[0])
+
+
+@dataclass(frozen=True)
+class Woven(Rows):
+    """Several tensors as one: group by group the first part's rows of the group, then the second's, ..."""
+
+    parts: tuple[Rows, ...]
+    groups: int
+
+    @classmethod
+    def of(cls, parts: list[Rows], groups: int) -> Woven:
+        dtypes = {part.dtype for part in parts}
+        if len(dtypes) > 1:
+            raise ConfigError(f"tensors that become one are of types {', '.join(map(str, dtypes))}; "
+                              "save the model in one type (model.to(torch.bfloat16).save_pretrained)")
+        return cls((sum(part.shape[0] for part in parts), *parts[0].shape[1:]), parts[0].dtype, tuple(parts), groups)
+
+    def rows(self, start: int, length: int) -> torch.Tensor:
+        each = self.shape[0] // self.groups
+        first, last = start // each, -(-(start + length) // each)
+        found = []
+        for part in self.parts:
+            count = part.shape[0] // self.groups
+            found.append(part.rows(first * count, (last - first) * count).unflatten(0, (last - first, count)))
+        return torch.cat(found, 1).flatten(0, 1)[start - first * each :][:length]
+
+
+@dataclass(frozen=True)
+class Unwoven(Rows):
+    """One part of a tensor that was woven of several: of each of ``groups`` groups ``count`` rows, from ``first`` on."""
+
+    whole: Rows
+    groups: int
+    first: int
+
+    @classmethod
+    def of(cls, whole: Rows, sizes: list[tuple[int, ...]], number: int, groups: int) -> Unwoven:
+        """Part ``number`` of those of ``sizes``."""
+        return cls(sizes[number], whole.dtype, whole, groups, sum(size[0] for size in sizes[:number]) // groups)
+
+    def rows(self, start: int, length: int) -> torch.Tensor:
+        each, count = self.whole.shape[0] // self.groups, self.shape[0] // self.groups
+        first, last = start // count, -(-(start + length) // count)
+        groups = self.whole.rows(first * each, (last - first) * each).unflatten(0, (last - first, each))
+        return groups[:, self.first : self.first + count].flatten(0, 1)[start - first * count :][:length]
+
+
+@dataclass(frozen=True)
+class Stored(Rows):
+    """A tensor (vector or matrix) of ``shape`` and ``dtype`` that lies in ``pieces``; what none covers is zero (``padded``)."""
+
     pieces: tuple[Piece, ...]
 
     @classmethod
@@ -58,10 +127,6 @@ class Stored:
         shape = list(parts[0].shape)
         shape[axis] = position
         return cls(tuple(shape), parts[0].dtype, tuple(pieces))
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def complete(self) -> bool:
@@ -99,22 +164,12 @@ class Stored:
             values[tuple(slice(first, first + size) for first, size in zip(offset, piece.shape, strict=True))] = piece
         return values
 
-    def blocks(self, dtype: torch.dtype | None = None) -> Iterator[torch.Tensor]:
-        """The rows in order, at most BLOCK bytes (or one row) at a time, contiguous, as ``dtype``."""
-        step = max(1, BLOCK * self.shape[0] // max(self.nbytes, 1))
-        for start in range(0, self.shape[0], step):
-            yield self.rows(start, min(step, self.shape[0] - start)).to(dtype or self.dtype).contiguous()
-
-    def load(self) -> torch.Tensor:
-        """All values, for small tensors."""
-        return self.rows(0, self.shape[0])
-
 
 def _moved(offset: tuple[int, ...], axis: int, by: int) -> tuple[int, ...]:
     return (*offset[:axis], offset[axis] + by, *offset[axis + 1 :])
 
 
-def equal(ours: Stored, theirs: Stored) -> bool:
+def equal(ours: Rows, theirs: Rows) -> bool:
     """Same shape, data type and bits."""
     return ours.shape == theirs.shape and ours.dtype == theirs.dtype and all(
         torch.equal(raw(a), raw(b)) for a, b in zip(ours.blocks(), theirs.blocks(), strict=True))

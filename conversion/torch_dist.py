@@ -27,11 +27,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from conversion.tensors import Piece, Stored, mapped, raw, view
-from conversion.weights import HEADS, VOCABULARY, Entry, entries, size_of
+from conversion.tensors import Piece, Rows, Stored, mapped, raw, view
+from conversion.weights import Entry, entries
 from training import unpickle
 from training.settings import ConfigError
-from training.shape import BloomShape
+from training.shape import OUTPUT, SCORE, Shape
 
 FILE_BYTES = 1 << 30
 """Tensors are dealt out to files of about this size, which are written in parallel."""
@@ -49,53 +49,54 @@ def metadata(folder: Path) -> Metadata:
 def head_in(folder: Path) -> str:
     """The kind of head that a checkpoint holds."""
     keys = metadata(folder).state_dict_metadata
-    return next((head for head, table in HEADS.items() if table and table.keys() <= keys.keys()), "tied")
+    return "untied" if OUTPUT in keys else "scalar" if SCORE in keys else "tied"
 
 
-def read(folder: str | Path, shape: BloomShape, head: str) -> dict[str, Stored]:
+def read(folder: str | Path, shape: Shape, head: str) -> dict[str, Rows]:
     """Tensors by Hugging Face name, vocabulary padding cut off. Raises ConfigError where they are not those of ``shape``."""
     folder, described = Path(folder), metadata(Path(folder))
     chunks: dict[str, list] = {}
     for place, where in described.storage_data.items():
         chunks.setdefault(place.fqn, []).append((tuple(place.offset or ()), where))
     maps, whole, found = {}, {}, {}
-    table = list(entries(shape.layers, head))
+    table = list(entries(shape, head))
     missing = [entry.key for entry in table if entry.key not in described.state_dict_metadata]
     if missing:
         raise ConfigError(f"{folder}: {missing[0]} is missing; is it a checkpoint of this model?")
-    check_unused(folder, described, {entry.key for entry in table})
+    check_unused(folder, described, {entry.key for entry in table}, shape)
     for entry in table:
         if entry.key not in whole:
             whole[entry.key] = _stored(folder, described.state_dict_metadata[entry.key], chunks[entry.key], maps)
         tensor = whole[entry.key] if entry.layer is None else _layer(folder, whole[entry.key], entry, shape.layers)
-        wanted = size_of(entry, shape)
-        if entry.name in VOCABULARY and tensor.shape[0] > wanted[0]:
+        wanted = entry.weight.size
+        if entry.vocabulary and tensor.shape[0] > wanted[0]:
             tensor = tensor.part(0, 0, wanted[0])
         if tensor.shape != wanted:
             raise ConfigError(f"{folder}: {entry.key} has shape {list(tensor.shape)}, the model's config.json says {list(wanted)}")
         if not tensor.complete:
             raise ConfigError(f"{folder}: a part of {entry.key} is in none of its files: the checkpoint is not complete")
-        found[entry.name] = tensor
+        found |= entry.unwoven(tensor)
     return found
 
 
-def sources(folder: Path, layers: int, head: str) -> dict[str, set[str]]:
+def sources(folder: Path, shape: Shape, head: str) -> dict[str, set[str]]:
     """Hugging Face name -> names of the files that the tensor lies in."""
-    described, keyed = metadata(folder), {entry.key for entry in entries(layers) if entry.layer is not None}
+    described, keyed = metadata(folder), {entry.key for entry in entries(shape, head) if entry.layer is not None}
     places: dict[tuple[str, int | None], set[str]] = {}
     for key, tensor in described.state_dict_metadata.items():
         for chunk in getattr(tensor, "chunks", ()):
             first, where = chunk.offsets[0], described.storage_data[MetadataIndex(key, chunk.offsets)].relative_path
             for layer in range(first, first + chunk.sizes[0]) if key in keyed else (None,):
                 places.setdefault((key, layer), set()).add(where)
-    return {entry.name: places[entry.key, entry.layer] for entry in entries(layers, head)}
+    return {name: places[entry.key, entry.layer] for entry in entries(shape, head) for name in entry.parts}
 
 
-def check_unused(folder: Path, described: Metadata, used: set[str]) -> None:
+def check_unused(folder: Path, described: Metadata, used: set[str], shape: Shape) -> None:
     """Raises ConfigError for a weight that the table does not name. The optimizer's tensors are not weights."""
     unknown = [key for key in described.state_dict_metadata if key not in used and not key.startswith(("optimizer.", "chained_"))]
     if unknown:
-        raise ConfigError(f"{folder}: {unknown[0]} is no tensor of a BLOOM with this head and would be lost; unknown: {unknown[:5]}")
+        raise ConfigError(f"{folder}: {unknown[0]} is no tensor of a {shape.family} with this head and would be lost; "
+                          f"unknown: {unknown[:5]}")
 
 
 def _layer(folder: Path, tensor: Stored, entry: Entry, layers: int) -> Stored:
@@ -169,24 +170,25 @@ class Part(NamedTuple):
     """One tensor on its way into a file."""
 
     entry: Entry
-    tensor: Stored
+    tensor: Rows
 
 
-def plan(tensors: dict[str, Stored], layers: int, head: str) -> dict[str, list[Part]]:
+def plan(tensors: dict[str, Rows], shape: Shape, head: str) -> dict[str, list[Part]]:
     """File name -> tensors in it, in the model's order. Raises ConfigError where layers differ in type: a key has one."""
+    parts = [Part(entry, entry.woven(tensors)) for entry in entries(shape, head)]
     types: dict[str, torch.dtype] = {}
-    for entry in entries(layers, head):
-        if types.setdefault(entry.key, tensors[entry.name].dtype) != tensors[entry.name].dtype:
-            raise ConfigError(f"{entry.name} is {tensors[entry.name].dtype}, in layer 0 it is {types[entry.key]}; "
+    for entry, tensor in parts:
+        if types.setdefault(entry.key, tensor.dtype) != tensor.dtype:
+            raise ConfigError(f"{next(iter(entry.parts))} is {tensor.dtype}, in layer 0 it is {types[entry.key]}; "
                               "save the model in one type (model.to(torch.bfloat16).save_pretrained)")
     shards: list[list[Part]] = [[]]
     filled = 0
-    for entry in entries(layers, head):
-        size = tensors[entry.name].nbytes
+    for part in parts:
+        size = part.tensor.nbytes
         if shards[-1] and filled + size > FILE_BYTES:
             shards.append([])
             filled = 0
-        shards[-1].append(Part(entry, tensors[entry.name]))
+        shards[-1].append(part)
         filled += size
     return {f"__0_{number}.distcp": shard for number, shard in enumerate(shards)}
 
@@ -209,12 +211,12 @@ def write(parts: list[Part], file: BinaryIO, count) -> list[dict]:
     return placed
 
 
-def finish(folder: Path, files: dict[str, list[dict]], tensors: dict[str, Stored], layers: int, head: str) -> None:
+def finish(folder: Path, files: dict[str, list[dict]], tensors: dict[str, Rows], shape: Shape, head: str) -> None:
     """Write ``.metadata`` and the two small files of a megatron-core checkpoint. The same input gives the same bytes."""
     described, places = {}, {}
-    for entry in entries(layers, head):
-        tensor = tensors[entry.name]
-        size = tensor.shape if entry.layer is None else (layers, *tensor.shape)
+    for entry in entries(shape, head):
+        tensor = entry.woven(tensors)
+        size = tensor.shape if entry.layer is None else (shape.layers, *tensor.shape)
         described[entry.key] = TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), torch.Size(size), [])
     for file, placed in files.items():
         for chunk in placed:

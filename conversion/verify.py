@@ -22,13 +22,13 @@ from conversion import classifier, huggingface, torch_dist
 from conversion.command import main
 from conversion.intact import Intact
 from conversion.megatron_to_hf import find_checkpoint
-from conversion.tensors import Stored, raw
+from conversion.tensors import Rows, raw
 from training import checkpoint
 from training.checksums import Damaged
 from training.config import Paths, SFTConfig
 from training.parallel import device, ranks
 from training.settings import ConfigError
-from training.shape import BloomShape
+from training.shape import Shape, family
 from training.step import build_model, evaluate
 
 ROWS, LENGTH, SEED = 2, 32, 0
@@ -38,7 +38,7 @@ TOLERANCE = {"fp32": 1e-5, "bf16": 3e-2}
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 
 
-def digest(tensor: Stored, dtype: torch.dtype) -> str:
+def digest(tensor: Rows, dtype: torch.dtype) -> str:
     """sha256 of a tensor's bytes as ``dtype``."""
     made = hashlib.sha256()
     for block in tensor.blocks(dtype):
@@ -46,7 +46,7 @@ def digest(tensor: Stored, dtype: torch.dtype) -> str:
     return made.hexdigest()
 
 
-def compare(theirs: dict[str, Stored], ours: dict[str, Stored]) -> dict[str, dict]:
+def compare(theirs: dict[str, Rows], ours: dict[str, Rows]) -> dict[str, dict]:
     """Name -> both sides' sha256."""
     found = {}
     for name, tensor in theirs.items():
@@ -56,10 +56,10 @@ def compare(theirs: dict[str, Stored], ours: dict[str, Stored]) -> dict[str, dic
 
 
 @torch.no_grad()
-def difference(folder: Path, source: Path, shape: BloomShape, head: str, precision: str) -> dict:
+def difference(folder: Path, source: Path, shape: Shape, head: str, precision: str) -> dict:
     """Largest |difference| of transformers' and our outputs, and the largest |output|. Inside ``ranks(1, 1)``."""
     tokens = torch.randint(0, shape.vocab, (ROWS, LENGTH), generator=torch.Generator().manual_seed(SEED))
-    kind = transformers.BloomForSequenceClassification if head == "scalar" else transformers.BloomForCausalLM
+    kind = getattr(transformers, family(shape.family).HUGGING_FACE + ("ForSequenceClassification" if head == "scalar" else "ForCausalLM"))
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     reference = kind.from_pretrained(folder, dtype=dtype).to(device()).eval()
     if head == "scalar":  # no token of the batch is padding: the score is that of whole rows
@@ -84,16 +84,16 @@ def _keep(kept: list, output: torch.Tensor) -> torch.Tensor:
 
 def verify(folder: Path, path: Path, precision: str) -> dict:
     """Compare and write PROOF.json -> its content. Inside ``ranks(1, 1)``; ``precision`` "none" leaves the logits out."""
-    shape = BloomShape.read(folder)
+    shape = Shape.read(folder)
     head, theirs = huggingface.read(folder, shape)
     source = find_checkpoint(path)
     if torch_dist.head_in(source) != head:
         raise ConfigError(f"{folder} has a {head} head, {source} a {torch_dist.head_in(source)} one: two models")
     Intact(source).check()
     ours = torch_dist.read(source, shape, head)
-    if head == "scalar":
+    if head == "scalar" and shape.score_bias:
         theirs.pop("score.bias")
-        ours = classifier.without_bias(ours, theirs["score.weight"].dtype)
+        ours = classifier.without_bias(ours, shape, theirs["score.weight"].dtype)
     proof = {"checkpoint": str(path), "head": head, "tensors": compare(theirs, ours)}
     proof["equal"] = not any("differs" in row for row in proof["tensors"].values())
     proof["proved"] = proof["equal"]

@@ -1,7 +1,8 @@
-"""One table, read in both directions: which BLOOM tensor of Hugging Face is which of megatron-core.
+"""One table, read in both directions: which tensor of Hugging Face is which of megatron-core. Each family's is in training/families.
 
-BLOOM fuses query, key and value per head as [head, (q, k, v), head_dim], which is megatron-core's layout for ungrouped heads:
-conversion is renaming. megatron-core stores one key for all layers, with the layer as a first axis.
+megatron-core stores one key for all layers, with the layer as a first axis. Where it fuses several of Hugging Face's tensors, their rows
+are woven group by group (conversion.tensors.Woven): query, key and value by key-value head, gate and up row by row, so that every
+tensor-parallel rank's rows lie together.
 """
 
 from __future__ import annotations
@@ -9,92 +10,80 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+from conversion.tensors import Rows, Unwoven, Woven
 from training.settings import ConfigError
-from training.shape import BloomShape
+from training.shape import EMBEDDING, VOCABULARY, Shape, Weight, family
 
-# megatron-core key -> Hugging Face name
-TOP = {
-    "embedding.word_embeddings.weight": "word_embeddings.weight",
-    "embedding_layernorm.weight": "word_embeddings_layernorm.weight",
-    "embedding_layernorm.bias": "word_embeddings_layernorm.bias",
-}
-LAYER = {
-    "input_layernorm": "input_layernorm",
-    "self_attention.linear_qkv": "self_attention.query_key_value",
-    "self_attention.linear_proj": "self_attention.dense",
-    "pre_mlp_layernorm": "post_attention_layernorm",
-    "mlp.linear_fc1": "mlp.dense_h_to_4h",
-    "mlp.linear_fc2": "mlp.dense_4h_to_h",
-}
-END = {
-    "decoder.final_layernorm.weight": "ln_f.weight",
-    "decoder.final_layernorm.bias": "ln_f.bias",
-}
-# What stands on top of the transformer, for each kind of model. A tied head is the embedding and has no tensor of its own.
-HEADS = {
-    "tied": {},
-    "untied": {"output_layer.weight": "lm_head.weight"},
-    "scalar": {"score.linear.weight": "score.weight", "score.linear.bias": "score.bias"},
-}
-EMBEDDING = "embedding.word_embeddings.weight"
-TIED_HEAD = "lm_head.weight"
-VOCABULARY = ("word_embeddings.weight", "lm_head.weight")
-"""Tensors with a row a token: padded for tensor parallelism."""
-PREFIX = "transformer."
-# The axis that tensor parallelism splits; what is not here is the same on every rank.
-SPLIT = {"word_embeddings.weight": 0, "lm_head.weight": 0, "self_attention.query_key_value.weight": 0,
-         "self_attention.query_key_value.bias": 0, "self_attention.dense.weight": 1, "mlp.dense_h_to_4h.weight": 0,
-         "mlp.dense_h_to_4h.bias": 0, "mlp.dense_4h_to_h.weight": 1}
+HEADS = {"untied": "lm_head.weight", "scalar": "score.weight"}
+"""Kind of head -> Hugging Face's name of its matrix. A "tied" head is the embedding and has no tensor of its own."""
 
 
 class Entry(NamedTuple):
-    """One tensor: ``key`` in the Megatron checkpoint (row ``layer`` of it, if any), ``name`` in Hugging Face without prefix."""
+    """One tensor: ``key`` in the Megatron checkpoint (row ``layer`` of it, if any), made of ``parts``: Hugging Face's names, without
+    prefix, and shapes."""
 
     key: str
-    name: str
+    parts: dict[str, tuple[int, ...]]
     layer: int | None
+    weight: Weight
 
     @property
-    def axis(self) -> int | None:
-        """The axis that tensor parallelism splits."""
-        return SPLIT.get(self.name if self.layer is None else self.name.split(".", 2)[2])
+    def name(self) -> str:
+        """Of the only part."""
+        (name,) = self.parts
+        return name
+
+    @property
+    def parameter(self) -> str:
+        """The parameter's name in a model of one part."""
+        return self.key if self.layer is None else self.key.replace("layers.", f"layers.{self.layer}.", 1)
+
+    @property
+    def vocabulary(self) -> bool:
+        """Are its rows padded for tensor parallelism?"""
+        return self.key in VOCABULARY
+
+    def woven(self, tensors: dict[str, Rows]) -> Rows:
+        """megatron-core's tensor from Hugging Face's."""
+        parts = [tensors[name] for name in self.parts]
+        return parts[0] if len(parts) == 1 else Woven.of(parts, self.weight.groups)
+
+    def unwoven(self, tensor: Rows) -> dict[str, Rows]:
+        """Hugging Face's tensors from megatron-core's."""
+        if len(self.parts) == 1:
+            return {self.name: tensor}
+        return {name: Unwoven.of(tensor, list(self.parts.values()), number, self.weight.groups) for number, name in enumerate(self.parts)}
 
 
-def entries(layers: int, head: str = "tied") -> Iterator[Entry]:
-    """The table for a model, in the model's order. ``head``: "tied", "untied" or "scalar"."""
-    for key, name in TOP.items():
-        yield Entry(key, name, None)
-    for layer in range(layers):
-        for key, name in LAYER.items():
-            for part in ("weight", "bias"):
-                yield Entry(f"decoder.layers.{key}.{part}", f"h.{layer}.{name}.{part}", layer)
-    for key, name in (END | HEADS[head]).items():
-        yield Entry(key, name, None)
+def entries(shape: Shape, head: str | None = None) -> Iterator[Entry]:
+    """The table for a model, in the model's order. ``head``: "tied", "untied" or "scalar"; None = as config.json says."""
+    table, layer_name = shape.table, family(shape.family).LAYER
+    for weight in table.first:
+        yield Entry(weight.key, weight.parts, None, weight)
+    for layer in range(shape.layers):
+        for weight in table.layer:
+            parts = {f"{layer_name}.{layer}.{name}": size for name, size in weight.parts.items()}
+            yield Entry(f"decoder.layers.{weight.key}", parts, layer, weight)
+    for weight in (*table.last, *shape.top(head or head_of(shape))):
+        yield Entry(weight.key, weight.parts, None, weight)
 
 
-def head_of(shape: BloomShape) -> str:
+def head_of(shape: Shape) -> str:
     return "tied" if shape.tied else "untied"
 
 
-def stored_name(name: str) -> str:
+def embedding_name(shape: Shape) -> str:
+    return next(entry.name for entry in entries(shape) if entry.key == EMBEDDING)
+
+
+def stored_name(shape: Shape, name: str) -> str:
     """The name in a Hugging Face file: what is part of the transformer has its prefix."""
-    return name if name.startswith(("lm_head.", "score.")) else PREFIX + name
+    return name if name.startswith(("lm_head.", "score.")) else family(shape.family).PREFIX + name
 
 
-def size_of(entry: Entry, shape: BloomShape) -> tuple[int, ...]:
-    """Shape of a tensor in Hugging Face."""
-    hidden = shape.hidden
-    sizes = {"word_embeddings.weight": (shape.vocab, hidden), "lm_head.weight": (shape.vocab, hidden), "score.weight": (1, hidden),
-             "score.bias": (1,), "self_attention.query_key_value.weight": (3 * hidden, hidden),
-             "self_attention.query_key_value.bias": (3 * hidden,), "self_attention.dense.weight": (hidden, hidden),
-             "mlp.dense_h_to_4h.weight": (4 * hidden, hidden), "mlp.dense_h_to_4h.bias": (4 * hidden,),
-             "mlp.dense_4h_to_h.weight": (hidden, 4 * hidden)}
-    return sizes.get(entry.name if entry.layer is None else entry.name.split(".", 2)[2], (hidden,))
-
-
-def check_names(found: Iterable[str], wanted: Iterable[str], where, layers: int) -> None:
+def check_names(found: Iterable[str], wanted: Iterable[str], where, shape: Shape) -> None:
     """Raises ConfigError unless the tensors are exactly the table's."""
     found, wanted = set(found), set(wanted)
     if found != wanted:
-        raise ConfigError(f"{where} does not hold the tensors of a BLOOM of {layers} layers; missing: {sorted(wanted - found)[:5]}, "
-                          f"unknown: {sorted(found - wanted)[:5]}")
+        raise ConfigError(f"{where} does not hold the tensors of a {shape.family} of {shape.layers} layers; "
+                          f"missing: {sorted(wanted - found)[:5]}, unknown: {sorted(found - wanted)[:5]}")

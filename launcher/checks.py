@@ -11,14 +11,14 @@ from launcher.config import Profile, StageResources, build_plain
 from launcher.pipeline import Graph, Stage, model_folder, stage_config
 from training.config import ModelConfig, RewardConfig
 from training.settings import ConfigError
-from training.shape import BloomShape
+from training.shape import ConfigFile, Shape, family
 
 
 @dataclass(frozen=True)
 class Checked:
     """What the checks found out; ``plan`` shows it."""
 
-    shape: BloomShape
+    shape: Shape
     resources: StageResources
     estimates: dict[str, memory.Estimate]
     """Stage -> memory of one GPU; trainers only."""
@@ -82,16 +82,16 @@ class Mistakes:
             raise ConfigError(self.messages[0])
 
 
-def _model(model: ModelConfig, folder: Path) -> tuple[BloomShape, float]:
+def _model(model: ModelConfig, folder: Path) -> tuple[Shape, float]:
     """The starting model's shape and its weights' size in GB."""
     if model.checkpoint == "demo":
-        shape = BloomShape(model.demo_layers, model.demo_hidden, model.demo_heads, model.demo_vocab, 1e-5)
+        shape = family(model.demo_family).read(ConfigFile(Path("demo"), family(model.demo_family).demo(model)))
         return shape, 4 * shape.parameters() / storage.GB
     for name in ("config.json", "tokenizer.json"):
         if not (folder / name).is_file():
             raise ConfigError(f"model.checkpoint = {model.checkpoint!r}: {folder / name} does not exist; give the folder of a Hugging Face "
-                              "BLOOM checkpoint (config.json, tokenizer.json, weights): --set model.checkpoint=FOLDER")
-    shape = BloomShape.read(folder)
+                              "checkpoint (config.json, tokenizer.json, weights): --set model.checkpoint=FOLDER")
+    shape = Shape.read(folder)
     inputs.check_tokenizer(folder, shape)
     return shape, inputs.check_checkpoint(folder, shape) / storage.GB
 
@@ -103,7 +103,7 @@ def _data_parallel(stage: str, config, asked) -> int:
         raise ConfigError(f"{stage}: {error} (resources.{stage}: {asked.nodes} nodes x {asked.ranks_per_node} ranks)") from None
 
 
-def _layout(stage: Stage, shape: BloomShape, config) -> bool:
+def _layout(stage: Stage, shape: Shape, config) -> bool:
     """True. Heads, layers and vocabulary are divided by TP and PP; the vocabulary is padded to fit."""
     try:
         virtual = config.virtual_pipeline if stage.trainer else 1
@@ -113,7 +113,7 @@ def _layout(stage: Stage, shape: BloomShape, config) -> bool:
     return True
 
 
-def _disk_gb(stage: Stage, config, shape: BloomShape, weights_gb: float) -> float:
+def _disk_gb(stage: Stage, config, shape: Shape, weights_gb: float) -> float:
     """Most that a stage has on disk at once: kept checkpoints and the one being written, or the models that it exports."""
     if stage.trainer:
         return storage.checkpoints(config) * storage.checkpoint_gb(config, shape.parameters())

@@ -15,7 +15,7 @@ import zipfile
 from pathlib import Path
 
 from training.settings import ConfigError
-from training.shape import BloomShape
+from training.shape import EMBEDDING, Shape, family
 
 PEEK_ROWS = 100
 """Rows of the data that are parsed before anything is queued; the preparation then reads all of them."""
@@ -25,7 +25,7 @@ HEADER_MAX = 100_000_000
 KINDS = (("model.safetensors", "model.safetensors.index.json"), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
 
 
-def check_checkpoint(folder: Path, shape: BloomShape) -> int:
+def check_checkpoint(folder: Path, shape: Shape) -> int:
     """Bytes of the weights. ConfigError where a file is missing, truncated or not what the index or config.json says."""
     for single, index in KINDS:
         if (folder / index).is_file():
@@ -60,7 +60,7 @@ def _weight_map(path: Path) -> dict[str, str]:
     return found
 
 
-def _safetensors(path: Path, shape: BloomShape) -> list[str]:
+def _safetensors(path: Path, shape: Shape) -> list[str]:
     """The tensors' names. ConfigError unless the header can be read and the file is as long as it says."""
     size = path.stat().st_size
     with open(path, "rb") as file:
@@ -80,13 +80,14 @@ def _safetensors(path: Path, shape: BloomShape) -> list[str]:
     if size != 8 + length + end:
         raise ConfigError(f"model.checkpoint: {path} has {size} bytes, its header says {8 + length + end}: truncated or still being "
                           "downloaded; download it again")
+    embedding = _embedding(shape)
     for name, (dtype, sizes, (first, last)) in tensors.items():
         count = 1
         for number in sizes:
             count *= number
         if dtype in BYTES and last - first != count * BYTES[dtype]:
             raise ConfigError(f"model.checkpoint: {path}: {name} is {dtype} {sizes} but has {last - first} bytes; download it again")
-        if name.endswith("word_embeddings.weight") and sizes != [shape.vocab, shape.hidden]:
+        if name.endswith(embedding) and sizes != [shape.vocab, shape.hidden]:
             raise ConfigError(f"model.checkpoint: {path}: {name} is {sizes}, config.json says [{shape.vocab}, {shape.hidden}] "
                               "(vocab_size, hidden size); config.json and weights are of different models")
     return list(tensors)
@@ -104,20 +105,27 @@ def _pickled(path: Path) -> set[str]:
     return set()
 
 
-def _check_layers(folder: Path, names: set[str], shape: BloomShape) -> None:
+def _check_layers(folder: Path, names: set[str], shape: Shape) -> None:
     """ConfigError unless the tensors are of exactly the layers that config.json promises; a single .bin does not tell."""
     if not names:
         return
-    layers = {int(match[1]) for name in names if (match := re.search(r"(?:^|\.)h\.(\d+)\.", name))}
+    layer = family(shape.family).LAYER
+    layers = {int(match[1]) for name in names if (match := re.search(rf"(?:^|\.){layer}\.(\d+)\.", name))}
     if layers != set(range(shape.layers)):
         lacking, more = sorted(set(range(shape.layers)) - layers), sorted(layers - set(range(shape.layers)))
         what = f"lack layers {_few(lacking)}" if lacking else f"have layers {_few(more)} beyond them"
         raise ConfigError(f"model.checkpoint: config.json of {folder} says {shape.layers} layers; the weights {what}")
-    if not any(name.endswith("word_embeddings.weight") for name in names):
-        raise ConfigError(f"model.checkpoint: the weights in {folder} have no word_embeddings.weight; are they a BLOOM's?")
+    if not any(name.endswith(_embedding(shape)) for name in names):
+        raise ConfigError(f"model.checkpoint: the weights in {folder} have no {_embedding(shape)}; are they a {shape.family}'s?")
 
 
-def check_tokenizer(folder: Path, shape: BloomShape) -> None:
+def _embedding(shape: Shape) -> str:
+    """Hugging Face's name of the embedding."""
+    (name,) = next(weight.parts for weight in shape.table.first if weight.key == EMBEDDING)
+    return name
+
+
+def check_tokenizer(folder: Path, shape: Shape) -> None:
     """ConfigError where tokenizer.json is no tokenizer, has more tokens than the model has rows, or PAD is missing or is EOS."""
     path = folder / "tokenizer.json"
     table = _json(path, "model.checkpoint")

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from launcher.config import Profile, Resources
 from training.config import PPOConfig, RewardConfig, SFTConfig, TrainerConfig
 from training.settings import ConfigError
-from training.shape import CHUNK_LOGITS, BloomShape
+from training.shape import CHUNK_LOGITS, Shape
 
 GB = 1e9
 OUTSIDE_GB = 2.5
@@ -54,7 +54,7 @@ class Estimate:
 class Rank:
     """One pipeline stage's share of the model."""
 
-    shape: BloomShape
+    shape: Shape
     config: TrainerConfig
     data: int
     """Data-parallel size."""
@@ -115,7 +115,7 @@ class Rank:
         return self.word * (logits + self.embedding) / GB
 
 
-def estimate(shape: BloomShape, config: TrainerConfig, ranks: int) -> Estimate:
+def estimate(shape: Shape, config: TrainerConfig, ranks: int) -> Estimate:
     """The pipeline stage that needs most. Raises ConfigError where the layout does not divide."""
     data = config.data_parallel(ranks)
     stages = [Rank(shape, config, data, stage) for stage in range(config.pipeline_parallel)]
@@ -155,7 +155,7 @@ class Knob:
     """GB with it."""
 
 
-def knobs(stage: str, shape: BloomShape, config: TrainerConfig, asked: Resources, profile: Profile) -> list[Knob]:
+def knobs(stage: str, shape: Shape, config: TrainerConfig, asked: Resources, profile: Profile) -> list[Knob]:
     """Changes of one setting that free memory, the one that frees most first."""
     now, found = estimate(shape, config, asked.ranks).total, []
     for setting, changed, ranks in _changes(stage, shape, config, asked, profile):
@@ -168,7 +168,7 @@ def knobs(stage: str, shape: BloomShape, config: TrainerConfig, asked: Resources
     return sorted(found, key=lambda knob: knob.total)
 
 
-def _changes(stage: str, shape: BloomShape, config: TrainerConfig, asked: Resources, profile: Profile):
+def _changes(stage: str, shape: Shape, config: TrainerConfig, asked: Resources, profile: Profile):
     """(command line, function that makes the configuration, ranks)."""
     def keys(**changes):
         words = " ".join(f"--set {stage}.{key}={str(value).lower()}" for key, value in changes.items())
@@ -195,7 +195,7 @@ def _changes(stage: str, shape: BloomShape, config: TrainerConfig, asked: Resour
         yield *keys(generation_batch_size=config.generation_batch_size // 2), asked.ranks
 
 
-def check(stage: str, shape: BloomShape, config: TrainerConfig, asked: Resources, profile: Profile) -> str:
+def check(stage: str, shape: Shape, config: TrainerConfig, asked: Resources, profile: Profile) -> str:
     """A warning where the estimate comes close to what the profile's GPU has, else ""; ConfigError, with what would free how much,
     where it is more than 10 % above (the estimate's own error)."""
     made, gpu_gb = estimate(shape, config, asked.ranks), profile.gpu_memory_gb

@@ -21,7 +21,7 @@ from launcher import cluster, memory
 from launcher.config import RECIPES, build_plain, layered, read_recipe, read_toml
 from launcher.pipeline import PIPELINES, full_tables, stage_config
 from training import cpu
-from training.shape import BloomShape
+from training.shape import Shape
 from training.step import build_model
 
 PUBLISHED = json.loads((Path(__file__).parent / "bloom_configs.json").read_text())
@@ -30,10 +30,10 @@ DOES_NOT_FIT = {("bloom-7b1", "h200", "rlhf")}
 """Said in the recipe: two trained models of 7.1 billion parameters need more than one H200."""
 
 
-def shape_of(name: str, folder: Path) -> BloomShape:
+def shape_of(name: str, folder: Path) -> Shape:
     config = {"vocab_size": 250880, "layer_norm_epsilon": 1e-5, **PUBLISHED[name]}
     (folder / "config.json").write_text(json.dumps(config))
-    return BloomShape.read(folder)
+    return Shape.read(folder)
 
 
 def cases() -> list[tuple[str, str]]:
@@ -95,7 +95,7 @@ def test_a_layout_is_chosen_by_the_profile_s_nodes(tmp_path):
     assert made["sft"]["recompute"] == "none" and made["resources"]["sft"]["minutes"] == 720, "--set wins; the rest is the recipe's"
 
 
-def _shapes(connection, rank: int, world: int, shape: BloomShape, config) -> None:
+def _shapes(connection, rank: int, world: int, shape: Shape, config) -> None:
     """Build ``rank``'s part on the meta device under a group of ``world`` ranks that never talk -> {key: whole tensor's shape}."""
     try:
         cpu.CPU = torch.device("meta")  # megatron-core's devices are this module's answer

@@ -18,7 +18,7 @@ from megatron.core import dist_checkpointing
 
 from training import checksums, unpickle
 from training.config import TrainerConfig
-from training.model.bloom import Bloom
+from training.model.language_model import LanguageModel
 from training.settings import ConfigError
 from training.step import Learner
 
@@ -166,7 +166,7 @@ def load(path: Path, learners: dict[str, Learner]) -> dict:
     return state
 
 
-def load_weights(path: Path, model: Bloom, fresh_head: int | None = None) -> None:
+def load_weights(path: Path, model: LanguageModel, fresh_head: int | None = None) -> None:
     """Weights alone, from a checkpoint's model folder (".../iter_0000100/model"), before a Learner is made. Collective.
 
     ``fresh_head``: seed of a new scalar head that the checkpoint does not hold. Raises Damaged as ``load`` does.

@@ -17,7 +17,9 @@ class ModelConfig:
     """Section ``model``: the Hugging Face checkpoint that the chain starts from."""
 
     checkpoint: str = "demo"
-    """Folder with config.json, weights and tokenizer, or "demo": a tiny random BLOOM made on the spot."""
+    """Folder with config.json, weights and tokenizer, or "demo": a tiny random model made on the spot."""
+    demo_family: str = "bloom"
+    """Family of the demo model: "bloom" or "llama"."""
     demo_layers: int = 4
     """Layers of the demo model."""
     demo_hidden: int = 96
@@ -28,6 +30,7 @@ class ModelConfig:
     """Vocabulary rows of the demo model (its tokenizer is trained to fit)."""
 
     def __post_init__(self):
+        one_of(self, "demo_family", ("bloom", "llama"))
         at_least(self, 1, "demo_layers", "demo_hidden", "demo_heads", "demo_vocab")
         if self.demo_hidden % self.demo_heads:
             raise ValueError(f"demo_hidden = {self.demo_hidden} is not a multiple of demo_heads = {self.demo_heads}")

@@ -18,8 +18,8 @@ from training.config import PPOConfig
 from training.data.batches import Example, collate, collate_prompts, padded_length, shard
 from training.data.tokenizer import Tokenizer
 from training.generation.rollout import generate, inverse_cdf
-from training.model.bloom import Bloom
 from training.model.heads import next_token_logprobs
+from training.model.language_model import LanguageModel
 from training.reward import read_last
 from training.samples import Plan
 from training.start import length_multiple
@@ -48,13 +48,13 @@ class Experience(NamedTuple):
 class Models:
     """The four models of PPO. ``policy`` and ``value`` learn; ``reference`` and ``reward`` are frozen."""
 
-    policy: Bloom
-    reference: Bloom
-    reward: Bloom
-    value: Bloom
+    policy: LanguageModel
+    reference: LanguageModel
+    reward: LanguageModel
+    value: LanguageModel
 
 
-def roll_out(config: PPOConfig, policy: Bloom, prompts: list[list[int]], uniforms: torch.Tensor, tokenizer: Tokenizer) -> Rollout:
+def roll_out(config: PPOConfig, policy: LanguageModel, prompts: list[list[int]], uniforms: torch.Tensor, tokenizer: Tokenizer) -> Rollout:
     """Sample a response to each of ``prompts`` with its row of ``uniforms`` (B, response_length); ranks share them out. A collective."""
     ranks, count = parallel.data_ranks(), len(prompts)
     order = [*range(count), *[count - 1] * (-count % ranks)]
@@ -70,7 +70,8 @@ def roll_out(config: PPOConfig, policy: Bloom, prompts: list[list[int]], uniform
     return Rollout(batch, ended)
 
 
-def _generate(config: PPOConfig, policy: Bloom, prompts: list[list[int]], uniforms: torch.Tensor, tokenizer: Tokenizer) -> list[Example]:
+def _generate(config: PPOConfig, policy: LanguageModel, prompts: list[list[int]], uniforms: torch.Tensor,
+              tokenizer: Tokenizer) -> list[Example]:
     """This data-parallel rank's samples, each cut behind its first EOS."""
     examples = []
     for first in range(0, len(prompts), config.generation_batch_size):

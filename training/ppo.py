@@ -21,11 +21,11 @@ from training.gates import Gates
 from training.generation.rollout import draws
 from training.loop import Boundary, at, resume
 from training.main import run_stage
-from training.model.bloom import Bloom
 from training.model.heads import Output, next_token_logprobs_and_entropy
+from training.model.language_model import LanguageModel
 from training.phases import Phases
 from training.samples import Plan, plan
-from training.shape import BloomShape
+from training.shape import Shape
 from training.start import read_inputs
 from training.step import Batch, Learner, Objective, build_model
 
@@ -76,12 +76,12 @@ def summary(steps: list[dict[str, float]]) -> dict[str, float]:
     return made
 
 
-def load_models(config: PPOConfig, shape: BloomShape) -> Models:
+def load_models(config: PPOConfig, shape: Shape) -> Models:
     """Policy and reference from the SFT model; reward and value from the reward model."""
     sft = checkpoint.resolve(config.paths.init) / "model"
     reward = checkpoint.resolve(config.paths.reward, config.paths.reward_iteration) / "model"
 
-    def make(head: str, source) -> Bloom:
+    def make(head: str, source) -> LanguageModel:
         model = build_model(shape, config, head)
         checkpoint.load_weights(source, model)
         return model

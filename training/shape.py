@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 from training.settings import ConfigError
 
@@ -14,51 +17,103 @@ CHUNK_LOGITS = 2**29
 """Most logits of a rank that exist at once in training: 1 GiB in bf16, 2,139 tokens of BLOOM without tensor parallelism."""
 
 
+FAMILIES = ("bloom",)
+"""config.json's ``model_type`` of what can be trained: each has training/families/NAME.py and training/model/NAME.py."""
+EMBEDDING, OUTPUT, SCORE = "embedding.word_embeddings.weight", "output_layer.weight", "score.linear.weight"
+"""megatron-core's keys of every family's embedding, output matrix and scalar head."""
+VOCABULARY = (EMBEDDING, OUTPUT)
+"""Tensors with a row a token: padded for tensor parallelism."""
+
+
 @dataclass(frozen=True)
-class BloomShape:
+class Weight:
+    """One tensor on megatron-core, and what it is made of in Hugging Face."""
+
+    key: str
+    """Its name in the model, for a layer's tensor within the layer."""
+    parts: dict[str, tuple[int, ...]]
+    """Hugging Face's names, without prefix and layer, and shapes. Several are woven into one: its rows are, group by group, the first
+    part's rows of the group, then the second's, ..."""
+    split: int | None = None
+    """The axis that tensor parallelism splits; None = the same on every rank."""
+    groups: int = 1
+    """Groups that several parts are woven by; tensor parallelism must not cut one."""
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        sizes = list(self.parts.values())
+        return (sum(size[0] for size in sizes), *sizes[0][1:])
+
+
+@dataclass(frozen=True)
+class Table:
+    """All tensors of a model, in its order, but for what stands on top."""
+
+    first: tuple[Weight, ...]
+    layer: tuple[Weight, ...]
+    """Of each layer."""
+    last: tuple[Weight, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
     """What Hugging Face's config.json says of the model; the only place the shape comes from."""
 
+    family: str
     layers: int
     hidden: int
     heads: int
+    groups: int
+    """Key-value heads: each serves heads / groups query heads."""
+    ffn: int
+    """Width of the feed-forward part, after the gate where it has one."""
     vocab: int
     """Rows of the embedding in the Hugging Face checkpoint."""
     eps: float
-    """Epsilon of the layer norms."""
-    tied: bool = True
-    """The output matrix is the embedding (all published BLOOMs); else the model has its own."""
+    """Epsilon of the norms."""
+    tied: bool
+    """The output matrix is the embedding; else the model has its own."""
+    gated: bool = False
+    """The feed-forward part's first matrix has a second half, which gates (SwiGLU)."""
+    alibi: bool = False
+    """Attention with linear biases."""
+    theta: float = 0.0
+    """Base of the rotary embedding's wavelengths; 0 = none."""
+    positions: int = 0
+    """Most tokens of a row; 0 = any number (ALiBi)."""
 
     @classmethod
-    def read(cls, folder: str | Path) -> BloomShape:
-        """Raises ConfigError where the folder is no BLOOM or one that we do not compute exactly."""
-        path = Path(folder) / "config.json"
-        if not path.is_file():
-            raise ConfigError(f"model.checkpoint: {path} is missing; expected a Hugging Face folder with config.json")
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{path} is not JSON: {error}") from None
+    def read(cls, folder: str | Path) -> Shape:
+        """Raises ConfigError where the folder is of no known family or of a model that we do not compute exactly."""
+        config = ConfigFile.read(Path(folder) / "config.json")
+        name = config.first("model_type")
+        if name not in FAMILIES:
+            raise ConfigError(f"{config.path}: model_type = {name!r}; expected one of {', '.join(FAMILIES)}")
+        return family(name).read(config)
 
-        def first(*names):
-            for name in names:
-                if name in raw:
-                    return raw[name]
-            raise ConfigError(f"{path}: none of {', '.join(names)} is there; is it a BLOOM?")
+    @property
+    def table(self) -> Table:
+        return family(self.family).table(self)
 
-        if first("model_type") != "bloom":
-            raise ConfigError(f"{path}: model_type = {raw['model_type']!r}; expected 'bloom'")
-        if raw.get("apply_residual_connection_post_layernorm", False) is not False:
-            raise ConfigError(f"{path}: apply_residual_connection_post_layernorm = {raw['apply_residual_connection_post_layernorm']}; "
-                              "only False is supported")
-        tied = raw.get("tie_word_embeddings", True)
-        if not isinstance(tied, bool):
-            raise ConfigError(f"{path}: tie_word_embeddings = {tied!r}: expected true or false")
-        numbers = {"layers": first("n_layer", "num_hidden_layers"), "hidden": first("hidden_size", "n_embed"),
-                   "heads": first("n_head", "num_attention_heads"), "vocab": first("vocab_size")}
-        for name, number in numbers.items():
-            if not isinstance(number, int) or number < 1:
-                raise ConfigError(f"{path}: {name} = {number!r}: expected a whole number above 0")
-        return cls(**numbers, eps=first("layer_norm_epsilon"), tied=tied)
+    def top(self, head: str) -> tuple[Weight, ...]:
+        """What stands on top of the transformer. ``head``: "tied" (the embedding again: no tensor), "untied" or "scalar"."""
+        if head == "untied":
+            return (Weight(OUTPUT, {"lm_head.weight": (self.vocab, self.hidden)}, 0),)
+        if head == "scalar":
+            bias = Weight("score.linear.bias", {"score.bias": (1,)})
+            return (Weight(SCORE, {"score.weight": (1, self.hidden)}), *([bias] if self.score_bias else []))
+        return ()
+
+    @property
+    def embedding_norm(self) -> bool:
+        """Has it a norm between embedding and layers?"""
+        return len(self.table.first) > 1
+
+    @property
+    def score_bias(self) -> bool:
+        """Has a scalar head a bias? Hugging Face's have none: only where the last norm has a bias can one be exported
+        (conversion/classifier.py)."""
+        return len(self.table.last) > 1
 
     def check_layout(self, tensor_parallel_size: int, pipeline_parallel_size: int, virtual_pipeline_size: int = 1) -> None:
         """Raises ConfigError where the model can't be divided so; the message says which layouts exist."""
@@ -66,6 +121,13 @@ class BloomShape:
             fits = ", ".join(str(n) for n in range(1, self.heads + 1) if self.heads % n == 0)
             raise ConfigError(f"tensor_parallel = {tensor_parallel_size} does not divide the model's {self.heads} attention heads; "
                               f"choose one of {fits}")
+        if self.groups % tensor_parallel_size:
+            fits = ", ".join(str(n) for n in range(1, self.groups + 1) if self.groups % n == 0 and self.heads % n == 0)
+            raise ConfigError(f"tensor_parallel = {tensor_parallel_size} does not divide the model's {self.groups} key-value heads; "
+                              f"choose one of {fits}")
+        if self.ffn % tensor_parallel_size:
+            raise ConfigError(f"tensor_parallel = {tensor_parallel_size} does not divide the model's feed-forward width {self.ffn}; "
+                              "choose one that does")
         if virtual_pipeline_size > 1 and pipeline_parallel_size == 1:
             raise ConfigError(f"virtual_pipeline = {virtual_pipeline_size} needs pipeline_parallel > 1; set virtual_pipeline = 1")
         chunks = pipeline_parallel_size * virtual_pipeline_size
@@ -80,13 +142,13 @@ class BloomShape:
     def stage_layers(self, stages: int, head: str = "lm", least: int = 1) -> list[int]:
         """Layers of each pipeline stage: the split whose slowest stage is fastest, with at least ``least`` layers a stage.
 
-        A stage's time is its layers' plus, on the last stage of a language model, the output matrix's: V / 12 H layers (its
-        multiplications against the 12 H^2 of a layer; 5 layers of bloom-7b1, 20 of bloom-560m). The input embedding costs no time
+        A stage's time is its layers' plus, on the last stage of a language model, the output matrix's, in layers: its multiplications
+        against a layer's (BLOOM: V / 12 H, 5 layers of bloom-7b1, 20 of bloom-560m). The input embedding costs no time
         but the first stage's memory: what does not divide evenly goes to the stages after the first.
         """
         if stages == 1:
             return [self.layers]
-        output = self.vocab / (12 * self.hidden) if head == "lm" else 0.0
+        output = self.vocab * self.hidden / self.layer_multiplications if head == "lm" else 0.0
         best: tuple[float, int] | None = None
         for last in range(least, self.layers - least * (stages - 1) + 1):
             slowest = max(last + output, -(-(self.layers - last) // (stages - 1)))
@@ -103,11 +165,74 @@ class BloomShape:
         return [[layers // parts + (part < layers % parts) for part in range(parts)]
                 for layers in self.stage_layers(pipeline_parallel_size, head, parts)]
 
+    @property
+    def layer_multiplications(self) -> int:
+        """Of a layer's matrices, a token."""
+        return sum(math.prod(weight.size) for weight in self.table.layer if len(weight.size) == 2)
+
     def parameters(self) -> int:
         """Parameters of the language model; a tied output matrix is the embedding. Vocabulary padding is not counted."""
-        layer = 12 * self.hidden**2 + 13 * self.hidden
-        return (1 if self.tied else 2) * self.vocab * self.hidden + self.layers * layer + 4 * self.hidden
+        table, top = self.table, self.top("tied" if self.tied else "untied")
+        return sum(math.prod(weight.size) for weight in (*table.first, *self.layers * table.layer, *table.last, *top))
 
     def padded_vocab(self, tensor_parallel_size: int) -> int:
         multiple = VOCAB_MULTIPLE * tensor_parallel_size
         return -(-self.vocab // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class ConfigFile:
+    """A config.json that is being read; every complaint names it."""
+
+    path: Path
+    values: dict
+
+    @classmethod
+    def read(cls, path: Path) -> ConfigFile:
+        if not path.is_file():
+            raise ConfigError(f"model.checkpoint: {path} is missing; expected a Hugging Face folder with config.json")
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path} is not JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path} holds no JSON object; download it again")
+        return cls(path, values)
+
+    def first(self, *names: str):
+        """The value of the first of ``names`` that is there: transformers has renamed some over the years."""
+        for name in names:
+            if name in self.values:
+                return self.values[name]
+        raise ConfigError(f"{self.path}: none of {', '.join(names)} is there; is it a language model of {', '.join(FAMILIES)}?")
+
+    def whole(self, *names: str) -> int:
+        number = self.first(*names)
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+            raise ConfigError(f"{self.path}: {names[0]} = {number!r}: expected a whole number above 0")
+        return number
+
+    def truth(self, name: str, default: bool) -> bool:
+        value = self.values.get(name, default)
+        if not isinstance(value, bool):
+            raise ConfigError(f"{self.path}: {name} = {value!r}: expected true or false")
+        return value
+
+    def only(self, name: str, *allowed) -> None:
+        """``name`` is not there or one of ``allowed``, of which the first is what a missing one means."""
+        if name in self.values and self.values[name] not in allowed:
+            raise ConfigError(f"{self.path}: {name} = {self.values[name]!r}; only {allowed[0]!r} is supported")
+
+
+def family(name: str) -> ModuleType:
+    """A family's file, training/families/NAME.py: ``read``, ``table``, ``demo`` and Hugging Face's names."""
+    return importlib.import_module(f"training.families.{name}")
+
+
+class BloomShape:
+    """The name until all of today's branches know Shape."""
+
+    read = Shape.read
+
+    def __new__(cls, *args, **kwargs):
+        return family("bloom").shape(*args, **kwargs)

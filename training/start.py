@@ -15,14 +15,14 @@ from training.data.formats import load_rows
 from training.data.tokenizer import Tokenizer
 from training.loop import Task, train
 from training.model.backends import FLEX_BLOCK
-from training.shape import BloomShape
+from training.shape import Shape
 from training.step import Learner, build_model
 
 
 class Inputs(NamedTuple):
     """A trainer's inputs beside weights."""
 
-    shape: BloomShape
+    shape: Shape
     tokenizer: Tokenizer
     rows: Sequence[dict]
     """Training rows, in the format of the kind that was asked for (training.data.formats)."""
@@ -33,7 +33,7 @@ class Inputs(NamedTuple):
 def read_inputs(config: TrainerConfig, kind: str) -> Inputs:
     """Rows of ``kind`` ("sft", "reward" or "rlhf"). Raises ConfigError where ranks, batch or model can't be divided as asked."""
     config.data_parallel(dist.get_world_size())
-    shape = BloomShape.read(config.paths.model)
+    shape = Shape.read(config.paths.model)
     shape.check_layout(config.tensor_parallel, config.pipeline_parallel, config.virtual_pipeline)
     return Inputs(shape, Tokenizer(config.paths.model), load_rows(config.paths.train, kind), load_rows(config.paths.heldout, kind))
 

@@ -14,10 +14,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from training import parallel
 from training.config import TrainerConfig
 from training.gates import Guard
-from training.model.bloom import Bloom, Interleaved, parts, transformer_config
 from training.model.kernels import describe
+from training.model.language_model import Interleaved, LanguageModel, parts, transformer_config
 from training.optimizer import make_optimizer, make_schedule
-from training.shape import BloomShape
+from training.shape import Shape
 
 Batch = dict[str, torch.Tensor]
 """Tensors of one micro-batch, rows first; "tokens" (B, T) is always there, "documents" (B, T) where rows are packed."""
@@ -37,16 +37,16 @@ class Objective:
     compute: Callable[[torch.Tensor, Batch], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
-def build_model(shape: BloomShape, trainer: TrainerConfig, head: str) -> Bloom | Interleaved:
+def build_model(shape: Shape, trainer: TrainerConfig, head: str) -> LanguageModel | Interleaved:
     """This rank's part of the model on its device, weights uninitialised."""
     config = transformer_config(shape, trainer, head)
-    return Interleaved(config, shape, head) if trainer.virtual_pipeline > 1 else Bloom(config, shape, head)
+    return Interleaved(config, shape, head) if trainer.virtual_pipeline > 1 else LanguageModel(config, shape, head)
 
 
 class Learner:
     """A model that is trained: its gradients, optimizer and schedule. Load the weights before: the optimizer copies them."""
 
-    def __init__(self, model: Bloom | Interleaved, trainer: TrainerConfig, lr: float, steps: int, warmup_steps: int):
+    def __init__(self, model: LanguageModel | Interleaved, trainer: TrainerConfig, lr: float, steps: int, warmup_steps: int):
         self.model = model
         data_parallel = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
         self.wrapped = [DistributedDataParallel(model.config, data_parallel, part) for part in parts(model)]
@@ -56,7 +56,7 @@ class Learner:
         if parallel.is_main():
             layout = f"TP {trainer.tensor_parallel} x PP {trainer.pipeline_parallel} x DP {parallel.data_ranks()}"
             layout += f", {trainer.virtual_pipeline} parts a stage" if trainer.virtual_pipeline > 1 else ""
-            print(f"{layout} on {parallel.device().type}, {trainer.precision}; {describe(model.config.alibi_backend)}; "
+            print(f"{layout} on {parallel.device().type}, {trainer.precision}; {describe(model.config.core_attention)}; "
                   f"recompute: {trainer.recompute}", flush=True)
         # Without these no gradient is reduced over ranks, and nothing complains.
         model.config.finalize_model_grads_func = self._reduce

@@ -15,10 +15,10 @@ from conversion import huggingface
 from conversion.config import ConvertConfig, ConvertPaths, ExportConfig, ExportPaths
 from conversion.hf_to_megatron import convert
 from conversion.megatron_to_hf import export
-from conversion.weights import entries, size_of, stored_name
+from conversion.weights import entries, stored_name
 from training import checkpoint
 from training.config import Paths, SFTConfig
-from training.shape import BloomShape
+from training.shape import Shape
 from training.step import build_model
 
 
@@ -50,7 +50,8 @@ def sparse_bloom(folder: Path, vocab: int) -> None:
     folder.mkdir()
     config = {"model_type": "bloom", "n_layer": 1, "hidden_size": 64, "n_head": 2, "vocab_size": vocab, "layer_norm_epsilon": 1e-5}
     (folder / "config.json").write_text(json.dumps(config))
-    sizes = {stored_name(entry.name): size_of(entry, BloomShape.read(folder)) for entry in entries(1)}
+    shape = Shape.read(folder)
+    sizes = {stored_name(shape, entry.name): entry.weight.size for entry in entries(shape)}
     with open(folder / "model.safetensors", "wb") as file:
         file.write(huggingface.header(sizes, torch.bfloat16))
         file.truncate(file.tell() + 2 * sum(torch.Size(size).numel() for size in sizes.values()))
@@ -58,7 +59,7 @@ def sparse_bloom(folder: Path, vocab: int) -> None:
 
 def save_model(folder: Path, stage: str, head: str, bias: float, tensor: int, pipeline: int, name: str = "model") -> None:
     """Load folder/convert into the model that trains, set a scalar head's bias, and save it as iteration 1. Inside ``ranks``."""
-    model = build_model(BloomShape.read(folder / "hf"), trainer(tensor, pipeline), head)
+    model = build_model(Shape.read(folder / "hf"), trainer(tensor, pipeline), head)
     checkpoint.load_weights(checkpoint.resolve(folder / "convert") / "model", model, fresh_head=5 if head == "scalar" else None)
     if head == "scalar" and model.post_process:
         with torch.no_grad():

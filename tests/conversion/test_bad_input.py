@@ -13,8 +13,9 @@ from conversion import huggingface, torch_dist, work
 from tests.bloom import tiny_bloom
 from tests.conversion.folders import convert_to, export_from, sparse_bloom, write_tokenizer
 from training.checksums import Damaged
+from training.families import bloom
 from training.settings import ConfigError
-from training.shape import BloomShape
+from training.shape import Shape
 
 
 class Evil:
@@ -49,8 +50,8 @@ def test_not_a_bloom_missing_shard_truncated_wrong_type_wrong_shape(tmp_path):
         return hf / "model.safetensors"
 
     fresh()
-    change(hf, model_type="llama")
-    refused(tmp_path, "model_type = 'llama'; expected 'bloom'")
+    change(hf, model_type="gpt2")
+    refused(tmp_path, "model_type = 'gpt2'; expected one of bloom")
     fresh().unlink()
     refused(tmp_path, "safe_serialization=True")
     (hf / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"transformer.ln_f.bias": "gone.safetensors"}}))
@@ -127,7 +128,7 @@ def test_legacy_bin_files_are_read_weights_only(tmp_path):
 def test_a_megatron_checkpoint_that_is_cut_or_hostile_is_refused(tmp_path):
     tiny_bloom(tmp_path / "hf", layers=2)
     convert_to(tmp_path)
-    shape, model = BloomShape.read(tmp_path / "hf"), tmp_path / "convert" / "checkpoints" / "iter_0000000" / "model"
+    shape, model = Shape.read(tmp_path / "hf"), tmp_path / "convert" / "checkpoints" / "iter_0000000" / "model"
     data = model / "__0_0.distcp"
     whole = data.read_bytes()
     data.write_bytes(whole[:-1000])
@@ -148,11 +149,11 @@ def test_a_megatron_checkpoint_that_is_cut_or_hostile_is_refused(tmp_path):
         torch_dist.read(model, shape, "tied")
     with pytest.raises(ConfigError, match="has 2 layers, the model's config.json says 3"):
         data.write_bytes(whole)
-        torch_dist.read(model, BloomShape(3, shape.hidden, shape.heads, shape.vocab, shape.eps), "tied")
+        torch_dist.read(model, bloom.shape(3, shape.hidden, shape.heads, shape.vocab, shape.eps), "tied")
     described = torch_dist.metadata(model)
     described.state_dict_metadata["decoder.layers.extra"] = described.state_dict_metadata["decoder.final_layernorm.bias"]
     (model / ".metadata").write_bytes(pickle.dumps(described))
-    with pytest.raises(ConfigError, match="decoder.layers.extra is no tensor of a BLOOM with this head and would be lost"):
+    with pytest.raises(ConfigError, match="decoder.layers.extra is no tensor of a bloom with this head and would be lost"):
         torch_dist.read(model, shape, "tied")
     del described.state_dict_metadata["decoder.final_layernorm.bias"], described.state_dict_metadata["decoder.layers.extra"]
     (model / ".metadata").write_bytes(pickle.dumps(described))

@@ -17,7 +17,7 @@ from tests.distributed import run
 from training import checkpoint
 from training.reward import read_last
 from training.settings import ConfigError
-from training.shape import BloomShape
+from training.shape import Shape
 from training.step import build_model, evaluate
 
 VOCAB = 301
@@ -32,7 +32,7 @@ def untied_bloom(folder):
 
 
 def logits(folder, tokens, tensor, pipeline):
-    model = build_model(BloomShape.read(folder / "hf"), trainer(tensor, pipeline), "lm")
+    model = build_model(Shape.read(folder / "hf"), trainer(tensor, pipeline), "lm")
     checkpoint.load_weights(checkpoint.resolve(folder / "convert") / "model", model)
     kept = []
 
@@ -47,7 +47,7 @@ def logits(folder, tokens, tensor, pipeline):
 def test_an_untied_head_goes_both_ways_and_gives_hugging_faces_logits(tmp_path):
     """Also at TP 2 x PP 2: the head is padded like the embedding, and it is not the embedding that multiplies."""
     model = untied_bloom(tmp_path / "hf")
-    assert BloomShape.read(tmp_path / "hf").parameters() == sum(parameter.numel() for parameter in model.parameters())
+    assert Shape.read(tmp_path / "hf").parameters() == sum(parameter.numel() for parameter in model.parameters())
     convert_to(tmp_path)
     tokens = torch.arange(40).view(2, 20)
     with torch.no_grad():
@@ -69,7 +69,7 @@ def test_a_head_of_its_own_in_a_model_called_tied_is_refused(tmp_path):
 
 
 def scores(folder, batch, source):
-    model = build_model(BloomShape.read(folder / "hf"), trainer(), "scalar")
+    model = build_model(Shape.read(folder / "hf"), trainer(), "scalar")
     checkpoint.load_weights(source, model)
     return read_last(evaluate(model, batch, 2, lambda values, micro: values), batch)
 

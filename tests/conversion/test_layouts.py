@@ -22,6 +22,7 @@ from tests.bloom import tiny_bloom
 from tests.conversion.folders import convert_to, export_from, save_model, sparse_bloom
 from tests.distributed import run
 from training import checksums
+from training.families import bloom
 from training.settings import ConfigError
 
 
@@ -159,9 +160,10 @@ def test_what_was_begun_from_other_files_is_not_gone_on_with(tmp_path):
 
 
 def test_files_hold_whole_tensors_and_a_key_has_one_type(monkeypatch):
-    table = {entry.name: Stored.whole(torch.zeros(4)) for entry in torch_dist.entries(2)}
+    shape = bloom.shape(2, 64, 8, 300, 1e-5)
+    table = {entry.name: Stored.whole(torch.zeros(4)) for entry in torch_dist.entries(shape, "tied")}
     monkeypatch.setattr(torch_dist, "FILE_BYTES", 80)
-    files = torch_dist.plan(table, 2, "tied")
+    files = torch_dist.plan(table, shape, "tied")
     assert [len(parts) for parts in files.values()] == [5, 5, 5, 5, 5, 4]
     with pytest.raises(ConfigError, match="h.1.mlp.dense_4h_to_h.bias is torch.float16, in layer 0 it is torch.float32"):
-        torch_dist.plan(table | {"h.1.mlp.dense_4h_to_h.bias": Stored.whole(torch.zeros(4).half())}, 2, "tied")
+        torch_dist.plan(table | {"h.1.mlp.dense_4h_to_h.bias": Stored.whole(torch.zeros(4).half())}, shape, "tied")

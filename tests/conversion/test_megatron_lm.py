@@ -14,12 +14,12 @@ from conversion.hf_to_megatron import convert
 from conversion.tensors import equal
 from tests.bloom import tiny_bloom
 from training.settings import ConfigError
-from training.shape import BloomShape
+from training.shape import Shape
 
 
 def source(folder, **values):
     tiny_bloom(folder, layers=2, vocab=301, **values)
-    shape = BloomShape.read(folder)
+    shape = Shape.read(folder)
     return shape, huggingface.read(folder, shape)[1]
 
 

@@ -11,6 +11,7 @@ from transformers import BloomForCausalLM
 from conversion.weights import entries
 from tests.bloom import tiny_bloom
 from tests.conversion.folders import convert_to, export_from, write_tokenizer
+from training.families import bloom
 
 
 @pytest.mark.parametrize(("heads", "dtype", "tied"), [(8, torch.float32, False), (6, torch.bfloat16, False), (12, torch.float16, True)])
@@ -73,7 +74,7 @@ def test_published_names_without_prefix_and_the_tokenizer_go_through(tmp_path):
 
 
 def test_the_table_names_every_tensor_once():
-    listed = list(entries(3))
+    listed = list(entries(bloom.shape(3, 64, 8, 300, 1e-5)))
     assert len({entry.name for entry in listed}) == len(listed) == 5 + 3 * 12
     assert len({(entry.key, entry.layer) for entry in listed}) == len(listed)
 

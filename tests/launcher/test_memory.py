@@ -7,12 +7,13 @@ import pytest
 from launcher import memory
 from launcher.config import Profile, Resources
 from training.config import Paths, PPOConfig, PPOPaths, RewardConfig, SFTConfig
+from training.families import bloom
 from training.settings import ConfigError
-from training.shape import CHUNK_LOGITS, BloomShape
+from training.shape import CHUNK_LOGITS
 
-SHAPES = {"560m": BloomShape(24, 1024, 16, 250880, 1e-5),
-          "7b1": BloomShape(30, 4096, 32, 250880, 1e-5),
-          "1b7": BloomShape(24, 2048, 16, 250880, 1e-5)}
+SHAPES = {"560m": bloom.shape(24, 1024, 16, 250880, 1e-5),
+          "7b1": bloom.shape(30, 4096, 32, 250880, 1e-5),
+          "1b7": bloom.shape(24, 2048, 16, 250880, 1e-5)}
 PATHS = Paths(output="", model="", init="", train="", heldout="")
 PPO_PATHS = PPOPaths(output="", model="", init="", train="", heldout="", reward="")
 

@@ -7,19 +7,19 @@ from pathlib import Path
 import torch
 from transformers import BloomForCausalLM
 
-from conversion.weights import entries, head_of
+from conversion.weights import entries
 from training.generation import torch_ops
 from training.generation.bloom import BloomDecoder
 from training.generation.engine import Engine, Limits
 from training.generation.request import Request, Sampling
-from training.shape import BloomShape
+from training.shape import Shape
 
 
 def decoder(folder: Path, model: BloomForCausalLM, ops=torch_ops, dtype=torch.float32, device="cpu") -> BloomDecoder:
     """The engine's forward pass on a Hugging Face model's own tensors."""
-    shape = BloomShape.read(folder)
+    shape = Shape.read(folder)
     state = {name.removeprefix("transformer."): tensor.to(device, dtype) for name, tensor in model.state_dict().items()}
-    weights = {entry.key.replace("layers.", f"layers.{entry.layer}."): state[entry.name] for entry in entries(shape.layers, head_of(shape))}
+    weights = {entry.parameter: state[entry.name] for entry in entries(shape)}
     return BloomDecoder(shape, weights, ops)
 
 

@@ -6,11 +6,12 @@ import torch
 
 from training import checkpoint
 from training.config import Paths, SFTConfig
+from training.families import bloom
 from training.optimizer import boxes
-from training.shape import BloomShape
+from training.shape import Shape
 from training.step import Learner, build_model
 
-SHAPE = BloomShape(layers=4, hidden=48, heads=6, vocab=300, eps=1e-5)
+SHAPE = bloom.shape(layers=4, hidden=48, heads=6, vocab=300, eps=1e-5)
 """Odd: six heads, and a vocabulary whose padding depends on TP."""
 
 
@@ -19,7 +20,7 @@ def settings(stage, layout=(1, 1), **values) -> SFTConfig:
     return SFTConfig(paths=Paths(str(stage), "", "", "", ""), tensor_parallel=layout[0], pipeline_parallel=layout[1], **(small | values))
 
 
-def learner(config: SFTConfig, shape: BloomShape = SHAPE) -> Learner:
+def learner(config: SFTConfig, shape: Shape = SHAPE) -> Learner:
     """Weights zero, Adam's moments made."""
     model = build_model(shape, config, "lm")
     with torch.no_grad():

@@ -160,7 +160,7 @@ def install(monkeypatch, *modules: str) -> None:
 def test_nvidia_s_apex_is_told_from_pypi_s_and_from_one_without_extensions(a_gpu):
     assert kernels.provider() == "torch"
     install(a_gpu, "apex")  # PyPI's: no apex.optimizers
-    assert kernels.provider() == "torch" and kernels.describe("flex") == "attention: FlexAttention, layer norm: torch, AdamW: torch"
+    assert kernels.provider() == "torch" and kernels.describe("flex") == "attention: FlexAttention, norms: torch, AdamW: torch"
     install(a_gpu, "apex.optimizers")
     with pytest.raises(ConfigError, match="without its CUDA extensions.*--cpp_ext --cuda_ext"):
         kernels.provider()

@@ -11,7 +11,7 @@ from training import checkpoint
 from training.config import Paths, SFTConfig
 from training.data.batches import collate_prompts
 from training.generation.rollout import draws, generate, greedy, inverse_cdf
-from training.shape import BloomShape
+from training.shape import Shape
 from training.step import build_model
 
 VOCAB, PAD, STEPS = 300, 3, 12
@@ -28,7 +28,7 @@ def bloom(tmp_path_factory):
 
 def ours(folder, layout, prompts, choose, eos_id, steps=STEPS):
     settings = SFTConfig(paths=Paths("", "", "", "", ""), precision="fp32", tensor_parallel=layout[0], pipeline_parallel=layout[1])
-    model = build_model(BloomShape.read(folder / "hf"), settings, "lm")
+    model = build_model(Shape.read(folder / "hf"), settings, "lm")
     checkpoint.load_weights(checkpoint.resolve(folder / "convert") / "model", model)
     return generate(model, *collate_prompts(prompts, PAD), steps, choose, eos_id, PAD)
 

@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from tests.distributed import run
 from training import checkpoint, cpu
 from training.config import PPOConfig
-from training.shape import BloomShape
+from training.shape import Shape
 from training.step import Learner, build_model
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +52,7 @@ def test_seeds_take_effect_on_the_cpu():
 
 
 def parameters(folder, settings):
-    model = build_model(BloomShape.read(folder), settings, "lm")
+    model = build_model(Shape.read(folder), settings, "lm")
     shards = {name for name, p in model.named_parameters() if getattr(p, "tensor_model_parallel", False)}
     replicated_in_region = {name for name, p in model.named_parameters() if getattr(p, "sequence_parallel", False)}
     return {name for name, _ in model.named_parameters()}, shards, replicated_in_region
@@ -69,7 +69,7 @@ def test_every_parameter_says_how_it_is_split(small_run, tmp_path):
 
 
 def decay(folder, settings):
-    model = build_model(BloomShape.read(folder), settings, "lm")
+    model = build_model(Shape.read(folder), settings, "lm")
     checkpoint.load_weights(checkpoint.resolve(settings.paths.init) / "model", model)
     learner = Learner(model, settings, settings.lr, settings.iterations, settings.warmup_iterations)
     rates = []
@@ -89,10 +89,10 @@ def test_biases_and_norms_do_not_decay_and_the_schedule_ends_near_zero(small_run
 
 
 def test_the_fused_flags_that_change_the_gelu_formula_are_off(small_run, tmp_path):
-    from training.model.bloom import transformer_config
+    from training.model.language_model import transformer_config
 
     def flags():
-        config = transformer_config(BloomShape.read(small_run.model), small_run.sft(tmp_path))
+        config = transformer_config(Shape.read(small_run.model), small_run.sft(tmp_path))
         assert isinstance(config, TransformerConfig)
         return config.bias_activation_fusion, config.activation_func.keywords, config.hidden_dropout, config.attention_dropout
 

@@ -19,7 +19,7 @@ from training.model import vocabulary
 from training.model.attention import alibi_slopes
 from training.model.heads import Output, next_token_logprobs, next_token_logprobs_and_entropy, next_token_nll
 from training.settings import ConfigError
-from training.shape import BloomShape
+from training.shape import Shape
 from training.step import Batch, Learner, Objective, build_model, evaluate, split
 
 VOCAB = 300  # padded to 384 or 512: padding must not weigh in any softmax
@@ -41,7 +41,7 @@ def config(tensor, pipeline, **values) -> SFTConfig:
 
 
 def load(folder, settings: SFTConfig):
-    model = build_model(BloomShape.read(folder / "hf"), settings, "lm")
+    model = build_model(Shape.read(folder / "hf"), settings, "lm")
     checkpoint.load_weights(checkpoint.resolve(folder / "convert") / "model", model)
     return model
 
@@ -186,7 +186,7 @@ def test_scalar_head_reads_hidden_states_as_hugging_face_gives_them(bloom):
     backbone = BloomModel.from_pretrained(folder / "hf").float().eval()
 
     def score(settings):
-        scalar = build_model(BloomShape.read(folder / "hf"), settings, "scalar")
+        scalar = build_model(Shape.read(folder / "hf"), settings, "scalar")
         checkpoint.load_weights(checkpoint.resolve(folder / "convert") / "model", scalar, fresh_head=5)
         linear = (scalar.score.linear.weight.detach().clone(), scalar.score.linear.bias.detach().clone()) if scalar.post_process else None
         return evaluate(scalar, {"tokens": tokens}, 2, lambda values, micro: values), linear
@@ -203,11 +203,11 @@ def test_scalar_head_reads_hidden_states_as_hugging_face_gives_them(bloom):
 
 def test_shape_errors_name_the_file_and_the_fix(tmp_path):
     with pytest.raises(ConfigError, match="config.json is missing"):
-        BloomShape.read(tmp_path)
+        Shape.read(tmp_path)
     good = {"model_type": "bloom", "n_layer": 30, "n_embed": 4096, "num_attention_heads": 32, "vocab_size": 250880,
             "layer_norm_epsilon": 1e-5}
     (tmp_path / "config.json").write_text(json.dumps(good))
-    shape = BloomShape.read(tmp_path)  # the field names of the published bloom-7b1
+    shape = Shape.read(tmp_path)  # the field names of the published bloom-7b1
     assert (shape.layers, shape.hidden, shape.heads, shape.vocab) == (30, 4096, 32, 250880)
     assert [shape.padded_vocab(tp) for tp in (1, 8)] == [250880, 250880]
     shape.check_layout(8, 4)
@@ -216,4 +216,4 @@ def test_shape_errors_name_the_file_and_the_fix(tmp_path):
     for change in ({"model_type": "llama"}, {"tie_word_embeddings": "no"}, {"apply_residual_connection_post_layernorm": True}):
         (tmp_path / "config.json").write_text(json.dumps(good | change))
         with pytest.raises(ConfigError, match=next(iter(change))):
-            BloomShape.read(tmp_path)
+            Shape.read(tmp_path)

@@ -15,17 +15,18 @@ from tests.training.test_model_parity import enter, settings
 from training import checkpoint
 from training.config import PPOConfig, PPOPaths, RewardConfig
 from training.data.batches import collate_prompts
+from training.families import bloom
 from training.generation.rollout import generate, greedy
-from training.model.bloom import Interleaved, pipeline_layout
+from training.model.language_model import Interleaved, pipeline_layout
 from training.saving import Saver
 from training.settings import ConfigError, build
 from training.sft import compute
-from training.shape import BloomShape
+from training.shape import Shape
 from training.step import Learner, Objective, build_model, evaluate, split
 
-BLOOM_7B1 = BloomShape(30, 4096, 32, 250880, 1e-5)
-SHAPES = {"560m": BloomShape(24, 1024, 16, 250880, 1e-5), "1b1": BloomShape(24, 1536, 16, 250880, 1e-5),
-          "3b": BloomShape(30, 2560, 32, 250880, 1e-5), "7b1": BLOOM_7B1, "176b": BloomShape(70, 14336, 112, 250880, 1e-5)}
+BLOOM_7B1 = bloom.shape(30, 4096, 32, 250880, 1e-5)
+SHAPES = {"560m": bloom.shape(24, 1024, 16, 250880, 1e-5), "1b1": bloom.shape(24, 1536, 16, 250880, 1e-5),
+          "3b": bloom.shape(30, 2560, 32, 250880, 1e-5), "7b1": BLOOM_7B1, "176b": bloom.shape(70, 14336, 112, 250880, 1e-5)}
 PUBLISHED = {"560m": 559_214_592, "1b1": 1_065_314_304, "3b": 3_002_557_440, "7b1": 7_069_016_064, "176b": 176_247_271_424}
 
 
@@ -103,7 +104,7 @@ def bloom(tmp_path_factory):
 def learn(folder, stage, config, steps: int, goes_on: bool) -> list[float]:
     """Losses of ``steps`` steps at the config's layout, from the stage's checkpoint if ``goes_on``; then the next checkpoint is saved."""
     enter(config.tensor_parallel, config.pipeline_parallel, config.virtual_pipeline)
-    model = build_model(BloomShape.read(folder / "hf"), config, "lm")
+    model = build_model(Shape.read(folder / "hf"), config, "lm")
     assert isinstance(model, Interleaved) == (config.virtual_pipeline > 1)
     checkpoint.load_weights(checkpoint.resolve(folder / "convert") / "model", model)
     learner, done = Learner(model, config, config.lr, 20, 0), 0
@@ -136,7 +137,7 @@ def test_a_checkpoint_of_an_uneven_interleaved_pipeline_goes_on_at_any_layout(bl
 def interleaved(folder, prompts, eos):
     """Greedy responses and a fresh scalar head's values from a pipeline of two stages of two parts."""
     enter(1, 2, 2)
-    shape, config = BloomShape.read(folder / "hf"), settings(pipeline=2, virtual=2)
+    shape, config = Shape.read(folder / "hf"), settings(pipeline=2, virtual=2)
     model = build_model(shape, config, "lm")
     checkpoint.load_weights(checkpoint.resolve(folder / "convert") / "model", model)
     responses = generate(model, *collate_prompts(prompts, 3), STEPS, greedy, eos, 3)
@@ -152,7 +153,7 @@ def test_an_interleaved_pipeline_generates_and_scores_like_one_rank(bloom):
     expected = [theirs(model, prompt, eos) for prompt in PROMPTS]
 
     def alone():
-        scalar = build_model(BloomShape.read(folder / "hf"), settings(), "scalar")
+        scalar = build_model(Shape.read(folder / "hf"), settings(), "scalar")
         checkpoint.load_weights(checkpoint.resolve(folder / "convert") / "model", scalar, fresh_head=5)
         return evaluate(scalar, {"tokens": torch.arange(48).view(3, 16)}, 3, lambda values, micro: values)
 

@@ -23,10 +23,10 @@ from tests.distributed import run
 from training import checkpoint
 from training.config import Paths, SFTConfig
 from training.data.batches import shard
-from training.model.bloom import parts
 from training.model.heads import next_token_logprobs
+from training.model.language_model import parts
 from training.sft import compute
-from training.shape import BloomShape
+from training.shape import Shape
 from training.step import Learner, Objective, build_model, evaluate, split
 
 VOCAB, LAYERS, ROWS, LENGTH = 200, 5, 8, 16  # the vocabulary is padded to 256: padding must not weigh in any softmax
@@ -110,7 +110,7 @@ def models(tmp_path_factory):
 
 
 def load(folder, config: SFTConfig):
-    model = build_model(BloomShape.read(folder / "hf"), config, "lm")
+    model = build_model(Shape.read(folder / "hf"), config, "lm")
     checkpoint.load_weights(checkpoint.resolve(folder / "convert") / "model", model)
     return model
 
@@ -124,7 +124,7 @@ def enter(tensor: int, pipeline: int, virtual: int) -> None:
 
 def named(model):
     """(Hugging Face name, parameter) of everything that this rank holds."""
-    names = {entry.key.replace("layers.", f"layers.{entry.layer}."): entry.name for entry in entries(LAYERS)}
+    names = {entry.parameter: entry.name for entry in entries(parts(model)[0].shape)}
     for part in parts(model):
         for name, parameter in part.named_parameters():
             pieces = name.split(".")

@@ -8,16 +8,16 @@ from conversion.weights import entries
 from tests.distributed import run
 from tests.training.ppo_reference import Reference
 from training import checkpoint, ppo
-from training.shape import BloomShape
+from training.shape import Shape
 from training.step import build_model
 
 
 def weights(config, stage, head: str) -> tuple[dict, tuple]:
     """A stage's last checkpoint as Hugging Face names it, and its scalar head."""
-    shape = BloomShape.read(config.paths.model)
+    shape = Shape.read(config.paths.model)
     model = build_model(shape, config, head)
     checkpoint.load_weights(checkpoint.resolve(stage) / "model", model)
-    names = {entry.key.replace("layers.", f"layers.{entry.layer}."): entry.name for entry in entries(shape.layers)}
+    names = {entry.parameter: entry.name for entry in entries(shape)}
     held = {name: parameter.detach() for name, parameter in model.named_parameters()}
     body = {names[name]: value[:shape.vocab].clone() if "word_embeddings.weight" in name else value.clone()
             for name, value in held.items() if name in names}

@@ -14,7 +14,7 @@ from training.generation.engine import Limits
 from training.generation.replicas import Replicas
 from training.generation.request import Request, Sampling, draws
 from training.generation.reshard import named_weights
-from training.shape import BloomShape
+from training.shape import Shape
 from training.step import build_model
 
 VOCAB, STEPS = 300, 12
@@ -39,7 +39,7 @@ def ours(folder, cases, eos):
     found = []
     for layout, size in cases:
         enter(*layout)
-        shape = BloomShape.read(folder / "hf")
+        shape = Shape.read(folder / "hf")
         model = build_model(shape, settings(*layout), "lm")
         checkpoint.load_weights(checkpoint.resolve(folder / "convert") / "model", model)
         replicas = Replicas(model, shape, Limits(64, page=4), eos, size)

@@ -15,6 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from training.config import ModelConfig
 from training.settings import ConfigError
+from training.shape import family
 
 SPECIAL = {"unk": "<unk>", "bos": "<s>", "eos": "</s>", "pad": "<pad>"}
 """Name -> text; the ids are 0, 1, 2, 3 in this order, as in BLOOM."""
@@ -31,10 +32,11 @@ def write(folder: Path, texts: Iterable[str], model: ModelConfig, seed: int, row
     """
     tokenizer = train_tokenizer(texts, model.demo_vocab)
     tokenizer.save(str(folder / "tokenizer.json"))
+    kind = "BloomTokenizerFast" if model.demo_family == "bloom" else "PreTrainedTokenizerFast"
     tokens = {f"{name}_token": text for name, text in SPECIAL.items()}
     _write(folder / "special_tokens_map.json", tokens)
-    _write(folder / "tokenizer_config.json", tokens | {"padding_side": "left", "tokenizer_class": "BloomTokenizerFast"})
-    config = bloom_config(model) | ({"vocab_size": rows} if rows else {})
+    _write(folder / "tokenizer_config.json", tokens | {"padding_side": "left", "tokenizer_class": kind})
+    config = family(model.demo_family).demo(model) | ({"vocab_size": rows} if rows else {})
     _write(folder / "config.json", config)
     _write(folder / "generation_config.json", {"_from_model_config": True}
            | {f"{name}_token_id": config[f"{name}_token_id"] for name in ("bos", "eos", "pad")})
@@ -58,45 +60,17 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> tokenizers.Tokeniz
     return tokenizer
 
 
-def bloom_config(model: ModelConfig) -> dict:
-    """config.json with the keys of ``bigscience/bloom-7b1`` (which are older than those that transformers writes today)."""
-    return {
-        "apply_residual_connection_post_layernorm": False,
-        "architectures": ["BloomForCausalLM"],
-        "attention_dropout": 0.0,
-        "attention_softmax_in_fp32": True,
-        "bias_dropout_fusion": True,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "hidden_dropout": 0.0,
-        "initializer_range": 0.02,
-        "layer_norm_epsilon": 1e-05,
-        "masked_softmax_fusion": True,
-        "model_type": "bloom",
-        "n_embed": model.demo_hidden,
-        "n_inner": None,
-        "n_layer": model.demo_layers,
-        "num_attention_heads": model.demo_heads,
-        "offset_alibi": 100,
-        "pad_token_id": 3,
-        "pretraining_tp": 1,
-        "skip_bias_add": True,
-        "skip_bias_add_qkv": False,
-        "unk_token_id": 0,
-        "use_cache": True,
-        "vocab_size": model.demo_vocab,
-    }
-
-
 def _write_weights(folder: Path, config: dict, seed: int) -> None:
-    """model.safetensors in fp32, its tensors named as in BLOOM's: ``h.0...`` without ``transformer.``, no tied lm_head."""
+    """model.safetensors in fp32, named as in the published files (BLOOM's: ``h.0...`` without ``transformer.``), no tied lm_head."""
     import torch
     from safetensors.torch import save
-    from transformers import BloomConfig, BloomForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    model = BloomForCausalLM(BloomConfig(**config))
-    (folder / "model.safetensors").write_bytes(save(model.transformer.state_dict(), metadata={"format": "pt"}))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    prefix = "" if config["model_type"] == "bloom" else f"{model.base_model_prefix}."
+    tensors = {prefix + name: tensor for name, tensor in model.base_model.state_dict().items()}
+    (folder / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
 
 
 def _write(file: Path, values: dict) -> None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from training.generation.cache import Batch
 from training.model.attention import rank_slopes
-from training.shape import BloomShape
+from training.shape import Shape
 
 
 class BloomDecoder:
@@ -24,7 +24,7 @@ class BloomDecoder:
     ``group``: the generation's tensor-parallel group, None for one rank. Weights are read where they are, never copied.
     """
 
-    def __init__(self, shape: BloomShape, weights: Mapping[str, torch.Tensor], ops: ModuleType, group=None):
+    def __init__(self, shape: Shape, weights: Mapping[str, torch.Tensor], ops: ModuleType, group=None):
         self.shape, self.ops, self.group = shape, ops, group
         size, rank = (group.size(), group.rank()) if group else (1, 0)
         self.layers, self.hidden_size, self.vocab = shape.layers, shape.hidden, shape.vocab

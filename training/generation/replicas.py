@@ -14,8 +14,8 @@ from training.generation.bloom import BloomDecoder
 from training.generation.engine import Engine, Limits
 from training.generation.request import Completion, Request
 from training.generation.reshard import Resharder
-from training.model.bloom import Bloom, Interleaved
-from training.shape import BloomShape
+from training.model.language_model import Interleaved, LanguageModel
+from training.shape import Shape
 
 
 def operations(device_type: str):
@@ -30,7 +30,7 @@ class Replicas:
     collective over all ranks. ``decode``: ids -> text, for stop strings.
     """
 
-    def __init__(self, model: Bloom | Interleaved, shape: BloomShape, limits: Limits, eos_id: int, tensor_parallel: int = 0,
+    def __init__(self, model: LanguageModel | Interleaved, shape: Shape, limits: Limits, eos_id: int, tensor_parallel: int = 0,
                  decode: Callable[[list[int]], str] | None = None):
         self.shape, self.limits, self.eos_id, self.decode = shape, limits, eos_id, decode
         self.size = tensor_parallel or parallel_state.get_tensor_model_parallel_world_size()

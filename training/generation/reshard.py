@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from training.model.bloom import Bloom, Interleaved, parts
+from training.model.language_model import Interleaved, LanguageModel, parts
 from training.settings import ConfigError
-from training.shape import BloomShape
+from training.shape import Shape
 
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 """Tensors whose rows are padded to a multiple that depends on the tensor-parallel size."""
@@ -40,7 +40,7 @@ class Move(NamedTuple):
     count: int
 
 
-def named_weights(model: Bloom | Interleaved) -> dict[str, torch.nn.Parameter]:
+def named_weights(model: LanguageModel | Interleaved) -> dict[str, torch.nn.Parameter]:
     """This rank's parameters, layers numbered as in the whole model."""
     found = {}
     for part in parts(model):
@@ -57,7 +57,7 @@ Shapes = dict[str, list[tuple[int, ...]]]
 """Name -> the tensor's shape on each member."""
 
 
-def plan(held: list[dict[str, Held]], training_size: int, size: int, shape: BloomShape) -> tuple[list[Move], Shapes]:
+def plan(held: list[dict[str, Held]], training_size: int, size: int, shape: Shape) -> tuple[list[Move], Shapes]:
     """What moves between the members of a model-parallel group, and the shape of each tensor on each member afterwards.
 
     ``held``: what each member has, members in the order of (pipeline stage, tensor rank); generation rank = member % ``size``.
@@ -86,7 +86,7 @@ def plan(held: list[dict[str, Held]], training_size: int, size: int, shape: Bloo
 class Resharder:
     """Gives a rank its slice of the whole model for generation over ``size`` ranks. Making one is collective over all ranks."""
 
-    def __init__(self, model: Bloom | Interleaved, shape: BloomShape, size: int):
+    def __init__(self, model: LanguageModel | Interleaved, shape: Shape, size: int):
         self.model = model
         self.members = dist.get_process_group_ranks(parallel_state.get_model_parallel_group())
         self.member = self.members.index(dist.get_rank())

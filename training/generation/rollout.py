@@ -15,7 +15,7 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
 from training import parallel
-from training.model.bloom import Bloom, Interleaved, parts
+from training.model.language_model import Interleaved, LanguageModel, parts
 
 Choose = Callable[[torch.Tensor, int], torch.Tensor]
 """(logits (B, V) fp32, step) -> next tokens (B,)."""
@@ -47,7 +47,7 @@ def draws(seed: int, iteration: int, rows: int, steps: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def generate(model: Bloom | Interleaved, prompts: torch.Tensor, prompt_mask: torch.Tensor, steps: int, choose: Choose,
+def generate(model: LanguageModel | Interleaved, prompts: torch.Tensor, prompt_mask: torch.Tensor, steps: int, choose: Choose,
              eos_id: int, pad_id: int) -> torch.Tensor:
     """Responses (B, steps) int64 on every rank: after a row's first EOS only PAD; generation ends when all rows have ended.
 
@@ -60,7 +60,7 @@ def generate(model: Bloom | Interleaved, prompts: torch.Tensor, prompt_mask: tor
 
 
 @contextlib.contextmanager
-def whole_sequences(model: Bloom | Interleaved):
+def whole_sequences(model: LanguageModel | Interleaved):
     """Sequence parallelism off inside the block: one new token can't be divided over ranks. Weights are the same either way."""
     flags = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
     owners = [model.config, *model.modules()]
@@ -74,7 +74,7 @@ def whole_sequences(model: Bloom | Interleaved):
             setattr(owner, flag, True)
 
 
-def _generate(model: Bloom | Interleaved, prompts: torch.Tensor, prompt_mask: torch.Tensor, steps: int, choose: Choose,
+def _generate(model: LanguageModel | Interleaved, prompts: torch.Tensor, prompt_mask: torch.Tensor, steps: int, choose: Choose,
               eos_id: int, pad_id: int) -> torch.Tensor:
     where = parallel.device()
     rows, width = prompts.shape
@@ -104,7 +104,7 @@ def _generate(model: Bloom | Interleaved, prompts: torch.Tensor, prompt_mask: to
 class _Stages:
     """A forward pass through the pipeline, one message a stage, and the chosen token back to all."""
 
-    def __init__(self, model: Bloom | Interleaved):
+    def __init__(self, model: LanguageModel | Interleaved):
         self.model = model
         self.pipeline = parallel_state.get_pipeline_model_parallel_group()
         self.tensor = parallel_state.get_tensor_model_parallel_group()

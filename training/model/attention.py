@@ -1,4 +1,4 @@
-"""Attention with linear biases (ALiBi, Press et al. 2022) as megatron-core's ``core_attention``.
+"""Causal attention, with linear biases (ALiBi, Press et al. 2022) or without, as megatron-core's ``core_attention``.
 
 The arithmetic is a backend's (training.model.backends); this file knows heads, tensor-parallel ranks and packed documents.
 """
@@ -35,7 +35,7 @@ def rank_slopes(heads: int, first: int, count: int, device: torch.device) -> tor
 class Documents(PackedSeqParams):
     """Which document each token of a packed batch belongs to: ``ids`` (B, T) int, one run of equal ids a document.
 
-    A token sees the tokens of its own document up to itself. ALiBi counts distances, so positions need no reset. Padding is a
+    A token sees the tokens of its own document up to itself. Padding is a
     document of its own. What the backends derive from the ids is computed once and serves all layers.
     """
 
@@ -73,10 +73,10 @@ class Documents(PackedSeqParams):
         return backends.document_blocks(self.ids)
 
 
-class AlibiAttention(MegatronModule):
-    """Causal scaled-dot-product attention with ALiBi over this rank's heads.
+class CausalAttention(MegatronModule):
+    """Causal scaled-dot-product attention over this rank's heads, with ALiBi where the family has it.
 
-    query (Tq, B, heads, D), key and value (Tk, B, heads, D) -> (Tq, B, heads * D). ``packed_seq_params``: the batch's Documents.
+    query (Tq, B, heads, D), key and value (Tk, B, groups, D) -> (Tq, B, heads * D). ``packed_seq_params``: the batch's Documents.
     ``attention_mask`` (B, 1, 1, Tk) is True at keys that nobody may see (left padding of generation). Dropout is always off.
     """
 
@@ -89,11 +89,11 @@ class AlibiAttention(MegatronModule):
         self.count = self.heads // group.size()
         self.first = group.rank() * self.count
         self.scale = softmax_scale or config.kv_channels**-0.5
-        self.backend = config.alibi_backend
+        self.backend, self.alibi = config.core_attention, config.alibi
 
     def forward(self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None, packed_seq_params=None):
         assert attention_bias is None
-        slopes = rank_slopes(self.heads, self.first, self.count, query.device)
+        slopes = rank_slopes(self.heads, self.first, self.count, query.device) if self.alibi else None
         # A cache or a mask of single keys is generation's; a length off the kernels' blocks would compile a kernel for itself.
         plain = attention_mask is None and query.size(0) == key.size(0)
         if self.backend == "sdpa" or not plain or (self.backend == "flex" and query.size(0) % backends.FLEX_BLOCK):

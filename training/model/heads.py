@@ -18,13 +18,13 @@ from training.model.vocabulary import Columns, Positions, logprobs_and_entropy, 
 class ScalarHead(torch.nn.Module):
     """One number a token: hidden (T, B, H) -> (B, T) fp32. Replicated over tensor-parallel ranks.
 
-    Initialised N(0, 1/sqrt(H + 1)) with bias 0 (Stiennon et al. 2020).
+    Initialised N(0, 1/sqrt(H + 1)) with bias 0 (Stiennon et al. 2020). Without ``bias`` it is Hugging Face's (Shape.score_bias).
     """
 
-    def __init__(self, config, group):
+    def __init__(self, config, group, bias: bool = True):
         super().__init__()
         self.sequence_parallel, self.group = config.sequence_parallel, group
-        self.linear = torch.nn.Linear(config.hidden_size, 1, dtype=config.params_dtype, device=torch.cuda.current_device())
+        self.linear = torch.nn.Linear(config.hidden_size, 1, bias=bias, dtype=config.params_dtype, device=torch.cuda.current_device())
         for parameter in self.linear.parameters():
             parameter.sequence_parallel = config.sequence_parallel
 
@@ -33,11 +33,13 @@ class ScalarHead(torch.nn.Module):
         hidden = self.linear.in_features
         generator = torch.Generator().manual_seed(seed)
         self.linear.weight.copy_(torch.randn(1, hidden, generator=generator) * (hidden + 1) ** -0.5)
-        self.linear.bias.zero_()
+        if self.linear.bias is not None:
+            self.linear.bias.zero_()
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         # In fp32: bf16 would make ties of close replies, and steps of 1/128 of values near 1.
-        scores = torch.nn.functional.linear(hidden.float(), self.linear.weight.float(), self.linear.bias.float()).squeeze(-1)
+        bias = None if self.linear.bias is None else self.linear.bias.float()
+        scores = torch.nn.functional.linear(hidden.float(), self.linear.weight.float(), bias).squeeze(-1)
         if self.sequence_parallel:
             scores = tensor_parallel.gather_from_sequence_parallel_region(scores, tensor_parallel_output_grad=False, group=self.group)
         return scores.transpose(0, 1)

@@ -10,6 +10,11 @@ import torch
 from training.settings import ConfigError
 
 
+def no_init(weight: torch.Tensor) -> None:
+    """Weights always come from a checkpoint. (``perform_initialization=False`` would also drop the tensor-parallel
+    attributes of the parameters, and gradient norms would silently be wrong.)"""
+
+
 class LayerNorm(torch.nn.LayerNorm):
     """torch's layer norm, with the flag that sequence parallelism needs (megatron-core's wrapper refuses it)."""
 
@@ -46,13 +51,23 @@ def provider() -> str:
     return "torch"
 
 
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's root-mean-square norm, in the same way."""
+
+    def __init__(self, config, hidden_size, eps=1e-6, **_):
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
+        self.weight.sequence_parallel = config.sequence_parallel
+
+
 @functools.cache
-def norm_class() -> type:
-    """The layer norm of this run, called as (config, hidden_size, eps)."""
+def norm_class(kind: str = "LayerNorm") -> type:
+    """The norm of this run, "LayerNorm" or "RMSNorm", called as (config, hidden_size, eps). Apex's is for layer norms alone."""
     if provider() == "Transformer Engine":
         from megatron.core.extensions.transformer_engine import TENorm
 
         return TENorm
+    if kind == "RMSNorm":
+        return RMSNorm
     if provider() == "Apex":
         from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
 
@@ -67,9 +82,9 @@ def norm_class() -> type:
     return LayerNorm
 
 
-ATTENTION = {"sdpa": "SDPA with an ALiBi bias", "flex": "FlexAttention", "flash": "flash-attn", "te": "Transformer Engine"}
+ATTENTION = {"sdpa": "SDPA", "flex": "FlexAttention", "flash": "flash-attn", "te": "Transformer Engine"}
 
 
 def describe(backend: str) -> str:
     """For the run's log: which kernels compute."""
-    return f"attention: {ATTENTION[backend]}, layer norm: {provider()}, AdamW: {provider()}"
+    return f"attention: {ATTENTION[backend]}, norms: {provider()}, AdamW: {provider()}"
