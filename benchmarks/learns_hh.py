@@ -47,10 +47,12 @@ def make_model(folder: Path, source: str, shape: ModelConfig, data: DataConfig) 
     """A Hugging Face folder with a tokenizer trained on the training rows of ``source`` and random weights; made once."""
     if folder.exists():
         return
-    files, _ = prepare.from_comparisons(data)
     aside = folder.with_name(f"{folder.name}.writing")
     aside.mkdir(parents=True, exist_ok=True)
-    demo_model.write(aside, (row["prompt"] + row["response"] for row in files["sft.jsonl"]), shape, data.seed, rows=ROWS)
+    with prepare.Writer(folder.with_name(f"{folder.name}.data")) as writer:
+        prepare.from_source(data, writer)
+        texts = (row["prompt"] + row["response"] for row in writer.rows("sft.jsonl"))
+        demo_model.write(aside, texts, shape, data.seed, rows=ROWS)
     aside.rename(folder)
 
 

@@ -109,7 +109,21 @@ def _create(made: Plan) -> Run:
         if done.exists() and manifest.read(run, name)["config_hash"] != manifest.config_hash(run, name):
             run.set_aside(done)  # only what _check_same lets change: a judge, say
     prepare(run)
+    _check_rows(run, made.stages)
     return run
+
+
+def _check_rows(run: Run, stages: list[Stage]) -> None:
+    """ConfigError where a stage would find no row: not every source has replies, or two to compare."""
+    rows = json.loads((run.folder / "data" / "counts.json").read_text(encoding="utf-8"))["files"]
+    for stage in stages:
+        paths = stage_config(run.folder, run.config, run.stages, stage.name).paths
+        for key in ("train", "heldout") if stage.trainer else ():
+            name = Path(getattr(paths, key)).name
+            if not rows[name]:
+                raise ConfigError(f"data.source = {run.config['data']['source']!r} gives {name}, which the {stage.name} stage reads, no "
+                                  "row; sft needs rows with a reply, reward and dpo rows with two or more to compare; submit a part of the "
+                                  "chain with --until, or give another source")
 
 
 def write_stage_config(run: Run, name: str) -> None:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
 from training import checksums, unpickle
+from training.checksums import sync
 from training.config import TrainerConfig
 from training.model.language_model import LanguageModel
 from training.settings import ConfigError
@@ -199,13 +200,3 @@ def _remove(checkpoint: Path) -> None:
 def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
     sync(path)
-
-
-def sync(path: Path) -> None:
-    """A file's content, or a folder's names, are on the disk when this returns."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-

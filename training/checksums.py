@@ -121,3 +121,12 @@ def _fix(folder: str | Path) -> str:
     if not others:
         return f"It can't be used; remove {folder}"
     return f"It can't be used; resume from another with --load-iteration (there are: {', '.join(map(str, others))}), not from {number}"
+
+
+def sync(path: Path) -> None:
+    """A file's content, or a folder's names, are on the disk when this returns."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from training import checkpoint, checksums, losses, parallel
 from training.config import DPOConfig
 from training.data.batches import Sampler, comparison_example, padded_length, shard
+from training.data.cache import Tokenised
 from training.loop import Task
 from training.main import run_stage
 from training.model.heads import next_token_logprobs
@@ -36,13 +37,13 @@ class Comparisons:
 
     def __init__(self, config: DPOConfig, inputs: Inputs):
         self.config, self.inputs, self.trained = config, inputs, len(inputs.rows)
-        self.replies = max(len(row["response"]) for rows in (inputs.rows, inputs.unseen) for row in rows)
+        self.replies = max(inputs.rows.most_replies, inputs.unseen.most_replies)
         self.reference = torch.full((self.trained + len(inputs.unseen), self.replies), torch.nan)
 
     def __getitem__(self, index: int) -> Comparison:
         return comparison_example(self.row(index), self.inputs.tokenizer, self.config.seq_length)
 
-    def row(self, index: int) -> dict:
+    def row(self, index: int) -> Tokenised:
         return self.inputs.rows[index] if index < self.trained else self.inputs.unseen[index - self.trained]
 
     def batch(self, indices: list[int], mine: list[int]) -> tuple[Batch, int]:

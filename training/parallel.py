@@ -8,6 +8,9 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +18,8 @@ from megatron.core import parallel_state, tensor_parallel
 
 from training.cpu import mcore_on_cpu
 
+HEARTBEAT = 10.0
+T = TypeVar("T")
 EX_USAGE, EX_DATA, EX_IOERR, EX_TEMPFAIL, EX_UNHEALTHY = 64, 65, 74, 75, 76
 """Exit codes of a stage: bad configuration, bad data or checkpoint, a checkpoint could not be written, "saved and wants to go on", paused
 or stopped by a health gate: a person must look."""
@@ -75,6 +80,27 @@ def from_last_stage(values: torch.Tensor) -> torch.Tensor:
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         dist.broadcast(values, parallel_state.get_pipeline_model_parallel_last_rank(), parallel_state.get_pipeline_model_parallel_group())
     return values
+
+
+def on_first(work: Callable[[], T]) -> T:
+    """``work()`` on rank 0, its result or its exception on every rank. A collective, however long the work takes: the others hear every
+    HEARTBEAT seconds that it goes on, so that nothing times out. What is sent is pickled."""
+    done, result, error = torch.zeros(1), None, None
+    if dist.get_rank() == 0:
+        with ThreadPoolExecutor(1) as thread:
+            future = thread.submit(work)
+            while wait([future], timeout=HEARTBEAT).not_done:
+                dist.broadcast(done, 0)
+        result, error = (None, future.exception()) if future.exception() else (future.result(), None)
+        dist.broadcast(done.fill_(1), 0)
+    while not done:
+        dist.broadcast(done, 0)
+    sent = [result, error]
+    dist.broadcast_object_list(sent, 0)
+    result, error = sent
+    if error is not None:
+        raise error
+    return result
 
 
 class StopRequest:

@@ -151,7 +151,7 @@ class PPO:
     def sample(self, indices: list[int], rows, iteration: int) -> Rollout:
         """Responses to the prompts ``rows[indices]`` with ``iteration``'s draws."""
         config = self.config
-        prompts = [prompt_tokens(rows[index], self.tokenizer, config.prompt_length) for index in indices]
+        prompts = [prompt_tokens(rows[index], config.prompt_length) for index in indices]
         uniforms = draws(config.seed, iteration, len(prompts), config.response_length)
         return roll_out(config, self.models.policy, prompts, uniforms, self.tokenizer)
 

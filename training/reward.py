@@ -111,7 +111,7 @@ def judged(rewards: torch.Tensor, scores: torch.Tensor, lengths: torch.Tensor) -
 def task(config: RewardConfig, inputs: Inputs, learner: Learner) -> Task:
     rows, tokenizer = inputs.rows, inputs.tokenizer
     unseen = [comparison_example(row, tokenizer, config.seq_length) for row in inputs.unseen]
-    replies = max(max(len(row["response"]) for row in rows), max(map(len, unseen)))
+    replies = max(rows.most_replies, inputs.unseen.most_replies)
 
     def micro_batches(indices: list[int]) -> tuple[list[Batch], dict[str, float]]:
         comparisons = [comparison_example(rows[index], tokenizer, config.seq_length) for index in indices]

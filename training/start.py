@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch.distributed as dist
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from training import checkpoint, parallel
 from training.config import TrainerConfig
 from training.data.batches import Sampler
-from training.data.formats import load_rows
+from training.data.cache import TokenRows, cached
 from training.data.tokenizer import Tokenizer
 from training.loop import Task, train
 from training.model.backends import FLEX_BLOCK
@@ -24,9 +25,9 @@ class Inputs(NamedTuple):
 
     shape: Shape
     tokenizer: Tokenizer
-    rows: Sequence[dict]
-    """Training rows, in the format of the kind that was asked for (training.data.formats)."""
-    unseen: Sequence[dict]
+    rows: TokenRows
+    """Training rows, tokenised."""
+    unseen: TokenRows
     """Held-out rows."""
 
 
@@ -35,7 +36,12 @@ def read_inputs(config: TrainerConfig, kind: str) -> Inputs:
     config.data_parallel(dist.get_world_size())
     shape = Shape.read(config.paths.model)
     shape.check_layout(config.tensor_parallel, config.pipeline_parallel, config.virtual_pipeline)
-    return Inputs(shape, Tokenizer(config.paths.model), load_rows(config.paths.train, kind), load_rows(config.paths.heldout, kind))
+    tokenizer = Tokenizer(config.paths.model)
+
+    def rows(path: str) -> TokenRows:
+        return TokenRows(parallel.on_first(partial(cached, path, kind, tokenizer)))
+
+    return Inputs(shape, tokenizer, rows(config.paths.train), rows(config.paths.heldout))
 
 
 def learn(config: TrainerConfig, kind: str, head: str, make_task: Callable[[TrainerConfig, Inputs, Learner], Task]) -> None:

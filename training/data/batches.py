@@ -5,11 +5,13 @@ A prompt and its reply are tokenised separately and their ids joined, so that th
 
 from __future__ import annotations
 
-import random
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
+from training.data.cache import Tokenised
+from training.data.permutation import Permutation
 from training.data.tokenizer import Tokenizer
 from training.settings import ConfigError
 
@@ -23,30 +25,30 @@ class Example(NamedTuple):
     """Index of the reply's first id; the reply, with its EOS, reaches to the end."""
 
 
-def sft_example(row: dict, tokenizer: Tokenizer, seq_length: int) -> Example:
-    """``{"prompt", "response"}`` in at most ``seq_length`` ids; what is cut where it is longer: see ``_join``."""
-    return _join(row["prompt"], [row["response"]], tokenizer, seq_length)[0]
+def sft_example(row: Tokenised, tokenizer: Tokenizer, seq_length: int) -> Example:
+    """A prompt and its reply in at most ``seq_length`` ids; what is cut where it is longer: see ``_join``."""
+    return _join(row, tokenizer.eos_id, seq_length)[0]
 
 
-def comparison_example(row: dict, tokenizer: Tokenizer, seq_length: int) -> list[tuple[Example, float]]:
-    """``{"query", "response": [K], "score": [K]}`` as K (example, score): one query, cut alike for all of its replies."""
-    return list(zip(_join(row["query"], row["response"], tokenizer, seq_length), row["score"], strict=True))
+def comparison_example(row: Tokenised, tokenizer: Tokenizer, seq_length: int) -> list[tuple[Example, float]]:
+    """A query with its K replies as K (example, score): one query, cut alike for all of its replies."""
+    return list(zip(_join(row, tokenizer.eos_id, seq_length), row.scores, strict=True))
 
 
-def prompt_tokens(row: dict, tokenizer: Tokenizer, prompt_length: int) -> list[int]:
-    """The last ``prompt_length`` ids of ``{"prompt"}``: an over-long prompt loses its head, never the cue at its end."""
-    return tokenizer.encode(row["prompt"])[-prompt_length:]
+def prompt_tokens(row: Tokenised, prompt_length: int) -> list[int]:
+    """The prompt's last ``prompt_length`` ids: an over-long prompt loses its head, never the cue at its end."""
+    return row.prompt[-prompt_length:]
 
 
-def _join(prompt: str, responses: list[str], tokenizer: Tokenizer, seq_length: int) -> list[Example]:
+def _join(row: Tokenised, eos_id: int, seq_length: int) -> list[Example]:
     """Examples of one prompt, all with the same prompt ids.
 
     Too long for ``seq_length``: the prompt loses its head, down to half a row at most (so the cue stays); a reply that still
     does not fit loses its tail, and the EOS with it, since it did not end there.
     """
-    replies = [tokenizer.encode(response) + [tokenizer.eos_id] for response in responses]
+    replies = [reply + [eos_id] for reply in row.replies]
     room = max(seq_length - max(map(len, replies)), seq_length // 2)
-    head = tokenizer.encode(prompt)[-room:]
+    head = row.prompt[-room:]
     return [Example((head + reply)[:seq_length], len(head)) for reply in replies]
 
 
@@ -84,15 +86,18 @@ def collate_prompts(prompts: list[list[int]], pad_id: int, length: int = 0) -> t
 class Sampler:
     """Row indices of one global batch after the other: a seeded permutation an epoch, the same for any number of ranks.
 
-    What an epoch leaves over is the start of the batch that the next epoch fills: every row is seen once an epoch.
+    What an epoch leaves over is the start of the batch that the next epoch fills: every row is seen once an epoch. Its memory does not
+    depend on the number of rows.
     """
+
+    ORDER = "feistel-1"
+    """Name of the rule that makes an order from seed and epoch; another rule would give a resumed run other rows."""
 
     def __init__(self, n_rows: int, global_batch_size: int, seed: int):
         if n_rows < 1:
             raise ConfigError(f"{n_rows} training rows: expected at least 1; look at counts.json beside the data for what was dropped")
         self.n_rows, self.global_batch_size, self.seed = n_rows, global_batch_size, seed
         self.epoch, self.offset = 0, 0
-        self._order = self._permutation()
 
     def next_batch(self) -> list[int]:
         """``global_batch_size`` row indices; moves on."""
@@ -100,28 +105,24 @@ class Sampler:
         while len(batch) < self.global_batch_size:
             if self.offset == self.n_rows:
                 self.epoch, self.offset = self.epoch + 1, 0
-                self._order = self._permutation()
-            taken = self._order[self.offset:self.offset + self.global_batch_size - len(batch)]
-            batch += taken
+            taken = np.arange(self.offset, min(self.n_rows, self.offset + self.global_batch_size - len(batch)))
+            batch += Permutation(self.n_rows, f"{self.seed}/{self.epoch}")[taken].tolist()
             self.offset += len(taken)
         return batch
 
-    def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "offset": self.offset, "seed": self.seed, "rows": self.n_rows}
+    def state_dict(self) -> dict[str, int | str]:
+        return {"epoch": self.epoch, "offset": self.offset, "seed": self.seed, "rows": self.n_rows, "order": self.ORDER}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes on where ``state`` was taken. Raises ConfigError where data or seed are other ones: the order would be another."""
+    def load_state_dict(self, state: dict[str, int | str]) -> None:
+        """Goes on where ``state`` was taken. Raises ConfigError where data, seed or the rule of the order are other ones."""
+        if state.get("order") != self.ORDER:
+            raise ConfigError(f"this checkpoint's rows stand in the order {state.get('order', 'of version 0.1.0')!r}, this version's in "
+                              f"{self.ORDER!r}: finish the stage with the version that began it, or start the stage anew")
         for name, value in (("seed", self.seed), ("rows", self.n_rows)):
             if state[name] != value:
                 raise ConfigError(f"{name} = {value}, but the checkpoint was made with {name} = {state[name]}; "
                                   "resume with the same data and seed, or start the stage anew")
         self.epoch, self.offset = state["epoch"], state["offset"]
-        self._order = self._permutation()
-
-    def _permutation(self) -> list[int]:
-        order = list(range(self.n_rows))
-        random.Random(f"{self.seed}/{self.epoch}").shuffle(order)
-        return order
 
 
 def shard(indices: list[int], rank: int, ranks: int) -> list[int]:

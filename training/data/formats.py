@@ -51,18 +51,6 @@ class Row(NamedTuple):
         return self.responses[self.scores.index(max(self.scores))]
 
 
-def load_rows(path: str | Path, stage: str, skip_bad_rows: bool = False) -> list[dict]:
-    """The rows that ``stage`` ("sft", "reward" or "rlhf") trains on, in its own format, from a file in any known one.
-
-    Raises DataError at the first bad row (unless skipped) and where nothing is left.
-    """
-    counts: Counter = Counter()
-    rows = [as_native(row, stage) for row in iterate(path, stage, counts, skip_bad_rows)]
-    if not rows:
-        raise DataError(f"{path}: no usable row for {stage}{because(counts)}")
-    return rows
-
-
 def as_native(row: Row, stage: str) -> dict:
     """``row`` as ``stage``'s JSON object (rlhf.md, section 2)."""
     if stage == "reward":

@@ -16,14 +16,15 @@ def main(arguments: list[str]) -> int:
     source, number, *options = arguments
     counts: Counter = Counter()
     try:
-        rows = list(itertools.islice(formats.iterate(source, "reward", counts, "--skip-bad-rows" in options), int(number)))
+        rows = list(itertools.islice(formats.iterate(source, "rlhf", counts, "--skip-bad-rows" in options), int(number)))
         if not rows:
             raise formats.DataError(f"{source}: no usable row{formats.because(counts)}")
     except formats.DataError as error:
         print(error, file=sys.stderr)
         return formats.EXIT_DATA
-    dropped = counts["rows"] - len(rows)
-    print(f"{source}: the first {counts['rows']} rows can be read{f', {dropped} of them are not used' if dropped else ''}")
+    dropped, pairs = counts["rows"] - len(rows), sum(len(row.responses) > 1 for row in rows)
+    words = [f"{dropped} of them are not used"] * bool(dropped) + [f"{pairs or 'none'} can be compared"] * (pairs < len(rows))
+    print(f"{source}: the first {counts['rows']} rows can be read{''.join(f', {word}' for word in words)}")
     return 0
 
 

@@ -1,92 +1,137 @@
 """``python -m training.data.prepare config.json``: from one source of data to every file that the stages train on.
 
 From comparisons come the better replies (SFT), the comparisons themselves (reward), the prompts (RLHF), and held-out prompts that
-no stage trains on. Runs on the login node before anything is queued. The same input and seed give the same bytes. Exit status:
-64 for a bad configuration, 65 for bad data, with one line on stderr.
+no stage trains on; from rows with one reply, such as chat messages, all but comparisons. Runs on the login node before anything is
+queued. The same input and seed give the same bytes. Exit status: 64 for a bad configuration, 65 for bad data, with one line on stderr.
 """
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import itertools
 import json
 import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TextIO
 
+from training.checksums import sync
 from training.config import DataConfig, PrepareConfig
 from training.data import demo, dialogue, formats
+from training.data.cache import cached
+from training.data.split import HeldOut, Repeats
+from training.data.tokenizer import Tokenizer
 from training.settings import ConfigError, load
 
 EXIT_USAGE = 64
 TOKENIZER_ROWS = 20_000
 """Most SFT rows that the demo's tokenizer is trained on."""
-Files = dict[str, list[dict]]
+STAGES = ("sft", "reward", "rlhf")
+Counts = dict[str, int]
 
 
-def split_prompts(prompts: Iterable[str], data: DataConfig) -> set[str]:
-    """The held-out ones: ``data.heldout`` of the distinct prompts, at least 1, at most ``heldout_max``, in an order drawn by the seed
-    from each prompt's own text, so that other rows of a source don't change it. Raises DataError for fewer than 2 prompts."""
-    distinct = {_key(prompt) for prompt in prompts}
-    if len(distinct) < 2:
-        raise formats.DataError(f"{data.source}: {len(distinct)} distinct prompts; expected at least 2: one to train on, one to hold out")
-    number = min(max(1, round(data.heldout * len(distinct))), max(1, data.heldout_max))
-    return set(sorted(distinct, key=lambda key: hashlib.sha256(f"{data.seed}\0{key}".encode()).digest())[:number])
+class Writer:
+    """The files of a folder, written aside row by row; ``publish`` puts them in place. ``counts``: rows of each."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.aside, self.counts = folder, folder / ".preparing", {}
+        shutil.rmtree(self.aside, ignore_errors=True)
+        self.aside.mkdir(parents=True)
+        self._files: dict[str, TextIO] = {}
+
+    def open(self, *names: str) -> None:
+        for name in names:
+            self.counts[name] = 0
+            self._files[name] = open(self.aside / name, "w", encoding="utf-8", newline="\n")  # noqa: SIM115 - publish closes it
+
+    def add(self, name: str, row: dict) -> None:
+        self._files[name].write(json.dumps(row, ensure_ascii=False) + "\n")
+        self.counts[name] += 1
+
+    def rows(self, name: str) -> Iterator[dict]:
+        """What was written to a file so far."""
+        self._files[name].flush()
+        with open(self.aside / name, encoding="utf-8") as file:
+            yield from map(json.loads, file)
+
+    def publish(self, counts: dict) -> None:
+        """Every file gets its name when it is on the disk; counts.json, which says how many rows each has, is the last."""
+        self.open("counts.json")
+        self._files["counts.json"].write(json.dumps(counts, indent=2, ensure_ascii=False) + "\n")
+        for name, file in self._files.items():
+            file.close()
+            sync(self.aside / name)
+            os.replace(self.aside / name, self.folder / name)
+        sync(self.folder)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for file in self._files.values():
+            file.close()
+        shutil.rmtree(self.aside, ignore_errors=True)
+        with contextlib.suppress(OSError):  # what is not empty stays
+            self.folder.rmdir()
 
 
-def _key(prompt: str) -> str:
-    """What makes two prompts the same one: the words, whatever their case and spacing."""
-    return " ".join(prompt.lower().split())
-
-
-def from_demo(data: DataConfig) -> tuple[Files, dict]:
-    """Files and counts of the generated data."""
+def from_demo(data: DataConfig, writer: Writer) -> Counts:
+    """Writes the generated data; counts of what it was made from."""
     prompts = [question.prompt for question in demo.questions()]
-    heldout = split_prompts(prompts, data)
-    return demo.rows({prompt for prompt in prompts if _key(prompt) in heldout}, data.seed), {"prompts": len(prompts)}
+    heldout = HeldOut(data)
+    for prompt in prompts:
+        heldout.add(prompt)
+    chosen = heldout.chosen()
+    for name, rows in demo.rows({prompt for prompt in prompts if heldout.place(prompt) in chosen}, data.seed).items():
+        writer.open(name)
+        for row in rows:
+            writer.add(name, row)
+    return {"prompts": len(prompts)}
 
 
-def from_comparisons(data: DataConfig) -> tuple[Files, dict]:
-    """Files and counts from a file of comparisons. Raises DataError where it holds none, or rows of another kind."""
+def from_source(data: DataConfig, writer: Writer) -> Counts:
+    """Writes what the rows of a file are good for: every prompt to RLHF, its best reply, if it has one, to SFT, all of them, if there are
+    two, to the reward model; counts of what was read, dropped and repeated. Reads the file twice and keeps no row in memory.
+
+    Raises DataError for a bad row, for no usable row, and for fewer than 2 prompts.
+    """
     counts: Counter = Counter()
-    rows = list(formats.iterate(data.source, "reward", counts, data.skip_bad_rows))
-    for row in rows:
+    heldout = HeldOut(data)
+    repeats = {stage: Repeats(writer.aside / f"digests-{stage}") for stage in STAGES}
+    for row in formats.iterate(data.source, "rlhf", counts, data.skip_bad_rows):
         counts.update(f"kept: {oddity}" for oddity in dialogue.oddities(row.prompt))
-    if not rows:
+        heldout.add(row.prompt)
+        for stage in _good_for(row):
+            repeats[stage].add(json.dumps(formats.as_native(row, stage)))
+    if not heldout.distinct:
         raise formats.DataError(f"{data.source}: no usable row{formats.because(counts)}")
-    heldout = split_prompts((row.prompt for row in rows), data)
-    parts = {"": [row for row in rows if _key(row.prompt) not in heldout],
-             "_heldout": [row for row in rows if _key(row.prompt) in heldout]}
-    files = {f"{stage}{part}.jsonl": _distinct(stage, chosen, counts)
-             for stage in ("sft", "reward") for part, chosen in parts.items()}
-    files["rlhf.jsonl"] = _distinct("rlhf", parts[""], counts)
-    files["heldout.jsonl"] = _distinct("rlhf", parts["_heldout"], Counter())
-    return files, dict(counts)
+    if heldout.distinct < 2:
+        raise formats.DataError(f"{data.source}: 1 distinct prompt; expected at least 2: one to train on, one to hold out")
+    chosen, again = heldout.chosen(), {stage: iter(found.flags()) for stage, found in repeats.items()}
+    writer.open(*(name for stage in STAGES for name in _names(stage)))
+    for row in formats.iterate(data.source, "rlhf", Counter(), data.skip_bad_rows):
+        unseen = heldout.place(row.prompt) in chosen
+        for stage in _good_for(row):
+            if next(again[stage]):
+                counts[f"repeated: {stage}"] += 1
+            else:
+                writer.add(_names(stage)[unseen], formats.as_native(row, stage))
+    return dict(counts)
 
 
-def _distinct(stage: str, rows: list[formats.Row], counts: Counter) -> list[dict]:
-    """``rows`` in ``stage``'s format without repetitions, which are counted."""
-    seen: dict[str, dict] = {}
-    for row in rows:
-        native = formats.as_native(row, stage)
-        seen.setdefault(json.dumps(native), native)
-    if len(seen) < len(rows):
-        counts[f"repeated: {stage}"] += len(rows) - len(seen)
-    return list(seen.values())
+def _good_for(row: formats.Row) -> list[str]:
+    return [stage for stage in STAGES if len(row.responses) >= formats.NEEDS[stage][0]]
 
 
-def write_rows(folder: Path, files: Files, counts: dict) -> None:
-    """Every file is written aside and renamed; counts.json comes last and says how many rows each has."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in files.items():
-        _replace(folder / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    _replace(folder / "counts.json", json.dumps(counts, indent=2, ensure_ascii=False) + "\n")
+def _names(stage: str) -> tuple[str, str]:
+    """Files of a stage's rows: to train on, held out."""
+    return f"{stage}.jsonl", "heldout.jsonl" if stage == "rlhf" else f"{stage}_heldout.jsonl"
 
 
-def write_demo_model(config: PrepareConfig, sft_rows: list[dict]) -> None:
+def write_demo_model(config: PrepareConfig, sft_rows: Iterable[dict]) -> None:
     """The demo's Hugging Face folder, with a tokenizer trained on the SFT rows; complete, or not there."""
     from training.data import demo_model  # needs torch and transformers, which other models' preparation does without
 
@@ -102,22 +147,20 @@ def write_demo_model(config: PrepareConfig, sft_rows: list[dict]) -> None:
 
 
 def prepare(config: PrepareConfig) -> dict:
-    """Write everything; returns the counts: {"source", "read": {...}, "files": {name: rows}}."""
-    files, read = (from_demo if config.data.source == "demo" else from_comparisons)(config.data)
-    counts = {"source": config.data.source, "read": read, "files": {name: len(rows) for name, rows in files.items()}}
-    if config.model.checkpoint == "demo":
-        write_demo_model(config, files["sft.jsonl"])
-    write_rows(Path(config.paths.output), files, counts)
+    """Write everything, tokenised too; returns the counts: {"source", "read": {...}, "files": {name: rows}}."""
+    folder, own = Path(config.paths.output), config.model.checkpoint == "demo"
+    with Writer(folder) as writer:
+        read = (from_demo if config.data.source == "demo" else from_source)(config.data, writer)
+        counts = {"source": config.data.source, "read": read, "files": dict(writer.counts)}
+        if own:
+            write_demo_model(config, writer.rows("sft.jsonl"))
+        tokenizer = Tokenizer(config.paths.model if own else config.model.checkpoint)
+        writer.publish(counts)
+    for stage in STAGES:  # here, and not by the stage: its GPUs would wait for it
+        for name in _names(stage):
+            if counts["files"][name]:
+                cached(folder / name, stage, tokenizer)
     return counts
-
-
-def _replace(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.writing")
-    with open(aside, "w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
 
 
 def _report(counts: dict) -> str:

@@ -22,6 +22,7 @@ class Tokenizer:
         file = folder / "tokenizer.json"
         if not file.is_file():
             raise ConfigError(f"model.checkpoint = {str(folder)!r}: no tokenizer.json in it; save the model's fast tokenizer there")
+        self.file = file
         self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -38,6 +39,10 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_all(self, texts: list[str]) -> list[list[int]]:
+        """``encode`` of each, on all cores that ``tokenizers`` takes."""
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: list[int]) -> str:
         """Text of ``ids`` without the special tokens among them."""

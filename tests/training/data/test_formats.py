@@ -8,7 +8,14 @@ from collections import Counter
 
 import pytest
 
-from training.data.formats import DataError, Row, Unusable, iterate, load_rows, parse
+from training.data.cache import cached
+from training.data.formats import DataError, Row, Unusable, as_native, iterate, parse
+from training.data.tokenizer import Tokenizer
+
+
+def load_rows(file, stage: str) -> list[dict]:
+    return [as_native(row, stage) for row in iterate(file, stage, Counter())]
+
 
 Q, CUE = "\n\nHuman: Why?", "\n\nAssistant:"
 PAIR = Row(Q + CUE, (" So.", " No."), (1.0, 0.0))
@@ -119,11 +126,13 @@ def test_compressed_files_and_broken_ones(tmp_path):
         load_rows(tmp_path / "absent.jsonl", "rlhf")
 
 
-def test_a_file_without_a_usable_row_says_why(tmp_path):
-    file = tmp_path / "rows.jsonl"
+def test_a_file_without_a_usable_row_says_why(tmp_path, demo_run):
+    file, tokenizer = tmp_path / "rows.jsonl", Tokenizer(demo_run / "model")
     file.write_text("")
     with pytest.raises(DataError, match="no usable row for rlhf: the file is empty"):
-        load_rows(file, "rlhf")
+        cached(file, "rlhf", tokenizer)
     file.write_text('{"prompt": " "}\n' * 3)
     with pytest.raises(DataError, match="no usable row for rlhf: 3 rows read; dropped: 3 empty prompt"):
-        load_rows(file, "rlhf")
+        cached(file, "rlhf", tokenizer)
+    with pytest.raises(DataError, match="absent.jsonl: can't be read: .*No such file"):
+        cached(tmp_path / "absent.jsonl", "rlhf", tokenizer)

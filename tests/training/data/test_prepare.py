@@ -10,7 +10,12 @@ import pytest
 from .conftest import ROOT, read
 
 HH = ROOT.parent / "shared/data/hh_harmless/harmless-base.test.jsonl.gz"
-NO_MODEL = {"checkpoint": "elsewhere"}
+
+
+@pytest.fixture
+def own_model(demo_run) -> dict:
+    """A checkpoint of the user's own: only its tokenizer is read."""
+    return {"checkpoint": str(demo_run / "model")}
 
 
 def pair(question: str, good: str = "yes", bad: str = "no") -> dict:
@@ -23,9 +28,9 @@ def write(file: Path, rows: list[dict]) -> str:
     return str(file)
 
 
-def test_rows_of_one_prompt_stay_on_one_side(tmp_path, prepare):
+def test_rows_of_one_prompt_stay_on_one_side(tmp_path, prepare, own_model):
     rows = [pair(f"Is it {number}?", good) for number in range(100) for good in ("yes", "sure")] + [pair("is  IT 3?", "yep")]
-    done = prepare(tmp_path, NO_MODEL, source=write(tmp_path / "hh.jsonl", rows), heldout=0.2, heldout_max=15)
+    done = prepare(tmp_path, own_model, source=write(tmp_path / "hh.jsonl", rows), heldout=0.2, heldout_max=15)
     assert done.returncode == 0, done.stderr
     files = {name: read(tmp_path / f"data/{name}.jsonl") for name in ("sft", "sft_heldout", "reward", "reward_heldout", "rlhf", "heldout")}
     prompts = {name: {" ".join(row.get("prompt", row.get("query")).lower().split()) for row in rows} for name, rows in files.items()}
@@ -36,37 +41,47 @@ def test_rows_of_one_prompt_stay_on_one_side(tmp_path, prepare):
     assert not (tmp_path / "model").exists()  # a checkpoint of the user's own: none is made
 
 
-def test_row_order_does_not_change_what_is_held_out(tmp_path, prepare):
+def test_row_order_does_not_change_what_is_held_out(tmp_path, prepare, own_model):
     rows = [pair(f"Is it {number}?") for number in range(50)]
     for name, order in (("a", rows), ("b", rows[::-1])):
         folder = tmp_path / name
         folder.mkdir()
-        assert prepare(folder, NO_MODEL, source=write(folder / "hh.jsonl", order), heldout=0.2).returncode == 0
+        assert prepare(folder, own_model, source=write(folder / "hh.jsonl", order), heldout=0.2).returncode == 0
     a, b = ({row["prompt"] for row in read(tmp_path / name / "data/heldout.jsonl")} for name in "ab")
     assert a == b and len(a) == 10
 
 
-def test_repetitions_are_written_once_and_counted(tmp_path, prepare):
+def test_repetitions_are_written_once_and_counted(tmp_path, prepare, own_model):
     rows = [pair("A?"), pair("A?"), pair("A?", "yes", "never"), pair("B?"), pair("B?"), pair("B?", "yes", "never")]
-    done = prepare(tmp_path, NO_MODEL, source=write(tmp_path / "hh.jsonl", rows))
+    done = prepare(tmp_path, own_model, source=write(tmp_path / "hh.jsonl", rows))
     counts = json.loads((tmp_path / "data/counts.json").read_text())
     assert counts["files"] == {"sft.jsonl": 1, "sft_heldout.jsonl": 1, "reward.jsonl": 2, "reward_heldout.jsonl": 2,
                                "rlhf.jsonl": 1, "heldout.jsonl": 1}
-    assert counts["read"] == {"rows": 6, "repeated: sft": 4, "repeated: reward": 2, "repeated: rlhf": 2}
+    assert counts["read"] == {"rows": 6, "repeated: sft": 4, "repeated: reward": 2, "repeated: rlhf": 4}
     assert "        2  repeated: reward\n" in done.stdout
 
 
+def test_every_row_goes_to_the_stages_that_it_is_good_for(tmp_path, prepare, own_model):
+    """Chat messages and prompts beside comparisons: no row is invented, none is lost."""
+    chats = [{"messages": [{"role": "user", "content": f"Chat {n}?"}, {"role": "assistant", "content": f"so {n}"}]} for n in range(30)]
+    rows = [pair(f"Pair {n}?") for n in range(20)] + chats + [{"prompt": f"\n\nHuman: Only {n}?\n\nAssistant:"} for n in range(10)]
+    done = prepare(tmp_path, own_model, source=write(tmp_path / "rows.jsonl", rows), heldout=0.1)
+    assert done.returncode == 0, done.stderr
+    files = json.loads((tmp_path / "data/counts.json").read_text())["files"]
+    assert [files[f"{stage}.jsonl"] + files[f"{heldout}.jsonl"] for stage, heldout in
+            (("sft", "sft_heldout"), ("reward", "reward_heldout"), ("rlhf", "heldout"))] == [50, 20, 60]
+    assert files["heldout.jsonl"] == 6
+    assert {row["response"] for row in read(tmp_path / "data/sft.jsonl") + read(tmp_path / "data/sft_heldout.jsonl")} == {
+        " yes", *(f" so {n}" for n in range(30))}
+
+
 @pytest.mark.parametrize(("rows", "message"), [
-    ([{"prompt": "p", "response": "r"}],
-     "rows.jsonl:1: this row has 1 replies, but the reward stage needs two replies to compare: give Anthropic HH"),
-    ([{"prompt": "p"}], "rows.jsonl:1: this row has 0 replies, but the reward stage needs"),
-    ([{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}], "rows.jsonl:1: this row has 1 replies"),
     ([pair("A?"), {"chosen": 5, "rejected": "x"}], "rows.jsonl:2: chosen: 5: expected a string"),
     ([pair("A?", "")], "no usable row: 1 rows read; dropped: 1 empty reply"),
-    ([pair("A?"), pair("A?", "sure")], "1 distinct prompts; expected at least 2"),
+    ([pair("A?"), pair("A?", "sure")], "1 distinct prompt; expected at least 2"),
 ])
-def test_data_that_cant_fill_the_stages_is_65_in_one_line(tmp_path, prepare, rows, message):
-    done = prepare(tmp_path, NO_MODEL, source=write(tmp_path / "rows.jsonl", rows))
+def test_data_that_cant_be_used_is_65_in_one_line(tmp_path, prepare, own_model, rows, message):
+    done = prepare(tmp_path, own_model, source=write(tmp_path / "rows.jsonl", rows))
     assert done.returncode == 65 and message in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "data").exists()
 

@@ -1,0 +1,173 @@
+"""Rows as token ids on disk: made once from a file of rows, then read by all ranks of a node through the same pages of memory.
+
+``sft.jsonl.tokens/KEY/`` beside ``sft.jsonl`` holds flat arrays: ``ids`` of every piece (a prompt, then its replies) end to end, ``pieces``
+and ``rows`` (int64: where each piece's ids and each row's pieces end), ``scores`` (float64, one a reply where there are any), and
+about.json. The text is tokenised as it is, neither cut nor with an EOS, so that one cache serves every length. KEY is the sha256 of
+what it was made from: source, tokenizer, kind of row. It is written aside, fsynced and renamed: a folder that has its name is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tokenizers
+
+from training.checksums import digest, sync
+from training.data import formats
+from training.data.tokenizer import Tokenizer
+
+FORMAT = 1
+ROWS_AT_ONCE = 4096
+"""Rows that are tokenised together: enough for all cores, little memory."""
+ARRAYS = {"ids": "", "pieces": "<i8", "rows": "<i8", "scores": "<f8"}
+"""Arrays and their types; that of ``ids`` is as wide as the vocabulary needs and stands in about.json."""
+
+
+class Tokenised(NamedTuple):
+    """One row."""
+
+    prompt: list[int]
+    replies: list[list[int]]
+    """Without EOS; none for "rlhf", one for "sft", several for "reward"."""
+    scores: list[float]
+    """One a reply for "reward", else none."""
+
+
+def tokenise(rows: Sequence[formats.Row], stage: str, tokenizer: Tokenizer) -> list[Tokenised]:
+    """What ``stage`` reads of ``rows``. Prompt and reply are tokenised apart, so that the loss mask can't be off by one merge."""
+    replies = [row.responses if stage == "reward" else (row.best,) if stage == "sft" else () for row in rows]
+    ids = iter(tokenizer.encode_all([text for row, its in zip(rows, replies, strict=True) for text in (row.prompt, *its)]))
+    return [Tokenised(next(ids), [next(ids) for _ in its], list(row.scores) if stage == "reward" else [])
+            for row, its in zip(rows, replies, strict=True)]
+
+
+class TokenRows(Sequence):
+    """The rows of a whole cache; nothing is read before it is asked for. Forked and pickled readers map the same files."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.about = folder, json.loads((folder / "about.json").read_text(encoding="utf-8"))
+        self.most_replies: int = self.about["most_replies"]
+        """Replies of the row that has most."""
+        self._ids, self._pieces, self._rows, self._scores = (_mapped(folder / name, self.about["types"][name]) for name in ARRAYS)
+
+    def __len__(self) -> int:
+        return self.about["rows"]
+
+    def __getitem__(self, index: int) -> Tokenised:
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)} in {self.folder}")
+        first, last = (int(self._rows[index - 1]) if index else 0), int(self._rows[index])
+        ends = self._pieces[max(first - 1, 0):last].tolist()
+        starts = ends[:-1] if first else [0, *ends[:-1]]
+        ends = ends[1:] if first else ends
+        prompt, *replies = (self._ids[start:end].tolist() for start, end in zip(starts, ends, strict=True))
+        # Every row before has one prompt: what is left of its pieces are replies.
+        scores = self._scores[first - index:last - index - 1].tolist() if len(self._scores) else []
+        return Tokenised(prompt, replies, scores)
+
+    def __reduce__(self):
+        return TokenRows, (self.folder,)
+
+
+def _mapped(path: Path, kind: str) -> np.ndarray:
+    """A read-only array over the file's pages; an empty file can't be mapped."""
+    return np.memmap(path, kind, "r").view(np.ndarray) if path.stat().st_size else np.empty(0, kind)
+
+
+def cached(path: str | Path, stage: str, tokenizer: Tokenizer) -> Path:
+    """The cache's folder, made if it is not there. Raises DataError where ``path`` has a bad row or none that ``stage`` can use.
+
+    Safe against itself: of several processes one makes it and the others wait for it; what a killed one left is removed.
+    """
+    source = Path(path)
+    key = _key(source, stage, tokenizer)
+    folder = source.with_name(source.name + ".tokens")
+    target = folder / key[:32]
+    if _whole(target):
+        return target
+    folder.mkdir(exist_ok=True)
+    with _alone(folder) as alone:
+        if _whole(target):
+            return target
+        for old in folder.iterdir():
+            if old.is_dir() and (alone or old.name == target.name):  # of another source or tokenizer, or half-written
+                shutil.rmtree(old)
+        aside = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
+        try:
+            _write(source, stage, tokenizer, aside, key)
+            aside.chmod(0o755)
+            with contextlib.suppress(OSError):  # without a lock another process may have been first
+                os.rename(aside, target)
+            sync(folder)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    if not _whole(target):
+        raise OSError(f"{target}: written, but not there; is the file system full, or the folder written by another host?")
+    return target
+
+
+def _key(source: Path, stage: str, tokenizer: Tokenizer) -> str:
+    try:
+        digests = [digest(source), digest(tokenizer.file)]
+    except OSError as error:
+        raise formats.DataError(f"{source}: can't be read: {error}") from None
+    return hashlib.sha256(json.dumps([FORMAT, stage, tokenizers.__version__, *digests]).encode()).hexdigest()
+
+
+def _whole(folder: Path) -> bool:
+    """Whether the cache is there with all its bytes: what was renamed is complete, but a disk or a copy may have lost some."""
+    try:
+        sizes = json.loads((folder / "about.json").read_text(encoding="utf-8"))["bytes"]
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except FileNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[bool]:
+    """Hold the folder's lock; False where the file system has no locks. The kernel lets go of a killed process's."""
+    with open(folder / ".lock", "a", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            yield False
+        else:
+            yield True
+
+
+def _write(source: Path, stage: str, tokenizer: Tokenizer, aside: Path, key: str) -> None:
+    types = {**ARRAYS, "ids": "<u2" if tokenizer.size <= 1 << 16 else "<u4"}
+    counts: Counter = Counter()
+    rows = pieces = ids = most_replies = 0
+    with contextlib.ExitStack() as stack:
+        files = {name: stack.enter_context(open(aside / name, "wb")) for name in ARRAYS}
+        usable = formats.iterate(source, stage, counts)
+        while chunk := tokenise(list(itertools.islice(usable, ROWS_AT_ONCE)), stage, tokenizer):
+            flat = [piece for row in chunk for piece in (row.prompt, *row.replies)]
+            ends = ids + np.cumsum([len(piece) for piece in flat])
+            last = pieces + np.cumsum([1 + len(row.replies) for row in chunk])
+            np.fromiter(itertools.chain.from_iterable(flat), types["ids"]).tofile(files["ids"])
+            ends.astype(types["pieces"]).tofile(files["pieces"])
+            last.astype(types["rows"]).tofile(files["rows"])
+            np.fromiter((score for row in chunk for score in row.scores), types["scores"]).tofile(files["scores"])
+            rows, pieces, ids = rows + len(chunk), int(last[-1]), int(ends[-1])
+            most_replies = max(most_replies, *(len(row.replies) for row in chunk))
+    if not rows:
+        raise formats.DataError(f"{source}: no usable row for {stage}{formats.because(counts)}")
+    about = {"format": FORMAT, "key": key, "source": source.name, "stage": stage, "rows": rows, "most_replies": most_replies,
+             "types": types, "bytes": {name: (aside / name).stat().st_size for name in ARRAYS}}
+    (aside / "about.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    for path in [*aside.iterdir(), aside]:
+        sync(path)
