@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -13,12 +14,13 @@ import torch.distributed as dist
 from training import checkpoint
 from training.config import TrainerConfig
 from training.data.batches import Sampler
+from training.data.prefetch import Make, prefetched
 from training.gates import Unhealthy
 from training.main import Interrupted
 from training.metrics import Metrics
 from training.parallel import StopRequest, is_main
 from training.saving import Saver
-from training.step import Batch, Learner, Objective
+from training.step import Learner, Objective
 
 
 @dataclass(frozen=True)
@@ -26,9 +28,8 @@ class Task:
     """What a supervised trainer learns, and from what."""
 
     objective: Objective
-    micro_batches: Callable[[list[int]], tuple[list[Batch], dict[str, float]]]
-    """Row indices of a global batch -> this data-parallel rank's micro-batches, and numbers on the whole batch for the log, among them
-    "tokens", those of the examples."""
+    micro_batches: Make
+    """The numbers are among them "tokens", those of the examples. Runs in a thread of its own, see ``prefetched``."""
     heldout: Callable[[], dict[str, float]]
     """Numbers on the held-out rows. A collective."""
     headline: tuple[str, ...]
@@ -110,11 +111,13 @@ def train(config: TrainerConfig, learner: Learner, sampler: Sampler, task: Task,
         print(f"nothing left to do: iteration {start} of {config.iterations} is saved", flush=True)
         return
     boundary = Boundary(config, {"model": learner}, start, task.headline, stop)
-    for iteration in range(start + 1, config.iterations + 1):
-        began = time.monotonic()
-        batches, said = task.micro_batches(sampler.next_batch())
-        with at(iteration):
-            values = said | learner.step(batches, task.objective)
-        values["seconds"] = time.monotonic() - began
-        values["tokens_per_second"] = said["tokens"] / values["seconds"]
-        boundary.end(iteration, values, task.heldout, lambda: {"sampler": sampler.state_dict()})
+    with contextlib.closing(prefetched(sampler, task.micro_batches, config.iterations - start)) as batches:
+        for iteration in range(start + 1, config.iterations + 1):
+            began = time.monotonic()
+            ready = next(batches)
+            waited = time.monotonic() - began
+            with at(iteration):
+                values = ready.said | learner.step(ready.micro_batches, task.objective)
+            values |= {"seconds": time.monotonic() - began, "seconds_data": waited}
+            values["tokens_per_second"] = ready.said["tokens"] / values["seconds"]
+            boundary.end(iteration, values, task.heldout, partial(dict, sampler=ready.state))

@@ -15,11 +15,11 @@ import torch
 from training import parallel
 from training.config import SFTConfig
 from training.data.batches import Example, collate, padded_length, sft_example, shard
-from training.data.packing import collate_packed, pack
+from training.data.packing import collate_packed, lay_out
 from training.loop import Task
 from training.main import run_stage
 from training.model.heads import Output, next_token_logprobs, next_token_nll
-from training.start import Inputs, learn, length_multiple
+from training.start import Inputs, learn, length_multiple, limits
 from training.step import Batch, Learner, Objective, evaluate, split
 
 
@@ -33,18 +33,15 @@ def global_batch(config: SFTConfig, examples: list[Example], pad_id: int) -> tup
     """A global batch -> this data-parallel rank's micro-batches, and what the log says of it: "tokens", examples' without padding, and
     "packing_efficiency", their part of all that is computed."""
     ranks, lengths = parallel.data_ranks(), [len(example.tokens) for example in examples]
-    # The interleaved schedule takes micro-batches in groups of the pipeline's size.
-    unit = ranks * config.micro_batch_size * (config.pipeline_parallel if config.virtual_pipeline > 1 else 1)
-    packed = pack(lengths, config.seq_length, unit) if config.packing else []
-    if 0 < len(packed) < len(examples):
-        rows = [[examples[index] for index in row] for row in packed]
-        length = padded_length([sum(lengths[index] for index in row) for row in packed], length_multiple(config))
-        batch = collate_packed(shard(rows, parallel.data_rank(), ranks), pad_id, length)
+    packed = lay_out(lengths, limits(config)) if config.packing else None
+    if packed and len(packed.rows) < len(examples):
+        rows, length, size = packed
+        batch = collate_packed([[examples[index] for index in row] for row in shard(rows, parallel.data_rank(), ranks)], pad_id, length)
     else:
-        rows, length = examples, padded_length(lengths, length_multiple(config))
+        rows, length, size = examples, padded_length(lengths, length_multiple(config)), config.micro_batch_size
         batch = collate(shard(examples, parallel.data_rank(), ranks), pad_id, length)
     said = {"tokens": sum(lengths), "packing_efficiency": sum(lengths) / (len(rows) * length)}
-    return split(batch, config.micro_batch_size), said
+    return split(batch, size), said
 
 
 def heldout(config: SFTConfig, learner: Learner, examples: list[Example], pad_id: int) -> dict[str, float]:

@@ -13,6 +13,7 @@ from training import checkpoint, parallel
 from training.config import TrainerConfig
 from training.data.batches import Sampler
 from training.data.cache import TokenRows, cached
+from training.data.packing import Limits
 from training.data.tokenizer import Tokenizer
 from training.loop import Task, train
 from training.model.backends import FLEX_BLOCK
@@ -61,3 +62,9 @@ def length_multiple(config: TrainerConfig) -> int:
     if parallel.device().type == "cuda":
         return math.lcm(FLEX_BLOCK, config.tensor_parallel)
     return 8 * config.tensor_parallel
+
+
+def limits(config: TrainerConfig) -> Limits:
+    """What packed rows of a trainer with ``seq_length`` must fit: no micro-batch has more tokens than unpacked rows of full length."""
+    return Limits(config.seq_length, length_multiple(config), parallel.data_ranks(), config.micro_batch_size, config.pipeline_parallel,
+                  config.pipeline_parallel if config.virtual_pipeline > 1 else 1)

@@ -12,6 +12,8 @@ from tests.training.test_ppo_reference import weights
 from training import dpo, losses
 from training.config import DPOConfig
 from training.data.batches import Sampler, comparison_example
+from training.data.cache import tokenise
+from training.data.formats import parse
 from training.data.tokenizer import Tokenizer
 from training.settings import ConfigError, build
 
@@ -46,7 +48,8 @@ def plain(config: DPOConfig, sft: dict) -> list[dict]:
     for _ in range(config.iterations):
         queries = []
         for index in sampler.next_batch():
-            replies = comparison_example(data[index], tokenizer, config.seq_length)
+            (row,) = tokenise([parse(data[index])], "reward", tokenizer)
+            replies = comparison_example(row, tokenizer, config.seq_length)
             with torch.no_grad():
                 reference = [logprob(frozen, example) for example, _ in replies]
             ratios = [(logprob(policy, example) - base, score) for (example, score), base in zip(replies, reference, strict=True)]

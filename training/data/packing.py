@@ -8,39 +8,147 @@ makes the number of examples in a step depend on their lengths, and with it the 
 from __future__ import annotations
 
 import heapq
+from typing import NamedTuple
 
 import torch
 
 from training.data.batches import Example
 
+OVERHEAD = 16
+"""Tokens that could be computed in the time that a micro-batch takes beside its tokens (kernel launches, messages): a guess, small on
+purpose, so that of rows that are equally full the fewest micro-batches are taken."""
+MORE_ROWS = 3
+"""Rows are tried up to so many times the fewest."""
+
+EXCHANGES = 4
+"""Most exchanges of examples between rows, times the number of rows."""
+
+
+class Layout(NamedTuple):
+    """How a global batch is laid out."""
+
+    rows: list[list[int]]
+    """Examples' indices, row by row; the same number of rows for each data-parallel rank, in its order."""
+    length: int
+    """Tokens of every row, padding included."""
+    micro_batch_size: int
+    """Rows of each micro-batch."""
+
+
+class Limits(NamedTuple):
+    """What the rows must fit."""
+
+    capacity: int
+    """Most tokens of a row's examples."""
+    multiple: int
+    """Rows' padded length is a multiple of this."""
+    ranks: int
+    """Data-parallel ranks: each has equally many rows."""
+    micro_batch_size: int
+    """Most rows of a micro-batch; a rank's rows are divided evenly."""
+    pipeline: int = 1
+    """Pipeline stages: with more, more and smaller micro-batches keep them busy."""
+    group: int = 1
+    """A rank's micro-batches are a multiple of this (the interleaved schedule takes them so)."""
+
+
+def lay_out(lengths: list[int], limits: Limits) -> Layout:
+    """Examples of these ``lengths`` in the rows that take least time: their number, their length and the micro-batches are chosen together.
+
+    A rank's time is reckoned as that of (micro-batches + pipeline stages - 1) x (tokens of a micro-batch + OVERHEAD): padding, a
+    pipeline's bubble and the launching of kernels in one number. For every number of rows the shortest multiple that holds the examples
+    is tried. Rows may be empty where there are fewer examples than ranks. Raises AssertionError for a length above the capacity.
+
+    >>> lay_out([5, 4, 3, 3, 1], Limits(capacity=8, multiple=1, ranks=1, micro_batch_size=2))
+    Layout(rows=[[0, 3], [1, 2, 4]], length=8, micro_batch_size=2)
+    """
+    longest, total = max(lengths), sum(lengths)
+    assert longest <= limits.capacity, f"an example of {longest} tokens in rows of {limits.capacity}"
+    unit = limits.ranks * limits.group
+    fewest = _up(max(1, -(-total // limits.capacity)), unit)
+    highest = _up(limits.capacity, limits.multiple)
+    best, least = None, float("inf")
+    for count in range(fewest, max(MORE_ROWS * fewest, _up(len(lengths), unit)) + 1, unit):
+        if best and count > MORE_ROWS * fewest:
+            break
+        for length in range(_up(max(longest, -(-total // count)), limits.multiple), highest + 1, limits.multiple):
+            seconds, size = _cost(count // limits.ranks, length, limits)
+            if seconds >= least:
+                break
+            if rows := spread(lengths, count, min(length, limits.capacity)):
+                best, least = Layout(rows, length, size), seconds
+                break
+    assert best, f"{lengths} in {limits}"  # one example a row always fits
+    return best
+
 
 def pack(lengths: list[int], capacity: int, unit: int) -> list[list[int]]:
     """Indices of ``lengths`` in as few rows of at most ``capacity`` tokens as a multiple of ``unit`` allows, rows of about equal length.
 
-    Longest first into the shortest row (LPT, Graham 1969), which keeps the longest row, to which all are padded, within 4/3 of the
-    best. Rows may be empty where there are fewer examples than rows. Raises AssertionError for a length above ``capacity``.
+    Rows may be empty where there are fewer examples than rows. Raises AssertionError for a length above ``capacity``.
 
     >>> pack([5, 4, 3, 3, 1], capacity=8, unit=2)
     [[0, 3], [1, 2, 4]]
     """
     assert max(lengths) <= capacity, f"an example of {max(lengths)} tokens in rows of {capacity}"
-    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    count = -(-max(1, -(-sum(lengths) // capacity)) // unit) * unit
-    while True:
-        rows = _spread(order, lengths, count)
-        if max(sum(lengths[index] for index in row) for row in rows) <= capacity:
-            return rows
+    count = _up(max(1, -(-sum(lengths) // capacity)), unit)
+    while not (rows := spread(lengths, count, capacity)):
         count += unit
+    return rows
 
 
-def _spread(order: list[int], lengths: list[int], count: int) -> list[list[int]]:
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def _cost(rows: int, length: int, limits: Limits) -> tuple[float, int]:
+    """(Time of a rank's ``rows`` in tokens, rows of a micro-batch) for the best division into micro-batches."""
+    sizes = [size for size in range(1, limits.micro_batch_size + 1) if rows % size == 0 and rows // size % limits.group == 0]
+    return min((((rows // size + limits.pipeline - 1) * (size * length + OVERHEAD), size) for size in sizes), default=(float("inf"), 0))
+
+
+def spread(lengths: list[int], count: int, capacity: int) -> list[list[int]] | None:
+    """Indices of ``lengths`` in ``count`` rows of at most ``capacity`` tokens; None where that was not found.
+
+    Longest first into the shortest row (LPT, Graham 1969); then, while the longest row is too long, it exchanges an example for a shorter
+    one, or none, of the shortest row with which that makes the two most alike.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     rows: list[list[int]] = [[] for _ in range(count)]
+    filled = [0] * count
     shortest = [(0, row) for row in range(count)]
     for index in order:
         length, row = shortest[0]
         rows[row].append(index)
-        heapq.heapreplace(shortest, (length + lengths[index], row))
-    return rows
+        filled[row] = length + lengths[index]
+        heapq.heapreplace(shortest, (filled[row], row))
+    for _ in range(EXCHANGES * count):
+        longest = max(range(count), key=filled.__getitem__)
+        if filled[longest] <= capacity:
+            return rows
+        if not _exchange(rows, filled, lengths, longest):
+            return None
+    return None
+
+
+def _exchange(rows: list[list[int]], filled: list[int], lengths: list[int], longest: int) -> bool:
+    """One exchange between the longest row and the shortest with which it helps, in place; False where it helps with none."""
+    for other in sorted(range(len(rows)), key=filled.__getitem__):
+        gap = filled[longest] - filled[other]
+        moves = [(abs(gap - 2 * (lengths[one] - length)), one, two) for one in rows[longest]
+                 for two, length in [(None, 0), *((two, lengths[two]) for two in rows[other])] if 0 < lengths[one] - length < gap]
+        if moves:
+            _, one, two = min(moves, key=lambda move: move[0])
+            rows[longest].remove(one)
+            rows[other].append(one)
+            if two is not None:
+                rows[other].remove(two)
+                rows[longest].append(two)
+            moved = lengths[one] - (0 if two is None else lengths[two])
+            filled[longest] -= moved
+            filled[other] += moved
+            return True
+    return False
 
 
 def collate_packed(rows: list[list[Example]], pad_id: int, length: int) -> dict[str, torch.Tensor]:

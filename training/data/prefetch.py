@@ -1,0 +1,52 @@
+"""The next global batch is made while this one is learned from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+
+from training.data.batches import Sampler
+
+Batch = dict[str, torch.Tensor]
+Make = Callable[[list[int]], tuple[list[Batch], dict[str, float]]]
+"""Row indices of a global batch -> this data-parallel rank's micro-batches, and numbers on the whole batch for the log."""
+
+
+class Ready(NamedTuple):
+    """One global batch."""
+
+    micro_batches: list[Batch]
+    """In pinned memory where there is a GPU, so that copies to it don't wait."""
+    said: dict[str, float]
+    state: dict
+    """The sampler's after this batch: what a checkpoint of this step holds, however far ahead the sampler is."""
+
+
+def prefetched(sampler: Sampler, make: Make, steps: int) -> Iterator[Ready]:
+    """``steps`` global batches in the sampler's order, each made by another thread while the one before it is in use.
+
+    ``make`` runs there: it must not talk to other ranks, nor count on ``mcore_on_cpu``, which holds for one thread. Its exceptions are
+    raised here. Close the iterator, or let it end, to end the thread.
+    """
+    where = torch.cuda.current_device() if torch.cuda.is_available() else None
+
+    def begin() -> None:
+        if where is not None:
+            torch.cuda.set_device(where)  # a new thread's is GPU 0, where pinning memory would open a context
+
+    def ahead() -> Ready:
+        micro_batches, said = make(sampler.next_batch())
+        if where is not None:
+            micro_batches = [{name: tensor.pin_memory() for name, tensor in micro.items()} for micro in micro_batches]
+        return Ready(micro_batches, said, sampler.state_dict())
+
+    with ThreadPoolExecutor(1, "data", begin) as thread:
+        coming = thread.submit(ahead)
+        for step in range(steps):
+            ready = coming.result()
+            if step + 1 < steps:
+                coming = thread.submit(ahead)
+            yield ready
