@@ -106,6 +106,8 @@ def test_every_layout_gives_the_same_numbers(small_run, reference_rows, tmp_path
     run(dpo.run, *layout, small_run.dpo(tmp_path, layout=layout[:2], iterations=3, **values))
     for ours, expected in zip(rows(tmp_path), reference_rows, strict=True):
         names = [name for name in expected if name.startswith("heldout")] + ["loss", "accuracy", "margin", "chosen_reward", "grad_norm"]
+        if expected is reference_rows[0]:
+            names.remove("accuracy")  # the policy is the reference: margins are rounding errors, of either sign
         for name in names:
             assert ours[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-4), name
 
