@@ -317,6 +317,10 @@ class PPOConfig(TrainerConfig):
     clip_grad: float = 0.5
     temperature: float = 1.0
     """Divides the logits in rollout, old, reference and update alike."""
+    top_p: float = 1.0
+    """Not supported below 1: log-probabilities are of the whole distribution; the key exists to say so."""
+    top_k: int = 0
+    """Not supported above 0, as top_p."""
     kl_coef: float = 0.02
     """Weight of the per-token KL penalty (its start value when kl_target is set)."""
     kl_target: float = 0.0
@@ -327,6 +331,10 @@ class PPOConfig(TrainerConfig):
     lam: float = 0.95
     """Lambda of generalised advantage estimation."""
     clip_ratio: float = 0.2
+    dual_clip: float = 0.0
+    """Bound of a token's loss where its advantage is negative, in advantages (Ye et al. 2020: 3); 0 = none."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus per token in the policy's loss; 0 = none."""
     value_clip: float = 0.1
     reward_clip: float = 100.0
     missing_eos_penalty: float = -1.0
@@ -360,6 +368,13 @@ class PPOConfig(TrainerConfig):
             raise ValueError(f"warmup_iterations = {self.warmup_iterations} + value_warmup = {self.value_warmup}: expected fewer together "
                              f"than iterations = {self.iterations}")
         positive(self, "temperature", "value_lr", "clip_ratio", "value_clip", "reward_clip")
+        for name, off in (("top_p", 1.0), ("top_k", 0)):
+            if getattr(self, name) != off:
+                raise ValueError(f"{name} = {getattr(self, name)}: samples would come from a truncated distribution, whose "
+                                 f"log-probabilities PPO's ratio and KL do not have; set {name} = {off}, or lower temperature")
+        if self.dual_clip and self.dual_clip <= 1:
+            raise ValueError(f"dual_clip = {self.dual_clip}: expected 0 (off) or more than 1")
+        at_least(self, 0, "entropy_coef")
         if self.micro_batch_tokens and self.micro_batch_tokens < self.prompt_length + self.response_length:
             raise ValueError(f"micro_batch_tokens = {self.micro_batch_tokens}: expected 0 (off) or at least prompt_length + "
                              f"response_length = {self.prompt_length + self.response_length}, so that the longest sample fits")

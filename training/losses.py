@@ -14,7 +14,8 @@ import torch.nn.functional as F
 
 def logistic_loss(margin: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
     """-log sigmoid(r_i - r_j), the negative log-likelihood of Bradley and Terry's model (Ouyang et al. 2022, eq. 1; with DPO's implicit
-    rewards Rafailov et al. 2023, eq. 7); ``label_smoothing``: the probability that a pair is the wrong way round (Mitchell 2023).
+    rewards Rafailov et al. 2023, eq. 7), any shape; ``label_smoothing``: the probability that a pair is the wrong way round (Mitchell
+    2023).
 
     >>> logistic_loss(torch.tensor([0.0, 2.0, 2.0]), 0.1)
     tensor([0.6931, 0.3269, 0.3269])
@@ -24,7 +25,11 @@ def logistic_loss(margin: torch.Tensor, label_smoothing: float = 0.0) -> torch.T
 
 def ipo_loss(margin: torch.Tensor, beta: float) -> torch.Tensor:
     """(h - 1 / (2 beta))^2 with h = ``margin`` / beta, by how much the log ratios of a pair's whole replies differ (Azar et al. 2024,
-    eq. 17): they are to be apart by so much, not by ever more."""
+    eq. 17): they are to be apart by so much, not by ever more. Any shape.
+
+    >>> ipo_loss(torch.tensor([0.0, 0.5, 1.0]), beta=0.5)  # apart by 1 in log ratios is what it asks for
+    tensor([1., 0., 1.])
+    """
     return (margin / beta - 1 / (2 * beta)) ** 2
 
 
@@ -35,6 +40,9 @@ def pairwise_loss(rewards: torch.Tensor, scores: torch.Tensor, loss: Callable[[t
     Equal scores form no pair, nor does a score of NaN (a reply that only fills up the row). Returns, each (Q,): the mean of
     ``loss(r_i - r_j)`` over the query's valid pairs (Ouyang et al. 2022, eq. 1), the pairs' accuracy, their mean margin,
     and whether the query has a pair at all (where not, the others are 0).
+
+    >>> pairwise_loss(torch.tensor([[2.0, 0.0, 1.0]]), torch.tensor([[5.0, 1.0, 1.0]]))  # pairs: 2 against 0, 2 against 1
+    (tensor([0.2201]), tensor([1.]), tensor([1.5000]), tensor([True]))
     """
     margin = rewards[:, :, None] - rewards[:, None, :]
     pair = scores[:, :, None] > scores[:, None, :]
@@ -47,18 +55,32 @@ def pairwise_loss(rewards: torch.Tensor, scores: torch.Tensor, loss: Callable[[t
 
 
 def kl_k1(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
-    """Per-token log p - log p_ref on p's own samples: unbiased, may be negative (Schulman 2020, k1)."""
+    """Per-token log p - log p_ref on p's own samples, any shape: unbiased, may be negative (Schulman 2020, k1).
+
+    >>> kl_k1(torch.tensor([0.5]).log(), torch.tensor([0.25]).log())
+    tensor([0.6931])
+    """
     return logprobs - ref_logprobs
 
 
 def kl_k3(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
-    """Per-token (r - 1) - log r with r = p_ref / p: unbiased and never negative (Schulman 2020, k3)."""
+    """Per-token (r - 1) - log r with r = p_ref / p, any shape: unbiased and never negative (Schulman 2020, k3).
+
+    >>> kl_k3(torch.tensor([0.5]).log(), torch.tensor([0.25]).log())  # 0.5 - 1 + log 2
+    tensor([0.1931])
+    """
     log_ratio = ref_logprobs - logprobs
     return log_ratio.exp() - 1 - log_ratio
 
 
 def token_rewards(logprobs, ref_logprobs, scores, response_mask, kl_coef: float) -> torch.Tensor:
-    """Rewards (B, T): -kl_coef * k1 at each response token, plus ``scores`` (B,) at the last one (Ouyang et al. 2022, eq. 2)."""
+    """Rewards (B, T): -kl_coef * k1 at each response token, plus ``scores`` (B,) at the last one (Ouyang et al. 2022, eq. 2).
+    ``logprobs``, ``ref_logprobs``, ``response_mask`` (B, T).
+
+    >>> token_rewards(torch.tensor([[-1.0, -1.0, -1.0]]), torch.tensor([[-2.0, -2.0, -1.0]]), torch.tensor([5.0]),
+    ...               torch.tensor([[False, True, True]]), kl_coef=0.1)[:, 1:]
+    tensor([[-0.1000,  5.0000]])
+    """
     rewards = -kl_coef * kl_k1(logprobs, ref_logprobs) * response_mask
     positions = torch.arange(response_mask.size(1), device=response_mask.device)
     last = (response_mask * positions).argmax(1, keepdim=True)
@@ -68,7 +90,10 @@ def token_rewards(logprobs, ref_logprobs, scores, response_mask, kl_coef: float)
 def gae(rewards, values, response_mask, gamma: float, lam: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16) over response tokens only -> advantages, returns (B, T).
 
-    The value after the last response token is 0; outside the mask both results are 0.
+    The value after the last response token is 0; outside the mask both results are 0. ``rewards``, ``values``, ``response_mask`` (B, T).
+
+    >>> gae(torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([[9.0, 0.5, 0.5]]), torch.tensor([[False, True, True]]), gamma=1.0, lam=0.5)
+    (tensor([[0.0000, 0.2500, 0.5000]]), tensor([[0.0000, 0.7500, 1.0000]]))
     """
     advantages = torch.zeros_like(values)
     carried = torch.zeros_like(values[:, 0])
@@ -83,27 +108,54 @@ def gae(rewards, values, response_mask, gamma: float, lam: float) -> tuple[torch
 
 
 def whiten(advantages, mean: torch.Tensor, variance: torch.Tensor, response_mask) -> torch.Tensor:
-    """(A - mean) / std at response tokens, 0 elsewhere; the moments are those of the whole iteration on all ranks."""
+    """(A - mean) / std at response tokens, 0 elsewhere, (B, T); ``mean`` and ``variance`` () are those of the whole iteration on all ranks
+    (the "advantage normalisation" of Andrychowicz et al. 2021, C67, over the iteration instead of the minibatch).
+
+    >>> whiten(torch.tensor([[7.0, 1.0, 3.0]]), torch.tensor(2.0), torch.tensor(1.0), torch.tensor([[False, True, True]]))
+    tensor([[ 0., -1.,  1.]])
+    """
     return (advantages - mean) * (variance + 1e-8).rsqrt() * response_mask
 
 
-def policy_loss(logprobs, old_logprobs, advantages, response_mask, clip: float):
-    """Sum over response tokens of PPO's clipped objective (Schulman et al. 2017, eq. 7) -> loss, clip fraction sum, approx KL sum."""
+def policy_loss(logprobs, old_logprobs, advantages, response_mask, clip: float, dual_clip: float = 0.0):
+    """Sum over response tokens of PPO's clipped objective (Schulman et al. 2017, eq. 7) -> loss, clip fraction sum, approx KL sum.
+
+    All (B, T). ``dual_clip`` c > 1 bounds the loss of a token with negative advantage by -c A (Ye et al. 2020, eq. 5): its ratio may be
+    anything, and the clip above only bounds what is gained; 0 = off. Approx KL is k3 of old against new policy.
+
+    >>> ratio, advantages = torch.tensor([[1.5, 1.5, 8.0]]), torch.tensor([[1.0, -1.0, -1.0]])
+    >>> policy_loss(ratio.log(), torch.zeros(1, 3), advantages, torch.ones(1, 3).bool(), clip=0.2)  # -1.2 + 1.5 + 8
+    (tensor(8.3000), tensor(1), tensor(5.1096))
+    >>> policy_loss(ratio.log(), torch.zeros(1, 3), advantages, torch.ones(1, 3).bool(), clip=0.2, dual_clip=3.0)[0]  # -1.2 + 1.5 + 3
+    tensor(3.3000)
+    """
     log_ratio = (logprobs - old_logprobs) * response_mask
     ratio = log_ratio.exp()
     unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
-    loss = (torch.maximum(unclipped, clipped) * response_mask).sum()
+    losses = torch.maximum(unclipped, clipped)
+    if dual_clip:
+        losses = torch.where(advantages < 0, torch.minimum(losses, -dual_clip * advantages), losses)
     clip_fraction = ((clipped > unclipped) & response_mask).sum()
-    return loss, clip_fraction, ((ratio - 1 - log_ratio) * response_mask).sum()
+    return (losses * response_mask).sum(), clip_fraction, ((ratio - 1 - log_ratio) * response_mask).sum()
 
 
 def value_loss(values, old_values, returns, response_mask, clip: float) -> torch.Tensor:
-    """Sum over response tokens of 0.5 max((V - R)^2, (clip(V, V_old +- clip) - R)^2)."""
+    """Sum over response tokens of 0.5 max((V - R)^2, (clip(V, V_old +- clip) - R)^2): the clipped objective's counterpart for values
+    (Schulman et al.'s code, OpenAI baselines' ppo2; Andrychowicz et al. 2021, C12). All (B, T).
+
+    >>> value_loss(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5, 0.0]]), torch.tensor([[1.0, 2.0]]), torch.ones(1, 2).bool(), clip=0.1)
+    tensor(2.0800)
+    """
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     return 0.5 * (torch.maximum((values - returns) ** 2, (clipped - returns) ** 2) * response_mask).sum()
 
 
 def adaptive_kl_coef(kl_coef: float, kl: float, target: float, samples: int, horizon: int) -> float:
-    """Next coefficient of the proportional controller (Ziegler et al. 2019, section 2.2); ``kl`` in nats per response."""
+    """Next coefficient of the proportional controller (Ziegler et al. 2019, section 2.2); ``kl`` and ``target`` in nats per response,
+    ``samples`` in the iteration, ``horizon`` in samples.
+
+    >>> adaptive_kl_coef(0.1, kl=6.6, target=6.0, samples=100, horizon=1000)  # 10% too much: 1% more
+    0.101
+    """
     error = max(-0.2, min(0.2, kl / target - 1))
     return kl_coef * (1 + error * samples / horizon)

@@ -2,8 +2,8 @@
 
 An iteration: sample responses; log-probabilities of policy and frozen reference, values and rewards by the training forward;
 rewards per token, GAE, whitening over the whole iteration; clipped updates of policy and value, one denominator a minibatch.
-Left out: entropy bonus, dual clip, off-policy reuse of samples. Every draw is seeded by (seed, iteration, row), so samples
-depend neither on layout nor on interruptions.
+Optional: an entropy bonus, dual clip, an adaptive KL coefficient. Left out: off-policy reuse of samples, top-p and top-k. Every draw
+is seeded by (seed, iteration, row), so samples depend neither on layout nor on interruptions.
 """
 
 from __future__ import annotations
@@ -38,8 +38,10 @@ def policy_objective(config: PPOConfig) -> Objective:
     def compute(output: Output, batch: Batch):
         mask = batch["response_mask"]
         logprobs, entropy = next_token_logprobs_and_entropy(output, batch["tokens"], config.temperature, mask)
-        loss, clipped, approx_kl = losses.policy_loss(logprobs, batch["old_logprobs"], batch["advantages"], mask, config.clip_ratio)
-        return loss, mask.sum(), torch.stack((loss, clipped, approx_kl, entropy.detach().sum()))
+        surrogate, clipped, approx_kl = losses.policy_loss(logprobs, batch["old_logprobs"], batch["advantages"], mask, config.clip_ratio,
+                                                           config.dual_clip)
+        loss = surrogate - config.entropy_coef * entropy.sum() if config.entropy_coef else surrogate
+        return loss, mask.sum(), torch.stack((surrogate, clipped, approx_kl, entropy.detach().sum()))
 
     return Objective(("policy_loss", "clip_fraction", "approx_kl", "entropy"), compute)
 

@@ -133,7 +133,7 @@ class Reference:
         """One minibatch: value, then policy."""
         config, count = self.config, sum(len(row.logprobs) for row in rows)
         self.steps += 1
-        value_loss = policy_loss = clipped = entropy = 0.0
+        value_loss = policy_loss = bonus = clipped = entropy = 0.0
         for row in rows:
             now = self.values(row)
             near = torch.minimum(torch.maximum(now, row.values - config.value_clip), row.values + config.value_clip)
@@ -144,10 +144,14 @@ class Reference:
             ratio = (odds[torch.arange(len(row.logprobs)), torch.tensor(row.tokens[row.start:])] - row.logprobs).exp()
             near = ratio.clamp(1 - config.clip_ratio, 1 + config.clip_ratio)
             gain = torch.minimum(ratio * row.advantages, near * row.advantages)
+            if config.dual_clip:
+                gain = torch.where(row.advantages < 0, torch.maximum(gain, config.dual_clip * row.advantages), gain)
             policy_loss = policy_loss - gain.sum() / count
+            spread = -(odds.exp() * odds).sum()
+            bonus = bonus + config.entropy_coef * spread / count
             clipped += (near * row.advantages < ratio * row.advantages).sum().item() / count
-            entropy += -(odds.exp() * odds).sum().item() / count
-        norm = self.step("policy", self.policy, policy_loss, config.lr, total)
+            entropy += spread.item() / count
+        norm = self.step("policy", self.policy, policy_loss - bonus, config.lr, total)
         return {"value_loss": value_loss.item(), "policy_loss": policy_loss.item(), "clip_fraction": clipped, "entropy": entropy,
                 "grad_norm": norm, "value_grad_norm": value_norm}
 

@@ -1,6 +1,8 @@
 """The mathematics against hand-computed cases and plain loops."""
 
+import doctest
 import math
+import re
 
 import pytest
 import torch
@@ -66,17 +68,19 @@ def test_first_minibatch_has_ratio_one():
     assert abs(loss / count) < 1e-7 and clipped == 0 and approx_kl == 0
 
 
-def test_policy_loss_equals_the_formula_token_by_token():
+@pytest.mark.parametrize("dual", [0.0, 1.5])
+def test_policy_loss_equals_the_formula_token_by_token(dual):
     torch.manual_seed(3)
-    new, old, advantages = -torch.rand(3, 5), -torch.rand(3, 5), torch.randn(3, 5)
+    new, old, advantages = -torch.rand(3, 5), -2 * torch.rand(3, 5), torch.randn(3, 5)
     mask = torch.rand(3, 5) > 0.3
     expected = clipped = 0.0
     for i, t in mask.nonzero().tolist():
         ratio = math.exp(new[i, t] - old[i, t])
         bounded = min(max(ratio, 0.8), 1.2)
-        expected -= min(ratio * advantages[i, t].item(), bounded * advantages[i, t].item())
+        objective = min(ratio * advantages[i, t].item(), bounded * advantages[i, t].item())
+        expected -= max(objective, dual * advantages[i, t].item()) if dual and advantages[i, t] < 0 else objective
         clipped += bounded * advantages[i, t].item() < ratio * advantages[i, t].item()
-    loss, fraction, _ = losses.policy_loss(new, old, advantages, mask, 0.2)
+    loss, fraction, _ = losses.policy_loss(new, old, advantages, mask, 0.2, dual)
     assert loss.item() == pytest.approx(expected, rel=1e-5) and fraction.item() == clipped
 
 
@@ -93,6 +97,15 @@ def test_kl_estimators_agree_with_the_exact_divergence_in_the_mean():
     assert (p.exp() * losses.kl_k1(p, q)).sum() == pytest.approx(exact.item(), rel=1e-5)
     assert (p.exp() * losses.kl_k3(p, q)).sum() == pytest.approx(exact.item(), rel=1e-5)
     assert (losses.kl_k3(p, q) >= 0).all()
+
+
+@pytest.mark.parametrize("name", [name for name, found in vars(losses).items() if getattr(found, "__module__", "") == losses.__name__])
+def test_each_function_s_worked_example(name):
+    """Shapes, source and an example with numbers are in the docstring; the example is run."""
+    text = getattr(losses, name).__doc__
+    assert re.search(r"\(.*\d{4}|baselines", text) and re.search(r"\(B, T\)|\(Q, K\)|any shape|nats", text, re.IGNORECASE)
+    (example,) = doctest.DocTestFinder(recurse=False).find(getattr(losses, name), name, losses, globs=dict(vars(losses)))
+    assert example.examples and doctest.DocTestRunner().run(example).failed == 0
 
 
 @pytest.mark.parametrize(("kl", "expected"), [(6.0, 0.1), (60.0, 0.1 * (1 + 0.2 * 64 / 1000)), (0.0, 0.1 * (1 - 0.2 * 64 / 1000))])

@@ -141,7 +141,9 @@ def test_contradictions_are_errors_that_say_what_to_change(small_run, tmp_path):
         build(PPOConfig, {"kl_coeff": 0.1}, "rlhf")
     with pytest.raises(ValueError, match="rollout_batch_size = 12 is not a multiple of global_batch_size = 8"):
         small_run.ppo(tmp_path, rollout_batch_size=12)
-    for change, message in (({"prompt_length": 0}, "prompt_length = 0: expected at least 1"), ({"lam": 1.5}, "lam = 1.5"),
+    for change, message in (({"prompt_length": 0}, "prompt_length = 0: expected at least 1"),
+                            ({"top_p": 0.9}, "top_p = 0.9: .* set top_p = 1.0, or lower temperature"), ({"top_k": 50}, "set top_k = 0"),
+                            ({"dual_clip": 1.0}, "dual_clip = 1.0: expected 0 .off. or more than 1"), ({"lam": 1.5}, "lam = 1.5"),
                             ({"value_warmup": 5}, "value_warmup = 5: expected fewer together than iterations = 2")):
         with pytest.raises(ValueError, match=message):
             small_run.ppo(tmp_path, **change)

@@ -27,7 +27,8 @@ def weights(config, stage, head: str) -> tuple[dict, tuple]:
 def test_two_iterations_equal_plain_torch_with_hugging_face(small_run, tmp_path):
     """Samples exactly; rewards, KL, losses, norms and entropy to 1e-5 in the first iteration and, after eight updates of each model
     (two epochs of two minibatches), to 2e-4 in the second: it sees every sign, mask, shift, denominator, moment and rate."""
-    settings = dict(iterations=2, epochs=2, kl_coef=0.1, response_length=16, temperature=0.8, value_clip=0.02, clip_ratio=0.05)
+    settings = dict(iterations=2, epochs=2, kl_coef=0.1, response_length=16, temperature=0.8, value_clip=0.02, clip_ratio=0.05,
+                    dual_clip=1.02, entropy_coef=0.02)
     config = small_run.ppo(tmp_path, **settings)
     run(ppo.run, 1, 2, 1, small_run.ppo(tmp_path, layout=(1, 2), micro_batch_tokens=150, **settings))
     ours = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
