@@ -133,8 +133,10 @@ def _trainer(rank: Rank) -> Estimate:
 
 def _ppo(rank: Rank) -> Estimate:
     config, shape = rank.config, rank.shape
-    static = [*rank.trained("policy", "lm"), *rank.trained("value", "scalar"), *rank.frozen("reference", "lm"),
-              *rank.frozen("reward", "scalar")]
+    static = [*rank.trained("policy", "lm"), *rank.trained("value", "scalar")]
+    frozen = [*rank.frozen("reference", "lm"), *rank.frozen("reward", "scalar")]
+    score = [max(frozen, key=lambda line: line[1])] if config.offload_frozen else []  # one of them at a time
+    static += [] if config.offload_frozen else frozen
     length = config.prompt_length + config.response_length
     tokens = config.micro_batch_tokens or config.micro_batch_size * length
     micro_batches = -(-config.global_batch_size * length // (tokens * rank.data))
@@ -143,7 +145,7 @@ def _ppo(rank: Rank) -> Estimate:
     cache = 2 * rank.word * rank.layers("lm") * shape.hidden / config.tensor_parallel * rows * length / GB
     logits = rank.last * rows * 4 * 3 * shape.padded_vocab(config.tensor_parallel) / GB  # gathered; probabilities, cumulative
     rollout = [(f"keys and values of {rows} rows", cache), ("logits of a rollout step", logits)]
-    worst = max(update, rollout, key=lambda lines: sum(gb for _, gb in lines))
+    worst = max(update, rollout, score, key=lambda lines: sum(gb for _, gb in lines))
     return Estimate((*static, *worst))
 
 
@@ -191,6 +193,8 @@ def _changes(stage: str, shape: Shape, config: TrainerConfig, asked: Resources, 
         yield words + more, made, nodes * gpus
     if 2 * asked.nodes <= profile.max_nodes:
         yield f"--set resources.{stage}.nodes={2 * asked.nodes}", lambda: config, 2 * asked.ranks
+    if isinstance(config, PPOConfig) and not config.offload_frozen:
+        yield *keys(offload_frozen=True), asked.ranks
     if isinstance(config, PPOConfig) and config.generation_batch_size > 1:
         yield *keys(generation_batch_size=config.generation_batch_size // 2), asked.ranks
 

@@ -317,6 +317,8 @@ class PPOConfig(TrainerConfig):
     clip_grad: float = 0.5
     temperature: float = 1.0
     """Divides the logits in rollout, old, reference and update alike."""
+    offload_frozen: bool = False
+    """Keep reference and reward model in host memory (each node needs room for its ranks' parts) but while they score."""
     top_p: float = 1.0
     """Not supported below 1: log-probabilities are of the whole distribution; the key exists to say so."""
     top_k: int = 0

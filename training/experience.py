@@ -6,6 +6,7 @@ whole iteration by construction. 1,024 samples of 1,536 tokens are 40 MB.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from training.data.tokenizer import Tokenizer
 from training.generation.rollout import generate, inverse_cdf
 from training.model.heads import next_token_logprobs
 from training.model.language_model import LanguageModel
+from training.offload import Parked
 from training.reward import read_last
 from training.samples import Plan
 from training.start import length_multiple
@@ -49,8 +51,8 @@ class Models:
     """The four models of PPO. ``policy`` and ``value`` learn; ``reference`` and ``reward`` are frozen."""
 
     policy: LanguageModel
-    reference: LanguageModel
-    reward: LanguageModel
+    reference: LanguageModel | Parked
+    reward: LanguageModel | Parked
     value: LanguageModel
 
 
@@ -109,8 +111,16 @@ def score(config: PPOConfig, models: Models, batch: Batch, rows: Plan) -> Scored
     def head(values, micro):
         return values
 
-    return Scored(rows.look(models.policy, batch, logprobs), rows.look(models.reference, batch, logprobs),
-                  state_values(rows.look(models.value, batch, head)), read_last(rows.look(models.reward, batch, head), batch))
+    with at_work(models.reference) as reference:
+        ref_logprobs = rows.look(reference, batch, logprobs)
+    with at_work(models.reward) as reward:
+        scores = read_last(rows.look(reward, batch, head), batch)
+    return Scored(rows.look(models.policy, batch, logprobs), ref_logprobs, state_values(rows.look(models.value, batch, head)), scores)
+
+
+def at_work(model: LanguageModel | Parked):
+    """A context in which the model's weights are on the device."""
+    return model if isinstance(model, Parked) else contextlib.nullcontext(model)
 
 
 def calibrate(rollout: Rollout, scored: Scored) -> float | None:

@@ -23,6 +23,7 @@ from training.loop import Boundary, at, resume
 from training.main import run_stage
 from training.model.heads import Output, next_token_logprobs_and_entropy
 from training.model.language_model import LanguageModel
+from training.offload import Parked
 from training.phases import Phases
 from training.samples import Plan, plan
 from training.shape import Shape
@@ -88,8 +89,11 @@ def load_models(config: PPOConfig, shape: Shape) -> Models:
         checkpoint.load_weights(source, model)
         return model
 
-    return Models(policy=make("lm", sft), reference=make("lm", sft).requires_grad_(False),
-                  reward=make("scalar", reward).requires_grad_(False), value=make("scalar", reward))
+    def frozen(head: str, source) -> LanguageModel | Parked:
+        model = make(head, source).requires_grad_(False)
+        return Parked(model) if config.offload_frozen else model
+
+    return Models(reference=frozen("lm", sft), reward=frozen("scalar", reward), policy=make("lm", sft), value=make("scalar", reward))
 
 
 class PPO:

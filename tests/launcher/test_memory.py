@@ -70,6 +70,12 @@ def test_ppo_counts_four_models_and_the_distributed_optimizer_shards_over_data_r
     assert one.static == pytest.approx(2 * (18 + 2) * SHAPES["7b1"].parameters() / 8e9, rel=0.01)
 
 
+def test_frozen_models_in_host_memory_take_none_of_the_gpu_s_but_while_they_score():
+    config = PPOConfig(paths=PPO_PATHS)
+    here, parked = (memory.estimate(SHAPES["560m"], dataclasses.replace(config, offload_frozen=value), 1) for value in (False, True))
+    assert here.total - parked.total == pytest.approx(2 * 2 * SHAPES["560m"].parameters() / 1e9, rel=0.01)
+
+
 @pytest.mark.parametrize("change", [{"recompute": "full"}, {"recompute": "selective"}, {"sequence_parallel": True},
                                     {"micro_batch_size": 4}])
 def test_what_a_setting_frees(change):

@@ -37,10 +37,10 @@ def reference_rows(small_run, tmp_path_factory):
     return rows(stage)
 
 
-SEQUENCE, PACKED = {"sequence_parallel": True}, {"micro_batch_tokens": 100}
+SEQUENCE, PACKED, PARKED = {"sequence_parallel": True}, {"micro_batch_tokens": 100}, {"offload_frozen": True}
 
 
-@pytest.mark.parametrize(("layout", "values"), [((2, 1, 1), {}), ((1, 2, 1), {}), ((1, 1, 2), {}), ((1, 2, 2), {}), ((1, 2, 2), PACKED),
+@pytest.mark.parametrize(("layout", "values"), [((2, 1, 1), {}), ((1, 2, 1), PARKED), ((1, 1, 2), {}), ((1, 2, 2), {}), ((1, 2, 2), PACKED),
                                                 ((2, 1, 1), SEQUENCE), ((2, 2, 1), SEQUENCE | PACKED)])
 def test_every_layout_gives_the_same_numbers(small_run, reference_rows, tmp_path, layout, values):
     """Two iterations of two minibatches: samples, rewards, KL, losses and gradient norms equal those of one rank, padded."""
@@ -114,6 +114,23 @@ def test_response_without_eos_gets_the_penalty_instead_of_the_score(small_run, t
     reward, returns = run(scores, 1, 1, 1, small_run.ppo(tmp_path, gamma=1.0, lam=1.0))[0]
     assert reward == pytest.approx((5.0 - 1.0) / 2)
     assert returns[:, 2:4].tolist() == [[5.0, 5.0], [-1.0, -1.0]]
+
+
+def parked_weights(config) -> list[bool]:
+    """Of reference and reward model: while idle the weights are those in host memory, at work a copy, then the first again."""
+    trainer, seen = ppo.PPO(config), []
+    for parked in (trainer.models.reference, trainer.models.reward):
+        weight, home = parked.home[0]
+        seen.append(weight.data_ptr() == home.data_ptr())
+        with parked:
+            seen.append(weight.data_ptr() != home.data_ptr() and torch.equal(weight, home))
+        seen.append(weight.data_ptr() == home.data_ptr())
+    return seen
+
+
+def test_frozen_models_wait_in_host_memory(small_run, tmp_path):
+    """That the numbers are the same, test_every_layout shows."""
+    assert run(parked_weights, 1, 1, 1, small_run.ppo(tmp_path, **PARKED)) == [[True] * 6]
 
 
 def test_value_warm_up_leaves_the_policy_alone(small_run, tmp_path):
