@@ -156,9 +156,16 @@ class TrainerConfig:
     """Iterations between evaluations on the held-out rows; the last is always evaluated."""
     log_every: int = 10
     """Iterations between lines of the log."""
+    wandb: str = "off"
+    """Weights & Biases beside metrics.jsonl: "off", "offline" (files, for ``wandb sync``) or "online" (needs WANDB_API_KEY)."""
+    mlflow: str = ""
+    """MLflow's tracking address ("http://host:5000", "file:///folder") beside metrics.jsonl; "" = none."""
+    tracking_project: str = "convoy"
+    """W&B's project, MLflow's experiment."""
 
     def __post_init__(self):
         one_of(self, "precision", ("bf16", "fp32"))
+        one_of(self, "wandb", ("off", "online", "offline"))
         one_of(self, "optimizer_precision", ("fp32", "bf16"))
         one_of(self, "schedule", ("cosine", "linear", "constant"))
         one_of(self, "recompute", ("none", "selective", "full"))

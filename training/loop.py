@@ -11,7 +11,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from training import checkpoint
+from training import checkpoint, trackers
 from training.config import TrainerConfig
 from training.data.batches import Sampler
 from training.data.prefetch import Make, prefetched
@@ -54,7 +54,7 @@ class Boundary:
 
     def __init__(self, config: TrainerConfig, learners: dict[str, Learner], start: int, headline: tuple[str, ...], stop: StopRequest):
         self.config, self.learners, self.headline, self.stop = config, learners, headline, stop
-        self.metrics = Metrics(config.paths.output, config.iterations, start) if is_main() else None
+        self.metrics = Metrics(config.paths.output, config.iterations, start, trackers.start(config)) if is_main() else None
         self.saver = Saver(config.paths.output, learners, config)
 
     def end(self, iteration: int, values: dict[str, float], heldout: Callable[[], dict[str, float]], state: Callable[[], dict],

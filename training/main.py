@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import TypeVar
 
+from training import trackers
 from training.checksums import Damaged
 from training.config import TrainerConfig
 from training.data.formats import DataError
@@ -41,6 +42,7 @@ def run_stage(kind: type[Config], stage: Callable[[Config], None]) -> int:
     try:
         config = load(kind, sys.argv[1])
         if isinstance(config, TrainerConfig):
+            trackers.check(config)
             layout = ranks(config.tensor_parallel, config.pipeline_parallel, config.seed, virtual_pipeline_size=config.virtual_pipeline)
         else:
             layout = ranks(1, 1, 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
@@ -13,10 +14,12 @@ from torch.utils.tensorboard import SummaryWriter
 class Metrics:
     """Writer of ``<stage>/metrics.jsonl`` and ``<stage>/tensorboard/``; made on one rank only.
 
+    ``mirrors``: trackers (training.trackers) that get the same numbers.
+
     On resume, rows beyond the resumed iteration are dropped first, so that the file reads as if nothing had happened.
     """
 
-    def __init__(self, stage: str | Path, total: int, resumed: int = 0):
+    def __init__(self, stage: str | Path, total: int, resumed: int = 0, mirrors: Sequence = ()):
         self.path, self.total = Path(stage) / "metrics.jsonl", total
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in self._lines() if json.loads(line)["iteration"] <= resumed]
@@ -25,7 +28,7 @@ class Metrics:
         aside.replace(self.path)
         self.file = self.path.open("a", encoding="utf-8")
         self.events = SummaryWriter(str(Path(stage) / "tensorboard"), purge_step=resumed + 1)
-        self.started, self.resumed = time.monotonic(), resumed
+        self.started, self.resumed, self.mirrors = time.monotonic(), resumed, mirrors
 
     def _lines(self) -> list[str]:
         """Whole lines only: a killed run may leave half a line."""
@@ -41,6 +44,8 @@ class Metrics:
         self.file.flush()
         for name, value in values.items():
             self.events.add_scalar(name, value, iteration)
+        for mirror in self.mirrors:
+            mirror.log(iteration, {name: value for name, value in values.items() if math.isfinite(value)})
         if headline:
             done = max(iteration - self.resumed, 1)
             left = (time.monotonic() - self.started) / done * (self.total - iteration)
@@ -50,3 +55,5 @@ class Metrics:
     def close(self) -> None:
         self.file.close()
         self.events.close()
+        for mirror in self.mirrors:
+            mirror.close()
