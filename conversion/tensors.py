@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 
+from training.model.lora import merge
 from training.settings import ConfigError
 
 with warnings.catch_warnings():  # torch says once that it can't know such a buffer to be read-only: nobody writes to ours
@@ -163,6 +164,23 @@ class Stored(Rows):
         for offset, piece in wanted.pieces:
             values[tuple(slice(first, first + size) for first, size in zip(offset, piece.shape, strict=True))] = piece
         return values
+
+
+@dataclass(frozen=True)
+class Merged(Stored):
+    """W + scale B A: a matrix with its low-rank adapters (training/model/lora.py), added as its rows are read."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+
+    def part(self, axis: int, start: int, length: int) -> Merged:
+        a, b = (self.a, self.b.narrow(0, start, length)) if axis == 0 else (self.a.narrow(1, start, length), self.b)
+        weight = super().part(axis, start, length)
+        return Merged(weight.shape, weight.dtype, weight.pieces, a, b, self.scale)
+
+    def rows(self, start: int, length: int) -> torch.Tensor:
+        return merge(super().rows(start, length), self.a, self.b.narrow(0, start, length), self.scale)
 
 
 def _moved(offset: tuple[int, ...], axis: int, by: int) -> tuple[int, ...]:

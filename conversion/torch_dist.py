@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from conversion.tensors import Piece, Rows, Stored, mapped, raw, view
+from conversion.tensors import Merged, Piece, Rows, Stored, mapped, raw, view
 from conversion.weights import Entry, entries
 from training import unpickle
 from training.settings import ConfigError
@@ -53,7 +53,8 @@ def head_in(folder: Path) -> str:
 
 
 def read(folder: str | Path, shape: Shape, head: str) -> dict[str, Rows]:
-    """Tensors by Hugging Face name, vocabulary padding cut off. Raises ConfigError where they are not those of ``shape``."""
+    """Tensors by Hugging Face name, vocabulary padding cut off, low-rank adapters merged. Raises ConfigError where they are not those of
+    ``shape``."""
     folder, described = Path(folder), metadata(Path(folder))
     chunks: dict[str, list] = {}
     for place, where in described.storage_data.items():
@@ -63,11 +64,15 @@ def read(folder: str | Path, shape: Shape, head: str) -> dict[str, Rows]:
     missing = [entry.key for entry in table if entry.key not in described.state_dict_metadata]
     if missing:
         raise ConfigError(f"{folder}: {missing[0]} is missing; is it a checkpoint of this model?")
-    check_unused(folder, described, {entry.key for entry in table}, shape)
+    check_unused(folder, described, {key for entry in table for key in (entry.key, *adapters(entry))}, shape)
+
+    def held(key: str, layer: int | None) -> Stored:
+        if key not in whole:
+            whole[key] = _stored(folder, described.state_dict_metadata[key], chunks[key], maps)
+        return whole[key] if layer is None else _layer(folder, whole[key], key, layer, shape.layers)
+
     for entry in table:
-        if entry.key not in whole:
-            whole[entry.key] = _stored(folder, described.state_dict_metadata[entry.key], chunks[entry.key], maps)
-        tensor = whole[entry.key] if entry.layer is None else _layer(folder, whole[entry.key], entry, shape.layers)
+        tensor = held(entry.key, entry.layer)
         wanted = entry.weight.size
         if entry.vocabulary and tensor.shape[0] > wanted[0]:
             tensor = tensor.part(0, 0, wanted[0])
@@ -75,20 +80,31 @@ def read(folder: str | Path, shape: Shape, head: str) -> dict[str, Rows]:
             raise ConfigError(f"{folder}: {entry.key} has shape {list(tensor.shape)}, the model's config.json says {list(wanted)}")
         if not tensor.complete:
             raise ConfigError(f"{folder}: a part of {entry.key} is in none of its files: the checkpoint is not complete")
+        if any(key in described.state_dict_metadata for key in adapters(entry)):
+            a, b, scale = (held(key, entry.layer).load() for key in adapters(entry))
+            tensor = Merged(tensor.shape, tensor.dtype, tensor.pieces, a, b, scale.item())
         found |= entry.unwoven(tensor)
     return found
 
 
+def adapters(entry: Entry) -> tuple[str, ...]:
+    """Keys of A, B and the scale that a layer's matrix may have beside it (training/model/lora.py)."""
+    stem = entry.key.removesuffix(".weight")
+    return () if entry.layer is None or stem == entry.key else tuple(f"{stem}.lora_{part}" for part in ("a", "b", "scale"))
+
+
 def sources(folder: Path, shape: Shape, head: str) -> dict[str, set[str]]:
     """Hugging Face name -> names of the files that the tensor lies in."""
-    described, keyed = metadata(folder), {entry.key for entry in entries(shape, head) if entry.layer is not None}
+    described = metadata(folder)
+    keyed = {key for entry in entries(shape, head) if entry.layer is not None for key in (entry.key, *adapters(entry))}
     places: dict[tuple[str, int | None], set[str]] = {}
     for key, tensor in described.state_dict_metadata.items():
         for chunk in getattr(tensor, "chunks", ()):
             first, where = chunk.offsets[0], described.storage_data[MetadataIndex(key, chunk.offsets)].relative_path
             for layer in range(first, first + chunk.sizes[0]) if key in keyed else (None,):
                 places.setdefault((key, layer), set()).add(where)
-    return {name: places[entry.key, entry.layer] for entry in entries(shape, head) for name in entry.parts}
+    return {name: set().union(*(places.get((key, entry.layer), ()) for key in (entry.key, *adapters(entry))))
+            for entry in entries(shape, head) for name in entry.parts}
 
 
 def check_unused(folder: Path, described: Metadata, used: set[str], shape: Shape) -> None:
@@ -99,10 +115,10 @@ def check_unused(folder: Path, described: Metadata, used: set[str], shape: Shape
                           f"unknown: {unknown[:5]}")
 
 
-def _layer(folder: Path, tensor: Stored, entry: Entry, layers: int) -> Stored:
+def _layer(folder: Path, tensor: Stored, key: str, layer: int, layers: int) -> Stored:
     if tensor.shape[0] != layers:
-        raise ConfigError(f"{folder}: {entry.key} has {tensor.shape[0]} layers, the model's config.json says {layers}")
-    return tensor.layer(entry.layer)
+        raise ConfigError(f"{folder}: {key} has {tensor.shape[0]} layers, the model's config.json says {layers}")
+    return tensor.layer(layer)
 
 
 def _stored(folder: Path, described: TensorStorageMetadata, places: list, maps: dict) -> Stored:

@@ -116,7 +116,7 @@ def _layout(stage: Stage, shape: Shape, config) -> bool:
 def _disk_gb(stage: Stage, config, shape: Shape, weights_gb: float) -> float:
     """Most that a stage has on disk at once: kept checkpoints and the one being written, or the models that it exports."""
     if stage.trainer:
-        return storage.checkpoints(config) * storage.checkpoint_gb(config, shape.parameters())
+        return storage.checkpoints(config) * storage.checkpoint_gb(config, shape)
     models = len(config.paths.checkpoints) if stage.name == "export" else stage.name == "convert"
     return models * weights_gb
 

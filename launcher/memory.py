@@ -4,6 +4,7 @@ The formula, in bytes; P = parameters of this rank, T = tokens of a micro-batch,
 
 * a trained model under bf16: weights 2 P, fp32 gradients 4 P, and of the fp32 master weights and Adam's two moments 12 P / d,
   which the distributed optimizer shards (Rajbhandari et al. 2020, ZeRO stage 1); a frozen model: 2 P. fp32: 4, 4, 8 / d and 4.
+  With low-rank adapters the model is frozen, and only they have the rest.
 * a layer's activations: T h (8 + 24 / t), with sequence parallelism 32 T h / t. This is Korthikanti et al. 2022 (arXiv:2205.05198),
   equations 2 and 4, without what we do not keep: dropout masks (no dropout) and attention scores (a fused kernel). Selective
   recompute does not keep GELU's output, 8 T h / t; full keeps 2 T h a layer, and one layer's activations at a time. The first
@@ -88,10 +89,17 @@ class Rank:
         ends = (self.first or (self.last and head == "lm")) * self.embedding + 2 * hidden * (self.first + self.last)
         return self.layers(head) * layer + ends
 
+    def adapters(self, head: str) -> int:
+        """Parameters of this rank's low-rank adapters."""
+        return self.layers(head) * self.shape.adapters(self.config.lora_rank, self.config.tensor_parallel)
+
     def trained(self, name: str, head: str) -> list[tuple[str, float]]:
-        parameters, optimizer = self.parameters(head), 12 if self.config.precision == "bf16" else 8
-        return [(f"{name}: weights", self.word * parameters / GB), (f"{name}: fp32 gradients", 4 * parameters / GB),
-                (f"{name}: fp32 weights, Adam / DP {self.data}", optimizer * parameters / self.data / GB)]
+        """With adapters they alone have gradients and an optimizer."""
+        learning, optimizer = self.parameters(head), 12 if self.config.precision == "bf16" else 8
+        frozen = self.frozen(name, head) if self.config.lora_rank else []
+        name, learning = (f"{name} adapters", self.adapters(head)) if frozen else (name, learning)
+        return [*frozen, (f"{name}: weights", self.word * learning / GB), (f"{name}: fp32 gradients", 4 * learning / GB),
+                (f"{name}: fp32 weights, Adam / DP {self.data}", optimizer * learning / self.data / GB)]
 
     def frozen(self, name: str, head: str) -> list[tuple[str, float]]:
         return [(f"{name}: weights", self.word * self.parameters(head) / GB)]
@@ -109,10 +117,10 @@ class Rank:
         return self.layers(head) * kept * flights + (layer if config.recompute == "full" else 0) + 4 * one / whole
 
     def head(self, tokens: int) -> float:
-        """GB for a chunk's logits and the embedding's own gradient."""
+        """GB for a chunk's logits and the embedding's own gradient, which it has unless it is frozen."""
         columns = self.shape.padded_vocab(self.config.tensor_parallel) // self.config.tensor_parallel
         logits = min(tokens * columns, CHUNK_LOGITS) if self.last else 0
-        return self.word * (logits + self.embedding) / GB
+        return self.word * (logits + (0 if self.config.lora_rank else self.embedding)) / GB
 
 
 def estimate(shape: Shape, config: TrainerConfig, ranks: int) -> Estimate:
@@ -134,7 +142,7 @@ def _trainer(rank: Rank) -> Estimate:
 def _ppo(rank: Rank) -> Estimate:
     config, shape = rank.config, rank.shape
     static = [*rank.trained("policy", "lm"), *rank.trained("value", "scalar")]
-    frozen = [*rank.frozen("reference", "lm"), *rank.frozen("reward", "scalar")]
+    frozen = [*([] if config.lora_rank else rank.frozen("reference", "lm")), *rank.frozen("reward", "scalar")]  # adapters: the policy
     score = [max(frozen, key=lambda line: line[1])] if config.offload_frozen else []  # one of them at a time
     static += [] if config.offload_frozen else frozen
     length = config.prompt_length + config.response_length

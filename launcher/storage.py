@@ -13,6 +13,7 @@ from pathlib import Path
 from launcher.pipeline import ALL
 from training.config import PPOConfig, TrainerConfig
 from training.settings import ConfigError
+from training.shape import Shape
 
 GB = 1e9
 QUOTA_S = 5
@@ -28,11 +29,13 @@ class Room:
     """What sets the limit, in words."""
 
 
-def checkpoint_gb(config: TrainerConfig, parameters: int) -> float:
+def checkpoint_gb(config: TrainerConfig, shape: Shape) -> float:
     """One saved iteration: weights and fp32 master copy, two moments, of each trained model: 14 bytes a parameter under bf16, 16 under
-    fp32 (measured: 8.37 MB for the demo's 523,000 parameters)."""
+    fp32 (measured: 8.37 MB for the demo's 523,000 parameters). Of frozen weights, beside low-rank adapters, only themselves."""
+    word, parameters = 2 if config.precision == "bf16" else 4, shape.parameters()
+    learning = shape.layers * shape.adapters(config.lora_rank) or parameters
     models = 2 if isinstance(config, PPOConfig) else 1
-    return models * (14 if config.precision == "bf16" else 16) * parameters / GB
+    return models * (word * (parameters + (learning if config.lora_rank else 0)) + 12 * learning) / GB
 
 
 def checkpoints(config: TrainerConfig) -> int:

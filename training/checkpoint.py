@@ -19,6 +19,7 @@ from megatron.core import dist_checkpointing
 from training import checksums, unpickle
 from training.checksums import sync
 from training.config import TrainerConfig
+from training.model import lora
 from training.model.language_model import LanguageModel
 from training.settings import ConfigError
 from training.step import Learner
@@ -162,6 +163,7 @@ def load(path: Path, learners: dict[str, Learner]) -> dict:
     for name, learner in learners.items():
         loaded = dist_checkpointing.load(sharded(learner, is_loading=True), str(path / name))
         learner.model.load_state_dict(loaded["model"])
+        lora.check_scale(learner.model)
         learner.optimizer.load_state_dict(loaded["optimizer"])
         learner.schedule.num_steps = state["optimizer_steps"][name]
     return state
@@ -170,17 +172,21 @@ def load(path: Path, learners: dict[str, Learner]) -> dict:
 def load_weights(path: Path, model: LanguageModel, fresh_head: int | None = None) -> None:
     """Weights alone, from a checkpoint's model folder (".../iter_0000100/model"), before a Learner is made. Collective.
 
+    Adapters in it are merged into the weights; those of ``model`` begin anew.
     ``fresh_head``: seed of a new scalar head that the checkpoint does not hold. Raises Damaged as ``load`` does.
     """
     verify(path.parent, path.name)
-    wanted = model.sharded_state_dict()
+    wanted = {key: value for key, value in model.sharded_state_dict().items() if lora.MARK not in key}
     if fresh_head is not None:
         wanted = {key: value for key, value in wanted.items() if not _of_head(key)}
     # Nested, because the loaded dictionary also holds what the checkpoint has beside tensors (the optimizer's groups).
     loaded = dist_checkpointing.load({"model": wanted}, str(path))["model"]
     missing, unexpected = model.load_state_dict(loaded, strict=False)
-    missing = [key for key in missing if not key.endswith("_extra_state") and not (fresh_head is not None and _of_head(key))]
+    missing = [key for key in missing if not key.endswith("_extra_state") and lora.MARK not in key
+               and not (fresh_head is not None and _of_head(key))]
     assert not missing and not unexpected, f"{path}: missing {missing}, unexpected {unexpected}"
+    lora.absorb(path, model)
+    lora.initialise(model)
     if fresh_head is not None and model.post_process:
         model.score.initialise(fresh_head)
 

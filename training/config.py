@@ -119,6 +119,10 @@ class TrainerConfig:
     """Activations made again in the backward pass: "none", "selective" (attention scores, GELU: little time) or "full" (each layer)."""
     attention: str = "auto"
     """"auto" (the fastest that is here), "flash" (flash-attn), "te" (Transformer Engine), "flex" (FlexAttention) or "sdpa" (torch)."""
+    lora_rank: int = 0
+    """Rank of low-rank adapters (Hu et al. 2021) on every linear layer: they alone learn, and a scalar head; 0 = all weights do."""
+    lora_alpha: float = 16.0
+    """Adapters' products count alpha / rank times."""
     iterations: int
     """Optimizer steps (rlhf: rollouts)."""
     micro_batch_size: int
@@ -170,13 +174,13 @@ class TrainerConfig:
         one_of(self, "schedule", ("cosine", "linear", "constant"))
         one_of(self, "recompute", ("none", "selective", "full"))
         one_of(self, "attention", ("auto", "flash", "te", "flex", "sdpa"))
-        positive(self, "lr", "adam_eps", "clip_grad")
+        positive(self, "lr", "adam_eps", "clip_grad", "lora_alpha")
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: expected at least 0 and below 1")
         at_least(self, 1, "iterations", "micro_batch_size", "global_batch_size", "tensor_parallel", "pipeline_parallel",
                   "virtual_pipeline", "save_every", "keep_checkpoints", "eval_every", "log_every")
-        at_least(self, 0, "keep_every", "skip_updates", "grad_spike")
+        at_least(self, 0, "keep_every", "skip_updates", "grad_spike", "lora_rank")
         if self.keep_every % self.save_every:
             raise ValueError(f"keep_every = {self.keep_every} is not a multiple of save_every = {self.save_every}: "
                              "nothing is saved there")

@@ -23,7 +23,7 @@ from training.data.batches import Sampler, comparison_example, padded_length, sh
 from training.data.cache import Tokenised
 from training.loop import Task
 from training.main import run_stage
-from training.model.heads import next_token_logprobs
+from training.model.heads import Output, next_token_logprobs
 from training.reward import Comparison, collate_comparisons, judged
 from training.start import Inputs, learn, length_multiple
 from training.step import Batch, Learner, Objective, evaluate, split
@@ -55,16 +55,16 @@ class Comparisons:
         return {**batch, "reference": self.reference[mine].flatten()}, sum(lengths)
 
 
-def reply_logprobs(output: torch.Tensor, batch: Batch) -> torch.Tensor:
+def reply_logprobs(output: Output, batch: Batch) -> torch.Tensor:
     """log p(reply | prompt), its EOS included, of each row (B,)."""
-    return (next_token_logprobs(output, batch["tokens"]) * batch["response_mask"]).sum(1)
+    return next_token_logprobs(output, batch["tokens"], mask=batch["response_mask"]).sum(1)
 
 
 def objective(config: DPOConfig, replies: int) -> Objective:
     pair_loss = (partial(losses.ipo_loss, beta=config.beta) if config.loss == "ipo"
                  else partial(losses.logistic_loss, label_smoothing=config.label_smoothing))
 
-    def compute(output, batch: Batch):
+    def compute(output: Output, batch: Batch):
         """Sum of the queries' losses and number of queries with a pair, as in the reward model."""
         rewards = config.beta * (reply_logprobs(output, batch) - batch["reference"]).view(-1, replies)
         scores = batch["scores"].view(-1, replies)
@@ -81,8 +81,8 @@ def evaluated(learner: Learner, data: Comparisons, indices: list[int]) -> tuple[
     """This data-parallel rank's rows of the queries ``indices``, and log p of their replies (rows,), on every pipeline stage."""
     batch, _ = data.batch(indices, indices[parallel.data_rank() :: parallel.data_ranks()] or indices[:1])
     logprobs = evaluate(learner.wrapped, batch, data.config.micro_batch_size * data.replies,
-                        lambda output, micro: next_token_logprobs(output, micro["tokens"])).cpu()
-    return batch, (logprobs * batch["response_mask"]).sum(1)
+                        lambda output, micro: next_token_logprobs(output, micro["tokens"], mask=micro["response_mask"]))
+    return batch, logprobs.cpu().sum(1)
 
 
 def ask_reference(learner: Learner, data: Comparisons) -> None:
@@ -96,8 +96,13 @@ def ask_reference(learner: Learner, data: Comparisons) -> None:
     seen = {index for _ in range(steps) for index in sampler.next_batch()} | set(range(data.trained, len(data.reference)))
     path, made_from = Path(config.paths.output) / "reference.pt", identity(data)
     data.reference = read_reference(path, made_from, data.reference)
+
+    def length(index: int) -> int:
+        row = data.row(index)
+        return len(row.prompt) + max(map(len, row.replies))
+
     # Rows of about equal length together: little padding.
-    missing = sorted((index for index in seen if data.reference[index].isnan().any()), key=lambda index: (len(str(data.row(index))), index))
+    missing = sorted((index for index in seen if data.reference[index].isnan().any()), key=lambda index: (length(index), index))
     if not missing:
         return
     found, ranks = torch.zeros_like(data.reference[missing]), parallel.data_ranks()
@@ -115,9 +120,10 @@ def ask_reference(learner: Learner, data: Comparisons) -> None:
 
 
 def identity(data: Comparisons) -> str:
-    """What ``reference.pt`` depends on: the SFT checkpoint's bytes, the rows' number and how they are cut."""
+    """What ``reference.pt`` depends on: the SFT checkpoint's bytes, the rows (their caches' names are hashes) and how they are cut."""
     listed = checksums.read(checkpoint.resolve(data.config.paths.init))
-    described = repr((sorted(listed.items()), data.trained, *data.reference.shape, data.config.seq_length))
+    caches = [rows.folder.name for rows in (data.inputs.rows, data.inputs.unseen)]
+    described = repr((sorted(listed.items()), caches, data.config.seq_length))
     return hashlib.sha256(described.encode()).hexdigest()
 
 

@@ -6,7 +6,6 @@ whole iteration by construction. 1,024 samples of 1,536 tokens are 40 MB.
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,6 +18,7 @@ from training.config import PPOConfig
 from training.data.batches import Example, collate, collate_prompts, padded_length, shard
 from training.data.tokenizer import Tokenizer
 from training.generation.rollout import generate, inverse_cdf
+from training.model import lora
 from training.model.heads import next_token_logprobs
 from training.model.language_model import LanguageModel
 from training.offload import Parked
@@ -48,7 +48,10 @@ class Experience(NamedTuple):
 
 @dataclass(frozen=True)
 class Models:
-    """The four models of PPO. ``policy`` and ``value`` learn; ``reference`` and ``reward`` are frozen."""
+    """The four models of PPO. ``policy`` and ``value`` learn; ``reference`` and ``reward`` are frozen.
+
+    With low-rank adapters ``reference`` is the policy itself: it is asked without them.
+    """
 
     policy: LanguageModel
     reference: LanguageModel | Parked
@@ -119,8 +122,8 @@ def score(config: PPOConfig, models: Models, batch: Batch, rows: Plan) -> Scored
 
 
 def at_work(model: LanguageModel | Parked):
-    """A context in which the model's weights are on the device."""
-    return model if isinstance(model, Parked) else contextlib.nullcontext(model)
+    """A context in which the model's weights are on the device, and it is as it was before adapters learnt."""
+    return model if isinstance(model, Parked) else lora.without(model)
 
 
 def calibrate(rollout: Rollout, scored: Scored) -> float | None:

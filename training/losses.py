@@ -117,11 +117,25 @@ def whiten(advantages, mean: torch.Tensor, variance: torch.Tensor, response_mask
     return (advantages - mean) * (variance + 1e-8).rsqrt() * response_mask
 
 
-def policy_loss(logprobs, old_logprobs, advantages, response_mask, clip: float, dual_clip: float = 0.0):
+def group_advantages(scores: torch.Tensor, group_size: int, scale: bool = True) -> torch.Tensor:
+    """Advantage (B,) of each of ``group_size`` adjacent samples to one prompt: score less the group's mean, over the group's standard
+    deviation + 1e-4 (Shao et al. 2024, section 4.1.2). ``scale`` False leaves the division out, which weighs prompts by how much their
+    samples agree (Dr. GRPO: Liu et al. 2025).
+
+    >>> group_advantages(torch.tensor([1.0, 3.0, 5.0, 5.0]), 2)
+    tensor([-0.7071,  0.7071,  0.0000,  0.0000])
+    """
+    groups = scores.view(-1, group_size)
+    centred = groups - groups.mean(1, keepdim=True)
+    return (centred / (groups.std(1, keepdim=True) + 1e-4) if scale else centred).flatten()
+
+
+def policy_loss(logprobs, old_logprobs, advantages, response_mask, clip: float, dual_clip: float = 0.0, clip_high: float = 0.0):
     """Sum over response tokens of PPO's clipped objective (Schulman et al. 2017, eq. 7) -> loss, clip fraction sum, approx KL sum.
 
     All (B, T). ``dual_clip`` c > 1 bounds the loss of a token with negative advantage by -c A (Ye et al. 2020, eq. 5): its ratio may be
-    anything, and the clip above only bounds what is gained; 0 = off. Approx KL is k3 of old against new policy.
+    anything, and the clip above only bounds what is gained; 0 = off. The ratio is clipped to [1 - ``clip``, 1 + ``clip_high``]; 0 = the
+    same as below (Yu et al. 2025, eq. 10). Approx KL is k3 of old against new policy.
 
     >>> ratio, advantages = torch.tensor([[1.5, 1.5, 8.0]]), torch.tensor([[1.0, -1.0, -1.0]])
     >>> policy_loss(ratio.log(), torch.zeros(1, 3), advantages, torch.ones(1, 3).bool(), clip=0.2)  # -1.2 + 1.5 + 8
@@ -131,7 +145,7 @@ def policy_loss(logprobs, old_logprobs, advantages, response_mask, clip: float, 
     """
     log_ratio = (logprobs - old_logprobs) * response_mask
     ratio = log_ratio.exp()
-    unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
+    unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + (clip_high or clip))
     losses = torch.maximum(unclipped, clipped)
     if dual_clip:
         losses = torch.where(advantages < 0, torch.minimum(losses, -dual_clip * advantages), losses)

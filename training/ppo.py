@@ -8,6 +8,7 @@ is seeded by (seed, iteration, row), so samples depend neither on layout nor on 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 
@@ -80,20 +81,22 @@ def summary(steps: list[dict[str, float]]) -> dict[str, float]:
 
 
 def load_models(config: PPOConfig, shape: Shape) -> Models:
-    """Policy and reference from the SFT model; reward and value from the reward model."""
+    """Policy and reference from the SFT model; reward and value from the reward model. With adapters the reference is the policy."""
     sft = checkpoint.resolve(config.paths.init) / "model"
     reward = checkpoint.resolve(config.paths.reward, config.paths.reward_iteration) / "model"
 
-    def make(head: str, source) -> LanguageModel:
-        model = build_model(shape, config, head)
+    def make(head: str, source, settings: PPOConfig) -> LanguageModel:
+        model = build_model(shape, settings, head)
         checkpoint.load_weights(source, model)
         return model
 
     def frozen(head: str, source) -> LanguageModel | Parked:
-        model = make(head, source).requires_grad_(False)
+        model = make(head, source, dataclasses.replace(config, lora_rank=0)).requires_grad_(False)
         return Parked(model) if config.offload_frozen else model
 
-    return Models(reference=frozen("lm", sft), reward=frozen("scalar", reward), policy=make("lm", sft), value=make("scalar", reward))
+    policy = make("lm", sft, config)
+    return Models(policy=policy, reference=policy if config.lora_rank else frozen("lm", sft), reward=frozen("scalar", reward),
+                  value=make("scalar", reward, config))
 
 
 class PPO:

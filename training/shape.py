@@ -175,6 +175,13 @@ class Shape:
         table, top = self.table, self.top("tied" if self.tied else "untied")
         return sum(math.prod(weight.size) for weight in (*table.first, *self.layers * table.layer, *table.last, *top))
 
+    def adapters(self, rank: int, tensor_parallel_size: int = 1) -> int:
+        """Parameters of one layer's low-rank adapters on a tensor-parallel rank: of what is split by rows A (rank, columns) is whole there,
+        of what is split by columns B (rows, rank)."""
+        matrices = [weight for weight in self.table.layer if len(weight.size) == 2]
+        return rank * sum(size // (tensor_parallel_size if weight.split == axis else 1)
+                          for weight in matrices for axis, size in enumerate(weight.size))
+
     def padded_vocab(self, tensor_parallel_size: int) -> int:
         multiple = VOCAB_MULTIPLE * tensor_parallel_size
         return -(-self.vocab // multiple) * multiple

@@ -1,5 +1,6 @@
 """Mistakes that are found before anything is queued, each with its fix."""
 
+import dataclasses
 import gzip
 import json
 import math
@@ -13,6 +14,7 @@ import pytest
 from launcher import checks, cluster, storage
 from launcher.config import layered
 from launcher.pipeline import FULL, PIPELINES, full_tables, select, stage_config
+from training.families import bloom
 from training.settings import ConfigError
 
 GOOD_ROW = b'{"query": "q", "response": ["a", "b"], "score": [1, 0]}\n'
@@ -224,7 +226,10 @@ def test_kept_checkpoints_and_the_one_being_written():
     sft, reward = (stage_config(Path("runs/x"), tables, graph, name) for name in ("sft", "reward"))
     assert storage.checkpoints(sft) == 4, "400, 800 for ever, the last 2 (800 and 1000), one being written"
     assert storage.checkpoints(reward) == 3
-    assert storage.checkpoint_gb(sft, 7_069_016_064) == pytest.approx(99.0, abs=0.1)
+    shape = bloom.shape(30, 4096, 32, 250880, 1e-5)
+    assert storage.checkpoint_gb(sft, shape) == pytest.approx(99.0, abs=0.1)
+    adapters = 30 * 16 * 16 * 4096
+    assert storage.checkpoint_gb(dataclasses.replace(sft, lora_rank=16), shape) == pytest.approx(14.1 + 14 * adapters / 1e9, abs=0.1)
 
 
 def test_profile_of_no_file_and_of_an_unknown_network(tmp_path):

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from training.model import lora
 from training.model.language_model import Interleaved, LanguageModel, parts
 from training.settings import ConfigError
 from training.shape import Shape
@@ -41,15 +42,18 @@ class Move(NamedTuple):
 
 
 def named_weights(model: LanguageModel | Interleaved) -> dict[str, torch.nn.Parameter]:
-    """This rank's parameters, layers numbered as in the whole model."""
+    """This rank's parameters, layers numbered as in the whole model; low-rank adapters merged, for as long as the caller keeps them."""
     found = {}
     for part in parts(model):
         numbers = {str(local): layer.layer_number - 1 for local, layer in enumerate(part.decoder.layers)}
+        merged = {f"decoder.layers.{number}.{name}.weight": layer.merged() for name, number, layer in lora.adapted(part)}
         for name, parameter in part.named_parameters():
+            if lora.MARK in name:
+                continue
             if name.startswith("decoder.layers."):
                 local, rest = name.removeprefix("decoder.layers.").split(".", 1)
                 name = f"decoder.layers.{numbers[local]}.{rest}"
-            found[name] = parameter
+            found[name] = merged.get(name, parameter)
     return found
 
 

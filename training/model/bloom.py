@@ -6,10 +6,11 @@ from functools import partial
 
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+from training.model import lora
 
 # The fused form of F.gelu is the tanh formula, the unfused one is not: state the formula, leave fusion off.
 SETTINGS = {"normalization": "LayerNorm", "add_bias_linear": True, "activation_func": partial(F.gelu, approximate="tanh")}
@@ -22,7 +23,8 @@ class FeedForward(MLP):
     """
 
     def __init__(self, config: TransformerConfig):
-        super().__init__(config, MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+        column, row = lora.linears(config.lora)
+        super().__init__(config, MLPSubmodules(linear_fc1=column, linear_fc2=row),
                          tp_group=parallel_state.get_tensor_model_parallel_group())
 
     def forward(self, hidden_states, per_token_scale=None, **_):

@@ -14,7 +14,6 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType, ModelType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -24,7 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from training import parallel
-from training.model import backends
+from training.model import backends, lora
 from training.model.attention import CausalAttention, Documents
 from training.model.heads import Output, ScalarHead
 from training.model.kernels import no_init, norm_class
@@ -58,6 +57,7 @@ def transformer_config(shape: Shape, trainer, head: str = "lm") -> TransformerCo
         calculate_per_token_loss=True,  # one denominator for the whole global batch, on every layout
     )
     config.core_attention, config.alibi = backend, shape.alibi
+    config.lora = lora.Lora(trainer.lora_rank, trainer.lora_alpha, trainer.seed) if trainer.lora_rank else None
     return config
 
 
@@ -82,7 +82,8 @@ def pipeline_layout(shape: Shape, trainer, head: str) -> list[list[str]] | None:
 def block_spec(config: TransformerConfig, shape: Shape, part: int | None) -> TransformerBlockSubmodules:
     """Every submodule is named: megatron-core's defaults depend on whether Transformer Engine or Apex happen to be installed."""
     norm = norm_class(config.normalization)
-    attention = SelfAttentionSubmodules(linear_qkv=ColumnParallelLinear, core_attention=CausalAttention, linear_proj=RowParallelLinear,
+    column, row = lora.linears(config.lora)
+    attention = SelfAttentionSubmodules(linear_qkv=column, core_attention=CausalAttention, linear_proj=row,
                                         q_layernorm=IdentityOp, k_layernorm=IdentityOp)
     layer = ModuleSpec(
         module=TransformerLayer,
@@ -130,6 +131,8 @@ class LanguageModel(LanguageModule):
             self.score = ScalarHead(config, tp, shape.score_bias)
         if head == "lm" and (self.pre_process or self.post_process):
             self.setup_embeddings_and_output_layer()
+        if config.lora:
+            lora.freeze(self)
 
     def set_input_tensor(self, tensor) -> None:
         """The hidden states of the stage before; called by megatron-core's schedules."""
@@ -144,6 +147,8 @@ class LanguageModel(LanguageModule):
         hidden = self.embedding(tokens, None) if self.pre_process else None
         if self.pre_process and self.shape.embedding_norm:
             hidden = self.embedding_layernorm(hidden)
+        if self.pre_process and self.config.lora and torch.is_grad_enabled():
+            hidden.requires_grad_()  # a recomputed layer whose input asks for no gradient would give its adapters none
         hidden = self.decoder(hidden_states=hidden, attention_mask=attention_mask, inference_context=inference_context,
                               packed_seq_params=None if documents is None else Documents(documents))
         if not self.post_process:
