@@ -123,6 +123,8 @@ class TrainerConfig:
     """Rank of low-rank adapters (Hu et al. 2021) on every linear layer: they alone learn, and a scalar head; 0 = all weights do."""
     lora_alpha: float = 16.0
     """Adapters' products count alpha / rank times."""
+    compile: bool = True
+    """Compile each layer into a few fused kernels: on a GPU, with "flash", "te" or "flex"; each length of rows takes seconds, once."""
     iterations: int
     """Optimizer steps (rlhf: rollouts)."""
     micro_batch_size: int

@@ -33,15 +33,15 @@ def rank_slopes(heads: int, first: int, count: int, device: torch.device) -> tor
 
 
 class Documents(PackedSeqParams):
-    """Which document each token of a packed batch belongs to: ``ids`` (B, T) int, one run of equal ids a document.
+    """Which document each token of a packed batch belongs to: ``ids`` (B, T) int, one run of equal ids a document; None: a row is one.
 
-    A token sees the tokens of its own document up to itself. Padding is a
-    document of its own. What the backends derive from the ids is computed once and serves all layers.
+    A token sees the tokens of its own document up to itself. Padding is a document of its own. What the backends derive from the ids is
+    computed once and serves all layers. ``compiled``: layers run compiled.
     """
 
-    def __init__(self, ids: torch.Tensor):
+    def __init__(self, ids: torch.Tensor | None, compiled: bool = False):
         super().__init__(qkv_format="sbhd")
-        self.ids = ids
+        self.ids, self.compiled = ids, compiled
 
     @classmethod
     def from_lengths(cls, cumulative: torch.Tensor, length: int) -> Documents:
@@ -69,7 +69,7 @@ class Documents(PackedSeqParams):
 
     @functools.cached_property
     def blocks(self):
-        """FlexAttention's block mask."""
+        """FlexAttention's block mask. Compiled layers read it, so it is made before they run."""
         return backends.document_blocks(self.ids)
 
 
@@ -89,13 +89,16 @@ class CausalAttention(MegatronModule):
         self.count = self.heads // group.size()
         self.first = group.rank() * self.count
         self.scale = softmax_scale or config.kv_channels**-0.5
-        self.backend, self.alibi = config.core_attention, config.alibi
+        self.backend = config.core_attention
+        # A plain attribute: a cast of the model would round a buffer to bf16.
+        where = torch.device(torch.cuda.current_device())
+        self.slopes = rank_slopes(self.heads, self.first, self.count, where) if config.alibi else None
 
     def forward(self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None, packed_seq_params=None):
         assert attention_bias is None
-        slopes = rank_slopes(self.heads, self.first, self.count, query.device) if self.alibi else None
         # A cache or a mask of single keys is generation's; a length off the kernels' blocks would compile a kernel for itself.
         plain = attention_mask is None and query.size(0) == key.size(0)
         if self.backend == "sdpa" or not plain or (self.backend == "flex" and query.size(0) % backends.FLEX_BLOCK):
-            return backends.sdpa(query, key, value, slopes, self.scale, packed_seq_params, attention_mask)
-        return backends.KERNELS[self.backend](query, key, value, slopes, self.scale, packed_seq_params)
+            return backends.sdpa(query, key, value, self.slopes, self.scale, packed_seq_params, attention_mask)
+        documents = None if packed_seq_params is None or packed_seq_params.ids is None and self.backend != "flex" else packed_seq_params
+        return backends.KERNELS[self.backend](query, key, value, self.slopes, self.scale, documents)

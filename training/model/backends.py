@@ -91,17 +91,22 @@ def sdpa(query, key, value, slopes, scale, documents, hidden_keys=None):
     return out.permute(2, 0, 1, 3).flatten(2)
 
 
+def compile_each_shape() -> None:
+    """A second length shall compile its own kernel, not switch to a slower one for any length; there are at most 8k / 128 of them, for
+    training and evaluation."""
+    torch._dynamo.config.automatic_dynamic_shapes = False
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
+    torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, 1024)
+
+
 @functools.cache
 def _compiled(name: str):
     from torch.nn.attention import flex_attention
 
-    # A second length shall compile its own kernel, not switch to a slower one for any length; there are at most 8k / 128 of them.
-    torch._dynamo.config.automatic_dynamic_shapes = False
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    compile_each_shape()
     return torch.compile(getattr(flex_attention, name), dynamic=False)
 
 
-@functools.lru_cache(maxsize=8)
 def alibi_score(slopes: torch.Tensor):
     """FlexAttention's ``score_mod``: fp32, so that distances of thousands of tokens are not rounded."""
 
@@ -109,6 +114,9 @@ def alibi_score(slopes: torch.Tensor):
         return score + slopes[head] * (key - query)
 
     return score
+
+
+_same_score = functools.lru_cache(maxsize=8)(alibi_score)
 
 
 def _causal(batch, head, query, key):
@@ -142,11 +150,15 @@ def flex(query, key, value, slopes, scale, documents):
     query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
     from torch.nn.attention import flex_attention
 
-    attend = _compiled("flex_attention") if query.is_cuda else flex_attention.flex_attention
-    out = attend(query, key, value, score_mod=alibi_score(slopes), block_mask=blocks, scale=scale)
+    if torch.compiler.is_compiling():  # a part of the layer's graph
+        attend, score = flex_attention.flex_attention, alibi_score(slopes)
+    else:
+        attend, score = _compiled("flex_attention") if query.is_cuda else flex_attention.flex_attention, _same_score(slopes)
+    out = attend(query, key, value, score_mod=score, block_mask=blocks, scale=scale)
     return out.permute(2, 0, 1, 3).flatten(2)
 
 
+@torch.compiler.disable
 def flash(query, key, value, slopes, scale, documents):
     """flash-attn 2: its bias is -slope * |query - key|, ours under a causal mask. Packed rows go through as one, by cu_seqlens."""
     import flash_attn
@@ -170,6 +182,7 @@ def _te_attention(heads: int, dim: int, scale: float):
     return DotProductAttention(heads, dim, attention_dropout=0.0, softmax_scale=scale, attn_mask_type="causal", qkv_format="sbhd")
 
 
+@torch.compiler.disable
 def transformer_engine(query, key, value, slopes, scale, documents):
     """Transformer Engine's attention with ALiBi slopes; it chooses flash, cuDNN or unfused itself. Packed rows go through as one."""
     length, rows, heads, dim = query.shape

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.utils.checkpoint import checkpoint
 
 from training.model import lora
 
@@ -31,11 +33,16 @@ class FeedForward(MLP):
         if not self.training or self.config.recompute_granularity != "selective":
             return super().forward(hidden_states)
         widened, bias = self.linear_fc1(hidden_states)
+        if torch.compiler.is_compiling():  # what is made inside a checkpoint is then made again wherever backward needs it
+            return self.linear_fc2(checkpoint(self._activate, widened, bias, use_reentrant=False))
         kept = CheckpointWithoutOutput(fp8=None)  # False would ask Transformer Engine
-        activated = kept.checkpoint(lambda widened, bias: self.activation_func(widened + bias), widened, bias)
+        activated = kept.checkpoint(self._activate, widened, bias)
         output, output_bias = self.linear_fc2(activated)
         kept.discard_output_and_register_recompute(output)
         return output, output_bias
+
+    def _activate(self, widened, bias):
+        return self.activation_func(widened + bias)
 
 
 def __getattr__(name: str):

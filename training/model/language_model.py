@@ -20,13 +20,14 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from training import parallel
 from training.model import backends, lora
 from training.model.attention import CausalAttention, Documents
 from training.model.heads import Output, ScalarHead
 from training.model.kernels import no_init, norm_class
+from training.model.layers import CompiledLayer
 from training.model.vocabulary import Columns
 from training.shape import Shape
 
@@ -58,6 +59,7 @@ def transformer_config(shape: Shape, trainer, head: str = "lm") -> TransformerCo
     )
     config.core_attention, config.alibi = backend, shape.alibi
     config.lora = lora.Lora(trainer.lora_rank, trainer.lora_alpha, trainer.seed) if trainer.lora_rank else None
+    config.compiled = trainer.compile and parallel.device().type == "cuda" and backend != "sdpa"
     return config
 
 
@@ -86,7 +88,7 @@ def block_spec(config: TransformerConfig, shape: Shape, part: int | None) -> Tra
     attention = SelfAttentionSubmodules(linear_qkv=column, core_attention=CausalAttention, linear_proj=row,
                                         q_layernorm=IdentityOp, k_layernorm=IdentityOp)
     layer = ModuleSpec(
-        module=TransformerLayer,
+        module=CompiledLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=ModuleSpec(module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention),
@@ -150,7 +152,7 @@ class LanguageModel(LanguageModule):
         if self.pre_process and self.config.lora and torch.is_grad_enabled():
             hidden.requires_grad_()  # a recomputed layer whose input asks for no gradient would give its adapters none
         hidden = self.decoder(hidden_states=hidden, attention_mask=attention_mask, inference_context=inference_context,
-                              packed_seq_params=None if documents is None else Documents(documents))
+                              packed_seq_params=packed)
         if not self.post_process:
             return hidden
         if self.head == "scalar":

@@ -21,12 +21,12 @@ import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
-    RowParallelLinear,
     copy_tensor_model_parallel_attributes,
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
+from training.model.linear import ColumnParallel, RowParallel
 from training.settings import ConfigError
 
 MARK = ".lora_"
@@ -86,7 +86,7 @@ class Adapted:
                                                    tp_group=self.tp_group, dp_cp_group=metadata["dp_cp_group"])
 
 
-class AdaptedColumn(Adapted, ColumnParallelLinear):
+class AdaptedColumn(Adapted, ColumnParallel):
     axes = {"weight": 0, "bias": 0, "lora_b": 0}
 
     def __init__(self, *args, **kwargs):
@@ -99,7 +99,7 @@ class AdaptedColumn(Adapted, ColumnParallelLinear):
         return tensor_parallel.copy_to_tensor_model_parallel_region(low, group=self.tp_group)
 
 
-class AdaptedRow(Adapted, RowParallelLinear):
+class AdaptedRow(Adapted, RowParallel):
     axes = {"weight": 1, "lora_a": 1}
 
     def __init__(self, *args, **kwargs):
@@ -114,7 +114,7 @@ class AdaptedRow(Adapted, RowParallelLinear):
 
 def linears(lora: Lora | None) -> tuple[type, type]:
     """The classes of column- and row-parallel layers."""
-    return (AdaptedColumn, AdaptedRow) if lora else (ColumnParallelLinear, RowParallelLinear)
+    return (AdaptedColumn, AdaptedRow) if lora else (ColumnParallel, RowParallel)
 
 
 def freeze(model: torch.nn.Module) -> None:

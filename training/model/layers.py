@@ -1,0 +1,31 @@
+"""megatron-core's transformer layer, compiled as a whole on a GPU."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from training.model.attention import Documents
+from training.model.backends import compile_each_shape
+
+
+class CompiledLayer(TransformerLayer):
+    """One graph for all layers of a model and each shape of a batch: norms, biases, GELU and residuals run in a few fused kernels.
+
+    Not compiled are generation, which has other shapes at every step, and the CPU.
+    """
+
+    def forward(self, *args, **kwargs):
+        packed = kwargs.get("packed_seq_params")
+        if isinstance(packed, Documents) and packed.compiled:
+            return _compiled(self.config.core_attention == "flex" and self.config.tensor_model_parallel_size == 1)(self, *args, **kwargs)
+        return super().forward(*args, **kwargs)
+
+
+@functools.cache
+def _compiled(whole: bool):
+    """``whole``: without graph breaks. Collectives break the graph, and kernels of other packages."""
+    compile_each_shape()
+    return torch.compile(TransformerLayer.forward, dynamic=False, fullgraph=whole)
