@@ -25,15 +25,15 @@ from benchmarks.parity_gpu import missed, say
 from tests.attention import document_ids, relative
 from training import adamw, parallel, sft
 from training.config import Paths, SFTConfig
+from training.families.bloom import shape as bloom
 from training.main import ALONE
 from training.model import heads
 from training.model.bloom import parts
 from training.model.vocabulary import Columns
-from training.shape import BloomShape
 from training.step import Learner, Objective, build_model
 
 CUDA = torch.cuda.is_available()
-SHAPE = BloomShape(4, 512, 8, 5000, 1e-5) if CUDA else BloomShape(2, 64, 4, 500, 1e-5)
+SHAPE = bloom(4, 512, 8, 5000, 1e-5) if CUDA else bloom(2, 64, 4, 500, 1e-5)
 LENGTH = 512 if CUDA else 128
 
 
@@ -62,7 +62,7 @@ def batch(kind: str, seed: int = 0) -> list[dict]:
 
 def gradients(config: SFTConfig, kind: str) -> tuple[float, dict]:
     made = learner(config)
-    made.optimizer.step = lambda: (True, torch.tensor(1.0), None)
+    made.optimizer.chained_optimizers[0].update = lambda norm: None
     loss = made.step(batch(kind), Objective(("loss",), sft.compute))["loss"]
     scale = made.optimizer.chained_optimizers[0].scale
     return loss, {name: parameter.main_grad.double() * scale for part in parts(made.model) for name, parameter in part.named_parameters()}

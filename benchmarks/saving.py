@@ -22,14 +22,15 @@ import torch
 
 from training import checkpoint, parallel
 from training.config import Paths, SFTConfig
+from training.families.bloom import shape as bloom
 from training.main import ALONE
 from training.saving import Saver
 from training.sft import compute
 from training.shape import Shape
 from training.step import Learner, Objective, build_model
 
-SHAPES = {"560m": Shape(24, 1024, 16, 250880, 1e-5), "1b7": Shape(24, 2048, 16, 250880, 1e-5),
-          "small": Shape(4, 64, 4, 3000, 1e-5)}
+SHAPES = {"560m": bloom(24, 1024, 16, 250880, 1e-5), "1b7": bloom(24, 2048, 16, 250880, 1e-5),
+          "small": bloom(4, 64, 4, 3000, 1e-5)}
 
 
 def timed(what: str, function, **more) -> float:

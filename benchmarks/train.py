@@ -37,15 +37,16 @@ import torch
 from launcher import memory
 from training import parallel, sft
 from training.config import Paths, SFTConfig
+from training.families.bloom import shape as bloom
 from training.main import ALONE
 from training.model.heads import next_token_logprobs
-from training.shape import BloomShape
+from training.shape import Shape
 from training.step import Batch, Learner, Objective, build_model, evaluate
 
 CUDA = torch.cuda.is_available()
-SHAPES = {"560m": BloomShape(24, 1024, 16, 250880, 1e-5), "1b7": BloomShape(24, 2048, 16, 250880, 1e-5),
-          "3b": BloomShape(30, 2560, 32, 250880, 1e-5), "7b1": BloomShape(30, 4096, 32, 250880, 1e-5),
-          "small": BloomShape(2, 64, 4, 1000, 1e-5)}
+SHAPES = {"560m": bloom(24, 1024, 16, 250880, 1e-5), "1b7": bloom(24, 2048, 16, 250880, 1e-5),
+          "3b": bloom(30, 2560, 32, 250880, 1e-5), "7b1": bloom(30, 4096, 32, 250880, 1e-5),
+          "small": bloom(2, 64, 4, 1000, 1e-5)}
 ROWS = {"560m": (16, 8), "1b7": (8, 4), "3b": (8, 4), "7b1": (4, 4), "small": (2, 2)}
 """Rows of a micro-batch: ours, theirs (as many as fit, and no more than help)."""
 GLOBAL_ROWS = {"560m": 32, "1b7": 32, "3b": 32, "7b1": 16, "small": 4}
@@ -72,7 +73,7 @@ def length(name: str) -> int:
     return 64 if name == "small" else 2048
 
 
-def flops(shape: BloomShape, tokens: int, head: bool = True) -> float:
+def flops(shape: Shape, tokens: int, head: bool = True) -> float:
     """A token's in forward and backward; forward alone is a third. Attention reads half of the square."""
     matrices = 12 * shape.hidden**2 * shape.layers + (shape.vocab * shape.hidden if head else 0)
     return 6 * matrices + 6 * shape.layers * shape.hidden * tokens
