@@ -151,6 +151,11 @@ class LanguageModel(LanguageModule):
             hidden = self.embedding_layernorm(hidden)
         if self.pre_process and self.config.lora and torch.is_grad_enabled():
             hidden.requires_grad_()  # a recomputed layer whose input asks for no gradient would give its adapters none
+        compiled = (self.config.compiled and attention_mask is None and inference_context is None
+                    and tokens.size(1) % backends.FLEX_BLOCK == 0)
+        packed = Documents(documents, compiled) if compiled or documents is not None else None
+        if compiled and self.config.core_attention == "flex":
+            packed.blocks = backends.causal_blocks(tokens.size(1), tokens.device) if documents is None else packed.blocks
         hidden = self.decoder(hidden_states=hidden, attention_mask=attention_mask, inference_context=inference_context,
                               packed_seq_params=packed)
         if not self.post_process:
