@@ -1,20 +1,20 @@
 """PPO once more, in plain torch on Hugging Face's models, one process, one row at a time: what test_ppo_reference.py compares with.
 
-Nothing of training.ppo, training.experience, training.losses or megatron-core is used. Advantages are the written-out sum of
-Schulman et al. 2016, eq. 16, not a recursion; a row is never padded; generation has no cache.
+Nothing of training.ppo, training.experience, training.losses or megatron-core is used; the order of the rows is the sampler's.
+Advantages are the written-out sum of Schulman et al. 2016, eq. 16, not a recursion; a row is never padded; generation has no cache.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-import random
 
 import tokenizers
 import torch
 from transformers import BloomConfig, BloomForCausalLM, BloomModel
 
 from training.config import PPOConfig
+from training.data.batches import Sampler
 
 
 class Scalar(torch.nn.Module):
@@ -56,8 +56,7 @@ class Reference:
         self.eos = tokenizer.token_to_id(eos if isinstance(eos, str) else eos["content"])
         with open(config.paths.train) as file:
             self.prompts = [tokenizer.encode(json.loads(line)["prompt"]).ids[-config.prompt_length:] for line in file]
-        self.order = list(range(len(self.prompts)))
-        random.Random(f"{config.seed}/0").shuffle(self.order)
+        self.order = Sampler(len(self.prompts), len(self.prompts), config.seed).next_batch()
         self.bias, self.steps = None, 0
         self.optimizers = {name: self.adam(model, lr) for name, model, lr in (("policy", self.policy, config.lr),
                                                                              ("value", self.critic, config.value_lr))}
