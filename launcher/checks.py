@@ -48,6 +48,8 @@ def check(run: Path, tables: dict, graph: Graph, stages: list[Stage], profile: P
             divides = found.of(lambda: _data_parallel(stage.name, config, asked))  # noqa: B023
         if shape and (stage.trainer or stage.name == "convert"):
             laid_out = found.of(lambda: _layout(stage, shape, config))  # noqa: B023
+        if shape and stage.name == "mtbench":
+            found.of(lambda: shape.check_length("mtbench.context_length", config.context_length))  # noqa: B023
         if shape and stage.trainer and divides and laid_out:
             estimates[stage.name] = memory.estimate(shape, config, asked.ranks)
             if profile.gpu_memory_gb and asked.gpus_per_node and profile.device != "cpu":
@@ -108,6 +110,8 @@ def _layout(stage: Stage, shape: Shape, config) -> bool:
     try:
         virtual = config.virtual_pipeline if stage.trainer else 1
         shape.check_layout(config.tensor_parallel, config.pipeline_parallel, virtual)
+        if stage.trainer:
+            shape.check_length(config.LENGTH, config.longest_row)
     except ConfigError as error:
         raise ConfigError(f"{stage.name}.{error}; with --set {stage.name}.KEY=VALUE, and resources.{stage.name} to match") from None
     return True

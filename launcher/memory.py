@@ -5,13 +5,14 @@ The formula, in bytes; P = parameters of this rank, T = tokens of a micro-batch,
 * a trained model under bf16: weights 2 P, fp32 gradients 4 P, and of the fp32 master weights and Adam's two moments 12 P / d,
   which the distributed optimizer shards (Rajbhandari et al. 2020, ZeRO stage 1); a frozen model: 2 P. fp32: 4, 4, 8 / d and 4.
   With low-rank adapters the model is frozen, and only they have the rest.
-* a layer's activations: T h (8 + 24 / t), with sequence parallelism 32 T h / t. This is Korthikanti et al. 2022 (arXiv:2205.05198),
-  equations 2 and 4, without what we do not keep: dropout masks (no dropout) and attention scores (a fused kernel). Selective
-  recompute does not keep GELU's output, 8 T h / t; full keeps 2 T h a layer, and one layer's activations at a time. The first
-  pipeline stage keeps those of min(p, micro-batches) at once.
+* a layer's activations, k = width of all keys, f = of the feed-forward part: T (8 h + (4 h + 4 k + 4 f) / t), for BLOOM T h (8 + 24 / t);
+  with sequence parallelism t divides the first 8 h, too. A gated feed-forward part keeps 8 f. This is Korthikanti et al. 2022
+  (arXiv:2205.05198), equations 2 and 4, without what we do not keep: dropout masks (no dropout) and attention scores (a fused kernel).
+  Selective recompute keeps half of the feed-forward part's; full keeps 2 T h a layer, and one layer's activations at a time. The
+  first pipeline stage keeps those of min(p, micro-batches) at once.
 * the language model's head: the logits of a chunk of tokens (training.shape.CHUNK_LOGITS), and the output matrix's gradient in the
   weights' type. Log-probabilities and entropies of all other tokens are numbers (training.model.heads).
-* rollout: keys and values 4 h / t bytes a token and layer, and fp32 logits of one position a row.
+* rollout: keys and values 4 k / t bytes a token and layer, and fp32 logits of one position a row.
 
 Held against torch's peak on one H200 by tests/launcher/test_memory.py: our SFT of 560m and 1b7, batch 1 and 4, each recompute, 1 to 3 %
 above the measured; 7b1 and 1b7 of an earlier prototype within 5 %. What the allocator can't reuse is in OUTSIDE_GB.
@@ -20,6 +21,7 @@ above the measured; 7b1 and 1b7 of an earlier prototype within 5 %. What the all
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from launcher.config import Profile, Resources
@@ -83,11 +85,15 @@ class Rank:
         return 2 if self.config.precision == "bf16" else 4
 
     def parameters(self, head: str) -> int:
-        """Of this rank: 12 h^2 a layer and the embedding are shared by the TP ranks, norms and row-parallel biases are not."""
-        hidden, tensor = self.shape.hidden, self.config.tensor_parallel
-        layer = 12 * hidden * hidden // tensor + 7 * hidden // tensor + 6 * hidden
-        ends = (self.first or (self.last and head == "lm")) * self.embedding + 2 * hidden * (self.first + self.last)
-        return self.layers(head) * layer + ends
+        """Of this rank: what tensor parallelism splits is divided, the rest (norms, row-parallel biases) is on every rank."""
+        table, output = self.shape.table, self.last and head == "lm"
+
+        def count(weights) -> int:
+            return sum(math.prod(one.size) // (1 if one.split is None else self.config.tensor_parallel) for one in weights)
+
+        matrices = (self.first or output) if self.shape.tied else self.first + output
+        ends = matrices * self.embedding + self.first * count(table.first[1:]) + self.last * count(table.last)
+        return self.layers(head) * count(table.layer) + ends
 
     def adapters(self, head: str) -> int:
         """Parameters of this rank's low-rank adapters."""
@@ -106,9 +112,10 @@ class Rank:
 
     def activations(self, tokens: int, micro_batches: int, head: str) -> float:
         """GB that forward keeps for backward, of all micro-batches in flight."""
-        config, one = self.config, tokens * self.shape.hidden * self.word / 2 / GB
+        config, shape, one = self.config, self.shape, tokens * self.shape.hidden * self.word / 2 / GB
         tensor, whole = config.tensor_parallel, config.tensor_parallel if config.sequence_parallel else 1
-        layer = one * (8 / whole + (16 if config.recompute == "selective" else 24) / tensor)
+        feed_forward = (4 if config.recompute == "selective" else 8) * shape.ffn * (1 if shape.gated else 0.5) / shape.hidden
+        layer = one * (8 / whole + (4 + 4 * shape.groups / shape.heads + feed_forward) / tensor)
         kept = one * 2 / whole if config.recompute == "full" else layer
         pipeline, virtual = config.pipeline_parallel, config.virtual_pipeline
         flights = min(pipeline - self.stage, micro_batches)
@@ -150,7 +157,8 @@ def _ppo(rank: Rank) -> Estimate:
     micro_batches = -(-config.global_batch_size * length // (tokens * rank.data))
     update = [("activations of an update", rank.activations(tokens, micro_batches, "lm")), ("logits and loss", rank.head(tokens))]
     rows = min(config.generation_batch_size, config.rollout_batch_size // rank.data)
-    cache = 2 * rank.word * rank.layers("lm") * shape.hidden / config.tensor_parallel * rows * length / GB
+    keys = shape.head_dim * shape.groups
+    cache = 2 * rank.word * rank.layers("lm") * keys / config.tensor_parallel * rows * length / GB
     logits = rank.last * rows * 4 * 3 * shape.padded_vocab(config.tensor_parallel) / GB  # gathered; probabilities, cumulative
     rollout = [(f"keys and values of {rows} rows", cache), ("logits of a rollout step", logits)]
     worst = max(update, rollout, score, key=lambda lines: sum(gb for _, gb in lines))
@@ -194,7 +202,7 @@ def _changes(stage: str, shape: Shape, config: TrainerConfig, asked: Resources, 
         yield *keys(recompute="full"), asked.ranks
     if config.tensor_parallel > 1 and not config.sequence_parallel:
         yield *keys(sequence_parallel=True), asked.ranks
-    if tensor <= profile.gpus_per_node and shape.heads % tensor == 0:
+    if tensor <= profile.gpus_per_node and shape.groups % tensor == 0:
         words, made = keys(tensor_parallel=tensor, sequence_parallel=True)
         nodes, gpus = asked.nodes, max(asked.ranks_per_node, tensor)
         more = "" if gpus == asked.ranks_per_node else f" --set resources.{stage}.gpus_per_node={gpus}"

@@ -1,4 +1,4 @@
-"""ALiBi attention written out in double precision, and batches to try a backend on."""
+"""Causal attention written out in double precision, and batches to try a backend on."""
 
 from __future__ import annotations
 
@@ -8,14 +8,21 @@ from training.model.attention import Documents, alibi_slopes
 
 
 def reference(query, key, value, slopes, scale, ids):
-    """(T, B, H, D) each -> (T, B, H * D), all in fp64; ``ids`` (B, T) or None: a token sees its own document up to itself."""
+    """query (T, B, H, D), key and value (T, B, G, D) -> (T, B, H * D), all in fp64: query head h reads key-value head h * G // H.
+
+    ``slopes`` (H,) of ALiBi or None; ``ids`` (B, T) or None: a token sees its own document up to itself.
+    """
+    serving = torch.arange(query.size(2)) * key.size(2) // query.size(2)
+    key, value = key[:, :, serving], value[:, :, serving]
     query, key, value = (x.double().permute(1, 2, 0, 3) for x in (query, key, value))
     position = torch.arange(query.size(2), device=query.device)
     distance = position - position[:, None]
     hidden = (distance > 0)[None, None]
     if ids is not None:
         hidden = hidden | (ids[:, None, :, None] != ids[:, None, None, :])
-    scores = query @ key.transpose(-1, -2) * scale + slopes.double()[:, None, None] * distance
+    scores = query @ key.transpose(-1, -2) * scale
+    if slopes is not None:
+        scores = scores + slopes.double()[:, None, None] * distance
     return (scores.masked_fill(hidden, float("-inf")).softmax(-1) @ value).permute(2, 0, 1, 3).flatten(2)
 
 
@@ -34,13 +41,18 @@ def document_ids(kind: str, rows: int, length: int, device="cpu") -> torch.Tenso
     return ids.to(device)
 
 
-def errors(kernel, ids, rows: int, length: int, heads: int, dim: int, dtype=torch.float32, device="cpu", backward=True) -> list[float]:
-    """Relative L2 errors of a backend against ``reference`` on the same rounded inputs: [output] or [output, worst of dQ, dK, dV]."""
+def errors(kernel, ids, rows: int, length: int, heads: int, dim: int, dtype=torch.float32, device="cpu", backward=True,
+           groups: int = 0) -> list[float]:
+    """Relative L2 errors of a backend against ``reference`` on the same rounded inputs: [output] or [output, worst of dQ, dK, dV].
+
+    With ``groups`` key-value heads and no slopes, or ALiBi and as many key-value heads as heads.
+    """
     generator = torch.Generator().manual_seed(3)
-    inputs = [torch.randn(length, rows, heads, dim, generator=generator).to(device, dtype).requires_grad_(backward) for _ in range(3)]
+    inputs = [torch.randn(length, rows, count, dim, generator=generator).to(device, dtype).requires_grad_(backward)
+              for count in (heads, groups or heads, groups or heads)]
     exact = [x.detach().double().requires_grad_(backward) for x in inputs]
     weight = torch.randn(length, rows, heads * dim, generator=generator).to(device, dtype)
-    slopes, scale = alibi_slopes(heads).to(device), dim**-0.5
+    slopes, scale = None if groups else alibi_slopes(heads).to(device), dim**-0.5
     ours = kernel(*inputs, slopes, scale, None if ids is None else Documents(ids))
     theirs = reference(*exact, slopes, scale, ids)
     found = [relative(ours, theirs)]

@@ -55,10 +55,10 @@ def test_real_hh_pairs_and_real_questions_go_through_the_same_command(tmp_path):
 
 
 def test_kill_9_of_a_rank_during_ppo_then_resume(tmp_path):
-    """The command fails with the rank named; resume goes on from the last checkpoint and runs no done stage again."""
+    """The command fails with the rank named; resume goes on from the last checkpoint and runs no done stage again. The model is a Llama."""
     run = tmp_path / "killed"
-    command = [sys.executable, "-m", "launcher", *submit(tmp_path, "killed", "rlhf.iterations=8", "rlhf.save_every=2",
-                                                             *single("sft", "reward"))]
+    command = [sys.executable, "-m", "launcher", *submit(tmp_path, "killed", "model.demo_family=llama", "rlhf.iterations=8",
+                                                             "rlhf.save_every=2", *single("sft", "reward"))]
     first = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
         end = time.monotonic() + 200

@@ -1,7 +1,7 @@
 """Every recipe, in each of its layouts: it divides, fits the GPUs' memory, and builds the model that Hugging Face builds.
 
-tests/bloom_configs.json: the published config.json of each size (bigscience/bloom*), as far as the shape goes, and the number of
-parameters on its model card.
+tests/model_configs.json: the published config.json of each size (bigscience/bloom*, HuggingFaceTB/SmolLM2-135M-Instruct), as far as the
+shape goes, and the number of parameters on its model card.
 """
 
 import json
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import BloomConfig, BloomForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from launcher import cluster, memory
 from launcher.config import RECIPES, build_plain, layered, read_recipe, read_toml
@@ -24,7 +24,7 @@ from training import cpu
 from training.shape import Shape
 from training.step import build_model
 
-PUBLISHED = json.loads((Path(__file__).parent / "bloom_configs.json").read_text())
+PUBLISHED = json.loads((Path(__file__).parent / "model_configs.json").read_text())
 TRAINERS = ("sft", "reward", "rlhf", "dpo")
 DOES_NOT_FIT = {("bloom-7b1", "h200", "rlhf")}
 """Said in the recipe: two trained models of 7.1 billion parameters need more than one H200."""
@@ -56,6 +56,7 @@ def test_layout_divides_and_fits(name, profile, tmp_path):
         graph = next(each for each in PIPELINES.values() if stage in each)
         config, asked = stage_config(tmp_path, full_tables(tmp_path, tables, graph), graph, stage), getattr(resources, stage)
         shape.check_layout(config.tensor_parallel, config.pipeline_parallel, config.virtual_pipeline)
+        shape.check_length(config.LENGTH, config.longest_row)
         data = config.data_parallel(asked.ranks)
         assert asked.gpus_per_node == site.gpus_per_node and asked.gpus_per_node % config.tensor_parallel == 0
         assert config.global_batch_size % (data * config.micro_batch_size) == 0
@@ -65,10 +66,10 @@ def test_layout_divides_and_fits(name, profile, tmp_path):
         assert (made.total < 0.95 * site.gpu_memory_gb) is ((name, profile, stage) not in DOES_NOT_FIT), (stage, made.total)
     if name != "bloom-176b":
         assert max(getattr(resources, stage).nodes for stage in TRAINERS) == 1
-    assert all(tables["convert"][key] == tables["sft"][key] for key in ("tensor_parallel", "pipeline_parallel"))
+    assert all(tables["convert"].get(key) == tables["sft"].get(key) for key in ("tensor_parallel", "pipeline_parallel"))
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if name.startswith("bloom")])
 def test_hyper_parameters_are_the_tutorial_s_on_every_site(name):
     """What is learnt must not depend on the site: layouts only say how it is divided."""
     alone = {"tensor_parallel", "pipeline_parallel", "virtual_pipeline", "sequence_parallel", "micro_batch_size", "recompute",
@@ -117,7 +118,7 @@ def test_the_model_is_hugging_face_s(name, tmp_path):
     the memory formula's count is the real one, and the vocabulary is only padded."""
     shape = shape_of(name, tmp_path)
     with torch.device("meta"):
-        theirs = sum(parameter.numel() for parameter in BloomForCausalLM(BloomConfig.from_pretrained(tmp_path)).parameters())
+        theirs = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path)).parameters())
     assert theirs == PUBLISHED[name]["parameters"] == shape.parameters()
     graph = PIPELINES["ppo"]
     tables = full_tables(tmp_path, layered(name, [], [], cluster.load("a100")), graph)

@@ -201,6 +201,14 @@ class TrainerConfig:
         if self.virtual_pipeline > 1 and self.pipeline_parallel == 1:
             raise ValueError(f"virtual_pipeline = {self.virtual_pipeline} needs pipeline_parallel > 1; set virtual_pipeline = 1")
 
+    LENGTH = "seq_length"
+    """What ``longest_row`` is made of."""
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens of the longest row that a forward pass may see."""
+        return self.seq_length
+
     def model_copies(self, world_size: int) -> int:
         """Data-parallel size for ``world_size`` ranks; raises ConfigError where TP x PP does not divide them."""
         model_ranks = self.tensor_parallel * self.pipeline_parallel
@@ -396,6 +404,12 @@ class PPOConfig(TrainerConfig):
         if self.rollout_batch_size % self.global_batch_size:
             raise ValueError(f"rollout_batch_size = {self.rollout_batch_size} is not a multiple of "
                              f"global_batch_size = {self.global_batch_size}")
+
+    LENGTH = "prompt_length + response_length"
+
+    @property
+    def longest_row(self) -> int:
+        return self.prompt_length + self.response_length
 
     def data_parallel(self, world_size: int) -> int:
         """As any trainer's; rows that a token budget packs come in whatever number the ranks divide."""

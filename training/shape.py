@@ -17,7 +17,7 @@ CHUNK_LOGITS = 2**29
 """Most logits of a rank that exist at once in training: 1 GiB in bf16, 2,139 tokens of BLOOM without tensor parallelism."""
 
 
-FAMILIES = ("bloom",)
+FAMILIES = ("bloom", "llama")
 """config.json's ``model_type`` of what can be trained: each has training/families/NAME.py and training/model/NAME.py."""
 EMBEDDING, OUTPUT, SCORE = "embedding.word_embeddings.weight", "output_layer.weight", "score.linear.weight"
 """megatron-core's keys of every family's embedding, output matrix and scalar head."""
@@ -105,6 +105,10 @@ class Shape:
         return ()
 
     @property
+    def head_dim(self) -> int:
+        return self.hidden // self.heads
+
+    @property
     def embedding_norm(self) -> bool:
         """Has it a norm between embedding and layers?"""
         return len(self.table.first) > 1
@@ -138,6 +142,12 @@ class Shape:
                 what = f"{what} x virtual_pipeline = {virtual_pipeline_size} makes {chunks} parts, which"
                 fix = f"choose a virtual_pipeline from 1 to {most}" if most else f"choose a pipeline_parallel from 1 to {self.layers}"
             raise ConfigError(f"{what} is more than the model's {self.layers} layers; {fix} (parts need not be equal)")
+
+    def check_length(self, name: str, tokens: int) -> None:
+        """Raises ConfigError where rows of ``tokens`` are longer than the model's positions reach; ``name``: the setting."""
+        if self.positions and tokens > self.positions:
+            raise ConfigError(f"{name} = {tokens} is more than the model's max_position_embeddings = {self.positions}, and a rotary "
+                              "embedding knows no more positions; set at most that")
 
     def stage_layers(self, stages: int, head: str = "lm", least: int = 1) -> list[int]:
         """Layers of each pipeline stage: the split whose slowest stage is fastest, with at least ``least`` layers a stage.

@@ -37,6 +37,7 @@ def read_inputs(config: TrainerConfig, kind: str) -> Inputs:
     config.data_parallel(dist.get_world_size())
     shape = Shape.read(config.paths.model)
     shape.check_layout(config.tensor_parallel, config.pipeline_parallel, config.virtual_pipeline)
+    shape.check_length(config.LENGTH, config.longest_row)
     tokenizer = Tokenizer(config.paths.model)
 
     def rows(path: str) -> TokenRows:

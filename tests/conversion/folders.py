@@ -63,7 +63,8 @@ def save_model(folder: Path, stage: str, head: str, bias: float, tensor: int, pi
     checkpoint.load_weights(checkpoint.resolve(folder / "convert") / "model", model, fresh_head=5 if head == "scalar" else None)
     if head == "scalar" and model.post_process:
         with torch.no_grad():
-            model.score.linear.bias.fill_(bias)
+            if model.score.linear.bias is not None:
+                model.score.linear.bias.fill_(bias)
     aside = folder / stage / "aside"
     if torch.distributed.get_rank() == 0:
         (aside / name).mkdir(parents=True)

@@ -51,7 +51,7 @@ def test_not_a_bloom_missing_shard_truncated_wrong_type_wrong_shape(tmp_path):
 
     fresh()
     change(hf, model_type="gpt2")
-    refused(tmp_path, "model_type = 'gpt2'; expected one of bloom")
+    refused(tmp_path, "model_type = 'gpt2'; expected one of bloom, llama")
     fresh().unlink()
     refused(tmp_path, "safe_serialization=True")
     (hf / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"transformer.ln_f.bias": "gone.safetensors"}}))

@@ -14,6 +14,7 @@ from conversion.classifier import folded
 from tests.bloom import tiny_bloom
 from tests.conversion.folders import convert_to, export_from, save_model, trainer, write_tokenizer
 from tests.distributed import run
+from tests.llama import tiny_llama
 from training import checkpoint
 from training.reward import read_last
 from training.settings import ConfigError
@@ -74,10 +75,12 @@ def scores(folder, batch, source):
     return read_last(evaluate(model, batch, 2, lambda values, micro: values), batch)
 
 
-@pytest.mark.parametrize(("dtype", "name", "stage", "inner"), [("fp32", "value", "rlhf", "value"), ("bf16", "reward", "reward", "model")])
-def test_a_scalar_head_scores_equally_as_a_sequence_classifier(tmp_path, dtype, name, stage, inner):
-    """Saved at TP 2 x PP 2, with a bias, rows padded on the right; AutoModel finds the class and the last real token."""
-    model = tiny_bloom(tmp_path / "hf", layers=2, vocab=VOCAB)
+@pytest.mark.parametrize(("make", "dtype", "name", "stage", "inner"), [
+    (tiny_bloom, "fp32", "value", "rlhf", "value"), (tiny_bloom, "bf16", "reward", "reward", "model"),
+    (tiny_llama, "fp32", "value", "rlhf", "value")])
+def test_a_scalar_head_scores_equally_as_a_sequence_classifier(tmp_path, make, dtype, name, stage, inner):
+    """Saved at TP 2 x PP 2, with a bias (BLOOM), rows padded on the right; AutoModel finds the class and the last real token."""
+    model = make(tmp_path / "hf", layers=2, vocab=VOCAB)
     if dtype == "bf16":
         model.bfloat16().save_pretrained(tmp_path / "hf")
     write_tokenizer(tmp_path / "hf")
@@ -88,7 +91,8 @@ def test_a_scalar_head_scores_equally_as_a_sequence_classifier(tmp_path, dtype, 
     tokens = torch.randint(3, VOCAB, (4, 12), generator=torch.Generator().manual_seed(2))
     tokens = tokens.masked_fill(torch.arange(12) >= lengths[:, None], 2)
     theirs, loading = AutoModelForSequenceClassification.from_pretrained(target, dtype=torch.float32, output_loading_info=True)
-    assert type(theirs).__name__ == "BloomForSequenceClassification" and theirs.config.pad_token_id == 2
+    assert type(theirs).__name__ == type(model).__name__.replace("CausalLM", "SequenceClassification")
+    assert theirs.config.pad_token_id == 2
     assert not loading["missing_keys"] and not loading["unexpected_keys"]
     with torch.no_grad():
         found = theirs(tokens).logits.squeeze(-1)
@@ -132,8 +136,9 @@ def test_verify_writes_the_proof_and_sees_one_changed_bit(tmp_path):
     assert not proof["proved"] and differing == ["word_embeddings_layernorm.weight"]
 
 
-def test_verify_proves_an_exported_classifier(tmp_path):
-    tiny_bloom(tmp_path / "hf", layers=2, vocab=VOCAB)
+@pytest.mark.parametrize("make", [tiny_bloom, tiny_llama])
+def test_verify_proves_an_exported_classifier(tmp_path, make):
+    make(tmp_path / "hf", layers=2, vocab=VOCAB)
     write_tokenizer(tmp_path / "hf")
     convert_to(tmp_path)
     run(save_model, 1, 1, 1, tmp_path, "reward", "scalar", 0.4, 1, 1)

@@ -37,6 +37,31 @@ def safetensors(path: Path, tensors: dict[str, list[int]]) -> None:
     os.truncate(path, 8 + len(text) + offset)
 
 
+def llama(folder: Path, **changes) -> str:
+    """SmolLM2-135M's shape; a few tensors a layer."""
+    checkpoint(folder)
+    published = json.loads((Path(__file__).parents[1] / "model_configs.json").read_text())["smollm2-135m"]
+    (folder / "config.json").write_text(json.dumps(published | changes))
+    layers = {f"model.layers.{layer}.input_layernorm.weight": [576] for layer in range(30)}
+    safetensors(folder / "model.safetensors", {"model.embed_tokens.weight": [49152, 576], **layers})
+    return f"model.checkpoint={folder}"
+
+
+def test_a_llama_passes_and_its_heads_layers_and_positions_are_checked(tmp_path):
+    setting = llama(tmp_path)
+    check(setting)
+    with pytest.raises(ConfigError, match=r"tensor_parallel = 9 does not divide the model's 3 key-value heads; choose one of 1, 3"):
+        check(setting, "sft.tensor_parallel=9", "resources.sft.gpus_per_node=9", profile="dev")
+    with pytest.raises(ConfigError, match=r"sft.seq_length = 9000 is more than the model's max_position_embeddings = 8192"):
+        check(setting, "sft.seq_length=9000")
+    with pytest.raises(ConfigError, match=r"rlhf.prompt_length \+ response_length = 8193 is more"):
+        check(setting, "rlhf.prompt_length=8169")
+    with pytest.raises(ConfigError, match="mtbench.context_length = 8193 is more"):
+        check(setting, "mtbench.context_length=8193")
+    with pytest.raises(ConfigError, match=r"says 31 layers; the weights lack layers 30"):
+        check(llama(tmp_path, num_hidden_layers=31))
+
+
 def checkpoint(folder: Path, shards: int = 1, **changes) -> str:
     """A Hugging Face folder with BLOOM-560m's shape, under the names of its published config.json; a few tensors a layer."""
     published = {"model_type": "bloom", "n_embed": 1024, "num_attention_heads": 16, "n_layer": 24, "vocab_size": 250880,
@@ -103,9 +128,9 @@ def test_every_mistake_is_named_at_once():
     assert "\n2. reward.load_iteration" in said and "6 attention heads" in said
 
 
-def test_a_folder_that_is_no_bloom(tmp_path):
-    with pytest.raises(ConfigError, match="model_type = 'llama'"):
-        check(checkpoint(tmp_path, model_type="llama"))
+def test_a_folder_of_no_known_family(tmp_path):
+    with pytest.raises(ConfigError, match="model_type = 'gpt2'; expected one of bloom, llama"):
+        check(checkpoint(tmp_path, model_type="gpt2"))
     setting = checkpoint(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"no weights in .*expected model.safetensors, or pytorch_model.bin"):

@@ -1,4 +1,4 @@
-"""A small prepared run for the trainers' tests: demo data, a two-layer BLOOM with six heads, its Megatron checkpoint."""
+"""A small prepared run for the trainers' tests: demo data, a two-layer BLOOM or Llama with six heads, its Megatron checkpoint."""
 
 from __future__ import annotations
 
@@ -63,8 +63,16 @@ class Run:
 
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory) -> Run:
-    made = Run(tmp_path_factory.mktemp("run"))
-    model = ModelConfig(demo_layers=2, demo_hidden=48, demo_heads=6)
+    return prepared(Run(tmp_path_factory.mktemp("run")), "bloom")
+
+
+@pytest.fixture(scope="session")
+def llama_run(tmp_path_factory) -> Run:
+    return prepared(Run(tmp_path_factory.mktemp("llama")), "llama")
+
+
+def prepared(made: Run, family: str) -> Run:
+    model = ModelConfig(demo_family=family, demo_layers=2, demo_hidden=48, demo_heads=6)
     prepare(PrepareConfig(PreparePaths(str(made.folder / "data"), made.model), model, DataConfig(heldout_max=16)))
     run(convert, 1, 1, 1, ConvertConfig(paths=ConvertPaths(str(made.folder / "convert"), made.model)))
     run(sft.run, 1, 1, 1, made.sft(made.folder / "sft", iterations=60, lr=5e-3))

@@ -11,20 +11,20 @@ import json
 
 import tokenizers
 import torch
-from transformers import BloomConfig, BloomForCausalLM, BloomModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
 
 from training.config import PPOConfig
 from training.data.batches import Sampler
 
 
 class Scalar(torch.nn.Module):
-    """Hugging Face's BLOOM with one number a token."""
+    """Hugging Face's model with one number a token; a Llama's head has no bias."""
 
-    def __init__(self, config: BloomConfig, body: dict, weight: torch.Tensor, bias: torch.Tensor):
+    def __init__(self, config: PreTrainedConfig, body: dict, *head: torch.Tensor):
         super().__init__()
-        self.body, self.head = BloomModel(config), torch.nn.Linear(config.hidden_size, 1)
+        self.body, self.head = AutoModel.from_config(config), torch.nn.Linear(config.hidden_size, 1, bias=len(head) == 2)
         self.body.load_state_dict(body)
-        self.head.load_state_dict({"weight": weight, "bias": bias})
+        self.head.load_state_dict(dict(zip(("weight", "bias"), head, strict=False)))
 
     def forward(self, tokens: list[int]) -> torch.Tensor:
         return self.head(self.body(torch.tensor([tokens])).last_hidden_state[0])[:, 0]
@@ -44,9 +44,9 @@ class Reference:
 
     def __init__(self, config: PPOConfig, sft: dict, reward: dict, head: tuple):
         self.config = config
-        shape = BloomConfig.from_pretrained(config.paths.model)
-        self.policy = BloomForCausalLM(shape).eval()
-        self.policy.transformer.load_state_dict(sft)
+        shape = AutoConfig.from_pretrained(config.paths.model)
+        self.policy = AutoModelForCausalLM.from_config(shape).eval()
+        self.policy.base_model.load_state_dict(sft)
         self.policy.tie_weights()
         self.frozen = copy.deepcopy(self.policy)
         self.critic, self.judge = Scalar(shape, reward, *head).eval(), Scalar(shape, reward, *head).eval()

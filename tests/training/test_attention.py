@@ -19,19 +19,21 @@ KINDS = ("plain", "padded", "packed")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("heads", [8, 12, 14])
-def test_sdpa_agrees_with_fp64(kind, heads):
+@pytest.mark.parametrize(("heads", "groups"), [(8, 0), (12, 0), (14, 0), (6, 2), (8, 8)])
+def test_sdpa_agrees_with_fp64(kind, heads, groups):
+    """With ALiBi, and without it for grouped queries."""
     for length in (1, 2, 7, 33) if kind == "plain" else (33,):
-        output, gradient = errors(backends.sdpa, document_ids(kind, 2, length), 2, length, heads, 8)
+        output, gradient = errors(backends.sdpa, document_ids(kind, 2, length), 2, length, heads, 8, groups=groups)
         assert output < 1e-5 and gradient < 2e-5
-    output, gradient = errors(backends.sdpa, document_ids(kind, 2, 33), 2, 33, heads, 8, torch.bfloat16)
+    output, gradient = errors(backends.sdpa, document_ids(kind, 2, 33), 2, 33, heads, 8, torch.bfloat16, groups=groups)
     assert output < 1e-2 and gradient < 2e-2
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_flex_attention_s_scores_and_masks_agree_with_fp64(kind):
+@pytest.mark.parametrize("groups", [0, 2])
+def test_flex_attention_s_scores_and_masks_agree_with_fp64(kind, groups):
     """The forward pass, uncompiled: FlexAttention has no backward pass on the CPU."""
-    (output,) = errors(backends.flex, document_ids(kind, 2, 256), 2, 256, 6, 16, backward=False)
+    (output,) = errors(backends.flex, document_ids(kind, 2, 256), 2, 256, 6, 16, backward=False, groups=groups)
     assert output < 1e-5
 
 
@@ -58,7 +60,7 @@ def attend(query, key, value, slopes, scale, ends=None):
 
 
 def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None):
-    assert causal and dropout_p == 0.0 and alibi_slopes.dtype == torch.float32
+    assert causal and dropout_p == 0.0 and (alibi_slopes is None or alibi_slopes.dtype == torch.float32)
     return attend(q, k, v, alibi_slopes, softmax_scale)
 
 
@@ -70,14 +72,15 @@ def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, ma
 
 
 class DotProductAttention:
-    def __init__(self, num_attention_heads, kv_channels, attention_dropout=0.0, softmax_scale=None, attn_mask_type="causal",
-                 qkv_format="sbhd"):
+    def __init__(self, num_attention_heads, kv_channels, num_gqa_groups=None, attention_dropout=0.0, softmax_scale=None,
+                 attn_mask_type="causal", qkv_format="sbhd"):
         assert attention_dropout == 0.0
-        self.heads, self.channels, self.scale = num_attention_heads, kv_channels, softmax_scale
+        self.heads, self.groups, self.channels, self.scale = num_attention_heads, num_gqa_groups, kv_channels, softmax_scale
 
     def __call__(self, query_layer, key_layer, value_layer, attention_mask=None, qkv_format=None, cu_seqlens_q=None, cu_seqlens_kv=None,
                  max_seqlen_q=None, max_seqlen_kv=None, attn_mask_type=None, core_attention_bias_type="no_bias", alibi_slopes=None):
-        assert core_attention_bias_type == "alibi" and query_layer.shape[-2:] == (self.heads, self.channels)
+        assert core_attention_bias_type == ("no_bias" if alibi_slopes is None else "alibi")
+        assert query_layer.shape[-2:] == (self.heads, self.channels) and key_layer.shape[-2:] == (self.groups, self.channels)
         assert (qkv_format, attn_mask_type) == (("sbhd", "causal") if cu_seqlens_q is None else ("thd", "padding_causal"))
         layers = (query_layer, key_layer, value_layer)
         if cu_seqlens_q is None:
@@ -100,9 +103,10 @@ def stand_ins(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("groups", [0, 2])
 @pytest.mark.parametrize("name", ["flash", "te"])
-def test_the_installed_packages_are_called_as_they_document(stand_ins, name, kind):
-    output, gradient = errors(backends.KERNELS[name], document_ids(kind, 2, 33), 2, 33, 6, 8)
+def test_the_installed_packages_are_called_as_they_document(stand_ins, name, groups, kind):
+    output, gradient = errors(backends.KERNELS[name], document_ids(kind, 2, 33), 2, 33, 6, 8, groups=groups)
     assert output < 1e-6 and gradient < 1e-6
 
 

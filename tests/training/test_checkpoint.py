@@ -91,15 +91,16 @@ PPO = dict(rollout_batch_size=8, global_batch_size=4, response_length=4, kl_targ
 """Two updates an iteration; the controller moves, and so do the gates' counts."""
 
 
-@pytest.mark.parametrize(("stage", "layout", "values"), [
-    ("sft", (2, 1, 2), {}), ("reward", (2, 2, 1), {}), ("dpo", (1, 1, 2), {"lora_rank": 4}),
-    ("ppo", (1, 2, 1), PPO | {"micro_batch_tokens": 80, "offload_frozen": True}),
-    ("ppo", (2, 1, 2), PPO | {"value_warmup": 1, "lora_rank": 4})])
-def test_resumed_equals_uninterrupted_bit_for_bit(small_run, tmp_path, stage, layout, values):
+@pytest.mark.parametrize(("stage", "layout", "values", "family"), [
+    ("sft", (2, 1, 2), {}, "llama"), ("reward", (2, 2, 1), {}, "llama"), ("dpo", (1, 1, 2), {"lora_rank": 4}, "bloom"),
+    ("ppo", (1, 2, 1), PPO | {"micro_batch_tokens": 80, "offload_frozen": True}, "bloom"),
+    ("ppo", (2, 1, 2), PPO | {"value_warmup": 1, "lora_rank": 4}, "llama")])
+def test_resumed_equals_uninterrupted_bit_for_bit(small_run, llama_run, tmp_path, stage, layout, values, family):
     """8 iterations straight = killed by SIGKILL at a random moment behind iteration 3, resumed: weights, optimizer, state and metrics.
     Without pipeline the second saves asynchronously."""
-    make, trainer, learners = {"sft": (small_run.sft, sft, ["model"]), "reward": (small_run.reward, reward, ["model"]),
-                               "dpo": (small_run.dpo, dpo, ["model"]), "ppo": (small_run.ppo, ppo, ["policy", "value"])}[stage]
+    made = {"bloom": small_run, "llama": llama_run}[family]
+    make, trainer, learners = {"sft": (made.sft, sft, ["model"]), "reward": (made.reward, reward, ["model"]),
+                               "dpo": (made.dpo, dpo, ["model"]), "ppo": (made.ppo, ppo, ["policy", "value"])}[stage]
     settings = dict(layout=layout[:2], iterations=8, **values)
     run(trainer.run, *layout, make(tmp_path / "straight", **settings))
     resumed = make(tmp_path / "resumed", **settings, save_every=3, async_save=layout[1] == 1)

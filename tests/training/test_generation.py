@@ -7,6 +7,7 @@ from conversion.config import ConvertConfig, ConvertPaths
 from conversion.hf_to_megatron import convert
 from tests.bloom import tiny_bloom
 from tests.distributed import run
+from tests.llama import tiny_llama
 from training import checkpoint
 from training.config import Paths, SFTConfig
 from training.data.batches import collate_prompts
@@ -18,10 +19,10 @@ VOCAB, PAD, STEPS = 300, 3, 12
 PROMPTS = [[5, 17, 200], [44, 8, 9, 150, 299, 12, 60], [7], [10, 11, 12, 13, 14]]
 
 
-@pytest.fixture(scope="module")
-def bloom(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bloom")
-    model = tiny_bloom(folder / "hf", heads=6, hidden=48, vocab=VOCAB)
+@pytest.fixture(scope="module", params=[tiny_bloom, tiny_llama])
+def small(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small")
+    model = request.param(folder / "hf", heads=6, hidden=48, vocab=VOCAB)
     run(convert, 1, 1, 1, ConvertConfig(paths=ConvertPaths(str(folder / "convert"), str(folder / "hf"))))
     return folder, model
 
@@ -43,8 +44,8 @@ def theirs(model, prompt, eos_id):
 
 
 @pytest.mark.parametrize("layout", [(1, 1), (2, 1), (1, 2), (2, 2)])
-def test_greedy_equals_hugging_face_one_prompt_at_a_time(bloom, layout):
-    folder, model = bloom
+def test_greedy_equals_hugging_face_one_prompt_at_a_time(small, layout):
+    folder, model = small
     free = [theirs(model, prompt, eos_id=None) for prompt in PROMPTS]
     eos = free[1][4]  # a token that the second prompt's continuation holds: it ends early, others go on
     expected = [theirs(model, prompt, eos) for prompt in PROMPTS]
@@ -53,8 +54,8 @@ def test_greedy_equals_hugging_face_one_prompt_at_a_time(bloom, layout):
         assert responses.tolist() == expected
 
 
-def test_a_row_s_sample_does_not_depend_on_its_neighbours_or_the_layout(bloom):
-    folder, _ = bloom
+def test_a_row_s_sample_does_not_depend_on_its_neighbours_or_the_layout(small):
+    folder, _ = small
     uniforms = draws(seed=1, iteration=3, rows=4, steps=STEPS)
     together = run(ours, 1, 1, 1, folder, (1, 1), PROMPTS, inverse_cdf(uniforms, 0.8), -1)[0]
     for row, prompt in enumerate(PROMPTS):

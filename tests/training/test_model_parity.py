@@ -1,9 +1,8 @@
-"""The parity matrix: BLOOM on megatron-core against Hugging Face in double precision, every layout over {1, 2}.
+"""The parity matrix: BLOOM and Llama on megatron-core against Hugging Face in double precision, every layout over {1, 2}.
 
 TP x PP x parts a stage x sequence parallelism x DP (18 layouts), padded rows of 1 to 16 tokens and packed rows, five layers, so
-that no pipeline divides them evenly; no, selective and full recompute in turn. Every layout of one or two ranks sees 8, 12 and
-14 heads (the last with an output matrix of its own), the others one of these in turn. The ranks of a world are forked once for
-all its layouts.
+that no pipeline divides them evenly; no, selective and full recompute in turn. Every layout of one or two ranks sees all of MODELS,
+the others one of these in turn. The ranks of a world are forked once for all its layouts.
 """
 
 import itertools
@@ -20,6 +19,7 @@ from conversion.hf_to_megatron import convert
 from conversion.weights import EMBEDDING, entries
 from tests.bloom import tiny_bloom
 from tests.distributed import run
+from tests.llama import tiny_llama
 from training import checkpoint
 from training.config import Paths, SFTConfig
 from training.data.batches import shard
@@ -30,9 +30,11 @@ from training.shape import Shape
 from training.step import Learner, Objective, build_model, evaluate, split
 
 VOCAB, LAYERS, ROWS, LENGTH = 200, 5, 8, 16  # the vocabulary is padded to 256: padding must not weigh in any softmax
-HEADS = (8, 12, 14)
-UNTIED = 14
-"""The model with an output matrix of its own."""
+MODELS = {"bloom, 8 heads": (tiny_bloom, dict(heads=8, hidden=64)),
+          "bloom": (tiny_bloom, dict(heads=12, hidden=96)),
+          "bloom, 14 heads, untied": (tiny_bloom, dict(heads=14, hidden=112, tied=False)),
+          "llama": (tiny_llama, dict(heads=8, groups=2, hidden=64)),
+          "llama, 3 heads a group, untied": (tiny_llama, dict(heads=6, groups=2, hidden=48, tied=False))}
 LAYOUTS = [(tensor, pipeline, virtual, sequence, data) for tensor, pipeline, virtual, sequence, data
            in itertools.product((1, 2), (1, 2), (1, 2), (False, True), (1, 2))
            if (virtual == 1 or pipeline == 2) and (tensor == 2 or not sequence)]
@@ -87,19 +89,18 @@ def hugging_face(model, rows: dict):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Head count -> (folder with hf/ and convert/, and for each kind of batch: loss, logits, gradients by name in fp64)."""
+    """Name -> (folder with hf/ and convert/, and for each kind of batch: loss, logits, gradients by megatron-core's name in fp64)."""
     made = {}
-    for heads in HEADS:
-        folder = tmp_path_factory.mktemp(f"heads{heads}")
-        model = tiny_bloom(folder / "hf", heads=heads, hidden=8 * heads, layers=LAYERS, vocab=VOCAB, tied=heads != UNTIED).double()
+    for name, (make, values) in MODELS.items():
+        folder = tmp_path_factory.mktemp(name.split(",")[0])
+        model = make(folder / "hf", layers=LAYERS, vocab=VOCAB, **values).double()
         expected = {}
         for kind in ("padded", "packed"):
             model.zero_grad()
             loss, logits = hugging_face(model, batch(kind))
             loss.backward()
-            gradients = {name.removeprefix("transformer."): parameter.grad.clone() for name, parameter in model.named_parameters()}
-            expected[kind] = loss.item(), logits, gradients
-        made[heads] = folder, expected
+            expected[kind] = loss.item(), logits, by_parameter(folder, model)
+        made[name] = folder, expected
 
     def convert_all():
         for folder, _ in made.values():
@@ -107,6 +108,14 @@ def models(tmp_path_factory):
 
     run(convert_all, 1, 1, 1)
     return made
+
+
+def by_parameter(folder, model) -> dict[str, torch.Tensor]:
+    """Gradients of a Hugging Face model by megatron-core's names: several tensors as the one that they are woven into, by hand."""
+    shape = Shape.read(folder / "hf")
+    found = {name.removeprefix(f"{model.base_model_prefix}."): parameter.grad for name, parameter in model.named_parameters()}
+    return {entry.parameter: torch.cat([found[name].view(entry.weight.groups, -1, *size[1:]) for name, size in entry.parts.items()], 1)
+            .flatten(0, 1) for entry in entries(shape)}
 
 
 def load(folder, config: SFTConfig):
@@ -123,17 +132,14 @@ def enter(tensor: int, pipeline: int, virtual: int) -> None:
 
 
 def named(model):
-    """(Hugging Face name, parameter) of everything that this rank holds."""
-    names = {entry.parameter: entry.name for entry in entries(parts(model)[0].shape)}
+    """(name in the whole model, parameter) of everything that this rank holds."""
     for part in parts(model):
         for name, parameter in part.named_parameters():
             pieces = name.split(".")
             if "layers" in pieces:  # local to the part -> global
                 pieces[2] = str(part.decoder.layers[int(pieces[2])].layer_number - 1)
-            if name == "output_layer.weight":  # on the last stage; tied: the embedding's copy
-                yield names[EMBEDDING] if part.share_embeddings_and_output_weights else "lm_head.weight", parameter
-            else:
-                yield names[".".join(pieces)], parameter
+            copied = name == "output_layer.weight" and part.share_embeddings_and_output_weights  # on the last stage: the embedding's copy
+            yield EMBEDDING if copied else ".".join(pieces), parameter
 
 
 def whole_gradients(learner: Learner) -> None:
@@ -162,21 +168,21 @@ def logits_error(model, rows: dict, expected: torch.Tensor, size: int) -> float:
     return (difference.nan_to_num(0.0).max() / expected.nan_to_num(0.0).abs().max()).item()  # NaN: positions of padding
 
 
-def heads_of(layout) -> tuple[int, ...]:
+def models_of(layout) -> list[str]:
     """The models that a layout sees: all, or for four ranks and more one of them."""
     tensor, pipeline, _, _, data = layout
-    return HEADS if tensor * pipeline * data <= 2 else (HEADS[LAYOUTS.index(layout) % len(HEADS)],)
+    return list(MODELS) if tensor * pipeline * data <= 2 else [list(MODELS)[LAYOUTS.index(layout) % len(MODELS)]]
 
 
 def layout_errors(models, layout) -> tuple[dict, set]:
-    """What this rank finds: the worst error of each kind, relative to the largest entry, and the (heads, parameter) it has seen."""
+    """What this rank finds: the worst error of each kind, relative to the largest entry, and the (model, parameter) it has seen."""
     tensor, pipeline, virtual, sequence, data = layout
     enter(tensor, pipeline, virtual)
     worst, seen = {"logits": 0.0, "loss": 0.0, "gradient": 0.0}, set()
-    for heads in heads_of(layout):
-        folder, expected = models[heads]
+    for which in models_of(layout):
+        folder, expected = models[which]
         size = ROWS // (2 * data)  # two micro-batches: the interleaved schedule wants a multiple of the stages
-        recompute = RECOMPUTE[(LAYOUTS.index(layout) // 2 + HEADS.index(heads)) % len(RECOMPUTE)]
+        recompute = RECOMPUTE[(LAYOUTS.index(layout) // 2 + list(MODELS).index(which)) % len(RECOMPUTE)]
         config = settings(tensor, pipeline, virtual, sequence, micro_batch_size=size, recompute=recompute)
         learner = Learner(load(folder, config), config, config.lr, 20, 0)
         learner.optimizer.chained_optimizers[0].update = lambda norm: None  # gradients only
@@ -191,7 +197,7 @@ def layout_errors(models, layout) -> tuple[dict, set]:
                 error = gradient_error(parameter, gradients[name], tensor, learner.optimizer.chained_optimizers[0].scale)
                 assert error <= TOLERANCE, f"{name}: {error}, {kind}, {layout}, {folder}"
                 worst["gradient"] = max(worst["gradient"], error)
-                seen.add((heads, name))
+                seen.add((which, name))
     return worst, seen
 
 
@@ -213,7 +219,7 @@ def test_logits_loss_and_every_gradient_equal_hugging_face_on_every_layout(model
     for world, layouts in by_world.items():
         results = run(lambda layouts: [layout_errors(models, layout) for layout in layouts], 1, 1, world, layouts, timeout=240)
         for number, layout in enumerate(layouts):
-            expected = {(heads, name) for heads in heads_of(layout) for name in models[heads][1]["padded"][2]}
+            expected = {(which, name) for which in models_of(layout) for name in models[which][1]["padded"][2]}
             assert set().union(*(rank[number][1] for rank in results)) == expected
             worst = {name: max(rank[number][0][name] for rank in results) for name in ("logits", "loss", "gradient")}
             print(layout, {name: f"{value:.1e}" for name, value in worst.items()})
@@ -226,7 +232,7 @@ STEPS = 20
 @pytest.fixture(scope="module")
 def plain_torch(models) -> list[tuple[float, float]]:
     """(loss, gradient norm) of 20 steps of a loop that anyone would write: transformers, AdamW, clipping; padded and packed in turn."""
-    folder, _ = models[12]
+    folder, _ = models["bloom"]
     model = BloomForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32).train()
     groups = [[p for p in model.parameters() if (p.dim() > 1) == matrices] for matrices in (True, False)]
     optimizer = torch.optim.AdamW([dict(params=groups[0], weight_decay=0.1), dict(params=groups[1], weight_decay=0.0)], lr=1e-3,
@@ -263,7 +269,7 @@ def test_twenty_steps_equal_plain_torch_with_hugging_face(models, plain_torch, l
     It fails for wrong decay groups, a gradient norm that counts shards wrongly (28% at TP 2), a missing reduction. Rounding grows over
     the steps: keys' biases have no true gradient, and Adam makes steps of its noise.
     """
-    folder, _ = models[12]
+    folder, _ = models["bloom"]
     assert min(loss for loss, _ in plain_torch) < 0.9 * plain_torch[0][0]
     for history in run(trajectory, 1, 1, layout[0] * layout[1] * layout[4], folder, layout):
         for (loss, norm), (their_loss, their_norm) in zip(history, plain_torch, strict=True):

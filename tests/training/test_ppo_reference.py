@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from conversion.tensors import Stored
 from conversion.weights import entries
 from tests.distributed import run
 from tests.training.ppo_reference import Reference
@@ -17,20 +18,23 @@ def weights(config, stage, head: str) -> tuple[dict, tuple]:
     shape = Shape.read(config.paths.model)
     model = build_model(shape, config, head)
     checkpoint.load_weights(checkpoint.resolve(stage) / "model", model)
-    names = {entry.parameter: entry.name for entry in entries(shape)}
-    held = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    body = {names[name]: value[:shape.vocab].clone() if "word_embeddings.weight" in name else value.clone()
-            for name, value in held.items() if name in names}
-    return body, tuple(value.clone() for name, value in held.items() if name.startswith("score."))
+    held = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    body = {}
+    for entry in entries(shape):
+        body |= entry.unwoven(Stored.whole(held[entry.parameter][: entry.weight.size[0]]))
+    body = {name: tensor.load() for name, tensor in body.items()}
+    return body, tuple(value for name, value in held.items() if name.startswith("score."))
 
 
-def test_two_iterations_equal_plain_torch_with_hugging_face(small_run, tmp_path):
+@pytest.mark.parametrize("family", ["bloom", "llama"])
+def test_two_iterations_equal_plain_torch_with_hugging_face(small_run, llama_run, tmp_path, family):
     """Samples exactly; rewards, KL, losses, norms and entropy to 1e-5 in the first iteration and, after eight updates of each model
     (two epochs of two minibatches), to 2e-4 in the second: it sees every sign, mask, shift, denominator, moment and rate."""
     settings = dict(iterations=2, epochs=2, kl_coef=0.1, response_length=16, temperature=0.8, value_clip=0.02, clip_ratio=0.05,
                     dual_clip=1.02, entropy_coef=0.02)
-    config = small_run.ppo(tmp_path, **settings)
-    run(ppo.run, 1, 2, 1, small_run.ppo(tmp_path, layout=(1, 2), micro_batch_tokens=150, **settings))
+    made = {"bloom": small_run, "llama": llama_run}[family]
+    config = made.ppo(tmp_path, **settings)
+    run(ppo.run, 1, 2, 1, made.ppo(tmp_path, layout=(1, 2), micro_batch_tokens=150, **settings))
     ours = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     sft, _ = run(weights, 1, 1, 1, config, config.paths.init, "lm")[0]
     reward, head = run(weights, 1, 1, 1, config, config.paths.reward, "scalar")[0]

@@ -1,8 +1,8 @@
-"""The kernels that compute ALiBi attention, and which one a run uses.
+"""The kernels that compute causal attention, and which one a run uses.
 
-Every backend takes query (Tq, B, H, D), key and value (Tk, B, H, D), slopes (H,) fp32, the scale and the batch's Documents or
-None, and gives (Tq, B, H * D). Relative L2 error against fp64, forward / worst of dQ, dK, dV: fp32 under 1e-5 / 2e-5; bf16
-under 1e-2 / 2e-2 (inputs are rounded first, so what is left is the rounding of probabilities and of the results).
+Every backend takes query (Tq, B, H, D), key and value (Tk, B, G, D) with G dividing H, slopes (H,) fp32 of ALiBi or None, the scale
+and the batch's Documents or None, and gives (Tq, B, H * D). Relative L2 error against fp64, forward / worst of dQ, dK, dV: fp32 under
+1e-5 / 2e-5; bf16 under 1e-2 / 2e-2 (inputs are rounded first, so what is left is the rounding of probabilities and of the results).
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def available(name: str) -> bool:
 
 @functools.lru_cache(maxsize=8)
 def causal_alibi(slopes: tuple[float, ...], queries: int, keys: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """Additive bias (1, heads, queries, keys): slope * (key - query), -inf for later keys.
+    """Additive bias (1, slopes, queries, keys): slope * (key - query), -inf for later keys. One slope of 0: a causal mask alone.
 
     The last query sits at the last key, so a cached prefix (keys > queries) needs nothing else. Distances are relative to the
     query: near keys, which matter, stay exact in bf16. One tensor serves all layers.
@@ -76,18 +76,19 @@ def _numbers(slopes: torch.Tensor) -> tuple[float, ...]:
 
 
 def sdpa(query, key, value, slopes, scale, documents, hidden_keys=None):
-    """torch's scaled-dot-product attention with a bias of all distances: on the CPU, and for generation.
+    """torch's scaled-dot-product attention with a bias of all pairs: on the CPU, and for generation.
 
     ``hidden_keys`` (B, 1, 1, Tk) True at keys that nobody may see.
     """
     query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-    bias = causal_alibi(_numbers(slopes), query.size(2), key.size(2), query.device, query.dtype)
+    numbers = (0.0,) if slopes is None else _numbers(slopes)
+    bias = causal_alibi(numbers, query.size(2), key.size(2), query.device, query.dtype)
     if documents is not None:
         bias = bias.masked_fill(documents.apart, float("-inf"))
     if hidden_keys is not None:
         # A finite minimum: the rows of padding queries see nothing and must not become NaN.
         bias = bias.masked_fill(hidden_keys, torch.finfo(query.dtype).min)
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale, enable_gqa=query.size(1) > key.size(1))
     return out.permute(2, 0, 1, 3).flatten(2)
 
 
@@ -150,11 +151,11 @@ def flex(query, key, value, slopes, scale, documents):
     query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
     from torch.nn.attention import flex_attention
 
-    if torch.compiler.is_compiling():  # a part of the layer's graph
-        attend, score = flex_attention.flex_attention, alibi_score(slopes)
-    else:
-        attend, score = _compiled("flex_attention") if query.is_cuda else flex_attention.flex_attention, _same_score(slopes)
-    out = attend(query, key, value, score_mod=score, block_mask=blocks, scale=scale)
+    score = None if slopes is None else alibi_score(slopes) if torch.compiler.is_compiling() else _same_score(slopes)
+    attend = flex_attention.flex_attention
+    if query.is_cuda and not torch.compiler.is_compiling():  # compiling: a part of the layer's graph
+        attend = _compiled("flex_attention")
+    out = attend(query, key, value, score_mod=score, block_mask=blocks, scale=scale, enable_gqa=query.size(1) > key.size(1))
     return out.permute(2, 0, 1, 3).flatten(2)
 
 
@@ -176,23 +177,24 @@ def flash(query, key, value, slopes, scale, documents):
 
 
 @functools.lru_cache(maxsize=8)
-def _te_attention(heads: int, dim: int, scale: float):
+def _te_attention(heads: int, groups: int, dim: int, scale: float):
     from transformer_engine.pytorch import DotProductAttention
 
-    return DotProductAttention(heads, dim, attention_dropout=0.0, softmax_scale=scale, attn_mask_type="causal", qkv_format="sbhd")
+    return DotProductAttention(heads, dim, num_gqa_groups=groups, attention_dropout=0.0, softmax_scale=scale, attn_mask_type="causal",
+                               qkv_format="sbhd")
 
 
 @torch.compiler.disable
 def transformer_engine(query, key, value, slopes, scale, documents):
-    """Transformer Engine's attention with ALiBi slopes; it chooses flash, cuDNN or unfused itself. Packed rows go through as one."""
+    """Transformer Engine's attention; it chooses flash, cuDNN or unfused itself. Packed rows go through as one."""
     length, rows, heads, dim = query.shape
-    attend = _te_attention(heads, dim, scale)
+    attend, bias = _te_attention(heads, key.size(2), dim, scale), "no_bias" if slopes is None else "alibi"
     if documents is None:
-        return attend(query, key, value, attn_mask_type="causal", qkv_format="sbhd", core_attention_bias_type="alibi", alibi_slopes=slopes)
+        return attend(query, key, value, attn_mask_type="causal", qkv_format="sbhd", core_attention_bias_type=bias, alibi_slopes=slopes)
     ends, longest = documents.cumulative, documents.longest
-    flat = (x.transpose(0, 1).reshape(rows * length, heads, dim) for x in (query, key, value))
+    flat = (x.transpose(0, 1).reshape(rows * length, -1, dim) for x in (query, key, value))
     out = attend(*flat, attn_mask_type="padding_causal", qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=longest,
-                 max_seqlen_kv=longest, core_attention_bias_type="alibi", alibi_slopes=slopes)
+                 max_seqlen_kv=longest, core_attention_bias_type=bias, alibi_slopes=slopes)
     return out.reshape(rows, length, heads * dim).transpose(0, 1).contiguous()
 
 

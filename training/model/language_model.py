@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from training import parallel
-from training.model import backends, lora
+from training.model import backends, lora, rotary
 from training.model.attention import CausalAttention, Documents
 from training.model.heads import Output, ScalarHead
 from training.model.kernels import no_init, norm_class
@@ -40,7 +40,7 @@ def modules(shape: Shape) -> ModuleType:
 def transformer_config(shape: Shape, trainer, head: str = "lm") -> TransformerConfig:
     """megatron-core's configuration of ``shape`` under a trainer's layout and precision (training.config.TrainerConfig)."""
     dtype = torch.bfloat16 if trainer.precision == "bf16" else torch.float32
-    backend = backends.choose(trainer.attention, parallel.device().type, dtype, shape.hidden // shape.heads)
+    backend = backends.choose(trainer.attention, parallel.device().type, dtype, shape.head_dim)
     interleaved = trainer.virtual_pipeline > 1
     config = TransformerConfig(
         num_layers=shape.layers, hidden_size=shape.hidden, num_attention_heads=shape.heads, num_query_groups=shape.groups,
@@ -157,6 +157,7 @@ class LanguageModel(LanguageModule):
         if compiled and self.config.core_attention == "flex":
             packed.blocks = backends.causal_blocks(tokens.size(1), tokens.device) if documents is None else packed.blocks
         hidden = self.decoder(hidden_states=hidden, attention_mask=attention_mask, inference_context=inference_context,
+                              rotary_pos_emb=self._angles(tokens, attention_mask, inference_context, documents),
                               packed_seq_params=packed)
         if not self.post_process:
             return hidden
@@ -166,6 +167,16 @@ class LanguageModel(LanguageModule):
         if inference_context is None:
             return Output(hidden, weight, self.columns, self.config.sequence_parallel)
         return Output(hidden[-1:], weight, self.columns, False).logits()
+
+    def _angles(self, tokens, hidden_keys, cache, documents) -> torch.Tensor | None:
+        """Of the rotary embedding, for every key that is attended to, cached ones too; None without one."""
+        shape = self.shape
+        if not shape.theta:
+            return None
+        length = tokens.size(1) + (cache.sequence_len_offset if cache else 0)
+        positions = rotary.of_documents(documents) if documents is not None else None
+        positions = rotary.of_prompts(hidden_keys) if hidden_keys is not None else positions
+        return rotary.angles(shape.theta, shape.head_dim, length, positions, tokens.device)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         """Without megatron-core's ``_extra_state`` objects: they hold nothing here, and loading them would unpickle."""

@@ -139,7 +139,8 @@ def initialise(model: torch.nn.Module) -> None:
         module.lora_b.zero_()
 
 
-NAMES = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+NAMES = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2", "mlp.linear_gate_up")
+"""Of every family."""
 
 
 @contextlib.contextmanager
@@ -187,8 +188,9 @@ def check_scale(model: torch.nn.Module) -> None:
 
 def _linears(model: torch.nn.Module) -> Iterator[tuple[str, int, torch.nn.Module]]:
     for block in (part for part in model.modules() if hasattr(part, "layer_number") and hasattr(part, "pre_mlp_layernorm")):
-        for name in NAMES:
-            yield name, block.layer_number - 1, block.get_submodule(name)
+        for name, module in block.named_modules():
+            if name in NAMES:
+                yield name, block.layer_number - 1, module
 
 
 def _mine(module: torch.nn.Module, name: str, whole: torch.Tensor) -> torch.Tensor:
