@@ -4,11 +4,11 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint setup slurm lock
+.PHONY: demo test lint setup slurm browser lock
 demo: setup
 	$(BIN)/python -m launcher submit full-pipeline --recipe bloom-tiny --wait
 
-test: setup slurm
+test: setup slurm browser
 	$(BIN)/python -m pytest -n 2
 
 lint: setup
@@ -32,6 +32,18 @@ slurm:
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge; \
 	else \
 		echo "setup: no Slurm here and no right to install it: its tests will be skipped (apt-get install slurmctld slurmd slurm-client munge)"; \
+	fi
+
+# The report is tested in a real browser; without one that test is skipped.
+browser:
+	@if command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null; then \
+		echo "setup: a browser is installed"; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "setup: Chromium from the distribution's packages"; \
+		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; } \
+			|| echo "setup: no Chromium to be had: the report's test in a browser will be skipped"; \
+	else \
+		echo "setup: no browser here: the report's test in one will be skipped (apt-get install chromium)"; \
 	fi
 
 # Resolve constraints.txt anew for Python 3.10 to 3.12.

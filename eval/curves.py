@@ -42,8 +42,9 @@ def panels(stage: str, runs: Mapping[str, Sequence[Mapping]]) -> tuple[list[dict
     rest = [name for name in names if name not in drawn and not _is_detail(name, names)]
     bases = [name for name in rest if not (name.startswith(HELDOUT) and name.removeprefix(HELDOUT) in rest)]
     others = [(name.replace("_", " "), [one for one in (name, HELDOUT + name) if one in rest], "") for name in bases]
-    return ([panel for group in groups if (panel := _panel(stage, runs, *group))],
-            [panel for group in others if (panel := _panel(stage, runs, *group))])
+    main = [panel for group in groups if (panel := _panel(stage, runs, *group))]
+    more = [panel for group in others if (panel := _panel(stage, runs, *group))]
+    return (main, more) if main else (more, [])
 
 
 def _is_detail(name: str, names: Sequence[str]) -> bool:
@@ -57,7 +58,7 @@ def _panel(stage: str, runs: Mapping[str, Sequence[Mapping]], title: str, member
     for number, (run, rows) in enumerate(runs.items()):
         for place, name in enumerate(members):
             x, y = curve(rows, name)
-            if x:
+            if len(x) > 1:
                 label = _label(name, members)
                 curves.append(Curve(", ".join(filter(None, (run if several else "", label))) or name, x, y,
                                     number if several else place, several and place > 0))

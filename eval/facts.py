@@ -84,12 +84,12 @@ def provenance(run: Run) -> list[tuple[str, str]]:
     """(name, value): run id, recipe, profile, and for each stage its manifest, its configuration's hash and what computed it."""
     about = run.config.get("run", {})
     rows = [(name, str(about[name])) for name in ("id", "recipe", "profile") if about.get(name)]
-    for stage in run.stages:
-        done = stage.manifest
-        if not done:
-            continue
-        versions = ", ".join(f"{name} {version}" for name, version in done.get("versions", {}).items())
+    manifests = {stage.name: stage.manifest for stage in run.stages if stage.manifest}
+    versions = {name: ", ".join(f"{package} {version}" for package, version in done.get("versions", {}).items())
+                for name, done in manifests.items()}
+    same = len(set(versions.values())) == 1
+    for name, done in manifests.items():
         hashes = [f"{word} {str(done[key])[:12]}" for word, key in (("manifest", "identity"), ("configuration", "config_hash"))
                   if done.get(key)]
-        rows.append((stage.name, "; ".join([*hashes, f"{len(done.get('outputs', {}))} files by sha256", *filter(None, [versions])])))
-    return rows
+        rows.append((name, "; ".join([*hashes, f"{len(done.get('outputs', {}))} files by sha256", *([] if same else [versions[name]])])))
+    return rows + ([("computed by", next(iter(versions.values())))] if same else [])

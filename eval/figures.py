@@ -57,7 +57,7 @@ def panel_svg(name: str, curves: Sequence[Curve], level: float | None = None) ->
 
 def frontier_svg(name: str, paths: Sequence[Curve], labels: tuple[str, str]) -> str:
     """Reward over KL, a dot a checkpoint, joined in the order of training; the last one is larger. ``labels``: of the two axes."""
-    figure, axes = _axes((5.2, 3.1))
+    figure, axes = _axes((3.9, 2.2))
     for path in paths:
         colour = _SERIES[path.colour % len(_SERIES)]
         axes.plot(path.x, path.y, color=colour, linewidth=1.1, alpha=0.6, marker="o", markersize=3)
@@ -69,7 +69,7 @@ def frontier_svg(name: str, paths: Sequence[Curve], labels: tuple[str, str]) -> 
 
 def calibration_svg(name: str, stages: Mapping[str, Mapping[str, float]]) -> str:
     """Stage -> lower edge of a bin of confidence -> accuracy in it, beside the diagonal of perfect calibration."""
-    figure, axes = _axes((3.4, 2.3))
+    figure, axes = _axes((3.9, 2.2))
     axes.plot([0.5, 1], [0.5, 1], color=_LINE, linewidth=1)
     for number, bins in enumerate(stages.values()):
         edges = sorted(bins, key=float)
@@ -95,7 +95,7 @@ def interval_svg(values: Mapping[str, Mapping], name: str) -> str:
 
 def radar_svg(means: Mapping[str, Mapping[str, float]], name: str = "radar") -> str:
     """Model -> category -> mean rating, 0..10 on eight axes; a category without a rating breaks no line but has no point."""
-    figure = Figure(figsize=(4.6, 3.9))
+    figure = Figure(figsize=(3.9, 3.5))
     axes = figure.add_subplot(projection="polar")
     axes.set_theta_zero_location("N")
     axes.set_theta_direction(-1)

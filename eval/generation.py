@@ -8,6 +8,7 @@ models asked with the same key share them, which makes paired differences betwee
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 from collections.abc import Sequence
@@ -50,8 +51,18 @@ def device() -> torch.device:
 
 def require_model(folder: str | Path, name: str) -> None:
     """Raise DataError unless ``folder`` looks like a Hugging Face model; ``name`` is the model's in the configuration."""
-    if not (Path(folder) / "config.json").is_file():
-        raise DataError(f"paths.models.{name} = {folder}: no config.json there; expected a Hugging Face folder, run the export stage first")
+    place, expected = Path(folder), "expected a Hugging Face folder: config.json, tokenizer, weights; for a run's model, run export first"
+    if not (place / "config.json").is_file():
+        raise DataError(f"paths.models.{name} = {folder}: no config.json there; {expected}")
+    try:
+        known = "model_type" in json.loads((place / "config.json").read_text(encoding="utf-8"))
+    except ValueError:
+        known = False
+    if not known:
+        raise DataError(f"paths.models.{name} = {folder}: its config.json names no model_type; {expected}")
+    for what, patterns in (("tokenizer", ("tokenizer*", "*.model", "vocab*")), ("weights", ("*.safetensors", "*.bin"))):
+        if not any(file for pattern in patterns for file in place.glob(pattern)):
+            raise DataError(f"paths.models.{name} = {folder}: no {what} there ({', '.join(patterns)}); {expected}")
 
 
 def fingerprint(folder: str | Path) -> str:

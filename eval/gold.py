@@ -31,5 +31,5 @@ def summary(replies: dict[str, list[dict]], kls: dict[str, list[dict]], seed: in
         "prompts": len({row["index"] for row in replies[baseline]}), "baseline": baseline,
         "gold": {name: intervals.mean(list(values.values()), seed).as_dict() for name, values in graded.items()},
         "gold_difference": differences,
-        "kl": {name: intervals.mean(list(by_prompt(rows, "kl").values()), seed).as_dict() for name, rows in kls.items()},
+        "kl": {name: intervals.mean(list(by_prompt(rows, "kl").values()), seed).as_dict() for name, rows in kls.items() if rows},
     }

@@ -1,6 +1,7 @@
 """lm-evaluation-harness on the exported folders, where it is installed (pip install -e .[harness]): benchmarks that need no judge.
 
-It runs as a process of its own, ``python -m lm_eval``; what it finds is kept under harness/ with the name of what it depends on.
+It runs as a process of its own, ``python -m lm_eval``, in the folder of the tasks, so that they name local data by paths from there. What
+it finds is kept under harness/ with the key of what it depends on.
 """
 
 from __future__ import annotations

@@ -73,7 +73,11 @@ def together(evaluations: Sequence[Evaluation]) -> dict:
     rated = all(one.results["scores"] for one in evaluations) and judgments
     pairs = {name: row for one in evaluations for name, row in (one.results["pairwise"] or {}).items()}
     table = scores.table(judgments, categories, list(models), first["seed"], first["judge"]["repeats"]) if rated else None
-    return first | {"models": models, "scores": table, "pairwise": pairs or None}
+    judges = [one.results["judge"] for one in evaluations]
+    costs = [judge["cost"] for judge in judges]
+    judge = first["judge"] | {name: sum(judge[name] for judge in judges) for name in ("requests", "tokens_in", "tokens_out")} | {
+        "cost": None if None in costs or len({judge["currency"] for judge in judges}) > 1 else sum(costs)}
+    return first | {"models": models, "scores": table, "pairwise": pairs or None, "judge": judge}
 
 
 def beside(evaluations: Sequence[Evaluation]) -> dict:

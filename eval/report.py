@@ -6,6 +6,7 @@ Made from the files in the runs' folders alone, so it can be made again, of seve
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,6 +41,11 @@ def number(value: float | None, form: str = ".2f") -> str:
     if form == "%":
         return f"{100 * value:.1f}%"
     return f"{value:{form}}".replace("-", "−")
+
+
+def minus(text: str) -> str:
+    """Hyphens that begin a number as true minus signs."""
+    return re.sub(r"(?<![\w.])-(?=\d)", "−", text)
 
 
 def interval(value: Mapping | None, form: str = ".2f") -> str:
@@ -104,7 +110,7 @@ def page(found: Mapping[str, Run]) -> str:
     """The HTML text; the same input gives the same bytes."""
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": number, "interval": interval, "duration": duration}
+    environment.filters |= {"number": number, "interval": interval, "duration": duration, "minus": minus}
     judged = evaluations(found)
     made, different = blocks(judged)
     common = merge.beside(list(judged.values())) if judged else None
