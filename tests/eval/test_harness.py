@@ -34,7 +34,8 @@ def settings(output: Path, models: dict, **values) -> MTBenchConfig:
 
 def test_results_are_read_by_task_and_metric():
     raw = {"results": {"arc": {"alias": "arc", "acc,none": 0.25, "acc_stderr,none": 0.125, "acc_norm,none": 0.5,
-                               "acc_norm_stderr,none": "N/A", "exact_match,flexible": 1.0}}, "n-samples": {"arc": {"original": 9, "effective": 4}}}
+                               "acc_norm_stderr,none": "N/A", "exact_match,flexible": 1.0}},
+           "n-samples": {"arc": {"original": 9, "effective": 4}}}
     assert harness.read(raw) == {"arc": {"examples": 4, "metrics": {
         "acc": {"value": 0.25, "stderr": 0.125}, "acc_norm": {"value": 0.5, "stderr": None},
         "exact_match (flexible)": {"value": 1.0, "stderr": None}}}}

@@ -175,7 +175,7 @@ def test_two_ranks_make_what_one_makes(done, folders, tmp_path):
     common = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     ranks = [subprocess.Popen([sys.executable, "-m", "eval", str(config)], cwd=ROOT, stdout=subprocess.PIPE, text=True,
                               env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in (0, 1)]
-    said = [rank.communicate(timeout=120)[0] for rank in ranks]
+    said = [rank.communicate(timeout=280)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0]
     for name in ("model_answer/sft", "model_answer/rlhf", "heldout/sft", "heldout/rlhf"):
         assert without_time(config.parent / f"{name}.jsonl") == without_time(done.parent / f"{name}.jsonl")
