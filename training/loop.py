@@ -19,6 +19,7 @@ from training.gates import Unhealthy
 from training.main import Interrupted
 from training.metrics import Metrics
 from training.parallel import StopRequest, is_main
+from training.phases import highest, peak_gb
 from training.saving import Saver
 from training.step import Learner, Objective
 
@@ -52,8 +53,12 @@ def resume(stage: str, learners: dict[str, Learner]) -> tuple[int, dict]:
 class Boundary:
     """What every trainer does between two steps: evaluate, log, save, and obey signals, at the same step on every rank."""
 
-    def __init__(self, config: TrainerConfig, learners: dict[str, Learner], start: int, headline: tuple[str, ...], stop: StopRequest):
+    def __init__(self, config: TrainerConfig, learners: dict[str, Learner], resumed: tuple[int, dict], headline: tuple[str, ...],
+                 stop: StopRequest):
+        """``resumed``: what ``resume`` gave."""
+        start, state = resumed
         self.config, self.learners, self.headline, self.stop = config, learners, headline, stop
+        self.began, self.used = time.monotonic(), state["wall_seconds"] if state else 0.0
         self.metrics = Metrics(config.paths.output, config.iterations, start, trackers.start(config)) if is_main() else None
         self.saver = Saver(config.paths.output, learners, config)
 
@@ -66,13 +71,14 @@ class Boundary:
                for name, every in (("log", config.log_every), ("eval", config.eval_every), ("save", config.save_every))}
         if due["eval"]:
             values = values | heldout()
-        values = values | self.saver.poll()
+        wall = self.used + time.monotonic() - self.began
+        values = values | self.saver.poll() | {"wall_seconds": wall}
         if self.metrics:
             self.metrics.log(iteration, self.headline if due["log"] or due["eval"] else (), **values)
         if due["save"] or stopping or pause or self.stop.saving:
             check_finite(self.learners, iteration)
             guards = {name: learner.guard.state_dict() for name, learner in self.learners.items()}
-            self.saver.save(iteration, {**state(), "guards": guards})
+            self.saver.save(iteration, {**state(), "guards": guards, "wall_seconds": wall})
             self.stop.saved()
         if stopping or pause or last:
             self.saver.wait()
@@ -110,7 +116,7 @@ def train(config: TrainerConfig, learner: Learner, sampler: Sampler, task: Task,
     if start >= config.iterations:
         print(f"nothing left to do: iteration {start} of {config.iterations} is saved", flush=True)
         return
-    boundary = Boundary(config, {"model": learner}, start, task.headline, stop)
+    boundary = Boundary(config, {"model": learner}, (start, state), task.headline, stop)
     with contextlib.closing(prefetched(sampler, task.micro_batches, config.iterations - start)) as batches:
         for iteration in range(start + 1, config.iterations + 1):
             began = time.monotonic()
@@ -120,4 +126,6 @@ def train(config: TrainerConfig, learner: Learner, sampler: Sampler, task: Task,
                 values = ready.said | learner.step(ready.micro_batches, task.objective)
             values |= {"seconds": time.monotonic() - began, "seconds_data": waited}
             values["tokens_per_second"] = ready.said["tokens"] / values["seconds"]
+            if iteration % config.log_every == 0:
+                (values["peak_gb"],) = highest([peak_gb()])
             boundary.end(iteration, values, task.heldout, partial(dict, sampler=ready.state))

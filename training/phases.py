@@ -29,12 +29,17 @@ class Phases:
 
     def metrics(self, tokens: dict[str, float]) -> dict[str, float]:
         """``tokens``: of each phase over all ranks -> seconds_NAME, tokens_per_second_NAME and peak_gb_NAME. A collective."""
-        peaks = torch.tensor(list(self.peaks.values()))
-        dist.all_reduce(peaks, dist.ReduceOp.MAX)
         made: dict[str, float] = {}
-        for (name, seconds), peak in zip(self.seconds.items(), peaks.tolist(), strict=True):
+        for (name, seconds), peak in zip(self.seconds.items(), highest(list(self.peaks.values())), strict=True):
             made |= {f"seconds_{name}": seconds, f"tokens_per_second_{name}": tokens[name] / seconds, f"peak_gb_{name}": peak}
         return made
+
+
+def highest(values: list[float]) -> list[float]:
+    """The largest of any rank, each. A collective."""
+    tensor = torch.tensor(values)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor.tolist()
 
 
 def reset_peak() -> None:

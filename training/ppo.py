@@ -175,7 +175,7 @@ def run(config: PPOConfig) -> None:
     if start >= config.iterations:
         print(f"nothing left to do: iteration {start} of {config.iterations} is saved", flush=True)
         return
-    boundary = Boundary(config, ppo.learners, start, HEADLINE, stop)
+    boundary = Boundary(config, ppo.learners, (start, state), HEADLINE, stop)
     for iteration in range(start + 1, config.iterations + 1):
         with at(iteration):
             values = ppo.iterate(iteration)

@@ -110,10 +110,10 @@ def test_resumed_equals_uninterrupted_bit_for_bit(small_run, llama_run, tmp_path
     run(trainer.run, *layout, resumed)
     assert metrics(tmp_path / "resumed") == metrics(tmp_path / "straight")
     assert len(metrics(tmp_path / "straight")) == 8
-    states = [(checkpoint.folder(tmp_path / name, 8) / "state.json").read_text() for name in ("resumed", "straight")]
-    assert states[0] == states[1]
+    states = [json.loads((checkpoint.folder(tmp_path / name, 8) / "state.json").read_text()) for name in ("resumed", "straight")]
+    assert all(state.pop("wall_seconds") > 0 for state in states) and states[0] == states[1]
     if stage == "ppo":
-        assert json.loads(states[0])["kl_coef"] != make(tmp_path, **settings).kl_coef
+        assert states[0]["kl_coef"] != make(tmp_path, **settings).kl_coef
     for model in learners:
         assert tensors(tmp_path / "resumed", 8, model) == tensors(tmp_path / "straight", 8, model)
 

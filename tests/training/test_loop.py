@@ -72,3 +72,12 @@ def test_a_loss_that_is_not_finite_ends_every_rank_with_the_iteration(small_run,
     said = run(train_to_nan, 1, 2, 1, small_run.sft(tmp_path, layout=(1, 2), iterations=3, save_every=1, lr=1e30, skip_updates=0))
     assert said[0] == said[1] and said[0].startswith("iteration 2: not finite: {'loss': nan")
     assert checkpoint.latest(tmp_path) == 1
+
+
+def test_wall_clock_and_memory_are_counted_over_attempts(small_run, tmp_path):
+    for iterations in (2, 4):
+        run(sft.run, 1, 1, 1, small_run.sft(tmp_path, iterations=iterations, schedule="constant", log_every=2))
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    seconds = [row["wall_seconds"] for row in rows]
+    assert seconds == sorted(seconds) and seconds[2] > seconds[1] > rows[0]["seconds"]
+    assert ["peak_gb" in row for row in rows] == [False, True] * 2 and 0.1 < rows[-1]["peak_gb"] < 10
