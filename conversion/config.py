@@ -29,7 +29,7 @@ class ConvertConfig:
                 raise ValueError(f"{name} = {getattr(self, name)}: expected at least 1")
 
 
-FOLDERS = {"sft": "model", "dpo": "model", "rlhf": "policy", "reward": "model", "value": "value"}
+FOLDERS = {"sft": "model", "dpo": "model", "rlhf": "policy", "grpo": "policy", "reward": "model", "value": "value"}
 """Name of each model that can be exported -> name of its folder in the stage's checkpoint."""
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from conversion.config import ConvertConfig, ExportConfig
 from eval.config import MTBenchConfig
 from launcher.profile import Profile
-from training.config import DataConfig, DPOConfig, ModelConfig, PPOConfig, RewardConfig, SFTConfig
+from training.config import DataConfig, DPOConfig, GRPOConfig, ModelConfig, PPOConfig, RewardConfig, SFTConfig
 from training.settings import ConfigError, build
 
 if sys.version_info >= (3, 11):
@@ -63,6 +63,7 @@ class StageResources:
     reward: Resources = Resources()
     rlhf: Resources = Resources()
     dpo: Resources = Resources()
+    grpo: Resources = Resources()
     export: Resources = Resources(gpus_per_node=0)
     mtbench: Resources = Resources()
 
@@ -73,7 +74,8 @@ class StageResources:
 
 
 SECTIONS = {"model": ModelConfig, "data": DataConfig, "convert": ConvertConfig, "sft": SFTConfig, "reward": RewardConfig,
-            "rlhf": PPOConfig, "dpo": DPOConfig, "export": ExportConfig, "mtbench": MTBenchConfig, "resources": StageResources}
+            "rlhf": PPOConfig, "dpo": DPOConfig, "grpo": GRPOConfig,
+            "export": ExportConfig, "mtbench": MTBenchConfig, "resources": StageResources}
 
 
 def read_toml(path: Path) -> dict:

@@ -25,7 +25,7 @@ import math
 from dataclasses import dataclass
 
 from launcher.config import Profile, Resources
-from training.config import PPOConfig, RewardConfig, SFTConfig, TrainerConfig
+from training.config import PPOConfig, RewardConfig, RolloutConfig, SFTConfig, TrainerConfig
 from training.settings import ConfigError
 from training.shape import CHUNK_LOGITS, Shape
 
@@ -134,7 +134,7 @@ def estimate(shape: Shape, config: TrainerConfig, ranks: int) -> Estimate:
     """The pipeline stage that needs most. Raises ConfigError where the layout does not divide."""
     data = config.data_parallel(ranks)
     stages = [Rank(shape, config, data, stage) for stage in range(config.pipeline_parallel)]
-    return max((_ppo(rank) if isinstance(config, PPOConfig) else _trainer(rank) for rank in stages), key=lambda made: made.total)
+    return max((_rollouts(rank) if isinstance(config, RolloutConfig) else _trainer(rank) for rank in stages), key=lambda made: made.total)
 
 
 def _trainer(rank: Rank) -> Estimate:
@@ -146,9 +146,9 @@ def _trainer(rank: Rank) -> Estimate:
     return Estimate((*lines, *([("logits and loss", rank.head(tokens))] if head == "lm" else [])))
 
 
-def _ppo(rank: Rank) -> Estimate:
+def _rollouts(rank: Rank) -> Estimate:
     config, shape = rank.config, rank.shape
-    static = [*rank.trained("policy", "lm"), *rank.trained("value", "scalar")]
+    static = [*rank.trained("policy", "lm"), *(rank.trained("value", "scalar") if isinstance(config, PPOConfig) else [])]
     frozen = [*([] if config.lora_rank else rank.frozen("reference", "lm")), *rank.frozen("reward", "scalar")]  # adapters: the policy
     score = [max(frozen, key=lambda line: line[1])] if config.offload_frozen else []  # one of them at a time
     static += [] if config.offload_frozen else frozen
@@ -193,7 +193,7 @@ def _changes(stage: str, shape: Shape, config: TrainerConfig, asked: Resources, 
         return words, lambda: dataclasses.replace(config, **changes)
 
     tensor = 2 * config.tensor_parallel
-    if isinstance(config, PPOConfig) and config.micro_batch_tokens:
+    if isinstance(config, RolloutConfig) and config.micro_batch_tokens:
         half = max(config.micro_batch_tokens // 2, config.prompt_length + config.response_length)
         yield *keys(micro_batch_tokens=half), asked.ranks
     elif config.micro_batch_size % 2 == 0:
@@ -209,9 +209,9 @@ def _changes(stage: str, shape: Shape, config: TrainerConfig, asked: Resources, 
         yield words + more, made, nodes * gpus
     if 2 * asked.nodes <= profile.max_nodes:
         yield f"--set resources.{stage}.nodes={2 * asked.nodes}", lambda: config, 2 * asked.ranks
-    if isinstance(config, PPOConfig) and not config.offload_frozen:
+    if isinstance(config, RolloutConfig) and not config.offload_frozen:
         yield *keys(offload_frozen=True), asked.ranks
-    if isinstance(config, PPOConfig) and config.generation_batch_size > 1:
+    if isinstance(config, RolloutConfig) and config.generation_batch_size > 1:
         yield *keys(generation_batch_size=config.generation_batch_size // 2), asked.ranks
 
 

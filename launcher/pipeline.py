@@ -57,6 +57,8 @@ PIPELINES: dict[str, Graph] = {
     PPO: graph(SFT, REWARD, Stage("rlhf", "training.ppo", ("sft", "reward"),
                                   ("checkpoints/{iteration}/policy/*", "checkpoints/{iteration}/value/*"), True,
                                   ("reward", "kl", "eos_rate"), policy=True)),
+    "grpo": graph(SFT, REWARD, Stage("grpo", "training.grpo", ("sft", "reward"), ("checkpoints/{iteration}/policy/*",), True,
+                                     ("reward", "kl", "eos_rate"), policy=True)),
     "dpo": graph(SFT, Stage("dpo", "training.dpo", ("sft",), MODEL, True, ("loss", "heldout_accuracy"), policy=True)),
 }
 ALL: Graph = {name: stage for made in reversed(PIPELINES.values()) for name, stage in made.items()}
@@ -140,9 +142,9 @@ def _paths(run: Path, tables: dict, made: Graph, name: str) -> dict:
         return {**own, "init": str(run / "convert"), "train": str(data / "sft.jsonl"), "heldout": str(data / "sft_heldout.jsonl")}
     if name in ("reward", "dpo"):
         return {**own, "init": str(run / "sft"), "train": str(data / "reward.jsonl"), "heldout": str(data / "reward_heldout.jsonl")}
-    scored = name in ("rlhf", "export") and "reward" in tables
+    scored = name in ("rlhf", "grpo", "export") and "reward" in tables
     iteration = {"reward_iteration": stage_config(run, tables, made, "reward").load_iteration if scored else 0}
-    if name == "rlhf":
+    if name in ("rlhf", "grpo"):
         return {**own, "init": str(run / "sft"), "train": str(data / "rlhf.jsonl"), "heldout": str(data / "heldout.jsonl"),
                 "reward": str(run / "reward"), **iteration}
     models = [stage.name for stage in made.values() if stage.policy]

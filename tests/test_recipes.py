@@ -25,9 +25,9 @@ from training.shape import Shape
 from training.step import build_model
 
 PUBLISHED = json.loads((Path(__file__).parent / "model_configs.json").read_text())
-TRAINERS = ("sft", "reward", "rlhf", "dpo")
-DOES_NOT_FIT = {("bloom-7b1", "h200", "rlhf")}
-"""Said in the recipe: two trained models of 7.1 billion parameters need more than one H200."""
+TRAINERS = ("sft", "reward", "rlhf", "dpo", "grpo")
+DOES_NOT_FIT = {("bloom-7b1", "h200", "rlhf"), ("bloom-7b1", "h200", "grpo")}
+"""Said in the recipe: with a second model beside a trained one of 7.1 billion parameters one H200 is too small."""
 
 
 def shape_of(name: str, folder: Path) -> Shape:
@@ -60,7 +60,7 @@ def test_layout_divides_and_fits(name, profile, tmp_path):
         data = config.data_parallel(asked.ranks)
         assert asked.gpus_per_node == site.gpus_per_node and asked.gpus_per_node % config.tensor_parallel == 0
         assert config.global_batch_size % (data * config.micro_batch_size) == 0
-        if stage == "rlhf":
+        if stage in ("rlhf", "grpo"):
             assert config.rollout_batch_size % data == 0
         made = memory.estimate(shape, config, asked.ranks)
         assert (made.total < 0.95 * site.gpu_memory_gb) is ((name, profile, stage) not in DOES_NOT_FIT), (stage, made.total)
@@ -77,7 +77,8 @@ def test_hyper_parameters_are_the_tutorial_s_on_every_site(name):
     for layout in read_toml(RECIPES / f"{name}.toml").get("layouts", {}).values():
         assert set(layout) <= {"gpus_per_node", "gpu_memory_gb", "convert", "resources", *TRAINERS}
         assert all(set(layout[stage]) <= alone for stage in TRAINERS if stage in layout)
-    sft, reward, rlhf, dpo = (read_recipe(name)[stage] for stage in TRAINERS)
+    sft, reward, rlhf, dpo, grpo = (read_recipe(name)[stage] for stage in TRAINERS)
+    assert (grpo["lr"], grpo["kl_coef"], grpo["rollout_batch_size"], grpo["global_batch_size"]) == (1e-6, 0.04, 1024, 1024)
     assert (dpo["lr"], dpo["beta"], dpo["global_batch_size"]) == (5e-7, 0.1, 64)
     assert (sft["lr"], sft["warmup_iterations"], sft["iterations"], sft["seq_length"]) == (2e-5, 40, 1000, 2048)
     assert (reward["lr"], reward["warmup_iterations"], reward["iterations"], reward["weight_decay"]) == (1e-5, 300, 3600, 0.1)

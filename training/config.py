@@ -8,6 +8,7 @@ and is no key of a recipe. Contradictions raise ``ValueError`` when the object i
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from training.settings import ConfigError, at_least, one_of, positive
 
@@ -97,7 +98,7 @@ class PPOPaths(Paths):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
-    """What the three trainers have in common."""
+    """What all trainers have in common."""
 
     seed: int = 1234
     """Seed of data order, initialisation and sampling."""
@@ -307,9 +308,11 @@ class DPOConfig(TrainerConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PPOConfig(TrainerConfig):
-    """Section ``rlhf``: PPO with a KL penalty to the SFT model (rewards per token, GAE, clipped policy and value losses)."""
+class RolloutConfig(TrainerConfig):
+    """What PPO and GRPO have in common: the policy learns from its own samples, which the reward model scores."""
 
+    group_size: ClassVar[int] = 1
+    value_warmup: ClassVar[int] = 0
     paths: PPOPaths
     prompt_length: int = 1024
     """Longest prompt in tokens; a longer one loses its head."""
@@ -321,19 +324,12 @@ class PPOConfig(TrainerConfig):
     """Rows that one data-parallel rank generates together; bounds the key-value cache."""
     epochs: int = 1
     """Passes over an iteration's samples."""
-    iterations: int = 5000
     micro_batch_size: int = 2
     micro_batch_tokens: int = 0
     """Most tokens of samples in one forward pass of one data-parallel rank, packed by length into one row; 0 = micro_batch_size samples,
     padded. Losses are the same, less padding is computed."""
     global_batch_size: int = 128
-    lr: float = 2.4e-7
-    value_lr: float = 5e-6
-    """Peak learning rate of the value model."""
     schedule: str = "linear"
-    warmup_iterations: int = 100
-    value_warmup: int = 0
-    """First iterations in which only the value model learns."""
     weight_decay: float = 0.01
     clip_grad: float = 0.5
     temperature: float = 1.0
@@ -350,15 +346,13 @@ class PPOConfig(TrainerConfig):
     """Target KL per response in nats of the adaptive controller (Ziegler et al. 2019); 0 = fixed coefficient."""
     kl_horizon: int = 10000
     """Samples over which the adaptive controller corrects."""
-    gamma: float = 1.0
-    lam: float = 0.95
-    """Lambda of generalised advantage estimation."""
     clip_ratio: float = 0.2
+    clip_ratio_high: float = 0.0
+    """Clip of the ratio above 1 (Yu et al. 2025: 0.28); 0 = clip_ratio there, too."""
     dual_clip: float = 0.0
     """Bound of a token's loss where its advantage is negative, in advantages (Ye et al. 2020: 3); 0 = none."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus per token in the policy's loss; 0 = none."""
-    value_clip: float = 0.1
     reward_clip: float = 100.0
     missing_eos_penalty: float = -1.0
     """Score of a response that does not end within response_length."""
@@ -366,9 +360,6 @@ class PPOConfig(TrainerConfig):
     """Health gate: most KL to the reference, nats per response."""
     eos_rate_min: float = 0.01
     """Health gate: least share of responses that end."""
-    explained_variance_min: float = -1000.0
-    """Health gate: least explained variance of the values (1 = perfect, 0 = no better than their mean; far below 0 while returns hardly
-    differ)."""
     length_correlation_max: float = 0.98
     """Health gate: most correlation of reward and response length."""
     entropy_min: float = 0.01
@@ -383,21 +374,14 @@ class PPOConfig(TrainerConfig):
     def __post_init__(self):
         super().__post_init__()
         at_least(self, 1, "prompt_length", "response_length", "rollout_batch_size", "generation_batch_size", "epochs")
-        at_least(self, 0, "gate_after", "gate_pause", "gate_stop")
-        for name in ("gamma", "lam"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: expected between 0 and 1")
-        if self.warmup_iterations + self.value_warmup >= self.iterations:
-            raise ValueError(f"warmup_iterations = {self.warmup_iterations} + value_warmup = {self.value_warmup}: expected fewer together "
-                             f"than iterations = {self.iterations}")
-        positive(self, "temperature", "value_lr", "clip_ratio", "value_clip", "reward_clip")
+        at_least(self, 0, "gate_after", "gate_pause", "gate_stop", "entropy_coef", "clip_ratio_high")
+        positive(self, "temperature", "clip_ratio", "reward_clip")
         for name, off in (("top_p", 1.0), ("top_k", 0)):
             if getattr(self, name) != off:
                 raise ValueError(f"{name} = {getattr(self, name)}: samples would come from a truncated distribution, whose "
-                                 f"log-probabilities PPO's ratio and KL do not have; set {name} = {off}, or lower temperature")
+                                 f"log-probabilities ratio and KL do not have; set {name} = {off}, or lower temperature")
         if self.dual_clip and self.dual_clip <= 1:
             raise ValueError(f"dual_clip = {self.dual_clip}: expected 0 (off) or more than 1")
-        at_least(self, 0, "entropy_coef")
         if self.micro_batch_tokens and self.micro_batch_tokens < self.prompt_length + self.response_length:
             raise ValueError(f"micro_batch_tokens = {self.micro_batch_tokens}: expected 0 (off) or at least prompt_length + "
                              f"response_length = {self.prompt_length + self.response_length}, so that the longest sample fits")
@@ -419,3 +403,56 @@ class PPOConfig(TrainerConfig):
     def updates(self) -> int:
         """Optimizer steps of one iteration."""
         return self.epochs * self.rollout_batch_size // self.global_batch_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig(RolloutConfig):
+    """Section ``rlhf``: PPO with a KL penalty to the SFT model (rewards per token, GAE, clipped policy and value losses)."""
+
+    iterations: int = 5000
+    lr: float = 2.4e-7
+    value_lr: float = 5e-6
+    """Peak learning rate of the value model."""
+    warmup_iterations: int = 100
+    value_warmup: int = 0
+    """First iterations in which only the value model learns."""
+    gamma: float = 1.0
+    lam: float = 0.95
+    """Lambda of generalised advantage estimation."""
+    value_clip: float = 0.1
+    explained_variance_min: float = -1000.0
+    """Health gate: least explained variance of the values (1 = perfect, 0 = no better than their mean; far below 0 while returns hardly
+    differ)."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("gamma", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: expected between 0 and 1")
+        if self.warmup_iterations + self.value_warmup >= self.iterations:
+            raise ValueError(f"warmup_iterations = {self.warmup_iterations} + value_warmup = {self.value_warmup}: expected fewer together "
+                             f"than iterations = {self.iterations}")
+        positive(self, "value_lr", "value_clip")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPOConfig(RolloutConfig):
+    """Section ``grpo``: PPO's policy update with advantages within groups of samples, without a value model (Shao et al. 2024)."""
+
+    group_size: int = 8
+    """Samples of each prompt; rollout_batch_size / group_size prompts an iteration."""
+    iterations: int = 1000
+    lr: float = 1e-6
+    warmup_iterations: int = 20
+    kl_coef: float = 0.04
+    kl_in: str = "loss"
+    """Where the KL penalty stands: "loss" (k3 of each token) or "reward" (k1 of the whole sample, off its score)."""
+    scale_advantages: bool = True
+    """Divide by the group's standard deviation; false: Dr. GRPO (Liu et al. 2025)."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least(self, 2, "group_size")
+        one_of(self, "kl_in", ("loss", "reward"))
+        if self.rollout_batch_size % self.group_size:
+            raise ValueError(f"rollout_batch_size = {self.rollout_batch_size} is not a multiple of group_size = {self.group_size}")

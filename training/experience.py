@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from training import invariants, losses, parallel
-from training.config import PPOConfig
+from training.config import PPOConfig, RolloutConfig
 from training.data.batches import Example, collate, collate_prompts, padded_length, shard
 from training.data.tokenizer import Tokenizer
 from training.generation.rollout import generate, inverse_cdf
@@ -56,10 +56,12 @@ class Models:
     policy: LanguageModel
     reference: LanguageModel | Parked
     reward: LanguageModel | Parked
-    value: LanguageModel
+    value: LanguageModel | None
+    """None: GRPO has none."""
 
 
-def roll_out(config: PPOConfig, policy: LanguageModel, prompts: list[list[int]], uniforms: torch.Tensor, tokenizer: Tokenizer) -> Rollout:
+def roll_out(config: RolloutConfig, policy: LanguageModel, prompts: list[list[int]], uniforms: torch.Tensor,
+             tokenizer: Tokenizer) -> Rollout:
     """Sample a response to each of ``prompts`` with its row of ``uniforms`` (B, response_length); ranks share them out. A collective."""
     ranks, count = parallel.data_ranks(), len(prompts)
     order = [*range(count), *[count - 1] * (-count % ranks)]
@@ -75,7 +77,7 @@ def roll_out(config: PPOConfig, policy: LanguageModel, prompts: list[list[int]],
     return Rollout(batch, ended)
 
 
-def _generate(config: PPOConfig, policy: LanguageModel, prompts: list[list[int]], uniforms: torch.Tensor,
+def _generate(config: RolloutConfig, policy: LanguageModel, prompts: list[list[int]], uniforms: torch.Tensor,
               tokenizer: Tokenizer) -> list[Example]:
     """This data-parallel rank's samples, each cut behind its first EOS."""
     examples = []
@@ -100,12 +102,12 @@ class Scored(NamedTuple):
 
     logprobs: torch.Tensor
     ref_logprobs: torch.Tensor
-    values: torch.Tensor
+    values: torch.Tensor | None
     scores: torch.Tensor
     """(B,) the reward model's, before bias, clip and penalty."""
 
 
-def score(config: PPOConfig, models: Models, batch: Batch, rows: Plan) -> Scored:
+def score(config: RolloutConfig, models: Models, batch: Batch, rows: Plan) -> Scored:
     """Recompute log-probabilities with the training forward (not the rollout's), values, and the reward at the last real token."""
 
     def logprobs(output, micro):
@@ -118,7 +120,8 @@ def score(config: PPOConfig, models: Models, batch: Batch, rows: Plan) -> Scored
         ref_logprobs = rows.look(reference, batch, logprobs)
     with at_work(models.reward) as reward:
         scores = read_last(rows.look(reward, batch, head), batch)
-    return Scored(rows.look(models.policy, batch, logprobs), ref_logprobs, state_values(rows.look(models.value, batch, head)), scores)
+    values = state_values(rows.look(models.value, batch, head)) if models.value else None
+    return Scored(rows.look(models.policy, batch, logprobs), ref_logprobs, values, scores)
 
 
 def at_work(model: LanguageModel | Parked):
@@ -156,13 +159,13 @@ def moments(values: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, tor
     return chosen.mean().float(), chosen.var(correction=0).float()
 
 
-def final_scores(config: PPOConfig, rollout: Rollout, scored: Scored, reward_bias: float) -> torch.Tensor:
+def final_scores(config: RolloutConfig, rollout: Rollout, scored: Scored, reward_bias: float) -> torch.Tensor:
     """(B,) the reward model's scores with bias and clip; ``missing_eos_penalty`` where the response has no EOS."""
     scores = (scored.scores + reward_bias).clamp(-config.reward_clip, config.reward_clip)
     return torch.where(rollout.ended, scores, config.missing_eos_penalty)
 
 
-def report(rollout: Rollout, scored: Scored, config: PPOConfig, reward_bias: float) -> dict[str, float]:
+def report(rollout: Rollout, scored: Scored, config: RolloutConfig, reward_bias: float) -> dict[str, float]:
     """Means over samples: reward, KL to the reference per response in nats (k1 and k3), EOS rate, length, repetition; and how reward and
     length go together (Pearson's correlation, 0 where one of them is constant)."""
     mask, scores = rollout.batch["response_mask"], final_scores(config, rollout, scored, reward_bias).double()

@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from training.config import PPOConfig, TrainerConfig
+from training.config import RolloutConfig, TrainerConfig
 
 MEMORY = 0.98
 """Weight of the past in the running mean of gradient norms: about the last 50 updates."""
@@ -67,7 +67,7 @@ class Guard:
 
 
 class Gate(NamedTuple):
-    """One number of an iteration and its limit, a key of PPOConfig; ``highest``: it is the most allowed, not the least."""
+    """One number of an iteration and its limit, a key of RolloutConfig or PPOConfig; ``highest``: it is the most allowed, not the least."""
 
     metric: str
     key: str
@@ -89,7 +89,7 @@ STILL = "reference"
 class Gates:
     """Counts for each gate the iterations in a row in which it is breached."""
 
-    def __init__(self, config: PPOConfig):
+    def __init__(self, config: RolloutConfig):
         self.config = config
         self.breaches = {STILL: 0} | {gate.key: 0 for gate in GATES}
 
@@ -104,8 +104,10 @@ class Gates:
         still = metrics["kl_k3"] == 0 and iteration > config.value_warmup + 1  # until then the policy has not moved
         bad = {STILL: "the KL to the reference is exactly 0: it seems to move with the policy"} if still else {}
         for gate in GATES:
-            value, limit = metrics.get(gate.metric), getattr(config, gate.key)
-            if value is not None and not (value <= limit if gate.highest else value >= limit):
+            if (value := metrics.get(gate.metric)) is None:
+                continue
+            limit = getattr(config, gate.key)
+            if not (value <= limit if gate.highest else value >= limit):
                 bad[gate.key] = f"{gate.words} = {value:.4g}, {gate.key} = {limit:g}"
         self.breaches = {key: count + 1 if key in bad else 0 for key, count in self.breaches.items()}
         said = {key: f"{words}, {self.breaches[key]} iterations in a row" for key, words in bad.items()}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from training.config import PPOConfig
+from training.config import RolloutConfig
 from training.step import Batch
 
 TOLERANCE = {"fp32": 1e-6, "bf16": 1e-3}
@@ -30,14 +30,14 @@ def samples_are_whole(batch: Batch, starts: list[int], ended: torch.Tensor, eos_
     assert not wrong.any(), f"sample {int(wrong.nonzero()[0])}: an EOS (id {eos_id}) stands elsewhere than at the end of the response"
 
 
-def policy_is_reference(config: PPOConfig, metrics: dict[str, float]) -> None:
+def policy_is_reference(config: RolloutConfig, metrics: dict[str, float]) -> None:
     """Before the first update policy and reference are the same weights: k3 of one response is 0."""
     assert metrics["kl_k3"] <= TOLERANCE[config.precision], (
         f"iteration 1: KL to the reference = {metrics['kl_k3']:.4g} nats per response (k3), expected 0: policy and reference "
         "are both the SFT model (other weights, temperature, dropout or rows in one of the two passes?)")
 
 
-def first_update(config: PPOConfig, step: dict[str, float], batch: Batch) -> None:
+def first_update(config: RolloutConfig, step: dict[str, float], batch: Batch) -> None:
     """An iteration's first minibatch learns from the policy that made it: ratio 1, so approx KL and clip fraction are 0 and the loss is
     -mean(A). And its tokens are samples of that policy: the mean of -log p(token) is its entropy to within the standard error."""
     if step["skipped_updates"]:

@@ -15,9 +15,9 @@ import sys
 import torch
 
 from training import checkpoint, invariants, losses, parallel
-from training.config import PPOConfig
+from training.config import PPOConfig, RolloutConfig
 from training.data.batches import Sampler, prompt_tokens
-from training.experience import Models, Rollout, calibrate, experience, report, roll_out, score, state_values
+from training.experience import Experience, Models, Rollout, Scored, calibrate, experience, report, roll_out, score, state_values
 from training.gates import Gates
 from training.generation.rollout import draws
 from training.loop import Boundary, at, resume
@@ -36,14 +36,18 @@ HEADLINE = ("reward", "kl", "heldout_reward", "heldout_kl", "entropy", "eos_rate
 """Numbers that the log shows; metrics.jsonl has them all."""
 
 
-def policy_objective(config: PPOConfig) -> Objective:
+def policy_objective(config: RolloutConfig, kl_coef: float = 0.0) -> Objective:
+    """``kl_coef``: weight of the KL to the reference (k3) in the loss, where it does not stand in the reward."""
+
     def compute(output: Output, batch: Batch):
         mask = batch["response_mask"]
         logprobs, entropy = next_token_logprobs_and_entropy(output, batch["tokens"], config.temperature, mask)
         surrogate, clipped, approx_kl = losses.policy_loss(logprobs, batch["old_logprobs"], batch["advantages"], mask, config.clip_ratio,
-                                                           config.dual_clip)
+                                                           config.dual_clip, config.clip_ratio_high)
         loss = surrogate - config.entropy_coef * entropy.sum() if config.entropy_coef else surrogate
-        return loss, mask.sum(), torch.stack((surrogate, clipped, approx_kl, entropy.detach().sum()))
+        if kl_coef:
+            loss = loss + kl_coef * (losses.kl_k3(logprobs, batch["ref_logprobs"]) * mask).sum()
+        return loss, mask.sum(), torch.stack((surrogate.detach(), clipped, approx_kl, entropy.detach().sum()))
 
     return Objective(("policy_loss", "clip_fraction", "approx_kl", "entropy"), compute)
 
@@ -80,12 +84,13 @@ def summary(steps: list[dict[str, float]]) -> dict[str, float]:
     return made
 
 
-def load_models(config: PPOConfig, shape: Shape) -> Models:
-    """Policy and reference from the SFT model; reward and value from the reward model. With adapters the reference is the policy."""
+def load_models(config: RolloutConfig, shape: Shape) -> Models:
+    """Policy and reference from the SFT model; reward and, of PPO, value from the reward model. With adapters the reference is the
+    policy."""
     sft = checkpoint.resolve(config.paths.init) / "model"
     reward = checkpoint.resolve(config.paths.reward, config.paths.reward_iteration) / "model"
 
-    def make(head: str, source, settings: PPOConfig) -> LanguageModel:
+    def make(head: str, source, settings: RolloutConfig) -> LanguageModel:
         model = build_model(shape, settings, head)
         checkpoint.load_weights(source, model)
         return model
@@ -96,24 +101,35 @@ def load_models(config: PPOConfig, shape: Shape) -> Models:
 
     policy = make("lm", sft, config)
     return Models(policy=policy, reference=policy if config.lora_rank else frozen("lm", sft), reward=frozen("scalar", reward),
-                  value=make("scalar", reward, config))
+                  value=make("scalar", reward, config) if isinstance(config, PPOConfig) else None)
 
 
 class PPO:
     """Everything the loop reads and a checkpoint holds."""
 
-    def __init__(self, config: PPOConfig):
+    def __init__(self, config: RolloutConfig):
         self.config = config
         self.shape, self.tokenizer, self.rows, self.unseen = read_inputs(config, "rlhf")
         self.models = load_models(config, self.shape)
-        steps, warmup = config.iterations * config.updates, config.warmup_iterations * config.updates
-        skipped = config.value_warmup * config.updates
-        self.policy = Learner(self.models.policy, config, config.lr, steps - skipped, warmup)
-        self.value = Learner(self.models.value, config, config.value_lr, steps, warmup)
-        self.learners = {"policy": self.policy, "value": self.value}
-        self.sampler = Sampler(len(self.rows), config.rollout_batch_size, config.seed)
+        self.learners = self.make_learners()
+        self.policy = self.learners["policy"]
+        self.sampler = Sampler(len(self.rows), config.rollout_batch_size // config.group_size, config.seed)
         self.kl_coef, self.reward_bias = config.kl_coef, None
         self.gates, self.proven = Gates(config), False
+
+    def make_learners(self) -> dict[str, Learner]:
+        config = self.config
+        steps, warmup = config.iterations * config.updates, config.warmup_iterations * config.updates
+        self.value = Learner(self.models.value, config, config.value_lr, steps, warmup)
+        policy = Learner(self.models.policy, config, config.lr, steps - config.value_warmup * config.updates, warmup)
+        return {"policy": policy, "value": self.value}
+
+    def learn_from(self, made: Rollout, scored: Scored) -> Experience:
+        return experience(self.config, made, scored, self.kl_coef, self.reward_bias or 0.0)
+
+    def update(self, batch: Batch, rows: Plan, learn_policy: bool) -> list[dict[str, float]]:
+        """Each step's metrics."""
+        return update(self.config, self.policy, self.value, batch, rows, learn_policy)
 
     def state(self) -> dict:
         return {"sampler": self.sampler.state_dict(), "kl_coef": self.kl_coef, "reward_bias": self.reward_bias,
@@ -128,17 +144,18 @@ class PPO:
         """One iteration, from 1 -> its metrics, the same on every rank."""
         config, phases, learn_policy = self.config, Phases(), iteration > self.config.value_warmup
         with phases("generate"):
-            made = self.sample(self.sampler.next_batch(), self.rows, iteration)
+            prompts = [index for index in self.sampler.next_batch() for _ in range(config.group_size)]
+            made = self.sample(prompts, self.rows, iteration)
         rows = plan(config, made.batch["lengths"].tolist(), config.global_batch_size)
         with phases("score"):
             scored = score(config, self.models, made.batch, rows)
         if self.reward_bias is None:
             self.reward_bias = calibrate(made, scored)
-        samples = experience(config, made, scored, self.kl_coef, self.reward_bias or 0.0)
+        samples = self.learn_from(made, scored)
         if iteration == 1:
             invariants.policy_is_reference(config, samples.metrics)
         with phases("update"):
-            steps = update(config, self.policy, self.value, samples.batch, rows, learn_policy)
+            steps = self.update(samples.batch, rows, learn_policy)
         if learn_policy and not self.proven:
             invariants.first_update(config, steps[0], samples.batch)
             self.proven = True
@@ -165,10 +182,10 @@ class PPO:
         return roll_out(config, self.models.policy, prompts, uniforms, self.tokenizer)
 
 
-def run(config: PPOConfig) -> None:
+def run(config: RolloutConfig, trainer: type[PPO] = PPO) -> None:
     """The stage, inside ``ranks``. Raises Interrupted after a signal, all saved."""
     stop = parallel.StopRequest()
-    ppo = PPO(config)
+    ppo = trainer(config)
     start, state = resume(config.paths.output, ppo.learners)
     if state:
         ppo.restore(state)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from training import parallel
-from training.config import PPOConfig
+from training.config import RolloutConfig
 from training.data.batches import padded_length, shard
 from training.data.packing import pack
 from training.start import length_multiple
@@ -75,7 +75,7 @@ class Plan:
         return place
 
 
-def plan(config: PPOConfig, lengths: list[int], minibatch: int) -> Plan:
+def plan(config: RolloutConfig, lengths: list[int], minibatch: int) -> Plan:
     """The rows of samples of ``lengths`` in minibatches of ``minibatch`` samples; the same call on every rank."""
     ranks, size = parallel.data_ranks(), 1 if config.micro_batch_tokens else config.micro_batch_size
     # The interleaved schedule takes micro-batches in groups of the pipeline's size.

@@ -13,6 +13,7 @@ from training import reward, sft
 from training.config import (
     DataConfig,
     DPOConfig,
+    GRPOConfig,
     ModelConfig,
     Paths,
     PPOConfig,
@@ -53,6 +54,10 @@ class Run:
     def dpo(self, output: Path, layout=(1, 1), iterations=2, **values) -> DPOConfig:
         paths = Paths(str(output), self.model, str(self.folder / "sft"), self.data("reward"), self.data("reward_heldout"))
         return DPOConfig(paths=paths, **trainer(layout, iterations, **({"seq_length": 80} | values)))
+
+    def grpo(self, output: Path, layout=(1, 1), iterations=2, **values) -> GRPOConfig:
+        small = dict(prompt_length=48, response_length=8, rollout_batch_size=16, generation_batch_size=8, group_size=4, clip_grad=1.0)
+        return GRPOConfig(paths=self.ppo(output).paths, **trainer(layout, iterations, **(small | values)))
 
     def ppo(self, output: Path, layout=(1, 1), iterations=2, **values) -> PPOConfig:
         paths = PPOPaths(str(output), self.model, str(self.folder / "sft"), self.data("rlhf"), self.data("heldout"),

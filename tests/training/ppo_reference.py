@@ -1,7 +1,7 @@
 """PPO once more, in plain torch on Hugging Face's models, one process, one row at a time: what test_ppo_reference.py compares with.
 
-Nothing of training.ppo, training.experience, training.losses or megatron-core is used; the order of the rows is the sampler's.
-Advantages are the written-out sum of Schulman et al. 2016, eq. 16, not a recursion; a row is never padded; generation has no cache.
+Nothing of training.ppo, training.experience, training.losses or megatron-core is used; the prompts' order is the trainer's. Advantages
+are the written-out sum of Schulman et al. 2016, eq. 16, not a recursion; a row is never padded; generation has no cache.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ class Reference:
         self.eos = tokenizer.token_to_id(eos if isinstance(eos, str) else eos["content"])
         with open(config.paths.train) as file:
             self.prompts = [tokenizer.encode(json.loads(line)["prompt"]).ids[-config.prompt_length:] for line in file]
-        self.order = Sampler(len(self.prompts), len(self.prompts), config.seed).next_batch()
+        self.sampler = Sampler(len(self.prompts), config.rollout_batch_size // config.group_size, config.seed)
         self.bias, self.steps = None, 0
         self.optimizers = {name: self.adam(model, lr) for name, model, lr in (("policy", self.policy, config.lr),
-                                                                             ("value", self.critic, config.value_lr))}
+                                                                             ("value", self.critic, getattr(config, "value_lr", 0.0)))}
 
     def adam(self, model: torch.nn.Module, lr: float) -> torch.optim.AdamW:
         groups = [[p for p in model.parameters() if (p.dim() > 1) == matrix] for matrix in (True, False)]
@@ -89,8 +89,8 @@ class Reference:
         return Row(tokens, len(prompt), tokens[-1] == self.eos)
 
     @torch.no_grad()
-    def judged(self, rows: list[Row]) -> dict[str, float]:
-        """Fill the rows in; the means that are reported of them."""
+    def scored(self, rows: list[Row]) -> dict[str, float]:
+        """What the models say of the rows, and the means that are reported of it."""
         config = self.config
         for row in rows:
             row.logprobs, row.reference = self.logprobs(self.policy, row), self.logprobs(self.frozen, row)
@@ -101,6 +101,15 @@ class Reference:
         for row in rows:
             row.score = max(-config.reward_clip, min(config.reward_clip, row.score + (self.bias or 0)))
             row.score = row.score if row.ended else config.missing_eos_penalty
+        return {"reward": sum(row.score for row in rows) / len(rows), "eos_rate": sum(row.ended for row in rows) / len(rows),
+                "kl": sum((row.logprobs - row.reference).sum().item() for row in rows) / len(rows),
+                "response_length": sum(len(row.logprobs) for row in rows) / len(rows)}
+
+    @torch.no_grad()
+    def judged(self, rows: list[Row]) -> dict[str, float]:
+        """Fill the rows in; the means that are reported of them."""
+        config, means = self.config, self.scored(rows)
+        for row in rows:
             rewards = -config.kl_coef * (row.logprobs - row.reference)
             rewards[-1] += row.score
             after = torch.cat((row.values[1:], torch.zeros(1)))
@@ -112,10 +121,7 @@ class Reference:
         for row in rows:
             row.advantages = ((row.advantages - every.mean()) / (every.var(correction=0) + 1e-8).sqrt()).float()
         returns, values = torch.cat([row.returns for row in rows]), torch.cat([row.values for row in rows])
-        return {"reward": sum(row.score for row in rows) / len(rows), "eos_rate": sum(row.ended for row in rows) / len(rows),
-                "kl": sum((row.logprobs - row.reference).sum().item() for row in rows) / len(rows),
-                "response_length": sum(len(row.logprobs) for row in rows) / len(rows),
-                "explained_variance": 1 - ((returns - values).var(correction=0) / returns.var(correction=0)).item()}
+        return {**means, "explained_variance": 1 - ((returns - values).var(correction=0) / returns.var(correction=0)).item()}
 
     def step(self, name: str, model: torch.nn.Module, loss: torch.Tensor, peak: float, total: int) -> float:
         """One update at the linear schedule's rate; the gradient's norm before clipping."""
@@ -159,7 +165,7 @@ class Reference:
         config, size = self.config, self.config.rollout_batch_size
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + iteration)
         uniforms = torch.rand(size, config.response_length, generator=generator).tolist()
-        indices = self.order[(iteration - 1) * size:iteration * size]
+        indices = [index for index in self.sampler.next_batch() for _ in range(config.group_size)]
         rows = [self.sample(self.prompts[index], draws) for index, draws in zip(indices, uniforms, strict=True)]
         metrics, minibatches = self.judged(rows), range(0, size, config.global_batch_size)
         total = config.iterations * config.epochs * len(minibatches)

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
 from tests.distributed import run
-from training import checkpoint, dpo, ppo, reward, sft
+from training import checkpoint, dpo, grpo, ppo, reward, sft
 from training.config import SFTConfig
 from training.loop import Boundary
 from training.main import Interrupted, run_stage
@@ -93,6 +93,7 @@ PPO = dict(rollout_batch_size=8, global_batch_size=4, response_length=4, kl_targ
 
 @pytest.mark.parametrize(("stage", "layout", "values", "family"), [
     ("sft", (2, 1, 2), {}, "llama"), ("reward", (2, 2, 1), {}, "llama"), ("dpo", (1, 1, 2), {"lora_rank": 4}, "bloom"),
+    ("grpo", (1, 1, 2), PPO | {"group_size": 2}, "bloom"),
     ("ppo", (1, 2, 1), PPO | {"micro_batch_tokens": 80, "offload_frozen": True}, "bloom"),
     ("ppo", (2, 1, 2), PPO | {"value_warmup": 1, "lora_rank": 4}, "llama")])
 def test_resumed_equals_uninterrupted_bit_for_bit(small_run, llama_run, tmp_path, stage, layout, values, family):
@@ -100,7 +101,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit(small_run, llama_run, tmp_path
     Without pipeline the second saves asynchronously."""
     made = {"bloom": small_run, "llama": llama_run}[family]
     make, trainer, learners = {"sft": (made.sft, sft, ["model"]), "reward": (made.reward, reward, ["model"]),
-                               "dpo": (made.dpo, dpo, ["model"]), "ppo": (made.ppo, ppo, ["policy", "value"])}[stage]
+                               "dpo": (made.dpo, dpo, ["model"]), "ppo": (made.ppo, ppo, ["policy", "value"]),
+                               "grpo": (made.grpo, grpo, ["policy"])}[stage]
     settings = dict(layout=layout[:2], iterations=8, **values)
     run(trainer.run, *layout, make(tmp_path / "straight", **settings))
     resumed = make(tmp_path / "resumed", **settings, save_every=3, async_save=layout[1] == 1)
@@ -112,7 +114,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(small_run, llama_run, tmp_path
     assert len(metrics(tmp_path / "straight")) == 8
     states = [json.loads((checkpoint.folder(tmp_path / name, 8) / "state.json").read_text()) for name in ("resumed", "straight")]
     assert all(state.pop("wall_seconds") > 0 for state in states) and states[0] == states[1]
-    if stage == "ppo":
+    if stage in ("ppo", "grpo"):
         assert states[0]["kl_coef"] != make(tmp_path, **settings).kl_coef
     for model in learners:
         assert tensors(tmp_path / "resumed", 8, model) == tensors(tmp_path / "straight", 8, model)
