@@ -70,6 +70,8 @@ def plan(target: str, recipe: str, files: list[Path], sets: list[str], name: str
     run = Run(runs / name)
     if pipeline is None:
         pipeline = run.pipeline if run.config_file.exists() else next(key for key, each in PIPELINES.items() if target in (FULL, *each))
+    if run.config_file.exists() and _begun(run) and pipeline != run.pipeline:
+        raise ConfigError(f"{run.folder} was submitted with --pipeline {run.pipeline}; give {pipeline} its own run with --name")
     graph = PIPELINES[pipeline]
     stages = select(graph, target, first, last)
     _check_sets(sets, pipeline)
@@ -77,7 +79,7 @@ def plan(target: str, recipe: str, files: list[Path], sets: list[str], name: str
     checked = checks.check(run.folder, tables, graph, stages, chosen[0])
     done: set[str] = set()
     if run.config_file.exists() and _begun(run):
-        _check_same(run, tables, chosen[0], pipeline)
+        _check_same(run, tables, chosen[0])
         done = set(graph) - {stage.name for stage in manifest.left(run, list(graph.values()))}
     checks.check_parents(graph, stages, done)
     known = run.config_file.exists()
@@ -101,7 +103,7 @@ def _create(made: Plan) -> Run:
     if run.config_file.exists():
         written["run"]["id"] = run.id  # another command may have been first since the plan was made
         if _begun(run):
-            _check_same(run, made.tables, made.profile, made.identity["pipeline"])
+            _check_same(run, made.tables, made.profile)
     write_json(run.config_file, written)
     for name in run.stages:
         write_stage_config(run, name)
@@ -187,11 +189,9 @@ def _check_sets(sets: list[str], pipeline: str) -> None:
                               f"leave it out, or add --pipeline {right}")
 
 
-def _check_same(run: Run, tables: dict, profile: Profile, pipeline: str) -> None:
+def _check_same(run: Run, tables: dict, profile: Profile) -> None:
     """ConfigError where a section differs that something was made from. Resources, the evaluation (which keeps the answers that it
     has) and stages that have not begun may change, unless they are queued: their jobs are what they were."""
-    if pipeline != run.pipeline:
-        raise ConfigError(f"{run.folder} was submitted with --pipeline {run.pipeline}; give {pipeline} its own run with --name")
     known = sections(run.stages)
     made = [name for name in known if name not in ("resources", "mtbench") and (name not in run.stages or run.status(name)["attempt"])]
     changed = differences({name: run.config[name] for name in made}, {name: tables[name] for name in made})

@@ -26,8 +26,12 @@ files = {name + ".jsonl": 1 - os.path.exists("no_" + name) for name in names}
 (Path(sys.argv[1]).parent / "counts.json").write_text(json.dumps({"files": files}))
 print("data: stub")
 """
-SMALL = ["--set", "sft.iterations=3", "--set", "reward.iterations=3", "--set", "rlhf.iterations=3", "--set", "sft.warmup_iterations=0",
-         "--set", "reward.warmup_iterations=0", "--set", "rlhf.warmup_iterations=0"]
+def small(*trainers: str) -> list[str]:
+    """Options that make their stages short."""
+    return [option for stage in trainers for key in ("iterations=3", "warmup_iterations=0") for option in ("--set", f"{stage}.{key}")]
+
+
+SMALL = small("sft", "reward", "rlhf")
 
 
 class Project:
@@ -41,8 +45,8 @@ class Project:
         for package in ("training", "training/data", "conversion", "eval"):
             (folder / package).mkdir(parents=True)
             (folder / package / "__init__.py").write_text(PACKAGE)
-        for module in ("training/sft", "training/reward", "training/ppo", "conversion/hf_to_megatron", "conversion/megatron_to_hf",
-                       "eval/__main__"):
+        for module in ("training/sft", "training/reward", "training/ppo", "training/dpo", "training/grpo", "conversion/hf_to_megatron",
+                       "conversion/megatron_to_hf", "eval/__main__"):
             shutil.copy(stub, folder / f"{module}.py")
         (folder / "training/data/prepare.py").write_text(PREPARE)
 

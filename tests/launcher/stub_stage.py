@@ -30,7 +30,7 @@ import sys
 import time
 from pathlib import Path
 
-TRAINERS = {"sft": ["model"], "reward": ["model"], "rlhf": ["policy", "value"]}
+TRAINERS = {"sft": ["model"], "reward": ["model"], "rlhf": ["policy", "value"], "dpo": ["model"], "grpo": ["policy"]}
 told = []
 
 
@@ -159,7 +159,7 @@ def main() -> None:
         time.sleep(behaviour.get("step_s", 0))
         save(output, 0, ["model"])
     elif output.name == "export":
-        for model in ("sft", "rlhf"):
+        for model in config["paths"]["checkpoints"]:
             write(output / model / "config.json", "{}")
             write(output / model / "model.safetensors", model)
     else:

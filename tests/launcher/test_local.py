@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from launcher.run import process_start
-from tests.launcher.stub_project import wait_until
+from tests.launcher.stub_project import small, wait_until
 
 ORDER = ["convert", "sft", "reward", "rlhf", "export", "mtbench"]
 
@@ -27,6 +27,27 @@ def test_chain_runs_in_order_and_leaves_manifests(project):
     assert weights == {"size": 6, "sha256": hashlib.sha256(b"rlhf 3").hexdigest()}
     assert "report.html" in project.json("mtbench/DONE.json")["outputs"]
     assert project.convoy("report", "demo").stdout.strip() == "runs/demo/report.html"
+
+
+@pytest.mark.parametrize(("pipeline", "order"), [("dpo", ["convert", "sft", "dpo", "export", "mtbench"]),
+                                                 ("grpo", ["convert", "sft", "reward", "grpo", "export", "mtbench"])])
+def test_another_pipeline_is_another_graph(project, pipeline, order):
+    """From submit to resume a run knows the stages of its own pipeline only, without being told again which it is."""
+    command = ["submit", "full-pipeline", "--name", "demo", "--profile", "local", "--wait", *small(*order[1:-2])]
+    done = project.convoy(*command, "--pipeline", pipeline)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [event["stage"] for event in project.ledger("done")] == order == list(project.states())
+    assert list(project.json("mtbench/config.json")["paths"]["models"]) == ["sft", pipeline]
+    assert project.convoy(*command).returncode == 0 and len(project.ledger("started")) == len(order)
+    again = project.convoy("resume", "demo", "--from", pipeline, "--wait")
+    assert again.returncode == 0 and [event["stage"] for event in project.ledger("started")][len(order):] == [pipeline, "export", "mtbench"]
+    for arguments, words in ((["resume", "demo", "--from", "rlhf"], f"has no stage rlhf: its pipeline is {pipeline} (convert -> sft"),
+                             ([*command, "--pipeline", "ppo"], f"--pipeline {pipeline}; give ppo its own run with --name"),
+                             ([*command, "--set", "rlhf.lr=1"], f"--set rlhf.lr=1: pipeline {pipeline} has no stage rlhf"),
+                             ([*command, "--until", "rlhf"], "rlhf is no stage of this pipeline"),
+                             (["submit", "rlhf", "--name", "demo"], "it is one of --pipeline ppo, in a run of its own")):
+        refused = project.convoy(*arguments)
+        assert refused.returncode == 2 and words in " ".join(refused.stderr.split()), refused.stderr
 
 
 def test_ranks_get_the_five_variables_and_their_lines_are_tagged(project):
