@@ -95,8 +95,8 @@ def interval_svg(values: Mapping[str, Mapping], name: str) -> str:
 
 def radar_svg(means: Mapping[str, Mapping[str, float]], name: str = "radar") -> str:
     """Model -> category -> mean rating, 0..10 on eight axes; a category without a rating breaks no line but has no point."""
-    figure = Figure(figsize=(3.9, 3.5))
-    axes = figure.add_subplot(projection="polar")
+    figure = Figure(figsize=(4.2, 3.3))
+    axes = figure.add_axes((0.22, 0.12, 0.56, 0.76), projection="polar")  # room for the longest name of a category
     axes.set_theta_zero_location("N")
     axes.set_theta_direction(-1)
     angles = [2 * math.pi * i / len(RADAR_AXES) for i in range(len(RADAR_AXES))]

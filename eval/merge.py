@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from eval import scores
 from eval.runs import Evaluation, Run
 
-SAME = (("questions", "sha256"), ("questions", "references"), ("judge", "returned"), ("template",), ("seed",), ("max_new_tokens",))
+SAME = (("questions", "sha256"), ("questions", "references"), ("judge", "returned"), ("judge", "repeats"), ("template",), ("seed",),
+        ("max_new_tokens",))
 """What has to be equal for ratings to stand in one table."""
 HELDOUT = ("gold", "gold_difference", "kl")
 
@@ -64,9 +65,10 @@ def renamed(run: str, one: Evaluation) -> Evaluation:
                       [row | {key: name(row[key]) for key in ("model_1", "model_2")} for row in one.pairs])
 
 
-def together(evaluations: Sequence[Evaluation]) -> dict:
+def together(by_run: Mapping[str, Evaluation]) -> dict:
     """results.json of several renamed evaluations that may share a table; differences are to the first run's first model."""
-    first = evaluations[0].results
+    evaluations = list(by_run.values())
+    first, common = evaluations[0].results, beside(evaluations)
     models = {name: mark for one in evaluations for name, mark in one.results["models"].items()}
     categories = {row["question_id"]: row["category"] for row in evaluations[0].questions}
     judgments = [row for one in evaluations for row in one.judgments]
@@ -77,7 +79,10 @@ def together(evaluations: Sequence[Evaluation]) -> dict:
     costs = [judge["cost"] for judge in judges]
     judge = first["judge"] | {name: sum(judge[name] for judge in judges) for name in ("requests", "tokens_in", "tokens_out")} | {
         "cost": None if None in costs or len({judge["currency"] for judge in judges}) > 1 else sum(costs)}
-    return first | {"models": models, "scores": table, "pairwise": pairs or None, "judge": judge}
+    return first | {
+        "models": models, "scores": table, "pairwise": pairs or None, "judge": judge, "heldout": first["heldout"] | common["heldout"],
+        "checks": common["checks"], "harness": common["harness"] or None,
+        "reward_model": {f"{run}/{stage}": row for run, one in by_run.items() for stage, row in one.results["reward_model"].items()}}
 
 
 def beside(evaluations: Sequence[Evaluation]) -> dict:

@@ -79,7 +79,7 @@ def blocks(judged: Mapping[str, runs.Evaluation]) -> tuple[list[dict], list[str]
     if len(judged) == 1:
         return [_block("", next(iter(judged.values())).results)], []
     if not different:
-        return [_block("", merge.together(list(judged.values())))], []
+        return [_block("", merge.together(judged))], []
     return [_block(name, one.results) for name, one in judged.items()], different
 
 

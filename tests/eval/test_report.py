@@ -140,7 +140,9 @@ def test_runs_judged_alike_stand_in_one_table(tmp_path, capsys):
     assert report.main([str(one), str(two)]) == 0
     folder = Path(capsys.readouterr().out.strip()).parent
     assert folder.name == "report-one-two"
-    table = json.loads((folder / "results.json").read_text())["scores"]
+    written = json.loads((folder / "results.json").read_text())
+    table = written["scores"]
+    assert set(written["heldout"]["gold"]) == set(written["checks"]["questions"]) == set(written["harness"]) == set(table["models"])
     assert {name: row["micro"]["mean"] for name, row in table["models"].items()} == {
         "one/sft": 3, "one/dpo": 5, "two/sft": 3, "two/dpo": 7}
     assert table["differences"]["two/dpo"]["micro"]["mean"] == 4 and table["baseline"] == "one/sft"
