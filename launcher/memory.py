@@ -12,7 +12,8 @@ The formula, in bytes; P = parameters of this rank, T = tokens of a micro-batch,
   first pipeline stage keeps those of min(p, micro-batches) at once.
 * the language model's head: the logits of a chunk of tokens (training.shape.CHUNK_LOGITS), and the output matrix's gradient in the
   weights' type. Log-probabilities and entropies of all other tokens are numbers (training.model.heads).
-* rollout: keys and values 4 k / t bytes a token and layer, and fp32 logits of one position a row.
+* rollout: all layers' weights where generation's layout is not training's, keys and values 4 k / t bytes a token and layer (t: generation's
+  TP), and a step's fp32 logits or a prefill's activations.
 
 Held against torch's peak on one H200 by tests/launcher/test_memory.py: our SFT of 560m and 1b7, batch 1 and 4, each recompute, 1 to 3 %
 above the measured; 7b1 and 1b7 of an earlier prototype within 5 %. What the allocator can't reuse is in OUTSIDE_GB.
@@ -32,6 +33,8 @@ from training.shape import CHUNK_LOGITS, Shape
 GB = 1e9
 OUTSIDE_GB = 2.5
 """Of each GPU: the CUDA context, NCCL's buffers and what the allocator can't use again."""
+LEAST_ROWS, PREFILL_TOKENS = 8, 8192
+"""Of a rollout: rows whose cache must fit (fewer would be slow), and training.generation.engine.Limits.prefill_tokens."""
 REPLIES = 2
 """Replies to a query that reward and dpo are reckoned with; their rows are micro_batch_size x this."""
 
@@ -147,7 +150,7 @@ def _trainer(rank: Rank) -> Estimate:
 
 
 def _rollouts(rank: Rank) -> Estimate:
-    config, shape = rank.config, rank.shape
+    config = rank.config
     static = [*rank.trained("policy", "lm"), *(rank.trained("value", "scalar") if isinstance(config, PPOConfig) else [])]
     frozen = [*([] if config.lora_rank else rank.frozen("reference", "lm")), *rank.frozen("reward", "scalar")]  # adapters: the policy
     score = [max(frozen, key=lambda line: line[1])] if config.offload_frozen else []  # one of them at a time
@@ -156,13 +159,23 @@ def _rollouts(rank: Rank) -> Estimate:
     tokens = config.micro_batch_tokens or config.micro_batch_size * length
     micro_batches = -(-config.global_batch_size * length // (tokens * rank.data))
     update = [("activations of an update", rank.activations(tokens, micro_batches, "lm")), ("logits and loss", rank.head(tokens))]
-    rows = min(config.generation_batch_size, config.rollout_batch_size // rank.data)
-    keys = shape.head_dim * shape.groups
-    cache = 2 * rank.word * rank.layers("lm") * keys / config.tensor_parallel * rows * length / GB
-    logits = rank.last * rows * 4 * 3 * shape.padded_vocab(config.tensor_parallel) / GB  # gathered; probabilities, cumulative
-    rollout = [(f"keys and values of {rows} rows", cache), ("logits of a rollout step", logits)]
-    worst = max(update, rollout, score, key=lambda lines: sum(gb for _, gb in lines))
+    worst = max(update, _engine(rank), score, key=lambda lines: sum(gb for _, gb in lines))
     return Estimate((*static, *worst))
+
+
+def _engine(rank: Rank) -> list[tuple[str, float]]:
+    """What the rollout engine can't do without. Its cache takes what is free beyond that, up to ``cache_share``."""
+    config, shape = rank.config, rank.shape
+    size = config.generation_tensor_parallel or config.tensor_parallel
+    rows = min(config.generation_batch_size, config.rollout_batch_size // rank.data)
+    least = min(LEAST_ROWS, rows)
+    token = 2 * rank.word * shape.layers * shape.groups * shape.head_dim / size
+    moved = config.pipeline_parallel > 1 or size != config.tensor_parallel or config.lora_rank  # adapters are merged into a copy
+    weights = [(f"weights for rollouts at TP {size}", rank.word * shape.parameters() / size / GB)] if moved else []
+    working = max(8 * rows * shape.vocab, PREFILL_TOKENS * rank.word * (2 * shape.ffn / size + 4 * shape.hidden))
+    cache = token * least * (config.prompt_length + config.response_length)
+    return [*weights, (f"keys and values of {least} rows (more where there is room)", cache / GB),
+            ("logits or prefill of a rollout", working / GB)]
 
 
 @dataclass(frozen=True)
@@ -211,8 +224,6 @@ def _changes(stage: str, shape: Shape, config: TrainerConfig, asked: Resources, 
         yield f"--set resources.{stage}.nodes={2 * asked.nodes}", lambda: config, 2 * asked.ranks
     if isinstance(config, RolloutConfig) and not config.offload_frozen:
         yield *keys(offload_frozen=True), asked.ranks
-    if isinstance(config, RolloutConfig) and config.generation_batch_size > 1:
-        yield *keys(generation_batch_size=config.generation_batch_size // 2), asked.ranks
 
 
 def check(stage: str, shape: Shape, config: TrainerConfig, asked: Resources, profile: Profile) -> str:

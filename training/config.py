@@ -320,8 +320,12 @@ class RolloutConfig(TrainerConfig):
     """Most new tokens of a rollout."""
     rollout_batch_size: int = 1024
     """Samples an iteration, over all data-parallel ranks."""
-    generation_batch_size: int = 32
-    """Rows that one data-parallel rank generates together; bounds the key-value cache."""
+    generation_batch_size: int = 256
+    """Most rows that one replica of the rollout engine generates together; the cache may hold fewer at a time."""
+    generation_tensor_parallel: int = 0
+    """Ranks that share each layer in generation, which has no pipeline; 0 = as in training. TP x PP ranks make TP x PP / this replicas."""
+    cache_share: float = 0.9
+    """Of the GPU memory that is free when a rollout begins, its key-value cache takes at most this."""
     epochs: int = 1
     """Passes over an iteration's samples."""
     micro_batch_size: int = 2
@@ -374,8 +378,13 @@ class RolloutConfig(TrainerConfig):
     def __post_init__(self):
         super().__post_init__()
         at_least(self, 1, "prompt_length", "response_length", "rollout_batch_size", "generation_batch_size", "epochs")
-        at_least(self, 0, "gate_after", "gate_pause", "gate_stop", "entropy_coef", "clip_ratio_high")
+        at_least(self, 0, "gate_after", "gate_pause", "gate_stop", "entropy_coef", "clip_ratio_high", "generation_tensor_parallel")
         positive(self, "temperature", "clip_ratio", "reward_clip")
+        if not 0 < self.cache_share <= 1:
+            raise ValueError(f"cache_share = {self.cache_share}: expected a share above 0 and at most 1")
+        if self.generation_tensor_parallel and self.tensor_parallel * self.pipeline_parallel % self.generation_tensor_parallel:
+            raise ValueError(f"generation_tensor_parallel = {self.generation_tensor_parallel} does not divide tensor_parallel x "
+                             f"pipeline_parallel = {self.tensor_parallel * self.pipeline_parallel}; set it to a divisor or 0")
         for name, off in (("top_p", 1.0), ("top_k", 0)):
             if getattr(self, name) != off:
                 raise ValueError(f"{name} = {getattr(self, name)}: samples would come from a truncated distribution, whose "

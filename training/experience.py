@@ -15,9 +15,10 @@ from megatron.core import parallel_state
 
 from training import invariants, losses, parallel
 from training.config import PPOConfig, RolloutConfig
-from training.data.batches import Example, collate, collate_prompts, padded_length, shard
+from training.data.batches import Example, collate, padded_length, shard
 from training.data.tokenizer import Tokenizer
-from training.generation.rollout import generate, inverse_cdf
+from training.generation.replicas import Replicas
+from training.generation.request import Request, Sampling
 from training.model import lora
 from training.model.heads import next_token_logprobs
 from training.model.language_model import LanguageModel
@@ -60,13 +61,15 @@ class Models:
     """None: GRPO has none."""
 
 
-def roll_out(config: RolloutConfig, policy: LanguageModel, prompts: list[list[int]], uniforms: torch.Tensor,
+def roll_out(config: RolloutConfig, policy: Replicas, prompts: list[list[int]], uniforms: torch.Tensor,
              tokenizer: Tokenizer) -> Rollout:
     """Sample a response to each of ``prompts`` with its row of ``uniforms`` (B, response_length); ranks share them out. A collective."""
     ranks, count = parallel.data_ranks(), len(prompts)
     order = [*range(count), *[count - 1] * (-count % ranks)]
     mine = shard(order, parallel.data_rank(), ranks)
-    examples = _generate(config, policy, [prompts[index] for index in mine], uniforms[mine], tokenizer)
+    sampling = Sampling(config.response_length, config.temperature)
+    made = policy.generate([Request(prompts[index], sampling, uniforms[index]) for index in mine])
+    examples = [Example([*prompts[index], *one.tokens], len(prompts[index])) for index, one in zip(mine, made, strict=True)]
     everyone: list = [None] * ranks
     dist.all_gather_object(everyone, examples, group=parallel_state.get_data_parallel_group())
     examples = [example for rank in everyone for example in rank][:count]
@@ -75,21 +78,6 @@ def roll_out(config: RolloutConfig, policy: LanguageModel, prompts: list[list[in
     batch = collate(examples, tokenizer.pad_id, length)
     invariants.samples_are_whole(batch, [example.response_start for example in examples], ended, tokenizer.eos_id)
     return Rollout(batch, ended)
-
-
-def _generate(config: RolloutConfig, policy: LanguageModel, prompts: list[list[int]], uniforms: torch.Tensor,
-              tokenizer: Tokenizer) -> list[Example]:
-    """This data-parallel rank's samples, each cut behind its first EOS."""
-    examples = []
-    for first in range(0, len(prompts), config.generation_batch_size):
-        chunk = prompts[first : first + config.generation_batch_size]
-        tokens, prompt_mask = collate_prompts(chunk, tokenizer.pad_id)
-        choose = inverse_cdf(uniforms[first : first + len(chunk)], config.temperature)
-        responses = generate(policy, tokens, prompt_mask, config.response_length, choose, tokenizer.eos_id, tokenizer.pad_id)
-        for prompt, response in zip(chunk, responses.tolist(), strict=True):
-            stop = response.index(tokenizer.eos_id) + 1 if tokenizer.eos_id in response else len(response)
-            examples.append(Example(prompt + response[:stop], len(prompt)))
-    return examples
 
 
 def state_values(outputs: torch.Tensor) -> torch.Tensor:

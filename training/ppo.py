@@ -19,7 +19,9 @@ from training.config import PPOConfig, RolloutConfig
 from training.data.batches import Sampler, prompt_tokens
 from training.experience import Experience, Models, Rollout, Scored, calibrate, experience, report, roll_out, score, state_values
 from training.gates import Gates
-from training.generation.rollout import draws
+from training.generation.engine import Limits
+from training.generation.replicas import Replicas
+from training.generation.request import draws
 from training.loop import Boundary, at, resume
 from training.main import run_stage
 from training.model.heads import Output, next_token_logprobs_and_entropy
@@ -114,6 +116,8 @@ class PPO:
         self.learners = self.make_learners()
         self.policy = self.learners["policy"]
         self.sampler = Sampler(len(self.rows), config.rollout_batch_size // config.group_size, config.seed)
+        limits = Limits(config.prompt_length + config.response_length, config.generation_batch_size, config.cache_share)
+        self.replicas = Replicas(self.models.policy, self.shape, limits, self.tokenizer.eos_id, config.generation_tensor_parallel)
         self.kl_coef, self.reward_bias = config.kl_coef, None
         self.gates, self.proven = Gates(config), False
 
@@ -146,6 +150,7 @@ class PPO:
         with phases("generate"):
             prompts = [index for index in self.sampler.next_batch() for _ in range(config.group_size)]
             made = self.sample(prompts, self.rows, iteration)
+        rollout = self.replicas.report
         rows = plan(config, made.batch["lengths"].tolist(), config.global_batch_size)
         with phases("score"):
             scored = score(config, self.models, made.batch, rows)
@@ -164,7 +169,7 @@ class PPO:
             self.kl_coef = losses.adaptive_kl_coef(self.kl_coef, metrics["kl"], config.kl_target, config.rollout_batch_size,
                                                    config.kl_horizon)
         seen, new = sum(rows.lengths), int(made.batch["response_mask"].sum())
-        return {**metrics, "tokens_per_second": new / sum(phases.seconds.values()),
+        return {**metrics, **rollout, "tokens_per_second": new / sum(phases.seconds.values()),
                 **phases.metrics({"generate": new, "score": seen, "update": seen * config.epochs})}
 
     def heldout(self) -> dict[str, float]:
@@ -179,7 +184,7 @@ class PPO:
         config = self.config
         prompts = [prompt_tokens(rows[index], config.prompt_length) for index in indices]
         uniforms = draws(config.seed, iteration, len(prompts), config.response_length)
-        return roll_out(config, self.models.policy, prompts, uniforms, self.tokenizer)
+        return roll_out(config, self.replicas, prompts, uniforms, self.tokenizer)
 
 
 def run(config: RolloutConfig, trainer: type[PPO] = PPO) -> None:

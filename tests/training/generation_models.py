@@ -9,18 +9,19 @@ from transformers import BloomForCausalLM
 
 from conversion.weights import entries
 from training.generation import torch_ops
-from training.generation.bloom import BloomDecoder
+from training.generation.decoder import Decoder
 from training.generation.engine import Engine, Limits
+from training.generation.replicas import family
 from training.generation.request import Request, Sampling
 from training.shape import Shape
 
 
-def decoder(folder: Path, model: BloomForCausalLM, ops=torch_ops, dtype=torch.float32, device="cpu") -> BloomDecoder:
+def decoder(folder: Path, model: BloomForCausalLM, ops=torch_ops, dtype=torch.float32, device="cpu") -> Decoder:
     """The engine's forward pass on a Hugging Face model's own tensors."""
     shape = Shape.read(folder)
     state = {name.removeprefix("transformer."): tensor.to(device, dtype) for name, tensor in model.state_dict().items()}
     weights = {entry.parameter: state[entry.name] for entry in entries(shape)}
-    return BloomDecoder(shape, weights, ops)
+    return family(shape).Decoder(shape, weights, ops)
 
 
 def prompts(count: int, vocab: int, longest: int, seed: int = 0) -> list[list[int]]:
@@ -39,7 +40,7 @@ def greedy(model: BloomForCausalLM, prompt: list[int], steps: int, eos: int | No
     return made[0, len(prompt):].tolist()
 
 
-def generate(made: BloomDecoder, asked: list[list[int]], sampling: Sampling, eos: int = -1, uniforms=None, late: bool = False, decode=None,
+def generate(made: Decoder, asked: list[list[int]], sampling: Sampling, eos: int = -1, uniforms=None, late: bool = False, decode=None,
              **limits) -> tuple[list, Engine]:
     engine = Engine(made, Limits(**{"context": 64, **limits}), eos, decode, late)
     rows = [None] * len(asked) if uniforms is None else uniforms

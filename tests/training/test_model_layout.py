@@ -1,4 +1,4 @@
-"""Layouts: how layers are divided, what is refused, and that checkpoints, heads and generation do not depend on the division."""
+"""Layouts: how layers are divided, what is refused, and that checkpoints and heads do not depend on the division."""
 
 from types import SimpleNamespace
 
@@ -10,13 +10,10 @@ from conversion.config import ConvertConfig, ConvertPaths
 from conversion.hf_to_megatron import convert
 from tests.bloom import tiny_bloom
 from tests.distributed import run
-from tests.training.test_generation import PROMPTS, STEPS, theirs
 from tests.training.test_model_parity import enter, settings
 from training import checkpoint
 from training.config import PPOConfig, PPOPaths, RewardConfig
-from training.data.batches import collate_prompts
 from training.families import bloom
-from training.generation.rollout import generate, greedy
 from training.model.language_model import Interleaved, pipeline_layout
 from training.saving import Saver
 from training.settings import ConfigError, build
@@ -134,23 +131,17 @@ def test_a_checkpoint_of_an_uneven_interleaved_pipeline_goes_on_at_any_layout(bl
     assert losses == pytest.approx(alone, rel=1e-5)
 
 
-def interleaved(folder, prompts, eos):
-    """Greedy responses and a fresh scalar head's values from a pipeline of two stages of two parts."""
+def interleaved(folder):
+    """A fresh scalar head's values from a pipeline of two stages of two parts."""
     enter(1, 2, 2)
-    shape, config = Shape.read(folder / "hf"), settings(pipeline=2, virtual=2)
-    model = build_model(shape, config, "lm")
-    checkpoint.load_weights(checkpoint.resolve(folder / "convert") / "model", model)
-    responses = generate(model, *collate_prompts(prompts, 3), STEPS, greedy, eos, 3)
-    scalar = build_model(shape, config, "scalar")
+    scalar = build_model(Shape.read(folder / "hf"), settings(pipeline=2, virtual=2), "scalar")
     checkpoint.load_weights(checkpoint.resolve(folder / "convert") / "model", scalar, fresh_head=5)
     tokens = torch.arange(48).view(3, 16)  # 3 rows in micro-batches of 1: filled up to 4, a multiple of the stages
-    return responses, evaluate(scalar, {"tokens": tokens}, 1, lambda values, micro: values)
+    return evaluate(scalar, {"tokens": tokens}, 1, lambda values, micro: values)
 
 
-def test_an_interleaved_pipeline_generates_and_scores_like_one_rank(bloom):
-    folder, model = bloom
-    eos = theirs(model, PROMPTS[1], eos_id=None)[4]
-    expected = [theirs(model, prompt, eos) for prompt in PROMPTS]
+def test_an_interleaved_pipeline_scores_like_one_rank(bloom):
+    folder, _ = bloom
 
     def alone():
         scalar = build_model(Shape.read(folder / "hf"), settings(), "scalar")
@@ -158,8 +149,7 @@ def test_an_interleaved_pipeline_generates_and_scores_like_one_rank(bloom):
         return evaluate(scalar, {"tokens": torch.arange(48).view(3, 16)}, 3, lambda values, micro: values)
 
     (values,) = run(alone, 1, 1, 1)
-    for responses, scores in run(interleaved, 1, 1, 2, folder, PROMPTS, eos):
-        assert responses.tolist() == expected
+    for scores in run(interleaved, 1, 1, 2, folder):
         assert torch.allclose(scores, values, atol=1e-5)
 
 

@@ -38,10 +38,11 @@ def reference_rows(small_run, tmp_path_factory):
 
 
 SEQUENCE, PACKED, PARKED = {"sequence_parallel": True}, {"micro_batch_tokens": 100}, {"offload_frozen": True}
+ALONE = {"generation_tensor_parallel": 1}
 
 
 @pytest.mark.parametrize(("layout", "values"), [((2, 1, 1), {}), ((1, 2, 1), PARKED), ((1, 1, 2), {}), ((1, 2, 2), {}), ((1, 2, 2), PACKED),
-                                                ((2, 1, 1), SEQUENCE), ((2, 2, 1), SEQUENCE | PACKED)])
+                                                ((2, 1, 1), SEQUENCE | ALONE), ((2, 2, 1), SEQUENCE | PACKED)])
 def test_every_layout_gives_the_same_numbers(small_run, reference_rows, tmp_path, layout, values):
     """Two iterations of two minibatches: samples, rewards, KL, losses and gradient norms equal those of one rank, padded."""
     run(ppo.run, *layout, small_run.ppo(tmp_path, layout=layout[:2], iterations=2, **values))
@@ -161,6 +162,8 @@ def test_contradictions_are_errors_that_say_what_to_change(small_run, tmp_path):
     for change, message in (({"prompt_length": 0}, "prompt_length = 0: expected at least 1"),
                             ({"top_p": 0.9}, "top_p = 0.9: .* set top_p = 1.0, or lower temperature"), ({"top_k": 50}, "set top_k = 0"),
                             ({"dual_clip": 1.0}, "dual_clip = 1.0: expected 0 .off. or more than 1"), ({"lam": 1.5}, "lam = 1.5"),
+                            ({"generation_tensor_parallel": 2}, "generation_tensor_parallel = 2 does not divide .* = 1"),
+                            ({"cache_share": 0}, "cache_share = 0"),
                             ({"value_warmup": 5}, "value_warmup = 5: expected fewer together than iterations = 2")):
         with pytest.raises(ValueError, match=message):
             small_run.ppo(tmp_path, **change)

@@ -1,5 +1,8 @@
 """Generation by a model in training on every layout: weights moved, requests divided, tokens those of Hugging Face one prompt at a time."""
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -7,6 +10,7 @@ from conversion.config import ConvertConfig, ConvertPaths
 from conversion.hf_to_megatron import convert
 from tests.bloom import tiny_bloom
 from tests.distributed import run
+from tests.llama import tiny_llama
 from tests.training import generation_models
 from tests.training.test_model_parity import enter, settings
 from training import checkpoint
@@ -21,11 +25,11 @@ VOCAB, STEPS = 300, 12
 PROMPTS = [[5, 17, 200], [44, 8, 9, 150, 299, 12, 60], [7], [10, 11, 12, 13, 14], [5, 17, 200]]
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
-def bloom(request, tmp_path_factory):
+@pytest.fixture(scope="module", params=[(tiny_bloom, {"tied": True}), (tiny_llama, {"tied": False, "groups": 4})], ids=["bloom", "llama"])
+def small(request, tmp_path_factory):
     """Five layers, eight heads: (folder with hf/ and convert/, responses of Hugging Face to PROMPTS, an EOS that ends one early)."""
-    folder = tmp_path_factory.mktemp("bloom")
-    model = tiny_bloom(folder / "hf", heads=8, hidden=48, layers=5, vocab=VOCAB, tied=request.param)
+    folder, (make, options) = tmp_path_factory.mktemp("small"), request.param
+    model = make(folder / "hf", heads=8, hidden=48, layers=5, vocab=VOCAB, **options)
     run(convert, 1, 1, 1, ConvertConfig(paths=ConvertPaths(str(folder / "convert"), str(folder / "hf"))))
     free = [generation_models.greedy(model, prompt, STEPS, None) for prompt in PROMPTS]
     eos = free[1][4]
@@ -57,9 +61,9 @@ CASES = {1: [((1, 1, 1), 1)], 2: [((2, 1, 1), 2), ((2, 1, 1), 1), ((1, 2, 1), 1)
 """By world size; the last is TP 2 x DP 2."""
 
 
-def test_every_layout_generates_what_one_rank_and_hugging_face_do(bloom):
+def test_every_layout_generates_what_one_rank_and_hugging_face_do(small):
     """Greedy: Hugging Face's tokens. Sampled: the same draws, the same tokens. Where layouts agree nothing is copied."""
-    folder, expected, eos = bloom
+    folder, expected, eos = small
     alone = run(ours, 1, 1, 1, folder, CASES[1], eos)[0][0][1]
     for world, cases in CASES.items():
         for rank in run(ours, 1, 1, world, folder, cases, eos):
@@ -74,6 +78,20 @@ def test_every_layout_generates_what_one_rank_and_hugging_face_do(bloom):
                     assert 0 < views < 1 and report["reshard_gb"] > 0, (layout, size)
 
 
-def test_a_generation_size_that_does_not_divide_the_model_s_ranks_is_refused(bloom):
+def test_a_generation_size_that_does_not_divide_the_model_s_ranks_is_refused(small):
     with pytest.raises(AssertionError, match="generation_tensor_parallel = 2 does not divide the 1 ranks"):
-        run(ours, 1, 1, 1, bloom[0], [((1, 1, 1), 2)], 3)
+        run(ours, 1, 1, 1, small[0], [((1, 1, 1), 2)], 3)
+
+
+def small_benchmark():
+    path = Path(__file__).parents[2] / "benchmarks" / "rollout.py"
+    spec = importlib.util.spec_from_file_location("rollout_benchmark", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for step in (module.kernels, module.agree, module.step, module.cases, module.peer):
+        step(small=True)
+    return module.missed
+
+
+def test_the_benchmark_runs_on_a_cpu():
+    assert run(small_benchmark, 1, 1, 1) == [[]]

@@ -1,4 +1,4 @@
-"""The rotary embedding's positions: they begin again with each document and behind each prompt's padding, and why."""
+"""The rotary embedding's positions: they begin again with each document, and why."""
 
 import torch
 from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd as rotate
@@ -9,11 +9,9 @@ THETA, DIM = 100000.0, 64
 CPU = torch.device("cpu")
 
 
-def test_positions_count_from_each_document_and_each_prompt():
+def test_positions_count_from_each_document():
     ids = torch.tensor([[0, 0, 0, 1, 1, 2, 3, 3], [5, 5, 5, 5, 5, 5, 5, 5]])
     assert rotary.of_documents(ids).tolist() == [[0, 1, 2, 0, 1, 0, 0, 1], [0, 1, 2, 3, 4, 5, 6, 7]]
-    hidden = torch.tensor([[True, True, False, False], [False, False, False, False]])[:, None, None]
-    assert rotary.of_prompts(hidden).tolist() == [[0, 0, 0, 1], [0, 1, 2, 3]]
     whole = rotary.angles(THETA, DIM, 8, None, CPU)
     assert torch.equal(rotary.angles(THETA, DIM, 8, rotary.of_documents(ids), CPU)[:5, 1:], whole[:5])
 

@@ -72,17 +72,6 @@ def collate(examples: list[Example], pad_id: int, length: int) -> dict[str, torc
     return {"tokens": tokens, "response_mask": response_mask, "lengths": lengths}
 
 
-def collate_prompts(prompts: list[list[int]], pad_id: int, length: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Left-padded ``tokens`` (B, P) int64 and ``prompt_mask`` (B, P) bool, True at real ids; P = ``length``, or the longest prompt's."""
-    length = length or max(map(len, prompts))
-    assert max(map(len, prompts)) <= length, f"a prompt of {max(map(len, prompts))} tokens in a batch of length {length}"
-    tokens = torch.full((len(prompts), length), pad_id)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[length - len(prompt):] = torch.tensor(prompt)
-    starts = torch.tensor([length - len(prompt) for prompt in prompts])
-    return tokens, torch.arange(length) >= starts[:, None]
-
-
 class Sampler:
     """Row indices of one global batch after the other: a seeded permutation an epoch, the same for any number of ranks.
 

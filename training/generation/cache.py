@@ -81,15 +81,16 @@ class Slots:
 
 
 class Batch:
-    """Where the tokens of one forward pass stand: ``queries`` new tokens of each of S sequences, one after the other.
+    """Where the T new tokens of a forward pass stand: some of each of S sequences, one sequence after the other; one each in a decode step.
 
-    ``table`` (S, P) int32 pages; ``lengths`` (S,) tokens of each sequence with its new ones; ``starts`` (S + 1,) first token of each in
-    the flat batch; ``position`` (T,) of each new token in its sequence; ``pages``, ``offsets`` (T,): where its keys go.
+    ``table`` (S, P) int32 pages; ``lengths`` (S,) tokens of each sequence with its new ones, none over ``longest``; ``position`` (T,) of
+    each new token in its sequence; ``pages``, ``offsets`` (T,): where its keys go. Of prefill alone: ``counts``, new tokens of each
+    sequence, ``starts`` (S + 1,), the first of each in the flat batch, and ``owner`` (T,), each token's sequence.
     """
 
-    def __init__(self, table, lengths, position, starts=None, longest_query: int = 1, longest: int = 0, page: int = 1, owner=None):
+    def __init__(self, table, lengths, position, page: int, longest: int, starts=None, counts: list[int] | None = None, owner=None):
         self.table, self.lengths, self.position, self.starts = table, lengths, position, starts
-        self.longest_query, self.longest = longest_query, longest
+        self.counts, self.longest, self.longest_query = counts, longest, max(counts) if counts else 1
         owner = torch.arange(len(position), device=position.device) if owner is None else owner
         self.pages = table[owner, position // page].long()
         self.offsets = position % page

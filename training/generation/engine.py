@@ -8,6 +8,7 @@ A response depends on its request alone (prompt, sampling, uniforms): not on bat
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from training.generation.cache import Batch, Slots, token_bytes
+from training.generation.graphs import Graphs, forward
 from training.generation.pages import Pages
 from training.generation.request import Completion, Request, check
 from training.generation.sampling import penalise
@@ -59,6 +61,8 @@ class Stats:
     seconds: float = 0.0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    capture_seconds: float = 0.0
+    """Of ``decode_seconds``: capturing CUDA graphs."""
     tail_share: float = 0.0
     """Share of the time in which less than a quarter of the rows were alive."""
 
@@ -70,11 +74,12 @@ class _Flight:
     rows: list[Row]
     tokens: torch.Tensor
     logprobs: torch.Tensor
-    done: object | None = None
+    done: torch.cuda.Event | None = None
+    """Passed when ``tokens`` and ``logprobs`` have arrived on the host."""
 
 
 class Engine:
-    """``decoder``: the model's forward pass on its weights (BloomDecoder). ``decode``: ids -> text, for stop strings.
+    """``decoder``: the model's forward pass on its weights (Decoder). ``decode``: ids -> text, for stop strings.
 
     ``late``: read a step's results while the next one runs (default: on CUDA). Collective over the decoder's tensor-parallel group: every
     rank gives the same requests and gets the same completions.
@@ -86,32 +91,35 @@ class Engine:
         self.late = self.device.type == "cuda" if late is None else late
         self.stats = Stats()
         self.cache: torch.Tensor | None = None
+        self.graphs: Graphs | None = None
+        self.prefills: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """A completion for each request, in order. Raises ConfigError, before anything runs, where one can't be served."""
         check(requests, self.decoder.vocab, self.limits.context, self.decode is not None)
         self.stats = Stats()
-        wanted = [request for request in requests if request.sampling.max_new_tokens]
-        scheduler = Scheduler(requests, self._prepare(wanted), min(self.limits.rows, len(wanted)), self.limits.expected) if wanted else None
-        if scheduler:
-            self._run(scheduler)
-            return [Completion(row.tokens, row.logprobs, row.reason) for row in scheduler.rows]
-        return [Completion([], [], "length") for _ in requests]
+        if not any(request.sampling.max_new_tokens for request in requests):
+            return [Completion([], [], "length") for _ in requests]
+        scheduler = Scheduler(requests, self._prepare(requests), min(self.limits.rows, len(requests)), self.limits.expected)
+        self._run(scheduler)
+        return [Completion(row.tokens, row.logprobs, row.reason) for row in scheduler.rows]
 
     def release(self) -> None:
-        """Give the cache's memory back; the next call takes it anew."""
-        self.cache = None
+        """Give the memory of cache and graphs back; the next call takes it anew."""
+        self.cache = self.graphs = None
 
     def _prepare(self, requests: Sequence[Request]) -> Pages:
-        """Cache and slots for ``requests``, as large as they need or memory allows."""
+        """Cache and slots for those of ``requests`` that want tokens, as large as they need or memory allows."""
         limits, decoder = self.limits, self.decoder
+        numbers = [number for number, request in enumerate(requests) if request.sampling.max_new_tokens]
+        requests = [requests[number] for number in numbers]
         rows = min(limits.rows, len(requests))
         longest = [-(-(len(request.prompt) + request.sampling.max_new_tokens) // limits.page) for request in requests]
         page_bytes = limits.page * token_bytes(decoder.layers, decoder.kv_heads, decoder.head_dim, decoder.dtype)
         pages = min(sum(sorted(longest)[-rows:]), self._affordable(page_bytes, rows))
         if max(longest) > pages:
-            number = longest.index(max(longest))
+            number = numbers[longest.index(max(longest))]
             raise ConfigError(f"request {number} needs {max(longest)} pages of {limits.page} tokens, the cache has room for {pages} "
                               f"({pages * page_bytes / 1e9:.2f} GB); free GPU memory, raise cache_share or cache_tokens, or ask for less")
         shape = (decoder.layers, 2, pages + 1, decoder.kv_heads, limits.page, decoder.head_dim)
@@ -120,17 +128,20 @@ class Engine:
             self.cache = torch.zeros(shape, dtype=decoder.dtype, device=self.device)
         self.slots = Slots(rows, max(longest), max(request.sampling.max_new_tokens for request in requests), decoder.vocab,
                            any(request.sampling.repetition_penalty != 1 for request in requests), self.device)
+        if self.device.type == "cuda":
+            self.graphs = Graphs(decoder, self.cache, self.slots, limits.page, limits.context)
         self.stats.cache_gb = self.cache.numel() * self.cache.element_size() / 1e9
         return Pages(pages, limits.page)
 
     def _affordable(self, page_bytes: int, rows: int) -> int:
-        """Pages that fit, the same number on all ranks of the group; page 0 and a step's logits (twice, fp32) are taken off."""
+        """Pages that fit, the same number on all ranks of the group; page 0, a prefill and a step's logits (twice, fp32) are taken off."""
         pages = self.limits.cache_tokens // self.limits.page if self.limits.cache_tokens else 1 << 40
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             held = self.cache.numel() * self.cache.element_size() if self.cache is not None else 0
             free = torch.cuda.mem_get_info(self.device)[0] + held
-            pages = min(pages, int((free * self.limits.cache_share - rows * self.decoder.vocab * 8) / page_bytes) - 1)
+            working = max(self.decoder.workspace(self.limits.prefill_tokens), rows * self.decoder.vocab * 8)
+            pages = max(min(pages, int((free * self.limits.cache_share - working) / page_bytes) - 1), 0)
         if self.decoder.group:
             least = torch.tensor(pages, device=self.device)
             dist.all_reduce(least, dist.ReduceOp.MIN, group=self.decoder.group)
@@ -146,8 +157,10 @@ class Engine:
                 self.slots.enter(admitted)
             pieces = scheduler.prefill(self.limits.prefill_tokens)
             if pieces:
-                self._prefill(pieces)
-            ready = scheduler.ready()
+                with self._timed():
+                    self._prefill(pieces)
+            # Nobody waits for a token: no step of a few rows while others are about to join.
+            ready = [] if pieces else scheduler.ready()
             if scheduler.missing(ready) > 0:
                 if flight:
                     flight = self._collect(scheduler, flight)
@@ -174,8 +187,8 @@ class Engine:
             starts.append(starts[-1] + piece.count)
         lengths = [piece.first + piece.count for piece in pieces]
         table = slots.table[put([piece.row.slot for piece in pieces], torch.int64)]
-        batch = Batch(table, put(lengths, torch.int64), position, put(starts, torch.int64), max(piece.count for piece in pieces),
-                      max(lengths), self.limits.page, owner)
+        batch = Batch(table, put(lengths, torch.int64), position, self.limits.page, max(lengths), put(starts, torch.int64),
+                      [piece.count for piece in pieces], owner)
         self.decoder.fill(tokens, self.cache, batch)
 
     def _decode(self, scheduler: Scheduler, rows: list[Row]) -> _Flight:
@@ -185,7 +198,11 @@ class Engine:
             self.slots.pages_of(grown)
         slots = self.slots
         index = slots.put([row.slot for row in rows], torch.int64)
-        logits = self._logits(index, max(row.cached for row in rows))
+        if self.graphs:
+            hidden = self.graphs.hidden(index)
+        else:
+            hidden = forward(self.decoder, self.cache, slots, index, self.limits.page, max(row.cached for row in rows))
+        logits = self.decoder.logits(hidden)
         if slots.seen is not None:
             logits = penalise(logits, slots.seen[index], slots.penalty[index])
         truncation = (slots.top_k[index], slots.top_p[index]) if any(row.request.sampling.truncates for row in rows) else ()
@@ -193,16 +210,16 @@ class Engine:
         tokens, logprobs = self.decoder.ops.choose(logits, slots.temperature[index], uniforms, *truncation)
         slots.sampled(index, tokens)
         self.stats.steps += 1
-        return _Flight(rows, tokens, logprobs)
-
-    def _logits(self, index: torch.Tensor, longest: int) -> torch.Tensor:
-        slots = self.slots
-        position = slots.position[index]
-        batch = Batch(slots.table[index], position + 1, position, longest=longest, page=self.limits.page)
-        return self.decoder.next_logits(slots.last[index], self.cache, batch)
+        if self.device.type != "cuda":
+            return _Flight(rows, tokens, logprobs)
+        flight = _Flight(rows, tokens.to("cpu", non_blocking=True), logprobs.to("cpu", non_blocking=True), torch.cuda.Event())
+        flight.done.record()
+        return flight
 
     def _collect(self, scheduler: Scheduler, flight: _Flight) -> None:
         """Read a step's results; rows that ended leave."""
+        if flight.done:
+            flight.done.synchronize()
         for row, token, logprob in zip(flight.rows, flight.tokens.tolist(), flight.logprobs.tolist(), strict=True):
             if row.reason:
                 self.stats.wasted += 1
@@ -212,6 +229,20 @@ class Engine:
             reason = self._ended(row)
             if reason:
                 scheduler.finish(row, reason)
+
+    @contextlib.contextmanager
+    def _timed(self):
+        """Count the block as prefill: by events where work is asynchronous."""
+        if self.device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            yield
+            end.record()
+            self.prefills.append((begin, end))
+        else:
+            began = time.monotonic()
+            yield
+            self.stats.prefill_seconds += time.monotonic() - began
 
     def _ended(self, row: Row) -> str:
         sampling, tokens = row.request.sampling, row.tokens
@@ -230,4 +261,8 @@ class Engine:
         stats, end = self.stats, time.monotonic()
         stats.tokens = sum(len(row.tokens) for row in scheduler.rows)
         stats.preemptions, stats.seconds = scheduler.preemptions, end - began
+        stats.prefill_seconds += sum(begin.elapsed_time(after) for begin, after in self.prefills) / 1e3
+        stats.decode_seconds = stats.seconds - stats.prefill_seconds
+        self.prefills.clear()
+        stats.capture_seconds = self.graphs.seconds if self.graphs else 0.0
         stats.tail_share = (end - quarter) / stats.seconds if quarter else 0.0

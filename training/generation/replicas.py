@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Callable, Sequence
+from types import ModuleType
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
 from training import parallel
 from training.generation import torch_ops
-from training.generation.bloom import BloomDecoder
 from training.generation.engine import Engine, Limits
 from training.generation.request import Completion, Request
 from training.generation.reshard import Resharder
@@ -18,8 +20,17 @@ from training.model.language_model import Interleaved, LanguageModel
 from training.shape import Shape
 
 
+def family(shape: Shape) -> ModuleType:
+    """The family's file in this folder."""
+    return importlib.import_module(f"training.generation.{shape.family}")
+
+
 def operations(device_type: str):
-    """The engine's operations on a device."""
+    """The engine's operations on a device: Triton's kernels on CUDA, else plain torch."""
+    if device_type == "cuda":
+        from training.generation import triton_ops
+
+        return triton_ops
     return torch_ops
 
 
@@ -42,13 +53,16 @@ class Replicas:
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Completions in the requests' order, on every rank of the model-parallel group, each of which gives the same requests."""
         began = time.monotonic()
-        decoder = BloomDecoder(self.shape, self.resharder.weights(), operations(parallel.device().type), self.resharder.group)
+        decoder = family(self.shape).Decoder(self.shape, self.resharder.weights(), operations(parallel.device().type), self.resharder.group)
         reshard_seconds = time.monotonic() - began
         engine = Engine(decoder, self.limits, self.eos_id, self.decode)
         mine = self._assigned(requests)[self.resharder.member // self.size]
         made = engine.generate([requests[index] for index in mine]) if mine else []
         gathered: list = [None] * self.model_group.size()
         dist.all_gather_object(gathered, (mine, made, engine.stats), group=self.model_group)
+        del engine, decoder  # cache, graphs and received weights: training needs the room
+        if parallel.device().type == "cuda":
+            torch.cuda.empty_cache()
         self.report = self._measured([stats for _, _, stats in gathered[:: self.size]], reshard_seconds)
         completions = dict(pair for indices, results, _ in gathered for pair in zip(indices, results, strict=True))
         return [completions[index] for index in range(len(requests))]
@@ -63,9 +77,10 @@ class Replicas:
         return assigned
 
     def _measured(self, stats: list, reshard_seconds: float) -> dict[str, float]:
-        """Means and sums over this model's replicas."""
+        """Of this model-parallel group's replicas: tokens of all; times of the one that took longest; ``reshard_gb``, memory of weights
+        that were moved; ``rollout_tail_share``, the share of the time in which less than a quarter of the rows were alive."""
         longest = max(stats, key=lambda one: one.seconds)
         return {"rollout_tokens_per_second": sum(one.tokens for one in stats) / max(longest.seconds, 1e-9),
                 "seconds_prefill": longest.prefill_seconds, "seconds_decode": longest.decode_seconds, "seconds_reshard": reshard_seconds,
-                "reshard_gb": self.resharder.received_bytes / 1e9, "cache_gb": longest.cache_gb,
+                "reshard_gb": self.resharder.extra_bytes / 1e9, "cache_gb": longest.cache_gb,
                 "preemptions": float(sum(one.preemptions for one in stats)), "rollout_tail_share": longest.tail_share}

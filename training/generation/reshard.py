@@ -105,8 +105,8 @@ class Resharder:
         moves, shapes = plan(held, training_size, size, shape)
         self.shapes = {name: on[self.member] for name, on in shapes.items()}
         self.moves = [move for move in moves if self.member in (move.of, move.to)]
-        self.received_bytes = 0
-        """Memory that the last ``weights()`` took beside the training weights."""
+        self.extra_bytes = 0
+        """Memory that the last ``weights()`` took beside the training weights: what was received, and what adapters were merged into."""
 
     @torch.no_grad()
     def weights(self) -> dict[str, torch.Tensor]:
@@ -121,7 +121,9 @@ class Resharder:
         missing = {name: shape for name, shape in self.shapes.items() if name not in made}
         # Zeros: rows that pad the vocabulary come from nobody.
         made |= {name: torch.zeros(shape, dtype=example.dtype, device=example.device) for name, shape in missing.items()}
-        self.received_bytes = sum(made[name].numel() * made[name].element_size() for name in missing)
+        shared = {parameter.untyped_storage().data_ptr() for parameter in self.model.parameters()}
+        self.extra_bytes = sum(tensor.numel() * tensor.element_size() for tensor in made.values()
+                               if tensor.untyped_storage().data_ptr() not in shared)
         rounds: dict[str, list[Move]] = {}
         for move in self.moves:
             if move.of == move.to:

@@ -12,10 +12,13 @@ __all__ = ["attend", "choose", "residual_norm", "write"]
 
 
 def residual_norm(hidden, delta, bias, weight, norm_bias, eps: float) -> torch.Tensor:
-    """``hidden`` (T, H) += ``delta`` (T, H) + ``bias`` (H,) in place (None: nothing); its layer norm (T, H)."""
+    """``hidden`` (T, H) fp32 += ``delta`` (T, H) + ``bias`` (H,) in place (None: nothing); its norm (T, H) in the weight's type: a layer
+    norm, without ``norm_bias`` an RMSNorm."""
     if delta is not None:
-        hidden += delta if bias is None else delta + bias
-    return F.layer_norm(hidden, hidden.shape[-1:], weight, norm_bias, eps)
+        hidden += delta if bias is None else delta.to(hidden.dtype) + bias
+    if norm_bias is None:
+        return F.rms_norm(hidden, hidden.shape[-1:], weight.to(hidden.dtype), eps).to(weight.dtype)
+    return F.layer_norm(hidden, hidden.shape[-1:], weight.to(hidden.dtype), norm_bias.to(hidden.dtype), eps).to(weight.dtype)
 
 
 def write(cache: torch.Tensor, key: torch.Tensor, value: torch.Tensor, batch: Batch) -> None:

@@ -77,7 +77,7 @@ class CausalAttention(MegatronModule):
     """Causal scaled-dot-product attention over this rank's heads, with ALiBi where the family has it.
 
     query (Tq, B, heads, D), key and value (Tk, B, groups, D) -> (Tq, B, heads * D). ``packed_seq_params``: the batch's Documents.
-    ``attention_mask`` (B, 1, 1, Tk) is True at keys that nobody may see (left padding of generation). Dropout is always off.
+    Dropout is always off. Generation has attention of its own (training.generation).
     """
 
     def __init__(self, config, layer_number, attn_mask_type, attention_type, attention_dropout=None, softmax_scale=None,
@@ -95,10 +95,9 @@ class CausalAttention(MegatronModule):
         self.slopes = rank_slopes(self.heads, self.first, self.count, where) if config.alibi else None
 
     def forward(self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None, packed_seq_params=None):
-        assert attention_bias is None
-        # A cache or a mask of single keys is generation's; a length off the kernels' blocks would compile a kernel for itself.
-        plain = attention_mask is None and query.size(0) == key.size(0)
-        if self.backend == "sdpa" or not plain or (self.backend == "flex" and query.size(0) % backends.FLEX_BLOCK):
-            return backends.sdpa(query, key, value, self.slopes, self.scale, packed_seq_params, attention_mask)
+        assert attention_bias is None and attention_mask is None
+        # A length off FlexAttention's blocks would compile a kernel for itself.
+        if self.backend == "sdpa" or (self.backend == "flex" and query.size(0) % backends.FLEX_BLOCK):
+            return backends.sdpa(query, key, value, self.slopes, self.scale, packed_seq_params)
         documents = None if packed_seq_params is None or packed_seq_params.ids is None and self.backend != "flex" else packed_seq_params
         return backends.KERNELS[self.backend](query, key, value, self.slopes, self.scale, documents)

@@ -75,19 +75,13 @@ def _numbers(slopes: torch.Tensor) -> tuple[float, ...]:
     return tuple(slopes.tolist())
 
 
-def sdpa(query, key, value, slopes, scale, documents, hidden_keys=None):
-    """torch's scaled-dot-product attention with a bias of all pairs: on the CPU, and for generation.
-
-    ``hidden_keys`` (B, 1, 1, Tk) True at keys that nobody may see.
-    """
+def sdpa(query, key, value, slopes, scale, documents):
+    """torch's scaled-dot-product attention with a bias of all pairs: on the CPU."""
     query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
     numbers = (0.0,) if slopes is None else _numbers(slopes)
     bias = causal_alibi(numbers, query.size(2), key.size(2), query.device, query.dtype)
     if documents is not None:
         bias = bias.masked_fill(documents.apart, float("-inf"))
-    if hidden_keys is not None:
-        # A finite minimum: the rows of padding queries see nothing and must not become NaN.
-        bias = bias.masked_fill(hidden_keys, torch.finfo(query.dtype).min)
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale, enable_gqa=query.size(1) > key.size(1))
     return out.permute(2, 0, 1, 3).flatten(2)
 

@@ -140,43 +140,33 @@ class LanguageModel(LanguageModule):
         """The hidden states of the stage before; called by megatron-core's schedules."""
         self.decoder.set_input_tensor(tensor[0] if isinstance(tensor, list) else tensor)
 
-    def forward(self, tokens, attention_mask=None, inference_context=None, documents=None):
-        """``documents`` (B, T) int: the document of each token of a packed batch (training.model.attention.Documents), on every stage.
-
-        Generation: ``attention_mask`` (B, 1, 1, keys), True at keys nobody may see, and ``inference_context``, the cache; then
-        logits (B, 1, V / tp) of the last position are returned, columns of vocabulary padding at -inf.
-        """
+    def forward(self, tokens, documents=None):
+        """``documents`` (B, T) int: the document of each token of a packed batch (training.model.attention.Documents), on every stage."""
         hidden = self.embedding(tokens, None) if self.pre_process else None
         if self.pre_process and self.shape.embedding_norm:
             hidden = self.embedding_layernorm(hidden)
         if self.pre_process and self.config.lora and torch.is_grad_enabled():
             hidden.requires_grad_()  # a recomputed layer whose input asks for no gradient would give its adapters none
-        compiled = (self.config.compiled and attention_mask is None and inference_context is None
-                    and tokens.size(1) % backends.FLEX_BLOCK == 0)
+        compiled = self.config.compiled and tokens.size(1) % backends.FLEX_BLOCK == 0
         packed = Documents(documents, compiled) if compiled or documents is not None else None
         if compiled and self.config.core_attention == "flex":
             packed.blocks = backends.causal_blocks(tokens.size(1), tokens.device) if documents is None else packed.blocks
-        hidden = self.decoder(hidden_states=hidden, attention_mask=attention_mask, inference_context=inference_context,
-                              rotary_pos_emb=self._angles(tokens, attention_mask, inference_context, documents),
+        hidden = self.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=self._angles(tokens, documents),
                               packed_seq_params=packed)
         if not self.post_process:
             return hidden
         if self.head == "scalar":
             return self.score(hidden)
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
-        if inference_context is None:
-            return Output(hidden, weight, self.columns, self.config.sequence_parallel)
-        return Output(hidden[-1:], weight, self.columns, False).logits()
+        return Output(hidden, weight, self.columns, self.config.sequence_parallel)
 
-    def _angles(self, tokens, hidden_keys, cache, documents) -> torch.Tensor | None:
-        """Of the rotary embedding, for every key that is attended to, cached ones too; None without one."""
+    def _angles(self, tokens, documents) -> torch.Tensor | None:
+        """Of the rotary embedding, for every token; None without one."""
         shape = self.shape
         if not shape.theta:
             return None
-        length = tokens.size(1) + (cache.sequence_len_offset if cache else 0)
         positions = rotary.of_documents(documents) if documents is not None else None
-        positions = rotary.of_prompts(hidden_keys) if hidden_keys is not None else positions
-        return rotary.angles(shape.theta, shape.head_dim, length, positions, tokens.device)
+        return rotary.angles(shape.theta, shape.head_dim, tokens.size(1), positions, tokens.device)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         """Without megatron-core's ``_extra_state`` objects: they hold nothing here, and loading them would unpickle."""

@@ -1,7 +1,7 @@
 """Rotary embedding (Su et al. 2021): angles by position, in the form that megatron-core's attention rotates queries and keys with.
 
 A score depends on the distance of query and key alone, but sines and cosines of the positions are rounded to the activations' type, so
-positions count from the first token of each document and of each prompt: packing and padding then change no number.
+positions count from the first token of each document: packing then changes no number.
 """
 
 from __future__ import annotations
@@ -38,8 +38,3 @@ def of_documents(ids: torch.Tensor) -> torch.Tensor:
     starts = torch.ones_like(ids, dtype=torch.bool)
     starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
     return place - torch.where(starts, place, 0).cummax(1).values
-
-
-def of_prompts(hidden_keys: torch.Tensor) -> torch.Tensor:
-    """Position (B, T) of each token after its row's left padding (0 in the padding); ``hidden_keys`` (B, 1, 1, T) True at padding."""
-    return ((~hidden_keys[:, 0, 0]).cumsum(-1) - 1).clamp(min=0)

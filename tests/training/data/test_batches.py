@@ -13,7 +13,6 @@ from training.data.batches import (
     Example,
     Sampler,
     collate,
-    collate_prompts,
     comparison_example,
     padded_length,
     prompt_tokens,
@@ -75,14 +74,6 @@ def test_collate_by_hand():
     assert (batch["tokens"].dtype, batch["response_mask"].dtype, batch["lengths"].dtype) == (torch.int64, torch.bool, torch.int64)
     with pytest.raises(AssertionError, match="a row of 5 tokens in a batch of length 4"):
         collate([Example([7, 8, 9, 10, 2], 2)], 3, 4)
-
-
-def test_collate_prompts_by_hand():
-    tokens, prompt_mask = collate_prompts([[7], [8, 9, 10]], 3)
-    assert tokens.tolist() == [[3, 3, 7], [8, 9, 10]]
-    assert prompt_mask.int().tolist() == [[0, 0, 1], [1, 1, 1]]
-    tokens, prompt_mask = collate_prompts([[7], [8, 9, 10]], 3, 4)
-    assert tokens.tolist() == [[3, 3, 3, 7], [3, 8, 9, 10]] and prompt_mask.sum().item() == 4
 
 
 @pytest.mark.parametrize(("lengths", "multiple", "length"), [([5, 3], 1, 5), ([5, 3], 8, 8), ([8], 8, 8), ([9], 8, 16)])

@@ -1,0 +1,351 @@
+"""How fast is the rollout engine, and is it right on a GPU? ``python benchmarks/rollout.py STEP ... [--small]``
+
+    kernels   attention, norms and sampling against plain torch in fp64
+    greedy    200 prompts through a small model in fp32: Hugging Face's tokens?
+    tune      the decode kernel's sizes: TB/s of keys and values read at batch 128, context 512
+    agree     bloom-7b1's shape in bf16: log-probabilities of sampled tokens against the training forward's
+    step      a decode step at batch 128 and 256, context 512, beside the memory floor, and where its time goes
+    cases     (a) 128 prompts of 256 + 256 new tokens, (b) 512 of these, (c) 512 prompts of 256 with output lengths uniform in 32..512
+    peer      Hugging Face's generate on the same shape: case (a)
+
+Weights are random (a step's time does not depend on them), EOS is ignored. Prints JSON lines; a line with "ok": false is a missed
+tolerance, and the exit code is 1. ``--small`` takes tiny shapes, for a try on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from transformers import BloomConfig, BloomForCausalLM
+
+from tests.bloom import tiny_bloom
+from tests.training import generation_models
+from training import parallel
+from training.config import Paths, SFTConfig
+from training.families import bloom
+from training.generation import sampling, torch_ops
+from training.generation.bloom import Decoder
+from training.generation.cache import Batch
+from training.generation.engine import Engine, Limits
+from training.generation.replicas import operations
+from training.generation.request import Request, Sampling, draws
+from training.generation.reshard import named_weights
+from training.model.attention import alibi_slopes
+from training.model.heads import next_token_logprobs
+from training.step import build_model, evaluate
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+OPS = operations(DEVICE)
+BIG, SMALL = bloom.shape(30, 4096, 32, 250880, 1e-5), bloom.shape(2, 64, 4, 300, 1e-5)
+missed = []
+
+
+def say(ok: bool | None = None, **values) -> None:
+    """One JSON line; ``ok`` says whether a tolerance was met."""
+    values = {name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in values.items()}
+    print(json.dumps(values if ok is None else {**values, "ok": ok}), flush=True)
+    if ok is False:
+        missed.append(values)
+
+
+def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((found.double() - exact.double()).norm() / exact.double().norm()).item()
+
+
+def paged(kv_heads: int, group: int, dim: int, page: int, lengths: list[int], counts: list[int] | None, dtype: torch.dtype):
+    """A cache full of random keys and values in shuffled pages, the queries of a batch, and a function that makes the batch."""
+    pages = [-(-length // page) for length in lengths]
+    cache = torch.randn(2, sum(pages) + 1, kv_heads, page, dim, device=DEVICE).to(dtype)
+    numbers, table = iter((torch.randperm(sum(pages)) + 1).tolist()), torch.zeros(len(lengths), max(pages), dtype=torch.int32)
+    for row, count in zip(table, pages, strict=True):
+        row[:count] = torch.tensor([next(numbers) for _ in range(count)])
+    new = counts or [1] * len(lengths)
+    qkv = torch.randn(sum(new), kv_heads, group + 2, dim, device=DEVICE).to(dtype)
+    position = torch.cat([torch.arange(length - count, length) for length, count in zip(lengths, new, strict=True)])
+    owner = torch.cat([torch.full((count,), row) for row, count in enumerate(new)])
+    starts = torch.tensor([0, *new]).cumsum(0)
+
+    def batch() -> Batch:
+        given = [tensor.to(DEVICE) for tensor in (table, torch.tensor(lengths), position)]
+        more = (starts.to(DEVICE), counts, owner.to(DEVICE)) if counts else ()
+        return Batch(*given, page, max(lengths), *more)
+
+    return cache, qkv, batch
+
+
+def kernels(small: bool) -> None:
+    """Tolerances, relative L2: fp32 1e-5, bf16 1e-2."""
+    heads = [(3, 1, 16)] if small else [(14, 1, 64), (8, 1, 80), (16, 1, 96), (32, 1, 128), (4, 8, 128)]
+    lengths, counts = [1, 31, 64, 65, 300, 513], [1, 31, 33, 2, 300, 130]
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+        for kv_heads, group, dim in heads:
+            for kind in ("decode", "prefill"):
+                cache, qkv, batch = paged(kv_heads, group, dim, 32, lengths, counts if kind == "prefill" else None, dtype)
+                query, key, value = qkv[:, :, :group], qkv[:, :, group], qkv[:, :, group + 1]
+                OPS.write(cache, key, value, batch())
+                written = cache.clone()
+                torch_ops.write(written, key, value, batch())
+                slopes, scale = alibi_slopes(kv_heads * group).to(DEVICE), dim**-0.5
+                exact = torch_ops.attend(written.double(), query.double(), batch(), slopes, scale)
+                error = relative(OPS.attend(cache, query, batch(), slopes, scale), exact)
+                fine = error <= tolerance and torch.equal(cache, written)
+                say(fine, step="kernels", kernel=kind, dtype=str(dtype)[6:], heads=kv_heads * group, kv_heads=kv_heads, head_dim=dim,
+                    error=error)
+        hidden, delta = torch.randn(2, 7, 4096, device=DEVICE).to(dtype)
+        bias, weight, shift = torch.randn(3, 4096, device=DEVICE).to(dtype)
+        exact = torch_ops.residual_norm(hidden.double(), delta.double(), bias.double(), weight.double(), shift.double(), 1e-5)
+        error = relative(OPS.residual_norm(hidden, delta, bias, weight, shift, 1e-5), exact)
+        say(error <= tolerance, step="kernels", kernel="residual and norm", dtype=str(dtype)[6:], error=error)
+    rows, vocab = (8, 300) if small else (64, 250880)
+    logits = torch.randn(rows, vocab, device=DEVICE) * 3
+    heat, uniforms = torch.linspace(0, 1.5, rows, device=DEVICE), torch.rand(rows, device=DEVICE)
+    for name, truncation in (("all", ()), ("top-k", (50, 1.0)), ("top-p", (0, 0.9)), ("both", (1000, 0.5))):
+        given = [torch.full((rows,), value, device=DEVICE) for value in truncation]
+        tokens, logprobs = OPS.choose(logits, heat, uniforms, *given)
+        exact, _ = sampling.choose(logits.double(), heat.double(), uniforms.double(), *given)
+        expected = (logits.double() / torch.where(heat == 0, 1, heat)[:, None]).log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
+        worst = (logprobs - expected).abs().max().item()
+        # A draw within rounding of the border between two tokens may fall to either.
+        differ = int((tokens != exact).sum())
+        fine = worst < 1e-4 and differ <= max(1, rows // 16)
+        say(fine, step="kernels", kernel="sampling", of=name, different=differ, of_rows=rows, logprobs=worst)
+
+
+def greedy(small: bool) -> None:
+    """A random model with a head of its own (a tied one repeats itself), fp32, ragged prompts."""
+    count, new = (8, 6) if small else (200, 12)
+    with tempfile.TemporaryDirectory() as folder:
+        theirs = tiny_bloom(Path(folder), heads=8, hidden=256, vocab=1000, tied=False).to(DEVICE)
+        ours = generation_models.decoder(Path(folder), theirs, OPS, device=DEVICE)
+        asked = generation_models.prompts(count, 1000, 60)
+        expected = [generation_models.greedy(theirs, prompt, new, None) for prompt in asked]
+        made, _ = generation_models.generate(ours, asked, Sampling(new, temperature=0), late=None, context=128)
+        same = sum(one.tokens == row for one, row in zip(made, expected, strict=True))
+        say(same == count, step="greedy", prompts=count, new_tokens=new, same=same)
+
+
+def tune(small: bool) -> None:
+    """Sizes of the decode kernel; triton_ops.DECODE and Limits.page hold what was best."""
+    if DEVICE != "cuda":
+        return
+    say(step="tune", copy_tb_per_second=bandwidth() / 1e12)
+    for page in (32, 64):
+        cache, qkv, batch = paged(32, 1, 128, page, [512] * 128, None, torch.bfloat16)
+        where, slopes = batch(), alibi_slopes(32).to(DEVICE)
+        for keys, warps, stages in ((32, 2, 3), (32, 4, 3), (64, 4, 2), (64, 4, 3), (64, 8, 2), (128, 8, 2), (128, 4, 2)):
+            OPS.DECODE = dict(BLOCK_N=keys, num_warps=warps, STAGES=stages)
+            ms = milliseconds(lambda: OPS.attend(cache, qkv[:, :, :1], where, slopes, 128**-0.5))  # noqa: B023
+            say(step="tune", page=page, keys=keys, warps=warps, stages=stages, ms=ms, tb_per_second=2 * 128 * 512 * 4096 * 2 / ms / 1e9)
+
+
+def milliseconds(function) -> float:
+    """Median over calls; one more before, to compile. Buffers are larger than the GPU's cache."""
+    function()
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(15):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        function()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end))
+    return sorted(times)[7]
+
+
+def bandwidth() -> float:
+    """Bytes a second of a device copy, read + write."""
+    source, target = (torch.randint(0, 9, (2**31,), dtype=torch.uint8, device=DEVICE) for _ in range(2))
+    return 2 * 2**31 / milliseconds(lambda: target.copy_(source)) * 1e3
+
+
+def policy(small: bool):
+    """A random model in training, bf16 on a GPU, and the engine's decoder on its own weights."""
+    shape = SMALL if small else BIG
+    config = SFTConfig(paths=Paths("", "", "", "", ""), precision="bf16" if DEVICE == "cuda" else "fp32", attention="sdpa")
+    torch.manual_seed(0)
+    model = build_model(shape, config, "lm")
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, 1.0 if "layernorm.weight" in name else 0.0, 0.02)
+    weights = {name: parameter.detach() for name, parameter in named_weights(model).items()}
+    return shape, model, Decoder(shape, weights, OPS)
+
+
+def requests(rows: int, prompt: int, outputs: list[int], vocab: int, temperature: float = 1.0) -> list[Request]:
+    generator = torch.Generator().manual_seed(1)
+    uniforms = draws(1, 0, rows, max(outputs))
+    return [Request(torch.randint(0, vocab, (prompt,), generator=generator).tolist(), Sampling(new, temperature), row)
+            for new, row in zip(outputs, uniforms, strict=True)]
+
+
+def agree(small: bool) -> None:
+    """Log-probabilities of sampled tokens by the engine, by the training forward, and by the engine's own forward in fp32.
+
+    fp32: within 1e-4. bf16: .005 is our goal for a trained model; a random one's logits are all noise of rounding, so what must hold
+    here is that the engine is no farther from fp32 than the training forward is.
+    """
+    shape, model, decoder = policy(small)
+    rows, prompt, new = (4, 9, 7) if small else (32, 256, 256)
+    asked = requests(rows, prompt, [new] * rows, shape.vocab)
+    made = Engine(decoder, Limits(prompt + new), -1).generate(asked)
+    ours = torch.tensor([one.logprobs for one in made])
+    tokens = torch.tensor([[*request.prompt, *one.tokens] for request, one in zip(asked, made, strict=True)])
+    theirs = evaluate(model, {"tokens": tokens}, 4, lambda output, micro: next_token_logprobs(output, micro["tokens"]))[:, prompt:].cpu()
+    wide = Decoder(shape, {name: parameter.detach().float() for name, parameter in named_weights(model).items()}, OPS)
+    exact = torch.cat([scores(wide, rows_) for rows_ in tokens.split(4)])[:, prompt - 1 :]
+
+    def mean(left, right):
+        return (left - right).abs().mean().item()
+
+    found = {"engine_to_training": mean(ours, theirs), "engine_to_fp32": mean(ours, exact), "training_to_fp32": mean(theirs, exact)}
+    fine = found["engine_to_fp32"] <= found["training_to_fp32"] if DEVICE == "cuda" else found["engine_to_training"] < 1e-4
+    say(fine, step="agree", tokens=ours.numel(), **found, largest=(ours - theirs).abs().max().item(), signed=(ours - theirs).mean().item())
+
+
+@torch.no_grad()
+def scores(decoder: Decoder, tokens: torch.Tensor) -> torch.Tensor:
+    """(B, T - 1) log-probability of each of ``tokens`` (B, T) but the first, by the engine's forward pass of all of them at once."""
+    rows, length = tokens.shape
+    page, pages = 32, -(-length // 32)
+    cache = torch.zeros(decoder.layers, 2, rows * pages + 1, decoder.kv_heads, page, decoder.head_dim, dtype=decoder.dtype, device=DEVICE)
+    table = (torch.arange(rows * pages, device=DEVICE, dtype=torch.int32) + 1).view(rows, pages)
+    lengths, position = torch.full((rows,), length, device=DEVICE), torch.arange(length, device=DEVICE).repeat(rows)
+    starts, owner = torch.arange(rows + 1, device=DEVICE) * length, torch.arange(rows, device=DEVICE).repeat_interleave(length)
+    batch = Batch(table, lengths, position, page, length, starts, [length] * rows, owner)
+    hidden = decoder.next_hidden(tokens.to(DEVICE).flatten(), cache, batch).view(rows, length, -1)
+    found = [decoder.logits(row[:-1]).log_softmax(-1).gather(-1, line[1:, None]).squeeze(1)
+             for row, line in zip(hidden, tokens.to(DEVICE), strict=True)]
+    return torch.stack(found).cpu()
+
+
+def step(small: bool) -> None:
+    """Median time between two steps of a full batch, all rows at 512 +- 32 tokens; then where the time of a step goes."""
+    shape, _, decoder = policy(small)
+    prompt, new = (12, 8) if small else (480, 64)
+    for rows in (4, 8) if small else (128, 256):
+        engine, times = Engine(decoder, Limits(prompt + new, rows=rows), -1), []
+        collect = engine._collect
+        engine._collect = lambda *given: (collect(*given), times.append(time.monotonic()))[0]  # noqa: B023
+        for _ in range(2):  # the first compiles
+            times.clear()
+            engine.generate(requests(rows, prompt, [new] * rows, shape.vocab))
+        apart = sorted(after - before for before, after in zip(times, times[1:], strict=False))
+        ms = 1e3 * apart[len(apart) // 2]
+        read = 2 * shape.parameters() + 4 * shape.layers * shape.hidden * rows * (prompt + new // 2)
+        floor = 1e3 * read / bandwidth() if DEVICE == "cuda" else 0.0
+        say(step="step", rows=rows, context=prompt + new // 2, ms=ms, tokens_per_second=1e3 * rows / ms, floor_ms=floor,
+            of_floor=floor / ms, slowest=1e3 * apart[-1], seconds=engine.stats.seconds,
+            prefill_tokens_per_second=rows * prompt / engine.stats.prefill_seconds)
+        if DEVICE == "cuda":
+            parts_of_a_step(engine, rows)
+        engine.release()
+
+
+GROUPS = {"attention": ("_decode", "_join"), "norms, cache writes, gelu": ("_residual_norm", "_write", "elu", "layer_norm"),
+          "layer products": ("gemm", "nvjet", "cutlass", "splitK", "cublas")}
+"""Words in the names of kernels."""
+
+
+def parts_of_a_step(engine: Engine, rows: int) -> None:
+    """Milliseconds of the kernels of a step, by group, at the last state of ``engine``; head and sampling by themselves."""
+    from torch.profiler import ProfilerActivity, profile
+
+    index, slots, calls = torch.arange(rows, device=DEVICE), engine.slots, 8
+    hidden = engine.graphs.hidden(index).clone()
+    logits = engine.decoder.logits(hidden)
+    heat, uniforms = slots.temperature[index], slots.uniforms[index, 0]
+    p = torch.full((rows,), 0.9, device=DEVICE)
+    spent = {"head": milliseconds(lambda: engine.decoder.logits(hidden)),
+             "sampling": milliseconds(lambda: OPS.choose(logits, heat, uniforms)),
+             "sampling with top-p": milliseconds(lambda: OPS.choose(logits, heat, uniforms, slots.top_k[index], p)),
+             "graph": milliseconds(lambda: engine.graphs.hidden(index))}
+    with profile(activities=[ProfilerActivity.CUDA]) as made:
+        for _ in range(calls):
+            engine.graphs.hidden(index)
+        torch.cuda.synchronize()
+    events = [(event.device_time_total / 1e3 / calls, event.count // calls, event.key) for event in made.key_averages()]
+    for ms, _, key in events:
+        group = next((name for name, words in GROUPS.items() if any(word in key for word in words)), "other")
+        spent[group] = spent.get(group, 0.0) + ms
+    say(step="parts", rows=rows, **spent)
+    for ms, count, key in sorted(events, reverse=True)[:10]:
+        say(step="kernel", ms=ms, count=count, name=key[:60])
+
+
+def cases(small: bool) -> None:
+    shape, _, decoder = policy(small)
+    many, prompt, new = (16, 12, 8) if small else (512, 256, 256)
+    spread = torch.randint(4 if small else 32, 2 * new + 1, (many,), generator=torch.Generator().manual_seed(2)).tolist()
+    engine = Engine(decoder, Limits(prompt + 2 * new), -1)
+    engine.generate(requests(many // 4, prompt, [new // 4] * (many // 4), shape.vocab))  # compiles
+    for name, outputs in (("a", [new] * (many // 4)), ("b", [new] * many), ("c", spread)):
+        engine.release()
+        made = engine.generate(requests(len(outputs), prompt, outputs, shape.vocab))
+        assert [len(one.tokens) for one in made] == outputs
+        stats = engine.stats
+        say(step="cases", case=name, rows=len(outputs), prompt=prompt, new=sum(outputs), tokens_per_second=stats.tokens / stats.seconds,
+            seconds=stats.seconds, prefill=stats.prefill_seconds, decode=stats.decode_seconds, capture=stats.capture_seconds,
+            steps=stats.steps, cache_gb=stats.cache_gb, preemptions=stats.preemptions, tail_share=stats.tail_share)
+    engine.release()
+
+
+def peer(small: bool) -> None:
+    shape = SMALL if small else BIG
+    rows, prompt, new = (4, 12, 8) if small else (128, 256, 256)
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(DEVICE):
+            config = BloomConfig(vocab_size=shape.vocab, hidden_size=shape.hidden, n_layer=shape.layers, n_head=shape.heads)
+            model = BloomForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+    tokens = torch.randint(0, shape.vocab, (rows, prompt), device=DEVICE)
+    for steps in (4, new):
+        began = time.monotonic()
+        with torch.no_grad():
+            made = model.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), do_sample=True, top_k=0, max_new_tokens=steps,
+                                  min_new_tokens=steps, eos_token_id=None, pad_token_id=3)
+        assert made.size(1) == prompt + steps
+        seconds = time.monotonic() - began
+    say(step="peer", peer="transformers generate", rows=rows, prompt=prompt, new=rows * new, seconds=seconds,
+        tokens_per_second=rows * new / seconds)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    steps = {function.__name__: function for function in (kernels, greedy, tune, agree, step, cases, peer)}
+    parser.add_argument("steps", nargs="+", choices=[*steps, "all"])
+    parser.add_argument("--small", action="store_true")
+    given = parser.parse_args(arguments)
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29512")
+    say(torch=torch.__version__, device=torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu")
+    with parallel.ranks(1, 1, seed=1):
+        for name in steps if "all" in given.steps else given.steps:
+            began = time.monotonic()
+            try:
+                steps[name](given.small)
+            except Exception:  # noqa: BLE001 - the other steps can still say something
+                traceback.print_exc()
+                say(False, step=name, failed=True)
+            gc.collect()
+            if DEVICE == "cuda":
+                torch.cuda.empty_cache()
+            say(step=name, took=time.monotonic() - began)
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
