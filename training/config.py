@@ -330,7 +330,7 @@ class RolloutConfig(TrainerConfig):
     """Passes over an iteration's samples."""
     micro_batch_size: int = 2
     micro_batch_tokens: int = 0
-    """Most tokens of samples in one forward pass of one data-parallel rank, packed by length into one row; 0 = micro_batch_size samples,
+    """Most tokens in one forward pass of one data-parallel rank, its rows packed with samples by length; 0 = micro_batch_size samples,
     padded. Losses are the same, less padding is computed."""
     global_batch_size: int = 128
     schedule: str = "linear"

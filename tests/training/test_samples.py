@@ -57,7 +57,7 @@ def test_a_token_budget_gives_the_padded_numbers(layout, values):
     """12 samples of 5 to 40 tokens in minibatches of 8 and 4: log-probabilities, losses, entropy and gradient norms; all ranks have as many
     micro-batches of one shape, and less is computed."""
     tensor, pipeline, _ = layout
-    config = settings(tensor_parallel=tensor, pipeline_parallel=pipeline, micro_batch_tokens=56, **values)
+    config = settings(tensor_parallel=tensor, pipeline_parallel=pipeline, micro_batch_tokens=100, **values)
     ranks = run(both_ways, *layout, config)
     for seen in ranks:
         logprobs, steps, computed, counts, rows = seen["budget"]
@@ -67,10 +67,11 @@ def test_a_token_budget_gives_the_padded_numbers(layout, values):
             for name in ("policy_loss", "entropy", "approx_kl", "grad_norm"):
                 assert ours[name] == pytest.approx(theirs[name], rel=2e-5), name
         assert all(ours < 0.9 * theirs for ours, theirs in zip(computed, padded, strict=True))
-        assert counts == ranks[0]["budget"][3] and rows.length <= 56
-        assert 0.6 < rows.efficiency <= 1
+        assert counts == ranks[0]["budget"][3], "as many micro-batches on every rank"
+        assert all(layout.length * layout.micro_batch_size <= config.micro_batch_tokens for layout in rows.minibatches)
+        assert rows.efficiency > 0.55
     plans = [rank["budget"][4] for rank in {seen["rank"]: seen for seen in ranks}.values()]
-    placed = [sample for rows in plans for minibatch in rows.minibatches for row in minibatch for sample in row]
+    placed = [sample for rows in plans for layout in rows.minibatches for row in layout.rows for sample in row]
     assert sorted(placed) == list(range(12)), "each sample once over the data-parallel ranks"
 
 
