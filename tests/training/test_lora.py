@@ -50,7 +50,12 @@ def adapters(config) -> dict:
     shape = Shape.read(config.paths.model)
     model = build_model(shape, config, "lm")
     checkpoint.load_weights(checkpoint.resolve(config.paths.init) / "model", model)
-    names = {entry.parameter: entry.name.removesuffix(".weight") for entry in entries(shape)}
+    return named(config, model)
+
+
+def named(config, model) -> dict:
+    """Hugging Face's name -> A and B."""
+    names = {entry.parameter: entry.name.removesuffix(".weight") for entry in entries(Shape.read(config.paths.model))}
     return {names[f"decoder.layers.{number}.{name}.weight"]: (module.lora_a.detach().clone(), module.lora_b.detach().clone())
             for name, number, module in lora.adapted(model)}
 
@@ -175,3 +180,35 @@ def test_ppo_of_adapters_is_its_own_reference(small_run, tmp_path):
     config = small_run.ppo(tmp_path, lora_rank=4)
     adapted, before, without = run(look, 1, 1, 1, config, checkpoint.resolve(tmp_path / "one") / "policy", False)[0]
     assert torch.equal(before, without) and not torch.equal(adapted, before)
+
+
+def drawn(config) -> tuple[torch.Tensor, dict]:
+    """Logits with random A and B, and these."""
+    model = build_model(Shape.read(config.paths.model), config, "lm").eval()
+    checkpoint.load_weights(checkpoint.resolve(config.paths.init) / "model", model)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for _, _, module in lora.adapted(model):
+            for parameter in (module.lora_a, module.lora_b):
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+        return model(torch.arange(5, 25)[None]).logits(), named(config, model)
+
+
+def test_logits_equal_peft_s(small_run, tmp_path):
+    """Where peft is installed (CONTRIBUTING.md): the same A and B give the same logits, merged or not."""
+    peft = pytest.importorskip("peft", reason="needs peft: CONTRIBUTING.md")
+    config = settings(small_run, tmp_path)
+    base, _ = run(weights, 1, 1, 1, small_run.sft(tmp_path), config.paths.init, "lm")[0]
+    ours, added = run(drawn, 1, 1, 1, config)[0]
+    theirs = BloomForCausalLM(BloomConfig.from_pretrained(config.paths.model)).eval()
+    theirs.transformer.load_state_dict(base)
+    theirs.tie_weights()
+    targets = sorted({name.rpartition(".")[2] for name in added})
+    model = peft.get_peft_model(theirs, peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets)).eval()
+    with torch.no_grad():
+        for name, (a, b) in added.items():
+            layer = model.base_model.model.transformer.get_submodule(name)
+            layer.lora_A["default"].weight.copy_(a)
+            layer.lora_B["default"].weight.copy_(b)
+        for each in (model, model.merge_and_unload()):
+            assert torch.allclose(each(torch.arange(5, 25)[None]).logits, ours, atol=1e-5)
