@@ -21,8 +21,8 @@ def shifted_mask(monkeypatch, trainer):
 
 
 def rollout_temperature(monkeypatch, trainer):
-    inverse_cdf = experience.inverse_cdf
-    monkeypatch.setattr(experience, "inverse_cdf", lambda uniforms, temperature: inverse_cdf(uniforms, 2 * temperature))
+    sampling = experience.Sampling
+    monkeypatch.setattr(experience, "Sampling", lambda tokens, temperature: sampling(tokens, 2 * temperature))
 
 
 def update_temperature(monkeypatch, trainer):

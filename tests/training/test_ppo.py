@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from tensorboard.backend.event_processing import event_accumulator
 
 from tests.distributed import run
 from training import experience, ppo
@@ -35,6 +36,26 @@ def reference_rows(small_run, tmp_path_factory):
     stage = tmp_path_factory.mktemp("reference")
     run(ppo.run, 1, 1, 1, small_run.ppo(stage, iterations=2))
     return rows(stage)
+
+
+PHASES = [f"{what}_{phase}" for what in ("seconds", "tokens_per_second", "peak_gb") for phase in ("generate", "score", "update")]
+REPORTED = ["reward", "reward_std", "kl", "kl_k3", "entropy", "clip_fraction", "approx_kl", "explained_variance", "eos_rate",
+            "response_length", "repeated_ngrams", "reward_length_correlation", "policy_loss", "value_loss", "grad_norm", "value_grad_norm",
+            "lr", "value_lr", "kl_coef", "skipped_updates", "gates_breached", "packing_efficiency", "tokens_per_second", "wall_seconds",
+            *PHASES]
+
+
+def test_every_iteration_reports_to_both_files(small_run, tmp_path):
+    """metrics.jsonl and TensorBoard, the same numbers; memory in GB of 1e9 bytes, of this process on the CPU."""
+    run(ppo.run, 1, 1, 1, small_run.ppo(tmp_path, iterations=2))
+    events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    for row in rows(tmp_path):
+        for name in REPORTED:
+            shown = {event.step: event.value for event in events.Scalars(name)}
+            assert math.isfinite(row[name]) and shown[row["iteration"]] == pytest.approx(row[name], rel=1e-5), name
+        assert all(row[name] > 0 for name in PHASES) and 0.05 < row["peak_gb_update"] < 10
+        assert row["wall_seconds"] > sum(row[name] for name in PHASES[:3])
 
 
 SEQUENCE, PACKED, PARKED = {"sequence_parallel": True}, {"micro_batch_tokens": 100}, {"offload_frozen": True}
