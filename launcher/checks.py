@@ -91,6 +91,10 @@ def _model(model: ModelConfig, folder: Path) -> tuple[Shape, float]:
         return shape, 4 * shape.parameters() / storage.GB
     for name in ("config.json", "tokenizer.json"):
         if not (folder / name).is_file():
+            if (folder / "tokenizer.model").is_file() and name == "tokenizer.json":
+                raise ConfigError(f"model.checkpoint = {model.checkpoint!r}: only SentencePiece's tokenizer.model is there; make its "
+                                  f"tokenizer.json once: python -c \"from transformers import LlamaTokenizer as T; "
+                                  f"T.from_pretrained('{folder}').save_pretrained('{folder}')\"")
             raise ConfigError(f"model.checkpoint = {model.checkpoint!r}: {folder / name} does not exist; give the folder of a Hugging Face "
                               "checkpoint (config.json, tokenizer.json, weights): --set model.checkpoint=FOLDER")
     shape = Shape.read(folder)
