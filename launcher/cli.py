@@ -41,7 +41,7 @@ class Commands(click.Group):
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 def main():
-    """Convoy: RLHF on Slurm. From a Hugging Face BLOOM checkpoint through SFT, reward model and PPO, GRPO or DPO to an evaluation report.
+    """Convoy: RLHF on Slurm. From a Hugging Face checkpoint (BLOOM, Llama) through SFT, reward model and PPO, GRPO or DPO to a report.
 
     \b
     What is here:                doctor

@@ -197,7 +197,7 @@ class TrainerConfig:
         if self.sequence_parallel and self.tensor_parallel == 1:
             raise ValueError("sequence_parallel = true needs tensor_parallel > 1; set sequence_parallel = false")
         if self.context_parallel != 1:
-            raise ValueError(f"context_parallel = {self.context_parallel}: ALiBi attention is not divided along the sequence; set it to 1. "
+            raise ValueError(f"context_parallel = {self.context_parallel}: attention is not divided along the sequence; set it to 1. "
                              'For long rows use tensor_parallel with sequence_parallel = true, or recompute = "full"')
         if self.virtual_pipeline > 1 and self.pipeline_parallel == 1:
             raise ValueError(f"virtual_pipeline = {self.virtual_pipeline} needs pipeline_parallel > 1; set virtual_pipeline = 1")

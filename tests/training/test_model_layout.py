@@ -70,7 +70,7 @@ def test_a_layout_that_can_t_be_is_refused_with_those_that_can(layout, message):
 
 
 @pytest.mark.parametrize(("values", "message"), [
-    ({"context_parallel": 2}, "sft.context_parallel = 2: ALiBi attention is not divided along the sequence; set it to 1"),
+    ({"context_parallel": 2}, "sft.context_parallel = 2: attention is not divided along the sequence; set it to 1"),
     ({"virtual_pipeline": 2}, "sft.virtual_pipeline = 2 needs pipeline_parallel > 1"),
     ({"virtual_pipeline": 0}, "sft.virtual_pipeline = 0: expected at least 1"),
     ({"recompute": "mlp"}, "sft.recompute = 'mlp': expected one of none, selective, full"),
