@@ -28,7 +28,7 @@ from training.config import Paths, SFTConfig
 from training.families.bloom import shape as bloom
 from training.main import ALONE
 from training.model import heads
-from training.model.bloom import parts
+from training.model.language_model import parts
 from training.model.vocabulary import Columns
 from training.step import Learner, Objective, build_model
 

@@ -244,12 +244,3 @@ class ConfigFile:
 def family(name: str) -> ModuleType:
     """A family's file, training/families/NAME.py: ``read``, ``table``, ``demo`` and Hugging Face's names."""
     return importlib.import_module(f"training.families.{name}")
-
-
-class BloomShape:
-    """The name until all of today's branches know Shape."""
-
-    read = Shape.read
-
-    def __new__(cls, *args, **kwargs):
-        return family("bloom").shape(*args, **kwargs)

@@ -43,10 +43,3 @@ class FeedForward(MLP):
 
     def _activate(self, widened, bias):
         return self.activation_func(widened + bias)
-
-
-def __getattr__(name: str):
-    """The old names until all of today's branches know training.model.language_model."""
-    from training.model import language_model
-
-    return getattr(language_model, {"Bloom": "LanguageModel"}.get(name, name))
