@@ -11,7 +11,7 @@ from training.config import RolloutConfig
 from training.step import Batch
 
 TOLERANCE = {"fp32": 1e-6, "bf16": 1e-3}
-"""Largest KL where 0 is expected: kernels may round a training pass otherwise than a scoring pass."""
+"""Largest KL, nats per token, where 0 is expected: kernels may round a training pass otherwise than a scoring pass."""
 SIGMAS, NATS = 6.0, 0.05
 """How far surprisal and entropy may be apart: standard errors, and nats beside a tenth of the entropy (few or nearly certain tokens)."""
 
@@ -31,8 +31,8 @@ def samples_are_whole(batch: Batch, starts: list[int], ended: torch.Tensor, eos_
 
 
 def policy_is_reference(config: RolloutConfig, metrics: dict[str, float]) -> None:
-    """Before the first update policy and reference are the same weights: k3 of one response is 0."""
-    assert metrics["kl_k3"] <= TOLERANCE[config.precision], (
+    """Before the first update policy and reference are the same weights: k3 is 0 at every token."""
+    assert metrics["kl_k3"] <= TOLERANCE[config.precision] * metrics["response_length"], (
         f"iteration 1: KL to the reference = {metrics['kl_k3']:.4g} nats per response (k3), expected 0: policy and reference "
         "are both the SFT model (other weights, temperature, dropout or rows in one of the two passes?)")
 

@@ -151,6 +151,17 @@ def test_exit_without_output_fails_and_names_it(project, behaviour, cause):
     assert failed.returncode == 1 and cause in failed.stdout
 
 
+def test_a_health_gate_s_pause_waits_for_a_person(project):
+    """Exit 76: shown with its cause and what to do, never queued again by itself; resume goes on from the checkpoint."""
+    project.behave(sft={"exit_at": 3, "code": 76})
+    failed = project.submit("--wait", "--until", "sft")
+    status = project.json("sft/status.json")
+    assert failed.returncode == 1 and (status["state"], status["class"], status["attempt"]) == ("failed", "health gate", 1)
+    assert "exit code 76" in failed.stdout and "resume goes on from the last checkpoint" in status["advice"]
+    assert status["iteration"] and project.convoy("resume", "demo", "--wait").returncode == 0
+    assert project.json("sft/status.json")["attempt"] == 2
+
+
 def test_trainer_at_iteration_0_fails(project):
     project.behave(sft={"omit": True})
     (project.run / "sft/checkpoints/iter_0000000/model").mkdir(parents=True)
