@@ -27,8 +27,9 @@ TOGETHER = (
 )
 """Title, names in metrics.jsonl (each with its held-out twin, drawn dashed), name whose last value is a level. All other numbers follow
 behind them, each in a panel of its own."""
-SECONDS = ("Seconds an iteration", "seconds_")
-"""Title and beginning of the names of the phases' times, drawn together."""
+SECONDS, TOKENS, MEMORY = "seconds_", "tokens_per_second_", "peak_gb_"
+PHASES = (("Seconds of a phase", SECONDS), ("Tokens a second of a phase", TOKENS), ("Peak memory of a rank in a phase, GB", MEMORY))
+"""Title, beginning of the names of numbers that an iteration's phases share; those of one kind are drawn together."""
 
 
 def panels(stage: str, runs: Mapping[str, Sequence[Mapping]]) -> tuple[list[dict], list[dict]]:
@@ -37,7 +38,7 @@ def panels(stage: str, runs: Mapping[str, Sequence[Mapping]]) -> tuple[list[dict
                                if name not in NOT_DRAWN and isinstance(value, int | float) and not isinstance(value, bool)))
     groups = [(title, [name for base in bases for name in (base, HELDOUT + base) if name in names], level)
               for title, bases, level in TOGETHER]
-    groups.append((SECONDS[0], [name for name in names if name.startswith(SECONDS[1])], ""))
+    groups += [(title, [name for name in names if name.startswith(start)], "") for title, start in PHASES]
     drawn = {name for _, members, _ in groups for name in members} | {level for _, _, level in TOGETHER}
     rest = [name for name in names if name not in drawn and not _is_detail(name, names)]
     bases = [name for name in rest if not (name.startswith(HELDOUT) and name.removeprefix(HELDOUT) in rest)]
@@ -74,7 +75,9 @@ def _label(name: str, members: Sequence[str]) -> str:
     bases = {member.removeprefix(HELDOUT) for member in members}
     if len(bases) == 1:
         return "" if len(members) == 1 else "held out" if name.startswith(HELDOUT) else "training"
-    return name.removeprefix(SECONDS[1]).replace("_", " ").replace("heldout ", "held-out ")
+    for _, start in PHASES:
+        name = name.removeprefix(start)
+    return name.replace("_", " ").replace("heldout ", "held-out ")
 
 
 def frontiers(runs: Mapping[str, Mapping[str, Sequence[Mapping]]]) -> dict | None:

@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
+import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from eval.curves import SECONDS
+from eval.curves import MEMORY, SECONDS, TOKENS
 from eval.runs import Run, StageFolder
 
 _NAMES_OF_A_RUN = ("run.name", "run.id", "run.folder", "run.recipe")
 
 
 def stage_rows(run: Run) -> list[dict]:
-    """One row a stage: {"name", "state", "iterations", "attempts", "seconds", "ranks", "rank_hours", "tokens_per_second", "memory",
-    "phases": {name: mean seconds an iteration}}; what isn't known is None."""
+    """One row a stage: {"name", "state", "iterations", "attempts", "seconds", "ranks", "rank_hours", "tokens_per_second", "memory_gb",
+    "phases": {name: {"seconds": mean of an iteration, "tokens_per_second": median, "memory_gb": peak}}}; what isn't known is None."""
     return [_stage_row(stage, run.config) for stage in run.stages]
 
 
 def _stage_row(stage: StageFolder, config: Mapping) -> dict:
     values = numbers(stage.metrics)
     ranks = _ranks(config.get("resources", {}).get(stage.name))
-    memory = {name: max(found) for name, found in values.items() if "memory" in name or name.endswith("_gb")}
-    phases = {name.removeprefix(SECONDS[1]).replace("_", " "): statistics.fmean(found)
-              for name, found in values.items() if name.startswith(SECONDS[1])}
+    memory = [max(found) for name, found in values.items() if re.search("(^|_)gb(_|$)", name)]
+    phases = {name.removeprefix(SECONDS): {
+        "seconds": statistics.fmean(found), "tokens_per_second": _of(statistics.median, values.get(name.replace(SECONDS, TOKENS))),
+        "memory_gb": _of(max, values.get(name.replace(SECONDS, MEMORY)))} for name, found in values.items() if name.startswith(SECONDS)}
     return {"name": stage.name, "state": stage.status.get("state"), "attempts": len(stage.attempts) or None, "seconds": stage.seconds,
             "iterations": stage.status.get("iteration"), "ranks": ranks,
             "rank_hours": stage.seconds * ranks / 3600 if stage.seconds is not None and ranks else None,
-            "tokens_per_second": statistics.median(values["tokens_per_second"]) if values.get("tokens_per_second") else None,
-            "memory": memory, "phases": phases}
+            "tokens_per_second": _of(statistics.median, values.get("tokens_per_second")), "memory_gb": _of(max, memory), "phases": phases}
+
+
+def _of(measure: Callable[[Sequence[float]], float], values: Sequence[float] | None) -> float | None:
+    return measure(values) if values else None
 
 
 def language_models(run: Run) -> dict[str, dict]:

@@ -72,7 +72,7 @@ def make_run(folder: Path, lr: float = 1e-3, **values) -> Path:
     dump(folder / "warm-up/metrics.jsonl", [{"iteration": i, "total": 3, "time": i, "temperature_of_the_room": 20 + i} for i in (1, 2, 3)])
     rows = [{"iteration": i, "total": 3, "time": i, "loss": 1 / i, "kl": i / 10, "reward": float(i), "heldout_kl": i / 5,
              "heldout_reward": i / 2, "seconds_forward": 2.0, "seconds_update": float(i), "tokens_per_second": 100.0 * i,
-             "memory_gb": 3.0 + i, "odd_number": i,
+             "peak_gb_update": 3.0 + i, "tokens_per_second_update": 9.0 * i, "odd_number": i,
              "heldout_accuracy": 0.8, "heldout_accuracy_low": 0.7, "heldout_accuracy_high": 0.9, "longer_wins": 0.75, "shorter_wins": 0.25,
              "heldout_accuracy_at_0.5": 0.6, "heldout_accuracy_at_0.9": 0.9} for i in (1, 2, 3)]
     dump(folder / "dpo/metrics.jsonl", rows)
@@ -96,7 +96,7 @@ def test_stages_and_their_numbers_are_what_the_folder_says(tmp_path):
     assert [stage.name for stage in run.stages] == ["warm-up", "dpo", "mtbench"] and len(run.stages[1].metrics) == 3
     main, more = curves.panels("dpo", {"one": run.stages[1].metrics})
     titles, others = ({one["title"] for one in panels} for panels in (main, more))
-    assert {"Loss, nats", "KL to the reference, nats a response", "Seconds an iteration", "Tokens a second"} <= titles
+    assert {"Loss, nats", "KL to the reference, nats a response", "Seconds of a phase", "Tokens a second"} <= titles
     assert "odd number" in others and not any("low" in title or " at " in title for title in others)
     text = text_of({"one": run})
     for expected in ("warm-up, by iteration", "temperature of the room", "dpo, by iteration", "MT-Bench, sft → dpo", "3.00 → 5.00",
@@ -125,7 +125,9 @@ def test_time_and_memory_by_hand(tmp_path):
     assert rows["warm-up"]["seconds"] == 5 and rows["mtbench"]["seconds"] is None and rows["warm-up"]["ranks"] is None
     dpo = rows["dpo"]
     assert (dpo["seconds"], dpo["attempts"], dpo["ranks"], dpo["rank_hours"]) == (90, 2, 8, 0.2)
-    assert dpo["phases"] == {"forward": 2.0, "update": 2.0} and dpo["memory"] == {"memory_gb": 6.0} and dpo["tokens_per_second"] == 200
+    assert dpo["phases"] == {"forward": {"seconds": 2.0, "tokens_per_second": None, "memory_gb": None},
+                             "update": {"seconds": 2.0, "tokens_per_second": 18.0, "memory_gb": 6.0}}
+    assert dpo["memory_gb"] == 6.0 and dpo["tokens_per_second"] == 200
 
 
 def test_accuracy_is_held_against_every_floor():
