@@ -71,11 +71,15 @@ def flat(config: Mapping, before: str = "") -> dict[str, object]:
 
 
 def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """(key, its value in each run) of every key of config.json that isn't the same in all; a key that a run lacks is "-"."""
-    tables = [flat(run.config) for run in runs]
-    keys = sorted({key for table in tables for key in table} - set(_NAMES_OF_A_RUN))
-    rows = [(key, [written(table[key]) if key in table else "-" for table in tables]) for key in keys]
-    return [(key, values) for key, values in rows if len(set(values)) > 1]
+    """(key, its value in each run) of every key of config.json that isn't the same in all; a key that a run lacks is "-", and a section
+    that one lacks is a single row."""
+    sections = {name for run in runs for name in run.config}
+    partly = {name for name in sections if any(name not in run.config for run in runs)}
+    rows = [(name, [f"{len(flat({name: run.config[name]}))} keys" if name in run.config else "-" for run in runs]) for name in partly]
+    tables = [flat({name: value for name, value in run.config.items() if name not in partly}) for run in runs]
+    keys = {key for table in tables for key in table} - set(_NAMES_OF_A_RUN)
+    rows += [(key, [written(table[key]) if key in table else "-" for table in tables]) for key in keys]
+    return sorted((key, values) for key, values in rows if len(set(values)) > 1)
 
 
 def written(value: object) -> str:

@@ -50,6 +50,7 @@ def panel_svg(name: str, curves: Sequence[Curve], level: float | None = None) ->
         alone = len(drawn.x) <= 12
         axes.plot(drawn.x, drawn.y, color=_SERIES[drawn.colour % len(_SERIES)], linewidth=1.6, linestyle="--" if drawn.dashed else "-",
                   marker="o" if alone else None, markersize=3)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     if level is not None:
         axes.axhline(level, color=_INK, linewidth=1, linestyle=(0, (1, 2)))
     return _svg(figure, name)

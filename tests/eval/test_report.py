@@ -151,6 +151,8 @@ def test_runs_judged_alike_stand_in_one_table(tmp_path, capsys):
     assert "two/dpo − one/sft,+4.00" in (folder / "table.csv").read_text()
     found = report.collect([one, two])
     assert facts.differences(list(found.values())) == [("dpo.lr", ["0.001", "0.0005"])]
+    lacking = runs.Run("three", tmp_path, {name: value for name, value in found["one"].config.items() if name != "dpo"})
+    assert facts.differences([found["one"], lacking]) == [("dpo", ["2 keys", "-"])]
     text = text_of(found)
     assert "what differs" in text and "0.0005" in text and "0.50 EUR" in text and "two, held out" in text
     assert len(report.collect([one, one, tmp_path / "one/../one"])) == 1

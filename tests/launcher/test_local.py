@@ -10,8 +10,9 @@ import sys
 
 import pytest
 
+from launcher import manifest
 from launcher.run import process_start
-from tests.launcher.stub_project import small, wait_until
+from tests.launcher.stub_project import ROOT, small, wait_until
 
 ORDER = ["convert", "sft", "reward", "rlhf", "export", "mtbench"]
 
@@ -277,3 +278,10 @@ def test_config_of_each_stage_is_its_dataclass_with_paths(project):
     assert rlhf["paths"] == {"output": "runs/demo/rlhf", "model": "runs/demo/model", "init": "runs/demo/sft", "reward": "runs/demo/reward",
                              "reward_iteration": 0, "train": "runs/demo/data/rlhf.jsonl", "heldout": "runs/demo/data/heldout.jsonl"}
     assert json.loads((project.run / "config.json").read_text())["sft"]["iterations"] == 3
+
+
+def test_a_manifest_names_the_commit_of_a_checkout_and_no_other(tmp_path):
+    if (ROOT / ".git").exists():
+        head = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+        assert manifest.commit(ROOT).get("commit", "").removesuffix("-dirty") == head
+    assert manifest.commit(tmp_path) == {} == manifest.commit(ROOT / "launcher")
