@@ -175,6 +175,8 @@ def classify(facts: Facts) -> Verdict:
     if facts.hung_minutes:
         return Verdict(Class.COMMUNICATION, f"hung: no line, metric or checkpoint of any rank for {facts.hung_minutes} minutes, killed",
                        None, (), code)
+    if CODES.get(first.code) is Class.UNHEALTHY:  # also where it was told to save at that moment: a person must look
+        return verdict(Class.UNHEALTHY, first.words())
     evidence = _kind(first, facts.launcher)
     if told in (Class.STOPPED, Class.CANCELLED):
         return verdict(told, f"{REASONS[told]}; last checkpoint: {shown(facts.after)}")

@@ -84,10 +84,10 @@ class Boundary:
             self.saver.wait()
         if last and self.metrics:
             self.metrics.close()
+        if pause and not last:  # before the signal's: that would be queued again
+            raise Unhealthy(f"paused by a health gate: {pause}; iteration {iteration} is saved, and resume goes on from it")
         if stopping and not last:
             raise Interrupted(f"stopped by a signal; iteration {iteration} is saved")
-        if pause and not last:
-            raise Unhealthy(f"paused by a health gate: {pause}; iteration {iteration} is saved, and resume goes on from it")
 
 
 @contextlib.contextmanager

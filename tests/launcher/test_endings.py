@@ -109,6 +109,8 @@ def test_what_slurm_did_comes_before_what_the_ranks_saw(words, kind):
 
 
 def test_a_fault_during_the_save_that_was_asked_for_keeps_its_own_name():
+    gate = classify(Facts("rlhf", [rank(76, "error: paused by a health gate: ...")], asked=Class.TIME_LIMIT))
+    assert gate.kind is Class.UNHEALTHY and not gate.again
     verdict = classify(Facts("sft", [rank(1, FULL)], asked=Class.TIME_LIMIT))
     assert verdict.kind is Class.DISK_FULL and not verdict.again
 
