@@ -10,8 +10,9 @@ import torch
 from training.config import RolloutConfig
 from training.step import Batch
 
-TOLERANCE = {"fp32": 1e-6, "bf16": 1e-3}
-"""Largest KL, nats per token, where 0 is expected: kernels may round a training pass otherwise than a scoring pass."""
+TOLERANCE = {"fp32": 1e-6, "bf16": 1e-2}
+"""Largest KL, nats per token, where 0 is expected: kernels may round a training pass otherwise than a scoring pass, and a bf16 logit of
+16 to 32 moves by 1/8 when it does."""
 SIGMAS, NATS = 6.0, 0.05
 """How far surprisal and entropy may be apart: standard errors, and nats beside a tenth of the entropy (few or nearly certain tokens)."""
 
@@ -45,7 +46,7 @@ def first_update(config: RolloutConfig, step: dict[str, float], batch: Batch) ->
     mask = batch["response_mask"][: config.global_batch_size]
     advantage = batch["advantages"][: config.global_batch_size][mask].double().mean().item()
     small = TOLERANCE[config.precision]
-    assert step["approx_kl"] <= small and step["clip_fraction"] <= small and abs(step["policy_loss"] + advantage) <= 1e2 * small, (
+    assert step["approx_kl"] <= small and step["clip_fraction"] <= 5 * small and abs(step["policy_loss"] + advantage) <= 10 * small, (
         f"first minibatch: approx KL {step['approx_kl']:.4g}, clip fraction {step['clip_fraction']:.4g}, policy loss "
         f"{step['policy_loss']:.6g}; expected 0, 0 and {-advantage:.6g}: the policy that learns is not the one whose log-probabilities "
         "were kept (temperature, dropout, mask or rows differ between the scoring pass and the update?)")
