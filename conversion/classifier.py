@@ -25,11 +25,17 @@ def touched(shape: Shape) -> tuple[str, str, str]:
     return "score.weight", "score.bias", bias
 
 
-def without_bias(tensors: dict[str, Rows], shape: Shape, dtype: torch.dtype) -> dict[str, Rows]:
-    """The tensors of an equally scoring model without ``score.bias``, its last layer norm's bias in ``dtype``."""
+def calibration(source: Path) -> float:
+    """What a reward model's checkpoint (".../iter_0000100/model") says is to be added to its scores; 0 for other models."""
+    path = source.parent / "state.json"
+    return json.loads(path.read_text(encoding="utf-8")).get("reward_bias", 0.0) if path.is_file() else 0.0
+
+
+def without_bias(tensors: dict[str, Rows], shape: Shape, dtype: torch.dtype, added: float = 0.0) -> dict[str, Rows]:
+    """The tensors of a model without ``score.bias`` that scores the same and ``added``, its last layer norm's bias in ``dtype``."""
     weight, bias, shift = touched(shape)
     rest = {name: tensor for name, tensor in tensors.items() if name != bias}
-    value = tensors[bias].load().double().item()
+    value = tensors[bias].load().double().item() + added
     if value != 0:
         rest[shift] = Stored.whole(folded(tensors[shift].load(), tensors[weight].load().to(dtype)[0], value, dtype))
     return rest

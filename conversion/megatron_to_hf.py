@@ -73,22 +73,25 @@ def export_model(source: Path, target: Path, model: Path, shape: Shape, dtype: t
         intact.check(sorted(set().union(*(places[name] for name in names))))
 
     made_from = work.described(sorted(source.iterdir()))
-    write_folder(target, tensors, made_from, model, shape, head, dtype, max_shard_gb, check)
+    added = classifier.calibration(source)
+    if added and not shape.score_bias:
+        print(f"{target.name}: {shape.family}'s classifier can't hold the reward model's bias: add {added:.6g} to its scores", flush=True)
+    write_folder(target, tensors, made_from, model, shape, head, dtype, max_shard_gb, check, added)
 
 
 def write_folder(target: Path, tensors: dict[str, Rows], made_from: list, model: Path, shape: Shape, head: str, dtype: torch.dtype,
-                 max_shard_gb: float, check: Callable[[Iterable[str]], None] = lambda names: None) -> None:
+                 max_shard_gb: float, check: Callable[[Iterable[str]], None] = lambda names: None, added: float = 0.0) -> None:
     """A Hugging Face folder of ``tensors`` (by name without prefix); other files from ``model``. Goes on where it was killed.
 
-    ``check`` is called with the names of the tensors before they are read.
+    ``check`` is called with the names of the tensors before they are read; ``added`` to a classifier's scores.
     """
     if head == "scalar" and shape.score_bias:
         check(classifier.touched(shape))
-        tensors = classifier.without_bias(tensors, shape, dtype)
+        tensors = classifier.without_bias(tensors, shape, dtype, added)
     shards = huggingface.plan({name: tensor.shape for name, tensor in tensors.items()}, dtype, max_shard_gb)
     sizes = {file: sum(torch.Size(tensors[name].shape).numel() * dtype.itemsize for name in names) for file, names in shards.items()}
     made = {"from": made_from, "model": work.described([model / name for name in COPIED if (model / name).is_file()]), "dtype": str(dtype),
-            "files": sizes}
+            "files": sizes, "added": added}
     aside = target.with_name(f".{target.name}.converting")
     with work.folder(aside, made, sum(sizes.values())):
         writers = {file: partial(write, shape, {name: tensors[name] for name in names}, dtype, check) for file, names in shards.items()}

@@ -72,7 +72,7 @@ def difference(folder: Path, source: Path, shape: Shape, head: str, precision: s
     checkpoint.load_weights(source, model)
     kept = []
     evaluate(model, {"tokens": tokens}, ROWS, lambda output, micro: _keep(kept, output if head == "scalar" else output.logits()))
-    ours = kept[0][:, -1:] if head == "scalar" else kept[0][..., : shape.vocab]
+    ours = kept[0][:, -1:] + shape.score_bias * classifier.calibration(source) if head == "scalar" else kept[0][..., : shape.vocab]
     return {"max_difference": (ours - expected).abs().max().item(), "max_value": expected.abs().max().item(), "precision": precision,
             "rows": ROWS, "tokens": LENGTH, "seed": SEED}
 
@@ -93,7 +93,7 @@ def verify(folder: Path, path: Path, precision: str) -> dict:
     ours = torch_dist.read(source, shape, head)
     if head == "scalar" and shape.score_bias:
         theirs.pop("score.bias")
-        ours = classifier.without_bias(ours, shape, theirs["score.weight"].dtype)
+        ours = classifier.without_bias(ours, shape, theirs["score.weight"].dtype, classifier.calibration(source))
     proof = {"checkpoint": str(path), "head": head, "tensors": compare(theirs, ours)}
     proof["equal"] = not any("differs" in row for row in proof["tensors"].values())
     proof["proved"] = proof["equal"]

@@ -32,7 +32,8 @@ def make(run: Run, stage: Stage, attempt: int, started: float) -> dict:
     if stage.trainer and iteration == 0:
         raise Refused(f"{stage.name} exited 0 at iteration 0: it trained nothing (see counts.json in {run.folder / 'data'} for empty data)")
     wanted = json.loads((run.stage(stage.name) / "config.json").read_text(encoding="utf-8"))["iterations"] if stage.trainer else iteration
-    if iteration != wanted:
+    chosen = _chosen(run, stage, wanted)
+    if iteration != (chosen["iteration"] if chosen else wanted):
         raise Refused(f"{stage.name} exited 0 at iteration {iteration} of {wanted}: it did not finish")
     outputs = _outputs(run, stage, iteration)
     for folder in {path.parent for path in outputs if path.name == NAME}:
@@ -44,7 +45,17 @@ def make(run: Run, stage: Stage, attempt: int, started: float) -> dict:
         "parents": {parent: read(run, parent)["identity"] for parent in stage.parents},
         "outputs": {str(path.relative_to(run.folder)): {"size": path.stat().st_size, "sha256": sums[path]} for path in outputs}}
     return {"identity": hash_of(identity), **identity, "run": run.id, "attempt": attempt,
-            "started": started, "ended": time.time(), "versions": versions()}
+            "started": started, "ended": time.time(), "versions": versions(), **({"chosen": chosen} if chosen else {})}
+
+
+def _chosen(run: Run, stage: Stage, wanted: int | None) -> dict | None:
+    """What a trainer with early stop said when it ended (training/early.py): patience had run out, or all iterations were run, and an
+    earlier checkpoint than the last is the result. None where it said nothing, as one that died does."""
+    path = run.stage(stage.name) / "chosen.json"
+    if not stage.trainer or not path.exists():
+        return None
+    said = json.loads(path.read_text(encoding="utf-8"))
+    return said if said["misses"] >= said["patience"] or said["ended"] == wanted else None
 
 
 def write(run: Run, stage: Stage, manifest: dict) -> None:

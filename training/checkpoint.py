@@ -76,9 +76,20 @@ def publish(stage: str | Path, aside: Path, iteration: int, digests: dict[str, s
         _remove(target)
     os.replace(aside, target)
     sync(target.parent)
-    _write(mark.with_suffix(".new"), f"{iteration}\n")
-    os.replace(mark.with_suffix(".new"), mark)
-    sync(mark.parent)
+    mark_latest(stage, iteration)
+
+
+def mark_latest(stage: str | Path, iteration: int) -> None:
+    """Make the saved ``iteration`` the one that a resume and later stages begin from."""
+    write_whole(Path(stage) / "latest", f"{iteration}\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A small file, durably: the old text or the new one."""
+    aside = path.with_suffix(".new")
+    _write(aside, text)
+    os.replace(aside, path)
+    sync(path.parent)
 
 
 def _check_attempt(stage: Path) -> None:
@@ -89,14 +100,14 @@ def _check_attempt(stage: Path) -> None:
         raise OSError(f"attempt {now} of {stage.name} has begun: attempt {mine} saves no more")
 
 
-def prune(stage: str | Path, iteration: int, trainer: TrainerConfig) -> None:
+def prune(stage: str | Path, iteration: int, trainer: TrainerConfig, best: int = 0) -> None:
     """Delete old checkpoints after ``iteration`` was saved.
 
-    Kept are this one, the ``keep_checkpoints`` newest of those at a multiple of ``save_every`` (one that a signal asked for pushes
-    out none that a later stage may ask for by number), and all at a multiple of ``keep_every``.
+    Kept are this one, ``best`` (0: none), the ``keep_checkpoints`` newest of those at a multiple of ``save_every`` (one that a signal
+    asked for pushes out none that a later stage may ask for by number), and all at a multiple of ``keep_every``.
     """
     present = iterations(stage)
-    kept = {iteration, *[number for number in present if number % trainer.save_every == 0][-trainer.keep_checkpoints :]}
+    kept = {iteration, best, *[number for number in present if number % trainer.save_every == 0][-trainer.keep_checkpoints :]}
     if trainer.keep_every:
         kept |= {number for number in present if number % trainer.keep_every == 0}
     for old in set(present) - kept:

@@ -248,10 +248,23 @@ class SFTConfig(TrainerConfig):
     lr: float = 2e-5
     warmup_iterations: int = 40
     adam_beta2: float = 0.999
+    patience: int = 0
+    """Evaluations in a row without a lower held-out loss after which training ends; later stages then use the checkpoint with the lowest.
+    0 = train to the end and use the last."""
+    min_delta: float = 0.0
+    """Nats by which the held-out loss must fall to count as lower."""
+    sample_every: int = 100
+    """Iterations between greedy replies to held-out prompts in the log and in TensorBoard; 0 = none."""
+    sample_prompts: int = 2
+    """Held-out prompts that are answered then."""
+    sample_length: int = 128
+    """Most tokens of such a reply; at most half of seq_length is used."""
 
     def __post_init__(self):
         super().__post_init__()
         at_least(self, 2, "seq_length")
+        at_least(self, 1, "sample_prompts", "sample_length")
+        at_least(self, 0, "patience", "min_delta", "sample_every")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,7 +273,9 @@ class RewardConfig(TrainerConfig):
 
     paths: Paths
     seq_length: int = 2048
-    """Longest row in tokens, query and response together."""
+    """Longest query with one response, in tokens."""
+    packing: bool = True
+    """Put the queries of a global batch, each with all its replies, into as few rows as hold them; each reply sees its query only."""
     iterations: int = 3600
     micro_batch_size: int = 4
     global_batch_size: int = 64
@@ -269,10 +284,16 @@ class RewardConfig(TrainerConfig):
     weight_decay: float = 0.1
     load_iteration: int = 0
     """Iteration of this reward model that rlhf starts from; 0 = the last (REWARD_LOAD_ITERATION of the tutorial)."""
+    calibration_samples: int = 256
+    """Responses of the SFT policy to training prompts whose mean score every checkpoint's bias makes 0; 0 = no bias."""
+    calibration_length: int = 512
+    """Most tokens of such a response; at most half of seq_length is used."""
 
     def __post_init__(self):
         super().__post_init__()
         at_least(self, 2, "seq_length")
+        at_least(self, 0, "calibration_samples")
+        at_least(self, 1, "calibration_length")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,8 @@ from training.data.cache import Tokenised
 from training.loop import Task
 from training.main import run_stage
 from training.model.heads import Output, next_token_logprobs
-from training.reward import Comparison, collate_comparisons, judged
+from training.ranking import judged
+from training.reward import Comparison, collate_comparisons
 from training.start import Inputs, learn, length_multiple
 from training.step import Batch, Learner, Objective, evaluate, split
 
@@ -143,7 +144,7 @@ def heldout(learner: Learner, data: Comparisons) -> dict[str, float]:
     batch, logprobs = evaluated(learner, data, indices)
     shown = slice(len(indices[parallel.data_rank() :: parallel.data_ranks()]))  # none where there are more ranks than queries
     ratio, scores, lengths = (values.view(-1, data.replies)[shown] for values in
-                              (logprobs - batch["reference"], batch["scores"], batch["lengths"]))
+                              (logprobs - batch["reference"], batch["scores"], batch["response_mask"].sum(1)))
     real = ~scores.isnan()
     drift, count = parallel.sum_over_data(torch.stack((-ratio[real].double().sum(), real.double().sum())).to(parallel.device())).tolist()
     return {**judged(data.config.beta * ratio, scores, lengths), "heldout_kl_from_reference": drift / count}

@@ -117,14 +117,6 @@ def at_work(model: LanguageModel | Parked):
     return model if isinstance(model, Parked) else lora.without(model)
 
 
-def calibrate(rollout: Rollout, scored: Scored) -> float | None:
-    """Bias with which the responses that ended score 0 on average: taken once, while the policy still is the SFT model.
-
-    None where no response has ended: the next iteration tries again.
-    """
-    return -scored.scores[rollout.ended].double().mean().item() if rollout.ended.any() else None
-
-
 def experience(config: PPOConfig, rollout: Rollout, scored: Scored, kl_coef: float, reward_bias: float) -> Experience:
     """Per-token rewards, advantages whitened over all response tokens of the iteration, returns, and the report."""
     mask = rollout.batch["response_mask"]

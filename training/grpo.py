@@ -27,7 +27,7 @@ class GRPO(ppo.PPO):
         return {"policy": Learner(self.models.policy, config, config.lr, steps, warmup)}
 
     def learn_from(self, made: Rollout, scored: Scored) -> Experience:
-        return experience(self.config, made, scored, self.kl_coef, self.reward_bias or 0.0)
+        return experience(self.config, made, scored, self.kl_coef, self.reward_bias)
 
     def update(self, batch: Batch, rows: Plan, learn_policy: bool) -> list[dict[str, float]]:
         objective = ppo.policy_objective(self.config, self.kl_coef if self.config.kl_in == "loss" else 0.0)

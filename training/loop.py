@@ -6,20 +6,21 @@ import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.distributed as dist
 
-from training import checkpoint, trackers
+from training import checkpoint, parallel, trackers
 from training.config import TrainerConfig
 from training.data.batches import Sampler
 from training.data.prefetch import Make, prefetched
+from training.early import EarlyStop, choose, chosen, forget
 from training.gates import Unhealthy
 from training.main import Interrupted
 from training.metrics import Metrics
 from training.parallel import StopRequest, is_main
 from training.phases import highest, peak_gb
+from training.replies import Samples
 from training.saving import Saver
 from training.step import Learner, Objective
 
@@ -35,6 +36,10 @@ class Task:
     """Numbers on the held-out rows. A collective."""
     headline: tuple[str, ...]
     """Numbers that the log shows."""
+    early: EarlyStop | None = None
+    samples: Samples | None = None
+    state: Callable[[], dict] = dict
+    """What a checkpoint holds beside the loop's own (JSON). A collective."""
 
 
 def resume(stage: str, learners: dict[str, Learner]) -> tuple[int, dict]:
@@ -54,10 +59,10 @@ class Boundary:
     """What every trainer does between two steps: evaluate, log, save, and obey signals, at the same step on every rank."""
 
     def __init__(self, config: TrainerConfig, learners: dict[str, Learner], resumed: tuple[int, dict], headline: tuple[str, ...],
-                 stop: StopRequest):
+                 stop: StopRequest, early: EarlyStop | None = None, samples: Samples | None = None):
         """``resumed``: what ``resume`` gave."""
         start, state = resumed
-        self.config, self.learners, self.headline, self.stop = config, learners, headline, stop
+        self.config, self.learners, self.headline, self.stop, self.early, self.samples = config, learners, headline, stop, early, samples
         self.began, self.used = time.monotonic(), state["wall_seconds"] if state else 0.0
         self.metrics = Metrics(config.paths.output, config.iterations, start, trackers.start(config)) if is_main() else None
         self.saver = Saver(config.paths.output, learners, config)
@@ -71,14 +76,21 @@ class Boundary:
                for name, every in (("log", config.log_every), ("eval", config.eval_every), ("save", config.save_every))}
         if due["eval"]:
             values = values | heldout()
+            if self.early:
+                due["save"] |= self.early.see(iteration, parallel.from_first(values[self.early.name]))
+                last |= self.early.over
+                due["save"] |= last
         wall = self.used + time.monotonic() - self.began
         values = values | self.saver.poll() | {"wall_seconds": wall}
+        said = self.samples.say() if self.samples and self.samples.due(iteration) else []
         if self.metrics:
             self.metrics.log(iteration, self.headline if due["log"] or due["eval"] else (), **values)
+            self.metrics.show(iteration, said)
         if due["save"] or stopping or pause or self.stop.saving:
             check_finite(self.learners, iteration)
             guards = {name: learner.guard.state_dict() for name, learner in self.learners.items()}
-            self.saver.save(iteration, {**state(), "guards": guards, "wall_seconds": wall})
+            held, best = ({"early_stop": self.early.state_dict()}, self.early.iteration) if self.early else ({}, 0)
+            self.saver.save(iteration, {**state(), "guards": guards, "wall_seconds": wall, **held}, best)
             self.stop.saved()
         if stopping or pause or last:
             self.saver.wait()
@@ -113,10 +125,11 @@ def train(config: TrainerConfig, learner: Learner, sampler: Sampler, task: Task,
     start, state = resume(config.paths.output, {"model": learner})
     if state:
         sampler.load_state_dict(state["sampler"])
-    if start >= config.iterations:
-        print(f"nothing left to do: iteration {start} of {config.iterations} is saved", flush=True)
+        if task.early and "early_stop" in state:  # patience may be asked for later
+            task.early.load_state_dict(state["early_stop"])
+    if ended(config, task.early, start):
         return
-    boundary = Boundary(config, {"model": learner}, (start, state), task.headline, stop)
+    boundary = Boundary(config, {"model": learner}, (start, state), task.headline, stop, task.early, task.samples)
     with contextlib.closing(prefetched(sampler, task.micro_batches, config.iterations - start)) as batches:
         for iteration in range(start + 1, config.iterations + 1):
             began = time.monotonic()
@@ -128,4 +141,22 @@ def train(config: TrainerConfig, learner: Learner, sampler: Sampler, task: Task,
             values["tokens_per_second"] = ready.said["tokens"] / values["seconds"]
             if iteration % config.log_every == 0:
                 (values["peak_gb"],) = highest([peak_gb()])
-            boundary.end(iteration, values, task.heldout, partial(dict, sampler=ready.state))
+            boundary.end(iteration, values, task.heldout, lambda sampled=ready.state: {"sampler": sampled, **task.state()})
+            if task.early and task.early.over:
+                break
+    if task.early and is_main():
+        print(choose(config.paths.output, task.early, iteration), flush=True)
+
+
+def ended(config: TrainerConfig, early: EarlyStop | None, start: int) -> bool:
+    """Whether nothing is left to do, which is said; else what an earlier attempt chose is forgotten."""
+    stage, over = config.paths.output, start >= config.iterations or bool(early and early.over)
+    said = chosen(stage, early, config.iterations) if early else None
+    if is_main():
+        if over or said:
+            print(f"nothing left to do: iteration {start} of {config.iterations} is saved", flush=True)
+            if early and not said:  # killed before it could choose
+                print(choose(stage, early, start), flush=True)
+        else:
+            forget(stage)
+    return over or said is not None

@@ -52,8 +52,25 @@ class Metrics:
             numbers = "  ".join(f"{name} {values[name]:.4g}" for name in headline if name in values)
             print(f"iteration {iteration}/{self.total}  {numbers}  ETA {left:.0f} s", flush=True)
 
+    def show(self, iteration: int, said: list[tuple[str, str]]) -> None:
+        """Prompts with replies, in the log and as TensorBoard's text."""
+        if said:
+            print(as_lines(said), flush=True)
+            self.events.add_text("samples", as_markdown(said), iteration)
+
     def close(self) -> None:
         self.file.close()
         self.events.close()
         for mirror in self.mirrors:
             mirror.close()
+
+
+def as_markdown(said: list[tuple[str, str]]) -> str:
+    """For TensorBoard: each prompt and its reply, line ends kept."""
+    return "\n\n---\n\n".join("\n".join(f"    {line}" for line in f"{prompt}⟶{reply}".splitlines()) for prompt, reply in said)
+
+
+def as_lines(said: list[tuple[str, str]], longest: int = 300) -> str:
+    """For the log: a line each, the end of a long prompt and the start of a long reply."""
+    return "\n".join(f"  sample: {('...' + prompt[-longest:] if len(prompt) > longest else prompt)!r} -> {reply[:longest]!r}"
+                     for prompt, reply in said)

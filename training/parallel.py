@@ -82,6 +82,13 @@ def from_last_stage(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def from_first(value: float) -> float:
+    """Rank 0's number on every rank: what is decided by it is decided alike."""
+    sent = torch.tensor(value, dtype=torch.double)
+    dist.broadcast(sent, 0)
+    return sent.item()
+
+
 def on_first(work: Callable[[], T]) -> T:
     """``work()`` on rank 0, its result or its exception on every rank. A collective, however long the work takes: the others hear every
     HEARTBEAT seconds that it goes on, so that nothing times out. What is sent is pickled."""

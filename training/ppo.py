@@ -14,10 +14,10 @@ import sys
 
 import torch
 
-from training import checkpoint, invariants, losses, parallel
+from training import calibration, checkpoint, invariants, losses, parallel
 from training.config import PPOConfig, RolloutConfig
 from training.data.batches import Sampler, prompt_tokens
-from training.experience import Experience, Models, Rollout, Scored, calibrate, experience, report, roll_out, score, state_values
+from training.experience import Experience, Models, Rollout, Scored, experience, report, roll_out, score, state_values
 from training.gates import Gates
 from training.generation.engine import Limits
 from training.generation.replicas import Replicas
@@ -118,7 +118,8 @@ class PPO:
         self.sampler = Sampler(len(self.rows), config.rollout_batch_size // config.group_size, config.seed)
         limits = Limits(config.prompt_length + config.response_length, config.generation_batch_size, config.cache_share)
         self.replicas = Replicas(self.models.policy, self.shape, limits, self.tokenizer.eos_id, config.generation_tensor_parallel)
-        self.kl_coef, self.reward_bias = config.kl_coef, None
+        self.kl_coef = config.kl_coef
+        self.reward_bias = calibration.stored(checkpoint.resolve(config.paths.reward, config.paths.reward_iteration))
         self.gates, self.proven = Gates(config), False
 
     def make_learners(self) -> dict[str, Learner]:
@@ -129,20 +130,19 @@ class PPO:
         return {"policy": policy, "value": self.value}
 
     def learn_from(self, made: Rollout, scored: Scored) -> Experience:
-        return experience(self.config, made, scored, self.kl_coef, self.reward_bias or 0.0)
+        return experience(self.config, made, scored, self.kl_coef, self.reward_bias)
 
     def update(self, batch: Batch, rows: Plan, learn_policy: bool) -> list[dict[str, float]]:
         """Each step's metrics."""
         return update(self.config, self.policy, self.value, batch, rows, learn_policy)
 
     def state(self) -> dict:
-        return {"sampler": self.sampler.state_dict(), "kl_coef": self.kl_coef, "reward_bias": self.reward_bias,
-                "gates": self.gates.state_dict()}
+        return {"sampler": self.sampler.state_dict(), "kl_coef": self.kl_coef, "gates": self.gates.state_dict()}
 
     def restore(self, state: dict) -> None:
         self.sampler.load_state_dict(state["sampler"])
         self.gates.load_state_dict(state["gates"])
-        self.kl_coef, self.reward_bias = state["kl_coef"], state["reward_bias"]
+        self.kl_coef = state["kl_coef"]
 
     def iterate(self, iteration: int) -> dict[str, float]:
         """One iteration, from 1 -> its metrics, the same on every rank."""
@@ -154,8 +154,6 @@ class PPO:
         rows = plan(config, made.batch["lengths"].tolist(), config.global_batch_size)
         with phases("score"):
             scored = score(config, self.models, made.batch, rows)
-        if self.reward_bias is None:
-            self.reward_bias = calibrate(made, scored)
         samples = self.learn_from(made, scored)
         if iteration == 1:
             invariants.policy_is_reference(config, samples.metrics)
@@ -176,7 +174,7 @@ class PPO:
         """Reward and KL to the reference (nats per response) on the held-out prompts, with the same draws at every call. A collective."""
         made = self.sample(list(range(len(self.unseen))), self.unseen, 0)
         rows = plan(self.config, made.batch["lengths"].tolist(), len(self.unseen))
-        metrics = report(made, score(self.config, self.models, made.batch, rows), self.config, self.reward_bias or 0.0)
+        metrics = report(made, score(self.config, self.models, made.batch, rows), self.config, self.reward_bias)
         return {f"heldout_{name}": metrics[name] for name in ("reward", "kl", "kl_k3", "eos_rate")}
 
     def sample(self, indices: list[int], rows, iteration: int) -> Rollout:

@@ -1,7 +1,8 @@
 """Reward model: ``python -m training.reward config.json``.
 
 The SFT model with a new scalar head, read at the last real token (the EOS), learns -log sigmoid(r_i - r_j) over each query's
-pairs, averaged over the query and then over queries (Ouyang et al. 2022). All replies of a query are in one forward pass.
+pairs, averaged over the query and then over queries (Ouyang et al. 2022). All replies of a query are in one forward pass. Every checkpoint
+holds the bias with which the SFT policy's own responses score 0 on average (training/calibration.py).
 """
 
 from __future__ import annotations
@@ -12,15 +13,18 @@ from functools import partial
 
 import torch
 
-from training import parallel
+from training import calibration, parallel
 from training.config import RewardConfig
 from training.data.batches import Example, collate, comparison_example, padded_length, shard
+from training.data.packing import collate_packed, lay_out
 from training.loop import Task
 from training.losses import pairwise_loss
 from training.main import run_stage
-from training.start import Inputs, learn, length_multiple
+from training.ranking import judged
+from training.start import Inputs, learn, length_multiple, limits
 from training.step import Batch, Learner, Objective, evaluate, split
 
+HEADLINE = ("loss", "accuracy", "margin", "heldout_accuracy", "shorter_wins", "reward_bias", "packing_efficiency", "grad_norm")
 Comparison = list[tuple[Example, float]]
 """The replies to one query with their scores."""
 
@@ -32,7 +36,8 @@ def read_last(values: torch.Tensor, batch: Batch) -> torch.Tensor:
 
 def compute(replies: int, values: torch.Tensor, batch: Batch):
     """Sum of the queries' losses, number of queries with a pair, and sums of (loss, accuracy, margin)."""
-    rewards, scores = read_last(values, batch).view(-1, replies), batch["scores"].view(-1, replies)
+    rewards = values.gather(1, batch["ends"]) if "ends" in batch else read_last(values, batch)
+    rewards, scores = rewards.view(-1, replies), batch["scores"].view(-1, replies)
     loss, accuracy, margin, valid = pairwise_loss(rewards, scores)
     return loss.sum(), valid.sum(), torch.stack((loss.sum(), accuracy.sum(), margin.sum()))
 
@@ -44,39 +49,38 @@ def collate_comparisons(comparisons: list[Comparison], replies: int, pad_id: int
     return {**batch, "scores": torch.tensor([score for group in filled for _, score in group], dtype=torch.float)}
 
 
-def wilson(correct: float, total: float) -> tuple[float, float]:
-    """95% interval of a proportion (Wilson 1927)."""
-    z = 1.959964
-    centre = (correct + z * z / 2) / (total + z * z)
-    half = z / (total + z * z) * math.sqrt(correct * (total - correct) / total + z * z / 4)
-    return centre - half, centre + half
+def collate_packed_comparisons(rows: list[list[Comparison]], replies: int, pad_id: int, length: int) -> Batch:
+    """Rows (B, length) of several queries, each reply with its query a document: "tokens", "documents", and for each query of a row and
+    each of its replies "ends" (B, queries x replies), the place of its last token, and "scores", NaN where there is none."""
+    batch = collate_packed([[example for group in row for example, _ in group] for row in rows], pad_id, length)
+    ends = torch.zeros(len(rows), max(map(len, rows)), replies, dtype=torch.long)
+    scores = torch.full(ends.shape, math.nan)
+    for number, row in enumerate(rows):
+        end = -1
+        for query, group in enumerate(row):
+            for reply, (example, score) in enumerate(group):
+                end += len(example.tokens)
+                ends[number, query, reply], scores[number, query, reply] = end, score
+    return {"tokens": batch["tokens"], "documents": batch["documents"], "ends": ends.flatten(1), "scores": scores.flatten(1)}
 
 
-CONFIDENCE = (0.5, 0.6, 0.7, 0.8, 0.9)
-"""Lower edges of the bins in which calibration is measured: the model's probability that the reply it prefers is the better one."""
-
-
-def calibration_sums(margin: torch.Tensor) -> torch.Tensor:
-    """``margin`` (pairs,): reward of the better reply less that of the other -> (3, bins): pairs, those that the model orders rightly, and
-    their summed confidence sigmoid(abs(margin)), by confidence. Sums, so that data-parallel ranks can add them up."""
-    confidence, right = margin.abs().sigmoid(), (margin > 0).double()
-    place = torch.bucketize(confidence, torch.tensor(CONFIDENCE[1:], dtype=confidence.dtype), right=True)
-    bins = torch.nn.functional.one_hot(place, len(CONFIDENCE)).double()
-    return torch.stack((bins.sum(0), right @ bins, confidence.double() @ bins))
-
-
-def calibration(sums: torch.Tensor) -> dict[str, float]:
-    """Accuracy at each confidence (bins without a pair are left out), and the expected calibration error (Guo et al. 2017, eq. 3): how far
-    accuracy is from confidence, 0 at best.
-
-    >>> calibration(calibration_sums(torch.tensor([2.2, 2.2, 2.2, -2.2])))  # 90% sure, 75% right
-    {'heldout_calibration_error': 0.1502, 'heldout_accuracy_at_0.9': 0.75}
-    """
-    pairs, right, confidence = sums
-    error = ((right - confidence).abs().sum() / pairs.sum()).item()
-    found = {f"heldout_accuracy_at_{edge}": hit / count
-             for edge, count, hit in zip(CONFIDENCE, pairs.tolist(), right.tolist(), strict=True) if count}
-    return {"heldout_calibration_error": round(error, 4), **found}
+def global_batch(config: RewardConfig, comparisons: list[Comparison], replies: int, pad_id: int) -> tuple[list[Batch], dict[str, float]]:
+    """A global batch -> this data-parallel rank's micro-batches, and what the log says of it. Packed, a row holds whole queries: those of
+    one with long replies may be longer than seq_length. No micro-batch has more tokens than unpacked rows of full length."""
+    ranks, rank = parallel.data_ranks(), parallel.data_rank()
+    lengths = [sum(len(example.tokens) for example, _ in group) for group in comparisons]
+    if config.packing:
+        capacity = max(config.seq_length, *lengths)
+        rows = config.micro_batch_size * replies * config.seq_length // capacity
+        layout = lay_out(lengths, limits(config)._replace(capacity=capacity, micro_batch_size=rows))
+        mine = [[comparisons[index] for index in row] for row in shard(layout.rows, rank, ranks)]
+        batch, size = collate_packed_comparisons(mine, replies, pad_id, layout.length), layout.micro_batch_size
+        computed = len(layout.rows) * layout.length
+    else:
+        length = padded_length([len(example.tokens) for group in comparisons for example, _ in group], length_multiple(config))
+        batch, size = collate_comparisons(shard(comparisons, rank, ranks), replies, pad_id, length), config.micro_batch_size * replies
+        computed = len(comparisons) * replies * length
+    return split(batch, size), {"tokens": sum(lengths), "packing_efficiency": sum(lengths) / computed}
 
 
 def heldout(config: RewardConfig, learner: Learner, comparisons: list[Comparison], replies: int, pad_id: int) -> dict[str, float]:
@@ -91,43 +95,29 @@ def heldout(config: RewardConfig, learner: Learner, comparisons: list[Comparison
         return judged(*torch.zeros(3, 0, replies))
     length = padded_length([len(example.tokens) for group in mine for example, _ in group], length_multiple(config))
     batch = collate_comparisons(mine, replies, pad_id, length)
-    return judged(*(values.view(-1, replies) for values in (rewards(batch), batch["scores"], batch["lengths"])))
-
-
-def judged(rewards: torch.Tensor, scores: torch.Tensor, lengths: torch.Tensor) -> dict[str, float]:
-    """This data-parallel rank's rewards, scores and rows' lengths, each (Q, K) -> over all ranks' pairs: accuracy with its 95% interval,
-    mean margin, calibration, and the accuracy of "the shorter reply wins". A collective."""
-    pair = scores[:, :, None] > scores[:, None, :]
-    margin = (rewards[:, :, None] - rewards[:, None, :])[pair].double()
-    shorter = (lengths[:, :, None] < lengths[:, None, :])[pair]
-    sums = torch.stack((pair.sum().double(), (margin > 0).sum().double(), margin.sum(), shorter.sum().double()))
-    total, correct, margins, shorter = parallel.sum_over_data(sums.to(parallel.device())).tolist()
-    bins = parallel.sum_over_data(calibration_sums(margin).to(parallel.device())).cpu()
-    low, high = wilson(correct, total)
-    return {"heldout_accuracy": correct / total, "heldout_accuracy_low": low, "heldout_accuracy_high": high,
-            "heldout_margin": margins / total, "shorter_wins": shorter / total, **calibration(bins)}
+    return judged(*(values.view(-1, replies) for values in (rewards(batch), batch["scores"], batch["response_mask"].sum(1))))
 
 
 def task(config: RewardConfig, inputs: Inputs, learner: Learner) -> Task:
-    rows, tokenizer = inputs.rows, inputs.tokenizer
+    rows, tokenizer, responses = inputs.rows, inputs.tokenizer, calibration.read(config)
     unseen = [comparison_example(row, tokenizer, config.seq_length) for row in inputs.unseen]
     replies = max(rows.most_replies, inputs.unseen.most_replies)
 
     def micro_batches(indices: list[int]) -> tuple[list[Batch], dict[str, float]]:
         comparisons = [comparison_example(rows[index], tokenizer, config.seq_length) for index in indices]
-        lengths = [len(example.tokens) for group in comparisons for example, _ in group]
-        mine = shard(comparisons, parallel.data_rank(), parallel.data_ranks())
-        batch = collate_comparisons(mine, replies, tokenizer.pad_id, padded_length(lengths, length_multiple(config)))
-        return split(batch, config.micro_batch_size * replies), {"tokens": sum(lengths)}
+        return global_batch(config, comparisons, replies, tokenizer.pad_id)
+
+    def bias() -> dict[str, float]:
+        return {"reward_bias": calibration.bias(config, learner, responses, tokenizer.eos_id, tokenizer.pad_id)}
 
     objective = Objective(("loss", "accuracy", "margin"), partial(compute, replies))
-    return Task(objective, micro_batches, lambda: heldout(config, learner, unseen, replies, tokenizer.pad_id),
-                headline=("loss", "accuracy", "margin", "heldout_accuracy", "shorter_wins", "grad_norm"))
+    return Task(objective, micro_batches, lambda: heldout(config, learner, unseen, replies, tokenizer.pad_id) | bias(),
+                headline=HEADLINE, state=bias)
 
 
 def run(config: RewardConfig) -> None:
     """The stage, inside ``ranks``."""
-    learn(config, "reward", "scalar", task)
+    learn(config, "reward", "scalar", task, calibration.answer)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ class _Save:
     state: dict
     aside: Path
     started: float
+    best: int
     requests: list[tuple[AsyncRequest, queue.Queue]] = field(default_factory=list)
     written: Future | None = None
     error: str = ""
@@ -68,8 +69,9 @@ class Saver:
         self.checked = False
         self.times: dict[str, float] = {}
 
-    def save(self, iteration: int, state: dict) -> None:
-        """Write one checkpoint of all learners and ``state`` (JSON); returns when it is published or, with async_save, copied.
+    def save(self, iteration: int, state: dict, best: int = 0) -> None:
+        """Write one checkpoint of all learners and ``state`` (JSON); returns when it is published or, with async_save, copied. That of the
+        iteration ``best`` is kept.
 
         Raises SaveFailed on every rank where one can't write; nothing is left of the failed save then.
         """
@@ -78,7 +80,7 @@ class Saver:
         target = checkpoint.folder(self.stage, iteration)
         steps = {name: learner.schedule.num_steps for name, learner in self.learners.items()}
         current = _Save(iteration, {"iteration": iteration, "optimizer_steps": steps, **state},
-                        target.with_name(f".{target.name}.saving"), began)
+                        target.with_name(f".{target.name}.saving"), began, best)
         owned = {name: checkpoint.sharded(learner, is_loading=False) for name, learner in self.learners.items()}
         self._prepare(current, owned)
         current.requests = [self._plan(current.aside / name, tensors) for name, tensors in owned.items()]
@@ -159,7 +161,7 @@ class Saver:
     def _publish(self, current: _Save, digests: dict[str, str]) -> None:
         (current.aside / "state.json").write_text(json.dumps(current.state, indent=1), encoding="utf-8")
         checkpoint.publish(self.stage, current.aside, current.iteration, digests)
-        self.cleaning = self.pool.submit(checkpoint.prune, self.stage, current.iteration, self.trainer)
+        self.cleaning = self.pool.submit(checkpoint.prune, self.stage, current.iteration, self.trainer, current.best)
 
     def _attempt(self, current: _Save, function, *args):
         """``function(*args)``; a failure is kept for ``_agree``, so that no rank waits for one that has left."""

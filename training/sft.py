@@ -12,10 +12,12 @@ import sys
 
 import torch
 
-from training import parallel
+from training import parallel, replies
 from training.config import SFTConfig
-from training.data.batches import Example, collate, padded_length, sft_example, shard
+from training.data.batches import Example, collate, padded_length, prompt_tokens, sft_example, shard
 from training.data.packing import collate_packed, lay_out
+from training.early import EarlyStop
+from training.generation.replicas import Replicas
 from training.loop import Task
 from training.main import run_stage
 from training.model.heads import Output, next_token_logprobs, next_token_nll
@@ -69,7 +71,24 @@ def task(config: SFTConfig, inputs: Inputs, learner: Learner) -> Task:
         return global_batch(config, [sft_example(inputs.rows[index], tokenizer, config.seq_length) for index in indices], tokenizer.pad_id)
 
     return Task(Objective(("loss",), compute), micro_batches, lambda: heldout(config, learner, unseen, tokenizer.pad_id),
-                headline=("loss", "heldout_loss", "unigram_entropy", "packing_efficiency", "grad_norm", "lr"))
+                headline=("loss", "heldout_loss", "unigram_entropy", "packing_efficiency", "grad_norm", "lr"),
+                early=EarlyStop(config.patience, config.min_delta, "heldout_loss") if config.patience else None,
+                samples=samples(config, inputs, learner) if config.sample_every else None)
+
+
+def samples(config: SFTConfig, inputs: Inputs, learner: Learner) -> replies.Samples:
+    """Greedy replies to the first held-out prompts. A collective."""
+    steps, tokenizer = min(config.sample_length, config.seq_length // 2), inputs.tokenizer
+    count = min(config.sample_prompts, len(inputs.unseen))
+    prompts = [prompt_tokens(inputs.unseen[index], config.seq_length - steps) for index in range(count)]
+    replicas = Replicas(learner.model, inputs.shape, replies.limits(config.seq_length), tokenizer.eos_id)
+
+    def say() -> list[tuple[str, str]]:
+        answers = replies.replies(replicas, prompts, steps)
+        texts = [tokenizer.decode(answer) + ("" if answer[-1] == tokenizer.eos_id else "...") for answer in answers]
+        return list(zip(map(tokenizer.decode, prompts), texts, strict=True))
+
+    return replies.Samples(config.sample_every, say)
 
 
 def run(config: SFTConfig) -> None:

@@ -46,11 +46,13 @@ def read_inputs(config: TrainerConfig, kind: str) -> Inputs:
     return Inputs(shape, tokenizer, rows(config.paths.train), rows(config.paths.heldout))
 
 
-def learn(config: TrainerConfig, kind: str, head: str, make_task: Callable[[TrainerConfig, Inputs, Learner], Task]) -> None:
+def learn(config: TrainerConfig, kind: str, head: str, make_task: Callable[[TrainerConfig, Inputs, Learner], Task],
+          before: Callable[[TrainerConfig, Inputs], None] = lambda config, inputs: None) -> None:
     """A stage in which one model learns from rows, inside ``ranks``: a model with ``head`` ("lm", or a new "scalar" one) and the weights of
     ``paths.init`` learns the task. Raises Interrupted after a signal, all saved."""
     stop = parallel.StopRequest()
     inputs = read_inputs(config, kind)
+    before(config, inputs)
     model = build_model(inputs.shape, config, head)
     checkpoint.load_weights(checkpoint.resolve(config.paths.init) / "model", model, fresh_head=config.seed if head == "scalar" else None)
     learner = Learner(model, config, config.lr, config.iterations, config.warmup_iterations)

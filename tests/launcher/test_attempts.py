@@ -74,6 +74,30 @@ def sums(folder) -> None:
     (folder / "SHA256").write_text("".join(lines))
 
 
+
+def test_a_stage_that_stopped_early_is_done_at_its_best_and_one_that_died_is_not(project):
+    """Iterations 1 to 3 are saved; 2 was the best."""
+    assert project.submit("--wait", "--until", "sft").returncode == 0
+    stage, run = project.run / "sft", Run(project.run)
+    (stage / "latest").write_text("2\n")
+    with pytest.raises(Refused, match="sft exited 0 at iteration 2 of 3: it did not finish"):
+        manifest.make(run, ALL["sft"], 1, 0.0)
+    for said, done in (({"misses": 1, "patience": 1, "ended": 3}, True), ({"misses": 0, "patience": 1, "ended": 3}, True),
+                       ({"misses": 1, "patience": 1, "ended": 2}, True), ({"misses": 0, "patience": 1, "ended": 2}, False),
+                       ({"misses": 1, "patience": 1, "ended": 3, "iteration": 1}, False)):
+        said = {"iteration": 2, **said}
+        (stage / "chosen.json").write_text(json.dumps(said))
+        if not done:
+            with pytest.raises(Refused, match="sft exited 0 at iteration 2 of 3: it did not finish"):
+                manifest.make(run, ALL["sft"], 1, 0.0)
+            continue
+        made = manifest.make(run, ALL["sft"], 1, 0.0)
+        assert made["iteration"] == 2 and made["chosen"] == said
+        assert any("iter_0000002" in name for name in made["outputs"]) and not any("iter_0000003" in name for name in made["outputs"])
+        manifest.write(run, ALL["sft"], made)
+        manifest.verify(run, ALL["sft"])
+
+
 def test_a_flipped_bit_is_never_certified_and_the_checkpoint_before_it_is_used(project):
     assert project.submit("--wait", "--until", "sft").returncode == 0
     for number in (2, 3):

@@ -49,7 +49,7 @@ class Run:
 
     def reward(self, output: Path, layout=(1, 1), iterations=2, **values) -> RewardConfig:
         paths = Paths(str(output), self.model, str(self.folder / "sft"), self.data("reward"), self.data("reward_heldout"))
-        return RewardConfig(paths=paths, seq_length=80, **trainer(layout, iterations, **values))
+        return RewardConfig(paths=paths, seq_length=80, **trainer(layout, iterations, **({"calibration_samples": 40} | values)))
 
     def dpo(self, output: Path, layout=(1, 1), iterations=2, **values) -> DPOConfig:
         paths = Paths(str(output), self.model, str(self.folder / "sft"), self.data("reward"), self.data("reward_heldout"))

@@ -13,6 +13,7 @@ import tokenizers
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
 
+from training import checkpoint
 from training.config import PPOConfig
 from training.data.batches import Sampler
 
@@ -57,7 +58,9 @@ class Reference:
         with open(config.paths.train) as file:
             self.prompts = [tokenizer.encode(json.loads(line)["prompt"]).ids[-config.prompt_length:] for line in file]
         self.sampler = Sampler(len(self.prompts), config.rollout_batch_size // config.group_size, config.seed)
-        self.bias, self.steps = None, 0
+        with open(checkpoint.resolve(config.paths.reward) / "state.json") as file:
+            self.bias = json.load(file)["reward_bias"]
+        self.steps = 0
         self.optimizers = {name: self.adam(model, lr) for name, model, lr in (("policy", self.policy, config.lr),
                                                                              ("value", self.critic, getattr(config, "value_lr", 0.0)))}
 
@@ -95,11 +98,8 @@ class Reference:
         for row in rows:
             row.logprobs, row.reference = self.logprobs(self.policy, row), self.logprobs(self.frozen, row)
             row.values, row.score = self.values(row), self.judge(row.tokens)[-1].item()
-        if self.bias is None:
-            ended = [row.score for row in rows if row.ended]
-            self.bias = -sum(ended) / len(ended) if ended else None
         for row in rows:
-            row.score = max(-config.reward_clip, min(config.reward_clip, row.score + (self.bias or 0)))
+            row.score = max(-config.reward_clip, min(config.reward_clip, row.score + self.bias))
             row.score = row.score if row.ended else config.missing_eos_penalty
         return {"reward": sum(row.score for row in rows) / len(rows), "eos_rate": sum(row.ended for row in rows) / len(rows),
                 "kl": sum((row.logprobs - row.reference).sum().item() for row in rows) / len(rows),

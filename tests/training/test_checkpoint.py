@@ -192,8 +192,8 @@ def stop_after(trainer, config, iteration):
     """The trainer, ended without any clean-up as soon as ``iteration`` is saved."""
     save = Saver.save
 
-    def save_and_die(self, number, state):
-        save(self, number, state)
+    def save_and_die(self, number, state, best):
+        save(self, number, state, best)
         if number == iteration:
             self.wait()
             raise Killed

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from typing import NamedTuple
 from training.data import dialogue
 
 EXIT_DATA = 65
+_SURROGATE = re.compile("[\ud800-\udfff]")
 LFS_POINTER = b"version https://git-lfs"
 FORMATS = ('Anthropic HH {"chosen", "rejected"}, TRL {"prompt", "chosen", "rejected"} or {"query", "response": [...], "score": [...]}')
 NEEDS = {"rlhf": (0, "a prompt"), "sft": (1, "a response"), "reward": (2, "two replies to compare")}
@@ -190,7 +192,7 @@ def _text(row: dict, field: str, where: str = "") -> str:
 def _string(value, where: str) -> str:
     if not isinstance(value, str):
         raise BadRow(f"{where}: {_short(value)}: expected a string")
-    if any("\ud800" <= letter <= "\udfff" for letter in value):
+    if _SURROGATE.search(value):
         raise BadRow(f"{where}: {_short(value)}: half of a surrogate pair is no character")
     return value
 
