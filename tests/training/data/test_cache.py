@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks import data as benchmark
 from tests.distributed import run
 from training import parallel
 from training.data import cache
@@ -156,3 +157,16 @@ def test_the_first_rank_makes_it_for_all_and_its_errors_are_everyones(tmp_path, 
     found = run(_ranks_read, 1, 1, 3, written(tmp_path, ROWS), demo_run / "model")
     assert [made for made, *_ in found] == [1, 0, 0]
     assert found[0][1] == found[1][1] == found[2][1] and all(mapped for *_, mapped in found)
+
+
+def test_the_benchmark_runs(tmp_path):
+    """benchmarks/data.py's parts on 400 rows: its numbers are of the rows that it says."""
+    benchmark.demo_model(tmp_path / "model")
+    benchmark.generate(tmp_path, 400)
+    files = benchmark.part_prepare(tmp_path)
+    assert 350 < sum(files[name] for name in ("sft.jsonl", "sft_heldout.jsonl")) < 400, "one row in twenty is written twice"
+    assert benchmark.part_read(tmp_path)["rows"] == files["sft.jsonl"] and benchmark.part_list(tmp_path, 50)["rows"] == 50
+    assert benchmark.part_hidden(tmp_path, 1).keys() == {"alone_ms", "ahead_ms"}
+    for _, before, now, most in benchmark.efficiencies([100, 300, 500], 2):
+        assert 0 < before <= 1 and before - 0.02 < now <= most + 1e-9
+    assert benchmark.memory()["peak_mb"] >= benchmark.memory()["anonymous_mb"] > 0

@@ -8,6 +8,7 @@ from collections import Counter
 
 import pytest
 
+from training.data import dialogue
 from training.data.cache import cached
 from training.data.formats import DataError, Row, Unusable, as_native, iterate, parse
 from training.data.tokenizer import Tokenizer
@@ -100,6 +101,19 @@ def test_a_bad_row_is_named_by_file_line_and_field_or_skipped_and_counted(tmp_pa
 def test_oddities_of_hh_are_counted_by_reason(chosen, rejected, reason):
     with pytest.raises(Unusable, match=reason):
         parse({"chosen": chosen, "rejected": rejected})
+
+
+@pytest.mark.parametrize(("prompt", "found"), [
+    (Q + CUE, []),
+    (f"{Q}\n\nHuman: Well?{CUE}", ["speakers do not alternate"]),
+    (f"{Q}{CUE} So.{CUE}", ["speakers do not alternate"]),
+    (f"\n\nHuman: He said. Assistant: fine{CUE}", ["role marker inside a turn"]),
+    (f"{Q} Human:\n\nHuman: x{CUE}", ["speakers do not alternate", "role marker inside a turn"]),
+    ("\n\nHuman: A subHuman: is no marker" + CUE, []),
+])
+def test_oddities_that_are_kept_are_named_and_change_no_text(prompt, found):
+    assert dialogue.oddities(prompt) == found
+    assert parse({"chosen": prompt + " So.", "rejected": prompt + " No."}) == Row(prompt, (" So.", " No."), (1.0, 0.0))
 
 
 def test_a_marker_in_the_worse_reply_is_what_makes_it_worse():

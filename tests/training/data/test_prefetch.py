@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 
 import pytest
 import torch
@@ -27,19 +26,21 @@ def test_batches_and_states_are_those_of_their_step():
     assert ahead.state_dict() == alone.state_dict()  # not one batch more than was asked for
 
 
-def test_a_step_does_not_wait_for_its_batch():
-    """Making a batch takes as long as half a step: without the thread five steps would wait for 5 x 40 ms."""
-    def slow(indices):
-        time.sleep(0.04)
+def test_the_next_batch_is_made_while_this_one_is_in_use():
+    """And only that one: memory holds two."""
+    made, taken = threading.Semaphore(0), []
+
+    def make(indices):
+        taken.append(indices)
+        made.release()
         return batch(indices)
 
-    waited, batches = [], prefetched(Sampler(100, 4, seed=0), slow, 6)
-    for _ in range(6):
-        began = time.monotonic()
+    batches = prefetched(Sampler(100, 4, seed=0), make, 5)
+    for step in range(5):
         next(batches)
-        waited.append(time.monotonic() - began)
-        time.sleep(0.08)
-    assert waited[0] >= 0.04 and sum(waited[1:]) < 0.1
+        for _ in range(2 if step == 0 else 1 if step < 4 else 0):
+            assert made.acquire(timeout=30), "nobody asked for it, and it is made"
+        assert len(taken) == min(step + 2, 5)
 
 
 def test_an_error_is_raised_where_the_batch_is_asked_for_and_the_thread_ends():
