@@ -33,7 +33,7 @@ from training.settings import ConfigError
 def metrics(stage: Path) -> list[dict]:
     """Rows of metrics.jsonl without what depends on the clock."""
     rows = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
-    clocked = re.compile("time|.*seconds|tokens_per_second|peak_gb|save_")
+    clocked = re.compile("time|.*seconds|.*tokens_per_second|rollout_tail_share|peak_gb|save_")
     return [{name: value for name, value in row.items() if not clocked.match(name)} for row in rows]
 
 
