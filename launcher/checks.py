@@ -9,7 +9,8 @@ from pathlib import Path
 from launcher import cluster, container, inputs, memory, storage
 from launcher.config import Profile, StageResources, build_plain
 from launcher.pipeline import Graph, Stage, model_folder, stage_config
-from training.config import ModelConfig, RewardConfig
+from training.config import RewardConfig
+from training.data.config import ModelConfig
 from training.settings import ConfigError
 from training.shape import ConfigFile, Shape, family
 

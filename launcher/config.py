@@ -15,7 +15,8 @@ from pathlib import Path
 from conversion.config import ConvertConfig, ExportConfig
 from eval.config import MTBenchConfig
 from launcher.profile import Profile
-from training.config import DataConfig, DPOConfig, GRPOConfig, ModelConfig, PPOConfig, RewardConfig, SFTConfig
+from training.config import DPOConfig, GRPOConfig, PPOConfig, RewardConfig, SFTConfig
+from training.data.config import DataConfig, ModelConfig
 from training.settings import ConfigError, build
 
 if sys.version_info >= (3, 11):

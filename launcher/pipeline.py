@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.config import SECTIONS, build_plain
-from training.config import PrepareConfig
+from training.data.config import PrepareConfig
 from training.settings import ConfigError, build
 
 FULL, PPO = "full-pipeline", "ppo"

@@ -12,8 +12,8 @@ from launcher import cli, nccl
 from tests.launcher.stub_project import ROOT, Project
 
 COMMANDS = ["doctor", "plan", "submit", "render", "status", "watch", "logs", "resume", "cancel", "report", "completion"]
-ALLOWED = {"click", "rich", "submitit", "tomllib", "tomli", "launcher", "training.config", "training.settings", "training.shape",
-           "training.checksums", "conversion.config", "eval.config"}
+ALLOWED = {"click", "rich", "submitit", "tomllib", "tomli", "launcher", "training.config", "training.data.config", "training.settings",
+           "training.shape", "training.checksums", "conversion.config", "eval.config"}
 
 
 def test_the_commands_are_these():

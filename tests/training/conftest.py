@@ -10,19 +10,8 @@ from conversion.config import ConvertConfig, ConvertPaths
 from conversion.hf_to_megatron import convert
 from tests.distributed import run
 from training import reward, sft
-from training.config import (
-    DataConfig,
-    DPOConfig,
-    GRPOConfig,
-    ModelConfig,
-    Paths,
-    PPOConfig,
-    PPOPaths,
-    PrepareConfig,
-    PreparePaths,
-    RewardConfig,
-    SFTConfig,
-)
+from training.config import DPOConfig, GRPOConfig, Paths, PPOConfig, PPOPaths, RewardConfig, SFTConfig
+from training.data.config import DataConfig, ModelConfig, PrepareConfig, PreparePaths
 from training.data.prepare import prepare
 
 

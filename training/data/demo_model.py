@@ -13,7 +13,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from training.config import ModelConfig
+from training.data.config import ModelConfig
 from training.settings import ConfigError
 from training.shape import family
 

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import TextIO
 
 from training.checksums import sync
-from training.config import DataConfig, PrepareConfig
 from training.data import demo, dialogue, formats
 from training.data.cache import cached
+from training.data.config import DataConfig, PrepareConfig
 from training.data.split import HeldOut, Repeats
 from training.data.tokenizer import Tokenizer
 from training.settings import ConfigError, load

@@ -6,7 +6,7 @@ is renaming.
 
 from __future__ import annotations
 
-from training.config import ModelConfig
+from training.data.config import ModelConfig
 from training.shape import EMBEDDING, ConfigFile, Shape, Table, Weight
 
 HUGGING_FACE = "Bloom"

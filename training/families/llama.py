@@ -7,7 +7,7 @@ divides tensors (checkpoints, optimizer, generation) has to know that they are s
 
 from __future__ import annotations
 
-from training.config import ModelConfig
+from training.data.config import ModelConfig
 from training.settings import ConfigError
 from training.shape import EMBEDDING, ConfigFile, Shape, Table, Weight
 

@@ -9,8 +9,8 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from training.config import ModelConfig
 from training.data import demo_model
+from training.data.config import ModelConfig
 from training.data.tokenizer import Tokenizer
 from training.settings import ConfigError
 
