@@ -18,7 +18,7 @@ CHUNK_LOGITS = 2**29
 
 
 FAMILIES = ("bloom", "llama")
-"""config.json's ``model_type`` of what can be trained: each has training/families/NAME.py and training/model/NAME.py."""
+"""config.json's ``model_type`` of what can be trained: each has a NAME.py in training/families, training/model and training/generation."""
 EMBEDDING, OUTPUT, SCORE = "embedding.word_embeddings.weight", "output_layer.weight", "score.linear.weight"
 """megatron-core's keys of every family's embedding, output matrix and scalar head."""
 VOCABULARY = (EMBEDDING, OUTPUT)
