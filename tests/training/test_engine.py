@@ -13,7 +13,7 @@ from training.generation.schedule import Scheduler
 from training.settings import ConfigError
 
 VOCAB, STEPS = 300, 16
-SMALL = dict(page=4, rows=9, cache_tokens=120, prefill_tokens=13, prefill_least=20, expected=0.0)
+SMALL = dict(page=4, rows=9, cache_tokens=64, prefill_tokens=13, prefill_least=20, expected=0.0)
 """A cache for two or three rows that starts with more, prompts in chunks, refills late."""
 
 
@@ -159,13 +159,32 @@ def test_admission_expects_what_ended_rows_needed():
     def requests(count):
         return [Request([1] * 8, Sampling(24, temperature=0))] * count
 
-    scheduler = Scheduler(requests(20), Pages(32, 4), 20)
+    scheduler = Scheduler(requests(20), Pages(36, 4), 20)
     scheduler.repeated = set()
     first = scheduler.admit()
-    assert len(first) == 4  # 32 tokens each are 8 pages
+    assert len(first) == 4  # 32 tokens each are 8 pages, and half a page more
     for row in first[:3]:
         row.tokens = [1] * 6
         scheduler.finish(row, "eos")
     assert scheduler.admit(least_tokens=100) == []
-    assert len(scheduler.admit(least_tokens=30)) == 7  # 8 + 1.1 * 6 tokens are 4 pages; the one that runs is expected to need no more
-    assert len(scheduler.running) == 8
+    assert len(scheduler.admit(least_tokens=30)) == 8  # 8 + 1.1 * 6 tokens and half a page: 9 rows, one of them running
+    assert len(scheduler.running) == 9
+
+
+def test_admission_counts_that_rows_end_at_different_times():
+    """Rows of 8 tokens that want 4, 8, 12, 16 and 20 more: 25 pages if each held its longest length to the end, and 19 are enough."""
+    scheduler = Scheduler([Request([1] * 8, Sampling(new, temperature=0)) for new in (4, 8, 12, 16, 20)], Pages(19, 4), 5)
+    scheduler.repeated = set()
+    rows = scheduler.admit()
+    assert len(rows) == 5
+    held = []
+    while scheduler.running:
+        assert scheduler.missing(scheduler.running) <= 0, "the cache never overflows"
+        scheduler.prefill(1000)
+        scheduler.step(scheduler.ready())
+        held.append(scheduler.pages.count - len(scheduler.pages.unused))
+        for row in list(scheduler.running):
+            row.tokens.append(1)
+            if len(row.tokens) == row.request.sampling.max_new_tokens:
+                scheduler.finish(row, "length")
+    assert max(held) <= 19 < sum(-(-row.longest // 4) for row in rows)

@@ -174,6 +174,8 @@ class Engine:
                 flight = self._collect(scheduler, flight)
             if quarter is None and 4 * (len(scheduler.running) + len(scheduler.waiting)) < all_rows:
                 quarter = time.monotonic()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()  # a step of ended rows may still run, on the cache
         self._report(scheduler, began, quarter)
 
     def _prefill(self, pieces: list[Piece]) -> None:

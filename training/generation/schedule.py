@@ -1,12 +1,13 @@
 """Which rows run: admission, chunks of prefill, decode steps, preemption. Pure bookkeeping, no tensors.
 
-Rows are admitted while the cache can be expected to hold what they and the running ones will grow to: the expectation is each row's
-longest response until some have ended, then what those needed. Where it was too low, the youngest row gives its pages back and is
-computed again later, from its prompt and the tokens it has: nothing overflows, and the oldest row always goes on.
+Rows are admitted while the cache can be expected to hold what they and the running ones will grow to before they end: the expectation is
+each row's longest response until some have ended, then what those needed. Where it was too low, the youngest row gives its pages back and
+is computed again later, from its prompt and the tokens it has: nothing overflows, and the oldest row always goes on.
 """
 
 from __future__ import annotations
 
+import bisect
 from collections import Counter, deque
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -86,29 +87,46 @@ class Scheduler:
         """Rows that begin now. While others run, fewer than ``least_tokens`` tokens to compute wait for more: small prefills are slow."""
         if not self.waiting or not self.slots or (self.full and self.running):
             return []
-        chosen, tokens, room = [], 0, len(self.pages.unused) - sum(map(self._growth, self.running))
-        filled = set(self.prefixes)
+        chosen, tokens = [], 0
+        future = sorted(map(self._future, self.running), reverse=True)
+        shared = {prompt: len(prefix.pages) for prompt, prefix in self.prefixes.items()}
+        unused = len(self.pages.unused)
         for row in self.waiting:
-            needed = self._growth(row) - (self._whole(row) if row.prompt in filled else 0)
+            unused -= self.pages.for_tokens(row.length) - (self._whole(row) if row.prompt in shared else 0)
+            if row.prompt in self.repeated:
+                shared.setdefault(row.prompt, self._whole(row))
+            bisect.insort(future, self._future(row), key=lambda pair: (-pair[0], -pair[1]))
             alone = not (self.running or chosen)
-            if len(chosen) == len(self.slots) or (needed > room and not alone):
+            full = unused < 0 or (self._peak(future) + sum(shared.values()) > self.pages.count and not alone)
+            if full or len(chosen) == len(self.slots):
                 if self.running and tokens < least_tokens:
                     return []
                 break
             chosen.append(row)
-            tokens, room = tokens + row.length, room - needed
-            if row.prompt in self.repeated:
-                filled.add(row.prompt)
+            tokens += row.length
         for row in chosen:
             self.waiting.popleft()
             self._begin(row)
         return chosen
 
-    def _growth(self, row: Row) -> int:
-        """Pages that a row is expected to need beyond those it has."""
+    def _future(self, row: Row) -> tuple[int, int]:
+        """Steps that a row is expected to go on, and its tokens now, without those in shared pages."""
         share = min(1.0, 1.1 * self.ended_tokens / self.ended_longest) if self.ended_longest else self.expected
-        left = row.longest - row.length
-        return max(self.pages.for_tokens(row.length + int(share * left)) - len(row.pages), 0)
+        shared = self._whole(row) * self.pages.size if row.prompt in self.repeated else 0
+        return int(share * (row.longest - row.length)), row.length - shared
+
+    def _peak(self, future: list[tuple[int, int]]) -> int:
+        """Most pages that rows will hold at once: rows grow until they end, and the total is highest when one of them does.
+
+        ``future``: (steps left, tokens) of each row, those that go on longest first. When the k-th ends, k rows hold all their tokens
+        and as many more as it had steps left (the "past-future" admission of LightLLM, Gong et al. 2025). Half a page a row is added:
+        the last one is half empty on average.
+        """
+        tokens = peak = 0
+        for count, (left, length) in enumerate(future, 1):
+            tokens += length
+            peak = max(peak, (tokens + count * left) // self.pages.size + (count + 1) // 2)
+        return peak
 
     def _whole(self, row: Row) -> int:
         """Pages that the row's prompt fills, its last token left out: that one is computed for each sample."""
