@@ -16,6 +16,7 @@ from training.config import TrainerConfig
 from training.gates import Guard
 from training.model.kernels import describe
 from training.model.language_model import Interleaved, LanguageModel, parts, transformer_config
+from training.model.linear import accumulate
 from training.optimizer import make_optimizer, make_schedule
 from training.shape import Shape
 
@@ -50,6 +51,7 @@ class Learner:
         self.model = model
         data_parallel = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
         self.wrapped = [DistributedDataParallel(model.config, data_parallel, part) for part in parts(model)]
+        accumulate(model)
         self.optimizer = make_optimizer(self.wrapped, trainer, lr)
         self.schedule = make_schedule(self.optimizer, trainer, lr, steps, warmup_steps)
         self.guard = Guard(trainer)

@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from training import parallel
-from training.model import backends, lora, rotary
+from training.model import backends, linear, lora, rotary
 from training.model.attention import CausalAttention, Documents
 from training.model.heads import Output, ScalarHead
 from training.model.kernels import no_init, norm_class
@@ -142,7 +142,7 @@ class LanguageModel(LanguageModule):
 
     def forward(self, tokens, documents=None):
         """``documents`` (B, T) int: the document of each token of a packed batch (training.model.attention.Documents), on every stage."""
-        hidden = self.embedding(tokens, None) if self.pre_process else None
+        hidden = self._embed(tokens) if self.pre_process else None
         if self.pre_process and self.shape.embedding_norm:
             hidden = self.embedding_layernorm(hidden)
         if self.pre_process and self.config.lora and torch.is_grad_enabled():
@@ -167,6 +167,12 @@ class LanguageModel(LanguageModule):
             return None
         positions = rotary.of_documents(documents) if documents is not None else None
         return rotary.angles(shape.theta, shape.head_dim, tokens.size(1), positions, tokens.device)
+
+    def _embed(self, tokens):
+        """Tokens (B, T) -> (T, B, H), or this rank's part under sequence parallelism."""
+        if self.config.tensor_model_parallel_size == 1:
+            return linear.embed(tokens, self.embedding.word_embeddings.weight)
+        return self.embedding(tokens, None)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         """Without megatron-core's ``_extra_state`` objects: they hold nothing here, and loading them would unpickle."""

@@ -6,17 +6,19 @@ dropped. With z the logits divided by the temperature, p = softmax(z) and y the 
     log p(y) = z_y - lse(z)          d log p(y) / dz = onehot(y) - p
     H = lse(z) - sum_j p_j z_j       dH / dz_j = -p_j (log p_j + H)
 
-Matrix products are the device's own; what lies between them is one pass over the logits forward and one backward, compiled on CUDA.
+Matrix products are the device's own; what lies between them is one pass over the logits forward and one backward
+(training.model.vocabulary_triton on CUDA, plain torch here). Where the weight has a buffer for its gradient (training.model.linear), the
+gradient is added there and none is returned.
 """
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
+from training.model.linear import add_product, buffer
 from training.shape import CHUNK_LOGITS
 
 NOTHING = torch.finfo(torch.float32).min / 2
@@ -52,29 +54,17 @@ def chunks(count: int, columns: int) -> list[slice]:
     return [slice(start, min(start + size, count)) for start in range(0, count, max(size, 1))]
 
 
-def _compiled(function):
-    """``function``, compiled for tensors on a GPU: any number of rows (dimension 0 of every tensor), the other sizes fixed."""
+def _on_gpu():
+    from training.model import vocabulary_triton
 
-    @functools.cache
-    def made():
-        return torch.compile(function, dynamic=False)
-
-    @functools.wraps(function)
-    def call(*args):
-        if not args[0].is_cuda:
-            return function(*args)
-        for arg in args:
-            if isinstance(arg, torch.Tensor):
-                torch._dynamo.maybe_mark_dynamic(arg, 0)
-        return made()(*args)
-
-    return call
+    return vocabulary_triton
 
 
-@_compiled
 def _statistics(logits, target, temperature: float, entropy: bool):
     """Of (n, C) logits: the largest z, sum exp(z - largest), the sum of exp(z - largest)(z - largest) where ``entropy``, else 0, and z
     of the target (n,) counted from this rank's first column, 0 where it has none; (n,) fp32 each."""
+    if logits.is_cuda:
+        return _on_gpu().statistics(logits, target, temperature, entropy)
     z = logits.float() / temperature
     highest = z.amax(-1)
     shifted = z - highest[:, None]
@@ -85,9 +75,10 @@ def _statistics(logits, target, temperature: float, entropy: bool):
     return highest, exponentials.sum(-1), weighted, torch.where(here, chosen, 0.0)
 
 
-@_compiled
 def _to_gradient(logits, target, lse, entropy, grad_logprob, grad_entropy, temperature: float) -> None:
     """Overwrite (n, C) logits with the gradient by them of sum(grad_logprob log p(y) + grad_entropy H); (n,) each but the first."""
+    if logits.is_cuda:
+        return _on_gpu().to_gradient(logits, target, lse, entropy, grad_logprob, grad_entropy, temperature)
     log_p = logits.float() / temperature - lse[:, None]
     p = log_p.exp()
     one_hot = torch.arange(logits.size(1), device=logits.device)[None] == target[:, None]
@@ -95,6 +86,7 @@ def _to_gradient(logits, target, lse, entropy, grad_logprob, grad_entropy, tempe
     if grad_entropy is not None:
         gradient = gradient - grad_entropy[:, None] * p * (log_p + entropy[:, None])
     logits.copy_(gradient / temperature)
+    return None
 
 
 def _reduce(parts: list, columns: Columns):
@@ -139,14 +131,12 @@ class _Chunks:
         if of_hidden is not None:
             of_hidden[index] = logits @ self.weight
         if of_weight is not None:
-            of_weight.addmm_(logits.t(), self.hidden[index])
+            add_product(of_weight, logits, self.hidden[index])
 
 
-def _zeros(ctx, hidden, weight, columns: Columns):
+def _zeros(ctx, hidden, weight):
     """Where the gradients of (hidden states, weight) are gathered, None where nobody asks."""
-    wanted = ctx.needs_input_grad[:2]
-    whole = [torch.zeros_like(tensor) if asked else None for tensor, asked in zip((hidden, weight), wanted, strict=True)]
-    return whole, (whole[0], None if whole[1] is None else whole[1][: columns.real])
+    return [torch.zeros_like(tensor) if asked else None for tensor, asked in zip((hidden, weight), ctx.needs_input_grad, strict=False)]
 
 
 class _LogProbs(torch.autograd.Function):
@@ -170,13 +160,15 @@ class _LogProbs(torch.autograd.Function):
     def backward(ctx, grad_logprobs, grad_entropies):
         hidden, weight, index, target, lse, entropies = ctx.saved_tensors
         work = _Chunks(hidden, weight, Positions(index, target), ctx.columns, ctx.temperature)
-        whole, into = _zeros(ctx, hidden, weight, ctx.columns)
+        sums = buffer(weight) if ctx.needs_input_grad[1] else None
+        of_hidden, of_weight = _zeros(ctx, hidden, weight) if sums is None else (*_zeros(ctx, hidden, weight)[:1], None)
+        into = of_hidden, _real(of_weight if sums is None else sums, ctx.columns)
         for part in work.slices:
             logits, ctx.kept = work.logits(part) if ctx.kept is None else ctx.kept, None
             work.gradients(part, logits, lse[part], entropies[part], grad_logprobs[part].contiguous(),
                            grad_entropies[part].contiguous() if ctx.entropy else None, into)
             del logits
-        return *whole, None, None, None, None
+        return of_hidden, of_weight, None, None, None, None
 
 
 class _NegativeLogLikelihood(torch.autograd.Function):
@@ -185,7 +177,8 @@ class _NegativeLogLikelihood(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, positions, columns):
         work = _Chunks(hidden, weight, positions, columns, 1.0)
-        whole, into = _zeros(ctx, hidden, weight, columns)
+        whole = _zeros(ctx, hidden, weight)
+        into = whole[0], _real(whole[1], columns)
         loss = torch.zeros((), device=hidden.device)
         for part in work.slices:
             logits = work.logits(part)
@@ -193,13 +186,30 @@ class _NegativeLogLikelihood(torch.autograd.Function):
             loss = loss - logprobs.sum()
             work.gradients(part, logits, lse, None, torch.full_like(lse, -1.0), None, into)
             del logits
-        ctx.save_for_backward(*whole)
+        ctx.save_for_backward(*whole, weight)
         return loss
 
     @staticmethod
     def backward(ctx, grad):
         # In place: these are this function's own, and a graph is walked once.
-        return *(None if made is None else made.mul_(grad) for made in ctx.saved_tensors), None, None
+        of_hidden, of_weight, weight = ctx.saved_tensors
+        of_hidden = None if of_hidden is None else of_hidden.mul_(grad)
+        if of_weight is not None and (sums := buffer(weight)) is not None:
+            add_scaled(sums, of_weight, grad)
+            of_weight = None
+        return of_hidden, None if of_weight is None else of_weight.mul_(grad), None, None
+
+
+def _real(of_weight: torch.Tensor | None, columns: Columns) -> torch.Tensor | None:
+    return None if of_weight is None else of_weight[: columns.real]
+
+
+def add_scaled(into: torch.Tensor, values: torch.Tensor, scale: torch.Tensor) -> None:
+    """fp32 ``into`` += ``values`` x ``scale`` (one number on the device)."""
+    if into.is_cuda and into.dtype == torch.float32:
+        _on_gpu().add_scaled(into, values, scale)
+    else:
+        into.add_(values.to(into.dtype) * scale)
 
 
 def logprobs_and_entropy(hidden, weight, positions: Positions, columns: Columns, temperature: float, entropy: bool):
