@@ -47,7 +47,7 @@ CUDA = torch.cuda.is_available()
 SHAPES = {"560m": bloom(24, 1024, 16, 250880, 1e-5), "1b7": bloom(24, 2048, 16, 250880, 1e-5),
           "3b": bloom(30, 2560, 32, 250880, 1e-5), "7b1": bloom(30, 4096, 32, 250880, 1e-5),
           "small": bloom(2, 64, 4, 1000, 1e-5)}
-ROWS = {"560m": (16, 8), "1b7": (8, 4), "3b": (8, 4), "7b1": (4, 4), "small": (2, 2)}
+ROWS = {"560m": (16, 8), "1b7": (16, 4), "3b": (8, 4), "7b1": (4, 4), "small": (2, 2)}
 """Rows of a micro-batch: ours, theirs (as many as fit, and no more than help)."""
 GLOBAL_ROWS = {"560m": 32, "1b7": 32, "3b": 32, "7b1": 16, "small": 4}
 PEAK = 989e12
