@@ -149,13 +149,15 @@ class Verdict:
     """Exit code of the stage, unless it queues itself again."""
     final: bool = False
     """A limit is reached."""
+    relief: str = ""
+    """What helps, where that was worked out for this stage."""
 
     @property
     def again(self) -> bool:
         return self.kind in AGAIN and not self.final
 
     def advice(self, stage: str) -> str:
-        return ADVICE[self.kind].format(stage=stage) if self.kind in ADVICE else ""
+        return self.relief or (ADVICE[self.kind].format(stage=stage) if self.kind in ADVICE else "")
 
 
 def classify(facts: Facts) -> Verdict:

@@ -4,6 +4,7 @@ The formula, in bytes; P = parameters of this rank, T = tokens of a micro-batch,
 
 * a trained model under bf16: weights 2 P, fp32 gradients 4 P, and of the fp32 master weights and Adam's two moments 12 P / d,
   which the distributed optimizer shards (Rajbhandari et al. 2020, ZeRO stage 1); a frozen model: 2 P. fp32: 4, 4, 8 / d and 4.
+  optimizer_precision "bf16" has 6 P / d instead of 12.
   With low-rank adapters the model is frozen, and only they have the rest.
 * a layer's activations, k = width of all keys, f = of the feed-forward part: T (8 h + (4 h + 4 k + 4 f) / t), for BLOOM T h (8 + 24 / t);
   with sequence parallelism t divides the first 8 h, too. A gated feed-forward part keeps 8 f. This is Korthikanti et al. 2022
@@ -35,6 +36,8 @@ OUTSIDE_GB = 2.5
 """Of each GPU: the CUDA context, NCCL's buffers and what the allocator can't use again."""
 LEAST_ROWS, PREFILL_TOKENS = 8, 8192
 """Of a rollout: rows whose cache must fit (fewer would be slow), and training.generation.engine.Limits.prefill_tokens."""
+OPTIMIZER = {("bf16", "fp32"): 12, ("bf16", "bf16"): 6, ("fp32", "fp32"): 8}
+"""Bytes a parameter, by precision and optimizer_precision: fp32 weights and both moments; training.adamw's; moments alone."""
 REPLIES = 2
 """Replies to a query that reward and dpo are reckoned with; their rows are micro_batch_size x this."""
 
@@ -104,11 +107,12 @@ class Rank:
 
     def trained(self, name: str, head: str) -> list[tuple[str, float]]:
         """With adapters they alone have gradients and an optimizer."""
-        learning, optimizer = self.parameters(head), 12 if self.config.precision == "bf16" else 8
+        learning, optimizer = self.parameters(head), OPTIMIZER[self.config.precision, self.config.optimizer_precision]
         frozen = self.frozen(name, head) if self.config.lora_rank else []
         name, learning = (f"{name} adapters", self.adapters(head)) if frozen else (name, learning)
+        held = "16 bits more of the weights" if self.config.optimizer_precision == "bf16" else "fp32 weights"
         return [*frozen, (f"{name}: weights", self.word * learning / GB), (f"{name}: fp32 gradients", 4 * learning / GB),
-                (f"{name}: fp32 weights, Adam / DP {self.data}", optimizer * learning / self.data / GB)]
+                (f"{name}: {held}, Adam / DP {self.data}", optimizer * learning / self.data / GB)]
 
     def frozen(self, name: str, head: str) -> list[tuple[str, float]]:
         return [(f"{name}: weights", self.word * self.parameters(head) / GB)]
@@ -211,6 +215,8 @@ def _changes(stage: str, shape: Shape, config: TrainerConfig, asked: Resources, 
         yield *keys(micro_batch_tokens=half), asked.ranks
     elif config.micro_batch_size % 2 == 0:
         yield *keys(micro_batch_size=config.micro_batch_size // 2), asked.ranks
+    if config.precision == "bf16" and config.optimizer_precision != "bf16":
+        yield *keys(optimizer_precision="bf16"), asked.ranks
     if config.recompute != "full":
         yield *keys(recompute="full"), asked.ranks
     if config.tensor_parallel > 1 and not config.sequence_parallel:
@@ -224,6 +230,14 @@ def _changes(stage: str, shape: Shape, config: TrainerConfig, asked: Resources, 
         yield f"--set resources.{stage}.nodes={2 * asked.nodes}", lambda: config, 2 * asked.ranks
     if isinstance(config, RolloutConfig) and not config.offload_frozen:
         yield *keys(offload_frozen=True), asked.ranks
+
+
+def relief(stage: str, shape: Shape, config: TrainerConfig, asked: Resources, profile: Profile) -> str:
+    """What to do about a stage that ran out of memory: the estimate, and what it would be with other settings."""
+    made = estimate(shape, config, asked.ranks)
+    ways = [f"{knob.setting} ({made.total - knob.total:.1f} GB less)" for knob in knobs(stage, shape, config, asked, profile)]
+    return (f"by estimate it needs {made.total:.1f} GB of each GPU, {made.static:.1f} of them for weights, gradients and optimizer; what "
+            f"frees memory, in a new run (--name): {'; '.join(ways) or 'nothing that one setting can do'}")
 
 
 def check(stage: str, shape: Shape, config: TrainerConfig, asked: Resources, profile: Profile) -> str:

@@ -15,16 +15,17 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from launcher import deadline, hashes, manifest, nccl, preflight, probe, requeue, secrets
+from launcher import deadline, hashes, manifest, memory, nccl, preflight, probe, requeue, secrets
 from launcher.attempt import Attempt
-from launcher.config import build_plain
+from launcher.config import SECTIONS, build_plain
 from launcher.endings import REASONS, SAVED, Class, Facts, Verdict, classify, shown
 from launcher.manifest import Refused
 from launcher.pipeline import NAMES, Stage
 from launcher.profile import Profile
 from launcher.ranks import LocalRanks, Log, SlurmRanks, job_port, stage_command
 from launcher.run import Busy, Run, lock, this_process, write_text
-from training.settings import ConfigError
+from training.settings import ConfigError, load
+from training.shape import Shape
 
 ENDED = 143
 """Exit code after a TERM or STOP: 128 + SIGTERM."""
@@ -115,7 +116,8 @@ class Supervisor:
         lines = nccl.environment(self.config["profile"], self.resources.ranks)
         for variable, value, reason in lines:
             log.write("launcher", f"{variable}={value}  # {reason}")
-        environment = {**{variable: value for variable, value, _ in lines}, **keys, "CONVOY_ATTEMPT": str(self.number)}
+        environment = {**{variable: value for variable, value, _ in lines}, **keys, **self.caches(),
+                       "CONVOY_ATTEMPT": str(self.number)}
         command = stage_command(self.stage.module, folder / "config.json")
         if not self.job:
             return self.judge(LocalRanks(log, command, self.resources.ranks, environment))
@@ -134,6 +136,11 @@ class Supervisor:
         environment = {"MASTER_ADDR": preflight.address(hosts[0]), **environment}
         environment["MASTER_PORT"] = str(job_port(self.job, os.environ.get("SLURMD_NODENAME") == hosts[0]))
         return self.judge(SlurmRanks(log, command, hosts, self.resources.ranks_per_node, environment, self.profile))
+
+    def caches(self) -> dict[str, str]:
+        """Where compiled kernels are kept: in the run folder, for the next attempt and the next stage; where the site says, if it does."""
+        folders = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
+        return {name: str(self.run.folder / "compiled" / folder) for name, folder in folders.items() if name not in os.environ}
 
     def goes_on(self) -> bool:
         """Whether this job still runs, and nobody has told it to end; Slurm may end a step a moment before it tells us."""
@@ -167,7 +174,19 @@ class Supervisor:
             fate = self.silent_fate()
         facts = Facts(name, ended, list(ranks.log.lines["srun"]), attempt.asked, fate, attempt.hung_minutes, self.before,
                       self.run.iteration(name))
-        return classify(facts)
+        return self.with_relief(classify(facts))
+
+    def with_relief(self, verdict: Verdict) -> Verdict:
+        """Out of GPU memory: with the settings that would free some, and how much."""
+        if verdict.kind is not Class.CUDA_OOM or not self.stage.trainer:
+            return verdict
+        try:
+            config = load(SECTIONS[self.stage.name], self.run.stage(self.stage.name) / "config.json")
+            ways = memory.relief(self.stage.name, Shape.read(config.paths.model), config, self.resources, self.profile)
+        except (ConfigError, OSError) as error:
+            say(f"no estimate of the memory: {error}")
+            return verdict
+        return replace(verdict, relief=ways)
 
     def silent_fate(self) -> Class | None:
         """With GraceTime only the tasks are told of a preemption, and nobody is where Slurm has lost the node and queued the job again."""
