@@ -91,7 +91,7 @@ class _Embedding(torch.autograd.Function):
 
 def embed(tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Rows of ``weight`` (V, H): (B, T) -> (T, B, H)."""
-    return _Embedding.apply(tokens.t(), weight)
+    return _Embedding.apply(tokens.t().contiguous(), weight)  # rows of an index with other strides would come out with those
 
 
 class _Fused:
