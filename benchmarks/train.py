@@ -269,7 +269,7 @@ def one(name: str, parts: list[str]) -> None:
             "profile": lambda: profile(name, kept), "packed": lambda: ours(name, packed=True),
             "recompute": lambda: ours(name, recompute="full"), "theirs": lambda: theirs(name)}
     with parallel.ranks(1, 1, 1):
-        for part in sorted(parts, key=["ours", "profile", "packed", "recompute", "forward", "theirs"].index):
+        for part in sorted(parts, key=["ours", "profile", "packed", "forward", "theirs", "recompute"].index):
             if part not in ("ours", "profile"):
                 kept.clear()
             try:

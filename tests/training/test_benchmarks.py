@@ -1,0 +1,25 @@
+"""The benchmarks of training run, at a size where their numbers mean nothing; on a GPU they say how fast and how right we are."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def lines(script: str, *arguments: str) -> list[dict]:
+    made = subprocess.run([sys.executable, ROOT / "benchmarks" / script, *arguments], capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "MASTER_PORT": "29471", "OMP_NUM_THREADS": "1"})
+    assert made.returncode == 0, made.stderr[-2000:]
+    return [json.loads(line) for line in made.stdout.splitlines() if line.startswith("{")]
+
+
+def test_training_beside_hugging_face_and_the_fast_paths_beside_the_plain_ones():
+    found = lines("train.py", "--small", "--one", "--parts", "ours", "packed", "forward", "theirs")
+    assert [row["part"] for row in found] == ["ours", "packed", "forward", "forward", "theirs"]
+    ours, theirs = found[0]["losses"], found[-1]["losses"]
+    assert ours[-1] < ours[0] and theirs[-1] < theirs[0] and abs(ours[0] - theirs[0]) < 0.3, "the same tokens, other random weights"
+    checks = lines("check.py", "--quick")
+    assert all(row["ok"] for row in checks) and {row["check"] for row in checks} == {"head", "optimizer kernel", "optimizer", "layers"}
