@@ -165,7 +165,8 @@ def submit(context, made, wait, dry_run):
 @main.command(short_help="What would run: graph, hours, memory, disk, start.")
 @plan_options
 @click.option("--scripts", is_flag=True, help="Print the batch script of each stage, too.")
-def plan(made, scripts):
+@click.option("--suggest", is_flag=True, help="Name the layout of sft that is fastest on paper (launcher/scaling.py).")
+def plan(made, scripts, suggest):
     """Show the graph, GPU-hours, memory of a GPU, disk and possible start, and every mistake that can be found before anything is queued.
 
     \b
@@ -176,6 +177,8 @@ def plan(made, scripts):
     from launcher import plan, view
 
     plan.present(made, view.console(), scripts)
+    if suggest:
+        plan.suggest(made, view.console())
 
 
 @main.command(short_help="Print the batch scripts.")

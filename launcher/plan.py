@@ -12,8 +12,9 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from launcher import memory, probe, storage, submit
+from launcher import checks, memory, probe, scaling, storage, submit
 from launcher.run import Runs
+from training.config import SFTConfig
 from training.settings import ConfigError
 
 if TYPE_CHECKING:
@@ -79,6 +80,16 @@ def present(made: submit.Plan | Sweep, out: Console, scripts: bool = False) -> N
     out.print(f"a sweep of {number} such runs, {hours:.4g} GPU-hours at most; one job array a stage, element by element")
     for index, values in enumerate(made.values):
         out.print(f"  {made.folder / str(index)}: {', '.join(f'{key}={value}' for key, value in values.items())}", markup=False)
+
+
+def suggest(made: submit.Plan | Sweep, out: Console) -> None:
+    """The layout of supervised fine-tuning that launcher/scaling.py finds fastest for the ranks that are asked for."""
+    made = made if isinstance(made, submit.Plan) else made.plans[0]
+    for stage in made.stages:
+        config = checks.stage_config(made.run, made.tables, made.graph, stage.name)
+        if isinstance(config, SFTConfig):
+            ranks = made.resources(stage).ranks
+            out.print(scaling.suggest(stage.name, made.checked.shape, config, ranks, made.profile), markup=False, highlight=False)
 
 
 def scripts_of(made: submit.Plan | Sweep) -> dict[str, str]:
