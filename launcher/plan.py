@@ -86,7 +86,7 @@ def suggest(made: submit.Plan | Sweep, out: Console) -> None:
     """The layout of supervised fine-tuning that launcher/scaling.py finds fastest for the ranks that are asked for."""
     made = made if isinstance(made, submit.Plan) else made.plans[0]
     for stage in made.stages:
-        config = checks.stage_config(made.run, made.tables, made.graph, stage.name)
+        config = checks.stage_config(made.run.folder, made.tables, made.graph, stage.name)
         if isinstance(config, SFTConfig):
             ranks = made.resources(stage).ranks
             out.print(scaling.suggest(stage.name, made.checked.shape, config, ranks, made.profile), markup=False, highlight=False)
