@@ -62,7 +62,7 @@ def test_the_server_speaks_the_protocol_and_dies_with_its_parent(seven):
     url = f"http://127.0.0.1:{port}"
     log = seven / "none.log"
     log.touch()
-    serving.wait(parent, url, 60, log)
+    serving.wait(parent, url, 240, log)
     child, = psutil.Process(parent.pid).children()
     models = json.load(urllib.request.urlopen(url + "/v1/models"))
     assert models["data"][0]["id"] == str(seven)
