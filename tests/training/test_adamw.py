@@ -3,7 +3,13 @@
 import pytest
 import torch
 
+from tests.distributed import run
+from tests.training.learners import SHAPE, fill, held, learner, settings, wrong
+from training import checkpoint, parallel, sft
 from training.adamw import SplitAdamW, joined, round_stochastically, split_
+from training.data.batches import shard
+from training.saving import Saver
+from training.step import Learner, Objective, build_model
 
 
 def parameter(values: torch.Tensor, number: int = 0) -> torch.Tensor:
@@ -62,3 +68,47 @@ def test_four_hundred_steps_follow_fp32_adamw():
     moment = ours.state[theirs]["exp_avg_sq"]
     assert (state["exp_avg_sq"].float() / moment).mean().item() == pytest.approx(1, abs=0.03)
     assert all(values.element_size() == 2 for values in state.values())
+
+
+def go_on(folder, steps: int, load: int):
+    """Train a small model for ``steps`` on two data-parallel ranks, from the checkpoint of iteration ``load`` if above 0; save the last ->
+    this rank's tensors as a checkpoint has them."""
+    config = settings(folder, optimizer_precision="bf16", micro_batch_size=2, weight_decay=0.1)
+    model, generator = build_model(SHAPE, config, "lm"), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.05 + (weight.dim() == 1))
+    made = Learner(model, config, 1e-3, 100, 0)
+    if load:
+        checkpoint.load(checkpoint.resolve(folder, load), {"model": made})
+    for step in range(load, steps):
+        rows = torch.randint(0, 300, (4, 16), generator=torch.Generator().manual_seed(step))
+        mine = shard(list(range(4)), parallel.data_rank(), 2)
+        made.step([{"tokens": rows[mine], "response_mask": torch.ones(2, 16, dtype=torch.bool)}], Objective(("loss",), sft.compute))
+    saver = Saver(folder, {"model": made}, config)
+    saver.save(steps, {"wall_seconds": 0.0})
+    saver.wait()
+    return {tensor.key: tensor.data.detach().clone() for tensor in held(made)}
+
+
+def test_a_resumed_run_goes_on_bit_for_bit_and_other_layouts_load_it(tmp_path):
+    straight = run(go_on, 1, 1, 2, tmp_path / "straight", 3, 0)
+    run(go_on, 1, 1, 2, tmp_path / "resumed", 2, 0)
+    resumed = run(go_on, 1, 1, 2, tmp_path / "resumed", 3, 2)
+    for mine, theirs in zip(straight, resumed, strict=True):
+        assert mine.keys() == theirs.keys() and any(key.startswith("optimizer.state.remainder") for key in mine)
+        assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+        assert any(values.any() for key, values in mine.items() if "remainder" in key)
+
+    def walk(layout, number):
+        made = learner(settings(tmp_path / "walk", layout, optimizer_precision="bf16"))
+        if number > 1:
+            checkpoint.load(checkpoint.resolve(tmp_path / "walk"), {"model": made})
+            assert wrong(made, number - 1) == []
+        fill(made, number)
+        saver = Saver(tmp_path / "walk", {"model": made}, settings(tmp_path / "walk", layout, optimizer_precision="bf16"))
+        saver.save(number, {})
+        saver.wait()
+
+    for number, layout in enumerate(((1, 1, 2), (2, 1, 1), (1, 2, 1)), 1):
+        run(walk, *layout, layout[:2], number)
