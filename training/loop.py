@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from training import checkpoint, parallel, trackers
+from training import checkpoint, clock, parallel, trackers
 from training.config import TrainerConfig
 from training.data.batches import Sampler
 from training.data.prefetch import Make, prefetched
@@ -63,9 +63,11 @@ class Boundary:
         """``resumed``: what ``resume`` gave."""
         start, state = resumed
         self.config, self.learners, self.headline, self.stop, self.early, self.samples = config, learners, headline, stop, early, samples
+        clock.mark("model, data, checkpoint")
         self.began, self.used = time.monotonic(), state["wall_seconds"] if state else 0.0
         self.metrics = Metrics(config.paths.output, config.iterations, start, trackers.start(config)) if is_main() else None
         self.saver = Saver(config.paths.output, learners, config)
+        self.first = True
 
     def end(self, iteration: int, values: dict[str, float], heldout: Callable[[], dict[str, float]], state: Callable[[], dict],
             pause: str = "") -> None:
@@ -84,6 +86,10 @@ class Boundary:
         values = values | self.saver.poll() | {"wall_seconds": wall}
         said = self.samples.say() if self.samples and self.samples.due(iteration) else []
         if self.metrics:
+            if self.first:
+                clock.mark("first iteration, compiling included")
+                print(clock.words(), flush=True)
+                self.first = False
             self.metrics.log(iteration, self.headline if due["log"] or due["eval"] else (), **values)
             self.metrics.show(iteration, said)
         if due["save"] or stopping or pause or self.stop.saving:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import TypeVar
 
-from training import trackers
+from training import clock, trackers
 from training.checksums import Damaged
 from training.config import TrainerConfig
 from training.data.formats import DataError
@@ -36,6 +36,7 @@ def run_stage(kind: type[Config], stage: Callable[[Config], None]) -> int:
     if len(sys.argv) != 2:
         print(f"usage: python -m MODULE config.json; got {len(sys.argv) - 1} arguments", file=sys.stderr)
         return EX_USAGE
+    clock.mark("imports")
     faulthandler.enable()  # a hung rank that gets an ABRT, and one that crashes in C, says where it is
     for name, value in ALONE.items():
         os.environ.setdefault(name, value)
@@ -47,6 +48,7 @@ def run_stage(kind: type[Config], stage: Callable[[Config], None]) -> int:
         else:
             layout = ranks(1, 1, 0)
         with layout:
+            clock.mark("process groups")
             stage(config)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
