@@ -1,11 +1,16 @@
 """The estimate of a GPU's memory against what was measured on one H200 (torch's peak), and what follows from it."""
 
 import dataclasses
+import json
 
 import pytest
 
 from launcher import memory
 from launcher.config import Profile, Resources
+from launcher.endings import Class, Verdict
+from launcher.pipeline import ALL
+from launcher.run import Run
+from launcher.supervise import Supervisor
 from training.config import Paths, PPOConfig, PPOPaths, RewardConfig, SFTConfig
 from training.families import bloom
 from training.settings import ConfigError
@@ -114,3 +119,20 @@ def test_close_to_the_limit_warns_and_far_below_says_nothing():
     near, far = (Profile(name="site", scheduler="slurm", gpu_memory_gb=needs * share) for share in (1.05, 2.0))
     assert "it may not fit" in memory.check("reward", SHAPES["7b1"], config, asked, near)
     assert memory.check("reward", SHAPES["7b1"], config, asked, far) == ""
+
+
+def test_a_stage_that_ran_out_of_memory_is_told_what_frees_how_much(tmp_path):
+    """As the supervisor does it: from the stage's own config.json and the model's."""
+    model, run = tmp_path / "model", Run(tmp_path)
+    model.mkdir()
+    published = {"n_layer": 30, "n_embed": 4096, "num_attention_heads": 32, "vocab_size": 250880, "layer_norm_epsilon": 1e-5}
+    model.joinpath("config.json").write_text(json.dumps({"model_type": "bloom", **published}))
+    config = sft(paths=Paths(str(tmp_path), str(model), "", "", ""), micro_batch_size=8)
+    run.stage("sft").mkdir(parents=True)
+    run.stage("sft").joinpath("config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    supervisor = Supervisor.__new__(Supervisor)
+    supervisor.run, supervisor.stage = run, ALL["sft"]
+    supervisor.resources, supervisor.profile = Resources(gpus_per_node=1), Profile(name="site", scheduler="slurm", gpu_memory_gb=150)
+    said = supervisor.with_relief(Verdict(Class.CUDA_OOM, "rank 0: out of memory")).advice("sft")
+    assert "--set sft.micro_batch_size=4 (32.3 GB less)" in said and "--set sft.optimizer_precision=bf16 (42.4 GB less)" in said
+    assert supervisor.with_relief(Verdict(Class.NAN, "")).advice("sft") == Verdict(Class.NAN, "").advice("sft")
