@@ -64,7 +64,7 @@ class TrainerConfig:
     lora_alpha: float = 16.0
     """Adapters' products count alpha / rank times."""
     compile: bool = True
-    """Compile each layer into a few fused kernels: on a GPU, with "flash", "te" or "flex"; each length of rows takes seconds, once."""
+    """Compile each layer into a few fused kernels: on a GPU, not with "sdpa" or tensor parallelism; each length of rows takes seconds."""
     iterations: int
     """Optimizer steps (rlhf: rollouts)."""
     micro_batch_size: int

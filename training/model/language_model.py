@@ -59,7 +59,8 @@ def transformer_config(shape: Shape, trainer, head: str = "lm") -> TransformerCo
     )
     config.core_attention, config.alibi = backend, shape.alibi
     config.lora = lora.Lora(trainer.lora_rank, trainer.lora_alpha, trainer.seed) if trainer.lora_rank else None
-    config.compiled = trainer.compile and parallel.device().type == "cuda" and backend != "sdpa"
+    # With tensor parallelism there are collectives inside a layer: that has been compiled nowhere yet.
+    config.compiled = trainer.compile and parallel.device().type == "cuda" and backend != "sdpa" and trainer.tensor_parallel == 1
     return config
 
 

@@ -20,12 +20,12 @@ class CompiledLayer(TransformerLayer):
     def forward(self, *args, **kwargs):
         packed = kwargs.get("packed_seq_params")
         if isinstance(packed, Documents) and packed.compiled:
-            return _compiled(self.config.core_attention == "flex" and self.config.tensor_model_parallel_size == 1)(self, *args, **kwargs)
+            return _compiled(self.config.core_attention == "flex")(self, *args, **kwargs)
         return super().forward(*args, **kwargs)
 
 
 @functools.cache
 def _compiled(whole: bool):
-    """``whole``: without graph breaks. Collectives break the graph, and kernels of other packages."""
+    """``whole``: without graph breaks, which kernels of other packages are."""
     compile_each_shape()
     return torch.compile(TransformerLayer.forward, dynamic=False, fullgraph=whole)
