@@ -25,12 +25,12 @@ ROWS = 250_880
 """Rows of BLOOM's embedding: the tokenizer fills the first ``demo_vocab`` of them, as BLOOM's own leaves the last 200 unused."""
 SETTINGS = {
     "sft.seq_length": 1024, "sft.micro_batch_size": 4, "sft.global_batch_size": 64, "sft.lr": 3e-4, "sft.warmup_iterations": 20,
-    "sft.iterations": 200, "sft.eval_every": 20, "sft.save_every": 200, "sft.log_every": 20,
+    "sft.iterations": 160, "sft.eval_every": 20, "sft.save_every": 160, "sft.log_every": 20,
     "reward.seq_length": 1024, "reward.micro_batch_size": 8, "reward.global_batch_size": 32, "reward.lr": 2e-5,
-    "reward.warmup_iterations": 10, "reward.iterations": 100, "reward.eval_every": 20, "reward.save_every": 100, "reward.log_every": 20,
-    "rlhf.prompt_length": 512, "rlhf.response_length": 96, "rlhf.rollout_batch_size": 128, "rlhf.generation_batch_size": 128,
-    "rlhf.global_batch_size": 64, "rlhf.micro_batch_size": 8, "rlhf.iterations": 40, "rlhf.lr": 2e-6, "rlhf.value_lr": 1e-5,
-    "rlhf.warmup_iterations": 2, "rlhf.kl_coef": 0.05, "rlhf.eval_every": 10, "rlhf.save_every": 40, "rlhf.log_every": 5,
+    "reward.warmup_iterations": 10, "reward.iterations": 60, "reward.eval_every": 20, "reward.save_every": 60, "reward.log_every": 20,
+    "rlhf.prompt_length": 512, "rlhf.response_length": 96, "rlhf.rollout_batch_size": 128,
+    "rlhf.global_batch_size": 64, "rlhf.micro_batch_tokens": 8192, "rlhf.iterations": 30, "rlhf.lr": 2e-6, "rlhf.value_lr": 1e-5,
+    "rlhf.warmup_iterations": 2, "rlhf.kl_coef": 0.05, "rlhf.eval_every": 10, "rlhf.save_every": 30, "rlhf.log_every": 5,
     "mtbench.max_new_tokens": 96, "mtbench.heldout_max_new_tokens": 96, "mtbench.context_length": 1024, "mtbench.batch_size": 64,
     "data.heldout": 0.22, "data.heldout_max": 512,
 }

@@ -64,7 +64,7 @@ class TrainerConfig:
     lora_alpha: float = 16.0
     """Adapters' products count alpha / rank times."""
     compile: bool = True
-    """Compile each layer into a few fused kernels: on a GPU, not with "sdpa" or tensor parallelism; each length of rows takes seconds."""
+    """Compile each layer into a few fused kernels: on a GPU, not with "sdpa" or tensor parallelism; takes most of a minute once."""
     iterations: int
     """Optimizer steps (rlhf: rollouts)."""
     micro_batch_size: int

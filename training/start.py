@@ -61,7 +61,7 @@ def learn(config: TrainerConfig, kind: str, head: str, make_task: Callable[[Trai
 
 
 def length_multiple(config: TrainerConfig) -> int:
-    """Padded lengths are multiples of this: sequence parallelism divides them, and on a GPU attention's kernels are compiled for each."""
+    """Padded lengths are multiples of this: sequence parallelism divides them, and on a GPU attention's kernels work in blocks."""
     if parallel.device().type == "cuda":
         return math.lcm(FLEX_BLOCK, config.tensor_parallel)
     return 8 * config.tensor_parallel

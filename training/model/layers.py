@@ -8,11 +8,11 @@ import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from training.model.attention import Documents
-from training.model.backends import compile_each_shape
+from training.model.backends import expect_many_shapes
 
 
 class CompiledLayer(TransformerLayer):
-    """One graph for all layers of a model and each shape of a batch: norms, biases, GELU and residuals run in a few fused kernels.
+    """One graph for all layers of a model: norms, biases, GELU and residuals run in a few fused kernels.
 
     Not compiled are generation, which has other shapes at every step, and the CPU.
     """
@@ -27,5 +27,5 @@ class CompiledLayer(TransformerLayer):
 @functools.cache
 def _compiled(whole: bool):
     """``whole``: without graph breaks, which kernels of other packages are."""
-    compile_each_shape()
-    return torch.compile(TransformerLayer.forward, dynamic=False, fullgraph=whole)
+    expect_many_shapes()
+    return torch.compile(TransformerLayer.forward, fullgraph=whole)
