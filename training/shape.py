@@ -221,7 +221,9 @@ class ConfigFile:
         for name in names:
             if name in self.values:
                 return self.values[name]
-        raise ConfigError(f"{self.path}: none of {', '.join(names)} is there; is it a language model of {', '.join(FAMILIES)}?")
+        kind = self.values.get("model_type")
+        raise ConfigError(f"{self.path}: none of {', '.join(names)} is there (model_type = {kind!r}); "
+                          f"is it a language model of {', '.join(FAMILIES)}?")
 
     def whole(self, *names: str) -> int:
         number = self.first(*names)

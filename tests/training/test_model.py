@@ -213,7 +213,8 @@ def test_shape_errors_name_the_file_and_the_fix(tmp_path):
     shape.check_layout(8, 4)
     with pytest.raises(ConfigError, match="pipeline_parallel = 31 is more than the model's 30 layers; choose any from 1 to 30"):
         shape.check_layout(1, 31)
-    for change in ({"model_type": "llama"}, {"tie_word_embeddings": "no"}, {"apply_residual_connection_post_layernorm": True}):
+    for change in ({"model_type": "llama"}, {"model_type": "gpt2"}, {"tie_word_embeddings": "no"},
+                   {"apply_residual_connection_post_layernorm": True}):
         (tmp_path / "config.json").write_text(json.dumps(good | change))
         with pytest.raises(ConfigError, match=next(iter(change))):
             Shape.read(tmp_path)
