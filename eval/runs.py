@@ -79,7 +79,7 @@ def lines(path: Path) -> list[dict]:
     except OSError:
         return []
     rows = []
-    for line in text.splitlines():
+    for line in text.split("\n"):  # splitlines would cut at U+2028, too, which JSON may hold within a string
         try:
             row = json.loads(line)
         except json.JSONDecodeError:

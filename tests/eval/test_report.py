@@ -205,3 +205,9 @@ def test_in_a_browser_nothing_leaves_the_page_and_nobody_stumbles(tmp_path, dark
     net = (tmp_path / "net.json").read_text().splitlines()
     assert any('"initiator":' in line for line in net)  # the browser's own requests: its updates, the time
     assert not [line for line in net if '"initiator":' in line and "file://" in line and re.search('"url":"(http|ws)', line)]
+
+
+def test_a_row_may_hold_any_line_separator_of_unicode(tmp_path):
+    rows = [{"text": f"one{separator}two"} for separator in "\u2028\u2029\u0085\v\f\r\n"]
+    dump(tmp_path / "rows.jsonl", rows)
+    assert runs.lines(tmp_path / "rows.jsonl") == rows
