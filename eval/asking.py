@@ -68,7 +68,7 @@ def preflight(endpoint: Endpoint, prompts: dict[str, dict]) -> None:
     made = endpoint.complete(*judge.known_item(prompts))
     if parse_rating(made.text) == UNPARSED:
         raise JudgeError(f"{endpoint.url}: model {endpoint.config.judge_model!r} gave no rating [[n]] to a known answer, but: "
-                         f"{made.text[:200]!r}; choose another judge_model")
+                         f"{endpoint.redacted(made.text)[:200]!r}; choose another judge_model")
 
 
 def _ask_all(config: MTBenchConfig, endpoint: Endpoint, work: Work, items: Sequence, rows: dict, done: Callable[[int], None]) -> None:

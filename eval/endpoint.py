@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import random
+import re
 import stat
 import time
 import urllib.error
@@ -25,6 +26,8 @@ LONGEST_WAIT = 120.0
 TIMEOUT = 180.0
 """Seconds without a byte from the endpoint."""
 _TRANSIENT = (408, 409, 425, 429)
+_PLACEHOLDER = 8
+"""Characters; a shorter key (EMPTY, none) is no secret, and its letters may well stand in a judgment."""
 
 
 class Completion(NamedTuple):
@@ -49,6 +52,7 @@ class Endpoint:
         self.config, self.budget, self.sleep = config, budget, sleep or budget.stopped.wait
         self.url = url.rstrip("/") + "/chat/completions"
         self._key, self.key_place = read_key(config)
+        self._quoted = re.compile("".join(rf"(?:\\*{re.escape(c)}|(?i:\\+u{ord(c):04x}|%{ord(c):02x}))" for c in self._key))
         self._opener = urllib.request.build_opener(_NoRedirects)
 
     def complete(self, system: str, user: str) -> Completion:
@@ -68,7 +72,7 @@ class Endpoint:
                 if error.code not in _TRANSIENT and error.code < 500:
                     raise JudgeError(problem) from None
             except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError, LookupError, TypeError) as error:
-                problem, wait = f"{self.url}: {self._redacted(str(error)) or type(error).__name__}", None
+                problem, wait = self.redacted(f"{self.url}: {str(error) or type(error).__name__}"), None
             if attempt + 1 < ATTEMPTS:
                 self.sleep(min(LONGEST_WAIT, wait if wait is not None else 2**attempt * random.uniform(0.5, 1)))
         raise JudgeError(f"{problem}; gave up after {ATTEMPTS} attempts. Ratings so far are kept: run the stage again to go on")
@@ -85,13 +89,14 @@ class Endpoint:
         if not isinstance(text, str):
             raise TypeError(f"the reply's content is {type(text).__name__}, expected text")
         usage = reply.get("usage") or {}
-        return Completion(text, str(reply.get("model") or model), usage.get("prompt_tokens") or len(system + user) // CHARACTERS,
+        return Completion(self._clean(text), self._clean(str(reply.get("model") or model)), usage.get("prompt_tokens") or len(system + user) // CHARACTERS,
                           usage.get("completion_tokens") or len(text) // CHARACTERS)
 
     def _problem(self, error: urllib.error.HTTPError) -> str:
         """One line for a refused request; it names the place where the key is taken from where that may be at fault."""
         try:
-            detail = " ".join(error.read(2000).decode("utf-8", "replace").split())[:300]
+            detail = self.redacted(error.read(2**16).decode("utf-8", "replace"))[:2**14]  # cut after, not within, a quoted key
+            detail = " ".join(detail.split())[:300]
         except (OSError, http.client.HTTPException):
             detail = ""
         fix = ""
@@ -99,26 +104,48 @@ class Endpoint:
             fix = f"; check the key in {self.key_place}" if self._key else f"; {self.key_place} is not set: put the key there"
         elif error.code == 404:
             fix = f"; check judge_url and judge_model = {self.config.judge_model!r}"
-        return f"{self.url}: HTTP {error.code} {error.reason}{fix}" + (f" ({self._redacted(detail)})" if detail else "")
+        said = " ".join(self.redacted(str(error.reason)).split())[:200]
+        return self.redacted(f"{self.url}: HTTP {error.code} {said}{fix}" + (f" ({detail})" if detail else ""))
 
-    def _redacted(self, text: str) -> str:
-        """Endpoints quote the key in their messages."""
-        return text.replace(self._key, "***") if self._key else text
+    def redacted(self, text: str) -> str:
+        """Endpoints quote the key in their messages: as it is, or with JSON's, Python's or an address's escapes."""
+        return self._quoted.sub("***", text) if self._key else text
+
+    def _clean(self, text: str) -> str:
+        """A reply as it may be kept: without the key, and with U+FFFD for half a character (no file of UTF-8 can hold one)."""
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return self.redacted(text) if len(self._key) >= _PLACEHOLDER else text
 
 
 def read_key(config: MTBenchConfig) -> tuple[str, str]:
-    """(key, where it is from): the file, which must be its owner's alone, or the environment variable, which may be unset."""
+    """(key, where it is from): the file, which must be its owner's alone, or the environment variable, which may be unset.
+
+    Raises JudgeError for a key that no HTTP header can hold: the library's own error would quote it.
+    """
     if not config.judge_key_file:
-        return os.environ.get(config.judge_key_variable, ""), config.judge_key_variable
-    path = Path(config.judge_key_file).expanduser()
+        key, place = os.environ.get(config.judge_key_variable, "").strip(), config.judge_key_variable
+    else:
+        key, place = _key_of_file(config.judge_key_file)
+    if not all("!" <= character <= "~" for character in key):
+        raise JudgeError(f"{place}: expected the key and nothing else: visible ASCII characters, no space or line break within")
+    return key, place
+
+
+def _key_of_file(name: str) -> tuple[str, str]:
+    field = f"mtbench.judge_key_file = {name}"
     try:
+        path = Path(name).expanduser()
         mode, key = path.stat().st_mode, path.read_text(encoding="utf-8").strip()
     except OSError as error:
-        raise JudgeError(f"mtbench.judge_key_file = {path}: {error.strerror}") from None
+        raise JudgeError(f"{field}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise JudgeError(f"{field}: not UTF-8; expected the key and nothing else") from None
+    except RuntimeError as error:  # ~nobody
+        raise JudgeError(f"{field}: {error}") from None
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise JudgeError(f"mtbench.judge_key_file = {path}: not its owner's alone (mode {stat.S_IMODE(mode):o}); chmod 600 {path}")
-    if not key or len(key.split()) != 1:
-        raise JudgeError(f"mtbench.judge_key_file = {path}: expected the key and nothing else")
+        raise JudgeError(f"{field}: not its owner's alone (mode {stat.S_IMODE(mode):o}); chmod 600 {path}")
+    if not key:
+        raise JudgeError(f"{field}: empty; expected the key and nothing else")
     return key, str(path)
 
 

@@ -322,3 +322,42 @@ def test_the_file_is_left_with_one_row_a_place(serve, tmp_path):
     assert len(left) == 49 and sum(row["model"] == "someone else's" for row in left) == 1
     assert len({judge.row_place(row) for row in left}) == 49
     assert len((path.parent / "superseded" / path.name).read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("bad", ["sk-very\r\nsecret", "sk-véry-secret", "sk-\u2028very", "sk very"])
+def test_a_key_that_no_header_can_hold_is_refused_unquoted(serve, tmp_path, monkeypatch, bad):
+    server, file = serve(), tmp_path / "key"
+    file.write_text(bad, encoding="utf-8")
+    file.chmod(0o600)
+    for place, values in (("JUDGE_KEY", {}), (str(file), {"judge_key_file": str(file)})):
+        monkeypatch.setenv("JUDGE_KEY", bad)
+        with pytest.raises(JudgeError, match="visible ASCII") as error:
+            client(server, [], **values)
+        assert place in str(error.value) and "very" not in str(error.value) and "véry" not in str(error.value)
+    file.write_bytes(b"\xff\xfe")
+    for name in (str(file), "~no-such-user-here/key"):
+        with pytest.raises(JudgeError, match="judge_key_file"):
+            client(server, [], judge_key_file=name)
+    assert server.seen == []
+
+
+def test_what_the_endpoint_says_never_holds_the_key(serve, tmp_path, monkeypatch):
+    """In the reason, across the place where a long body is cut, with escapes, in the judgment and in the model's name."""
+    key = 'sk-"very/secret'
+    monkeypatch.setenv("JUDGE_KEY", key + "\n")  # as $(cat file) in some shells leaves it
+    escaped = [json.dumps(key)[1:-1], json.dumps(key)[1:-1].replace("/", "\\/"), "".join(f"\\u{ord(c):04X}" for c in key)]
+    for body in [*escaped, "x" * 290 + key, " " * 65530 + key]:
+        server = serve(rest=(400, {}, body))
+        with pytest.raises(JudgeError) as error:
+            client(server, []).complete("", "")
+        assert "sk-" not in str(error.value) and "\\u0073" not in str(error.value)
+    server.server.RequestHandlerClass.responses = {400: (key, "")}
+    with pytest.raises(JudgeError, match=r"HTTP 400 \*\*\*") as error:
+        client(server, []).complete("", "")
+    assert "sk-" not in str(error.value)
+    rows, _ = rate(serve(good(), rest=good(f"You sent {key}. [[5]]", model=key)), tmp_path, {"sft": answers()["sft"][:1]})
+    assert [row["score"] for row in rows] == [5, 5] and {row["judge_id"] for row in rows} == {"***"}
+    assert not any("secret" in path.read_text() for path in tmp_path.rglob("*.jsonl"))
+    with pytest.raises(JudgeError, match="no rating") as error:
+        rate(serve(rest=good(f"{key} is yours")), tmp_path / "b", answers())
+    assert "secret" not in str(error.value)
