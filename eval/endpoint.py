@@ -71,7 +71,7 @@ class Endpoint:
                 problem, wait = self._problem(error), _retry_after(error)
                 if error.code not in _TRANSIENT and error.code < 500:
                     raise JudgeError(problem) from None
-            except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError, LookupError, TypeError) as error:
+            except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError, LookupError, TypeError, RecursionError) as error:
                 problem, wait = self.redacted(f"{self.url}: {str(error) or type(error).__name__}"), None
             if attempt + 1 < ATTEMPTS:
                 self.sleep(min(LONGEST_WAIT, wait if wait is not None else 2**attempt * random.uniform(0.5, 1)))
@@ -88,9 +88,11 @@ class Endpoint:
         text = reply["choices"][0]["message"]["content"]
         if not isinstance(text, str):
             raise TypeError(f"the reply's content is {type(text).__name__}, expected text")
-        usage = reply.get("usage") or {}
-        return Completion(self._clean(text), self._clean(str(reply.get("model") or model)), usage.get("prompt_tokens") or len(system + user) // CHARACTERS,
-                          usage.get("completion_tokens") or len(text) // CHARACTERS)
+        usage = reply.get("usage")
+        counted = [usage.get(name) if isinstance(usage, dict) else None for name in ("prompt_tokens", "completion_tokens")]
+        tokens = [count if type(count) is int and 0 < count < 10**9 else length // CHARACTERS
+                  for count, length in zip(counted, (len(system + user), len(text)), strict=True)]
+        return Completion(self._clean(text), self._clean(str(reply.get("model") or model)), *tokens)
 
     def _problem(self, error: urllib.error.HTTPError) -> str:
         """One line for a refused request; it names the place where the key is taken from where that may be at fault."""

@@ -20,13 +20,17 @@ from eval.questions import CATEGORIES
 COVERAGE = 0.95
 UNPARSED = -1
 TURNS = (1, 2)
+_LONGEST = 20
+"""Characters of a number that may be a rating: far longer ones are none, and some are no float."""
 _RATINGS = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]"))
 
 
 def parse_rating(judgment: str) -> float:
     """The first ``[[n]]``, else the first ``[n]``, as FastChat reads it; -1 where there is none."""
     for pattern in _RATINGS:
-        if match := pattern.search(judgment):
+        if (match := pattern.search(judgment)) and len(match[1]) > _LONGEST:
+            return UNPARSED
+        if match:
             return float(match[1]) if "." in match[1] else int(match[1])
     return UNPARSED
 

@@ -361,3 +361,19 @@ def test_what_the_endpoint_says_never_holds_the_key(serve, tmp_path, monkeypatch
     with pytest.raises(JudgeError, match="no rating") as error:
         rate(serve(rest=good(f"{key} is yours")), tmp_path / "b", answers())
     assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize("text, kept", [("\ud800 [[7]]", "\ufffd [[7]]"), ("[[" + "9" * 5000 + "]]", ""), ("[[" + "9" * 400 + ".0]]", "")])
+def test_a_strange_judgment_is_a_row_all_the_same(serve, tmp_path, text, kept):
+    rows, _ = rate(serve(good(), rest=good(text)), tmp_path, {"sft": answers()["sft"][:1]})
+    assert [row["score"] for row in rows] == [7 if kept else -1] * 2 and rows[0]["judgment"] == (kept or text)
+    again, _ = rate(serve(rest=(401, {}, "")), tmp_path, {"sft": answers()["sft"][:1]})
+    assert again == rows
+
+
+@pytest.mark.parametrize("usage", [[1], "many", {"prompt_tokens": -5, "completion_tokens": "9"}, {"prompt_tokens": 10**400}])
+def test_strange_token_counts_are_estimated_and_deep_nesting_is_a_broken_reply(serve, usage):
+    body = json.dumps(json.loads(good()[2]) | {"usage": usage})
+    waits = []
+    made = client(serve((200, {}, "[" * 100_000), rest=(200, {}, body)), waits).complete("a" * 40, "b" * 40)
+    assert (made.tokens_in, made.tokens_out) == (20, len("Fine. Rating: [[7]]") // 4) and len(waits) == 1
