@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -23,11 +24,16 @@ class Work:
 
     path: Path
     module: object
-    """eval.judge or eval.pairwise: row_key, row_place."""
+    """eval.judge or eval.pairwise: row_key, row_place, row_models."""
     wanted: Sequence
 
+    @property
+    def superseded(self) -> Path:
+        """Rows that gave way: not FastChat's to average, but paid for, and taken back where they are asked for again."""
+        return self.path.parent / "superseded" / self.path.name
+
     def stored(self) -> dict[tuple, dict]:
-        return last_by(recover(self.path), self.module.row_key)
+        return last_by([*recover(self.superseded), *recover(self.path)], self.module.row_key)
 
 
 def ratings(config: MTBenchConfig, question_set: QuestionSet, answers: dict[str, list[dict]]) -> list[Work]:
@@ -94,12 +100,18 @@ def _ask_all(config: MTBenchConfig, endpoint: Endpoint, work: Work, items: Seque
 
 
 def _settle(config: MTBenchConfig, work: Work, stored: dict) -> None:
-    """Leave one row a place in the file: FastChat averages all that it finds there. What gave way (ratings of answers that are no more,
-    repeated lines) goes to superseded/; rows of models that were not asked for stay."""
-    used = {item.place(config.judge_model): item.key(config.judge_model) for item in work.wanted}
+    """Leave the rows that were asked for, one a place: FastChat averages all that it finds in the file. Other rows of the same models by
+    this judge (of answers that are no more, of repeats and questions not asked for, repeated lines) go to superseded/; other models' stay.
+    """
+    judge_model, module = config.judge_model, work.module
+    wanted = {item.key(judge_model) for item in work.wanted}
+    models = {module.row_models(stored[key]) for key in wanted}
     rows = recover(work.path)
-    last = {work.module.row_key(row): number for number, row in enumerate(rows)}
-    kept = {number for key, number in last.items() if used.get(work.module.row_place(rows[number]), key) == key}
-    if len(kept) < len(rows):
-        append(work.path.parent / "superseded" / work.path.name, [row for number, row in enumerate(rows) if number not in kept])
-        dump(work.path, [row for number, row in enumerate(rows) if number in kept])
+    last = {module.row_key(row): number for number, row in enumerate(rows)}
+    kept = {number for key, number in last.items()
+            if key in wanted or rows[number]["judge"][0] != judge_model or module.row_models(rows[number]) not in models}
+    back = [stored[key] for key in (item.key(judge_model) for item in work.wanted) if key not in last]
+    if len(kept) < len(rows) or back:
+        known = set(map(json.dumps, recover(work.superseded)))
+        append(work.superseded, [row for number, row in enumerate(rows) if number not in kept and json.dumps(row) not in known])
+        dump(work.path, [row for number, row in enumerate(rows) if number in kept] + back)

@@ -61,6 +61,10 @@ def row_place(row: dict) -> tuple:
     return (row["question_id"], row["model"], row["turn"], *row["judge"], row.get("repeat", 0))
 
 
+def row_models(row: dict) -> tuple:
+    return (row["model"],)
+
+
 def row_key(row: dict) -> tuple:
     """Key of a judgment row; one from FastChat has no answer_id and so matches no answer of ours."""
     return (*row_place(row), row.get("answer_id"))

@@ -64,6 +64,10 @@ def row_place(row: dict) -> tuple:
     return (row["question_id"], row["model_1"], row["model_2"], row["turn"], *row["judge"])
 
 
+def row_models(row: dict) -> tuple:
+    return (row["model_1"], row["model_2"])
+
+
 def row_key(row: dict) -> tuple:
     return (*row_place(row), *row.get("answer_ids", ()))
 

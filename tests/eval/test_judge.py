@@ -377,3 +377,17 @@ def test_strange_token_counts_are_estimated_and_deep_nesting_is_a_broken_reply(s
     waits = []
     made = client(serve((200, {}, "[" * 100_000), rest=(200, {}, body)), waits).complete("a" * 40, "b" * 40)
     assert (made.tokens_in, made.tokens_out) == (20, len("Fine. Rating: [[7]]") // 4) and len(waits) == 1
+
+
+def test_the_file_holds_what_this_start_asked_for_and_what_was_paid_is_not_paid_again(serve, tmp_path):
+    """Fewer repeats and questions leave no other rows for FastChat to average; asked for again, they are taken back."""
+    server = serve()
+    path = tmp_path / "model_judgment/org_judge_single.jsonl"
+    for repeats, questions_asked in ((2, 2), (1, 2), (2, 1), (2, 2)):
+        made = {"sft": answers()["sft"][:questions_asked]}
+        rows, counts = rate(server, tmp_path, made, judge_repeats=repeats)
+        left = [json.loads(line) for line in path.read_text().splitlines()]
+        assert len(left) == len(rows) == 2 * repeats * questions_asked and all(row in left for row in rows)
+    assert len(server.seen) == 1 + 8 and counts == [8]
+    aside = (path.parent / "superseded" / path.name).read_text().splitlines()
+    assert len(aside) == len(set(aside)) == 6
