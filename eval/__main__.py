@@ -63,12 +63,15 @@ def _results(stage: Stage, made: dict, replies: dict, kls: dict, judgments: list
     categories = {question.question_id: question.category for question in stage.set.questions}
     lengths = {(name, row["question_id"], turn + 1): len(text)
                for name, rows in made.items() for row in rows for turn, text in enumerate(row["choices"][0]["turns"])}
+    judge = judge_facts(settings, judgments, pairs, problem)
+    if problem:  # some ratings are paid for, but not all are there: no number
+        judgments, pairs = [], []
     return {
         "questions": {"label": stage.set.label, "source": settings.questions, "count": len(categories), "references": stage.set.references,
                       "sha256": stage.set.sha256},
         "template": settings.template, "stop": settings.stop, "models": stage.fingerprints, "baseline": stage.baseline,
         "seed": settings.seed, "max_new_tokens": settings.max_new_tokens,
-        "judge": judge_facts(settings, judgments, pairs, problem),
+        "judge": judge,
         "scores": scores.table(judgments, categories, list(stage.folders), settings.seed, settings.judge_repeats) if judgments else None,
         "pairwise": winrate.table(pairs, lengths, list(categories), settings.seed) if pairs else None,
         "heldout": gold.summary(replies, kls, settings.seed),

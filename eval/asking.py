@@ -57,7 +57,8 @@ def rate(config: MTBenchConfig, works: Sequence[Work], prompts: dict[str, dict],
         with serving.opened(config) as url:
             endpoint = Endpoint(config, url, budget)
             try:
-                print(budget.plan([text for items in missing for item in items for text in item.texts()], endpoint.url), flush=True)
+                texts = ["".join(judge.known_item(prompts)), *(text for items in missing for item in items for text in item.texts())]
+                print(budget.plan(texts, endpoint.url), flush=True)
                 preflight(endpoint, prompts)
                 for work, items, rows in zip(works, missing, stored, strict=True):
                     _ask_all(config, endpoint, work, items, rows, done)
@@ -67,6 +68,13 @@ def rate(config: MTBenchConfig, works: Sequence[Work], prompts: dict[str, dict],
     for work, rows in zip(works, stored, strict=True):
         _settle(config, work, rows)
     return [[rows[item.key(config.judge_model)] for item in work.wanted] for work, rows in zip(works, stored, strict=True)]
+
+
+def paid(config: MTBenchConfig, works: Sequence[Work]) -> list[list[dict]]:
+    """Each work's rows that are there, of those it asks for: what a judge that failed has still been paid for."""
+    found = [work.stored() for work in works]
+    return [[rows[key] for key in (item.key(config.judge_model) for item in work.wanted) if key in rows]
+            for work, rows in zip(works, found, strict=True)]
 
 
 def preflight(endpoint: Endpoint, prompts: dict[str, dict]) -> None:

@@ -20,6 +20,10 @@ class Budget:
     def __init__(self, config: MTBenchConfig):
         self.config = config
         self.requests = self.tokens_in = self.tokens_out = 0
+        self._reserved = [0, 0]
+        """Tokens in and out that the requests under way are expected to need."""
+        self._longest = min(EXPECTED_TOKENS, config.judge_max_tokens)
+        """Length of a judgment to reckon with: the longest so far, or what is expected."""
         self.stopped = threading.Event()
         """Set: no further request is sent, and nobody waits before asking again."""
         self._lock = threading.Lock()
@@ -41,23 +45,35 @@ class Budget:
             raise JudgeError(f"{text}. That exceeds mtbench.judge_max_cost = {self.config.judge_max_cost:g}: raise it")
         return text
 
-    def request(self) -> None:
-        """Count a request that is about to be sent; JudgeError instead where a limit is reached."""
+    def request(self, characters: int) -> tuple[int, int]:
+        """Count a request of this length that is about to be sent; JudgeError instead where it would break a limit, together with those
+        under way. Returns the tokens set aside for it, (in, out), for ``settle``."""
         with self._lock:
             if self.stopped.is_set():
                 raise JudgeError("stopped")
             limit, ceiling = self.config.judge_max_requests, self.config.judge_max_cost
             if limit and self.requests >= limit:
                 raise JudgeError(f"mtbench.judge_max_requests = {limit} is used up; ratings so far are kept: raise it and start again")
-            if ceiling and self.cost(self.tokens_in, self.tokens_out) >= ceiling:
+            reserve = characters // CHARACTERS, self._longest
+            held_in, held_out = self._reserved
+            expected = self.cost(self.tokens_in + held_in + reserve[0], self.tokens_out + held_out + reserve[1])
+            if ceiling and expected > ceiling:
                 raise JudgeError(f"mtbench.judge_max_cost = {ceiling:g} {self.config.judge_currency} is used up; ratings so far are kept: "
                                  "raise it and start again")
             self.requests += 1
+            self._reserve(reserve, 1)
+            return reserve
 
-    def spend(self, tokens_in: int, tokens_out: int) -> None:
+    def settle(self, reserve: tuple[int, int], tokens_in: int, tokens_out: int) -> None:
+        """Put what a request has cost in the place of what was set aside for it; (0, 0) for one that was refused."""
         with self._lock:
+            self._reserve(reserve, -1)
             self.tokens_in += tokens_in
             self.tokens_out += tokens_out
+            self._longest = max(self._longest, tokens_out)
+
+    def _reserve(self, tokens: tuple[int, int], sign: int) -> None:
+        self._reserved = [held + sign * count for held, count in zip(self._reserved, tokens, strict=True)]
 
     def spent(self) -> str:
         """What it was, in a sentence."""

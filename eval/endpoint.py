@@ -62,17 +62,23 @@ class Endpoint:
         is used up, and when ``ATTEMPTS`` are.
         """
         for attempt in range(ATTEMPTS):
-            self.budget.request()
+            reserve, used = self.budget.request(len(system + user)), (0, 0)
             try:
                 made = self._ask(system, user)
-                self.budget.spend(made.tokens_in, made.tokens_out)
+                used = made.tokens_in, made.tokens_out
                 return made
             except urllib.error.HTTPError as error:
                 problem, wait = self._problem(error), _retry_after(error)
                 if error.code not in _TRANSIENT and error.code < 500:
                     raise JudgeError(problem) from None
+            except http.client.InvalidURL as error:
+                raise JudgeError(self.redacted(f"{self.url}: {error}; check judge_url")) from None
             except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError, LookupError, TypeError, RecursionError) as error:
                 problem, wait = self.redacted(f"{self.url}: {str(error) or type(error).__name__}"), None
+                if not isinstance(error, urllib.error.URLError):
+                    used = reserve  # a broken reply or none in time: it may well be on the bill
+            finally:
+                self.budget.settle(reserve, *used)
             if attempt + 1 < ATTEMPTS:
                 self.sleep(min(LONGEST_WAIT, wait if wait is not None else 2**attempt * random.uniform(0.5, 1)))
         raise JudgeError(f"{problem}; gave up after {ATTEMPTS} attempts. Ratings so far are kept: run the stage again to go on")

@@ -116,15 +116,16 @@ class Stage:
         return [known[heldout.kl_key(row, base)] for row in replies]
 
     def judgments(self, made: dict[str, list[dict]]) -> tuple[list[dict], list[dict], str]:
-        """(judgment rows, pairwise rows, what went wrong); all empty without a judge."""
+        """(judgment rows, pairwise rows, what went wrong: then some rows are missing); all empty without a judge."""
         if self.config.judge == "none":
             return [], [], ""
         works = asking.ratings(self.config, self.set, made)
         try:
             rows = asking.rate(self.config, works, self.set.prompts, self.progress.counter("ratings", sum(len(w.wanted) for w in works)))
+            problem = ""
         except JudgeError as error:
-            return [], [], str(error)
-        return rows[0], rows[1] if self.config.judge_pairwise else [], ""
+            rows, problem = asking.paid(self.config, works), str(error)
+        return rows[0], rows[1] if self.config.judge_pairwise else [], problem
 
     def write_questions(self) -> None:
         """question.jsonl and reference_answer/ beside the answers, as FastChat's tools expect them; the report reads them, too."""

@@ -243,16 +243,15 @@ def test_tokens_are_the_endpoints_or_estimated_and_the_cost_is_theirs(serve, tmp
     rows, _ = rate(server, tmp_path, {"sft": answers()["sft"][:2]}, judge_price_in=10.0, judge_price_out=30.0)
     assert {(row["tokens_in"], row["tokens_out"]) for row in rows} == {(900, 50)}
     before, after = capsys.readouterr().out.splitlines()
-    assert before.startswith(f"judge org/judge at {server.url}/chat/completions: 4 requests, about ") and "limits: none" in before
+    assert before.startswith(f"judge org/judge at {server.url}/chat/completions: 5 requests, about ") and "limits: none" in before
     assert after == "judge org/judge: 5 requests, 4k tokens sent and 250 written back, 0.05 USD"  # 5 x (900 x 10 + 50 x 30) / 1e6
     made = client(serve(), []).complete("a" * 40, "b" * 40)
     assert (made.tokens_in, made.tokens_out) == (20, len("Fine. Rating: [[7]]") // 4)
 
 
 @pytest.mark.parametrize("limits, message, asked", [
-    ({"judge_max_requests": 47}, "48 requests.*exceed mtbench.judge_max_requests = 47: raise it", 0),
+    ({"judge_max_requests": 48}, "49 requests.*exceed mtbench.judge_max_requests = 48: raise it", 0),  # the known item is one more
     ({"judge_max_cost": 0.001, "judge_price_out": 30.0}, "exceeds mtbench.judge_max_cost = 0.001: raise it", 0),
-    ({"judge_max_requests": 48}, "judge_max_requests = 48 is used up; ratings so far are kept", 48),  # the known item is one more
 ])
 def test_limits_are_kept(serve, tmp_path, limits, message, asked):
     server = serve()
@@ -263,12 +262,21 @@ def test_limits_are_kept(serve, tmp_path, limits, message, asked):
     assert len(path.read_text().splitlines() if path.exists() else []) == max(0, asked - 1)
 
 
-def test_a_cost_limit_stops_what_the_estimate_let_through(serve, tmp_path):
-    """Judgments of 100,000 tokens at 1 a million: the tenth reaches 1."""
+def test_requests_as_planned_are_enough_and_one_asked_again_is_too_many(serve, tmp_path):
+    assert len(rate(serve(), tmp_path, answers(), judge_max_requests=49)[0]) == 48
+    server = serve((500, {"Retry-After": "0"}, ""))
+    with pytest.raises(JudgeError, match="judge_max_requests = 49 is used up; ratings so far are kept"):
+        rate(server, tmp_path / "b", answers(), judge_max_requests=49)
+    assert len(server.seen) == 49
+
+
+@pytest.mark.parametrize("concurrency", [1, 8])
+def test_a_cost_limit_stops_what_the_estimate_let_through(serve, tmp_path, concurrency):
+    """Judgments of 100,000 tokens at 1 a million: the tenth reaches 1, also where many are under way at once."""
     body = json.loads(good()[2]) | {"usage": {"prompt_tokens": 1, "completion_tokens": 100_000}}
     server = serve(rest=(200, {}, json.dumps(body)))
     with pytest.raises(JudgeError, match="judge_max_cost = 1 USD is used up"):
-        rate(server, tmp_path, answers(), judge_max_cost=1.0, judge_price_out=1.0, judge_concurrency=1)
+        rate(server, tmp_path, answers(), judge_max_cost=1.0, judge_price_out=1.0, judge_concurrency=concurrency)
     assert len(server.seen) == 10
 
 

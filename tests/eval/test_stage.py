@@ -205,9 +205,11 @@ def test_the_coverage_gate_is_exit_4_and_a_refused_key_exit_1(done, folders, tmp
     config = prepare(tmp_path / "gate", folders, judge="openai", judge_url=server.url)
     assert main([reuse(done, config)]) == 4
     assert "sft: no average, because 0 of 48 ratings are valid (48 unparsed)" in (config.parent / "table.md").read_text()
-    server = serve(rest=(401, {}, ""))
-    config = prepare(tmp_path / "key", folders, judge="openai", judge_url=server.url)
+    server = serve(*[good()] * 6, rest=(401, {}, ""))
+    config = prepare(tmp_path / "key", folders, judge="openai", judge_url=server.url, judge_concurrency=1, judge_price_out=1.0)
     assert main([reuse(done, config)]) == 1
+    found = json.loads((config.parent / "results.json").read_text())
+    assert found["judge"]["requests"] == 5 and found["judge"]["cost"] > 0 and found["scores"] is None  # paid for, but no average
     assert "check the key in JUDGE_KEY" in capsys.readouterr().err
     assert "could not be used" in (config.parents[1] / "report.html").read_text()
 
