@@ -7,6 +7,7 @@ and is no key of a recipe. Contradictions raise ``ValueError`` when the object i
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -122,7 +123,9 @@ class TrainerConfig:
                 raise ValueError(f"{name} = {getattr(self, name)}: expected at least 0 and below 1")
         at_least(self, 1, "iterations", "micro_batch_size", "global_batch_size", "tensor_parallel", "pipeline_parallel",
                   "virtual_pipeline", "save_every", "keep_checkpoints", "eval_every", "log_every")
-        at_least(self, 0, "keep_every", "skip_updates", "grad_spike", "lora_rank")
+        at_least(self, 0, "keep_every", "skip_updates", "grad_spike", "lora_rank", "min_lr", "weight_decay", "warmup_iterations")
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr = {self.min_lr}: expected at most lr = {self.lr}")
         if self.keep_every % self.save_every:
             raise ValueError(f"keep_every = {self.keep_every} is not a multiple of save_every = {self.save_every}: "
                              "nothing is saved there")
@@ -338,7 +341,15 @@ class RolloutConfig(TrainerConfig):
     def __post_init__(self):
         super().__post_init__()
         at_least(self, 1, "prompt_length", "response_length", "rollout_batch_size", "generation_batch_size", "epochs")
-        at_least(self, 0, "gate_after", "gate_pause", "gate_stop", "entropy_coef", "clip_ratio_high", "generation_tensor_parallel")
+        at_least(self, 0, "gate_after", "gate_pause", "gate_stop", "entropy_coef", "clip_ratio_high", "generation_tensor_parallel",
+                 "kl_coef", "kl_target", "micro_batch_tokens")
+        if not math.isfinite(self.missing_eos_penalty):
+            raise ValueError(f"missing_eos_penalty = {self.missing_eos_penalty}: expected a finite score")
+        if self.kl_target and not self.kl_coef:
+            raise ValueError(f"kl_coef = 0 is what the controller of kl_target = {self.kl_target} multiplies; set a start value")
+        if self.kl_target and self.kl_horizon < self.rollout_batch_size:
+            raise ValueError(f"kl_horizon = {self.kl_horizon}: expected at least rollout_batch_size = {self.rollout_batch_size}, or one "
+                             "iteration may turn kl_coef negative")
         positive(self, "temperature", "clip_ratio", "reward_clip")
         if not 0 < self.cache_share <= 1:
             raise ValueError(f"cache_share = {self.cache_share}: expected a share above 0 and at most 1")
@@ -401,7 +412,10 @@ class PPOConfig(RolloutConfig):
         if self.warmup_iterations + self.value_warmup >= self.iterations:
             raise ValueError(f"warmup_iterations = {self.warmup_iterations} + value_warmup = {self.value_warmup}: expected fewer together "
                              f"than iterations = {self.iterations}")
+        at_least(self, 0, "value_warmup")
         positive(self, "value_lr", "value_clip")
+        if self.min_lr > self.value_lr:
+            raise ValueError(f"min_lr = {self.min_lr}: expected at most value_lr = {self.value_lr}")
 
 
 @dataclass(frozen=True, kw_only=True)

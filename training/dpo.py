@@ -116,6 +116,7 @@ def ask_reference(learner: Learner, data: Comparisons) -> None:
     if parallel.is_main():
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save({"made_from": made_from, "logprobs": data.reference}, path.with_suffix(".new"))
+        checksums.sync(path.with_suffix(".new"))
         os.replace(path.with_suffix(".new"), path)
         print(f"reference: log-probabilities of {len(missing)} queries' replies are in {path}", flush=True)
 
@@ -124,7 +125,8 @@ def identity(data: Comparisons) -> str:
     """What ``reference.pt`` depends on: the SFT checkpoint's bytes, the rows (their caches' names are hashes) and how they are cut."""
     listed = checksums.read(checkpoint.resolve(data.config.paths.init))
     caches = [rows.folder.name for rows in (data.inputs.rows, data.inputs.unseen)]
-    described = repr((sorted(listed.items()), caches, data.config.seq_length))
+    config = data.config
+    described = repr((sorted(listed.items()), caches, config.seq_length, config.precision, config.attention))
     return hashlib.sha256(described.encode()).hexdigest()
 
 

@@ -37,7 +37,7 @@ class EarlyStop:
 
     @property
     def over(self) -> bool:
-        return self.misses >= self.patience
+        return self.misses >= self.patience and self.iteration > 0  # nothing is chosen from numbers that were all NaN
 
     def state_dict(self) -> dict:
         return {"best": self.best, "iteration": self.iteration, "misses": self.misses}

@@ -70,7 +70,7 @@ def kl_k3(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
     tensor([0.1931])
     """
     log_ratio = ref_logprobs - logprobs
-    return log_ratio.exp() - 1 - log_ratio
+    return log_ratio.expm1() - log_ratio
 
 
 def token_rewards(logprobs, ref_logprobs, scores, response_mask, kl_coef: float) -> torch.Tensor:
@@ -150,7 +150,7 @@ def policy_loss(logprobs, old_logprobs, advantages, response_mask, clip: float, 
     if dual_clip:
         losses = torch.where(advantages < 0, torch.minimum(losses, -dual_clip * advantages), losses)
     clip_fraction = ((clipped > unclipped) & response_mask).sum()
-    return (losses * response_mask).sum(), clip_fraction, ((ratio - 1 - log_ratio) * response_mask).sum()
+    return (losses * response_mask).sum(), clip_fraction, ((log_ratio.expm1() - log_ratio) * response_mask).sum()
 
 
 def value_loss(values, old_values, returns, response_mask, clip: float) -> torch.Tensor:

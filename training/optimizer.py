@@ -21,6 +21,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from training.adamw import SplitAdamW
 from training.config import TrainerConfig
 
+CONFIGURED = ("lr", "max_lr", "min_lr", "betas", "eps", "weight_decay", "start_wd", "end_wd")
+"""What the configuration says of a parameter group."""
+
 
 class ReshardableOptimizer(DistributedOptimizer):
     """megatron-core 0.16.1's distributed optimizer with checkpoints that any TP x PP x DP loads, written without communication.
@@ -89,7 +92,13 @@ class ReshardableOptimizer(DistributedOptimizer):
         if isinstance(self.optimizer, SplitAdamW):
             self.optimizer.initialise()
         elif HAVE_APEX_OR_TE:
+            groups = self.optimizer.param_groups
+            rates = [group["lr"] for group in groups]
+            for group in groups:
+                group["lr"] = 0.0  # its step must move no weight
             super()._init_optimizer_states_with_dummy_values()
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"], group["step"] = rate, 0
         else:
             where = torch.cuda.current_device() if self.optimizer.defaults.get("fused") else "cpu"
             for parameter in self.get_parameters():
@@ -103,7 +112,7 @@ class ReshardableOptimizer(DistributedOptimizer):
         return self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
 
     def sharded_state_dict(self, model_sharded_state_dict, is_loading=False, **_):
-        if is_loading and not self.optimizer.state:
+        if not self.optimizer.state:  # about to be loaded, or saved before its first step: PPO's policy while the value model warms up
             self._init_optimizer_states_with_dummy_values()
         return {**self.state_dict(), "param_state": dict(self._boxes(model_sharded_state_dict))}
 
@@ -114,7 +123,14 @@ class ReshardableOptimizer(DistributedOptimizer):
                                                for group in self.optimizer.param_groups]}}
 
     def load_state_dict(self, state_dict):
-        """Groups and steps; the tensors of ``param_state`` are this optimizer's own and were filled by the load."""
+        """Steps; the tensors of ``param_state`` are this optimizer's own and were filled by the load. Rates, betas and decay are the
+        configuration's, which may have been changed for the resume: megatron-core's schedule prefers what stands in the groups."""
+        configured = {_kind(group): {name: group[name] for name in CONFIGURED if name in group} for group in self.optimizer.param_groups}
+        self._load(state_dict)
+        for group in self.optimizer.param_groups:
+            group.update(configured[_kind(group)])
+
+    def _load(self, state_dict):
         if isinstance(self.optimizer, SplitAdamW):
             saved = {_kind(group): group for group in state_dict["optimizer"]["param_groups"]}
             for group in self.optimizer.param_groups:

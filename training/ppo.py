@@ -142,7 +142,8 @@ class PPO:
     def restore(self, state: dict) -> None:
         self.sampler.load_state_dict(state["sampler"])
         self.gates.load_state_dict(state["gates"])
-        self.kl_coef = state["kl_coef"]
+        if self.config.kl_target:  # else it is the configuration's, which may have been changed for the resume
+            self.kl_coef = state["kl_coef"]
 
     def iterate(self, iteration: int) -> dict[str, float]:
         """One iteration, from 1 -> its metrics, the same on every rank."""

@@ -46,7 +46,7 @@ def collate_comparisons(comparisons: list[Comparison], replies: int, pad_id: int
     """``replies`` rows a query; where it has fewer, its last reply is repeated with score NaN, which forms no pair."""
     filled = [group + [(group[-1][0], math.nan)] * (replies - len(group)) for group in comparisons]
     batch = collate([example for group in filled for example, _ in group], pad_id, length)
-    return {**batch, "scores": torch.tensor([score for group in filled for _, score in group], dtype=torch.float)}
+    return {**batch, "scores": torch.tensor([score for group in filled for _, score in group], dtype=torch.double)}
 
 
 def collate_packed_comparisons(rows: list[list[Comparison]], replies: int, pad_id: int, length: int) -> Batch:
@@ -54,7 +54,7 @@ def collate_packed_comparisons(rows: list[list[Comparison]], replies: int, pad_i
     each of its replies "ends" (B, queries x replies), the place of its last token, and "scores", NaN where there is none."""
     batch = collate_packed([[example for group in row for example, _ in group] for row in rows], pad_id, length)
     ends = torch.zeros(len(rows), max(map(len, rows)), replies, dtype=torch.long)
-    scores = torch.full(ends.shape, math.nan)
+    scores = torch.full(ends.shape, math.nan, dtype=torch.double)  # in fp32 large scores that differ would be ties
     for number, row in enumerate(rows):
         end = -1
         for query, group in enumerate(row):

@@ -19,7 +19,7 @@ class ConfigError(ValueError):
 
 def at_least(config, smallest: int, *names: str) -> None:
     for name in names:
-        if getattr(config, name) < smallest:
+        if not smallest <= getattr(config, name) < math.inf:  # NaN is refused, too
             raise ValueError(f"{name} = {getattr(config, name)}: expected at least {smallest}")
 
 

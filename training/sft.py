@@ -60,7 +60,7 @@ def heldout(config: SFTConfig, learner: Learner, examples: list[Example], pad_id
     tokens = torch.cat([torch.tensor(example.tokens[example.response_start :]) for example in examples])
     frequency = tokens.bincount().double() / len(tokens)
     entropy = -(frequency[frequency > 0] * frequency[frequency > 0].log()).sum().item()
-    return {"heldout_loss": loss / count, "heldout_perplexity": math.exp(loss / count), "unigram_entropy": entropy}
+    return {"heldout_loss": loss / count, "heldout_perplexity": math.exp(min(loss / count, 700.0)), "unigram_entropy": entropy}
 
 
 def task(config: SFTConfig, inputs: Inputs, learner: Learner) -> Task:

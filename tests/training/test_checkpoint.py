@@ -7,6 +7,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,7 +96,7 @@ PPO = dict(rollout_batch_size=8, global_batch_size=4, response_length=4, kl_targ
     ("sft", (2, 1, 2), {}, "llama"), ("reward", (2, 2, 1), {}, "llama"), ("dpo", (1, 1, 2), {"lora_rank": 4}, "bloom"),
     ("grpo", (1, 1, 2), PPO | {"group_size": 2}, "bloom"),
     ("ppo", (1, 2, 1), PPO | {"micro_batch_tokens": 80, "offload_frozen": True}, "bloom"),
-    ("ppo", (2, 1, 2), PPO | {"value_warmup": 1, "lora_rank": 4}, "llama")])
+    ("ppo", (2, 1, 2), PPO | {"value_warmup": 4, "lora_rank": 4}, "llama")])
 def test_resumed_equals_uninterrupted_bit_for_bit(small_run, llama_run, tmp_path, stage, layout, values, family):
     """8 iterations straight = killed by SIGKILL at a random moment behind iteration 3, resumed: weights, optimizer, state and metrics.
     Without pipeline the second saves asynchronously."""
@@ -118,6 +119,35 @@ def test_resumed_equals_uninterrupted_bit_for_bit(small_run, llama_run, tmp_path
         assert states[0]["kl_coef"] != make(tmp_path, **settings).kl_coef
     for model in learners:
         assert tensors(tmp_path / "resumed", 8, model) == tensors(tmp_path / "straight", 8, model)
+
+
+def test_a_resume_takes_the_rates_and_the_kl_coefficient_of_the_configuration(small_run, tmp_path):
+    """``resume --set ppo.lr=...``: what the checkpoint holds of them are the old ones."""
+    old = dict(rollout_batch_size=8, response_length=4, iterations=4, lr=1e-4, value_lr=2e-4, kl_coef=0.1, schedule="linear")
+    new = old | {"lr": 1e-3, "value_lr": 4e-3, "min_lr": 1e-5, "kl_coef": 0.5}
+    run(ppo.run, 1, 1, 1, small_run.ppo(tmp_path / "new", **new))
+    run(ppo.run, 1, 1, 1, small_run.ppo(tmp_path / "old", **old, save_every=2))
+    shutil.rmtree(checkpoint.folder(tmp_path / "old", 4))
+    (tmp_path / "old" / "latest").write_text("2")
+    run(ppo.run, 1, 1, 1, small_run.ppo(tmp_path / "old", **new))
+    for name in ("lr", "value_lr", "kl_coef"):
+        resumed, straight = ([json.loads(row)[name] for row in (tmp_path / stage / "metrics.jsonl").read_text().splitlines()]
+                             for stage in ("old", "new"))
+        assert resumed[:2] != straight[:2] and resumed[2:] == straight[2:], name
+
+
+def test_a_policy_that_has_made_no_step_is_saved_and_resumed(small_run, tmp_path):
+    """With the small optimizer; test_resumed_equals_uninterrupted_bit_for_bit does it with fp32's."""
+    settings = dict(rollout_batch_size=8, response_length=4, iterations=3, value_warmup=2, precision="bf16", optimizer_precision="bf16",
+                    keep_checkpoints=3)
+    run(ppo.run, 1, 1, 1, small_run.ppo(tmp_path / "straight", **settings))
+    run(ppo.run, 1, 1, 1, small_run.ppo(tmp_path / "resumed", **settings, save_every=1))
+    for iteration in (2, 3):
+        shutil.rmtree(checkpoint.folder(tmp_path / "resumed", iteration))
+    (tmp_path / "resumed" / "latest").write_text("1")
+    run(ppo.run, 1, 1, 1, small_run.ppo(tmp_path / "resumed", **settings, save_every=1))
+    assert tensors(tmp_path / "resumed", 3, "policy") == tensors(tmp_path / "straight", 3, "policy")
+    assert metrics(tmp_path / "resumed") == metrics(tmp_path / "straight")
 
 
 def kill_after_3(trainer, config, seed: str) -> None:

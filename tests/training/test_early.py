@@ -34,7 +34,8 @@ def test_the_rule_by_hand():
     resumed = EarlyStop(2, 0.1, "heldout_loss")
     resumed.load_state_dict(json.loads(json.dumps(stop.state_dict())))
     assert resumed == stop
-    assert not EarlyStop(1, 0.0, "x").see(1, math.nan)
+    never = EarlyStop(1, 0.0, "x")
+    assert not never.see(1, math.nan) and not never.over
 
 
 def until_told(config: SFTConfig) -> bool:

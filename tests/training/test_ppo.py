@@ -181,7 +181,13 @@ def test_contradictions_are_errors_that_say_what_to_change(small_run, tmp_path):
                             ({"top_p": 0.9}, "top_p = 0.9: .* set top_p = 1.0, or lower temperature"), ({"top_k": 50}, "set top_k = 0"),
                             ({"dual_clip": 1.0}, "dual_clip = 1.0: expected 0 .off. or more than 1"), ({"lam": 1.5}, "lam = 1.5"),
                             ({"generation_tensor_parallel": 2}, "generation_tensor_parallel = 2 does not divide .* = 1"),
-                            ({"cache_share": 0}, "cache_share = 0"),
+                            ({"cache_share": 0}, "cache_share = 0"), ({"min_lr": 1.0}, "min_lr = 1.0: expected at most lr"),
+                            ({"lr": 1.0, "min_lr": 0.5}, "min_lr = 0.5: expected at most value_lr"),
+                            ({"weight_decay": -1.0}, "weight_decay = -1.0"), ({"warmup_iterations": -5}, "warmup_iterations = -5"),
+                            ({"value_warmup": -1}, "value_warmup = -1"), ({"kl_coef": float("nan")}, "kl_coef = nan"),
+                            ({"kl_target": -3.0}, "kl_target = -3.0"), ({"kl_target": 6.0, "kl_horizon": 5}, "kl_horizon = 5: .* negative"),
+                            ({"kl_target": 6.0, "kl_coef": 0.0}, "kl_coef = 0 .* start value"),
+                            ({"missing_eos_penalty": float("nan")}, "missing_eos_penalty = nan"),
                             ({"value_warmup": 5}, "value_warmup = 5: expected fewer together than iterations = 2")):
         with pytest.raises(ValueError, match=message):
             small_run.ppo(tmp_path, **change)

@@ -47,6 +47,7 @@ class DataConfig:
     """Count and skip rows that can't be used instead of stopping at the first."""
 
     def __post_init__(self):
+        at_least(self, 0, "heldout_max")
         if not 0 < self.heldout <= 0.5:
             raise ValueError(f"heldout = {self.heldout}: expected a share above 0 and at most 0.5")
 

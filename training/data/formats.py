@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import gzip
 import json
-import math
 import re
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -123,9 +123,10 @@ def _trl(row: dict) -> Row:
             replies.append(turns[-1][1])
         else:
             replies.append(_text(row, field))
-    if "prompt" not in row:
-        if len(prompts) < 2 or prompts[0] != prompts[1]:
-            raise Unusable("prompts of chosen and rejected differ")
+    if any(turns != prompts[0] for turns in prompts) or ("prompt" not in row and len(prompts) < 2):
+        raise Unusable("prompts of chosen and rejected differ")
+    # A prompt that is a string is the first turn of a longer conversation that the replies hold.
+    if "prompt" not in row or (isinstance(row["prompt"], str) and prompts and len(prompts[0]) > 1):
         prompt = dialogue.from_messages(prompts[0]) + dialogue.CUE
     elif isinstance(row["prompt"], list):
         prompt = dialogue.from_messages(_messages(row, "prompt")) + dialogue.CUE
@@ -148,7 +149,7 @@ def _comparison(row: dict, prompt: str) -> Row:
     if not isinstance(responses, list):
         raise BadRow(f"response: {_short(responses)}: expected a list of strings")
     responses = [_string(response, f"response[{at}]") for at, response in enumerate(responses)]
-    if not isinstance(scores, list) or not all(type(s) in (int, float) and math.isfinite(s) for s in scores):
+    if not isinstance(scores, list) or not all(type(s) in (int, float) and abs(s) <= sys.float_info.max for s in scores):
         raise BadRow(f"score: {_short(scores)}: expected a list of finite numbers")
     if len(responses) < 2 or len(responses) != len(scores):
         raise BadRow(f"score: {len(scores)} scores for {len(responses)} responses; expected one each and at least 2")
@@ -202,7 +203,7 @@ def _object(line: bytes) -> dict:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise BadRow(f"line: not UTF-8 at byte {error.start}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadRow(f"line: not JSON: {error}") from None
     if not isinstance(row, dict):
         raise BadRow(f"line: {_short(row)}: expected a JSON object")

@@ -30,10 +30,18 @@ USER, SO, NO = ({"role": role, "content": text} for role, text in (("user", "Why
     {"prompt": Q + CUE + " ", "chosen": "So.", "rejected": "No."},
     {"prompt": [USER], "chosen": [SO], "rejected": [NO]},
     {"chosen": [USER, SO], "rejected": [USER, NO]},
+    {"prompt": "Why?", "chosen": [USER, SO], "rejected": [USER, NO]},
     {"query": Q + CUE, "response": [" So.", " No."], "score": [1, 0]},
 ])
 def test_preferences_of_every_format_are_the_same_row(row):
     assert parse(row) == PAIR
+
+
+def test_a_prompt_beside_whole_conversations_loses_none_of_their_turns():
+    longer = [USER, SO, {"role": "user", "content": "And?"}]
+    assert parse({"prompt": "Why?", "chosen": [*longer, SO], "rejected": [*longer, NO]}).prompt == f"{Q}{CUE} So.\n\nHuman: And?{CUE}"
+    with pytest.raises(Unusable, match="prompts of chosen and rejected differ"):
+        parse({"prompt": "Why?", "chosen": [*longer, SO], "rejected": [USER, NO]})
 
 
 def test_the_prompt_reaches_to_the_last_cue():
@@ -66,6 +74,9 @@ BAD = [
     (b'{"text": "x"}', r"rows.jsonl:2: prompt: missing; the fields are text"),
     (b'{"prompt": 5}', r"rows.jsonl:2: prompt: 5: expected a string"),
     (b'{"prompt": "p", "response": null}', r"rows.jsonl:2: response: None: expected a string"),
+    pytest.param(b'{"query": "p", "response": ["a", "b"], "score": [1' + b"0" * 400 + b", 1]}", r"rows.jsonl:2: score: .*finite",
+                 id="1e400"),
+    pytest.param(b"[" * 200_000, r"rows.jsonl:2: line: not JSON", id="nested"),
     (b'{"prompt": "\\ud800"}', r"rows.jsonl:2: prompt: .*half of a surrogate pair"),
     (b'{"query": "q", "response": ["a", 1], "score": [1, 0]}', r"rows.jsonl:2: response\[1\]: 1: expected a string"),
     (b'{"query": "q", "response": ["a", "b"], "score": [1, NaN]}', r"rows.jsonl:2: score: \[1, nan\]: expected a list of finite"),
