@@ -97,7 +97,7 @@ class Stage:
 
     def kl(self, name: str, replies: list[dict]) -> list[dict]:
         """KL rows of one model's replies against the baseline."""
-        path, base = self.output / "heldout" / f"{name}_kl.jsonl", self.fingerprints[self.baseline]
+        path, base = self.output / "heldout" / "kl" / f"{name}.jsonl", self.fingerprints[self.baseline]
 
         def stored() -> dict[str, dict]:
             self.ranks.gather(path, lambda row: (row["index"], row["sample"]))

@@ -79,7 +79,7 @@ def test_progress_ends_at_its_total(done):
 
 def test_results_hold_the_numbers(done):
     found = json.loads((done.parent / "results.json").read_text())
-    kl = [row["kl"] for row in read(done.parent / "heldout/rlhf_kl.jsonl")]
+    kl = [row["kl"] for row in read(done.parent / "heldout/kl/rlhf.jsonl")]
     assert found["heldout"]["kl"]["rlhf"]["mean"] == pytest.approx(sum(kl) / 4)
     gold = {name: [row["gold"] for row in read(done.parent / f"heldout/{name}.jsonl")] for name in ("sft", "rlhf")}
     assert found["heldout"]["gold_difference"]["rlhf"]["mean"] == pytest.approx((sum(gold["rlhf"]) - sum(gold["sft"])) / 4)
@@ -132,6 +132,18 @@ def test_the_report_escapes_and_says_what_there_is(done):
     assert 'class="radar"' not in source
 
 
+def test_a_model_may_be_called_as_another_ones_kl_once_was(done, folders, tmp_path):
+    rlhf = folders["rlhf"]
+    config = prepare(tmp_path, {"sft": folders["sft"], "rlhf": rlhf, "rlhf_kl": rlhf})
+    reuse(done, config)
+    for name in ("model_answer", "heldout"):
+        rows = read(config.parent / name / "rlhf.jsonl")
+        dump(config.parent / name / "rlhf_kl.jsonl", [row | ({"model_id": "rlhf_kl"} if "model_id" in row else {}) for row in rows])
+    assert main([str(config)]) == 0
+    found = json.loads((config.parent / "results.json").read_text())["heldout"]["kl"]
+    assert found["rlhf"] == found["rlhf_kl"] and len(read(config.parent / "heldout/rlhf_kl.jsonl")) == 4
+
+
 def test_a_second_start_makes_nothing_and_writes_the_same_page(done, monkeypatch):
     before = {path: path.read_bytes() for path in done.parent.parent.rglob("*") if path.is_file() and path.name != "metrics.jsonl"}
     monkeypatch.setattr("eval.generation.load", None)  # a call would fail
@@ -180,7 +192,7 @@ def test_two_ranks_make_what_one_makes(done, folders, tmp_path):
     for name in ("model_answer/sft", "model_answer/rlhf", "heldout/sft", "heldout/rlhf"):
         assert without_time(config.parent / f"{name}.jsonl") == without_time(done.parent / f"{name}.jsonl")
     assert not list(config.parent.rglob("rank-*")) and "questions answered: 24/24" in said[0] and "answered" not in said[1]
-    kl, alone = (read(place.parent / "heldout/rlhf_kl.jsonl") for place in (config, done))
+    kl, alone = (read(place.parent / "heldout/kl/rlhf.jsonl") for place in (config, done))
     assert [row["kl"] for row in kl] == pytest.approx([row["kl"] for row in alone], abs=1e-5)
     last = read(config.parent / "metrics.jsonl")[-1]
     assert last["iteration"] == last["total"]
