@@ -91,6 +91,11 @@ def has_chat_template(folder: str) -> bool:
     return (path / "chat_template.jinja").is_file() or tokenizer.is_file() and '"chat_template"' in tokenizer.read_text(encoding="utf-8")
 
 
+def _unescaped(text: str) -> str:
+    r"""\n and the like as what they stand for; characters beyond ASCII stay what they are."""
+    return text.encode("latin-1", "backslashreplace").decode("unicode_escape")
+
+
 def settings(arguments: list[str]) -> tuple[MTBenchConfig, bool]:
     """(configuration, whether the report is to be opened); a mistake ends the process with 2, saying what to do."""
     made = parser()
@@ -106,7 +111,7 @@ def settings(arguments: list[str]) -> tuple[MTBenchConfig, bool]:
             asked["template"] = "chat" if chat == {True} else MTBenchConfig.template
         if asked["stop"] is None:
             asked["stop"] = MTBenchConfig.stop if asked["template"] == MTBenchConfig.template else ""
-        asked |= {name: asked[name].encode().decode("unicode_escape") for name in ("template", "stop") if "\\" in asked[name]}
+        asked |= {name: _unescaped(asked[name]) for name in ("template", "stop") if "\\" in asked[name]}
         paths = MTBenchPaths(output=str(output), models=models, heldout=heldout, stages={}, report=str(output / "report.html"))
         return MTBenchConfig(paths=paths, **asked), show
     except ValueError as error:

@@ -37,6 +37,8 @@ def test_a_chat_template_is_used_where_there_is_one(folders, tmp_path):
     plain = mtbench.settings([str(folders["sft"])])[0]
     assert (plain.template, plain.stop) == (MTBenchConfig.template, MTBenchConfig.stop) == (HUMAN + " {question}" + CUE, HUMAN)
     assert mtbench.settings([str(tmp_path), "--template", r"Q: {question}\nA:"])[0].template == "Q: {question}\nA:"
+    foreign = mtbench.settings([str(tmp_path), "--template", r"Süß 问: {question}\n答:", "--stop", r"\n问"])[0]
+    assert (foreign.template, foreign.stop) == ("Süß 问: {question}\n答:", "\n问")
 
 
 @pytest.mark.parametrize("arguments, message", [
