@@ -34,6 +34,10 @@ def contradictions(evaluations: Mapping[str, Evaluation]) -> list[str]:
             shown = values if path != ("questions", "sha256") else {run: _at(one.results, ("questions", "label"))
                                                                     for run, one in evaluations.items()}
             found.append(f"{' '.join(path)} differs: " + "; ".join(f"{run}: {value}" for run, value in shown.items()))
+    for run, one in evaluations.items():
+        count = _at(one.results, ("questions", "count"))
+        if one.results["scores"] and len(one.questions) != count:
+            found.append(f"{run}: {one.folder / 'question.jsonl'} has {len(one.questions)} questions, {count} were rated")
     return found
 
 

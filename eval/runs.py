@@ -13,6 +13,17 @@ from pathlib import Path
 from eval import judge
 from eval.errors import DataError
 
+RESULTS = {"questions", "template", "models", "baseline", "seed", "max_new_tokens", "judge", "scores", "pairwise", "heldout", "checks",
+           "reward_model", "harness", "harness_problem", "versions"}
+JUDGE = {"kind", "requested", "returned", "problem", "repeats", "requests", "tokens_in", "tokens_out", "cost", "currency"}
+"""What results.json holds, and its "judge"."""
+QUESTION = {"question_id", "category", "turns"}
+ANSWER = {"question_id", "answer_id", "choices"}
+REPLY = {"index", "sample", "prompt", "response", "tokens", "finish", "gold"}
+JUDGMENT = {"question_id", "model", "turn", "score", "judgment", "judge_id", "answer_id"}
+PAIR = {"question_id", "model_1", "model_2", "turn", "g1_winner", "g2_winner", "g1_judgment", "g2_judgment", "judge_id", "answer_ids"}
+"""Fields of a row that the report shows; rows without them, e.g. of other tools, are left out."""
+
 
 @dataclass(frozen=True)
 class Attempt:
@@ -113,22 +124,32 @@ def is_evaluation(folder: Path) -> bool:
 
 
 def evaluation(folder: Path) -> Evaluation:
+    """Raises DataError for results that lack what today's hold."""
     results = read_json(folder / "results.json")
-    answers = {name: sorted(_last(lines(folder / "model_answer" / f"{name}.jsonl"), "question_id").values(),
+    judged_by = results["judge"] if isinstance(results["judge"], dict) else {}
+    if absent := sorted(RESULTS - results.keys()) or sorted(f"judge.{name}" for name in JUDGE - judged_by.keys()):
+        raise DataError(f"{folder / 'results.json'}: no {', '.join(absent)}: made by an older version; run mtbench again, "
+                        "what is made is kept")
+
+    def rows(path: Path, fields: set[str]) -> list[dict]:
+        return [row for row in lines(path) if fields <= row.keys()]
+
+    answers = {name: sorted(_last(rows(folder / "model_answer" / f"{name}.jsonl", ANSWER), "question_id").values(),
                             key=lambda row: row["question_id"]) for name in results["models"]}
-    replies = {name: list(_last(lines(folder / "heldout" / f"{name}.jsonl"), "index", "sample").values()) for name in results["models"]}
-    made = {row.get("answer_id") for rows in answers.values() for row in rows}
-    judged = results["judge"]["requested"]
-    judgments = lines(judge.judgment_path(str(folder), judged)) if judged else []
-    pairs = lines(judge.judgment_path(str(folder), judged, "pair")) if judged else []
-    return Evaluation(folder, results, lines(folder / "question.jsonl"), answers, replies,
-                      [row for row in judgments if row.get("answer_id") in made],
-                      [row for row in pairs if set(row.get("answer_ids", [None])) <= made])
+    replies = {name: list(_last(rows(folder / "heldout" / f"{name}.jsonl", REPLY), "index", "sample").values())
+               for name in results["models"]}
+    made = {row["answer_id"] for given in answers.values() for row in given}
+    judged = judged_by["requested"]
+    judgments = rows(judge.judgment_path(str(folder), judged), JUDGMENT) if judged else []
+    pairs = rows(judge.judgment_path(str(folder), judged, "pair"), PAIR) if judged else []
+    return Evaluation(folder, results, rows(folder / "question.jsonl", QUESTION), answers, replies,
+                      [row for row in judgments if row["answer_id"] in made],
+                      [row for row in pairs if set(row["answer_ids"]) <= made])
 
 
 def _last(rows: Sequence[Mapping], *names: str) -> dict:
     """The last row for each value of ``names``."""
-    return {tuple(row[name] for name in names): row for row in rows if all(name in row for name in names)}
+    return {tuple(row[name] for name in names): row for row in rows}
 
 
 def _stages(folder: Path) -> list[StageFolder]:

@@ -211,3 +211,33 @@ def test_a_row_may_hold_any_line_separator_of_unicode(tmp_path):
     rows = [{"text": f"one{separator}two"} for separator in "\u2028\u2029\u0085\v\f\r\n"]
     dump(tmp_path / "rows.jsonl", rows)
     assert runs.lines(tmp_path / "rows.jsonl") == rows
+
+
+def test_results_of_an_older_version_are_named(tmp_path, capsys):
+    evaluate(tmp_path)
+    results = runs.read_json(tmp_path / "results.json")
+    for old, absent in (({k: v for k, v in results.items() if k != "pairwise"}, "no pairwise: "),
+                        (results | {"judge": {"requested": "j"}}, "no judge.cost, judge.currency")):
+        write(tmp_path / "results.json", json.dumps(old))
+        assert report.main([str(tmp_path)]) == 65
+        said = capsys.readouterr().err
+        assert absent in said and "made by an older version; run mtbench again" in said
+
+
+def test_rows_of_other_tools_are_left_out(tmp_path):
+    evaluate(tmp_path)
+    before = report.page(report.collect([tmp_path]))
+    for path in ("question.jsonl", "model_answer/sft.jsonl", "heldout/sft.jsonl",
+                 *(f"model_judgment/j_{kind}.jsonl" for kind in ("single", "pair"))):
+        rows = runs.lines(tmp_path / path)
+        dump(tmp_path / path, [{"question_id": 1, "answer_id": "sft1", "index": 0, "sample": 0, "turn": 1, "model": "sft"}, *rows, {}])
+    assert report.page(report.collect([tmp_path])) == before
+
+
+@pytest.mark.parametrize("kept", [0, 4])
+def test_runs_whose_questions_are_gone_do_not_share_a_table(tmp_path, kept):
+    one, two = make_run(tmp_path / "one"), make_run(tmp_path / "two")
+    place = next(tmp_path.glob("one/*/question.jsonl"))
+    dump(place, QUESTIONS[:kept])
+    made, different = report.blocks(report.evaluations(report.collect([one, two])))
+    assert len(made) == 2 and different == [f"one: {place} has {kept} questions, 6 were rated"]
