@@ -3,11 +3,12 @@
 Everything made is kept under the stage's folder and found again by key, so that a second start makes only what is missing. With
 RANK and WORLD_SIZE set, the ranks share the answers; rank 0 does the rest.
 Exit codes: 0 done, 64 configuration, 65 bad data, 4 too few valid ratings for an average (the report says so), 1 the judge failed,
-75 stopped by USR1 or TERM: every finished batch is saved, start it again.
+75 stopped by USR1 or TERM (every finished batch is saved), or another start is at work in the same folder: start it again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import signal
 import sys
@@ -18,8 +19,8 @@ import transformers
 
 from eval import checks, config, gold, harness, report, rewards, scores, tables, winrate
 from eval.config import MTBenchConfig
-from eval.errors import DataError, HarnessError
-from eval.ranks import Ranks
+from eval.errors import Busy, DataError, HarnessError
+from eval.ranks import Ranks, alone
 from eval.stage import Stage
 
 USAGE, BAD_DATA, GO_ON, TOO_FEW_RATINGS = 64, 65, 75, 4
@@ -27,8 +28,16 @@ USAGE, BAD_DATA, GO_ON, TOO_FEW_RATINGS = 64, 65, 75, 4
 
 def run(settings: MTBenchConfig) -> int:
     """The stage, start to end; the exit code."""
+    with contextlib.ExitStack() as held:
+        return _run(settings, held)
+
+
+def _run(settings: MTBenchConfig, held: contextlib.ExitStack) -> int:
+    """``held`` keeps the output folder to the end, longer than the ranks are together."""
     made, replies = {}, {}
     with Ranks() as ranks:
+        if ranks.rank == 0:
+            held.enter_context(alone(settings.paths.output))
         stage = Stage(settings, ranks)
         for name in stage.folders:
             made[name], replies[name] = stage.answers(name)
@@ -107,12 +116,15 @@ def main(arguments: list[str]) -> int:
 
 
 def guarded(settings: MTBenchConfig) -> int:
-    """``run`` with bad data as exit code 65."""
+    """``run`` with bad data as exit code 65, and 75 while another start is at work."""
     try:
         return run(settings)
     except DataError as error:
         print(error, file=sys.stderr)
         return BAD_DATA
+    except Busy as error:
+        print(error, file=sys.stderr)
+        return GO_ON
 
 
 def heed_signals() -> None:

@@ -1,4 +1,4 @@
-"""The evaluation's two kinds of trouble: input that can't be used (exit code 65) and a judge that can't (exit code 1)."""
+"""The evaluation's kinds of trouble, each with its exit code."""
 
 
 class DataError(ValueError):
@@ -11,3 +11,7 @@ class JudgeError(RuntimeError):
 
 class HarnessError(RuntimeError):
     """lm-evaluation-harness failed: the message holds its last words and where the rest is."""
+
+
+class Busy(RuntimeError):
+    """Another start is at work on the same files: the message names the folder. Exit code 75."""

@@ -5,15 +5,40 @@ What is made does not depend on the number of ranks: each row has its own key, r
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import fcntl
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
 
+from eval.errors import Busy, DataError
 from eval.jsonl import dump, last_by, recover
+
+
+@contextlib.contextmanager
+def alone(output: str | Path) -> Iterator[None]:
+    """Make the output folder and hold it: two starts would write to the same files. Raises DataError and Busy before anything is made."""
+    try:
+        Path(output).mkdir(parents=True, exist_ok=True)
+        folder = os.open(output, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise DataError(f"paths.output = {output}: {error.strerror}; expected a folder, or a place where one can be made") from None
+    try:
+        if not os.access(output, os.W_OK | os.X_OK):
+            raise DataError(f"paths.output = {output}: no permission to write there")
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Busy(f"another start is at work in {output}: wait for it, or name another output folder") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(folder)
 
 
 class Ranks:

@@ -17,6 +17,7 @@ import pytest
 from eval import curves, figures
 from eval.__main__ import main
 from eval.jsonl import dump, read
+from eval.ranks import alone
 from tests.eval.test_judge import good, serve  # noqa: F401  (a fixture)
 
 ROOT = Path(__file__).parents[2]
@@ -240,6 +241,19 @@ def test_a_model_that_is_not_there_is_named(folders, tmp_path, capsys):
     assert main([str(prepare(tmp_path, folders | {"rlhf": tmp_path}))]) == 65
     assert f"paths.models.rlhf = {tmp_path}: no config.json" in capsys.readouterr().err
     assert main([]) == 64
+
+
+def test_a_second_start_in_a_folder_waits_its_turn_and_an_impossible_folder_is_named(done, folders, tmp_path, capsys):
+    with alone(done.parent):
+        assert main([str(done)]) == 75
+        assert f"another start is at work in {done.parent}" in capsys.readouterr().err
+    assert main([str(done)]) == 0
+    config = prepare(tmp_path, folders)
+    values = json.loads(config.read_text())
+    values["paths"]["output"] = str(config / "below a file")
+    config.write_text(json.dumps(values))
+    assert main([str(config)]) == 65
+    assert f"paths.output = {config}/below a file: Not a directory" in capsys.readouterr().err
 
 
 def test_figures_are_the_same_bytes_again_and_curves_keep_the_last_value():
