@@ -14,6 +14,7 @@ from pathlib import Path
 
 from eval import generation
 from eval.config import MTBenchConfig
+from eval.errors import DataError
 from eval.generation import Prompt, Reply
 from eval.jsonl import append, last_by, recover
 from eval.questions import Question
@@ -63,6 +64,9 @@ def batches(items: Sequence, size: int) -> Iterator[Sequence]:
 def answer(model, tokenizer, name: str, questions: Sequence[Question], keys: dict[int, str], config: MTBenchConfig, path: Path,
            done: Callable[[int], None]) -> None:
     """Answer ``questions`` and append a row for each to ``path``; ``done(n)`` after each batch."""
+    if config.template == "chat" and not tokenizer.chat_template:
+        raise DataError(f"paths.models.{name}: template = \"chat\", but its tokenizer has no chat template; set mtbench.template to a text "
+                        "with {question} in it")
     for batch in batches(questions, config.batch_size):
         replies: list[list[Reply]] = [[] for _ in batch]
         for turn in (1, 2):

@@ -55,8 +55,9 @@ def require_model(folder: str | Path, name: str) -> None:
     if not (place / "config.json").is_file():
         raise DataError(f"paths.models.{name} = {folder}: no config.json there; {expected}")
     try:
-        known = "model_type" in json.loads((place / "config.json").read_text(encoding="utf-8"))
-    except ValueError:
+        values = json.loads((place / "config.json").read_text(encoding="utf-8"))
+        known = isinstance(values, dict) and isinstance(values.get("model_type"), str)
+    except (ValueError, RecursionError, OSError):
         known = False
     if not known:
         raise DataError(f"paths.models.{name} = {folder}: its config.json names no model_type; {expected}")
@@ -80,14 +81,22 @@ def fingerprint(folder: str | Path) -> str:
 def load(folder: str | Path, fp32: bool = False):
     """(model, tokenizer) from a Hugging Face folder, in evaluation mode on the accelerator if there is one.
 
-    Weights keep the dtype of the file on CUDA; ``fp32``, and every CPU, computes in float32.
+    Weights keep the dtype of the file on CUDA; ``fp32``, and every CPU, computes in float32. Raises DataError for a folder that can't be
+    loaded.
     """
     logging.disable_progress_bar()  # a log holds plain lines
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    if tokenizer.eos_token_id is None:
-        raise DataError(f"{folder}: the tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json")
-    dtype = torch.float32 if fp32 or device().type == "cpu" else "auto"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device()).eval()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        if tokenizer.eos_token_id is None:
+            raise DataError(f"{folder}: the tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json")
+        dtype = torch.float32 if fp32 or device().type == "cpu" else "auto"
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    except (DataError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # torn weights, an unknown model_type, no usable tokenizer: each library has errors of its own
+        said = (str(error).strip() or "no message").splitlines()[0][:300]
+        raise DataError(f"{folder}: transformers can't load it: {type(error).__name__}: {said}") from error
+    model = model.to(device()).eval()
     model.generation_config = GenerationConfig()  # a folder's own sampling defaults (top_p, penalties) must not leak in
     return model, tokenizer
 

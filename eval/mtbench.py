@@ -30,6 +30,7 @@ from pathlib import Path
 
 from eval import config
 from eval.config import MTBenchConfig, MTBenchPaths
+from eval.runs import read_json
 
 GROUPS = (("judge_", "the judge"), ("judge", "the judge"), ("harness_", "lm-evaluation-harness"), ("", "questions and answers"))
 """Beginning of an option's name -> heading; the first that fits."""
@@ -87,8 +88,7 @@ def named(models: list[str]) -> dict[str, str]:
 
 def has_chat_template(folder: str) -> bool:
     path = Path(folder)
-    tokenizer = path / "tokenizer_config.json"
-    return (path / "chat_template.jinja").is_file() or tokenizer.is_file() and '"chat_template"' in tokenizer.read_text(encoding="utf-8")
+    return (path / "chat_template.jinja").is_file() or bool(read_json(path / "tokenizer_config.json").get("chat_template"))
 
 
 def _unescaped(text: str) -> str:

@@ -78,7 +78,7 @@ def read_json(path: Path) -> dict:
     """The object in a file; {} where it is absent, torn or something else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -93,7 +93,7 @@ def lines(path: Path) -> list[dict]:
     for line in text.split("\n"):  # splitlines would cut at U+2028, too, which JSON may hold within a string
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(row, dict):
             rows.append(row)

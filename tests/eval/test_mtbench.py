@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 
@@ -67,3 +68,24 @@ def test_every_option_is_explained_where_its_field_is():
     assert fields <= texts.keys() and all(texts[name] for name in fields)
     page = mtbench.parser().format_help()
     assert all("--" + name.replace("_", "-") in page for name in fields) and "Exit codes" in page
+
+
+@pytest.mark.parametrize("file, content, message", [
+    ("config.json", b"5", "its config.json names no model_type"), ("config.json", b'{"model_type": "no-such"}', "can't load it: "),
+    ("model.safetensors", b"\x08\0\0\0\0\0\0\0{}", "can't load it: SafetensorError"), ("tokenizer.json", b"{}", "can't load it: "),
+])
+def test_a_damaged_model_folder_is_named(tmp_path, folders, capsys, file, content, message):
+    shutil.copytree(folders["sft"], tmp_path / "m")
+    (tmp_path / "m" / file).write_bytes(content)
+    assert mtbench.main([f"a={tmp_path / 'm'}", "--output", str(tmp_path / "out")]) == 65
+    said = capsys.readouterr().err
+    assert str(tmp_path / "m") in said and message in said
+
+
+def test_a_chat_template_of_null_is_none(tmp_path, folders, capsys):
+    shutil.copytree(folders["sft"], tmp_path / "m")
+    place = tmp_path / "m/tokenizer_config.json"
+    place.write_text(json.dumps(json.loads(place.read_text()) | {"chat_template": None}))
+    assert mtbench.settings([str(tmp_path / "m")])[0].template == MTBenchConfig.template
+    assert mtbench.main([f"a={tmp_path / 'm'}", "--output", str(tmp_path / "out"), "--template", "chat"]) == 65
+    assert "tokenizer has no chat template" in capsys.readouterr().err
