@@ -1,6 +1,7 @@
 """From judgments to the table: averages, intervals and differences, or no number at all. Pure.
 
-Average = mean of all valid ratings (micro), as FastChat prints it; macro = mean of the category means. Units of the bootstrap are
+Average = mean of all valid ratings (micro), as FastChat prints it; macro = mean of the category means, None where a
+category has no valid rating. Units of the bootstrap are
 questions, with all their turns and repeats. Below ``COVERAGE`` valid ratings a model gets no average: unparsed ratings are not missing at
 random.
 """
@@ -89,7 +90,7 @@ def _summary(ratings: Mapping, name: str, categories: Mapping[int, str], arrays:
     return result | {
         "categories": cells,
         "micro": intervals.pooled_mean(sums.sum(1), counts.sum(1), seed).as_dict(),
-        "macro": sum(cell["mean"] for cell in cells.values()) / len(cells),
+        "macro": sum(cell["mean"] for cell in cells.values()) / len(cells) if len(cells) == len(set(categories.values())) else None,
         "turns": [sums[:, turn].sum() / counts[:, turn].sum() if counts[:, turn].any() else None for turn in range(len(TURNS))],
         "spread": _spread(*arrays) if repeats > 1 else None,
     }

@@ -85,7 +85,7 @@ def rows(scores: dict) -> list[list[Cell]]:
 
 def _model_cells(row: dict) -> list[Cell]:
     cells = [_cell(row["categories"].get(category), ".2f") for category in CATEGORIES]
-    return [*cells, _cell(row["micro"], ".2f"), Cell(f"{row['macro']:.2f}")]
+    return [*cells, _cell(row["micro"], ".2f"), Cell("-" if row["macro"] is None else f"{row['macro']:.2f}")]
 
 
 def _cell(value: dict | None, form: str) -> Cell:

@@ -99,3 +99,13 @@ def test_below_the_gate_no_number_and_no_difference():
     assert all(cell.text in ("b", "-", "18/20") for cell in tables.rows(found)[1])
     assert found["models"]["a"]["micro"]["mean"] == 5
     assert len(tables.HEADER) == len(CATEGORIES) + 4 == len(tables.rows(found)[1])
+
+
+def test_a_category_without_a_rating_leaves_no_macro():
+    categories = dict.fromkeys(range(1, 31), "math") | {31: "stem"}
+    rows = [{"model": "m", "question_id": number, "turn": turn, "score": 5 if number < 31 else -1}
+            for number in categories for turn in (1, 2)]
+    found = scores.table(rows, categories, ["m"], seed=0)
+    assert found["models"]["m"]["covered"] and found["models"]["m"]["macro"] is None
+    shown, = tables.rows(found)
+    assert shown[-2].text == "-"
