@@ -51,9 +51,10 @@ class Batcher:
                                               max_new_tokens=max(limits), context_length=sys.maxsize, seed=0, stop=())
                 for future, reply in zip(futures, replies, strict=True):
                     future.set_result(reply)
-            except (RuntimeError, ValueError) as error:  # out of memory, say: those who wait must hear it, and the next batch may fit
+            except Exception as error:  # out of memory, say: those who wait must hear it, whatever it is, and the next batch may fit
                 for future in futures:
-                    future.set_exception(error)
+                    if not future.done():
+                        future.set_exception(RuntimeError(f"{type(error).__name__}: {error}"))
 
 
 def as_text(tokenizer, messages: list[dict]) -> str:
@@ -86,7 +87,7 @@ def handler(batcher: Batcher, name: str) -> type[BaseHTTPRequestHandler]:
             except (ValueError, KeyError, TypeError) as error:
                 return self.send(400, {"error": {"message": f"bad request: {type(error).__name__}: {error}"}})
             except RuntimeError as error:  # the client decides whether to ask again
-                return self.send(500, {"error": {"message": f"{type(error).__name__}: {error}"}})
+                return self.send(500, {"error": {"message": str(error)}})
             choice = {"index": 0, "message": {"role": "assistant", "content": reply.text},
                       "finish_reason": "length" if reply.finish == "length" else "stop"}
             self.send(200, {"object": "chat.completion", "model": name, "choices": [choice],

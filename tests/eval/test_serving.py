@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+import types
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 from transformers import BloomConfig, BloomForCausalLM
 
-from eval import asking, questions, serving
+from eval import asking, questions, serve, serving
 from eval.config import MTBenchConfig, MTBenchPaths
 from eval.errors import JudgeError
 from tests.eval.conftest import tokenizer
@@ -120,3 +121,12 @@ def test_the_command_line(seven, tmp_path, monkeypatch):
         str(tmp_path / "vllm"), "serve", str(seven), "--host", "127.0.0.1", "--port", "5", "--served-model-name", str(seven),
         "--max-model-len", "8192"]
 
+
+
+def test_whatever_the_model_raises_reaches_those_who_wait_and_the_next_batch_is_answered(monkeypatch):
+    words = tokenizer()
+    batcher = serve.Batcher(types.SimpleNamespace(config=types.SimpleNamespace(seq_length=64)), words)
+    monkeypatch.setattr("eval.generation.generate", lambda *_, **__: {}["no such token"])
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="KeyError: 'no such token'"):
+            batcher.reply("a", 4)
