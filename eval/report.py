@@ -137,7 +137,7 @@ def page(found: Mapping[str, Run]) -> str:
 
 
 def write(found: Mapping[str, Run], path: Path) -> None:
-    write_text(path, page(found))
+    write_text(path, page(found).replace("\0", "\ufffd"))  # as a browser would show it, but without calling the page broken
 
 
 def main(arguments: list[str]) -> int:

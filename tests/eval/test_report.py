@@ -241,3 +241,14 @@ def test_runs_whose_questions_are_gone_do_not_share_a_table(tmp_path, kept):
     dump(place, QUESTIONS[:kept])
     made, different = report.blocks(report.evaluations(report.collect([one, two])))
     assert len(made) == 2 and different == [f"one: {place} has {kept} questions, 6 were rated"]
+
+
+def test_answers_in_any_script_and_with_nul_are_shown(tmp_path):
+    evaluate(tmp_path)
+    path = tmp_path / "model_answer/sft.jsonl"
+    rows = runs.lines(path)
+    rows[0]["choices"][0]["turns"][0] = "\u05e9\u05dc\u05d5\u05dd\0"
+    dump(path, rows)
+    assert report.main([str(tmp_path)]) == 0
+    source = (tmp_path / "report.html").read_text()
+    assert '<p class="text" dir="auto">\u05e9\u05dc\u05d5\u05dd\ufffd</p>' in source and "\0" not in source
