@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import urllib.parse
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,13 +113,27 @@ class MTBenchConfig:
         self._check_judge()
 
     def _check_judge(self) -> None:
+        if "@" in self.judge_url:  # not quoted: it is a secret, and no way in, either
+            raise ValueError("judge_url: holds a name or password before an @, which would be printed; put the key into the variable that "
+                             "judge_key_variable names, or into judge_key_file")
         if self.judge == "openai" and not self.judge_url:
             raise ValueError('judge_url = "": judge = "openai" needs the address of an endpoint; set mtbench.judge_url')
         if self.judge == "openai" and not self.judge_url.startswith(("http://", "https://")):
             raise ValueError(f'judge_url = {self.judge_url!r}: expected an address such as "http://localhost:8000/v1"')
+        if self.judge == "openai" and not _usable(self.judge_url):
+            raise ValueError(f'judge_url = {self.judge_url!r}: not an address; expected one such as "http://localhost:8000/v1"')
         if self.judge_max_cost and not (self.judge_price_in or self.judge_price_out):
             raise ValueError(f"judge_max_cost = {self.judge_max_cost}: a limit needs the judge's prices; set mtbench.judge_price_in and "
                              "mtbench.judge_price_out, for a million tokens")
+
+
+def _usable(url: str) -> bool:
+    """Has it a host, a port that is a number where there is one, and nothing that a request can't hold?"""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        return bool(parts.hostname) and (parts.port is None or parts.port > 0) and all("!" <= character <= "~" for character in url)
+    except ValueError:
+        return False
 
 
 def load(path: str | Path) -> MTBenchConfig:

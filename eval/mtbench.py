@@ -113,7 +113,13 @@ def settings(arguments: list[str]) -> tuple[MTBenchConfig, bool]:
             asked["stop"] = MTBenchConfig.stop if asked["template"] == MTBenchConfig.template else ""
         asked |= {name: _unescaped(asked[name]) for name in ("template", "stop") if "\\" in asked[name]}
         paths = MTBenchPaths(output=str(output), models=models, heldout=heldout, stages={}, report=str(output / "report.html"))
-        return MTBenchConfig(paths=paths, **asked), show
+        made_of = MTBenchConfig(paths=paths, **asked)
+        unheard = [field.name for field in dataclasses.fields(made_of) if field.name.startswith("judge_") and
+                   getattr(made_of, field.name) != field.default]
+        if made_of.judge == "none" and unheard:
+            raise ValueError(f"{', '.join('--' + name.replace('_', '-') for name in unheard)} without a judge: add --judge openai or "
+                             "--judge local")
+        return made_of, show
     except ValueError as error:
         made.error(str(error).replace("mtbench.", ""))
 

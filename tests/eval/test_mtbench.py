@@ -47,11 +47,20 @@ def test_a_chat_template_is_used_where_there_is_one(folders, tmp_path):
     (["a", "--judge", "gpt"], "judge = 'gpt': expected one of none, openai, local"),
     (["a", "--judge", "openai"], "set judge_url"), (["a", "--template", "no question"], "expected \"chat\" or a text with {question}"),
     (["a", "--judge-max-cost", "5"], "set judge_price_in and judge_price_out"), (["a", "--batch-sise", "5"], "unrecognized arguments"),
+    (["a", "--judge-url", "http://x/v1", "--judge-pairwise"], "--judge-url, --judge-pairwise without a judge: add --judge openai"),
+    *((["a", "--judge", "openai", "--judge-url", url], "not an address") for url in ("http://", "http://x:y/v1", "http://x y/v1", "http://[/")),
 ])
 def test_mistakes_are_named_before_anything_is_loaded(capsys, arguments, message):
     with pytest.raises(SystemExit) as end:
         mtbench.main(arguments)
     assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_password_in_an_address_is_refused_and_not_printed(capsys):
+    with pytest.raises(SystemExit):
+        mtbench.main(["a", "--judge", "openai", "--judge-url", "https://me:geheim@host/v1"])
+    said = capsys.readouterr().err
+    assert "judge_url: holds a name or password" in said and "geheim" not in said
 
 
 def test_a_folder_that_is_no_model_is_named(tmp_path, folders, capsys):
