@@ -15,6 +15,10 @@ from training.settings import ConfigError
 
 def make(paths: Sequence[Path], output: Path | None) -> Path:
     """Path of the written report.html; a note for each run that isn't finished goes to stderr. ConfigError where a run is none."""
+    for path in paths:
+        if (path / "results.json").is_file() and not (path / "config.json").is_file():
+            raise ConfigError(f"{path} is not a run but the output of python -m eval.mtbench: its report is made by "
+                              f"python -m eval.report {path}")
     runs = Runs.open(paths, Path("runs"))
     for run in runs:
         waiting = [row for row in state.states(run)[0] if row.state != "done"]

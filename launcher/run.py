@@ -122,7 +122,15 @@ class Run:
 
     @property
     def config(self) -> dict:
-        return json.loads(self.config_file.read_text(encoding="utf-8"))
+        """config.json; ConfigError where it is torn or another tool's."""
+        try:
+            values = json.loads(self.config_file.read_text(encoding="utf-8"))
+        except ValueError:
+            values = None
+        if not isinstance(values, dict) or not all(isinstance(values.get(name), dict) for name in ("run", "profile")):
+            raise ConfigError(f"{self.config_file} is not a run's configuration: it is torn, or another tool's; "
+                              f"name a run's folder, or start the run anew")
+        return values
 
     @property
     def id(self) -> str:

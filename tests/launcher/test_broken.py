@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from launcher import local
+from launcher import local, report
 from launcher.ranks import LocalRanks, Log
 from launcher.run import Run, this_process
 from training.settings import ConfigError
@@ -67,3 +67,16 @@ def test_prepared_data_that_was_lost_is_prepared_again(project):
     project.submit("--wait")
     assert (project.folder / "prepared").read_text() == "once\nonce\n"
     assert (project.run / "report.html").exists()
+
+
+@pytest.mark.parametrize("content", ['{"run": {"id": "x', "[]", '{"model_type": "bloom"}'])
+def test_a_torn_or_foreign_configuration_is_named(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ConfigError, match=f"{tmp_path}/config.json is not a run's configuration"):
+        Run.open(tmp_path).uses_slurm()
+
+
+def test_the_report_of_an_evaluation_on_its_own_names_the_command(tmp_path):
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(ConfigError, match=f"python -m eval.report {tmp_path}"):
+        report.make([tmp_path], None)
