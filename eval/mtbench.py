@@ -15,7 +15,7 @@ output folder and not made again: the same command goes on after an interruption
 environment variable OPENAI_API_KEY (--judge-key-variable) or from a file of mode 600 (--judge-key-file), and is written nowhere.
 
 Exit codes: 0 done; 2 a mistake on the command line; 65 bad data; 4 too few valid ratings for an average; 1 the judge failed;
-75 stopped by USR1 or TERM, the same command goes on.
+75 stopped by USR1 or TERM, or another start is at work in the output folder: the same command goes on.
 """
 
 from __future__ import annotations
