@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import sys
 import tempfile
@@ -29,6 +28,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from transformers import BloomConfig, BloomForCausalLM
 
+from benchmarks.parity_gpu import missed, say
+from tests.attention import relative
 from tests.bloom import tiny_bloom
 from tests.training import generation_models
 from training import parallel
@@ -48,19 +49,6 @@ from training.step import build_model, evaluate
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPS = operations(DEVICE)
 BIG, SMALL = bloom.shape(30, 4096, 32, 250880, 1e-5), bloom.shape(2, 64, 4, 300, 1e-5)
-missed = []
-
-
-def say(ok: bool | None = None, **values) -> None:
-    """One JSON line; ``ok`` says whether a tolerance was met."""
-    values = {name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in values.items()}
-    print(json.dumps(values if ok is None else {**values, "ok": ok}), flush=True)
-    if ok is False:
-        missed.append(values)
-
-
-def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
-    return ((found.double() - exact.double()).norm() / exact.double().norm()).item()
 
 
 def paged(kv_heads: int, group: int, dim: int, page: int, lengths: list[int], counts: list[int] | None, dtype: torch.dtype):

@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.bloom import saved_with_noise
+
 
 def tiny_llama(folder: Path, heads: int = 8, groups: int = 2, hidden: int = 64, layers: int = 4, vocab: int = 300, seed: int = 0,
                tied: bool = True, **values) -> LlamaForCausalLM:
@@ -17,9 +19,4 @@ def tiny_llama(folder: Path, heads: int = 8, groups: int = 2, hidden: int = 64, 
                          rope_parameters={"rope_type": "default", "rope_theta": 50.0}, max_position_embeddings=512,
                          tie_word_embeddings=tied, **values)
     model = LlamaForCausalLM(config).float().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter += 0.1 * torch.randn_like(parameter)
-    model.save_pretrained(folder)
-    return model
+    return saved_with_noise(model, folder)
