@@ -13,6 +13,9 @@ The formula, in bytes; P = parameters of this rank, T = tokens of a micro-batch,
   first pipeline stage keeps those of min(p, micro-batches) at once.
 * the language model's head: the logits of a chunk of tokens (training.shape.CHUNK_LOGITS), and the output matrix's gradient in the
   weights' type. Log-probabilities and entropies of all other tokens are numbers (training.model.heads).
+* offload = "frozen": of the frozen models one at a time. offload = "all": beside the trained models' weights the worst of one model's
+  update (its gradients and optimizer among it), both optimizers (one goes while the other comes; a save), a scoring pass, and the
+  rollout. What waits in host memory has its place there all the time.
 * rollout: all layers' weights where generation's layout is not training's, keys and values 4 k / t bytes a token and layer (t: generation's
   TP), and a step's fp32 logits or a prefill's activations.
 
@@ -48,6 +51,8 @@ class Estimate:
 
     lines: tuple[tuple[str, float], ...]
     """(what, GB), in the order of the formula."""
+    host: tuple[tuple[str, float], ...] = ()
+    """The same of this rank's part of its node's memory, pinned."""
 
     @property
     def total(self) -> float:
@@ -155,16 +160,30 @@ def _trainer(rank: Rank) -> Estimate:
 
 def _rollouts(rank: Rank) -> Estimate:
     config = rank.config
-    static = [*rank.trained("policy", "lm"), *(rank.trained("value", "scalar") if isinstance(config, PPOConfig) else [])]
+    learners = [rank.trained("policy", "lm"), *([rank.trained("value", "scalar")] if isinstance(config, PPOConfig) else [])]
     frozen = [*([] if config.lora_rank else rank.frozen("reference", "lm")), *rank.frozen("reward", "scalar")]  # adapters: the policy
-    score = [max(frozen, key=lambda line: line[1])] if config.offload_frozen else []  # one of them at a time
-    static += [] if config.offload_frozen else frozen
     length = config.prompt_length + config.response_length
     tokens = config.micro_batch_tokens or config.micro_batch_size * length
     micro_batches = -(-config.global_batch_size * length // (tokens * rank.data))
     update = [("activations of an update", rank.activations(tokens, micro_batches, "lm")), ("logits and loss", rank.head(tokens))]
-    worst = max(update, _engine(rank), score, key=lambda lines: sum(gb for _, gb in lines))
-    return Estimate((*static, *worst))
+    score = [max(frozen, key=_gb)] if config.offload != "none" else frozen  # one of them at a time
+    if config.offload == "all":
+        weights, states = [line for lines in learners for line in lines[:-2]], [lines[-1] for lines in learners]
+        updates = [[*lines[-2:], *update] for lines in learners]
+        worst = max(*updates, states, [*score, states[-1]], _engine(rank), key=_sum)
+        return Estimate((*weights, *worst), (*frozen, *states))
+    static = [line for lines in learners for line in lines]
+    if config.offload == "frozen":
+        return Estimate((*static, *max(update, _engine(rank), score, key=_sum)), tuple(frozen))
+    return Estimate((*static, *frozen, *max(update, _engine(rank), key=_sum)))
+
+
+def _gb(line: tuple[str, float]) -> float:
+    return line[1]
+
+
+def _sum(lines: list[tuple[str, float]]) -> float:
+    return sum(map(_gb, lines))
 
 
 def _engine(rank: Rank) -> list[tuple[str, float]]:
@@ -228,8 +247,9 @@ def _changes(stage: str, shape: Shape, config: TrainerConfig, asked: Resources, 
         yield words + more, made, nodes * gpus
     if 2 * asked.nodes <= profile.max_nodes:
         yield f"--set resources.{stage}.nodes={2 * asked.nodes}", lambda: config, 2 * asked.ranks
-    if isinstance(config, RolloutConfig) and not config.offload_frozen:
-        yield *keys(offload_frozen=True), asked.ranks
+    if isinstance(config, RolloutConfig):
+        for more in {"none": ("frozen", "all"), "frozen": ("all",), "all": ()}[config.offload]:
+            yield *keys(offload=more), asked.ranks
 
 
 def relief(stage: str, shape: Shape, config: TrainerConfig, asked: Resources, profile: Profile) -> str:

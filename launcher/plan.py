@@ -188,7 +188,11 @@ def _memory(made: submit.Plan) -> Table:
         for name, parts in models.items():
             table.add_row(stage, name or "at work", size(sum(gb for _, gb in parts)),
                           ", ".join(f"{part} {size(gb)}" for part, gb in parts))
-        table.add_row(stage, "together", size(estimate.total), f"CUDA, NCCL and fragments {memory.OUTSIDE_GB:g} among it", end_section=True)
+        table.add_row(stage, "together", size(estimate.total), f"CUDA, NCCL and fragments {memory.OUTSIDE_GB:g} among it",
+                      end_section=not estimate.host)
+        if estimate.host:
+            table.add_row(stage, "host memory", size(sum(gb for _, gb in estimate.host)), "of each rank, pinned: what waits for its turn",
+                          end_section=True)
     limit = made.profile.gpu_memory_gb
     table.caption = f"a GPU has {limit:g} GB" if limit else f"profile {made.profile.name} does not say what a GPU has: gpu_memory_gb"
     return table

@@ -301,8 +301,9 @@ class RolloutConfig(TrainerConfig):
     clip_grad: float = 0.5
     temperature: float = 1.0
     """Divides the logits in rollout, old, reference and update alike."""
-    offload_frozen: bool = False
-    """Keep reference and reward model in host memory (each node needs room for its ranks' parts) but while they score."""
+    offload: str = "none"
+    """What waits in pinned host memory (each node needs room for its ranks' parts) while it has nothing to do: "none", "frozen" (reference
+    and reward model but while they score) or "all" (also optimizer states but while their model trains; gradients exist only then)."""
     top_p: float = 1.0
     """Not supported below 1: log-probabilities are of the whole distribution; the key exists to say so."""
     top_k: int = 0
@@ -351,6 +352,10 @@ class RolloutConfig(TrainerConfig):
             raise ValueError(f"kl_horizon = {self.kl_horizon}: expected at least rollout_batch_size = {self.rollout_batch_size}, or one "
                              "iteration may turn kl_coef negative")
         positive(self, "temperature", "clip_ratio", "reward_clip")
+        one_of(self, "offload", ("none", "frozen", "all"))
+        if self.offload == "all" and self.async_save:
+            raise ValueError('async_save = true reads the optimizer states while training goes on, but offload = "all" moves them; '
+                             'set async_save = false or offload = "frozen"')
         if not 0 < self.cache_share <= 1:
             raise ValueError(f"cache_share = {self.cache_share}: expected a share above 0 and at most 1")
         if self.generation_tensor_parallel and self.tensor_parallel * self.pipeline_parallel % self.generation_tensor_parallel:

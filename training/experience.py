@@ -104,12 +104,21 @@ def score(config: RolloutConfig, models: Models, batch: Batch, rows: Plan) -> Sc
     def head(values, micro):
         return values
 
+    # Those that are always on the device stand before the others, whose copies run beside them, one at a time.
+    prepare(models.reference)
+    values = state_values(rows.look(models.value, batch, head)) if models.value else None
     with at_work(models.reference) as reference:
         ref_logprobs = rows.look(reference, batch, logprobs)
+    prepare(models.reward)
+    old_logprobs = rows.look(models.policy, batch, logprobs)
     with at_work(models.reward) as reward:
         scores = read_last(rows.look(reward, batch, head), batch)
-    values = state_values(rows.look(models.value, batch, head)) if models.value else None
-    return Scored(rows.look(models.policy, batch, logprobs), ref_logprobs, values, scores)
+    return Scored(old_logprobs, ref_logprobs, values, scores)
+
+
+def prepare(model: LanguageModel | Parked) -> None:
+    if isinstance(model, Parked):
+        model.wake()
 
 
 def at_work(model: LanguageModel | Parked):

@@ -24,15 +24,16 @@ class GRPO(ppo.PPO):
     def make_learners(self) -> dict[str, Learner]:
         config = self.config
         steps, warmup = config.iterations * config.updates, config.warmup_iterations * config.updates
-        return {"policy": Learner(self.models.policy, config, config.lr, steps, warmup)}
+        return {"policy": self.learner(self.models.policy, config.lr, steps, warmup)}
 
     def learn_from(self, made: Rollout, scored: Scored) -> Experience:
         return experience(self.config, made, scored, self.kl_coef, self.reward_bias)
 
     def update(self, batch: Batch, rows: Plan, learn_policy: bool) -> list[dict[str, float]]:
         objective = ppo.policy_objective(self.config, self.kl_coef if self.config.kl_in == "loss" else 0.0)
-        return [self.policy.step(rows.micro_batches(batch, number), objective)
-                for _ in range(self.config.epochs) for number in range(len(rows.minibatches))]
+        made = ppo.learn(self.policy, self.config, batch, rows, objective)
+        self.policy.sleep()
+        return made
 
 
 def experience(config: GRPOConfig, rollout: Rollout, scored: Scored, kl_coef: float, reward_bias: float) -> Experience:

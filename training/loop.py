@@ -47,12 +47,23 @@ def resume(stage: str, learners: dict[str, Learner]) -> tuple[int, dict]:
     iteration = checkpoint.latest(stage)
     if iteration is None:
         return 0, {}
-    state = checkpoint.load(checkpoint.resolve(stage, iteration), learners)
+    with awake(learners, changed=True):
+        state = checkpoint.load(checkpoint.resolve(stage, iteration), learners)
     for name, learner in learners.items():
         learner.guard.load_state_dict(state["guards"][name])
     if is_main():
         print(f"resumed from iteration {iteration}", flush=True)
     return iteration, state
+
+
+@contextlib.contextmanager
+def awake(learners: dict[str, Learner], changed: bool):
+    """All optimizer states on the device, to be read or (``changed``) written, without gradients; those that were offloaded go back."""
+    for learner in learners.values():
+        learner.ready(changed)
+    yield
+    for learner in learners.values():
+        learner.sleep()
 
 
 class Boundary:
@@ -96,7 +107,8 @@ class Boundary:
             check_finite(self.learners, iteration)
             guards = {name: learner.guard.state_dict() for name, learner in self.learners.items()}
             held, best = ({"early_stop": self.early.state_dict()}, self.early.iteration) if self.early else ({}, 0)
-            self.saver.save(iteration, {**state(), "guards": guards, "wall_seconds": wall, **held}, best)
+            with awake(self.learners, changed=False):
+                self.saver.save(iteration, {**state(), "guards": guards, "wall_seconds": wall, **held}, best)
             self.stop.saved()
         if stopping or pause or last:
             self.saver.wait()

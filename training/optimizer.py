@@ -82,6 +82,16 @@ class ReshardableOptimizer(DistributedOptimizer):
         else:
             torch._foreach_mul_([parameter.grad for parameter in self.get_parameters()], factor)
 
+    def held(self) -> list[torch.Tensor]:
+        """What this optimizer keeps beside the model's weights, made now if it does not exist yet."""
+        if self.is_stub_optimizer:
+            return []
+        if not self.optimizer.state:
+            self._init_optimizer_states_with_dummy_values()
+        weights = {buffer.param_data.untyped_storage().data_ptr() for buffer in self.buffers}
+        states = [value for state in self.optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+        return [tensor for tensor in (*self.get_parameters(), *states) if tensor.untyped_storage().data_ptr() not in weights]
+
     def _owned(self):
         """(parameter, ranges) of each parameter of which this rank owns elements."""
         buckets = (bucket for maps in self.gbuf_ranges for buckets in maps.values() for bucket in buckets)

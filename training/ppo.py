@@ -63,18 +63,10 @@ def value_objective(config: PPOConfig) -> Objective:
     return Objective(("value_loss",), compute)
 
 
-def update(config: PPOConfig, policy: Learner, value: Learner, batch: Batch, rows: Plan, learn_policy: bool) -> list[dict[str, float]]:
+def learn(learner: Learner, config: RolloutConfig, batch: Batch, rows: Plan, objective: Objective) -> list[dict[str, float]]:
     """``epochs`` passes of minibatch steps over the samples -> each step's metrics."""
-    made: list[dict[str, float]] = []
-    for _ in range(config.epochs):
-        for number in range(len(rows.minibatches)):
-            micro_batches = rows.micro_batches(batch, number)
-            critic = value.step(micro_batches, value_objective(config))
-            metrics = {name if name == "value_loss" else f"value_{name}": number for name, number in critic.items()}
-            if learn_policy:
-                metrics |= policy.step(micro_batches, policy_objective(config))
-            made.append(metrics)
-    return made
+    return [learner.step(rows.micro_batches(batch, number), objective)
+            for _ in range(config.epochs) for number in range(len(rows.minibatches))]
 
 
 def summary(steps: list[dict[str, float]]) -> dict[str, float]:
@@ -99,7 +91,7 @@ def load_models(config: RolloutConfig, shape: Shape) -> Models:
 
     def frozen(head: str, source) -> LanguageModel | Parked:
         model = make(head, source, dataclasses.replace(config, lora_rank=0)).requires_grad_(False)
-        return Parked(model) if config.offload_frozen else model
+        return Parked(model) if config.offload != "none" else model
 
     policy = make("lm", sft, config)
     return Models(policy=policy, reference=policy if config.lora_rank else frozen("lm", sft), reward=frozen("scalar", reward),
@@ -114,7 +106,7 @@ class PPO:
         self.shape, self.tokenizer, self.rows, self.unseen = read_inputs(config, "rlhf")
         self.models = load_models(config, self.shape)
         self.learners = self.make_learners()
-        self.policy = self.learners["policy"]
+        self.policy, self.first_learner = self.learners["policy"], self.learners.get("value", self.learners["policy"])
         self.sampler = Sampler(len(self.rows), config.rollout_batch_size // config.group_size, config.seed)
         limits = Limits(config.prompt_length + config.response_length, config.generation_batch_size, config.cache_share)
         self.replicas = Replicas(self.models.policy, self.shape, limits, self.tokenizer.eos_id, config.generation_tensor_parallel)
@@ -125,16 +117,30 @@ class PPO:
     def make_learners(self) -> dict[str, Learner]:
         config = self.config
         steps, warmup = config.iterations * config.updates, config.warmup_iterations * config.updates
-        self.value = Learner(self.models.value, config, config.value_lr, steps, warmup)
-        policy = Learner(self.models.policy, config, config.lr, steps - config.value_warmup * config.updates, warmup)
+        self.value = self.learner(self.models.value, config.value_lr, steps, warmup)
+        policy = self.learner(self.models.policy, config.lr, steps - config.value_warmup * config.updates, warmup)
         return {"policy": policy, "value": self.value}
+
+    def learner(self, model: LanguageModel, lr: float, steps: int, warmup: int) -> Learner:
+        made = Learner(model, self.config, lr, steps, warmup)
+        if self.config.offload == "all":
+            made.offload()
+        return made
 
     def learn_from(self, made: Rollout, scored: Scored) -> Experience:
         return experience(self.config, made, scored, self.kl_coef, self.reward_bias)
 
     def update(self, batch: Batch, rows: Plan, learn_policy: bool) -> list[dict[str, float]]:
-        """Each step's metrics."""
-        return update(self.config, self.policy, self.value, batch, rows, learn_policy)
+        """Each step's metrics. First all of the value model's: neither model's steps depend on the other's, and one is awake at a time."""
+        config = self.config
+        made = learn(self.value, config, batch, rows, value_objective(config))
+        made = [{name if name == "value_loss" else f"value_{name}": number for name, number in step.items()} for step in made]
+        self.value.sleep(self.policy if learn_policy else None)
+        if learn_policy:
+            steps = learn(self.policy, config, batch, rows, policy_objective(config))
+            made = [critic | actor for critic, actor in zip(made, steps, strict=True)]
+        self.policy.sleep()
+        return made
 
     def state(self) -> dict:
         return {"sampler": self.sampler.state_dict(), "kl_coef": self.kl_coef, "gates": self.gates.state_dict()}
@@ -154,6 +160,7 @@ class PPO:
         rollout = self.replicas.report
         rows = plan(config, made.batch["lengths"].tolist(), config.global_batch_size)
         with phases("score"):
+            self.first_learner.wake()
             scored = score(config, self.models, made.batch, rows)
         samples = self.learn_from(made, scored)
         if iteration == 1:

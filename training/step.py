@@ -17,6 +17,7 @@ from training.gates import Guard
 from training.model.kernels import describe
 from training.model.language_model import Interleaved, LanguageModel, parts, transformer_config
 from training.model.linear import accumulate
+from training.offload import Offloaded
 from training.optimizer import make_optimizer, make_schedule
 from training.shape import Shape
 
@@ -55,6 +56,7 @@ class Learner:
         self.optimizer = make_optimizer(self.wrapped, trainer, lr)
         self.schedule = make_schedule(self.optimizer, trainer, lr, steps, warmup_steps)
         self.guard = Guard(trainer)
+        self.offloaded: Offloaded | None = None
         if parallel.is_main():
             layout = f"TP {trainer.tensor_parallel} x PP {trainer.pipeline_parallel} x DP {parallel.data_ranks()}"
             layout += f", {trainer.virtual_pipeline} parts a stage" if trainer.virtual_pipeline > 1 else ""
@@ -64,13 +66,39 @@ class Learner:
         model.config.finalize_model_grads_func = self._reduce
         model.config.grad_scale_func = self.optimizer.scale_loss
 
+    def offload(self) -> None:
+        """From now on the optimizer's state is on the device, and gradients have memory, only between ``wake`` or a step and ``sleep``."""
+        for part in self.wrapped:
+            part.offload_grad_buffers(synchronize=False, empty_cache=False)
+        self.offloaded = Offloaded(self.optimizer.chained_optimizers[0].held())
+
+    def wake(self) -> None:
+        """Begin to bring the optimizer's state, if that is ahead of the next step. Nothing to do unless offloaded."""
+        if self.offloaded:
+            self.offloaded.wake()
+
+    def ready(self, changed: bool) -> None:
+        """The optimizer's state is on the device for whatever is launched next; ``changed``: which writes it."""
+        if self.offloaded:
+            self.offloaded.ready()
+            self.offloaded.changed |= changed
+
+    def sleep(self, then: Learner | None = None) -> None:
+        """Until the next step the device's memory is others'. ``then``: a learner that wakes meanwhile. Nothing to do unless offloaded."""
+        if self.offloaded:
+            for part in self.wrapped:
+                part.offload_grad_buffers(synchronize=False, empty_cache=False)
+            self.offloaded.sleep(then.offloaded if then else None)
+
     def step(self, micro_batches: list[Batch], objective: Objective) -> dict[str, float]:
         """Forward, backward and update over this data-parallel rank's ``micro_batches`` -> the objective's means, lr, grad_norm, and
         "skipped_updates": 1 where loss or gradient were not fit to be used, and nothing has changed.
 
         Raises FloatingPointError, on every rank, where that happened too often in a row.
         """
+        self.ready(changed=True)
         for part in self.wrapped:
+            part.restore_grad_buffers(synchronize=False)
             part.zero_grad_buffer()
             part.train()
         self.optimizer.zero_grad()

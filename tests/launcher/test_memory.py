@@ -87,8 +87,20 @@ def test_ppo_counts_four_models_and_the_distributed_optimizer_shards_over_data_r
 
 def test_frozen_models_in_host_memory_take_none_of_the_gpu_s_but_while_they_score():
     config = PPOConfig(paths=PPO_PATHS)
-    here, parked = (memory.estimate(SHAPES["560m"], dataclasses.replace(config, offload_frozen=value), 1) for value in (False, True))
-    assert here.total - parked.total == pytest.approx(2 * 2 * SHAPES["560m"].parameters() / 1e9, rel=0.01)
+    here, parked = (memory.estimate(SHAPES["560m"], dataclasses.replace(config, offload=value), 1) for value in ("none", "frozen"))
+    frozen = 2 * 2 * SHAPES["560m"].parameters() / 1e9
+    assert here.total - parked.total == pytest.approx(frozen, rel=0.01)
+    assert not here.host and sum(gb for _, gb in parked.host) == pytest.approx(frozen, rel=0.01)
+
+
+def test_ppo_of_7b_and_7b_on_one_gpu_keeps_one_optimizer_and_no_idle_gradients():
+    """Two models' weights, one optimizer and its gradients, and an update's activations; the host has both optimizers and the frozen."""
+    settings = dict(paths=PPO_PATHS, optimizer_precision="bf16", micro_batch_size=4, prompt_length=512, response_length=512)
+    made = memory.estimate(SHAPES["7b1"], PPOConfig(offload="all", **settings), 1)
+    billions = SHAPES["7b1"].parameters() / 1e9
+    assert made.static == pytest.approx((2 + 2 + 6 + 4) * billions, rel=0.01) and made.static + 15 < made.total < 135
+    assert sum(gb for _, gb in made.host) == pytest.approx((2 * 6 + 2 * 2) * billions, rel=0.01)
+    assert memory.estimate(SHAPES["7b1"], PPOConfig(**settings), 1).total > 200
 
 
 @pytest.mark.parametrize("change", [{"recompute": "full"}, {"recompute": "selective"}, {"sequence_parallel": True},

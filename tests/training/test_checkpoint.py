@@ -95,7 +95,7 @@ PPO = dict(rollout_batch_size=8, global_batch_size=4, response_length=4, kl_targ
 @pytest.mark.parametrize(("stage", "layout", "values", "family"), [
     ("sft", (2, 1, 2), {}, "llama"), ("reward", (2, 2, 1), {}, "llama"), ("dpo", (1, 1, 2), {"lora_rank": 4}, "bloom"),
     ("grpo", (1, 1, 2), PPO | {"group_size": 2}, "bloom"),
-    ("ppo", (1, 2, 1), PPO | {"micro_batch_tokens": 80, "offload_frozen": True}, "bloom"),
+    ("ppo", (1, 2, 1), PPO | {"micro_batch_tokens": 80, "offload": "all"}, "bloom"),
     ("ppo", (2, 1, 2), PPO | {"value_warmup": 4, "lora_rank": 4}, "llama")])
 def test_resumed_equals_uninterrupted_bit_for_bit(small_run, llama_run, tmp_path, stage, layout, values, family):
     """8 iterations straight = killed by SIGKILL at a random moment behind iteration 3, resumed: weights, optimizer, state and metrics.

@@ -13,8 +13,8 @@ from training.generation.schedule import Scheduler
 from training.settings import ConfigError
 
 VOCAB, STEPS = 300, 16
-SMALL = dict(page=4, rows=9, cache_tokens=64, prefill_tokens=13, prefill_least=20, expected=0.0)
-"""A cache for two or three rows that starts with more, prompts in chunks, refills late."""
+SMALL = dict(page=4, rows=9, cache_tokens=64, prefill_tokens=13, prefill_least=20)
+"""A cache for two or three rows, prompts in chunks, refills late."""
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +36,14 @@ def expected(bloom):
     return asked, cut, eos
 
 
+@pytest.fixture
+def rash(monkeypatch):
+    """Admission that expects nothing of the rows' growth, so that many are preempted."""
+    monkeypatch.setattr(Scheduler, "_peak", lambda self, future: 0)
+
+
 @pytest.mark.parametrize(("limits", "late"), [({}, False), ({}, True), (SMALL, False), (SMALL, True), ({"rows": 1}, False)])
-def test_greedy_equals_hugging_face_for_200_prompts(bloom, expected, limits, late):
+def test_greedy_equals_hugging_face_for_200_prompts(bloom, expected, rash, limits, late):
     """Whatever the cache holds and whenever results are read; in fp32."""
     asked, responses, eos = expected
     if "rows" in limits and limits["rows"] == 1:
@@ -46,7 +52,7 @@ def test_greedy_equals_hugging_face_for_200_prompts(bloom, expected, limits, lat
     assert [one.tokens for one in made] == responses
     assert [one.reason for one in made] == ["eos" if row[-1] == eos else "length" for row in responses]
     if limits is SMALL:
-        assert engine.stats.preemptions > 0
+        assert engine.stats.preemptions > 20
     assert (engine.stats.wasted > 0) == late
 
 
@@ -62,7 +68,7 @@ def test_logprobs_are_the_training_forward_s(bloom):
         assert torch.allclose(torch.tensor(one.logprobs), theirs, atol=1e-4)
 
 
-def test_a_sample_depends_on_its_request_alone(bloom, expected):
+def test_a_sample_depends_on_its_request_alone(bloom, expected, rash):
     """Not on its neighbours, the order, the cache, preemption, chunks of prefill, or on when results are read."""
     _, ours = bloom
     asked, uniforms = prompts(40, VOCAB, 40, seed=2), draws(seed=1, iteration=3, rows=40, steps=STEPS)
@@ -87,9 +93,9 @@ def test_samples_of_one_prompt_share_its_pages_and_nothing_else(bloom):
     pages = Pages(40, 4)
     scheduler = Scheduler([Request(prompt, sampling, None)] * 12, pages, 12)
     rows = scheduler.admit()
-    # 21 + 16 tokens are 10 pages, 5 of them the prompt's: 5 + 12 * 5 would be more than 40; 7 rows fit by expectation.
-    assert len(rows) == 7 and all(row.pages[:5] == rows[0].pages[:5] for row in rows)
-    assert len({page for row in rows for page in row.pages}) == 5 + 7
+    # 21 + 16 tokens are 10 pages, 5 of them the prompt's: 5 + 12 * 5 would be more than 40; 6 rows fit by expectation.
+    assert len(rows) == 6 and all(row.pages[:5] == rows[0].pages[:5] for row in rows)
+    assert len({page for row in rows for page in row.pages}) == 5 + 6
     for row in rows:
         row.tokens = [1]
         scheduler.finish(row, "stop")
@@ -162,18 +168,18 @@ def test_admission_expects_what_ended_rows_needed():
     scheduler = Scheduler(requests(20), Pages(36, 4), 20)
     scheduler.repeated = set()
     first = scheduler.admit()
-    assert len(first) == 4  # 32 tokens each are 8 pages, and half a page more
+    assert len(first) == 4  # 32 tokens each are 8 pages, and a page more
     for row in first[:3]:
         row.tokens = [1] * 6
         scheduler.finish(row, "eos")
     assert scheduler.admit(least_tokens=100) == []
-    assert len(scheduler.admit(least_tokens=30)) == 8  # 8 + 1.1 * 6 tokens and half a page: 9 rows, one of them running
-    assert len(scheduler.running) == 9
+    assert len(scheduler.admit(least_tokens=30)) == 7  # 8 + 1.1 * 6 tokens and a page: 8 rows, one of them running
+    assert len(scheduler.running) == 8
 
 
 def test_admission_counts_that_rows_end_at_different_times():
-    """Rows of 8 tokens that want 4, 8, 12, 16 and 20 more: 25 pages if each held its longest length to the end, and 19 are enough."""
-    scheduler = Scheduler([Request([1] * 8, Sampling(new, temperature=0)) for new in (4, 8, 12, 16, 20)], Pages(19, 4), 5)
+    """Rows of 8 tokens that want 4, 8, 12, 16 and 20 more: 25 pages if each held its longest length to the end, and 21 are enough."""
+    scheduler = Scheduler([Request([1] * 8, Sampling(new, temperature=0)) for new in (4, 8, 12, 16, 20)], Pages(21, 4), 5)
     scheduler.repeated = set()
     rows = scheduler.admit()
     assert len(rows) == 5
@@ -187,4 +193,4 @@ def test_admission_counts_that_rows_end_at_different_times():
             row.tokens.append(1)
             if len(row.tokens) == row.request.sampling.max_new_tokens:
                 scheduler.finish(row, "length")
-    assert max(held) <= 19 < sum(-(-row.longest // 4) for row in rows)
+    assert max(held) <= 21 < sum(-(-row.longest // 4) for row in rows)

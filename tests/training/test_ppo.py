@@ -58,7 +58,7 @@ def test_every_iteration_reports_to_both_files(small_run, tmp_path):
         assert row["wall_seconds"] > sum(row[name] for name in PHASES[:3])
 
 
-SEQUENCE, PACKED, PARKED = {"sequence_parallel": True}, {"micro_batch_tokens": 100}, {"offload_frozen": True}
+SEQUENCE, PACKED, PARKED = {"sequence_parallel": True}, {"micro_batch_tokens": 100}, {"offload": "all"}
 ALONE = {"generation_tensor_parallel": 1}
 
 
@@ -72,6 +72,15 @@ def test_every_layout_gives_the_same_numbers(small_run, reference_rows, tmp_path
             assert ours[name] == expected[name], name  # the samples themselves
         for name in ("reward", "kl", "policy_loss", "value_loss", "entropy", "explained_variance", "grad_norm", "value_grad_norm", "lr"):
             assert ours[name] == pytest.approx(expected[name], rel=1e-3, abs=2e-5), name
+
+
+@pytest.mark.parametrize("offload", ["frozen", "all"])
+def test_offloading_changes_no_bit(small_run, reference_rows, tmp_path, offload):
+    run(ppo.run, 1, 1, 1, small_run.ppo(tmp_path, iterations=2, offload=offload))
+    measured = ("time", "seconds", "tokens_per_second", "peak_gb", "rollout", "save_")
+    for ours, expected in zip(rows(tmp_path), reference_rows, strict=True):
+        names = [name for name in expected if not any(word in name for word in measured)]
+        assert len(names) > 25 and {name: ours[name] for name in names} == {name: expected[name] for name in names}
 
 
 def test_micro_batch_size_does_not_change_the_numbers(small_run, reference_rows, tmp_path):
@@ -112,7 +121,7 @@ def one_step(config: PPOConfig, length: int):
     samples = experience.experience(config, rollout, scored, kl_coef=0.02, reward_bias=0.0)
     assert samples.batch["advantages"][batch["response_mask"]].mean().abs() < 1e-6
     assert not samples.batch["advantages"][~batch["response_mask"]].any() and not samples.batch["returns"][~batch["response_mask"]].any()
-    steps = ppo.update(config, trainer.policy, trainer.value, samples.batch, division, learn_policy=True)
+    steps = trainer.update(samples.batch, division, learn_policy=True)
     return {**samples.metrics, **ppo.summary(steps)}
 
 
