@@ -52,7 +52,7 @@ def test_greedy_equals_hugging_face_for_200_prompts(bloom, expected, rash, limit
     assert [one.tokens for one in made] == responses
     assert [one.reason for one in made] == ["eos" if row[-1] == eos else "length" for row in responses]
     if limits is SMALL:
-        assert engine.stats.preemptions > 20
+        assert engine.stats.preemptions > 0
     assert (engine.stats.wasted > 0) == late
 
 
