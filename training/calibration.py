@@ -22,7 +22,7 @@ from training.generation.replicas import Replicas
 from training.generation.request import draws
 from training.replies import limits, replies
 from training.settings import ConfigError
-from training.start import Inputs, length_multiple
+from training.start import Inputs, length_multiple, packed
 from training.step import Learner, build_model, evaluate
 
 RESPONSES = "sft_responses.json"
@@ -83,11 +83,19 @@ def bias(config: RewardConfig, learner: Learner, responses: list[Example], eos_i
     mine = ended[parallel.data_rank() :: parallel.data_ranks()]
     sums = torch.zeros(2, dtype=torch.double)
     if mine:
-        batch = collate(mine, pad_id, padded_length([len(example.tokens) for example in mine], length_multiple(config)))
-        values = evaluate(learner.wrapped, batch, config.micro_batch_size, lambda values, micro: values).cpu()
-        sums = torch.stack((values.gather(1, batch["lengths"][:, None] - 1).double().sum(), torch.tensor(float(len(mine))).double()))
+        sums = torch.stack((rewards(config, learner, mine, pad_id).double().sum(), torch.tensor(float(len(mine))).double()))
     total, count = parallel.sum_over_data(sums.to(parallel.device())).tolist()
     return -total / count
+
+
+def rewards(config: RewardConfig, learner: Learner, examples: list[Example], pad_id: int) -> torch.Tensor:
+    """(examples,) fp32 on the CPU: what the head says at each example's last token."""
+    if config.packing:
+        batch, ends = packed(config, examples, pad_id)
+    else:
+        batch = collate(examples, pad_id, padded_length([len(example.tokens) for example in examples], length_multiple(config)))
+        ends = torch.arange(len(examples)) * batch["tokens"].size(1) + batch["lengths"] - 1
+    return evaluate(learner.wrapped, batch, config.micro_batch_size, lambda values, micro: values).cpu().flatten()[ends]
 
 
 def stored(reward_checkpoint: Path) -> float:

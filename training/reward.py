@@ -22,7 +22,7 @@ from training.losses import pairwise_loss
 from training.main import run_stage
 from training.ranking import judged
 from training.start import Inputs, learn, length_multiple, limits
-from training.step import Batch, Learner, Objective, evaluate, split
+from training.step import Batch, Learner, Objective, split
 
 HEADLINE = ("loss", "accuracy", "margin", "heldout_accuracy", "shorter_wins", "reward_bias", "packing_efficiency", "grad_norm")
 Comparison = list[tuple[Example, float]]
@@ -85,17 +85,16 @@ def global_batch(config: RewardConfig, comparisons: list[Comparison], replies: i
 
 def heldout(config: RewardConfig, learner: Learner, comparisons: list[Comparison], replies: int, pad_id: int) -> dict[str, float]:
     """``judged`` on all held-out pairs. A collective."""
-
-    def rewards(batch: Batch) -> torch.Tensor:
-        values = evaluate(learner.wrapped, batch, config.micro_batch_size * replies, lambda values, micro: values).cpu()
-        return read_last(values, batch)
-
     mine = comparisons[parallel.data_rank() :: parallel.data_ranks()]
     if not mine:
         return judged(*torch.zeros(3, 0, replies))
-    length = padded_length([len(example.tokens) for group in mine for example, _ in group], length_multiple(config))
-    batch = collate_comparisons(mine, replies, pad_id, length)
-    return judged(*(values.view(-1, replies) for values in (rewards(batch), batch["scores"], batch["response_mask"].sum(1))))
+    real = torch.tensor([[reply < len(group) for reply in range(replies)] for group in mine])
+    told = [(example, score) for group in mine for example, score in group]
+    rewards, scores, lengths = torch.zeros(real.shape), torch.full(real.shape, math.nan, dtype=torch.double), torch.zeros(real.shape)
+    rewards[real] = calibration.rewards(config, learner, [example for example, _ in told], pad_id)
+    scores[real] = torch.tensor([score for _, score in told], dtype=torch.double)
+    lengths[real] = torch.tensor([float(len(example.tokens) - example.response_start) for example, _ in told])
+    return judged(rewards, scores, lengths)
 
 
 def task(config: RewardConfig, inputs: Inputs, learner: Learner) -> Task:

@@ -21,7 +21,7 @@ from training.generation.replicas import Replicas
 from training.loop import Task
 from training.main import run_stage
 from training.model.heads import Output, next_token_logprobs, next_token_nll
-from training.start import Inputs, learn, length_multiple, limits
+from training.start import Inputs, learn, length_multiple, limits, packed
 from training.step import Batch, Learner, Objective, evaluate, split
 
 
@@ -35,9 +35,9 @@ def global_batch(config: SFTConfig, examples: list[Example], pad_id: int) -> tup
     """A global batch -> this data-parallel rank's micro-batches, and what the log says of it: "tokens", examples' without padding, and
     "packing_efficiency", their part of all that is computed."""
     ranks, lengths = parallel.data_ranks(), [len(example.tokens) for example in examples]
-    packed = lay_out(lengths, limits(config)) if config.packing else None
-    if packed and len(packed.rows) < len(examples):
-        rows, length, size = packed
+    layout = lay_out(lengths, limits(config)) if config.packing else None
+    if layout and len(layout.rows) < len(examples):
+        rows, length, size = layout
         batch = collate_packed([[examples[index] for index in row] for row in shard(rows, parallel.data_rank(), ranks)], pad_id, length)
     else:
         rows, length, size = examples, padded_length(lengths, length_multiple(config)), config.micro_batch_size
@@ -51,8 +51,8 @@ def heldout(config: SFTConfig, learner: Learner, examples: list[Example], pad_id
     mine = examples[parallel.data_rank() :: parallel.data_ranks()]
     sums = torch.zeros(2, dtype=torch.double)
     if mine:
-        length = padded_length([len(example.tokens) for example in mine], length_multiple(config))
-        batch = collate(mine, pad_id, length)
+        batch = packed(config, mine, pad_id)[0] if config.packing else collate(
+            mine, pad_id, padded_length([len(example.tokens) for example in mine], length_multiple(config)))
         logprobs = evaluate(learner.wrapped, batch, config.micro_batch_size,
                             lambda output, micro: next_token_logprobs(output, micro["tokens"], mask=micro["response_mask"]))
         sums = torch.stack((-(logprobs.cpu() * batch["response_mask"]).sum(), batch["response_mask"].sum())).double()

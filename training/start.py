@@ -7,18 +7,19 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+import torch
 import torch.distributed as dist
 
 from training import checkpoint, parallel
 from training.config import TrainerConfig
-from training.data.batches import Sampler
+from training.data.batches import Example, Sampler, padded_length
 from training.data.cache import TokenRows, cached
-from training.data.packing import Limits
+from training.data.packing import Limits, collate_packed, pack
 from training.data.tokenizer import Tokenizer
 from training.loop import Task, train
 from training.model.backends import FLEX_BLOCK
 from training.shape import Shape
-from training.step import Learner, build_model
+from training.step import Batch, Learner, build_model
 
 
 class Inputs(NamedTuple):
@@ -71,3 +72,15 @@ def limits(config: TrainerConfig) -> Limits:
     """What packed rows of a trainer with ``seq_length`` must fit: no micro-batch has more tokens than unpacked rows of full length."""
     return Limits(config.seq_length, length_multiple(config), parallel.data_ranks(), config.micro_batch_size, config.pipeline_parallel,
                   config.pipeline_parallel if config.virtual_pipeline > 1 else 1)
+
+
+def packed(config: TrainerConfig, examples: list[Example], pad_id: int) -> tuple[Batch, torch.Tensor]:
+    """Examples that are only looked at, in as few rows of ``seq_length`` as hold them -> rows as ``collate_packed`` makes them, (B, T), and
+    (examples,), where each one's last token stands in the flattened rows."""
+    lengths = [len(example.tokens) for example in examples]
+    rows = pack(lengths, config.seq_length, 1)
+    length = padded_length([sum(lengths[index] for index in row) for row in rows], length_multiple(config))
+    ends = torch.zeros(len(examples), dtype=torch.long)
+    for number, row in enumerate(rows):
+        ends[row] = number * length - 1 + torch.tensor([lengths[index] for index in row]).cumsum(0)
+    return collate_packed([[examples[index] for index in row] for row in rows], pad_id, length), ends
