@@ -23,23 +23,28 @@ SHAPE = ModelConfig(demo_layers=24, demo_hidden=1024, demo_heads=16, demo_vocab=
 TINY = ModelConfig(demo_layers=2, demo_hidden=64, demo_heads=4, demo_vocab=4_096)
 ROWS = 250_880
 """Rows of BLOOM's embedding: the tokenizer fills the first ``demo_vocab`` of them, as BLOOM's own leaves the last 200 unused."""
+TRAINERS = ("sft", "reward", "rlhf")
 SETTINGS = {
-    "sft.seq_length": 1024, "sft.micro_batch_size": 4, "sft.global_batch_size": 64, "sft.lr": 3e-4, "sft.warmup_iterations": 20,
-    "sft.iterations": 160, "sft.eval_every": 20, "sft.save_every": 160, "sft.log_every": 20,
+    # So short a run is not worth compiling, a minute a stage, nor checkpoints of 18 bytes a parameter, which are hashed again and again.
+    **{f"{stage}.{key}": value for stage in TRAINERS for key, value in (("attention", "sdpa"), ("optimizer_precision", "bf16"))},
+    **{f"resources.{stage}.gpus_per_node": 1 for stage in TRAINERS},
+    "sft.seq_length": 1024, "sft.micro_batch_size": 16, "sft.global_batch_size": 64, "sft.lr": 3e-4, "sft.warmup_iterations": 20,
+    "sft.iterations": 100, "sft.eval_every": 20, "sft.save_every": 100, "sft.log_every": 20, "sft.sample_every": 0,
     "reward.seq_length": 1024, "reward.micro_batch_size": 8, "reward.global_batch_size": 32, "reward.lr": 2e-5,
     "reward.warmup_iterations": 10, "reward.iterations": 60, "reward.eval_every": 20, "reward.save_every": 60, "reward.log_every": 20,
-    "rlhf.prompt_length": 512, "rlhf.response_length": 96, "rlhf.rollout_batch_size": 128,
-    "rlhf.global_batch_size": 64, "rlhf.micro_batch_tokens": 8192, "rlhf.iterations": 30, "rlhf.lr": 2e-6, "rlhf.value_lr": 1e-5,
-    "rlhf.warmup_iterations": 2, "rlhf.kl_coef": 0.05, "rlhf.eval_every": 10, "rlhf.save_every": 30, "rlhf.log_every": 5,
-    "mtbench.max_new_tokens": 96, "mtbench.heldout_max_new_tokens": 96, "mtbench.context_length": 1024, "mtbench.batch_size": 64,
-    "data.heldout": 0.22, "data.heldout_max": 512,
+    "reward.calibration_length": 96, "rlhf.prompt_length": 512, "rlhf.response_length": 96, "rlhf.rollout_batch_size": 128,
+    "rlhf.global_batch_size": 64, "rlhf.micro_batch_tokens": 16384, "rlhf.iterations": 20, "rlhf.lr": 2e-6, "rlhf.value_lr": 1e-5,
+    "rlhf.warmup_iterations": 2, "rlhf.kl_coef": 0.05, "rlhf.eval_every": 10, "rlhf.save_every": 20, "rlhf.log_every": 5,
+    "export.dtype": "bf16", "mtbench.max_new_tokens": 96, "mtbench.heldout_max_new_tokens": 96,
+    "mtbench.context_length": 1024, "mtbench.batch_size": 128, "data.heldout": 0.22, "data.heldout_max": 512,
 }
 TINY_SETTINGS = {
-    "sft.precision": "fp32", "reward.precision": "fp32", "rlhf.precision": "fp32", "sft.iterations": 4, "reward.iterations": 2,
-    "rlhf.iterations": 2, "sft.warmup_iterations": 1, "reward.warmup_iterations": 1, "rlhf.warmup_iterations": 0, "sft.save_every": 4,
-    "reward.save_every": 2, "rlhf.save_every": 2, "sft.seq_length": 128, "reward.seq_length": 128, "rlhf.prompt_length": 64,
-    "rlhf.response_length": 8, "rlhf.rollout_batch_size": 16, "rlhf.global_batch_size": 16, "mtbench.max_new_tokens": 4,
-    "mtbench.heldout_max_new_tokens": 4, "mtbench.context_length": 128, "data.heldout_max": 8,
+    **{f"{stage}.{key}": "fp32" for stage in TRAINERS for key in ("precision", "optimizer_precision")},
+    "sft.iterations": 4, "reward.iterations": 2, "rlhf.iterations": 2, "sft.warmup_iterations": 1, "reward.warmup_iterations": 1,
+    "rlhf.warmup_iterations": 0, "sft.save_every": 4, "reward.save_every": 2, "rlhf.save_every": 2, "sft.seq_length": 128,
+    "reward.seq_length": 128, "rlhf.prompt_length": 64, "rlhf.response_length": 8, "rlhf.rollout_batch_size": 16,
+    "rlhf.global_batch_size": 16, "mtbench.max_new_tokens": 4, "mtbench.heldout_max_new_tokens": 4,
+    "mtbench.context_length": 128, "data.heldout_max": 8,
 }
 
 
