@@ -15,6 +15,7 @@ tolerance, and the exit code is 1. ``--small`` takes tiny shapes, for a try on a
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import os
 import sys
@@ -31,6 +32,7 @@ from transformers import BloomConfig, BloomForCausalLM
 from benchmarks.parity_gpu import missed, say
 from tests.attention import relative
 from tests.bloom import tiny_bloom
+from tests.llama import tiny_llama
 from tests.training import generation_models
 from training import parallel
 from training.config import Paths, SFTConfig
@@ -111,16 +113,17 @@ def kernels(small: bool) -> None:
 
 
 def greedy(small: bool) -> None:
-    """A random model with a head of its own (a tied one repeats itself), fp32, ragged prompts."""
+    """A random model of each family with a head of its own (a tied one repeats itself), fp32, ragged prompts; Llama's queries grouped."""
     count, new = (8, 6) if small else (200, 12)
-    with tempfile.TemporaryDirectory() as folder:
-        theirs = tiny_bloom(Path(folder), heads=8, hidden=256, vocab=1000, tied=False).to(DEVICE)
-        ours = generation_models.decoder(Path(folder), theirs, OPS, device=DEVICE)
-        asked = generation_models.prompts(count, 1000, 60)
-        expected = [generation_models.greedy(theirs, prompt, new, None) for prompt in asked]
-        made, _ = generation_models.generate(ours, asked, Sampling(new, temperature=0), late=None, context=128)
-        same = sum(one.tokens == row for one, row in zip(made, expected, strict=True))
-        say(same == count, step="greedy", prompts=count, new_tokens=new, same=same)
+    for family, make in (("bloom", tiny_bloom), ("llama", functools.partial(tiny_llama, groups=2))):
+        with tempfile.TemporaryDirectory() as folder:
+            theirs = make(Path(folder), heads=8, hidden=256, vocab=1000, tied=False).to(DEVICE)
+            ours = generation_models.decoder(Path(folder), theirs, OPS, device=DEVICE)
+            asked = generation_models.prompts(count, 1000, 60)
+            expected = [generation_models.greedy(theirs, prompt, new, None) for prompt in asked]
+            made, _ = generation_models.generate(ours, asked, Sampling(new, temperature=0), late=None, context=128)
+            same = sum(one.tokens == row for one, row in zip(made, expected, strict=True))
+            say(same == count, step="greedy", family=family, prompts=count, new_tokens=new, same=same)
 
 
 def tune(small: bool) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import BloomForCausalLM
+from transformers import BloomForCausalLM, LlamaForCausalLM
 
-from conversion.weights import entries
+from conversion.weights import entries, stored_name
 from training.generation import torch_ops
 from training.generation.decoder import Decoder
 from training.generation.engine import Engine, Limits
@@ -16,11 +16,15 @@ from training.generation.request import Request, Sampling
 from training.shape import Shape
 
 
-def decoder(folder: Path, model: BloomForCausalLM, ops=torch_ops, dtype=torch.float32, device="cpu") -> Decoder:
+def decoder(folder: Path, model: BloomForCausalLM | LlamaForCausalLM, ops=torch_ops, dtype=torch.float32, device="cpu") -> Decoder:
     """The engine's forward pass on a Hugging Face model's own tensors."""
     shape = Shape.read(folder)
-    state = {name.removeprefix("transformer."): tensor.to(device, dtype) for name, tensor in model.state_dict().items()}
-    weights = {entry.parameter: state[entry.name] for entry in entries(shape)}
+    state = {name: tensor.to(device, dtype) for name, tensor in model.state_dict().items()}
+    weights = {}
+    for entry in entries(shape):  # several parts: their rows in turn, group by group
+        parts = [state[stored_name(shape, name)] for name in entry.parts]
+        grouped = [part.view(entry.weight.groups, -1, *part.shape[1:]) for part in parts]
+        weights[entry.parameter] = parts[0] if len(parts) == 1 else torch.cat(grouped, 1).flatten(0, 1)
     return family(shape).Decoder(shape, weights, ops)
 
 

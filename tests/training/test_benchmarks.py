@@ -23,3 +23,10 @@ def test_training_beside_hugging_face_and_the_fast_paths_beside_the_plain_ones()
     assert ours[-1] < ours[0] and theirs[-1] < theirs[0] and abs(ours[0] - theirs[0]) < 0.3, "the same tokens, other random weights"
     checks = lines("check.py", "--quick")
     assert all(row["ok"] for row in checks) and {row["check"] for row in checks} == {"head", "optimizer kernel", "optimizer", "layers"}
+
+
+def test_ppo_s_iterations_and_their_parts():
+    start, first = lines("ppo.py", "--small", "--one", "--parts", "ours", "--iterations", "1")
+    assert start["part"] == "start" and first["iteration"] == 1 and first["kl"] == first["clip_fraction"] == 0
+    assert set(first["parts"]) == {f"score {name}" for name in ("value", "reference", "policy", "reward")} | {
+        "train value", "train policy", "swap"}
