@@ -36,7 +36,7 @@ class DataConfig:
     """Section ``data``: where prompts, replies and comparisons come from."""
 
     source: str = "demo"
-    """"demo" (generated), or a .jsonl / .jsonl.gz file: Anthropic HH, TRL preferences, chat messages or our own formats."""
+    """"demo" (generated), or a .jsonl / .jsonl.gz file: Anthropic HH, TRL's formats, chat messages or our own."""
     seed: int = 0
     """Seed of the generator and of the split."""
     heldout: float = 0.05

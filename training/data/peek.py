@@ -24,6 +24,8 @@ def main(arguments: list[str]) -> int:
         return formats.EXIT_DATA
     dropped, pairs = counts["rows"] - len(rows), sum(len(row.responses) > 1 for row in rows)
     words = [f"{dropped} of them are not used"] * bool(dropped) + [f"{pairs or 'none'} can be compared"] * (pairs < len(rows))
+    if names := [name.removeprefix("not read: ") for name in counts if name.startswith("not read: ")]:
+        words.append(f"nothing reads {', '.join(names)}")
     print(f"{source}: the first {counts['rows']} rows can be read{''.join(f', {word}' for word in words)}")
     return 0
 

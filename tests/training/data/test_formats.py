@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from training.data import dialogue
+from training.data import dialogue, peek
 from training.data.cache import cached
 from training.data.formats import DataError, Row, Unusable, as_native, iterate, parse
 from training.data.tokenizer import Tokenizer
@@ -20,7 +20,8 @@ def load_rows(file, stage: str) -> list[dict]:
 
 Q, CUE = "\n\nHuman: Why?", "\n\nAssistant:"
 PAIR = Row(Q + CUE, (" So.", " No."), (1.0, 0.0))
-USER, SO, NO = ({"role": role, "content": text} for role, text in (("user", "Why?"), ("assistant", "So."), ("assistant", "No.")))
+USER, SO, NO, MORE = ({"role": role, "content": text} for role, text in (
+    ("user", "Why?"), ("assistant", "So."), ("assistant", "No."), ("user", "And?")))
 
 
 @pytest.mark.parametrize("row", [
@@ -35,6 +36,44 @@ USER, SO, NO = ({"role": role, "content": text} for role, text in (("user", "Why
 ])
 def test_preferences_of_every_format_are_the_same_row(row):
     assert parse(row) == PAIR
+
+
+@pytest.mark.parametrize(("row", "expected"), [  # TRL's dataset formats: text and messages of each type
+    ({"prompt": "Why?", "completion": "So."}, Row(Q + CUE, (" So.",), (0.0,))),
+    ({"prompt": [USER], "completion": [SO]}, Row(Q + CUE, (" So.",), (0.0,))),
+    ({"prompt": [USER], "completion": [SO, MORE, NO]}, Row(f"{Q}{CUE} So.\n\nHuman: And?{CUE}", (" No.",), (0.0,))),
+    ({"prompt": "Why?", "completion": "So.", "label": True}, Row(Q + CUE, (" So.",), (0.0,))),
+    ({"prompt": [USER]}, Row(Q + CUE)),
+    ({"prompt": [USER, SO, MORE]}, Row(f"{Q}{CUE} So.\n\nHuman: And?{CUE}")),
+    ({"prompt": [USER], "chosen": [SO, MORE, SO], "rejected": [SO, MORE, NO]},
+     Row(f"{Q}{CUE} So.\n\nHuman: And?{CUE}", (" So.", " No."), (1.0, 0.0))),
+    ({"prompt": [USER], "chosen": [USER, SO], "rejected": [USER, NO]}, PAIR),
+    ({"prompt": "Why?", "chosen": [SO, MORE, SO], "rejected": [SO, MORE, NO]},
+     Row(f"{Q}{CUE} So.\n\nHuman: And?{CUE}", (" So.", " No."), (1.0, 0.0))),
+])
+def test_completions_and_prompts_as_trl_has_them(row, expected):
+    assert parse(row) == expected
+
+
+def test_a_completion_that_is_called_bad_teaches_nothing():
+    with pytest.raises(Unusable, match="completion with label false"):
+        parse({"prompt": "Why?", "completion": "No.", "label": False})
+
+
+def test_a_field_that_nothing_reads_is_counted_by_its_name(tmp_path, capsys):
+    """A prompt may stand beside its source; the replies may stand there under a name of their own, too."""
+    rows = [{"prompt": "p", "answer": "a", "id": 5, "tags": []}, {"prompt": "q", "answer": "b", "source": "web"},
+            {"messages": [USER, SO], "prompt": "Why?"}, {"prompt": "Why?", "chosen": "a", "rejected": "b", "messages": [USER, SO]},
+            *({"prompt": "p", f"name{number}": "x"} for number in range(80))]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    counts = Counter()
+    assert len(list(iterate(file, "rlhf", counts))) == len(rows)
+    found = {name.removeprefix("not read: "): number for name, number in counts.items() if name.startswith("not read: ")}
+    assert list(found.items())[:4] == [("field 'answer'", 2), ("field 'source'", 1), ("field 'prompt'", 1), ("field 'messages'", 1)]
+    assert found["other fields"] > 30 and len(found) < 60
+    assert peek.main([str(file), "2"]) == 0
+    assert "none can be compared, nothing reads field 'answer', field 'source'" in capsys.readouterr().out
 
 
 def test_a_prompt_beside_whole_conversations_loses_none_of_their_turns():
@@ -87,6 +126,15 @@ BAD = [
     (b'{"messages": [{"role": "tool", "content": "x"}]}', r"rows.jsonl:2: messages\[0\].role: 'tool': expected system"),
     (b'{"messages": [{"role": "user"}]}', r'rows.jsonl:2: messages\[0\]: .*expected \{"role", "content"\}'),
     (b'{"messages": []}', r"rows.jsonl:2: messages: \[\]: expected a list of messages"),
+    (b'{"prompt": [{"role": "assistant", "content": "x"}]}', r"rows.jsonl:2: prompt\[0\].role: 'assistant': expected the last .* user's"),
+    (b'{"prompt": "p", "respones": "r"}', r"rows.jsonl:2: respones: no field of any format, .* did you mean response\?"),
+    (b'{"prompt": "p", "completions": ["r"], "labels": [true]}', r"rows.jsonl:2: completions: .* did you mean completion\?"),
+    (b'{"prompt": "p", "chosen": "r"}', r"rows.jsonl:2: rejected: missing beside chosen"),
+    (b'{"prompt": "p", "rejected": "r"}', r"rows.jsonl:2: chosen: missing beside rejected"),
+    (b'{"chosen": [{"role": "assistant", "content": "x"}], "rejected": [{"role": "assistant", "content": "y"}]}',
+     r"rows.jsonl:2: prompt: missing, and chosen"),
+    (b'{"prompt": "p", "completion": "r", "label": "yes"}', r"rows.jsonl:2: label: 'yes': expected true or false"),
+    (b'{"prompt": "p", "completion": 3}', r"rows.jsonl:2: completion: 3: expected a string"),
 ]
 
 

@@ -1,0 +1,204 @@
+"""A JSON object -> a ``Row``: our three formats, Anthropic HH, TRL's (text or lists of messages) and chat messages.
+
+Every row, whatever its format, becomes a prompt with the replies to it, best first known by score. Pure, stdlib only.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import re
+import sys
+from typing import NamedTuple
+
+from training.data import dialogue
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+COMPARISONS = 'Anthropic HH {"chosen", "rejected"}, TRL {"prompt", "chosen", "rejected"} or {"query", "response": [...], "score": [...]}'
+FORMATS = f'{{"prompt", "response"}}, TRL {{"prompt", "completion"}}, {{"messages"}}, {COMPARISONS}'
+REPLIES = ("response", "completion", "chosen", "rejected", "messages")
+"""Fields that hold what is said to a prompt: one that is nearly called so is one that is misspelt."""
+READ = (("chosen", "rejected", "prompt"), ("messages",), ("completion", "prompt", "query", "label"),
+        ("response", "prompt", "query", "score"))
+"""Fields of each format; one that has the first is of it."""
+
+
+class BadRow(ValueError):
+    """A malformed row: the message names the field. ``iterate`` adds file and line."""
+
+
+class Unusable(ValueError):
+    """A well-formed row that training must not see; the message is the reason that is counted."""
+
+
+class Row(NamedTuple):
+    """One prompt and the replies to it: none (RLHF), one (SFT) or several (comparisons)."""
+
+    prompt: str
+    responses: tuple[str, ...] = ()
+    scores: tuple[float, ...] = ()
+
+    @property
+    def best(self) -> str:
+        """The reply with the highest score, the first of equals."""
+        return self.responses[self.scores.index(max(self.scores))]
+
+
+def parse(row: dict) -> Row:
+    """The format is known by the fields. Raises BadRow (malformed) or Unusable (well-formed, but not for training)."""
+    if "chosen" in row or "rejected" in row:
+        for field in ("chosen", "rejected"):
+            if field not in row:
+                raise BadRow(f"{field}: missing beside {'rejected' if field == 'chosen' else 'chosen'}; expected both")
+        return _trl(row) if "prompt" in row or isinstance(row["chosen"], list) else _hh(row)
+    if "messages" in row:
+        return _chat(row)
+    prompt = "prompt" if "prompt" in row else "query"
+    if prompt not in row:
+        raise BadRow(f"prompt: missing; the fields are {', '.join(row) or 'none'}; expected {FORMATS}")
+    if "completion" in row:
+        return _completion(row, prompt)
+    if "score" in row or isinstance(row.get("response"), list):
+        return _comparison(row, prompt)
+    if "response" in row:
+        return _usable(Row(_text(row, prompt), (_text(row, "response"),), (0.0,)))
+    for name in row:
+        if near := _misspelt(name):
+            raise BadRow(f"{name}: no field of any format, so that the row has a prompt and no reply; did you mean {near}? If not, "
+                         "give it another name")
+    return _usable(Row(_prompt(row, []) if isinstance(row[prompt], list) else _text(row, prompt)))
+
+
+@functools.lru_cache
+def _misspelt(name: str) -> str:
+    """The field of ``REPLIES`` that ``name`` is nearly, or ""."""
+    return next(iter(difflib.get_close_matches(name, REPLIES, 1, 0.86)), "")
+
+
+def unread(row: dict) -> list[str]:
+    """Fields of a row with text in them, or lists, that ``parse`` does not read."""
+    read = next((fields for fields in READ if fields[0] in row), ("prompt", "query"))
+    return [name for name, value in row.items() if name not in read and isinstance(value, (str, list)) and value]
+
+
+def _hh(row: dict) -> Row:
+    sides = []
+    for field in ("chosen", "rejected"):
+        side = dialogue.split(_text(row, field))
+        if side is None:
+            raise BadRow(f"{field}: no turn begins with {dialogue.CUE!r}")
+        sides.append(side)
+    (prompt, chosen), (other, rejected) = sides
+    if prompt != other:
+        raise Unusable("prompts of chosen and rejected differ")
+    return _preference(prompt, chosen, rejected)
+
+
+def _trl(row: dict) -> Row:
+    (earlier, chosen), (other, rejected) = (_said(row, field) for field in ("chosen", "rejected"))
+    if earlier != other:
+        raise Unusable("prompts of chosen and rejected differ")
+    if "prompt" not in row and not earlier:
+        raise BadRow("prompt: missing, and chosen and rejected have no message before the reply")
+    return _preference(_prompt(row, earlier), chosen, rejected)
+
+
+def _completion(row: dict, prompt: str) -> Row:
+    """TRL's prompt and completion; with "label" its unpaired preference: a reply that is said to be bad has nothing to be compared with."""
+    earlier, reply = _said(row, "completion")
+    made = _usable(Row(_prompt({"prompt": row[prompt]}, earlier), (reply,), (0.0,)))
+    if type(row.get("label", True)) is not bool:
+        raise BadRow(f"label: {short(row['label'])}: expected true or false")
+    if not row.get("label", True):
+        raise Unusable("completion with label false")
+    return made
+
+
+def _said(row: dict, field: str) -> tuple[list[tuple[str, str]], str]:
+    """(turns before the reply, the reply) of a field that holds the reply's text, or messages of which the last is the reply."""
+    if not isinstance(row[field], list):
+        return [], dialogue.as_reply(_text(row, field))
+    turns = _messages(row, field, last=("assistant",))
+    return turns[:-1], dialogue.as_reply(turns[-1][1])
+
+
+def _prompt(row: dict, earlier: list[tuple[str, str]]) -> str:
+    """The prompt of a row of TRL's: the field "prompt", if there is one, and the turns that the replies bring before their last one, which
+    may be the whole conversation anew."""
+    given = row.get("prompt", [])
+    if isinstance(given, list):
+        given = _messages(row, "prompt", last=("user", "human")) if "prompt" in row else []
+        return dialogue.from_messages(earlier if earlier[:len(given)] == given else given + earlier) + dialogue.CUE
+    first = dialogue.as_prompt(_text(row, "prompt"))
+    if next((role for role, _ in earlier if role != "system"), "") == "assistant":  # they go on from the prompt
+        return first + dialogue.from_messages(earlier).removeprefix(dialogue.CUE) + dialogue.CUE
+    return dialogue.from_messages(earlier) + dialogue.CUE if len(earlier) > 1 else first
+
+
+def _preference(prompt: str, chosen: str, rejected: str) -> Row:
+    return _usable(Row(prompt, (chosen, rejected), (1.0, 0.0)))
+
+
+def _chat(row: dict) -> Row:
+    turns = _messages(row, "messages", last=("assistant",))
+    return _usable(Row(dialogue.from_messages(turns[:-1]) + dialogue.CUE, (dialogue.as_reply(turns[-1][1]),), (0.0,)))
+
+
+def _comparison(row: dict, prompt: str) -> Row:
+    responses, scores = (row.get(field) for field in ("response", "score"))
+    if not isinstance(responses, list):
+        raise BadRow(f"response: {short(responses)}: expected a list of strings")
+    responses = [_string(response, f"response[{at}]") for at, response in enumerate(responses)]
+    if not isinstance(scores, list) or not all(type(s) in (int, float) and abs(s) <= sys.float_info.max for s in scores):
+        raise BadRow(f"score: {short(scores)}: expected a list of finite numbers")
+    if len(responses) < 2 or len(responses) != len(scores):
+        raise BadRow(f"score: {len(scores)} scores for {len(responses)} responses; expected one each and at least 2")
+    return _usable(Row(_text(row, prompt), tuple(responses), tuple(map(float, scores))))
+
+
+def _usable(row: Row) -> Row:
+    """``row`` itself; raises Unusable for what would teach a model something false."""
+    if not row.prompt.strip():
+        raise Unusable("empty prompt")
+    if not all(response.strip() for response in row.responses):
+        raise Unusable("empty reply")
+    if len(row.responses) > 1 and (len(set(row.scores)) == 1 or len(set(row.responses)) == 1):
+        raise Unusable("replies or their scores are equal")
+    if row.responses and dialogue.has_marker(row.best):
+        raise Unusable("role marker inside the better reply")
+    return row
+
+
+def _messages(row: dict, field: str, last: tuple[str, ...]) -> list[tuple[str, str]]:
+    """(role, content) of a list of chat messages; ``last``: roles of which the last one must have one."""
+    turns = []
+    messages = row[field]
+    if not isinstance(messages, list) or not messages:
+        raise BadRow(f"{field}: {short(messages)}: expected a list of messages")
+    for at, message in enumerate(messages):
+        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
+            raise BadRow(f'{field}[{at}]: {short(message)}: expected {{"role", "content"}}')
+        if message["role"] not in ("system", "user", "human", "assistant"):
+            raise BadRow(f"{field}[{at}].role: {short(message['role'])}: expected system, user or assistant")
+        turns.append((message["role"], _text(message, "content", f"{field}[{at}].content")))
+    if turns[-1][0] not in last:
+        raise BadRow(f"{field}[{len(turns) - 1}].role: {turns[-1][0]!r}: expected the last message to be the {last[0]}'s")
+    return turns
+
+
+def _text(row: dict, field: str, where: str = "") -> str:
+    return _string(row[field], where or field)
+
+
+def _string(value, where: str) -> str:
+    if not isinstance(value, str):
+        raise BadRow(f"{where}: {short(value)}: expected a string")
+    if _SURROGATE.search(value):
+        raise BadRow(f"{where}: {short(value)}: half of a surrogate pair is no character")
+    return value
+
+
+def short(value) -> str:
+    """``value`` for an error's text."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
