@@ -6,6 +6,7 @@ Ranks read RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, and nothin
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 from collections.abc import Callable
@@ -50,6 +51,13 @@ def ranks(tensor_parallel_size: int, pipeline_parallel_size: int, seed: int, ini
         stack.callback(parallel_state.destroy_model_parallel)
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
         yield
+
+
+def begin_thread() -> Callable[[], None]:
+    """What a new thread of this rank has to call first: its GPU would be GPU 0, where pinning memory would open a context."""
+    if not torch.cuda.is_available():
+        return lambda: None
+    return functools.partial(torch.cuda.set_device, torch.cuda.current_device())
 
 
 def data_rank() -> int:

@@ -32,7 +32,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch.distributed.checkpoint.filesystem import SerializationFormat, _StorageWriterTransforms, _write_item
 
-from training import checkpoint
+from training import checkpoint, parallel
 from training.config import TrainerConfig
 from training.step import Learner
 
@@ -63,7 +63,7 @@ class Saver:
 
     def __init__(self, stage: str | Path, learners: dict[str, Learner], trainer: TrainerConfig):
         self.stage, self.learners, self.trainer = Path(stage), learners, trainer
-        self.pool = ThreadPoolExecutor(1, "save")
+        self.pool = ThreadPoolExecutor(1, "save", parallel.begin_thread())
         self.staging = _Staging()
         self.allocating: Future | None = None
         self.current: _Save | None = None
@@ -106,7 +106,7 @@ class Saver:
             owned = [checkpoint.sharded(learner, is_loading=False) for learner in self.learners.values()]
             mine = [tensor.data for tensor in nested_values(owned)
                     if isinstance(tensor, ShardedTensor) and is_main_replica(tensor.replica_id)]
-            self.allocating = ThreadPoolExecutor(1, "pin").submit(self.staging.prepare, mine)
+            self.allocating = ThreadPoolExecutor(1, "pin", parallel.begin_thread()).submit(self.staging.prepare, mine)
         if self.current:
             waiting = torch.tensor(float(not self.current.written.done()))
             dist.all_reduce(waiting, dist.ReduceOp.MAX)
@@ -249,7 +249,7 @@ def _buckets(request: AsyncRequest, staging: _Staging | None) -> list[tuple[Path
 def _write(models: list[list[tuple[Path, list]]]) -> tuple[list[dict], dict[str, str]]:
     """Write all files -> for each model {number of the file: torch's write results}, and every file's sha256 by "model/file"."""
     digests: dict[str, str] = {}
-    with ThreadPoolExecutor(WRITERS) as pool:
+    with ThreadPoolExecutor(WRITERS, "write", parallel.begin_thread()) as pool:
         pending = [[pool.submit(_write_file, path, items) for path, items in buckets] for buckets in models]
         results = [{number: file.result() for number, file in enumerate(files)} for files in pending]
     for model in results:

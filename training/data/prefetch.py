@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from training.data.batches import Sampler
+from training.parallel import begin_thread
 
 Batch = dict[str, torch.Tensor]
 Make = Callable[[list[int]], tuple[list[Batch], dict[str, float]]]
@@ -31,19 +32,13 @@ def prefetched(sampler: Sampler, make: Make, steps: int) -> Iterator[Ready]:
     ``make`` runs there: it must not talk to other ranks, nor count on ``mcore_on_cpu``, which holds for one thread. Its exceptions are
     raised here. Close the iterator, or let it end, to end the thread.
     """
-    where = torch.cuda.current_device() if torch.cuda.is_available() else None
-
-    def begin() -> None:
-        if where is not None:
-            torch.cuda.set_device(where)  # a new thread's is GPU 0, where pinning memory would open a context
-
     def ahead() -> Ready:
         micro_batches, said = make(sampler.next_batch())
-        if where is not None:
+        if torch.cuda.is_available():
             micro_batches = [{name: tensor.pin_memory() for name, tensor in micro.items()} for micro in micro_batches]
         return Ready(micro_batches, said, sampler.state_dict())
 
-    with ThreadPoolExecutor(1, "data", begin) as thread:
+    with ThreadPoolExecutor(1, "data", begin_thread()) as thread:
         coming = thread.submit(ahead)
         for step in range(steps):
             ready = coming.result()

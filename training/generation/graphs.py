@@ -54,7 +54,8 @@ class Graphs:
         graph = torch.cuda.CUDAGraph()
         # Not torch.cuda.graph: it also collects garbage and empties the allocator's cache, each time.
         with torch.cuda.stream(self.stream):
-            graph.capture_begin(pool=self.pool)
+            # "thread_local": threads that write a checkpoint or watch NCCL may go on calling CUDA.
+            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
             hidden = self._forward(size)
             graph.capture_end()
         torch.cuda.current_stream().wait_stream(self.stream)

@@ -92,7 +92,8 @@ class Resharder:
 
     def __init__(self, model: LanguageModel | Interleaved, shape: Shape, size: int):
         self.model = model
-        self.members = dist.get_process_group_ranks(parallel_state.get_model_parallel_group())
+        self.model_group = parallel_state.get_model_parallel_group()
+        self.members = dist.get_process_group_ranks(self.model_group)
         self.member = self.members.index(dist.get_rank())
         training_size = parallel_state.get_tensor_model_parallel_world_size()
         shape.check_layout(size, 1)
@@ -101,7 +102,7 @@ class Resharder:
         mine = {name: Held(tuple(parameter.shape), parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None)
                 for name, parameter in named_weights(model).items() if name not in self.skipped}
         held: list = [None] * len(self.members)
-        dist.all_gather_object(held, mine, group=parallel_state.get_model_parallel_group())
+        dist.all_gather_object(held, mine, group=self.model_group)
         moves, shapes = plan(held, training_size, size, shape)
         self.shapes = {name: on[self.member] for name, on in shapes.items()}
         self.moves = [move for move in moves if self.member in (move.of, move.to)]
@@ -136,7 +137,7 @@ class Resharder:
         return made
 
     def _exchange(self, moves: list[Move], have, made) -> None:
-        """One message for each pair of ranks."""
+        """One message for each pair of ranks, in the group of those that exchange anything: NCCL wants all of a group in its first call."""
         pairs: dict[tuple[int, int], list[Move]] = {}
         for move in moves:
             pairs.setdefault((move.of, move.to), []).append(move)
@@ -144,11 +145,11 @@ class Resharder:
         for (of, to), several in pairs.items():
             if of == self.member:
                 flat = torch.cat([_slice(have, move).reshape(-1) for move in several])
-                operations.append(dist.P2POp(dist.isend, flat, self.members[to]))
+                operations.append(dist.P2POp(dist.isend, flat, self.members[to], self.model_group))
             else:
                 places = [made[move.name].narrow(move.dim, move.target, move.count) for move in several]
                 flat = places[0].new_empty(sum(place.numel() for place in places))
-                operations.append(dist.P2POp(dist.irecv, flat, self.members[of]))
+                operations.append(dist.P2POp(dist.irecv, flat, self.members[of], self.model_group))
                 arriving.append((flat, places))
         for request in dist.batch_isend_irecv(operations):
             request.wait()

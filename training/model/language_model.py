@@ -59,8 +59,9 @@ def transformer_config(shape: Shape, trainer, head: str = "lm") -> TransformerCo
     )
     config.core_attention, config.alibi = backend, shape.alibi
     config.lora = lora.Lora(trainer.lora_rank, trainer.lora_alpha, trainer.seed) if trainer.lora_rank else None
-    # With tensor parallelism there are collectives inside a layer: that has been compiled nowhere yet.
-    config.compiled = trainer.compile and parallel.device().type == "cuda" and backend != "sdpa" and trainer.tensor_parallel == 1
+    # Adapters' messages between tensor-parallel ranks are megatron-core's own, which can't be compiled.
+    messages = trainer.tensor_parallel > 1 and trainer.lora_rank
+    config.compiled = trainer.compile and parallel.device().type == "cuda" and backend != "sdpa" and not messages
     return config
 
 

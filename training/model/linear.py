@@ -2,8 +2,7 @@
 
 Else each micro-batch writes a gradient, reads it again and adds it to the buffer: 30 of 650 ms at 7b1 on an H200. Here the matrix product
 adds to the buffer itself (cuBLAS rounds nothing on the way), and the embedding adds only the rows of its tokens. This is megatron-core's
-"gradient accumulation fusion", for which it needs Apex. Without tensor parallelism only: megatron-core overlaps its messages with the
-product of which the gradient is made.
+"gradient accumulation fusion", for which it needs Apex. Under tensor parallelism the products are training.model.sharded's.
 """
 
 from __future__ import annotations
@@ -12,6 +11,8 @@ import weakref
 
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+
+from training.model import sharded
 
 _buffers: dict[int, weakref.ref] = {}
 """Trained parameters that have a buffer, by their address: a compiled graph hands over tensors, not parameters."""
@@ -94,18 +95,33 @@ def embed(tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return _Embedding.apply(tokens.t().contiguous(), weight)  # rows of an index with other strides would come out with those
 
 
-class _Fused:
+class ColumnParallel(ColumnParallelLinear):
+    """megatron-core's, with the sum of gradients described above."""
+
     def _forward_impl(self, input, weight, bias=None, **kwargs):
-        if self.tp_group.size() > 1 or not weight.requires_grad:
+        if self.tp_group.size() > 1:
+            output = sharded.column_product(input, weight, self.tp_group.group_name, self.sequence_parallel)
+        elif weight.requires_grad:
+            output = _Linear.apply(input, weight)
+        else:
+            return super()._forward_impl(input, weight, bias=bias, **kwargs)
+        return output if bias is None else output + bias
+
+
+class RowParallel(RowParallelLinear):
+    """megatron-core's, with the sum of gradients described above."""
+
+    def _forward_impl(self, input, weight, bias=None, **kwargs):
+        if not weight.requires_grad:
             # Row-parallel layers pass no group; megatron-core looks it up and warns, and a warning breaks a compiled graph.
             return super()._forward_impl(input, weight, bias=bias, **{**kwargs, "tp_group": self.tp_group})
         output = _Linear.apply(input, weight)
         return output if bias is None else output + bias
 
-
-class ColumnParallel(_Fused, ColumnParallelLinear):
-    """megatron-core's, with the sum of gradients described above."""
-
-
-class RowParallel(_Fused, RowParallelLinear):
-    """megatron-core's, with the sum of gradients described above."""
+    def forward(self, input_):
+        if self.tp_group.size() == 1:
+            return super().forward(input_)
+        output = sharded.row_product(input_, self.weight, self.tp_group.group_name, self.sequence_parallel)
+        if self.skip_bias_add:
+            return output, self.bias
+        return output if self.bias is None else output + self.bias, None

@@ -1,0 +1,48 @@
+"""One rank of a job of benchmarks/multi_gpu.py: its one argument is the job as JSON; rank 0 prints what came out as JSON lines."""
+
+from __future__ import annotations
+
+import faulthandler
+import gc
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+
+from benchmarks import multi_gpu_checks, multi_gpu_speed
+from benchmarks.multi_gpu_common import say
+from training import parallel
+
+PARTS = {"gradients": multi_gpu_checks.gradients, "saved": multi_gpu_checks.saved, "loaded": multi_gpu_checks.loaded,
+         "sft": multi_gpu_speed.steps, "prepared": multi_gpu_speed.prepared, "ppo": multi_gpu_speed.phases}
+
+
+def main(job: dict) -> None:
+    """All layouts of the job, each in process groups of its own."""
+    folder = Path(job["folder"])
+    for number, layout in job["layouts"]:
+        store = f"file://{folder}/store.{job['name'].replace(' ', '-')}.{number}"
+        sizes = [layout.get(name, 1) for name in ("tensor_parallel", "pipeline_parallel", "virtual_pipeline")]
+        with parallel.ranks(*sizes[:2], 1, store, sizes[2]):
+            say(begins=number)
+            PARTS[job["part"]](job["size"], layout, folder)
+            say(ends=number)
+            gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    faulthandler.enable()
+    try:
+        main(json.loads(sys.argv[1]))
+    except BaseException:  # noqa: BLE001 - told, and then no clean end: the other ranks may wait in a collective for ever
+        traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)

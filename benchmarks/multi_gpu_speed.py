@@ -1,0 +1,132 @@
+"""The parts of benchmarks/multi_gpu.py that time: SFT steps, weights moved to another layout, PPO's phases."""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.multi_gpu_common import SHAPES, fill, micro_batches, rows, say, settings
+from benchmarks.train import CUDA, PEAK, clean, flops, peak_gb, sync, timed
+from training import ppo, sft
+from training.config import PPOConfig, PPOPaths
+from training.data import demo_model
+from training.data.config import ModelConfig
+from training.families import bloom
+from training.generation.reshard import Resharder
+from training.phases import highest
+from training.saving import Saver
+from training.settings import ConfigError
+from training.step import Learner, Objective, build_model
+
+STEPS = 3
+
+
+def steps(size: str, layout: dict, folder: Path) -> None:
+    """SFT: tokens/s, MFU and memory of full steps on packed rows, then the weights' way to each generation layout."""
+    clean()
+    values = {"optimizer_precision": "bf16" if CUDA else "fp32", **layout}
+    config, shape = settings(size, **values), SHAPES[size]
+    began = time.monotonic()
+    model = build_model(shape, config, "lm")
+    fill(model, shape)
+    learner = Learner(model, config, config.lr, 100, 0)
+    batch = rows(size, config.global_batch_size, all_tokens=True)
+    batches, objective, losses = micro_batches(batch, config), Objective(("loss",), sft.compute), []
+
+    def step():
+        losses.append(learner.step(batches, objective)["loss"])
+
+    step()
+    first = time.monotonic() - began
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+    seconds = timed(step, 1, STEPS)
+    (seconds, peak) = highest([seconds, peak_gb()])
+    tokens, ranks = batch["tokens"].numel(), dist.get_world_size()
+    say(part="sft", size=size, ok=losses[-1] < losses[0], tokens_per_second=tokens / seconds, step_s=seconds, peak_gb=peak, first_s=first,
+        mfu=work(size, batch) / seconds / ranks / PEAK, loss=losses[0], losses=[round(loss, 4) for loss in losses])
+    learner = batches = None
+    for generation in (1, 2, 4, 8):
+        reshard(size, model, generation)
+
+
+def work(size: str, batch: dict) -> float:
+    """FLOPs of a step: benchmarks.train.flops with attention within documents only."""
+    owner = batch["documents"] + torch.arange(batch["documents"].size(0))[:, None] * batch["documents"].size(1)
+    lengths = owner.flatten().bincount().double()
+    tokens = batch["tokens"].numel()
+    return tokens * flops(SHAPES[size], 0) + 6 * SHAPES[size].layers * SHAPES[size].hidden * lengths.square().sum().item()
+
+
+def reshard(size: str, model, generation: int) -> None:
+    """Seconds from the training layout to ``generation`` tensor-parallel ranks, and what each GPU received."""
+    try:
+        resharder = Resharder(model, SHAPES[size], generation)
+    except ConfigError:
+        return  # the layout's ranks don't divide so
+    seconds = []
+    for _ in range(3):
+        sync()
+        dist.barrier()
+        began = time.monotonic()
+        weights = resharder.weights()
+        sync()
+        seconds.append(*highest([time.monotonic() - began]))
+        del weights
+    most, least = highest([resharder.extra_bytes / 1e9, -resharder.extra_bytes / 1e9])
+    say(part="reshard", size=size, ok=True, generation=generation, seconds=statistics.median(seconds[1:]), first=seconds[0], gb=most,
+        least_gb=-least)
+
+
+def prepared(size: str, layout: dict, folder: Path) -> None:
+    """Model folder, prompts, and checkpoints of a random policy and reward model, for ``phases``."""
+    shape = SHAPES[size]
+    words = [f"w{number}" for number in range(500)]
+    generator = torch.Generator().manual_seed(5)
+    texts = [" ".join(words[number] for number in torch.randint(0, 500, (400,), generator=generator)) for _ in range(512)]
+    (folder / "model").mkdir()
+    demo_model.train_tokenizer(texts, 300).save(str(folder / "model/tokenizer.json"))
+    config = bloom.demo(ModelConfig(demo_layers=shape.layers, demo_hidden=shape.hidden, demo_heads=shape.heads, demo_vocab=300))
+    (folder / "model/config.json").write_text(json.dumps(config | {"vocab_size": shape.vocab}), encoding="utf-8")
+    tokens = {f"{name}_token": text for name, text in demo_model.SPECIAL.items()}
+    (folder / "model/tokenizer_config.json").write_text(json.dumps(tokens), encoding="utf-8")
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts), encoding="utf-8")
+    for stage, head in (("sft", "lm"), ("reward", "scalar")):
+        trainer = settings(size, save_every=1)
+        model = build_model(shape, trainer, head)
+        fill(model, shape)
+        weights = SimpleNamespace(model=model, schedule=SimpleNamespace(num_steps=0),
+                                  optimizer=SimpleNamespace(sharded_state_dict=lambda *_, **__: {}))
+        (folder / stage).mkdir()
+        Saver(folder / stage, {"model": weights}, trainer).save(1, {"reward_bias": 0.0})
+        del model, weights
+        gc.collect()
+    say(part="prepared", size=size, ok=True)
+
+
+def phases(size: str, layout: dict, folder: Path) -> None:
+    """PPO by the trainer itself; the numbers are its own metrics, of the last of three iterations."""
+    clean()
+    tiny = size == "tiny"
+    names = ("model", "sft", "prompts.jsonl", "prompts.jsonl", "reward")
+    paths = PPOPaths(str(folder / "ppo"), *(str(folder / name) for name in names))
+    values = dict(prompt_length=16, response_length=8, rollout_batch_size=32, global_batch_size=16, micro_batch_tokens=128) if tiny else \
+        dict(prompt_length=256, response_length=256, rollout_batch_size=256, global_batch_size=64, micro_batch_tokens=4096)
+    config = PPOConfig(paths=paths, precision="bf16" if CUDA else "fp32", optimizer_precision="bf16" if CUDA else "fp32", iterations=100,
+                       warmup_iterations=0, **values | layout)
+    trainer = ppo.PPO(config)
+    for iteration in (1, 2, 3):
+        made = trainer.iterate(iteration)
+        wanted = [name for name in made if name.startswith(("seconds_", "peak_gb_", "tokens_per_second", "rollout_", "reshard_"))]
+        samples = config.rollout_batch_size / sum(made[f"seconds_{phase}"] for phase in ("generate", "score", "update"))
+        say(part="ppo" if iteration == 3 else "ppo warms up", size=size, ok=abs(made["kl"]) < 1 and made["skipped_updates"] == 0,
+            samples_per_second=samples, **{name: made[name] for name in (*wanted, "kl", "policy_loss", "value_loss", "response_length")})
+    del trainer
+    gc.collect()
