@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -25,8 +26,10 @@ PARTS = {"gradients": multi_gpu_checks.gradients, "saved": multi_gpu_checks.save
 def main(job: dict) -> None:
     """All layouts of the job, each in process groups of its own."""
     folder = Path(job["folder"])
+    while not (folder / f"{job['name']}.go").exists():  # imports are done; the GPUs are still another job's
+        time.sleep(0.05)
     for number, layout in job["layouts"]:
-        store = f"file://{folder}/store.{job['name'].replace(' ', '-')}.{number}"
+        store = f"file://{folder}/{job['name']}.store.{number}"
         sizes = [layout.get(name, 1) for name in ("tensor_parallel", "pipeline_parallel", "virtual_pipeline")]
         with parallel.ranks(*sizes[:2], 1, store, sizes[2]):
             say(begins=number)

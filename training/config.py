@@ -65,7 +65,7 @@ class TrainerConfig:
     lora_alpha: float = 16.0
     """Adapters' products count alpha / rank times."""
     compile: bool = True
-    """Compile each layer into a few fused kernels: on a GPU, not with "sdpa" or tensor parallelism; takes most of a minute once."""
+    """Compile each layer into a few fused kernels: on a GPU, not with "sdpa"; takes most of a minute once."""
     iterations: int
     """Optimizer steps (rlhf: rollouts)."""
     micro_batch_size: int

@@ -1,0 +1,127 @@
+"""Which jobs benchmarks/multi_gpu.py runs on N GPUs, and what launcher/scaling.py expects of them. Pure, standard library only."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+
+from launcher import memory, scaling
+from training.config import Paths, SFTConfig
+from training.families.bloom import shape as bloom
+from training.settings import ConfigError
+
+SHAPES = {"560m": bloom(24, 1024, 16, 250880, 1e-5), "1b7": bloom(24, 2048, 16, 250880, 1e-5), "7b1": bloom(30, 4096, 32, 250880, 1e-5),
+          "tiny": bloom(8, 64, 4, 1000, 1e-5)}
+MEMORY_GB_S = {"H100": 3350, "H200": 4800}
+FITS = 0.9
+"""Of a card's memory, by launcher/memory.py's estimate."""
+PARTS = ("gradients", "sft", "ppo", "checkpoint")
+
+
+@dataclass
+class Job:
+    """Processes on some GPUs, one layout after the other."""
+
+    name: str
+    part: str
+    size: str
+    gpus: list[int]
+    layouts: list[dict]
+    limit: float
+    """Most seconds."""
+
+
+def layout(tensor: int = 1, stages: int = 1, virtual: int = 1, sequence: bool | None = None, **values) -> dict:
+    sequence = tensor > 1 if sequence is None else sequence
+    return {"tensor_parallel": tensor, "pipeline_parallel": stages, "virtual_pipeline": virtual, "sequence_parallel": sequence, **values}
+
+
+def divisions(gpus: int) -> list[dict]:
+    """The ways to divide a model over ``gpus`` that are checked."""
+    plain = {"compile": False, "attention": "sdpa"}
+    if gpus == 1:
+        return [layout(**plain)]
+    half = gpus // 2
+    if half > 1:
+        mixed = [layout(2, half, 2, **plain), layout(2, sequence=False, **plain), layout(1, 2, **plain)]
+    else:
+        mixed = [layout(gpus, sequence=False, **plain), layout(1, gpus, 2, **plain)]
+    return [layout(gpus, **plain), layout(1, gpus, **plain), layout(**plain), *mixed, layout(2), layout(gpus, sequence=False)]
+
+
+def timed_layouts(size: str, gpus: int, card: dict) -> list[dict]:
+    """Of SFT, with rows and recompute; those that don't fit are left out and said."""
+    half = gpus // 2
+    asked = [layout(gpus), layout(1, gpus), layout(gpus, compile=False), layout()] if gpus > 1 else [layout()]
+    if half > 1:
+        asked = [layout(gpus), layout(), layout(2, half), layout(2), layout(1, gpus, 2), layout(1, gpus)]
+    found = []
+    for one in asked:
+        made = fitting(size, one, gpus, card)
+        if made is None:
+            print(json.dumps({"part": "sft", "skipped": one, "why": f"no rows and recompute fit {card['memory_gb']:.0f} GB"}), flush=True)
+        else:
+            found.append(made)
+    return found
+
+
+def fitting(size: str, one: dict, gpus: int, card: dict) -> dict | None:
+    """``one`` with the fastest rows and recompute that fit, by launcher/scaling.py; of equals more rows, and less recompute."""
+    best = None
+    for rows in (4, 2, 1):
+        for recompute in ("none", "selective", "full"):
+            values = {**one, "micro_batch_size": rows, "recompute": recompute, "global_batch_size": 8 * gpus}
+            try:
+                made = predicted(size, values, gpus, card)
+            except ConfigError:
+                continue
+            if made.memory_gb <= FITS * card["memory_gb"] and (best is None or made.seconds < 0.99 * best[0]):
+                best = made.seconds, values
+    return best and best[1]
+
+
+def predicted(size: str, values: dict, gpus: int, card: dict) -> scaling.Step:
+    config = SFTConfig(paths=Paths("", "", "", "", ""), seq_length=128 if size == "tiny" else 2048, optimizer_precision="bf16", **values)
+    machine = dataclasses.replace(scaling.MACHINES["one-machine"], memory_gb_s=card["memory_gb_s"])
+    return scaling.step(SHAPES[size], config, gpus, machine, gpus)
+
+
+def waves(gpus: int, tiny: bool, card: dict, parts: list[str]) -> list[list[Job]]:
+    """Jobs that run at the same time, wave by wave; what matters least, last."""
+    small, middle, large = ("tiny",) * 3 if tiny else ("560m", "1b7", "7b1")
+    everyone, half = list(range(gpus)), max(gpus // 2, 1)
+    sizes, first, found, last = dict.fromkeys((small, middle)), [], [], []
+    if "gradients" in parts:
+        first += [Job(f"one GPU {size}", "gradients", size, [number % gpus], divisions(1), 100) for number, size in enumerate(sizes)]
+        if gpus > 1:
+            found.append([Job(f"gradients {size}", "gradients", size, everyone, divisions(gpus), 110) for size in sizes])
+    if "sft" in parts and gpus > 2:
+        jobs = [Job(f"sft {half}, {number}", "sft", large, (everyone[:half], everyone[half:])[number % 2], [one], 70)
+                for number, one in enumerate(timed_layouts(large, half, card))]
+        found += [jobs[start : start + 2] for start in range(0, len(jobs), 2)]
+    if "sft" in parts:
+        found += [[Job(f"sft {gpus}, {number}", "sft", large, everyone, [one], 70)]
+                  for number, one in enumerate(timed_layouts(large, gpus, card))]
+    if "ppo" in parts:
+        first.append(Job("prepare", "prepared", middle, [gpus - 1], [layout()], 100))
+        ways = [layout(2, max(half, 1), generation_tensor_parallel=1), layout(1, 2, generation_tensor_parallel=2)]
+        ways = ways if gpus > 2 else [layout(2, generation_tensor_parallel=1), ways[1]] if gpus == 2 else [layout()]
+        jobs = [Job(f"ppo {number}", "ppo", middle, everyone, [way], 90) for number, way in enumerate(ways)]
+        found.append(jobs[:1])
+        last += [jobs[1:]] if jobs[1:] else []
+    if "checkpoint" in parts:
+        plain = {"compile": False, "attention": "sdpa"}
+        save = layout(2, 2, **plain) if gpus > 2 else layout(gpus, **plain)
+        found.append([Job("save", "saved", middle, everyone, [save], 80)])
+        last.insert(0, [Job("load", "loaded", middle, everyone[:half], [layout(1, half, **plain)], 60)])
+    if tiny:  # numbers mean nothing: what does not need another job's files runs at once
+        found = [[job for wave in found for job in wave]]
+    return [wave for wave in [first, *found, *last] if wave]
+
+
+def with_prediction(row: dict, card: dict) -> dict:
+    if row["part"] != "sft" or "error" in row:
+        return row
+    made = predicted(row["size"], row["layout"], row["gpus"], card)
+    return row | {"predicted_s": made.seconds, "predicted_mfu": made.mfu, "estimate_gb": made.memory_gb - memory.OUTSIDE_GB}
