@@ -68,7 +68,7 @@ class Running:
         name = f"{job.name}.{first}".replace(" ", "_")
         environment = {variable: value for variable, value, _ in nccl.NETWORKS["one-machine"]} | {
             "NCCL_NVLS_ENABLE": "0", "CUDA_VISIBLE_DEVICES": "" if self.cpu else ",".join(map(str, job.gpus)),
-            "TORCHINDUCTOR_COMPILE_THREADS": "8", "OMP_NUM_THREADS": "1" if self.cpu else "8"}
+            "TORCHINDUCTOR_COMPILE_THREADS": "12", "OMP_NUM_THREADS": "1" if self.cpu else "8"}
         given = {"part": job.part, "size": job.size, "name": name, "folder": str(self.folder), "layouts": self.left}
         self.go = self.folder / f"{name}.go"
         self.log = Caught(self.out / f"{job.name.replace(' ', '_')}.log").start(job, first)
