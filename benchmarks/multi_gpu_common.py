@@ -69,12 +69,14 @@ def fill(model, shape: Shape) -> None:
         if key.endswith("layernorm.weight"):
             whole += 1
         parameter.copy_(mine(whole, parameter))
+    if CUDA:
+        torch.cuda.empty_cache()
 
 
-def rows(size: str, count: int, all_tokens: bool = False) -> Batch:
+def rows(size: str, count: int, all_tokens: bool = False, longest: int = 0) -> Batch:
     """``count`` packed rows of documents about as long as Anthropic HH's (log-normal, 220 tokens in the mean), loss on the last 40% of each
     document or on all tokens that another one of their document stands before."""
-    generator, longest = torch.Generator().manual_seed(3), length(size)
+    generator, longest = torch.Generator().manual_seed(3), longest or length(size)
     tokens = torch.randint(0, SHAPES[size].vocab, (count, longest), generator=generator)
     documents, mask = torch.zeros_like(tokens), torch.zeros_like(tokens, dtype=torch.bool)
     for row in range(count):

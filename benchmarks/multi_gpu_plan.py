@@ -91,33 +91,53 @@ def waves(gpus: int, tiny: bool, card: dict, parts: list[str]) -> list[list[Job]
     """Jobs that run at the same time, wave by wave; what matters least, last."""
     small, middle, large = ("tiny",) * 3 if tiny else ("560m", "1b7", "7b1")
     everyone, half = list(range(gpus)), max(gpus // 2, 1)
-    sizes, first, found, last = dict.fromkeys((small, middle)), [], [], []
+    sizes, first, untimed, found, last = dict.fromkeys((small, middle)), [], [], [], []
     if "gradients" in parts:
         first += [Job(f"one GPU {size}", "gradients", size, [number % gpus], divisions(1), 100) for number, size in enumerate(sizes)]
         if gpus > 1:
-            found.append([Job(f"gradients {size}", "gradients", size, everyone, divisions(gpus), 110) for size in sizes])
-    if "sft" in parts and gpus > 2:
-        jobs = [Job(f"sft {half}, {number}", "sft", large, (everyone[:half], everyone[half:])[number % 2], [one], 70)
-                for number, one in enumerate(timed_layouts(large, half, card))]
-        found += [jobs[start : start + 2] for start in range(0, len(jobs), 2)]
+            untimed += [Job(f"gradients {size}", "gradients", size, everyone, divisions(gpus), 110) for size in sizes]
     if "sft" in parts:
-        found += [[Job(f"sft {gpus}, {number}", "sft", large, everyone, [one], 70)]
-                  for number, one in enumerate(timed_layouts(large, gpus, card))]
+        halves = timed_layouts(large, half, card) if gpus > 2 else []
+        jobs = [Job(f"sft {gpus}, {number}", "sft", large, everyone, [one], 70)
+                for number, one in enumerate(timed_layouts(large, gpus, card))]
+        pairs = [Job(f"sft {half}, {number}", "sft", large, (everyone[:half], everyone[half:])[number % 2], [one], 70)
+                 for number, one in enumerate(halves)]
+        found += [[job] for job in jobs[:5]] + [pairs[start : start + 2] for start in range(0, len(pairs), 2)]
+        last += [[job] for job in jobs[5:]]
     if "ppo" in parts:
         first.append(Job("prepare", "prepared", middle, [gpus - 1], [layout()], 100))
         ways = [layout(2, max(half, 1), generation_tensor_parallel=1), layout(1, 2, generation_tensor_parallel=2)]
         ways = ways if gpus > 2 else [layout(2, generation_tensor_parallel=1), ways[1]] if gpus == 2 else [layout()]
         jobs = [Job(f"ppo {number}", "ppo", middle, everyone, [way], 90) for number, way in enumerate(ways)]
         found.append(jobs[:1])
-        last += [jobs[1:]] if jobs[1:] else []
+        last = [jobs[1:], *last] if jobs[1:] else last
     if "checkpoint" in parts:
         plain = {"compile": False, "attention": "sdpa"}
         save = layout(2, 2, **plain) if gpus > 2 else layout(gpus, **plain)
         found.append([Job("save", "saved", middle, everyone, [save], 80)])
         last.insert(0, [Job("load", "loaded", middle, everyone[:half], [layout(1, half, **plain)], 60)])
     if tiny:  # numbers mean nothing: what does not need another job's files runs at once
-        found = [[job for wave in found for job in wave]]
+        found = [untimed + [job for wave in found for job in wave]]
+    else:
+        found = [untimed + warming([job for wave in (*found, *last) for job in wave], gpus), *found]
     return [wave for wave in [first, *found, *last] if wave]
+
+
+def warming(jobs: list[Job], gpus: int) -> list[Job]:
+    """Jobs that compile beforehand, beside what is not timed, what ``jobs`` will need: a graph for each tensor-parallel size, shape of a
+    micro-batch and kind of recompute."""
+    wanted: dict[tuple, None] = {}
+    for job in jobs:
+        for values in job.layouts if job.part in ("sft", "ppo") else ():
+            if values.get("compile", True):
+                rows, recompute = values.get("micro_batch_size", 8), values.get("recompute", "none")
+                wanted[job.size, values["tensor_parallel"], rows, recompute, 512 if job.part == "ppo" else 2048] = None
+    made, first = [], 0
+    for size, tensor, rows, recompute, length in wanted:
+        one = layout(tensor, micro_batch_size=rows, recompute=recompute, seq_length=length)
+        made.append(Job(f"warm {len(made)}", "warm", size, [(first + number) % gpus for number in range(tensor)], [one], 110))
+        first += tensor
+    return made
 
 
 def with_prediction(row: dict, card: dict) -> dict:

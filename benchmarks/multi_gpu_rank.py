@@ -20,7 +20,8 @@ from benchmarks.multi_gpu_common import say
 from training import parallel
 
 PARTS = {"gradients": multi_gpu_checks.gradients, "saved": multi_gpu_checks.saved, "loaded": multi_gpu_checks.loaded,
-         "sft": multi_gpu_speed.steps, "prepared": multi_gpu_speed.prepared, "ppo": multi_gpu_speed.phases}
+         "warm": multi_gpu_speed.warm, "sft": multi_gpu_speed.steps, "prepared": multi_gpu_speed.prepared,
+         "ppo": multi_gpu_speed.phases}
 
 
 def main(job: dict) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import statistics
@@ -20,10 +21,11 @@ from training.data import demo_model
 from training.data.config import ModelConfig
 from training.families import bloom
 from training.generation.reshard import Resharder
+from training.model.heads import next_token_logprobs
 from training.phases import highest
 from training.saving import Saver
 from training.settings import ConfigError
-from training.step import Learner, Objective, build_model
+from training.step import Learner, Objective, build_model, evaluate
 
 STEPS = 3
 
@@ -55,6 +57,21 @@ def steps(size: str, layout: dict, folder: Path) -> None:
     learner = batches = None
     for generation in (1, 2, 4, 8):
         reshard(size, model, generation)
+
+
+def warm(size: str, layout: dict, folder: Path) -> None:
+    """Compile, into the compiler's cache on disk, what a timed job will: two layers of the model's width and few tokens to choose from, in
+    micro-batches of the same shape, with gradients and without."""
+    shape = dataclasses.replace(SHAPES[size], layers=2, vocab=1000)
+    config = settings(size, **layout, global_batch_size=layout["micro_batch_size"])
+    model = build_model(shape, config, "lm")
+    fill(model, shape)
+    batch = rows(size, config.micro_batch_size, True, config.seq_length)
+    batch["tokens"] %= shape.vocab
+    if layout["recompute"] == "none":
+        evaluate(model, batch, config.micro_batch_size, lambda output, micro: next_token_logprobs(output, micro["tokens"]))
+    loss = Learner(model, config, config.lr, 100, 0).step([batch], Objective(("loss",), sft.compute))["loss"]
+    say(part="warm", size=size, ok=loss > 0)
 
 
 def work(size: str, batch: dict) -> float:
@@ -118,7 +135,7 @@ def phases(size: str, layout: dict, folder: Path) -> None:
     names = ("model", "sft", "prompts.jsonl", "prompts.jsonl", "reward")
     paths = PPOPaths(str(folder / "ppo"), *(str(folder / name) for name in names))
     values = dict(prompt_length=16, response_length=8, rollout_batch_size=32, global_batch_size=16, micro_batch_tokens=128) if tiny else \
-        dict(prompt_length=256, response_length=256, rollout_batch_size=256, global_batch_size=64, micro_batch_tokens=4096)
+        dict(prompt_length=256, response_length=256, rollout_batch_size=256, global_batch_size=64, micro_batch_tokens=4096)  # 8 rows of 512
     config = PPOConfig(paths=paths, precision="bf16" if CUDA else "fp32", optimizer_precision="bf16" if CUDA else "fp32", iterations=100,
                        warmup_iterations=0, **values | layout)
     trainer = ppo.PPO(config)

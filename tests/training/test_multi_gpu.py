@@ -28,13 +28,14 @@ def test_every_part_runs_on_gloo_and_finds_layouts_equal(tmp_path, capfd, monkey
     run(multi_gpu_checks.gradients, 1, 1, 1, "tiny", layout(), tmp_path)
     run(multi_gpu_checks.gradients, 2, 2, 1, "tiny", layout(2, 2), tmp_path)
     run(multi_gpu_checks.gradients, 1, 1, 2, "tiny", layout(), tmp_path)
+    run(multi_gpu_speed.warm, 2, 1, 1, "tiny", layout(2, micro_batch_size=1, recompute="none", seq_length=32), tmp_path)
     run(multi_gpu_speed.steps, 1, 2, 1, "tiny", layout(1, 2, **batch), tmp_path)
     run(multi_gpu_speed.prepared, 1, 1, 1, "tiny", layout(), tmp_path)
     run(multi_gpu_speed.phases, 1, 2, 1, "tiny", layout(1, 2, generation_tensor_parallel=2), tmp_path)
     run(multi_gpu_checks.saved, 2, 1, 1, "tiny", layout(2), tmp_path)
     run(multi_gpu_checks.loaded, 1, 1, 1, "tiny", layout(), tmp_path)
     found = said(capfd)
-    assert [row["part"] for row in found] == ["gradients"] * 3 + ["sft", "reshard", "reshard", "prepared", "ppo warms up", "ppo warms up",
+    assert [row["part"] for row in found] == [*["gradients"] * 3, "warm", "sft", "reshard", "reshard", "prepared", *["ppo warms up"] * 2,
                                               "ppo", "saved", "loaded"]
     assert all(row["ok"] for row in found), found
     assert found[1]["worst"] < 5e-6 and found[2]["worst"] < 5e-6 and found[-1]["tensors"] == 4 * 17
@@ -68,7 +69,7 @@ def test_what_is_timed_shares_no_gpu(gpus):
     for wave in planned:
         used = [gpu for job in wave for gpu in job.gpus]
         assert max(used) < gpus
-        assert len(used) == len(set(used)) or {job.part for job in wave} <= {"gradients", "prepared"}
+        assert len(used) == len(set(used)) or {job.part for job in wave} <= {"gradients", "prepared", "warm"}
         for job in wave:
             for values in job.layouts:
                 ranks = values["tensor_parallel"] * values["pipeline_parallel"]

@@ -100,7 +100,7 @@ class ColumnParallel(ColumnParallelLinear):
 
     def _forward_impl(self, input, weight, bias=None, **kwargs):
         if self.tp_group.size() > 1:
-            output = sharded.column_product(input, weight, self.tp_group.group_name, self.sequence_parallel)
+            output = sharded.column_product(input, weight, self.tp_group.size(), self.sequence_parallel)
         elif weight.requires_grad:
             output = _Linear.apply(input, weight)
         else:
@@ -121,7 +121,7 @@ class RowParallel(RowParallelLinear):
     def forward(self, input_):
         if self.tp_group.size() == 1:
             return super().forward(input_)
-        output = sharded.row_product(input_, self.weight, self.tp_group.group_name, self.sequence_parallel)
+        output = sharded.row_product(input_, self.weight, self.tp_group.size(), self.sequence_parallel)
         if self.skip_bias_add:
             return output, self.bias
         return output if self.bias is None else output + self.bias, None
