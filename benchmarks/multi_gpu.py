@@ -60,7 +60,7 @@ class Running:
 
     def __init__(self, job: Job, folder: Path, out: Path, cpu: bool):
         self.job, self.folder, self.out, self.cpu, self.rows = job, folder, out, cpu, []
-        self.left = list(enumerate(job.layouts))
+        self.left, self.free = list(enumerate(job.layouts)), threading.Event()
         self.start()
 
     def start(self) -> None:
@@ -80,7 +80,14 @@ class Running:
         end = min(end, began + job.limit)
         while True:
             self.go.touch()
-            ended = self.ranks.wait(lambda: self.ranks.pass_on(signal.SIGKILL) if time.monotonic() > end else None)
+            while any(process.poll() is None for process in self.ranks.processes):
+                self.ranks.check()
+                if time.monotonic() > end:
+                    self.ranks.pass_on(signal.SIGKILL)
+                time.sleep(0.05)
+            if not any(process.returncode for process in self.ranks.processes):
+                self.free.set()  # the next jobs need not wait until all is read
+            ended = self.ranks.wait(lambda: None)
             self.rows += self.log.rows
             if not ended:
                 break
@@ -92,6 +99,7 @@ class Running:
             if late or not self.left:
                 break
             self.start()
+        self.free.set()
         print(json.dumps({"job": job.name, "took_s": round(time.monotonic() - began, 1)}), flush=True)
 
 
@@ -105,6 +113,13 @@ def card_here() -> dict:
     name, memory = said[0].split(", ")
     rate = next((rate for part, rate in MEMORY_GB_S.items() if part in name), MEMORY_GB_S["H100"])
     return {"name": name, "count": len(said), "memory_gb": float(memory) * 2**20 / 1e9, "memory_gb_s": rate}
+
+
+def write(every: list[Running], card: dict, out: Path) -> list[dict]:
+    """All that is known by now, also to multi_gpu.json."""
+    rows = [with_prediction(row, card) for running in every for row in list(running.rows)]
+    (out / "multi_gpu.json").write_text(json.dumps({"card": card, "rows": rows}, indent=1), encoding="utf-8")
+    return rows
 
 
 def main() -> int:
@@ -121,20 +136,25 @@ def main() -> int:
         parser.error(f"--gpus {asked.gpus}: expected a power of two, and no more than the {card['count']} GPUs here (or --tiny)")
     asked.out.mkdir(parents=True, exist_ok=True)
     print(json.dumps({"card": card, "gpus": asked.gpus}), flush=True)
-    rows: list[dict] = []
     with tempfile.TemporaryDirectory(dir=asked.scratch) as scratch:
-        planned = waves(asked.gpus, asked.tiny, card, asked.parts)
-        started = [Running(job, Path(scratch), asked.out, card["count"] < asked.gpus) for job in planned[0]]
+        def begin(wave: list[Job]) -> list[Running]:
+            return [Running(job, Path(scratch), asked.out, card["count"] < asked.gpus) for job in wave]
+
+        planned, every, threads = waves(asked.gpus, asked.tiny, card, asked.parts), [], []
+        started = begin(planned[0])
         for following in [*planned[1:], []]:
-            threads = [threading.Thread(target=running.run, args=(end,)) for running in started]
-            for thread in threads:
+            every += started
+            threads += [threading.Thread(target=running.run, args=(end,)) for running in started]
+            for thread in threads[-len(started) :]:
                 thread.start()
-            ready = [Running(job, Path(scratch), asked.out, card["count"] < asked.gpus) for job in following]
-            for thread in threads:
-                thread.join()
-            rows += [with_prediction(row, card) for running in started for row in running.rows]
-            (asked.out / "multi_gpu.json").write_text(json.dumps({"card": card, "rows": rows}, indent=1), encoding="utf-8")
+            ready = begin(following)
+            for running in started:
+                running.free.wait()
+            rows = write(every, card, asked.out)
             started = ready
+        for thread in threads:
+            thread.join()
+        rows = write(every, card, asked.out)
     text = tables(rows, card)
     (asked.out / "multi_gpu.md").write_text(text, encoding="utf-8")
     print(text)

@@ -47,7 +47,7 @@ def divisions(gpus: int) -> list[dict]:
         mixed = [layout(2, half, 2, **plain), layout(2, sequence=False, **plain), layout(1, 2, **plain)]
     else:
         mixed = [layout(gpus, sequence=False, **plain), layout(1, gpus, 2, **plain)]
-    return [layout(gpus, **plain), layout(1, gpus, **plain), layout(**plain), *mixed, layout(2), layout(gpus, sequence=False)]
+    return [layout(gpus, **plain), layout(1, gpus, **plain), layout(**plain), *mixed, layout(2)]
 
 
 def timed_layouts(size: str, gpus: int, card: dict) -> list[dict]:
@@ -55,7 +55,7 @@ def timed_layouts(size: str, gpus: int, card: dict) -> list[dict]:
     half = gpus // 2
     asked = [layout(gpus), layout(1, gpus), layout(gpus, compile=False), layout()] if gpus > 1 else [layout()]
     if half > 1:
-        asked = [layout(gpus), layout(), layout(2, half), layout(2), layout(1, gpus, 2), layout(1, gpus)]
+        asked = [layout(2, half), layout(), layout(gpus), layout(2), layout(1, gpus, 2), layout(1, gpus)]
     found = []
     for one in asked:
         made = fitting(size, one, gpus, card)
@@ -98,19 +98,20 @@ def waves(gpus: int, tiny: bool, card: dict, parts: list[str]) -> list[list[Job]
             untimed += [Job(f"gradients {size}", "gradients", size, everyone, divisions(gpus), 110) for size in sizes]
     if "sft" in parts:
         halves = timed_layouts(large, half, card) if gpus > 2 else []
-        jobs = [Job(f"sft {gpus}, {number}", "sft", large, everyone, [one], 70)
+        jobs = [[Job(f"sft {gpus}, {number}", "sft", large, everyone, [one], 70)]
                 for number, one in enumerate(timed_layouts(large, gpus, card))]
         pairs = [Job(f"sft {half}, {number}", "sft", large, (everyone[:half], everyone[half:])[number % 2], [one], 70)
                  for number, one in enumerate(halves)]
-        found += [[job] for job in jobs[:5]] + [pairs[start : start + 2] for start in range(0, len(pairs), 2)]
-        last += [[job] for job in jobs[5:]]
+        two = [pairs[start : start + 2] for start in range(0, len(pairs), 2)]
+        found += [*jobs[:3], *two[:1]]
+        last += [*two[1:], *jobs[3:]]
     if "ppo" in parts:
         first.append(Job("prepare", "prepared", middle, [gpus - 1], [layout()], 100))
         ways = [layout(2, max(half, 1), generation_tensor_parallel=1), layout(1, 2, generation_tensor_parallel=2)]
         ways = ways if gpus > 2 else [layout(2, generation_tensor_parallel=1), ways[1]] if gpus == 2 else [layout()]
-        jobs = [Job(f"ppo {number}", "ppo", middle, everyone, [way], 90) for number, way in enumerate(ways)]
-        found.append(jobs[:1])
-        last = [jobs[1:], *last] if jobs[1:] else last
+        jobs = [[Job(f"ppo {number}", "ppo", middle, everyone, [way], 90)] for number, way in enumerate(ways)]
+        found += jobs[:1]
+        last += jobs[1:]
     if "checkpoint" in parts:
         plain = {"compile": False, "attention": "sdpa"}
         save = layout(2, 2, **plain) if gpus > 2 else layout(gpus, **plain)
