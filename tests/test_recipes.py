@@ -26,8 +26,6 @@ from training.step import build_model
 
 PUBLISHED = json.loads((Path(__file__).parent / "model_configs.json").read_text())
 TRAINERS = ("sft", "reward", "rlhf", "dpo", "grpo")
-DOES_NOT_FIT = {("bloom-7b1", "h200", "rlhf")}
-"""Said in the recipe: with a second model beside a trained one of 7.1 billion parameters one H200 is too small."""
 
 
 def shape_of(name: str, folder: Path) -> Shape:
@@ -63,7 +61,7 @@ def test_layout_divides_and_fits(name, profile, tmp_path):
         if stage in ("rlhf", "grpo"):
             assert config.rollout_batch_size % data == 0
         made = memory.estimate(shape, config, asked.ranks)
-        assert (made.total < 0.95 * site.gpu_memory_gb) is ((name, profile, stage) not in DOES_NOT_FIT), (stage, made.total)
+        assert made.total < 0.95 * site.gpu_memory_gb, (stage, made.total)
     if name != "bloom-176b":
         assert max(getattr(resources, stage).nodes for stage in TRAINERS) == 1
     assert all(tables["convert"].get(key) == tables["sft"].get(key) for key in ("tensor_parallel", "pipeline_parallel"))
@@ -73,7 +71,7 @@ def test_layout_divides_and_fits(name, profile, tmp_path):
 def test_hyper_parameters_are_the_tutorial_s_on_every_site(name):
     """What is learnt must not depend on the site: layouts only say how it is divided."""
     alone = {"tensor_parallel", "pipeline_parallel", "virtual_pipeline", "sequence_parallel", "micro_batch_size", "recompute",
-             "optimizer_precision", "generation_batch_size", "async_save"}
+             "optimizer_precision", "generation_batch_size", "async_save", "offload"}
     for layout in read_toml(RECIPES / f"{name}.toml").get("layouts", {}).values():
         assert set(layout) <= {"gpus_per_node", "gpu_memory_gb", "convert", "resources", *TRAINERS}
         assert all(set(layout[stage]) <= alone for stage in TRAINERS if stage in layout)

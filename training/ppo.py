@@ -90,7 +90,9 @@ def load_models(config: RolloutConfig, shape: Shape) -> Models:
         return model
 
     def frozen(head: str, source) -> LanguageModel | Parked:
-        model = make(head, source, dataclasses.replace(config, lora_rank=0)).requires_grad_(False)
+        # Nobody asks for its gradients, but its weights say that they want some: else its layers would be compiled apart, with the bias
+        # added inside the product, and round otherwise than the policy's. The first KL would not be 0.
+        model = make(head, source, dataclasses.replace(config, lora_rank=0))
         return Parked(model) if config.offload != "none" else model
 
     policy = make("lm", sft, config)

@@ -87,7 +87,7 @@ class Scheduler:
         """Rows that begin now. While others run, fewer than ``least_tokens`` tokens to compute wait for more: small prefills are slow."""
         if not self.waiting or not self.slots or (self.full and self.running):
             return []
-        chosen, tokens = [], 0
+        chosen, tokens, most = [], 0, sum(map(self._most, self.running))
         future = sorted(map(self._future, self.running), reverse=True)
         shared = {prompt: len(prefix.pages) for prompt, prefix in self.prefixes.items()}
         unused = len(self.pages.unused)
@@ -96,8 +96,9 @@ class Scheduler:
             if row.prompt in self.repeated:
                 shared.setdefault(row.prompt, self._whole(row))
             bisect.insort(future, self._future(row), key=lambda pair: (-pair[0], -pair[1]))
+            most += self._most(row)
             alone = not (self.running or chosen)
-            full = unused < 0 or (self._peak(future) + sum(shared.values()) > self.pages.count and not alone)
+            full = unused < 0 or (min(self._peak(future), most) + sum(shared.values()) > self.pages.count and not alone)
             if full or len(chosen) == len(self.slots):
                 if self.running and tokens < least_tokens:
                     return []
@@ -114,6 +115,10 @@ class Scheduler:
         share = min(1.0, 1.1 * self.ended_tokens / self.ended_longest) if self.ended_longest else self.expected
         shared = self._whole(row) * self.pages.size if row.prompt in self.repeated else 0
         return int(share * (row.longest - row.length)), row.length - shared
+
+    def _most(self, row: Row) -> int:
+        """Pages of its own that the row holds at its longest."""
+        return self.pages.for_tokens(row.longest) - (self._whole(row) if row.prompt in self.repeated else 0)
 
     def _peak(self, future: list[tuple[int, int]]) -> int:
         """Most pages that rows will hold at once: rows grow until they end, and the total is highest when one of them does.
