@@ -167,17 +167,31 @@ def sharded(learner: Learner, is_loading: bool) -> dict:
 def load(path: Path, learners: dict[str, Learner]) -> dict:
     """Restore weights, optimizer and schedule of all ``learners`` from a checkpoint folder -> its state. Collective.
 
-    Raises Damaged where a file is missing, truncated or changed.
+    Raises Damaged where a file is missing, truncated or changed, ConfigError where the configuration asks for other tensors.
     """
     verify(path)
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     for name, learner in learners.items():
+        _check_same(path, learner.guard.trainer, state)
         loaded = dist_checkpointing.load(sharded(learner, is_loading=True), str(path / name))
         learner.model.load_state_dict(loaded["model"])
         lora.check_scale(learner.model)
         learner.optimizer.load_state_dict(loaded["optimizer"])
         learner.schedule.num_steps = state["optimizer_steps"][name]
     return state
+
+
+def made_with(trainer: TrainerConfig) -> dict[str, int | str]:
+    """The keys that decide which tensors a checkpoint has to go on from: they can't be changed half way."""
+    return {name: getattr(trainer, name) for name in ("lora_rank", "optimizer_precision")}
+
+
+def _check_same(path: Path, trainer: TrainerConfig, state: dict) -> None:
+    held = state.get("made_with", {})  # an earlier version's says nothing
+    for name, value in made_with(trainer).items():
+        if name in held and held[name] != value:
+            raise ConfigError(f"{name} = {value!r}, but {path} was made with {name} = {held[name]!r}; resume with that, or start the stage "
+                              "anew")
 
 
 def load_weights(path: Path, model: LanguageModel, fresh_head: int | None = None) -> None:

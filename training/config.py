@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from training.settings import ConfigError, at_least, one_of, positive
+from training.settings import ConfigError, at_least, below, number, one_of, positive
 
 
 @dataclass(frozen=True)
@@ -352,6 +352,8 @@ class RolloutConfig(TrainerConfig):
             raise ValueError(f"kl_horizon = {self.kl_horizon}: expected at least rollout_batch_size = {self.rollout_batch_size}, or one "
                              "iteration may turn kl_coef negative")
         positive(self, "temperature", "clip_ratio", "reward_clip")
+        below(self, 1, "clip_ratio")
+        number(self, "kl_max", "eos_rate_min", "length_correlation_max", "entropy_min")
         one_of(self, "offload", ("none", "frozen", "all"))
         if self.offload == "all" and self.async_save:
             raise ValueError('async_save = true reads the optimizer states while training goes on, but offload = "all" moves them; '
@@ -419,6 +421,7 @@ class PPOConfig(RolloutConfig):
                              f"than iterations = {self.iterations}")
         at_least(self, 0, "value_warmup")
         positive(self, "value_lr", "value_clip")
+        number(self, "explained_variance_min")
         if self.min_lr > self.value_lr:
             raise ValueError(f"min_lr = {self.min_lr}: expected at most value_lr = {self.value_lr}")
 

@@ -80,9 +80,9 @@ class Saver:
         self.wait()
         began = time.monotonic()
         target = checkpoint.folder(self.stage, iteration)
-        steps = {name: learner.schedule.num_steps for name, learner in self.learners.items()}
-        current = _Save(iteration, {"iteration": iteration, "optimizer_steps": steps, **state},
-                        target.with_name(f".{target.name}.saving"), began, best)
+        made = {"iteration": iteration, "made_with": checkpoint.made_with(self.trainer),
+                "optimizer_steps": {name: learner.schedule.num_steps for name, learner in self.learners.items()}}
+        current = _Save(iteration, {**made, **state}, target.with_name(f".{target.name}.saving"), began, best)
         owned = {name: checkpoint.sharded(learner, is_loading=False) for name, learner in self.learners.items()}
         self._prepare(current, owned)
         current.requests = [self._plan(current.aside / name, tensors) for name, tensors in owned.items()]

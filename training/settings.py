@@ -23,10 +23,22 @@ def at_least(config, smallest: int, *names: str) -> None:
             raise ValueError(f"{name} = {getattr(config, name)}: expected at least {smallest}")
 
 
+def below(config, limit: int, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) < limit:
+            raise ValueError(f"{name} = {getattr(config, name)}: expected below {limit}")
+
+
 def positive(config, *names: str) -> None:
     for name in names:
         if not 0 < getattr(config, name) < math.inf:  # NaN is refused, too
             raise ValueError(f"{name} = {getattr(config, name)}: expected a number above 0")
+
+
+def number(config, *names: str) -> None:
+    for name in names:
+        if math.isnan(getattr(config, name)):
+            raise ValueError(f"{name} = nan: expected a number; inf or -inf never says no")
 
 
 def one_of(config, name: str, allowed: tuple[str, ...]) -> None:

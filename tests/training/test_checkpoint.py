@@ -250,6 +250,16 @@ def test_resume_at_another_layout_goes_on_with_equal_losses(small_run, tmp_path,
             assert ours[name] == pytest.approx(expected[name], rel=tolerance, abs=2e-5 if stage == "ppo" else None), name
 
 
+def test_what_decides_a_checkpoint_s_tensors_can_t_be_changed_half_way(small_run, tmp_path):
+    """Other adapters or another optimizer: an error that names key and values, not a tensor's."""
+    settings = dict(iterations=2, precision="bf16")
+    run(stop_after, 1, 1, 1, sft, small_run.sft(tmp_path, **settings, lora_rank=4, save_every=1), 1)
+    for change, words in (({"lora_rank": 8}, "lora_rank = 8, but .*iter_0000001 was made with lora_rank = 4"), ({}, "lora_rank = 0, but"),
+                          ({"lora_rank": 4, "optimizer_precision": "bf16"}, "optimizer_precision = 'bf16', but .* = 'fp32'")):
+        with pytest.raises(AssertionError, match=f"ConfigError: {words}"):
+            run(sft.run, 1, 1, 1, small_run.sft(tmp_path, **settings | change))
+
+
 def test_a_finished_stage_has_nothing_left_to_do(small_run, tmp_path, capfd):
     run(sft.run, 1, 1, 1, small_run.sft(tmp_path, iterations=2))
     before = metrics(tmp_path)

@@ -195,6 +195,8 @@ def test_contradictions_are_errors_that_say_what_to_change(small_run, tmp_path):
                             ({"kl_target": -3.0}, "kl_target = -3.0"), ({"kl_target": 6.0, "kl_horizon": 5}, "kl_horizon = 5: .* negative"),
                             ({"kl_target": 6.0, "kl_coef": 0.0}, "kl_coef = 0 .* start value"),
                             ({"missing_eos_penalty": float("nan")}, "missing_eos_penalty = nan"),
+                            ({"clip_ratio": 1.5}, "clip_ratio = 1.5: expected below 1"), ({"entropy_min": math.nan}, "entropy_min = nan"),
+                            ({"explained_variance_min": math.nan}, "explained_variance_min = nan: expected a number"),
                             ({"value_warmup": 5}, "value_warmup = 5: expected fewer together than iterations = 2")):
         with pytest.raises(ValueError, match=message):
             small_run.ppo(tmp_path, **change)
