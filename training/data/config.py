@@ -40,9 +40,9 @@ class DataConfig:
     seed: int = 0
     """Seed of the generator and of the split."""
     heldout: float = 0.05
-    """Share of the prompts that no stage trains on, 0..0.5."""
+    """Share of each stage's prompts that no stage trains on, 0..0.5."""
     heldout_max: int = 256
-    """Most held-out prompts that are kept for evaluation."""
+    """Most prompts that are held out for one stage."""
     skip_bad_rows: bool = False
     """Count and skip rows that can't be used instead of stopping at the first."""
 

@@ -83,7 +83,7 @@ def from_demo(data: DataConfig, writer: Writer) -> Counts:
     prompts = [question.prompt for question in demo.questions()]
     heldout = HeldOut(data)
     for prompt in prompts:
-        heldout.add(prompt)
+        heldout.add(heldout.place(prompt))
     chosen = heldout.chosen()
     for name, rows in demo.rows({prompt for prompt in prompts if heldout.place(prompt) in chosen}, data.seed).items():
         writer.open(name)
@@ -96,24 +96,29 @@ def from_source(data: DataConfig, writer: Writer) -> Counts:
     """Writes what the rows of a file are good for: every prompt to RLHF, its best reply, if it has one, to SFT, all of them, if there are
     two, to the reward model; counts of what was read, dropped and repeated. Reads the file twice and keeps no row in memory.
 
+    Held out is each stage's share of its own prompts, from all stages: of a few comparisons among many plain prompts some are, too.
     Raises DataError for a bad row, for no usable row, and for fewer than 2 prompts.
     """
     counts: Counter = Counter()
-    heldout = HeldOut(data)
+    heldout = {stage: HeldOut(data) for stage in STAGES}
     repeats = {stage: Repeats(writer.aside / f"digests-{stage}") for stage in STAGES}
     for row in formats.iterate(data.source, "rlhf", counts, data.skip_bad_rows):
         counts.update(f"kept: {oddity}" for oddity in dialogue.oddities(row.prompt))
-        heldout.add(row.prompt)
+        place = heldout["rlhf"].place(row.prompt)
         for stage in _good_for(row):
+            heldout[stage].add(place)
             repeats[stage].add(json.dumps(formats.as_native(row, stage)))
-    if not heldout.distinct:
+    distinct = heldout["rlhf"].distinct
+    if not distinct:
         raise formats.DataError(f"{data.source}: no usable row{formats.because(counts)}")
-    if heldout.distinct < 2:
+    if distinct < 2:
         raise formats.DataError(f"{data.source}: 1 distinct prompt; expected at least 2: one to train on, one to hold out")
-    chosen, again = heldout.chosen(), {stage: iter(found.flags()) for stage, found in repeats.items()}
+    chosen, again = set(), {stage: iter(found.flags()) for stage, found in repeats.items()}
+    for held in heldout.values():
+        chosen |= held.chosen()
     writer.open(*(name for stage in STAGES for name in _names(stage)))
     for row in formats.iterate(data.source, "rlhf", Counter(), data.skip_bad_rows):
-        unseen = heldout.place(row.prompt) in chosen
+        unseen = heldout["rlhf"].place(row.prompt) in chosen
         for stage in _good_for(row):
             if next(again[stage]):
                 counts[f"repeated: {stage}"] += 1

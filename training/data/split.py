@@ -26,8 +26,8 @@ def same_prompt(prompt: str) -> str:
 
 
 class HeldOut:
-    """Which prompts no stage trains on: ``data.heldout`` of the distinct ones, at least 1, at most ``heldout_max``, the first in an order
-    drawn by the seed from each prompt's own text, so that other rows of a source don't change it.
+    """Which of a stage's prompts no stage trains on: ``data.heldout`` of the distinct ones, at least 1 of two, at most ``heldout_max``, the
+    first in an order drawn by the seed from each prompt's own text, so that other rows of a source don't change it.
 
     Of n distinct prompts only as many are kept as can matter: the first ``heldout_max`` of the order, and the count up to where
     ``heldout_max`` is what holds.
@@ -45,8 +45,8 @@ class HeldOut:
         """Where the prompt stands in the order: a number of 256 bits."""
         return int.from_bytes(hashlib.sha256(f"{self.data.seed}\0{same_prompt(prompt)}".encode()).digest(), "big")
 
-    def add(self, prompt: str) -> None:
-        place = self.place(prompt)
+    def add(self, place: int) -> None:
+        """Of the next prompt."""
         if len(self._distinct) < self.enough:
             self._distinct.add(place.to_bytes(32, "big"))
         if place in self._among or (len(self._first) == self.most and place > -self._first[0]):
@@ -63,7 +63,9 @@ class HeldOut:
         return len(self._distinct)
 
     def chosen(self) -> set[int]:
-        """Places of the held-out prompts."""
+        """Places of the held-out prompts; none of one, which must be left to train on."""
+        if self.distinct < 2:
+            return set()
         number = min(max(1, round(self.data.heldout * self.distinct)), self.most)
         return set(sorted(self._among)[:number])
 

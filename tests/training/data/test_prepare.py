@@ -70,9 +70,22 @@ def test_every_row_goes_to_the_stages_that_it_is_good_for(tmp_path, prepare, own
     files = json.loads((tmp_path / "data/counts.json").read_text())["files"]
     assert [files[f"{stage}.jsonl"] + files[f"{heldout}.jsonl"] for stage, heldout in
             (("sft", "sft_heldout"), ("reward", "reward_heldout"), ("rlhf", "heldout"))] == [50, 20, 60]
-    assert files["heldout.jsonl"] == 6
+    assert 6 <= files["heldout.jsonl"] <= 6 + 5 + 2
     assert {row["response"] for row in read(tmp_path / "data/sft.jsonl") + read(tmp_path / "data/sft_heldout.jsonl")} == {
         " yes", *(f" so {n}" for n in range(30))}
+
+
+def test_a_few_comparisons_among_many_prompts_are_held_out_by_their_own_number(tmp_path, prepare, own_model):
+    """A tenth of 20 pairs beside a tenth, at most 5, of 2,000 prompts: one order of all would hold out none of the pairs."""
+    rows = [{"prompt": f"\n\nHuman: Only {n}?\n\nAssistant:"} for n in range(2000)] + [pair(f"Pair {n}?") for n in range(20)]
+    done = prepare(tmp_path, own_model, source=write(tmp_path / "rows.jsonl", rows), heldout=0.1, heldout_max=5)
+    assert done.returncode == 0, done.stderr
+    files = json.loads((tmp_path / "data/counts.json").read_text())["files"]
+    assert files == {"sft.jsonl": 18, "sft_heldout.jsonl": 2, "reward.jsonl": 18, "reward_heldout.jsonl": 2,
+                     "rlhf.jsonl": 2013, "heldout.jsonl": 7}
+    seen, unseen = ({row["prompt"] for row in read(tmp_path / f"data/{name}.jsonl")} for name in ("rlhf", "heldout"))
+    pairs = {row["query"] for row in read(tmp_path / "data/reward_heldout.jsonl")}
+    assert pairs <= unseen and not pairs & seen
 
 
 @pytest.mark.parametrize(("rows", "message"), [
