@@ -4,9 +4,10 @@ On N GPUs of one machine (a power of two), each part in processes of its own wit
 
     gradients  560m and 1b7, one step in fp32: loss and every tensor's gradient at TP, PP, DP, SP (sequence parallel) and VPP
                (interleaved) against one GPU's with nothing compiled
-    sft        7b1, optimizer_precision "bf16", packed rows, loss on all tokens: tokens/s, MFU and memory of a step on N/2 and N GPUs
-               beside launcher/scaling.py's prediction; rows and recompute are what it finds fastest among what fits by
-               launcher/memory.py; then the weights' way to each generation layout, in GB/s
+    sft        7b1, optimizer_precision "bf16", packed rows, loss on all tokens: tokens/s, MFU and memory of a step beside
+               launcher/scaling.py's prediction; rows and recompute are what it finds fastest among what fits by launcher/memory.py;
+               then the weights' way to each generation layout, in GB/s
+    halves     sft on N/2 GPUs
     ppo        1b7 + 1b7 by the trainer, generation at another layout than training: its own phase times
     checkpoint 1b7 with its optimizer saved beside training on N GPUs, loaded on N/2 at another layout, every tensor compared
 
@@ -130,6 +131,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("multi_gpu"))
     parser.add_argument("--scratch", type=Path, help="where checkpoints and gradients go for a while (44 GB)")
     parser.add_argument("--limit", type=float, default=600, help="most seconds in all")
+    parser.add_argument("--after", type=Path, help="a file: no GPU is touched before it exists")
     asked = parser.parse_args()
     end, card = time.monotonic() + asked.limit, card_here()
     if asked.gpus & (asked.gpus - 1) or not asked.tiny and asked.gpus > card["count"]:
@@ -142,6 +144,8 @@ def main() -> int:
 
         planned, every, threads = waves(asked.gpus, asked.tiny, card, asked.parts), [], []
         started = begin(planned[0])
+        while asked.after and not asked.after.exists():
+            time.sleep(0.1)
         for following in [*planned[1:], []]:
             every += started
             threads += [threading.Thread(target=running.run, args=(end,)) for running in started]

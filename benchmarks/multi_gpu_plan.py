@@ -16,7 +16,7 @@ SHAPES = {"560m": bloom(24, 1024, 16, 250880, 1e-5), "1b7": bloom(24, 2048, 16, 
 MEMORY_GB_S = {"H100": 3350, "H200": 4800}
 FITS = 0.9
 """Of a card's memory, by launcher/memory.py's estimate."""
-PARTS = ("gradients", "sft", "ppo", "checkpoint")
+PARTS = ("gradients", "sft", "halves", "checkpoint", "ppo")
 
 
 @dataclass
@@ -53,7 +53,7 @@ def divisions(gpus: int) -> list[dict]:
 def timed_layouts(size: str, gpus: int, card: dict) -> list[dict]:
     """Of SFT, with rows and recompute; those that don't fit are left out and said."""
     half = gpus // 2
-    asked = [layout(gpus), layout(1, gpus), layout(gpus, compile=False), layout()] if gpus > 1 else [layout()]
+    asked = [layout(gpus), layout(1, gpus), layout(), layout(gpus, compile=False)] if gpus > 1 else [layout()]
     if half > 1:
         asked = [layout(2, half), layout(), layout(gpus), layout(2), layout(1, gpus, 2), layout(1, gpus)]
     found = []
@@ -97,35 +97,35 @@ def waves(gpus: int, tiny: bool, card: dict, parts: list[str]) -> list[list[Job]
         if gpus > 1:
             untimed += [Job(f"gradients {size}", "gradients", size, everyone, divisions(gpus), 110) for size in sizes]
     if "sft" in parts:
-        halves = timed_layouts(large, half, card) if gpus > 2 else []
         jobs = [[Job(f"sft {gpus}, {number}", "sft", large, everyone, [one], 70)]
                 for number, one in enumerate(timed_layouts(large, gpus, card))]
-        pairs = [Job(f"sft {half}, {number}", "sft", large, (everyone[:half], everyone[half:])[number % 2], [one], 70)
-                 for number, one in enumerate(halves)]
-        two = [pairs[start : start + 2] for start in range(0, len(pairs), 2)]
-        found += [*jobs[:3], *two[:1]]
-        last += [*two[1:], *jobs[3:]]
+        found, last = found + jobs[:3], last + jobs[3:]
+    if "halves" in parts and gpus > 2:
+        jobs = [Job(f"sft {half}, {number}", "sft", large, (everyone[:half], everyone[half:])[number % 2], [one], 70)
+                for number, one in enumerate(timed_layouts(large, half, card))]
+        two = [jobs[start : start + 2] for start in range(0, len(jobs), 2)]
+        found, last = found + two[:1], two[1:] + last
+    if "checkpoint" in parts:
+        plain = {"compile": False, "attention": "sdpa"}
+        save = layout(2, 2, **plain) if gpus > 2 else layout(gpus, **plain)
+        found += [[Job("save", "saved", middle, everyone, [save], 80)],
+                  [Job("load", "loaded", middle, everyone[:half], [layout(1, half, **plain)], 60)]]
     if "ppo" in parts:
         first.append(Job("prepare", "prepared", middle, [gpus - 1], [layout()], 100))
         ways = [layout(2, max(half, 1), generation_tensor_parallel=1), layout(1, 2, generation_tensor_parallel=2)]
         ways = ways if gpus > 2 else [layout(2, generation_tensor_parallel=1), ways[1]] if gpus == 2 else [layout()]
         jobs = [[Job(f"ppo {number}", "ppo", middle, everyone, [way], 90)] for number, way in enumerate(ways)]
-        found += jobs[:1]
-        last += jobs[1:]
-    if "checkpoint" in parts:
-        plain = {"compile": False, "attention": "sdpa"}
-        save = layout(2, 2, **plain) if gpus > 2 else layout(gpus, **plain)
-        found.append([Job("save", "saved", middle, everyone, [save], 80)])
-        last.insert(0, [Job("load", "loaded", middle, everyone[:half], [layout(1, half, **plain)], 60)])
+        found, last = found + jobs[:1], last + jobs[1:]
     if tiny:  # numbers mean nothing: what does not need another job's files runs at once
-        found = [untimed + [job for wave in found for job in wave]]
-    else:
-        found = [untimed + warming([job for wave in (*found, *last) for job in wave], gpus), *found]
-    return [wave for wave in [first, *found, *last] if wave]
+        every = [job for wave in (*found, *last) for job in wave]
+        return [wave for wave in [first, untimed + [job for job in every if job.part != "loaded"],
+                                  [job for job in every if job.part == "loaded"]] if wave]
+    warm = warming([job for wave in found for job in wave], gpus)
+    return [wave for wave in ([first, untimed + warm] if untimed else [first + warm]) + found + last if wave]
 
 
 def warming(jobs: list[Job], gpus: int) -> list[Job]:
-    """Jobs that compile beforehand, beside what is not timed, what ``jobs`` will need: a graph for each tensor-parallel size, shape of a
+    """Jobs that compile beforehand, at the same time, what ``jobs`` will need: a graph for each tensor-parallel size, shape of a
     micro-batch and kind of recompute."""
     wanted: dict[tuple, None] = {}
     for job in jobs:
