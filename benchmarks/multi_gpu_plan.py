@@ -99,23 +99,24 @@ def waves(gpus: int, tiny: bool, card: dict, parts: list[str]) -> list[list[Job]
     if "sft" in parts:
         jobs = [[Job(f"sft {gpus}, {number}", "sft", large, everyone, [one], 70)]
                 for number, one in enumerate(timed_layouts(large, gpus, card))]
-        found, last = found + jobs[:3], last + jobs[3:]
+        main = min(gpus, 3)
+        found, last = found + jobs[:main], last + jobs[main:]
     if "halves" in parts and gpus > 2:
         jobs = [Job(f"sft {half}, {number}", "sft", large, (everyone[:half], everyone[half:])[number % 2], [one], 70)
                 for number, one in enumerate(timed_layouts(large, half, card))]
         two = [jobs[start : start + 2] for start in range(0, len(jobs), 2)]
         found, last = found + two[:1], two[1:] + last
-    if "checkpoint" in parts:
-        plain = {"compile": False, "attention": "sdpa"}
-        save = layout(2, 2, **plain) if gpus > 2 else layout(gpus, **plain)
-        found += [[Job("save", "saved", middle, everyone, [save], 80)],
-                  [Job("load", "loaded", middle, everyone[:half], [layout(1, half, **plain)], 60)]]
     if "ppo" in parts:
         first.append(Job("prepare", "prepared", middle, [gpus - 1], [layout()], 100))
         ways = [layout(2, max(half, 1), generation_tensor_parallel=1), layout(1, 2, generation_tensor_parallel=2)]
         ways = ways if gpus > 2 else [layout(2, generation_tensor_parallel=1), ways[1]] if gpus == 2 else [layout()]
         jobs = [[Job(f"ppo {number}", "ppo", middle, everyone, [way], 90)] for number, way in enumerate(ways)]
         found, last = found + jobs[:1], last + jobs[1:]
+    if "checkpoint" in parts:
+        plain = {"compile": False, "attention": "sdpa"}
+        save = layout(2, 2, **plain) if gpus > 2 else layout(gpus, **plain)
+        found += [[Job("save", "saved", middle, everyone, [save], 80)],
+                  [Job("load", "loaded", middle, everyone[:half], [layout(1, half, **plain)], 60)]]
     if tiny:  # numbers mean nothing: what does not need another job's files runs at once
         every = [job for wave in (*found, *last) for job in wave]
         return [wave for wave in [first, untimed + [job for job in every if job.part != "loaded"],
