@@ -49,7 +49,7 @@ def run(asked, shape: Shape) -> None:
         config = PPOConfig(
             output_dir=f"{name}/out", per_device_train_batch_size=asked.rows, gradient_accumulation_steps=asked.samples // asked.rows,
             num_mini_batches=asked.samples // asked.minibatch, num_ppo_epochs=1, total_episodes=asked.samples * asked.iterations,
-            response_length=asked.length, local_rollout_forward_batch_size=min(asked.samples, 32), num_sample_generations=0,
+            response_length=asked.length, local_rollout_forward_batch_size=min(asked.samples, 64), num_sample_generations=0,
             temperature=1.0, learning_rate=2.4e-7, bf16=False, gradient_checkpointing=True, report_to=[], save_strategy="no",
             logging_steps=1, use_cpu=not CUDA, disable_tqdm=True, optim="adamw_torch_fused" if CUDA else "adamw_torch")
         trainer = PPOTrainer(config, tokenizer, policy, reference, reward, rows, value, eval_dataset=rows[:1], callbacks=[Clock()])
