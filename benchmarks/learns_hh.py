@@ -4,7 +4,7 @@ The whole chain by the real command line on Anthropic's harmless-base test split
 1024, 250,880 rows) with random weights and a byte-level BPE trained on the split's own training prompts and replies. Prints held-out
 SFT loss against the unigram entropy, the reward model's held-out accuracy beside its floors ("the shorter reply wins" on the same
 pairs; .623 of TF-IDF with a logistic regression, rlhf.md section 3, on another split), and PPO's curve; keeps run folder and report.
-``--tiny``: two layers and a few steps, to try the script on a CPU.
+``--tiny``: two layers and a few steps, to try the script on a CPU. ``--until``: a part of the chain; without it the same command goes on.
 """
 
 from __future__ import annotations
@@ -91,6 +91,7 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--name", default="hh")
     parser.add_argument("--profile", default="h200")
+    parser.add_argument("--until", default="mtbench", metavar="STAGE")
     parser.add_argument("--set", dest="sets", action="append", default=[], metavar="KEY=VALUE")
     options = parser.parse_args()
     settings = {**SETTINGS, **(TINY_SETTINGS if options.tiny else {})}
@@ -99,9 +100,11 @@ def main() -> int:
     make_model(model, options.source, TINY if options.tiny else SHAPE, DataConfig(source=options.source, heldout=share, heldout_max=most))
     sets = [f"{key}={value}" for key, value in settings.items()] + [f"model.checkpoint={model}", f"data.source={options.source}"]
     command = [sys.executable, "-m", "launcher", "submit", "full-pipeline", "--recipe", "bloom-560m", "--profile", options.profile,
-               "--name", options.name, "--wait", *(word for setting in [*sets, *options.sets] for word in ("--set", setting))]
+               "--name", options.name, "--until", options.until, "--wait",
+               *(word for setting in [*sets, *options.sets] for word in ("--set", setting))]
     subprocess.run(command, check=True)
-    print(table(RUNS / options.name))
+    if options.until == "mtbench":
+        print(table(RUNS / options.name))
     return 0
 
 
