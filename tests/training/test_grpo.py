@@ -70,7 +70,7 @@ def test_two_iterations_equal_plain_torch_with_hugging_face(small_run, tmp_path,
 
 def test_adapters_learn_and_no_value_model_is_kept(small_run, tmp_path):
     """The checkpoint holds the policy alone; before its adapters learn it is its own reference."""
-    run(grpo.run, 1, 1, 1, small_run.grpo(tmp_path, iterations=3, lora_rank=4, lr=1e-2))
+    run(grpo.run, 1, 1, 1, small_run.grpo(tmp_path, iterations=3, lora_rank=4, lr=1e-2, offload="all"))
     made = rows(tmp_path)
     assert made[0]["kl"] == 0 and made[2]["kl_k3"] > 1e-4
     assert sorted(path.name for path in (tmp_path / "checkpoints" / "iter_0000003").iterdir()) == ["SHA256", "policy", "state.json"]

@@ -62,7 +62,7 @@ SEQUENCE, PACKED, PARKED = {"sequence_parallel": True}, {"micro_batch_tokens": 1
 ALONE = {"generation_tensor_parallel": 1}
 
 
-@pytest.mark.parametrize(("layout", "values"), [((2, 1, 1), {}), ((1, 2, 1), PARKED), ((1, 1, 2), {}), ((1, 2, 2), {}), ((1, 2, 2), PACKED),
+@pytest.mark.parametrize(("layout", "values"), [((2, 1, 1), {}), ((1, 2, 1), {}), ((1, 1, 2), PARKED), ((1, 2, 2), {}), ((1, 2, 2), PACKED),
                                                 ((2, 1, 1), SEQUENCE | ALONE), ((2, 2, 1), SEQUENCE | PACKED)])
 def test_every_layout_gives_the_same_numbers(small_run, reference_rows, tmp_path, layout, values):
     """Two iterations of two minibatches: samples, rewards, KL, losses and gradient norms equal those of one rank, padded."""
@@ -197,6 +197,8 @@ def test_contradictions_are_errors_that_say_what_to_change(small_run, tmp_path):
                             ({"missing_eos_penalty": float("nan")}, "missing_eos_penalty = nan"),
                             ({"clip_ratio": 1.5}, "clip_ratio = 1.5: expected below 1"), ({"entropy_min": math.nan}, "entropy_min = nan"),
                             ({"explained_variance_min": math.nan}, "explained_variance_min = nan: expected a number"),
+                            ({"offload": "host"}, "offload = 'host': expected one of none, frozen, all"),
+                            ({"offload": "all", "async_save": True}, 'async_save = true reads .* offload = "all" moves them'),
                             ({"value_warmup": 5}, "value_warmup = 5: expected fewer together than iterations = 2")):
         with pytest.raises(ValueError, match=message):
             small_run.ppo(tmp_path, **change)
