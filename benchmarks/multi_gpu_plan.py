@@ -99,8 +99,7 @@ def waves(gpus: int, tiny: bool, card: dict, parts: list[str]) -> list[list[Job]
     if "sft" in parts:
         jobs = [[Job(f"sft {gpus}, {number}", "sft", large, everyone, [one], 70)]
                 for number, one in enumerate(timed_layouts(large, gpus, card))]
-        main = min(gpus, 3)
-        found, last = found + jobs[:main], last + jobs[main:]
+        found, last = found + jobs[:2], last + jobs[2:]
     if "halves" in parts and gpus > 2:
         jobs = [Job(f"sft {half}, {number}", "sft", large, (everyone[:half], everyone[half:])[number % 2], [one], 70)
                 for number, one in enumerate(timed_layouts(large, half, card))]
@@ -121,7 +120,7 @@ def waves(gpus: int, tiny: bool, card: dict, parts: list[str]) -> list[list[Job]
         every = [job for wave in (*found, *last) for job in wave]
         return [wave for wave in [first, untimed + [job for job in every if job.part != "loaded"],
                                   [job for job in every if job.part == "loaded"]] if wave]
-    warm = warming([job for wave in found for job in wave], gpus)
+    warm = warming([job for wave in (*found, *last[:1]) for job in wave], gpus)
     return [wave for wave in ([first, untimed + warm] if untimed else [first + warm]) + found + last if wave]
 
 
