@@ -87,41 +87,68 @@ def predicted(size: str, values: dict, gpus: int, card: dict) -> scaling.Step:
     return scaling.step(SHAPES[size], config, gpus, machine, gpus)
 
 
-def waves(gpus: int, tiny: bool, card: dict, parts: list[str]) -> list[list[Job]]:
-    """Jobs that run at the same time, wave by wave; what matters least, last."""
+Waves = list[list[Job]]
+"""Jobs that run at the same time, wave by wave."""
+
+
+def waves(gpus: int, tiny: bool, card: dict, parts: list[str]) -> Waves:
+    """What matters least, last."""
     small, middle, large = ("tiny",) * 3 if tiny else ("560m", "1b7", "7b1")
-    everyone, half = list(range(gpus)), max(gpus // 2, 1)
-    sizes, first, untimed, found, last = dict.fromkeys((small, middle)), [], [], [], []
+    sizes = dict.fromkeys((small, middle))
+    first, found, last, untimed = [], [], [], []
     if "gradients" in parts:
         first += [Job(f"one GPU {size}", "gradients", size, [number % gpus], divisions(1), 100) for number, size in enumerate(sizes)]
         if gpus > 1:
-            untimed += [Job(f"gradients {size}", "gradients", size, everyone, divisions(gpus), 110) for size in sizes]
-    if "sft" in parts:
-        jobs = [[Job(f"sft {gpus}, {number}", "sft", large, everyone, [one], 70)]
-                for number, one in enumerate(timed_layouts(large, gpus, card))]
-        found, last = found + jobs[:2], last + jobs[2:]
-    if "halves" in parts and gpus > 2:
-        jobs = [Job(f"sft {half}, {number}", "sft", large, (everyone[:half], everyone[half:])[number % 2], [one], 70)
-                for number, one in enumerate(timed_layouts(large, half, card))]
-        two = [jobs[start : start + 2] for start in range(0, len(jobs), 2)]
-        found, last = found + two[:1], two[1:] + last
+            untimed = [Job(f"gradients {size}", "gradients", size, list(range(gpus)), divisions(gpus), 110) for size in sizes]
     if "ppo" in parts:
         first.append(Job("prepare", "prepared", middle, [gpus - 1], [layout()], 100))
-        ways = [layout(2, max(half, 1), generation_tensor_parallel=1), layout(1, 2, generation_tensor_parallel=2)]
-        ways = ways if gpus > 2 else [layout(2, generation_tensor_parallel=1), ways[1]] if gpus == 2 else [layout()]
-        jobs = [[Job(f"ppo {number}", "ppo", middle, everyone, [way], 90)] for number, way in enumerate(ways)]
-        found, last = found + jobs[:1], last + jobs[1:]
-    if "checkpoint" in parts:
-        plain = {"compile": False, "attention": "sdpa"}
-        save = layout(2, 2, **plain) if gpus > 2 else layout(gpus, **plain)
-        found += [[Job("save", "saved", middle, everyone, [save], 80)],
-                  [Job("load", "loaded", middle, everyone[:half], [layout(1, half, **plain)], 60)]]
+    for part, made in (("sft", lambda: alone(large, gpus, card)), ("halves", lambda: side_by_side(large, gpus, card)),
+                       ("ppo", lambda: ppo_jobs(middle, gpus)), ("checkpoint", lambda: (checkpoint_jobs(middle, gpus), []))):
+        early, late = made() if part in parts else ([], [])
+        found, last = found + early, last + late
     if tiny:  # numbers mean nothing: what does not need another job's files runs at once
         every = [job for wave in (*found, *last) for job in wave]
-        return [wave for wave in [first, untimed + [job for job in every if job.part != "loaded"],
-                                  [job for job in every if job.part == "loaded"]] if wave]
-    warm = warming([job for wave in (*found, *last[:1]) for job in wave], gpus)
-    return [wave for wave in ([first, untimed + warm] if untimed else [first + warm]) + found + last if wave]
+        loads = [job for job in every if job.part == "loaded"]
+        made = [first, untimed + [job for job in every if job not in loads], loads]
+    else:
+        warm = warming([job for wave in (*found, *last[:1]) for job in wave], gpus)
+        made = [*([first, untimed + warm] if untimed else [first + warm]), *found, *last]
+    return [wave for wave in made if wave]
+
+
+def alone(size: str, gpus: int, card: dict) -> tuple[Waves, Waves]:
+    """SFT on all GPUs: what comes early, and late."""
+    jobs = [[Job(f"sft {gpus}, {number}", "sft", size, list(range(gpus)), [one], 70)]
+            for number, one in enumerate(timed_layouts(size, gpus, card))]
+    return jobs[:2], jobs[2:]
+
+
+def side_by_side(size: str, gpus: int, card: dict) -> tuple[Waves, Waves]:
+    """SFT on one half of the GPUs and on the other."""
+    half = gpus // 2
+    if half < 2:
+        return [], []
+    places = list(range(half)), list(range(half, gpus))
+    jobs = [Job(f"sft {half}, {number}", "sft", size, places[number % 2], [one], 70)
+            for number, one in enumerate(timed_layouts(size, half, card))]
+    two = [jobs[start : start + 2] for start in range(0, len(jobs), 2)]
+    return two[:1], two[1:]
+
+
+def ppo_jobs(size: str, gpus: int) -> tuple[Waves, Waves]:
+    if gpus > 2:
+        ways = [layout(2, gpus // 2, generation_tensor_parallel=1), layout(1, 2, generation_tensor_parallel=2)]
+    else:
+        ways = [layout(2, generation_tensor_parallel=1), layout(1, 2, generation_tensor_parallel=2)] if gpus == 2 else [layout()]
+    jobs = [[Job(f"ppo {number}", "ppo", size, list(range(gpus)), [way], 90)] for number, way in enumerate(ways)]
+    return jobs[:1], jobs[1:]
+
+
+def checkpoint_jobs(size: str, gpus: int) -> Waves:
+    plain, half = {"compile": False, "attention": "sdpa"}, max(gpus // 2, 1)
+    save = layout(2, 2, **plain) if gpus > 2 else layout(gpus, **plain)
+    return [[Job("save", "saved", size, list(range(gpus)), [save], 80)],
+            [Job("load", "loaded", size, list(range(half)), [layout(1, half, **plain)], 60)]]
 
 
 def warming(jobs: list[Job], gpus: int) -> list[Job]:
