@@ -48,7 +48,7 @@ TINY_SETTINGS = {
 }
 
 
-def make_model(folder: Path, source: str, shape: ModelConfig, data: DataConfig) -> None:
+def make_model(folder: Path, source: str, shape: ModelConfig, data: DataConfig, rows: int = ROWS) -> None:
     """A Hugging Face folder with a tokenizer trained on the training rows of ``source`` and random weights; made once."""
     if folder.exists():
         return
@@ -57,7 +57,7 @@ def make_model(folder: Path, source: str, shape: ModelConfig, data: DataConfig) 
     with prepare.Writer(folder.with_name(f"{folder.name}.data")) as writer:
         prepare.from_source(data, writer)
         texts = (row["prompt"] + row["response"] for row in writer.rows("sft.jsonl"))
-        demo_model.write(aside, texts, shape, data.seed, rows=ROWS)
+        demo_model.write(aside, texts, shape, data.seed, rows=rows)
     aside.rename(folder)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from eval import checks, config, gold, harness, report, rewards, scores, tables, winrate
+from eval import checks, config, gold, harness, preference, report, rewards, scores, tables, winrate
 from eval.config import MTBenchConfig
 from eval.errors import Busy, DataError, HarnessError
 from eval.ranks import Ranks, alone
@@ -42,11 +42,13 @@ def _run(settings: MTBenchConfig, held: contextlib.ExitStack) -> int:
         for name in stage.folders:
             made[name], replies[name] = stage.answers(name)
         kls = {name: stage.kl(name, replies[name]) for name in stage.folders if name != stage.baseline}
+        scored = {name: rows for name in stage.folders if (rows := stage.scores(name, replies[name]))}
     if ranks.rank:
         return 0
     judgments, pairs, problem = stage.judgments(made)
     harness_results, harness_problem = _harness(settings, stage)
     results = _results(stage, made, replies, kls, judgments, pairs, problem)
+    results["heldout"] |= preference.summary(scored, settings.seed)
     results |= {"harness": harness_results, "harness_problem": harness_problem}
     stage.write_questions()
     tables.write(stage.output, results)

@@ -47,6 +47,9 @@ class MTBenchConfig:
     """Sampled replies a held-out prompt (temperature 1)."""
     heldout_max_new_tokens: int = 512
     """Longest reply to a held-out prompt, tokens."""
+    reward_model: str = ""
+    """Folder of a reward model's export that scores the held-out replies and compares them with the first model's; "" = none. One that no
+    policy was trained on tells whether replies got better."""
     batch_size: int = 32
     """Rows generated together, on each rank."""
     context_length: int = 2048

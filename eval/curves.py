@@ -28,8 +28,10 @@ TOGETHER = (
 """Title, names in metrics.jsonl (each with its held-out twin, drawn dashed), name whose last value is a level. All other numbers follow
 behind them, each in a panel of its own."""
 SECONDS, TOKENS, MEMORY = "seconds_", "tokens_per_second_", "peak_gb_"
-PHASES = (("Seconds of a phase", SECONDS), ("Tokens a second of a phase", TOKENS), ("Peak memory of a rank in a phase, GB", MEMORY))
-"""Title, beginning of the names of numbers that an iteration's phases share; those of one kind are drawn together."""
+PHASES = (("Held-out replies by reward model", "score_"), ("Seconds of a phase", SECONDS), ("Tokens a second of a phase", TOKENS),
+          ("Peak memory of a rank in a phase, GB", MEMORY))
+"""Title, beginning of the names of numbers that an iteration's phases, or several reward models, share; those of one kind are drawn
+together."""
 
 
 def panels(stage: str, runs: Mapping[str, Sequence[Mapping]]) -> tuple[list[dict], list[dict]]:

@@ -131,6 +131,8 @@ def evaluation(folder: Path) -> Evaluation:
         raise DataError(f"{folder / 'results.json'}: no {', '.join(absent)}: made by an older version; run mtbench again, "
                         "what is made is kept")
 
+    results["heldout"] = {"score": {}, "win_rate": {}} | results["heldout"]  # absent before there was mtbench.reward_model
+
     def rows(path: Path, fields: set[str]) -> list[dict]:
         return [row for row in lines(path) if fields <= row.keys()]
 
@@ -156,13 +158,13 @@ def _stages(folder: Path) -> list[StageFolder]:
     """Every folder in which a stage has left something, in the order of the first start."""
     events = lines(folder / "ledger.jsonl")
     order = {name: place for place, name in enumerate(dict.fromkeys(
-        event["stage"] for event in events if event.get("event") == "started" and "stage" in event))}
+        event["stage"] for event in events if event.get("event") in ("started", "reused") and "stage" in event))}
     names = ("metrics.jsonl", "status.json", "DONE.json", "results.json")
     places = [path for path in sorted(folder.iterdir()) if path.is_dir() and any((path / name).is_file() for name in names)] \
         if folder.is_dir() else []
     places = [path for path in places if path.name in order or read_json(path / "status.json") or metrics(path) or is_evaluation(path)]
-    return [StageFolder(path.name, path, metrics(path), read_json(path / "config.json"), read_json(path / "status.json"),
-                        read_json(path / "DONE.json"), _attempts(events, path.name))
+    return [StageFolder(path.name, path, metrics(path) + lines(path / "rescored.jsonl"), read_json(path / "config.json"),
+                        read_json(path / "status.json"), read_json(path / "DONE.json"), _attempts(events, path.name))
             for path in sorted(places, key=lambda path: (order.get(path.name, len(order)), path.name))]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from eval import answers, asking, generation, harness, heldout, judge, pairwise, questions
+from eval import answers, asking, generation, harness, heldout, judge, pairwise, preference, questions
 from eval.config import MTBenchConfig
 from eval.errors import DataError, JudgeError
 from eval.jsonl import append, dump, recover
@@ -53,6 +53,8 @@ class Stage:
         for name, folder in self.folders.items():
             generation.require_model(folder, name)
         harness.require(settings)
+        if settings.reward_model:
+            generation.require_model(settings.reward_model, "reward_model")
         self.fingerprints = {name: generation.fingerprint(folder) for name, folder in self.folders.items()}
         self.baseline = next(iter(self.folders))
         self.places = [(prompt, sample) for prompt in self.prompts for sample in range(settings.heldout_samples)]
@@ -114,6 +116,28 @@ class Stage:
         known = stored()
         done(len(left))
         return [known[heldout.kl_key(row, base)] for row in replies]
+
+    def scores(self, name: str, replies: list[dict]) -> list[dict]:
+        """Rows {"index", "sample", "key", "score"} of one model's replies by the reward model; none without one."""
+        folder, path = self.config.reward_model, self.output / "heldout" / "score" / f"{name}.jsonl"
+        if not folder:
+            return []
+        mark = generation.fingerprint(folder)
+
+        def stored() -> dict[str, dict]:
+            self.ranks.gather(path, lambda row: (row["index"], row["sample"]))
+            return {row["key"]: row for row in recover(path)}
+
+        known = stored()
+        self.ranks.meet()
+        if mine := self.ranks.mine([row for row in replies if f"{row['key']}-{mark}" not in known]):
+            limit = self.config.context_length - self.config.heldout_max_new_tokens
+            values = preference.score(folder, [(row["prompt"], row["response"]) for row in mine], limit)
+            append(self.ranks.own(path), [{"index": row["index"], "sample": row["sample"], "key": f"{row['key']}-{mark}", "score": value}
+                                          for row, value in zip(mine, values, strict=True)])
+            release()
+        known = stored()
+        return [known[f"{row['key']}-{mark}"] for row in replies]
 
     def judgments(self, made: dict[str, list[dict]]) -> tuple[list[dict], list[dict], str]:
         """(judgment rows, pairwise rows, what went wrong: then some rows are missing); all empty without a judge."""

@@ -82,16 +82,19 @@ def plan_options(command):
                   help="Site: local, dev, a100, h800 or a file.  [default: dev when its cluster runs, else local]")
     @click.option("--from", "first", type=STAGE, help=f"First stage of {FULL}; those before it must be DONE.")
     @click.option("--until", "last", type=STAGE, help=f"Last stage of {FULL}.")
+    @click.option("--reuse", metavar="RUN", type=click.Path(path_type=Path), shell_complete=completion.runs,
+                  help="Take stages that RUN has done with the same settings and rows instead of running them.")
     @click.option("--sweep", "sweeps", multiple=True, metavar="SECTION.KEY=VALUE,VALUE", shell_complete=completion.keys,
                   help="A run for each value, RUN/0, RUN/1, ...; repeated, for each combination. One job array a stage.")
     @functools.wraps(command)
-    def wrapped(target, pipeline, recipe, files, sets, name, runs, profile, first, last, sweeps, **rest):
+    def wrapped(target, pipeline, recipe, files, sets, name, runs, profile, first, last, reuse, sweeps, **rest):
         from launcher import cluster, submit
+        from launcher.run import named
 
-        chosen = cluster.choose(profile)
+        chosen, reused = cluster.choose(profile), named(reuse, runs) if reuse else None
 
         def make(more, name, runs):
-            return submit.plan(target, recipe, list(files), [*sets, *more], name, runs, chosen, first, last, pipeline)
+            return submit.plan(target, recipe, list(files), [*sets, *more], name, runs, chosen, first, last, pipeline, reused)
 
         if not sweeps:
             return command(make([], recipe if name is None else name, runs), **rest)
@@ -106,9 +109,9 @@ def run_argument(command):
     @click.argument("run", type=click.Path(path_type=Path), shell_complete=completion.runs)
     @functools.wraps(command)
     def wrapped(run, **rest):
-        from launcher.run import Run
+        from launcher.run import named
 
-        return command(Run.open(run if (run / "config.json").exists() or len(run.parts) > 1 else Path("runs") / run), **rest)
+        return command(named(run, Path("runs")), **rest)
     return wrapped
 
 
@@ -151,6 +154,7 @@ def submit(context, made, wait, dry_run):
       submit full-pipeline --until reward                           a part of the chain
       submit full-pipeline --pipeline dpo --name dpo                sft, then dpo on the pairs: neither reward model nor rlhf
       submit rlhf --name hh                                         one stage
+      submit full-pipeline --pipeline grpo --name g --reuse hh      GRPO from the SFT and reward model of another run
       submit full-pipeline --name lr --sweep sft.lr=1e-5,2e-5       a run for each value: runs/lr/0, runs/lr/1
     The same command again goes on with what is left, and starts nothing twice.
     """

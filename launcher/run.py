@@ -225,6 +225,11 @@ def iteration_folder(iteration: int) -> str:
     return f"iter_{iteration:07d}"
 
 
+def named(run: Path, below: Path) -> Run:
+    """The run in a folder, or of that name below ``below``."""
+    return Run.open(run if (run / "config.json").exists() or len(run.parts) > 1 else below / run)
+
+
 def elements(folder: Path) -> list[Run]:
     """The runs of a sweep, by index (launcher/sweep.py)."""
     values = json.loads((folder / SWEEP).read_text(encoding="utf-8"))["values"]

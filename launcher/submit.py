@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher import checks, manifest, sbatch, state, submission
+from launcher import checks, manifest, reuse, sbatch, state, submission
 from launcher.config import Profile, Resources, build_plain, differences, layered
 from launcher.pipeline import ALL, FULL, PIPELINES, Graph, Stage, full_tables, prepare_config, sections, select, stage_config
 from launcher.run import Failed, Run, hash_of, lock, write_json, write_text
@@ -35,6 +35,8 @@ class Plan:
     checked: checks.Checked
     identity: dict
     """Section ``run`` of the run's config.json."""
+    reused: Run | None = None
+    """The run whose finished stages are taken (launcher/reuse.py)."""
 
     @property
     def graph(self) -> Graph:
@@ -61,7 +63,8 @@ class Draft(Run):
 
 
 def plan(target: str, recipe: str, files: list[Path], sets: list[str], name: str | None, runs: Path,
-         chosen: tuple[Profile, str], first: str | None, last: str | None, pipeline: str | None = None) -> Plan:
+         chosen: tuple[Profile, str], first: str | None, last: str | None, pipeline: str | None = None,
+         reused: Run | None = None) -> Plan:
     """Merge and check; ConfigError for every mistake that can be seen now. ``pipeline`` None: the run's, else the first with TARGET."""
     name = recipe if name is None else name
     if not NAME.fullmatch(name):
@@ -81,11 +84,13 @@ def plan(target: str, recipe: str, files: list[Path], sets: list[str], name: str
     if run.config_file.exists() and _begun(run):
         _check_same(run, tables, chosen[0])
         done = set(graph) - {stage.name for stage in manifest.left(run, list(graph.values()))}
+    if reused:
+        done |= set(reuse.candidates(reused, run.folder, tables, graph))
     checks.check_parents(graph, stages, done)
     known = run.config_file.exists()
     identity = {"name": name, "id": run.id if known else f"{name}-{secrets.token_hex(4)}", "recipe": recipe, "profile": chosen[0].name,
                 "pipeline": pipeline, "folder": str(run.folder)}
-    return Plan(run, tables, recipe, stages, *chosen, checked, identity)
+    return Plan(run, tables, recipe, stages, *chosen, checked, identity, reused)
 
 
 def create(made: Plan) -> Run:
@@ -112,6 +117,11 @@ def _create(made: Plan) -> Run:
             run.set_aside(done)  # only what _check_same lets change: a judge, say
     prepare(run)
     _check_rows(run, made.stages)
+    if made.reused:
+        taken = reuse.take(run, made.reused)
+        print(f"taken from {made.reused.folder}: {', '.join(taken) or 'nothing: its rows are not those of this run'}", flush=True)
+        done = set(run.stages) - {stage.name for stage in manifest.left(run, list(run.stages.values()))}
+        checks.check_parents(run.stages, made.stages, done)
     return run
 
 
@@ -175,7 +185,7 @@ def committed_scripts() -> dict[str, str]:
 
 def _begun(run: Run) -> bool:
     """Whether a stage was ever queued or started; until then the configuration may still change."""
-    return any(event["event"] in ("submitted", "runner", "started") for event in run.ledger())
+    return any(event["event"] in ("submitted", "runner", "started", "reused") for event in run.ledger())
 
 
 def _check_sets(sets: list[str], pipeline: str) -> None:

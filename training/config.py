@@ -324,6 +324,8 @@ class RolloutConfig(TrainerConfig):
     reward_clip: float = 100.0
     missing_eos_penalty: float = -1.0
     """Score of a response that does not end within response_length."""
+    keep_replies: bool = False
+    """Keep the replies of each evaluation on the held-out prompts in replies.jsonl, e.g. for another reward model to score."""
     kl_max: float = 100.0
     """Health gate: most KL to the reference, nats per response."""
     eos_rate_min: float = 0.01

@@ -11,10 +11,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
+from functools import partial
 
 import torch
 
-from training import calibration, checkpoint, invariants, losses, parallel
+from training import calibration, checkpoint, invariants, losses, parallel, replies
 from training.config import PPOConfig, RolloutConfig
 from training.data.batches import Sampler, prompt_tokens
 from training.experience import Experience, Models, Rollout, Scored, experience, report, roll_out, score, state_values
@@ -180,10 +181,12 @@ class PPO:
         return {**metrics, **rollout, "tokens_per_second": new / sum(phases.seconds.values()),
                 **phases.metrics({"generate": new, "score": seen, "update": seen * config.epochs})}
 
-    def heldout(self) -> dict[str, float]:
+    def heldout(self, iteration: int) -> dict[str, float]:
         """Reward and KL to the reference (nats per response) on the held-out prompts, with the same draws at every call. A collective."""
         made = self.sample(list(range(len(self.unseen))), self.unseen, 0)
         rows = plan(self.config, made.batch["lengths"].tolist(), len(self.unseen))
+        if self.config.keep_replies and parallel.is_main():
+            replies.keep(self.config.paths.output, iteration, made.batch, self.tokenizer)
         metrics = report(made, score(self.config, self.models, made.batch, rows), self.config, self.reward_bias)
         return {f"heldout_{name}": metrics[name] for name in ("reward", "kl", "kl_k3", "eos_rate")}
 
@@ -212,7 +215,7 @@ def run(config: RolloutConfig, trainer: type[PPO] = PPO) -> None:
         warnings, pause = ppo.gates.judge(iteration, values)
         for warning in warnings if parallel.is_main() else ():
             print(f"warning: iteration {iteration}: {warning}", flush=True)
-        boundary.end(iteration, values | {"gates_breached": len(warnings)}, ppo.heldout, ppo.state, pause)
+        boundary.end(iteration, values | {"gates_breached": len(warnings)}, partial(ppo.heldout, iteration), ppo.state, pause)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""Replies of a language model to prompts, for people to read and for the reward model to be calibrated on."""
+"""Replies of a language model to prompts, for people to read, for the reward model to be calibrated on, for others to score."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -11,6 +13,7 @@ from megatron.core import parallel_state
 
 from training import parallel
 from training.data.batches import shard
+from training.data.tokenizer import Tokenizer
 from training.generation.engine import Limits
 from training.generation.replicas import Replicas
 from training.generation.request import Request, Sampling
@@ -47,3 +50,18 @@ class Samples:
 
     def due(self, iteration: int) -> bool:
         return bool(self.every) and iteration % self.every == 0
+
+
+KEPT = "replies.jsonl"
+
+
+def keep(stage: str, iteration: int, batch: dict[str, torch.Tensor], tokenizer: Tokenizer) -> None:
+    """Append the held-out replies of ``iteration``, whole rows "tokens" with their "response_mask" (B, T), to the stage's replies.jsonl:
+    {"iteration", "index" (of the prompt's row), "response", "tokens" (generated ids), "ended"}. An iteration that is evaluated again, after
+    a crash, stands there twice, alike."""
+    with open(Path(stage) / KEPT, "a", encoding="utf-8") as file:
+        for index, (row, inside) in enumerate(zip(batch["tokens"], batch["response_mask"], strict=True)):
+            tokens = row[inside].tolist()
+            made = {"iteration": iteration, "index": index, "response": tokenizer.decode(tokens), "tokens": tokens,
+                    "ended": tokens[-1] == tokenizer.eos_id}
+            file.write(json.dumps(made, ensure_ascii=False) + "\n")

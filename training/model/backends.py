@@ -76,8 +76,14 @@ def _numbers(slopes: torch.Tensor) -> tuple[float, ...]:
 
 
 def sdpa(query, key, value, slopes, scale, documents):
-    """torch's scaled-dot-product attention with a bias of all pairs: on the CPU."""
+    """torch's scaled-dot-product attention, with a bias of all pairs where it is needed: on the CPU, or where a run is too short for
+    FlexAttention's minute of compiling."""
     query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+    if slopes is None and documents is None and query.size(2) == key.size(2):
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=query.size(1) > key.size(1))
+        return out.permute(2, 0, 1, 3).flatten(2)
+    if query.is_cuda:  # with a bias and grouped queries torch has no fused kernel, only one that holds all scores
+        key, value = (x.repeat_interleave(query.size(1) // x.size(1), 1) for x in (key, value))
     numbers = (0.0,) if slopes is None else _numbers(slopes)
     bias = causal_alibi(numbers, query.size(2), key.size(2), query.device, query.dtype)
     if documents is not None:

