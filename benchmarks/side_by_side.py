@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -16,10 +17,12 @@ class Work:
     """Commands, one after the other; the next begins only when the one before has succeeded."""
 
     name: str
-    commands: tuple[Sequence[str] | Callable[[], None], ...]
-    """Of a program, or a function that takes no time."""
+    commands: tuple[Sequence[str] | Callable[[], Sequence[str] | None], ...]
+    """Of a program, or a function that takes no time and may give one."""
     after: tuple[str, ...] = ()
     """Names of what has to have succeeded before."""
+    until: float = math.inf
+    """Seconds after the queue's beginning at which the first command is told to end (SIGTERM), which is no failure: the next begins."""
 
 
 def gpus() -> list[str]:
@@ -35,12 +38,13 @@ def gpus() -> list[str]:
 
 
 class Queue:
-    """``run`` does all of ``works``, at most ``places`` at once, earlier ones first; place i has GPU i modulo their number."""
+    """``run`` does all of ``works``, one at each place, earlier ones first."""
 
-    def __init__(self, works: Sequence[Work], places: int, logs: Path, seconds: float = float("inf")):
-        """``seconds``: after so many nothing new begins and what runs is ended. ``logs``: folder of NAME.log."""
-        self.works, self.logs, self.began, self.seconds = list(works), logs, time.monotonic(), seconds
-        self.free, self.devices = list(range(places)), gpus()
+    def __init__(self, works: Sequence[Work], places: Sequence[str], logs: Path, seconds: float = math.inf):
+        """``places``: the GPU of each, "" for none. ``seconds``: after so many nothing new begins and what runs is ended. ``logs``: folder
+        of NAME.log."""
+        self.works, self.places, self.logs, self.began, self.seconds = list(works), list(places), logs, time.monotonic(), seconds
+        self.free, self.told = list(range(len(places))), set()
         self.running: dict[str, tuple[int, int, subprocess.Popen]] = {}
         """Name -> (place, number of the command, process)."""
         self.ended: dict[str, bool] = {}
@@ -62,7 +66,12 @@ class Queue:
             for name, (place, number, process) in list(self.running.items()):
                 if process.poll() is not None:
                     del self.running[name]
-                    self._go_on(self._named(name), place, number + 1 if process.returncode == 0 else -1)
+                    self._go_on(self._named(name), place, number + 1 if process.returncode == 0 or name in self.told else -1)
+                    self.told.discard(name)
+                elif number == 0 and name not in self.told and time.monotonic() - self.began > self._named(name).until:
+                    self._say(f"{name}: told to end")
+                    self.told.add(name)
+                    process.terminate()
         for name, (_, _, process) in self.running.items():
             self._say(f"{name}: no time is left")
             os.killpg(process.pid, signal.SIGTERM)  # a stage saves first
@@ -82,18 +91,18 @@ class Queue:
 
     def _go_on(self, work: Work, place: int, number: int) -> None:
         """The command ``number`` of ``work``; -1: the one before failed."""
-        while 0 <= number < len(work.commands) and callable(work.commands[number]):
-            work.commands[number]()
-            number += 1
-        if 0 <= number < len(work.commands):
-            environment = dict(os.environ)
-            if self.devices:
-                environment["CUDA_VISIBLE_DEVICES"] = self.devices[place % len(self.devices)]
+        command = None
+        while command is None and 0 <= number < len(work.commands):
+            command = work.commands[number]
+            if callable(command) and (command := command()) is None:
+                number += 1
+        if command is not None:
+            environment = os.environ | ({"CUDA_VISIBLE_DEVICES": self.places[place]} if self.places[place] else {})
             with open(self.logs / f"{work.name}.log", "a", encoding="utf-8") as log:
-                process = subprocess.Popen(work.commands[number], env=environment, stdin=subprocess.DEVNULL, stdout=log,
+                process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log,
                                            stderr=subprocess.STDOUT, start_new_session=True)
             self.running[work.name] = (place, number, process)
-            self._say(f"{work.name}: {' '.join(work.commands[number][1:4])} (place {place})")
+            self._say(f"{work.name}: {' '.join(map(str, command[1:4]))} (place {place})")
             return
         self.ended[work.name] = number >= 0
         self.free.append(place)

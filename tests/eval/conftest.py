@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
+from transformers import BloomConfig, BloomForCausalLM, BloomForSequenceClassification, PreTrainedTokenizerFast
 
 TEXT = "\n\nHuman: What is the colour of the sky, and why?\n\nAssistant: It is blue, because the air scatters blue light most."
 
@@ -37,3 +37,16 @@ def folders(tmp_path_factory) -> dict[str, Path]:
             for weight in model.parameters():
                 weight.add_(0.02 * torch.randn_like(weight))
     return made
+
+
+@pytest.fixture(scope="session")
+def judge(folders, tmp_path_factory) -> Path:
+    """A reward model on the sft model's body, as export makes one."""
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("judge")
+    model = BloomForSequenceClassification.from_pretrained(folders["sft"], num_labels=1, pad_token_id=3)
+    with torch.no_grad():
+        model.score.weight.normal_()
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder

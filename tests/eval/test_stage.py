@@ -47,8 +47,8 @@ def prepare(folder: Path, models: dict, **values) -> Path:
 
 
 @pytest.fixture(scope="module")
-def done(folders, tmp_path_factory) -> Path:
-    config = prepare(tmp_path_factory.mktemp("runs"), folders)
+def done(folders, judge, tmp_path_factory) -> Path:
+    config = prepare(tmp_path_factory.mktemp("runs"), folders, reward_model=str(judge))
     assert main([str(config)]) == 0
     return config
 
@@ -84,6 +84,11 @@ def test_results_hold_the_numbers(done):
     assert found["heldout"]["kl"]["rlhf"]["mean"] == pytest.approx(sum(kl) / 4)
     gold = {name: [row["gold"] for row in read(done.parent / f"heldout/{name}.jsonl")] for name in ("sft", "rlhf")}
     assert found["heldout"]["gold_difference"]["rlhf"]["mean"] == pytest.approx((sum(gold["rlhf"]) - sum(gold["sft"])) / 4)
+    score = {name: {row["index"]: row["score"] for row in read(done.parent / f"heldout/score/{name}.jsonl")} for name in gold}
+    won = [(score["rlhf"][index] > score["sft"][index]) + (score["rlhf"][index] == score["sft"][index]) / 2 for index in range(4)]
+    assert found["heldout"]["score"]["sft"]["mean"] == pytest.approx(sum(score["sft"].values()) / 4)
+    assert found["heldout"]["win_rate"]["rlhf"]["mean"] == sum(won) / 4 and set(found["heldout"]["win_rate"]) == {"rlhf"}
+    assert "By the reward model of the evaluation" in (done.parents[1] / "report.html").read_text()
     assert found["reward_model"]["reward"]["accuracy"] == 0.875 and found["reward_model"]["reward"]["iteration"] == 2
     assert found["checks"]["questions"]["sft"]["texts"] == 48 and found["scores"] is None
 
@@ -177,9 +182,9 @@ def test_a_signal_stops_it_with_75_and_the_next_start_ends_where_an_unbroken_run
         assert without_time(config.parent / name) == without_time(done.parent / name)
 
 
-def test_two_ranks_make_what_one_makes(done, folders, tmp_path):
+def test_two_ranks_make_what_one_makes(done, folders, judge, tmp_path):
     """From what an earlier start on other ranks has left, too: a part file is taken over, and gone in the end."""
-    config = prepare(tmp_path, folders)
+    config = prepare(tmp_path, folders, reward_model=str(judge))
     rows = read(done.parent / "model_answer/sft.jsonl")
     dump(config.parent / "model_answer/rank-5/sft.jsonl", rows[7:9])
     with socket.socket() as probe:
@@ -193,8 +198,9 @@ def test_two_ranks_make_what_one_makes(done, folders, tmp_path):
     for name in ("model_answer/sft", "model_answer/rlhf", "heldout/sft", "heldout/rlhf"):
         assert without_time(config.parent / f"{name}.jsonl") == without_time(done.parent / f"{name}.jsonl")
     assert not list(config.parent.rglob("rank-*")) and "questions answered: 24/24" in said[0] and "answered" not in said[1]
-    kl, alone = (read(place.parent / "heldout/kl/rlhf.jsonl") for place in (config, done))
-    assert [row["kl"] for row in kl] == pytest.approx([row["kl"] for row in alone], abs=1e-5)
+    for name, field in (("kl/rlhf", "kl"), ("score/rlhf", "score")):
+        mine, alone = (read(place.parent / f"heldout/{name}.jsonl") for place in (config, done))
+        assert [row[field] for row in mine] == pytest.approx([row[field] for row in alone], abs=1e-5)
     last = read(config.parent / "metrics.jsonl")[-1]
     assert last["iteration"] == last["total"]
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tests.distributed import run
 from training import calibration, experience, ppo
 from training.config import PPOConfig
 from training.data.batches import Example, collate
+from training.data.tokenizer import Tokenizer
 from training.samples import plan
 from training.settings import ConfigError, build
 from training.step import split
@@ -46,8 +48,9 @@ REPORTED = ["reward", "reward_std", "kl", "kl_k3", "entropy", "clip_fraction", "
 
 
 def test_every_iteration_reports_to_both_files(small_run, tmp_path):
-    """metrics.jsonl and TensorBoard, the same numbers; memory in GB of 1e9 bytes, of this process on the CPU."""
-    run(ppo.run, 1, 1, 1, small_run.ppo(tmp_path, iterations=2))
+    """metrics.jsonl and TensorBoard, the same numbers; memory in GB of 1e9 bytes, of this process. And the replies that are kept."""
+    config = small_run.ppo(tmp_path, iterations=2, eval_every=1, keep_replies=True)
+    run(ppo.run, 1, 1, 1, config)
     events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     for row in rows(tmp_path):
@@ -56,6 +59,13 @@ def test_every_iteration_reports_to_both_files(small_run, tmp_path):
             assert math.isfinite(row[name]) and shown[row["iteration"]] == pytest.approx(row[name], rel=1e-5), name
         assert all(row[name] > 0 for name in PHASES) and 0.05 < row["peak_gb_update"] < 10
         assert row["wall_seconds"] > sum(row[name] for name in PHASES[:3])
+    kept, words = [json.loads(line) for line in (tmp_path / "replies.jsonl").open()], Tokenizer(config.paths.model)
+    prompts = len(Path(config.paths.heldout).read_text().splitlines())
+    assert [(row["iteration"], row["index"]) for row in kept] == [(at, index) for at in (1, 2) for index in range(prompts)]
+    assert all(row["response"] == words.decode(row["tokens"]) and row["ended"] == (row["tokens"][-1] == words.eos_id) for row in kept)
+    for row in rows(tmp_path):
+        mine = [one["ended"] for one in kept if one["iteration"] == row["iteration"]]
+        assert sum(mine) / len(mine) == pytest.approx(row["heldout_eos_rate"])
 
 
 SEQUENCE, PACKED, PARKED = {"sequence_parallel": True}, {"micro_batch_tokens": 100}, {"offload": "all"}

@@ -1,0 +1,61 @@
+"""A reward model as the measure of replies: its scores against a plain computation, win rates by hand."""
+
+import json
+
+import pytest
+import torch
+from transformers import BloomForSequenceClassification
+
+from eval import preference
+from eval.errors import DataError
+from tests.eval.conftest import tokenizer
+
+PAIRS = [("\n\nHuman: Why?\n\nAssistant:", " Because."), ("\n\nHuman: What is it?\n\nAssistant:", " It is blue light."), ("A", "")]
+
+
+def test_scores_are_the_head_s_at_the_end_of_the_reply(judge, monkeypatch):
+    """One at a time, without padding, by the body's last hidden state; the prompt loses its head beyond the limit."""
+    monkeypatch.setattr(preference, "TOKENS", 40)  # several batches
+    model, words = BloomForSequenceClassification.from_pretrained(judge).eval(), tokenizer()
+    for limit in (100, 4):
+        found = preference.score(judge, PAIRS, limit)
+        for (prompt, reply), value in zip(PAIRS, found, strict=True):
+            ids = [*words(prompt)["input_ids"][-limit:], *words(reply)["input_ids"], words.eos_token_id]
+            with torch.no_grad():
+                hidden = model.transformer(torch.tensor([ids])).last_hidden_state[0, -1]
+            assert value == pytest.approx((model.score.weight[0] @ hidden).item(), abs=1e-4)
+    assert len(set(found)) == 3
+
+
+def test_win_rate_by_hand():
+    def rows(*scores):
+        return [{"index": index, "sample": 0, "score": score} for index, score in enumerate(scores)]
+
+    made = preference.summary({"sft": rows(1, 2, 3, 4), "a": rows(2, 2, 2, 5), "b": rows(0, 0, 0, 0)}, seed=0)
+    assert made["score"]["sft"]["mean"] == 2.5 and set(made["win_rate"]) == {"a", "b"}
+    assert made["win_rate"]["a"]["mean"] == (1 + 0.5 + 0 + 1) / 4 and made["win_rate"]["a"]["units"] == 4
+    assert made["win_rate"]["b"] == {"mean": 0, "low": 0, "high": 0, "units": 4}
+    assert preference.summary({}, seed=0) == {"score": {}, "win_rate": {}}
+
+
+def test_kept_replies_are_scored_by_iteration(judge, tmp_path, capsys):
+    """The last line of a reply counts; the first model's replies are iteration 0; bad arguments are named."""
+    rows = [{"iteration": at, "index": index, "response": reply} for at, index, reply in
+            ((4, 0, " torn by a crash"), (4, 0, " Because."), (4, 1, " It is blue light."), (8, 0, " air"), (8, 1, " air"))]
+    (tmp_path / "replies.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts, start = tmp_path / "heldout.jsonl", tmp_path / "sft.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt, _ in PAIRS))
+    start.write_text(json.dumps({"index": 1, "response": " light"}) + "\n")
+    assert preference.main([str(tmp_path), f"own={judge}", "--prompts", str(prompts), "--start", str(start)]) == 0
+    made = [json.loads(line) for line in (tmp_path / "rescored.jsonl").read_text().splitlines()]
+    assert [row["iteration"] for row in made] == [0, 4, 8]
+    assert made[1]["score_own"] == pytest.approx(sum(preference.score(judge, PAIRS[:2], 1024)) / 2, abs=1e-6)
+    assert preference.main([str(tmp_path), f"own={tmp_path}", "--prompts", str(prompts)]) == 65
+    assert "can't load it as a reward model" in capsys.readouterr().err
+
+
+def test_a_model_with_more_labels_is_none(folders, tmp_path):
+    BloomForSequenceClassification.from_pretrained(folders["sft"], num_labels=2).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(DataError, match="2 labels; expected a sequence classifier with one"):
+        preference.score(tmp_path, PAIRS, 10)

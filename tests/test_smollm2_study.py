@@ -1,0 +1,85 @@
+"""benchmarks/learns_smollm2.py: which rows each reward model sees, what runs beside what, and the tables of a study that was cut short."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from training.data.config import DataConfig
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+
+def test_the_two_halves_share_no_prompt_and_all_replies_of_sft(tmp_path):
+    """By what preparation writes: equal SFT and held-out rows, comparisons of one half each, together all of them."""
+    from learns_smollm2 import halves
+
+    from training.data import prepare
+
+    source = tmp_path / "hh.jsonl"
+    source.write_text("".join(json.dumps({side: f"\n\nHuman: question {n}?\n\nAssistant: {side} {n}." for side in ("chosen", "rejected")})
+                              + "\n" for n in range(200)))
+    data, made = DataConfig(source=str(source), heldout=0.2, heldout_max=512), {}
+    for name, path in halves(str(source), data, tmp_path / "sources").items():
+        with prepare.Writer(tmp_path / name) as writer:
+            prepare.from_source(DataConfig(source=str(path), heldout=0.2, heldout_max=512), writer)
+            made[name] = {file: [json.dumps(row) for row in writer.rows(file)] for file in writer.counts}
+    for file in ("sft.jsonl", "sft_heldout.jsonl", "reward_heldout.jsonl", "rlhf.jsonl", "heldout.jsonl"):
+        assert made["base"][file] == made["judge"][file] == made["full"][file], file
+    base, judge, full = (set(made[name]["reward.jsonl"]) for name in ("base", "judge", "full"))
+    assert not base & judge and base | judge == full and len(full) == 160 and 60 < len(base) < 100
+
+
+def test_works_wait_for_one_another_share_gpus_and_end_in_time(tmp_path):
+    from side_by_side import Queue, Work
+
+    def command(text: str) -> list[str]:
+        return [sys.executable, "-c", f"import os, time; {text}"]
+
+    said, log = [], command("print(os.environ['CUDA_VISIBLE_DEVICES'])")
+    works = [Work("a", (log, lambda: said.append("between"), command("time.sleep(0.3)"))), Work("b", (log, command("time.sleep(0.3)"))),
+             Work("c", (log, command("time.sleep(0.3)"))),
+             Work("broken", (command("raise SystemExit(3)"), lambda: said.append("never")), ("a",)),
+             Work("after broken", (log,), ("broken",)), Work("endless", (command("time.sleep(60)"),), ("a", "b")),
+             Work("told", (command("time.sleep(60)"), lambda: log), ("c",), until=1.5)]
+    began = time.monotonic()
+    done = Queue(works, ["5", "7", "5"], tmp_path, seconds=3).run()
+    assert time.monotonic() - began < 10
+    assert done == {"a": True, "b": True, "c": True, "broken": False, "endless": False, "told": True} and said == ["between"]
+    assert sorted((tmp_path / f"{name}.log").read_text().strip() for name in "abc") == ["5", "5", "7"]
+
+
+def test_what_there_is_is_shown(tmp_path):
+    """A study cut off in PPO: its numbers by hand, and a picture of a size for a README."""
+    import smollm2_result
+
+    run = tmp_path / "ppo-seed-0"
+    (run / "rlhf").mkdir(parents=True)
+    (run / "config.json").write_text("{}")
+    events = [{"time": 10.0, "event": "started", "stage": "rlhf"}, {"time": 52.0, "event": "done", "stage": "rlhf", "class": "done"}]
+    (run / "ledger.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    rows = [{"iteration": at, "reward": at / 8, "kl": at / 4, "entropy": 2.0, "eos_rate": 0.9, "response_length": 40.0,
+             "peak_gb_update": 9.5, **({"heldout_kl": at / 2} if at % 4 == 0 else {})} for at in range(1, 9)]
+    (run / "rlhf" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scores = [{"iteration": at, "score_own": at / 10, "score_other": at / 20} for at in (0, 4, 8)]
+    (run / "rlhf" / "rescored.jsonl").write_text("".join(json.dumps(row) + "\n" for row in scores))
+    checks = {"texts": 2, "tokens": 40.0, "eos_rate": 0.5, "repeated_ngrams": 0.125, "empty": 0.0, "truncated": 0.5}
+    interval = {"mean": 0.75, "low": 0.5, "high": 1.0, "units": 2}
+    results = {"heldout": {"score": {"sft": interval, "ppo-seed-0": interval}, "win_rate": {"ppo-seed-0": interval}, "kl": {}},
+               "checks": {source: {name: checks for name in ("sft", "ppo-seed-0")} for source in ("heldout", "questions")}}
+    (tmp_path / "evaluation" / "ppo-seed-0").mkdir(parents=True)
+    (tmp_path / "evaluation" / "ppo-seed-0" / "results.json").write_text(json.dumps(results))
+    text = smollm2_result.write(tmp_path, ["ppo-seed-0", "ppo-seed-1"], {"ppo-seed-0": False})
+    assert "| ppo-seed-0 | rlhf |  | 42 | 9.5 |" in text
+    assert "| ppo-seed-0 | 0.750 [0.500, 1.000] | 0.750 [0.500, 1.000] | - | 0.000, 0.800 | 40.0 | 0.50 | 0.125 |" in text
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert found["curves"]["ppo-seed-0"]["score_other"] == [[0, 0.0], [4, 0.2], [8, 0.4]]
+    assert set(found["policies"]) == {"sft", "ppo-seed-0"}
+    assert 10_000 < (tmp_path / "result.png").stat().st_size < 150_000
