@@ -84,7 +84,7 @@ def halves(source: str, data: DataConfig, folder: Path) -> dict[str, Path]:
     heldout = HeldOut(data)
     rows = list(formats.iterate(source, "reward", Counter(), data.skip_bad_rows))
     for row in rows:
-        heldout.add(row.prompt)
+        heldout.add(heldout.place(row.prompt))
     unseen = heldout.chosen()
 
     def written(side: int | None) -> Iterator[dict]:
