@@ -23,6 +23,8 @@ from training.config import TrainerConfig
 
 CONFIGURED = ("lr", "max_lr", "min_lr", "betas", "eps", "weight_decay", "start_wd", "end_wd")
 """What the configuration says of a parameter group."""
+TIED = (1 << 31) - 1
+"""The tied embedding's number among the parameters, on whichever stage it stands."""
 
 
 class ReshardableOptimizer(DistributedOptimizer):
@@ -48,8 +50,9 @@ class ReshardableOptimizer(DistributedOptimizer):
         super().__init__(*args, **kwargs)
         if self.is_stub_optimizer or not isinstance(self.optimizer, SplitAdamW):
             return
-        numbers = {parameter: (index << 20) + number for index, buffer in enumerate(self.buffers)
-                   for number, parameter in enumerate(buffer.params)}
+        # The tied embedding's two copies, on the first and the last stage, must be rounded alike or they drift apart.
+        numbers = {parameter: TIED if getattr(parameter, "shared_embedding", False) else (index << 20) + number
+                   for index, buffer in enumerate(self.buffers) for number, parameter in enumerate(buffer.params)}
         for parameter, owned in self._owned():
             group, order = self.model_param_group_index_map[parameter]
             self.optimizer.param_groups[group]["params"][order].place = (numbers[parameter], owned["param"].start)

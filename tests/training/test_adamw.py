@@ -9,7 +9,7 @@ from training import checkpoint, parallel, sft
 from training.adamw import SplitAdamW, joined, round_stochastically, split_
 from training.data.batches import shard
 from training.saving import Saver
-from training.step import Learner, Objective, build_model
+from training.step import Learner, Objective, build_model, split
 
 
 def parameter(values: torch.Tensor, number: int = 0) -> torch.Tensor:
@@ -70,25 +70,36 @@ def test_four_hundred_steps_follow_fp32_adamw():
     assert all(values.element_size() == 2 for values in state.values())
 
 
-def go_on(folder, steps: int, load: int):
-    """Train a small model for ``steps`` on two data-parallel ranks, from the checkpoint of iteration ``load`` if above 0; save the last ->
-    this rank's tensors as a checkpoint has them."""
-    config = settings(folder, optimizer_precision="bf16", micro_batch_size=2, weight_decay=0.1)
-    model, generator = build_model(SHAPE, config, "lm"), torch.Generator().manual_seed(1)
+def go_on(folder, steps: int, load: int, layout=(1, 1)):
+    """Train a small model for ``steps`` on two ranks, from the checkpoint of iteration ``load`` if above 0; save the last -> this rank's
+    tensors as a checkpoint has them."""
+    config = settings(folder, layout, optimizer_precision="bf16", micro_batch_size=2, weight_decay=0.1)
+    model = build_model(SHAPE, config, "lm")
     with torch.no_grad():
         for weight in model.parameters():
+            generator = torch.Generator().manual_seed(weight.numel())  # the same for a tied embedding's copies
             weight.copy_(torch.randn(weight.shape, generator=generator) * 0.05 + (weight.dim() == 1))
     made = Learner(model, config, 1e-3, 100, 0)
     if load:
         checkpoint.load(checkpoint.resolve(folder, load), {"model": made})
     for step in range(load, steps):
         rows = torch.randint(0, 300, (4, 16), generator=torch.Generator().manual_seed(step))
-        mine = shard(list(range(4)), parallel.data_rank(), 2)
-        made.step([{"tokens": rows[mine], "response_mask": torch.ones(2, 16, dtype=torch.bool)}], Objective(("loss",), sft.compute))
+        mine = shard(list(range(4)), parallel.data_rank(), parallel.data_ranks())
+        made.step(split({"tokens": rows[mine], "response_mask": torch.ones(len(mine), 16, dtype=torch.bool)}, 2),
+                  Objective(("loss",), sft.compute))
     saver = Saver(folder, {"model": made}, config)
     saver.save(steps, {"wall_seconds": 0.0})
     saver.wait()
     return {tensor.key: tensor.data.detach().clone() for tensor in held(made)}
+
+
+def test_a_tied_embedding_s_two_copies_stay_equal(tmp_path):
+    """On the first and on the last pipeline stage, weight and state; a checkpoint has one of them."""
+    first, last = run(go_on, 1, 2, 1, tmp_path, 3, 0, (1, 2))
+    names = [key for key in first if "word_embeddings" in key]
+    assert len(names) == 4, names
+    for name in names:
+        assert first[name].any() and torch.equal(first[name], last[name]), name
 
 
 def test_a_resumed_run_goes_on_bit_for_bit_and_other_layouts_load_it(tmp_path):
