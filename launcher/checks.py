@@ -49,6 +49,9 @@ def check(run: Path, tables: dict, graph: Graph, stages: list[Stage], profile: P
             divides = found.of(lambda: _data_parallel(stage.name, config, asked))  # noqa: B023
         if shape and (stage.trainer or stage.name == "convert"):
             laid_out = found.of(lambda: _layout(stage, shape, config))  # noqa: B023
+        if stage.name == "mtbench":
+            found.of(lambda: inputs.check_questions(config.questions, config.references))  # noqa: B023
+            found.of(lambda: inputs.check_template(config.template, folder))  # noqa: B023
         if shape and stage.name == "mtbench":
             found.of(lambda: shape.check_length("mtbench.context_length", config.context_length))  # noqa: B023
         if shape and stage.trainer and divides and laid_out:

@@ -172,12 +172,35 @@ def check_data(source: str, skip_bad_rows: bool) -> str:
         return "generated demo data"
     if not Path(source).is_file():
         raise ConfigError(f'data.source = {source!r}: no such file; give a .jsonl or .jsonl.gz file, or "demo" for generated data')
-    command = [sys.executable, "-m", "training.data.peek", source, str(PEEK_ROWS), *(["--skip-bad-rows"] if skip_bad_rows else [])]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return _asked("data.source", "training.data.peek", source, str(PEEK_ROWS), *(["--skip-bad-rows"] if skip_bad_rows else []))
+
+
+def check_questions(questions: str, references: str) -> None:
+    """ConfigError where the evaluation could not read its questions, which it would say after all training."""
+    if references != "gpt-4" and not Path(references).is_file():
+        raise ConfigError(f'mtbench.references = {references!r}: no such file; give one in the schema of reference_answer/gpt-4.jsonl, or '
+                          '"gpt-4" for the set\'s own')
+    if (questions, references) != ("embedded", "gpt-4"):
+        _asked("mtbench.questions", "eval.questions", questions, references)
+
+
+def check_template(template: str, folder: Path) -> None:
+    """ConfigError where the tokenizer lacks the chat template that the evaluation is to use."""
+    config = folder / "tokenizer_config.json"
+    held = (folder / "chat_template.jinja").is_file() or (config.is_file() and _json(config, "model.checkpoint").get("chat_template"))
+    if template == "chat" and not held:
+        raise ConfigError(f'mtbench.template = "chat", but the tokenizer of {folder} has no chat template; set mtbench.template to a text '
+                          "with {question} in it")
+
+
+def _asked(key: str, module: str, *arguments: str) -> str:
+    """What a module of another part says of an input, in a process of its own: ConfigError where it refuses it."""
+    done = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True, check=False)
     if done.returncode == os.EX_DATAERR:
-        raise ConfigError(f"data.source: {done.stderr.strip()}")
+        words = done.stderr.strip()
+        raise ConfigError(words if words.startswith(key) else f"{key}: {words}")
     if done.returncode:
-        raise OSError(f"training.data.peek {source} ended with exit code {done.returncode}: {done.stderr.strip()[-500:]}")
+        raise OSError(f"{module} {' '.join(arguments)} ended with exit code {done.returncode}: {done.stderr.strip()[-500:]}")
     return done.stdout.strip()
 
 
