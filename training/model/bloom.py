@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.utils.checkpoint import checkpoint
 
 from training.model import lora
+from training.model.gelu import gelu
 
 # The fused form of F.gelu is the tanh formula, the unfused one is not: state the formula, leave fusion off.
 SETTINGS = {"normalization": "LayerNorm", "add_bias_linear": True, "activation_func": partial(F.gelu, approximate="tanh")}
@@ -30,16 +31,13 @@ class FeedForward(MLP):
                          tp_group=parallel_state.get_tensor_model_parallel_group())
 
     def forward(self, hidden_states, per_token_scale=None, **_):
-        if not self.training or self.config.recompute_granularity != "selective":
-            return super().forward(hidden_states)
         widened, bias = self.linear_fc1(hidden_states)
+        if not self.training or self.config.recompute_granularity != "selective":
+            return self.linear_fc2(gelu(widened, bias))
         if torch.compiler.is_compiling():  # what is made inside a checkpoint is then made again wherever backward needs it
-            return self.linear_fc2(checkpoint(self._activate, widened, bias, use_reentrant=False))
+            return self.linear_fc2(checkpoint(gelu, widened, bias, use_reentrant=False))
         kept = CheckpointWithoutOutput(fp8=None)  # False would ask Transformer Engine
-        activated = kept.checkpoint(self._activate, widened, bias)
+        activated = kept.checkpoint(gelu, widened, bias)
         output, output_bias = self.linear_fc2(activated)
         kept.discard_output_and_register_recompute(output)
         return output, output_bias
-
-    def _activate(self, widened, bias):
-        return self.activation_func(widened + bias)

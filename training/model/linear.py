@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 
 import torch
+import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
 from training.model import sharded
@@ -63,15 +64,16 @@ def _(grad, inputs, weight):
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, inputs, weight):
+    def forward(ctx, inputs, weight, bias):
         ctx.save_for_backward(inputs, weight)
-        return inputs @ weight.t()
+        return F.linear(inputs, weight, bias)  # the product adds the bias itself
 
     @staticmethod
     def backward(ctx, grad):
         inputs, weight = ctx.saved_tensors
         flat = grad.reshape(-1, grad.size(-1)).contiguous()
-        return grad @ weight, torch.ops.convoy.weight_gradient(flat, inputs.reshape(-1, inputs.size(-1)), weight)
+        of_weight = torch.ops.convoy.weight_gradient(flat, inputs.reshape(-1, inputs.size(-1)), weight)
+        return grad @ weight, of_weight, flat.sum(0) if ctx.needs_input_grad[2] else None
 
 
 class _Embedding(torch.autograd.Function):
@@ -101,11 +103,10 @@ class ColumnParallel(ColumnParallelLinear):
     def _forward_impl(self, input, weight, bias=None, **kwargs):
         if self.tp_group.size() > 1:
             output = sharded.column_product(input, weight, self.tp_group.size(), self.sequence_parallel)
-        elif weight.requires_grad:
-            output = _Linear.apply(input, weight)
-        else:
+            return output if bias is None else output + bias
+        if not weight.requires_grad:
             return super()._forward_impl(input, weight, bias=bias, **kwargs)
-        return output if bias is None else output + bias
+        return _Linear.apply(input, weight, bias)
 
 
 class RowParallel(RowParallelLinear):
@@ -115,8 +116,7 @@ class RowParallel(RowParallelLinear):
         if not weight.requires_grad:
             # Row-parallel layers pass no group; megatron-core looks it up and warns, and a warning breaks a compiled graph.
             return super()._forward_impl(input, weight, bias=bias, **{**kwargs, "tp_group": self.tp_group})
-        output = _Linear.apply(input, weight)
-        return output if bias is None else output + bias
+        return _Linear.apply(input, weight, bias)
 
     def forward(self, input_):
         if self.tp_group.size() == 1:
