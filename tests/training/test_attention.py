@@ -9,6 +9,7 @@ import types
 
 import pytest
 import torch
+from torch.nn.attention import flex_attention
 
 from tests.attention import document_ids, errors, reference
 from training.model import backends, kernels
@@ -35,6 +36,27 @@ def test_flex_attention_s_scores_and_masks_agree_with_fp64(kind, groups):
     """The forward pass, uncompiled: FlexAttention has no backward pass on the CPU."""
     (output,) = errors(backends.flex, document_ids(kind, 2, 256), 2, 256, 6, 16, backward=False, groups=groups)
     assert output < 1e-5
+    # Of 16 bits ALiBi is written in another way.
+    (output,) = errors(backends.flex, document_ids(kind, 2, 256), 2, 256, 6, 16, torch.bfloat16, backward=False, groups=groups)
+    assert output < 1e-2
+
+
+def test_only_whole_rows_promise_that_no_query_is_left_without_keys(monkeypatch):
+    """With that promise packed rows were NaN on a GPU; the CPU's FlexAttention does not read it."""
+    asked = []
+
+    def attend(query, *_, kernel_options, **__):
+        asked.append(kernel_options.get("ROWS_GUARANTEED_SAFE", False))
+        return query
+
+    monkeypatch.setattr(flex_attention, "flex_attention", attend)
+    query = torch.zeros(128, 2, 4, 16)
+    for ids in (None, document_ids("packed", 2, 128)):
+        documents = Documents(ids)
+        if ids is None:
+            documents.blocks = backends.causal_blocks(128, query.device)
+        backends.flex(query, query, query, None, 0.25, documents)
+    assert asked == [True, False]
 
 
 def test_a_wrong_slope_or_a_document_too_far_would_be_seen():

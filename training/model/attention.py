@@ -90,6 +90,7 @@ class CausalAttention(MegatronModule):
         self.first = group.rank() * self.count
         self.scale = softmax_scale or config.kv_channels**-0.5
         self.backend = config.core_attention
+        self.attend = backends.kernel(self.backend, config.kv_channels, config.params_dtype)
         # A plain attribute: a cast of the model would round a buffer to bf16.
         where = torch.device(torch.cuda.current_device())
         self.slopes = rank_slopes(self.heads, self.first, self.count, where) if config.alibi else None
@@ -100,4 +101,4 @@ class CausalAttention(MegatronModule):
         if self.backend == "sdpa" or (self.backend == "flex" and query.size(0) % backends.FLEX_BLOCK):
             return backends.sdpa(query, key, value, self.slopes, self.scale, packed_seq_params)
         documents = None if packed_seq_params is None or packed_seq_params.ids is None and self.backend != "flex" else packed_seq_params
-        return backends.KERNELS[self.backend](query, key, value, self.slopes, self.scale, documents)
+        return self.attend(query, key, value, self.slopes, self.scale, documents)

@@ -19,6 +19,13 @@ FLEX_BLOCK = 128
 """Tokens of a block of FlexAttention's mask: sequence lengths on CUDA are multiples of it."""
 FLEX_SMALLEST_HEAD = 16
 """FlexAttention's kernels take no smaller head dimension."""
+FLEX_WHOLE = {"ROWS_GUARANTEED_SAFE": True}
+"""Where a row is one document, every query sees a key of the first block that is read, and FlexAttention need not look for queries that
+don't. In packed rows that block may be another document's, and the output of such queries would be NaN."""
+FLEX_HOPPER_64 = dict(fwd_BLOCK_M=128, fwd_BLOCK_N=64, fwd_num_stages=3, fwd_num_warps=4, bwd_BLOCK_M1=32, bwd_BLOCK_N1=64, bwd_BLOCK_M2=64,
+                      bwd_BLOCK_N2=32, bwd_num_stages=3, bwd_num_warps=4)
+"""The fastest of 15 tilings for bf16 heads of 64 dimensions on an H100. For 128 torch's own stays: the one that was faster alone was not
+so inside a step (benchmarks/README.md)."""
 PACKAGES = {"flash": ("flash_attn", "flash_attn_varlen_func"), "te": ("transformer_engine.pytorch", "DotProductAttention")}
 INSTALL = {"flash": "pip install flash-attn --no-build-isolation", "te": "pip install transformer-engine[pytorch] --no-build-isolation"}
 
@@ -111,13 +118,19 @@ def _compiled(name: str):
     return torch.compile(getattr(flex_attention, name))
 
 
-def alibi_score(slopes: torch.Tensor):
-    """FlexAttention's ``score_mod``: fp32, so that distances of thousands of tokens are not rounded."""
+def alibi_score(slopes: torch.Tensor, exact: bool = True):
+    """FlexAttention's ``score_mod``, fp32. Softmax does not see what all keys of a query have in common, so slope * key is as good as
+    slope * (key - query), and a number a key, not a number a pair. Its rounding, 2^-24 of slope * length, is nothing beside that
+    of probabilities to bf16; ``exact`` is without it.
+    """
 
-    def score(score, batch, head, query, key):
+    def relative(score, batch, head, query, key):
         return score + slopes[head] * (key - query)
 
-    return score
+    def absolute(score, batch, head, query, key):
+        return score + slopes[head] * key
+
+    return relative if exact else absolute
 
 
 _same_score = functools.lru_cache(maxsize=8)(alibi_score)
@@ -148,17 +161,25 @@ def document_blocks(ids: torch.Tensor):
     return create(mask, rows, None, length, length, device=ids.device, BLOCK_SIZE=FLEX_BLOCK)
 
 
-def flex(query, key, value, slopes, scale, documents):
+def flex_options(head_dim: int, dtype: torch.dtype) -> dict:
+    """FlexAttention's ``kernel_options`` on this GPU."""
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+    return FLEX_HOPPER_64 if hopper and dtype.itemsize == 2 and head_dim <= 64 else {}
+
+
+def flex(query, key, value, slopes, scale, documents, options=None):
     """FlexAttention: compiled on CUDA. On the CPU it runs uncompiled and without gradients, for tests."""
     blocks = causal_blocks(query.size(0), query.device) if documents is None else documents.blocks
     query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
     from torch.nn.attention import flex_attention
 
-    score = None if slopes is None else alibi_score(slopes) if torch.compiler.is_compiling() else _same_score(slopes)
+    exact, whole = query.dtype.itemsize > 2, documents is None or documents.ids is None
+    score = None if slopes is None else (alibi_score if torch.compiler.is_compiling() else _same_score)(slopes, exact)
     attend = flex_attention.flex_attention
     if query.is_cuda and not torch.compiler.is_compiling():  # compiling: a part of the layer's graph
         attend = _compiled("flex_attention")
-    out = attend(query, key, value, score_mod=score, block_mask=blocks, scale=scale, enable_gqa=query.size(1) > key.size(1))
+    out = attend(query, key, value, score_mod=score, block_mask=blocks, scale=scale, enable_gqa=query.size(1) > key.size(1),
+                 kernel_options={**(options or {}), **(FLEX_WHOLE if whole else {})})
     return out.permute(2, 0, 1, 3).flatten(2)
 
 
@@ -202,3 +223,8 @@ def transformer_engine(query, key, value, slopes, scale, documents):
 
 
 KERNELS = {"sdpa": sdpa, "flex": flex, "flash": flash, "te": transformer_engine}
+
+
+def kernel(name: str, head_dim: int, dtype: torch.dtype):
+    """A backend as a run uses it."""
+    return functools.partial(flex, options=flex_options(head_dim, dtype)) if name == "flex" else KERNELS[name]
