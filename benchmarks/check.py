@@ -2,6 +2,7 @@
 
     layers     a small BLOOM with compiled layers and FlexAttention against the same in fp32 with nothing compiled and SDPA: loss and every
                parameter's gradient, each kind of recompute, whole and packed rows, fp32 and bf16 (and bf16 with nothing compiled)
+    gelu       its backward kernel against fp64
     head       log-probabilities, entropies, sums and their gradients in chunks against fp64, BLOOM's vocabulary
     optimizer  the Triton kernel against the same step in torch; fp32 AdamW's losses beside optimizer_precision "bf16"'s
 
@@ -28,12 +29,16 @@ from training.config import Paths, SFTConfig
 from training.families.bloom import shape as bloom
 from training.main import ALONE
 from training.model import heads
+from training.model.gelu import gelu_backward
 from training.model.language_model import parts
 from training.model.vocabulary import Columns
 from training.step import Learner, Objective, build_model
 
 CUDA = torch.cuda.is_available()
-SHAPE = bloom(4, 512, 8, 5000, 1e-5) if CUDA else bloom(2, 64, 4, 500, 1e-5)
+VOCAB = 5000 if CUDA else 500
+LAYERS, HIDDEN = (4, 512) if CUDA else (2, 64)
+SHAPES = {kind: bloom(LAYERS, HIDDEN, heads, VOCAB, 1e-5) for kind, heads in (("whole", 4), ("packed", 8))}
+"""Heads of 128 dimensions and of 64: FlexAttention's tiles differ."""
 LENGTH = 512 if CUDA else 128
 
 
@@ -42,8 +47,8 @@ def settings(**values) -> SFTConfig:
     return SFTConfig(paths=Paths("", "", "", "", ""), **{**defaults, **values})
 
 
-def learner(config: SFTConfig) -> Learner:
-    model, generator = build_model(SHAPE, config, "lm"), torch.Generator().manual_seed(1)
+def learner(config: SFTConfig, kind: str) -> Learner:
+    model, generator = build_model(SHAPES[kind], config, "lm"), torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05 + (parameter.dim() == 1))
@@ -53,7 +58,7 @@ def learner(config: SFTConfig) -> Learner:
 def batch(kind: str, seed: int = 0) -> list[dict]:
     generator = torch.Generator().manual_seed(seed)
     ids = document_ids("packed", 4, LENGTH)
-    made = {"tokens": torch.randint(0, SHAPE.vocab, (4, LENGTH), generator=generator),
+    made = {"tokens": torch.randint(0, VOCAB, (4, LENGTH), generator=generator),
             "response_mask": F.pad(ids[:, 1:] == ids[:, :-1], (1, 0))}
     if kind == "packed":
         made["documents"] = ids
@@ -61,18 +66,18 @@ def batch(kind: str, seed: int = 0) -> list[dict]:
 
 
 def gradients(config: SFTConfig, kind: str) -> tuple[float, dict]:
-    made = learner(config)
+    made = learner(config, kind)
     made.optimizer.chained_optimizers[0].update = lambda norm: None
     loss = made.step(batch(kind), Objective(("loss",), sft.compute))["loss"]
     scale = made.optimizer.chained_optimizers[0].scale
     return loss, {name: parameter.main_grad.double() * scale for part in parts(made.model) for name, parameter in part.named_parameters()}
 
 
-def layers(quick: bool) -> None:
-    for kind in ("whole", "packed")[quick:]:
+def layers(kinds: list[str]) -> None:
+    for kind in kinds:
+        variants = [("fp32", "none"), ("bf16", "none"), ("bf16", "full")] if kind == "whole" else \
+            [("fp32", "none"), ("fp32", "selective"), ("bf16", "none"), ("bf16", "selective")]
         exact_loss, exact = gradients(settings(attention="sdpa", compile=False), kind)
-        variants = [("fp32", "none"), ("bf16", "full")] if kind == "whole" else [("fp32", "none"), ("fp32", "selective"), ("bf16", "none")]
-        variants = variants[::2] if quick else variants
         fast = [dict(zip(("precision", "recompute"), variant, strict=True)) for variant in variants]
         for values in [dict(precision="bf16", attention="sdpa", compile=False), *fast]:
             loss, found = gradients(settings(**values), kind)
@@ -111,6 +116,23 @@ def head() -> None:
                 of_weight=float(errors[2]))
 
 
+def gelu() -> None:
+    """Rows and columns that fill no tile of the kernel, and 1b7's."""
+    where, generator = parallel.device(), torch.Generator(device=parallel.device()).manual_seed(0)
+    for rows, columns, dtype in ((777, 1030, torch.float32), (32768 if CUDA else 512, 8192 if CUDA else 64, torch.bfloat16)):
+        inputs, grad = (torch.randn(rows, columns, device=where, generator=generator).to(dtype) * 2 for _ in range(2))
+        bias = torch.randn(columns, device=where, generator=generator).to(dtype)
+        found = gelu_backward(grad, inputs, bias)
+        errors = []
+        for part in (slice(0, columns // 2), slice(columns // 2, columns)):  # of fp64 only so much fits
+            exact = [inputs[:, part].double().requires_grad_(), bias[part].double().requires_grad_()]
+            F.gelu(exact[0] + exact[1], approximate="tanh").backward(grad[:, part].double())
+            errors.append([float(relative(mine[..., part], theirs.grad)) for mine, theirs in zip(found, exact, strict=True)])
+        worst = [max(error) for error in zip(*errors, strict=True)]
+        say(max(worst) <= (1e-6 if dtype == torch.float32 else 4e-3), check="gelu", dtype=str(dtype)[6:], of_inputs=worst[0],
+            of_bias=worst[1])
+
+
 def exact_head(reader, hidden, weight, real, tokens, mask, factors):
     """(loss, gradients) in fp64, 64 predictions at a time."""
     whole = [hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()]
@@ -145,7 +167,7 @@ def optimizer() -> None:
     say(float(error) <= 1e-6 and same >= 0.999, check="optimizer kernel", weights=float(error), same_second_moments=same)
     losses = {}
     for precision in ("fp32", "bf16"):
-        made = learner(settings(precision="bf16", optimizer_precision=precision, lr=1e-3, schedule="constant"))
+        made = learner(settings(precision="bf16", optimizer_precision=precision, lr=1e-3, schedule="constant"), "packed")
         losses[precision] = [made.step(batch("packed", step % 8), Objective(("loss",), sft.compute))["loss"] for step in range(40)]
     off = max(abs(ours - theirs) / theirs for ours, theirs in zip(*losses.values(), strict=True))
     say(off <= 0.01 and losses["bf16"][-1] < losses["bf16"][0] - 0.2, check="optimizer", largest_difference=off,
@@ -154,15 +176,15 @@ def optimizer() -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checks", nargs="*", default=["head", "optimizer", "layers"])
-    parser.add_argument("--quick", action="store_true", help="of the layers packed rows alone, in fp32 and bf16")
+    parser.add_argument("checks", nargs="*", default=["head", "gelu", "optimizer", "layers"])
+    parser.add_argument("--rows", nargs="+", choices=("whole", "packed"), default=["whole", "packed"], help="of the layers' check")
     given = parser.parse_args()
     for name, value in ALONE.items():
         os.environ.setdefault(name, value)
     with parallel.ranks(1, 1, 1):
         for name in given.checks:
             try:
-                {"head": head, "optimizer": optimizer, "layers": lambda: layers(given.quick)}[name]()
+                {"head": head, "gelu": gelu, "optimizer": optimizer, "layers": lambda: layers(given.rows)}[name]()
             except Exception as error:  # noqa: BLE001 - the other checks still run
                 traceback.print_exc()
                 say(False, check=name, error=f"{type(error).__name__}: {error}"[:800])

@@ -9,6 +9,7 @@ One GPU, random bf16 weights, for each model in a process of its own:
     packed    ours with rows of documents as long as Anthropic HH's, loss on the last 40% of each, as SFT on real data has it
     forward   the passes of PPO: log-probabilities, reward or values
     profile   kernels of a step by what they do
+    shapes    ours with kernels for any number and length of rows, which packed rows get from their second shape on
 
 Prints JSON lines and a table: tokens/s, MFU (FLOPs a token: 6 (12 h^2 L + V h) + 6 L h s; 989 TFLOP/s, the H100's and H200's peak in
 bf16), peak memory (torch.cuda.max_memory_allocated) beside launcher/memory.py's estimate, and for ``forward`` the share of a matrix
@@ -51,14 +52,14 @@ ROWS = {"560m": (16, 8), "1b7": (16, 4), "3b": (8, 4), "7b1": (4, 4), "small": (
 """Rows of a micro-batch: ours, theirs (as many as fit, and no more than help)."""
 GLOBAL_ROWS = {"560m": 32, "1b7": 32, "3b": 32, "7b1": 16, "small": 4}
 PEAK = 989e12
-PARTS = ("theirs", "ours", "recompute", "packed", "forward", "profile")
+PARTS = ("theirs", "ours", "recompute", "packed", "forward", "profile", "shapes")
 CATEGORIES = (  # the first whose pattern a kernel's name has
     ("attention", r"flex|flash|fmha"),
     ("matrix products", r"nvjet|gemm|cutlass|xmma|cublas|sm90"),
     ("optimizer", r"^update$|multi_tensor|lpnorm|l2norm"),
     ("gradient sums", r"vectorized_elementwise_kernel.*add|CUDAFunctor_add|direct_copy|FillFunctor|memset"),
     ("loss", r"^_statistics|^_to_gradient|^_add_scaled"),
-    ("norms, GELU, residuals", r"triton_"),
+    ("norms, GELU, residuals", r"triton_|^_gelu"),
     ("embedding", r"embedding|index|scatter|gather"),
     ("other", r""))
 
@@ -235,8 +236,7 @@ def profile(name: str, made: dict) -> dict:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
-    learner, part, objective = made["learner"], made["micro_batches"], made["objective"]
-    seconds = timed(lambda: learner.step(part, objective), 1, 3)
+    learner, part, objective, seconds = made["learner"], made["micro_batches"], made["objective"], made["step_s"]
     if not CUDA:
         return {"model": name, "step_ms": round(1e3 * seconds, 1)}
     with profiler(activities=[ProfilerActivity.CUDA]) as seen:
@@ -255,6 +255,15 @@ def profile(name: str, made: dict) -> dict:
             "idle_ms": round(1e3 * seconds - sum(sums.values()), 1), "count": sum(map(len, kernels.values())), "largest": largest[:40]}
 
 
+def shapes(name: str, made: dict) -> dict:
+    """A step as ``ours``, once rows of half the number and half the length have been seen."""
+    learner, part, objective = made["learner"], made["micro_batches"], made["objective"]
+    rows, tokens = part[0]["tokens"].shape
+    learner.step([{key: values[: rows // 2, : tokens // 2] for key, values in part[0].items()}], objective)
+    seconds = timed(lambda: learner.step(part, objective), 1, 3)
+    return speed(name, seconds, peak_gb(), sum(micro["tokens"].numel() for micro in part), rows=rows)
+
+
 def say(part: str, values: dict) -> None:
     print(json.dumps({"part": part, **values}), flush=True)
 
@@ -266,11 +275,11 @@ def one(name: str, parts: list[str]) -> None:
     kept: dict = {}
     work = {"ours": lambda: kept.update(ours(name)) or {key: value for key, value in kept.items() if key not in
                                                         ("learner", "micro_batches", "objective")},
-            "profile": lambda: profile(name, kept), "packed": lambda: ours(name, packed=True),
+            "profile": lambda: profile(name, kept), "shapes": lambda: shapes(name, kept), "packed": lambda: ours(name, packed=True),
             "recompute": lambda: ours(name, recompute="full"), "theirs": lambda: theirs(name)}
     with parallel.ranks(1, 1, 1):
-        for part in sorted(parts, key=["ours", "profile", "packed", "forward", "theirs", "recompute"].index):
-            if part not in ("ours", "profile"):
+        for part in sorted(parts, key=["ours", "profile", "shapes", "packed", "forward", "theirs", "recompute"].index):
+            if part not in ("ours", "profile", "shapes"):
                 kept.clear()
             try:
                 for values in [forward(name, "lm"), forward(name, "scalar")] if part == "forward" else [work[part]()]:
