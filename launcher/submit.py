@@ -127,15 +127,17 @@ def _create(made: Plan) -> Run:
 
 def _check_rows(run: Run, stages: list[Stage]) -> None:
     """ConfigError where a stage would find no row: not every source has replies, or two to compare."""
-    rows = json.loads((run.folder / "data" / "counts.json").read_text(encoding="utf-8"))["files"]
+    counts = json.loads((run.folder / "data" / "counts.json").read_text(encoding="utf-8"))
+    rows, unread = counts["files"], [name.removeprefix("not read: ") for name in counts["read"] if name.startswith("not read: ")]
     for stage in stages:
         paths = stage_config(run.folder, run.config, run.stages, stage.name).paths
         for key in ("train", "heldout") if stage.trainer else ():
             name = Path(getattr(paths, key)).name
             if not rows[name]:
                 raise ConfigError(f"data.source = {run.config['data']['source']!r} gives {name}, which the {stage.name} stage reads, no "
-                                  "row; sft needs rows with a reply, reward and dpo rows with two or more to compare; submit a part of the "
-                                  "chain with --until, or give another source")
+                                  "row; sft needs rows with a reply, reward and dpo rows with two or more to compare"
+                                  f"{'; nothing reads ' + ', '.join(unread) if unread else ''}; submit a part of the chain with --until, "
+                                  "or give another source")
 
 
 def write_stage_config(run: Run, name: str) -> None:

@@ -23,7 +23,7 @@ with open("prepared", "a") as file:
     file.write("once\\n")
 names = ("sft", "sft_heldout", "reward", "reward_heldout", "rlhf", "heldout")
 files = {name + ".jsonl": 1 - os.path.exists("no_" + name) for name in names}
-(Path(sys.argv[1]).parent / "counts.json").write_text(json.dumps({"files": files}))
+(Path(sys.argv[1]).parent / "counts.json").write_text(json.dumps({"read": {"rows": 9, "not read: field 'answer'": 9}, "files": files}))
 print("data: stub")
 """
 def small(*trainers: str) -> list[str]:

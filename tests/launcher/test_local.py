@@ -98,6 +98,7 @@ def test_bad_data_is_a_usage_error_and_can_be_mended_under_the_same_name(project
     (project.folder / "no_reward").touch()  # a source of chat messages, say
     refused = project.submit("--wait")
     assert refused.returncode == 2 and "gives reward.jsonl, which the reward stage reads, no row" in refused.stderr
+    assert "nothing reads field 'answer'" in refused.stderr
     assert project.submit("--wait", "--set", "data.seed=5", "--until", "convert").returncode == 0
 
 
