@@ -151,9 +151,10 @@ def main() -> int:
             threads += [threading.Thread(target=running.run, args=(end,)) for running in started]
             for thread in threads[-len(started) :]:
                 thread.start()
-            ready = begin(following)
+            ready = begin(following) if card["count"] else []  # imports beside the work before; not on a few cores
             for running in started:
                 running.free.wait()
+            ready = ready or begin(following)
             rows = write(every, card, asked.out)
             started = ready
         for thread in threads:

@@ -16,7 +16,7 @@ from training.generation.reshard import named_weights
 from training.shape import EMBEDDING, OUTPUT, Shape
 from training.step import Batch
 
-SHAPES = {**SHAPES, "tiny": bloom(8, 256 if CUDA else 64, 4, 1000, 1e-5)}  # heads of 64 are the fewest that GPUs were tried with
+SHAPES = {**SHAPES, "tiny": bloom(8, 512 if CUDA else 64, 8, 1000, 1e-5)}  # heads of 64 are the fewest that GPUs were tried with
 
 
 def say(**values) -> None:

@@ -12,7 +12,7 @@ from training.families.bloom import shape as bloom
 from training.settings import ConfigError
 
 SHAPES = {"560m": bloom(24, 1024, 16, 250880, 1e-5), "1b7": bloom(24, 2048, 16, 250880, 1e-5), "7b1": bloom(30, 4096, 32, 250880, 1e-5),
-          "tiny": bloom(8, 64, 4, 1000, 1e-5)}
+          "tiny": bloom(8, 64, 8, 1000, 1e-5)}
 MEMORY_GB_S = {"H100": 3350, "H200": 4800}
 FITS = 0.9
 """Of a card's memory, by launcher/memory.py's estimate."""
@@ -60,7 +60,8 @@ def timed_layouts(size: str, gpus: int, card: dict) -> list[dict]:
     for one in asked:
         made = fitting(size, one, gpus, card)
         if made is None:
-            print(json.dumps({"part": "sft", "skipped": one, "why": f"no rows and recompute fit {card['memory_gb']:.0f} GB"}), flush=True)
+            why = f"the layers do not divide so, or no rows and recompute fit {card['memory_gb']:.0f} GB"
+            print(json.dumps({"part": "sft", "skipped": one, "why": why}), flush=True)
         else:
             found.append(made)
     return found
@@ -106,13 +107,15 @@ def waves(gpus: int, tiny: bool, card: dict, parts: list[str]) -> Waves:
                        ("ppo", lambda: ppo_jobs(middle, gpus)), ("checkpoint", lambda: (checkpoint_jobs(middle, gpus), []))):
         early, late = made() if part in parts else ([], [])
         found, last = found + early, last + late
-    if tiny:  # numbers mean nothing: what does not need another job's files runs at once
+    if not tiny:
+        warm = warming([job for wave in (*found, *last[:1]) for job in wave], gpus)
+        made = [*([first, untimed + warm] if untimed else [first + warm]), *found, *last]
+    elif card["count"]:  # numbers mean nothing: what does not need another job's files runs at once
         every = [job for wave in (*found, *last) for job in wave]
         loads = [job for job in every if job.part == "loaded"]
         made = [first, untimed + [job for job in every if job not in loads], loads]
-    else:
-        warm = warming([job for wave in (*found, *last[:1]) for job in wave], gpus)
-        made = [*([first, untimed + warm] if untimed else [first + warm]), *found, *last]
+    else:  # a few cores: one after the other
+        made = [[job] for wave in (first, untimed, *found, *last) for job in wave]
     return [wave for wave in made if wave]
 
 
