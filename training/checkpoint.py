@@ -120,14 +120,21 @@ def clear(stage: str | Path) -> None:
         shutil.rmtree(path)
 
 
+_READ: dict[Path, tuple] = {}
+"""Files whose content this process has found to be right, with what every write to them changes and the digest: PPO's models come in pairs
+from one checkpoint."""
+
+
 def verify(checkpoint: Path, below: str = "") -> None:
     """Raise Damaged, the same on every rank, unless the files of ``checkpoint`` (or of its sub-folder) have their checksums and no
-    pickle among them names anything but tensors. Collective; each rank reads a part of the bytes.
+    pickle among them names anything but tensors. Collective; each rank reads a part of the bytes, and none twice that has not been touched.
     """
     def bytes_agree() -> None:
         listed = checksums.select(checksums.read(checkpoint), below)
-        sizes = checksums.present(checkpoint, listed)
-        checksums.compare(checkpoint, listed, _share(sizes, dist.get_rank(), dist.get_world_size()))
+        mine = _share(checksums.present(checkpoint, listed), dist.get_rank(), dist.get_world_size())
+        found = {name: (listed[name], *_touched(checkpoint / name)) for name in mine}
+        checksums.compare(checkpoint, listed, [name for name in mine if _READ.get((checkpoint / name).absolute()) != found[name]])
+        _READ.update({(checkpoint / name).absolute(): what for name, what in found.items()})
 
     def pickles_are_harmless() -> None:
         if dist.get_rank() == 0:
@@ -145,6 +152,11 @@ def verify(checkpoint: Path, below: str = "") -> None:
         dist.all_gather_object(problems, problem)
         if any(problems):
             raise checksums.Damaged(next(filter(None, problems)))
+
+
+def _touched(path: Path) -> tuple[int, ...]:
+    status = path.stat()
+    return status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _share(sizes: dict[str, int], rank: int, ranks: int) -> list[str]:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
 from tests.distributed import run
-from training import checkpoint, dpo, grpo, ppo, reward, sft
+from training import checkpoint, checksums, dpo, grpo, ppo, reward, sft
 from training.config import SFTConfig
 from training.loop import Boundary
 from training.main import Interrupted, run_stage
@@ -248,6 +248,26 @@ def test_resume_at_another_layout_goes_on_with_equal_losses(small_run, tmp_path,
         for name in names:
             tolerance = 1e-5 if name == "loss" else 1e-4 if stage == "sft" else 1e-3
             assert ours[name] == pytest.approx(expected[name], rel=tolerance, abs=2e-5 if stage == "ppo" else None), name
+
+
+def test_a_checkpoint_is_read_again_only_when_it_was_touched(small_run, tmp_path, monkeypatch):
+    shutil.copytree(small_run.folder / "sft", tmp_path / "sft")
+    folder, hashed = checkpoint.resolve(tmp_path / "sft"), []
+    digest = checksums.digest
+    monkeypatch.setattr(checksums, "digest", lambda path: hashed.append(path) or digest(path))
+
+    def twice_and_once_damaged():
+        checkpoint.verify(folder, "model")
+        first = len(hashed)
+        checkpoint.verify(folder, "model")
+        assert first == len(hashed) > 3
+        path = folder / "model" / "__0_0.distcp"
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+        with pytest.raises(checksums.Damaged, match="__0_0"):
+            checkpoint.verify(folder, "model")
+        assert hashed[first:] == [path]
+
+    run(twice_and_once_damaged, 1, 1, 1)
 
 
 def test_what_decides_a_checkpoint_s_tensors_can_t_be_changed_half_way(small_run, tmp_path):
