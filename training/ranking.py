@@ -8,13 +8,28 @@ import torch
 
 from training import parallel
 
+Z = 1.959964
+"""Standard errors on each side of a 95% interval."""
+
 
 def wilson(correct: float, total: float) -> tuple[float, float]:
     """95% interval of a proportion (Wilson 1927)."""
-    z = 1.959964
+    z = Z
     centre = (correct + z * z / 2) / (total + z * z)
     half = z / (total + z * z) * math.sqrt(correct * (total - correct) / total + z * z / 4)
     return centre - half, centre + half
+
+
+def mean_interval(count: float, total: float, squares: float) -> tuple[float, float]:
+    """95% interval of a mean from ``count`` numbers' sum and sum of squares (normal approximation); NaN of one number.
+
+    >>> [round(end, 3) for end in mean_interval(4, 12.0, 50.0)]  # 1, 2, 3, 6: mean 3, standard deviation 2.16
+    [0.883, 5.117]
+    """
+    if count < 2:
+        return math.nan, math.nan
+    half = Z * math.sqrt(max(squares - total * total / count, 0.0) / (count - 1) / count)
+    return total / count - half, total / count + half
 
 
 CONFIDENCE = (0.5, 0.6, 0.7, 0.8, 0.9)
@@ -69,15 +84,17 @@ def length_sums(rewards: torch.Tensor, scores: torch.Tensor, lengths: torch.Tens
 
 
 def judged(rewards: torch.Tensor, scores: torch.Tensor, lengths: torch.Tensor) -> dict[str, float]:
-    """This data-parallel rank's rewards, scores and replies' lengths in tokens, each (Q, K) -> over all ranks' pairs: accuracy with its 95%
-    interval, mean margin, calibration, the accuracy of "the shorter reply wins", and ``length_bias``. A collective."""
+    """This data-parallel rank's rewards, scores and replies' lengths in tokens, each (Q, K) -> over all ranks' pairs: accuracy and mean
+    margin with their 95% intervals, calibration, the accuracy of "the shorter reply wins", and ``length_bias``. A collective."""
     pair = scores[:, :, None] > scores[:, None, :]
     margin = (rewards[:, :, None] - rewards[:, None, :])[pair].double()
     shorter = (lengths[:, :, None] < lengths[:, None, :])[pair]
-    sums = torch.stack((pair.sum().double(), (margin > 0).sum().double(), margin.sum(), shorter.sum().double()))
-    total, correct, margins, shorter = parallel.sum_over_data(sums.to(parallel.device())).tolist()
+    sums = torch.stack((pair.sum().double(), (margin > 0).sum().double(), margin.sum(), margin.square().sum(), shorter.sum().double()))
+    total, correct, margins, squares, shorter = parallel.sum_over_data(sums.to(parallel.device())).tolist()
     bins = parallel.sum_over_data(calibration_sums(margin).to(parallel.device())).cpu()
     low, high = wilson(correct, total)
+    margin_low, margin_high = mean_interval(total, margins, squares)
     by_length = parallel.sum_over_data(length_sums(rewards, scores, lengths).to(parallel.device())).cpu()
     return {"heldout_accuracy": correct / total, "heldout_accuracy_low": low, "heldout_accuracy_high": high,
-            "heldout_margin": margins / total, "shorter_wins": shorter / total, **calibration(bins), **length_bias(by_length)}
+            "heldout_margin": margins / total, "heldout_margin_low": margin_low, "heldout_margin_high": margin_high,
+            "shorter_wins": shorter / total, **calibration(bins), **length_bias(by_length)}

@@ -35,6 +35,14 @@ def test_interval_of_a_proportion():
     assert ranking.wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
 
 
+def test_interval_of_a_mean():
+    margins = torch.randn(300, generator=torch.Generator().manual_seed(1), dtype=torch.double) + 0.4
+    error = margins.std().item() / 300**0.5
+    low, high = ranking.mean_interval(300, margins.sum().item(), margins.square().sum().item())
+    assert (low, high) == pytest.approx((margins.mean().item() - 1.96 * error, margins.mean().item() + 1.96 * error), abs=1e-4)
+    assert math.isnan(ranking.mean_interval(1, 2.0, 4.0)[0])
+
+
 def new_head() -> tuple[torch.Tensor, torch.Tensor]:
     config = SimpleNamespace(hidden_size=8192, sequence_parallel=False, params_dtype=torch.float32)
     head = ScalarHead(config, None)
@@ -130,4 +138,5 @@ def test_heldout_numbers_are_the_same_on_two_data_parallel_ranks(small_run, tmp_
     one, two = ([json.loads(line) for line in (tmp_path / str(data) / "metrics.jsonl").read_text().splitlines()][-1] for data in (1, 2))
     names = [name for name in one if name.startswith("heldout_") or name == "shorter_wins"]
     assert "heldout_calibration_error" in names and "heldout_accuracy_at_0.5" in names
+    assert one["heldout_margin_low"] < one["heldout_margin"] < one["heldout_margin_high"]
     assert {name: two[name] for name in names} == pytest.approx({name: one[name] for name in names}, abs=1e-4)
