@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -65,17 +66,18 @@ def tables(result: Mapping) -> str:
               f"{'' if row['gpu_gb'] is None else format(row['gpu_gb'], '.1f')} |" for row in result["stages"]]
     lines += ["", "| held-out pairs | accuracy | shorter wins |", "|---|---|---|"]
     lines += [f"| {name} | {interval({'mean': row['accuracy'], 'low': row['low'], 'high': row['high']})} | "
-              f"{row['floors'].get('shorter wins', '')} |" for name, row in result["preference"].items()]
+              f"{row['floors'].get('shorter wins', math.nan):.3f} |" for name, row in result["preference"].items()]
     lines += ["", "| model | preferred to SFT by the judge | its score | KL to SFT, nats a reply | own reward model: first, last | "
-              "tokens | EOS | repeated 4-grams | MT-Bench answers: tokens | EOS | repeated |",
-              "|---|---|---|---|---|---|---|---|---|---|---|"]
+              "tokens | EOS | repeated 4-grams | distinct-2 | MT-Bench answers: tokens | EOS | repeated 4-grams | distinct-2 |",
+              "|---|---|---|---|---|---|---|---|---|---|---|---|---|"]
     for name, row in result["policies"].items():
         own = result["curves"].get(name, {}).get("score_own", [])
         ends = f"{own[0][1]:.3f}, {own[-1][1]:.3f}" if own else "-"
         said, asked = row["heldout"], row["questions"]
+        checked = [f"{one['tokens']:.1f} | {one['eos_rate']:.2f} | {one['repeated_ngrams']:.3f} | {one['distinct_2']:.2f}"
+                   for one in (said, asked)]
         lines.append(f"| {name} | {interval(row['win_rate'])} | {interval(row['score'])} | {interval(row['kl'], '.2f')} | {ends} | "
-                     f"{said['tokens']:.1f} | {said['eos_rate']:.2f} | {said['repeated_ngrams']:.3f} | {asked['tokens']:.1f} | "
-                     f"{asked['eos_rate']:.2f} | {asked['repeated_ngrams']:.3f} |")
+                     f"{' | '.join(checked)} |")
     return "\n".join(lines)
 
 
@@ -108,7 +110,7 @@ def picture(result: Mapping, path: Path) -> None:
     wins.axvline(0.5, color="#999999", linewidth=1)
     wins.set_yticks(range(len(rated)), list(rated))
     wins.invert_yaxis()
-    _titles(wins, "preferred to SFT by the judge, 95%", "share of 512 held-out prompts")
+    _titles(wins, "preferred to SFT by the judge, 95%", "share of the held-out prompts")
     if frontier.lines:
         frontier.legend(fontsize=7, frameon=False)
     figure.savefig(path)

@@ -70,7 +70,7 @@ def test_what_there_is_is_shown(tmp_path):
     (run / "rlhf" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     scores = [{"iteration": at, "score_own": at / 10, "score_other": at / 20} for at in (0, 4, 8)]
     (run / "rlhf" / "rescored.jsonl").write_text("".join(json.dumps(row) + "\n" for row in scores))
-    checks = {"texts": 2, "tokens": 40.0, "eos_rate": 0.5, "repeated_ngrams": 0.125, "empty": 0.0, "truncated": 0.5}
+    checks = {"texts": 2, "tokens": 40.0, "eos_rate": 0.5, "repeated_ngrams": 0.125, "distinct_2": 0.75, "empty": 0.0, "truncated": 0.5}
     interval = {"mean": 0.75, "low": 0.5, "high": 1.0, "units": 2}
     results = {"heldout": {"score": {"sft": interval, "ppo-seed-0": interval}, "win_rate": {"ppo-seed-0": interval}, "kl": {}},
                "checks": {source: {name: checks for name in ("sft", "ppo-seed-0")} for source in ("heldout", "questions")}}
@@ -78,7 +78,7 @@ def test_what_there_is_is_shown(tmp_path):
     (tmp_path / "evaluation" / "ppo-seed-0" / "results.json").write_text(json.dumps(results))
     text = smollm2_result.write(tmp_path, ["ppo-seed-0", "ppo-seed-1"], {"ppo-seed-0": False})
     assert "| ppo-seed-0 | rlhf |  | 42 | 9.5 |" in text
-    assert "| ppo-seed-0 | 0.750 [0.500, 1.000] | 0.750 [0.500, 1.000] | - | 0.000, 0.800 | 40.0 | 0.50 | 0.125 |" in text
+    assert "| ppo-seed-0 | 0.750 [0.500, 1.000] | 0.750 [0.500, 1.000] | - | 0.000, 0.800 | 40.0 | 0.50 | 0.125 | 0.75 |" in text
     found = json.loads((tmp_path / "result.json").read_text())
     assert found["curves"]["ppo-seed-0"]["score_other"] == [[0, 0.0], [4, 0.2], [8, 0.4]]
     assert set(found["policies"]) == {"sft", "ppo-seed-0"}
