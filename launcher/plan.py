@@ -88,8 +88,8 @@ def suggest(made: submit.Plan | Sweep, out: Console) -> None:
     for stage in made.stages:
         config = checks.stage_config(made.run.folder, made.tables, made.graph, stage.name)
         if isinstance(config, SFTConfig):
-            ranks = made.resources(stage).ranks
-            out.print(scaling.suggest(stage.name, made.checked.shape, config, ranks, made.profile), markup=False, highlight=False)
+            words = scaling.suggest(stage.name, made.checked.shape, config, made.resources(stage), made.profile)
+            out.print(words, markup=False, highlight=False)
 
 
 def scripts_of(made: submit.Plan | Sweep) -> dict[str, str]:

@@ -50,6 +50,27 @@ class Container:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Table ``[machine]`` of a profile: one GPU and what connects it, datasheet rates, one direction, for ``plan --suggest``.
+
+    0: what launcher/scaling.py knows of the profile's network.
+    """
+
+    tflops: float = 0.0
+    """Peak in bf16."""
+    memory_gb_s: float = 0.0
+    inside_gb_s: float = 0.0
+    """To the other GPUs of its node."""
+    outside_gb_s: float = 0.0
+    """Its part of the node's network."""
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if value < 0:
+                raise ValueError(f"{name} = {value:g}: expected a rate above 0, or 0 for what is known of the network")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Profile:
     """A site: slurm/clusters/<name>.toml."""
 
@@ -103,11 +124,13 @@ class Profile:
     """Environment variables of the ranks; they win over the network's table. No keys: they are printed in the log."""
     secrets: str = ""
     """File of KEY=VALUE lines that only you can read (chmod 600); the ranks get them, nothing else does."""
+    machine: Machine = field(default_factory=Machine)
     container: Container = field(default_factory=Container)
 
     def __post_init__(self):
-        if isinstance(self.container, dict):  # a profile that was read back from a run's config.json
-            object.__setattr__(self, "container", build(Container, self.container, "container"))
+        for name, kind in (("machine", Machine), ("container", Container)):
+            if isinstance(table := getattr(self, name), dict):  # a profile that was read back from a run's config.json
+                object.__setattr__(self, name, build(kind, table, name))
         for name, allowed in (("scheduler", ("local", "slurm")), ("device", ("auto", "cpu", "cuda")), ("gpu_option", GPU_OPTIONS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: expected one of {', '.join(allowed)}")

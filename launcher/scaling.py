@@ -20,7 +20,8 @@ import dataclasses
 from dataclasses import dataclass
 
 from launcher import memory
-from launcher.profile import Profile
+from launcher.config import Resources
+from launcher.profile import Machine, Profile
 from training.config import SFTConfig
 from training.settings import ConfigError
 from training.shape import Shape
@@ -29,26 +30,14 @@ UTILISATION = {1024: 0.44, 2048: 0.537, 2560: 0.531, 4096: 0.577}
 """Share of the peak in forward and backward, by hidden size: one H200, sequence 2048, no recompute."""
 
 
-@dataclass(frozen=True)
-class Machine:
-    """One GPU of a node, and what connects it; datasheet rates, one direction."""
-
-    tflops: float
-    """Peak in bf16."""
-    memory_gb_s: float
-    inside_gb_s: float
-    """To the other GPUs of its node."""
-    outside_gb_s: float
-    """Its part of the node's network."""
-
-
+_H800 = Machine(tflops=989, memory_gb_s=3350, inside_gb_s=200, outside_gb_s=50)
 MACHINES = {
-    "a100-hdr-infiniband": Machine(312, 2039, 300, 25),
-    "h800-roce": Machine(989, 3350, 200, 50),
-    "h800-ndr-infiniband": Machine(989, 3350, 200, 50),
-    "one-machine": Machine(989, 4800, 450, 50),
+    "a100-hdr-infiniband": Machine(tflops=312, memory_gb_s=2039, inside_gb_s=300, outside_gb_s=25),
+    "h800-roce": _H800,
+    "h800-ndr-infiniband": _H800,
+    "one-machine": Machine(tflops=989, memory_gb_s=4800, inside_gb_s=450, outside_gb_s=50),
 }
-"""By the profile's ``network`` (launcher/nccl.py); "one-machine" is taken for H200s."""
+"""What a profile's ``machine`` leaves at 0, by its ``network`` (launcher/nccl.py); "one-machine" is taken for H200s."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +55,8 @@ class Step:
     @property
     def settings(self) -> dict[str, object]:
         """The keys that make this layout."""
-        names = ("tensor_parallel", "pipeline_parallel", "sequence_parallel", "micro_batch_size", "recompute", "optimizer_precision")
+        names = ("tensor_parallel", "pipeline_parallel", "virtual_pipeline", "sequence_parallel", "micro_batch_size", "recompute",
+                 "optimizer_precision")
         return {name: getattr(self.config, name) for name in names}
 
 
@@ -116,28 +106,38 @@ def step(shape: Shape, config: SFTConfig, ranks: int, machine: Machine, gpus_per
     return Step(config, ranks, seconds, useful / seconds / ranks / machine.tflops / 1e12, made, parts)
 
 
-def suggest(stage: str, shape: Shape, config: SFTConfig, ranks: int, profile: Profile) -> str:
+def machine_of(profile: Profile) -> Machine:
+    """The profile's own numbers, and those of its network where it has none; 0 where neither is known."""
+    known = dataclasses.asdict(MACHINES.get(profile.network, Machine()))
+    return Machine(**{name: getattr(profile.machine, name) or value for name, value in known.items()})
+
+
+def suggest(stage: str, shape: Shape, config: SFTConfig, asked: Resources, profile: Profile) -> str:
     """The fastest layout of a stage's ranks on a site, as words for the command line, beside the layout that is configured."""
-    machine = MACHINES.get(profile.network)
-    if not machine or not profile.gpu_memory_gb:
-        return (f"{stage}: no suggestion: profile {profile.name} has network = {profile.network!r} and gpu_memory_gb = "
-                f"{profile.gpu_memory_gb:g}; known are {', '.join(MACHINES)}, and gpu_memory_gb above 0")
-    found = layouts(shape, config, ranks, machine, profile.gpus_per_node, profile.gpu_memory_gb)
+    machine, ranks = machine_of(profile), asked.ranks
+    unknown = [f"machine.{name}" for name, value in dataclasses.asdict(machine).items() if not value]
+    unknown += [] if profile.gpu_memory_gb else ["gpu_memory_gb"]
+    if unknown:
+        return (f"{stage}: no suggestion: profile {profile.name} does not say {', '.join(unknown)}; the machine's rates are known of "
+                f"network = {', '.join(MACHINES)}")
+    now = step(shape, config, ranks, machine, asked.ranks_per_node)
+    found = layouts(shape, config, ranks, machine, asked.ranks_per_node, profile.gpu_memory_gb)
     if not found:
-        return (f"{stage}: no layout of {ranks} ranks fits {profile.gpu_memory_gb:g} GB and divides global_batch_size = "
+        return (f"{stage}: no layout of {ranks} ranks fits 90% of {profile.gpu_memory_gb:g} GB and divides global_batch_size = "
                 f"{config.global_batch_size}")
-    best, now = found[0], step(shape, config, ranks, machine, profile.gpus_per_node)
+    fits = now.memory_gb <= 0.9 * profile.gpu_memory_gb  # what is configured may be none of those that are tried, and faster
+    best = now if fits and now.seconds <= found[0].seconds else found[0]
     keys = " ".join(f"--set {stage}.{name}={str(value).lower()}" for name, value in best.settings.items() if value != getattr(config, name))
-    return (f"{stage}: on paper {now.seconds:.2f} s a step ({100 * now.mfu:.0f}% MFU) as configured; fastest {best.seconds:.2f} s "
-            f"({100 * best.mfu:.0f}%, {best.memory_gb:.0f} GB) with {keys or 'nothing changed'}")
+    return (f"{stage}: on paper {now.seconds:.2f} s a step ({100 * now.mfu:.0f}% MFU, {now.memory_gb:.0f} GB) as configured; fastest that "
+            f"fits {best.seconds:.2f} s ({100 * best.mfu:.0f}%, {best.memory_gb:.0f} GB) with {keys or 'nothing changed'}")
 
 
 def layouts(shape: Shape, config: SFTConfig, ranks: int, machine: Machine, gpus_per_node: int, gpu_memory_gb: float) -> list[Step]:
     """Every layout of ``ranks`` that divides and fits 90% of a GPU's memory, the fastest first."""
     found = []
-    for tensor in (1, 2, 4, 8):
+    for tensor in range(1, gpus_per_node + 1):
         for stages in range(1, shape.layers + 1):
-            if tensor > gpus_per_node or ranks % (tensor * stages):
+            if gpus_per_node % tensor or ranks % (tensor * stages):
                 continue
             for rows in (1, 2, 4, 8, 16):
                 for recompute in ("none", "full"):

@@ -1,8 +1,13 @@
 """Step times on paper: the one machine that was measured comes out as measured, and what links and layouts do has the right sign."""
 
+import dataclasses
+import re
+
 import pytest
 
 from launcher import scaling
+from launcher.config import Resources
+from launcher.profile import Machine, Profile
 from training.config import Paths, SFTConfig
 from training.families.bloom import shape as bloom
 
@@ -36,3 +41,45 @@ def test_each_way_to_divide_costs_what_it_must():
     assert tensor["tensor"] == pytest.approx(64 * 4 * 30 * 2 * 2048 * 4096 * 2 * 7 / 8 / (0.8 * 300e9))
     best = scaling.layouts(shape, sft(), 8, machine, 8, 85.0)
     assert best and best[0].seconds == min(made.seconds for made in best) and all(made.memory_gb <= 76.5 for made in best)
+
+
+def suggestion(config: SFTConfig, asked: Resources, shape=SHAPES["7b1"], **site) -> str:
+    known = {"network": "h800-roce", "gpu_memory_gb": 85.0}
+    return scaling.suggest("sft", shape, config, asked, Profile(name="site", scheduler="slurm", **{**known, **site}))
+
+
+def taken(config: SFTConfig, words: str) -> SFTConfig:
+    """The configuration with the suggested words on its command line."""
+    found = dict(re.findall(r"--set sft\.(\w+)=(\S+)", words))
+    kinds = {"true": True, "false": False}
+    values = {name: kinds.get(value, int(value) if value.isdigit() else value) for name, value in found.items()}
+    return dataclasses.replace(config, **values)
+
+
+@pytest.mark.parametrize(("shape", "asked", "settings"), [
+    (SHAPES["7b1"], Resources(gpus_per_node=8), {"pipeline_parallel": 2, "virtual_pipeline": 2}),  # PP 1 has no parts
+    (SHAPES["7b1"], Resources(gpus_per_node=8), {"pipeline_parallel": 4, "virtual_pipeline": 2}),  # faster than any that is tried
+    (SHAPES["7b1"], Resources(gpus_per_node=3), {"pipeline_parallel": 3}),
+    (SHAPES["7b1"], Resources(nodes=2, gpus_per_node=4), {"tensor_parallel": 2}),
+    (bloom(30, 2560, 10, 250880, 1e-5), Resources(gpus_per_node=8), {}),  # 10 heads: TP 1 or 2
+])
+def test_what_is_suggested_can_be_run_and_is_no_slower(shape, asked, settings):
+    config = sft(**settings)
+    words = suggestion(config, asked, shape)
+    then = taken(config, words)
+    shape.check_layout(then.tensor_parallel, then.pipeline_parallel, then.virtual_pipeline)
+    assert asked.ranks_per_node % then.tensor_parallel == 0  # its links are those inside a node
+    before, after = (scaling.step(shape, one, asked.ranks, scaling.MACHINES["h800-roce"], asked.ranks_per_node) for one in (config, then))
+    assert after.seconds <= before.seconds and f"fastest that fits {after.seconds:.2f} s" in words
+
+
+def test_a_site_s_own_rates_are_taken_and_missing_ones_are_named():
+    asked, config = Resources(gpus_per_node=8), sft()
+    assert suggestion(config, asked, network="auto").count("machine.") == 4
+    assert "does not say gpu_memory_gb; " in suggestion(config, asked, gpu_memory_gb=0)
+    own = {"tflops": 989.0, "memory_gb_s": 3350.0, "inside_gb_s": 200.0, "outside_gb_s": 50.0}
+    assert suggestion(config, asked, network="auto", machine=own) == suggestion(config, asked)
+    assert suggestion(config, asked, machine={"tflops": 100.0}) != suggestion(config, asked)
+    assert "no layout of 8 ranks fits 90% of 10 GB" in suggestion(config, asked, gpu_memory_gb=10.0)
+    with pytest.raises(ValueError, match="tflops = -1: expected a rate above 0"):
+        Machine(tflops=-1)
