@@ -11,13 +11,15 @@ import torch
 import torch.distributed as dist
 
 from training import checkpoint, parallel
-from training.config import TrainerConfig
+from training.config import RolloutConfig, TrainerConfig
 from training.data.batches import Example, Sampler, padded_length
 from training.data.cache import TokenRows, cached
+from training.data.dialogue import CUE
 from training.data.packing import Limits, collate_packed, pack
 from training.data.tokenizer import Tokenizer
 from training.loop import Task, train
 from training.model.backends import FLEX_BLOCK
+from training.settings import ConfigError
 from training.shape import Shape
 from training.step import Batch, Learner, build_model
 
@@ -44,7 +46,20 @@ def read_inputs(config: TrainerConfig, kind: str) -> Inputs:
     def rows(path: str) -> TokenRows:
         return TokenRows(parallel.on_first(partial(cached, path, kind, tokenizer)))
 
-    return Inputs(shape, tokenizer, rows(config.paths.train), rows(config.paths.heldout))
+    inputs = Inputs(shape, tokenizer, rows(config.paths.train), rows(config.paths.heldout))
+    _check_lengths(config, inputs)
+    return inputs
+
+
+def _check_lengths(config: TrainerConfig, inputs: Inputs) -> None:
+    """Say how many rows are cut. Raises ConfigError where a prompt that is cut would lose the cue at its end."""
+    prompts = isinstance(config, RolloutConfig)
+    name, most = ("prompt_length", config.prompt_length) if prompts else ("seq_length", config.seq_length)
+    kept, cue = most if prompts else most // 2, len(inputs.tokenizer.encode(CUE))
+    if kept < cue:
+        raise ConfigError(f"{name} = {most}: of a prompt that is too long the last {kept} tokens are kept, and its end, {CUE!r}, has {cue}")
+    if parallel.is_main() and (cut := inputs.rows.longer_than(most)):
+        print(f"{cut:,} of {len(inputs.rows):,} rows are longer than {name} = {most} and are cut", flush=True)
 
 
 def learn(config: TrainerConfig, kind: str, head: str, make_task: Callable[[TrainerConfig, Inputs, Learner], Task],

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,13 @@ def test_a_row_s_loss_does_not_depend_on_its_batch_s_padding(small_run, tmp_path
     short, wide = (run(one_step, 1, 1, 1, settings, length)[0] for length in (16, 40))
     for name, value in short.items():
         assert wide[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
+def test_cut_prompts_are_counted_and_keep_their_cue(small_run, tmp_path, capfd):
+    with pytest.raises(AssertionError, match=r"ConfigError: prompt_length = 1: .*'\\n\\nAssistant:', has"):
+        run(ppo.run, 1, 1, 1, small_run.ppo(tmp_path / "short", prompt_length=1))
+    run(ppo.run, 1, 1, 1, small_run.ppo(tmp_path / "cut", prompt_length=12, response_length=4, iterations=1))
+    assert re.search(r"2,\d+ of 3,000 rows are longer than prompt_length = 12 and are cut", capfd.readouterr().out)
 
 
 def test_response_without_eos_gets_the_penalty_instead_of_the_score(small_run, tmp_path):

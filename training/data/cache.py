@@ -77,6 +77,22 @@ class TokenRows(Sequence):
         scores = self._scores[first - index:last - index - 1].tolist() if len(self._scores) else []
         return Tokenised(prompt, replies, scores)
 
+    def longer_than(self, tokens: int) -> int:
+        """Rows whose prompt, with the longest of its replies and an EOS if there are any, has more than ``tokens`` ids."""
+        found = 0
+        for first in range(0, len(self), ROWS_AT_ONCE):
+            ends = self._rows[first : first + ROWS_AT_ONCE]
+            begin = int(self._rows[first - 1]) if first else 0
+            pieces = np.diff(self._pieces[begin : int(ends[-1])], prepend=self._pieces[begin - 1] if begin else 0)
+            starts = np.concatenate(([0], ends[:-1] - begin))
+            lengths = pieces[starts]
+            if self.about["stage"] != "rlhf":
+                replies = pieces.copy()
+                replies[starts] = 0  # the prompt, which is no reply
+                lengths = lengths + np.maximum.reduceat(replies, starts) + 1
+            found += int((lengths > tokens).sum())
+        return found
+
     def __reduce__(self):
         return TokenRows, (self.folder,)
 

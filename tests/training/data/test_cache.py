@@ -49,6 +49,9 @@ def test_rows_are_what_the_tokenizer_says_of_the_text(tmp_path, tokenizer, monke
             replies = {"sft": text["response"][-1:], "reward": text["response"], "rlhf": []}[stage]
             assert row == (tokenizer.encode(text["query"]), [tokenizer.encode(reply) for reply in replies],
                            text["score"] if stage == "reward" else [])
+        lengths = [len(row.prompt) + max((len(reply) + 1 for reply in row.replies), default=0) for row in rows]
+        for tokens in (0, min(lengths), sorted(lengths)[25], max(lengths)):
+            assert rows.longer_than(tokens) == sum(length > tokens for length in lengths)
         assert pickle.loads(pickle.dumps(rows))[49] == rows[49]
         for index in (-1, 50):
             with pytest.raises(IndexError, match=f"row {index} of 50"):
