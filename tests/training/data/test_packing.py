@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+from training.data import packing
 from training.data.batches import Example, collate
 from training.data.packing import Limits, collate_packed, lay_out, spread
 
@@ -73,3 +74,13 @@ def test_a_packed_row_holds_the_same_ids_and_the_same_predicted_tokens():
     alone = collate(examples, 0, 6)
     assert packed["response_mask"].sum() == alone["response_mask"].sum()
     assert torch.equal(packed["tokens"][packed["response_mask"]], alone["tokens"][alone["response_mask"]])
+
+
+def test_rows_that_can_t_hold_the_examples_are_not_tried(monkeypatch):
+    """256 examples a little longer than half a row, then than a third: most numbers of rows are too few, and a trial takes milliseconds."""
+    tried, spread = [], packing.spread
+    monkeypatch.setattr(packing, "spread", lambda *args: tried.append(args[1]) or spread(*args))
+    for length, rows in ((1025, 256), (683, 128)):
+        tried.clear()
+        assert len(lay_out([length] * 256, Limits(2048, 128, 1, 8)).rows) == rows
+        assert len(tried) <= 10
