@@ -9,7 +9,6 @@ import types
 
 import pytest
 import torch
-from torch.nn.attention import flex_attention
 
 from tests.attention import document_ids, errors, reference
 from training.model import backends, kernels
@@ -41,22 +40,29 @@ def test_flex_attention_s_scores_and_masks_agree_with_fp64(kind, groups):
     assert output < 1e-2
 
 
-def test_only_whole_rows_promise_that_no_query_is_left_without_keys(monkeypatch):
-    """With that promise packed rows were NaN on a GPU; the CPU's FlexAttention does not read it."""
-    asked = []
+def test_only_whole_rows_promise_that_no_query_is_left_without_keys():
+    """With that promise packed rows were NaN on a GPU; the CPU's FlexAttention does not read it. Whichever comes first, a compiled graph
+    of whole rows serves no others, with one document and padding neither, and at any length."""
+    promised = []
 
-    def attend(query, *_, kernel_options, **__):
-        asked.append(kernel_options.get("ROWS_GUARANTEED_SAFE", False))
-        return query
+    def note(graph, inputs):
+        (options,) = (argument for node in graph.graph.nodes if "flex_attention" in str(node.target) for argument in node.args
+                      if isinstance(argument, dict) and "ROWS_GUARANTEED_SAFE" in argument)
+        return lambda *arguments: promised.append(options["ROWS_GUARANTEED_SAFE"]) or graph.forward(*arguments)
 
-    monkeypatch.setattr(flex_attention, "flex_attention", attend)
-    query = torch.zeros(128, 2, 4, 16)
-    for ids in (None, document_ids("packed", 2, 128)):
-        documents = Documents(ids)
-        if ids is None:
-            documents.blocks = backends.causal_blocks(128, query.device)
-        backends.flex(query, query, query, None, 0.25, documents)
-    assert asked == [True, False]
+    backends.expect_many_shapes()
+    attend = torch.compile(backends.flex, fullgraph=True, backend=note)
+
+    def kernel(query, key, value, slopes, scale, documents):
+        documents = Documents(None, True) if documents is None else documents
+        documents.blocks = backends.causal_blocks(len(query), query.device) if documents.ids is None else documents.blocks
+        return attend(query, key, value, slopes, scale, documents)
+
+    seen = [("packed", 128), ("plain", 128), ("packed", 128), ("plain", 256), ("padded", 256), ("packed", 384), ("plain", 128)]
+    for kind, length in seen:
+        (output,) = errors(kernel, document_ids(kind, 2, length), 2, length, 4, 16, backward=False)
+        assert output < 1e-5
+    assert promised == [kind == "plain" for kind, _ in seen]
 
 
 def test_a_wrong_slope_or_a_document_too_far_would_be_seen():
