@@ -116,7 +116,7 @@ class Supervisor:
         lines = nccl.environment(self.config["profile"], self.resources.ranks)
         for variable, value, reason in lines:
             log.write("launcher", f"{variable}={value}  # {reason}")
-        environment = {**{variable: value for variable, value, _ in lines}, **keys, **self.caches(),
+        environment = {**self.caches(), **{variable: value for variable, value, _ in lines}, **keys,
                        "CONVOY_ATTEMPT": str(self.number)}
         command = stage_command(self.stage.module, folder / "config.json")
         if not self.job:
@@ -138,9 +138,10 @@ class Supervisor:
         return self.judge(SlurmRanks(log, command, hosts, self.resources.ranks_per_node, environment, self.profile))
 
     def caches(self) -> dict[str, str]:
-        """Where compiled kernels are kept: in the run folder, for the next attempt and the next stage; where the site says, if it does."""
+        """Where compiled kernels are kept: in the run folder, for the next attempt and the next stage, on all nodes alike (torch and Triton
+        write aside and rename); where the job's surroundings or the profile's ``environment`` say, if they do."""
         folders = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
-        return {name: str(self.run.folder / "compiled" / folder) for name, folder in folders.items() if name not in os.environ}
+        return {name: str(self.run.folder.absolute() / "compiled" / folder) for name, folder in folders.items() if name not in os.environ}
 
     def goes_on(self) -> bool:
         """Whether this job still runs, and nobody has told it to end; Slurm may end a step a moment before it tells us."""

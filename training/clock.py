@@ -1,8 +1,9 @@
-"""Where the time goes from the start of a process to the end of its first iteration. Standard library only."""
+"""Where the time goes from the start of a process to the end of its first iteration. Imports the standard library only."""
 
 from __future__ import annotations
 
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -29,6 +30,18 @@ def mark(part: str) -> None:
     _last = now
 
 
+def compiling() -> str:
+    """For the log: seconds that torch's compiler has taken in this process, and how many of its graphs an earlier process had made; ""
+    where nothing was compiled."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    seconds = dynamo.calculate_time_spent()["total_wall_time"] if dynamo else 0.0
+    if not seconds:
+        return ""
+    found, made = (dynamo.counters["inductor"][f"fxgraph_cache_{what}"] for what in ("hit", "miss"))
+    return f" (compiling {seconds:.1f} s of it, {found} of {found + made} graphs kept from before)"
+
+
 def words() -> str:
-    """For the log: each part with its seconds, and their sum."""
-    return f"start: {', '.join(f'{part} {seconds:.1f} s' for part, seconds in _parts.items())}; together {sum(_parts.values()):.1f} s"
+    """For the log: each part with its seconds, and their sum; compiling is in the last."""
+    parts = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in _parts.items())
+    return f"start: {parts}{compiling()}; together {sum(_parts.values()):.1f} s"

@@ -98,7 +98,7 @@ class Boundary:
         said = self.samples.say() if self.samples and self.samples.due(iteration) else []
         if self.metrics:
             if self.first:
-                clock.mark("first iteration, compiling included")
+                clock.mark("first iteration")
                 print(clock.words(), flush=True)
                 self.first = False
             self.metrics.log(iteration, self.headline if due["log"] or due["eval"] else (), **values)

@@ -39,8 +39,8 @@ class Project:
 
     def __init__(self, folder: Path, environment: dict[str, str] | None = None):
         self.folder, self.run = folder, folder / "runs" / "demo"
-        self.environment = {**{name: value for name, value in os.environ.items() if not name.startswith("SLURM")},
-                            "PYTHONPATH": str(ROOT), **(environment or {})}
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "TORCHINDUCTOR", "TRITON"))}
+        self.environment = {**kept, "PYTHONPATH": str(ROOT), **(environment or {})}
         stub = Path(__file__).with_name("stub_stage.py")
         for package in ("training", "training/data", "conversion", "eval"):
             (folder / package).mkdir(parents=True)

@@ -139,7 +139,7 @@ def main() -> None:
     behaviours = json.loads(Path("behaviour.json").read_text()) if Path("behaviour.json").exists() else {}
     behaviour, rank = behaviours.get(output.name, {}), int(os.environ["RANK"])
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES", "SLURMD_NODENAME",
-             "SLURM_CPUS_PER_TASK")
+             "SLURM_CPUS_PER_TASK", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
     write(output / f"rank_{rank}.json", json.dumps({"pid": os.getpid(), **{name: os.environ.get(name) for name in names}}))
     print(f"{output.name} rank {rank} of {os.environ['WORLD_SIZE']}")
     if "say" in behaviour:

@@ -132,10 +132,16 @@ def test_killed_rank_then_resume_goes_on_without_running_done_stages_again(proje
 
 
 def test_exit_75_with_progress_starts_again(project):
+    """Its kernels are kept in the run folder, one for all ranks, attempts and stages, but where the site has a place of its own."""
+    site = 'scheduler = "local"\ndevice = "cpu"\nenvironment = { TRITON_CACHE_DIR = "/site/triton" }\n'
+    (project.folder / "site.toml").write_text(site)
     project.behave(sft={"pause_at": 2})
-    assert project.submit("--wait", "--until", "sft").returncode == 0
+    assert project.submit("--wait", "--until", "sft", profile="site.toml").returncode == 0
     assert [event["iteration"] for event in project.ledger("requeued")] == [2]
     assert project.json("sft/DONE.json")["attempt"] == 2
+    for ranks in ("convert/rank_0.json", "sft/rank_0.json", "sft/rank_1.json"):
+        assert project.json(ranks)["TORCHINDUCTOR_CACHE_DIR"] == str(project.run.absolute() / "compiled/inductor")
+        assert project.json(ranks)["TRITON_CACHE_DIR"] == "/site/triton"
 
 
 def test_two_attempts_without_progress_fail(project):
