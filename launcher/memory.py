@@ -232,8 +232,9 @@ def _changes(stage: str, shape: Shape, config: TrainerConfig, asked: Resources, 
     if isinstance(config, RolloutConfig) and config.micro_batch_tokens:
         half = max(config.micro_batch_tokens // 2, config.prompt_length + config.response_length)
         yield *keys(micro_batch_tokens=half), asked.ranks
-    elif config.micro_batch_size % 2 == 0:
-        yield *keys(micro_batch_size=config.micro_batch_size // 2), asked.ranks
+    elif config.micro_batch_size > 1:
+        fewer = max(rows for rows in range(1, config.micro_batch_size // 2 + 1) if config.micro_batch_size % rows == 0)
+        yield *keys(micro_batch_size=fewer), asked.ranks
     if config.precision == "bf16" and config.optimizer_precision != "bf16":
         yield *keys(optimizer_precision="bf16"), asked.ranks
     if config.recompute != "full":
@@ -245,6 +246,12 @@ def _changes(stage: str, shape: Shape, config: TrainerConfig, asked: Resources, 
         nodes, gpus = asked.nodes, max(asked.ranks_per_node, tensor)
         more = "" if gpus == asked.ranks_per_node else f" --set resources.{stage}.gpus_per_node={gpus}"
         yield words + more, made, nodes * gpus
+    if (stages := 2 * config.pipeline_parallel) * config.virtual_pipeline <= shape.layers:
+        words, made = keys(pipeline_parallel=stages)
+        nodes = asked.nodes if asked.ranks % (stages * config.tensor_parallel) == 0 else 2 * asked.nodes
+        if nodes <= max(asked.nodes, profile.max_nodes):
+            more = "" if nodes == asked.nodes else f" --set resources.{stage}.nodes={nodes}"
+            yield words + more, made, nodes * asked.ranks_per_node
     if 2 * asked.nodes <= profile.max_nodes:
         yield f"--set resources.{stage}.nodes={2 * asked.nodes}", lambda: config, 2 * asked.ranks
     if isinstance(config, RolloutConfig):

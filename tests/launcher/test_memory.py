@@ -133,6 +133,21 @@ def test_too_much_for_the_profile_s_gpu_names_what_would_free_how_much():
     assert sizes == sorted(sizes)
 
 
+def test_a_deeper_pipeline_and_fewer_rows_of_an_odd_number_are_ways_out():
+    """bloom-176b at TP 8 has no other way that changes no numbers; where its ranks don't suffice, it comes with its nodes."""
+    shape, site = bloom.shape(70, 14336, 112, 250880, 1e-5), Profile(name="site", scheduler="slurm", gpu_memory_gb=85, max_nodes=4)
+
+    def ways(nodes: int, **changes) -> dict[str, float]:
+        config, asked = sft(tensor_parallel=8, global_batch_size=96, **changes), Resources(nodes=nodes, gpus_per_node=8)
+        return {knob.setting: knob.total for knob in memory.knobs("sft", shape, config, asked, site)}
+
+    deeper = memory.estimate(shape, sft(tensor_parallel=8, pipeline_parallel=4, global_batch_size=96), 32).total
+    assert ways(4, pipeline_parallel=2)["--set sft.pipeline_parallel=4"] == deeper
+    assert ways(2, pipeline_parallel=2)["--set sft.pipeline_parallel=4 --set resources.sft.nodes=4"] == deeper
+    assert not [way for way in ways(4, pipeline_parallel=4) if "pipeline_parallel" in way], "8 nodes"
+    assert "--set sft.micro_batch_size=1" in ways(1, micro_batch_size=3)
+
+
 def test_close_to_the_limit_warns_and_far_below_says_nothing():
     config, asked = RewardConfig(paths=PATHS, micro_batch_size=1, tensor_parallel=8), Resources(gpus_per_node=8)
     needs = memory.estimate(SHAPES["7b1"], config, 8).total
