@@ -54,8 +54,8 @@ class Slots:
         drawn = torch.zeros(len(rows), self.uniforms.size(1))
         for row, target in zip(rows, drawn, strict=True):
             if row.request.uniforms is not None:
-                steps = row.request.sampling.max_new_tokens
-                target[:steps] = row.request.uniforms[:steps]
+                given = row.request.uniforms[: len(target)]  # greedy rows may have fewer than steps
+                target[: len(given)] = given
         self.uniforms[slots] = self.put(drawn, torch.float32)
         if self.seen is not None:
             self.seen[slots] = False
