@@ -44,8 +44,9 @@ class Offloaded:
         self.sleep()
 
     def __del__(self):
-        if torch.cuda.is_available() and self.buffer.numel():
-            torch.cuda.cudart().cudaHostUnregister(self.buffer.data_ptr())
+        buffer = getattr(self, "buffer", None)  # none where it could not be made
+        if buffer is not None and buffer.numel() and torch.cuda.is_available():
+            torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
 
     def wake(self) -> None:
         """Begin to copy to the device; ``ready`` comes before the first use. The device's memory is taken now."""
@@ -110,7 +111,8 @@ class Parked:
 def host_memory(size: int) -> torch.Tensor:
     """(size,) uint8 in host memory, not initialised, pinned where there is CUDA.
 
-    Pages of the operating system, registered with CUDA: torch's own allocator of pinned memory rounds up to a power of two.
+    Pages of the operating system, registered with CUDA: torch's own allocator of pinned memory rounds up to a power of two. Raises
+    MemoryError where they can't be pinned: CUDA's own word for it, "out of memory", would be taken for the GPU's.
     """
     if not torch.cuda.is_available() or not size:
         return torch.empty(size, dtype=torch.uint8)
@@ -120,7 +122,11 @@ def host_memory(size: int) -> torch.Tensor:
     made = torch.frombuffer(pages, dtype=torch.uint8)
     with ThreadPoolExecutor(TOUCHERS) as pool:
         list(pool.map(torch.Tensor.zero_, made.split(-(-size // (8 * TOUCHERS)))))
-    torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(made.data_ptr(), size, 0))
+    runtime = torch.cuda.cudart()
+    error = runtime.cudaHostRegister(made.data_ptr(), size, 0)
+    if error != runtime.cudaError.success:
+        raise MemoryError(f"{size / 1e9:.1f} GB of host memory can't be pinned (CUDA says {error}): free memory on this node, raise its "
+                          'limit of locked memory (ulimit -l), or set offload = "frozen" or "none"')
     return made
 
 

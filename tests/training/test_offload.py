@@ -1,11 +1,13 @@
 """Tensors that wait in host memory: what they hold comes back, their views stay theirs, and the memory is really given back."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from tests.distributed import run
 from tests.training.learners import fill, learner, settings, wrong
-from training.offload import Offloaded
+from training.offload import Offloaded, host_memory
 
 
 def test_views_see_what_their_storage_held_and_asleep_it_holds_nothing():
@@ -41,6 +43,14 @@ def test_one_goes_while_the_other_comes():
     groups[0].sleep(meanwhile=groups[1])  # both are where they were
     groups[1].ready()
     assert second.tolist() == [2.0] * 6
+
+
+def test_memory_that_can_t_be_pinned_is_named_as_the_host_s(monkeypatch):
+    runtime = SimpleNamespace(cudaHostRegister=lambda *_: 2, cudaError=SimpleNamespace(success=0))  # 2: "out of memory"
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(MemoryError, match=r"^0\.1 GB of host memory can't be pinned \(CUDA says 2\): .* \(ulimit -l\), or set offload"):
+        host_memory(10**8)
 
 
 @pytest.mark.parametrize(("optimizer_precision", "size"), [("bf16", 6), ("fp32", 12)])
