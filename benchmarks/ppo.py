@@ -259,6 +259,8 @@ def main() -> int:
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--one", action="store_true", help="the one part of the one model in this process")
     asked = parser.parse_args()
+    if asked.out:
+        asked.out.touch()  # a folder that is missing is said before the first part's minutes
     if asked.small:
         asked.models, asked.samples, asked.minibatch, asked.rows, asked.length = ["small"], 8, 4, 2, 12
     if asked.one:
@@ -276,6 +278,7 @@ def _process(asked, arguments: list[str]) -> int:
     """Run one part, its JSON lines to the screen and the file -> 1 where it failed."""
     with subprocess.Popen([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True) as process:
         alarm = threading.Timer(asked.limit, process.kill)
+        alarm.daemon = True  # an interrupt ends this process, too
         alarm.start()
         for line in process.stdout:
             print(line, end="", flush=True)

@@ -313,6 +313,8 @@ def main() -> int:
     parser.add_argument("--one", action="store_true", help="the one model in this process")
     parser.add_argument("--limit", type=int, default=600, help="most seconds a model")
     asked = parser.parse_args()
+    if asked.out:
+        asked.out.touch()  # a folder that is missing is said before the first part's minutes
     models = ["small"] if asked.small else asked.models
     if asked.one:
         one(models[0], asked.parts)
@@ -322,6 +324,7 @@ def main() -> int:
         command = [sys.executable, __file__, "--one", *(["--small"] if asked.small else ["--models", name]), "--parts", *asked.parts]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             alarm = threading.Timer(asked.limit, process.kill)
+            alarm.daemon = True  # an interrupt ends this process, too
             alarm.start()
             for line in process.stdout:
                 print(line, end="", flush=True)

@@ -6,6 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from benchmarks import ppo, train
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -31,3 +35,12 @@ def test_ppo_s_iterations_and_their_parts():
     assert start["part"] == "start" and first["iteration"] == 1 and first["kl"] == first["clip_fraction"] == 0
     assert set(first["parts"]) == {f"score {name}" for name in ("value", "reference", "policy", "reward")} | {
         "train value", "train policy", "swap"}
+
+
+@pytest.mark.parametrize("script", [ppo, train])
+def test_a_folder_that_is_missing_is_said_before_anything_runs(script, monkeypatch, tmp_path):
+    """It was said after the first part, and the parent then waited for its time limit."""
+    monkeypatch.setattr(sys, "argv", ["", "--small", "--out", str(tmp_path / "missing" / "file")])
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a part was started"))
+    with pytest.raises(FileNotFoundError, match="missing"):
+        script.main()
