@@ -9,7 +9,7 @@ from pathlib import Path
 from launcher import cluster, container, inputs, memory, storage
 from launcher.config import Profile, StageResources, build_plain
 from launcher.pipeline import Graph, Stage, model_folder, stage_config
-from training.config import RewardConfig
+from training.config import RewardConfig, RolloutConfig
 from training.data.config import ModelConfig
 from training.settings import ConfigError
 from training.shape import ConfigFile, Shape, family
@@ -120,6 +120,8 @@ def _layout(stage: Stage, shape: Shape, config) -> bool:
         shape.check_layout(config.tensor_parallel, config.pipeline_parallel, virtual)
         if stage.trainer:
             shape.check_length(config.LENGTH, config.longest_row)
+        if isinstance(config, RolloutConfig) and config.generation_tensor_parallel:
+            shape.check_tensor_parallel(config.generation_tensor_parallel, "generation_tensor_parallel")
     except ConfigError as error:
         raise ConfigError(f"{stage.name}.{error}; with --set {stage.name}.KEY=VALUE, and resources.{stage.name} to match") from None
     return True

@@ -119,19 +119,20 @@ class Shape:
         (conversion/classifier.py)."""
         return len(self.table.last) > 1
 
+    def check_tensor_parallel(self, size: int, name: str = "tensor_parallel") -> None:
+        """Raises ConfigError where ``size`` ranks can't share a layer; ``name``: the setting."""
+        if self.heads % size:
+            fits = ", ".join(str(n) for n in range(1, self.heads + 1) if self.heads % n == 0)
+            raise ConfigError(f"{name} = {size} does not divide the model's {self.heads} attention heads; choose one of {fits}")
+        if self.groups % size:
+            fits = ", ".join(str(n) for n in range(1, self.groups + 1) if self.groups % n == 0 and self.heads % n == 0)
+            raise ConfigError(f"{name} = {size} does not divide the model's {self.groups} key-value heads; choose one of {fits}")
+        if self.ffn % size:
+            raise ConfigError(f"{name} = {size} does not divide the model's feed-forward width {self.ffn}; choose one that does")
+
     def check_layout(self, tensor_parallel_size: int, pipeline_parallel_size: int, virtual_pipeline_size: int = 1) -> None:
         """Raises ConfigError where the model can't be divided so; the message says which layouts exist."""
-        if self.heads % tensor_parallel_size:
-            fits = ", ".join(str(n) for n in range(1, self.heads + 1) if self.heads % n == 0)
-            raise ConfigError(f"tensor_parallel = {tensor_parallel_size} does not divide the model's {self.heads} attention heads; "
-                              f"choose one of {fits}")
-        if self.groups % tensor_parallel_size:
-            fits = ", ".join(str(n) for n in range(1, self.groups + 1) if self.groups % n == 0 and self.heads % n == 0)
-            raise ConfigError(f"tensor_parallel = {tensor_parallel_size} does not divide the model's {self.groups} key-value heads; "
-                              f"choose one of {fits}")
-        if self.ffn % tensor_parallel_size:
-            raise ConfigError(f"tensor_parallel = {tensor_parallel_size} does not divide the model's feed-forward width {self.ffn}; "
-                              "choose one that does")
+        self.check_tensor_parallel(tensor_parallel_size)
         if virtual_pipeline_size > 1 and pipeline_parallel_size == 1:
             raise ConfigError(f"virtual_pipeline = {virtual_pipeline_size} needs pipeline_parallel > 1; set virtual_pipeline = 1")
         chunks = pipeline_parallel_size * virtual_pipeline_size

@@ -93,6 +93,8 @@ def test_demo_passes():
     (["rlhf.pipeline_parallel=8", "resources.rlhf.gpus_per_node=8"],
      r"rlhf.pipeline_parallel = 8 is more than the model's 4 layers; choose any from 1 to 4"),
     (["convert.tensor_parallel=5"], "convert.tensor_parallel = 5"),
+    (["rlhf.tensor_parallel=2", "rlhf.pipeline_parallel=2", "rlhf.generation_tensor_parallel=4", "resources.rlhf.gpus_per_node=4"],
+     "rlhf.generation_tensor_parallel = 4 does not divide the model's 6 attention heads; choose one of 1, 2, 3, 6; with --set rlhf.KEY"),
     (["resources.sft.gpus_per_node=3"], "3 ranks can't be divided into tensor_parallel 1 x pipeline_parallel 2"),
     (["sft.global_batch_size=48", "sft.micro_batch_size=16", "resources.sft.gpus_per_node=4"],
      "is not a multiple of micro_batch_size 16 x 2 data-parallel ranks"),

@@ -96,7 +96,7 @@ class Resharder:
         self.members = dist.get_process_group_ranks(self.model_group)
         self.member = self.members.index(dist.get_rank())
         training_size = parallel_state.get_tensor_model_parallel_world_size()
-        shape.check_layout(size, 1)
+        shape.check_tensor_parallel(size, "generation_tensor_parallel")
         self.group = generation_group(self.members, size)
         self.skipped = ("output_layer.weight",) if shape.tied else ()  # the last stage's copy of the embedding
         mine = {name: Held(tuple(parameter.shape), parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None)
