@@ -1,5 +1,6 @@
 """PPO's invariants on the real trainer: exact where they are exact, equal to rounding over layouts."""
 
+import contextlib
 import json
 import math
 import re
@@ -10,7 +11,7 @@ import torch
 from tensorboard.backend.event_processing import event_accumulator
 
 from tests.distributed import run
-from training import calibration, experience, ppo
+from training import calibration, experience, invariants, ppo
 from training.config import PPOConfig
 from training.data.batches import Example, collate
 from training.data.tokenizer import Tokenizer
@@ -175,6 +176,16 @@ def parked_weights(config) -> list[bool]:
 def test_frozen_models_wait_in_host_memory(small_run, tmp_path):
     """That the numbers are the same, test_offloading_changes_no_bit shows."""
     assert run(parked_weights, 1, 1, 1, small_run.ppo(tmp_path, offload="frozen")) == [[True] * 4]
+
+
+@pytest.mark.parametrize(("tokens", "refused"), [(4, False), (400, True)])
+def test_few_samples_say_nothing_about_the_policy_they_came_from(small_run, tmp_path, tokens, refused):
+    """Surprisals of 2 to 2.2 nats where the entropy is 4: luck of 4 tokens, but not of 400."""
+    mask, surprisal = torch.ones(1, tokens, dtype=torch.bool), torch.tensor([2.0, 2.2]).repeat(tokens // 2)[None]
+    batch = {"response_mask": mask, "advantages": torch.zeros(1, tokens), "old_logprobs": -surprisal}
+    step = {"skipped_updates": 0, "approx_kl": 0.0, "clip_fraction": 0.0, "policy_loss": 0.0, "entropy": 4.0}
+    with pytest.raises(AssertionError, match="not drawn from this policy") if refused else contextlib.nullcontext():
+        invariants.first_update(small_run.ppo(tmp_path), step, batch)
 
 
 def test_value_warm_up_leaves_the_policy_alone(small_run, tmp_path):
