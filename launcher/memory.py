@@ -263,8 +263,10 @@ def relief(stage: str, shape: Shape, config: TrainerConfig, asked: Resources, pr
     """What to do about a stage that ran out of memory: the estimate, and what it would be with other settings."""
     made = estimate(shape, config, asked.ranks)
     ways = [f"{knob.setting} ({made.total - knob.total:.1f} GB less)" for knob in knobs(stage, shape, config, asked, profile)]
-    return (f"by estimate it needs {made.total:.1f} GB of each GPU, {made.static:.1f} of them for weights, gradients and optimizer; what "
-            f"frees memory, in a new run (--name): {'; '.join(ways) or 'nothing that one setting can do'}")
+    words = f"by estimate it needs {made.total:.1f} GB of each GPU, {made.static:.1f} of them for weights, gradients and optimizer; "
+    if made.total <= 0.9 * profile.gpu_memory_gb:
+        words += f"that should fit {profile.gpu_memory_gb:g} GB: is another process on the GPU (nvidia-smi)? If not, "
+    return f"{words}what frees memory, in a new run (--name): {'; '.join(ways) or 'nothing that one setting can do'}"
 
 
 def check(stage: str, shape: Shape, config: TrainerConfig, asked: Resources, profile: Profile) -> str:

@@ -18,11 +18,12 @@ def console() -> Console:
 
 
 def failures(run: Run, stages: list[str]) -> list[str]:
-    """For each stage that did not end well: its cause and where its log is."""
+    """For each stage that did not end well: its cause, what to do about it, and where its log is."""
     said = []
     for row in state.states(run)[0]:
         if row.stage in stages and row.state in state.BAD:
             logs = attempts(run, row.stage)
-            said.append(f"{row.stage} {row.state}: {row.why}\n  log: {logs[-1] if logs else run.stage(row.stage) / 'logs'}\n"
+            advice = f"  do: {row.advice}\n" if row.advice else ""
+            said.append(f"{row.stage} {row.state}: {row.why}\n{advice}  log: {logs[-1] if logs else run.stage(row.stage) / 'logs'}\n"
                         f"  then: python -m launcher resume {run.folder}")
     return said

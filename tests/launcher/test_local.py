@@ -149,7 +149,8 @@ def test_two_attempts_without_progress_fail(project):
     failed = project.submit("--wait")
     assert failed.returncode == 1 and "no progress: two attempts ended before a first checkpoint" in failed.stdout
     assert len(project.ledger("started")) == 3  # convert and two attempts of sft
-    assert project.json("sft/status.json")["class"] == "no progress"
+    status = project.json("sft/status.json")
+    assert status["class"] == "no progress" and f"\n  do: {status['advice']}\n  log: " in failed.stdout
 
 
 @pytest.mark.parametrize("behaviour, cause", [({"omit": True}, "saved no checkpoint"), ({"exit": 64}, "exit code 64: error: told to end")])
