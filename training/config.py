@@ -410,8 +410,7 @@ class PPOConfig(RolloutConfig):
     """Lambda of generalised advantage estimation."""
     value_clip: float = 0.1
     explained_variance_min: float = -1000.0
-    """Health gate: least explained variance of the values (1 = perfect, 0 = no better than their mean; far below 0 while returns hardly
-    differ)."""
+    """Health gate: least explained variance of the values (1 = perfect, 0 = their mean's; far below 0 while returns hardly differ)."""
 
     def __post_init__(self):
         super().__post_init__()
