@@ -290,7 +290,7 @@ class _HashedFile:
                 done += self.file.write(view[done:])
             except OSError as error:
                 self.failure = OSError(error.errno, error.strerror, self.file.name)
-                raise
+                raise self.failure from error
         self.digest.update(view)
         return done
 

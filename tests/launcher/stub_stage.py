@@ -116,6 +116,7 @@ def train(output: Path, total: int, rank: int, behaviour: dict) -> None:
         unsaved.append(iteration)
         for number in range(behaviour.get("lines", 0)):
             print(f"iteration {iteration} line {number}")
+        sys.stdout.flush()
         stop = {signal.SIGUSR1, signal.SIGTERM} & set(told) or behaviour.get("pause_at") == iteration
         asked = signal.SIGUSR2 in told
         told[:] = [number for number in told if number != signal.SIGUSR2]

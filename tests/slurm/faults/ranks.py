@@ -67,8 +67,12 @@ def rank_hangs(case: Case) -> str:
 
 @scenario("500 ranks' worth of log lines (100,000), then a failure", seconds=20)
 def many_log_lines(case: Case) -> str:
-    """8 ranks print what 500 would in a few iterations; then rank 5 fails, and its words are among the others'."""
-    case.project.behave(sft={"lines": 3125, "fail_at": 4, "rank": 5})
+    """8 ranks print what 500 would in a few iterations; then rank 5 fails, and its words are among the others'.
+
+    Iterations take a while: what a rank writes right before it fails srun may drop, as it ends the step at once, and ranks that
+    wait for nobody could all be through before that.
+    """
+    case.project.behave(sft={"lines": 3125, "fail_at": 4, "rank": 5, "step_s": 0.5})
     case.submit("--until", "sft", sets={"sft.iterations": 5, "resources.sft.gpus_per_node": 8, "sft.global_batch_size": 32})
     case.until(lambda: case.has("sft/rank_7.json"), 30, "start of the ranks")
     case.inject()
