@@ -71,11 +71,6 @@ def column_backward(grad: torch.Tensor, inputs: torch.Tensor, weight: torch.Tens
     return of_inputs, of_weight
 
 
-@column_backward.register_fake
-def _(grad, inputs, weight, ranks, scattered, learns):
-    return torch.empty_like(inputs), torch.empty_like(weight) if learns else weight.new_empty(0)
-
-
 @torch.library.custom_op("convoy::row", mutates_args=())
 def row(inputs: torch.Tensor, weight: torch.Tensor, ranks: int, scattered: bool) -> torch.Tensor:
     return _summed(inputs @ weight.t(), ranks, scattered)[0]
@@ -93,9 +88,12 @@ def row_backward(grad: torch.Tensor, inputs: torch.Tensor, weight: torch.Tensor,
     return whole @ weight, _weight_gradient(whole, inputs, weight, learns)
 
 
-@row_backward.register_fake
-def _(grad, inputs, weight, ranks, scattered, learns):
+def _gradients(grad, inputs, weight, ranks, scattered, learns):
     return torch.empty_like(inputs), torch.empty_like(weight) if learns else weight.new_empty(0)
+
+
+column_backward.register_fake(_gradients)
+row_backward.register_fake(_gradients)
 
 
 class _Column(torch.autograd.Function):
