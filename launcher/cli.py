@@ -338,6 +338,7 @@ def report(runs, output, show):
       report bloom-tiny --open
       report lr                                 all runs of a sweep side by side
       report first second --output comparison   with table.md, table.csv and results.json of both together
+      report first evaluation                   with the output of python -m eval.mtbench beside it
     """
     from launcher.report import make
 

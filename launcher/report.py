@@ -14,19 +14,19 @@ from training.settings import ConfigError
 
 
 def make(paths: Sequence[Path], output: Path | None) -> Path:
-    """Path of the written report.html; a note for each run that isn't finished goes to stderr. ConfigError where a run is none."""
-    for path in paths:
-        if (path / "results.json").is_file() and not (path / "config.json").is_file():
-            raise ConfigError(f"{path} is not a run but the output of python -m eval.mtbench: its report is made by "
-                              f"python -m eval.report {path}")
-    runs = Runs.open(paths, Path("runs"))
+    """Path of the written report.html, of runs and of folders of ``python -m eval.mtbench``; a note for each run that isn't finished goes
+    to stderr. ConfigError where a path is neither."""
+    evaluations = [path for path in paths if (path / "results.json").is_file() and not (path / "config.json").is_file()]
+    named = [path for path in paths if path not in evaluations]
+    runs = Runs.open(named, Path("runs")) if named else []
     for run in runs:
         waiting = [row for row in state.states(run)[0] if row.state != "done"]
         if waiting:
             why = f" ({waiting[0].why})" if waiting[0].why else ""
             print(f"{run.folder} is not finished: {waiting[0].stage} is {waiting[0].state}{why}; the report shows what there is",
                   file=sys.stderr)
-    command = [sys.executable, "-m", "eval.report", *(str(run.folder) for run in runs), *(["--output", str(output)] if output else [])]
+    folders = [*(run.folder for run in runs), *evaluations]
+    command = [sys.executable, "-m", "eval.report", *map(str, folders), *(["--output", str(output)] if output else [])]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == os.EX_DATAERR:
         raise ConfigError(done.stderr.strip())

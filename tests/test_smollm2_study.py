@@ -1,8 +1,10 @@
 """benchmarks/learns_smollm2.py: which rows each reward model sees, what runs beside what, and the tables of a study that was cut short."""
 
 import json
+import os
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -37,23 +39,76 @@ def test_the_two_halves_share_no_prompt_and_all_replies_of_sft(tmp_path):
     assert not base & judge and base | judge == full and len(full) == 160 and 60 < len(base) < 100
 
 
-def test_works_wait_for_one_another_share_gpus_and_end_in_time(tmp_path):
-    from side_by_side import Queue, Work
+def test_works_wait_for_one_another_share_gpus_and_end_in_time(tmp_path, capsys):
+    from side_by_side import Queue, Unfinished, Work
 
     def command(text: str) -> list[str]:
         return [sys.executable, "-c", f"import os, time; {text}"]
+
+    def unfinished() -> None:
+        raise Unfinished("no checkpoint")
 
     said, log = [], command("print(os.environ['CUDA_VISIBLE_DEVICES'])")
     works = [Work("a", (log, lambda: said.append("between"), command("time.sleep(0.3)"))), Work("b", (log, command("time.sleep(0.3)"))),
              Work("c", (log, command("time.sleep(0.3)"))),
              Work("broken", (command("raise SystemExit(3)"), lambda: said.append("never")), ("a",)),
              Work("after broken", (log,), ("broken",)), Work("endless", (command("time.sleep(60)"),), ("a", "b")),
-             Work("told", (command("time.sleep(60)"), lambda: log), ("c",), until=1.5)]
+             Work("told", (command("time.sleep(60)"), lambda: log), ("c",), until=1.5),
+             Work("too early", (command("time.sleep(60)"), unfinished), ("c",), until=1.5), Work("after it", (log,), ("too early",)),
+             Work("too late", (command("time.sleep(60)"), log), ("told",), until=1.0)]
     began = time.monotonic()
     done = Queue(works, ["5", "7", "5"], tmp_path, seconds=3).run()
     assert time.monotonic() - began < 10
-    assert done == {"a": True, "b": True, "c": True, "broken": False, "endless": False, "told": True} and said == ["between"]
+    assert done == {"a": True, "b": True, "c": True, "broken": False, "endless": False, "told": True, "too early": False,
+                    "too late": True} and said == ["between"]
+    assert "too early: failed, no checkpoint" in (said := capsys.readouterr().out) and "after it: not begun, too early missing" in said
+    assert {row["name"]: row["done"] for row in map(json.loads, (tmp_path / "works.jsonl").read_text().splitlines())} == done
     assert sorted((tmp_path / f"{name}.log").read_text().strip() for name in "abc") == ["5", "5", "7"]
+
+
+def test_the_heavy_works_share_the_gpus_evenly(tmp_path):
+    """Six branches on four GPUs, one of which is at a light work: two on two, one on the others, the light one beside one of these."""
+    from side_by_side import Queue, Work
+
+    command = [sys.executable, "-c", "import os, time; print(os.environ['CUDA_VISIBLE_DEVICES']); time.sleep(1)"]
+    works = [Work("light", (command,)), *(Work(f"heavy {number}", (command,), load=3) for number in range(6)), Work("later", (command,))]
+    done = Queue(works, ["0", "1", "2", "3"] * 3, tmp_path).run()
+    at = {name: (tmp_path / f"{name}.log").read_text().strip() for name in done}
+    assert sorted(Counter(at[name] for name in at if name.startswith("heavy")).values()) == [1, 1, 2, 2]
+    assert at["light"] == "0" and [at[f"heavy {number}"] for number in range(4)] == ["1", "2", "3", "0"] and at["later"] == "3"
+
+
+def test_what_is_up_to_date_is_not_made_again(tmp_path):
+    """Of a second call: the export of an old checkpoint and an evaluation without a branch are made anew, the others not."""
+    from learns_smollm2 import Study
+    from side_by_side import Unfinished
+
+    study = Study(tmp_path, {}, tmp_path / "model", {}, {}, "")
+    with pytest.raises(Unfinished, match="before its first checkpoint"):
+        study.trained("grpo")
+
+    def write(name: str, at: int) -> None:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("4")
+        os.utime(path, (at, at))
+
+    write("grpo/grpo/latest", 10)
+    study.trained("grpo")
+    assert study.export("grpo", "grpo", "grpo")[3].endswith("grpo/grpo/checkpoints/iter_0000004/policy")
+    write("exported/grpo", 11)
+    write("exported/sft", 5)
+    assert study.export("grpo", "grpo", "grpo") is None
+    write("evaluation/sft/results.json", 6)
+    write("evaluation/sft/heldout/sft.jsonl", 6)
+    assert study.evaluate("grpo", ["grpo"]) and (tmp_path / "evaluation/grpo/heldout/sft.jsonl").read_text() == "4"
+    write("evaluation/grpo/results.json", 12)
+    write("evaluation/all/results.json", 12)
+    assert study.evaluate("grpo", ["grpo"]) is None and study.evaluate("all", ["grpo"]) is None
+    write("evaluation/grpo/results.json", 13)
+    assert study.evaluate("all", ["grpo"])
+    write("grpo/grpo/latest", 20)
+    assert study.export("grpo", "grpo", "grpo")
 
 
 def test_what_there_is_is_shown(tmp_path):
@@ -62,7 +117,7 @@ def test_what_there_is_is_shown(tmp_path):
 
     run = tmp_path / "ppo-seed-0"
     (run / "rlhf").mkdir(parents=True)
-    (run / "config.json").write_text("{}")
+    (run / "config.json").write_text('{"rlhf": {"kl_coef": 0.2}}')
     events = [{"time": 10.0, "event": "started", "stage": "rlhf"}, {"time": 52.0, "event": "done", "stage": "rlhf", "class": "done"}]
     (run / "ledger.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     rows = [{"iteration": at, "reward": at / 8, "kl": at / 4, "entropy": 2.0, "eos_rate": 0.9, "response_length": 40.0,
@@ -70,16 +125,28 @@ def test_what_there_is_is_shown(tmp_path):
     (run / "rlhf" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     scores = [{"iteration": at, "score_own": at / 10, "score_other": at / 20} for at in (0, 4, 8)]
     (run / "rlhf" / "rescored.jsonl").write_text("".join(json.dumps(row) + "\n" for row in scores))
+    kept = [{"iteration": 4, "index": at, "response": "I'm Sorry." if at % 4 else f"{at}"} for at in range(8)]
+    (run / "rlhf" / "replies.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    works = [("ppo-seed-0-evaluated", 54.0, True), ("ppo-seed-0-evaluated", 2.0, True), ("ppo-seed-1-evaluated", 1.0, False)]
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "works.jsonl").write_text(
+        "".join(json.dumps(dict(zip(("name", "seconds", "done"), row, strict=True))) + "\n" for row in works))
     checks = {"texts": 2, "tokens": 40.0, "eos_rate": 0.5, "repeated_ngrams": 0.125, "distinct_2": 0.75, "empty": 0.0, "truncated": 0.5}
     interval = {"mean": 0.75, "low": 0.5, "high": 1.0, "units": 2}
     results = {"heldout": {"score": {"sft": interval, "ppo-seed-0": interval}, "win_rate": {"ppo-seed-0": interval}, "kl": {}},
                "checks": {source: {name: checks for name in ("sft", "ppo-seed-0")} for source in ("heldout", "questions")}}
-    (tmp_path / "evaluation" / "ppo-seed-0").mkdir(parents=True)
+    replies = tmp_path / "evaluation" / "ppo-seed-0" / "heldout"
+    replies.mkdir(parents=True)
+    for name, said in (("sft", ("Yes.", "No.")), ("ppo-seed-0", ("sorry", "sorry"))):
+        (replies / f"{name}.jsonl").write_text("".join(json.dumps({"index": at, "response": text}) + "\n" for at, text in enumerate(said)))
     (tmp_path / "evaluation" / "ppo-seed-0" / "results.json").write_text(json.dumps(results))
     text = smollm2_result.write(tmp_path, ["ppo-seed-0", "ppo-seed-1"], {"ppo-seed-0": False})
-    assert "| ppo-seed-0 | rlhf |  | 42 | 9.5 |" in text
-    assert "| ppo-seed-0 | 0.750 [0.500, 1.000] | 0.750 [0.500, 1.000] | - | 0.000, 0.800 | 40.0 | 0.50 | 0.125 | 0.75 |" in text
+    assert "| ppo-seed-0 | rlhf |  | 42 | 9.5 |" in text and "| ppo-seed-0 | evaluated | | 54 | |" in text and "seed-1 | eval" not in text
+    assert "| ppo-seed-0 | 0.2 | - | 0.000, 0.800 | 0.750 [0.500, 1.000] | 0.750 [0.500, 1.000] | 40.0 | 0.50 | 1 of 2 | 1.00 |" in text
+    assert "| sft | - | - | - | 0.750 [0.500, 1.000] | - | 40.0 | 0.50 | 2 of 2 | 0.00 |" in text
+    assert "| ppo-seed-0 | 0.125 | 0.75 | 40.0 | 0.50 | 0.125 | 0.75 |" in text and "Not done: ppo-seed-0." in text
     found = json.loads((tmp_path / "result.json").read_text())
     assert found["curves"]["ppo-seed-0"]["score_other"] == [[0, 0.0], [4, 0.2], [8, 0.4]]
+    assert found["curves"]["ppo-seed-0"]["different"] == [[4, 3 / 8]] and found["curves"]["ppo-seed-0"]["sorry"] == [[4, 6 / 8]]
     assert set(found["policies"]) == {"sft", "ppo-seed-0"}
     assert 10_000 < (tmp_path / "result.png").stat().st_size < 150_000

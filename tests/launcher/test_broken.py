@@ -76,7 +76,7 @@ def test_a_torn_or_foreign_configuration_is_named(tmp_path, content):
         Run.open(tmp_path).uses_slurm()
 
 
-def test_the_report_of_an_evaluation_on_its_own_names_the_command(tmp_path):
+def test_a_report_of_neither_a_run_nor_an_evaluation_is_refused(tmp_path):
     (tmp_path / "results.json").write_text("{}")
-    with pytest.raises(ConfigError, match=f"python -m eval.report {tmp_path}"):
+    with pytest.raises(ConfigError, match=f"{tmp_path}: neither a run .* nor an evaluation"):
         report.make([tmp_path], None)

@@ -12,6 +12,7 @@ import pytest
 
 from launcher import manifest
 from launcher.run import process_start
+from tests.eval.test_report import evaluate
 from tests.launcher.stub_project import ROOT, small, wait_until
 
 ORDER = ["convert", "sft", "reward", "rlhf", "export", "mtbench"]
@@ -28,6 +29,9 @@ def test_chain_runs_in_order_and_leaves_manifests(project):
     assert weights == {"size": 6, "sha256": hashlib.sha256(b"rlhf 3").hexdigest()}
     assert "report.html" in project.json("mtbench/DONE.json")["outputs"]
     assert project.convoy("report", "demo").stdout.strip() == "runs/demo/report.html"
+    evaluate(project.folder / "apart")
+    both = project.convoy("report", "demo", "apart", "--output", "both")
+    assert both.returncode == 0 and "demo, apart" in (project.folder / "both/report.html").read_text(), both.stderr
 
 
 @pytest.mark.parametrize(("pipeline", "order"), [("dpo", ["convert", "sft", "dpo", "export", "mtbench"]),
