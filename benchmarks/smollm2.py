@@ -36,11 +36,12 @@ def install() -> Path:
 def write(file: Path, folder: Path) -> None:
     """Weights, configuration and tokenizer of ``file`` into ``folder``, which transformers then reads as any other."""
     import gguf
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     # transformers reads the file three times, and makes the table of names anew for each of its 397 modules: half a minute.
     gguf.GGUFReader, gguf.get_tensor_name_map = functools.cache(gguf.GGUFReader), functools.cache(gguf.get_tensor_name_map)
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
     read = LlamaForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     values = read.config.to_dict()
     for name in ("quantization_config", "_name_or_path", "_model_name_or_path", "architectures", "dtype", "torch_dtype"):

@@ -72,7 +72,7 @@ def test_the_heavy_works_share_the_gpus_evenly(tmp_path):
 
     command = [sys.executable, "-c", "import os, time; print(os.environ['CUDA_VISIBLE_DEVICES']); time.sleep(1)"]
     works = [Work("light", (command,)), *(Work(f"heavy {number}", (command,), load=3) for number in range(6)), Work("later", (command,))]
-    done = Queue(works, ["0", "1", "2", "3"] * 3, tmp_path).run()
+    done = Queue(works, [gpu for gpu in "0123" for _ in range(3)], tmp_path).run()
     at = {name: (tmp_path / f"{name}.log").read_text().strip() for name in done}
     assert sorted(Counter(at[name] for name in at if name.startswith("heavy")).values()) == [1, 1, 2, 2]
     assert at["light"] == "0" and [at[f"heavy {number}"] for number in range(4)] == ["1", "2", "3", "0"] and at["later"] == "3"
