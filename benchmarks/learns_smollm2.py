@@ -197,7 +197,7 @@ class Study:
     def works(self, make_model: list[str], trained_by: float) -> list[Work]:
         """In the order of their worth: where time or places run out, the last ones are missing. ``trained_by``: seconds after which a
         branch's training ends where it is."""
-        model = [] if (self.model / "config.json").exists() else [make_model]
+        model = [] if (self.model / "tokenizer.json").exists() else [make_model]  # which is written last
         made = [
             Work("sft", (*model, self.submit("base", "sft"))),
             Work("reward", (self.submit("base", "reward"),), ("sft",)),
@@ -254,7 +254,7 @@ def main() -> int:
     if options.tiny:
         learns_hh.make_model(options.model, options.source, TINY_SHAPE, data, rows=0)
     study = Study(options.runs, sources, options.model, settings, TINY_EVALUATION if options.tiny else EVALUATION, options.questions)
-    works = study.works([sys.executable, str(Path(__file__).with_name("smollm2.py")), str(options.model)],
+    works = study.works([sys.executable, str(Path(__file__).with_name("smollm2.py")), str(options.model), "--no-answer"],
                         60 * options.train_minutes)
     if options.only:
         wanted = set(options.only.split(","))

