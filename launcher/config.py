@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,11 +108,14 @@ def read_recipe(name: str, profile: Profile | None = None) -> dict:
 
 
 def parse_set(text: str) -> dict:
-    """``sft.lr=1e-5`` -> {"sft": {"lr": 1e-5}}; the value is TOML, anything else is a string."""
+    """``sft.lr=1e-5`` -> {"sft": {"lr": 1e-5}}; the value is TOML, or a number without a 0 (``.9``, ``5.``), anything else is a string."""
     key, equals, value = text.partition("=")
     parts = key.strip().split(".")
     if not equals or len(parts) < 2 or not all(parts):
         raise ConfigError(f"--set {text}: expected section.key=value, e.g. --set sft.lr=1e-5")
+    number = re.fullmatch(r"\s*([+-]?)(\d*)\.(\d*)(e[+-]?\d+)?\s*", value, re.IGNORECASE)
+    if number and (number[2] or number[3]):
+        value = f"{number[1]}{number[2] or 0}.{number[3] or 0}{number[4] or ''}"
     try:
         parsed = tomllib.loads(f"value = {value}")
     except tomllib.TOMLDecodeError:

@@ -32,7 +32,8 @@ def test_one_key_of_a_stage_s_resources_leaves_its_others():
     assert made == {"nodes": 1, "gpus_per_node": 0, "minutes": 7, "cpus_per_gpu": 1, "spares": 0}
 
 
-@pytest.mark.parametrize("text, value", [("sft.lr=1e-5", 1e-5), ("sft.sequence_parallel=true", True),
+@pytest.mark.parametrize("text, value", [("sft.lr=1e-5", 1e-5), ("sft.lr=.9", 0.9), ("sft.lr=-5.e-3", -5e-3), ("data.source=.", "."),
+                                         ("sft.sequence_parallel=true", True),
                                          ("model.checkpoint=models/bloom", "models/bloom"),
                                          ('data.source="a = b"', "a = b"), ("data.source=1\nx = 2", "1\nx = 2"), ("data.source=", "")])
 def test_values_are_toml_and_bare_words_are_strings(text, value):
