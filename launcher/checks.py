@@ -55,7 +55,8 @@ def check(run: Path, tables: dict, graph: Graph, stages: list[Stage], profile: P
         if shape and stage.name == "mtbench":
             found.of(lambda: shape.check_length("mtbench.context_length", config.context_length))  # noqa: B023
         if shape and stage.trainer and divides and laid_out:
-            estimates[stage.name] = memory.estimate(shape, config, asked.ranks)
+            made = estimates[stage.name] = memory.estimate(shape, config, asked.ranks)
+            warnings.append(found.of(lambda: memory.check_host(stage.name, made, asked, profile)))  # noqa: B023
             if profile.gpu_memory_gb and asked.gpus_per_node and profile.device != "cpu":
                 warnings.append(found.of(lambda: memory.check(stage.name, shape, config, asked, profile)))  # noqa: B023
         if shape:

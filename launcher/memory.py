@@ -281,3 +281,16 @@ def check(stage: str, shape: Shape, config: TrainerConfig, asked: Resources, pro
     if made.total > 1.1 * gpu_gb or made.static > gpu_gb:
         raise ConfigError("\n".join([f"{text}; it would run out of memory. What helps:", *ways]))
     return "\n".join([f"{text}: it may not fit. What would help:", *ways])
+
+
+def check_host(stage: str, made: Estimate, asked: Resources, profile: Profile) -> str:
+    """A warning where what waits in pinned host memory comes close to what the job asks of a node, else ""; ConfigError where it is more:
+    Slurm would end the job. All else in host memory (torch, data, a save under way) comes on top and is not reckoned."""
+    waits, has = sum(gb for _, gb in made.host) * asked.ranks_per_node, profile.share_gib(asked.gpus_per_node) * 2**30 / GB
+    if not has or waits <= 0.9 * has:
+        return ""
+    text = (f"{stage} keeps {waits:.0f} GB pinned in a node's memory (offload); the job asks for {has:.0f} GB of it, by the profile's "
+            f"mem_gb = {profile.mem_gb} GiB and {asked.gpus_per_node} of {profile.gpus_per_node} GPUs")
+    if waits > has:
+        raise ConfigError(f"{text}; the kernel would end it. Ask for more GPUs of a node, or use --set {stage}.offload=frozen or none")
+    return f"{text}: it may not fit, with all else that is there"

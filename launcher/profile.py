@@ -182,6 +182,16 @@ class Profile:
             raise ValueError(f"options.{name} = {value!r}: expected a string, a number, or true for an option without a value")
         _one_line(f"options.{name}", str(value))
 
+    def whole_node(self, gpus: int) -> bool:
+        """Whether a job with ``gpus`` GPUs of each node gets all that a node has."""
+        return bool(gpus) and (self.gpu_option == "none" or (self.exclusive and gpus == self.gpus_per_node))
+
+    def share_gib(self, gpus: int) -> int:
+        """GiB of a node's memory that a job with ``gpus`` of its GPUs asks for; 0 where ``mem_gb`` is not said."""
+        if not self.mem_gb or self.whole_node(gpus):
+            return self.mem_gb
+        return max(1, self.mem_gb * max(1, gpus) // max(1, self.gpus_per_node))
+
     @property
     def version(self) -> tuple[int, int]:
         """(22, 5) of "22.05.8"; (0, 0) where it isn't known."""

@@ -75,15 +75,14 @@ def script(request: JobRequest) -> str:
 def site_options(profile: Profile, gpus: int) -> dict[str, str | int | bool]:
     """Options for where a job goes and what it takes of each node, as this site and its version of Slurm ask for it."""
     values = {key: value for key in ("partition", "account", "qos", "reservation", "constraint") if (value := getattr(profile, key))}
-    whole = gpus and (profile.gpu_option == "none" or (profile.exclusive and gpus == profile.gpus_per_node))
     if gpus and profile.gpu_option != "none":
         wanted = f"{profile.gpu_type}:{gpus}" if profile.gpu_type else gpus
         old = profile.gpu_option == "gres" or (0, 0) < profile.version < GPUS_PER_NODE_SINCE
         values |= {"gres": f"gpu:{wanted}"} if old else {"gpus-per-node": wanted}
-    if whole:
+    if profile.whole_node(gpus):
         values |= {"exclusive": True, "mem": "0"}  # --exclusive alone gives all cores, but only the default memory
     elif profile.mem_gb:
-        values["mem"] = f"{max(1, profile.mem_gb * max(1, gpus) // max(1, profile.gpus_per_node))}G"
+        values["mem"] = f"{profile.share_gib(gpus)}G"
     return values
 
 

@@ -133,6 +133,21 @@ def test_too_much_for_the_profile_s_gpu_names_what_would_free_how_much():
     assert sizes == sorted(sizes)
 
 
+@pytest.mark.parametrize(("mem_gb", "exclusive", "said"), [(2000, False, ""), (0, False, ""), (900, False, "it may not fit"),
+                                                           (800, False, "the kernel would end it"), (130, True, "")])
+def test_what_waits_in_host_memory_is_held_against_what_the_job_asks_for(mem_gb, exclusive, said):
+    """PPO of 7b1 + 7b1 on one GPU of eight keeps 113 GB in host memory; one of eight GPUs gets an eighth of the node's."""
+    config = PPOConfig(paths=PPO_PATHS, optimizer_precision="bf16", micro_batch_size=4, offload="all")
+    site = Profile(name="site", scheduler="slurm", gpus_per_node=1 if exclusive else 8, mem_gb=mem_gb, exclusive=exclusive)
+    asked, made = Resources(gpus_per_node=1), memory.estimate(SHAPES["7b1"], config, 1)
+    assert sum(gb for _, gb in made.host) == pytest.approx(113, abs=1)
+    if "end it" in said:
+        with pytest.raises(ConfigError, match=f"113 GB pinned.*mem_gb = {mem_gb} GiB and 1 of 8 GPUs; {said}.*rlhf.offload=frozen"):
+            memory.check_host("rlhf", made, asked, site)
+    else:
+        assert memory.check_host("rlhf", made, asked, site).endswith("with all else that is there" if said else said)
+
+
 def test_a_deeper_pipeline_and_fewer_rows_of_an_odd_number_are_ways_out():
     """bloom-176b at TP 8 has no other way that changes no numbers; where its ranks don't suffice, it comes with its nodes."""
     shape, site = bloom.shape(70, 14336, 112, 250880, 1e-5), Profile(name="site", scheduler="slurm", gpu_memory_gb=85, max_nodes=4)
