@@ -27,6 +27,7 @@ import math
 from typing import NamedTuple
 
 from training.config import RolloutConfig, TrainerConfig
+from training.parallel import Together
 
 MEMORY = 0.98
 """Weight of the past in the running mean of gradient norms: about the last 50 updates."""
@@ -34,7 +35,7 @@ YOUNG = 20
 """Updates before a norm can be called a spike."""
 
 
-class Unhealthy(RuntimeError):  # noqa: N818 - a verdict on the run, not on the code
+class Unhealthy(Together):
     """A health gate ends the stage; the message names gate, value, limit, and whether the iteration is saved."""
 
 

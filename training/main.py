@@ -5,15 +5,18 @@ from __future__ import annotations
 import faulthandler
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from typing import TypeVar
+
+import torch.distributed as dist
 
 from training import clock, trackers
 from training.checksums import Damaged
 from training.config import TrainerConfig
 from training.data.formats import DataError
 from training.gates import Unhealthy
-from training.parallel import EX_DATA, EX_IOERR, EX_TEMPFAIL, EX_UNHEALTHY, EX_USAGE, ranks
+from training.parallel import EX_DATA, EX_IOERR, EX_TEMPFAIL, EX_UNHEALTHY, EX_USAGE, Together, ranks
 from training.saving import SaveFailed
 from training.settings import ConfigError, load
 
@@ -22,7 +25,7 @@ ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.
 """Surroundings of a stage that was started by hand, without a launcher: one rank."""
 
 
-class Interrupted(RuntimeError):  # noqa: N818 - not an error: the checkpoint is complete
+class Interrupted(Together):
     """A signal asked the stage to stop; everything is saved."""
 
 
@@ -52,10 +55,10 @@ def run_stage(kind: type[Config], stage: Callable[[Config], None]) -> int:
             stage(config)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return EX_USAGE
+        return _ended(EX_USAGE)
     except (Damaged, DataError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return EX_DATA
+        return _ended(EX_DATA)
     except SaveFailed as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return EX_IOERR
@@ -65,4 +68,18 @@ def run_stage(kind: type[Config], stage: Callable[[Config], None]) -> int:
     except Interrupted as stopped:
         print(stopped, flush=True)
         return EX_TEMPFAIL
+    except BaseException:
+        if dist.is_initialized():
+            traceback.print_exc()
+            _ended(1)
+        raise
     return 0
+
+
+def _ended(code: int) -> int:
+    """``code``; but a rank that failed alone ends at once: Python's own end would wait for NCCL's threads, and they for the other ranks."""
+    if dist.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code

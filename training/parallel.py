@@ -31,18 +31,24 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+class Together(RuntimeError):  # noqa: N818 - what its kinds are called
+    """What every rank raises at the same place, none of them inside a collective."""
+
+
 @contextlib.contextmanager
 def ranks(tensor_parallel_size: int, pipeline_parallel_size: int, seed: int, init_method: str = "env://", virtual_pipeline_size: int = 1):
     """Join the process group and build megatron-core's groups (order tp-dp-pp); leave them cleanly at the end.
 
     On CUDA collectives of GPU tensors run on NCCL, of CPU tensors on gloo; without CUDA all is gloo under ``mcore_on_cpu``.
+    One of several ranks that fails alone leaves its groups standing: NCCL destroys a communicator on all of its ranks at once, and the
+    others wait in a collective, so that this one would hang before it has said why it failed. Such a process must end (training.main).
     """
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as outside, contextlib.ExitStack() as stack:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
             backend = "cpu:gloo,cuda:nccl"
         else:
-            stack.enter_context(mcore_on_cpu())
+            outside.enter_context(mcore_on_cpu())
             backend = "gloo"
         dist.init_process_group(backend, init_method=init_method, rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
         stack.callback(dist.destroy_process_group)
@@ -50,7 +56,12 @@ def ranks(tensor_parallel_size: int, pipeline_parallel_size: int, seed: int, ini
         parallel_state.initialize_model_parallel(tensor_parallel_size, pipeline_parallel_size, interleaved)
         stack.callback(parallel_state.destroy_model_parallel)
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
-        yield
+        try:
+            yield
+        except BaseException as error:
+            if dist.get_world_size() > 1 and not isinstance(error, Together):
+                stack.pop_all()
+            raise
 
 
 def begin_thread() -> Callable[[], None]:

@@ -40,7 +40,7 @@ WRITERS = 2
 """Files, and threads, of each rank and model (megatron-core's default)."""
 
 
-class SaveFailed(RuntimeError):  # noqa: N818 - raised on every rank alike
+class SaveFailed(parallel.Together):
     """A checkpoint could not be written; earlier ones are whole. The message names rank, file, cause and fix."""
 
 
