@@ -1,12 +1,13 @@
 """Weights from the training layout (TP x PP, interleaved or not) to the generation's own tensor-parallel size, all layers on each rank.
 
 Everything stays within a model-parallel group: it holds the model once. Where a rank already has what it needs, that is a view of the
-training weights; only the rest is received, a layer at a time. (megatron-core's ``swap_model_weights`` takes no interleaved pipeline,
-fails on tied embeddings from PP 1, and wants a second model.)
+training weights; only the rest is received, a layer of every pipeline stage at a time, so that all stages send at once. (megatron-core's
+``swap_model_weights`` takes no interleaved pipeline, fails on tied embeddings from PP 1, and wants a second model.)
 """
 
 from __future__ import annotations
 
+import collections
 from typing import NamedTuple
 
 import torch
@@ -87,6 +88,20 @@ def plan(held: list[dict[str, Held]], training_size: int, size: int, shape: Shap
     return moves, shapes
 
 
+def rounds(moves: list[Move], training_size: int) -> list[list[Move]]:
+    """The moves between members in the order that all of them follow: a layer of every pipeline stage, then the next of each."""
+    numbers: dict[str, int] = {}
+    counts: collections.Counter[int] = collections.Counter()
+    found: dict[int, list[Move]] = {}
+    for move in moves:
+        layer, stage = ".".join(move.name.split(".")[:3]), move.of // training_size
+        if layer not in numbers:
+            numbers[layer], counts[stage] = counts[stage], counts[stage] + 1
+        if move.of != move.to:
+            found.setdefault(numbers[layer], []).append(move)
+    return [found[number] for number in sorted(found)]
+
+
 class Resharder:
     """Gives a rank its slice of the whole model for generation over ``size`` ranks. Making one is collective over all ranks."""
 
@@ -99,13 +114,15 @@ class Resharder:
         shape.check_tensor_parallel(size, "generation_tensor_parallel")
         self.group = generation_group(self.members, size)
         self.skipped = ("output_layer.weight",) if shape.tied else ()  # the last stage's copy of the embedding
-        mine = {name: Held(tuple(parameter.shape), parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None)
+        here = {name: Held(tuple(parameter.shape), parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None)
                 for name, parameter in named_weights(model).items() if name not in self.skipped}
         held: list = [None] * len(self.members)
-        dist.all_gather_object(held, mine, group=self.model_group)
+        dist.all_gather_object(held, here, group=self.model_group)
         moves, shapes = plan(held, training_size, size, shape)
         self.shapes = {name: on[self.member] for name, on in shapes.items()}
-        self.moves = [move for move in moves if self.member in (move.of, move.to)]
+        self.kept = [move for move in moves if move.of == move.to == self.member]
+        mine = [[move for move in one if self.member in (move.of, move.to)] for one in rounds(moves, training_size)]
+        self.rounds = [one for one in mine if one]
         self.extra_bytes = 0
         """Memory that the last ``weights()`` took beside the training weights: what was received, and what adapters were merged into."""
 
@@ -113,26 +130,22 @@ class Resharder:
     def weights(self) -> dict[str, torch.Tensor]:
         """Name -> tensor, on the device of the training weights. Collective over the model-parallel group."""
         have, made = named_weights(self.model), {}
-        for move in self.moves:
-            if move.of == move.to:
-                slice_ = _slice(have, move)
-                if slice_.shape == self.shapes[move.name]:
-                    made[move.name] = slice_
+        for move in self.kept:
+            slice_ = _slice(have, move)
+            if slice_.shape == self.shapes[move.name]:
+                made[move.name] = slice_
         example = next(iter(have.values()))
         missing = {name: shape for name, shape in self.shapes.items() if name not in made}
-        # Zeros: rows that pad the vocabulary come from nobody.
-        made |= {name: torch.zeros(shape, dtype=example.dtype, device=example.device) for name, shape in missing.items()}
+        for name, shape in missing.items():  # rows that pad the vocabulary come from nobody
+            make = torch.zeros if name in VOCABULARY else torch.empty
+            made[name] = make(shape, dtype=example.dtype, device=example.device)
         shared = {parameter.untyped_storage().data_ptr() for parameter in self.model.parameters()}
         self.extra_bytes = sum(tensor.numel() * tensor.element_size() for tensor in made.values()
                                if tensor.untyped_storage().data_ptr() not in shared)
-        rounds: dict[str, list[Move]] = {}
-        for move in self.moves:
-            if move.of == move.to:
-                if move.name in missing:
-                    made[move.name].narrow(move.dim, move.target, move.count).copy_(_slice(have, move))
-            else:
-                rounds.setdefault(".".join(move.name.split(".")[:3]), []).append(move)  # a layer
-        for moves in rounds.values():
+        for move in self.kept:
+            if move.name in missing:
+                made[move.name].narrow(move.dim, move.target, move.count).copy_(_slice(have, move))
+        for moves in self.rounds:
             self._exchange(moves, have, made)
         return made
 
