@@ -1,4 +1,4 @@
-"""Do the layouts compute what one GPU does, and how fast? ``benchmarks/multi_gpu.sh N [--tiny] [--out FOLDER] [--parts PART ...]``
+"""Do the layouts compute what one GPU does, and how fast? ``benchmarks/multi_gpu.sh N [--tiny] [--out FOLDER] [--only REGEX ...]``
 
 On N GPUs of one machine (a power of two), each part in processes of its own with a time limit:
 
@@ -8,7 +8,7 @@ On N GPUs of one machine (a power of two), each part in processes of its own wit
                launcher/scaling.py's prediction; rows and recompute are what it finds fastest among what fits by launcher/memory.py;
                then the weights' way to each generation layout, in GB/s
     halves     sft on N/2 GPUs
-    ppo        1b7 + 1b7 by the trainer, generation at another layout than training: its own phase times
+    ppo        1b7 + 1b7 by the trainer, generation at another layout than training: its own phase times; on 8 GPUs 7b1 + 7b1, too
     checkpoint 1b7 with its optimizer saved beside training on N GPUs, loaded on N/2 at another layout, every tensor compared
 
 Numbers that are compared share no GPU with others; the gradients' jobs do. Prints JSON lines and tables, and writes both and each
@@ -36,6 +36,8 @@ from launcher import nccl
 from launcher.ranks import LocalRanks, Log
 
 RANK = Path(__file__).with_name("multi_gpu_rank.py")
+STACKS_S = 3
+"""Seconds before a job's end at which it is asked where it is."""
 
 
 class Caught(Log):
@@ -78,11 +80,14 @@ class Running:
     def run(self, end: float) -> None:
         """All layouts of the job; one that fails ends the processes, and the rest begin anew without it."""
         job, began = self.job, time.monotonic()
-        end = min(end, began + job.limit)
+        end, asked = min(end, began + job.limit), False
         while True:
             self.go.touch()
             while any(process.poll() is None for process in self.ranks.processes):
                 self.ranks.check()
+                if not asked and time.monotonic() > end - STACKS_S:
+                    self.ranks.pass_on(signal.SIGUSR1)  # each rank writes its threads' stacks into the log and goes on
+                    asked = True
                 if time.monotonic() > end:
                     self.ranks.pass_on(signal.SIGKILL)
                 time.sleep(0.05)
@@ -128,8 +133,10 @@ def main() -> int:
     parser.add_argument("--gpus", type=int, required=True)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--only", nargs="+", default=[], metavar="REGEX", help="of the parts' jobs and layouts those of whose 'job, "
+                        "layout', as in the log and the tables, one of these matches a part: --only 'sft 4, 0, TP 2 x PP 2' 'ppo 0'")
     parser.add_argument("--out", type=Path, default=Path("multi_gpu"))
-    parser.add_argument("--scratch", type=Path, help="where checkpoints and gradients go for a while (44 GB)")
+    parser.add_argument("--scratch", type=Path, help="where checkpoints and gradients go for a while (44 GB, 72 on 8 GPUs)")
     parser.add_argument("--limit", type=float, default=600, help="most seconds in all")
     parser.add_argument("--after", type=Path, help="a file: no GPU is touched before it exists")
     asked = parser.parse_args()
@@ -142,7 +149,7 @@ def main() -> int:
         def begin(wave: list[Job]) -> list[Running]:
             return [Running(job, Path(scratch), asked.out, card["count"] < asked.gpus) for job in wave]
 
-        planned, every, threads = waves(asked.gpus, asked.tiny, card, asked.parts), [], []
+        planned, every, threads = waves(asked.gpus, asked.tiny, card, asked.parts, asked.only), [], []
         started = begin(planned[0])
         while asked.after and not asked.after.exists():
             time.sleep(0.1)

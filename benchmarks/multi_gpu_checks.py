@@ -12,10 +12,11 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import is_main_replica
 
-from benchmarks.multi_gpu_common import SHAPES, fill, micro_batches, mine, rows, say, settings
+from benchmarks.multi_gpu_common import SHAPES, fill, length, micro_batches, mine, rows, say, settings
 from benchmarks.train import CUDA, sync
 from training import checkpoint, parallel, sft
 from training.generation.reshard import named_weights
+from training.phases import highest
 from training.saving import Saver
 from training.shape import EMBEDDING, OUTPUT
 from training.step import Learner, Objective, build_model
@@ -25,6 +26,8 @@ LOSS, GRADIENT = 1e-6, 1e-4
 """Relative, fp32: what another order of sums may change over 24 layers; a gradient's is of the worst tensor (L2)."""
 STATE = "bf16" if CUDA else "fp32"
 """optimizer_precision."""
+LONGEST = 1024
+"""Tokens of a row whose gradients are compared: jobs of other sizes and the compilation of later ones share the GPUs."""
 CHUNK = 2**26
 """Elements that are hashed at once."""
 
@@ -39,12 +42,12 @@ def learner(size: str, **values) -> Learner:
 def gradients(size: str, layout: dict, folder: Path) -> None:
     """One step in fp32. One rank alone writes its gradients to ``folder``; others compare theirs, each rank the elements whose sums it
     owns, with the part of the whole tensor."""
-    values = {"precision": "fp32", **layout}
+    values = {"precision": "fp32", "seq_length": min(length(size), LONGEST), **layout}
     made, shape = learner(size, **values), SHAPES[size]
     config = settings(size, micro_batch_size=1, global_batch_size=ROWS, **values)
     optimizer = made.optimizer.chained_optimizers[0]
     optimizer.update = lambda norm: None
-    found = made.step(micro_batches(rows(size, ROWS), config), Objective(("loss",), sft.compute))
+    found = made.step(micro_batches(rows(size, ROWS, longest=config.seq_length), config), Objective(("loss",), sft.compute))
     names = {parameter: EMBEDDING if name == OUTPUT and shape.tied else name for name, parameter in named_weights(made.model).items()}
     owned = {names[parameter]: (parameter, ranges["param"].start, ranges["param"].end) for parameter, ranges in optimizer._owned()}
     path, numbers = folder / f"{size}.pt", {name: found[name] for name in ("loss", "grad_norm")}
@@ -69,22 +72,29 @@ def gradients(size: str, layout: dict, folder: Path) -> None:
 
 
 def saved(size: str, layout: dict, folder: Path) -> None:
-    """A step, then an asynchronous save of weights and optimizer beside another step; what was saved is fingerprinted."""
+    """Steps, then an asynchronous save of weights and optimizer beside others; what was saved is fingerprinted."""
     values = {"optimizer_precision": STATE, "async_save": True, "save_every": 1, **layout}
     made, config = learner(size, **values), settings(size, micro_batch_size=1, global_batch_size=ROWS, **values)
     batches, objective = micro_batches(rows(size, ROWS), config), Objective(("loss",), sft.compute)
     made.step(batches, objective)
     saver = Saver(folder / "saved", {"model": made}, config)
-    saver.poll()  # pins host memory beside the next step
+    saver.poll()  # pins host memory beside the next steps
+    began, steps = time.monotonic(), 0
+    while highest([0.0 if saver.allocating is None or saver.allocating.done() else 1.0])[0]:
+        made.step(batches, objective)
+        steps += 1
+    pinned = time.monotonic() - began
     made.step(batches, objective)
     prints, size_gb = fingerprints(made), bytes_saved(made) / 1e9
     saver.save(2, {})
-    made.step(batches, objective)
-    saver.wait()
-    times = saver.poll()
+    beside = 0
+    while not (times := saver.poll()):
+        made.step(batches, objective)
+        beside += 1
     if parallel.is_main():
         (folder / "fingerprints.json").write_text(json.dumps(prints), encoding="utf-8")
-    say(part="saved", size=size, ok=len(prints) > 0, gb=size_gb, seconds=times["save_s"], stall=times["save_stall_s"], tensors=len(prints))
+    say(part="saved", size=size, ok=len(prints) > 0, gb=size_gb, seconds=times["save_s"], stall=times["save_stall_s"], tensors=len(prints),
+        steps=beside, pinned_s=pinned, pinned_steps=steps)
 
 
 def loaded(size: str, layout: dict, folder: Path) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass
 
+from benchmarks.multi_gpu_tables import name
 from launcher import memory, scaling
 from training.config import Paths, SFTConfig
 from training.families.bloom import shape as bloom
@@ -55,7 +57,7 @@ def timed_layouts(size: str, gpus: int, card: dict) -> list[dict]:
     half = gpus // 2
     asked = [layout(gpus), layout(1, gpus), layout(), layout(gpus, compile=False)] if gpus > 1 else [layout()]
     if half > 1:
-        asked = [layout(2, half), layout(), layout(gpus), layout(2), layout(1, gpus, 2), layout(1, gpus)]
+        asked = [layout(2, half), layout(2, half, 2), layout(), layout(gpus), layout(2), layout(1, gpus, 2), layout(1, gpus)]
     found = []
     for one in asked:
         made = fitting(size, one, gpus, card)
@@ -92,23 +94,26 @@ Waves = list[list[Job]]
 """Jobs that run at the same time, wave by wave."""
 
 
-def waves(gpus: int, tiny: bool, card: dict, parts: list[str]) -> Waves:
-    """What matters least, last."""
+def waves(gpus: int, tiny: bool, card: dict, parts: list[str], only: list[str] = ()) -> Waves:
+    """What matters least, last. ``only``: see ``chosen``."""
     small, middle, large = ("tiny",) * 3 if tiny else ("560m", "1b7", "7b1")
     sizes = dict.fromkeys((small, middle))
-    first, found, last, untimed = [], [], [], []
-    if "gradients" in parts:
-        first += [Job(f"one GPU {size}", "gradients", size, [number % gpus], divisions(1), 100) for number, size in enumerate(sizes)]
-        if gpus > 1:
-            untimed = [Job(f"gradients {size}", "gradients", size, list(range(gpus)), divisions(gpus), 110) for size in sizes]
-    if "ppo" in parts:
-        first.append(Job("prepare", "prepared", middle, [gpus - 1], [layout()], 100))
-    for part, made in (("sft", lambda: alone(large, gpus, card)), ("halves", lambda: side_by_side(large, gpus, card)),
-                       ("ppo", lambda: ppo_jobs(middle, gpus)), ("checkpoint", lambda: (checkpoint_jobs(middle, gpus), []))):
+    found, last, untimed = [], [], []
+    if "gradients" in parts and gpus > 1:
+        untimed = [Job(f"gradients {size}", "gradients", size, list(range(gpus)), divisions(gpus), 120) for size in sizes]
+    for part, made in (("ppo", lambda: ppo_jobs(middle, large, gpus)), ("sft", lambda: alone(large, gpus, card)),
+                       ("checkpoint", lambda: (checkpoint_jobs(middle, gpus), [])), ("halves", lambda: side_by_side(large, gpus, card))):
         early, late = made() if part in parts else ([], [])
         found, last = found + early, last + late
+    untimed, found, last = (chosen(wanted, only) for wanted in ([untimed], found, last))
+    untimed = [job for wave in untimed for job in wave]
+    compared = {job.size for job in untimed} if gpus > 1 else set(sizes) if "gradients" in parts else ()
+    first = [Job(f"one GPU {size}", "gradients", size, [number % gpus], divisions(1), 100)
+             for number, size in enumerate(sizes) if size in compared]
+    learnt = dict.fromkeys(job.size for wave in found + last for job in wave if job.part == "ppo")
+    first += [Job(f"prepare {size}", "prepared", size, [(gpus - 1 - number) % gpus], [layout()], 100) for number, size in enumerate(learnt)]
     if not tiny:
-        warm = warming([job for wave in (*found, *last[:1]) for job in wave], gpus)
+        warm = warming([job for wave in (*found, *last[:2]) for job in wave], gpus)
         made = [*([first, untimed + warm] if untimed else [first + warm]), *found, *last]
     elif card["count"]:  # numbers mean nothing: what does not need another job's files runs at once
         every = [job for wave in (*found, *last) for job in wave]
@@ -119,10 +124,18 @@ def waves(gpus: int, tiny: bool, card: dict, parts: list[str]) -> Waves:
     return [wave for wave in made if wave]
 
 
+def chosen(planned: Waves, only: list[str]) -> Waves:
+    """The jobs, and of them the layouts, of whose "job, layout" one of the regular expressions matches a part; without any, all."""
+    if not only:
+        return planned
+    kept = [[dataclasses.replace(job, layouts=[one for one in job.layouts if any(
+        re.search(regex, f"{job.name}, {name(one, len(job.gpus))}") for regex in only)]) for job in wave] for wave in planned]
+    return [[job for job in wave if job.layouts] for wave in kept]
+
+
 def alone(size: str, gpus: int, card: dict) -> tuple[Waves, Waves]:
     """SFT on all GPUs: what comes early, and late."""
-    jobs = [[Job(f"sft {gpus}, {number}", "sft", size, list(range(gpus)), [one], 70)]
-            for number, one in enumerate(timed_layouts(size, gpus, card))]
+    jobs = [[job] for job in timed_jobs(size, [list(range(gpus))], card)]
     return jobs[:2], jobs[2:]
 
 
@@ -131,20 +144,30 @@ def side_by_side(size: str, gpus: int, card: dict) -> tuple[Waves, Waves]:
     half = gpus // 2
     if half < 2:
         return [], []
-    places = list(range(half)), list(range(half, gpus))
-    jobs = [Job(f"sft {half}, {number}", "sft", size, places[number % 2], [one], 70)
-            for number, one in enumerate(timed_layouts(size, half, card))]
+    jobs = timed_jobs(size, [list(range(half)), list(range(half, gpus))], card)
     two = [jobs[start : start + 2] for start in range(0, len(jobs), 2)]
     return two[:1], two[1:]
 
 
-def ppo_jobs(size: str, gpus: int) -> tuple[Waves, Waves]:
+def timed_jobs(size: str, places: list[list[int]], card: dict) -> list[Job]:
+    """SFT on ``places`` in turn; what needs the same compiled graphs are layouts of one job."""
+    alike: dict[tuple, list[dict]] = {}
+    for one in timed_layouts(size, len(places[0]), card):
+        alike.setdefault(tuple(one.get(key) for key in ("tensor_parallel", "micro_batch_size", "recompute", "compile")), []).append(one)
+    return [Job(f"sft {len(places[0])}, {number}", "sft", size, places[number % len(places)], some, 40 + 40 * len(some))
+            for number, some in enumerate(alike.values())]
+
+
+def ppo_jobs(size: str, large: str, gpus: int) -> tuple[Waves, Waves]:
     if gpus > 2:
-        ways = [layout(2, gpus // 2, generation_tensor_parallel=1), layout(1, 2, generation_tensor_parallel=2)]
+        ways = [(size, layout(2, gpus // 2, generation_tensor_parallel=1)), (size, layout(1, 2, generation_tensor_parallel=2))]
     else:
-        ways = [layout(2, generation_tensor_parallel=1), layout(1, 2, generation_tensor_parallel=2)] if gpus == 2 else [layout()]
-    jobs = [[Job(f"ppo {number}", "ppo", size, list(range(gpus)), [way], 90)] for number, way in enumerate(ways)]
-    return jobs[:1], jobs[1:]
+        ways = [(size, one) for one in ([layout(2, generation_tensor_parallel=1), layout(1, 2, generation_tensor_parallel=2)]
+                                        if gpus == 2 else [layout()])]
+    if gpus >= 8:  # 50 GB a GPU by launcher/memory.py; never run
+        ways.insert(1, (large, layout(4, generation_tensor_parallel=2)))
+    jobs = [[Job(f"ppo {number}", "ppo", which, list(range(gpus)), [way], 100)] for number, (which, way) in enumerate(ways)]
+    return jobs[:2] if gpus >= 8 else jobs[:1], jobs[2:] if gpus >= 8 else jobs[1:]
 
 
 def checkpoint_jobs(size: str, gpus: int) -> Waves:

@@ -6,6 +6,7 @@ import faulthandler
 import gc
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -43,6 +44,7 @@ def main(job: dict) -> None:
 
 if __name__ == "__main__":
     faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)  # asked for before a job is ended whose time is over
     try:
         main(json.loads(sys.argv[1]))
     except BaseException:  # noqa: BLE001 - told, and then no clean end: the other ranks may wait in a collective for ever

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import json
+import math
 import statistics
 import time
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.multi_gpu_common import SHAPES, fill, micro_batches, rows, say, settings
+from benchmarks.multi_gpu_profile import between_stages
 from benchmarks.train import CUDA, PEAK, clean, flops, peak_gb, sync, timed
 from training import ppo, sft
 from training.config import PPOConfig, PPOPaths
@@ -22,7 +25,7 @@ from training.data.config import ModelConfig
 from training.families import bloom
 from training.generation.reshard import Resharder
 from training.model.heads import next_token_logprobs
-from training.phases import highest
+from training.phases import Phases, highest
 from training.saving import Saver
 from training.settings import ConfigError
 from training.step import Learner, Objective, build_model, evaluate
@@ -54,7 +57,9 @@ def steps(size: str, layout: dict, folder: Path) -> None:
     tokens, ranks = batch["tokens"].numel(), dist.get_world_size()
     say(part="sft", size=size, ok=losses[-1] < losses[0], tokens_per_second=tokens / seconds, step_s=seconds, peak_gb=peak, first_s=first,
         mfu=work(size, batch) / seconds / ranks / PEAK, loss=losses[0], losses=[round(loss, 4) for loss in losses])
-    learner = batches = None
+    if config.pipeline_parallel > 1:
+        between_stages(size, learner, batches, objective, step)
+    learner = batches = step = None
     for generation in (1, 2, 4, 8):
         reshard(size, model, generation)
 
@@ -83,7 +88,7 @@ def work(size: str, batch: dict) -> float:
 
 
 def reshard(size: str, model, generation: int) -> None:
-    """Seconds from the training layout to ``generation`` tensor-parallel ranks, and what each GPU received."""
+    """Seconds from the training layout to ``generation`` tensor-parallel ranks, and what passed a GPU's links and memory."""
     try:
         resharder = Resharder(model, SHAPES[size], generation)
     except ConfigError:
@@ -97,18 +102,33 @@ def reshard(size: str, model, generation: int) -> None:
         sync()
         seconds.append(*highest([time.monotonic() - began]))
         del weights
-    most, least = highest([resharder.extra_bytes / 1e9, -resharder.extra_bytes / 1e9])
-    say(part="reshard", size=size, ok=True, generation=generation, seconds=statistics.median(seconds[1:]), first=seconds[0], gb=most,
-        least_gb=-least)
+    received, link, memory = highest([bytes_ / 1e9 for bytes_ in traffic(resharder)])
+    say(part="reshard", size=size, ok=True, generation=generation, seconds=statistics.median(seconds[1:]), first=seconds[0], gb=received,
+        link_gb=link, memory_gb=memory)
+
+
+def traffic(resharder: Resharder) -> tuple[float, float, float]:
+    """Bytes of this rank: received; through its links, the larger of sent and received of each round; read and written in its memory (a
+    copy is twice its size, what is sent is copied and read, what is received is written and copied)."""
+    element = next(resharder.model.parameters()).element_size()
+
+    def size(move) -> int:
+        shape = resharder.shapes[move.name]
+        return math.prod(shape) // shape[move.dim] * move.count * element
+
+    sent, received = ([sum(size(move) for move in one if getattr(move, side) == resharder.member) for one in resharder.rounds]
+                      for side in ("of", "to"))
+    copied = sum(size(move) for move in resharder.kept if math.prod(resharder.shapes[move.name]) * element != size(move))
+    return sum(received), sum(map(max, sent, received)), 2 * copied + 3 * sum(sent) + 3 * sum(received)
 
 
 def prepared(size: str, layout: dict, folder: Path) -> None:
     """Model folder, prompts, and checkpoints of a random policy and reward model, for ``phases``."""
     shape = SHAPES[size]
     words = [f"w{number}" for number in range(500)]
-    generator = torch.Generator().manual_seed(5)
+    generator, folder = torch.Generator().manual_seed(5), folder / f"ppo {size}"
     texts = [" ".join(words[number] for number in torch.randint(0, 500, (400,), generator=generator)) for _ in range(512)]
-    (folder / "model").mkdir()
+    (folder / "model").mkdir(parents=True)
     demo_model.train_tokenizer(texts, 300).save(str(folder / "model/tokenizer.json"))
     config = bloom.demo(ModelConfig(demo_layers=shape.layers, demo_hidden=shape.hidden, demo_heads=shape.heads, demo_vocab=300))
     (folder / "model/config.json").write_text(json.dumps(config | {"vocab_size": shape.vocab}), encoding="utf-8")
@@ -128,16 +148,27 @@ def prepared(size: str, layout: dict, folder: Path) -> None:
     say(part="prepared", size=size, ok=True)
 
 
+class ToldPhases(Phases):
+    """Says when each phase has ended: a job that is cut off has then told how far it came."""
+
+    @contextlib.contextmanager
+    def __call__(self, name: str):
+        with super().__call__(name):
+            yield
+        print(f"{name}: {self.seconds[name]:.2f} s", flush=True)
+
+
 def phases(size: str, layout: dict, folder: Path) -> None:
     """PPO by the trainer itself; the numbers are its own metrics, of the second iteration: the first compiles and captures."""
     clean()
-    tiny = size == "tiny"
+    tiny, folder = size == "tiny", folder / f"ppo {size}"
     names = ("model", "sft", "prompts.jsonl", "prompts.jsonl", "reward")
-    paths = PPOPaths(str(folder / "ppo"), *(str(folder / name) for name in names))
+    paths = PPOPaths(str(folder / "output"), *(str(folder / name) for name in names))
     values = dict(prompt_length=16, response_length=8, rollout_batch_size=32, global_batch_size=16, micro_batch_tokens=128) if tiny else \
         dict(prompt_length=256, response_length=256, rollout_batch_size=256, global_batch_size=64, micro_batch_tokens=4096)  # 8 rows of 512
     config = PPOConfig(paths=paths, precision="bf16" if CUDA else "fp32", optimizer_precision="bf16" if CUDA else "fp32", iterations=100,
                        warmup_iterations=0, **values | layout)
+    ppo.Phases = ToldPhases
     trainer = ppo.PPO(config)
     for iteration in (1, 2):
         made = trainer.iterate(iteration)

@@ -24,10 +24,15 @@ def apart(measured: float, predicted: float) -> str:
     return f"{100 * (measured / predicted - 1):+.0f}%"
 
 
+def moving(row: dict, card: dict) -> float:
+    """Seconds that the weights' way takes on paper: links at 80% of their rate, then memory at 85% of its."""
+    return row["link_gb"] / (0.8 * scaling.MACHINES["one-machine"].inside_gb_s) + row["memory_gb"] / (0.85 * card["memory_gb_s"])
+
+
 def tables(rows: list[dict], card: dict) -> str:
     found = {part: [row for row in rows if row["part"] == part and "error" not in row] for part in
-             ("gradients", "sft", "reshard", "ppo", "saved", "loaded")}
-    link = 0.8 * scaling.MACHINES["one-machine"].inside_gb_s
+             ("gradients", "sft", "reshard", "no wait", "ppo", "saved", "loaded")}
+    waits = {str(row["layout"]): row["step_s"] for row in found["sft"]}
     made = [
         table(["model", "layout", "loss", "worst gradient", "median", "ok"],
               [[row["size"], name(row["layout"], row["gpus"]), f"{row['loss_off']:.1e}", f"{row['worst']:.1e} ({row['of']})",
@@ -37,17 +42,20 @@ def tables(rows: list[dict], card: dict) -> str:
                 f"{row['tokens_per_second']:,.0f}", f"{row['tokens_per_second'] * row['step_s'] / row['predicted_s']:,.0f}",
                 apart(row["predicted_s"], row["step_s"]), f"{100 * row['mfu']:.1f}%", f"{row['peak_gb']:.1f}", f"{row['estimate_gb']:.1f}",
                 f"{row['first_s']:.0f}", f"{row['loss']:.4f}"] for row in found["sft"]]),
-        table(["training", "generation TP", "seconds", "GB a GPU", "GB/s a GPU", "predicted", "apart"],
-              [[name(row["layout"], row["gpus"]), row["generation"], f"{row['seconds']:.3f}", f"{row['gb']:.2f}",
-                f"{row['gb'] / row['seconds']:.0f}", f"{link:.0f}", apart(row["gb"] / row["seconds"], link)]
+        table(["training", "generation TP", "seconds", "predicted", "apart", "GB received a GPU", "GB/s", "first s"],
+              [[name(row["layout"], row["gpus"]), row["generation"], f"{row['seconds']:.3f}", f"{moving(row, card):.3f}",
+                apart(row["seconds"], moving(row, card)), f"{row['gb']:.2f}", f"{row['gb'] / row['seconds']:.0f}", f"{row['first']:.2f}"]
                for row in found["reshard"] if row["gb"] > 0]),
+        table(["training", "seconds a step", "without waits for the GPU"],
+              [[name(row["layout"], row["gpus"]), f"{waits[str(row['layout'])]:.3f}", f"{row['step_s']:.3f}"] for row in found["no wait"]]),
         table(["training", "generation TP", "samples/s", "generate s", "of it reshard", "score s", "update s", "rollout tokens/s", "GB"],
-              [[name(row["layout"], row["gpus"]), row["layout"].get("generation_tensor_parallel", 1), f"{row['samples_per_second']:.1f}",
-                f"{row['seconds_generate']:.2f}", f"{row['seconds_reshard']:.3f}", f"{row['seconds_score']:.2f}",
-                f"{row['seconds_update']:.2f}", f"{row['rollout_tokens_per_second']:,.0f}",
+              [[f"{row['size']}, {name(row['layout'], row['gpus'])}", row["layout"].get("generation_tensor_parallel", 1),
+                f"{row['samples_per_second']:.1f}", f"{row['seconds_generate']:.2f}", f"{row['seconds_reshard']:.3f}",
+                f"{row['seconds_score']:.2f}", f"{row['seconds_update']:.2f}", f"{row['rollout_tokens_per_second']:,.0f}",
                 f"{max(row[f'peak_gb_{phase}'] for phase in ('generate', 'score', 'update')):.1f}"] for row in found["ppo"]]),
-        table(["checkpoint", "GPUs", "layout", "GB", "seconds", "training stood still", "ok"],
+        table(["checkpoint", "GPUs", "layout", "GB", "seconds", "training stood still", "steps beside it", "ok"],
               [[row["part"], row["gpus"], name(row["layout"], row["gpus"]), f"{row['gb']:.2f}", f"{row['seconds']:.2f}",
-                f"{row['stall']:.2f}" if "stall" in row else "", row["ok"]] for row in (*found["saved"], *found["loaded"])])]
+                f"{row['stall']:.2f}" if "stall" in row else "", row.get("steps", ""), row["ok"]]
+               for row in (*found["saved"], *found["loaded"])])]
     failed = [f"{row['job']}, {name(row['layout'], row['gpus'])}: {row['error']}" for row in rows if "error" in row]
     return "\n".join([f"{card['name']}\n", *filter(None, made), *failed])

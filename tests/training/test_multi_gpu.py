@@ -35,10 +35,13 @@ def test_every_part_runs_on_gloo_and_finds_layouts_equal(tmp_path, capfd, monkey
     run(multi_gpu_checks.saved, 2, 1, 1, "tiny", layout(2), tmp_path)
     run(multi_gpu_checks.loaded, 1, 1, 1, "tiny", layout(), tmp_path)
     found = said(capfd)
-    assert [row["part"] for row in found] == [*["gradients"] * 3, "warm", "sft", "reshard", "reshard", "prepared", "ppo warms up",
-                                              "ppo", "saved", "loaded"]
+    assert [row["part"] for row in found] == [*["gradients"] * 3, "warm", "sft", "no wait", "reshard", "reshard", "prepared",
+                                              "ppo warms up", "ppo", "saved", "loaded"]
     assert all(row["ok"] for row in found), found
     assert found[1]["worst"] < 5e-6 and found[2]["worst"] < 5e-6 and found[-1]["tensors"] == 4 * 17
+    # From PP 2 to TP 1 a rank receives what it has not, and the round's larger message is what its link carries.
+    alone = next(row for row in found if row["part"] == "reshard")
+    assert alone["generation"] == 1 and alone["memory_gb"] > 3 * alone["gb"] and alone["link_gb"] >= alone["gb"] > 0
     # A gradient or an element that is off is seen.
     kept = torch.load(tmp_path / "tiny.pt")
     kept["gradients"]["decoder.layers.2.mlp.linear_fc2.weight"][0] *= 1.05
@@ -63,6 +66,15 @@ def test_a_layout_that_fails_costs_itself_only(tmp_path):
     assert "one, TP 3" in tables(running.rows, CARD)
 
 
+def test_a_job_whose_time_is_over_says_where_each_rank_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(multi_gpu, "STACKS_S", 1)
+    running = multi_gpu.Running(Job("late", "gradients", "tiny", [0], [layout()], 12), tmp_path, tmp_path, cpu=True)
+    running.go = tmp_path / "never"  # the rank waits for ever
+    running.run(math.inf)
+    assert running.rows[0]["error"] == "its time was over"
+    assert "multi_gpu_rank.py" in (tmp_path / "late.log").read_text()
+
+
 @pytest.mark.parametrize("gpus", [1, 2, 4, 8])
 def test_what_is_timed_shares_no_gpu(gpus):
     planned = waves(gpus, False, CARD, list(multi_gpu_plan.PARTS))
@@ -76,6 +88,12 @@ def test_what_is_timed_shares_no_gpu(gpus):
                 assert len(job.gpus) % ranks == 0, (job.name, values)
     order = [job.part for wave in planned for job in wave]
     assert order.index("prepared") < order.index("ppo") and order.index("saved") < order.index("loaded")
+
+
+def test_single_jobs_and_layouts_can_be_chosen():
+    only = ["560m, PP 2 x DP 2", "ppo 1", "sft 2.*not compiled"]
+    found = {job.name: len(job.layouts) for wave in waves(4, False, CARD, list(multi_gpu_plan.PARTS), only) for job in wave}
+    assert found == {"one GPU 560m": 1, "prepare 1b7": 1, "gradients 560m": 1, "warm 0": 1, "ppo 1": 1, "sft 2, 3": 1}
 
 
 def test_what_does_not_fit_is_left_out_and_the_fastest_that_fits_is_taken():
