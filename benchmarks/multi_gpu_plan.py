@@ -57,10 +57,14 @@ def timed_layouts(size: str, gpus: int, card: dict) -> list[dict]:
     half = gpus // 2
     asked = [layout(gpus), layout(1, gpus), layout(), layout(gpus, compile=False)] if gpus > 1 else [layout()]
     if half > 1:
-        asked = [layout(2, half), layout(2, half, 2), layout(), layout(gpus), layout(2), layout(1, gpus, 2), layout(1, gpus)]
-    found = []
+        single = {"micro_batch_size": 1, "recompute": "none"}  # what the host's time for a layer is measured by
+        asked = [layout(2, half), layout(2, half, 2), layout(2, half, **single), layout(), layout(gpus), layout(2), layout(1, gpus),
+                 layout(1, gpus, 2)]
+    found: list[dict] = []
     for one in asked:
-        made = fitting(size, one, gpus, card)
+        alike = next((other for other in found if {**other, **one} == {**other, "virtual_pipeline": 2}), {})
+        rows = {key: alike[key] for key in ("micro_batch_size", "recompute") if alike}  # to be compared with the same in one part
+        made = fitting(size, {**one, **rows}, gpus, card) or fitting(size, one, gpus, card)
         if made is None:
             why = f"the layers do not divide so, or no rows and recompute fit {card['memory_gb']:.0f} GB"
             print(json.dumps({"part": "sft", "skipped": one, "why": why}), flush=True)
@@ -70,11 +74,12 @@ def timed_layouts(size: str, gpus: int, card: dict) -> list[dict]:
 
 
 def fitting(size: str, one: dict, gpus: int, card: dict) -> dict | None:
-    """``one`` with the fastest rows and recompute that fit, by launcher/scaling.py; of equals more rows, and less recompute."""
+    """``one`` with the fastest rows and recompute that fit, where it says neither, by launcher/scaling.py; of equals more rows, and less
+    recompute."""
     best = None
     for rows in (4, 2, 1):
         for recompute in ("none", "selective", "full"):
-            values = {**one, "micro_batch_size": rows, "recompute": recompute, "global_batch_size": 8 * gpus}
+            values = {"micro_batch_size": rows, "recompute": recompute, "global_batch_size": 8 * gpus, **one}
             try:
                 made = predicted(size, values, gpus, card)
             except ConfigError:
@@ -136,7 +141,7 @@ def chosen(planned: Waves, only: list[str]) -> Waves:
 def alone(size: str, gpus: int, card: dict) -> tuple[Waves, Waves]:
     """SFT on all GPUs: what comes early, and late."""
     jobs = [[job] for job in timed_jobs(size, [list(range(gpus))], card)]
-    return jobs[:2], jobs[2:]
+    return jobs[:3], jobs[3:]
 
 
 def side_by_side(size: str, gpus: int, card: dict) -> tuple[Waves, Waves]:
@@ -184,7 +189,8 @@ def warming(jobs: list[Job], gpus: int) -> list[Job]:
     for job in jobs:
         for values in job.layouts if job.part in ("sft", "ppo") else ():
             if values.get("compile", True):
-                rows, recompute = values.get("micro_batch_size", 8), values.get("recompute", "none")
+                rows = 4 if values["pipeline_parallel"] > 1 else 8  # of PPO: training.data.packing's of 4,096 tokens, in rows of 512
+                rows, recompute = values.get("micro_batch_size", rows), values.get("recompute", "none")
                 wanted[job.size, values["tensor_parallel"], rows, recompute, 512 if job.part == "ppo" else 2048] = None
     made, first = [], 0
     for size, tensor, rows, recompute, length in wanted:

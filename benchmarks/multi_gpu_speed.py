@@ -57,7 +57,7 @@ def steps(size: str, layout: dict, folder: Path) -> None:
     tokens, ranks = batch["tokens"].numel(), dist.get_world_size()
     say(part="sft", size=size, ok=losses[-1] < losses[0], tokens_per_second=tokens / seconds, step_s=seconds, peak_gb=peak, first_s=first,
         mfu=work(size, batch) / seconds / ranks / PEAK, loss=losses[0], losses=[round(loss, 4) for loss in losses])
-    if config.pipeline_parallel > 1:
+    if config.pipeline_parallel > 1 and config.micro_batch_size == 1:
         between_stages(size, learner, batches, objective, step)
     learner = batches = step = None
     for generation in (1, 2, 4, 8):

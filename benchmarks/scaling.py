@@ -23,7 +23,7 @@ SITES = {"A100": "a100-hdr-infiniband", "H800": "h800-roce"}
 def main() -> None:
     print(scaling.__doc__)
     print("| model | GPUs | TP | PP | DP | rows | recompute | s a step | tokens/s | MFU | GB | "
-          "compute, bubble, TP, PP, DP, optimizer in % |")
+          "compute, bubble, launch, TP, PP, DP, optimizer in % |")
     print("|---|---|---|---|---|---|---|---|---|---|---|---|")
     for name, (shape, rows, sizes) in MODELS.items():
         for site, network in SITES.items():

@@ -5,6 +5,7 @@ Assumptions, all of them:
 * forward and backward of a layer and of the head run at the share of the GPU's peak that was measured on one H200 for that hidden size
   (benchmarks/train.py, optimizer taken off; sizes between are interpolated). The same share on other GPUs, and for the narrower matrices of
   tensor parallelism: optimistic for t > 4. Full recompute: a third more.
+* the host launches a layer's kernels and messages no faster than LAUNCH_S: small micro-batches wait for it.
 * tensor parallelism: per layer and micro-batch two all-reduces forward and two backward (Shoeybi et al. 2019) of 2 T h bytes, as a ring:
   2 (t - 1) / t of them through the links inside a node, hidden behind nothing. With full recompute two more.
 * pipeline: the slowest stage's time x (m + (p - 1) / v) for m micro-batches (Narayanan et al. 2021), and two messages of 2 T h bytes a
@@ -28,7 +29,9 @@ from training.shape import Shape
 
 UTILISATION = {1024: 0.453, 2048: 0.553, 2560: 0.527, 4096: 0.589}
 """Share of the peak in forward and backward, by hidden size: one H200, sequence 2048, no recompute."""
-
+LAUNCH_S = {False: 0.002, True: 0.0049}
+"""Seconds that the host takes for a layer of a micro-batch, forward and backward, however little it computes; True: with messages of tensor
+parallelism. The first is no less than 1b7's at 2,048 tokens on one H200, the second 7b1's at 2,048 tokens, TP 2 x PP 2, on four H100."""
 
 _H800 = Machine(tflops=989, memory_gb_s=3350, inside_gb_s=200, outside_gb_s=50)
 MACHINES = {
@@ -50,7 +53,7 @@ class Step:
     mfu: float
     memory_gb: float
     parts: dict[str, float]
-    """Seconds of compute, bubble, tensor, pipeline, data and optimizer."""
+    """Seconds of compute, bubble, launch (the GPU waits for the host), tensor, pipeline, data and optimizer."""
 
     @property
     def settings(self) -> dict[str, object]:
@@ -91,9 +94,10 @@ def step(shape: Shape, config: SFTConfig, ranks: int, machine: Machine, gpus_per
     inside, outside = 0.8e9 * machine.inside_gb_s, 0.8e9 * machine.outside_gb_s
     message = 2 * tokens * shape.hidden
     reduces = (6 if config.recompute == "full" else 4) * max(held)
-    parts = {"compute": slowest * count, "bubble": slowest * (stages - 1) / virtual,
-             "tensor": count * reduces * message * 2 * (tensor - 1) / tensor / inside if tensor > 1 else 0.0,
-             "pipeline": 0.0}
+    reducing = reduces * message * 2 * (tensor - 1) / tensor / inside if tensor > 1 else 0.0
+    waiting = max(LAUNCH_S[tensor > 1] * max(held) * again - slowest - reducing, 0.0)
+    parts = {"compute": slowest * count, "bubble": slowest * (stages - 1) / virtual, "launch": waiting * (count + (stages - 1) / virtual),
+             "tensor": count * reducing, "pipeline": 0.0}
     if stages > 1:
         parts["pipeline"] = count * 2 * virtual * message / tensor / (outside if tensor * stages > gpus_per_node else inside)
     parameters = max(memory.Rank(shape, config, data, stage).parameters("lm") for stage in range(stages))

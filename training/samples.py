@@ -21,7 +21,7 @@ from training import parallel
 from training.config import RolloutConfig
 from training.data.batches import padded_length, shard
 from training.data.packing import Layout, Limits, lay_out
-from training.start import length_multiple
+from training.start import least_tokens, length_multiple
 from training.step import Batch, Read, look
 
 
@@ -81,7 +81,7 @@ def plan(config: RolloutConfig, lengths: list[int], minibatch: int) -> Plan:
     group = config.pipeline_parallel if config.virtual_pipeline > 1 else 1
     capacity = config.prompt_length + config.response_length
     limits = Limits(capacity, multiple, ranks, max(1, config.micro_batch_tokens // padded_length([capacity], multiple)),
-                    config.pipeline_parallel, group)
+                    config.pipeline_parallel, group, least_tokens())
     layouts: list[Layout] = []
     for first in range(0, len(lengths), minibatch):
         part = lengths[first : first + minibatch]

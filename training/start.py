@@ -83,10 +83,19 @@ def length_multiple(config: TrainerConfig) -> int:
     return 8 * config.tensor_parallel
 
 
+LAUNCHED = 2048
+"""Tokens that a GPU computes while the host launches a micro-batch's kernels: 7b1's layers take a thousand (one GPU) to four (TP 2), those
+of smaller models more (benchmarks/README.md, several GPUs). Fewer tokens would only be more micro-batches of the same time."""
+
+
+def least_tokens() -> int:
+    return LAUNCHED if parallel.device().type == "cuda" else 0
+
+
 def limits(config: TrainerConfig) -> Limits:
     """What packed rows of a trainer with ``seq_length`` must fit: no micro-batch has more tokens than unpacked rows of full length."""
     return Limits(config.seq_length, length_multiple(config), parallel.data_ranks(), config.micro_batch_size, config.pipeline_parallel,
-                  config.pipeline_parallel if config.virtual_pipeline > 1 else 1)
+                  config.pipeline_parallel if config.virtual_pipeline > 1 else 1, least_tokens())
 
 
 def packed(config: TrainerConfig, examples: list[Example], pad_id: int) -> tuple[Batch, torch.Tensor]:

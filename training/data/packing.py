@@ -51,14 +51,16 @@ class Limits(NamedTuple):
     """Pipeline stages: with more, more and smaller micro-batches keep them busy."""
     group: int = 1
     """A rank's micro-batches are a multiple of this (the interleaved schedule takes them so)."""
+    least: int = 0
+    """A micro-batch of fewer tokens takes as long as one of these (a GPU's kernels can't be launched faster)."""
 
 
 def lay_out(lengths: list[int], limits: Limits) -> Layout:
     """Examples of these ``lengths`` in the rows that take least time: their number, their length and the micro-batches are chosen together.
 
-    A rank's time is reckoned as that of (micro-batches + pipeline stages - 1) x (tokens of a micro-batch + OVERHEAD): padding, a
-    pipeline's bubble and the launching of kernels in one number. For every number of rows the shortest multiple that holds the examples
-    is tried. Rows may be empty where there are fewer examples than ranks. Raises AssertionError for a length above the capacity.
+    A rank's time is reckoned as that of (micro-batches + pipeline stages - 1) x (tokens of a micro-batch, at least ``least``, + OVERHEAD):
+    padding, a pipeline's bubble and the launching of kernels in one number. For every number of rows the shortest multiple that holds the
+    examples is tried. Rows may be empty where there are fewer examples than ranks. Raises AssertionError for a length above the capacity.
 
     >>> lay_out([5, 4, 3, 3, 1], Limits(capacity=8, multiple=1, ranks=1, micro_batch_size=2))
     Layout(rows=[[0, 3], [1, 2, 4]], length=8, micro_batch_size=2)
@@ -107,7 +109,8 @@ def _up(number: int, multiple: int) -> int:
 def _cost(rows: int, length: int, limits: Limits) -> tuple[float, int]:
     """(Time of a rank's ``rows`` in tokens, rows of a micro-batch) for the best division into micro-batches."""
     sizes = [size for size in range(1, limits.micro_batch_size + 1) if rows % size == 0 and rows // size % limits.group == 0]
-    return min((((rows // size + limits.pipeline - 1) * (size * length + OVERHEAD), size) for size in sizes), default=(float("inf"), 0))
+    return min((((rows // size + limits.pipeline - 1) * (max(size * length, limits.least) + OVERHEAD), size) for size in sizes),
+               default=(float("inf"), 0))
 
 
 def _too_few(ordered: list[int], count: int, capacity: int) -> bool:

@@ -53,6 +53,12 @@ def test_a_pipeline_gets_more_and_smaller_micro_batches():
         assert lay_out([2048] * 8, Limits(2048, 128, 1, 8, pipeline)).micro_batch_size == size
 
 
+def test_a_gpu_s_micro_batches_are_no_smaller_than_what_hides_their_launch():
+    """64 full rows of 512 through two stages: one by one if only tokens count, else as many as are 2,048 tokens; the budget is 8."""
+    for least, size in ((0, 1), (2048, 4)):
+        assert lay_out([512] * 64, Limits(512, 128, 1, 8, 2, least=least)).micro_batch_size == size
+
+
 def test_exchanges_find_rows_that_longest_first_does_not():
     """LPT makes 6 + 3 and 4 + 4 + 3: 9 and 11."""
     assert sorted(map(sorted, spread([6, 4, 4, 3, 3], 2, 11))) == [[0, 3], [1, 2, 4]]
