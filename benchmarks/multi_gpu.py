@@ -9,6 +9,7 @@ On N GPUs of one machine (a power of two), each part in processes of its own wit
                then the weights' way to each generation layout, in GB/s
     halves     sft on N/2 GPUs
     ppo        1b7 + 1b7 by the trainer, generation at another layout than training: its own phase times; on 8 GPUs 7b1 + 7b1, too
+    fails      a rank fails while the others wait in a collective: it says why, and the job ends
     checkpoint 1b7 with its optimizer saved beside training on N GPUs, loaded on N/2 at another layout, every tensor compared
 
 Numbers that are compared share no GPU with others; the gradients' jobs do. Prints JSON lines and tables, and writes both and each
@@ -36,6 +37,8 @@ from launcher import nccl
 from launcher.ranks import LocalRanks, Log
 
 RANK = Path(__file__).with_name("multi_gpu_rank.py")
+FAILS = "on purpose"
+"""In the error of benchmarks/multi_gpu_checks.py's ``fails``, which is what that job is for."""
 STACKS_S = 3
 """Seconds before a job's end at which it is asked where it is."""
 
@@ -98,8 +101,10 @@ class Running:
             if not ended:
                 break
             failed, late = self.log.begun, time.monotonic() > end
+            error = "its time was over" if late else ended[0].words()[:500]
+            told = {"ok": True, "said": error} if job.part == "fails" and FAILS in error else {"error": error}
             self.rows.append({"job": job.name, "part": job.part, "size": job.size, "gpus": len(job.gpus), "layout": job.layouts[failed],
-                              "error": "its time was over" if late else ended[0].words()[:500]})
+                              **told})
             print(json.dumps(self.rows[-1]), flush=True)
             self.left = [pair for pair in self.left if pair[0] > failed]
             if late or not self.left:

@@ -21,6 +21,7 @@ from training.saving import Saver
 from training.shape import EMBEDDING, OUTPUT
 from training.step import Learner, Objective, build_model
 
+ON_PURPOSE = "this rank fails alone on purpose"
 ROWS = 8
 LOSS, GRADIENT = 1e-6, 1e-4
 """Relative, fp32: what another order of sums may change over 24 layers; a gradient's is of the worst tensor (L2)."""
@@ -69,6 +70,16 @@ def gradients(size: str, layout: dict, folder: Path) -> None:
     loss, norm = (abs(numbers[name] - theirs[name]) / theirs[name] for name in numbers)
     say(part="gradients", size=size, ok=loss <= LOSS and errors[worst] <= GRADIENT, loss_off=loss, norm_off=norm, worst=errors[worst],
         of=worst, median=sorted(errors.values())[len(errors) // 2])
+
+
+def fails(size: str, layout: dict, folder: Path) -> None:
+    """The last rank fails while the others wait for it in a collective; benchmarks/multi_gpu.py says whether it could tell."""
+    ones = torch.ones(1, device=parallel.device())
+    dist.all_reduce(ones)
+    if dist.get_rank() == dist.get_world_size() - 1:
+        raise RuntimeError(ON_PURPOSE)
+    dist.all_reduce(ones)
+    sync()
 
 
 def saved(size: str, layout: dict, folder: Path) -> None:

@@ -18,7 +18,7 @@ SHAPES = {"560m": bloom(24, 1024, 16, 250880, 1e-5), "1b7": bloom(24, 2048, 16, 
 MEMORY_GB_S = {"H100": 3350, "H200": 4800}
 FITS = 0.9
 """Of a card's memory, by launcher/memory.py's estimate."""
-PARTS = ("gradients", "sft", "halves", "checkpoint", "ppo")
+PARTS = ("gradients", "fails", "sft", "halves", "checkpoint", "ppo")
 
 
 @dataclass
@@ -106,13 +106,15 @@ def waves(gpus: int, tiny: bool, card: dict, parts: list[str], only: list[str] =
     found, last, untimed = [], [], []
     if "gradients" in parts and gpus > 1:
         untimed = [Job(f"gradients {size}", "gradients", size, list(range(gpus)), divisions(gpus), 120) for size in sizes]
+    if "fails" in parts and gpus > 1:
+        untimed.append(Job("fails", "fails", small, list(range(gpus)), [layout()], 60))
     for part, made in (("ppo", lambda: ppo_jobs(middle, large, gpus)), ("sft", lambda: alone(large, gpus, card)),
                        ("checkpoint", lambda: (checkpoint_jobs(middle, gpus), [])), ("halves", lambda: side_by_side(large, gpus, card))):
         early, late = made() if part in parts else ([], [])
         found, last = found + early, last + late
     untimed, found, last = (chosen(wanted, only) for wanted in ([untimed], found, last))
     untimed = [job for wave in untimed for job in wave]
-    compared = {job.size for job in untimed} if gpus > 1 else set(sizes) if "gradients" in parts else ()
+    compared = {job.size for job in untimed if job.part == "gradients"} if gpus > 1 else set(sizes) if "gradients" in parts else ()
     first = [Job(f"one GPU {size}", "gradients", size, [number % gpus], divisions(1), 100)
              for number, size in enumerate(sizes) if size in compared]
     learnt = dict.fromkeys(job.size for wave in found + last for job in wave if job.part == "ppo")

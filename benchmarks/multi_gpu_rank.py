@@ -21,13 +21,14 @@ from benchmarks.multi_gpu_common import say
 from training import parallel
 
 PARTS = {"gradients": multi_gpu_checks.gradients, "saved": multi_gpu_checks.saved, "loaded": multi_gpu_checks.loaded,
-         "warm": multi_gpu_speed.warm, "sft": multi_gpu_speed.steps, "prepared": multi_gpu_speed.prepared,
+         "fails": multi_gpu_checks.fails, "warm": multi_gpu_speed.warm, "sft": multi_gpu_speed.steps, "prepared": multi_gpu_speed.prepared,
          "ppo": multi_gpu_speed.phases}
 
 
 def main(job: dict) -> None:
     """All layouts of the job, each in process groups of its own."""
     folder = Path(job["folder"])
+    print("all imported", flush=True)
     while not (folder / f"{job['name']}.go").exists():  # imports are done; the GPUs are still another job's
         time.sleep(0.05)
     for number, layout in job["layouts"]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 
 import pytest
 import torch
@@ -66,13 +67,23 @@ def test_a_layout_that_fails_costs_itself_only(tmp_path):
     assert "one, TP 3" in tables(running.rows, CARD)
 
 
+def test_a_rank_that_fails_alone_is_heard(tmp_path):
+    running = multi_gpu.Running(Job("fails", "fails", "tiny", [0, 1], [layout()], 60), tmp_path, tmp_path, cpu=True)
+    running.run(math.inf)
+    (row,) = running.rows
+    assert row["ok"] and "RuntimeError: this rank fails alone on purpose" in row["said"]
+
+
 def test_a_job_whose_time_is_over_says_where_each_rank_is(tmp_path, monkeypatch):
     monkeypatch.setattr(multi_gpu, "STACKS_S", 1)
-    running = multi_gpu.Running(Job("late", "gradients", "tiny", [0], [layout()], 12), tmp_path, tmp_path, cpu=True)
+    running = multi_gpu.Running(Job("late", "gradients", "tiny", [0], [layout()], 2), tmp_path, tmp_path, cpu=True)
+    log = tmp_path / "late.log"
+    while "all imported" not in log.read_text():
+        time.sleep(0.05)
     running.go = tmp_path / "never"  # the rank waits for ever
     running.run(math.inf)
     assert running.rows[0]["error"] == "its time was over"
-    assert "multi_gpu_rank.py" in (tmp_path / "late.log").read_text()
+    assert "multi_gpu_rank.py" in log.read_text()
 
 
 @pytest.mark.parametrize("gpus", [1, 2, 4, 8])
@@ -81,7 +92,7 @@ def test_what_is_timed_shares_no_gpu(gpus):
     for wave in planned:
         used = [gpu for job in wave for gpu in job.gpus]
         assert max(used) < gpus
-        assert len(used) == len(set(used)) or {job.part for job in wave} <= {"gradients", "prepared", "warm"}
+        assert len(used) == len(set(used)) or {job.part for job in wave} <= {"gradients", "fails", "prepared", "warm"}
         for job in wave:
             for values in job.layouts:
                 ranks = values["tensor_parallel"] * values["pipeline_parallel"]
