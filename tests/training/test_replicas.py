@@ -17,7 +17,7 @@ from training import checkpoint
 from training.generation.engine import Limits
 from training.generation.replicas import Replicas
 from training.generation.request import Request, Sampling, draws
-from training.generation.reshard import named_weights
+from training.generation.reshard import Held, named_weights, plan, rounds
 from training.shape import Shape
 from training.step import build_model
 
@@ -76,6 +76,13 @@ def test_every_layout_generates_what_one_rank_and_hugging_face_do(small):
                     assert (views, report["reshard_gb"]) == (1, 0)
                 else:
                     assert 0 < views < 1 and report["reshard_gb"] > 0, (layout, size)
+
+
+def test_every_pipeline_stage_sends_in_every_round():
+    """Three stages of two layers to three ranks that want all: two rounds of six messages, not six of two through one rank's links."""
+    held = [{f"decoder.layers.{2 * stage + number}.weight": Held((4, 4), None) for number in range(2)} for stage in range(3)]
+    found = rounds(plan(held, 1, 1, None)[0], 1)
+    assert [sorted((move.of, move.to) for move in one) for one in found] == [[(0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1)]] * 2
 
 
 def test_a_generation_size_that_does_not_divide_the_model_s_ranks_is_refused(small):
