@@ -17,11 +17,12 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
-from eval import gold, intervals
+from eval import gold, intervals, winrate
 from eval.errors import DataError
 from eval.generation import device, encode
 from eval.jsonl import dump, last_by, read
@@ -74,18 +75,30 @@ def _tensor_cores():
         torch.set_float32_matmul_precision(before)
 
 
-def summary(scored: Mapping[str, Sequence[Mapping]], seed: int) -> dict:
-    """{"score": {model: Interval}, "win_rate": {model: Interval}}: mean score, and the share of held-out prompts whose reply scores above
-    the first model's reply to the same prompt (equal: half). ``scored``: model -> rows {"index", "sample", "score"}; intervals are over
-    prompts."""
+def summary(scored: Mapping[str, Sequence[Mapping]], replies: Mapping[str, Sequence[Mapping]], seed: int) -> dict:
+    """{"score", "win_rate", "length_controlled": {model: Interval}}: mean score, and the share of held-out prompts whose reply scores above
+    the first model's reply to the same prompt (equal: half), all and at equal length (eval.winrate: a reward model may like short replies,
+    or long ones). ``scored``: model -> rows {"index", "sample", "score"}; ``replies``: model -> rows {"index", "sample", "response"};
+    intervals are over prompts."""
     if not scored:
-        return {"score": {}, "win_rate": {}}
+        return {"score": {}, "win_rate": {}, "length_controlled": {}}
     baseline, *others = scored
     base = {(row["index"], row["sample"]): row["score"] for row in scored[baseline]}
-    wins = {name: [{"index": row["index"], "won": _won(row["score"], base[row["index"], row["sample"]])} for row in scored[name]]
-            for name in others}
+    wins = {name: [{**row, "won": _won(row["score"], base[row["index"], row["sample"]])} for row in scored[name]] for name in others}
+    characters = {name: {(row["index"], row["sample"]): len(row["response"]) for row in replies[name]} for name in scored}
     return {"score": {name: intervals.mean(list(gold.by_prompt(rows, "score").values()), seed).as_dict() for name, rows in scored.items()},
-            "win_rate": {name: intervals.mean(list(gold.by_prompt(rows, "won").values()), seed).as_dict() for name, rows in wins.items()}}
+            "win_rate": {name: intervals.mean(list(gold.by_prompt(rows, "won").values()), seed).as_dict() for name, rows in wins.items()},
+            "length_controlled": {name: _at_equal_length(rows, characters[name], characters[baseline], seed)
+                                  for name, rows in wins.items()}}
+
+
+def _at_equal_length(wins: Sequence[Mapping], mine: Mapping[tuple, int], theirs: Mapping[tuple, int], seed: int) -> dict:
+    places = [(row["index"], row["sample"]) for row in wins]
+    number = {index: place for place, index in enumerate(dict.fromkeys(index for index, _ in places))}
+    longer = np.array([mine[place] - theirs[place] for place in places], dtype=float)
+    units = np.array([number[index] for index, _ in places])
+    estimate = winrate.length_controlled(np.array([row["won"] for row in wins]), longer, units, len(number), seed)
+    return intervals.Interval(*estimate, len(number)).as_dict()
 
 
 def _won(mine: float, other: float) -> float:

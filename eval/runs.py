@@ -131,7 +131,8 @@ def evaluation(folder: Path) -> Evaluation:
         raise DataError(f"{folder / 'results.json'}: no {', '.join(absent)}: made by an older version; run mtbench again, "
                         "what is made is kept")
 
-    results["heldout"] = {"score": {}, "win_rate": {}} | results["heldout"]  # absent before there was mtbench.reward_model
+    # Absent before there was mtbench.reward_model, the last one for longer.
+    results["heldout"] = {"score": {}, "win_rate": {}, "length_controlled": {}} | results["heldout"]
 
     def rows(path: Path, fields: set[str]) -> list[dict]:
         return [row for row in lines(path) if fields <= row.keys()]

@@ -1,6 +1,8 @@
 """A reward model as the measure of replies: its scores against a plain computation, win rates by hand."""
 
 import json
+import math
+import random
 
 import pytest
 import torch
@@ -31,11 +33,28 @@ def test_win_rate_by_hand():
     def rows(*scores):
         return [{"index": index, "sample": 0, "score": score} for index, score in enumerate(scores)]
 
-    made = preference.summary({"sft": rows(1, 2, 3, 4), "a": rows(2, 2, 2, 5), "b": rows(0, 0, 0, 0)}, seed=0)
+    scored = {"sft": rows(1, 2, 3, 4), "a": rows(2, 2, 2, 5), "b": rows(0, 0, 0, 0)}
+    replies = {name: [{"index": at, "sample": 0, "response": "reply"} for at in range(4)] for name in scored}
+    made = preference.summary(scored, replies, seed=0)
     assert made["score"]["sft"]["mean"] == 2.5 and set(made["win_rate"]) == {"a", "b"}
     assert made["win_rate"]["a"]["mean"] == (1 + 0.5 + 0 + 1) / 4 and made["win_rate"]["a"]["units"] == 4
     assert made["win_rate"]["b"] == {"mean": 0, "low": 0, "high": 0, "units": 4}
-    assert preference.summary({}, seed=0) == {"score": {}, "win_rate": {}}
+    assert made["length_controlled"]["a"]["mean"] == pytest.approx(5 / 8) and made["length_controlled"]["b"]["mean"] == 0
+    assert preference.summary({}, {}, seed=0) == {"score": {}, "win_rate": {}, "length_controlled": {}}
+
+
+def test_a_judge_that_likes_only_shortness_prefers_nobody_at_equal_length():
+    """It prefers the shorter reply with a probability that rises with the difference, and the model's replies are mostly shorter."""
+    draw, scored, replies = random.Random(0), {"sft": [], "rlhf": []}, {"sft": [], "rlhf": []}
+    for index in range(600):
+        longer = draw.randint(-60, 20)
+        won = draw.random() < 1 / (1 + math.exp(1.5 * math.tanh(longer / 23.7)))  # the standard deviation of -60 to 20 is 23.4
+        for name, score, length in (("sft", 0.0, 70), ("rlhf", 1.0 if won else -1.0, 70 + longer)):
+            scored[name].append({"index": index, "sample": 0, "score": score})
+            replies[name].append({"index": index, "sample": 0, "response": "x" * length})
+    made = preference.summary(scored, replies, seed=0)
+    assert made["win_rate"]["rlhf"]["low"] > 0.6 and made["win_rate"]["rlhf"]["units"] == 600
+    assert made["length_controlled"]["rlhf"]["low"] < 0.5 < made["length_controlled"]["rlhf"]["high"] < 0.6
 
 
 def test_kept_replies_are_scored_by_iteration(judge, tmp_path, capsys):
