@@ -6,6 +6,7 @@ Made from the files in the runs' folders alone, so it can be made again, of seve
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -23,9 +24,9 @@ CHECKS = (
     ("texts", "Texts", "d", "Texts that were checked."),
     ("empty", "Empty", "%", "Share of texts with nothing but white space."),
     ("truncated", "Truncated", "%", "Share cut at the limit of new tokens."),
-    ("eos_rate", "Ended by EOS", "%", "Share that the model ended with its end-of-sequence token."),
-    ("role_markers", "Role markers", "%", "Share that speaks for a role, or was stopped as it began to."),
-    ("repeated_ngrams", "Repeated 4-grams", "%", "Mean share of a text's word 4-grams that occurred in it before."),
+    ("eos_rate", "EOS", "%", "Share that the model ended with its end-of-sequence token."),
+    ("role_markers", "Roles", "%", "Share that speaks for a role, or was stopped as it began to."),
+    ("repeated_ngrams", "Repeats", "%", "Mean share of a text's word 4-grams that occurred in it before."),
     ("distinct_1", "Distinct-1", ".2f", "Different words over all words of all texts."),
     ("distinct_2", "Distinct-2", ".2f", "Different word pairs over all word pairs of all texts."),
     ("words", "Words", ".1f", "Mean words of a text."),
@@ -106,6 +107,17 @@ def training(found: Mapping[str, Run]) -> list[dict]:
     return made
 
 
+def measured(found: Mapping[str, Run]) -> dict[str, Run]:
+    """The runs, each without the stages that one before it shows already: one taken from another run (``submit --reuse``) has its
+    metrics to the last digit."""
+    seen, made = [], {}
+    for name, run in found.items():
+        new = [stage for stage in run.stages if not stage.metrics or (stage.name, stage.metrics) not in seen]
+        seen += [(stage.name, stage.metrics) for stage in new]
+        made[name] = dataclasses.replace(run, stages=new)
+    return made
+
+
 def page(found: Mapping[str, Run]) -> str:
     """The HTML text; the same input gives the same bytes."""
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined,
@@ -114,21 +126,22 @@ def page(found: Mapping[str, Run]) -> str:
     judged = evaluations(found)
     made, different = blocks(judged)
     common = merge.beside(list(judged.values())) if judged else None
-    preference = {label: row for name, run in found.items()
+    own = measured(found)
+    preference = {label: row for name, run in own.items()
                   for stage, row in rewards.summary({stage.name: stage.folder for stage in run.stages}).items()
                   for label in [stage if len(found) == 1 else f"{name}, {stage}"]}
     language = {stage if len(found) == 1 else f"{name}, {stage}": row
-                for name, run in found.items() for stage, row in facts.language_models(run).items()}
+                for name, run in own.items() for stage, row in facts.language_models(run).items()}
     calibrated = {label: row["calibration"] for label, row in preference.items() if row["calibration"]}
     gold = common["heldout"]["gold"] if common else {}
     return environment.get_template("report.html.j2").render(
         title=", ".join(found), runs=found, blocks=made, different=different, common=common, evaluations=judged,
         header=tables.HEADER, note=tables.NOTE, pair_header=tables.PAIR_HEADER, pair_note=tables.PAIR_NOTE, checks_columns=CHECKS,
         gold_figure=Markup(figures.interval_svg(gold, "gold")) if gold else None,
-        frontier=curves.frontiers({name: {stage.name: stage.metrics for stage in run.stages} for name, run in found.items()}),
+        frontier=curves.frontiers({name: {stage.name: stage.metrics for stage in run.stages} for name, run in own.items()}),
         preference=preference, language=language,
         calibration=Markup(figures.calibration_svg("calibration", calibrated)) if calibrated else None,
-        calibrated=list(calibrated), training=training(found), stages={name: facts.stage_rows(run) for name, run in found.items()},
+        calibrated=list(calibrated), training=training(own), stages={name: facts.stage_rows(run) for name, run in found.items()},
         differences=facts.differences(list(found.values())) if len(found) > 1 else [],
         configuration=[(key, facts.written(value)) for run in found.values() for key, value in facts.flat(run.config).items()]
         if len(found) == 1 else [],

@@ -70,7 +70,7 @@ def make_run(folder: Path, lr: float = 1e-3, **values) -> Path:
               {"time": 160, "event": "done", "stage": "dpo", "class": "done"}, {"time": 170, "event": "started", "stage": "mtbench"}]
     dump(folder / "ledger.jsonl", events)
     dump(folder / "warm-up/metrics.jsonl", [{"iteration": i, "total": 3, "time": i, "temperature_of_the_room": 20 + i} for i in (1, 2, 3)])
-    rows = [{"iteration": i, "total": 3, "time": i, "loss": 1 / i, "kl": i / 10, "reward": float(i), "heldout_kl": i / 5,
+    rows = [{"iteration": i, "total": 3, "time": i, "loss": 1 / i, "lr": lr, "kl": i / 10, "reward": float(i), "heldout_kl": i / 5,
              "heldout_reward": i / 2, "seconds_forward": 2.0, "seconds_update": float(i), "tokens_per_second": 100.0 * i,
              "peak_gb_update": 3.0 + i, "tokens_per_second_update": 9.0 * i, "odd_number": i,
              "heldout_accuracy": 0.8, "heldout_accuracy_low": 0.7, "heldout_accuracy_high": 0.9, "longer_wins": 0.75, "shorter_wins": 0.25,
@@ -156,6 +156,22 @@ def test_runs_judged_alike_stand_in_one_table(tmp_path, capsys):
     text = text_of(found)
     assert "what differs" in text and "0.0005" in text and "0.50 EUR" in text and "two, held out" in text
     assert len(report.collect([one, one, tmp_path / "one/../one"])) == 1
+
+
+def test_a_stage_taken_from_another_run_is_shown_once(tmp_path):
+    """With --reuse a run has another one's stage, its metrics among it; nothing of it is counted a second time."""
+    one, two = make_run(tmp_path / "one"), make_run(tmp_path / "two", lr=5e-4)
+    shutil.rmtree(two / "warm-up")
+    shutil.copytree(one / "warm-up", two / "warm-up")
+    found = report.collect([one, two])
+    assert [stage.name for stage in found["two"].stages] == ["warm-up", "dpo", "mtbench"]
+    own = report.measured(found)
+    assert own["one"] == found["one"] and [stage.name for stage in own["two"].stages] == ["dpo", "mtbench"]
+    text = text_of(found)
+    assert "one, dpo" in text and "two, dpo" in text
+    (two / "dpo/metrics.jsonl").write_bytes((one / "dpo/metrics.jsonl").read_bytes())
+    text = text_of(report.collect([one, two]))
+    assert "one, dpo" in text and "two, dpo" not in text
 
 
 def test_runs_judged_differently_do_not(tmp_path):
