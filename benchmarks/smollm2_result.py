@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from eval import facts, preference, rewards, runs
 
 SFT, TRAINERS = "sft", ("sft", "reward", "rlhf", "grpo", "dpo")
+INTERVALS = ("score", "win_rate", "length_controlled", "kl")
 OWN, JUDGE = preference.PREFIX + "own", preference.PREFIX + "other"
 COLOURS = {"ppo-seed-0": "#1f5fa8", "ppo-seed-1": "#4f8fd0", "ppo-seed-2": "#8dbbe8", "ppo-kl-low": "#c8471b", "ppo-kl-high": "#7a5195",
            "grpo": "#2f8f5b", "dpo": "#8a8a8a"}
@@ -83,13 +84,13 @@ def _curves(run: runs.Run, start: Sequence[Mapping]) -> dict[str, list[list[floa
 
 
 def _policies(folder: Path, branches: Sequence[str]) -> dict[str, dict]:
-    """Model -> {"score", "win_rate", "kl" (intervals), "heldout", "questions" (checks), "replies", "different", "sorry"} from each branch's
-    evaluation."""
+    """Model -> {"score", "win_rate", "length_controlled", "kl" (intervals), "heldout", "questions" (checks), "replies", "different",
+    "sorry"} from each branch's evaluation."""
     made: dict[str, dict] = {}
     for branch in branches:
         results = runs.read_json(folder / "evaluation" / branch / "results.json")
         for name in (SFT, branch) if results else ():
-            made.setdefault(name, {key: results["heldout"][key].get(name) for key in ("score", "win_rate", "kl")}
+            made.setdefault(name, {key: results["heldout"].get(key, {}).get(name) for key in INTERVALS}
                             | {source: results["checks"][source].get(name) for source in ("heldout", "questions")}
                             | _said_at_the_end(folder / "evaluation" / branch / "heldout" / f"{name}.jsonl"))
     return made
@@ -115,20 +116,21 @@ def tables(result: Mapping) -> str:
     lines += [f"| {name} | {interval({'mean': row['accuracy'], 'low': row['low'], 'high': row['high']})} | "
               f"{row['floors'].get('shorter wins', math.nan):.3f} |" for name, row in result["preference"].items()]
     lines += ["", "| model | KL coefficient | KL to SFT, nats a reply | own reward model: first, last | the judge's score | "
-              "preferred to SFT by the judge | tokens | EOS | different replies | say sorry |", "|---|---|---|---|---|---|---|---|---|---|"]
+              "preferred to SFT by the judge | at equal length | tokens | EOS | different replies | say sorry |", "|---" * 11 + "|"]
     for name, row in result["policies"].items():
         own, checked = result["curves"].get(name, {}).get(OWN, []), row["heldout"]
         ends = f"{own[0][1]:.3f}, {own[-1][1]:.3f}" if own else "-"
         different = f"{row['different'] * row['replies']:.0f} of {row['replies']} | {row['sorry']:.2f}" if "replies" in row else "- | -"
-        lines.append(f"| {name} | {_weight(result['coefficients'].get(name, {}))} | {interval(row['kl'], '.2f')} | {ends} | "
-                     f"{interval(row['score'])} | {interval(row['win_rate'])} | {checked['tokens']:.1f} | {checked['eos_rate']:.2f} | "
-                     f"{different} |")
-    lines += ["", "| model | repeated 4-grams | distinct-2 | MT-Bench answers: tokens | EOS | repeated 4-grams | distinct-2 |",
-              "|---|---|---|---|---|---|---|"]
+        cells = (name, _weight(result["coefficients"].get(name, {})), interval(row["kl"], ".2f"), ends,
+                 *(interval(row[key]) for key in ("score", "win_rate", "length_controlled")), f"{checked['tokens']:.1f}",
+                 f"{checked['eos_rate']:.2f}", different)
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "| model | repeated 4-grams | distinct-2 | MT-Bench answers: tokens | EOS | empty | repeated 4-grams | distinct-2 |",
+              "|---" * 8 + "|"]
     for name, row in result["policies"].items():
         checked, asked = row["heldout"], row["questions"]
         lines.append(f"| {name} | {checked['repeated_ngrams']:.3f} | {checked['distinct_2']:.2f} | {asked['tokens']:.1f} | "
-                     f"{asked['eos_rate']:.2f} | {asked['repeated_ngrams']:.3f} | {asked['distinct_2']:.2f} |")
+                     f"{asked['eos_rate']:.2f} | {asked['empty']:.2f} | {asked['repeated_ngrams']:.3f} | {asked['distinct_2']:.2f} |")
     missing = [name for name, done in result["done"].items() if not done]
     return "\n".join([*lines, *(["", f"Not done: {', '.join(missing)}."] if missing else [])])
 
@@ -161,10 +163,13 @@ def picture(result: Mapping, path: Path) -> None:
     for place, (name, value) in enumerate(rated.items()):
         wins.plot([value["low"], value["high"]], [place, place], color=COLOURS.get(name, "black"), linewidth=3, alpha=0.5)
         wins.plot([value["mean"]], [place], color=COLOURS.get(name, "black"), marker="o")
+        if equal := result["policies"][name]["length_controlled"]:
+            wins.plot([equal["low"], equal["high"]], [place + 0.3] * 2, color=COLOURS.get(name, "black"), linewidth=1)
+            wins.plot([equal["mean"]], [place + 0.3], color=COLOURS.get(name, "black"), marker="o", markerfacecolor="white")
     wins.axvline(0.5, color="#999999", linewidth=1)
     wins.set_yticks(range(len(rated)), list(rated))
     wins.invert_yaxis()
-    _titles(wins, "preferred to SFT by the judge, 95%", "share of the held-out prompts")
+    _titles(wins, "preferred to SFT by the judge", "share of prompts, 95%; hollow: at equal length")
     if first.lines:
         figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=8, frameon=False)
     figure.savefig(path)

@@ -133,7 +133,8 @@ def test_what_there_is_is_shown(tmp_path):
         "".join(json.dumps(dict(zip(("name", "seconds", "done"), row, strict=True))) + "\n" for row in works))
     checks = {"texts": 2, "tokens": 40.0, "eos_rate": 0.5, "repeated_ngrams": 0.125, "distinct_2": 0.75, "empty": 0.0, "truncated": 0.5}
     interval = {"mean": 0.75, "low": 0.5, "high": 1.0, "units": 2}
-    results = {"heldout": {"score": {"sft": interval, "ppo-seed-0": interval}, "win_rate": {"ppo-seed-0": interval}, "kl": {}},
+    results = {"heldout": {"score": {"sft": interval, "ppo-seed-0": interval}, "win_rate": {"ppo-seed-0": interval}, "kl": {},
+                           "length_controlled": {"ppo-seed-0": {**interval, "mean": 0.625}}},
                "checks": {source: {name: checks for name in ("sft", "ppo-seed-0")} for source in ("heldout", "questions")}}
     replies = tmp_path / "evaluation" / "ppo-seed-0" / "heldout"
     replies.mkdir(parents=True)
@@ -142,9 +143,10 @@ def test_what_there_is_is_shown(tmp_path):
     (tmp_path / "evaluation" / "ppo-seed-0" / "results.json").write_text(json.dumps(results))
     text = smollm2_result.write(tmp_path, ["ppo-seed-0", "ppo-seed-1"], {"ppo-seed-0": False})
     assert "| ppo-seed-0 | rlhf |  | 42 | 9.5 |" in text and "| ppo-seed-0 | evaluated | | 54 | |" in text and "seed-1 | eval" not in text
-    assert "| ppo-seed-0 | 0.2 | - | 0.000, 0.800 | 0.750 [0.500, 1.000] | 0.750 [0.500, 1.000] | 40.0 | 0.50 | 1 of 2 | 1.00 |" in text
-    assert "| sft | - | - | - | 0.750 [0.500, 1.000] | - | 40.0 | 0.50 | 2 of 2 | 0.00 |" in text
-    assert "| ppo-seed-0 | 0.125 | 0.75 | 40.0 | 0.50 | 0.125 | 0.75 |" in text and "Not done: ppo-seed-0." in text
+    assert ("| ppo-seed-0 | 0.2 | - | 0.000, 0.800 | 0.750 [0.500, 1.000] | 0.750 [0.500, 1.000] | 0.625 [0.500, 1.000] | 40.0 | "
+            "0.50 | 1 of 2 | 1.00 |") in text
+    assert "| sft | - | - | - | 0.750 [0.500, 1.000] | - | - | 40.0 | 0.50 | 2 of 2 | 0.00 |" in text
+    assert "| ppo-seed-0 | 0.125 | 0.75 | 40.0 | 0.50 | 0.00 | 0.125 | 0.75 |" in text and "Not done: ppo-seed-0." in text
     found = json.loads((tmp_path / "result.json").read_text())
     assert found["curves"]["ppo-seed-0"]["score_other"] == [[0, 0.0], [4, 0.2], [8, 0.4]]
     assert found["curves"]["ppo-seed-0"]["different"] == [[4, 3 / 8]] and found["curves"]["ppo-seed-0"]["sorry"] == [[4, 6 / 8]]
