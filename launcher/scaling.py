@@ -3,9 +3,9 @@
 Assumptions, all of them:
 
 * forward and backward of a layer and of the head run at the share of the GPU's peak that was measured on one H200 for that hidden size
-  (benchmarks/train.py, optimizer taken off; sizes between are interpolated). The same share on other GPUs, and for the narrower matrices of
+  (training/pace.py; optimizer taken off; sizes between are interpolated). The same share on other GPUs, and for the narrower matrices of
   tensor parallelism: optimistic for t > 4. Full recompute: a third more.
-* the host launches a layer's kernels and messages no faster than LAUNCH_S: small micro-batches wait for it.
+* the host launches a layer's kernels and messages no faster than training/pace.py's LAUNCH_S: small micro-batches wait for it.
 * tensor parallelism: per layer and micro-batch two all-reduces forward and two backward (Shoeybi et al. 2019) of 2 T h bytes, as a ring:
   2 (t - 1) / t of them through the links inside a node, hidden behind nothing. With full recompute two more.
 * pipeline: the slowest stage's time x (m + (p - 1) / v) for m micro-batches (Narayanan et al. 2021), and two messages of 2 T h bytes a
@@ -23,15 +23,10 @@ from dataclasses import dataclass
 from launcher import memory
 from launcher.config import Resources
 from launcher.profile import Machine, Profile
-from training.config import SFTConfig
+from training.config import SFTConfig, TrainerConfig
+from training.pace import FORWARD, LAUNCH_S, flops_per_token, utilisation
 from training.settings import ConfigError
 from training.shape import Shape
-
-UTILISATION = {1024: 0.453, 2048: 0.553, 2560: 0.527, 4096: 0.589}
-"""Share of the peak in forward and backward, by hidden size: one H200, sequence 2048, no recompute."""
-LAUNCH_S = {False: 0.002, True: 0.0049}
-"""Seconds that the host takes for a layer of a micro-batch, forward and backward, however little it computes; True: with messages of tensor
-parallelism. The first is no less than 1b7's at 2,048 tokens on one H200, the second 7b1's at 2,048 tokens, TP 2 x PP 2, on four H100."""
 
 _H800 = Machine(tflops=989, memory_gb_s=3350, inside_gb_s=200, outside_gb_s=50)
 MACHINES = {
@@ -63,49 +58,51 @@ class Step:
         return {name: getattr(self.config, name) for name in names}
 
 
-def utilisation(hidden: int) -> float:
-    sizes = sorted(UTILISATION)
-    if hidden <= sizes[0] or hidden >= sizes[-1]:
-        return UTILISATION[sizes[0] if hidden <= sizes[0] else sizes[-1]]
-    above = next(size for size in sizes if size >= hidden)
-    below = sizes[sizes.index(above) - 1]
-    part = (hidden - below) / (above - below)
-    return UTILISATION[below] + part * (UTILISATION[above] - UTILISATION[below])
+def passes(shape: Shape, config: TrainerConfig, machine: Machine, gpus_per_node: int, count: int, tokens: int, length: int,
+           head: str = "lm", backward: bool = True) -> dict[str, float]:
+    """Seconds of compute, bubble, launch, tensor and pipeline of ``count`` micro-batches of ``tokens`` in rows of ``length``, forward and
+    backward or forward alone."""
+    tensor, stages, virtual = config.tensor_parallel, config.pipeline_parallel, config.virtual_pipeline
+    again = config.recompute == "full" and backward
+    work = (4 / 3 if again else 1.0) if backward else 1 / 3
+    layer, output = flops_per_token(shape, length)
+    output = output * (1.0 if backward else 1 / 3) if head == "lm" else 0.0
+    rate = utilisation(shape.hidden) * machine.tflops * 1e12 * tensor
+    held = [sum(parts) for parts in shape.chunk_layers(stages, virtual, head)]
+    slowest = max((layers * layer * work + (stage == stages - 1) * output) * tokens / rate for stage, layers in enumerate(held))
+    inside, outside = 0.8e9 * machine.inside_gb_s, 0.8e9 * machine.outside_gb_s
+    message = 2 * tokens * shape.hidden
+    reduces = (6 if again else 4) if backward else 2
+    reducing = reduces * max(held) * message * 2 * (tensor - 1) / tensor / inside if tensor > 1 else 0.0
+    launching = LAUNCH_S[tensor > 1] * max(held) * ((4 / 3 if again else 1.0) if backward else FORWARD)
+    waiting = max(launching - slowest - reducing, 0.0)
+    parts = {"compute": slowest * count, "bubble": slowest * (stages - 1) / virtual, "launch": waiting * (count + (stages - 1) / virtual),
+             "tensor": count * reducing, "pipeline": 0.0}
+    if stages > 1:
+        messages = count * (2 if backward else 1) * virtual
+        parts["pipeline"] = messages * message / tensor / (outside if tensor * stages > gpus_per_node else inside)
+    return parts
 
 
-def flops_per_token(shape: Shape, length: int) -> tuple[float, float]:
-    """Forward and backward of (one layer, the head): 6 x parameters of the matrices, and attention over half of the square."""
-    matrices = sum(one.size[0] * one.size[1] for one in shape.table.layer if len(one.size) == 2)
-    return 6 * matrices + 6 * shape.hidden * length, 6 * shape.vocab * shape.hidden
+def update(shape: Shape, config: TrainerConfig, ranks: int, machine: Machine, gpus_per_node: int, head: str = "lm") -> dict[str, float]:
+    """Seconds of data and optimizer of a step."""
+    data = config.model_copies(ranks)
+    parameters = max(memory.Rank(shape, config, data, stage).parameters(head) for stage in range(config.pipeline_parallel))
+    between = 0.8e9 * (machine.inside_gb_s if ranks <= gpus_per_node else machine.outside_gb_s)
+    return {"data": 6 * parameters * (data - 1) / data / between if data > 1 else 0.0,
+            "optimizer": (20 * parameters / data + 12 * parameters) / (0.85e9 * machine.memory_gb_s)}
 
 
 def step(shape: Shape, config: SFTConfig, ranks: int, machine: Machine, gpus_per_node: int) -> Step:
     """Raises ConfigError where the layout does not divide."""
-    tensor, stages, virtual = config.tensor_parallel, config.pipeline_parallel, config.virtual_pipeline
-    data = config.data_parallel(ranks)
-    shape.check_layout(tensor, stages, virtual)
+    data, length = config.data_parallel(ranks), config.seq_length
+    shape.check_layout(config.tensor_parallel, config.pipeline_parallel, config.virtual_pipeline)
     count = config.global_batch_size // (config.micro_batch_size * data)
-    tokens = config.micro_batch_size * config.seq_length
-    layer, head = flops_per_token(shape, config.seq_length)
-    rate = utilisation(shape.hidden) * machine.tflops * 1e12 * tensor
-    again = 4 / 3 if config.recompute == "full" else 1.0
-    held = [sum(parts) for parts in shape.chunk_layers(stages, virtual, "lm")]
-    slowest = max((layers * layer * again + (stage == stages - 1) * head) * tokens / rate for stage, layers in enumerate(held))
-    inside, outside = 0.8e9 * machine.inside_gb_s, 0.8e9 * machine.outside_gb_s
-    message = 2 * tokens * shape.hidden
-    reduces = (6 if config.recompute == "full" else 4) * max(held)
-    reducing = reduces * message * 2 * (tensor - 1) / tensor / inside if tensor > 1 else 0.0
-    waiting = max(LAUNCH_S[tensor > 1] * max(held) * again - slowest - reducing, 0.0)
-    parts = {"compute": slowest * count, "bubble": slowest * (stages - 1) / virtual, "launch": waiting * (count + (stages - 1) / virtual),
-             "tensor": count * reducing, "pipeline": 0.0}
-    if stages > 1:
-        parts["pipeline"] = count * 2 * virtual * message / tensor / (outside if tensor * stages > gpus_per_node else inside)
-    parameters = max(memory.Rank(shape, config, data, stage).parameters("lm") for stage in range(stages))
-    between = inside if ranks <= gpus_per_node else outside
-    parts["data"] = 6 * parameters * (data - 1) / data / between if data > 1 else 0.0
-    parts["optimizer"] = (20 * parameters / data + 12 * parameters) / (0.85e9 * machine.memory_gb_s)
+    parts = passes(shape, config, machine, gpus_per_node, count, config.micro_batch_size * length, length)
+    parts |= update(shape, config, ranks, machine, gpus_per_node)
     seconds = sum(parts.values())
-    useful = (shape.layers * layer + head) * config.global_batch_size * config.seq_length
+    layer, head = flops_per_token(shape, length)
+    useful = (shape.layers * layer + head) * config.global_batch_size * length
     made = memory.estimate(shape, config, ranks).total
     return Step(config, ranks, seconds, useful / seconds / ranks / machine.tflops / 1e12, made, parts)
 
@@ -116,14 +113,19 @@ def machine_of(profile: Profile) -> Machine:
     return Machine(**{name: getattr(profile.machine, name) or value for name, value in known.items()})
 
 
+def unsaid(stage: str, profile: Profile) -> str:
+    """Why nothing can be reckoned for a profile; "" where it can."""
+    unknown = [f"machine.{name}" for name, value in dataclasses.asdict(machine_of(profile)).items() if not value]
+    unknown += [] if profile.gpu_memory_gb else ["gpu_memory_gb"]
+    return (f"{stage}: no suggestion: profile {profile.name} does not say {', '.join(unknown)}; the machine's rates are known of "
+            f"network = {', '.join(MACHINES)}") if unknown else ""
+
+
 def suggest(stage: str, shape: Shape, config: SFTConfig, asked: Resources, profile: Profile) -> str:
     """The fastest layout of a stage's ranks on a site, as words for the command line, beside the layout that is configured."""
     machine, ranks = machine_of(profile), asked.ranks
-    unknown = [f"machine.{name}" for name, value in dataclasses.asdict(machine).items() if not value]
-    unknown += [] if profile.gpu_memory_gb else ["gpu_memory_gb"]
-    if unknown:
-        return (f"{stage}: no suggestion: profile {profile.name} does not say {', '.join(unknown)}; the machine's rates are known of "
-                f"network = {', '.join(MACHINES)}")
+    if why := unsaid(stage, profile):
+        return why
     now = step(shape, config, ranks, machine, asked.ranks_per_node)
     found = layouts(shape, config, ranks, machine, asked.ranks_per_node, profile.gpu_memory_gb)
     if not found:

@@ -161,7 +161,7 @@ class PPO:
             prompts = [index for index in self.sampler.next_batch() for _ in range(config.group_size)]
             made = self.sample(prompts, self.rows, iteration)
         rollout = self.replicas.report
-        rows = plan(config, made.batch["lengths"].tolist(), config.global_batch_size)
+        rows = plan(config, self.shape, made.batch["lengths"].tolist(), config.global_batch_size)
         with phases("score"):
             self.first_learner.wake()
             scored = score(config, self.models, made.batch, rows)
@@ -184,7 +184,7 @@ class PPO:
     def heldout(self, iteration: int) -> dict[str, float]:
         """Reward and KL to the reference (nats per response) on the held-out prompts, with the same draws at every call. A collective."""
         made = self.sample(list(range(len(self.unseen))), self.unseen, 0)
-        rows = plan(self.config, made.batch["lengths"].tolist(), len(self.unseen))
+        rows = plan(self.config, self.shape, made.batch["lengths"].tolist(), len(self.unseen))
         if self.config.keep_replies and parallel.is_main():
             replies.keep(self.config.paths.output, iteration, made.batch, self.tokenizer)
         metrics = report(made, score(self.config, self.models, made.batch, rows), self.config, self.reward_bias)

@@ -21,6 +21,7 @@ from training.loop import Task
 from training.losses import pairwise_loss
 from training.main import run_stage
 from training.ranking import judged
+from training.shape import Shape
 from training.start import Inputs, learn, length_multiple, limits
 from training.step import Batch, Learner, Objective, split
 
@@ -64,7 +65,8 @@ def collate_packed_comparisons(rows: list[list[Comparison]], replies: int, pad_i
     return {"tokens": batch["tokens"], "documents": batch["documents"], "ends": ends.flatten(1), "scores": scores.flatten(1)}
 
 
-def global_batch(config: RewardConfig, comparisons: list[Comparison], replies: int, pad_id: int) -> tuple[list[Batch], dict[str, float]]:
+def global_batch(config: RewardConfig, shape: Shape, comparisons: list[Comparison], replies: int,
+                 pad_id: int) -> tuple[list[Batch], dict[str, float]]:
     """A global batch -> this data-parallel rank's micro-batches, and what the log says of it. Packed, a row holds whole queries: those of
     one with long replies may be longer than seq_length. No micro-batch has more tokens than unpacked rows of full length."""
     ranks, rank = parallel.data_ranks(), parallel.data_rank()
@@ -72,7 +74,7 @@ def global_batch(config: RewardConfig, comparisons: list[Comparison], replies: i
     if config.packing:
         capacity = max(config.seq_length, *lengths)
         rows = config.micro_batch_size * replies * config.seq_length // capacity
-        layout = lay_out(lengths, limits(config)._replace(capacity=capacity, micro_batch_size=rows))
+        layout = lay_out(lengths, limits(config, shape)._replace(capacity=capacity, micro_batch_size=rows))
         mine = [[comparisons[index] for index in row] for row in shard(layout.rows, rank, ranks)]
         batch, size = collate_packed_comparisons(mine, replies, pad_id, layout.length), layout.micro_batch_size
         computed = len(layout.rows) * layout.length
@@ -104,7 +106,7 @@ def task(config: RewardConfig, inputs: Inputs, learner: Learner) -> Task:
 
     def micro_batches(indices: list[int]) -> tuple[list[Batch], dict[str, float]]:
         comparisons = [comparison_example(rows[index], tokenizer, config.seq_length) for index in indices]
-        return global_batch(config, comparisons, replies, tokenizer.pad_id)
+        return global_batch(config, inputs.shape, comparisons, replies, tokenizer.pad_id)
 
     def bias() -> dict[str, float]:
         return {"reward_bias": calibration.bias(config, learner, responses, tokenizer.eos_id, tokenizer.pad_id)}

@@ -21,6 +21,7 @@ from training import parallel
 from training.config import RolloutConfig
 from training.data.batches import padded_length, shard
 from training.data.packing import Layout, Limits, lay_out
+from training.shape import Shape
 from training.start import least_tokens, length_multiple
 from training.step import Batch, Read, look
 
@@ -74,14 +75,14 @@ class Plan:
         return place
 
 
-def plan(config: RolloutConfig, lengths: list[int], minibatch: int) -> Plan:
+def plan(config: RolloutConfig, shape: Shape, lengths: list[int], minibatch: int) -> Plan:
     """The rows of samples of ``lengths`` in minibatches of ``minibatch`` samples; the same call on every rank."""
     ranks, multiple, packed = parallel.data_ranks(), length_multiple(config), bool(config.micro_batch_tokens)
     # The interleaved schedule takes micro-batches in groups of the pipeline's size.
     group = config.pipeline_parallel if config.virtual_pipeline > 1 else 1
     capacity = config.prompt_length + config.response_length
     limits = Limits(capacity, multiple, ranks, max(1, config.micro_batch_tokens // padded_length([capacity], multiple)),
-                    config.pipeline_parallel, group, least_tokens())
+                    config.pipeline_parallel, group, least_tokens(config, shape))
     layouts: list[Layout] = []
     for first in range(0, len(lengths), minibatch):
         part = lengths[first : first + minibatch]

@@ -21,6 +21,7 @@ from training.generation.replicas import Replicas
 from training.loop import Task
 from training.main import run_stage
 from training.model.heads import Output, next_token_logprobs, next_token_nll
+from training.shape import Shape
 from training.start import Inputs, learn, length_multiple, limits, packed
 from training.step import Batch, Learner, Objective, evaluate, split
 
@@ -31,11 +32,11 @@ def compute(output: Output, batch: Batch):
     return loss, batch["response_mask"].sum(), loss[None]
 
 
-def global_batch(config: SFTConfig, examples: list[Example], pad_id: int) -> tuple[list[Batch], dict[str, float]]:
+def global_batch(config: SFTConfig, shape: Shape, examples: list[Example], pad_id: int) -> tuple[list[Batch], dict[str, float]]:
     """A global batch -> this data-parallel rank's micro-batches, and what the log says of it: "tokens", examples' without padding, and
     "packing_efficiency", their part of all that is computed."""
     ranks, lengths = parallel.data_ranks(), [len(example.tokens) for example in examples]
-    layout = lay_out(lengths, limits(config)) if config.packing else None
+    layout = lay_out(lengths, limits(config, shape)) if config.packing else None
     if layout and len(layout.rows) < len(examples):
         rows, length, size = layout
         batch = collate_packed([[examples[index] for index in row] for row in shard(rows, parallel.data_rank(), ranks)], pad_id, length)
@@ -68,7 +69,8 @@ def task(config: SFTConfig, inputs: Inputs, learner: Learner) -> Task:
     unseen = [sft_example(row, tokenizer, config.seq_length) for row in inputs.unseen]
 
     def micro_batches(indices: list[int]) -> tuple[list[Batch], dict[str, float]]:
-        return global_batch(config, [sft_example(inputs.rows[index], tokenizer, config.seq_length) for index in indices], tokenizer.pad_id)
+        examples = [sft_example(inputs.rows[index], tokenizer, config.seq_length) for index in indices]
+        return global_batch(config, inputs.shape, examples, tokenizer.pad_id)
 
     return Task(Objective(("loss",), compute), micro_batches, lambda: heldout(config, learner, unseen, tokenizer.pad_id),
                 headline=("loss", "heldout_loss", "unigram_entropy", "packing_efficiency", "grad_norm", "lr"),

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from training import checkpoint, parallel
+from training import checkpoint, pace, parallel
 from training.config import RolloutConfig, TrainerConfig
 from training.data.batches import Example, Sampler, padded_length
 from training.data.cache import TokenRows, cached
@@ -83,19 +83,18 @@ def length_multiple(config: TrainerConfig) -> int:
     return 8 * config.tensor_parallel
 
 
-LAUNCHED = 2048
-"""Tokens that a GPU computes while the host launches a micro-batch's kernels: 7b1's layers take a thousand (one GPU) to four (TP 2), those
-of smaller models more (benchmarks/README.md, several GPUs). Fewer tokens would only be more micro-batches of the same time."""
+def least_tokens(config: TrainerConfig, shape: Shape) -> int:
+    """Of a micro-batch: fewer would take this GPU as long. 0 on the CPU."""
+    if parallel.device().type == "cpu":
+        return 0
+    peak = pace.PEAK_TFLOPS.get(torch.cuda.get_device_capability()[0], max(pace.PEAK_TFLOPS.values()))
+    return pace.launched_tokens(shape, config.tensor_parallel, config.longest_row, peak)
 
 
-def least_tokens() -> int:
-    return LAUNCHED if parallel.device().type == "cuda" else 0
-
-
-def limits(config: TrainerConfig) -> Limits:
+def limits(config: TrainerConfig, shape: Shape) -> Limits:
     """What packed rows of a trainer with ``seq_length`` must fit: no micro-batch has more tokens than unpacked rows of full length."""
     return Limits(config.seq_length, length_multiple(config), parallel.data_ranks(), config.micro_batch_size, config.pipeline_parallel,
-                  config.pipeline_parallel if config.virtual_pipeline > 1 else 1, least_tokens())
+                  config.pipeline_parallel if config.virtual_pipeline > 1 else 1, least_tokens(config, shape))
 
 
 def packed(config: TrainerConfig, examples: list[Example], pad_id: int) -> tuple[Batch, torch.Tensor]:

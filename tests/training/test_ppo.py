@@ -128,7 +128,7 @@ def one_step(config: PPOConfig, length: int):
     examples = [Example(torch.randint(4, 500, (size,), generator=generator).tolist(), size // 2) for size in (9, 12, 7, 15, 11, 9, 16, 13)]
     batch = collate(examples, trainer.tokenizer.pad_id, length)
     rollout = experience.Rollout(batch, torch.tensor([True] * 7 + [False]))
-    division = plan(config, batch["lengths"].tolist(), config.global_batch_size)
+    division = plan(config, trainer.shape, batch["lengths"].tolist(), config.global_batch_size)
     scored = experience.score(config, trainer.models, batch, division)
     samples = experience.experience(config, rollout, scored, kl_coef=0.02, reward_bias=0.0)
     assert samples.batch["advantages"][batch["response_mask"]].mean().abs() < 1e-6

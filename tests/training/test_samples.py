@@ -41,7 +41,7 @@ def both_ways(config: PPOConfig) -> dict:
         torch.nn.init.normal_(parameter, std=0.15, generator=torch.Generator().manual_seed(len(name)))
     learner, batch, seen = Learner(model, config, config.lr, 100, 0), samples(), {}
     for name, tokens in (("budget", config.micro_batch_tokens), ("padded", 0)):
-        rows = plan(replace(config, micro_batch_tokens=tokens), LENGTHS, 8)
+        rows = plan(replace(config, micro_batch_tokens=tokens), SHAPE, LENGTHS, 8)
         logprobs = rows.look(learner.wrapped, batch,
                              lambda output, micro: next_token_logprobs(output, micro["tokens"], mask=micro["response_mask"]))
         minibatches = [rows.micro_batches(batch, number) for number in (0, 1)]

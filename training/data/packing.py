@@ -14,10 +14,8 @@ from typing import NamedTuple
 import torch
 
 from training.data.batches import Example
+from training.pace import micro_batches
 
-OVERHEAD = 16
-"""Tokens that could be computed in the time that a micro-batch takes beside its tokens (kernel launches, messages): a guess, small on
-purpose, so that of rows that are equally full the fewest micro-batches are taken."""
 MORE_ROWS = 3
 """Rows are tried up to so many times the fewest."""
 
@@ -52,15 +50,15 @@ class Limits(NamedTuple):
     group: int = 1
     """A rank's micro-batches are a multiple of this (the interleaved schedule takes them so)."""
     least: int = 0
-    """A micro-batch of fewer tokens takes as long as one of these (a GPU's kernels can't be launched faster)."""
+    """A micro-batch of fewer tokens takes as long as one of these (training.pace.launched_tokens)."""
 
 
 def lay_out(lengths: list[int], limits: Limits) -> Layout:
     """Examples of these ``lengths`` in the rows that take least time: their number, their length and the micro-batches are chosen together.
 
-    A rank's time is reckoned as that of (micro-batches + pipeline stages - 1) x (tokens of a micro-batch, at least ``least``, + OVERHEAD):
-    padding, a pipeline's bubble and the launching of kernels in one number. For every number of rows the shortest multiple that holds the
-    examples is tried. Rows may be empty where there are fewer examples than ranks. Raises AssertionError for a length above the capacity.
+    A rank's time is reckoned by training.pace.micro_batches; of equals (where all wait for the host) the least padding is taken. For every
+    number of rows the shortest multiple that holds the examples is tried. Rows may be empty where there are fewer examples than ranks.
+    Raises AssertionError for a length above the capacity.
 
     >>> lay_out([5, 4, 3, 3, 1], Limits(capacity=8, multiple=1, ranks=1, micro_batch_size=2))
     Layout(rows=[[0, 3], [1, 2, 4]], length=8, micro_batch_size=2)
@@ -71,17 +69,18 @@ def lay_out(lengths: list[int], limits: Limits) -> Layout:
     fewest = _up(max(1, -(-total // limits.capacity)), unit)
     highest = _up(limits.capacity, limits.multiple)
     ordered = sorted(lengths)
-    best, least = None, float("inf")
+    best, least = None, (float("inf"), 0)
     for count in range(fewest, max(MORE_ROWS * fewest, _up(len(lengths), unit)) + 1, unit):
         if best and count > MORE_ROWS * fewest:
             break
         for length in range(_up(max(longest, -(-total // count)), limits.multiple), highest + 1, limits.multiple):
-            seconds, size = _cost(count // limits.ranks, length, limits)
-            if seconds >= least:
+            seconds, size = micro_batches(count // limits.ranks, length, limits.micro_batch_size, limits.pipeline, limits.group,
+                                          limits.least)
+            if (seconds, count * length) >= least:
                 break
             capacity = min(length, limits.capacity)
             if not _too_few(ordered, count, capacity) and (rows := spread(lengths, count, capacity)):
-                best, least = Layout(rows, length, size), seconds
+                best, least = Layout(rows, length, size), (seconds, count * length)
                 break
     assert best, f"{lengths} in {limits}"  # one example a row always fits
     return best
@@ -104,13 +103,6 @@ def pack(lengths: list[int], capacity: int, unit: int) -> list[list[int]]:
 
 def _up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
-
-
-def _cost(rows: int, length: int, limits: Limits) -> tuple[float, int]:
-    """(Time of a rank's ``rows`` in tokens, rows of a micro-batch) for the best division into micro-batches."""
-    sizes = [size for size in range(1, limits.micro_batch_size + 1) if rows % size == 0 and rows // size % limits.group == 0]
-    return min((((rows // size + limits.pipeline - 1) * (max(size * length, limits.least) + OVERHEAD), size) for size in sizes),
-               default=(float("inf"), 0))
 
 
 def _too_few(ordered: list[int], count: int, capacity: int) -> bool:

@@ -5,9 +5,11 @@ import random
 import pytest
 import torch
 
+from training import pace
 from training.data import packing
 from training.data.batches import Example, collate
 from training.data.packing import Limits, collate_packed, lay_out, spread
+from training.families.bloom import shape as bloom
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -54,9 +56,22 @@ def test_a_pipeline_gets_more_and_smaller_micro_batches():
 
 
 def test_a_gpu_s_micro_batches_are_no_smaller_than_what_hides_their_launch():
-    """64 full rows of 512 through two stages: one by one if only tokens count, else as many as are 2,048 tokens; the budget is 8."""
-    for least, size in ((0, 1), (2048, 4)):
-        assert lay_out([512] * 64, Limits(512, 128, 1, 8, 2, least=least)).micro_batch_size == size
+    """64 full rows of 512 through two stages: one by one if only tokens count, else as many as are ``least`` tokens or allowed."""
+    for budget, least, size in ((8, 0, 1), (8, 2048, 4), (8, 17400, 8), (32, 17400, 32), (64, 17400, 32)):
+        assert lay_out([512] * 64, Limits(512, 128, 1, budget, 2, least=least)).micro_batch_size == size
+
+
+def test_where_all_wait_for_their_launch_padding_is_still_saved():
+    """Three rows of 60, not two of 120, though either is one micro-batch."""
+    assert lay_out([60, 60, 60], Limits(128, 4, 1, 8, least=5000)) == ([[0], [1], [2]], 60, 3)
+
+
+def test_what_a_gpu_computes_while_the_host_launches():
+    """By hand: 12 h^2 multiplications a token and layer, 6 FLOP each for forward and backward, and half of the attention's square."""
+    small, large = (bloom(24, hidden, hidden // 128, 250880, 1e-5) for hidden in (2048, 4096))
+    assert pace.launched_tokens(small, 2, 512, 989) == int(0.0049 * 0.553 * 989e12 * 2 / (72 * 2048**2 + 6 * 2048 * 512))
+    found = [pace.launched_tokens(shape, tensor, 2048, 989) for shape in (large, small) for tensor in (1, 2)]
+    assert found == pytest.approx([925, 4536, 3343, 16382], abs=1)
 
 
 def test_exchanges_find_rows_that_longest_first_does_not():
