@@ -169,7 +169,8 @@ def submit(context, made, wait, dry_run):
 @main.command(short_help="What would run: graph, hours, memory, disk, start.")
 @plan_options
 @click.option("--scripts", is_flag=True, help="Print the batch script of each stage, too.")
-@click.option("--suggest", is_flag=True, help="Name the layout of sft that is fastest on paper (launcher/scaling.py).")
+@click.option("--suggest", is_flag=True,
+              help="Name what is fastest on paper (launcher/scaling.py): the layout of sft, the token budget of rlhf.")
 def plan(made, scripts, suggest):
     """Show the graph, GPU-hours, memory of a GPU, disk and possible start, and every mistake that can be found before anything is queued.
 

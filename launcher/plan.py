@@ -12,9 +12,9 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from launcher import checks, memory, probe, scaling, storage, submit
+from launcher import checks, iteration, memory, probe, scaling, storage, submit
 from launcher.run import Runs
-from training.config import SFTConfig
+from training.config import RolloutConfig, SFTConfig
 from training.settings import ConfigError
 
 if TYPE_CHECKING:
@@ -83,12 +83,14 @@ def present(made: submit.Plan | Sweep, out: Console, scripts: bool = False) -> N
 
 
 def suggest(made: submit.Plan | Sweep, out: Console) -> None:
-    """The layout of supervised fine-tuning that launcher/scaling.py finds fastest for the ranks that are asked for."""
+    """Of supervised fine-tuning the layout that launcher/scaling.py finds fastest for the ranks that are asked for; of stages with rollouts
+    what an iteration takes, and the fastest token budget (launcher/iteration.py)."""
     made = made if isinstance(made, submit.Plan) else made.plans[0]
     for stage in made.stages:
         config = checks.stage_config(made.run.folder, made.tables, made.graph, stage.name)
-        if isinstance(config, SFTConfig):
-            words = scaling.suggest(stage.name, made.checked.shape, config, made.resources(stage), made.profile)
+        if isinstance(config, SFTConfig | RolloutConfig):
+            by = scaling if isinstance(config, SFTConfig) else iteration
+            words = by.suggest(stage.name, made.checked.shape, config, made.resources(stage), made.profile)
             out.print(words, markup=False, highlight=False)
 
 

@@ -5,10 +5,10 @@ import re
 
 import pytest
 
-from launcher import scaling
+from launcher import iteration, scaling
 from launcher.config import Resources
 from launcher.profile import Machine, Profile
-from training.config import Paths, SFTConfig
+from training.config import Paths, PPOConfig, PPOPaths, SFTConfig
 from training.families.bloom import shape as bloom
 
 SHAPES = {"560m": bloom(24, 1024, 16, 250880, 1e-5), "1b7": bloom(24, 2048, 16, 250880, 1e-5), "3b": bloom(30, 2560, 32, 250880, 1e-5),
@@ -38,6 +38,37 @@ def test_four_h100_nearly_as_measured(layout, measured):
     made = scaling.step(SHAPES["7b1"], config, 4, machine, 4)
     assert 32 * 2048 / made.seconds == pytest.approx(measured, rel=0.12)
     assert (made.parts["launch"] > 0.4 * made.seconds) == (config.tensor_parallel == 2)
+
+
+def ppo(**values) -> PPOConfig:
+    """Of 512 tokens a prompt and a reply."""
+    alike = {"optimizer_precision": "bf16", "prompt_length": 512, "response_length": 512, "global_batch_size": 64}
+    return PPOConfig(paths=PPOPaths("", "", "", "", "", ""), **{**alike, **values})
+
+
+@pytest.mark.parametrize("model, ranks, settings, measured", [
+    ("7b1", 1, {"rollout_batch_size": 128, "micro_batch_tokens": 4096}, (10.3, 11.5, 18.1)),
+    ("1b7", 4, {"tensor_parallel": 2, "pipeline_parallel": 2, "sequence_parallel": True, "generation_tensor_parallel": 1,
+                "prompt_length": 256, "response_length": 256, "rollout_batch_size": 256, "micro_batch_tokens": 2048}, (1.25, 6.18, 9.01))])
+def test_an_iteration_of_ppo_nearly_as_measured(model, ranks, settings, measured):
+    """benchmarks/ppo.py on one H200; benchmarks/multi_gpu.sh 4 on H100s, which waits for the host nearly all of the time."""
+    machine = dataclasses.replace(scaling.MACHINES["one-machine"], memory_gb_s=4800 if ranks == 1 else 3350)
+    made = iteration.iteration(SHAPES[model], ppo(**settings), ranks, machine, ranks)
+    assert made.micro_batch == (4, 1024 if ranks == 1 else 512)
+    assert made.generate == pytest.approx(measured[0], rel=0.15)
+    assert (made.score, made.update) == pytest.approx(measured[1:], rel=0.08)
+
+
+@pytest.mark.parametrize(("settings", "says"), [
+    ({"tensor_parallel": 4, "micro_batch_size": 1}, r"fastest that fits \S+ s \(\d+ GB\) with --set rlhf.micro_batch_tokens=8192$"),
+    ({"tensor_parallel": 4, "micro_batch_tokens": 8192}, "no other micro_batch_tokens that fits is faster$"),
+    ({}, "no other micro_batch_tokens that fits is faster$")])  # 2 rows keep a GPU busy that has whole layers
+def test_small_micro_batches_of_rollouts_are_told(settings, says):
+    config, asked = ppo(rollout_batch_size=512, global_batch_size=128, **settings), Resources(gpus_per_node=8)
+    site = Profile(name="site", scheduler="slurm", network="h800-roce", gpu_memory_gb=160.0)
+    assert re.search(says, iteration.suggest("rlhf", SHAPES["7b1"], config, asked, site))
+    unsaid = dataclasses.replace(site, gpu_memory_gb=0)
+    assert "does not say gpu_memory_gb" in iteration.suggest("rlhf", SHAPES["7b1"], config, asked, unsaid)
 
 
 def test_each_way_to_divide_costs_what_it_must():

@@ -1,0 +1,118 @@
+"""Phase times of an iteration of PPO or GRPO on paper, by launcher/scaling.py's model. Pure, standard library only.
+
+Assumptions beside scaling.py's:
+
+* within 5% phase by phase of what PPO of 7b1 + 7b1 took on one H200, and of 1b7 + 1b7 at TP 2 x PP 2 on four H100 (which LAUNCH_S's
+  forward share was taken from) within 8%, but for generation there, which took 16% longer: starting engines and gathering replies.
+* samples are as long as prompt_length + response_length allow; packed ones are divided as training/pace.py's ``micro_batches`` does.
+* scoring: a forward pass of policy, reference, reward and, of PPO, value model, one after the other, each over all samples as one run of
+  the pipeline. Updates: a step of each trained model a minibatch, as in SFT. Moving what is offloaded is not reckoned.
+* generation: each replica computes its prompts, then reads, token by token, its weights and its rows' keys and values at DECODE of its
+  memory's rate; cache for all ``generation_batch_size`` rows is taken as there. Messages of tensor parallelism are ALONE_S each, two a
+  layer. CUDA graphs take CAPTURE_S. Weights for another layout than training's are received through the links, and each byte passes
+  memory six times (sent and received: a copy, the message, a copy).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from launcher import memory, scaling
+from launcher.config import Resources
+from launcher.profile import Machine, Profile
+from training.config import PPOConfig, RolloutConfig
+from training.pace import flops_per_token, launched_tokens, micro_batches, utilisation
+from training.shape import Shape
+
+DECODE = 0.81
+"""Share of the memory's rate (datasheet) in a decode step: 7b1, 128 rows at context 512, one H100 (benchmarks/rollout.py)."""
+CAPTURE_S = 0.2
+"""Of a rollout of one H200 (benchmarks/rollout.py, case c)."""
+ALONE_S = 10e-6
+"""A small message's time; a guess."""
+IN_PLACE_S = 0.007
+"""What the weights' way takes where nothing moves: 7b1's names and views, on the host of four H100."""
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """Seconds of each phase."""
+
+    generate: float
+    score: float
+    update: float
+    micro_batch: tuple[int, int]
+    """(rows, tokens of a row)."""
+
+    @property
+    def seconds(self) -> float:
+        return self.generate + self.score + self.update
+
+
+def iteration(shape: Shape, config: RolloutConfig, ranks: int, machine: Machine, gpus_per_node: int) -> Iteration:
+    """Raises ConfigError where the layout does not divide."""
+    data, length = config.data_parallel(ranks), config.longest_row
+    rows, size = micro_batch(shape, config, data, machine)
+    count, minibatches = rows // size, config.rollout_batch_size // config.global_batch_size
+    learners = ["lm", "scalar"] if isinstance(config, PPOConfig) else ["lm"]
+
+    def seconds(of: int, head: str, backward: bool) -> float:
+        return sum(scaling.passes(shape, config, machine, gpus_per_node, of, size * length, length, head, backward).values())
+
+    score = sum(seconds(count * minibatches, head, False) for head in (*learners, "lm", "scalar"))
+    step = sum(seconds(count, head, True) + sum(scaling.update(shape, config, ranks, machine, gpus_per_node, head).values())
+               for head in learners)
+    return Iteration(generate(shape, config, ranks, machine), score, config.updates * step, (size, length))
+
+
+def micro_batch(shape: Shape, config: RolloutConfig, data: int, machine: Machine) -> tuple[int, int]:
+    """Rows of a minibatch's data-parallel rank and of a micro-batch, a sample each."""
+    rows, length = -(-config.global_batch_size // data), config.longest_row
+    if not config.micro_batch_tokens:
+        return rows, config.micro_batch_size
+    group = config.pipeline_parallel if config.virtual_pipeline > 1 else 1
+    rows = -(-rows // group) * group
+    least = launched_tokens(shape, config.tensor_parallel, length, machine.tflops)
+    return rows, micro_batches(rows, length, config.micro_batch_tokens // length, config.pipeline_parallel, group, least)[1]
+
+
+def generate(shape: Shape, config: RolloutConfig, ranks: int, machine: Machine) -> float:
+    size = config.generation_tensor_parallel or config.tensor_parallel
+    samples = -(-config.rollout_batch_size * size // ranks)
+    turns = -(-samples // config.generation_batch_size)
+    rows, read = samples / turns, DECODE * 1e9 * machine.memory_gb_s
+    weights = 2 * shape.parameters() / size
+    cache = 4 * shape.layers * shape.groups * shape.head_dim * rows * (config.prompt_length + config.response_length / 2) / size
+    messages = 2 * shape.layers * ALONE_S if size > 1 else 0.0
+    layer, _ = flops_per_token(shape, config.prompt_length)
+    prefill = samples * config.prompt_length * shape.layers * layer / 3 / (utilisation(shape.hidden) * machine.tflops * 1e12 * size)
+    decode = turns * config.response_length * ((weights + cache) / read + messages)
+    moved = weights if size != config.tensor_parallel or config.pipeline_parallel > 1 else 0.0
+    way = moved / (0.8e9 * machine.inside_gb_s) + 6 * moved / (0.85e9 * machine.memory_gb_s)
+    return IN_PLACE_S + way + prefill + CAPTURE_S + decode
+
+
+def suggest(stage: str, shape: Shape, config: RolloutConfig, asked: Resources, profile: Profile) -> str:
+    """What an iteration takes as configured, and with the fastest token budget that fits, as words for the command line."""
+    if why := scaling.unsaid(stage, profile):
+        return why
+    machine, limit = scaling.machine_of(profile), 0.9 * profile.gpu_memory_gb
+
+    def made(tokens: int) -> tuple[float, float, Iteration]:
+        changed = dataclasses.replace(config, micro_batch_tokens=tokens)
+        found = iteration(shape, changed, asked.ranks, machine, asked.ranks_per_node)
+        return found.seconds, memory.estimate(shape, changed, asked.ranks).total, found
+
+    seconds, used, now = made(config.micro_batch_tokens)
+    words = (f"{stage}: on paper {seconds:.1f} s an iteration as configured (generation {now.generate:.1f}, scoring {now.score:.1f}, "
+             f"updates {now.update:.1f}, all replies as long as they may be; {used:.0f} GB)")
+    best, least = config.micro_batch_tokens, (seconds if used <= limit else float("inf"), used)
+    for power in range(8):
+        tokens = config.longest_row * 2**power
+        took, needed, _ = made(tokens)
+        if needed <= limit and (took < 0.98 * least[0]):
+            best, least = tokens, (took, needed)
+    if best == config.micro_batch_tokens:
+        return f"{words}; no other micro_batch_tokens that fits is faster"
+    return f"{words}; fastest that fits {least[0]:.1f} s ({least[1]:.0f} GB) with --set {stage}.micro_batch_tokens={best}"
