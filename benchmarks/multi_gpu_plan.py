@@ -8,8 +8,9 @@ import re
 from dataclasses import dataclass
 
 from benchmarks.multi_gpu_tables import name
-from launcher import memory, scaling
-from training.config import Paths, SFTConfig
+from launcher import iteration, memory, scaling
+from launcher.profile import Machine
+from training.config import Paths, PPOConfig, PPOPaths, SFTConfig
 from training.families.bloom import shape as bloom
 from training.settings import ConfigError
 
@@ -19,6 +20,8 @@ MEMORY_GB_S = {"H100": 3350, "H200": 4800}
 FITS = 0.9
 """Of a card's memory, by launcher/memory.py's estimate."""
 PARTS = ("gradients", "fails", "sft", "halves", "checkpoint", "ppo")
+WARM = 5
+"""Jobs that compile beforehand: they share the GPUs with those that compare gradients, which need up to 60 GB, and take 2 to 7 each."""
 
 
 @dataclass
@@ -57,9 +60,7 @@ def timed_layouts(size: str, gpus: int, card: dict) -> list[dict]:
     half = gpus // 2
     asked = [layout(gpus), layout(1, gpus), layout(), layout(gpus, compile=False)] if gpus > 1 else [layout()]
     if half > 1:
-        single = {"micro_batch_size": 1, "recompute": "none"}  # what the host's time for a layer is measured by
-        asked = [layout(2, half), layout(2, half, 2), layout(2, half, **single), layout(), layout(gpus), layout(2), layout(1, gpus),
-                 layout(1, gpus, 2)]
+        asked = [layout(2, half), layout(2, half, 2), layout(1, gpus), layout(1, gpus, 2), layout(), layout(gpus), layout(2)]
     found: list[dict] = []
     for one in asked:
         alike = next((other for other in found if {**other, **one} == {**other, "virtual_pipeline": 2}), {})
@@ -89,10 +90,24 @@ def fitting(size: str, one: dict, gpus: int, card: dict) -> dict | None:
     return best and best[1]
 
 
+def machine(card: dict) -> Machine:
+    return dataclasses.replace(scaling.MACHINES["one-machine"], memory_gb_s=card["memory_gb_s"])
+
+
 def predicted(size: str, values: dict, gpus: int, card: dict) -> scaling.Step:
     config = SFTConfig(paths=Paths("", "", "", "", ""), seq_length=128 if size == "tiny" else 2048, optimizer_precision="bf16", **values)
-    machine = dataclasses.replace(scaling.MACHINES["one-machine"], memory_gb_s=card["memory_gb_s"])
-    return scaling.step(SHAPES[size], config, gpus, machine, gpus)
+    return scaling.step(SHAPES[size], config, gpus, machine(card), gpus)
+
+
+def ppo_values(size: str) -> dict:
+    """Samples, and a token budget that keeps GPUs busy whose layers are launched with messages (training/pace.py)."""
+    if size == "tiny":
+        return dict(prompt_length=16, response_length=8, rollout_batch_size=32, global_batch_size=16, micro_batch_tokens=128)
+    return dict(prompt_length=256, response_length=256, rollout_batch_size=256, global_batch_size=64, micro_batch_tokens=16384)
+
+
+def ppo_config(size: str, values: dict) -> PPOConfig:
+    return PPOConfig(paths=PPOPaths("", "", "", "", "", ""), precision="bf16", optimizer_precision="bf16", **ppo_values(size) | values)
 
 
 Waves = list[list[Job]]
@@ -103,31 +118,30 @@ def waves(gpus: int, tiny: bool, card: dict, parts: list[str], only: list[str] =
     """What matters least, last. ``only``: see ``chosen``."""
     small, middle, large = ("tiny",) * 3 if tiny else ("560m", "1b7", "7b1")
     sizes = dict.fromkeys((small, middle))
-    found, last, untimed = [], [], []
+    untimed: list[Job] = []
     if "gradients" in parts and gpus > 1:
         untimed = [Job(f"gradients {size}", "gradients", size, list(range(gpus)), divisions(gpus), 120) for size in sizes]
     if "fails" in parts and gpus > 1:
         untimed.append(Job("fails", "fails", small, list(range(gpus)), [layout()], 60))
-    for part, made in (("ppo", lambda: ppo_jobs(middle, large, gpus)), ("sft", lambda: alone(large, gpus, card)),
-                       ("checkpoint", lambda: (checkpoint_jobs(middle, gpus), [])), ("halves", lambda: side_by_side(large, gpus, card))):
-        early, late = made() if part in parts else ([], [])
-        found, last = found + early, last + late
-    untimed, found, last = (chosen(wanted, only) for wanted in ([untimed], found, last))
-    untimed = [job for wave in untimed for job in wave]
+    making = {"ppo": lambda: ppo_jobs(middle, large, gpus), "checkpoint": lambda: checkpoint_jobs(middle, gpus),
+              "sft": lambda: [[job] for job in timed_jobs(large, [list(range(gpus))], card)],
+              "halves": lambda: side_by_side(large, gpus, card)}
+    found = [wave for part, made in making.items() if part in parts for wave in made()]
+    untimed, found = [job for wave in chosen([untimed], only) for job in wave], chosen(found, only)
     compared = {job.size for job in untimed if job.part == "gradients"} if gpus > 1 else set(sizes) if "gradients" in parts else ()
     first = [Job(f"one GPU {size}", "gradients", size, [number % gpus], divisions(1), 100)
              for number, size in enumerate(sizes) if size in compared]
-    learnt = dict.fromkeys(job.size for wave in found + last for job in wave if job.part == "ppo")
+    learnt = dict.fromkeys(job.size for wave in found for job in wave if job.part == "ppo")
     first += [Job(f"prepare {size}", "prepared", size, [(gpus - 1 - number) % gpus], [layout()], 100) for number, size in enumerate(learnt)]
+    every = [job for wave in found for job in wave]
     if not tiny:
-        warm = warming([job for wave in (*found, *last[:2]) for job in wave], gpus)
-        made = [*([first, untimed + warm] if untimed else [first + warm]), *found, *last]
+        warm = warming(every, gpus, card)
+        made = [*([first, untimed + warm] if untimed else [first + warm]), *found]
     elif card["count"]:  # numbers mean nothing: what does not need another job's files runs at once
-        every = [job for wave in (*found, *last) for job in wave]
         loads = [job for job in every if job.part == "loaded"]
         made = [first, untimed + [job for job in every if job not in loads], loads]
     else:  # a few cores: one after the other
-        made = [[job] for wave in (first, untimed, *found, *last) for job in wave]
+        made = [[job] for wave in (first, untimed, every) for job in wave]
     return [wave for wave in made if wave]
 
 
@@ -140,20 +154,13 @@ def chosen(planned: Waves, only: list[str]) -> Waves:
     return [[job for job in wave if job.layouts] for wave in kept]
 
 
-def alone(size: str, gpus: int, card: dict) -> tuple[Waves, Waves]:
-    """SFT on all GPUs: what comes early, and late."""
-    jobs = [[job] for job in timed_jobs(size, [list(range(gpus))], card)]
-    return jobs[:3], jobs[3:]
-
-
-def side_by_side(size: str, gpus: int, card: dict) -> tuple[Waves, Waves]:
+def side_by_side(size: str, gpus: int, card: dict) -> Waves:
     """SFT on one half of the GPUs and on the other."""
     half = gpus // 2
     if half < 2:
-        return [], []
+        return []
     jobs = timed_jobs(size, [list(range(half)), list(range(half, gpus))], card)
-    two = [jobs[start : start + 2] for start in range(0, len(jobs), 2)]
-    return two[:1], two[1:]
+    return [jobs[start : start + 2] for start in range(0, len(jobs), 2)]
 
 
 def timed_jobs(size: str, places: list[list[int]], card: dict) -> list[Job]:
@@ -165,16 +172,15 @@ def timed_jobs(size: str, places: list[list[int]], card: dict) -> list[Job]:
             for number, some in enumerate(alike.values())]
 
 
-def ppo_jobs(size: str, large: str, gpus: int) -> tuple[Waves, Waves]:
+def ppo_jobs(size: str, large: str, gpus: int) -> Waves:
     if gpus > 2:
         ways = [(size, layout(2, gpus // 2, generation_tensor_parallel=1)), (size, layout(1, 2, generation_tensor_parallel=2))]
     else:
         ways = [(size, one) for one in ([layout(2, generation_tensor_parallel=1), layout(1, 2, generation_tensor_parallel=2)]
                                         if gpus == 2 else [layout()])]
-    if gpus >= 8:  # 50 GB a GPU by launcher/memory.py; never run
+    if gpus >= 8:  # 59 GB a GPU by launcher/memory.py; never run
         ways.insert(1, (large, layout(4, generation_tensor_parallel=2)))
-    jobs = [[Job(f"ppo {number}", "ppo", which, list(range(gpus)), [way], 100)] for number, (which, way) in enumerate(ways)]
-    return jobs[:2] if gpus >= 8 else jobs[:1], jobs[2:] if gpus >= 8 else jobs[1:]
+    return [[Job(f"ppo {number}", "ppo", which, list(range(gpus)), [way], 100)] for number, (which, way) in enumerate(ways)]
 
 
 def checkpoint_jobs(size: str, gpus: int) -> Waves:
@@ -184,18 +190,20 @@ def checkpoint_jobs(size: str, gpus: int) -> Waves:
             [Job("load", "loaded", size, list(range(half)), [layout(1, half, **plain)], 60)]]
 
 
-def warming(jobs: list[Job], gpus: int) -> list[Job]:
-    """Jobs that compile beforehand, at the same time, what ``jobs`` will need: a graph for each tensor-parallel size, shape of a
-    micro-batch and kind of recompute."""
+def warming(jobs: list[Job], gpus: int, card: dict) -> list[Job]:
+    """Jobs that compile beforehand, at the same time, what the first of ``jobs`` will need: a graph for each tensor-parallel size, shape of
+    a micro-batch and kind of recompute."""
     wanted: dict[tuple, None] = {}
     for job in jobs:
         for values in job.layouts if job.part in ("sft", "ppo") else ():
             if values.get("compile", True):
-                rows = 4 if values["pipeline_parallel"] > 1 else 8  # of PPO: training.data.packing's of 4,096 tokens, in rows of 512
-                rows, recompute = values.get("micro_batch_size", rows), values.get("recompute", "none")
-                wanted[job.size, values["tensor_parallel"], rows, recompute, 512 if job.part == "ppo" else 2048] = None
+                rows, length = values.get("micro_batch_size"), 2048
+                if job.part == "ppo":
+                    config = ppo_config(job.size, values)
+                    rows, length = iteration.iteration(SHAPES[job.size], config, len(job.gpus), machine(card), len(job.gpus)).micro_batch
+                wanted[job.size, values["tensor_parallel"], rows, values.get("recompute", "none"), length] = None
     made, first = [], 0
-    for size, tensor, rows, recompute, length in wanted:
+    for size, tensor, rows, recompute, length in list(wanted)[:WARM]:
         one = layout(tensor, micro_batch_size=rows, recompute=recompute, seq_length=length)
         made.append(Job(f"warm {len(made)}", "warm", size, [(first + number) % gpus for number in range(tensor)], [one], 110))
         first += tensor
@@ -203,7 +211,15 @@ def warming(jobs: list[Job], gpus: int) -> list[Job]:
 
 
 def with_prediction(row: dict, card: dict) -> dict:
-    if row["part"] != "sft" or "error" in row:
+    if "error" in row:
+        return row
+    if row["part"] == "ppo":
+        config, gpus = ppo_config(row["size"], row["layout"]), row["gpus"]
+        made = iteration.iteration(SHAPES[row["size"]], config, gpus, machine(card), gpus)
+        estimate = memory.estimate(SHAPES[row["size"]], config, gpus).total - memory.OUTSIDE_GB
+        return row | {"rows": made.micro_batch[0], "predicted_generate": made.generate, "predicted_score": made.score,
+                      "predicted_update": made.update, "estimate_gb": estimate}
+    if row["part"] != "sft":
         return row
     made = predicted(row["size"], row["layout"], row["gpus"], card)
     return row | {"predicted_s": made.seconds, "predicted_mfu": made.mfu, "estimate_gb": made.memory_gb - memory.OUTSIDE_GB}

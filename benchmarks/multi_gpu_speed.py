@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.multi_gpu_common import SHAPES, fill, micro_batches, rows, say, settings
-from benchmarks.multi_gpu_profile import between_stages
+from benchmarks.multi_gpu_plan import ppo_values
 from benchmarks.train import CUDA, PEAK, clean, flops, peak_gb, sync, timed
 from training import ppo, sft
 from training.config import PPOConfig, PPOPaths
@@ -57,8 +57,6 @@ def steps(size: str, layout: dict, folder: Path) -> None:
     tokens, ranks = batch["tokens"].numel(), dist.get_world_size()
     say(part="sft", size=size, ok=losses[-1] < losses[0], tokens_per_second=tokens / seconds, step_s=seconds, peak_gb=peak, first_s=first,
         mfu=work(size, batch) / seconds / ranks / PEAK, loss=losses[0], losses=[round(loss, 4) for loss in losses])
-    if config.pipeline_parallel > 1 and config.micro_batch_size == 1:
-        between_stages(size, learner, batches, objective, step)
     learner = batches = step = None
     for generation in (1, 2, 4, 8):
         reshard(size, model, generation)
@@ -68,7 +66,7 @@ def warm(size: str, layout: dict, folder: Path) -> None:
     """Compile, into the compiler's cache on disk, what a timed job will: two layers of the model's width and few tokens to choose from, in
     micro-batches of the same shape, with gradients and without."""
     shape = dataclasses.replace(SHAPES[size], layers=2, vocab=1000)
-    config = settings(size, **layout, global_batch_size=layout["micro_batch_size"])
+    config = settings(size, **layout, global_batch_size=layout["micro_batch_size"], optimizer_precision="bf16" if CUDA else "fp32")
     model = build_model(shape, config, "lm")
     fill(model, shape)
     batch = rows(size, config.micro_batch_size, True, config.seq_length)
@@ -161,13 +159,11 @@ class ToldPhases(Phases):
 def phases(size: str, layout: dict, folder: Path) -> None:
     """PPO by the trainer itself; the numbers are its own metrics, of the second iteration: the first compiles and captures."""
     clean()
-    tiny, folder = size == "tiny", folder / f"ppo {size}"
+    folder = folder / f"ppo {size}"
     names = ("model", "sft", "prompts.jsonl", "prompts.jsonl", "reward")
     paths = PPOPaths(str(folder / "output"), *(str(folder / name) for name in names))
-    values = dict(prompt_length=16, response_length=8, rollout_batch_size=32, global_batch_size=16, micro_batch_tokens=128) if tiny else \
-        dict(prompt_length=256, response_length=256, rollout_batch_size=256, global_batch_size=64, micro_batch_tokens=4096)  # 8 rows of 512
     config = PPOConfig(paths=paths, precision="bf16" if CUDA else "fp32", optimizer_precision="bf16" if CUDA else "fp32", iterations=100,
-                       warmup_iterations=0, **values | layout)
+                       warmup_iterations=0, **ppo_values(size) | layout)
     ppo.Phases = ToldPhases
     trainer = ppo.PPO(config)
     for iteration in (1, 2):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from launcher import scaling
+from launcher import iteration, scaling
 
 
 def name(layout: dict, gpus: int) -> str:
@@ -24,20 +24,23 @@ def apart(measured: float, predicted: float) -> str:
     return f"{100 * (measured / predicted - 1):+.0f}%"
 
 
-IN_PLACE_S = 0.007
-"""What the weights' way takes where nothing moves: 7b1's names and views, on the host of four H100."""
-
-
 def moving(row: dict, card: dict) -> float:
     """Seconds that the weights' way takes on paper: links at 80% of their rate, then memory at 85% of its."""
     links = row["link_gb"] / (0.8 * scaling.MACHINES["one-machine"].inside_gb_s)
-    return IN_PLACE_S + links + row["memory_gb"] / (0.85 * card["memory_gb_s"])
+    return iteration.IN_PLACE_S + links + row["memory_gb"] / (0.85 * card["memory_gb_s"])
+
+
+PHASES = ("generate", "score", "update")
+
+
+def beside(row: dict, phase: str) -> str:
+    seconds, predicted = row[f"seconds_{phase}"], row[f"predicted_{phase}"]
+    return f"{seconds:.2f}, {predicted:.2f}, {apart(seconds, predicted)}"
 
 
 def tables(rows: list[dict], card: dict) -> str:
     found = {part: [row for row in rows if row["part"] == part and "error" not in row] for part in
-             ("gradients", "sft", "reshard", "no wait", "ppo", "saved", "loaded", "fails")}
-    waits = {str(row["layout"]): row["step_s"] for row in found["sft"]}
+             ("gradients", "sft", "reshard", "ppo", "saved", "loaded", "fails")}
     made = [
         table(["model", "layout", "loss", "worst gradient", "median", "ok"],
               [[row["size"], name(row["layout"], row["gpus"]), f"{row['loss_off']:.1e}", f"{row['worst']:.1e} ({row['of']})",
@@ -51,13 +54,12 @@ def tables(rows: list[dict], card: dict) -> str:
               [[name(row["layout"], row["gpus"]), row["generation"], f"{row['seconds']:.3f}", f"{moving(row, card):.3f}",
                 apart(row["seconds"], moving(row, card)), f"{row['gb']:.2f}", f"{row['gb'] / row['seconds']:.0f}", f"{row['first']:.2f}"]
                for row in found["reshard"] if row["gb"] > 0]),
-        table(["training", "seconds a step", "without waits for the GPU"],
-              [[name(row["layout"], row["gpus"]), f"{waits[str(row['layout'])]:.3f}", f"{row['step_s']:.3f}"] for row in found["no wait"]]),
-        table(["training", "generation TP", "samples/s", "generate s", "of it reshard", "score s", "update s", "rollout tokens/s", "GB"],
+        table(["training", "generation TP", "samples/s", *(f"{phase} s, predicted, apart" for phase in PHASES), "of generate: reshard",
+               "rollout tokens/s", "rows", "GB", "estimate"],
               [[f"{row['size']}, {name(row['layout'], row['gpus'])}", row["layout"].get("generation_tensor_parallel", 1),
-                f"{row['samples_per_second']:.1f}", f"{row['seconds_generate']:.2f}", f"{row['seconds_reshard']:.3f}",
-                f"{row['seconds_score']:.2f}", f"{row['seconds_update']:.2f}", f"{row['rollout_tokens_per_second']:,.0f}",
-                f"{max(row[f'peak_gb_{phase}'] for phase in ('generate', 'score', 'update')):.1f}"] for row in found["ppo"]]),
+                f"{row['samples_per_second']:.1f}", *(beside(row, phase) for phase in PHASES), f"{row['seconds_reshard']:.3f}",
+                f"{row['rollout_tokens_per_second']:,.0f}", row["rows"], f"{max(row[f'peak_gb_{phase}'] for phase in PHASES):.1f}",
+                f"{row['estimate_gb']:.1f}"] for row in found["ppo"]]),
         table(["checkpoint", "GPUs", "layout", "GB", "seconds", "training stood still", "steps beside it", "ok"],
               [[row["part"], row["gpus"], name(row["layout"], row["gpus"]), f"{row['gb']:.2f}", f"{row['seconds']:.2f}",
                 f"{row['stall']:.2f}" if "stall" in row else "", row.get("steps", ""), row["ok"]]

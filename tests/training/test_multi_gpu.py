@@ -11,7 +11,10 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from benchmarks import multi_gpu, multi_gpu_checks, multi_gpu_common, multi_gpu_plan, multi_gpu_speed
 from benchmarks.multi_gpu_plan import Job, fitting, layout, waves
 from benchmarks.multi_gpu_tables import tables
+from launcher import iteration
 from tests.distributed import run
+from training import pace
+from training.data.packing import Limits, lay_out
 from training.families.bloom import shape as bloom
 from training.step import build_model
 
@@ -36,7 +39,7 @@ def test_every_part_runs_on_gloo_and_finds_layouts_equal(tmp_path, capfd, monkey
     run(multi_gpu_checks.saved, 2, 1, 1, "tiny", layout(2), tmp_path)
     run(multi_gpu_checks.loaded, 1, 1, 1, "tiny", layout(), tmp_path)
     found = said(capfd)
-    assert [row["part"] for row in found] == [*["gradients"] * 3, "warm", "sft", "no wait", "reshard", "reshard", "prepared",
+    assert [row["part"] for row in found] == [*["gradients"] * 3, "warm", "sft", "reshard", "reshard", "prepared",
                                               "ppo warms up", "ppo", "saved", "loaded"]
     assert all(row["ok"] for row in found), found
     assert found[1]["worst"] < 5e-6 and found[2]["worst"] < 5e-6 and found[-1]["tensors"] == 4 * 17
@@ -99,6 +102,17 @@ def test_what_is_timed_shares_no_gpu(gpus):
                 assert len(job.gpus) % ranks == 0, (job.name, values)
     order = [job.part for wave in planned for job in wave]
     assert order.index("prepared") < order.index("ppo") and order.index("saved") < order.index("loaded")
+
+
+@pytest.mark.parametrize(("values", "rows"), [(layout(2, 2), 32), (layout(1, 2), 8), (layout(), 16)])
+def test_what_ppo_is_reckoned_with_is_what_it_runs(values, rows):
+    """Rows of a micro-batch by the model, and by the trainer's packing, for replies of full length on four H100."""
+    config, shape = multi_gpu_plan.ppo_config("1b7", values), multi_gpu_plan.SHAPES["1b7"]
+    data = config.data_parallel(4)
+    assert iteration.iteration(shape, config, 4, multi_gpu_plan.machine(CARD), 4).micro_batch == (rows, 512)
+    least = pace.launched_tokens(shape, config.tensor_parallel, 512, pace.PEAK_TFLOPS[9])
+    limits = Limits(512, 128, data, config.micro_batch_tokens // 512, config.pipeline_parallel, least=least)
+    assert lay_out([512] * 64, limits)[1:] == (512, rows)
 
 
 def test_single_jobs_and_layouts_can_be_chosen():
