@@ -17,8 +17,6 @@ from training.settings import ConfigError
 SHAPES = {"560m": bloom(24, 1024, 16, 250880, 1e-5), "1b7": bloom(24, 2048, 16, 250880, 1e-5), "7b1": bloom(30, 4096, 32, 250880, 1e-5),
           "tiny": bloom(8, 64, 8, 1000, 1e-5)}
 MEMORY_GB_S = {"H100": 3350, "H200": 4800}
-FITS = 0.9
-"""Of a card's memory, by launcher/memory.py's estimate."""
 PARTS = ("gradients", "fails", "sft", "halves", "checkpoint", "ppo")
 WARM = 5
 """Jobs that compile beforehand: they share the GPUs with those that compare gradients, which need up to 60 GB, and take 2 to 7 each."""
@@ -85,7 +83,7 @@ def fitting(size: str, one: dict, gpus: int, card: dict) -> dict | None:
                 made = predicted(size, values, gpus, card)
             except ConfigError:
                 continue
-            if made.memory_gb <= FITS * card["memory_gb"] and (best is None or made.seconds < 0.99 * best[0]):
+            if made.memory_gb <= memory.FITS * card["memory_gb"] and (best is None or made.seconds < 0.99 * best[0]):
                 best = made.seconds, values
     return best and best[1]
 

@@ -97,7 +97,7 @@ def suggest(stage: str, shape: Shape, config: RolloutConfig, asked: Resources, p
     """What an iteration takes as configured, and with the fastest token budget that fits, as words for the command line."""
     if why := scaling.unsaid(stage, profile):
         return why
-    machine, limit = scaling.machine_of(profile), 0.9 * profile.gpu_memory_gb
+    machine, limit = scaling.machine_of(profile), memory.FITS * profile.gpu_memory_gb
 
     def made(tokens: int) -> tuple[float, float, Iteration]:
         changed = dataclasses.replace(config, micro_batch_tokens=tokens)

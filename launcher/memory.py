@@ -37,6 +37,8 @@ from training.shape import CHUNK_LOGITS, Shape
 GB = 1e9
 OUTSIDE_GB = 2.5
 """Of each GPU: the CUDA context, NCCL's buffers and what the allocator can't use again."""
+FITS = 0.9
+"""Of a GPU's memory, what an estimate may be: above, it is warned of."""
 LEAST_ROWS, PREFILL_TOKENS = 8, 8192
 """Of a rollout: rows whose cache must fit (fewer would be slow), and training.generation.engine.Limits.prefill_tokens."""
 OPTIMIZER = {("bf16", "fp32"): 12, ("bf16", "bf16"): 6, ("fp32", "fp32"): 8}
@@ -264,7 +266,7 @@ def relief(stage: str, shape: Shape, config: TrainerConfig, asked: Resources, pr
     made = estimate(shape, config, asked.ranks)
     ways = [f"{knob.setting} ({made.total - knob.total:.1f} GB less)" for knob in knobs(stage, shape, config, asked, profile)]
     words = f"by estimate it needs {made.total:.1f} GB of each GPU, {made.static:.1f} of them for weights, gradients and optimizer; "
-    if made.total <= 0.9 * profile.gpu_memory_gb:
+    if made.total <= FITS * profile.gpu_memory_gb:
         words += f"that should fit {profile.gpu_memory_gb:g} GB: is another process on the GPU (nvidia-smi)? If not, "
     return f"{words}what frees memory, in a new run (--name): {'; '.join(ways) or 'nothing that one setting can do'}"
 
@@ -273,7 +275,7 @@ def check(stage: str, shape: Shape, config: TrainerConfig, asked: Resources, pro
     """A warning where the estimate comes close to what the profile's GPU has, else ""; ConfigError, with what would free how much,
     where it is more than 10 % above (the estimate's own error)."""
     made, gpu_gb = estimate(shape, config, asked.ranks), profile.gpu_memory_gb
-    if made.total <= 0.9 * gpu_gb:
+    if made.total <= FITS * gpu_gb:
         return ""
     ways = [f"  {knob.total:6.1f} GB with {knob.setting}" for knob in knobs(stage, shape, config, asked, profile)]
     text = (f"{stage} needs about {made.total:.0f} GB of each GPU, {made.static:.0f} of it for weights, gradients and optimizer; "
@@ -287,7 +289,7 @@ def check_host(stage: str, made: Estimate, asked: Resources, profile: Profile) -
     """A warning where what waits in pinned host memory comes close to what the job asks of a node, else ""; ConfigError where it is more:
     Slurm would end the job. All else in host memory (torch, data, a save under way) comes on top and is not reckoned."""
     waits, has = sum(gb for _, gb in made.host) * asked.ranks_per_node, profile.share_gib(asked.gpus_per_node) * 2**30 / GB
-    if not has or waits <= 0.9 * has:
+    if not has or waits <= FITS * has:
         return ""
     text = (f"{stage} keeps {waits:.0f} GB pinned in a node's memory (offload); the job asks for {has:.0f} GB of it, by the profile's "
             f"mem_gb = {profile.mem_gb} GiB and {asked.gpus_per_node} of {profile.gpus_per_node} GPUs")

@@ -129,9 +129,9 @@ def suggest(stage: str, shape: Shape, config: SFTConfig, asked: Resources, profi
     now = step(shape, config, ranks, machine, asked.ranks_per_node)
     found = layouts(shape, config, ranks, machine, asked.ranks_per_node, profile.gpu_memory_gb)
     if not found:
-        return (f"{stage}: no layout of {ranks} ranks fits 90% of {profile.gpu_memory_gb:g} GB and divides global_batch_size = "
-                f"{config.global_batch_size}")
-    fits = now.memory_gb <= 0.9 * profile.gpu_memory_gb  # what is configured may be none of those that are tried, and faster
+        return (f"{stage}: no layout of {ranks} ranks fits {memory.FITS:.0%} of {profile.gpu_memory_gb:g} GB and divides "
+                f"global_batch_size = {config.global_batch_size}")
+    fits = now.memory_gb <= memory.FITS * profile.gpu_memory_gb  # what is configured may be none of those that are tried, and faster
     best = now if fits and now.seconds <= found[0].seconds else found[0]
     keys = " ".join(f"--set {stage}.{name}={str(value).lower()}" for name, value in best.settings.items() if value != getattr(config, name))
     return (f"{stage}: on paper {now.seconds:.2f} s a step ({100 * now.mfu:.0f}% MFU, {now.memory_gb:.0f} GB) as configured; fastest that "
@@ -139,7 +139,7 @@ def suggest(stage: str, shape: Shape, config: SFTConfig, asked: Resources, profi
 
 
 def layouts(shape: Shape, config: SFTConfig, ranks: int, machine: Machine, gpus_per_node: int, gpu_memory_gb: float) -> list[Step]:
-    """Every layout of ``ranks`` that divides and fits 90% of a GPU's memory, the fastest first."""
+    """Every layout of ``ranks`` that divides and fits memory.FITS of a GPU's memory, the fastest first."""
     found = []
     for tensor in range(1, gpus_per_node + 1):
         for stages in range(1, shape.layers + 1):
@@ -154,6 +154,6 @@ def layouts(shape: Shape, config: SFTConfig, ranks: int, machine: Machine, gpus_
                         made = step(shape, changed, ranks, machine, gpus_per_node)
                     except (ConfigError, ValueError):
                         continue
-                    if made.memory_gb <= 0.9 * gpu_memory_gb:
+                    if made.memory_gb <= memory.FITS * gpu_memory_gb:
                         found.append(made)
     return sorted(found, key=lambda made: made.seconds)
