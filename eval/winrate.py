@@ -25,6 +25,10 @@ from eval.scores import COVERAGE
 
 C = 100.0
 """Inverse strength of the penalty on phi, as scikit-learn counts it."""
+ALIKE = 0.1
+"""Most |tanh(d / sd(d))| of two answers of nearly equal length."""
+SURE = 0.01
+"""Distance from 0 or 1 below which only the penalty holds theta: near equal length nothing speaks against it."""
 _STEPS = 60
 ERROR = "error"
 
@@ -69,14 +73,27 @@ def _summary(pairs: Sequence[Mapping], lengths: Mapping[tuple, int], questions: 
 
 
 def length_controlled(outcomes: np.ndarray, longer: np.ndarray, units: np.ndarray, questions: int, seed: int) -> tuple[float, float, float]:
-    """(win rate at equal length, its 95% interval); all arrays (n,): outcome 0..1, difference of lengths, number of the question."""
+    """(win rate at equal length, its 95% interval); all arrays (n,): outcome 0..1, difference of lengths, number of the question.
+
+    Where the regression is sure, no resample can doubt it: the interval is then that of Clopper & Pearson (1934) for the questions whose
+    answers are nearly equally long, all won or all lost. Where all answers of one model are the longer ones it is 0 to 1: the rate is
+    extrapolated.
+    """
     spread = longer.std(ddof=1) if len(longer) > 1 else 0.0
     x = np.tanh(longer / spread) if spread else np.zeros_like(longer)
     draws = np.random.default_rng(seed).integers(0, questions, size=(intervals.RESAMPLES, questions))
     weights = np.stack([np.bincount(row, minlength=questions) for row in draws])[:, units]
-    estimate = fit(outcomes, x, np.ones((1, len(x))))[0]
-    low, high = np.nanpercentile(fit(outcomes, x, weights.astype(float)), [2.5, 97.5])
-    return float(estimate), float(low), float(high)
+    estimate = float(fit(outcomes, x, np.ones((1, len(x))))[0])
+    low, high = map(float, np.nanpercentile(fit(outcomes, x, weights.astype(float)), [2.5, 97.5]))
+    if (x > ALIKE).all() or (x < -ALIKE).all():
+        return estimate, 0.0, 1.0
+    alike = len(np.unique(units[np.abs(x) < ALIKE]))
+    least = 0.025 ** (1 / alike) if alike else 0.0
+    if estimate > 1 - SURE:
+        low = min(low, least)
+    if estimate < SURE:
+        high = max(high, 1 - least)
+    return estimate, low, high
 
 
 def fit(outcomes: np.ndarray, x: np.ndarray, weights: np.ndarray) -> np.ndarray:
