@@ -48,7 +48,7 @@ def _run(settings: MTBenchConfig, held: contextlib.ExitStack) -> int:
     judgments, pairs, problem = stage.judgments(made)
     harness_results, harness_problem = _harness(settings, stage)
     results = _results(stage, made, replies, kls, judgments, pairs, problem)
-    results["heldout"] |= preference.summary(scored, replies, settings.seed)
+    results["heldout"] |= preference.summary(scored, replies, settings.seed) | {"scored_by": dict.fromkeys(scored, stage.scorer)}
     results |= {"harness": harness_results, "harness_problem": harness_problem}
     stage.write_questions()
     tables.write(stage.output, results)

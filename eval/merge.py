@@ -11,7 +11,7 @@ from eval.runs import Evaluation, Run
 SAME = (("questions", "sha256"), ("questions", "references"), ("judge", "returned"), ("judge", "repeats"), ("template",), ("seed",),
         ("max_new_tokens",))
 """What has to be equal for ratings to stand in one table."""
-HELDOUT = ("gold", "gold_difference", "kl", "score", "win_rate", "length_controlled")
+HELDOUT = ("gold", "gold_difference", "kl", "score", "win_rate", "length_controlled", "scored_by")
 
 
 def names(runs: Sequence[Run]) -> dict[str, Run]:

@@ -114,7 +114,9 @@ def collect(folder: str | Path) -> Run:
     config = read_json(folder / "config.json")
     stages = _stages(folder)
     if not stages and not config:
-        raise DataError(f"{folder}: neither a run (no config.json, no stages) nor an evaluation (no results.json)")
+        broken = "results.json is damaged: make the evaluation again, its answers are kept"
+        raise DataError(f"{folder}: neither a run (no config.json, no stages) nor an evaluation "
+                        f"({broken if (folder / 'results.json').exists() else 'no results.json'})")
     found = [stage.folder for stage in stages if is_evaluation(stage.folder)]
     return Run(name, folder, config, stages, evaluation(found[-1]) if found else None)
 
@@ -126,13 +128,15 @@ def is_evaluation(folder: Path) -> bool:
 def evaluation(folder: Path) -> Evaluation:
     """Raises DataError for results that lack what today's hold."""
     results = read_json(folder / "results.json")
+    if not all(isinstance(results[name], dict) for name in ("models", "heldout", "checks")):
+        raise DataError(f"{folder / 'results.json'} is damaged: make the evaluation again, its answers are kept")
     judged_by = results["judge"] if isinstance(results["judge"], dict) else {}
     if absent := sorted(RESULTS - results.keys()) or sorted(f"judge.{name}" for name in JUDGE - judged_by.keys()):
         raise DataError(f"{folder / 'results.json'}: no {', '.join(absent)}: made by an older version; run mtbench again, "
                         "what is made is kept")
 
-    # Absent before there was mtbench.reward_model, the last one for longer.
-    results["heldout"] = {"score": {}, "win_rate": {}, "length_controlled": {}} | results["heldout"]
+    # Absent before there was mtbench.reward_model, the last two for longer.
+    results["heldout"] = {"score": {}, "win_rate": {}, "length_controlled": {}, "scored_by": {}} | results["heldout"]
 
     def rows(path: Path, fields: set[str]) -> list[dict]:
         return [row for row in lines(path) if fields <= row.keys()]

@@ -55,6 +55,7 @@ class Stage:
         harness.require(settings)
         if settings.reward_model:
             generation.require_model(settings.reward_model, "reward_model")
+        self.scorer = generation.fingerprint(settings.reward_model) if settings.reward_model else ""
         self.fingerprints = {name: generation.fingerprint(folder) for name, folder in self.folders.items()}
         self.baseline = next(iter(self.folders))
         self.places = [(prompt, sample) for prompt in self.prompts for sample in range(settings.heldout_samples)]
@@ -122,7 +123,9 @@ class Stage:
         folder, path = self.config.reward_model, self.output / "heldout" / "score" / f"{name}.jsonl"
         if not folder:
             return []
-        mark = generation.fingerprint(folder)
+
+        def key(row: dict) -> str:
+            return f"{row['key']}-{self.scorer}"
 
         def stored() -> dict[str, dict]:
             self.ranks.gather(path, lambda row: (row["index"], row["sample"]))
@@ -130,14 +133,14 @@ class Stage:
 
         known = stored()
         self.ranks.meet()
-        if mine := self.ranks.mine([row for row in replies if f"{row['key']}-{mark}" not in known]):
+        if mine := self.ranks.mine([row for row in replies if key(row) not in known]):
             limit = self.config.context_length - self.config.heldout_max_new_tokens
             values = preference.score(folder, [(row["prompt"], row["response"]) for row in mine], limit)
-            append(self.ranks.own(path), [{"index": row["index"], "sample": row["sample"], "key": f"{row['key']}-{mark}", "score": value}
+            append(self.ranks.own(path), [{"index": row["index"], "sample": row["sample"], "key": key(row), "score": value}
                                           for row, value in zip(mine, values, strict=True)])
             release()
         known = stored()
-        return [known[f"{row['key']}-{mark}"] for row in replies]
+        return [known[key(row)] for row in replies]
 
     def judgments(self, made: dict[str, list[dict]]) -> tuple[list[dict], list[dict], str]:
         """(judgment rows, pairwise rows, what went wrong: then some rows are missing); all empty without a judge."""

@@ -240,6 +240,29 @@ def test_results_of_an_older_version_are_named(tmp_path, capsys):
         assert absent in said and "made by an older version; run mtbench again" in said
 
 
+@pytest.mark.parametrize("text", ["", '{"questions": ', "[1]", None])
+def test_damaged_results_are_named(tmp_path, capsys, text):
+    evaluate(tmp_path)
+    results = runs.read_json(tmp_path / "results.json") | {"heldout": None}
+    write(tmp_path / "results.json", json.dumps(results) if text is None else text)
+    assert report.main([str(tmp_path)]) == 65
+    assert "results.json" in (said := capsys.readouterr().err) and "damaged: make the evaluation again" in said
+
+
+def test_scores_by_different_reward_models_are_marked(tmp_path):
+    folders = []
+    for name, scorer in (("one", "feed" * 4), ("two", "feed" * 4), ("three", "c0de" * 4)):
+        evaluate(tmp_path / name)
+        results = runs.read_json(tmp_path / name / "results.json")
+        value = {"mean": 0.5, "low": 0.25, "high": 0.75, "units": 3}
+        results["heldout"] |= {"score": {"sft": value, "dpo": value}, "scored_by": {"sft": scorer, "dpo": scorer}}
+        write(tmp_path / name / "results.json", json.dumps(results))
+        folders.append(tmp_path / name)
+    assert "Not the same reward model" not in text_of(report.collect(folders[:2]))
+    text = text_of(report.collect(folders))
+    assert "Not the same reward model" in text and "feedfeed" in text and "c0dec0de" in text
+
+
 def test_rows_of_other_tools_are_left_out(tmp_path):
     evaluate(tmp_path)
     before = report.page(report.collect([tmp_path]))

@@ -89,6 +89,7 @@ def test_results_hold_the_numbers(done):
     assert found["heldout"]["score"]["sft"]["mean"] == pytest.approx(sum(score["sft"].values()) / 4)
     assert found["heldout"]["win_rate"]["rlhf"]["mean"] == sum(won) / 4 and set(found["heldout"]["win_rate"]) == {"rlhf"}
     assert 0 <= found["heldout"]["length_controlled"]["rlhf"]["mean"] <= 1
+    assert len(set(found["heldout"]["scored_by"].values())) == 1 and set(found["heldout"]["scored_by"]) == {"sft", "rlhf"}
     assert "By the reward model of the evaluation" in (done.parents[1] / "report.html").read_text()
     assert found["reward_model"]["reward"]["accuracy"] == 0.875 and found["reward_model"]["reward"]["iteration"] == 2
     assert found["checks"]["questions"]["sft"]["texts"] == 48 and found["scores"] is None
