@@ -28,6 +28,8 @@ def read(folder: str | Path, shape: Shape) -> tuple[str, dict[str, Stored]]:
     folder, prefix = Path(folder), family(shape.family).PREFIX
     tensors = {}
     for name, tensor in _tensors(folder).items():
+        if name.endswith(family(shape.family).UNUSED):
+            continue
         short = name.removeprefix(prefix)
         if short in tensors:
             raise ConfigError(f"{folder} holds {short} twice, with and without the prefix {prefix!r}; remove one")

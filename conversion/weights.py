@@ -57,15 +57,8 @@ class Entry(NamedTuple):
 
 def entries(shape: Shape, head: str | None = None) -> Iterator[Entry]:
     """The table for a model, in the model's order. ``head``: "tied", "untied" or "scalar"; None = as config.json says."""
-    table, layer_name = shape.table, family(shape.family).LAYER
-    for weight in table.first:
-        yield Entry(weight.key, weight.parts, None, weight)
-    for layer in range(shape.layers):
-        for weight in table.layer:
-            parts = {f"{layer_name}.{layer}.{name}": size for name, size in weight.parts.items()}
-            yield Entry(f"decoder.layers.{weight.key}", parts, layer, weight)
-    for weight in (*table.last, *shape.top(head or head_of(shape))):
-        yield Entry(weight.key, weight.parts, None, weight)
+    for weight, layer, parts in shape.weights(head or head_of(shape)):
+        yield Entry(weight.key if layer is None else f"decoder.layers.{weight.key}", parts, layer, weight)
 
 
 def head_of(shape: Shape) -> str:

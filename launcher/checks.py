@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launcher import cluster, container, inputs, memory, storage
+from launcher import cluster, container, inputs, memory, storage, weights
 from launcher.config import Profile, StageResources, build_plain
 from launcher.pipeline import Graph, Stage, model_folder, stage_config
 from training.config import RewardConfig, RolloutConfig
 from training.data.config import ModelConfig
 from training.settings import ConfigError
-from training.shape import ConfigFile, Shape, family
+from training.shape import Shape
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Mistakes:
 def _model(model: ModelConfig, folder: Path) -> tuple[Shape, float]:
     """The starting model's shape and its weights' size in GB."""
     if model.checkpoint == "demo":
-        shape = family(model.demo_family).read(ConfigFile(Path("demo"), family(model.demo_family).demo(model)))
+        shape = Shape.demo(model)
         return shape, 4 * shape.parameters() / storage.GB
     for name in ("config.json", "tokenizer.json"):
         if not (folder / name).is_file():
@@ -104,7 +104,7 @@ def _model(model: ModelConfig, folder: Path) -> tuple[Shape, float]:
                               "checkpoint (config.json, tokenizer.json, weights): --set model.checkpoint=FOLDER")
     shape = Shape.read(folder)
     inputs.check_tokenizer(folder, shape)
-    return shape, inputs.check_checkpoint(folder, shape) / storage.GB
+    return shape, weights.check_checkpoint(folder, shape) / storage.GB
 
 
 def _data_parallel(stage: str, config, asked) -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+from training.config_file import ConfigFile
+from training.data.config import ModelConfig
 from training.settings import ConfigError
 
 VOCAB_MULTIPLE = 128
@@ -86,14 +88,29 @@ class Shape:
     def read(cls, folder: str | Path) -> Shape:
         """Raises ConfigError where the folder is of no known family or of a model that we do not compute exactly."""
         config = ConfigFile.read(Path(folder) / "config.json")
-        name = config.first("model_type")
+        name = config.values.get("model_type")
         if name not in FAMILIES:
             raise ConfigError(f"{config.path}: model_type = {name!r}; expected one of {', '.join(FAMILIES)}")
         return family(name).read(config)
 
+    @classmethod
+    def demo(cls, model: ModelConfig) -> Shape:
+        """Of the model that ``model.checkpoint = "demo"`` makes."""
+        kind = family(model.demo_family)
+        return kind.read(ConfigFile(Path("demo"), kind.demo(model)))
+
     @property
     def table(self) -> Table:
         return family(self.family).table(self)
+
+    def weights(self, head: str) -> Iterator[tuple[Weight, int | None, dict[str, tuple[int, ...]]]]:
+        """Every tensor in the model's order: (what it is, its layer if any, Hugging Face's names without prefix and shapes)."""
+        table, name = self.table, family(self.family).LAYER
+        yield from ((weight, None, weight.parts) for weight in table.first)
+        for layer in range(self.layers):
+            for weight in table.layer:
+                yield weight, layer, {f"{name}.{layer}.{part}": size for part, size in weight.parts.items()}
+        yield from ((weight, None, weight.parts) for weight in (*table.last, *self.top(head)))
 
     def top(self, head: str) -> tuple[Weight, ...]:
         """What stands on top of the transformer. ``head``: "tied" (the embedding again: no tensor), "untied" or "scalar"."""
@@ -196,52 +213,6 @@ class Shape:
     def padded_vocab(self, tensor_parallel_size: int) -> int:
         multiple = VOCAB_MULTIPLE * tensor_parallel_size
         return -(-self.vocab // multiple) * multiple
-
-
-@dataclass(frozen=True)
-class ConfigFile:
-    """A config.json that is being read; every complaint names it."""
-
-    path: Path
-    values: dict
-
-    @classmethod
-    def read(cls, path: Path) -> ConfigFile:
-        if not path.is_file():
-            raise ConfigError(f"model.checkpoint: {path} is missing; expected a Hugging Face folder with config.json")
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{path} is not JSON: {error}") from None
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path} holds no JSON object; download it again")
-        return cls(path, values)
-
-    def first(self, *names: str):
-        """The value of the first of ``names`` that is there: transformers has renamed some over the years."""
-        for name in names:
-            if name in self.values:
-                return self.values[name]
-        kind = self.values.get("model_type")
-        raise ConfigError(f"{self.path}: none of {', '.join(names)} is there (model_type = {kind!r}); "
-                          f"is it a language model of {', '.join(FAMILIES)}?")
-
-    def whole(self, *names: str) -> int:
-        number = self.first(*names)
-        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-            raise ConfigError(f"{self.path}: {names[0]} = {number!r}: expected a whole number above 0")
-        return number
-
-    def truth(self, name: str, default: bool) -> bool:
-        value = self.values.get(name, default)
-        if not isinstance(value, bool):
-            raise ConfigError(f"{self.path}: {name} = {value!r}: expected true or false")
-        return value
-
-    def only(self, name: str, *allowed) -> None:
-        """``name`` is not there or one of ``allowed``, of which the first is what a missing one means."""
-        if name in self.values and self.values[name] not in allowed:
-            raise ConfigError(f"{self.path}: {name} = {self.values[name]!r}; only {allowed[0]!r} is supported")
 
 
 def family(name: str) -> ModuleType:

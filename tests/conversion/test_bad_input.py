@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from conversion import huggingface, torch_dist, work
 from tests.bloom import tiny_bloom
 from tests.conversion.folders import convert_to, export_from, sparse_bloom, write_tokenizer
+from tests.llama import tiny_llama
 from training.checksums import Damaged
 from training.families import bloom
 from training.settings import ConfigError
@@ -99,6 +100,15 @@ def test_no_space_is_known_before_anything_is_written(tmp_path):
     with pytest.raises(ConfigError, match=f"{rows * 128 * work.EXTRA / 1e9:,.2f} GB are needed, .* are free; make room or write to"):
         convert_to(tmp_path)
     assert not list((tmp_path / "convert").rglob("*.distcp*"))
+
+
+def test_buffers_that_transformers_once_saved_are_left_out(tmp_path):
+    tiny_llama(tmp_path / "hf", layers=1)
+    file = tmp_path / "hf" / "model.safetensors"
+    original, expected = load_file(file), file.read_bytes()
+    save_file({**original, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, file)
+    convert_to(tmp_path)
+    assert (export_from(tmp_path) / "model.safetensors").read_bytes() == expected
 
 
 def test_legacy_bin_files_are_read_weights_only(tmp_path):

@@ -5,17 +5,25 @@ import gzip
 import json
 import math
 import os
+import shutil
 import struct
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 
 from launcher import checks, cluster, storage
 from launcher.config import layered
 from launcher.pipeline import FULL, PIPELINES, full_tables, select, stage_config
+from tests.bloom import tiny_bloom
+from tests.llama import tiny_llama
 from training.families import bloom
 from training.settings import ConfigError
+from training.shape import Shape
 
 GOOD_ROW = b'{"query": "q", "response": ["a", "b"], "score": [1, 0]}\n'
 
@@ -38,12 +46,11 @@ def safetensors(path: Path, tensors: dict[str, list[int]]) -> None:
 
 
 def llama(folder: Path, **changes) -> str:
-    """SmolLM2-135M's shape; a few tensors a layer."""
+    """SmolLM2-135M's shape."""
     checkpoint(folder)
     published = json.loads((Path(__file__).parents[1] / "model_configs.json").read_text())["smollm2-135m"]
+    safetensors(folder / "model.safetensors", tensors_of(folder, published, "model."))
     (folder / "config.json").write_text(json.dumps(published | changes))
-    layers = {f"model.layers.{layer}.input_layernorm.weight": [576] for layer in range(30)}
-    safetensors(folder / "model.safetensors", {"model.embed_tokens.weight": [49152, 576], **layers})
     return f"model.checkpoint={folder}"
 
 
@@ -62,15 +69,21 @@ def test_a_llama_passes_and_its_heads_layers_and_positions_are_checked(tmp_path)
         check(llama(tmp_path, num_hidden_layers=31))
 
 
+def tensors_of(folder: Path, config: dict, prefix: str = "") -> dict[str, list[int]]:
+    """Names and shapes of the tensors of ``config``'s model."""
+    (folder / "config.json").write_text(json.dumps(config))
+    return {prefix + name: list(size) for _, _, parts in Shape.read(folder).weights("tied") for name, size in parts.items()}
+
+
 def checkpoint(folder: Path, shards: int = 1, **changes) -> str:
-    """A Hugging Face folder with BLOOM-560m's shape, under the names of its published config.json; a few tensors a layer."""
+    """A Hugging Face folder with BLOOM-560m's shape, under the names of its published config.json and weights."""
     published = {"model_type": "bloom", "n_embed": 1024, "num_attention_heads": 16, "n_layer": 24, "vocab_size": 250880,
                  "layer_norm_epsilon": 1e-5}
+    tensors = tensors_of(folder, published)
     (folder / "config.json").write_text(json.dumps(published | changes))
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "<pad>": 3, "a": 4}
     (folder / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "vocab": vocabulary}, "added_tokens": []}))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "pad_token": "<pad>"}))
-    tensors = {"word_embeddings.weight": [250880, 1024], **{f"h.{layer}.input_layernorm.weight": [1024] for layer in range(24)}}
     if shards == 1:
         safetensors(folder / "model.safetensors", tensors)
     else:
@@ -177,7 +190,7 @@ def short_index(folder: Path) -> None:
     (cut, r"model-00002-of-00003.safetensors has \d+ bytes, its header says \d+: truncated"),
     (no_header, r"\(5 bytes\) is no safetensors file, or was cut off"),
     (lost_shard, r"model-00003-of-00003.safetensors is missing, .*names it \(shard 3 of 3\)"),
-    (lost_tensor, "says that model-00003-of-00003.safetensors holds h.4.input_layernorm.weight, it does not"),
+    (lost_tensor, r"says that model-00003-of-00003.safetensors holds \S+, it does not"),
     (pointer, "is a git-LFS pointer"),
     (short_index, "says 24 layers; the weights lack layers 7"),
 ])
@@ -192,6 +205,81 @@ def test_damaged_weights_are_found_without_reading_them(damage, message, tmp_pat
 def test_weights_of_another_shape(tmp_path):
     with pytest.raises(ConfigError, match=r"word_embeddings.weight is \[250880, 1024\], config.json says \[250881, 1024\]"):
         check(checkpoint(tmp_path, vocab_size=250881), last="convert")
+
+
+def saved(folder: Path, model=tiny_llama, **values) -> Path:
+    """What transformers saves of a tiny model, with a tokenizer's files."""
+    checkpoint(folder)
+    (folder / "model.safetensors").unlink()
+    model(folder, layers=2, **values)
+    return folder
+
+
+def changed(folder: Path, change) -> str:
+    """The tensors of ``folder`` after ``change`` (a function of their dictionary); as a setting."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    return f"model.checkpoint={folder}"
+
+
+SHORT = "mtbench.context_length=256"
+QUERY, EMBEDDED, HEAD = "model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight", "lm_head.weight"
+
+
+def test_what_transformers_saves_passes_whole_or_in_shards(tmp_path):
+    """Also with an output matrix that repeats the embedding, a classifier's head, and the buffers of Llama 2's first checkpoints."""
+    for number, model in enumerate((tiny_llama, partial(tiny_llama, tied=False), tiny_bloom, partial(tiny_bloom, tied=False))):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        check(f"model.checkpoint={saved(folder, model)}", SHORT)
+    tied = saved(tmp_path / "0")
+    buffer = QUERY.replace("q_proj.weight", "rotary_emb.inv_freq")
+    check(changed(tied, lambda tensors: tensors.update({HEAD: tensors[EMBEDDED], buffer: torch.ones(4)})), SHORT)
+    check(changed(tied, lambda tensors: (tensors.pop(HEAD), tensors.update({"score.weight": torch.ones(1, 64)}))), SHORT)
+    check(changed(tmp_path / "2", lambda tensors: tensors.update({"score.weight": torch.ones(1, 64)})), SHORT)
+    LlamaForCausalLM.from_pretrained(tmp_path / "1").save_pretrained(sharded := tmp_path / "4", max_shard_size="100KB")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tmp_path / "1" / name, sharded)
+    assert len(list(sharded.glob("*.safetensors"))) > 2
+    check(f"model.checkpoint={sharded}", SHORT)
+    index = sharded / "model.safetensors.index.json"
+    places = json.loads(index.read_text())["weight_map"]
+    shutil.copy(sharded / places["model.norm.weight"], sharded / "stale.safetensors")
+    index.write_text(json.dumps({"weight_map": places | {"model.norm.weight": "stale.safetensors"}}))
+    with pytest.raises(ConfigError, match="stale.safetensors holds .*; remove the stale shard"):
+        check(f"model.checkpoint={sharded}", SHORT)
+
+
+@pytest.mark.parametrize("values, change, message", [
+    ({"intermediate_size": 100}, None, r"mlp.gate_proj.weight is \[88, 64\], config.json says \[100, 64\] .*feed-forward width 100"),
+    ({"num_key_value_heads": 4}, None, r"self_attn.k_proj.weight is \[16, 64\], config.json says \[32, 64\] .*4 key-value heads"),
+    ({"vocab_size": 299}, None, r"model.embed_tokens.weight is \[300, 64\], config.json says \[299, 64\]"),
+    ({"num_hidden_layers": 2**31 - 1}, None, r"says 2147483647 layers; the weights lack layers 2, 3, 4, 5, 6 \.\.\."),
+    ({"tie_word_embeddings": False}, None, "lack lm_head.weight, which config.json asks for; .*tie_word_embeddings = true"),
+    ({}, lambda held: held.update({HEAD: held[EMBEDDED] + 1}), "lm_head.weight differs from the embedding, .*tie_word_embeddings = false"),
+    ({}, lambda held: held.update({QUERY: held[QUERY].half()}), "k_proj.weight is F32, its like are F16; save the model in one type"),
+    ({}, lambda held: held.update({QUERY: held[QUERY].to(torch.int8)}), "q_proj.weight has type I8; weights are BF16, F16, F32"),
+    ({}, lambda held: held.pop(QUERY), "lack layers.0.self_attn.q_proj.weight, which config.json asks for"),
+    ({}, lambda held: held.update({QUERY.replace("weight", "bias"): torch.ones(64)}), "hold .*q_proj.bias, no llama's"),
+    ({}, lambda held: held.update({QUERY[6:]: held[QUERY]}), "layers.0.self_attn.q_proj.weight twice, with and without the prefix"),
+])
+def test_every_tensor_is_compared_with_config_json(values, change, message, tmp_path):
+    config = saved(tmp_path) / "config.json"
+    setting = changed(tmp_path, change or (lambda tensors: None))
+    config.write_text(json.dumps(json.loads(config.read_text()) | values))
+    with pytest.raises(ConfigError, match=message):
+        check(setting, SHORT)
+
+
+@pytest.mark.parametrize("entry", [{"shape": "ab"}, {"shape": [-1]}, {"shape": [1.0]}, {"dtype": []}, {"data_offsets": 1}, {"more": 1}, 7])
+def test_a_header_of_nonsense(entry, tmp_path):
+    setting = checkpoint(tmp_path)
+    header = {"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} | entry if isinstance(entry, dict) else entry}
+    text = json.dumps(header).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(4))
+    with pytest.raises(ConfigError, match="the header of .*model.safetensors can't be read; download it again"):
+        check(setting)
 
 
 def test_weights_of_torch_are_taken_where_the_archive_is_whole(tmp_path):

@@ -6,13 +6,17 @@ is renaming.
 
 from __future__ import annotations
 
+from training.config_file import COMMON, FIX, NUMBER, ConfigFile
 from training.data.config import ModelConfig
-from training.shape import EMBEDDING, ConfigFile, Shape, Table, Weight
+from training.settings import ConfigError
+from training.shape import EMBEDDING, Shape, Table, Weight
 
 HUGGING_FACE = "Bloom"
 """Begins the names of transformers' classes."""
 PREFIX, LAYER = "transformer.", "h"
 """Of Hugging Face's names: what the transformer's begin with, and then a layer's, before its number."""
+UNUSED: tuple[str, ...] = ()
+"""Ends of the names of tensors that transformers once saved and reads no more."""
 
 
 def shape(layers: int, hidden: int, heads: int, vocab: int, eps: float, tied: bool = True) -> Shape:
@@ -21,10 +25,15 @@ def shape(layers: int, hidden: int, heads: int, vocab: int, eps: float, tied: bo
 
 
 def read(config: ConfigFile) -> Shape:
+    """Raises ConfigError, by name, for what we do not compute."""
+    hidden, heads = config.whole("hidden_size", "n_embed"), config.whole("n_head", "num_attention_heads")
     config.only("apply_residual_connection_post_layernorm", False)
-    return shape(config.whole("n_layer", "num_hidden_layers"), config.whole("hidden_size", "n_embed"),
-                 config.whole("n_head", "num_attention_heads"), config.whole("vocab_size"), config.first("layer_norm_epsilon"),
-                 config.truth("tie_word_embeddings", True))
+    config.only("quantization_config", None)
+    config.types({**COMMON, "hidden_dropout": NUMBER, "attention_dropout": NUMBER, "pretraining_tp": (int,), "slow_but_exact": (bool,)})
+    if hidden % heads:
+        raise ConfigError(f"{config.path}: hidden_size = {hidden} and n_head = {heads}: expected a multiple of the heads; {FIX}")
+    return shape(config.whole("n_layer", "num_hidden_layers"), hidden, heads, config.whole("vocab_size"),
+                 config.epsilon("layer_norm_epsilon"), config.truth("tie_word_embeddings", True))
 
 
 def table(shape: Shape) -> Table:

@@ -7,47 +7,61 @@ divides tensors (checkpoints, optimizer, generation) has to know that they are s
 
 from __future__ import annotations
 
+from training.config_file import COMMON, FIX, NUMBER, ConfigFile
 from training.data.config import ModelConfig
 from training.settings import ConfigError
-from training.shape import EMBEDDING, ConfigFile, Shape, Table, Weight
+from training.shape import EMBEDDING, Shape, Table, Weight
 
 HUGGING_FACE = "Llama"
 PREFIX, LAYER = "model.", "layers"
+UNUSED = (".rotary_emb.inv_freq",)
+DEFAULT_THETA = 10000.0
+"""transformers' base of the rotary embedding where config.json names none."""
 
 
 def read(config: ConfigFile) -> Shape:
     """Defaults are transformers' LlamaConfig's. Raises ConfigError, by name, for what we do not compute."""
     hidden, heads = config.whole("hidden_size"), config.whole("num_attention_heads")
-    groups = config.values.get("num_key_value_heads") or heads
+    groups = heads if config.values.get("num_key_value_heads") is None else config.whole("num_key_value_heads")
     for name in ("attention_bias", "mlp_bias"):
         config.only(name, False)
     for name in ("sliding_window", "layer_types", "quantization_config"):
         config.only(name, None)
     config.only("hidden_act", "silu")
+    config.types({**COMMON, "attention_dropout": (*NUMBER, type(None)), "pretraining_tp": (int, type(None))})
     if hidden % heads or hidden // heads % 2:
-        raise ConfigError(f"{config.path}: hidden_size = {hidden} and num_attention_heads = {heads}: expected an even head dimension")
+        raise ConfigError(f"{config.path}: hidden_size = {hidden} and num_attention_heads = {heads}: expected an even head dimension; "
+                          f"{FIX}")
     config.only("head_dim", hidden // heads, None)
-    if not isinstance(groups, int) or groups < 1 or heads % groups:
-        raise ConfigError(f"{config.path}: num_key_value_heads = {groups!r} does not divide num_attention_heads = {heads}")
+    if heads % groups:
+        raise ConfigError(f"{config.path}: num_key_value_heads = {groups} does not divide num_attention_heads = {heads}; {FIX}")
     return Shape(family="llama", layers=config.whole("num_hidden_layers"), hidden=hidden, heads=heads, groups=groups,
-                 ffn=config.whole("intermediate_size"), vocab=config.whole("vocab_size"), eps=config.values.get("rms_norm_eps", 1e-6),
+                 ffn=config.whole("intermediate_size"), vocab=config.whole("vocab_size"), eps=config.epsilon("rms_norm_eps", 1e-6),
                  tied=config.truth("tie_word_embeddings", False), gated=True, theta=_theta(config),
-                 positions=config.values.get("max_position_embeddings", 2048))
+                 positions=config.whole("max_position_embeddings", default=2048))
 
 
 def _theta(config: ConfigFile) -> float:
-    """Base of the rotary embedding: ``rope_theta`` beside ``rope_scaling``, or, since transformers 5, in ``rope_parameters``."""
-    found = config.values.get("rope_theta", 10000.0)
-    for name in ("rope_parameters", "rope_scaling"):
-        table = config.values.get(name) or {}
-        kind = table.get("rope_type", table.get("type", "default"))
-        if kind != "default" or table.get("partial_rotary_factor", 1.0) != 1.0:
+    """Base of the rotary embedding: ``rope_theta`` beside ``rope_scaling``, or, since transformers 5, in ``rope_parameters``.
+
+    transformers 5 takes the first of rope_scaling and rope_parameters that is not empty, and rope_theta from there, then from beside it;
+    transformers 4 only from beside it. A file that names several must name the same.
+    """
+    tables = {name: config.table(name) for name in ("rope_scaling", "rope_parameters")}
+    config.only("partial_rotary_factor", 1.0, 1)
+    for name, table in tables.items():
+        kinds = [table[key] for key in ("rope_type", "type") if key in table]
+        if any(kind != "default" for kind in kinds) or table.get("partial_rotary_factor", 1.0) != 1.0:
             raise ConfigError(f"{config.path}: {name} = {table}: scaled or partial rotary embeddings are not supported; take a model "
                               'without them (rope_type = "default"), as Llama 2, TinyLlama and SmolLM2 are')
-        found = table.get("rope_theta", found)
-    if not isinstance(found, int | float) or isinstance(found, bool) or found <= 1:
-        raise ConfigError(f"{config.path}: rope_theta = {found!r}: expected a number above 1")
-    return float(found)
+    said = {f"{name}.rope_theta": table["rope_theta"] for name, table in tables.items() if "rope_theta" in table}
+    if "rope_theta" in config.values and (not said or config.values["rope_theta"] is not None):
+        said["rope_theta"] = config.values["rope_theta"]
+    bases = {name: config.base(name, value) for name, value in said.items()}
+    if tables["rope_scaling"] and "rope_parameters.rope_theta" in bases and len(bases) == 1:
+        bases["rope_scaling.rope_theta (not there: the default)"] = DEFAULT_THETA
+    config.agree(bases)
+    return next(iter(bases.values()), DEFAULT_THETA)
 
 
 def table(shape: Shape) -> Table:
