@@ -66,7 +66,7 @@ class Running:
 
     def __init__(self, job: Job, folder: Path, out: Path, cpu: bool):
         self.job, self.folder, self.out, self.cpu, self.rows = job, folder, out, cpu, []
-        self.left, self.free = list(enumerate(job.layouts)), threading.Event()
+        self.left, self.free, self.stopped = list(enumerate(job.layouts)), threading.Event(), False
         self.start()
 
     def start(self) -> None:
@@ -107,11 +107,16 @@ class Running:
                               **told})
             print(json.dumps(self.rows[-1]), flush=True)
             self.left = [pair for pair in self.left if pair[0] > failed]
-            if late or not self.left:
+            if late or self.stopped or not self.left:
                 break
             self.start()
         self.free.set()
         print(json.dumps({"job": job.name, "took_s": round(time.monotonic() - began, 1)}), flush=True)
+
+    def stop(self) -> None:
+        """Kill the processes, and begin none anew."""
+        self.stopped = True
+        self.ranks.pass_on(signal.SIGKILL)
 
 
 def card_here() -> dict:
@@ -133,6 +138,34 @@ def write(every: list[Running], card: dict, out: Path) -> list[dict]:
     return rows
 
 
+def measure(asked: argparse.Namespace, card: dict, end: float, scratch: Path, begun: list[Running]) -> list[dict]:
+    """Do all waves of jobs; what was found. ``begun``: gets each job when its processes are there."""
+    def begin(wave: list[Job]) -> list[Running]:
+        first = len(begun)
+        for job in wave:
+            begun.append(Running(job, scratch, asked.out, card["count"] < asked.gpus))
+        return begun[first:]
+
+    planned, every, threads = waves(asked.gpus, asked.tiny, card, asked.parts, asked.only), [], []
+    started = begin(planned[0])
+    while asked.after and not asked.after.exists():
+        time.sleep(0.1)
+    for following in [*planned[1:], []]:
+        every += started
+        threads += [threading.Thread(target=running.run, args=(end,), daemon=True) for running in started]
+        for thread in threads[-len(started) :]:
+            thread.start()
+        ready = begin(following) if card["count"] else []  # imports beside the work before; not on a few cores
+        for running in started:
+            running.free.wait()
+        ready = ready or begin(following)
+        write(every, card, asked.out)
+        started = ready
+    for thread in threads:
+        thread.join()
+    return write(every, card, asked.out)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, required=True)
@@ -150,28 +183,15 @@ def main() -> int:
         parser.error(f"--gpus {asked.gpus}: expected a power of two, and no more than the {card['count']} GPUs here (or --tiny)")
     asked.out.mkdir(parents=True, exist_ok=True)
     print(json.dumps({"card": card, "gpus": asked.gpus}), flush=True)
-    with tempfile.TemporaryDirectory(dir=asked.scratch) as scratch:
-        def begin(wave: list[Job]) -> list[Running]:
-            return [Running(job, Path(scratch), asked.out, card["count"] < asked.gpus) for job in wave]
-
-        planned, every, threads = waves(asked.gpus, asked.tiny, card, asked.parts, asked.only), [], []
-        started = begin(planned[0])
-        while asked.after and not asked.after.exists():
-            time.sleep(0.1)
-        for following in [*planned[1:], []]:
-            every += started
-            threads += [threading.Thread(target=running.run, args=(end,)) for running in started]
-            for thread in threads[-len(started) :]:
-                thread.start()
-            ready = begin(following) if card["count"] else []  # imports beside the work before; not on a few cores
-            for running in started:
-                running.free.wait()
-            ready = ready or begin(following)
-            rows = write(every, card, asked.out)
-            started = ready
-        for thread in threads:
-            thread.join()
-        rows = write(every, card, asked.out)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    begun: list[Running] = []
+    with tempfile.TemporaryDirectory(dir=asked.scratch, ignore_cleanup_errors=True) as scratch:
+        try:
+            rows = measure(asked, card, end, Path(scratch), begun)
+        finally:  # after a signal: before the folder goes, and with it 72 GB
+            for running in begun:
+                running.stop()
     text = tables(rows, card)
     (asked.out / "multi_gpu.md").write_text(text, encoding="utf-8")
     print(text)
