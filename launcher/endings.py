@@ -44,8 +44,8 @@ BLAMELESS = {Class.PREEMPTED, Class.NODE_FAILURE, Class.PREFLIGHT}
 """Endings that say nothing about the stage: they don't count as attempts without progress."""
 
 ADVICE = {
-    Class.CUDA_OOM: "lower {stage}.micro_batch_size, or share the model out further: {stage}.tensor_parallel, {stage}.pipeline_parallel "
-                    "(new run: --name); resume alone would end the same way",
+    Class.CUDA_OOM: "lower {stage}.micro_batch_size (micro_batch_tokens where it is set), or share the model out further: "
+                    "{stage}.tensor_parallel, {stage}.pipeline_parallel (new run: --name); resume alone would end the same way",
     Class.HOST_OOM: "give each rank more of the node's memory: more resources.{stage}.cpus_per_gpu or whole nodes (profile: exclusive = "
                     "true), or fewer ranks a node; then resume",
     Class.NAN: "look at metrics.jsonl before it; go on from an earlier checkpoint with --load-iteration, with a lower {stage}.lr or "

@@ -70,8 +70,8 @@ def test_layout_divides_and_fits(name, profile, tmp_path):
 @pytest.mark.parametrize("name", [name for name in PUBLISHED if name.startswith("bloom")])
 def test_hyper_parameters_are_the_tutorial_s_on_every_site(name):
     """What is learnt must not depend on the site: layouts only say how it is divided."""
-    alone = {"tensor_parallel", "pipeline_parallel", "virtual_pipeline", "sequence_parallel", "micro_batch_size", "recompute",
-             "optimizer_precision", "generation_batch_size", "async_save", "offload"}
+    alone = {"tensor_parallel", "pipeline_parallel", "virtual_pipeline", "sequence_parallel", "micro_batch_size", "micro_batch_tokens",
+             "recompute", "optimizer_precision", "generation_batch_size", "async_save", "offload"}
     for layout in read_toml(RECIPES / f"{name}.toml").get("layouts", {}).values():
         assert set(layout) <= {"gpus_per_node", "gpu_memory_gb", "convert", "resources", *TRAINERS}
         assert all(set(layout[stage]) <= alone for stage in TRAINERS if stage in layout)
