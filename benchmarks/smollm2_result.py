@@ -57,7 +57,8 @@ def _coefficient(run: runs.Run, curves: Mapping) -> dict[str, float]:
     trained = {name: run.config[name] for name in TRAINERS[2:] if name in run.config}
     made = {key: table[key] for table in trained.values() for key in ("kl_coef", "beta") if key in table}
     spread = [value for _, value in curves.get("group_std", [])]
-    return made | ({"group_std": sum(spread[-(-len(spread) // 3):]) / len(spread[-(-len(spread) // 3):])} if spread else {})
+    last = spread[-max(1, len(spread) // 3):]
+    return made | ({"group_std": sum(last) / len(last)} if last else {})
 
 
 def said(replies: Sequence[str]) -> dict[str, float]:

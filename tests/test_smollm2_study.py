@@ -275,3 +275,15 @@ def test_what_there_is_is_shown(tmp_path):
     assert found["curves"]["ppo-seed-0"]["different"] == [[4, 3 / 8]] and found["curves"]["ppo-seed-0"]["sorry"] == [[4, 6 / 8]]
     assert set(found["policies"]) == {"sft", "ppo-seed-0"}
     assert 10_000 < (tmp_path / "result.png").stat().st_size < 150_000
+
+
+def test_what_weighs_on_grpo_s_reward_is_of_the_last_third_of_its_iterations(tmp_path):
+    import smollm2_result
+
+    from eval.runs import Run
+
+    run = Run("grpo", tmp_path, {"grpo": {"kl_coef": 0.4}, "sft": {}})
+    for count, mean in ((7, 6.5), (2, 2.0)):
+        curves = {"group_std": [[at, float(at)] for at in range(1, count + 1)]}
+        assert smollm2_result._coefficient(run, curves) == {"kl_coef": 0.4, "group_std": mean}
+    assert smollm2_result._coefficient(run, {}) == {"kl_coef": 0.4}
