@@ -99,6 +99,11 @@ TINY = {
 TINY_EVALUATION = {"max-new-tokens": 4, "heldout-max-new-tokens": 8, "batch-size": 32, "context-length": 128}
 
 
+def rows_of(source: str) -> DataConfig:
+    """Anthropic's file, and how many of its prompts are held out."""
+    return DataConfig(source=source, heldout=HELDOUT, heldout_max=HELDOUT_MAX)
+
+
 def up_to_date(made: Path, *sources: Path) -> bool:
     """Whether ``made`` is there and no older than any of ``sources`` that is there; a folder is as old as its newest file."""
     return made.exists() and all(changed(made) >= changed(source) for source in sources if source.exists())
@@ -150,12 +155,12 @@ class Study:
         """The evaluation's command for the SFT model and the branches ``names``; it makes what other evaluations have not."""
         target, others = self.folder / "evaluation" / output, [name for name in ("sft", *names) if name != output]
         made = [self.folder / "evaluation" / name / "results.json" for name in others]
-        models = ["sft", *names, *(["judge"] if judged else [])]
-        if up_to_date(target / "results.json", *made, *(self.exported / name for name in models)):
+        exported = [self.exported / name for name in ("sft", *names, *(["judge"] if judged else []))]
+        if up_to_date(target / "results.json", *made, *exported):
             return None
         for name in others:
             self.known(output, name)
-        models = [f"sft={self.exported / 'sft'}", *(f"{name}={self.exported / name}" for name in names)]
+        models = [f"{name}={self.exported / name}" for name in ("sft", *names)]
         options = [word for key, value in self.evaluation.items() for word in (f"--{key}", str(value))]
         judge = ["--reward-model", str(self.exported / "judge")] if judged else []
         prompts = self.folder / "base" / "data" / "heldout.jsonl"
@@ -252,7 +257,7 @@ def run(options: argparse.Namespace) -> int:
     """The exit code. ConfigError or DataError for a mistake in the options, the data or the questions: nothing was started then."""
     settings = {**SETTINGS, **(TINY if options.tiny else {}), **smollm2_inputs.settings(options.sets)}
     smollm2_inputs.check_settings(options.runs, settings)
-    data = DataConfig(source=options.source, heldout=HELDOUT, heldout_max=HELDOUT_MAX)
+    data = rows_of(options.source)
     study = Study(options.runs, smollm2_inputs.halves_in(options.runs / "data"), options.model, settings,
                   TINY_EVALUATION if options.tiny else EVALUATION, options.questions)
     there = options.tiny or (options.model / "tokenizer.json").exists()  # which is written last
@@ -262,7 +267,7 @@ def run(options: argparse.Namespace) -> int:
         questions.load(options.questions)
     if not options.tiny:
         smollm2.check(options.model)
-    smollm2_inputs.halves(options.source, data, options.runs / "data")
+    smollm2_inputs.halves(data, options.runs / "data")
     if options.tiny:
         learns_hh.make_model(options.model, options.source, TINY_SHAPE, data, rows=0)
     # Kernels that one work has compiled are found by all the others; the launcher would keep them in each run's folder.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import json
 import sys
 from collections import Counter
@@ -14,11 +13,12 @@ from pathlib import Path
 from side_by_side import Work
 
 from eval.jsonl import dump
-from launcher.config import check_sections, layered, parse_set
+from launcher.config import check_sections, layered, near, parse_set
 from launcher.pipeline import PIPELINES, PPO, full_tables
 from launcher.run import Busy, lock, this_process
 from training.data import formats
 from training.data.config import DataConfig
+from training.data.rows import Row
 from training.data.split import HeldOut
 from training.settings import ConfigError
 
@@ -35,21 +35,27 @@ def halves_in(folder: Path) -> dict[str, Path]:
     return {name: folder / f"{name}.jsonl" for name in SIDES}
 
 
-def halves(source: str, data: DataConfig, folder: Path) -> dict[str, Path]:
-    """Files of one's own rows in ``folder``: "base" and "judge" have the comparisons of one half of the training prompts, of the other half
-    the better replies only, "full" all comparisons; the held-out comparisons are in all three. So SFT's rows are the same bytes. Raises
-    DataError for a ``source`` that can't be read."""
+def split(data: DataConfig) -> tuple[list[tuple[int, Row]], set[int]]:
+    """(place of its prompt, row) of each comparison of ``data.source``, and the places that are held out. DataError for a source that can't
+    be read."""
     heldout = HeldOut(data)
-    rows = list(formats.iterate(source, "reward", Counter(), data.skip_bad_rows))
-    for row in rows:
-        heldout.add(heldout.place(row.prompt))
+    rows = [(heldout.place(row.prompt), row) for row in formats.iterate(data.source, "reward", Counter(), data.skip_bad_rows)]
+    for place, _ in rows:
+        heldout.add(place)
     unseen = heldout.chosen()
     if not unseen:
-        raise formats.DataError(f"{source}: {len(rows)} comparisons, of {heldout.distinct} prompts; expected two prompts or more")
+        raise formats.DataError(f"{data.source}: {len(rows)} comparisons, of {heldout.distinct} prompts; expected two prompts or more")
+    return rows, unseen
+
+
+def halves(data: DataConfig, folder: Path) -> dict[str, Path]:
+    """Files of one's own rows in ``folder``: "base" and "judge" have the comparisons of one half of the training prompts, of the other half
+    the better replies only, "full" all comparisons; the held-out comparisons are in all three. So SFT's rows are the same bytes. Raises
+    DataError as ``split`` does."""
+    rows, unseen = split(data)
 
     def written(side: int | None) -> Iterator[dict]:
-        for row in rows:
-            place = heldout.place(row.prompt)
+        for place, row in rows:
             compared = side is None or place in unseen or place % 2 == side
             yield formats.as_native(row, "reward" if compared else "sft")
 
@@ -104,8 +110,7 @@ def chosen(works: Sequence[Work], only: str) -> list[Work]:
         return list(works)
     names, wanted = [work.name for work in works], {name.strip() for name in only.split(",")}
     for name in sorted(wanted.difference(names)):
-        near = difflib.get_close_matches(name, names, 1)
-        raise ConfigError(f"--only {name}: no such work{f'; did you mean {near[0]!r}?' if near else ''}; there are: {', '.join(names)}")
+        raise ConfigError(f"--only {name}: no such work{near(name, names)}; there are: {', '.join(names)}")
     for work in reversed(works):  # what a work needs stands before it
         wanted |= set(work.after) if work.name in wanted else set()
     return [work for work in works if work.name in wanted]

@@ -149,12 +149,12 @@ def picture(result: Mapping, path: Path) -> None:
     figure = Figure(figsize=(15, 6.4), dpi=80, layout="constrained")
     (first, second, wins, *top), bottom = figure.subplots(2, 5)
     for name, curves in result["curves"].items():
-        label = f"{name} ({_weight(result['coefficients'][name])})"
-        _frontier(first, curves, OWN, COLOURS.get(name, "black"), label)
-        _frontier(second, curves, JUDGE, COLOURS.get(name, "black"), label)
+        colour, label = COLOURS.get(name, "black"), f"{name} ({_weight(result['coefficients'][name])})"
+        _frontier(first, curves, OWN, colour, label)
+        _frontier(second, curves, JUDGE, colour, label)
         for panel, (key, _) in zip([*bottom, *top], CURVES, strict=True):
             if key in curves:
-                panel.plot(*zip(*curves[key], strict=True), color=COLOURS.get(name, "black"), linewidth=1.2,
+                panel.plot(*zip(*curves[key], strict=True), color=colour, linewidth=1.2,
                            marker="o" if len(curves[key]) < 3 else None, markersize=3)
     _titles(first, "own reward model's score, held-out", "KL to SFT, nats a reply")
     _titles(second, "the judge's score of the same replies", "KL to SFT, nats a reply")
@@ -162,11 +162,12 @@ def picture(result: Mapping, path: Path) -> None:
         _titles(panel, title, "iteration")
     rated = {name: row["win_rate"] for name, row in result["policies"].items() if row["win_rate"]}
     for place, (name, value) in enumerate(rated.items()):
-        wins.plot([value["low"], value["high"]], [place, place], color=COLOURS.get(name, "black"), linewidth=3, alpha=0.5)
-        wins.plot([value["mean"]], [place], color=COLOURS.get(name, "black"), marker="o")
+        colour = COLOURS.get(name, "black")
+        wins.plot([value["low"], value["high"]], [place, place], color=colour, linewidth=3, alpha=0.5)
+        wins.plot([value["mean"]], [place], color=colour, marker="o")
         if equal := result["policies"][name]["length_controlled"]:
-            wins.plot([equal["low"], equal["high"]], [place + 0.3] * 2, color=COLOURS.get(name, "black"), linewidth=1)
-            wins.plot([equal["mean"]], [place + 0.3], color=COLOURS.get(name, "black"), marker="o", markerfacecolor="white")
+            wins.plot([equal["low"], equal["high"]], [place + 0.3] * 2, color=colour, linewidth=1)
+            wins.plot([equal["mean"]], [place + 0.3], color=colour, marker="o", markerfacecolor="white")
     wins.axvline(0.5, color="#999999", linewidth=1)
     wins.set_yticks(range(len(rated)), list(rated))
     wins.invert_yaxis()

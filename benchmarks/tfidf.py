@@ -11,14 +11,11 @@ import argparse
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
-from learns_smollm2 import HELDOUT, HELDOUT_MAX
+from learns_smollm2 import rows_of, smollm2_inputs
 
-from training.data import formats
-from training.data.config import DataConfig
-from training.data.split import HeldOut
 from training.ranking import wilson
 
 Pair = tuple[str, str]
@@ -26,16 +23,11 @@ Pair = tuple[str, str]
 
 
 def pairs(source: str) -> tuple[list[Pair], list[Pair]]:
-    """To learn from, and held out: by prompt, as the study splits them."""
-    heldout = HeldOut(DataConfig(source=source, heldout=HELDOUT, heldout_max=HELDOUT_MAX))
-    rows = list(formats.iterate(source, "reward", Counter()))
-    for row in rows:
-        heldout.add(heldout.place(row.prompt))
-    unseen = heldout.chosen()
+    """To learn from, and held out: as the study splits them."""
+    rows, unseen = smollm2_inputs.split(rows_of(source))
     made: tuple[list[Pair], list[Pair]] = [], []
-    for row in rows:
-        better, other = (text for _, text in sorted(zip(row.scores, row.responses, strict=True), reverse=True))
-        made[heldout.place(row.prompt) in unseen].append((better, other))
+    for place, row in rows:
+        made[place in unseen].append((row.best, row.responses[row.scores.index(min(row.scores))]))
     return made
 
 
@@ -45,10 +37,10 @@ def words(text: str, longest: int) -> Iterator[str]:
         yield from (" ".join(found[at : at + size]) for at in range(len(found) - size + 1))
 
 
-def differences(learn: list[Pair], rows: list[Pair], longest: int) -> torch.Tensor:
-    """(pairs, words): the better reply's vector less the other's."""
+def vectors(learn: list[Pair], longest: int) -> Callable[[list[Pair]], torch.Tensor]:
+    """What gives (pairs, words) of pairs, the better reply's vector less the other's, by the words of ``learn``."""
     replies = [reply for pair in learn for reply in pair]
-    having = Counter(word for reply in replies for word in set(words(reply, longest)))
+    having = Counter(word for reply in replies for word in dict.fromkeys(words(reply, longest)))
     number = {word: place for place, word in enumerate(word for word, count in having.items() if count > 1)}
     rarity = {word: math.log((1 + len(replies)) / (1 + having[word])) + 1 for word in number}
 
@@ -59,7 +51,7 @@ def differences(learn: list[Pair], rows: list[Pair], longest: int) -> torch.Tens
                 made[number[word]] = count * rarity[word]
         return torch.nn.functional.normalize(made, dim=0)
 
-    return torch.stack([vector(better) - vector(other) for better, other in rows])
+    return lambda rows: torch.stack([vector(better) - vector(other) for better, other in rows])
 
 
 def fit(x: torch.Tensor, strength: float) -> torch.Tensor:
@@ -83,7 +75,8 @@ def main() -> None:
     learn, unseen = pairs(parser.parse_args().source)
     print(f"{len(learn)} pairs to learn from, {len(unseen)} held out")
     for longest in (1, 2):
-        x, held = differences(learn, learn, longest), differences(learn, unseen, longest)
+        differences = vectors(learn, longest)
+        x, held = differences(learn), differences(unseen)
         for strength in (0.3, 1.0, 3.0):
             right = (held @ fit(x, strength)).sign().add(1).div(2).sum().item()
             low, high = wilson(right, len(unseen))

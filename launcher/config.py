@@ -97,7 +97,7 @@ def read_recipe(name: str, profile: Profile | None = None) -> dict:
     """
     known = sorted(path.stem for path in RECIPES.glob("*.toml"))
     if name not in known:
-        raise ConfigError(f"no recipe {name!r}{_near(name, known)}; there are: {', '.join(known)} (another file goes to --config)")
+        raise ConfigError(f"no recipe {name!r}{near(name, known)}; there are: {', '.join(known)} (another file goes to --config)")
     recipe = read_toml(RECIPES / f"{name}.toml")
     fitting = [layout for layout in recipe.pop("layouts", {}).values()
                if profile and profile.gpus_per_node == layout["gpus_per_node"] and profile.gpu_memory_gb >= layout["gpu_memory_gb"]]
@@ -140,7 +140,7 @@ def check_sections(tables: dict, where: str) -> None:
     """ConfigError for an unknown section, a section that is no table, and for ``paths``, which only the launcher fills."""
     for section, values in tables.items():
         if section not in SECTIONS:
-            raise ConfigError(f"{where}: no section {section!r}{_near(section, SECTIONS)}; there are: {', '.join(SECTIONS)}")
+            raise ConfigError(f"{where}: no section {section!r}{near(section, SECTIONS)}; there are: {', '.join(SECTIONS)}")
         if not isinstance(values, dict):
             raise ConfigError(f"{where}: {section} = {values!r}: expected a table, e.g. [{section}] or --set {section}.key=value")
         if "paths" in values:
@@ -175,6 +175,6 @@ def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
     return lines
 
 
-def _near(word: str, known) -> str:
+def near(word: str, known) -> str:
     match = difflib.get_close_matches(word, list(known), 1)
     return f"; did you mean {match[0]!r}?" if match else ""

@@ -34,7 +34,7 @@ def test_the_two_halves_share_no_prompt_and_all_replies_of_sft(tmp_path):
     source.write_text("".join(json.dumps({side: f"\n\nHuman: question {n}?\n\nAssistant: {side} {n}." for side in ("chosen", "rejected")})
                               + "\n" for n in range(200)))
     data, made = DataConfig(source=str(source), heldout=0.2, heldout_max=512), {}
-    for name, path in halves(str(source), data, tmp_path / "sources").items():
+    for name, path in halves(data, tmp_path / "sources").items():
         with prepare.Writer(tmp_path / name) as writer:
             prepare.from_source(DataConfig(source=str(path), heldout=0.2, heldout_max=512), writer)
             made[name] = {file: [json.dumps(row) for row in writer.rows(file)] for file in writer.counts}
