@@ -7,9 +7,8 @@ import json
 import re
 from dataclasses import dataclass
 
-from benchmarks.multi_gpu_tables import name
+from benchmarks.multi_gpu_tables import machine, name
 from launcher import iteration, memory, scaling
-from launcher.profile import Machine
 from training.config import Paths, PPOConfig, PPOPaths, SFTConfig
 from training.families.bloom import shape as bloom
 from training.settings import ConfigError
@@ -18,6 +17,8 @@ SHAPES = {"560m": bloom(24, 1024, 16, 250880, 1e-5), "1b7": bloom(24, 2048, 16, 
           "tiny": bloom(8, 64, 8, 1000, 1e-5)}
 MEMORY_GB_S = {"H100": 3350, "H200": 4800}
 PARTS = ("gradients", "fails", "sft", "halves", "checkpoint", "ppo")
+ON_PURPOSE = "this rank fails alone on purpose"
+"""What the job "fails" is for."""
 WARM = 5
 """Jobs that compile beforehand: they share the GPUs with those that compare gradients, which need up to 60 GB, and take 2 to 7 each."""
 
@@ -86,10 +87,6 @@ def fitting(size: str, one: dict, gpus: int, card: dict) -> dict | None:
             if made.memory_gb <= memory.FITS * card["memory_gb"] and (best is None or made.seconds < 0.99 * best[0]):
                 best = made.seconds, values
     return best and best[1]
-
-
-def machine(card: dict) -> Machine:
-    return dataclasses.replace(scaling.MACHINES["one-machine"], memory_gb_s=card["memory_gb_s"])
 
 
 def predicted(size: str, values: dict, gpus: int, card: dict) -> scaling.Step:
@@ -171,11 +168,9 @@ def timed_jobs(size: str, places: list[list[int]], card: dict) -> list[Job]:
 
 
 def ppo_jobs(size: str, large: str, gpus: int) -> Waves:
-    if gpus > 2:
+    ways = [(size, layout())]
+    if gpus > 1:
         ways = [(size, layout(2, gpus // 2, generation_tensor_parallel=1)), (size, layout(1, 2, generation_tensor_parallel=2))]
-    else:
-        ways = [(size, one) for one in ([layout(2, generation_tensor_parallel=1), layout(1, 2, generation_tensor_parallel=2)]
-                                        if gpus == 2 else [layout()])]
     if gpus >= 8:  # 59 GB a GPU by launcher/memory.py; never run
         ways.insert(1, (large, layout(4, generation_tensor_parallel=2)))
     return [[Job(f"ppo {number}", "ppo", which, list(range(gpus)), [way], 100)] for number, (which, way) in enumerate(ways)]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from launcher import iteration, scaling
+from launcher.profile import Machine
 
 
 def name(layout: dict, gpus: int) -> str:
@@ -24,10 +27,13 @@ def apart(measured: float, predicted: float) -> str:
     return f"{100 * (measured / predicted - 1):+.0f}%"
 
 
+def machine(card: dict) -> Machine:
+    return dataclasses.replace(scaling.MACHINES["one-machine"], memory_gb_s=card["memory_gb_s"])
+
+
 def moving(row: dict, card: dict) -> float:
-    """Seconds that the weights' way takes on paper: links at 80% of their rate, then memory at 85% of its."""
-    links = row["link_gb"] / (0.8 * scaling.MACHINES["one-machine"].inside_gb_s)
-    return iteration.IN_PLACE_S + links + row["memory_gb"] / (0.85 * card["memory_gb_s"])
+    """Seconds that the weights' way takes on paper."""
+    return iteration.moving(machine(card), 1e9 * row["link_gb"], 1e9 * row["memory_gb"])
 
 
 PHASES = ("generate", "score", "update")

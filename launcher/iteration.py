@@ -22,7 +22,7 @@ from launcher import memory, scaling
 from launcher.config import Resources
 from launcher.profile import Machine, Profile
 from training.config import PPOConfig, RolloutConfig
-from training.pace import flops_per_token, launched_tokens, micro_batches, utilisation
+from training.pace import flops_per_token, group, launched_tokens, micro_batches, utilisation
 from training.shape import Shape
 
 DECODE = 0.81
@@ -71,10 +71,10 @@ def micro_batch(shape: Shape, config: RolloutConfig, data: int, machine: Machine
     rows, length = -(-config.global_batch_size // data), config.longest_row
     if not config.micro_batch_tokens:
         return rows, config.micro_batch_size
-    group = config.pipeline_parallel if config.virtual_pipeline > 1 else 1
-    rows = -(-rows // group) * group
+    unit = group(config)
+    rows = -(-rows // unit) * unit
     least = launched_tokens(shape, config.tensor_parallel, length, machine.tflops)
-    return rows, micro_batches(rows, length, config.micro_batch_tokens // length, config.pipeline_parallel, group, least)[1]
+    return rows, micro_batches(rows, length, config.micro_batch_tokens // length, config.pipeline_parallel, unit, least)[1]
 
 
 def generate(shape: Shape, config: RolloutConfig, ranks: int, machine: Machine) -> float:
@@ -89,8 +89,12 @@ def generate(shape: Shape, config: RolloutConfig, ranks: int, machine: Machine) 
     prefill = samples * config.prompt_length * shape.layers * layer / 3 / (utilisation(shape.hidden) * machine.tflops * 1e12 * size)
     decode = turns * config.response_length * ((weights + cache) / read + messages)
     moved = weights if size != config.tensor_parallel or config.pipeline_parallel > 1 else 0.0
-    way = moved / (0.8e9 * machine.inside_gb_s) + 6 * moved / (0.85e9 * machine.memory_gb_s)
-    return IN_PLACE_S + way + prefill + CAPTURE_S + decode
+    return moving(machine, moved, 6 * moved) + prefill + CAPTURE_S + decode
+
+
+def moving(machine: Machine, links: float, memory_: float) -> float:
+    """Seconds of the weights' way to generation's layout, of which so many bytes pass a GPU's links and its memory."""
+    return IN_PLACE_S + links / (scaling.LINKS * machine.inside_gb_s) + memory_ / (scaling.MEMORY * machine.memory_gb_s)
 
 
 def suggest(stage: str, shape: Shape, config: RolloutConfig, asked: Resources, profile: Profile) -> str:

@@ -28,6 +28,8 @@ from training.pace import FORWARD, LAUNCH_S, flops_per_token, utilisation
 from training.settings import ConfigError
 from training.shape import Shape
 
+LINKS, MEMORY = 0.8e9, 0.85e9
+"""Bytes a second of each GB/s of the datasheets."""
 _H800 = Machine(tflops=989, memory_gb_s=3350, inside_gb_s=200, outside_gb_s=50)
 MACHINES = {
     "a100-hdr-infiniband": Machine(tflops=312, memory_gb_s=2039, inside_gb_s=300, outside_gb_s=25),
@@ -63,19 +65,19 @@ def passes(shape: Shape, config: TrainerConfig, machine: Machine, gpus_per_node:
     """Seconds of compute, bubble, launch, tensor and pipeline of ``count`` micro-batches of ``tokens`` in rows of ``length``, forward and
     backward or forward alone."""
     tensor, stages, virtual = config.tensor_parallel, config.pipeline_parallel, config.virtual_pipeline
-    again = config.recompute == "full" and backward
-    work = (4 / 3 if again else 1.0) if backward else 1 / 3
+    again = backward and config.recompute == "full"
+    done = 4 / 3 if again else 1.0
+    work, launched = (done, done) if backward else (1 / 3, FORWARD)
     layer, output = flops_per_token(shape, length)
-    output = output * (1.0 if backward else 1 / 3) if head == "lm" else 0.0
+    output *= (head == "lm") * (1.0 if backward else 1 / 3)
     rate = utilisation(shape.hidden) * machine.tflops * 1e12 * tensor
     held = [sum(parts) for parts in shape.chunk_layers(stages, virtual, head)]
     slowest = max((layers * layer * work + (stage == stages - 1) * output) * tokens / rate for stage, layers in enumerate(held))
-    inside, outside = 0.8e9 * machine.inside_gb_s, 0.8e9 * machine.outside_gb_s
+    inside, outside = LINKS * machine.inside_gb_s, LINKS * machine.outside_gb_s
     message = 2 * tokens * shape.hidden
     reduces = (6 if again else 4) if backward else 2
     reducing = reduces * max(held) * message * 2 * (tensor - 1) / tensor / inside if tensor > 1 else 0.0
-    launching = LAUNCH_S[tensor > 1] * max(held) * ((4 / 3 if again else 1.0) if backward else FORWARD)
-    waiting = max(launching - slowest - reducing, 0.0)
+    waiting = max(LAUNCH_S[tensor > 1] * max(held) * launched - slowest - reducing, 0.0)
     parts = {"compute": slowest * count, "bubble": slowest * (stages - 1) / virtual, "launch": waiting * (count + (stages - 1) / virtual),
              "tensor": count * reducing, "pipeline": 0.0}
     if stages > 1:
@@ -88,9 +90,9 @@ def update(shape: Shape, config: TrainerConfig, ranks: int, machine: Machine, gp
     """Seconds of data and optimizer of a step."""
     data = config.model_copies(ranks)
     parameters = max(memory.Rank(shape, config, data, stage).parameters(head) for stage in range(config.pipeline_parallel))
-    between = 0.8e9 * (machine.inside_gb_s if ranks <= gpus_per_node else machine.outside_gb_s)
+    between = LINKS * (machine.inside_gb_s if ranks <= gpus_per_node else machine.outside_gb_s)
     return {"data": 6 * parameters * (data - 1) / data / between if data > 1 else 0.0,
-            "optimizer": (20 * parameters / data + 12 * parameters) / (0.85e9 * machine.memory_gb_s)}
+            "optimizer": (20 * parameters / data + 12 * parameters) / (MEMORY * machine.memory_gb_s)}
 
 
 def step(shape: Shape, config: SFTConfig, ranks: int, machine: Machine, gpus_per_node: int) -> Step:

@@ -7,6 +7,7 @@ asks the same of the tensors when it reads them; of a .bin, which is a pickle, n
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import struct
@@ -103,10 +104,7 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
         raise ConfigError(f"model.checkpoint: {path} has {size} bytes, its header says {end}: truncated or still being "
                           "downloaded; download it again")
     for name, tensor in tensors.items():
-        count = 1
-        for number in tensor.sizes:
-            count *= number
-        if tensor.dtype in BYTES and tensor.bytes != count * BYTES[tensor.dtype]:
+        if tensor.dtype in BYTES and tensor.bytes != math.prod(tensor.sizes) * BYTES[tensor.dtype]:
             raise ConfigError(f"model.checkpoint: {path}: {name} is {tensor.dtype} {tensor.sizes} but has {tensor.bytes} bytes; download "
                               "it again")
     return tensors

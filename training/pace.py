@@ -5,6 +5,7 @@ The one home of these measurements: launcher/scaling.py predicts steps with them
 
 from __future__ import annotations
 
+from training.config import TrainerConfig
 from training.shape import Shape
 
 UTILISATION = {1024: 0.453, 2048: 0.553, 2560: 0.527, 4096: 0.589}
@@ -47,6 +48,11 @@ def launched_tokens(shape: Shape, tensor_parallel: int, length: int, tflops: flo
     layer, _ = flops_per_token(shape, length)
     rate = utilisation(shape.hidden) * tflops * 1e12 * tensor_parallel
     return int(LAUNCH_S[tensor_parallel > 1] * rate / layer)
+
+
+def group(config: TrainerConfig) -> int:
+    """What the number of a rank's micro-batches is a multiple of: the interleaved schedule takes them in groups of the pipeline's size."""
+    return config.pipeline_parallel if config.virtual_pipeline > 1 else 1
 
 
 def micro_batches(rows: int, length: int, most: int, stages: int = 1, group: int = 1, least: int = 0) -> tuple[float, int]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from training import parallel
+from training import pace, parallel
 from training.config import RolloutConfig
 from training.data.batches import padded_length, shard
 from training.data.packing import Layout, Limits, lay_out
@@ -78,8 +78,7 @@ class Plan:
 def plan(config: RolloutConfig, shape: Shape, lengths: list[int], minibatch: int) -> Plan:
     """The rows of samples of ``lengths`` in minibatches of ``minibatch`` samples; the same call on every rank."""
     ranks, multiple, packed = parallel.data_ranks(), length_multiple(config), bool(config.micro_batch_tokens)
-    # The interleaved schedule takes micro-batches in groups of the pipeline's size.
-    group = config.pipeline_parallel if config.virtual_pipeline > 1 else 1
+    group = pace.group(config)
     capacity = config.prompt_length + config.response_length
     limits = Limits(capacity, multiple, ranks, max(1, config.micro_batch_tokens // padded_length([capacity], multiple)),
                     config.pipeline_parallel, group, least_tokens(config, shape))

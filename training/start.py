@@ -94,7 +94,7 @@ def least_tokens(config: TrainerConfig, shape: Shape) -> int:
 def limits(config: TrainerConfig, shape: Shape) -> Limits:
     """What packed rows of a trainer with ``seq_length`` must fit: no micro-batch has more tokens than unpacked rows of full length."""
     return Limits(config.seq_length, length_multiple(config), parallel.data_ranks(), config.micro_batch_size, config.pipeline_parallel,
-                  config.pipeline_parallel if config.virtual_pipeline > 1 else 1, least_tokens(config, shape))
+                  pace.group(config), least_tokens(config, shape))
 
 
 def packed(config: TrainerConfig, examples: list[Example], pad_id: int) -> tuple[Batch, torch.Tensor]:
