@@ -31,14 +31,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.multi_gpu_plan import MEMORY_GB_S, PARTS, Job, waves, with_prediction
+from benchmarks.multi_gpu_plan import MEMORY_GB_S, ON_PURPOSE, PARTS, Job, waves, with_prediction
 from benchmarks.multi_gpu_tables import tables
+from benchmarks.side_by_side import heeded
 from launcher import nccl
 from launcher.ranks import LocalRanks, Log
 
 RANK = Path(__file__).with_name("multi_gpu_rank.py")
-FAILS = "on purpose"
-"""In the error of benchmarks/multi_gpu_checks.py's ``fails``, which is what that job is for."""
 STACKS_S = 3
 """Seconds before a job's end at which it is asked where it is."""
 
@@ -102,7 +101,7 @@ class Running:
                 break
             failed, late = self.log.begun, time.monotonic() > end
             error = "its time was over" if late else ended[0].words()[:500]
-            told = {"ok": True, "said": error} if job.part == "fails" and FAILS in error else {"error": error}
+            told = {"ok": True, "said": error} if job.part == "fails" and ON_PURPOSE in error else {"error": error}
             self.rows.append({"job": job.name, "part": job.part, "size": job.size, "gpus": len(job.gpus), "layout": job.layouts[failed],
                               **told})
             print(json.dumps(self.rows[-1]), flush=True)
@@ -183,10 +182,9 @@ def main() -> int:
         parser.error(f"--gpus {asked.gpus}: expected a power of two, and no more than the {card['count']} GPUs here (or --tiny)")
     asked.out.mkdir(parents=True, exist_ok=True)
     print(json.dumps({"card": card, "gpus": asked.gpus}), flush=True)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
     begun: list[Running] = []
-    with tempfile.TemporaryDirectory(dir=asked.scratch, ignore_cleanup_errors=True) as scratch:
+    with heeded(lambda number: sys.exit(128 + number)), \
+            tempfile.TemporaryDirectory(dir=asked.scratch, ignore_cleanup_errors=True) as scratch:
         try:
             rows = measure(asked, card, end, Path(scratch), begun)
         finally:  # after a signal: before the folder goes, and with it 72 GB

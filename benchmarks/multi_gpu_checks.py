@@ -13,6 +13,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import is_main_replica
 
 from benchmarks.multi_gpu_common import SHAPES, fill, length, micro_batches, mine, rows, say, settings
+from benchmarks.multi_gpu_plan import ON_PURPOSE
 from benchmarks.train import CUDA, sync
 from training import checkpoint, parallel, sft
 from training.generation.reshard import named_weights
@@ -21,7 +22,6 @@ from training.saving import Saver
 from training.shape import EMBEDDING, OUTPUT
 from training.step import Learner, Objective, build_model
 
-ON_PURPOSE = "this rank fails alone on purpose"
 ROWS = 8
 LOSS, GRADIENT = 1e-6, 1e-4
 """Relative, fp32: what another order of sums may change over 24 layers; a gradient's is of the worst tensor (L2)."""
