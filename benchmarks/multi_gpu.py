@@ -8,7 +8,8 @@ On N GPUs of one machine (a power of two), each part in processes of its own wit
                launcher/scaling.py's prediction; rows and recompute are what it finds fastest among what fits by launcher/memory.py;
                then the weights' way to each generation layout, in GB/s
     halves     sft on N/2 GPUs
-    ppo        1b7 + 1b7 by the trainer, generation at another layout than training: its own phase times; on 8 GPUs 7b1 + 7b1, too
+    ppo        1b7 + 1b7 by the trainer, generation at another layout than training: its own phase times
+    large      the same of 7b1 + 7b1, on 2 GPUs with offload = "all"; on fewer than 8 only if --parts names it
     fails      a rank fails while the others wait in a collective: it says why, and the job ends
     checkpoint 1b7 with its optimizer saved beside training on N GPUs, loaded on N/2 at another layout, every tensor compared
 
@@ -169,14 +170,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, required=True)
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, help="without it all, but for large on fewer than 8 GPUs")
     parser.add_argument("--only", nargs="+", default=[], metavar="REGEX", help="of the parts' jobs and layouts those of whose 'job, "
                         "layout', as in the log and the tables, one of these matches a part: --only 'sft 4, 0, TP 2 x PP 2' 'ppo 0'")
     parser.add_argument("--out", type=Path, default=Path("multi_gpu"))
-    parser.add_argument("--scratch", type=Path, help="where checkpoints and gradients go for a while (44 GB, 72 on 8 GPUs)")
+    parser.add_argument("--scratch", type=Path, help="where checkpoints and gradients go for a while (44 GB, with large 72)")
     parser.add_argument("--limit", type=float, default=600, help="most seconds in all")
     parser.add_argument("--after", type=Path, help="a file: no GPU is touched before it exists")
     asked = parser.parse_args()
+    asked.parts = asked.parts or [part for part in PARTS if part != "large" or asked.gpus >= 8]
     end, card = time.monotonic() + asked.limit, card_here()
     if asked.gpus & (asked.gpus - 1) or not asked.tiny and asked.gpus > card["count"]:
         parser.error(f"--gpus {asked.gpus}: expected a power of two, and no more than the {card['count']} GPUs here (or --tiny)")

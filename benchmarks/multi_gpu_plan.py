@@ -16,11 +16,12 @@ from training.settings import ConfigError
 SHAPES = {"560m": bloom(24, 1024, 16, 250880, 1e-5), "1b7": bloom(24, 2048, 16, 250880, 1e-5), "7b1": bloom(30, 4096, 32, 250880, 1e-5),
           "tiny": bloom(8, 64, 8, 1000, 1e-5)}
 MEMORY_GB_S = {"H100": 3350, "H200": 4800}
-PARTS = ("gradients", "fails", "sft", "halves", "checkpoint", "ppo")
+PARTS = ("gradients", "fails", "sft", "halves", "checkpoint", "ppo", "large")
 ON_PURPOSE = "this rank fails alone on purpose"
 """What the job "fails" is for."""
 WARM = 5
-"""Jobs that compile beforehand: they share the GPUs with those that compare gradients, which need up to 60 GB, and take 2 to 7 each."""
+"""Jobs that compile beforehand: they share the GPUs with those that compare gradients, which need up to 60 GB, and take 2 to 7 each. So
+the first two share them with what one GPU does alone, the others with what several do."""
 
 
 @dataclass
@@ -118,7 +119,8 @@ def waves(gpus: int, tiny: bool, card: dict, parts: list[str], only: list[str] =
         untimed = [Job(f"gradients {size}", "gradients", size, list(range(gpus)), divisions(gpus), 120) for size in sizes]
     if "fails" in parts and gpus > 1:
         untimed.append(Job("fails", "fails", small, list(range(gpus)), [layout()], 60))
-    making = {"ppo": lambda: ppo_jobs(middle, large, gpus), "checkpoint": lambda: checkpoint_jobs(middle, gpus),
+    making = {"ppo": lambda: ppo_jobs(middle, gpus), "large": lambda: large_ppo(large, gpus),
+              "checkpoint": lambda: checkpoint_jobs(middle, gpus),
               "sft": lambda: [[job] for job in timed_jobs(large, [list(range(gpus))], card)],
               "halves": lambda: side_by_side(large, gpus, card)}
     found = [wave for part, made in making.items() if part in parts for wave in made()]
@@ -127,11 +129,11 @@ def waves(gpus: int, tiny: bool, card: dict, parts: list[str], only: list[str] =
     first = [Job(f"one GPU {size}", "gradients", size, [number % gpus], divisions(1), 100)
              for number, size in enumerate(sizes) if size in compared]
     learnt = dict.fromkeys(job.size for wave in found for job in wave if job.part == "ppo")
-    first += [Job(f"prepare {size}", "prepared", size, [(gpus - 1 - number) % gpus], [layout()], 100) for number, size in enumerate(learnt)]
+    first += [Job(f"prepare {size}", "prepared", size, [(gpus - 1 - number) % gpus], [layout()], 150) for number, size in enumerate(learnt)]
     every = [job for wave in found for job in wave]
     if not tiny:
         warm = warming(every, gpus, card)
-        made = [*([first, untimed + warm] if untimed else [first + warm]), *found]
+        made = [*([first + warm[:2], untimed + warm[2:]] if untimed else [first + warm]), *found]
     elif card["count"]:  # numbers mean nothing: what does not need another job's files runs at once
         loads = [job for job in every if job.part == "loaded"]
         made = [first, untimed + [job for job in every if job not in loads], loads]
@@ -167,13 +169,19 @@ def timed_jobs(size: str, places: list[list[int]], card: dict) -> list[Job]:
             for number, some in enumerate(alike.values())]
 
 
-def ppo_jobs(size: str, large: str, gpus: int) -> Waves:
-    ways = [(size, layout())]
+def ppo_jobs(size: str, gpus: int) -> Waves:
+    ways = [layout()]
     if gpus > 1:
-        ways = [(size, layout(2, gpus // 2, generation_tensor_parallel=1)), (size, layout(1, 2, generation_tensor_parallel=2))]
-    if gpus >= 8:  # 59 GB a GPU by launcher/memory.py; never run
-        ways.insert(1, (large, layout(4, generation_tensor_parallel=2)))
-    return [[Job(f"ppo {number}", "ppo", which, list(range(gpus)), [way], 100)] for number, (which, way) in enumerate(ways)]
+        ways = [layout(2, gpus // 2, generation_tensor_parallel=1), layout(1, 2, generation_tensor_parallel=2)]
+    return [[Job(f"ppo {number}", "ppo", size, list(range(gpus)), [way], 100)] for number, way in enumerate(ways)]
+
+
+def large_ppo(size: str, gpus: int) -> Waves:
+    """On GPUs of 80 GB 59 a GPU by launcher/memory.py on 8, 62 on 4, 70 on 2, whose optimizers wait in the host's memory (113 GB)."""
+    ways = {2: layout(2, generation_tensor_parallel=1, offload="all", micro_batch_tokens=8192),
+            4: layout(4, generation_tensor_parallel=2, micro_batch_tokens=8192)}
+    way = ways.get(gpus, layout(4, generation_tensor_parallel=2))
+    return [[Job("large ppo", "ppo", size, list(range(gpus)), [way], 240)]] if gpus > 1 else []
 
 
 def checkpoint_jobs(size: str, gpus: int) -> Waves:

@@ -6,7 +6,8 @@ Assumptions beside scaling.py's:
   forward share was taken from) within 8%, but for generation there, which took 16% longer: starting engines and gathering replies.
 * samples are as long as prompt_length + response_length allow; packed ones are divided as training/pace.py's ``micro_batches`` does.
 * scoring: a forward pass of policy, reference, reward and, of PPO, value model, one after the other, each over all samples as one run of
-  the pipeline. Updates: a step of each trained model a minibatch, as in SFT. Moving what is offloaded is not reckoned.
+  the pipeline. Updates: a step of each trained model a minibatch, as in SFT. With offload = "all" optimizers also change places there;
+  what else is offloaded moves beside the scoring.
 * generation: each replica computes its prompts, then reads, token by token, its weights and its rows' keys and values at DECODE of its
   memory's rate; cache for all ``generation_batch_size`` rows is taken as there. Messages of tensor parallelism are ALONE_S each, two a
   layer. CUDA graphs take CAPTURE_S. Weights for another layout than training's are received through the links, and each byte passes
@@ -33,6 +34,9 @@ ALONE_S = 10e-6
 """A small message's time; a guess."""
 IN_PLACE_S = 0.007
 """What the weights' way takes where nothing moves: 7b1's names and views, on the host of four H100."""
+
+TO_HOST_GB_S, BOTH_WAYS_GB_S = 49, 39
+"""Of each GPU to its node's pinned memory, alone and with the other way at the same time (benchmarks/ppo.py on an H200)."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,16 @@ def iteration(shape: Shape, config: RolloutConfig, ranks: int, machine: Machine,
     score = sum(seconds(count * minibatches, head, False) for head in (*learners, "lm", "scalar"))
     step = sum(seconds(count, head, True) + sum(scaling.update(shape, config, ranks, machine, gpus_per_node, head).values())
                for head in learners)
-    return Iteration(generate(shape, config, ranks, machine), score, config.updates * step, (size, length))
+    update = config.updates * step + changing_places(shape, config, ranks, len(learners))
+    return Iteration(generate(shape, config, ranks, machine), score, update, (size, length))
+
+
+def changing_places(shape: Shape, config: RolloutConfig, ranks: int, learners: int) -> float:
+    """Seconds in which the optimizers of offload = "all" move and nothing else is done: each makes room for the next, the last leaves."""
+    if config.offload != "all":
+        return 0.0
+    states = [size for _, size in memory.estimate(shape, config, ranks).host[-learners:]]
+    return sum(states[1:]) / BOTH_WAYS_GB_S + states[0] / TO_HOST_GB_S
 
 
 def micro_batch(shape: Shape, config: RolloutConfig, data: int, machine: Machine) -> tuple[int, int]:
