@@ -40,7 +40,7 @@ def test_every_part_runs_on_gloo_and_finds_layouts_equal(tmp_path, capfd, monkey
     run(multi_gpu_checks.loaded, 1, 1, 1, "tiny", layout(), tmp_path)
     found = said(capfd)
     assert [row["part"] for row in found] == [*["gradients"] * 3, "warm", "sft", "reshard", "reshard", "prepared",
-                                              "ppo warms up", "ppo", "saved", "loaded"]
+                                              "ppo warms up", "ppo warms up", "ppo", "saved", "loaded"]
     assert all(row["ok"] for row in found), found
     assert found[1]["worst"] < 5e-6 and found[2]["worst"] < 5e-6 and found[-1]["tensors"] == 4 * 17
     # From PP 2 to TP 1 a rank receives what it has not, and the round's larger message is what its link carries.
