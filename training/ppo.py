@@ -32,7 +32,7 @@ from training.phases import Phases
 from training.samples import Plan, plan
 from training.shape import Shape
 from training.start import read_inputs
-from training.step import Batch, Learner, Objective, build_model
+from training.step import Batch, Learner, Objective, build_model, on_device
 
 HEADLINE = ("reward", "kl", "heldout_reward", "heldout_kl", "entropy", "eos_rate", "response_length", "clip_fraction",
             "explained_variance", "grad_norm")
@@ -66,6 +66,7 @@ def value_objective(config: PPOConfig) -> Objective:
 
 def learn(learner: Learner, config: RolloutConfig, batch: Batch, rows: Plan, objective: Objective) -> list[dict[str, float]]:
     """``epochs`` passes of minibatch steps over the samples -> each step's metrics."""
+    batch = on_device(batch)
     return [learner.step(rows.micro_batches(batch, number), objective)
             for _ in range(config.epochs) for number in range(len(rows.minibatches))]
 

@@ -13,7 +13,7 @@ exactly, not to rounding.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -23,7 +23,7 @@ from training.data.batches import padded_length, shard
 from training.data.packing import Layout, Limits, lay_out
 from training.shape import Shape
 from training.start import least_tokens, length_multiple
-from training.step import Batch, Read, look
+from training.step import Batch, Read, look, on_device
 
 
 @dataclass(frozen=True)
@@ -39,40 +39,48 @@ class Plan:
     efficiency: float
     """Tokens of samples / tokens computed, over all ranks."""
 
+    _places: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, repr=False, compare=False)
+
     def micro_batches(self, batch: Batch, minibatch: int) -> list[Batch]:
-        """This rank's micro-batches (rows, length) of a minibatch of the samples ``batch`` (B, T); "documents" where packed."""
-        return self._made(batch, self.minibatches[minibatch])
-
-    def look(self, model, batch: Batch, read: Read) -> torch.Tensor:
-        """``read``'s numbers of every sample, (B, T) on the CPU, 0 at padding: each rank's rows, summed over ranks. A collective."""
-        seen = {name: batch[name] for name in ("tokens", "response_mask")}
-        whole = torch.zeros(batch["tokens"].numel(), device=parallel.device())
-        for _, alike in itertools.groupby(self.minibatches, key=lambda layout: layout[1:]):  # of one shape: one run of the pipeline
-            layouts = list(alike)
-            values = look(model, [micro for layout in layouts for micro in self._made(seen, layout)], read)
-            place = torch.cat([self._place(layout, batch["tokens"].size(1)) for layout in layouts]).to(values.device)
-            whole[place[place >= 0]] = values[place >= 0]
-        return parallel.sum_over_data(whole).view(batch["tokens"].shape).cpu()
-
-    def _made(self, batch: Batch, layout: Layout) -> list[Batch]:
-        place = self._place(layout, batch["tokens"].size(1))
-        made = {name: torch.where(place >= 0, values.reshape(-1)[place.clamp(min=0)], torch.zeros((), dtype=values.dtype))
+        """This rank's micro-batches (rows, length) of a minibatch of the samples ``batch`` (B, T), where ``batch`` is; "documents" where
+        packed."""
+        layout = self.minibatches[minibatch]
+        place, documents = (laid.to(batch["tokens"].device) for laid in self._laid_out(minibatch, batch["tokens"].size(1)))
+        made = {name: torch.where(place >= 0, values.reshape(-1)[place.clamp(min=0)], values.new_zeros(()))
                 for name, values in batch.items() if values.shape == batch["tokens"].shape}
         if self.packed:
-            ends = [torch.tensor([self.lengths[sample] for sample in row], dtype=torch.long).cumsum(0) for row in layout.rows]
-            made["documents"] = torch.stack([torch.searchsorted(end, torch.arange(layout.length), right=True) for end in ends])
+            made["documents"] = documents
         size = layout.micro_batch_size
         return [{name: values[first : first + size] for name, values in made.items()} for first in range(0, len(layout.rows), size)]
 
-    def _place(self, layout: Layout, width: int) -> torch.Tensor:
-        """(rows, length): where each token stands in the flattened samples of ``width``, -1 at padding."""
-        place = torch.full((len(layout.rows), layout.length), -1)
-        for line, row in zip(place, layout.rows, strict=True):
-            start = 0
-            for sample in row:
-                line[start : start + self.lengths[sample]] = sample * width + torch.arange(self.lengths[sample])
-                start += self.lengths[sample]
-        return place
+    def look(self, model, batch: Batch, read: Read) -> torch.Tensor:
+        """``read``'s numbers of every sample, (B, T) on the CPU, 0 at padding: each rank's rows, summed over ranks. A collective."""
+        seen = on_device({name: batch[name] for name in ("tokens", "response_mask")})
+        count, width = batch["tokens"].shape
+        whole = torch.zeros(count * width + 1, device=parallel.device())
+        for _, alike in itertools.groupby(range(len(self.minibatches)), key=lambda number: self.minibatches[number][1:]):
+            chosen = list(alike)  # of one shape: one run of the pipeline
+            values = look(model, [micro for number in chosen for micro in self.micro_batches(seen, number)], read)
+            whole[torch.cat([self._laid_out(number, width)[0] for number in chosen])] = values  # padding, -1, all goes to the last place
+        return parallel.sum_over_data(whole)[:-1].view(count, width).cpu()
+
+    def _laid_out(self, minibatch: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rows, length) each, on the device: where each token stands in the flattened samples of ``width``, -1 at padding; its sample's
+        number in the row, that of padding is the next. Made once: four models score and two learn from the same rows."""
+        if (minibatch, width) not in self._places:
+            rows, length, _ = self.minibatches[minibatch]
+            placed = [(sample, number, line, start) for line, row in enumerate(rows) for number, (sample, start) in enumerate(
+                zip(row, itertools.accumulate((self.lengths[sample] for sample in row), initial=0), strict=False))]
+            sample, number, line, start = torch.tensor(placed, dtype=torch.long).view(-1, 4).unbind(1)
+            sizes = torch.tensor(self.lengths)[sample]
+            owner = torch.arange(len(placed)).repeat_interleave(sizes)
+            inside = torch.arange(len(owner)) - (sizes.cumsum(0) - sizes)[owner]
+            at = line[owner] * length + start[owner] + inside
+            place = torch.full((len(rows) * length,), -1)
+            documents = torch.tensor([len(row) for row in rows]).repeat_interleave(length)
+            place[at], documents[at] = sample[owner] * width + inside, number[owner]
+            self._places[minibatch, width] = tuple(made.view(-1, length).to(parallel.device()) for made in (place, documents))
+        return self._places[minibatch, width]
 
 
 def plan(config: RolloutConfig, shape: Shape, lengths: list[int], minibatch: int) -> Plan:

@@ -14,8 +14,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from training import parallel
 from training.config import TrainerConfig
 from training.gates import Guard
+from training.model.attention import Documents
 from training.model.kernels import describe
-from training.model.language_model import Interleaved, LanguageModel, parts, transformer_config
+from training.model.language_model import Interleaved, LanguageModel, documents_of, parts, transformer_config
 from training.model.linear import accumulate
 from training.offload import Offloaded
 from training.optimizer import make_optimizer, make_schedule
@@ -155,17 +156,49 @@ def _schedule(pieces: list, micro_batches: list[Batch], on_output: Callable, for
     """megatron-core's schedule (1F1B, interleaved or without pipeline) over the micro-batches -> what ``on_output`` gave, on the last
     stage. ``pieces``: this rank's parts of the model, one but for the interleaved schedule."""
 
-    def forward_step(iterator, model):
-        micro = {name: tensor.to(parallel.device(), non_blocking=True) for name, tensor in next(iterator).items()}
-        return model(micro["tokens"], documents=micro.get("documents")), partial(_call, on_output, micro)
+    def forward_step(feed, model):
+        micro, documents = feed.take()
+        output = model(micro["tokens"], documents)
+        feed.prepare()
+        return output, partial(_call, on_output, micro)
 
     rows, length = micro_batches[0]["tokens"].shape
-    iterators = [iter(micro_batches) for _ in pieces]
+    placed = _placed(micro_batches)
+    feeds = [_Feed(placed, piece.config) for piece in pieces]
     single = len(pieces) == 1
     return get_forward_backward_func()(
-        forward_step_func=forward_step, data_iterator=iterators[0] if single else iterators, model=pieces[0] if single else pieces,
+        forward_step_func=forward_step, data_iterator=feeds[0] if single else feeds, model=pieces[0] if single else pieces,
         num_microbatches=len(micro_batches),
         seq_length=length, micro_batch_size=rows, forward_only=forward_only, collect_non_loss_data=forward_only)
+
+
+class _Feed:
+    """A model part's micro-batches in turn, each with what attention makes of its documents. That is made while the GPU computes the
+    micro-batch before: the pipeline's schedule waits for the GPU after each message, and whatever the host does then, the GPU waits for."""
+
+    def __init__(self, micro_batches: list[Batch], config):
+        self.left, self.config = iter(micro_batches), config
+        self.prepare()
+
+    def prepare(self) -> None:
+        """The next micro-batch, if there is one."""
+        if micro := next(self.left, None):
+            self.ready = micro, documents_of(self.config, micro["tokens"], micro.get("documents"))
+
+    def take(self) -> tuple[Batch, Documents | None]:
+        return self.ready
+
+
+def _placed(micro_batches: list[Batch]) -> list[Batch]:
+    """The micro-batches on the device, by one copy a field: a copy from pageable memory waits for what the GPU was given before."""
+    if all(values.device.type == parallel.device().type for values in micro_batches[0].values()):
+        return micro_batches
+    whole = on_device({name: torch.stack([micro[name] for micro in micro_batches]) for name in micro_batches[0]})
+    return [dict(zip(whole, values, strict=True)) for values in zip(*whole.values(), strict=True)]
+
+
+def on_device(batch: Batch) -> Batch:
+    return {name: values.to(parallel.device()) for name, values in batch.items()}
 
 
 def _call(on_output, micro, output, non_loss_data: bool = False):

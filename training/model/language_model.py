@@ -103,6 +103,17 @@ def block_spec(config: TransformerConfig, shape: Shape, part: int | None) -> Tra
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, part), layer_norm=norm)
 
 
+def documents_of(config: TransformerConfig, tokens: torch.Tensor, ids: torch.Tensor | None) -> Documents | None:
+    """What a model's layers are told of a batch's documents ``ids`` (B, T), or of rows that are one each (None)."""
+    compiled = config.compiled and tokens.size(1) % backends.FLEX_BLOCK == 0
+    if not compiled and ids is None:
+        return None
+    packed = Documents(ids, compiled)
+    if compiled and config.core_attention == "flex":  # compiled layers read the block mask: it must be there
+        packed.blocks = backends.causal_blocks(tokens.size(1), tokens.device) if ids is None else packed.blocks
+    return packed
+
+
 class LanguageModel(LanguageModule):
     """This pipeline stage's part of the model; ``part``: which of its parts under the interleaved schedule.
 
@@ -143,18 +154,15 @@ class LanguageModel(LanguageModule):
         self.decoder.set_input_tensor(tensor[0] if isinstance(tensor, list) else tensor)
 
     def forward(self, tokens, documents=None):
-        """``documents`` (B, T) int: the document of each token of a packed batch (training.model.attention.Documents), on every stage."""
+        """``documents`` (B, T) int: the document of each token of a packed batch, on every stage; or what ``documents_of`` made of them."""
+        packed = documents if isinstance(documents, Documents) else documents_of(self.config, tokens, documents)
         hidden = self._embed(tokens) if self.pre_process else None
         if self.pre_process and self.shape.embedding_norm:
             hidden = self.embedding_layernorm(hidden)
         if self.pre_process and self.config.lora and torch.is_grad_enabled():
             hidden.requires_grad_()  # a recomputed layer whose input asks for no gradient would give its adapters none
-        compiled = self.config.compiled and tokens.size(1) % backends.FLEX_BLOCK == 0
-        packed = Documents(documents, compiled) if compiled or documents is not None else None
-        if compiled and self.config.core_attention == "flex":
-            packed.blocks = backends.causal_blocks(tokens.size(1), tokens.device) if documents is None else packed.blocks
-        hidden = self.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=self._angles(tokens, documents),
-                              packed_seq_params=packed)
+        angles = self._angles(tokens, packed.ids if packed else None)
+        hidden = self.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=angles, packed_seq_params=packed)
         if not self.post_process:
             return hidden
         if self.head == "scalar":
