@@ -9,9 +9,9 @@ Assumptions beside scaling.py's:
   the pipeline. Updates: a step of each trained model a minibatch, as in SFT. With offload = "all" optimizers also change places there;
   what else is offloaded moves beside the scoring.
 * generation: each replica computes its prompts, then reads, token by token, its weights and its rows' keys and values at DECODE of its
-  memory's rate; cache for all ``generation_batch_size`` rows is taken as there. Messages of tensor parallelism are ALONE_S each, two a
-  layer. CUDA graphs take CAPTURE_S. Weights for another layout than training's are received through the links, and each byte passes
-  memory six times (sent and received: a copy, the message, a copy).
+  memory's rate, and takes LAYER_S a layer besides; cache for all ``generation_batch_size`` rows is taken as there. Of tensor parallelism
+  two sums a layer, as rings; each takes ALONE_S besides in a decode step. Beginning and ending take START_S. Weights for another layout
+  than training's are received through the links, and each byte passes memory six times (sent and received: a copy, the message, a copy).
 """
 
 from __future__ import annotations
@@ -26,12 +26,15 @@ from training.config import PPOConfig, RolloutConfig
 from training.pace import flops_per_token, group, launched_tokens, micro_batches, utilisation
 from training.shape import Shape
 
-DECODE = 0.81
-"""Share of the memory's rate (datasheet) in a decode step: 7b1, 128 rows at context 512, one H100 (benchmarks/rollout.py)."""
-CAPTURE_S = 0.2
-"""Of a rollout of one H200 (benchmarks/rollout.py, case c)."""
-ALONE_S = 10e-6
-"""A small message's time; a guess."""
+DECODE = 0.87
+"""Share of the memory's rate (datasheet) that attention of a decode step reads at: 1b7 and 7b1 on one H100 and one H200."""
+LAYER_S = 40e-6
+"""What a layer of a decode step takes longer than reading its weights at that rate: seven small kernels, their gaps, and products too small
+for it. 1b7 at 64 and 128 rows, on an H100; 7b1's steps (benchmarks/rollout.py) come out within 3%."""
+START_S = 0.2
+"""Of a rollout: making engines and the cache, capturing CUDA graphs, gathering replies (1b7 on two H100)."""
+ALONE_S = 20e-6
+"""A small sum's time, the gap before it included: 1 MB between two H100 takes 26 microseconds."""
 IN_PLACE_S = 0.007
 """What the weights' way takes where nothing moves: 7b1's names and views, on the host of four H100."""
 
@@ -97,12 +100,14 @@ def generate(shape: Shape, config: RolloutConfig, ranks: int, machine: Machine) 
     rows, read = samples / turns, DECODE * 1e9 * machine.memory_gb_s
     weights = 2 * shape.parameters() / size
     cache = 4 * shape.layers * shape.groups * shape.head_dim * rows * (config.prompt_length + config.response_length / 2) / size
-    messages = 2 * shape.layers * ALONE_S if size > 1 else 0.0
+    summed = 2 * shape.layers * scaling.ring(size, 2 * shape.hidden, machine)  # seconds a token
+    messages = rows * summed + 2 * shape.layers * ALONE_S if size > 1 else 0.0
     layer, _ = flops_per_token(shape, config.prompt_length)
-    prefill = samples * config.prompt_length * shape.layers * layer / 3 / (utilisation(shape.hidden) * machine.tflops * 1e12 * size)
-    decode = turns * config.response_length * ((weights + cache) / read + messages)
+    computed = shape.layers * layer / 3 / (utilisation(shape.hidden) * machine.tflops * 1e12 * size)
+    prefill = samples * config.prompt_length * (computed + summed)
+    decode = turns * config.response_length * ((weights + cache) / read + shape.layers * LAYER_S + messages)
     moved = weights if size != config.tensor_parallel or config.pipeline_parallel > 1 else 0.0
-    return moving(machine, moved, 6 * moved) + prefill + CAPTURE_S + decode
+    return moving(machine, moved, 6 * moved) + prefill + START_S + decode
 
 
 def moving(machine: Machine, links: float, memory_: float) -> float:

@@ -60,6 +60,11 @@ class Step:
         return {name: getattr(self.config, name) for name in names}
 
 
+def ring(ranks: int, size: float, machine: Machine) -> float:
+    """Seconds of a sum of ``size`` bytes over tensor-parallel ranks of a node."""
+    return 2 * (ranks - 1) / ranks * size / (LINKS * machine.inside_gb_s)
+
+
 def passes(shape: Shape, config: TrainerConfig, machine: Machine, gpus_per_node: int, count: int, tokens: int, length: int,
            head: str = "lm", backward: bool = True) -> dict[str, float]:
     """Seconds of compute, bubble, launch, tensor and pipeline of ``count`` micro-batches of ``tokens`` in rows of ``length``, forward and
@@ -76,7 +81,7 @@ def passes(shape: Shape, config: TrainerConfig, machine: Machine, gpus_per_node:
     inside, outside = LINKS * machine.inside_gb_s, LINKS * machine.outside_gb_s
     message = 2 * tokens * shape.hidden
     reduces = (6 if again else 4) if backward else 2
-    reducing = reduces * max(held) * message * 2 * (tensor - 1) / tensor / inside if tensor > 1 else 0.0
+    reducing = reduces * max(held) * ring(tensor, message, machine)
     waiting = max(LAUNCH_S[tensor > 1] * max(held) * launched - slowest - reducing, 0.0)
     parts = {"compute": slowest * count, "bubble": slowest * (stages - 1) / virtual, "launch": waiting * (count + (stages - 1) / virtual),
              "tensor": count * reducing, "pipeline": 0.0}
