@@ -110,6 +110,14 @@ def kernels(small: bool) -> None:
         differ = int((tokens != exact).sum())
         fine = worst < 1e-4 and differ <= max(1, rows // 16)
         say(fine, step="kernels", kernel="sampling", of=name, different=differ, of_rows=rows, logprobs=worst)
+    for ranks in (2, 4, 8):
+        found = generation_models.pick_from_shards(OPS, logits, ranks, heat, uniforms)
+        wrong, worst = generation_models.off(*found, logits, heat, uniforms)
+        whole = OPS.choose(logits, heat, uniforms)
+        # As above; a rank's chunks begin elsewhere than one GPU's, so that sums round differently.
+        differ = int((found[0] != whole[0]).sum())
+        say(wrong == 0 and worst < 1e-4 and differ <= max(1, rows // 16), step="kernels", kernel="sampling", of=f"{ranks} ranks' columns",
+            different=differ, of_rows=rows, logprobs=worst, wrong=wrong)
 
 
 def greedy(small: bool) -> None:

@@ -5,15 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from transformers import BloomForCausalLM, LlamaForCausalLM
 
 from conversion.weights import entries, stored_name
-from training.generation import torch_ops
+from training.generation import sampling, torch_ops
 from training.generation.decoder import Decoder
 from training.generation.engine import Engine, Limits
 from training.generation.replicas import family
 from training.generation.request import Request, Sampling
-from training.shape import Shape
+from training.shape import VOCAB_MULTIPLE, Shape
+
+NONE = float("-inf")
 
 
 def decoder(folder: Path, model: BloomForCausalLM | LlamaForCausalLM, ops=torch_ops, dtype=torch.float32, device="cpu") -> Decoder:
@@ -26,6 +29,42 @@ def decoder(folder: Path, model: BloomForCausalLM | LlamaForCausalLM, ops=torch_
         grouped = [part.view(entry.weight.groups, -1, *part.shape[1:]) for part in parts]
         weights[entry.parameter] = parts[0] if len(parts) == 1 else torch.cat(grouped, 1).flatten(0, 1)
     return family(shape).Decoder(shape, weights, ops)
+
+
+def shard(logits: torch.Tensor, rank: int, ranks: int) -> torch.Tensor:
+    """A rank's columns (B, C) of ``logits`` (B, V), as its Decoder.logits gives them: the vocabulary padded to multiples of 128."""
+    columns = -(-logits.size(1) // (VOCAB_MULTIPLE * ranks)) * VOCAB_MULTIPLE
+    padded = F.pad(logits, (0, columns * ranks - logits.size(1)), value=NONE)
+    return padded[:, rank * columns : (rank + 1) * columns].contiguous()
+
+
+def pick_from_shards(ops, logits: torch.Tensor, ranks: int, temperature: torch.Tensor, uniforms: torch.Tensor):
+    """training.generation.shards.choose without its messages, all ranks' parts here: tokens and log-probabilities (B,)."""
+    parts = [shard(logits, rank, ranks) for rank in range(ranks)]
+    sums = [ops.summarise(part, temperature) for part in parts]
+    highest, total = (torch.cat([one[which] for one in sums], 1) for which in (0, 1))
+    columns = torch.stack([ops.pick(part, temperature, uniforms, highest, total, best, rank * best.size(1))
+                           for rank, (part, (_, _, best)) in enumerate(zip(parts, sums, strict=True))])
+    mine = columns >= 0
+    assert (mine.sum(0) == 1).all(), "one rank picks"
+    first = torch.arange(ranks, device=logits.device)[:, None] * parts[0].size(1)
+    tokens = torch.where(mine, columns + first, 0).sum(0)
+    scaled = logits.gather(1, tokens[:, None]).squeeze(1) / sampling.heat(temperature)
+    return tokens, sampling.logprob(scaled, highest, total)
+
+
+def off(tokens: torch.Tensor, logprobs: torch.Tensor, logits: torch.Tensor, temperature: torch.Tensor, uniforms: torch.Tensor,
+        near: float = 1e-6) -> tuple[int, float]:
+    """In fp64: rows whose token is not what ``logits`` (B, V) and draw ask for, and the log-probabilities' largest error.
+
+    A draw that is ``near`` the border between two tokens may fall to either. Greedy: the first of equals.
+    """
+    exact = (logits.double() / sampling.heat(temperature)[:, None]).log_softmax(-1)
+    chosen = exact.gather(1, tokens[:, None]).squeeze(1)
+    after = exact.exp().cumsum(-1).gather(1, tokens[:, None]).squeeze(1)
+    drawn = (chosen > NONE) & (after - chosen.exp() - near <= uniforms) & (uniforms < after + near)
+    right = torch.where(temperature == 0, tokens == logits.argmax(-1), drawn)
+    return int((~right).sum()), (logprobs - chosen).abs().max().item()
 
 
 def prompts(count: int, vocab: int, longest: int, seed: int = 0) -> list[list[int]]:

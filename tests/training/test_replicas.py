@@ -39,7 +39,10 @@ def small(request, tmp_path_factory):
 
 
 def ours(folder, cases, eos):
-    """Of each case ((TP, PP, parts a stage), generation ranks): greedy and sampled responses to PROMPTS, the report, views of weights."""
+    """Of each case ((TP, PP, parts a stage), generation ranks): greedy and sampled responses to PROMPTS, the report, views of weights.
+
+    Among the sampled: one that truncates, for fewer steps than the others go on without it. Last, where nothing moves, a penalised one.
+    """
     found = []
     for layout, size in cases:
         enter(*layout)
@@ -49,7 +52,10 @@ def ours(folder, cases, eos):
         replicas = Replicas(model, shape, Limits(64, page=4), eos, size)
         greedy = replicas.generate([Request(prompt, Sampling(STEPS, temperature=0)) for prompt in PROMPTS])
         uniforms = draws(1, 3, len(PROMPTS), STEPS)
-        sampled = replicas.generate([Request(prompt, Sampling(STEPS, 0.8), row) for prompt, row in zip(PROMPTS, uniforms, strict=True)])
+        asked = [Request(prompt, Sampling(STEPS, 0.8), row) for prompt, row in zip(PROMPTS, uniforms, strict=True)]
+        sampled = replicas.generate([*asked, Request(PROMPTS[0], Sampling(5, 0.8, top_p=0.6), uniforms[1])])
+        if size == layout[0]:
+            sampled += replicas.generate([Request(PROMPTS[1], Sampling(5, 0.8, repetition_penalty=3.0), uniforms[2])])
         shared = {tensor.untyped_storage().data_ptr() for tensor in named_weights(model).values()}
         views = sum(tensor.untyped_storage().data_ptr() in shared for tensor in replicas.resharder.weights().values())
         found.append(([one.tokens for one in greedy], sampled, replicas.report, views / len(replicas.resharder.shapes)))
@@ -69,7 +75,7 @@ def test_every_layout_generates_what_one_rank_and_hugging_face_do(small):
         for rank in run(ours, 1, 1, world, folder, cases, eos):
             for (layout, size), (greedy, sampled, report, views) in zip(cases, rank, strict=True):
                 assert greedy == expected, (layout, size)
-                assert [one.tokens for one in sampled] == [one.tokens for one in alone], (layout, size)
+                assert [one.tokens for one in sampled] == [one.tokens for one in alone][: len(sampled)], (layout, size)
                 assert torch.allclose(torch.tensor(sampled[1].logprobs), torch.tensor(alone[1].logprobs), atol=1e-5)
                 assert report["rollout_tokens_per_second"] > 0
                 if layout[1] == 1 and size == layout[0]:

@@ -2,8 +2,12 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
+from tests.distributed import run
+from tests.training.generation_models import NONE, off, shard
+from training.generation import shards, torch_ops
 from training.generation.request import draws
 from training.generation.sampling import choose, penalise, truncate
 
@@ -88,3 +92,58 @@ def test_draws_are_those_of_the_global_batch():
     whole = draws(7, 2, 6, 5)
     assert torch.equal(whole, draws(7, 2, 6, 5)) and not torch.equal(whole, draws(7, 3, 6, 5))
     assert whole.min() >= 0 and whole.max() < 1
+
+
+VOCAB = 700
+"""Of two ranks: 384 columns and 316; of four: 256 twice, 188, and a rank that has only padding."""
+
+
+def hard_rows() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(logits, temperatures, uniforms, the only right token or -1) of rows that ranks could choose differently for."""
+    flat = torch.full((VOCAB,), NONE)
+    flat[:512] = 0  # each weighs 1/512: sums are exact
+    low, high = flat.clone(), flat.clone()
+    low[250:512], high[:600] = NONE, NONE  # a whole rank's columns weigh nothing
+    high[600:] = 0
+    far, peaks, holes = torch.full((VOCAB,), -1e4), torch.randn(VOCAB, generator=torch.Generator().manual_seed(4)), flat.clone()
+    far[[300, 650]] = 1e4
+    peaks[[255, 256, 384, 699]] = 9.0
+    holes[[0, 255, 256, 257, 383, 384, 511]] = NONE
+    last = 1 - 2**-24
+    rows = [(flat, 1.0, k / 512, k) for k in (0, 1, 255, 256, 257, 383, 384, 385, 511)]  # a draw on an edge goes to what follows it
+    rows += [(flat, 1.0, k / 512 - 2**-24, k - 1) for k in (1, 256, 257, 384, 385, 511)] + [(flat, 1.0, last, 511)]
+    rows += [(low, 1.0, u, -1) for u in (0.0, 0.5, last)] + [(high, 0.7, 0.0, 600), (high, 0.7, last, 699)]
+    rows += [(far, 1.0, 0.0, 300), (far, 1.0, 0.49, 300), (far, 1.0, 0.51, 650), (far, 1.0, last, 650), (far, 0.0, 0.9, 300)]
+    rows += [(peaks, 0.0, 0.99, 255), (high, 0.0, 0.3, 600), (flat, 0.0, 0.0, 0), (holes, 1.0, 0.0, 1), (holes, 1.0, last, 510)]
+    logits, temperature, uniforms, right = zip(*rows, strict=True)
+    return torch.stack(logits), torch.tensor(temperature), torch.tensor(uniforms), torch.tensor(right)
+
+
+def many_rows() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(3000, VOCAB, generator=generator) * torch.linspace(0.1, 8, 3000)[:, None]
+    uniforms = torch.rand(3000, generator=generator)
+    uniforms[1::10] = 1 - 2**-24  # sums in another order may end below it
+    return logits, torch.linspace(0.3, 1.5, 3000) * (torch.arange(3000) % 10 > 0), uniforms
+
+
+def chosen_from_shards():
+    group = dist.group.WORLD
+    return [shards.choose(torch_ops, shard(logits, group.rank(), group.size()), temperature, uniforms, group)
+            for logits, temperature, uniforms in (hard_rows()[:3], many_rows())]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_ranks_with_some_columns_each_choose_what_one_with_all_does(ranks):
+    first, *others = run(chosen_from_shards, 1, 1, ranks)
+    for other in others:
+        assert all(torch.equal(x, y) for mine, theirs in zip(first, other, strict=True) for x, y in zip(mine, theirs, strict=True))
+    *given, right = hard_rows()
+    tokens, logprobs = first[0]
+    assert torch.equal(tokens[right >= 0], right[right >= 0])
+    expected, exact = choose(*given)
+    assert torch.equal(tokens, expected) and torch.allclose(logprobs, exact, atol=1e-5)
+    wrong, error = off(*first[1], *many_rows())
+    assert wrong == 0 and error < 1e-5
+    differ = (first[1][0] != choose(*many_rows())[0]).nonzero()[:, 0]
+    assert len(differ[differ % 10 != 1]) <= 3, "draws within rounding of the border between two tokens"

@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("Triton without a GPU needs TRITON_INTERPRET=1", allow_module_level=True)
 
+from tests.training.generation_models import off, pick_from_shards  # noqa: E402
 from training.generation import sampling, torch_ops, triton_ops, triton_sampling  # noqa: E402
 from training.generation.cache import Batch  # noqa: E402
 from training.model.attention import alibi_slopes  # noqa: E402
@@ -88,3 +89,19 @@ def test_sampling(monkeypatch, kind):
     tokens, logprobs = triton_ops.choose(logits, heat, uniforms, *truncation)
     expected, exact = sampling.choose(logits, heat, uniforms, *truncation)
     assert torch.equal(tokens, expected) and torch.allclose(logprobs, exact, atol=1e-5)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_sampling_from_shards(monkeypatch, ranks):
+    """Shards end within a chunk, and of four ranks the last has only padding."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(triton_sampling, "CHUNK", 64)
+    rows, vocab = 24, 350
+    logits = torch.randn(rows, vocab, device=DEVICE) * 3
+    logits[8:12, 60:300], logits[12:16, :130], logits[16:20, 120:] = float("-inf"), float("-inf"), float("-inf")
+    logits[20:, 200], logits[20:, 100] = 20, 20
+    heat, uniforms = torch.linspace(0, 1.5, 4, device=DEVICE).repeat(6), torch.rand(rows, device=DEVICE)
+    uniforms[1::4], uniforms[2::4] = 0, 1 - 2**-24
+    for ops in (triton_ops, torch_ops):
+        wrong, error = off(*pick_from_shards(ops, logits, ranks, heat, uniforms), logits, heat, uniforms)
+        assert wrong == 0 and error < 1e-5

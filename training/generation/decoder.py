@@ -68,16 +68,27 @@ class Decoder:
         return self._run(tokens, cache, batch, only_fill=False)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """fp32 logits (T, vocab) of the tokens that follow, from last hidden states (T, H)."""
+        """fp32 logits of the tokens that follow, from last hidden states (T, H).
+
+        (T, vocab) of one rank; of several each rank's own columns (T, padded vocabulary / ranks), -inf beyond the vocabulary: shapes, and
+        so the kernels that read them, are the same on every rank.
+        """
         if hidden.is_cuda and hidden.dtype != torch.float32:
             logits = torch.mm(hidden, self.head.t(), out_dtype=torch.float32)  # bf16 would be off by up to 1/256 of a logit
         else:
             logits = F.linear(hidden, self.head).float()
-        if self.group:
-            columns = [torch.empty_like(logits) for _ in range(self.size)]
-            dist.all_gather(columns, logits, group=self.group)
-            logits = torch.cat(columns, -1)
-        return logits[:, : self.vocab]
+        if not self.group:
+            return logits[:, : self.vocab]
+        logits[:, max(self.vocab - self.rank * logits.size(1), 0) :] = float("-inf")
+        return logits
+
+    def gather(self, logits: torch.Tensor) -> torch.Tensor:
+        """All columns (T, vocab), on every rank, of what ``logits`` gave."""
+        if not self.group:
+            return logits
+        columns = [torch.empty_like(logits) for _ in range(self.size)]
+        dist.all_gather(columns, logits, group=self.group)
+        return torch.cat(columns, -1)[:, : self.vocab]
 
     def sum(self, partial: torch.Tensor) -> torch.Tensor:
         """Over tensor-parallel ranks, in place."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from training.generation import shards
 from training.generation.cache import Batch, Slots, token_bytes
 from training.generation.graphs import Graphs, forward
 from training.generation.pages import Pages
@@ -204,12 +205,7 @@ class Engine:
             hidden = self.graphs.hidden(index)
         else:
             hidden = forward(self.decoder, self.cache, slots, index, self.limits.page, max(row.cached for row in rows))
-        logits = self.decoder.logits(hidden)
-        if slots.seen is not None:
-            logits = penalise(logits, slots.seen[index], slots.penalty[index])
-        truncation = (slots.top_k[index], slots.top_p[index]) if any(row.request.sampling.truncates for row in rows) else ()
-        uniforms = slots.uniforms[index, slots.step[index]]
-        tokens, logprobs = self.decoder.ops.choose(logits, slots.temperature[index], uniforms, *truncation)
+        tokens, logprobs = self._sample(hidden, index, any(row.request.sampling.truncates for row in rows))
         slots.sampled(index, tokens)
         self.stats.steps += 1
         if self.device.type != "cuda":
@@ -217,6 +213,19 @@ class Engine:
         flight = _Flight(rows, tokens.to("cpu", non_blocking=True), logprobs.to("cpu", non_blocking=True), torch.cuda.Event())
         flight.done.record()
         return flight
+
+    def _sample(self, hidden: torch.Tensor, index: torch.Tensor, truncates: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens (B,) and log-probabilities (B,) that follow ``hidden`` (B, H) of the rows in slots ``index`` (B,)."""
+        slots, decoder = self.slots, self.decoder
+        logits, temperature, uniforms = decoder.logits(hidden), slots.temperature[index], slots.uniforms[index, slots.step[index]]
+        if decoder.group:
+            if not truncates and slots.seen is None:
+                return shards.choose(decoder.ops, logits, temperature, uniforms, decoder.group)
+            logits = decoder.gather(logits)
+        if slots.seen is not None:
+            logits = penalise(logits, slots.seen[index], slots.penalty[index])
+        truncation = (slots.top_k[index], slots.top_p[index]) if truncates else ()
+        return decoder.ops.choose(logits, temperature, uniforms, *truncation)
 
     def _collect(self, scheduler: Scheduler, flight: _Flight) -> None:
         """Read a step's results; rows that ended leave."""

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from training.generation.cache import Batch
-from training.generation.sampling import choose
+from training.generation.sampling import choose, pick, summarise
 
-__all__ = ["attend", "choose", "residual_norm", "write"]
+__all__ = ["attend", "choose", "pick", "residual_norm", "summarise", "write"]
 
 
 def residual_norm(hidden, delta, bias, weight, norm_bias, eps: float) -> torch.Tensor:

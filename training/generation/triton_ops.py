@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 
 from training.generation.cache import Batch
-from training.generation.triton_sampling import choose
+from training.generation.triton_sampling import choose, pick, summarise
 
-__all__ = ["attend", "choose", "residual_norm", "write"]
+__all__ = ["attend", "choose", "pick", "residual_norm", "summarise", "write"]
 
 LOG2E = 1.4426950408889634
 DECODE = dict(BLOCK_N=64, num_warps=4, STAGES=3)

@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from training.generation import sampling
+
 CHUNK = 4096
 
 
@@ -31,10 +33,14 @@ def _summarise(logits, temperature, floor, highest, total, best, vocab, stride, 
     tl.store(best + row * chunks + chunk, column)
 
 
-@triton.jit
-def _pick(logits, temperature, uniforms, floor, highest, total, best, token, lse, vocab, stride, chunks, FLOOR: tl.constexpr,
+# "first" is not specialised: ranks differ in nothing else, and must run the same code, down to the order in which it sums.
+@triton.jit(do_not_specialize=["first"])
+def _pick(logits, temperature, uniforms, floor, highest, total, best, token, lse, vocab, stride, chunks, own, first, FLOOR: tl.constexpr,
           CHUNK: tl.constexpr, BLOCK_C: tl.constexpr):
-    """One row: the chunk that the draw falls into, the column there, and the logarithm of the sum of all."""
+    """One row: the chunk that the draw falls into, the column there, and (unless None) the logarithm of the sum of all.
+
+    ``logits`` are the columns of ``own`` of the ``chunks``, from number ``first`` on: -1 where the chunk is another's.
+    """
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, BLOCK_C)
     heat = tl.load(temperature + row)
@@ -42,10 +48,13 @@ def _pick(logits, temperature, uniforms, floor, highest, total, best, token, lse
     peak = tl.max(peaks, 0)
     weights = tl.load(total + row * chunks + part, part < chunks, 0.0) * tl.exp(peaks - peak)
     everything = tl.sum(weights, 0)
-    tl.store(lse + row, peak + tl.log(everything))
+    if lse is not None:
+        tl.store(lse + row, peak + tl.log(everything))
     if heat == 0:
-        first = tl.min(tl.where(peaks == peak, part, 2147483647), 0)
-        tl.store(token + row, tl.load(best + row * chunks + first).to(tl.int64))
+        here = tl.min(tl.where(peaks == peak, part, 2147483647), 0) - first
+        mine = (here >= 0) & (here < own)
+        column = tl.load(best + row * own + tl.where(mine, here, 0))
+        tl.store(token + row, tl.where(mine, column, -1).to(tl.int64))
     else:
         cumulative = tl.cumsum(weights, 0)
         threshold = tl.load(uniforms + row) * tl.max(cumulative, 0)
@@ -53,18 +62,21 @@ def _pick(logits, temperature, uniforms, floor, highest, total, best, token, lse
         last = tl.max(tl.where(weights > 0, part, 0), 0)
         chosen = tl.minimum(tl.sum((cumulative <= threshold).to(tl.int32), 0), last)
         before = tl.sum(tl.where(part < chosen, weights, 0.0), 0)
-        at = chosen * CHUNK + tl.arange(0, CHUNK)
+        here = chosen - first
+        mine = (here >= 0) & (here < own)
+        here = tl.where(mine, here, own)  # behind this rank's columns, where nothing is read
+        at = here * CHUNK + tl.arange(0, CHUNK)
         x = tl.load(logits + row * stride + at, at < vocab, float("-inf"))
         if FLOOR:
             x = tl.where(x >= tl.load(floor + row), x, float("-inf"))
         inside = tl.exp(x / heat - peak)
         running = before + tl.cumsum(inside, 0)
         last = tl.max(tl.where(inside > 0, at, 0), 0)
-        column = tl.sum((running <= threshold).to(tl.int32), 0) + chosen * CHUNK
+        column = tl.sum((running <= threshold).to(tl.int32), 0) + here * CHUNK
         column = tl.minimum(column, last)
         # Skip what has no probability: the first column with any from here on.
         column = tl.min(tl.where((at >= column) & (inside > 0), at, 2147483647), 0)
-        tl.store(token + row, column.to(tl.int64))
+        tl.store(token + row, tl.where(mine, column, -1).to(tl.int64))
 
 
 @triton.jit
@@ -136,26 +148,36 @@ def _floor(logits, temperature, top_k, top_p, out, vocab, stride, CHUNK: tl.cons
 def choose(logits: torch.Tensor, temperature: torch.Tensor, uniforms: torch.Tensor, top_k: torch.Tensor | None = None,
            top_p: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Next tokens (B,) int64 and their log-probabilities (B,) fp32 from ``logits`` (B, V) fp32: see training.generation.sampling.choose."""
-    rows, vocab = logits.shape
-    chunks = triton.cdiv(vocab, CHUNK)
-    tokens, lse = torch.empty(rows, dtype=torch.int64, device=logits.device), torch.empty(rows, device=logits.device)
     floor = None
     if top_k is not None:
+        rows, vocab = logits.shape
         floor = torch.empty(rows, device=logits.device)
         _floor[(rows,)](logits, temperature, top_k, top_p, floor, vocab, logits.stride(0), min(CHUNK, 2048), num_warps=16)
-        highest, total, _ = _totals(logits, temperature, None, chunks)
+        highest, total, _ = summarise(logits, temperature)
         lse_all = torch.logsumexp(highest + total.log(), -1)
-    highest, total, best = _totals(logits, temperature, floor, chunks)
-    _pick[(rows,)](logits, temperature, uniforms, floor, highest, total, best, tokens, lse, vocab, logits.stride(0), chunks,
-                   floor is not None, CHUNK, triton.next_power_of_2(chunks), num_warps=4)
-    scaled = logits.gather(1, tokens[:, None]).squeeze(1) / torch.where(temperature == 0, 1.0, temperature)
+    lse = torch.empty(len(logits), device=logits.device)
+    tokens = pick(logits, temperature, uniforms, *summarise(logits, temperature, floor), floor=floor, lse=lse)
+    scaled = logits.gather(1, tokens[:, None]).squeeze(1) / sampling.heat(temperature)
     return tokens, scaled - (lse if floor is None else lse_all)
 
 
-def _totals(logits, temperature, floor, chunks: int):
+def summarise(logits: torch.Tensor, temperature: torch.Tensor, floor: torch.Tensor | None = None):
+    """As training.generation.sampling.summarise; chunks of CHUNK columns, the last may be short. ``floor`` (B,): only logits from it on."""
     rows, vocab = logits.shape
+    chunks = triton.cdiv(vocab, CHUNK)
     highest, total = (torch.empty(rows, chunks, device=logits.device) for _ in range(2))
     best = torch.empty(rows, chunks, dtype=torch.int32, device=logits.device)
     _summarise[(rows, chunks)](logits, temperature, floor, highest, total, best, vocab, logits.stride(0), chunks, floor is not None, CHUNK,
                                num_warps=4)
     return highest, total, best
+
+
+def pick(logits: torch.Tensor, temperature: torch.Tensor, uniforms: torch.Tensor, highest: torch.Tensor, total: torch.Tensor,
+         best: torch.Tensor, first: int = 0, floor: torch.Tensor | None = None, lse: torch.Tensor | None = None) -> torch.Tensor:
+    """As training.generation.sampling.pick. ``lse`` (B,) is filled with the logarithm of the sum of all exp(scaled logits)."""
+    rows, vocab = logits.shape
+    chunks = highest.size(1)
+    column = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    _pick[(rows,)](logits, temperature, uniforms, floor, highest, total, best, column, lse, vocab, logits.stride(0), chunks, best.size(1),
+                   first, floor is not None, CHUNK, triton.next_power_of_2(chunks), num_warps=4)
+    return column
