@@ -2,7 +2,7 @@
 
 Each rank sums its columns up, a few numbers a chunk of them. From all ranks' numbers every rank finds the same chunk, and the rank that has
 it picks the token there and tells the others. Two small messages a step instead of all logits: .13 MB, not 257, for 256 rows of 250,880
-columns. Every rank must decide on the same chunk: it has the others' sums, which their owners made once, and none of its own that differ.
+columns. Ranks can't disagree on the chunk: they decide from the same bits, as a chunk's sums are made once, by the rank that has it.
 """
 
 from __future__ import annotations
