@@ -133,7 +133,8 @@ def waves(gpus: int, tiny: bool, card: dict, parts: list[str], only: list[str] =
     every = [job for wave in found for job in wave]
     if not tiny:
         warm = warming(every, gpus, card)
-        made = [*([first + warm[:2], untimed + warm[2:]] if untimed else [first + warm]), *found]
+        beside = 1 if gpus < 4 else len(untimed)  # two GPUs have no room for 1b7's layouts beside others
+        made = [*([first + warm[:2], untimed[:beside] + warm[2:], untimed[beside:]] if untimed else [first + warm]), *found]
     elif card["count"]:  # numbers mean nothing: what does not need another job's files runs at once
         loads = [job for job in every if job.part == "loaded"]
         made = [first, untimed + [job for job in every if job not in loads], loads]

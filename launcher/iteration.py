@@ -2,16 +2,16 @@
 
 Assumptions beside scaling.py's:
 
-* within 5% phase by phase of what PPO of 7b1 + 7b1 took on one H200, and of 1b7 + 1b7 at TP 2 x PP 2 on four H100 (which LAUNCH_S's
-  forward share was taken from) within 8%, but for generation there, which took 16% longer: starting engines and gathering replies.
+* within 10% phase by phase of what PPO of 7b1 + 7b1 took on one H200, of 7b1 + 7b1 and 1b7 + 1b7 on two H100, and of 1b7 + 1b7 at
+  TP 2 x PP 2 on four (which LAUNCH_S's forward share was taken from).
 * samples are as long as prompt_length + response_length allow; packed ones are divided as training/pace.py's ``micro_batches`` does.
 * scoring: a forward pass of policy, reference, reward and, of PPO, value model, one after the other, each over all samples as one run of
   the pipeline. Updates: a step of each trained model a minibatch, as in SFT. With offload = "all" optimizers also change places there;
   what else is offloaded moves beside the scoring.
 * generation: each replica computes its prompts, then reads, token by token, its weights and its rows' keys and values at DECODE of its
   memory's rate, and takes LAYER_S a layer besides; cache for all ``generation_batch_size`` rows is taken as there. Of tensor parallelism
-  two sums a layer, as rings; each takes ALONE_S besides in a decode step. Beginning and ending take START_S. Weights for another layout
-  than training's are received through the links, and each byte passes memory six times (sent and received: a copy, the message, a copy).
+  two sums a layer. Beginning and ending take START_S. Weights for another layout than training's are received through the links, and each
+  byte passes memory six times (sent and received: a copy, the message, a copy).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from launcher import memory, scaling
 from launcher.config import Resources
 from launcher.profile import Machine, Profile
 from training.config import PPOConfig, RolloutConfig
-from training.pace import flops_per_token, group, launched_tokens, micro_batches, utilisation
+from training.pace import MORE_ROWS, flops_per_token, group, launched_tokens, micro_batches, utilisation
 from training.shape import Shape
 
 DECODE = 0.87
@@ -33,8 +33,6 @@ LAYER_S = 40e-6
 for it. 1b7 at 64 and 128 rows, on an H100; 7b1's steps (benchmarks/rollout.py) come out within 3%."""
 START_S = 0.2
 """Of a rollout: making engines and the cache, capturing CUDA graphs, gathering replies (1b7 on two H100)."""
-ALONE_S = 20e-6
-"""A small sum's time, the gap before it included: 1 MB between two H100 takes 26 microseconds."""
 IN_PLACE_S = 0.007
 """What the weights' way takes where nothing moves: 7b1's names and views, on the host of four H100."""
 
@@ -90,7 +88,11 @@ def micro_batch(shape: Shape, config: RolloutConfig, data: int, machine: Machine
     unit = group(config)
     rows = -(-rows // unit) * unit
     least = launched_tokens(shape, config.tensor_parallel, length, machine.tflops)
-    return rows, micro_batches(rows, length, config.micro_batch_tokens // length, config.pipeline_parallel, unit, least)[1]
+    # A few empty rows more may divide better: training.data.packing tries as many.
+    tried = {count: micro_batches(count, length, config.micro_batch_tokens // length, config.pipeline_parallel, unit, least)
+             for count in range(rows, MORE_ROWS * rows + 1, unit)}
+    rows = min(tried, key=lambda count: (tried[count][0], count))
+    return rows, tried[rows][1]
 
 
 def generate(shape: Shape, config: RolloutConfig, ranks: int, machine: Machine) -> float:
@@ -100,12 +102,13 @@ def generate(shape: Shape, config: RolloutConfig, ranks: int, machine: Machine) 
     rows, read = samples / turns, DECODE * 1e9 * machine.memory_gb_s
     weights = 2 * shape.parameters() / size
     cache = 4 * shape.layers * shape.groups * shape.head_dim * rows * (config.prompt_length + config.response_length / 2) / size
-    summed = 2 * shape.layers * scaling.ring(size, 2 * shape.hidden, machine)  # seconds a token
-    messages = rows * summed + 2 * shape.layers * ALONE_S if size > 1 else 0.0
+    def messages(tokens: float) -> float:
+        return 2 * shape.layers * scaling.ring(size, 2 * shape.hidden * tokens, machine, 1)
+
     layer, _ = flops_per_token(shape, config.prompt_length)
     computed = shape.layers * layer / 3 / (utilisation(shape.hidden) * machine.tflops * 1e12 * size)
-    prefill = samples * config.prompt_length * (computed + summed)
-    decode = turns * config.response_length * ((weights + cache) / read + shape.layers * LAYER_S + messages)
+    prefill = samples * config.prompt_length * computed + messages(samples * config.prompt_length)
+    decode = turns * config.response_length * ((weights + cache) / read + shape.layers * LAYER_S + messages(rows))
     moved = weights if size != config.tensor_parallel or config.pipeline_parallel > 1 else 0.0
     return moving(machine, moved, 6 * moved) + prefill + START_S + decode
 

@@ -7,12 +7,12 @@ Assumptions, all of them:
   tensor parallelism: optimistic for t > 4. Full recompute: a third more.
 * the host launches a layer's kernels and messages no faster than training/pace.py's LAUNCH_S: small micro-batches wait for it.
 * tensor parallelism: per layer and micro-batch two all-reduces forward and two backward (Shoeybi et al. 2019) of 2 T h bytes, as a ring:
-  2 (t - 1) / t of them through the links inside a node, hidden behind nothing. With full recompute two more.
+  2 (t - 1) / t of them through the links inside a node at RING, hidden behind nothing. With full recompute two more.
 * pipeline: the slowest stage's time x (m + (p - 1) / v) for m micro-batches (Narayanan et al. 2021), and two messages of 2 T h bytes a
-  micro-batch and part, at the links between nodes where a pipeline leaves its node.
+  micro-batch and part, at the links between nodes where a pipeline leaves its node. Host and GPU wait for each other at each: TURN_S.
 * data parallelism: gradients in fp32 are reduce-scattered, weights in bf16 all-gathered, once a step, hidden behind nothing. The optimizer
   reads and writes 20 bytes a parameter and data rank, and 12 more for the norm and for clearing gradients.
-* links at 80% of their rate. No stragglers, no congestion, no loading, no saving.
+* messages between two ranks, and what leaves a node, at 80% of the links' rate. No stragglers, no congestion, no loading, no saving.
 """
 
 from __future__ import annotations
@@ -30,6 +30,12 @@ from training.shape import Shape
 
 LINKS, MEMORY = 0.8e9, 0.85e9
 """Bytes a second of each GB/s of the datasheets."""
+RING = 0.54e9
+"""The same of a sum over ranks of a node: two H100, 134 MB each way, NCCL 2.28 without multicast (24 channels; with 32 it is .58)."""
+RING_S = 20e-6
+"""Of each of its messages, beside that: 1 MB takes 24 microseconds, 4 MB 26, gaps included."""
+TURN_S = 1.5e-3
+"""Seconds that a pipeline's GPU waits at a micro-batch's messages, each way: 1b7's scoring and 7b1's steps at PP 2 on two H100."""
 _H800 = Machine(tflops=989, memory_gb_s=3350, inside_gb_s=200, outside_gb_s=50)
 MACHINES = {
     "a100-hdr-infiniband": Machine(tflops=312, memory_gb_s=2039, inside_gb_s=300, outside_gb_s=25),
@@ -60,9 +66,9 @@ class Step:
         return {name: getattr(self.config, name) for name in names}
 
 
-def ring(ranks: int, size: float, machine: Machine) -> float:
-    """Seconds of a sum of ``size`` bytes over tensor-parallel ranks of a node."""
-    return 2 * (ranks - 1) / ranks * size / (LINKS * machine.inside_gb_s)
+def ring(ranks: int, size: float, machine: Machine, messages: int = 2) -> float:
+    """Seconds of a sum of ``size`` bytes over tensor-parallel ranks of a node: a reduce-scatter and an all-gather, or one all-reduce."""
+    return messages * RING_S + 2 * (ranks - 1) / ranks * size / (RING * machine.inside_gb_s) if ranks > 1 else 0.0
 
 
 def passes(shape: Shape, config: TrainerConfig, machine: Machine, gpus_per_node: int, count: int, tokens: int, length: int,
@@ -72,7 +78,7 @@ def passes(shape: Shape, config: TrainerConfig, machine: Machine, gpus_per_node:
     tensor, stages, virtual = config.tensor_parallel, config.pipeline_parallel, config.virtual_pipeline
     again = backward and config.recompute == "full"
     done = 4 / 3 if again else 1.0
-    work, launched = (done, done) if backward else (1 / 3, FORWARD)
+    work, launched = (done, done) if backward else (1 / 3, FORWARD[tensor > 1])
     layer, output = flops_per_token(shape, length)
     output *= (head == "lm") * (1.0 if backward else 1 / 3)
     rate = utilisation(shape.hidden) * machine.tflops * 1e12 * tensor
@@ -86,8 +92,8 @@ def passes(shape: Shape, config: TrainerConfig, machine: Machine, gpus_per_node:
     parts = {"compute": slowest * count, "bubble": slowest * (stages - 1) / virtual, "launch": waiting * (count + (stages - 1) / virtual),
              "tensor": count * reducing, "pipeline": 0.0}
     if stages > 1:
-        messages = count * (2 if backward else 1) * virtual
-        parts["pipeline"] = messages * message / tensor / (outside if tensor * stages > gpus_per_node else inside)
+        ways, rate = 2 if backward else 1, outside if tensor * stages > gpus_per_node else inside
+        parts["pipeline"] = ways * (count * virtual * message / tensor / rate + (count + stages - 1) * TURN_S)
     return parts
 
 
@@ -95,7 +101,7 @@ def update(shape: Shape, config: TrainerConfig, ranks: int, machine: Machine, gp
     """Seconds of data and optimizer of a step."""
     data = config.model_copies(ranks)
     parameters = max(memory.Rank(shape, config, data, stage).parameters(head) for stage in range(config.pipeline_parallel))
-    between = LINKS * (machine.inside_gb_s if ranks <= gpus_per_node else machine.outside_gb_s)
+    between = RING * machine.inside_gb_s if ranks <= gpus_per_node else LINKS * machine.outside_gb_s
     return {"data": 6 * parameters * (data - 1) / data / between if data > 1 else 0.0,
             "optimizer": (20 * parameters / data + 12 * parameters) / (MEMORY * machine.memory_gb_s)}
 

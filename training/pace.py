@@ -12,15 +12,18 @@ UTILISATION = {1024: 0.453, 2048: 0.553, 2560: 0.527, 4096: 0.589}
 """Share of the peak in forward and backward, by hidden size: one H200, sequence 2048, no recompute (benchmarks/train.py)."""
 PEAK_TFLOPS = {8: 312.0, 9: 989.0}
 """bf16 of an A100 and of an H100 or H200, by the major number of their compute capability (datasheets)."""
-LAUNCH_S = {False: 0.002, True: 0.0049}
+LAUNCH_S = {False: 0.0029, True: 0.0047}
 """Seconds that the host takes for a layer of a micro-batch, forward and backward, however little it computes; True: with messages of tensor
-parallelism. The first is no less than 1b7's at 2,048 tokens on one H200, the second 7b1's at 2,048 tokens, TP 2 x PP 2, on four H100."""
-FORWARD = 1 / 3
-"""Of LAUNCH_S without a backward pass: 1.64 ms in the scoring of a PPO of 1b7, 2,048 tokens, TP 2 x PP 2, on four H100; without
-messages the same is taken."""
+parallelism. The first is of 1b7's updates at 4,096 tokens and PP 2 on two H100 (2.1 of it backward; an H200's host took no more than 2),
+the second of 7b1's steps at 2,048 tokens, TP 2 x PP 2, on four H100."""
+FORWARD = {False: 1 / 4, True: 1 / 3}
+"""Of LAUNCH_S without a backward pass: at most .73 ms in the scoring of the first, 1.6 in that of 1b7 at 2,048 tokens, TP 2 x PP 2."""
 OVERHEAD = 16
 """Tokens that could be computed in the time that a micro-batch takes beside its layers: a guess, small on purpose, so that of rows that are
 equally full the fewest micro-batches are taken."""
+
+MORE_ROWS = 3
+"""Packing tries up to so many times the fewest rows."""
 
 
 def utilisation(hidden: int) -> float:
@@ -43,7 +46,7 @@ def launched_tokens(shape: Shape, tensor_parallel: int, length: int, tflops: flo
     """Tokens of a micro-batch, in rows of ``length``, whose layers a GPU of ``tflops`` computes while the host launches them: a smaller one
     takes as long.
 
-    bloom-7b1 on an H100, in rows of 2,048 tokens: 925 (TP 1) and 4,536 (TP 2); bloom-1b7: 3,343 and 16,382.
+    bloom-7b1 on an H100, in rows of 2,048 tokens: 1,342 (TP 1) and 4,351 (TP 2); bloom-1b7: 4,848 and 15,714.
     """
     layer, _ = flops_per_token(shape, length)
     rate = utilisation(shape.hidden) * tflops * 1e12 * tensor_parallel

@@ -14,10 +14,7 @@ from typing import NamedTuple
 import torch
 
 from training.data.batches import Example
-from training.pace import micro_batches
-
-MORE_ROWS = 3
-"""Rows are tried up to so many times the fewest."""
+from training.pace import MORE_ROWS, micro_batches
 
 EXCHANGES = 4
 """Most exchanges of examples between rows, times the number of rows."""
