@@ -182,10 +182,11 @@ class _Feed:
 
     def prepare(self) -> None:
         """The next micro-batch, if there is one."""
-        if micro := next(self.left, None):
-            self.ready = micro, documents_of(self.config, micro["tokens"], micro.get("documents"))
+        micro = next(self.left, None)
+        self.ready = micro and (micro, documents_of(self.config, micro["tokens"], micro.get("documents")))
 
     def take(self) -> tuple[Batch, Documents | None]:
+        assert self.ready, "the schedule asks for more micro-batches than there are"
         return self.ready
 
 
