@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -134,8 +135,24 @@ def card_here() -> dict:
 def write(every: list[Running], card: dict, out: Path) -> list[dict]:
     """All that is known by now, also to multi_gpu.json."""
     rows = [with_prediction(row, card) for running in every for row in list(running.rows)]
-    (out / "multi_gpu.json").write_text(json.dumps({"card": card, "rows": rows}, indent=1), encoding="utf-8")
+    keep(out / "multi_gpu.json", json.dumps({"card": card, "rows": rows}, indent=1))
     return rows
+
+
+def keep(path: Path, text: str) -> None:
+    """What can't be kept is still printed: a full disk ends nothing."""
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        print(f"{path} could not be written: {error}", file=sys.stderr, flush=True)
+
+
+def expression(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from None
+    return text
 
 
 def measure(asked: argparse.Namespace, card: dict, end: float, scratch: Path, begun: list[Running]) -> list[dict]:
@@ -171,8 +188,9 @@ def main() -> int:
     parser.add_argument("--gpus", type=int, required=True)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--parts", nargs="+", choices=PARTS, help="without it all, but for large on fewer than 8 GPUs")
-    parser.add_argument("--only", nargs="+", default=[], metavar="REGEX", help="of the parts' jobs and layouts those of whose 'job, "
-                        "layout', as in the log and the tables, one of these matches a part: --only 'sft 4, 0, TP 2 x PP 2' 'ppo 0'")
+    parser.add_argument("--only", nargs="+", default=[], metavar="REGEX", type=expression,
+                        help="of the parts' jobs and layouts those of whose 'job, layout', as in the log and the tables, one "
+                             "of these matches a part: --only 'sft 4, 0, TP 2 x PP 2' 'ppo 0'")
     parser.add_argument("--out", type=Path, default=Path("multi_gpu"))
     parser.add_argument("--scratch", type=Path, help="where checkpoints and gradients go for a while (44 GB, with large 72)")
     parser.add_argument("--limit", type=float, default=600, help="most seconds in all")
@@ -180,8 +198,11 @@ def main() -> int:
     asked = parser.parse_args()
     asked.parts = asked.parts or [part for part in PARTS if part != "large" or asked.gpus >= 8]
     end, card = time.monotonic() + asked.limit, card_here()
-    if asked.gpus & (asked.gpus - 1) or not asked.tiny and asked.gpus > card["count"]:
+    if asked.gpus < 1 or asked.gpus & (asked.gpus - 1) or not asked.tiny and asked.gpus > card["count"]:
         parser.error(f"--gpus {asked.gpus}: expected a power of two, and no more than the {card['count']} GPUs here (or --tiny)")
+    if not waves(asked.gpus, asked.tiny, card, asked.parts, asked.only):
+        parser.error(f"no job of --parts {' '.join(asked.parts)} on {asked.gpus} GPUs has a name that --only "
+                     f"{' '.join(asked.only) or '(not given)'} matches; names stand in the tables and logs")
     asked.out.mkdir(parents=True, exist_ok=True)
     print(json.dumps({"card": card, "gpus": asked.gpus}), flush=True)
     begun: list[Running] = []
@@ -193,8 +214,8 @@ def main() -> int:
             for running in begun:
                 running.stop()
     text = tables(rows, card)
-    (asked.out / "multi_gpu.md").write_text(text, encoding="utf-8")
     print(text)
+    keep(asked.out / "multi_gpu.md", text)
     return int(any("error" in row or row.get("ok") is False for row in rows))
 
 

@@ -2,8 +2,8 @@
 # benchmarks/multi_gpu.sh N [--tiny] [--out FOLDER] ...: checks and times N GPUs of this machine (benchmarks/multi_gpu.py --help).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-gpus=${1:?usage: benchmarks/multi_gpu.sh N [--tiny] [--out FOLDER]}
-shift
+gpus=${1:?usage: benchmarks/multi_gpu.sh N [--tiny] [--out FOLDER] (or --help)}
+case $gpus in -*) gpus=1 ;; *) shift ;; esac # --help
 export NCCL_NVLS_ENABLE=0 # NVLink multicast: a program that uses it can put a shared host's GPUs out of service
 python=${PYTHON:-python3}
 torch=$("$python" -c 'import importlib.util; print(*importlib.util.find_spec("torch").submodule_search_locations)' 2>/dev/null) ||

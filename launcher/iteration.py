@@ -30,7 +30,7 @@ DECODE = 0.87
 """Share of the memory's rate (datasheet) that attention of a decode step reads at: 1b7 and 7b1 on one H100 and one H200."""
 LAYER_S = 40e-6
 """What a layer of a decode step takes longer than reading its weights at that rate: seven small kernels, their gaps, and products too small
-for it. 1b7 at 64 and 128 rows, on an H100; 7b1's steps (benchmarks/rollout.py) come out within 3%."""
+for it. 1b7 at 64 and 128 rows, on an H100; 7b1's steps (benchmarks/rollout.py) come out within 2% at 128 rows, 9% too short at 256."""
 START_S = 0.2
 """Of a rollout: making engines and the cache, capturing CUDA graphs, gathering replies (1b7 on two H100)."""
 IN_PLACE_S = 0.007

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 
@@ -66,8 +67,8 @@ class Machine:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if value < 0:
-                raise ValueError(f"{name} = {value:g}: expected a rate above 0, or 0 for what is known of the network")
+            if not 0 <= value < math.inf or 0 < value < 0.001:
+                raise ValueError(f"{name} = {value:g}: expected a rate of at least 0.001, or 0 for what is known of the network")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +138,7 @@ class Profile:
         self._check_lines()
         for name, least in (("gpus_per_node", 0), ("mem_gb", 0), ("gpu_memory_gb", 0), ("max_nodes", 1), ("max_minutes", 1),
                             ("signal_lead_s", 1)):
-            if getattr(self, name) < least:
+            if not least <= getattr(self, name) < math.inf:  # nan neither
                 raise ValueError(f"{name} = {getattr(self, name)}: expected at least {least}")
         for name, value in self.options.items():
             self._check_option(name, value)

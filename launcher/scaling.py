@@ -9,7 +9,8 @@ Assumptions, all of them:
 * tensor parallelism: per layer and micro-batch two all-reduces forward and two backward (Shoeybi et al. 2019) of 2 T h bytes, as a ring:
   2 (t - 1) / t of them through the links inside a node at RING, hidden behind nothing. With full recompute two more.
 * pipeline: the slowest stage's time x (m + (p - 1) / v) for m micro-batches (Narayanan et al. 2021), and two messages of 2 T h bytes a
-  micro-batch and part, at the links between nodes where a pipeline leaves its node. Host and GPU wait for each other at each: TURN_S.
+  micro-batch and part, at the links between nodes where a pipeline leaves its node. Host and GPU wait for each other once a micro-batch
+  and way: TURN_S.
 * data parallelism: gradients in fp32 are reduce-scattered, weights in bf16 all-gathered, once a step, hidden behind nothing. The optimizer
   reads and writes 20 bytes a parameter and data rank, and 12 more for the norm and for clearing gradients.
 * messages between two ranks, and what leaves a node, at 80% of the links' rate. No stragglers, no congestion, no loading, no saving.
@@ -35,7 +36,8 @@ RING = 0.54e9
 RING_S = 20e-6
 """Of each of its messages, beside that: 1 MB takes 24 microseconds, 4 MB 26, gaps included."""
 TURN_S = 1.5e-3
-"""Seconds that a pipeline's GPU waits at a micro-batch's messages, each way: 1b7's scoring and 7b1's steps at PP 2 on two H100."""
+"""Seconds that a pipeline's GPU waits at a micro-batch's messages, each way: 1b7's scoring and 7b1's steps at PP 2 on two H100. Steps with
+two parts a stage, whose schedule leaves the host free, were measured to need as much (PP 4 and TP 2 x PP 2 on four)."""
 _H800 = Machine(tflops=989, memory_gb_s=3350, inside_gb_s=200, outside_gb_s=50)
 MACHINES = {
     "a100-hdr-infiniband": Machine(tflops=312, memory_gb_s=2039, inside_gb_s=300, outside_gb_s=25),

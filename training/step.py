@@ -163,7 +163,7 @@ def _schedule(pieces: list, micro_batches: list[Batch], on_output: Callable, for
         return output, partial(_call, on_output, micro)
 
     rows, length = micro_batches[0]["tokens"].shape
-    placed = _placed(micro_batches)
+    placed = [on_device(micro) for micro in micro_batches]  # all before the first: a copy from pageable memory waits for what runs
     feeds = [_Feed(placed, piece.config) for piece in pieces]
     single = len(pieces) == 1
     return get_forward_backward_func()(
@@ -190,16 +190,9 @@ class _Feed:
         return self.ready
 
 
-def _placed(micro_batches: list[Batch]) -> list[Batch]:
-    """The micro-batches on the device, by one copy a field: a copy from pageable memory waits for what the GPU was given before."""
-    if all(values.device.type == parallel.device().type for values in micro_batches[0].values()):
-        return micro_batches
-    whole = on_device({name: torch.stack([micro[name] for micro in micro_batches]) for name in micro_batches[0]})
-    return [dict(zip(whole, values, strict=True)) for values in zip(*whole.values(), strict=True)]
-
-
 def on_device(batch: Batch) -> Batch:
-    return {name: values.to(parallel.device()) for name, values in batch.items()}
+    """Copies that don't wait where the batch is in pinned memory."""
+    return {name: values.to(parallel.device(), non_blocking=True) for name, values in batch.items()}
 
 
 def _call(on_output, micro, output, non_loss_data: bool = False):

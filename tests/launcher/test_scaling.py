@@ -135,5 +135,8 @@ def test_a_site_s_own_rates_are_taken_and_missing_ones_are_named():
     assert suggestion(config, asked, network="auto", machine=own) == suggestion(config, asked)
     assert suggestion(config, asked, machine={"tflops": 100.0}) != suggestion(config, asked)
     assert "no layout of 8 ranks fits 90% of 10 GB" in suggestion(config, asked, gpu_memory_gb=10.0)
-    with pytest.raises(ValueError, match="tflops = -1: expected a rate above 0"):
-        Machine(tflops=-1)
+    for value in (-1.0, float("nan"), float("inf"), 1e-320):
+        with pytest.raises(ValueError, match="tflops = .*: expected a rate of at least 0.001, or 0"):
+            Machine(tflops=value)
+    with pytest.raises(ValueError, match="gpu_memory_gb = nan: expected at least 0"):
+        Profile(name="site", scheduler="slurm", gpu_memory_gb=float("nan"))

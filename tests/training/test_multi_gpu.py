@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import time
 
 import pytest
@@ -87,6 +88,23 @@ def test_a_job_whose_time_is_over_says_where_each_rank_is(tmp_path, monkeypatch)
     running.run(math.inf)
     assert running.rows[0]["error"] == "its time was over"
     assert "multi_gpu_rank.py" in log.read_text()
+
+
+@pytest.mark.parametrize(("words", "says"), [
+    ("0 --tiny", "--gpus 0: expected a power of two"), ("2 --tiny --only (", "'\\(' is no regular expression"),
+    ("2 --tiny --only zzzz", "no job of --parts .* on 2 GPUs has a name that --only zzzz matches"),
+    ("1 --tiny --parts large", "no job of --parts large on 1 GPUs")])
+def test_what_cannot_be_run_is_said_before_anything_is(words, says, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["multi_gpu.py", "--gpus", *words.split()])
+    with pytest.raises(SystemExit) as ended:
+        multi_gpu.main()
+    assert ended.value.code == 2 and re.search(says, capsys.readouterr().err) and not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_ends_nothing(tmp_path, capsys):
+    rows = multi_gpu.write([], CARD, tmp_path / "missing")
+    assert rows == [] and "missing/multi_gpu.json could not be written" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("gpus", [1, 2, 4, 8])
