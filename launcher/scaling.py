@@ -11,8 +11,8 @@ Assumptions, all of them:
 * pipeline: the slowest stage's time x (m + (p - 1) / v) for m micro-batches (Narayanan et al. 2021), and two messages of 2 T h bytes a
   micro-batch and part, at the links between nodes where a pipeline leaves its node. Host and GPU wait for each other once a micro-batch
   and way: TURN_S.
-* data parallelism: gradients in fp32 are reduce-scattered, weights in bf16 all-gathered, once a step, hidden behind nothing. The optimizer
-  reads and writes 20 bytes a parameter and data rank, and 12 more for the norm and for clearing gradients.
+* data parallelism: gradients in fp32 are reduce-scattered, weights in bf16 all-gathered, once a step, inside a node at RING, too, hidden
+  behind nothing. The optimizer reads and writes 20 bytes a parameter and data rank, and 12 more for the norm and for clearing gradients.
 * messages between two ranks, and what leaves a node, at 80% of the links' rate. No stragglers, no congestion, no loading, no saving.
 """
 
