@@ -33,7 +33,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.multi_gpu_plan import MEMORY_GB_S, ON_PURPOSE, PARTS, Job, waves, with_prediction
+from benchmarks.multi_gpu_plan import MEMORY_GB_S, ON_PURPOSE, PARTS, Job, Waves, waves, with_prediction
 from benchmarks.multi_gpu_tables import tables
 from benchmarks.side_by_side import heeded
 from launcher import nccl
@@ -155,7 +155,7 @@ def expression(text: str) -> str:
     return text
 
 
-def measure(asked: argparse.Namespace, card: dict, end: float, scratch: Path, begun: list[Running]) -> list[dict]:
+def measure(asked: argparse.Namespace, planned: Waves, card: dict, end: float, scratch: Path, begun: list[Running]) -> list[dict]:
     """Do all waves of jobs; what was found. ``begun``: gets each job when its processes are there."""
     def begin(wave: list[Job]) -> list[Running]:
         first = len(begun)
@@ -163,7 +163,7 @@ def measure(asked: argparse.Namespace, card: dict, end: float, scratch: Path, be
             begun.append(Running(job, scratch, asked.out, card["count"] < asked.gpus))
         return begun[first:]
 
-    planned, every, threads = waves(asked.gpus, asked.tiny, card, asked.parts, asked.only), [], []
+    every, threads = [], []
     started = begin(planned[0])
     while asked.after and not asked.after.exists():
         time.sleep(0.1)
@@ -200,7 +200,8 @@ def main() -> int:
     end, card = time.monotonic() + asked.limit, card_here()
     if asked.gpus < 1 or asked.gpus & (asked.gpus - 1) or not asked.tiny and asked.gpus > card["count"]:
         parser.error(f"--gpus {asked.gpus}: expected a power of two, and no more than the {card['count']} GPUs here (or --tiny)")
-    if not waves(asked.gpus, asked.tiny, card, asked.parts, asked.only):
+    planned = waves(asked.gpus, asked.tiny, card, asked.parts, asked.only)
+    if not planned:
         parser.error(f"no job of --parts {' '.join(asked.parts)} on {asked.gpus} GPUs has a name that --only "
                      f"{' '.join(asked.only) or '(not given)'} matches; names stand in the tables and logs")
     asked.out.mkdir(parents=True, exist_ok=True)
@@ -209,7 +210,7 @@ def main() -> int:
     with heeded(lambda number: sys.exit(128 + number)), \
             tempfile.TemporaryDirectory(dir=asked.scratch, ignore_cleanup_errors=True) as scratch:
         try:
-            rows = measure(asked, card, end, Path(scratch), begun)
+            rows = measure(asked, planned, card, end, Path(scratch), begun)
         finally:  # after a signal: before the folder goes, and with it 72 GB
             for running in begun:
                 running.stop()

@@ -42,10 +42,10 @@ class Plan:
     _places: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, repr=False, compare=False)
 
     def micro_batches(self, batch: Batch, minibatch: int) -> list[Batch]:
-        """This rank's micro-batches (rows, length) of a minibatch of the samples ``batch`` (B, T), where ``batch`` is; "documents" where
+        """This rank's micro-batches (rows, length) of a minibatch of the samples ``batch`` (B, T), both on the device; "documents" where
         packed."""
         layout = self.minibatches[minibatch]
-        place, documents = (laid.to(batch["tokens"].device) for laid in self._laid_out(minibatch, batch["tokens"].size(1)))
+        place, documents = self._laid_out(minibatch, batch["tokens"].size(1))
         made = {name: torch.where(place >= 0, values.reshape(-1)[place.clamp(min=0)], values.new_zeros(()))
                 for name, values in batch.items() if values.shape == batch["tokens"].shape}
         if self.packed:
