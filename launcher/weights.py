@@ -90,8 +90,7 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
     with open(path, "rb") as file:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if start.startswith(b"version "):
-            raise ConfigError(f"model.checkpoint: {path} is a git-LFS pointer, not the weights; fetch them with `git lfs pull`")
+        _check_fetched(path, start)
         if not 2 <= length <= min(HEADER_MAX, size - 8):
             raise ConfigError(f"model.checkpoint: {path} ({size} bytes) is no safetensors file, or was cut off; download it again")
         try:
@@ -118,12 +117,16 @@ def _tensor(path: Path, data: int, *, dtype: str, shape: list, data_offsets: lis
     return Tensor(path, dtype, list(shape), data + first, last - first)
 
 
+def _check_fetched(path: Path, start: bytes) -> None:
+    if start.startswith(b"version "):
+        raise ConfigError(f"model.checkpoint: {path} is a git-LFS pointer, not the weights; fetch them with `git lfs pull`")
+
+
 def _check_pickled(path: Path) -> None:
     """Nothing is unpickled here: that the archive is whole is all that is asked."""
     with open(path, "rb") as file:
         start = file.read(8)
-    if start.startswith(b"version "):
-        raise ConfigError(f"model.checkpoint: {path} is a git-LFS pointer, not the weights; fetch them with `git lfs pull`")
+    _check_fetched(path, start)
     if not zipfile.is_zipfile(path):
         raise ConfigError(f"model.checkpoint: {path} is no whole torch archive: truncated, or saved by a torch before 1.6; download it "
                           "again, or save it anew with save_pretrained(folder, safe_serialization=True)")
