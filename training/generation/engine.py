@@ -218,9 +218,10 @@ class Engine:
         """Tokens (B,) and log-probabilities (B,) that follow ``hidden`` (B, H) of the rows in slots ``index`` (B,)."""
         slots, decoder = self.slots, self.decoder
         logits, temperature, uniforms = decoder.logits(hidden), slots.temperature[index], slots.uniforms[index, slots.step[index]]
-        if decoder.group and not truncates and slots.seen is None:
-            return shards.choose(decoder.ops, logits, temperature, uniforms, decoder.group)
-        logits = decoder.gather(logits)
+        if decoder.group:
+            if not truncates and slots.seen is None:
+                return shards.choose(decoder.ops, logits, temperature, uniforms, decoder.group)
+            logits = decoder.gather(logits)
         if slots.seen is not None:
             logits = penalise(logits, slots.seen[index], slots.penalty[index])
         truncation = (slots.top_k[index], slots.top_p[index]) if truncates else ()
