@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from eval.errors import InvariantError
+
 _ROLE_MARKER = re.compile(r"(^|\n)\s*(Human|Assistant):")
 NGRAM = 4
 """Words of the n-grams that count as repetition."""
@@ -44,7 +46,8 @@ def has_role_marker(text: Text) -> bool:
 
 def check(texts: Sequence[Text]) -> dict:
     """Measures over one model's texts (at least one): shares are 0..1, lengths are means."""
-    assert texts, "check: no texts"
+    if not texts:
+        raise InvariantError("check: no texts")
     n = len(texts)
     strings = [text.text for text in texts]
     return {

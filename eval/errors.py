@@ -15,3 +15,7 @@ class HarnessError(RuntimeError):
 
 class Busy(RuntimeError):
     """Another start is at work on the same files: the message names the folder. Exit code 75."""
+
+
+class InvariantError(AssertionError):
+    """What always holds does not: a bug. Unlike ``assert`` it also guards an evaluation under ``python -O``."""

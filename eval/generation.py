@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor, StoppingCriteria
 from transformers.utils import logging
 
-from eval.errors import DataError
+from eval.errors import DataError, InvariantError
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,8 @@ def _left_padded(rows: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.T
 def generate(model, tokenizer, prompts: Sequence[Prompt], *, max_new_tokens: int, context_length: int, seed: int,
              stop: Sequence[str]) -> list[Reply]:
     """One batch of replies, in the order of ``prompts``; a prompt keeps at most context_length - max_new_tokens tokens."""
-    assert context_length > max_new_tokens, (context_length, max_new_tokens)
+    if context_length <= max_new_tokens:
+        raise InvariantError(f"{max_new_tokens} new tokens in a context of {context_length}")
     eos = tokenizer.eos_token_id
     pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     encoded = [encode(tokenizer, prompt.text, context_length - max_new_tokens) for prompt in prompts]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eval.endpoint import Completion, Endpoint
-from eval.errors import DataError
+from eval.errors import DataError, InvariantError
 from eval.questions import NEEDS_REFERENCE, Question, QuestionSet
 from eval.scores import parse_rating
 
@@ -133,7 +133,8 @@ def known_item(prompts: dict[str, dict]) -> tuple[str, str]:
 
 
 def unique(items: Iterable, judge: str) -> list:
-    """The items in order; an assertion that no two ask for the same place."""
+    """The items in order. Raises InvariantError where two ask for the same place."""
     items = list(items)
-    assert len({item.place(judge) for item in items}) == len(items), "two requests for one place"
+    if len({item.place(judge) for item in items}) != len(items):
+        raise InvariantError("two requests for one place")
     return items

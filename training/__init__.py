@@ -2,7 +2,9 @@
 
 import warnings
 
-from training.startup import without_compiler
+from training.startup import without_compiler, without_optimization
+
+without_optimization()
 
 # A dozen warnings a rank about what megatron-core calls and what is not installed, which nobody who runs a stage can change.
 # What matters of them, which Adam runs on what, the trainers' log says once.

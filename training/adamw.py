@@ -17,6 +17,8 @@ import functools
 
 import torch
 
+from training.settings import InvariantError
+
 MASK = 0xFFFFFFFF
 
 
@@ -64,14 +66,16 @@ class SplitAdamW(torch.optim.AdamW):
         """Make the state of parameters that have none: about to train, or to be loaded into."""
         for parameter in (parameter for group in self.param_groups for parameter in group["params"]):
             if parameter not in self.state:
-                assert parameter.dtype == torch.bfloat16, f"a trained parameter is {parameter.dtype}: set optimizer_precision = \"fp32\""
+                if parameter.dtype != torch.bfloat16:
+                    raise InvariantError(f'a trained parameter is {parameter.dtype}: set optimizer_precision = "fp32"')
                 self.state[parameter] = {
                     "remainder": torch.zeros_like(parameter, dtype=torch.int16), "exp_avg": torch.zeros_like(parameter),
                     "exp_avg_sq": torch.zeros_like(parameter)}
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
-        assert closure is None
+        if closure is not None:
+            raise InvariantError("this AdamW takes no closure")
         self.initialise()
         for group in self.param_groups:
             step = group["step"] = group.get("step", 0) + 1

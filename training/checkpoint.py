@@ -221,7 +221,9 @@ def load_weights(path: Path, model: LanguageModel, fresh_head: int | None = None
     missing, unexpected = model.load_state_dict(loaded, strict=False)
     missing = [key for key in missing if not key.endswith("_extra_state") and lora.MARK not in key
                and not (fresh_head is not None and _of_head(key))]
-    assert not missing and not unexpected, f"{path}: missing {missing}, unexpected {unexpected}"
+    if missing or unexpected:
+        raise ConfigError(f"{path} holds another model than this one: missing {missing}, unexpected {unexpected}; "
+                          "start from a checkpoint of the model in config.json")
     lora.absorb(path, model)
     lora.initialise(model)
     if fresh_head is not None and model.post_process:

@@ -1,6 +1,6 @@
 """What holds exactly when a run begins, whatever the model and the data: checked at run time, since a violation is a bug and no luck.
 
-Each raises AssertionError, on every rank alike, with the values and what they mean.
+Each raises InvariantError, on every rank alike, with the values and what they mean.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from training.config import RolloutConfig
+from training.settings import InvariantError
 from training.step import Batch
 
 TOLERANCE = {"fp32": 1e-6, "bf16": 1e-2}
@@ -26,18 +27,22 @@ def samples_are_whole(batch: Batch, starts: list[int], ended: torch.Tensor, eos_
     expected = (position >= torch.tensor(starts)[:, None]) & (position < lengths[:, None])
     for row in (mask != expected).any(1).nonzero().flatten().tolist():
         inside = mask[row].nonzero().flatten().tolist()
-        raise AssertionError(f"sample {row}: the response is tokens {starts[row]} to {int(lengths[row]) - 1}, but response_mask is True "
+        raise InvariantError(f"sample {row}: the response is tokens {starts[row]} to {int(lengths[row]) - 1}, "
+                             f"but response_mask is True "
                              f"{f'from {inside[0]} to {inside[-1]}' if inside else 'nowhere'}")
     last = tokens.gather(1, lengths[:, None] - 1).squeeze(1) == eos_id
     wrong = (last != ended) | (((tokens == eos_id) & mask).sum(1) != ended)
-    assert not wrong.any(), f"sample {int(wrong.nonzero()[0])}: an EOS (id {eos_id}) stands elsewhere than at the end of the response"
+    if wrong.any():
+        raise InvariantError(f"sample {int(wrong.nonzero()[0])}: an EOS (id {eos_id}) stands elsewhere than at the end "
+                             "of the response")
 
 
 def policy_is_reference(config: RolloutConfig, metrics: dict[str, float]) -> None:
     """Before the first update policy and reference are the same weights: k3 is 0 at every token."""
-    assert metrics["kl_k3"] <= TOLERANCE[config.precision] * metrics["response_length"], (
-        f"iteration 1: KL to the reference = {metrics['kl_k3']:.4g} nats per response (k3), expected 0: policy and reference "
-        "are both the SFT model (other weights, temperature, dropout or rows in one of the two passes?)")
+    if not metrics["kl_k3"] <= TOLERANCE[config.precision] * metrics["response_length"]:  # NaN is refused, too
+        raise InvariantError(
+            f"iteration 1: KL to the reference = {metrics['kl_k3']:.4g} nats per response (k3), expected 0: policy and "
+            "reference are both the SFT model (other weights, temperature, dropout or rows in one of the two passes?)")
 
 
 def first_update(config: RolloutConfig, step: dict[str, float], batch: Batch) -> None:
@@ -48,12 +53,16 @@ def first_update(config: RolloutConfig, step: dict[str, float], batch: Batch) ->
     mask = batch["response_mask"][: config.global_batch_size]
     advantage = batch["advantages"][: config.global_batch_size][mask].double().mean().item()
     small = TOLERANCE[config.precision]
-    assert step["approx_kl"] <= small and step["clip_fraction"] <= 5 * small and abs(step["policy_loss"] + advantage) <= 10 * small, (
-        f"first minibatch: approx KL {step['approx_kl']:.4g}, clip fraction {step['clip_fraction']:.4g}, policy loss "
-        f"{step['policy_loss']:.6g}; expected 0, 0 and {-advantage:.6g}: the policy that learns is not the one whose log-probabilities "
-        "were kept (temperature, dropout, mask or rows differ between the scoring pass and the update?)")
+    same = step["approx_kl"] <= small and step["clip_fraction"] <= 5 * small and abs(step["policy_loss"] + advantage) <= 10 * small
+    if not same:  # NaN is not the same, either
+        raise InvariantError(
+            f"first minibatch: approx KL {step['approx_kl']:.4g}, clip fraction {step['clip_fraction']:.4g}, policy loss "
+            f"{step['policy_loss']:.6g}; expected 0, 0 and {-advantage:.6g}: the policy that learns is not the one whose "
+            "log-probabilities were kept (temperature, dropout, mask or rows differ between the scoring pass and the update?)")
     surprisal = -batch["old_logprobs"][: config.global_batch_size][mask].double()
     apart, error = surprisal.mean().item() - step["entropy"], surprisal.std().item() / len(surprisal) ** 0.5
-    assert len(surprisal) < FEW or abs(apart) <= max(SIGMAS * error, NATS + 0.1 * step["entropy"]), (
-        f"the samples' mean -log p = {surprisal.mean():.4g} nats a token, but the policy's entropy there is {step['entropy']:.4g} "
-        f"(standard error {error:.2g}): they were not drawn from this policy (another temperature, mask or cache in the rollout?)")
+    if not (len(surprisal) < FEW or abs(apart) <= max(SIGMAS * error, NATS + 0.1 * step["entropy"])):
+        raise InvariantError(
+            f"the samples' mean -log p = {surprisal.mean():.4g} nats a token, but the policy's entropy there is "
+            f"{step['entropy']:.4g} (standard error {error:.2g}): they were not drawn from this policy (another temperature, "
+            "mask or cache in the rollout?)")

@@ -20,6 +20,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from training.adamw import SplitAdamW
 from training.config import TrainerConfig
+from training.settings import InvariantError
 
 CONFIGURED = ("lr", "max_lr", "min_lr", "betas", "eps", "weight_decay", "start_wd", "end_wd")
 """What the configuration says of a parameter group."""
@@ -224,7 +225,8 @@ def make_optimizer(parts: list[DistributedDataParallel], trainer: TrainerConfig,
         elif torch.cuda.is_available() and not HAVE_APEX_OR_TE:
             patches.enter_context(mock.patch.object(torch.optim, "AdamW", functools.partial(torch.optim.AdamW, fused=True)))
         made = get_megatron_optimizer(config, parts, get_standard_config_overrides(config))
-    assert len(made.chained_optimizers) == 1, "a dense model has one optimizer"
+    if len(made.chained_optimizers) != 1:
+        raise InvariantError(f"a dense model has one optimizer, megatron-core made {len(made.chained_optimizers)}")
     return made
 
 

@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.filesystem import SerializationFormat, _Storag
 
 from training import checkpoint, parallel
 from training.config import TrainerConfig
+from training.settings import InvariantError
 from training.step import Learner
 
 WRITERS = 2
@@ -239,7 +240,8 @@ def _buckets(request: AsyncRequest, staging: _Staging | None) -> list[tuple[Path
     """(file, [(item, tensor)]) of this rank; with ``staging`` the tensors are frozen there."""
     made = []
     for name, _, (objects, tensors) in request.async_fn_args[1] if request.async_fn else ():
-        assert not objects, f"{name}: objects would be pickled: {[item.index for item, _ in objects]}"
+        if objects:
+            raise InvariantError(f"{name}: objects would be pickled: {[item.index for item, _ in objects]}")
         made.append((Path(name), [(item, staging.copy(tensor) if staging else tensor.detach()) for item, tensor in tensors]))
     if staging and torch.cuda.is_available():
         torch.cuda.synchronize()

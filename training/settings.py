@@ -17,6 +17,10 @@ class ConfigError(ValueError):
     """A user's mistake: the message names the key, its value, what was expected and the fix."""
 
 
+class InvariantError(AssertionError):
+    """What always holds does not: a bug. Unlike ``assert`` it also guards a run under ``python -O``."""
+
+
 def at_least(config, smallest: int, *names: str) -> None:
     for name in names:
         if not smallest <= getattr(config, name) < math.inf:  # NaN is refused, too

@@ -11,7 +11,7 @@ from types import ModuleType
 
 from training.config_file import ConfigFile
 from training.data.config import ModelConfig
-from training.settings import ConfigError
+from training.settings import ConfigError, InvariantError
 
 VOCAB_MULTIPLE = 128
 """The embedding's rows are padded to a multiple of this times the tensor-parallel size (tensor cores, equal shards)."""
@@ -183,7 +183,8 @@ class Shape:
             # Of equals the fullest last stage: the others then hold less.
             if best is None or slowest <= best[0]:
                 best = (slowest, last)
-        assert best is not None, f"{self.layers} layers for {stages} stages of at least {least}"
+        if best is None:
+            raise InvariantError(f"{self.layers} layers for {stages} stages of at least {least}")
         each, more = divmod(self.layers - best[1], stages - 1)
         return [each + (stage >= stages - 1 - more) for stage in range(stages - 1)] + [best[1]]
 

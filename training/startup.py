@@ -1,4 +1,5 @@
-"""Start quickly: megatron-core's import without torch's compiler on machines without CUDA. Standard library only.
+"""Start as we are tested: megatron-core's import without torch's compiler on machines without CUDA, and no ``python -O``.
+Standard library only.
 
 megatron-core decorates its fusions with ``torch.compile`` while it is imported, which loads dynamo and inductor: 3.4 of the 7.9 s that a
 process of a stage needs to start on two cores, for functions that are never called there. Its own switch,
@@ -8,10 +9,12 @@ process of a stage needs to start on two cores, for functions that are never cal
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from importlib.abc import MetaPathFinder
 
 MODULE = "megatron.core.jit"
+PROGRAMS = ("launcher", "training", "conversion")
 
 
 class _Switch(MetaPathFinder):
@@ -37,3 +40,16 @@ def without_compiler() -> None:
     """Call before the first import of megatron-core; harmless afterwards."""
     if MODULE not in sys.modules and not any(isinstance(finder, _Switch) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Switch())
+
+
+def without_optimization() -> None:
+    """Under ``python -O`` or ``-OO`` (PYTHONOPTIMIZE=1 or 2) replace one of our programs by the same one without it.
+
+    transformers needs its docstrings, so do our ``--help`` texts, and megatron-core's asserts guard a run. eval has this too.
+    """
+    words = sys.orig_argv
+    ours = (*words, "")[words.index("-m") + 1].split(".")[0] in PROGRAMS if "-m" in words else sys.argv[0].endswith("/convoy")
+    kept = [word for word in words if word not in ("-O", "-OO")]
+    if sys.flags.optimize and ours and (len(kept) < len(words) or "PYTHONOPTIMIZE" in os.environ):
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONOPTIMIZE"}
+        os.execve(sys.executable, [sys.executable, *kept[1:]], environment)

@@ -20,6 +20,7 @@ from training.model.language_model import Interleaved, LanguageModel, documents_
 from training.model.linear import accumulate
 from training.offload import Offloaded
 from training.optimizer import make_optimizer, make_schedule
+from training.settings import InvariantError
 from training.shape import Shape
 
 Batch = dict[str, torch.Tensor]
@@ -186,7 +187,8 @@ class _Feed:
         self.ready = micro and (micro, documents_of(self.config, micro["tokens"], micro.get("documents")))
 
     def take(self) -> tuple[Batch, Documents | None]:
-        assert self.ready, "the schedule asks for more micro-batches than there are"
+        if not self.ready:
+            raise InvariantError("the schedule asks for more micro-batches than there are")
         return self.ready
 
 
@@ -210,5 +212,6 @@ def _means(sums: list[torch.Tensor], names: tuple[str, ...]) -> dict[str, float]
     if parallel.last_stage():
         parallel.sum_over_data(total)
     count, *values = parallel.from_last_stage(total).tolist()
-    assert count > 0, "the global batch has no token or pair to learn from"
+    if count <= 0:
+        raise InvariantError("the global batch has no token or pair to learn from")
     return {name: value / count for name, value in zip(names, values, strict=True)}

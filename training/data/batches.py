@@ -13,7 +13,7 @@ import torch
 from training.data.cache import Tokenised
 from training.data.permutation import Permutation
 from training.data.tokenizer import Tokenizer
-from training.settings import ConfigError
+from training.settings import ConfigError, InvariantError
 
 
 class Example(NamedTuple):
@@ -62,7 +62,8 @@ def collate(examples: list[Example], pad_id: int, length: int) -> dict[str, torc
     """Right-padded batch: ``tokens`` (B, length) int64; ``response_mask`` (B, length) bool, True at the reply's ids with its EOS;
     ``lengths`` (B,) int64, real ids of each row."""
     lengths = torch.tensor([len(example.tokens) for example in examples])
-    assert int(lengths.max()) <= length, f"a row of {int(lengths.max())} tokens in a batch of length {length}"
+    if int(lengths.max()) > length:
+        raise InvariantError(f"a row of {int(lengths.max())} tokens in a batch of length {length}")
     tokens = torch.full((len(examples), length), pad_id)
     for row, example in zip(tokens, examples, strict=True):
         row[:len(example.tokens)] = torch.tensor(example.tokens)
@@ -116,6 +117,7 @@ class Sampler:
 
 def shard(indices: list[int], rank: int, ranks: int) -> list[int]:
     """Data-parallel rank ``rank``'s contiguous part of a global batch."""
-    assert len(indices) % ranks == 0, f"a global batch of {len(indices)} for {ranks} data-parallel ranks"
+    if len(indices) % ranks:
+        raise InvariantError(f"a global batch of {len(indices)} for {ranks} data-parallel ranks")
     size = len(indices) // ranks
     return indices[rank * size:(rank + 1) * size]

@@ -15,6 +15,7 @@ import torch
 
 from training.data.batches import Example
 from training.pace import MORE_ROWS, micro_batches
+from training.settings import InvariantError
 
 EXCHANGES = 4
 """Most exchanges of examples between rows, times the number of rows."""
@@ -55,13 +56,14 @@ def lay_out(lengths: list[int], limits: Limits) -> Layout:
 
     A rank's time is reckoned by training.pace.micro_batches; of equals (where all wait for the host) the least padding is taken. For every
     number of rows the shortest multiple that holds the examples is tried. Rows may be empty where there are fewer examples than ranks.
-    Raises AssertionError for a length above the capacity.
+    Raises InvariantError for a length above the capacity.
 
     >>> lay_out([5, 4, 3, 3, 1], Limits(capacity=8, multiple=1, ranks=1, micro_batch_size=2))
     Layout(rows=[[0, 3], [1, 2, 4]], length=8, micro_batch_size=2)
     """
     longest, total = max(lengths), sum(lengths)
-    assert longest <= limits.capacity, f"an example of {longest} tokens in rows of {limits.capacity}"
+    if longest > limits.capacity:
+        raise InvariantError(f"an example of {longest} tokens in rows of {limits.capacity}")
     unit = limits.ranks * limits.group
     fewest = _up(max(1, -(-total // limits.capacity)), unit)
     highest = _up(limits.capacity, limits.multiple)
@@ -79,19 +81,21 @@ def lay_out(lengths: list[int], limits: Limits) -> Layout:
             if not _too_few(ordered, count, capacity) and (rows := spread(lengths, count, capacity)):
                 best, least = Layout(rows, length, size), (seconds, count * length)
                 break
-    assert best, f"{lengths} in {limits}"  # one example a row always fits
+    if not best:  # one example a row always fits
+        raise InvariantError(f"{lengths} in {limits}")
     return best
 
 
 def pack(lengths: list[int], capacity: int, unit: int) -> list[list[int]]:
     """Indices of ``lengths`` in as few rows of at most ``capacity`` tokens as a multiple of ``unit`` allows, rows of about equal length.
 
-    Rows may be empty where there are fewer examples than rows. Raises AssertionError for a length above ``capacity``.
+    Rows may be empty where there are fewer examples than rows. Raises InvariantError for a length above ``capacity``.
 
     >>> pack([5, 4, 3, 3, 1], capacity=8, unit=2)
     [[0, 3], [1, 2, 4]]
     """
-    assert max(lengths) <= capacity, f"an example of {max(lengths)} tokens in rows of {capacity}"
+    if max(lengths) > capacity:
+        raise InvariantError(f"an example of {max(lengths)} tokens in rows of {capacity}")
     count = _up(max(1, -(-sum(lengths) // capacity)), unit)
     while not (rows := spread(lengths, count, capacity)):
         count += unit
@@ -162,7 +166,8 @@ def collate_packed(rows: list[list[Example]], pad_id: int, length: int) -> dict[
         start = 0
         for number, example in enumerate(examples):
             end = start + len(example.tokens)
-            assert end <= length, f"a row of at least {end} tokens in a batch of length {length}"
+            if end > length:
+                raise InvariantError(f"a row of at least {end} tokens in a batch of length {length}")
             tokens[row, start:end] = torch.tensor(example.tokens)
             documents[row, start:end] = number
             # The first token of a document is not predicted: what stands before it belongs to another.

@@ -11,6 +11,8 @@ import hashlib
 
 import numpy as np
 
+from training.settings import InvariantError
+
 ROUNDS = 8
 SMALLEST_BITS = 4
 """Of half a number: with fewer, so few round functions exist that some orders of a handful of rows never come."""
@@ -23,7 +25,8 @@ class Permutation:
         self.n, self.bits = n, max(SMALLEST_BITS, ((n - 1).bit_length() + 1) // 2)
         self.mask = np.uint64((1 << self.bits) - 1)
         self.keys = np.frombuffer(hashlib.sha512(name.encode()).digest(), dtype="<u8")
-        assert len(self.keys) == ROUNDS
+        if len(self.keys) != ROUNDS:
+            raise InvariantError(f"{len(self.keys)} keys for {ROUNDS} rounds")
 
     def __getitem__(self, indices: np.ndarray) -> np.ndarray:
         values = self._feistel(indices.astype(np.uint64))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from training.settings import InvariantError
+
 
 class Pages:
     """Page numbers 1..count with reference counts. Page 0 is nobody's: rows that only fill up a batch write there."""
@@ -17,7 +19,8 @@ class Pages:
         return -(-tokens // self.size)
 
     def take(self, count: int) -> list[int]:
-        assert count <= len(self.unused), f"{count} pages wanted, {len(self.unused)} of {self.count} are unused"
+        if count > len(self.unused):
+            raise InvariantError(f"{count} pages wanted, {len(self.unused)} of {self.count} are unused")
         taken = [self.unused.pop() for _ in range(count)]
         for page in taken:
             self.holders[page] = 1
@@ -31,7 +34,8 @@ class Pages:
     def release(self, pages: list[int]) -> None:
         for page in pages:
             self.holders[page] -= 1
-            assert self.holders[page] >= 0, f"page {page} was released more often than taken"
+            if self.holders[page] < 0:
+                raise InvariantError(f"page {page} was released more often than taken")
             if not self.holders[page]:
                 self.unused.append(page)
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from training.generation.pages import Pages, Prefix
 from training.generation.request import Request
+from training.settings import InvariantError
 
 
 class Row:
@@ -191,7 +192,9 @@ class Scheduler:
     def preempt(self) -> Row:
         """The youngest row back to the head of the queue. All results must have come back."""
         row = self.running[-1]
-        assert len(self.running) > 1 and row.launched == len(row.tokens), (row.number, row.launched, len(row.tokens))
+        if len(self.running) < 2 or row.launched != len(row.tokens):
+            raise InvariantError(f"row {row.number} can't give way: {row.launched} of {len(row.tokens)} tokens are back, "
+                                 f"{len(self.running)} rows run")
         self._leave(row)
         row.cached = 0
         self.waiting.appendleft(row)

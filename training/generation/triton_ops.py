@@ -12,6 +12,7 @@ import triton.language as tl
 
 from training.generation.cache import Batch
 from training.generation.triton_sampling import choose, pick, summarise
+from training.settings import InvariantError
 
 __all__ = ["attend", "choose", "pick", "residual_norm", "summarise", "write"]
 
@@ -70,7 +71,8 @@ def _write(cache, key, value, pages, offsets, key_token, key_head, value_token, 
 def write(cache: torch.Tensor, key: torch.Tensor, value: torch.Tensor, batch: Batch) -> None:
     """Keys and values (T, heads, D) into a layer's ``cache`` (2, pages, heads, page, D)."""
     tokens, heads, dim = key.shape
-    assert key.stride(2) == value.stride(2) == 1
+    if not key.stride(2) == value.stride(2) == 1:
+        raise InvariantError(f"keys and values have strides {key.stride(2)} and {value.stride(2)} along D, expected 1")
     block_h = min(triton.next_power_of_2(heads), 8)
     _write[(tokens, triton.cdiv(heads, block_h))](
         cache, key, value, batch.pages, batch.offsets, *key.stride()[:2], *value.stride()[:2], cache.stride(1), cache.stride(0), dim,
@@ -188,7 +190,8 @@ def _prefill(query, cache, table, lengths, starts, blocks, slopes, out, scale, t
 def attend(cache: torch.Tensor, query: torch.Tensor, batch: Batch, slopes: torch.Tensor | None, scale: float) -> torch.Tensor:
     """Causal attention of ``query`` (T, kv_heads, group, D) over a layer's cache -> (T, kv_heads * group * D); see torch_ops.attend."""
     tokens, kv_heads, group, dim = query.shape
-    assert query.stride(3) == 1 and batch.table.stride(1) == 1
+    if query.stride(3) != 1 or batch.table.stride(1) != 1:
+        raise InvariantError(f"strides {query.stride(3)} (query) and {batch.table.stride(1)} (page table), expected 1")
     out = torch.empty(tokens, kv_heads * group * dim, dtype=query.dtype, device=query.device)
     strides = (*query.stride()[:3], cache.stride(1), cache.stride(0), batch.table.stride(0))
     block_d, page = triton.next_power_of_2(dim), cache.size(3)

@@ -13,6 +13,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 
 from training.model import backends
+from training.settings import InvariantError
 
 
 def alibi_slopes(heads: int) -> torch.Tensor:
@@ -83,7 +84,8 @@ class CausalAttention(MegatronModule):
     def __init__(self, config, layer_number, attn_mask_type, attention_type, attention_dropout=None, softmax_scale=None,
                  cp_comm_type=None, pg_collection=None):
         super().__init__(config=config)
-        assert config.context_parallel_size == 1, f"context_parallel_size = {config.context_parallel_size}: TrainerConfig refuses it"
+        if config.context_parallel_size != 1:
+            raise InvariantError(f"context_parallel_size = {config.context_parallel_size}: TrainerConfig refuses it")
         group = pg_collection.tp
         self.heads = config.num_attention_heads
         self.count = self.heads // group.size()
@@ -96,7 +98,8 @@ class CausalAttention(MegatronModule):
         self.slopes = rank_slopes(self.heads, self.first, self.count, where) if config.alibi else None
 
     def forward(self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None, packed_seq_params=None):
-        assert attention_bias is None and attention_mask is None
+        if attention_bias is not None or attention_mask is not None:
+            raise InvariantError("attention_bias or attention_mask is given: this attention has its own bias and mask")
         # A length off FlexAttention's blocks would compile a kernel for itself.
         if self.backend == "sdpa" or (self.backend == "flex" and query.size(0) % backends.FLEX_BLOCK):
             return backends.sdpa(query, key, value, self.slopes, self.scale, packed_seq_params)

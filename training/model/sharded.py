@@ -17,10 +17,13 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from training.settings import InvariantError
+
 
 def _group(ranks: int) -> dist.ProcessGroup:
     group = parallel_state.get_tensor_model_parallel_group()
-    assert group.size() == ranks, f"a graph for {ranks} tensor-parallel ranks on {group.size()}"
+    if group.size() != ranks:
+        raise InvariantError(f"a graph for {ranks} tensor-parallel ranks on {group.size()}")
     return group
 
 
