@@ -12,9 +12,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from eval import generation
+from eval import chat, generation
 from eval.config import MTBenchConfig
-from eval.errors import DataError
 from eval.generation import Prompt, Reply
 from eval.jsonl import append, last_by, recover
 from eval.questions import Question
@@ -34,7 +33,7 @@ def dialogue(turns: Sequence[str], answers: Sequence[str], template: str, tokeni
     if template == "chat":
         messages = [{"role": role, "content": text} for pair in zip(turns, [*answers, ""], strict=True)
                     for role, text in zip(("user", "assistant"), pair, strict=True)]
-        return tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+        return chat.render_by(tokenizer, messages[:-1])
     parts = []
     for number, question in enumerate(turns):
         parts.append(template.replace("{question}", question))
@@ -64,9 +63,6 @@ def batches(items: Sequence, size: int) -> Iterator[Sequence]:
 def answer(model, tokenizer, name: str, questions: Sequence[Question], keys: dict[int, str], config: MTBenchConfig, path: Path,
            done: Callable[[int], None]) -> None:
     """Answer ``questions`` and append a row for each to ``path``; ``done(n)`` after each batch."""
-    if config.template == "chat" and not tokenizer.chat_template:
-        raise DataError(f"paths.models.{name}: template = \"chat\", but its tokenizer has no chat template; set mtbench.template to a text "
-                        "with {question} in it")
     for batch in batches(questions, config.batch_size):
         replies: list[list[Reply]] = [[] for _ in batch]
         for turn in (1, 2):

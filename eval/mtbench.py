@@ -28,9 +28,8 @@ import typing
 import webbrowser
 from pathlib import Path
 
-from eval import config
+from eval import chat, config
 from eval.config import MTBenchConfig, MTBenchPaths
-from eval.runs import read_json
 
 GROUPS = (("judge_", "the judge"), ("judge", "the judge"), ("harness_", "lm-evaluation-harness"), ("", "questions and answers"))
 """Beginning of an option's name -> heading; the first that fits."""
@@ -87,8 +86,8 @@ def named(models: list[str]) -> dict[str, str]:
 
 
 def has_chat_template(folder: str) -> bool:
-    path = Path(folder)
-    return (path / "chat_template.jinja").is_file() or bool(read_json(path / "tokenizer_config.json").get("chat_template"))
+    """ValueError for a template, or a file of it, that is damaged."""
+    return bool(chat.read(folder)[0])
 
 
 def _unescaped(text: str) -> str:

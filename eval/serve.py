@@ -15,7 +15,7 @@ import threading
 from concurrent.futures import Future
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from eval import generation
+from eval import chat, generation
 from eval.generation import Prompt, Reply
 
 BATCH = 8
@@ -60,7 +60,7 @@ class Batcher:
 def as_text(tokenizer, messages: list[dict]) -> str:
     """By the tokenizer's chat template; without one as plain text in the Human/Assistant form."""
     if tokenizer.chat_template:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return chat.render_by(tokenizer, messages)
     speakers = {"system": "", "user": "\n\nHuman: ", "assistant": "\n\nAssistant: "}
     return "".join(speakers[message["role"]] + message["content"] for message in messages) + "\n\nAssistant:"
 

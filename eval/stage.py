@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from eval import answers, asking, generation, harness, heldout, judge, pairwise, preference, questions
+from eval import answers, asking, chat, generation, harness, heldout, judge, pairwise, preference, questions
 from eval.config import MTBenchConfig
 from eval.errors import DataError, JudgeError
 from eval.jsonl import append, dump, recover
@@ -52,6 +52,8 @@ class Stage:
                 pairwise.require(self.set, list(self.folders))
         for name, folder in self.folders.items():
             generation.require_model(folder, name)
+            if settings.template == "chat":
+                chat.check(folder)
         harness.require(settings)
         if settings.reward_model:
             generation.require_model(settings.reward_model, "reward_model")

@@ -78,12 +78,14 @@ def check_questions(questions: str, references: str) -> None:
 
 
 def check_template(template: str, folder: Path) -> None:
-    """ConfigError where the tokenizer lacks the chat template that the evaluation is to use."""
-    config = folder / "tokenizer_config.json"
-    held = (folder / "chat_template.jinja").is_file() or (config.is_file() and read_json(config, "model.checkpoint").get("chat_template"))
-    if template == "chat" and not held:
-        raise ConfigError(f'mtbench.template = "chat", but the tokenizer of {folder} has no chat template; set mtbench.template to a text '
-                          "with {question} in it")
+    """ConfigError where the evaluation is to use the tokenizer's chat template and there is none, or it can't be rendered."""
+    if template != "chat":
+        return
+    try:
+        _asked("mtbench.template", "eval.chat", str(folder))
+    except ConfigError as error:
+        said = str(error).removeprefix("mtbench.template: ")
+        raise ConfigError(f'mtbench.template = "chat", but {said}; set mtbench.template to a text with {{question}} in it') from None
 
 
 def _asked(key: str, module: str, *arguments: str) -> str:

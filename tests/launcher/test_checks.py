@@ -115,7 +115,7 @@ def test_demo_passes():
     (["data.source=absent.jsonl"], "data.source = 'absent.jsonl': no such file"),
     (["mtbench.questions=absent.whl"], 'mtbench.questions = "absent.whl": no such file or folder'),
     (["mtbench.references=absent.jsonl"], "mtbench.references = 'absent.jsonl': no such file"),
-    (["mtbench.template=chat"], 'mtbench.template = "chat", but the tokenizer of runs/x/model has no chat template'),
+    (["mtbench.template=chat"], 'mtbench.template = "chat", but runs/x/model: its tokenizer has no chat template'),
     (["model.checkpoint=absent"], "absent/config.json does not exist"),
     (["reward.load_iteration=70"], "reward.load_iteration = 70 is not saved: reward saves every 50"),
     (["reward.iterations=150", "reward.save_every=10", "reward.load_iteration=100"], "set --set reward.keep_checkpoints=6"),
