@@ -7,7 +7,7 @@ from pathlib import Path
 from launcher import jobs, manifest, sbatch, secrets, submission
 from launcher.config import Profile, build_plain
 from launcher.pipeline import Stage
-from launcher.resume import descendants, move_stale_aside
+from launcher.rewind import descendants, move_stale_aside
 from launcher.run import Failed, Run, write_text
 
 

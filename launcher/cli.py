@@ -282,6 +282,8 @@ def logs(run, stage, follow, ranks, errors, attempt, last):
 @main.command(short_help="Go on after a failure, a cancel or a crash.")
 @run_or_sweep
 @click.option("--from", "first", type=STAGE, help="This stage begins anew, or at --load-iteration, and all that was built from it.")
+@click.option("--until", "last", type=STAGE, help="Last stage to run.  [default: as the run was submitted]")
+@click.option("--all", "everything", is_flag=True, help="Run all stages, however the run was submitted.")
 @click.option("--load-iteration", "iteration", type=click.IntRange(min=0),
               help="Saved iteration to go on from.  [default: the last whole one; its stage: --from, else the first that is not DONE]")
 @click.option("--config", "files", multiple=True, type=click.Path(dir_okay=False, path_type=Path), help="TOML file with changed keys.")
@@ -292,8 +294,10 @@ def logs(run, stage, follow, ranks, errors, attempt, last):
 @click.option("--yes", is_flag=True, help="Change the configuration without being asked.")
 @click.option("--wait", is_flag=True, help="Show progress until the end; exit 1 when a stage failed.")
 @click.pass_context
-def resume(context, runs, first, iteration, files, sets, profile, take_over, yes, wait):
+def resume(context, runs, first, last, everything, iteration, files, sets, profile, take_over, yes, wait):
     """Go on with a run after a failure, a cancel or a crash: what is DONE is not run again, what is queued not queued twice.
+
+    It runs the stages that the run was submitted for; --until or --all changes that. A mistake changes nothing.
 
     \b
       resume bloom-tiny --wait
@@ -304,10 +308,9 @@ def resume(context, runs, first, iteration, files, sets, profile, take_over, yes
     """
     from launcher import cluster, plan, resume
 
-    wish = resume.Wish(first, iteration, files, sets, cluster.load(profile) if profile else None, take_over)
-    for run in runs:
-        for line in resume.take_up(run, wish, functools.partial(_agree, yes)):
-            click.echo(line)
+    wish = resume.Wish(first, iteration, files, sets, cluster.load(profile) if profile else None, take_over, last, everything)
+    for line in resume.take_up(runs, wish, functools.partial(_agree, yes)):
+        click.echo(line)
     context.exit(plan.go_on(runs, wait))
 
 

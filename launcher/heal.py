@@ -6,6 +6,7 @@ import contextlib
 import getpass
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from launcher import jobs, local, manifest, probe, state
@@ -22,44 +23,75 @@ ORPHAN_S = 5
 
 
 def heal(run: Run) -> list[str]:
-    """Mend markers and manifests; what was done, in words. Raises ConfigError where processes of a forgotten job still work.
+    """Mend markers and manifests; what was done, in words. The caller has asked ``check_orphans``.
 
     A damaged checkpoint is left to the stage's supervisor: it goes on from the newest whole one.
     """
-    said = _orphans(run)
+    said = []
     for stage in run.stages.values():
         said += _unreadable(run, stage) or _lost_manifest(run, stage)
     return said + _refused_parents(run)
 
 
-def take_over(run: Run) -> list[str]:
-    """Declare dead who works on the run: a runner on a host that is gone, Slurm jobs of a cluster that does not answer.
+def check_orphans(seen: state.Look) -> None:
+    """ConfigError where processes of a job that the controller has forgotten still work: two supervisors must not write to one stage."""
+    run = seen.run
+    for row in seen.stages:
+        status = run.status(row.stage)
+        if row.state != "failed" or status["state"] != "running":
+            continue
+        deadline = time.monotonic() + ORPHAN_S
+        while _held(run, row.stage):
+            if time.monotonic() > deadline:
+                raise ConfigError(f"Slurm has forgotten job {status['job']}, but its processes still work on {row.stage} of {run.folder} "
+                                  f"(supervisor: process {status['pid']} on {status['host']}); let them end, or end them there: "
+                                  f"kill {status['pid']}; then resume again")
+            time.sleep(0.1)
 
-    ConfigError where they can be seen alive. Should one of these jobs start after all, its supervisor ends it at once.
-    """
-    runner, dead = run.runner(), {}
+
+@dataclass(frozen=True)
+class Gone:
+    """Who worked on a run and is to be declared dead."""
+
+    runner: dict | None
+    """A local runner on a host that can't be asked."""
+    jobs: dict[str, int]
+    """Stage -> Slurm job of a cluster that does not answer."""
+
+    def __str__(self) -> str:
+        who = [f"process {self.runner['pid']} on {self.runner['host']}"] if self.runner else []
+        return ", ".join([*who, *(f"job {job} ({stage})" for stage, job in self.jobs.items())])
+
+
+def gone(run: Run) -> Gone | None:
+    """Who ``take_over`` would declare dead, None where there is no such one; ConfigError where they can be seen alive."""
+    runner = run.runner()
     if runner and local.here(runner):
         raise ConfigError(f"--take-over: process {runner['pid']} on this host works on {run.folder}; stop it: "
                           f"python -m launcher cancel {run.folder}")
-    if run.uses_slurm():
-        dead = _silent_jobs(run)
+    dead = _silent_jobs(run) if run.uses_slurm() else {}
     if not runner and not dead:
-        return []
+        return None
     quiet = time.time() - _last_write(run)
     if quiet < ALIVE_S:
         raise ConfigError(f"--take-over: {run.folder} was written to {quiet:.0f} s ago: who works on it is alive; if you are sure that it "
                           f"is not, try again in {ALIVE_S} s")
-    who = [f"process {runner['pid']} on {runner['host']}"] if runner else []
-    who += [f"job {job} ({stage})" for stage, job in dead.items()]
-    run.record("taken over", host=runner and runner["host"], pid=runner and runner["pid"], jobs=list(dead.values()), by=getpass.getuser())
+    return Gone(runner, dead)
+
+
+def take_over(run: Run, who: Gone) -> list[str]:
+    """Declare them dead. Should one of these jobs start after all, its supervisor ends it at once."""
+    runner = who.runner
+    run.record("taken over", host=runner and runner["host"], pid=runner and runner["pid"], jobs=list(who.jobs.values()),
+               by=getpass.getuser())
     for name in run.stages:
         if run.status(name)["state"] in ("running", "requeued"):
-            run.write_status(name, state="failed", cause=f"declared dead by resume --take-over: {', '.join(who)}", ended=time.time(),
+            run.write_status(name, state="failed", cause=f"declared dead by resume --take-over: {who}", ended=time.time(),
                              **{"class": "node failure"})
         for path in (run.stage(name) / ".lock", run.folder / ".lock"):
             with contextlib.suppress(FileNotFoundError):  # a file server may hold a dead host's lock for long
                 os.replace(path, path.with_name(".lock.taken"))
-    return [f"taken over from {', '.join(who)}"]
+    return [f"taken over from {who}"]
 
 
 def begin_again(run: Run, stage: Stage) -> Path:
@@ -93,23 +125,6 @@ def _last_write(run: Run) -> float:
 
 def _is_done(run: Run, stage: str) -> bool:
     return (run.stage(stage) / "DONE.json").exists()
-
-
-def _orphans(run: Run) -> list[str]:
-    """A controller that lost its state forgets jobs whose processes go on: two supervisors must not write to one stage."""
-    seen = state.look(run)
-    for row in seen.stages:
-        status = run.status(row.stage)
-        if row.state != "failed" or status["state"] != "running":
-            continue
-        deadline = time.monotonic() + ORPHAN_S
-        while _held(run, row.stage):
-            if time.monotonic() > deadline:
-                raise ConfigError(f"Slurm has forgotten job {status['job']}, but its processes still work on {row.stage} of {run.folder} "
-                                  f"(supervisor: process {status['pid']} on {status['host']}); let them end, or end them there: "
-                                  f"kill {status['pid']}; then resume again")
-            time.sleep(0.1)
-    return []
 
 
 def _held(run: Run, stage: str) -> bool:

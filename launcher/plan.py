@@ -121,7 +121,9 @@ def go_on(runs: Runs, wait: bool) -> int:
     """Start what is left of a run, or of a sweep; the command's exit code."""
     from launcher import start, sweep
 
-    stages = list(runs[0].stages.values())
+    stages = runs[0].selected()
+    if rest := [name for name in runs[0].stages if name not in {stage.name for stage in stages}]:
+        print(f"submitted until {stages[-1].name}: {', '.join(rest)} not started; --until STAGE or --all changes it", flush=True)
     return sweep.begin(runs.sweeps[0], stages, wait) if runs.sweeps else start.start(runs[0], stages, wait)
 
 

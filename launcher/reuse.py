@@ -35,19 +35,25 @@ def candidates(source: Run, run: Path, tables: dict, graph: Graph) -> list[str]:
     return found
 
 
-def take(run: Run, source: Run) -> list[str]:
-    """Take every stage of ``source`` that fits ``run``, whose data is prepared, and that the run has not begun; their names.
-    Raises manifest.Refused where what ``source`` holds is damaged."""
-    taken: list[str] = []
+def takeable(run: Run, source: Run) -> list[str]:
+    """Every stage of ``source`` that fits ``run``, whose data is prepared, and that the run has not begun, or has taken before.
+    Raises manifest.Refused where what ``source`` holds is damaged. Writes nothing."""
+    names: list[str] = []
     for name in candidates(source, run.folder, run.config, run.stages):
         stage = run.stages[name]
         if (run.stage(name) / "DONE.json").exists():
-            taken.append(name)
-        elif set(stage.parents) <= set(taken) and not run.status(name)["attempt"] and _same_inputs(run, source, stage):
+            names.append(name)
+        elif set(stage.parents) <= set(names) and not run.status(name)["attempt"] and _same_inputs(run, source, stage):
             manifest.verify(source, stage)
-            _link(run, source, stage)
-            taken.append(name)
-    return taken
+            names.append(name)
+    return names
+
+
+def take(run: Run, source: Run, names: list[str]) -> None:
+    """Take the ``takeable`` stages that the run does not have yet."""
+    for name in names:
+        if not (run.stage(name) / "DONE.json").exists():
+            _link(run, source, run.stages[name])
 
 
 def _settings(folder: Path, tables: dict, graph: Graph, name: str) -> dict:

@@ -116,6 +116,14 @@ class Run:
             raise ConfigError(f"{self.folder} has no stage {name}: its pipeline is {self.pipeline} ({' -> '.join(self.stages)})")
         return self.stages[name]
 
+    def selected(self) -> list[Stage]:
+        """The stages that the run was last submitted for, in order, and those that they need; all of a run that does not say."""
+        asked = self.config["run"].get("selected") or list(self.stages)
+        needed = {name for name in asked if name in self.stages}
+        for name in reversed(self.stages):
+            needed |= set(self.stages[name].parents) if name in needed else set()
+        return [stage for name, stage in self.stages.items() if name in needed]
+
     @property
     def config_file(self) -> Path:
         return self.folder / "config.json"

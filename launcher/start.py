@@ -7,7 +7,7 @@ import time
 from launcher import chain, jobs, local, manifest
 from launcher.live import Watch
 from launcher.pipeline import Stage
-from launcher.resume import move_stale_aside
+from launcher.rewind import move_stale_aside
 from launcher.run import Run
 from launcher.view import console, failures
 

@@ -32,7 +32,8 @@ class Plan:
     profile: Profile
     reason: str
     """Why this profile."""
-    checked: checks.Checked
+    checked: checks.Checked | None
+    """None where ``resume`` plans: it has checked by itself what changes."""
     identity: dict
     """Section ``run`` of the run's config.json."""
     reused: Run | None = None
@@ -43,7 +44,7 @@ class Plan:
         return PIPELINES[self.identity["pipeline"]]
 
     def resources(self, stage: Stage) -> Resources:
-        return getattr(self.checked.resources, stage.name)
+        return getattr(build_plain("resources", self.tables["resources"]), stage.name)
 
     def written(self) -> dict:
         """What config.json of the run will hold."""
@@ -89,39 +90,60 @@ def plan(target: str, recipe: str, files: list[Path], sets: list[str], name: str
     checks.check_parents(graph, stages, done)
     known = run.config_file.exists()
     identity = {"name": name, "id": run.id if known else f"{name}-{secrets.token_hex(4)}", "recipe": recipe, "profile": chosen[0].name,
-                "pipeline": pipeline, "folder": str(run.folder)}
+                "pipeline": pipeline, "folder": str(run.folder), "selected": [stage.name for stage in stages]}
     return Plan(run, tables, recipe, stages, *chosen, checked, identity, reused)
 
 
 def create(made: Plan) -> Run:
-    """Write the run folder's configuration and prepare its data; repeating it changes nothing. Waits for another command that does so."""
+    """Prepare the data and write the run folder's configuration; repeating it changes nothing. Waits for another command that does so.
+
+    Nothing but the prepared data is written before the last check.
+    """
     with submission.patient(lambda: lock(made.run.folder / ".prepare.lock")):
-        return _create(made)
+        taken = _examined(made)
+        return _write(made, taken)
 
 
-def _create(made: Plan) -> Run:
-    run = made.run
-    if run.config_file.exists() and run.config["run"]["profile"] != made.profile.name and (busy := state.busy(run)):
-        raise ConfigError(f"{', '.join(busy)} of {run.folder} is running or queued with profile {run.config['run']['profile']}; "
-                          f"stop it first: python -m launcher cancel {run.folder}")
-    written = made.written()
+def prepare_first(made: Plan) -> None:
+    """Prepare the data of a run that has no configuration yet; ConfigError for bad data, and for a stage without rows."""
+    with submission.patient(lambda: lock(made.run.folder / ".prepare.lock")):
+        prepare(Draft(made))
+        _check_rows(Draft(made), made.stages)
+
+
+def _examined(made: Plan) -> list[str]:
+    """The stages that are taken from another run; ConfigError for all that stands against the plan."""
+    run, draft = made.run, Draft(made)
     if run.config_file.exists():
-        written["run"]["id"] = run.id  # another command may have been first since the plan was made
+        if run.config["run"]["profile"] != made.profile.name and (busy := state.busy(run)):
+            raise ConfigError(f"{', '.join(busy)} of {run.folder} is running or queued with profile {run.config['run']['profile']}; "
+                              f"stop it first: python -m launcher cancel {run.folder}")
         if _begun(run):
             _check_same(run, made.tables, made.profile)
+    prepare(draft)
+    _check_rows(draft, made.stages)
+    if not made.reused:
+        return []
+    taken = reuse.takeable(draft, made.reused)
+    done = set(made.graph) - {stage.name for stage in manifest.left(draft, list(made.graph.values()))}
+    checks.check_parents(made.graph, made.stages, done | set(taken))
+    return taken
+
+
+def _write(made: Plan, taken: list[str]) -> Run:
+    run, written = made.run, made.written()
+    if run.config_file.exists():
+        written["run"]["id"] = run.id  # another command may have been first since the plan was made
     write_json(run.config_file, written)
     for name in run.stages:
         write_stage_config(run, name)
         done = run.stage(name) / "DONE.json"
         if done.exists() and manifest.read(run, name)["config_hash"] != manifest.config_hash(run, name):
             run.set_aside(done)  # only what _check_same lets change: a judge, say
-    prepare(run)
-    _check_rows(run, made.stages)
+            print(f"{name}: its configuration changed; it runs again, and keeps what it has", flush=True)
     if made.reused:
-        taken = reuse.take(run, made.reused)
+        reuse.take(run, made.reused, taken)
         print(f"taken from {made.reused.folder}: {', '.join(taken) or 'nothing: its rows are not those of this run'}", flush=True)
-        done = set(run.stages) - {stage.name for stage in manifest.left(run, list(run.stages.values()))}
-        checks.check_parents(run.stages, made.stages, done)
     return run
 
 
@@ -145,22 +167,26 @@ def write_stage_config(run: Run, name: str) -> None:
 
 
 def prepare(run: Run) -> None:
-    """Run ``training.data.prepare`` unless it has run with this configuration; ConfigError with its message for bad data."""
+    """Run ``training.data.prepare`` unless it has run with this configuration; ConfigError with its message for bad data, which
+    leaves what was prepared before as it is."""
     config = dataclasses.asdict(prepare_config(run.folder, run.config))
-    marker = run.folder / "data" / "DONE.json"
+    marker, path = run.folder / "data" / "DONE.json", run.folder / "data" / "config.json"
     if marker.exists():
         made = json.loads(marker.read_text(encoding="utf-8"))
         if made["config_hash"] == hash_of(config) and all((run.folder / "data" / name).exists() for name in made["files"]):
             return
-    path = run.folder / "data" / "config.json"
-    write_json(path, config)
-    done = subprocess.run([sys.executable, "-m", "training.data.prepare", str(path)], capture_output=True, text=True, check=False)
+    asked = path.with_name("config.new.json")
+    write_json(asked, config)
+    done = subprocess.run([sys.executable, "-m", "training.data.prepare", str(asked)], capture_output=True, text=True, check=False)
     write_text(run.folder / "data" / "prepare.log", done.stdout + done.stderr)
     words = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
+    if done.returncode:
+        asked.unlink()
     if done.returncode in (os.EX_USAGE, os.EX_DATAERR):
         raise ConfigError(f"data preparation: {words}")
     if done.returncode:
         raise Failed(f"data preparation: exit code {done.returncode}: {words}; all it said: {run.folder / 'data' / 'prepare.log'}")
+    os.replace(asked, path)
     files = sorted(path.name for path in (run.folder / "data").glob("*.jsonl"))
     write_json(marker, {"config_hash": hash_of(config), "files": files})
 

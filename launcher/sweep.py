@@ -101,10 +101,12 @@ def create(made: Sweep) -> Path:
     """Write the sweep's folder and those of its runs; data that is the same for all is prepared once. Repeating it changes nothing."""
     made.folder.mkdir(parents=True, exist_ok=True)
     with submission.patient(Run(made.folder).lock):
+        for one in made.plans:
+            if one is not made.plans[0]:
+                _share_data(made.plans[0], one)
+            submit.prepare_first(one)
         write_json(made.folder / SWEEP, {"id": made.identity, "values": made.values})
-        first = submit.create(made.plans[0])
-        for one in made.plans[1:]:
-            _share_data(first, one)
+        for one in made.plans:
             submit.create(one)
     return made.folder
 
@@ -227,18 +229,17 @@ def table(folder: Path):
     return made
 
 
-def _share_data(first: Run, other: submit.Plan) -> None:
+def _share_data(first: submit.Plan, other: submit.Plan) -> None:
     """Copy the prepared data of ``first`` where ``other`` would prepare the same."""
-    mine, theirs = (dataclasses.asdict(prepare_config(run, tables)) for run, tables in
-                    ((other.run.folder, other.tables), (first.folder, first.config)))
+    wanted, prepared = (dataclasses.asdict(prepare_config(one.run.folder, one.tables)) for one in (other, first))
     target = other.run.folder / "data"
-    if {**mine, "paths": None} != {**theirs, "paths": None} or (target / "DONE.json").exists():
+    if {**wanted, "paths": None} != {**prepared, "paths": None} or (target / "DONE.json").exists():
         return
     for name in ("model", "data"):
-        if (first.folder / name).exists():
-            shutil.copytree(first.folder / name, other.run.folder / name, dirs_exist_ok=True)
-    marker = json.loads((first.folder / "data" / "DONE.json").read_text(encoding="utf-8"))
-    write_json(target / "DONE.json", {**marker, "config_hash": hash_of(mine)})
+        if (first.run.folder / name).exists():
+            shutil.copytree(first.run.folder / name, other.run.folder / name, dirs_exist_ok=True)
+    marker = json.loads((first.run.folder / "data" / "DONE.json").read_text(encoding="utf-8"))
+    write_json(target / "DONE.json", {**marker, "config_hash": hash_of(wanted)})
 
 
 def _leaf(value):

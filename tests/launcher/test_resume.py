@@ -110,13 +110,13 @@ def test_a_runner_on_a_vanished_host_is_taken_over_once_it_is_silent(project):
     run.record("runner", stages=ORDER[1:], **ghost)
     run.write_status("sft", state="running", attempt=1, cause="", job=None, started=time.time(), ended=None, **ghost)
     (project.run / "sft/metrics.jsonl").write_text("")
-    assert "being worked on by a local runner (process 4242 on gone-17)" in project.convoy("resume", "demo").stdout
+    assert "being worked on by a local runner (process 4242 on gone-17)" in project.convoy("resume", "demo", "--all").stdout
     early = project.convoy("resume", "demo", "--take-over")
     assert early.returncode == 2 and "was written to" in early.stderr
     refused = project.convoy("cancel", "demo")
     assert refused.returncode == 2 and "resume runs/demo --take-over" in refused.stderr
     age(project, 300)
-    taken = project.convoy("resume", "demo", "--take-over", "--wait")
+    taken = project.convoy("resume", "demo", "--take-over", "--all", "--wait")
     assert taken.returncode == 0 and "taken over from process 4242 on gone-17" in taken.stdout, taken.stdout + taken.stderr
     assert project.ledger("taken over")[0]["host"] == "gone-17"
 
@@ -145,7 +145,7 @@ def test_a_run_of_a_cluster_that_is_gone_goes_on_here_and_its_jobs_are_disowned(
     age(project, 300)
     stuck = project.convoy("resume", "demo")
     assert stuck.returncode == 1 and "--profile local --take-over" in stuck.stderr
-    asked = project.convoy("resume", "demo", "--profile", "local", "--take-over", "--yes", "--wait")
+    asked = project.convoy("resume", "demo", "--profile", "local", "--take-over", "--all", "--yes", "--wait")
     assert asked.returncode == 0, asked.stdout + asked.stderr
     assert "taken over from job 77 (sft)" in asked.stdout
     assert Run(project.run).disowned() == {77} and not Run(project.run).uses_slurm()

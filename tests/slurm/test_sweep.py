@@ -39,7 +39,7 @@ def test_one_array_a_stage_and_each_element_waits_for_its_own_parent_only(projec
     shown = project.convoy("status", "lr").stdout
     assert "runs/lr/1" in shown and "2e-05" in shown
     (project.folder / "mended").touch()
-    resumed = project.convoy("resume", "lr")
+    resumed = project.convoy("resume", "lr", "--all")
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     wait_until(lambda: [row["state"] for row in comparison(project)] == ["done"] * 2, 90, "all stages of all elements")
     starts = [json.loads(line) for line in (run_of(project, 0) / "ledger.jsonl").read_text().splitlines()]
