@@ -130,7 +130,7 @@ def _consequences(run: Run, old: dict, change: Change, wish: Wish) -> list[str]:
     """What each stage makes of the change, in words; fills ``anew`` and ``uncertified``."""
     lines, target = [], change.target
     for name, stage in run.stages.items():
-        before, after = (dataclasses.asdict(stage_config(run.folder, tables, run.stages, name)) for tables in (old, change.tables))
+        before, after = (_read_by(run, tables, stage) for tables in (old, change.tables))
         over = [*change.anew, *([target.name] if target else [])]
         if not has_work(run, stage) or any(stage in descendants(run, run.stages[other]) for other in over):
             continue  # it hasn't begun, or begins anew with what it is made from
@@ -140,6 +140,9 @@ def _consequences(run: Run, old: dict, change: Change, wish: Wish) -> list[str]:
         later = [each.name for each in descendants(run, stage) if has_work(run, each)]
         so = f", and so does what was made from it: {', '.join(later)}" if later else ""
         may = _keeps(run, stage, before, after)
+        if back and wish.iteration is not None and before.get("data") != after.get("data"):
+            raise ConfigError(f"--load-iteration {wish.iteration}: {name} was trained on other rows than the changed section "
+                              f"data gives; leave out --load-iteration, or what changes the data")
         if (back and wish.iteration is None) or not (back or may):
             change.anew += [] if back else [name]
             why = " (--from; without it, it keeps what it has)" if back and may else ""
@@ -152,9 +155,17 @@ def _consequences(run: Run, old: dict, change: Change, wish: Wish) -> list[str]:
     return lines or ["=> the stages that are left run with it"]
 
 
+def _read_by(run: Run, tables: dict, stage: Stage) -> dict:
+    """What a stage is made from: its own section, and of a trainer what its rows are."""
+    own = dataclasses.asdict(stage_config(run.folder, tables, run.stages, stage.name))
+    return {**own, "data": tables["data"]} if stage.trainer else own
+
+
 def _keeps(run: Run, stage: Stage, before: dict, after: dict) -> bool:
     """Whether a stage may go on from what it has under the new values."""
     at, only = run.iteration(stage.name), {key for key in after if before[key] != after[key]}
+    if "data" in only:
+        return False
     longer = stage.trainer and only <= {"iterations"} and (at or 0) < after["iterations"]
     return bool(stage.name == "mtbench" or longer or (stage.trainer and not _is_done(run, stage.name)))
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from launcher import hashes
 from launcher.pipeline import Stage, remaining
 from launcher.run import Run, hash_of, iteration_folder, write_json
-from training.checksums import NAME, digests
+from training.checksums import NAME, digests, touched
 
 
 class Refused(RuntimeError):
@@ -113,19 +113,13 @@ def _check_parents(run: Run, stage: Stage, manifest: dict) -> None:
 
 def _check_content(run: Run, manifest: dict, memory: Path | None) -> None:
     known = json.loads(memory.read_text(encoding="utf-8")) if memory and memory.exists() else {}
-    touched = {run.folder / name: [expected["sha256"], *_touched(run.folder / name)] for name, expected in manifest["outputs"].items()}
-    unread = [path for path in touched if str(path) not in known or known[str(path)] != touched[path]]
+    seen = {run.folder / name: [expected["sha256"], *touched(run.folder / name)] for name, expected in manifest["outputs"].items()}
+    unread = [path for path in seen if str(path) not in known or known[str(path)] != seen[path]]
     for path, found in digests("", unread).items():
-        if found != touched[path][0]:
+        if found != seen[path][0]:
             raise Refused(f"{path} does not have the sha256 of its manifest: its content changed")
     if memory and unread:
-        write_json(memory, {**known, **{str(path): touched[path] for path in unread}})
-
-
-def _touched(path: Path) -> list[int]:
-    """What changes with every write to a file that goes through the kernel."""
-    status = path.stat()
-    return [status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
+        write_json(memory, {**known, **{str(path): seen[path] for path in unread}})
 
 
 def left(run: Run, stages: list[Stage]) -> list[Stage]:

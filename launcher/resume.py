@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from launcher import change, heal, plan, probe, state, submission, submit
+from launcher import change, heal, plan, prepared, probe, state, submission, submit
 from launcher.change import Change, Wish
 from launcher.rewind import check_iteration, descendants, rewind
 from launcher.run import Run, lock
@@ -75,7 +75,7 @@ def carry_out(steps: Steps) -> list[str]:
         if steps.gone:
             said += heal.take_over(run, steps.gone)
         said += change.apply(run, steps.change)
-        submit.prepare(run)
+        said += prepared.prepare(run, keep=True, anew=_anew(steps))
         stop = run.folder / "STOP"
         if stop.exists():
             stop.unlink()
@@ -107,7 +107,14 @@ def _plan(steps: Steps) -> submit.Plan:
 def _prepare(steps: Steps) -> None:
     """Prepare the data as the new configuration wants it: bad data is found while nothing else is written."""
     with submission.patient(lambda: lock(steps.run.folder / ".prepare.lock")):
-        submit.prepare(submit.Draft(_plan(steps)))
+        prepared.prepare(submit.Draft(_plan(steps)), keep=True, anew=_anew(steps))
+
+
+def _anew(steps: Steps) -> set[str]:
+    """Stages that will begin from nothing, so that they may read other rows than before."""
+    run, target = steps.run, steps.change.target
+    first = {*steps.change.anew, *([target.name] if target and steps.iteration is None else [])}
+    return first | {stage.name for name in first for stage in descendants(run, run.stages[name])}
 
 
 def _check_target(steps: Steps) -> None:

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import re
 import secrets
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher import checks, manifest, reuse, sbatch, state, submission
+from launcher import checks, manifest, prepared, reuse, sbatch, state, submission
 from launcher.config import Profile, Resources, build_plain, differences, layered
-from launcher.pipeline import ALL, FULL, PIPELINES, Graph, Stage, full_tables, prepare_config, sections, select, stage_config
-from launcher.run import Failed, Run, hash_of, lock, write_json, write_text
+from launcher.pipeline import ALL, FULL, PIPELINES, Graph, Stage, full_tables, sections, select, stage_config
+from launcher.run import Run, lock, write_json, write_text
 from training.settings import ConfigError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,60}")
@@ -84,6 +80,7 @@ def plan(target: str, recipe: str, files: list[Path], sets: list[str], name: str
     done: set[str] = set()
     if run.config_file.exists() and _begun(run):
         _check_same(run, tables, chosen[0])
+        prepared.check(run)
         done = set(graph) - {stage.name for stage in manifest.left(run, list(graph.values()))}
     if reused:
         done |= set(reuse.candidates(reused, run.folder, tables, graph))
@@ -107,8 +104,8 @@ def create(made: Plan) -> Run:
 def prepare_first(made: Plan) -> None:
     """Prepare the data of a run that has no configuration yet; ConfigError for bad data, and for a stage without rows."""
     with submission.patient(lambda: lock(made.run.folder / ".prepare.lock")):
-        prepare(Draft(made))
-        _check_rows(Draft(made), made.stages)
+        prepared.prepare(Draft(made))
+        prepared.check_rows(Draft(made), made.stages)
 
 
 def _examined(made: Plan) -> list[str]:
@@ -120,8 +117,8 @@ def _examined(made: Plan) -> list[str]:
                               f"stop it first: python -m launcher cancel {run.folder}")
         if _begun(run):
             _check_same(run, made.tables, made.profile)
-    prepare(draft)
-    _check_rows(draft, made.stages)
+    prepared.prepare(draft)
+    prepared.check_rows(draft, made.stages)
     if not made.reused:
         return []
     taken = reuse.takeable(draft, made.reused)
@@ -147,48 +144,8 @@ def _write(made: Plan, taken: list[str]) -> Run:
     return run
 
 
-def _check_rows(run: Run, stages: list[Stage]) -> None:
-    """ConfigError where a stage would find no row: not every source has replies, or two to compare."""
-    counts = json.loads((run.folder / "data" / "counts.json").read_text(encoding="utf-8"))
-    rows, unread = counts["files"], [name.removeprefix("not read: ") for name in counts["read"] if name.startswith("not read: ")]
-    for stage in stages:
-        paths = stage_config(run.folder, run.config, run.stages, stage.name).paths
-        for key in ("train", "heldout") if stage.trainer else ():
-            name = Path(getattr(paths, key)).name
-            if not rows[name]:
-                raise ConfigError(f"data.source = {run.config['data']['source']!r} gives {name}, which the {stage.name} stage reads, no "
-                                  "row; sft needs rows with a reply, reward and dpo rows with two or more to compare"
-                                  f"{'; nothing reads ' + ', '.join(unread) if unread else ''}; submit a part of the chain with --until, "
-                                  "or give another source")
-
-
 def write_stage_config(run: Run, name: str) -> None:
     write_json(run.stage(name) / "config.json", dataclasses.asdict(stage_config(run.folder, run.config, run.stages, name)))
-
-
-def prepare(run: Run) -> None:
-    """Run ``training.data.prepare`` unless it has run with this configuration; ConfigError with its message for bad data, which
-    leaves what was prepared before as it is."""
-    config = dataclasses.asdict(prepare_config(run.folder, run.config))
-    marker, path = run.folder / "data" / "DONE.json", run.folder / "data" / "config.json"
-    if marker.exists():
-        made = json.loads(marker.read_text(encoding="utf-8"))
-        if made["config_hash"] == hash_of(config) and all((run.folder / "data" / name).exists() for name in made["files"]):
-            return
-    asked = path.with_name("config.new.json")
-    write_json(asked, config)
-    done = subprocess.run([sys.executable, "-m", "training.data.prepare", str(asked)], capture_output=True, text=True, check=False)
-    write_text(run.folder / "data" / "prepare.log", done.stdout + done.stderr)
-    words = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
-    if done.returncode:
-        asked.unlink()
-    if done.returncode in (os.EX_USAGE, os.EX_DATAERR):
-        raise ConfigError(f"data preparation: {words}")
-    if done.returncode:
-        raise Failed(f"data preparation: exit code {done.returncode}: {words}; all it said: {run.folder / 'data' / 'prepare.log'}")
-    os.replace(asked, path)
-    files = sorted(path.name for path in (run.folder / "data").glob("*.jsonl"))
-    write_json(marker, {"config_hash": hash_of(config), "files": files})
 
 
 def render_all(made: Plan) -> dict[str, str]:

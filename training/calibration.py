@@ -68,9 +68,10 @@ def _read(config: RewardConfig) -> list | None:
 
 
 def _made_from(config: RewardConfig) -> str:
-    """The SFT checkpoint's bytes, and what chooses and cuts prompts and responses."""
+    """The SFT checkpoint's bytes, the rows', and what chooses and cuts prompts and responses."""
+    rows = checksums.digest(config.paths.train)
     listed = sorted(checksums.read(checkpoint.resolve(config.paths.init)).items())
-    described = repr((listed, config.paths.train, config.seed, config.seq_length, config.calibration_samples, config.calibration_length))
+    described = repr((listed, rows, config.seed, config.seq_length, config.calibration_samples, config.calibration_length))
     return hashlib.sha256(described.encode()).hexdigest()
 
 

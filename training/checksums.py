@@ -34,6 +34,25 @@ def digest(path: str | Path) -> str:
     return made.hexdigest()
 
 
+def touched(path: str | Path) -> list[int]:
+    """What changes with every write to a file that goes through the kernel: size, inode, and the
+    times of the last change of content and of anything else, which no program can set back."""
+    status = os.stat(path)
+    return [status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
+
+
+def mark(path: str | Path) -> dict:
+    """What ``same`` tells a file by: its sha256, and what changes when it is written."""
+    before = touched(path)
+    return {"sha256": digest(path), "touched": before}
+
+
+def same(path: str | Path, known: dict) -> bool:
+    """Whether a file has the content that ``mark`` saw. Its bytes are read only where it was
+    touched since, so a file of any size costs one look. Raises OSError where it can't be read."""
+    return touched(path) == known["touched"] or digest(path) == known["sha256"]
+
+
 def files(folder: str | Path) -> list[str]:
     """Every file below ``folder`` that its SHA256 has to list, relative, sorted."""
     folder = Path(folder)

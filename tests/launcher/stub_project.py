@@ -15,6 +15,8 @@ PACKAGE = "from pkgutil import extend_path\n\n__path__ = extend_path(__path__, _
 PREPARE = """import json, os, sys
 from pathlib import Path
 
+from training import checksums
+
 config = json.loads(Path(sys.argv[1]).read_text())
 if Path("bad_data").exists():
     print("rows.jsonl line 7: field prompt is missing", file=sys.stderr)
@@ -23,7 +25,9 @@ with open("prepared", "a") as file:
     file.write("once\\n")
 names = ("sft", "sft_heldout", "reward", "reward_heldout", "rlhf", "heldout")
 files = {name + ".jsonl": 1 - os.path.exists("no_" + name) for name in names}
-(Path(sys.argv[1]).parent / "counts.json").write_text(json.dumps({"read": {"rows": 9, "not read: field 'answer'": 9}, "files": files}))
+source = config["data"]["source"]
+inputs = {} if source == "demo" else {"data.source": {"path": source, **checksums.mark(source)}}
+(Path(sys.argv[1]).parent / "counts.json").write_text(json.dumps({"inputs": inputs, "read": {"rows": 9, "not read: field 'answer'": 9}, "files": files}))
 print("data: stub")
 """
 def small(*trainers: str) -> list[str]:

@@ -63,7 +63,7 @@ def test_prepared_data_that_was_lost_is_prepared_again(project):
     project.submit("--wait", "--until", "convert")
     marker = project.run / "data" / "DONE.json"
     made = json.loads(marker.read_text())
-    marker.write_text(json.dumps(made | {"files": ["gone.jsonl"]}))
+    marker.write_text(json.dumps(made | {"files": {"gone.jsonl": 1}}))
     project.submit("--wait")
     assert (project.folder / "prepared").read_text() == "once\nonce\n"
     assert (project.run / "report.html").exists()

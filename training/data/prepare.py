@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
 
-from training.checksums import sync
+from training import checksums
 from training.data import demo, dialogue, formats
 from training.data.cache import cached
 from training.data.config import DataConfig, PrepareConfig
@@ -63,9 +63,9 @@ class Writer:
         self._files["counts.json"].write(json.dumps(counts, indent=2, ensure_ascii=False) + "\n")
         for name, file in self._files.items():
             file.close()
-            sync(self.aside / name)
+            checksums.sync(self.aside / name)
             os.replace(self.aside / name, self.folder / name)
-        sync(self.folder)
+        checksums.sync(self.folder)
 
     def __enter__(self):
         return self
@@ -155,17 +155,32 @@ def prepare(config: PrepareConfig) -> dict:
     """Write everything, tokenised too; returns the counts: {"source", "read": {...}, "files": {name: rows}}."""
     folder, own = Path(config.paths.output), config.model.checkpoint == "demo"
     with Writer(folder) as writer:
+        inputs = _inputs(config)
         read = (from_demo if config.data.source == "demo" else from_source)(config.data, writer)
-        counts = {"source": config.data.source, "read": read, "files": dict(writer.counts)}
         if own:
             write_demo_model(config, writer.rows("sft.jsonl"))
         tokenizer = Tokenizer(config.paths.model if own else config.model.checkpoint)
+        for key, known in inputs.items():
+            if checksums.touched(known["path"]) != known["touched"]:  # it is read twice, and its sha256 is to be what was read
+                raise formats.DataError(f"{key} = {known['path']!r} was written while it was read; wait until it is complete")
+        counts = {"source": config.data.source, "read": read, "files": dict(writer.counts), "inputs": inputs}
         writer.publish(counts)
     for stage in STAGES:  # here, and not by the stage: its GPUs would wait for it
         for name in _names(stage):
             if counts["files"][name]:
                 cached(folder / name, stage, tokenizer)
     return counts
+
+
+def _inputs(config: PrepareConfig) -> dict[str, dict]:
+    """Key of the configuration -> the input file that it leads to, and what its content is known by."""
+    paths = {} if config.data.source == "demo" else {"data.source": config.data.source}
+    if config.model.checkpoint != "demo":
+        paths["model.checkpoint"] = str(Path(config.model.checkpoint, "tokenizer.json"))
+    try:
+        return {key: {"path": path, **checksums.mark(path)} for key, path in paths.items()}
+    except OSError as error:
+        raise formats.DataError(f"{error.filename}: can't be read: {error.strerror}") from None
 
 
 def _report(counts: dict) -> str:

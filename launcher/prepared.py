@@ -1,0 +1,135 @@
+"""The rows that a run trains on: prepared once, from input files that are known by their content.
+
+``data/DONE.json`` of a run says what its rows were made from: the configuration's hash, and the
+sha256 of each input file, of all its bytes: two files that differ in one row give other rows.
+Size, inode and times spare the reading of a file that was not written since. So an unchanged file
+of ten million rows costs one look, and one that was written is read once before it is compared.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Collection
+from pathlib import Path
+
+from launcher import state
+from launcher.pipeline import Stage, prepare_config, stage_config
+from launcher.run import Failed, Run, hash_of, write_json, write_text
+from training import checksums
+from training.settings import ConfigError
+
+
+def prepare(run: Run, keep: bool = False, anew: Collection[str] = ()) -> list[str]:
+    """Make the run's rows, unless they are what its configuration and input files give.
+
+    Where an input changed after a stage had used its rows, the old rows stay with ``keep``, and
+    the answer says so, a line each. Stages of ``anew`` begin from nothing: they may read others.
+    Raises ConfigError for bad data, and without ``keep`` where a stage has used other rows.
+    """
+    marker = run.folder / "data" / "DONE.json"
+    config = dataclasses.asdict(prepare_config(run.folder, run.config))
+    old = _old(run)
+    if old and old["config_hash"] == hash_of(config):
+        changed, whole = _changed(old), _whole(run, old)
+        if not changed and whole:
+            return []
+        if changed and (used := _users(run, anew)):
+            if not keep or not whole:
+                raise ConfigError(_refusal(run, changed, used))
+            return [f"{', '.join(changed)} changed after {', '.join(used)} had used the rows of before: the run goes on "
+                    f"with those; to train on the new ones: python -m launcher resume {run.folder} --from {used[0]}, "
+                    "or a run with another --name"]
+    counts = _prepare(run, config)
+    files = {path.name: path.stat().st_size for path in sorted((run.folder / "data").glob("*.jsonl"))}
+    write_json(marker, {"config_hash": hash_of(config), "inputs": counts["inputs"], "files": files})
+    return []
+
+
+def check(run: Run) -> None:
+    """ConfigError where ``prepare`` would say that a stage has used other rows. Writes nothing."""
+    if (old := _old(run)) and (changed := _changed(old)) and (used := _users(run)):
+        raise ConfigError(_refusal(run, changed, used))
+
+
+def check_rows(run: Run, stages: list[Stage]) -> None:
+    """ConfigError where a stage would find no row: not every source has replies, or two to compare."""
+    counts = read_counts(run)
+    rows = counts["files"]
+    unread = [name.removeprefix("not read: ") for name in counts["read"] if name.startswith("not read: ")]
+    for stage in stages:
+        paths = stage_config(run.folder, run.config, run.stages, stage.name).paths
+        for key in ("train", "heldout") if stage.trainer else ():
+            name = Path(getattr(paths, key)).name
+            if not rows[name]:
+                raise ConfigError(f"data.source = {run.config['data']['source']!r} gives {name}, which the {stage.name} "
+                                  "stage reads, no row; sft needs rows with a reply, reward and dpo rows with two or more "
+                                  f"to compare{'; nothing reads ' + ', '.join(unread) if unread else ''}; submit a part of "
+                                  "the chain with --until, or give another source")
+
+
+def read_counts(run: Run) -> dict:
+    """counts.json: what was read, dropped and written (training/data/prepare.py)."""
+    return json.loads((run.folder / "data" / "counts.json").read_text(encoding="utf-8"))
+
+
+def _prepare(run: Run, config: dict) -> dict:
+    """Run ``training.data.prepare``; its counts. ConfigError with its message for bad data, which leaves the rows of before."""
+    folder = run.folder / "data"
+    asked = folder / "config.new.json"
+    write_json(asked, config)
+    done = subprocess.run([sys.executable, "-m", "training.data.prepare", str(asked)],
+                          capture_output=True, text=True, check=False)
+    write_text(folder / "prepare.log", done.stdout + done.stderr)
+    words = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
+    if done.returncode:
+        asked.unlink()
+    if done.returncode in (os.EX_USAGE, os.EX_DATAERR):
+        raise ConfigError(f"data preparation: {words}")
+    if done.returncode:
+        raise Failed(f"data preparation: exit code {done.returncode}: {words}; all it said: {folder / 'prepare.log'}")
+    os.replace(asked, folder / "config.json")
+    return read_counts(run)
+
+
+def _old(run: Run) -> dict | None:
+    """What the rows that are there were made from; None where no preparation has come to its end."""
+    try:
+        old = json.loads((run.folder / "data" / "DONE.json").read_text(encoding="utf-8"))
+        [(known["path"] + known["sha256"], *known["touched"]) for known in old["inputs"].values()]
+        return old if isinstance(old["config_hash"], str) and isinstance(old["files"], dict) else None
+    except (OSError, ValueError, AttributeError, TypeError, KeyError):  # missing or damaged
+        return None
+
+
+def _whole(run: Run, old: dict) -> bool:
+    """Whether the rows' files are there with all their bytes."""
+    paths = {run.folder / "data" / name: size for name, size in old["files"].items()}
+    return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
+
+
+def _changed(old: dict) -> list[str]:
+    """Inputs whose content is not what the rows were made from, as "data.source = 'rows.jsonl'".
+    One that is gone is not looked at: its rows are there."""
+    try:
+        return [f"{key} = {known['path']!r}" for key, known in old["inputs"].items()
+                if os.path.exists(known["path"]) and not checksums.same(known["path"], known)]
+    except OSError as error:
+        raise ConfigError(f"{error.filename}: can't be read: {error.strerror}") from None
+
+
+def _users(run: Run, anew: Collection[str] = ()) -> list[str]:
+    """Trainers that have begun with the run's rows, or are queued to, but for those of ``anew``."""
+    begun = [name for name, stage in run.stages.items() if stage.trainer and run.status(name)["attempt"]]
+    waiting = state.busy(run) if not begun and run.ledger() else []
+    return [name for name in run.stages if name in {*begun, *waiting} - set(anew) and run.stages[name].trainer]
+
+
+def _refusal(run: Run, changed: list[str], used: list[str]) -> str:
+    return (f"{', '.join(changed)} changed after {', '.join(used)} of {run.folder} had begun with its rows of before. "
+            "Give the new content its own run with --name, train on it from the start "
+            f"(python -m launcher resume {run.folder} --from {used[0]}), or go on with the old rows "
+            f"(python -m launcher resume {run.folder})")

@@ -1,0 +1,76 @@
+"""The rows that a run trains on are those of its input files as they are, or the command says that they are not."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.launcher.stub_project import SMALL
+
+ROW = '{"prompt": "Where does otter %d live?", "response": "In the %s."}\n'
+
+
+@pytest.fixture
+def rows(project):
+    """Writes the data file of the project: rows whose replies say ``place``."""
+    def write(place: str) -> Path:
+        path = project.folder / "rows.jsonl"
+        path.write_text("".join(ROW % (number, place) for number in range(30)))
+        return path
+
+    write("lake")
+    return write
+
+
+def prepared(project) -> int:
+    """Times that the rows were prepared."""
+    return (project.folder / "prepared").read_text().count("once")
+
+
+def submit(project, *arguments: str):
+    return project.submit("--set", "data.source=rows.jsonl", "--wait", *arguments)
+
+
+def test_a_file_that_was_edited_is_prepared_again_before_a_stage_has_used_it(project, rows):
+    assert submit(project, "--until", "convert").returncode == 0 and prepared(project) == 1
+    os.utime(project.folder / "rows.jsonl")  # touched, and the same bytes
+    assert submit(project, "--until", "convert").returncode == 0 and prepared(project) == 1
+    rows("pond")  # as long as before
+    assert submit(project, "--until", "convert").returncode == 0 and prepared(project) == 2
+    marker = project.run / "data" / "DONE.json"
+    marker.write_text(json.dumps({"config_hash": 1, "inputs": [], "files": 5}))  # damaged: made again
+    assert submit(project, "--until", "convert").returncode == 0 and prepared(project) == 3
+
+
+def test_other_rows_than_a_stage_has_used_are_refused_or_named(project, rows):
+    assert submit(project, "--until", "sft").returncode == 0
+    rows("pond")
+    for command in ("plan", "submit"):
+        refused = project.convoy(command, "full-pipeline", "--name", "demo", "--profile", "local", *SMALL, "--set",
+                                 "data.source=rows.jsonl")
+        words = refused.stderr
+        assert refused.returncode == 2 and "data.source = 'rows.jsonl' changed after sft" in words and "--name" in words, words
+    done = project.convoy("resume", "demo", "--wait")
+    assert done.returncode == 0 and "goes on with those" in done.stdout and prepared(project) == 1, done.stdout + done.stderr
+    anew = project.convoy("resume", "demo", "--from", "sft", "--yes", "--wait")
+    assert anew.returncode == 0 and prepared(project) == 2, anew.stdout + anew.stderr
+    (project.folder / "rows.jsonl").unlink()  # its rows are there
+    assert project.convoy("resume", "demo", "--wait").returncode == 0 and prepared(project) == 2
+
+
+def test_another_source_on_resume_begins_anew_what_has_used_the_old_rows(project, rows):
+    assert submit(project, "--until", "sft").returncode == 0
+    (project.folder / "other.jsonl").write_text(ROW % (1, "sea") + ROW % (2, "sea"))
+    changed = project.convoy("resume", "demo", "--set", "data.source=other.jsonl", "--yes", "--wait")
+    assert changed.returncode == 0 and "sft begins anew" in changed.stdout + changed.stderr and prepared(project) == 2
+
+
+def test_a_file_without_usable_rows_can_be_corrected(project, rows):
+    (project.folder / "no_reward").touch()
+    assert "no row" in submit(project, "--until", "reward").stderr
+    (project.folder / "no_reward").unlink()
+    rows("pond")
+    assert submit(project, "--until", "reward").returncode == 0 and prepared(project) == 2
