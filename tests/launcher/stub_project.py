@@ -27,7 +27,8 @@ names = ("sft", "sft_heldout", "reward", "reward_heldout", "rlhf", "heldout")
 files = {name + ".jsonl": 1 - os.path.exists("no_" + name) for name in names}
 source = config["data"]["source"]
 inputs = {} if source == "demo" else {"data.source": {"path": source, **checksums.mark(source)}}
-(Path(sys.argv[1]).parent / "counts.json").write_text(json.dumps({"inputs": inputs, "read": {"rows": 9, "not read: field 'answer'": 9}, "files": files}))
+read = {"rows": 9, "not read: field 'answer'": 9}
+(Path(sys.argv[1]).parent / "counts.json").write_text(json.dumps({"inputs": inputs, "read": read, "files": files}))
 print("data: stub")
 """
 def small(*trainers: str) -> list[str]:

@@ -13,7 +13,7 @@ from training import dpo, losses
 from training.config import DPOConfig
 from training.data.batches import Sampler, comparison_example
 from training.data.cache import tokenise
-from training.data.formats import parse
+from training.data.rows import parse
 from training.data.tokenizer import Tokenizer
 from training.settings import ConfigError, build
 

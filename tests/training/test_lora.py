@@ -15,7 +15,7 @@ from tests.training.test_ppo_reference import weights
 from training import checkpoint, ppo, sft
 from training.data.batches import Sampler, sft_example
 from training.data.cache import tokenise
-from training.data.formats import parse
+from training.data.rows import parse
 from training.data.tokenizer import Tokenizer
 from training.generation.reshard import named_weights
 from training.model import lora

@@ -26,6 +26,7 @@ import tokenizers
 
 from training.checksums import digest, sync
 from training.data import formats
+from training.data.rows import Row
 from training.data.tokenizer import Tokenizer
 
 FORMAT = 1
@@ -45,7 +46,7 @@ class Tokenised(NamedTuple):
     """One a reply for "reward", else none."""
 
 
-def tokenise(rows: Sequence[formats.Row], stage: str, tokenizer: Tokenizer) -> list[Tokenised]:
+def tokenise(rows: Sequence[Row], stage: str, tokenizer: Tokenizer) -> list[Tokenised]:
     """What ``stage`` reads of ``rows``. Prompt and reply are tokenised apart, so that the loss mask can't be off by one merge."""
     replies = [row.responses if stage == "reward" else (row.best,) if stage == "sft" else () for row in rows]
     ids = iter(tokenizer.encode_all([text for row, its in zip(rows, replies, strict=True) for text in (row.prompt, *its)]))

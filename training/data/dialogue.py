@@ -40,11 +40,16 @@ def from_messages(messages: list[tuple[str, str]]) -> str:
     text, system = "", ""
     for role, content in messages:
         if role == "system":
-            system += content.strip() + "\n"
+            system += f"{content.strip()}\n" if content.strip() else ""
             continue
         text += f"{_SPEAKERS[role]} {system}{content.strip()}"
         system = ""
     return text
+
+
+def question(prompt: str) -> str:
+    """The words of the prompt's last human turn, of one without role marks all."""
+    return prompt.rpartition(HUMAN)[2].strip().removesuffix(CUE.strip()).strip()
 
 
 def has_marker(text: str) -> bool:

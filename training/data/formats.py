@@ -13,7 +13,9 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from training.data.rows import COMPARISONS, FORMATS, BadRow, Row, Unusable, parse, short, unread
+from training.data import dialogue
+from training.data.rows import COMPARISONS, FORMATS, Row, parse, unread
+from training.data.turns import BadRow, Unusable, short
 
 EXIT_DATA = 65
 LFS_POINTER = b"version https://git-lfs"
@@ -90,6 +92,35 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
                     yield number, line
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: can't be read: {error}") from None
+
+
+class Echoes:
+    """Rows with a reply that begins with its own prompt. Of a few they are answers that repeat the question, and stay; of more than a
+    tenth the file has its prompts in its replies, and a model would learn to say each question twice."""
+
+    SHARE, SHORTEST = 0.1, 12
+    """Share of the rows from which on it is the file; characters of a prompt that no reply repeats by chance."""
+
+    def __init__(self):
+        self.rows = self.echoes = 0
+        self.example = ""
+
+    def add(self, row: Row) -> bool:
+        """Whether a reply of the next row begins with its prompt."""
+        self.rows += bool(row.responses)
+        question = dialogue.question(row.prompt)
+        if len(question) < self.SHORTEST or not any(
+                len(reply) > len(question) and reply.lstrip().startswith(question) for reply in row.responses):
+            return False
+        self.echoes, self.example = self.echoes + 1, self.example or short(question)
+        return True
+
+    def check(self, path: str | Path) -> None:
+        """DataError where they are more than the odd one."""
+        if self.echoes > max(1, self.SHARE * self.rows):
+            raise DataError(f"{path}: in {self.echoes:,} of {self.rows:,} rows a reply begins with its own prompt "
+                            f"(e.g. {self.example}), so each question would be learnt as a part of its answer; "
+                            "remove the prompt from the replies")
 
 
 def because(counts: Counter) -> str:

@@ -15,10 +15,14 @@ from training.data import formats
 def main(arguments: list[str]) -> int:
     source, number, *options = arguments
     counts: Counter = Counter()
+    echoes = formats.Echoes()
     try:
         rows = list(itertools.islice(formats.iterate(source, "rlhf", counts, "--skip-bad-rows" in options), int(number)))
         if not rows:
             raise formats.DataError(f"{source}: no usable row{formats.because(counts)}")
+        for row in rows:
+            echoes.add(row)
+        echoes.check(source)
     except formats.DataError as error:
         print(error, file=sys.stderr)
         return formats.EXIT_DATA

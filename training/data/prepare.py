@@ -22,6 +22,7 @@ from training import checksums
 from training.data import demo, dialogue, formats
 from training.data.cache import cached
 from training.data.config import DataConfig, PrepareConfig
+from training.data.rows import Row
 from training.data.split import HeldOut, Repeats
 from training.data.tokenizer import Tokenizer
 from training.settings import ConfigError, load
@@ -102,12 +103,16 @@ def from_source(data: DataConfig, writer: Writer) -> Counts:
     counts: Counter = Counter()
     heldout = {stage: HeldOut(data) for stage in STAGES}
     repeats = {stage: Repeats(writer.aside / f"digests-{stage}") for stage in STAGES}
+    echoes = formats.Echoes()
     for row in formats.iterate(data.source, "rlhf", counts, data.skip_bad_rows):
-        counts.update(f"kept: {oddity}" for oddity in dialogue.oddities(row.prompt))
+        counts.update(f"kept: {oddity}" for oddity in [*dialogue.oddities(row.prompt), *row.notes])
+        if echoes.add(row):
+            counts["kept: reply begins with its prompt"] += 1
         place = heldout["rlhf"].place(row.prompt)
         for stage in _good_for(row):
             heldout[stage].add(place)
             repeats[stage].add(json.dumps(formats.as_native(row, stage)))
+    echoes.check(data.source)
     distinct = heldout["rlhf"].distinct
     if not distinct:
         raise formats.DataError(f"{data.source}: no usable row{formats.because(counts)}")
@@ -127,7 +132,7 @@ def from_source(data: DataConfig, writer: Writer) -> Counts:
     return dict(counts)
 
 
-def _good_for(row: formats.Row) -> list[str]:
+def _good_for(row: Row) -> list[str]:
     return [stage for stage in STAGES if len(row.responses) >= formats.NEEDS[stage][0]]
 
 

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import difflib
 import functools
-import re
 import sys
 from typing import NamedTuple
 
-from training.data import dialogue
+from training.data import dialogue, turns
+from training.data.turns import BadRow, Unusable, short, string
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
 COMPARISONS = 'Anthropic HH {"chosen", "rejected"}, TRL {"prompt", "chosen", "rejected"} or {"query", "response": [...], "score": [...]}'
 FORMATS = f'{{"prompt", "response"}}, TRL {{"prompt", "completion"}}, {{"messages"}}, {COMPARISONS}'
 REPLIES = ("response", "completion", "chosen", "rejected", "messages")
@@ -23,20 +22,14 @@ READ = (("chosen", "rejected", "prompt"), ("messages",), ("completion", "prompt"
 """Fields of each format; one that has the first is of it."""
 
 
-class BadRow(ValueError):
-    """A malformed row: the message names the field. ``iterate`` adds file and line."""
-
-
-class Unusable(ValueError):
-    """A well-formed row that training must not see; the message is the reason that is counted."""
-
-
 class Row(NamedTuple):
     """One prompt and the replies to it: none (RLHF), one (SFT) or several (comparisons)."""
 
     prompt: str
     responses: tuple[str, ...] = ()
     scores: tuple[float, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What is unusual about a row that is used all the same."""
 
     @property
     def best(self) -> str:
@@ -114,25 +107,38 @@ def _completion(row: dict, prompt: str) -> Row:
     return made
 
 
-def _said(row: dict, field: str) -> tuple[list[tuple[str, str]], str]:
+def _said(row: dict, field: str) -> tuple[turns.Turns, str]:
     """(turns before the reply, the reply) of a field that holds the reply's text, or messages of which the last is the reply."""
     if not isinstance(row[field], list):
         return [], dialogue.as_reply(_text(row, field))
-    turns = _messages(row, field, last=("assistant",))
-    return turns[:-1], dialogue.as_reply(turns[-1][1])
+    said = turns.read(row[field], field, last="assistant", opens=False)
+    return said[:-1], dialogue.as_reply(said[-1][1])
 
 
-def _prompt(row: dict, earlier: list[tuple[str, str]]) -> str:
+def _prompt(row: dict, earlier: turns.Turns) -> str:
     """The prompt of a row of TRL's: the field "prompt", if there is one, and the turns that the replies bring before their last one, which
     may be the whole conversation anew."""
     given = row.get("prompt", [])
     if isinstance(given, list):
-        given = _messages(row, "prompt", last=("user", "human")) if "prompt" in row else []
-        return dialogue.from_messages(earlier if earlier[:len(given)] == given else given + earlier) + dialogue.CUE
-    first = dialogue.as_prompt(_text(row, "prompt"))
-    if next((role for role, _ in earlier if role != "system"), "") == "assistant":  # they go on from the prompt
-        return first + dialogue.from_messages(earlier).removeprefix(dialogue.CUE) + dialogue.CUE
-    return dialogue.from_messages(earlier) + dialogue.CUE if len(earlier) > 1 else first
+        given = turns.read(given, "prompt", last="user") if "prompt" in row else []
+        return _dialogue(earlier if earlier[:len(given)] == given else given + earlier, "prompt and the turns before the reply")
+    text, first = _text(row, "prompt"), dialogue.as_prompt(_text(row, "prompt"))
+    if not earlier or not text.strip():
+        return first if text.strip() else ""
+    if earlier[0][0] == "assistant":  # they go on from the prompt
+        return first + _dialogue([("user", text), *earlier], "prompt and the turns before the reply").partition(dialogue.CUE)[2]
+    whole = _dialogue(earlier, "turns before the reply")
+    if first != whole and ("user", text.strip()) not in [(role, content.strip()) for role, content in earlier]:
+        raise BadRow(f"prompt: {short(text)}: none of the messages before the reply; leave out the field, or the messages")
+    return whole
+
+
+def _dialogue(conversation: turns.Turns, field: str) -> str:
+    """The prompt that a conversation is, up to and including the cue; BadRow unless the user's turn is the last."""
+    turns.check_order(conversation, field)
+    if conversation[-1][0] != "user":
+        raise BadRow(f"{field}[{len(conversation) - 1}].role: {conversation[-1][0]!r}: expected a user's message before the reply")
+    return dialogue.from_messages(conversation) + dialogue.CUE
 
 
 def _preference(prompt: str, chosen: str, rejected: str) -> Row:
@@ -140,15 +146,15 @@ def _preference(prompt: str, chosen: str, rejected: str) -> Row:
 
 
 def _chat(row: dict) -> Row:
-    turns = _messages(row, "messages", last=("assistant",))
-    return _usable(Row(dialogue.from_messages(turns[:-1]) + dialogue.CUE, (dialogue.as_reply(turns[-1][1]),), (0.0,)))
+    *before, (_, reply) = turns.read(row["messages"], "messages", last="assistant")
+    return _usable(Row(_dialogue(before, "messages"), (dialogue.as_reply(reply),), (0.0,)))
 
 
 def _comparison(row: dict, prompt: str) -> Row:
     responses, scores = (row.get(field) for field in ("response", "score"))
     if not isinstance(responses, list):
         raise BadRow(f"response: {short(responses)}: expected a list of strings")
-    responses = [_string(response, f"response[{at}]") for at, response in enumerate(responses)]
+    responses = [string(response, f"response[{at}]") for at, response in enumerate(responses)]
     if not isinstance(scores, list) or not all(type(s) in (int, float) and abs(s) <= sys.float_info.max for s in scores):
         raise BadRow(f"score: {short(scores)}: expected a list of finite numbers")
     if len(responses) < 2 or len(responses) != len(scores):
@@ -156,8 +162,21 @@ def _comparison(row: dict, prompt: str) -> Row:
     return _usable(Row(_text(row, prompt), tuple(responses), tuple(map(float, scores))))
 
 
+def _without_prompts(row: Row) -> Row:
+    """Replies that are the whole dialogue lose the prompt that they begin with: its role marks leave no doubt."""
+    prompt = row.prompt.strip()
+    if dialogue.HUMAN.strip() not in prompt or not prompt.endswith(dialogue.CUE.strip()):
+        return row
+    replies = [reply.strip() for reply in row.responses]
+    if not any(reply.startswith(prompt) for reply in replies):
+        return row
+    return row._replace(responses=tuple(dialogue.as_reply(reply.removeprefix(prompt)) for reply in replies),
+                        notes=("prompt cut from the replies that began with it",))
+
+
 def _usable(row: Row) -> Row:
     """``row`` itself; raises Unusable for what would teach a model something false."""
+    row = _without_prompts(row)
     if not row.prompt.strip():
         raise Unusable("empty prompt")
     if not all(response.strip() for response in row.responses):
@@ -169,36 +188,5 @@ def _usable(row: Row) -> Row:
     return row
 
 
-def _messages(row: dict, field: str, last: tuple[str, ...]) -> list[tuple[str, str]]:
-    """(role, content) of a list of chat messages; ``last``: roles of which the last one must have one."""
-    turns = []
-    messages = row[field]
-    if not isinstance(messages, list) or not messages:
-        raise BadRow(f"{field}: {short(messages)}: expected a list of messages")
-    for at, message in enumerate(messages):
-        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
-            raise BadRow(f'{field}[{at}]: {short(message)}: expected {{"role", "content"}}')
-        if message["role"] not in ("system", "user", "human", "assistant"):
-            raise BadRow(f"{field}[{at}].role: {short(message['role'])}: expected system, user or assistant")
-        turns.append((message["role"], _text(message, "content", f"{field}[{at}].content")))
-    if turns[-1][0] not in last:
-        raise BadRow(f"{field}[{len(turns) - 1}].role: {turns[-1][0]!r}: expected the last message to be the {last[0]}'s")
-    return turns
-
-
-def _text(row: dict, field: str, where: str = "") -> str:
-    return _string(row[field], where or field)
-
-
-def _string(value, where: str) -> str:
-    if not isinstance(value, str):
-        raise BadRow(f"{where}: {short(value)}: expected a string")
-    if _SURROGATE.search(value):
-        raise BadRow(f"{where}: {short(value)}: half of a surrogate pair is no character")
-    return value
-
-
-def short(value) -> str:
-    """``value`` for an error's text."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _text(row: dict, field: str) -> str:
+    return string(row[field], field)

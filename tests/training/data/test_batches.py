@@ -20,8 +20,8 @@ from training.data.batches import (
     shard,
 )
 from training.data.cache import tokenise
-from training.data.formats import Row
 from training.data.permutation import Permutation
+from training.data.rows import Row
 from training.settings import ConfigError
 
 CUE = [101, 102]

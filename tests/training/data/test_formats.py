@@ -10,8 +10,10 @@ import pytest
 
 from training.data import dialogue, peek
 from training.data.cache import cached
-from training.data.formats import DataError, Row, Unusable, as_native, iterate, parse
+from training.data.formats import DataError, as_native, iterate
+from training.data.rows import Row, parse
 from training.data.tokenizer import Tokenizer
+from training.data.turns import BadRow, Unusable
 
 
 def load_rows(file, stage: str) -> list[dict]:
@@ -81,6 +83,77 @@ def test_a_prompt_beside_whole_conversations_loses_none_of_their_turns():
     assert parse({"prompt": "Why?", "chosen": [*longer, SO], "rejected": [*longer, NO]}).prompt == f"{Q}{CUE} So.\n\nHuman: And?{CUE}"
     with pytest.raises(Unusable, match="prompts of chosen and rejected differ"):
         parse({"prompt": "Why?", "chosen": [*longer, SO], "rejected": [USER, NO]})
+
+
+SYSTEM, LATE = ({"role": "system", "content": text} for text in ("Be kind.", "In one word."))
+REFUSED = [
+    ({"messages": [USER, LATE, SO]}, r"messages\[1\].role: 'system': expected only as the first message"),
+    ({"messages": [USER, LATE, SO, MORE, NO]}, r"messages\[1\].role: 'system'"),
+    ({"messages": [SYSTEM, LATE, USER, SO]}, r"messages\[1\].role: 'system'"),
+    ({"messages": [USER, SO, LATE]}, r"messages\[2\].role: 'system': expected the last message to be the assistant's"),
+    ({"messages": [SYSTEM, SO]}, r"messages\[1\].role: 'assistant': expected a user's message before it"),
+    ({"messages": [SO]}, r"messages\[0\].role: 'assistant': expected a user's message before it"),
+    ({"messages": [USER, MORE, SO]}, r"messages\[1\].role: 'user' follows another 'user'"),
+    ({"messages": [USER, {"role": "human", "content": "And?"}, SO]}, r"messages\[1\].role: 'user' follows"),
+    ({"messages": [USER, SO, NO]}, r"messages\[2\].role: 'assistant' follows another 'assistant'"),
+    ({"messages": [USER, {"role": ["user"], "content": "x"}, SO]}, r"messages\[1\].role: \['user'\]: expected system, user"),
+    ({"prompt": [USER, LATE], "completion": "So."}, r"prompt\[1\].role: 'system': expected the last message to be the user's"),
+    ({"prompt": [USER], "completion": [MORE, SO]}, r"prompt and the turns before the reply\[1\].role: 'user' follows"),
+    ({"prompt": [USER], "completion": [LATE, SO]}, r"completion\[1\].role: 'assistant': expected a user's"),
+    ({"prompt": [USER], "chosen": [SO, SO], "rejected": [SO, NO]}, r"chosen\[1\].role: 'assistant' follows"),
+    ({"prompt": "Why?", "chosen": [SYSTEM, SO], "rejected": [SYSTEM, NO]}, r"chosen\[1\].role: 'assistant': expected a user's"),
+    ({"prompt": "Why?", "chosen": [LATE, MORE, SO], "rejected": [LATE, MORE, NO]}, r"prompt: 'Why\?': none of the messages"),
+    ({"prompt": "Why?", "completion": [SO, MORE, LATE, NO]}, r"completion\[2\].role: 'system'"),
+]
+
+
+@pytest.mark.parametrize(("row", "message"), REFUSED)
+def test_turns_in_another_order_are_named_and_never_joined(row, message):
+    with pytest.raises(BadRow, match=message):
+        parse(row)
+
+
+def test_empty_turns():
+    """They make a row unusable; an empty system message says nothing."""
+    empty = {"role": "user", "content": " \n"}
+    for row in ({"messages": [empty, SO]}, {"messages": [USER, SO, empty, SO]}, {"messages": [USER, {**SO, "content": ""}, MORE, SO]},
+                {"prompt": [USER], "completion": [{**SO, "content": ""}, MORE, NO]}):
+        with pytest.raises(Unusable, match="empty turn"):
+            parse(row)
+    for row in ({"prompt": "", "completion": "So."}, {"prompt": " ", "chosen": "So.", "rejected": "No."}):
+        with pytest.raises(Unusable, match="empty prompt"):
+            parse(row)
+    assert parse({"messages": [{"role": "system", "content": ""}, USER, SO]}).prompt == Q + CUE
+    assert parse({"messages": [SYSTEM, USER, SO]}).prompt == f"\n\nHuman: Be kind.\nWhy?{CUE}"
+
+
+@pytest.mark.parametrize("prompt", ["Why?", Q + CUE])
+def test_replies_that_are_the_whole_dialogue_lose_its_prompt(prompt):
+    pair = {"prompt": prompt, "chosen": f"{Q}{CUE} So.", "rejected": f"{Q}{CUE} No."}
+    assert parse(pair)[:3] == PAIR[:3] and parse(pair).notes == ("prompt cut from the replies that began with it",)
+    assert parse({"prompt": prompt, "completion": f"{Q}{CUE} So."}).responses == (" So.",)
+    native = {"query": Q + CUE, "response": [f"{Q}{CUE} So.", " No."], "score": [1, 0]}
+    assert parse(native)[:3] == PAIR[:3]
+
+
+LONG = "Which river does otter %d live in?"
+
+
+@pytest.mark.parametrize("row", [
+    lambda ask, say: {"prompt": ask, "chosen": f"{ask} {say}", "rejected": "No."},
+    lambda ask, say: {"prompt": ask, "response": f"{ask}\n{say}"},
+    lambda ask, say: {"query": ask, "response": ["No.", f" {ask} {say}"], "score": [0, 1]},
+    lambda ask, say: {"messages": [USER, SO, {**USER, "content": ask}, {**SO, "content": f"{ask} {say}"}]},
+])
+def test_a_file_whose_replies_begin_with_their_prompts_is_refused(tmp_path, capsys, row):
+    file = tmp_path / "rows.jsonl"
+    lines = [json.dumps(row(LONG % number, "In the lake.")) + "\n" for number in range(30)]
+    file.write_text("".join(lines))
+    assert peek.main([str(file), "100"]) == 65
+    assert "in 30 of 30 rows a reply begins with its own prompt (e.g. 'Which river does otter 0" in capsys.readouterr().err
+    file.write_text("".join(lines[:2] + [json.dumps(row(LONG % number, "x")).replace(f"{LONG % number} x", "x").replace(
+        f"{LONG % number}\\nx", "x") + "\n" for number in range(2, 40)]))
+    assert peek.main([str(file), "100"]) == 0  # answers that repeat the question
 
 
 def test_the_prompt_reaches_to_the_last_cue():
