@@ -19,7 +19,7 @@ from pathlib import Path
 from launcher import state
 from launcher.pipeline import Stage, prepare_config, stage_config
 from launcher.run import Failed, Run, hash_of, write_json, write_text
-from training import checksums
+from training.checksums import same
 from training.settings import ConfigError
 
 
@@ -116,7 +116,7 @@ def _changed(old: dict) -> list[str]:
     One that is gone is not looked at: its rows are there."""
     try:
         return [f"{key} = {known['path']!r}" for key, known in old["inputs"].items()
-                if os.path.exists(known["path"]) and not checksums.same(known["path"], known)]
+                if os.path.exists(known["path"]) and not same(known["path"], known)]
     except OSError as error:
         raise ConfigError(f"{error.filename}: can't be read: {error.strerror}") from None
 
