@@ -44,6 +44,7 @@ from training.generation.engine import Engine, Limits
 from training.generation.replicas import operations
 from training.generation.request import Request, Sampling, draws
 from training.generation.reshard import named_weights
+from training.model import vocabulary
 from training.model.attention import alibi_slopes
 from training.model.heads import next_token_logprobs
 from training.step import build_model, evaluate
@@ -192,7 +193,8 @@ def agree(small: bool) -> None:
     """Log-probabilities of sampled tokens by the engine, by the training forward, and by the engine's own forward in fp32.
 
     fp32: within 1e-4. bf16: .005 is our goal for a trained model; a random one's logits are all noise of rounding, so what must hold
-    here is that the engine is no farther from fp32 than the training forward is.
+    here is that the engine is no farther from fp32 than the training forward is. The head's share of the training forward's error is
+    what the last two show: with logits rounded to bf16, and with a head that rounds nothing.
     """
     shape, model, decoder = policy(small)
     rows, prompt, new = (4, 9, 7) if small else (32, 256, 256)
@@ -200,16 +202,30 @@ def agree(small: bool) -> None:
     made = Engine(decoder, Limits(prompt + new), -1).generate(asked)
     ours = torch.tensor([one.logprobs for one in made])
     tokens = torch.tensor([[*request.prompt, *one.tokens] for request, one in zip(asked, made, strict=True)])
-    theirs = evaluate(model, {"tokens": tokens}, 4, lambda output, micro: next_token_logprobs(output, micro["tokens"]))[:, prompt:].cpu()
+    theirs = trained(model, tokens, prompt)
     wide = Decoder(shape, {name: parameter.detach().float() for name, parameter in named_weights(model).items()}, OPS)
     exact = torch.cat([scores(wide, rows_) for rows_ in tokens.split(4)])[:, prompt - 1 :]
 
     def mean(left, right):
         return (left - right).abs().mean().item()
 
-    found = {"engine_to_training": mean(ours, theirs), "engine_to_fp32": mean(ours, exact), "training_to_fp32": mean(theirs, exact)}
+    found = {"engine_to_training": mean(ours, theirs), "engine_to_fp32": mean(ours, exact), "training_to_fp32": mean(theirs, exact),
+             "training_with_bf16_logits_to_fp32": mean(trained(model, tokens, prompt, lambda hidden, weight: (hidden @ weight.t()).float()),
+                                                       exact),
+             "training_with_an_fp32_head_to_fp32": mean(trained(model, tokens, prompt, lambda hidden, weight: hidden.float()
+                                                                @ weight.float().t()), exact)}
     fine = found["engine_to_fp32"] <= found["training_to_fp32"] if DEVICE == "cuda" else found["engine_to_training"] < 1e-4
     say(fine, step="agree", tokens=ours.numel(), **found, largest=(ours - theirs).abs().max().item(), signed=(ours - theirs).mean().item())
+
+
+def trained(model, tokens: torch.Tensor, prompt: int, product=vocabulary.product) -> torch.Tensor:
+    """(B, T - prompt) the training forward's log-probabilities of ``tokens`` (B, T); ``product``: how its head makes logits."""
+    before, vocabulary.product = vocabulary.product, product
+    try:
+        logprobs = evaluate(model, {"tokens": tokens}, 4, lambda output, micro: next_token_logprobs(output, micro["tokens"]))
+    finally:
+        vocabulary.product = before
+    return logprobs[:, prompt:].cpu()
 
 
 @torch.no_grad()

@@ -58,7 +58,7 @@ CATEGORIES = (  # the first whose pattern a kernel's name has
     ("matrix products", r"nvjet|gemm|cutlass|xmma|cublas|sm90"),
     ("optimizer", r"^update$|multi_tensor|lpnorm|l2norm"),
     ("gradient sums", r"vectorized_elementwise_kernel.*add|CUDAFunctor_add|direct_copy|FillFunctor|memset"),
-    ("loss", r"^_statistics|^_to_gradient|^_add_scaled"),
+    ("loss", r"^_statistics|^_to_gradient"),
     ("norms, GELU, residuals", r"triton_|^_gelu"),
     ("embedding", r"embedding|index|scatter|gather"),
     ("other", r""))

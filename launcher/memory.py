@@ -11,8 +11,8 @@ The formula, in bytes; P = parameters of this rank, T = tokens of a micro-batch,
   (arXiv:2205.05198), equations 2 and 4, without what we do not keep: dropout masks (no dropout) and attention scores (a fused kernel).
   Selective recompute keeps half of the feed-forward part's; full keeps 2 T h a layer, and one layer's activations at a time. The
   first pipeline stage keeps those of min(p, micro-batches) at once.
-* the language model's head: the logits of a chunk of tokens (training.shape.CHUNK_LOGITS), and the output matrix's gradient in the
-  weights' type. Log-probabilities and entropies of all other tokens are numbers (training.model.heads).
+* the language model's head: the fp32 logits of a chunk of tokens (training.shape.CHUNK_LOGITS).
+  Log-probabilities and entropies of all other tokens are numbers (training.model.heads).
 * offload = "frozen": of the frozen models one at a time. offload = "all": beside the trained models' weights the worst of one model's
   update (its gradients and optimizer among it), both optimizers (one goes while the other comes; a save), a scoring pass, and the
   rollout. What waits in host memory has its place there all the time.
@@ -138,10 +138,9 @@ class Rank:
         return self.layers(head) * kept * flights + (layer if config.recompute == "full" else 0) + 4 * one / whole
 
     def head(self, tokens: int) -> float:
-        """GB for a chunk's logits and the embedding's own gradient, which it has unless it is frozen."""
+        """GB for a chunk's logits, fp32 at any precision."""
         columns = self.shape.padded_vocab(self.config.tensor_parallel) // self.config.tensor_parallel
-        logits = min(tokens * columns, CHUNK_LOGITS) if self.last else 0
-        return self.word * (logits + (0 if self.config.lora_rank else self.embedding)) / GB
+        return 4 * min(tokens * columns, CHUNK_LOGITS) / GB if self.last else 0.0
 
 
 def estimate(shape: Shape, config: TrainerConfig, ranks: int) -> Estimate:

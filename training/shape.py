@@ -16,7 +16,7 @@ from training.settings import ConfigError, InvariantError
 VOCAB_MULTIPLE = 128
 """The embedding's rows are padded to a multiple of this times the tensor-parallel size (tensor cores, equal shards)."""
 CHUNK_LOGITS = 2**29
-"""Most logits of a rank that exist at once in training: 1 GiB in bf16, 2,139 tokens of BLOOM without tensor parallelism."""
+"""Most logits of a rank that exist at once in training: 2 GiB in fp32, 2,139 tokens of BLOOM without tensor parallelism."""
 
 
 FAMILIES = ("bloom", "llama")

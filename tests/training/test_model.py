@@ -20,6 +20,7 @@ from training.model import bloom as bloom_modules
 from training.model import gelu, vocabulary
 from training.model.attention import alibi_slopes
 from training.model.heads import Output, next_token_logprobs, next_token_logprobs_and_entropy, next_token_nll
+from training.model.linear import accumulate
 from training.settings import ConfigError
 from training.shape import Shape
 from training.step import Batch, Learner, Objective, build_model, evaluate, split
@@ -179,6 +180,53 @@ def test_the_head_read_in_chunks_equals_a_softmax_over_all_logits(tensor, sequen
             assert torch.allclose(rank[number][0], values.float(), atol=1e-5)
             assert torch.allclose(rank[number][1], whole.grad.float(), atol=1e-5)
         assert torch.allclose(torch.cat([rank[number][2] for rank in results]), matrix.grad.float(), atol=1e-5)
+
+
+def bf16_head(rows: int):
+    """Log-probabilities and entropies of ``rows`` tokens with a bf16 head, and the gradients, in two chunks; inputs beside them."""
+    generator = torch.Generator().manual_seed(3)
+    hidden = (torch.randn(rows + 1, 1, 16, generator=generator) * 3).bfloat16().requires_grad_()
+    weight = (torch.randn(64, 16, generator=generator) * 2).bfloat16().requires_grad_()
+    tokens = torch.randint(0, 50, (1, rows + 1), generator=generator)
+    vocabulary.CHUNK_LOGITS = 64 * (rows // 2 + 1)
+    output = Output(hidden, weight, vocabulary.Columns(0, 50, parallel_state.get_tensor_model_parallel_group()), False)
+    logprobs, entropy = next_token_logprobs_and_entropy(output, tokens)
+    nll = next_token_nll(output, tokens)
+    gradients = [torch.autograd.grad(loss, (hidden, weight)) for loss in ((logprobs + entropy).sum(), nll)]
+    return hidden.detach(), weight.detach(), tokens, (logprobs.detach(), entropy.detach(), nll.detach()), gradients
+
+
+@pytest.mark.parametrize("rows", [5, 90])
+def test_the_logits_of_a_bf16_head_are_fp32(rows):
+    """Logits here are up to 60: in bf16 they would be off by up to 1/4. Chunks of up to 16 rows and of more: a narrower gradient is written
+    over the logits."""
+    hidden, weight, tokens, (logprobs, entropy, nll), gradients = run(bf16_head, 1, 1, 1, rows)[0]
+    whole, matrix = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    made = torch.distributions.Categorical(logits=(whole @ matrix[:50].T).transpose(0, 1)[:, :-1])
+    exact, exact_entropy = made.log_prob(tokens[:, 1:]), made.entropy()
+    assert torch.allclose(logprobs[:, 1:], exact.float(), atol=1e-4) and torch.allclose(entropy[:, 1:], exact_entropy.float(), atol=1e-4)
+    assert torch.allclose(nll, -exact.sum().float(), rtol=1e-5)
+    for found, loss in zip(gradients, ((exact + exact_entropy).sum(), -exact.sum()), strict=True):
+        for mine, theirs in zip(found, torch.autograd.grad(loss, (whole, matrix), retain_graph=True), strict=True):
+            assert mine.dtype == torch.bfloat16 and (mine.double() - theirs).norm() <= 1e-2 * theirs.norm()
+
+
+def head_gradient_in_its_buffer(upstream: float):
+    hidden, weight = torch.randn(5, 1, 8, requires_grad=True), torch.nn.Parameter(torch.randn(32, 8))
+    weight.main_grad = torch.full((32, 8), 2.0)
+    accumulate(torch.nn.ParameterList([weight]))
+    output = Output(hidden, weight, vocabulary.Columns(0, 32, parallel_state.get_tensor_model_parallel_group()), False)
+    (upstream * next_token_nll(output, torch.arange(5)[None])).backward()
+    without = torch.nn.Parameter(weight.detach().clone())
+    next_token_nll(Output(hidden, without, output.columns, False), torch.arange(5)[None]).backward()
+    return weight.grad, weight.main_grad - 2, without.grad
+
+
+def test_the_head_s_gradient_is_added_to_its_buffer_in_the_forward_pass():
+    returned, added, expected = run(head_gradient_in_its_buffer, 1, 1, 1, 1.0)[0]
+    assert returned is None and torch.allclose(added, expected, atol=1e-5)
+    with pytest.raises(Exception, match="upstream gradient 3, but"):
+        run(head_gradient_in_its_buffer, 1, 1, 1, 3.0)
 
 
 def test_scalar_head_reads_hidden_states_as_hugging_face_gives_them(bloom):

@@ -1,8 +1,9 @@
 """What stands on top of the transformer: a scalar head, and a language model's output, from which losses read log-probabilities.
 
-Memory of reading, C the smaller of a rank's predictions and training.model.vocabulary's chunk (2,139 at BLOOM's vocabulary without
-tensor parallelism), V its columns, H the hidden size: 2 C V bytes in bf16, and in a backward pass the weight's gradient, 2 V H.
-Nothing grows with the micro-batch but (B, T) numbers. Where a mask leaves tokens out, the head does not compute them.
+Memory of reading, C the smaller of a rank's predictions and training.model.vocabulary's chunk (2,139 at
+BLOOM's vocabulary without tensor parallelism), V its columns: 4 C V bytes. The weight's gradient goes
+into its buffer. Nothing grows with the micro-batch but (B, T) numbers. Where a mask leaves tokens out,
+the head does not compute them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from megatron.core import tensor_parallel
 
-from training.model.vocabulary import Columns, Positions, logprobs_and_entropy, negative_log_likelihood
+from training.model.vocabulary import Columns, Positions, logprobs_and_entropy, negative_log_likelihood, product
 
 
 class ScalarHead(torch.nn.Module):
@@ -63,8 +64,9 @@ class Output:
         return tensor_parallel.copy_to_tensor_model_parallel_region(self.hidden, group=self.columns.group)
 
     def logits(self) -> torch.Tensor:
-        """All logits (B, T, V / tp), columns of vocabulary padding at -inf: to compare models with, too large for a loss."""
-        logits = torch.nn.functional.linear(self.whole(), self.weight[: self.columns.real]).transpose(0, 1)
+        """All logits (B, T, V / tp) fp32, columns of vocabulary padding at -inf: to compare models with, too large for a loss."""
+        hidden = self.whole()
+        logits = product(hidden.flatten(0, 1), self.weight[: self.columns.real]).unflatten(0, hidden.shape[:2]).transpose(0, 1)
         return torch.nn.functional.pad(logits, (0, self.weight.size(0) - self.columns.real), value=float("-inf"))
 
 
@@ -101,7 +103,8 @@ def next_token_logprobs_and_entropy(output: Output, tokens: torch.Tensor, temper
 
 def next_token_nll(output: Output, tokens: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """-sum of ``next_token_logprobs`` where ``mask``, fp32 (): for a loss that weighs all tokens alike. Its gradients are made in the
-    forward pass, so no logits are made twice; the hidden states' gradient and the weight's are kept until the backward pass.
+    forward pass, so no logits are made twice; the hidden states' is kept until the backward pass, the weight's is added to its buffer
+    at once, for an upstream gradient of 1 (without a buffer it is kept, too).
     """
     hidden, positions, _ = _read(output, tokens, mask)
     if not torch.is_grad_enabled():

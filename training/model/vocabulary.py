@@ -1,18 +1,22 @@
 """Log-probabilities over a large vocabulary, made from hidden states in chunks of tokens, the columns split over ranks.
 
-The logits of 8,192 tokens of BLOOM (250,880 columns) are 8 GB in fp32, so they never exist together: a chunk's are made, read and
-dropped. With z the logits divided by the temperature, p = softmax(z) and y the token:
+The logits of 8,192 tokens of BLOOM (250,880 columns) are 8 GB, so they never exist together: a chunk's
+are made, read and dropped. With z the logits divided by the temperature, p = softmax(z), y the token:
 
     log p(y) = z_y - lse(z)          d log p(y) / dz = onehot(y) - p
     H = lse(z) - sum_j p_j z_j       dH / dz_j = -p_j (log p_j + H)
 
-Matrix products are the device's own; what lies between them is one pass over the logits forward and one backward
-(training.model.vocabulary_triton on CUDA, plain torch here). Where the weight has a buffer for its gradient (training.model.linear), the
-gradient is added there and none is returned.
+Logits are fp32, also of bf16 hidden states and weights, as in the rollout engine: a bf16 logit of 16 to
+32 is rounded to 1/8. Their gradient is of the weights' type, as the products that read it.
+
+Matrix products are the device's own. What lies between them is one pass over the logits forward and one
+backward (training.model.vocabulary_triton on CUDA, plain torch here). Where the weight has a buffer for
+its gradient (training.model.linear), the gradient is added there and none is returned.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +27,8 @@ from training.shape import CHUNK_LOGITS
 
 NOTHING = torch.finfo(torch.float32).min / 2
 """Largest logit of a rank that holds only padding of the vocabulary: finite, so that its weight of 0 gives no NaN."""
+FIRST = 16
+"""Rows of a narrower gradient that are not written over the logits at once. A multiple of 4: slices stay aligned to 16 bytes."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,15 @@ def chunks(count: int, columns: int) -> list[slice]:
     return [slice(start, min(start + size, count)) for start in range(0, count, max(size, 1))]
 
 
+def product(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Logits (N, V) = hidden (N, H) weight (V, H)^T, in fp32 where the operands are narrower."""
+    if hidden.dtype.itemsize >= 4:
+        return hidden @ weight.t()
+    if hidden.is_cuda:
+        return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+    return hidden.float() @ weight.float().t()  # products of bf16 numbers are exact in fp32
+
+
 def _on_gpu():
     from training.model import vocabulary_triton
 
@@ -75,17 +90,38 @@ def _statistics(logits, target, temperature: float, entropy: bool):
     return highest, exponentials.sum(-1), weighted, torch.where(here, chosen, 0.0)
 
 
-def _to_gradient(logits, target, lse, entropy, grad_logprob, grad_entropy, temperature: float) -> None:
-    """Overwrite (n, C) logits with the gradient by them of sum(grad_logprob log p(y) + grad_entropy H); (n,) each but the first."""
+def gradient_of(logits, target, lse, entropy, grad_logprob, grad_entropy, temperature: float, dtype) -> torch.Tensor:
+    """The gradient by (n, C) logits of sum(grad_logprob log p(y) + grad_entropy H), of type ``dtype``; (n,) each but the first.
+
+    It takes the logits' place, also where it is half as wide: rows [k, 2 k) of it then lie where rows
+    [k / 2, k) of the logits were, which have been read. Only the first rows need room of their own.
+    """
+    if logits.dtype == dtype:
+        result, edges = logits, [0, logits.size(0)]
+    else:
+        result = logits.view(dtype).view(-1)[: logits.numel()].view(logits.shape)
+        doubled = (FIRST << bit for bit in itertools.count())
+        edges = [0, *itertools.takewhile(lambda row: row < logits.size(0), doubled), logits.size(0)]
+    for rows in map(slice, edges, edges[1:]):
+        given = [None if values is None else values[rows] for values in (target, lse, entropy, grad_logprob, grad_entropy)]
+        room = result[rows] if rows.start or result is logits else torch.empty_like(result[rows])
+        _to_gradient(logits[rows], *given, temperature, room)
+        if not rows.start and result is not logits:
+            result[rows] = room
+    return result
+
+
+def _to_gradient(logits, target, lse, entropy, grad_logprob, grad_entropy, temperature: float, into: torch.Tensor) -> None:
+    """Write ``gradient_of`` of some rows into ``into`` (n, C), which may be the logits themselves."""
     if logits.is_cuda:
-        return _on_gpu().to_gradient(logits, target, lse, entropy, grad_logprob, grad_entropy, temperature)
+        return _on_gpu().to_gradient(logits, target, lse, entropy, grad_logprob, grad_entropy, temperature, into)
     log_p = logits.float() / temperature - lse[:, None]
     p = log_p.exp()
     one_hot = torch.arange(logits.size(1), device=logits.device)[None] == target[:, None]
     gradient = grad_logprob[:, None] * (one_hot.float() - p)
     if grad_entropy is not None:
         gradient = gradient - grad_entropy[:, None] * p * (log_p + entropy[:, None])
-    logits.copy_(gradient / temperature)
+    into.copy_(gradient / temperature)
     return None
 
 
@@ -113,7 +149,7 @@ class _Chunks:
         self.slices = chunks(positions.index.numel(), weight.size(0))  # with padding: the ranks reduce alike
 
     def logits(self, part: slice) -> torch.Tensor:
-        return self.hidden[self.index[part]] @ self.weight.t()
+        return product(self.hidden[self.index[part]], self.weight)
 
     def statistics(self, logits: torch.Tensor, part: slice, entropy: bool):
         if not logits.size(1):
@@ -124,19 +160,21 @@ class _Chunks:
     def gradients(self, part: slice, logits, lse, entropy, grad_logprob, grad_entropy, into) -> None:
         """Add the chunk's gradients to ``into``: (of the hidden states, of this rank's real rows of the weight), None = not wanted.
         ``logits`` are overwritten; the other arguments are the chunk's."""
-        if logits.size(1):
-            _to_gradient(logits, self.target[part], lse, entropy, grad_logprob, grad_entropy, self.temperature)
+        if not logits.size(1):
+            return
+        gradient = gradient_of(logits, self.target[part], lse, entropy, grad_logprob, grad_entropy, self.temperature, self.weight.dtype)
         of_hidden, of_weight = into
         index = self.index[part]
         if of_hidden is not None:
-            of_hidden[index] = logits @ self.weight
+            of_hidden[index] = gradient @ self.weight
         if of_weight is not None:
-            add_product(of_weight, logits, self.hidden[index])
+            add_product(of_weight, gradient, self.hidden[index])
 
 
-def _zeros(ctx, hidden, weight):
-    """Where the gradients of (hidden states, weight) are gathered, None where nobody asks."""
-    return [torch.zeros_like(tensor) if asked else None for tensor, asked in zip((hidden, weight), ctx.needs_input_grad, strict=False)]
+def _zeros(ctx, hidden, weight, sums: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """Where the gradients of (hidden states, weight) are gathered; None where it is not asked for, or goes to the buffer ``sums``."""
+    asked = ctx.needs_input_grad[0], ctx.needs_input_grad[1] and sums is None
+    return [torch.zeros_like(tensor) if wanted else None for tensor, wanted in zip((hidden, weight), asked, strict=True)]
 
 
 class _LogProbs(torch.autograd.Function):
@@ -161,7 +199,7 @@ class _LogProbs(torch.autograd.Function):
         hidden, weight, index, target, lse, entropies = ctx.saved_tensors
         work = _Chunks(hidden, weight, Positions(index, target), ctx.columns, ctx.temperature)
         sums = buffer(weight) if ctx.needs_input_grad[1] else None
-        of_hidden, of_weight = _zeros(ctx, hidden, weight) if sums is None else (*_zeros(ctx, hidden, weight)[:1], None)
+        of_hidden, of_weight = _zeros(ctx, hidden, weight, sums)
         into = of_hidden, _real(of_weight if sums is None else sums, ctx.columns)
         for part in work.slices:
             logits, ctx.kept = work.logits(part) if ctx.kept is None else ctx.kept, None
@@ -172,13 +210,15 @@ class _LogProbs(torch.autograd.Function):
 
 
 class _NegativeLogLikelihood(torch.autograd.Function):
-    """-sum log p(y). Its gradients are made in the forward pass, while a chunk's logits are there, and scaled in the backward pass."""
+    """-sum log p(y). Its gradients are made in the forward pass, while a chunk's logits are there. What the weight's buffer gets is
+    added there and then, for an upstream gradient of 1; else they are scaled in the backward pass."""
 
     @staticmethod
     def forward(ctx, hidden, weight, positions, columns):
         work = _Chunks(hidden, weight, positions, columns, 1.0)
-        whole = _zeros(ctx, hidden, weight)
-        into = whole[0], _real(whole[1], columns)
+        sums = buffer(weight) if ctx.needs_input_grad[1] else None
+        of_hidden, of_weight = _zeros(ctx, hidden, weight, sums)
+        into = of_hidden, _real(of_weight if sums is None else sums, columns)
         loss = torch.zeros((), device=hidden.device)
         for part in work.slices:
             logits = work.logits(part)
@@ -186,30 +226,21 @@ class _NegativeLogLikelihood(torch.autograd.Function):
             loss = loss - logprobs.sum()
             work.gradients(part, logits, lse, None, torch.full_like(lse, -1.0), None, into)
             del logits
-        ctx.save_for_backward(*whole, weight)
+        ctx.save_for_backward(of_hidden, of_weight)
+        ctx.added = sums is not None
         return loss
 
     @staticmethod
     def backward(ctx, grad):
+        if ctx.added and not grad.is_cuda and grad.item() != 1:  # on a GPU the host would wait for it
+            raise ValueError(f"next_token_nll: upstream gradient {grad.item():g}, but the output matrix's gradient was added for 1")
         # In place: these are this function's own, and a graph is walked once.
-        of_hidden, of_weight, weight = ctx.saved_tensors
-        of_hidden = None if of_hidden is None else of_hidden.mul_(grad)
-        if of_weight is not None and (sums := buffer(weight)) is not None:
-            add_scaled(sums, of_weight, grad)
-            of_weight = None
-        return of_hidden, None if of_weight is None else of_weight.mul_(grad), None, None
+        of_hidden, of_weight = ctx.saved_tensors
+        return *(None if made is None else made.mul_(grad) for made in (of_hidden, of_weight)), None, None
 
 
 def _real(of_weight: torch.Tensor | None, columns: Columns) -> torch.Tensor | None:
     return None if of_weight is None else of_weight[: columns.real]
-
-
-def add_scaled(into: torch.Tensor, values: torch.Tensor, scale: torch.Tensor) -> None:
-    """fp32 ``into`` += ``values`` x ``scale`` (one number on the device)."""
-    if into.is_cuda and into.dtype == torch.float32:
-        _on_gpu().add_scaled(into, values, scale)
-    else:
-        into.add_(values.to(into.dtype) * scale)
 
 
 def logprobs_and_entropy(hidden, weight, positions: Positions, columns: Columns, temperature: float, entropy: bool):
@@ -224,5 +255,6 @@ def logprobs_and_entropy(hidden, weight, positions: Positions, columns: Columns,
 
 
 def negative_log_likelihood(hidden, weight, positions: Positions, columns: Columns) -> torch.Tensor:
-    """-sum of log p(target), fp32 (); arguments and gradients as in ``logprobs_and_entropy``. Differentiable once."""
+    """-sum of log p(target), fp32 (); arguments and gradients as in ``logprobs_and_entropy``. Differentiable once; where the weight has
+    a buffer, by an upstream gradient of 1."""
     return _NegativeLogLikelihood.apply(hidden, weight, positions, columns)

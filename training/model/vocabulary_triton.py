@@ -1,6 +1,6 @@
 """The passes over logits of training.model.vocabulary as Triton kernels, one each; imported on a GPU only.
 
-They are bound by memory: forward reads the logits once, backward reads and writes them once.
+They are bound by memory: forward reads the fp32 logits once, backward reads them once and writes their gradient.
 """
 
 from __future__ import annotations
@@ -36,26 +36,18 @@ def _statistics(logits_ptr, target_ptr, highest_ptr, total_ptr, weighted_ptr, ch
 
 
 @triton.jit(do_not_specialize=["inverse"])
-def _to_gradient(logits_ptr, target_ptr, lse_ptr, entropy_ptr, grad_logprob_ptr, grad_entropy_ptr, columns, inverse,
+def _to_gradient(logits_ptr, into_ptr, target_ptr, lse_ptr, entropy_ptr, grad_logprob_ptr, grad_entropy_ptr, columns, inverse,
                  ENTROPY: tl.constexpr, BLOCK: tl.constexpr):
     """BLOCK columns of one row."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    place = logits_ptr + row * columns + column
-    log_p = tl.load(place, column < columns, 0.0).to(tl.float32) * inverse - tl.load(lse_ptr + row)
+    place = row * columns + column
+    log_p = tl.load(logits_ptr + place, column < columns, 0.0).to(tl.float32) * inverse - tl.load(lse_ptr + row)
     p = tl.exp(log_p)
     gradient = tl.load(grad_logprob_ptr + row) * (tl.where(column == tl.load(target_ptr + row), 1.0, 0.0) - p)
     if ENTROPY:
         gradient -= tl.load(grad_entropy_ptr + row) * p * (log_p + tl.load(entropy_ptr + row))
-    tl.store(place, (gradient * inverse).to(logits_ptr.dtype.element_ty), column < columns)
-
-
-@triton.jit
-def _add_scaled(sum_ptr, values_ptr, scale_ptr, count, BLOCK: tl.constexpr):
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < count
-    values = tl.load(values_ptr + place, inside, 0.0).to(tl.float32) * tl.load(scale_ptr)
-    tl.store(sum_ptr + place, tl.load(sum_ptr + place, inside, 0.0) + values, inside)
+    tl.store(into_ptr + place, (gradient * inverse).to(into_ptr.dtype.element_ty), column < columns)
 
 
 def statistics(logits: torch.Tensor, target: torch.Tensor, temperature: float, entropy: bool):
@@ -64,12 +56,8 @@ def statistics(logits: torch.Tensor, target: torch.Tensor, temperature: float, e
     return tuple(made)
 
 
-def to_gradient(logits, target, lse, entropy, grad_logprob, grad_entropy, temperature: float) -> None:
+def to_gradient(logits, target, lse, entropy, grad_logprob, grad_entropy, temperature: float, into: torch.Tensor) -> None:
     wanted, block = grad_entropy is not None, 4096
     _to_gradient[(logits.size(0), triton.cdiv(logits.size(1), block))](
-        logits, target, lse, entropy if wanted else lse, grad_logprob, grad_entropy if wanted else lse, logits.size(1), 1 / temperature,
+        logits, into, target, lse, entropy if wanted else lse, grad_logprob, grad_entropy if wanted else lse, logits.size(1), 1 / temperature,
         wanted, block, num_warps=8)
-
-
-def add_scaled(into: torch.Tensor, values: torch.Tensor, scale: torch.Tensor) -> None:
-    _add_scaled[(triton.cdiv(values.numel(), 2048),)](into, values, scale, values.numel(), 2048, num_warps=8)
