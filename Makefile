@@ -1,15 +1,21 @@
 # make demo   install, then run the whole chain on the embedded default
 # make test   install (Slurm from Debian when root and absent), then run all tests
+# make gpu-test [PYTHON=python3]   everything that a GPU can test, in under five minutes; with PYTHON nothing is installed
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint setup slurm browser lock
+.PHONY: demo test gpu-test lint setup slurm browser lock
 demo: setup
 	$(BIN)/python -m launcher submit full-pipeline --recipe bloom-tiny --wait
 
 test: setup slurm browser
 	$(BIN)/python -m pytest -n 2
+
+# With PYTHON given, that Python's own torch and packages; else the virtual environment's.
+GIVEN := $(filter command environment override,$(firstword $(origin PYTHON)))
+gpu-test: $(if $(GIVEN),,setup)
+	CONVOY_GPU=1 $(if $(GIVEN),$(PYTHON),$(BIN)/python) -m pytest -n 0 -p no:cacheprovider --durations 15 tests/gpu tests/kernels
 
 lint: setup
 	$(BIN)/ruff check .
@@ -52,5 +58,5 @@ lock:
 	echo 'torch==2.13.0' > $(VENV)/torch.txt
 	$(BIN)/uv pip compile setup.cfg --extra test --universal --python-version 3.10 --constraint $(VENV)/torch.txt \
 		--no-emit-index-url --no-emit-find-links --no-annotate --no-header --quiet --output-file $(VENV)/resolved.txt
-	{ echo "# Versions that this release is tested with (make lock). torch's own CUDA packages are left to torch."; \
-	  grep -vE '^(nvidia-|cuda-|triton)' $(VENV)/resolved.txt; } > constraints.txt
+	{ echo "# Versions that this release is tested with (make lock). torch's own CUDA packages are left to torch; triton is the one it wants."; \
+	  grep -vE '^(nvidia-|cuda-)' $(VENV)/resolved.txt; } > constraints.txt

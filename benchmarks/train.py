@@ -40,6 +40,7 @@ from training import parallel, sft
 from training.config import Paths, SFTConfig
 from training.families.bloom import shape as bloom
 from training.main import ALONE
+from training.model import vocabulary
 from training.model.heads import next_token_logprobs
 from training.shape import Shape
 from training.step import Batch, Learner, Objective, build_model, evaluate
@@ -310,6 +311,7 @@ def main() -> int:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--out", type=Path, help="JSON lines are added to this file")
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--logits", choices=("fp32", "bf16"), default="fp32", help="bf16: as they were, to see what fp32 ones cost")
     parser.add_argument("--one", action="store_true", help="the one model in this process")
     parser.add_argument("--limit", type=int, default=600, help="most seconds a model")
     asked = parser.parse_args()
@@ -317,11 +319,14 @@ def main() -> int:
         asked.out.touch()  # a folder that is missing is said before the first part's minutes
     models = ["small"] if asked.small else asked.models
     if asked.one:
+        if asked.logits == "bf16":
+            vocabulary.product = lambda hidden, weight: hidden @ weight.t()
         one(models[0], asked.parts)
         return 0
     rows = []
     for name in models:
-        command = [sys.executable, __file__, "--one", *(["--small"] if asked.small else ["--models", name]), "--parts", *asked.parts]
+        command = [sys.executable, __file__, "--one", *(["--small"] if asked.small else ["--models", name]), "--parts", *asked.parts,
+                   "--logits", asked.logits]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             alarm = threading.Timer(asked.limit, process.kill)
             alarm.daemon = True  # an interrupt ends this process, too

@@ -59,5 +59,5 @@ def statistics(logits: torch.Tensor, target: torch.Tensor, temperature: float, e
 def to_gradient(logits, target, lse, entropy, grad_logprob, grad_entropy, temperature: float, into: torch.Tensor) -> None:
     wanted, block = grad_entropy is not None, 4096
     _to_gradient[(logits.size(0), triton.cdiv(logits.size(1), block))](
-        logits, into, target, lse, entropy if wanted else lse, grad_logprob, grad_entropy if wanted else lse, logits.size(1), 1 / temperature,
-        wanted, block, num_warps=8)
+        logits, into, target, lse, entropy if wanted else lse, grad_logprob, grad_entropy if wanted else lse,
+        logits.size(1), 1 / temperature, wanted, block, num_warps=8)

@@ -1,20 +1,13 @@
-"""The engine's Triton kernels against its plain torch: on a GPU, or in Triton's interpreter (TRITON_INTERPRET=1, see CONTRIBUTING.md)."""
-
-import os
+"""The engine's Triton kernels against its plain torch."""
 
 import pytest
 import torch
 
-pytest.importorskip("triton")
-if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("Triton without a GPU needs TRITON_INTERPRET=1", allow_module_level=True)
-
-from tests.training.generation_models import off, pick_from_shards  # noqa: E402
-from training.generation import sampling, torch_ops, triton_ops, triton_sampling  # noqa: E402
-from training.generation.cache import Batch  # noqa: E402
-from training.model.attention import alibi_slopes  # noqa: E402
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from tests.kernels.where import DEVICE
+from tests.training.generation_models import off, pick_from_shards
+from training.generation import sampling, torch_ops, triton_ops, triton_sampling
+from training.generation.cache import Batch
+from training.model.attention import alibi_slopes
 
 
 def close(found: torch.Tensor, exact: torch.Tensor, tolerance: float = 1e-6) -> None:

@@ -1,0 +1,36 @@
+"""The checks of benchmarks/check.py and benchmarks/rollout.py: fast paths against plain ones, at the sizes that a GPU is used for."""
+
+import pytest
+
+from tests.gpu.conftest import CUDA
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("one_rank")]
+
+
+def passes(check, *given) -> None:
+    from benchmarks import parity_gpu
+
+    before = len(parity_gpu.missed)
+    check(*given)
+    assert parity_gpu.missed[before:] == []
+
+
+@pytest.mark.parametrize("name", ["head", "gelu", "optimizer"])
+def test_fast_paths(name):
+    from benchmarks import check
+
+    passes(getattr(check, name))
+
+
+@pytest.mark.parametrize("rows", ["whole", "packed"])
+def test_compiled_layers(rows):
+    from benchmarks import check
+
+    passes(check.layers, [rows])
+
+
+@pytest.mark.parametrize("name", ["kernels", "greedy"])
+def test_the_rollout_engine(name):
+    from benchmarks import rollout
+
+    passes(getattr(rollout, name), not CUDA)
