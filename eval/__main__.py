@@ -100,8 +100,10 @@ def judge_facts(settings: MTBenchConfig, judgments: list[dict], pairs: list[dict
     priced = settings.judge_price_in or settings.judge_price_out
     cost = (tokens_in * settings.judge_price_in + tokens_out * settings.judge_price_out) / 1e6
     return {"kind": settings.judge, "requested": settings.judge_model if settings.judge != "none" else "",
-            "returned": sorted({row["judge_id"] for row in rows}), "problem": problem, "repeats": settings.judge_repeats,
-            "requests": len(judgments) + 2 * len(pairs), "tokens_in": tokens_in, "tokens_out": tokens_out,
+            "returned": sorted({row["judge_id"] for row in rows if row.get("reason") != "refused"}),
+            "adapted": sorted({change for row in rows for change in row.get("adapted", [])}),
+            "problem": problem, "repeats": settings.judge_repeats, "requests": len(judgments) + 2 * len(pairs),
+            "tokens_in": tokens_in, "tokens_out": tokens_out,
             "cost": cost if priced else None, "currency": settings.judge_currency}
 
 

@@ -15,7 +15,7 @@ from eval.endpoint import Endpoint
 from eval.errors import JudgeError
 from eval.jsonl import append, dump, last_by, recover
 from eval.questions import QuestionSet
-from eval.scores import UNPARSED, parse_rating
+from eval.verdict import rating
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,19 @@ class Work:
         return last_by([*recover(self.superseded), *recover(self.path)], self.module.row_key)
 
 
-def ratings(config: MTBenchConfig, question_set: QuestionSet, answers: dict[str, list[dict]]) -> list[Work]:
-    """What the configuration asks of the judge: ratings, and comparisons where ``judge_pairwise`` says so."""
-    model, output = config.judge_model, config.paths.output
-    found = [Work(judge.judgment_path(output, model), judge,
-                  judge.unique(judge.requests(question_set, answers, config.judge_repeats), model))]
+def ratings(config: MTBenchConfig, question_set: QuestionSet, answers: dict[str, list[dict]],
+            fingerprint: str = "") -> list[Work]:
+    """What the configuration asks of the judge: ratings, and comparisons where ``judge_pairwise`` says so.
+
+    ``fingerprint``: of a local judge's folder.
+    """
+    model, output, settings = config.judge_model, config.paths.output, judge.settings(config, fingerprint)
+    requests = judge.unique(judge.requests(question_set, answers, config.judge_repeats, settings), model)
+    works = [Work(judge.judgment_path(output, model), judge, requests)]
     if config.judge_pairwise:
-        found.append(Work(judge.judgment_path(output, model, "pair"), pairwise, pairwise.requests(question_set, answers)))
-    return found
+        pairs = pairwise.requests(question_set, answers, settings)
+        works.append(Work(judge.judgment_path(output, model, "pair"), pairwise, pairs))
+    return works
 
 
 def rate(config: MTBenchConfig, works: Sequence[Work], prompts: dict[str, dict], done: Callable[[int], None]) -> list[list[dict]]:
@@ -79,10 +84,16 @@ def paid(config: MTBenchConfig, works: Sequence[Work]) -> list[list[dict]]:
 
 def preflight(endpoint: Endpoint, prompts: dict[str, dict]) -> None:
     """Rate one known item before the many; raises JudgeError where the endpoint can't be used or gives no rating."""
-    made = endpoint.complete(*judge.known_item(prompts))
-    if parse_rating(made.text) == UNPARSED:
+    item = judge.known_item(prompts)
+    reply = endpoint.complete(*item)
+    verdict = rating(reply.text, reply.finish)
+    if verdict.reason == "cut":
+        raise JudgeError(f"{endpoint.url}: model {endpoint.config.judge_model!r} did not come to a rating of a known answer within "
+                         f"mtbench.judge_max_tokens = {endpoint.config.judge_max_tokens}: raise it")
+    if verdict.reason:
         raise JudgeError(f"{endpoint.url}: model {endpoint.config.judge_model!r} gave no rating [[n]] to a known answer, but: "
-                         f"{endpoint.redacted(made.text)[:200]!r}; choose another judge_model")
+                         f"{endpoint.key.redacted(reply.text)[:200]!r}; choose another judge_model")
+    endpoint.known_item = item
 
 
 def _ask_all(config: MTBenchConfig, endpoint: Endpoint, work: Work, items: Sequence, rows: dict, done: Callable[[int], None]) -> None:

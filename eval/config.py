@@ -7,6 +7,8 @@ import urllib.parse
 from dataclasses import dataclass
 from pathlib import Path
 
+from eval.addresses import is_secret_name, refuse_secret
+
 JUDGES = ("none", "openai", "local")
 SERVERS = ("auto", "vllm", "transformers")
 
@@ -74,6 +76,11 @@ class MTBenchConfig:
     """Also compare each model's answers with the first model's, in both orders."""
     judge_max_tokens: int = 2048
     """Longest judgment, tokens."""
+    judge_seconds: int = 600
+    """Longest wait for one reply of the judge, seconds."""
+    judge_request: str = ""
+    """More fields of each request to the judge, a JSON object; null leaves a field out, e.g. '{"temperature": null,
+    "max_tokens": null, "max_completion_tokens": 4096}'."""
     judge_max_requests: int = 0
     """Most requests of one start, those that are asked again included; 0 = no limit."""
     judge_max_cost: float = 0.0
@@ -102,7 +109,7 @@ class MTBenchConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: expected one of {', '.join(allowed)}")
         for name in ("max_new_tokens", "heldout_max_new_tokens", "heldout_samples", "batch_size", "judge_concurrency", "judge_repeats",
-                     "judge_max_tokens", "judge_start_minutes"):
+                     "judge_max_tokens", "judge_seconds", "judge_start_minutes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: expected at least 1")
         for name in ("judge_max_requests", "judge_max_cost", "judge_price_in", "judge_price_out", "harness_limit"):
@@ -115,10 +122,30 @@ class MTBenchConfig:
             raise ValueError(f'template = {self.template!r}: expected "chat" or a text with {{question}} in it, once')
         self._check_judge()
 
+    def request_fields(self) -> dict:
+        """``judge_request`` as a dict; ValueError for one that is no such object, or would change what is read of the reply."""
+        if not self.judge_request.strip():
+            return {}
+        try:
+            fields = json.loads(self.judge_request, parse_constant=_no_number)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"judge_request: not JSON ({str(error)[:100]}); expected an object such as "
+                             '\'{"temperature": null}\'') from None
+        if not isinstance(fields, dict):
+            raise ValueError(f"judge_request: {type(fields).__name__}; expected an object such as '{{\"temperature\": null}}'")
+        for name in fields:
+            if name in ("model", "messages", "stream", "n"):
+                raise ValueError(f"judge_request: {name!r} is not to be set there; mtbench.judge_model names the model, and each request "
+                                 "asks for one reply")
+            if is_secret_name(name):
+                raise ValueError(f"judge_request: the field {name[:40]!r} looks like a secret, which would be written into config.json; "
+                                 "the key goes into the variable that judge_key_variable names")
+        return fields
+
     def _check_judge(self) -> None:
-        if "@" in self.judge_url:  # not quoted: it is a secret, and no way in, either
-            raise ValueError("judge_url: holds a name or password before an @, which would be printed; put the key into the variable that "
-                             "judge_key_variable names, or into judge_key_file")
+        refuse_secret("judge_url", self.judge_url,
+                      "put the key into the variable that judge_key_variable names, or into judge_key_file")
+        self.request_fields()
         if self.judge == "openai" and not self.judge_url:
             raise ValueError('judge_url = "": judge = "openai" needs the address of an endpoint; set mtbench.judge_url')
         if self.judge == "openai" and not self.judge_url.startswith(("http://", "https://")):
@@ -128,6 +155,10 @@ class MTBenchConfig:
         if self.judge_max_cost and not (self.judge_price_in or self.judge_price_out):
             raise ValueError(f"judge_max_cost = {self.judge_max_cost}: a limit needs the judge's prices; set mtbench.judge_price_in and "
                              "mtbench.judge_price_out, for a million tokens")
+
+
+def _no_number(text: str):
+    raise ValueError(f"{text} is no number in JSON")
 
 
 def _usable(url: str) -> bool:

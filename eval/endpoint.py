@@ -1,33 +1,43 @@
-"""A client of an OpenAI-compatible chat endpoint on the standard library: what to retry, what is fatal, and never the key."""
+"""A client of an OpenAI-compatible chat endpoint: what is asked again, what one refusal, what an outage.
+
+Nothing that it says or keeps holds the key.
+"""
 
 from __future__ import annotations
 
 import email.utils
 import http.client
 import json
-import os
 import random
 import re
-import stat
 import time
 import urllib.error
-import urllib.request
-from collections.abc import Callable
-from pathlib import Path
+import urllib.parse
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+from eval import addresses, transport
 from eval.budget import CHARACTERS, Budget
 from eval.config import MTBenchConfig
 from eval.errors import JudgeError
+from eval.key import Key, read_key
 
 ATTEMPTS = 7
+LIMIT_ATTEMPTS = 3
+"""Attempts where the reply takes too long or is too large: the next one seldom differs."""
+EMPTY_ATTEMPTS = 2
+"""Attempts where the judge writes nothing; then it refuses."""
 LONGEST_WAIT = 120.0
 """Seconds; a longer Retry-After is cut to this."""
-TIMEOUT = 180.0
-"""Seconds without a byte from the endpoint."""
+LONGEST_TEXT = 1_000_000
+"""Characters of a judgment."""
 _TRANSIENT = (408, 409, 425, 429)
-_PLACEHOLDER = 8
-"""Characters; a shorter key (EMPTY, none) is no secret, and its letters may well stand in a judgment."""
+_OF_ONE_REQUEST = (400, 413, 422)
+"""Statuses that say that this request can't be answered; another one may."""
+_UNSUPPORTED = re.compile(r"unsupported|not (be )?(supported|allowed|permitted|accepted)|n't support|"
+                          r"does not (support|accept|allow)|unknown|unrecogni[sz]ed|unexpected|extra|only the default|"
+                          r"deprecated|no system|instead", re.IGNORECASE)
+_MERGED = "system text in the user's turn"
 
 
 class Completion(NamedTuple):
@@ -37,134 +47,222 @@ class Completion(NamedTuple):
     tokens_in: int
     tokens_out: int
     """As the endpoint counts them; where it doesn't, from the length of the text."""
+    finish: str = "stop"
+    """"stop", "length" (cut at judge_max_tokens) or "refused"."""
+    refusal: str = ""
+    """Why there is no text, in the endpoint's words."""
 
 
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A redirect is an error: following it would hand the key to another address."""
+class _Refused(Exception):
+    """This request has no answer: the message is the endpoint's."""
 
-    def redirect_request(self, *_):
-        return None
+
+class _Again(Exception):
+    """This attempt failed; the next one may not. ``error``: what it is after the last of ``attempts``."""
+
+    def __init__(self, problem: str, wait: float | None = None, attempts: int = ATTEMPTS,
+                 error: type[Exception] = JudgeError):
+        super().__init__(problem)
+        self.wait, self.attempts, self.error = wait, attempts, error
 
 
 class Endpoint:
-    def __init__(self, config: MTBenchConfig, url: str, budget: Budget, sleep: Callable[[float], object] | None = None):
-        """``url`` is the base address (".../v1"). Raises JudgeError where the file with the key can't be used."""
+    def __init__(self, config: MTBenchConfig, url: str, budget: Budget,
+                 sleep: Callable[[float], object] | None = None, key: Key | None = None,
+                 alive: Callable[[], object] = lambda: None, merge_system: bool = False):
+        """``url`` is the base address (".../v1"). Raises JudgeError where the file with the key can't be used.
+
+        ``alive`` raises JudgeError where what listens at ``url`` is no longer what was started
+        there. ``merge_system``: the judge's template has no system role.
+        """
         self.config, self.budget, self.sleep = config, budget, sleep or budget.stopped.wait
-        self.url = url.rstrip("/") + "/chat/completions"
-        self._key, self.key_place = read_key(config)
-        self._quoted = re.compile("".join(rf"(?:\\*{re.escape(c)}|(?i:\\+u{ord(c):04x}|%{ord(c):02x}))" for c in self._key))
-        self._opener = urllib.request.build_opener(_NoRedirects)
+        self.url, self.key, self.alive = _completions(url), key or read_key(config), alive
+        proxy, variable = addresses.proxy(self.url)
+        self.where = self.url
+        if proxy:
+            self.where += f" (through the proxy {proxy} of {variable}; no_proxy excepts a host)"
+        fields = {"temperature": 0, "max_tokens": config.judge_max_tokens} | config.request_fields()
+        self.fields = {name: value for name, value in fields.items() if value is not None}
+        self.seconds: float = config.judge_seconds
+        self.merge_system = merge_system
+        self.adapted: list[str] = [_MERGED] if merge_system else []
+        """What the judge does not take, and what it is asked instead."""
+        self.known_item: tuple[str, str] | None = None
+        """Once the judge has rated it: tells a request that is refused from an endpoint that answers nothing."""
 
     def complete(self, system: str, user: str) -> Completion:
-        """The judge's reply at temperature 0.
+        """The judge's reply.
 
-        Waits and asks again on 429, 5xx, time-outs and broken replies; raises JudgeError on any other status at once, when the budget
-        is used up, and when ``ATTEMPTS`` are.
+        Waits and asks again on 429, 5xx, time-outs and broken replies; raises JudgeError on any
+        other status, when the budget is used up, and when ``ATTEMPTS`` are. Once the judge has
+        shown that it works, what it refuses about a single request is a Completion "refused".
         """
-        for attempt in range(ATTEMPTS):
-            reserve, used = self.budget.request(len(system + user)), (0, 0)
+        try:
+            return self._patiently(system, user)
+        except _Refused as refused:
+            problem = str(refused)
+        if self.known_item is None:
+            raise JudgeError(problem)
+        try:
+            self._patiently(*self.known_item)
+        except _Refused as refused:
+            raise JudgeError(f"{problem}; an item that the judge rated before is refused now, too: {refused}") from None
+        return Completion("", self.config.judge_model, 0, 0, "refused", problem[:1000])
+
+    def _patiently(self, system: str, user: str) -> Completion:
+        attempt = 0
+        while True:
             try:
-                made = self._ask(system, user)
-                used = made.tokens_in, made.tokens_out
-                return made
-            except urllib.error.HTTPError as error:
-                problem, wait = self._problem(error), _retry_after(error)
-                if error.code not in _TRANSIENT and error.code < 500:
-                    raise JudgeError(problem) from None
-            except http.client.InvalidURL as error:
-                raise JudgeError(self.redacted(f"{self.url}: {error}; check judge_url")) from None
-            except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-                problem, wait = self.redacted(f"{self.url}: {str(error) or type(error).__name__}"), None
-                if not isinstance(error, urllib.error.URLError):
-                    used = reserve  # a broken reply or none in time: it may well be on the bill
-            finally:
-                self.budget.settle(reserve, *used)
-            if attempt + 1 < ATTEMPTS:
-                self.sleep(min(LONGEST_WAIT, wait if wait is not None else 2**attempt * random.uniform(0.5, 1)))
-        raise JudgeError(f"{problem}; gave up after {ATTEMPTS} attempts. Ratings so far are kept: run the stage again to go on")
+                return self._ask(system, user)
+            except _Again as again:
+                attempt += 1
+                if attempt >= again.attempts:
+                    kept = "" if again.error is _Refused else ". Ratings so far are kept: run the stage again to go on"
+                    raise again.error(f"{again}; gave up after {attempt} attempts{kept}") from None
+                wait = again.wait if again.wait is not None else 2 ** (attempt - 1) * random.uniform(0.5, 1)
+            self.sleep(min(LONGEST_WAIT, wait))
 
     def _ask(self, system: str, user: str) -> Completion:
-        model = self.config.judge_model
-        body = {"model": model, "temperature": 0, "max_tokens": self.config.judge_max_tokens,
-                "messages": [{"role": "system", "content": system}, {"role": "user", "content": user}]}
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
-        request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
-        with self._opener.open(request, timeout=TIMEOUT) as response:
-            reply = json.loads(response.read())
-        text = reply["choices"][0]["message"]["content"]
-        if not isinstance(text, str):
-            raise TypeError(f"the reply's content is {type(text).__name__}, expected text")
-        usage = reply.get("usage")
-        counted = [usage.get(name) if isinstance(usage, dict) else None for name in ("prompt_tokens", "completion_tokens")]
-        tokens = [count if type(count) is int and 0 < count < 10**9 else length // CHARACTERS
-                  for count, length in zip(counted, (len(system + user), len(text)), strict=True)]
-        return Completion(self._clean(text), self._clean(str(reply.get("model") or model)), *tokens)
-
-    def _problem(self, error: urllib.error.HTTPError) -> str:
-        """One line for a refused request; it names the place where the key is taken from where that may be at fault."""
+        """One request; raises _Again, _Refused or JudgeError."""
+        reserve, used = self.budget.request(len(system + user)), (0, 0)
         try:
-            detail = self.redacted(error.read(2**16).decode("utf-8", "replace"))[:2**14]  # cut after, not within, a quoted key
-            detail = " ".join(detail.split())[:300]
-        except (OSError, http.client.HTTPException):
-            detail = ""
-        fix = ""
-        if error.code in (401, 403):
-            fix = f"; check the key in {self.key_place}" if self._key else f"; {self.key_place} is not set: put the key there"
-        elif error.code == 404:
-            fix = f"; check judge_url and judge_model = {self.config.judge_model!r}"
-        said = " ".join(self.redacted(str(error.reason)).split())[:200]
-        return self.redacted(f"{self.url}: HTTP {error.code} {said}{fix}" + (f" ({detail})" if detail else ""))
+            self.alive()
+            reply = transport.send(self.url, self._body(system, user), self._headers(), self.seconds)
+            self.alive()
+            if reply.status != 200:
+                raise self._problem(reply)
+            used = reserve  # a broken reply may well be on the bill
+            completion = self._completion(reply.body, len(system + user))
+            used = completion.tokens_in, completion.tokens_out
+            return completion
+        except http.client.InvalidURL as error:
+            raise JudgeError(self.key.redacted(f"{self.url}: {error}; check judge_url")) from None
+        except (http.client.HTTPException, OSError, ValueError, LookupError, TypeError, AttributeError,
+                RecursionError) as error:
+            used = (0, 0) if isinstance(error, urllib.error.URLError) else reserve
+            problem, attempts = str(error)[:500] or type(error).__name__, ATTEMPTS
+            if isinstance(error, transport.LimitError):
+                attempts = LIMIT_ATTEMPTS
+                problem += "; mtbench.judge_seconds and mtbench.judge_max_tokens set how long it may take"
+            raise _Again(self.key.redacted(f"{self.where}: {problem}"), attempts=attempts) from None
+        finally:
+            self.budget.settle(reserve, *used)
 
-    def redacted(self, text: str) -> str:
-        """Endpoints quote the key in their messages: as it is, or with JSON's, Python's or an address's escapes."""
-        return self._quoted.sub("***", text) if self._key else text
+    def _body(self, system: str, user: str) -> bytes:
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+        if self.merge_system:
+            messages = [{"role": "user", "content": f"{system}\n\n{user}" if system.strip() else user}]
+        return json.dumps({"model": self.config.judge_model, "messages": messages} | self.fields).encode()
 
-    def _clean(self, text: str) -> str:
-        """A reply as it may be kept: without the key, and with U+FFFD for half a character (no file of UTF-8 can hold one)."""
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return self.redacted(text) if len(self._key) >= _PLACEHOLDER else text
+    def _headers(self) -> dict[str, str]:
+        key = {"Authorization": f"Bearer {self.key.text}"} if self.key.text else {}
+        return {"Content-Type": "application/json"} | key
+
+    def _completion(self, body: bytes, characters: int) -> Completion:
+        """The reply's first choice; TypeError, LookupError or ValueError for what is no chat completion."""
+        reply = json.loads(body)
+        choices = reply["choices"]
+        choice = choices[0] if choices else {"message": {}}
+        message, finish = choice["message"], choice.get("finish_reason")
+        text = _text(message.get("content"))
+        if not text.strip() and finish != "length" or finish == "content_filter":
+            words = self.key.redacted(str(message.get("refusal") or finish)[:2**14])[:200]
+            raise _Again(f"{self.where}: the judge wrote nothing ({words})", attempts=EMPTY_ATTEMPTS, error=_Refused)
+        usage = reply.get("usage")
+        counted = [usage.get(name) if isinstance(usage, dict) else None
+                   for name in ("prompt_tokens", "completion_tokens")]
+        tokens = [count if type(count) is int and 0 < count < 10**9 else length // CHARACTERS
+                  for count, length in zip(counted, (characters, len(text)), strict=True)]
+        model = reply.get("model")
+        model = model[:200] if isinstance(model, str) and model else self.config.judge_model
+        finish = "length" if finish == "length" else "stop"
+        return Completion(self.key.clean(text), self.key.clean(model), *tokens, finish)
+
+    def _problem(self, reply: transport.Reply) -> Exception:
+        """What a status other than 200 means; the message names the setting that may be at fault."""
+        detail = self.key.redacted(reply.body.decode("utf-8", "replace"))[:2**14]  # cut after, not within, a quoted key
+        detail = " ".join(detail.split())[:300]
+        reason = " ".join(self.key.redacted(reply.reason).split())[:200]
+        status = reply.status
+        text = f"{self.where}: HTTP {status} {reason}{self._fix(reply, detail)}" + (f" ({detail})" if detail else "")
+        if status in _TRANSIENT or status >= 500:
+            return _Again(text, _retry_after(reply.headers))
+        if status not in _OF_ONE_REQUEST:
+            return JudgeError(text)
+        if self.known_item is None and self._adapt(detail):
+            return _Again(text, 0.0)
+        return _Refused(text)
+
+    def _fix(self, reply: transport.Reply, detail: str) -> str:
+        if reply.status in (401, 403):
+            place = self.key.place
+            return f"; check the key in {place}" if self.key.text else f"; {place} is not set: put the key there"
+        if reply.status == 404:
+            return f"; check judge_url and judge_model = {self.config.judge_model!r}"
+        if 300 <= reply.status < 400:
+            place = _place(reply.headers.get("Location", ""))
+            return f"; it redirects to {place}, and a key is not sent on: set judge_url to the address meant"
+        if reply.status in _OF_ONE_REQUEST and (named := [name for name in self.fields if name in detail]):
+            return ("; mtbench.judge_request sets or leaves out fields of the request, e.g. "
+                    f"'{{\"{named[0]}\": null}}'")
+        return ""
+
+    def _adapt(self, detail: str) -> bool:
+        """Leave out, rename or move what the endpoint says that it does not take; was there such a thing?"""
+        if not _UNSUPPORTED.search(detail):
+            return False
+        if "max_tokens" in detail and "max_tokens" in self.fields:
+            self.fields["max_completion_tokens"] = self.fields.pop("max_tokens")
+            change = "max_completion_tokens for max_tokens"
+        elif "temperature" in detail and "temperature" in self.fields:
+            del self.fields["temperature"]
+            change = "no temperature: the judge's own"
+        elif "system" in detail.lower() and not self.merge_system:
+            self.merge_system, change = True, _MERGED
+        else:
+            return False
+        self.adapted.append(change)
+        print(f"judge: the endpoint does not take a part of the request; from now on: {change} "
+              "(mtbench.judge_request sets fields for good)", flush=True)
+        return True
 
 
-def read_key(config: MTBenchConfig) -> tuple[str, str]:
-    """(key, where it is from): the file, which must be its owner's alone, or the environment variable, which may be unset.
-
-    Raises JudgeError for a key that no HTTP header can hold: the library's own error would quote it.
-    """
-    if not config.judge_key_file:
-        key, place = os.environ.get(config.judge_key_variable, "").strip(), config.judge_key_variable
-    else:
-        key, place = _key_of_file(config.judge_key_file)
-    if not all("!" <= character <= "~" for character in key):
-        raise JudgeError(f"{place}: expected the key and nothing else: visible ASCII characters, no space or line break within")
-    return key, place
+def _completions(url: str) -> str:
+    """Address of the chat completions below a base address, which may have parameters (?api-version=...)."""
+    parts = urllib.parse.urlsplit(url)
+    path = parts.path.rstrip("/")
+    path = path if path.endswith("/chat/completions") else path + "/chat/completions"
+    return urllib.parse.urlunsplit(parts._replace(path=path, fragment=""))
 
 
-def _key_of_file(name: str) -> tuple[str, str]:
-    field = f"mtbench.judge_key_file = {name}"
+def _text(content: object) -> str:
+    """A message's content: text, nothing, or a list of parts of which those of type "text" are said."""
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content if part.get("type") == "text")
+    if not isinstance(content, str | None):
+        raise TypeError(f"the reply's content is {type(content).__name__}, expected text")
+    if len(content or "") > LONGEST_TEXT:
+        raise ValueError(f"the reply's content has more than {LONGEST_TEXT:,} characters")
+    return content or ""
+
+
+def _place(location: str) -> str:
+    """Scheme and host of an address; its parameters may be secrets."""
     try:
-        path = Path(name).expanduser()
-        mode, key = path.stat().st_mode, path.read_text(encoding="utf-8").strip()
-    except OSError as error:
-        raise JudgeError(f"{field}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise JudgeError(f"{field}: not UTF-8; expected the key and nothing else") from None
-    except RuntimeError as error:  # ~nobody
-        raise JudgeError(f"{field}: {error}") from None
-    if mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise JudgeError(f"{field}: not its owner's alone (mode {stat.S_IMODE(mode):o}); chmod 600 {path}")
-    if not key:
-        raise JudgeError(f"{field}: empty; expected the key and nothing else")
-    return key, str(path)
-
-
-def _retry_after(error: urllib.error.HTTPError) -> float | None:
-    """Seconds that the header Retry-After asks for, given as seconds or as a date; None without a usable header."""
-    value = error.headers.get("Retry-After", "").strip()
-    try:
-        return max(0.0, float(value))
+        parts = urllib.parse.urlsplit(location)
+        return f"{parts.scheme}://{parts.hostname}{parts.path}"[:200] if parts.hostname else "another path"
     except ValueError:
-        pass
+        return "no address"
+
+
+def _retry_after(headers: Mapping) -> float | None:
+    """Seconds that the header Retry-After asks for, as a number or as a date; None without a usable one."""
+    value = headers.get("Retry-After", "").strip()
     try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except (TypeError, ValueError):
-        return None
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        except (TypeError, ValueError, OverflowError):
+            return None
+    return max(0.0, seconds) if seconds == seconds else None  # NaN is no time

@@ -1,20 +1,24 @@
 """Single-answer grading with FastChat's prompts and files: two ratings a question, one for each turn.
 
-A rating is kept under (question, model, turn, judge, prompt name, answer, repeat); what is there under the same key is not asked for
-again.
+A rating is kept under (question, model, turn, judge, prompt name, repeat) and two hashes: of the
+answer, and of all that the judge is asked (its prompt with the references, and what ``settings``
+names). What is there under the same key is not asked for again.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from eval.config import MTBenchConfig
 from eval.endpoint import Completion, Endpoint
 from eval.errors import DataError, InvariantError
 from eval.questions import NEEDS_REFERENCE, Question, QuestionSet
-from eval.scores import parse_rating
+from eval.verdict import rating
 
 TURNS = (1, 2)
 
@@ -31,12 +35,19 @@ class Request:
     user: str
     answer_id: str
     repeat: int = 0
+    settings: str = ""
+    """``settings`` of the judge."""
 
     def key(self, judge: str) -> tuple:
-        return (*self.place(judge), self.answer_id)
+        return (*self.place(judge), self.answer_id, self.asked)
+
+    @property
+    def asked(self) -> str:
+        """Hash of all that the rating depends on: references and judge prompts stand in the texts."""
+        return hashed(self.system, self.user, self.settings)
 
     def place(self, judge: str) -> tuple:
-        """The key without the answer: where only one row may stand in the end."""
+        """The key without the hashes: where only one row may stand in the end."""
         return (self.question_id, self.model, self.turn, judge, self.prompt_name, self.repeat)
 
     def texts(self) -> list[str]:
@@ -44,17 +55,40 @@ class Request:
         return [self.system + self.user]
 
     def ask(self, endpoint: Endpoint) -> dict:
-        """The row, in FastChat's schema; "judge_id" (the model that the endpoint says it used), "answer_id", "repeat" and the tokens are
-        ours."""
-        made = endpoint.complete(self.system, self.user)
-        return {"question_id": self.question_id, "model": self.model, "judge": [endpoint.config.judge_model, self.prompt_name],
-                "user_prompt": self.user, "judgment": made.text, "score": parse_rating(made.text), "turn": self.turn,
-                "tstamp": time.time(), "answer_id": self.answer_id, "repeat": self.repeat, **usage(made)}
+        """The row, in FastChat's schema. Ours are "judge_id" (the model that the endpoint says it used), "answer_id",
+        "asked", "repeat", the tokens and, where there is no rating, "reason" and "refusal"."""
+        reply = endpoint.complete(self.system, self.user)
+        verdict = rating(reply.text, reply.finish)
+        return {"question_id": self.question_id, "model": self.model,
+                "judge": [endpoint.config.judge_model, self.prompt_name], "user_prompt": self.user,
+                "judgment": reply.text, "score": verdict.value, "turn": self.turn, "tstamp": time.time(),
+                "answer_id": self.answer_id, "asked": self.asked, "repeat": self.repeat, **usage(endpoint, reply),
+                **why([verdict.reason], [reply])}
 
 
-def usage(*made: Completion) -> dict:
-    """What a row keeps of its requests."""
-    return {"judge_id": made[-1].model, "tokens_in": sum(one.tokens_in for one in made), "tokens_out": sum(one.tokens_out for one in made)}
+def settings(config: MTBenchConfig, fingerprint: str) -> str:
+    """Names what a verdict depends on beyond the texts; ``fingerprint``: of a local judge's folder, "" else."""
+    return hashed(config.judge, config.judge_model, str(config.judge_max_tokens),
+                  json.dumps(config.request_fields(), sort_keys=True), fingerprint)
+
+
+def hashed(*parts: str) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def usage(endpoint: Endpoint, *replies: Completion) -> dict:
+    """What a row keeps of its requests; "adapted" only where the judge was asked otherwise than configured."""
+    model = next((reply.model for reply in reversed(replies) if reply.finish != "refused"), replies[-1].model)
+    return {"judge_id": model, "tokens_in": sum(reply.tokens_in for reply in replies),
+            "tokens_out": sum(reply.tokens_out for reply in replies)} | (
+                {"adapted": list(endpoint.adapted)} if endpoint.adapted else {})
+
+
+def why(reasons: Iterable[str], replies: Iterable[Completion]) -> dict:
+    """What a row says about a missing verdict: {"reason", "refusal": the judge's words}; nothing where none is missing."""
+    reason = next(filter(None, reasons), "")
+    refusal = next((reply.refusal for reply in replies if reply.refusal), "")
+    return ({"reason": reason} if reason else {}) | ({"refusal": refusal} if refusal else {})
 
 
 def row_place(row: dict) -> tuple:
@@ -66,8 +100,8 @@ def row_models(row: dict) -> tuple:
 
 
 def row_key(row: dict) -> tuple:
-    """Key of a judgment row; one from FastChat has no answer_id and so matches no answer of ours."""
-    return (*row_place(row), row.get("answer_id"))
+    """Key of a judgment row; one from FastChat has no hashes and so matches no answer of ours."""
+    return (*row_place(row), row.get("answer_id"), row.get("asked"))
 
 
 def prompt(question_set: QuestionSet, question: Question, plain: str, by_reference: str, turn: int) -> tuple[dict, dict]:
@@ -85,13 +119,14 @@ def prompt(question_set: QuestionSet, question: Question, plain: str, by_referen
     return question_set.prompts[name], fields
 
 
-def request(question_set: QuestionSet, question: Question, answer: dict, turn: int, repeat: int = 0) -> Request:
+def request(question_set: QuestionSet, question: Question, answer: dict, turn: int, repeat: int = 0,
+            settings: str = "") -> Request:
     """The judge's messages about turn 1 or 2 of a model_answer row."""
     chosen, fields = prompt(question_set, question, "single-v1", "single-math-v1", turn)
     turns = answer["choices"][0]["turns"]
     fields |= {"answer": turns[0], "answer_1": turns[0], "answer_2": turns[1]}
     return Request(question.question_id, answer["model_id"], turn, chosen["name"], chosen["system_prompt"],
-                   filled(chosen, **fields), answer["answer_id"], repeat)
+                   filled(chosen, **fields), answer["answer_id"], repeat, settings)
 
 
 def filled(chosen: dict, **fields: str) -> str:
@@ -112,10 +147,11 @@ def require(question_set: QuestionSet) -> None:
     known_item(question_set.prompts)
 
 
-def requests(question_set: QuestionSet, answers: dict[str, list[dict]], repeats: int = 1) -> list[Request]:
+def requests(question_set: QuestionSet, answers: dict[str, list[dict]], repeats: int = 1,
+             settings: str = "") -> list[Request]:
     """Every rating that the answers (model -> model_answer rows) need."""
     by_id = {question.question_id: question for question in question_set.questions}
-    return [request(question_set, by_id[row["question_id"]], row, turn, repeat)
+    return [request(question_set, by_id[row["question_id"]], row, turn, repeat, settings)
             for repeat in range(repeats) for rows in answers.values() for row in rows for turn in TURNS]
 
 

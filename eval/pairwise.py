@@ -11,16 +11,9 @@ from dataclasses import dataclass
 from eval import judge
 from eval.endpoint import Endpoint
 from eval.errors import DataError
-from eval.judge import TURNS, usage
+from eval.judge import TURNS, hashed, usage, why
 from eval.questions import Question, QuestionSet
-
-ERROR = "error"
-_VERDICTS = (("[[A]]", "A"), ("[[B]]", "B"), ("[[C]]", "tie"))
-
-
-def parse_verdict(judgment: str) -> str:
-    """"A", "B", "tie" or "error", as FastChat reads it: [[A]] counts before [[B]] before [[C]]."""
-    return next((verdict for mark, verdict in _VERDICTS if mark in judgment), ERROR)
+from eval.verdict import preference
 
 
 @dataclass(frozen=True)
@@ -38,9 +31,16 @@ class Pair:
     user_2: str
     """model_2's answer first."""
     answer_ids: tuple[str, str]
+    settings: str = ""
+    """``judge.settings``."""
 
     def key(self, judge_model: str) -> tuple:
-        return (*self.place(judge_model), *self.answer_ids)
+        return (*self.place(judge_model), *self.answer_ids, self.asked)
+
+    @property
+    def asked(self) -> str:
+        """Hash of all that the verdict depends on."""
+        return hashed(self.system, self.user_1, self.user_2, self.settings)
 
     def place(self, judge_model: str) -> tuple:
         return (self.question_id, self.model_1, self.model_2, self.turn, judge_model, self.prompt_name)
@@ -49,15 +49,17 @@ class Pair:
         return [self.system + self.user_1, self.system + self.user_2]
 
     def ask(self, endpoint: Endpoint) -> dict:
-        """The row, in FastChat's schema; "judge_id", "answer_ids" and the tokens are ours."""
+        """The row, in FastChat's schema; "judge_id", "answer_ids", "asked", the tokens, "reason" and "refusal" are ours."""
         first, second = endpoint.complete(self.system, self.user_1), endpoint.complete(self.system, self.user_2)
-        winners = [parse_verdict(made.text) for made in (first, second)]
+        verdicts = [preference(reply.text, reply.finish) for reply in (first, second)]
+        winners = [verdict.value for verdict in verdicts]
         g1, g2 = ({"A": a, "B": b}.get(winner, winner)
                   for winner, (a, b) in zip(winners, (("model_1", "model_2"), ("model_2", "model_1")), strict=True))
         return {"question_id": self.question_id, "model_1": self.model_1, "model_2": self.model_2, "g1_winner": g1, "g2_winner": g2,
                 "judge": [endpoint.config.judge_model, self.prompt_name], "g1_user_prompt": self.user_1, "g1_judgment": first.text,
                 "g2_user_prompt": self.user_2, "g2_judgment": second.text, "turn": self.turn, "tstamp": time.time(),
-                "answer_ids": list(self.answer_ids), **usage(first, second)}
+                "answer_ids": list(self.answer_ids), "asked": self.asked, **usage(endpoint, first, second),
+                **why((verdict.reason for verdict in verdicts), (first, second))}
 
 
 def row_place(row: dict) -> tuple:
@@ -69,10 +71,10 @@ def row_models(row: dict) -> tuple:
 
 
 def row_key(row: dict) -> tuple:
-    return (*row_place(row), *row.get("answer_ids", ()))
+    return (*row_place(row), *row.get("answer_ids", ()), row.get("asked"))
 
 
-def _pair(question_set: QuestionSet, question: Question, one: dict, two: dict, turn: int) -> Pair:
+def _pair(question_set: QuestionSet, question: Question, one: dict, two: dict, turn: int, settings: str = "") -> Pair:
     chosen, fields = judge.prompt(question_set, question, "pair-v2", "pair-math-v1", turn)
 
     def user(first: dict, second: dict) -> str:
@@ -80,7 +82,7 @@ def _pair(question_set: QuestionSet, question: Question, one: dict, two: dict, t
         return judge.filled(chosen, **fields, answer_a=a[0], answer_b=b[0], answer_a_1=a[0], answer_a_2=a[1], answer_b_1=b[0],
                             answer_b_2=b[1])
     return Pair(question.question_id, one["model_id"], two["model_id"], turn, chosen["name"], chosen["system_prompt"],
-                user(one, two), user(two, one), (one["answer_id"], two["answer_id"]))
+                user(one, two), user(two, one), (one["answer_id"], two["answer_id"]), settings)
 
 
 def require(question_set: QuestionSet, models: list[str]) -> None:
@@ -93,9 +95,9 @@ def require(question_set: QuestionSet, models: list[str]) -> None:
             _pair(question_set, question, nothing, nothing, turn)
 
 
-def requests(question_set: QuestionSet, answers: dict[str, list[dict]]) -> list[Pair]:
+def requests(question_set: QuestionSet, answers: dict[str, list[dict]], settings: str = "") -> list[Pair]:
     """Each later model (model_1) against the first (model_2), all questions, both turns."""
     by_id = {question.question_id: question for question in question_set.questions}
     baseline = {row["question_id"]: row for row in next(iter(answers.values()))}
-    return [_pair(question_set, by_id[row["question_id"]], row, baseline[row["question_id"]], turn)
+    return [_pair(question_set, by_id[row["question_id"]], row, baseline[row["question_id"]], turn, settings)
             for rows in list(answers.values())[1:] for row in rows for turn in TURNS]

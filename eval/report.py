@@ -89,8 +89,7 @@ def _block(name: str, results: dict) -> dict:
     rated = {model: {category: cell["mean"] for category, cell in row["categories"].items()}
              for model, row in scores["models"].items() if row["covered"]} if scores else {}
     return {"name": name, "results": results, "title": tables.title(results), "missing": tables.missing(results),
-            "rows": tables.rows(scores) if scores else [], "spread": tables.spread(scores),
-            "duplicates": scores["duplicates"] if scores else 0,
+            "rows": tables.rows(scores) if scores else [], "notes": tables.notes(results),
             "pairs": tables.pair_rows(results["pairwise"]) if results["pairwise"] else [],
             "radar": Markup(figures.radar_svg(rated, f"radar{name}")) if rated else None, "models": list(rated)}
 

@@ -9,7 +9,6 @@ random.
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -17,34 +16,27 @@ import numpy as np
 
 from eval import intervals
 from eval.questions import CATEGORIES
+from eval.verdict import REASONS, UNPARSED
 
 COVERAGE = 0.95
-UNPARSED = -1
 TURNS = (1, 2)
-_LONGEST = 20
-"""Characters of a number that may be a rating: far longer ones are none, and some are no float."""
-_RATINGS = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]"))
-
-
-def parse_rating(judgment: str) -> float:
-    """The first ``[[n]]``, else the first ``[n]``, as FastChat reads it; -1 where there is none."""
-    for pattern in _RATINGS:
-        if (match := pattern.search(judgment)) and len(match[1]) > _LONGEST:
-            return UNPARSED
-        if match:
-            return float(match[1]) if "." in match[1] else int(match[1])
-    return UNPARSED
+NAMED = 20
+"""Most missing ratings of a model that are named one by one."""
 
 
 def table(judgments: Sequence[dict], categories: Mapping[int, str], models: Sequence[str], seed: int, repeats: int = 1) -> dict:
     """{"models": {name: summary}, "differences": {name: ...} against the first model, "duplicates": n}.
 
+    Of rows for one place (question, turn, repeat) the last counts; FastChat's tools average all of them, so a summary
+    has that number, too ("fastchat"), where there are such rows.
+
     ``categories`` maps every question that had to be rated, ``repeats`` times each turn, to its category. Where a model fails the gate, its
     summary holds counts only and no difference is computed with it.
     """
-    ratings = {(row["model"], row["question_id"], row["turn"], row.get("repeat", 0)): row["score"] for row in judgments}  # last line wins
+    ratings = {(row["model"], row["question_id"], row["turn"], row.get("repeat", 0)): row for row in judgments}
     arrays = {name: _arrays(ratings, name, list(categories), repeats) for name in models}
-    summaries = {name: _summary(ratings, name, categories, arrays[name], seed, repeats) for name in models}
+    summaries = {name: _summary(ratings, name, categories, arrays[name], seed, repeats) | _fastchat(judgments, ratings, name)
+                 for name in models}
     arrays = {name: tuple(array.sum(2) for array in pair) for name, pair in arrays.items()}
     covered = [name for name in models if summaries[name]["covered"]]
     differences = {}
@@ -62,27 +54,44 @@ def reason(ratings: Mapping, place: tuple) -> str:
     """"valid", or why the rating does not count."""
     if place not in ratings:
         return "missing"
-    if ratings[place] == UNPARSED:
-        return "unparsed"
-    return "valid" if 1 <= ratings[place] <= 10 else "out of range"
+    score = ratings[place]["score"]
+    if type(score) not in (int, float) or score != score or score == UNPARSED:
+        given = ratings[place].get("reason")
+        return given if given in REASONS else "unparsed"
+    return "valid" if 1 <= score <= 10 else "out of range"
+
+
+def _fastchat(judgments: Sequence[Mapping], ratings: Mapping, name: str) -> dict:
+    """{"fastchat": {"mean", "rows", "repeated"}}: the average of all rows with a rating, as FastChat's show_result.py
+    prints it, where some rows repeat another's place; else None."""
+    rows = [row for row in judgments if row["model"] == name]
+    repeated = len(rows) - sum(place[0] == name for place in ratings)
+    scores = [row["score"] for row in rows if row["score"] != UNPARSED]
+    if not repeated or not scores or not all(type(score) in (int, float) for score in scores):
+        return {"fastchat": None}
+    return {"fastchat": {"mean": sum(scores) / len(scores), "rows": len(scores), "repeated": repeated}}
 
 
 def _arrays(ratings: Mapping, name: str, questions: Sequence[int], repeats: int) -> tuple[np.ndarray, np.ndarray]:
     """(ratings, 0 where there is no valid one; 1 where there is one), each (questions, turns, repeats)."""
     places = [(name, question, turn, repeat) for question in questions for turn in TURNS for repeat in range(repeats)]
     valid = np.array([reason(ratings, place) == "valid" for place in places], dtype=float)
-    values = np.array([ratings[place] if flag else 0 for place, flag in zip(places, valid, strict=True)], dtype=float)
+    values = np.array([ratings[place]["score"] if flag else 0 for place, flag in zip(places, valid, strict=True)], dtype=float)
     shape = (len(questions), len(TURNS), repeats)
     return values.reshape(shape), valid.reshape(shape)
 
 
 def _summary(ratings: Mapping, name: str, categories: Mapping[int, str], arrays: tuple, seed: int, repeats: int) -> dict:
     sums, counts = (array.sum(2) for array in arrays)
-    reasons = Counter(reason(ratings, (name, question, turn, repeat))
-                      for question in categories for turn in TURNS for repeat in range(repeats))
+    places = [(name, question, turn, repeat) for question in categories for turn in TURNS for repeat in range(repeats)]
+    by_place = {place: reason(ratings, place) for place in places}
+    reasons = Counter(by_place.values())
     expected = len(categories) * len(TURNS) * repeats
     valid = reasons.pop("valid", 0)
-    result = {"n_valid": valid, "n_expected": expected, "invalid": dict(sorted(reasons.items())), "covered": valid >= COVERAGE * expected}
+    absent = [{"question_id": place[1], "turn": place[2], "reason": why, "refusal": ratings.get(place, {}).get("refusal", "")}
+              for place, why in by_place.items() if why != "valid"]
+    result = {"n_valid": valid, "n_expected": expected, "invalid": dict(sorted(reasons.items())),
+              "absent": absent[:NAMED], "covered": valid >= COVERAGE * expected}
     if not result["covered"]:
         return result
     cells = {category: intervals.pooled_mean(sums[rows].sum(1), counts[rows].sum(1), seed).as_dict()

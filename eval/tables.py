@@ -57,7 +57,7 @@ def missing(results: dict) -> list[str]:
         return [f"The judge could not be used, so there is no score: {judge['problem']}", "Answers and ratings so far are kept; correct "
                 "the cause and run the stage mtbench again."]
     short = [f"{name}: no average, because {row['n_valid']} of {row['n_expected']} ratings are valid ({_reasons(row)}) and "
-             f"{COVERAGE:.0%} are needed." for name, row in scores["models"].items() if not row["covered"]]
+             f"{COVERAGE:.0%} are needed.{_words(row)}" for name, row in scores["models"].items() if not row["covered"]]
     return short + [f"{name} against {row['baseline']}: no win rate, because {row['n_valid']} of {row['n_expected']} comparisons have a "
                     f"verdict in both orders and {COVERAGE:.0%} are needed."
                     for name, row in (results["pairwise"] or {}).items() if not row["covered"]]
@@ -66,6 +66,13 @@ def missing(results: dict) -> list[str]:
 def covered(results: dict) -> bool:
     """Are there enough valid ratings and comparisons for all that was asked for? True without a judge, which is asked for nothing."""
     return not results["scores"] or passed(results["scores"]) and all(row["covered"] for row in (results["pairwise"] or {}).values())
+
+
+def _words(row: dict) -> str:
+    """What to do about the commonest cause, and what the judge said where it refused."""
+    cut = " Replies were cut at mtbench.judge_max_tokens: raise it." if row["invalid"].get("cut") else ""
+    words = next((each["refusal"] for each in row.get("absent", []) if each.get("refusal")), "")
+    return cut + (f" The judge refused: {words[:200]}" if words else "")
 
 
 def _reasons(row: dict) -> str:
@@ -119,18 +126,49 @@ def _rate(value: dict | None) -> Cell:
     return Cell(f"{value['mean']:.1%}", f"[{value['low']:.1%}, {value['high']:.1%}]", separated)
 
 
-def spread(scores: dict | None) -> list[str]:
-    """What repeated ratings say about the judge, a sentence a model; empty where each answer was rated once."""
+def notes(results: dict) -> list[str]:
+    """What has to be known beside the numbers, in sentences: ratings that are missing, rows that repeat others, and how
+    far a judge that rated each answer several times is from itself."""
+    models = results["scores"]["models"] if results["scores"] else {}
+    pairs = {f"{name} against {row['baseline']}": row for name, row in (results["pairwise"] or {}).items()}
+    adapted = results["judge"].get("adapted", [])
+    return [*_absent(models, "ratings"), *_absent(pairs, "comparisons"), *_repeated(models), *_spread(models),
+            *([f"The judge does not take all of the usual request: {'; '.join(adapted)}."] if adapted else [])]
+
+
+def _absent(models: dict, what: str) -> list[str]:
+    """Of models with an average; those without one have a sentence of their own (``missing``)."""
+    lines = []
+    for name, row in models.items():
+        absent = row.get("absent", [])
+        if row["covered"] and absent:
+            count = row["n_expected"] - row["n_valid"]
+            places = ", ".join(f"question {each['question_id']} turn {each['turn']} ({each['reason']})" for each in absent)
+            more = ", ..." if count > len(absent) else ""
+            words = next((each["refusal"] for each in absent if each.get("refusal")), "")
+            lines.append(f"{name}: {count} of {row['n_expected']} {what} are missing from the averages: {places}{more}."
+                         + (f" The judge refused: {words[:200]}" if words else ""))
+    return lines
+
+
+def _repeated(models: dict) -> list[str]:
+    return [f"{name}: {row['fastchat']['repeated']} rows repeat the place of another (question and turn). Avg counts the "
+            f"last of each; FastChat's show_result averages all {row['fastchat']['rows']} rows: {row['fastchat']['mean']:.6f}"
+            + (f" instead of {row['micro']['mean']:.6f}." if row["covered"] else ".")
+            for name, row in models.items() if row.get("fastchat")]
+
+
+def _spread(models: dict) -> list[str]:
     return [f"{name}: repeated ratings of one answer differ by {row['spread']['rating_sd']:.2f} points (standard deviation); the averages "
             f"of the repeats are {', '.join('-' if a is None else format(a, '.2f') for a in row['spread']['averages'])}."
-            for name, row in (scores["models"] if scores else {}).items() if row.get("spread") and row["spread"]["rating_sd"] is not None]
+            for name, row in models.items() if row.get("spread") and row["spread"]["rating_sd"] is not None]
 
 
 def markdown(results: dict) -> str:
     """table.md."""
     lines = [title(results), "", *(line + "\n" for line in missing(results))]
     if results["scores"]:
-        lines += [*_pipes(HEADER, rows(results["scores"])), "", NOTE, *("\n" + line for line in spread(results["scores"]))]
+        lines += [*_pipes(HEADER, rows(results["scores"])), "", NOTE, *("\n" + line for line in notes(results))]
     if results["pairwise"]:
         lines += ["", *_pipes(PAIR_HEADER, pair_rows(results["pairwise"])), "", PAIR_NOTE]
     return "\n".join(lines) + "\n"

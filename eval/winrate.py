@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from eval import intervals
-from eval.scores import COVERAGE
+from eval.scores import COVERAGE, NAMED
 
 C = 100.0
 """Inverse strength of the penalty on phi, as scikit-learn counts it."""
@@ -52,12 +52,15 @@ def table(pairs: Sequence[Mapping], lengths: Mapping[tuple, int], questions: Seq
 
 def _summary(pairs: Sequence[Mapping], lengths: Mapping[tuple, int], questions: Sequence[int], seed: int) -> dict:
     valid = [(row, result) for row in pairs if (result := outcome(row)) is not None]
+    absent = [{"question_id": row["question_id"], "turn": row["turn"], "reason": row.get("reason", "unparsed"),
+               "refusal": row.get("refusal", "")} for row in pairs if outcome(row) is None]
     counts = Counter(result for _, result in valid)
     both = sum(row["g1_winner"] != row["g2_winner"] for row, _ in valid)
     first = [row["g1_winner"] == "model_1" for row, _ in valid if row["g1_winner"] != "tie"]
     first += [row["g2_winner"] == "model_2" for row, _ in valid if row["g2_winner"] != "tie"]
     found = {"baseline": pairs[0]["model_2"], "wins": counts[1.0], "ties": counts[0.5], "losses": counts[0.0], "n_valid": len(valid),
-             "n_expected": 2 * len(questions), "covered": len(valid) >= COVERAGE * 2 * len(questions), "orders_disagree": both,
+             "n_expected": 2 * len(questions), "covered": len(valid) >= COVERAGE * 2 * len(questions), "absent": absent[:NAMED],
+             "orders_disagree": both,
              "first_preferred": sum(first) / len(first) if first else None}
     if not found["covered"]:
         return found

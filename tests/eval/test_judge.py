@@ -17,6 +17,8 @@ from eval.endpoint import Endpoint
 from eval.errors import JudgeError
 
 KEY = "sk-very-secret"
+KNOWN = "capital of France"
+"""Stands in the known item alone."""
 
 
 def good(text: str = "Fine. Rating: [[7]]", model: str = "judge-0613") -> tuple:
@@ -112,18 +114,20 @@ def test_a_broken_reply_is_asked_for_again(serve, broken):
     assert client(server, waits).complete("", "")[0].endswith("[[7]]") and len(waits) == 1
 
 
-def test_silence_is_a_time_out_and_asked_again(serve, monkeypatch):
-    monkeypatch.setattr(endpoint_module, "TIMEOUT", 0.2)
+def test_silence_is_a_time_out_and_asked_again(serve):
     waits = []
     server = serve((0, {}, ""), (0, {}, ""))
-    assert client(server, waits).complete("", "").text.endswith("[[7]]") and len(waits) == 2 and len(server.seen) == 3
+    asking_it = client(server, waits)
+    asking_it.seconds = 0.2
+    assert asking_it.complete("", "").text.endswith("[[7]]") and len(waits) == 2 and len(server.seen) == 3
 
 
 @pytest.mark.parametrize("text, score", [
-    ("[10]", 10), ("[[7.5]]", 7.5), ("[[3]], or rather [[8]]", 3), ("[2] of [[9]]", 9), ("eight of ten", -1), ("", -1), ("[[11]]", 11),
+    ("[10]", 10), ("[[7.5]]", 7.5), ("[[3]], or rather [[8]]", 8), ("[2] of [[9]]", 9), ("eight of ten", -1), ("", -1), ("[[11]]", 11),
 ])
 def test_what_the_judge_wrote_is_what_is_scored(serve, tmp_path, text, score):
-    rows, _ = rate(serve(good(), rest=good(text)), tmp_path, {"sft": answers()["sft"][:1]})
+    server = serve(rest=lambda body: good() if KNOWN in str(body) else good(text))
+    rows, _ = rate(server, tmp_path, {"sft": answers()["sft"][:1]})
     assert [row["score"] for row in rows] == [score, score] and {row["judgment"] for row in rows} == {text}
 
 

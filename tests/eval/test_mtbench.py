@@ -60,7 +60,7 @@ def test_a_password_in_an_address_is_refused_and_not_printed(capsys):
     with pytest.raises(SystemExit):
         mtbench.main(["a", "--judge", "openai", "--judge-url", "https://me:geheim@host/v1"])
     said = capsys.readouterr().err
-    assert "judge_url: holds a name or password" in said and "geheim" not in said
+    assert "judge_url: the address holds a user name or password" in said and "geheim" not in said
 
 
 def test_a_folder_that_is_no_model_is_named(tmp_path, folders, capsys):

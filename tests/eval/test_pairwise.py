@@ -6,7 +6,7 @@ import torch
 
 from eval import asking, pairwise, questions, tables, winrate
 from eval.errors import DataError
-from eval.pairwise import parse_verdict
+from eval.verdict import first_preference
 from tests.eval.test_judge import answers, config, good, serve  # noqa: F401  (a fixture)
 from tests.eval.test_scores import results
 
@@ -66,7 +66,7 @@ def test_a_judge_that_always_takes_the_first_gives_ties_only(serve, tmp_path):  
 @pytest.mark.parametrize("text, verdict", [("so [[A]]", "A"), ("[[B]]", "B"), ("[[C]]", "tie"), ("[A]", "error"), ("", "error"),
                                            ("[[B]], not [[A]]", "A")])
 def test_verdicts_are_read_as_fastchat_reads_them(text, verdict):
-    assert parse_verdict(text) == verdict
+    assert first_preference(text) == verdict
 
 
 def pair(question: int, turn: int, first: str, second: str) -> dict:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from eval import scores, tables
+from eval import scores, tables, verdict
 from eval.jsonl import read
 from eval.questions import CATEGORIES
 
@@ -29,7 +29,7 @@ def test_every_published_average_to_six_decimals():
 @pytest.mark.parametrize("name", ["granite", "medusa"])
 def test_every_stored_score_parses_again(name):
     rows = read(JUDGMENTS / f"{name}_gpt-4_single.jsonl")
-    assert [scores.parse_rating(row["judgment"]) for row in rows] == [row["score"] for row in rows]
+    assert [verdict.first_rating(row["judgment"]) for row in rows] == [row["score"] for row in rows]
 
 
 @pytest.mark.skipif(not JUDGMENTS.is_dir(), reason=f"{JUDGMENTS} is not here")
@@ -45,7 +45,7 @@ def test_the_granite_file_gets_no_average():
     ("Rating: 6", -1), ("[[rating]]", -1), ("", -1), ("[[-3]]", -1),
 ])
 def test_rating(text, rating):
-    assert scores.parse_rating(text) == rating
+    assert verdict.first_rating(text) == rating
 
 
 def judgments(model: str, ratings: dict[tuple[int, int], float]) -> list[dict]:

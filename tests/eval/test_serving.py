@@ -25,16 +25,21 @@ QUESTIONS = questions.load("embedded")
 
 @pytest.fixture(scope="module")
 def seven(tmp_path_factory) -> Path:
-    """The last layer norm gives one vector whatever came in, and one token's embedding lies along it."""
+    """Its layers add nothing, so that the next token follows from the last one alone: [[7]], after which the text ends."""
     folder = tmp_path_factory.mktemp("judge")
     words = tokenizer()
     words.add_tokens(["[[7]]"])
     model = BloomForCausalLM(BloomConfig(vocab_size=len(words), hidden_size=24, n_layer=1, n_head=3, bos_token_id=1, eos_token_id=2,
-                                         pad_token_id=3, seq_length=4096))
+                                         pad_token_id=3, seq_length=4096, tie_word_embeddings=False))
+    block, seven = model.transformer.h[0], words.convert_tokens_to_ids("[[7]]")
+    any_other, after_seven = torch.tensor([1.0, -1.0] * 12), torch.tensor([1.0] * 12 + [-1.0] * 12)
     with torch.no_grad():
-        model.transformer.ln_f.weight.zero_()
-        model.transformer.ln_f.bias.zero_()[0] = 1
-        model.transformer.word_embeddings.weight[words.convert_tokens_to_ids("[[7]]"), 0] = 9
+        for layer in (block.self_attention.dense, block.mlp.dense_4h_to_h):
+            layer.weight.zero_(), layer.bias.zero_()
+        model.transformer.word_embeddings.weight[:] = any_other
+        model.transformer.word_embeddings.weight[seven] = after_seven
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[seven], model.lm_head.weight[2] = any_other, after_seven
     model.save_pretrained(folder)
     words.save_pretrained(folder)
     return folder
@@ -42,7 +47,7 @@ def seven(tmp_path_factory) -> Path:
 
 def settings(folder: Path, output: Path, **values) -> MTBenchConfig:
     paths = MTBenchPaths(output=str(output), models={}, heldout="", stages={}, report="")
-    return MTBenchConfig(paths=paths, judge="local", judge_model=str(folder), judge_max_tokens=2, judge_server="transformers", **values)
+    return MTBenchConfig(paths=paths, judge="local", judge_model=str(folder), judge_max_tokens=4, judge_server="transformers", **values)
 
 
 def test_it_is_served_asked_and_ended(seven, tmp_path, capsys):
@@ -50,7 +55,7 @@ def test_it_is_served_asked_and_ended(seven, tmp_path, capsys):
     made = {"sft": answers()["sft"][:4]}
     rows = asking.rate(config, asking.ratings(config, QUESTIONS, made), QUESTIONS.prompts, lambda n: None)[0]
     assert [row["score"] for row in rows] == [7] * 8 and {row["judge_id"] for row in rows} == {str(seven)}
-    assert {row["judgment"] for row in rows} == {"[[7]][[7]]"} and all(row["tokens_out"] == 2 and row["tokens_in"] > 50 for row in rows)
+    assert {row["judgment"] for row in rows} == {"[[7]]"} and all(row["tokens_out"] == 2 and row["tokens_in"] > 50 for row in rows)
     assert "it answers at http://127.0.0.1:" in capsys.readouterr().out
     assert not [process for process in psutil.Process().children() if "eval.serve" in " ".join(process.cmdline())]
 
