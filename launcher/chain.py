@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from launcher import jobs, manifest, sbatch, secrets, submission
-from launcher.config import Profile, build_plain
+from launcher.config import build_plain
 from launcher.pipeline import Stage
 from launcher.rewind import descendants, move_stale_aside
 from launcher.run import Failed, Run, write_text
@@ -24,7 +24,7 @@ def queue(run: Run, stages: list[Stage]) -> dict[str, int | str]:
         submission.settle(run)
         chain, alive = missing(run, stages)
         move_stale_aside(run, chain)
-        resources, profile = build_plain("resources", run.config["resources"]), Profile(**run.config["profile"])
+        resources, profile = build_plain("resources", run.config["resources"]), run.profile
         keys = secrets.names(profile)
         steps = []
         for stage in chain:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import itertools
-import json
-import os
 import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from launcher import probe
+from launcher import probe, progress
 from launcher.run import Run
 
 MARGIN_S = 30
 """Seconds kept for ranks to leave and for the requeue."""
 SAVE_FACTOR = 1.5
 """A save at the end may meet a busier file system than those before it."""
+ROWS_BYTES = 1 << 18
+"""Of the end of metrics.jsonl, so much tells how long a step and a save take."""
 POLL_S = 30
 """Seconds between questions to Slurm: the end moves with ``scontrol update TimeLimit`` and with preemption."""
 
@@ -92,23 +92,4 @@ class Deadline:
             return  # a controller that is down: the end as last heard of
         if self.facts.end and self.facts.start:
             starts = [event["time"] for event in self.run.ledger() if event["event"] == "started" and event["stage"] == self.stage]
-            self.lead_s = lead(metrics(self.run, self.stage), starts, self.default_s, self.facts.end - self.facts.start)
-
-
-def metrics(run: Run, stage: str) -> list[dict]:
-    """The last rows of the stage's metrics.jsonl; whole lines only."""
-    try:
-        with open(run.stage(stage) / "metrics.jsonl", "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - (1 << 18)))
-            lines = file.read().decode(errors="replace").split("\n")
-    except FileNotFoundError:
-        return []
-    return [row for row in (_row(line) for line in lines) if row]
-
-
-def _row(line: str) -> dict | None:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError:
-        return None
-    return row if isinstance(row, dict) and "iteration" in row and "time" in row else None
+            self.lead_s = lead(progress.rows(self.run, self.stage, ROWS_BYTES), starts, self.default_s, self.facts.end - self.facts.start)

@@ -7,17 +7,17 @@ anything else, which no program can set back): ``verified.json`` in the child's 
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import subprocess
 import time
 from pathlib import Path
 
-from launcher import hashes
+from launcher import hashes, records
 from launcher.pipeline import Stage, remaining
 from launcher.run import Run, hash_of, iteration_folder, write_json
 from training.checksums import NAME, digests, touched
+from training.files import Unfit, read_table, within
 
 
 class Refused(RuntimeError):
@@ -31,19 +31,19 @@ def make(run: Run, stage: Stage, attempt: int, started: float) -> dict:
         raise Refused(f"{stage.name} exited 0 but left no file `latest`: it saved no checkpoint")
     if stage.trainer and iteration == 0:
         raise Refused(f"{stage.name} exited 0 at iteration 0: it trained nothing (see counts.json in {run.folder / 'data'} for empty data)")
-    wanted = json.loads((run.stage(stage.name) / "config.json").read_text(encoding="utf-8"))["iterations"] if stage.trainer else iteration
+    wanted = read_table(run.stage(stage.name) / "config.json")["iterations"] if stage.trainer else iteration
     chosen = _chosen(run, stage, wanted)
     if iteration != (chosen["iteration"] if chosen else wanted):
         raise Refused(f"{stage.name} exited 0 at iteration {iteration} of {wanted}: it did not finish")
-    outputs = _outputs(run, stage, iteration)
-    for folder in {path.parent for path in outputs if path.name == NAME}:
+    files = _outputs(run, stage, iteration)
+    for folder in {path.parent for path in files if path.name == NAME}:
         if reason := hashes.damage(folder):  # else a bit that flipped after the save would be certified
             raise Refused(f"{stage.name} can't be called done: {reason}; resume goes on from the checkpoint before it")
-    sums = digests("", outputs)
+    sums = digests("", files)
     identity = {
         "stage": stage.name, "iteration": iteration, "config_hash": config_hash(run, stage.name),
         "parents": {parent: read(run, parent)["identity"] for parent in stage.parents},
-        "outputs": {str(path.relative_to(run.folder)): {"size": path.stat().st_size, "sha256": sums[path]} for path in outputs}}
+        "outputs": {str(path.relative_to(run.folder)): {"size": path.stat().st_size, "sha256": sums[path]} for path in files}}
     return {"identity": hash_of(identity), **identity, "run": run.id, "attempt": attempt,
             "started": started, "ended": time.time(), "versions": versions(), **({"chosen": chosen} if chosen else {})}
 
@@ -54,7 +54,12 @@ def _chosen(run: Run, stage: Stage, wanted: int | None) -> dict | None:
     path = run.stage(stage.name) / "chosen.json"
     if not stage.trainer or not path.exists():
         return None
-    said = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        said = read_table(path)
+    except Unfit as error:
+        raise Refused(f"{stage.name} can't be called done: {error}") from None
+    if not all(records.whole(said.get(name)) for name in ("misses", "patience", "ended", "iteration")):
+        raise Refused(f"{stage.name} can't be called done: {path} is damaged")
     return said if said["misses"] >= said["patience"] or said["ended"] == wanted else None
 
 
@@ -64,14 +69,22 @@ def write(run: Run, stage: Stage, manifest: dict) -> None:
 
 
 def read(run: Run, stage: str) -> dict:
-    """A stage's manifest; raises Refused where there is none or it can't be read."""
+    """A stage's manifest; raises Refused where there is none, it can't be read or it holds what none of ours does."""
     path = run.stage(stage) / "DONE.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        return records.manifest(read_table(path), path)
+    except (FileNotFoundError, NotADirectoryError):
         raise Refused(f"{stage} is not done: {path} does not exist") from None
-    except json.JSONDecodeError as error:
-        raise Refused(f"{path} is not JSON ({error}); remove it and resume: {stage} then checks its outputs again") from None
+    except Unfit as error:
+        raise Refused(f"{error}; remove it and resume: {stage} then checks its outputs again") from None
+
+
+def outputs(run: Run, manifest: dict) -> dict[Path, dict]:
+    """Path -> {"size", "sha256"} of what a manifest lists; raises Refused for a name that is not below the run's folder."""
+    try:
+        return {within(run.folder, name): expected for name, expected in manifest["outputs"].items()}
+    except Unfit as error:
+        raise Refused(f"{manifest['stage']}/DONE.json lists what is none of this run's: {error}") from None
 
 
 def verify(run: Run, stage: Stage, child: str | None = None) -> None:
@@ -89,8 +102,7 @@ def verify(run: Run, stage: Stage, child: str | None = None) -> None:
     if manifest["identity"] != hash_of({key: manifest[key] for key in IDENTITY}):
         raise Refused(f"{stage.name}/DONE.json was changed by hand: its identity is not the hash of its content")
     _check_parents(run, stage, manifest)
-    for name, expected in manifest["outputs"].items():
-        path = run.folder / name
+    for path, expected in outputs(run, manifest).items():
         if not path.is_file():
             raise Refused(f"{stage.name} is marked done but {path} is missing")
         if path.stat().st_size != expected["size"]:
@@ -106,14 +118,17 @@ def _check_parents(run: Run, stage: Stage, manifest: dict) -> None:
     """Raise Refused where the stage was made from other parents than those that are there: the chain would mix two runs."""
     for parent in stage.parents:
         now = read(run, parent)["identity"]
-        if manifest["parents"][parent] != now:
+        if manifest["parents"].get(parent) != now:
             raise Refused(f"{stage.name} was made from another {parent} than the one that is there now; "
                           f"python -m launcher resume {run.folder} moves it aside and runs it again")
 
 
 def _check_content(run: Run, manifest: dict, memory: Path | None) -> None:
-    known = json.loads(memory.read_text(encoding="utf-8")) if memory and memory.exists() else {}
-    seen = {run.folder / name: [expected["sha256"], *touched(run.folder / name)] for name, expected in manifest["outputs"].items()}
+    try:
+        known = read_table(memory) if memory else {}
+    except (FileNotFoundError, Unfit):
+        known = {}
+    seen = {path: [expected["sha256"], *touched(path)] for path, expected in outputs(run, manifest).items()}
     unread = [path for path in seen if str(path) not in known or known[str(path)] != seen[path]]
     for path, found in digests("", unread).items():
         if found != seen[path][0]:
@@ -129,14 +144,14 @@ def left(run: Run, stages: list[Stage]) -> list[Stage]:
         if (run.stage(name) / "DONE.json").exists():
             manifest = read(run, name)
             # What is made from a checkpoint is made again where it was lost; a lost checkpoint is the child's to refuse, by name.
-            if stage.checkpoints or all((run.folder / output).is_file() for output in manifest["outputs"]):
+            if stage.checkpoints or all(path.is_file() for path in outputs(run, manifest)):
                 manifests[name] = manifest
     return remaining(run.stages, stages, {name: manifest["identity"] for name, manifest in manifests.items()},
                      {name: manifest["parents"] for name, manifest in manifests.items()})
 
 
 def config_hash(run: Run, stage: str) -> str:
-    return hash_of(json.loads((run.stage(stage) / "config.json").read_text(encoding="utf-8")))
+    return hash_of(read_table(run.stage(stage) / "config.json"))
 
 
 def versions() -> dict:

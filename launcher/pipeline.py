@@ -93,7 +93,7 @@ def remaining(made: Graph, stages: Collection[Stage], identities: dict[str, str]
     done = set()
     for stage in made.values():
         if stage.name in identities and all(
-                parent in done and built_from[stage.name][parent] == identities[parent] for parent in stage.parents):
+                parent in done and built_from[stage.name].get(parent) == identities[parent] for parent in stage.parents):
             done.add(stage.name)
     return [stage for stage in stages if stage.name not in done]
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 from dataclasses import dataclass, field
 
+from launcher import records
 from launcher.pipeline import Stage
 from launcher.run import Run
+from training.files import Unfit, parse, read_tail
 
 TAIL_BYTES = 32_768
 RECENT = 50
@@ -38,36 +40,35 @@ def read(run: Run, stage: Stage, since: float) -> Progress:
     if not found:
         return made
     last = found[-1]
-    made.iteration, made.total, made.logged, made.tokens_per_s = (last.get(name) for name in
-                                                                  ("iteration", "total", "time", "tokens_per_second"))
+    made.iteration, made.logged = last["iteration"], last["time"]
+    made.total, made.tokens_per_s = (last[name] if records.fits(last.get(name), kind) else None
+                                     for name, kind in (("total", records.whole), ("tokens_per_second", records.number)))
     for name in stage.key_numbers:
-        values = [row[name] for row in found if row.get(name) is not None]
+        values = [row[name] for row in found if isinstance(row.get(name), int | float)]
         if values:
             made.numbers[name] = values[-1]
     first = next((row for row in found[-RECENT:] if row["time"] >= since), last)
     done, seconds = last["iteration"] - first["iteration"], last["time"] - first["time"]
-    if done > 0 and seconds > 0:
+    if done > 0 and seconds > 0 and made.total is not None:
         made.speed = done / seconds
         made.eta_s = (made.total - made.iteration) / made.speed
     return made
 
 
-def rows(run: Run, stage: str) -> list[dict]:
-    """The whole rows in the last TAIL_BYTES of metrics.jsonl; a row that a full disk or a crash tore is passed over."""
+def rows(run: Run, stage: str, most: int = TAIL_BYTES) -> list[dict]:
+    """The whole rows in the last ``most`` bytes of metrics.jsonl, each with a number as its iteration and a time; one that a full disk
+    or a crash tore, or that a trainer does not write, is passed over."""
     try:
-        with open(run.stage(stage) / "metrics.jsonl", "rb") as file:
-            file.seek(0, 2)
-            start = max(0, file.tell() - TAIL_BYTES)
-            file.seek(start)
-            lines = file.read().decode(errors="replace").split("\n")
-    except FileNotFoundError:
+        content, complete = read_tail(run.stage(stage) / "metrics.jsonl", most)
+    except (FileNotFoundError, NotADirectoryError, Unfit):
         return []
     found = []
-    for line in lines[1 if start else 0:-1]:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(row, dict) and {"iteration", "total", "time"} <= set(row):
-            found.append(row)
+    for line in content.decode(errors="replace").split("\n")[0 if complete else 1:-1]:
+        with contextlib.suppress(Unfit):
+            row = parse(line, stage)
+            if isinstance(row, dict) and all(records.fits(row.get(name), kind) for name, kind in COLUMNS.items()):
+                found.append(row)
     return found
+
+
+COLUMNS = {"iteration": records.whole, "time": records.moment}

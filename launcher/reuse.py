@@ -77,16 +77,17 @@ def _bytes(path: Path) -> dict[str, str]:
 def _link(run: Run, source: Run, stage: Stage) -> None:
     """The stage's outputs and numbers into ``run``; its manifest last."""
     old, here, there = manifest.read(source, stage.name), run.stage(stage.name), source.stage(stage.name)
-    for name in old["outputs"]:
-        target = run.folder / name
+    for path, target in zip(manifest.outputs(source, old), manifest.outputs(run, old), strict=True):
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
         try:
-            os.link(source.folder / name, target)
-        except OSError:  # another file system, or one without links
-            shutil.copy2(source.folder / name, target)
+            if path.stat().st_uid != os.geteuid():  # its owner could still change what is linked
+                raise PermissionError
+            os.link(path, target)
+        except OSError:  # another user's, another file system, or one without links
+            shutil.copy2(path, target)
     for path in there.iterdir():
-        if path.is_file() and path.name not in ("config.json", "status.json", "verified.json", "latest") and \
+        if path.is_file() and not path.is_symlink() and path.name not in ("config.json", "status.json", "verified.json", "latest") and \
                 not path.name.startswith("DONE.json"):
             shutil.copy2(path, here / path.name)
     status = source.status(stage.name)

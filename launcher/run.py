@@ -12,8 +12,11 @@ import time
 from collections.abc import Collection
 from pathlib import Path
 
+from launcher import records
+from launcher.config import Profile
 from launcher.pipeline import PIPELINES, PPO, Graph, Stage
-from training.settings import ConfigError
+from training.files import Unfit, read_bytes, read_json, read_table, read_text
+from training.settings import ConfigError, build
 
 SWEEP = "sweep.json"
 """In the folder of a sweep; its runs are the folders 0, 1, ... there."""
@@ -35,7 +38,8 @@ def write_json(path: Path, value) -> None:
 def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(aside, "w", encoding="utf-8") as file:
+    # a link of this name would have another file written
+    with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -51,7 +55,7 @@ def hash_of(value) -> str:
 def lock(path: Path):
     """Hold ``path`` exclusively; the kernel lets go when this process dies. Raises Busy where another process holds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
+    with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666), "r+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -96,7 +100,7 @@ class Run:
 
     def check_here(self) -> None:
         """ConfigError unless the paths in this run's files, relative to where it was submitted, mean the same from here."""
-        written = Path(self.config["run"]["folder"])
+        written = Path(self.config["run"].get("folder", self.folder))
         if written.resolve() != self.folder.resolve():
             raise ConfigError(f"the files of this run name it {written}, which from {Path.cwd()} is another folder: "
                               f"run the command from the directory in which {written} is {self.folder.resolve()}")
@@ -130,15 +134,22 @@ class Run:
 
     @property
     def config(self) -> dict:
-        """config.json; ConfigError where it is torn or another tool's."""
+        """config.json; ConfigError where it is torn, damaged or another tool's."""
         try:
-            values = json.loads(self.config_file.read_text(encoding="utf-8"))
-        except ValueError:
-            values = None
-        if not isinstance(values, dict) or not all(isinstance(values.get(name), dict) for name in ("run", "profile")):
-            raise ConfigError(f"{self.config_file} is not a run's configuration: it is torn, or another tool's; "
+            values = read_table(self.config_file)
+        except Unfit as error:
+            values, why = {}, f" ({error})"
+        else:
+            why = ""
+        if wrong := records.wrong_in_config(values, PIPELINES):
+            raise ConfigError(f"{self.config_file} is not a run's configuration: it is torn, or another tool's{why or f' ({wrong})'}; "
                               f"name a run's folder, or start the run anew")
         return values
+
+    @property
+    def profile(self) -> Profile:
+        """The site's profile as the run was submitted with it; ConfigError where config.json is damaged."""
+        return build(Profile, self.config["profile"], f"{self.config_file}: profile")
 
     @property
     def id(self) -> str:
@@ -164,20 +175,22 @@ class Run:
             os.close(descriptor)
 
     def ledger(self) -> list[dict]:
-        """All events in order; a half-written line (a full disk, a crash) is left out."""
-        path = self.folder / "ledger.jsonl"
-        if not path.exists():
+        """All events in order; a half-written or damaged line (a full disk, a crash) is left out."""
+        try:
+            return records.events(read_bytes(self.folder / "ledger.jsonl").decode(errors="replace"))
+        except FileNotFoundError:
             return []
-        events = []
-        for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
-            with contextlib.suppress(json.JSONDecodeError):
-                events.append(json.loads(line))
-        return events
 
     def status(self, stage: str) -> dict:
-        """status.json of a stage; a stage that never ran is {"state": "pending", "attempt": 0}."""
+        """status.json of a stage; one that never ran is {"state": "pending", "attempt": 0}, one whose file is damaged has failed."""
         path = self.stage(stage) / "status.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"state": "pending", "attempt": 0}
+        try:
+            return records.status(read_json(path), path)
+        except (FileNotFoundError, NotADirectoryError):
+            return {"state": "pending", "attempt": 0}
+        except Unfit as error:
+            attempts = [event.get("attempt") or 0 for event in self.ledger() if event.get("stage") == stage]
+            return {"state": "failed", "attempt": max(attempts, default=0), "job": None, "cause": f"{error}; the ledger and logs are kept"}
 
     def write_status(self, stage: str, **fields) -> None:
         """Replace some fields of a stage's status.json."""
@@ -186,13 +199,16 @@ class Run:
 
     def iteration(self, stage: str) -> int | None:
         """Iteration of the stage's last complete checkpoint (its file ``latest``); None without one."""
-        path = self.stage(stage) / "latest"
-        text = path.read_text(encoding="utf-8").strip() if path.exists() else ""
-        return int(text) if text.isdigit() else None
+        try:
+            text = read_text(self.stage(stage) / "latest", 1 << 10).strip()
+        except (FileNotFoundError, NotADirectoryError, Unfit):
+            return None
+        return int(text) if text.isascii() and text.isdigit() and len(text) < 16 else None
 
     def checkpoint_iterations(self, stage: str) -> list[int]:
         folders = (self.stage(stage) / "checkpoints").glob("iter_*")
-        return sorted(int(folder.name[5:]) for folder in folders if folder.name[5:].isdigit())
+        numbers = (folder.name[5:] for folder in folders)
+        return sorted(int(number) for number in numbers if number.isascii() and number.isdigit() and len(number) < 16)
 
     def runner(self) -> dict | None:
         """The local runner that works on this run now: {"pid", "pid_start", "host", "stages"}; None when there is none."""
@@ -208,11 +224,11 @@ class Run:
 
     def disowned(self) -> set[int]:
         """Jobs that ``resume --take-over`` declared dead: should Slurm start one after all, it must not touch the run."""
-        return {job for event in self.ledger() if event["event"] == "taken over" for job in event.get("jobs", [])}
+        return {job for event in self.ledger() if event["event"] == "taken over" for job in event.get("jobs") or []}
 
     def cancelled_since(self, when: float, job: int) -> bool:
         """Whether ``cancel`` was told to stop this job after ``when``: it must not queue itself again."""
-        return any(event["event"] == "cancelled" and event["time"] >= when and job in event.get("jobs", {}).values()
+        return any(event["event"] == "cancelled" and event["time"] >= when and job in dict(event.get("jobs") or {}).values()
                    for event in self.ledger())
 
     def changed(self) -> float:
@@ -240,8 +256,15 @@ def named(run: Path, below: Path) -> Run:
 
 def elements(folder: Path) -> list[Run]:
     """The runs of a sweep, by index (launcher/sweep.py)."""
-    values = json.loads((folder / SWEEP).read_text(encoding="utf-8"))["values"]
-    return [Run.open(folder / str(index)) for index in range(len(values))]
+    return [Run.open(folder / str(index)) for index in range(len(sweep_of(folder)["values"]))]
+
+
+def sweep_of(folder: Path) -> dict:
+    """{"id", "values"} of a sweep's folder; ConfigError where sweep.json is torn or damaged."""
+    try:
+        return records.sweep(read_table(folder / SWEEP), folder / SWEEP)
+    except Unfit as error:
+        raise ConfigError(f"{error}: this is no sweep's folder, or its sweep.json is damaged; the same submit writes it again") from None
 
 
 class Runs(list):

@@ -160,7 +160,7 @@ def numbers_of_all(seen: Look) -> str:
 def bar(done: int | None, total: int | None) -> str:
     if not total:
         return ""
-    full = min(BAR, BAR * (done or 0) // total)
+    full = max(0, min(BAR, BAR * (done or 0) // total))
     return "#" * full + "." * (BAR - full)
 
 

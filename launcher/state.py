@@ -13,12 +13,15 @@ from launcher.manifest import Refused
 from launcher.pipeline import Stage
 from launcher.progress import Progress
 from launcher.run import Run, is_alive
+from training.files import Unfit, read_tail
 
 ASK_S = 10
 """Seconds that status waits for the queue; then it shows what the files say."""
 SILENT_S = 120
 """A running trainer that logged nothing for so long, and for five iterations' time, is pointed out."""
 LAST_LINES = 8
+OUTPUT_BYTES = 1 << 16
+"""Of the end of a job's own output, so much is read."""
 UNSTARTED = "mend what its batch script stumbled over (modules, setup or container of the profile?), then resume"
 BAD = ("failed", "cancelled", "stopped", "lost")
 ACTIVE = ("running", "pending", "requeued")
@@ -246,7 +249,10 @@ def _last_output(run: Run, stage: str, job: str) -> str:
 def _output(run: Run, stage: str, job: str) -> list[str]:
     """The lines of the job's own output that are not empty; ``job``: its id, or an array's element."""
     path = run.stage(stage) / "logs" / f"slurm-{job}.out"
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
+    try:
+        lines = read_tail(path, OUTPUT_BYTES)[0].decode(errors="replace").split("\n")
+    except (FileNotFoundError, NotADirectoryError, Unfit):
+        return []
     return [line.rstrip() for line in lines if line.strip()]
 
 

@@ -21,7 +21,6 @@ from launcher.config import SECTIONS, build_plain
 from launcher.endings import REASONS, SAVED, Class, Facts, Verdict, classify, shown
 from launcher.manifest import Refused
 from launcher.pipeline import NAMES, Stage
-from launcher.profile import Profile
 from launcher.ranks import LocalRanks, Log, SlurmRanks, job_port, stage_command
 from launcher.run import Busy, Run, lock, this_process, write_text
 from training.settings import ConfigError, load
@@ -40,7 +39,7 @@ class Supervisor:
 
     def __init__(self, run: Run, stage: Stage, job: int | None):
         self.run, self.stage, self.job = run, stage, job
-        self.config, self.profile = run.config, Profile(**run.config["profile"])
+        self.config, self.profile = run.config, run.profile
         self.resources = getattr(build_plain("resources", self.config["resources"]), stage.name)
         self.number, self.began = run.status(stage.name)["attempt"], time.time()
         self.attempt = self.new_attempt()

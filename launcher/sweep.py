@@ -20,9 +20,9 @@ from pathlib import Path
 
 from launcher import chain, manifest, probe, sbatch, start, state, storage, submission, submit
 from launcher import secrets as passwords
-from launcher.config import Profile, build_plain, parse_set
+from launcher.config import build_plain, parse_set
 from launcher.pipeline import Stage, prepare_config
-from launcher.run import SWEEP, Run, elements, hash_of, write_json, write_text
+from launcher.run import SWEEP, Run, elements, hash_of, sweep_of, write_json, write_text
 from training.settings import ConfigError
 
 MOST = 1000
@@ -112,7 +112,7 @@ def create(made: Sweep) -> Path:
 
 
 def read(folder: Path) -> dict:
-    return json.loads((folder / SWEEP).read_text(encoding="utf-8"))
+    return sweep_of(folder)
 
 
 def members(folder: Path) -> list[Member]:
@@ -174,7 +174,7 @@ def queue(folder: Path, stages: list[Stage], only: int | None = None) -> list[tu
 
 def _queue_group(book: Run, mark: str, stages: list[Stage], waits: dict[str, int], held: list[Member]) -> list[tuple[str, str]]:
     identity, array = read(book.folder)["id"], ",".join(str(member.index) for member in held)
-    steps, keys = [], passwords.names(Profile(**held[0].run.config["profile"]))
+    steps, keys = [], passwords.names(held[0].run.profile)
     for stage in stages:
         path = book.folder / "scripts" / f"{stage.name}{mark and f'-{mark}'}.sbatch"
         write_text(path, script(book.folder, identity, stage, held))
@@ -194,7 +194,7 @@ def script(folder: Path, identity: str, stage: Stage, held: list[Member]) -> str
     resources = getattr(build_plain("resources", config["resources"]), stage.name)
     cases = [f"  {member.index}) run={shlex.quote(str(folder / str(member.index)))} ;;  # {_words([member.values])}" for member in held]
     cases += ['  *) echo "element $SLURM_ARRAY_TASK_ID is none of this sweep" >&2; exit 64 ;;']
-    site, supervise = Profile(**config["profile"]), [sbatch.python_here(), "-m", "launcher.supervise"]
+    site, supervise = held[0].run.profile, [sbatch.python_here(), "-m", "launcher.supervise"]
     return sbatch.script(sbatch.JobRequest(
         name=f"{identity}.{stage.name}", comment=probe.comment(identity, stage.name), resources=resources, profile=site,
         output=f"{str(folder).replace('%', '%%')}/%a/{stage.name}/logs/slurm-%A_%a.out",

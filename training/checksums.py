@@ -12,6 +12,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TypeVar
 
+from training.files import Unfit, read_text
+
 NAME = "SHA256"
 Name = TypeVar("Name", str, Path)
 _LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
@@ -82,13 +84,13 @@ def read(folder: str | Path) -> dict[str, str]:
     """File name -> digest as SHA256 lists them. Raises Damaged where it is missing, empty or not in its format."""
     path = Path(folder, NAME)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except FileNotFoundError:
         older = f"cd {folder} && find . -type f -printf '%P\\0' | xargs -0 sha256sum > /tmp/{NAME} && mv /tmp/{NAME} ."
         raise Damaged(f"{path} is missing: not a complete checkpoint",
                       f"{_fix(folder)}. If it is whole and only older than checksums: {older}") from None
-    except UnicodeDecodeError:
-        raise Damaged(f"{path} is not text", _fix(folder)) from None
+    except Unfit as error:
+        raise Damaged(str(error), _fix(folder)) from None
     matches = [_LINE.fullmatch(line) for line in text.splitlines()]
     if not text.endswith("\n") or not all(matches):
         raise Damaged(f"{path} is not a list of sha256 sums: truncated or overwritten", _fix(folder))

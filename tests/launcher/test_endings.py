@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from launcher import deadline, nodecheck, preflight, requeue
+from launcher import deadline, nodecheck, preflight, progress, requeue
 from launcher.endings import ADVICE, Class, Ended, Facts, classify
 from launcher.pipeline import ALL
 from launcher.profile import Profile
@@ -266,4 +266,4 @@ def test_a_row_of_metrics_that_is_half_written_is_passed_over(tmp_path):
     (tmp_path / "sft").mkdir()
     rows = [{"iteration": 1, "time": 5.0}, {"iteration": 2, "time": 6.0}]
     (tmp_path / "sft/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"iteration": 3, "ti')
-    assert deadline.metrics(Run(tmp_path), "sft") == rows
+    assert progress.rows(Run(tmp_path), "sft", deadline.ROWS_BYTES) == rows
