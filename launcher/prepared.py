@@ -9,7 +9,6 @@ of ten million rows costs one look, and one that was written is read once before
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from launcher import state
 from launcher.pipeline import Stage, prepare_config, stage_config
 from launcher.run import Failed, Run, hash_of, write_json, write_text
 from training.checksums import same
+from training.files import read_table, within
 from training.settings import ConfigError
 
 
@@ -73,7 +73,7 @@ def check_rows(run: Run, stages: list[Stage]) -> None:
 
 def read_counts(run: Run) -> dict:
     """counts.json: what was read, dropped and written (training/data/prepare.py)."""
-    return json.loads((run.folder / "data" / "counts.json").read_text(encoding="utf-8"))
+    return read_table(run.folder / "data" / "counts.json")
 
 
 def _prepare(run: Run, config: dict) -> dict:
@@ -98,9 +98,11 @@ def _prepare(run: Run, config: dict) -> dict:
 def _old(run: Run) -> dict | None:
     """What the rows that are there were made from; None where no preparation has come to its end."""
     try:
-        old = json.loads((run.folder / "data" / "DONE.json").read_text(encoding="utf-8"))
+        old = read_table(run.folder / "data" / "DONE.json")
         [(known["path"] + known["sha256"], *known["touched"]) for known in old["inputs"].values()]
-        return old if isinstance(old["config_hash"], str) and isinstance(old["files"], dict) else None
+        for name in old["files"]:
+            within(run.folder / "data", name)
+        return old if isinstance(old["config_hash"], str) else None
     except (OSError, ValueError, AttributeError, TypeError, KeyError):  # missing or damaged
         return None
 

@@ -9,8 +9,9 @@ from training import files
 from training.files import Unfit, within
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/../../x", "a/..", "/etc/passwd", "a\0b", "a\nb", "a\x1b[2Jb", "\u202ea", "x" * 2000,
-                                  "\ud800", None, 5, ["a"], {"a": 1}])
+@pytest.mark.parametrize("name", [
+    "", ".", "..", "../x", "a/../../x", "a/..", "/etc/passwd", "a\0b", "a\nb", "a\x1b[2Jb", "\u202ea", "x" * 2000, "\ud800",
+    None, 5, ["a"], {"a": 1}])
 def test_a_name_that_is_not_below_the_folder_is_refused(tmp_path, name):
     with pytest.raises(Unfit):
         within(tmp_path, name)
