@@ -71,5 +71,15 @@ def set_config(folder: Path, shape: Shape) -> None:
     config |= {"architectures": [f"{family(shape.family).HUGGING_FACE}ForSequenceClassification"], "id2label": {"0": "score"},
                "label2id": {"score": 0}, "problem_type": "regression"}
     if (folder / "tokenizer.json").is_file():
-        config["pad_token_id"] = Tokenizer(folder).pad_id
+        _set_padding(folder, config)
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _set_padding(folder: Path, config: dict) -> None:
+    """A padding token that is not EOS, in both files: the score is read at the last token that is none."""
+    tokenizer, path = Tokenizer(folder), folder / "tokenizer_config.json"
+    if tokenizer.pad_id == tokenizer.eos_id:
+        settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        text = json.dumps({**settings, "pad_token": tokenizer.filler}, indent=2, ensure_ascii=False)
+        path.write_text(text + "\n", encoding="utf-8")
+    config["pad_token_id"] = Tokenizer(folder).pad_id

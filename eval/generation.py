@@ -8,6 +8,7 @@ models asked with the same key share them, which makes paired differences betwee
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -102,9 +103,30 @@ def load(folder: str | Path, fp32: bool = False):
 
 
 def encode(tokenizer, text: str, limit: int) -> list[int]:
-    """Token ids of a prompt; beyond ``limit`` tokens it loses its head, never its tail with the Assistant cue."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids[-limit:]
+    """Token ids of a prompt with the tokenizer's BOS, once; beyond ``limit`` it loses its head, never BOS or its tail with the cue."""
+    ids, bos = tokenizer(text, add_special_tokens=False)["input_ids"], opening(tokenizer)
+    ids = ids[len(bos):] if ids[:len(bos)] == bos else ids
+    return bos + ids[-(limit - len(bos)):] if limit > len(bos) else ids[-limit:]
+
+
+def opening(tokenizer) -> list[int]:
+    """Ids that the tokenizer's post-processor puts before a text: BOS, or none."""
+    encoded = tokenizer("a", return_special_tokens_mask=True)
+    marked = zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True)
+    return [number for number, _ in itertools.takewhile(lambda pair: pair[1], marked)]
+
+
+def encode_reply(tokenizer, text: str) -> list[int]:
+    """Token ids of a text that goes on from a prompt, as training has them (training/data/tokenizer.py): SentencePiece's
+    normalizers would put a space of its own before a reply that is tokenised apart, so a line's end stands there and is cut off."""
+    def apart(part: str) -> list[int]:
+        return tokenizer(part, add_special_tokens=False)["input_ids"]
+
+    def inside(part: str) -> list[int]:
+        before, joined = apart("\n"), apart("\n" + part)
+        return joined[len(before):] if joined[:len(before)] == before else apart(part)
+
+    return apart(text) if all(apart(part) == inside(part) for part in (" a", "a")) else inside(text)
 
 
 def uniforms(key: str, seed: int, count: int) -> np.ndarray:

@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from eval import gold, intervals, winrate
 from eval.errors import DataError
-from eval.generation import device, encode
+from eval.generation import device, encode, encode_reply
 from eval.jsonl import dump, last_by, read
 
 TOKENS = 1 << 15
@@ -48,7 +48,7 @@ def score(folder: str | Path, pairs: Sequence[tuple[str, str]], limit: int) -> l
         raise DataError(f"{folder}: {model.config.num_labels} labels; expected a sequence classifier with one, as export makes of a reward "
                         "model")
     model, pad = model.to(device()).eval(), model.config.pad_token_id
-    rows = [[*encode(tokenizer, prompt, limit), *tokenizer(response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    rows = [[*encode(tokenizer, prompt, limit), *encode_reply(tokenizer, response), tokenizer.eos_token_id]
             for prompt, response in pairs]
     order, scores, start = sorted(range(len(rows)), key=lambda i: -len(rows[i])), [0.0] * len(rows), 0
     with _tensor_cores():

@@ -19,7 +19,7 @@ PEEK_ROWS = 100
 
 
 def check_tokenizer(folder: Path, shape: Shape) -> None:
-    """ConfigError where tokenizer.json is no tokenizer, has more tokens than the model has rows, or PAD is missing or is EOS."""
+    """ConfigError where tokenizer.json is no tokenizer, has more tokens than the model has rows, or names an EOS or PAD that it lacks."""
     path = folder / "tokenizer.json"
     table = read_json(path, "model.checkpoint")
     vocabulary = table.get("model", {}).get("vocab", {}) if isinstance(table.get("model"), dict) else {}
@@ -32,14 +32,11 @@ def check_tokenizer(folder: Path, shape: Shape) -> None:
     if ids[highest] >= shape.vocab:
         raise ConfigError(f"model.checkpoint: token {highest!r} of {path} has id {ids[highest]}, the embedding has {shape.vocab} rows "
                           "(vocab_size); the tokenizer is another model's, or the embedding was not resized after tokens were added")
-    special = {name: _special(folder, name, ids) for name in ("eos", "pad")}
-    if special["eos"] == special["pad"]:
-        raise ConfigError(f"model.checkpoint: the padding token of {folder} is its EOS token (id {special['eos']}): PPO could not tell a "
-                          'reply\'s end from padding; name another one that tokenizer.json has, "pad_token": "<pad>" in '
-                          "tokenizer_config.json")
+    _special(folder, "eos", ids)
+    _special(folder, "pad", ids, required=False)
 
 
-def _special(folder: Path, name: str, ids: dict[str, int]) -> int:
+def _special(folder: Path, name: str, ids: dict[str, int], required: bool = True) -> int | None:
     """Id of "eos" or "pad", looked up as training/data/tokenizer.py does: the tokenizer's files by text, else config.json by number."""
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         token = read_json(folder / file, "model.checkpoint").get(f"{name}_token") if (folder / file).is_file() else None
@@ -51,6 +48,8 @@ def _special(folder: Path, name: str, ids: dict[str, int]) -> int:
             return ids[text]
     number = read_json(folder / "config.json", "model.checkpoint").get(f"{name}_token_id")
     if type(number) is not int:
+        if not required:
+            return None
         raise ConfigError(f'model.checkpoint: {folder} names no {name} token; set "{name}_token" in tokenizer_config.json to one that '
                           "tokenizer.json has")
     return number

@@ -68,8 +68,8 @@ def _read(config: RewardConfig) -> list | None:
 
 
 def _made_from(config: RewardConfig) -> str:
-    """The SFT checkpoint's bytes, the rows', and what chooses and cuts prompts and responses."""
-    rows = checksums.digest(config.paths.train)
+    """The SFT checkpoint's bytes, the rows' and the tokenizer's, and what chooses and cuts prompts and responses."""
+    rows = [checksums.digest(path) for path in (config.paths.train, Path(config.paths.model, "tokenizer.json"))]
     listed = sorted(checksums.read(checkpoint.resolve(config.paths.init)).items())
     described = repr((listed, rows, config.seed, config.seq_length, config.calibration_samples, config.calibration_length))
     return hashlib.sha256(described.encode()).hexdigest()

@@ -55,9 +55,10 @@ def _check_lengths(config: TrainerConfig, inputs: Inputs) -> None:
     """Say how many rows are cut. Raises ConfigError where a prompt that is cut would lose the cue at its end."""
     prompts = isinstance(config, RolloutConfig)
     name, most = ("prompt_length", config.prompt_length) if prompts else ("seq_length", config.seq_length)
-    kept, cue = most if prompts else most // 2, len(inputs.tokenizer.encode(CUE))
+    kept, cue = most if prompts else most // 2, len(inputs.tokenizer.bos) + len(inputs.tokenizer.encode(CUE))
     if kept < cue:
-        raise ConfigError(f"{name} = {most}: of a prompt that is too long the last {kept} tokens are kept, and its end, {CUE!r}, has {cue}")
+        raise ConfigError(f"{name} = {most}: of a prompt that is too long the last {kept} tokens are kept, "
+                          f"and its end, {CUE!r}, has {cue} with BOS")
     if parallel.is_main() and (cut := inputs.rows.longer_than(most)):
         print(f"{cut:,} of {len(inputs.rows):,} rows are longer than {name} = {most} and are cut", flush=True)
 

@@ -294,8 +294,8 @@ def test_weights_of_torch_are_taken_where_the_archive_is_whole(tmp_path):
 
 
 @pytest.mark.parametrize("file, content, message", [
-    ("tokenizer_config.json", {"eos_token": "</s>", "pad_token": "</s>"}, r"the padding token of .* is its EOS token \(id 2\)"),
-    ("tokenizer_config.json", {"eos_token": "</s>"}, "names no pad token"),
+    ("tokenizer_config.json", {"pad_token": "<pad>"}, "names no eos token"),
+    ("tokenizer_config.json", {"eos_token": "</s>", "pad_token": "<end>"}, "pad_token = '<end>' is not in tokenizer.json"),
     ("tokenizer_config.json", {"eos_token": {"content": "<end>"}, "pad_token": "<pad>"}, "eos_token = '<end>' is not in tokenizer.json"),
     ("tokenizer.json", {"model": {"vocab": {"a": 0, "</s>": 250880, "<pad>": 2}}}, "token '</s>' of .* has id 250880, the embedding has"),
     ("tokenizer.json", {}, "has no vocabulary"),

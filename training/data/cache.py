@@ -2,7 +2,7 @@
 
 ``sft.jsonl.tokens/KEY/`` beside ``sft.jsonl`` holds flat arrays: ``ids`` of every piece (a prompt, then its replies) end to end, ``pieces``
 and ``rows`` (int64: where each piece's ids and each row's pieces end), ``scores`` (float64, one a reply where there are any), and
-about.json. The text is tokenised as it is, neither cut nor with an EOS, so that one cache serves every length. KEY is the sha256 of
+about.json. A prompt has its BOS; the text is neither cut nor given an EOS, so that one cache serves every length. KEY is the sha256 of
 what it was made from: source, tokenizer, kind of row. It is written aside, fsynced and renamed: a folder that has its name is whole.
 """
 
@@ -29,7 +29,7 @@ from training.data import formats
 from training.data.rows import Row
 from training.data.tokenizer import Tokenizer
 
-FORMAT = 1
+FORMAT = 2
 ROWS_AT_ONCE = 4096
 """Rows that are tokenised together: enough for all cores, little memory."""
 ARRAYS = {"ids": "", "pieces": "<i8", "rows": "<i8", "scores": "<f8"}
@@ -44,14 +44,17 @@ class Tokenised(NamedTuple):
     """Without EOS; none for "rlhf", one for "sft", several for "reward"."""
     scores: list[float]
     """One a reply for "reward", else none."""
+    opening: int = 0
+    """Ids at the prompt's beginning that stay when its head is cut: BOS, or none."""
 
 
 def tokenise(rows: Sequence[Row], stage: str, tokenizer: Tokenizer) -> list[Tokenised]:
     """What ``stage`` reads of ``rows``. Prompt and reply are tokenised apart, so that the loss mask can't be off by one merge."""
     replies = [row.responses if stage == "reward" else (row.best,) if stage == "sft" else () for row in rows]
-    ids = iter(tokenizer.encode_all([text for row, its in zip(rows, replies, strict=True) for text in (row.prompt, *its)]))
-    return [Tokenised(next(ids), [next(ids) for _ in its], list(row.scores) if stage == "reward" else [])
-            for row, its in zip(rows, replies, strict=True)]
+    prompts = tokenizer.encode_prompts([row.prompt for row in rows])
+    ids = iter(tokenizer.encode_replies([text for its in replies for text in its]))
+    return [Tokenised(prompt, [next(ids) for _ in its], list(row.scores) if stage == "reward" else [], len(tokenizer.bos))
+            for row, prompt, its in zip(rows, prompts, replies, strict=True)]
 
 
 class TokenRows(Sequence):
@@ -76,7 +79,7 @@ class TokenRows(Sequence):
         prompt, *replies = (self._ids[start:end].tolist() for start, end in zip(starts, ends, strict=True))
         # Every row before has one prompt: what is left of its pieces are replies.
         scores = self._scores[first - index:last - index - 1].tolist() if len(self._scores) else []
-        return Tokenised(prompt, replies, scores)
+        return Tokenised(prompt, replies, scores, self.about["opening"])
 
     def longer_than(self, tokens: int) -> int:
         """Rows whose prompt, with the longest of its replies and an EOS if there are any, has more than ``tokens`` ids."""
@@ -140,7 +143,7 @@ def _key(source: Path, stage: str, tokenizer: Tokenizer) -> str:
         digests = [digest(source), digest(tokenizer.file)]
     except OSError as error:
         raise formats.DataError(f"{source}: can't be read: {error}") from None
-    return hashlib.sha256(json.dumps([FORMAT, stage, tokenizers.__version__, *digests]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([FORMAT, stage, tokenizers.__version__, tokenizer.bos, *digests]).encode()).hexdigest()
 
 
 def _whole(folder: Path) -> bool:
@@ -184,7 +187,7 @@ def _write(source: Path, stage: str, tokenizer: Tokenizer, aside: Path, key: str
     if not rows:
         raise formats.DataError(f"{source}: no usable row for {stage}{formats.because(counts)}")
     about = {"format": FORMAT, "key": key, "source": source.name, "stage": stage, "rows": rows, "most_replies": most_replies,
-             "types": types, "bytes": {name: (aside / name).stat().st_size for name in ARRAYS}}
+             "opening": len(tokenizer.bos), "types": types, "bytes": {name: (aside / name).stat().st_size for name in ARRAYS}}
     (aside / "about.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     for path in [*aside.iterdir(), aside]:
         sync(path)

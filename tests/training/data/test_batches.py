@@ -30,14 +30,16 @@ CUE = [101, 102]
 class Letters:
     """One id a letter; "#" is the cue's two ids."""
 
-    eos_id, pad_id = 2, 3
+    eos_id, pad_id, bos = 2, 3, ()
 
-    def encode_all(self, texts: list[str]) -> list[list[int]]:
+    def encode_prompts(self, texts: list[str]) -> list[list[int]]:
         return [[number for letter in text for number in (CUE if letter == "#" else [ord(letter)])] for text in texts]
+
+    encode_replies = encode_prompts
 
 
 def ids(text: str) -> list[int]:
-    return Letters().encode_all([text])[0]
+    return Letters().encode_prompts([text])[0]
 
 
 def tokenised(stage: str, prompt: str, *replies: str, scores=()):

@@ -48,7 +48,7 @@ def test_rows_are_what_the_tokenizer_says_of_the_text(tmp_path, tokenizer, monke
         for row, text in zip(rows, ROWS, strict=True):
             replies = {"sft": text["response"][-1:], "reward": text["response"], "rlhf": []}[stage]
             assert row == (tokenizer.encode(text["query"]), [tokenizer.encode(reply) for reply in replies],
-                           text["score"] if stage == "reward" else [])
+                           text["score"] if stage == "reward" else [], 0)
         lengths = [len(row.prompt) + max((len(reply) + 1 for reply in row.replies), default=0) for row in rows]
         for tokens in (0, min(lengths), sorted(lengths)[25], max(lengths)):
             assert rows.longer_than(tokens) == sum(length > tokens for length in lengths)
@@ -60,13 +60,16 @@ def test_rows_are_what_the_tokenizer_says_of_the_text(tmp_path, tokenizer, monke
 
 def test_a_large_vocabulary_gets_wide_ids(tmp_path, tokenizer):
     class Wide:
-        file, size = tokenizer.file, 250_680
+        file, size, bos = tokenizer.file, 250_680, (250_678,)
 
-        def encode_all(self, texts):
+        def encode_prompts(self, texts):
+            return [[250_678, number] for number, _ in enumerate(texts)]
+
+        def encode_replies(self, texts):
             return [[250_679, number] for number, _ in enumerate(texts)]
 
     rows = TokenRows(cached(written(tmp_path, ROWS[:1]), "sft", Wide()))
-    assert rows[0] == ([250_679, 0], [[250_679, 1]], []) and rows.about["types"]["ids"] == "<u4"
+    assert rows[0] == ([250_678, 0], [[250_679, 0]], [], 1) and rows.about["types"]["ids"] == "<u4"
 
 
 def test_it_is_made_once_and_made_anew_when_source_or_tokenizer_change(tmp_path, tokenizer, demo_run):

@@ -63,11 +63,10 @@ def test_vocabulary_that_the_text_cant_fill_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"pad_token": "</s>"}, r"the padding token is the EOS token \(id 2\)"),
+    ({"eos_token": None}, "no eos token; name one"),
     ({"pad_token": "<none>"}, "pad_token = '<none>' is not in tokenizer.json"),
-    ({"pad_token": None}, "no pad token; name one"),
 ])
-def test_padding_that_ppo_cant_use_is_refused(demo_run, tmp_path, change, message):
+def test_special_tokens_that_are_missing_are_refused(demo_run, tmp_path, change, message):
     (tmp_path / "tokenizer.json").write_bytes((demo_run / "model/tokenizer.json").read_bytes())
     tokens = json.loads((demo_run / "model/tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokens | change))

@@ -7,7 +7,6 @@ import sentencepiece
 from transformers import AutoTokenizer, LlamaTokenizer
 
 from training.data.tokenizer import Tokenizer
-from training.settings import ConfigError
 
 TEXTS = ["\n\nHuman: What is the capital of France?\n\nAssistant: Paris, of course. It lies on the Seine.",
          "\n\nHuman: Tell me a story about two cats.\n\nAssistant: Once there were two cats, who slept all day in 1999."]
@@ -25,9 +24,8 @@ def folder(tmp_path_factory):
     return made
 
 
-def test_a_tokenizer_without_a_padding_token_is_refused_and_one_that_has_it_gives_sentencepiece_s_ids(folder):
-    with pytest.raises(ConfigError, match='no pad token; name one that tokenizer.json has, as "pad_token"'):
-        Tokenizer(folder)
+def test_a_tokenizer_with_or_without_a_padding_token_gives_sentencepiece_s_ids(folder):
+    assert Tokenizer(folder).pad_id == Tokenizer(folder).eos_id == 2
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": "<unk>"}))
     ours, theirs = Tokenizer(folder), AutoTokenizer.from_pretrained(folder)
