@@ -15,7 +15,7 @@ from pathlib import Path
 from eval import chat, generation
 from eval.config import MTBenchConfig
 from eval.generation import Prompt, Reply
-from eval.jsonl import append, last_by, recover
+from eval.jsonl import append, last_by
 from eval.questions import Question
 
 TEMPERATURE = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1,
@@ -49,10 +49,10 @@ def key(model: str, config: MTBenchConfig, question: Question) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def stored(path: Path, keys: dict[int, str]) -> dict[int, dict]:
-    """question_id -> the row that ``path`` holds for it under its key."""
-    rows = last_by(recover(path), lambda row: row["question_id"])
-    return {number: row for number, row in rows.items() if keys.get(number) == row.get("key")}
+def stored(rows: Sequence[dict], keys: dict[int, str]) -> dict[int, dict]:
+    """question_id -> the row of the answers' file that stands there for it under its key."""
+    last = last_by(rows, lambda row: row["question_id"])
+    return {number: row for number, row in last.items() if keys.get(number) == row.get("key")}
 
 
 def batches(items: Sequence, size: int) -> Iterator[Sequence]:

@@ -50,33 +50,21 @@ def device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
-def require_model(folder: str | Path, name: str) -> None:
-    """Raise DataError unless ``folder`` looks like a Hugging Face model; ``name`` is the model's in the configuration."""
+def require_model(folder: str | Path, field: str) -> None:
+    """Raise DataError unless ``folder`` looks like a Hugging Face model; ``field`` names it in the configuration."""
     place, expected = Path(folder), "expected a Hugging Face folder: config.json, tokenizer, weights; for a run's model, run export first"
     if not (place / "config.json").is_file():
-        raise DataError(f"paths.models.{name} = {folder}: no config.json there; {expected}")
+        raise DataError(f"{field} = {folder}: no config.json there; {expected}")
     try:
         values = json.loads((place / "config.json").read_text(encoding="utf-8"))
         known = isinstance(values, dict) and isinstance(values.get("model_type"), str)
     except (ValueError, RecursionError, OSError):
         known = False
     if not known:
-        raise DataError(f"paths.models.{name} = {folder}: its config.json names no model_type; {expected}")
+        raise DataError(f"{field} = {folder}: its config.json names no model_type; {expected}")
     for what, patterns in (("tokenizer", ("tokenizer*", "*.model", "vocab*")), ("weights", ("*.safetensors", "*.bin"))):
         if not any(file for pattern in patterns for file in place.glob(pattern)):
-            raise DataError(f"paths.models.{name} = {folder}: no {what} there ({', '.join(patterns)}); {expected}")
-
-
-def fingerprint(folder: str | Path) -> str:
-    """sha256 of the model's weights, configuration and tokenizer, 16 hex digits: stored answers of another model are not reused."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(folder).iterdir()):
-        if path.suffix in (".safetensors", ".bin", ".json", ".model"):
-            digest.update(f"{path.name}:{path.stat().st_size}\n".encode())
-            with open(path, "rb") as file:
-                while chunk := file.read(1 << 24):
-                    digest.update(chunk)
-    return digest.hexdigest()[:16]
+            raise DataError(f"{field} = {folder}: no {what} there ({', '.join(patterns)}); {expected}")
 
 
 def load(folder: str | Path, fp32: bool = False):
@@ -87,16 +75,19 @@ def load(folder: str | Path, fp32: bool = False):
     """
     logging.disable_progress_bar()  # a log holds plain lines
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if tokenizer.eos_token_id is None:
             raise DataError(f"{folder}: the tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json")
         dtype = torch.float32 if fp32 or device().type == "cpu" else "auto"
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, trust_remote_code=False)
     except (DataError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # torn weights, an unknown model_type, no usable tokenizer: each library has errors of its own
         said = (str(error).strip() or "no message").splitlines()[0][:300]
-        raise DataError(f"{folder}: transformers can't load it: {type(error).__name__}: {said}") from error
+        code = "; code in a model's folder is never run (trust_remote_code is always False)" if "trust_remote_code" in str(error) else ""
+        raise DataError(f"{folder}: transformers can't load it: {type(error).__name__}: {said}{code}") from error
+    if getattr(model.config, "auto_map", None):
+        print(f"{folder}: brings code of its own, which is never run: transformers' {type(model).__name__} is used", flush=True)
     model = model.to(device()).eval()
     model.generation_config = GenerationConfig()  # a folder's own sampling defaults (top_p, penalties) must not leak in
     return model, tokenizer

@@ -7,6 +7,7 @@ it finds is kept under harness/ with the key of what it depends on.
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -14,9 +15,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from eval import fingerprint
 from eval.config import MTBenchConfig
 from eval.errors import DataError, HarnessError
 from eval.jsonl import write
+from eval.runs import read_json
 
 
 def tasks(config: MTBenchConfig) -> list[str]:
@@ -47,11 +50,13 @@ def run(config: MTBenchConfig, fingerprints: dict[str, str]) -> dict[str, dict] 
 
 def _model(config: MTBenchConfig, name: str, folder: str, mark: str, wanted: list[str]) -> dict:
     folder_of_tasks = str(Path(config.harness_folder).resolve()) if config.harness_folder else ""
-    key = hashlib.sha256(json.dumps([mark, wanted, folder_of_tasks, config.harness_limit]).encode()).hexdigest()[:16]
+    tasks_mark = fingerprint.of_folder(folder_of_tasks) if folder_of_tasks else ""
+    parts = [mark, wanted, folder_of_tasks, tasks_mark, config.harness_limit, config.seed, _version()]
+    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     output = Path(config.paths.output).resolve() / "harness"
     kept = output / f"{name}.json"
-    if kept.exists() and (found := json.loads(kept.read_text(encoding="utf-8")))["key"] == key:
-        return found["results"]
+    if (known := read_json(kept)).get("key") == key and isinstance(known.get("results"), dict):
+        return known["results"]
     raw = output / f"{name}-{key}"
     done = subprocess.run(command(config, folder, wanted, raw), cwd=folder_of_tasks or None, env=os.environ, capture_output=True, text=True,
                           stdin=subprocess.DEVNULL, check=False)
@@ -64,6 +69,13 @@ def _model(config: MTBenchConfig, name: str, folder: str, mark: str, wanted: lis
     results = read(json.loads(files[-1].read_text(encoding="utf-8")))
     write(kept, json.dumps({"key": key, "results": results}, indent=1) + "\n")
     return results
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("lm_eval")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def command(config: MTBenchConfig, folder: str, wanted: list[str], output: Path) -> list[str]:

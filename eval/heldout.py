@@ -19,7 +19,7 @@ from eval import answers, generation, rubric
 from eval.config import MTBenchConfig
 from eval.errors import DataError
 from eval.generation import Prompt
-from eval.jsonl import append, last_by, read, recover
+from eval.jsonl import append, last_by, read
 
 _LOGITS = 2**28
 """Most logits in one forward pass of ``response_logprobs``: 1 GiB in float32."""
@@ -57,10 +57,10 @@ def key(model: str, config: MTBenchConfig, prompt: HeldoutPrompt, sample: int) -
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def stored(path: Path, keys: dict[tuple[int, int], str]) -> dict[tuple[int, int], dict]:
-    """(index, sample) -> the row that ``path`` holds for it under its key."""
-    rows = last_by(recover(path), lambda row: (row["index"], row["sample"]))
-    return {place: row for place, row in rows.items() if keys.get(place) == row["key"]}
+def stored(rows: Sequence[dict], keys: dict[tuple[int, int], str]) -> dict[tuple[int, int], dict]:
+    """(index, sample) -> the row of the replies' file that stands there for it under its key."""
+    last = last_by(rows, lambda row: (row["index"], row["sample"]))
+    return {place: row for place, row in last.items() if keys.get(place) == row["key"]}
 
 
 def reply(model, tokenizer, places: Sequence[tuple[HeldoutPrompt, int]], keys: dict[tuple[int, int], str], config: MTBenchConfig,
@@ -122,5 +122,10 @@ def kl_rows(folder: str, base_folder: str, rows: Sequence[dict], base: str, conf
 
 
 def kl_key(row: dict, base: str) -> str:
-    """Names the reply and the baseline that a KL belongs to."""
-    return f"{row['key']}-{base}"
+    """Names the reply, word for word, and the baseline that a KL belongs to."""
+    return f"{row['key']}-{content_hash(row['tokens'])}-{base}"
+
+
+def content_hash(reply: list[int] | str) -> str:
+    """Of a reply's tokens or text: another device may sample others under the same key."""
+    return hashlib.sha256(json.dumps(reply).encode()).hexdigest()[:16]

@@ -39,10 +39,13 @@ def score(folder: str | Path, pairs: Sequence[tuple[str, str]], limit: int) -> l
     Raises DataError for a folder that holds no classifier with one label."""
     logging.disable_progress_bar()
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, local_files_only=True,
+                                                                   trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        said = (str(error).strip() or "no message").splitlines()[0]
+        said = (str(error).strip() or "no message").splitlines()[0][:300]
+        if "trust_remote_code" in str(error):
+            said += "; code in a model's folder is never run (trust_remote_code is always False)"
         raise DataError(f"{folder}: transformers can't load it as a reward model: {said}") from error
     if model.config.num_labels != 1:
         raise DataError(f"{folder}: {model.config.num_labels} labels; expected a sequence classifier with one, as export makes of a reward "

@@ -1,4 +1,4 @@
-"""Work split over processes: each rank makes every n-th of what is missing, in a file of its own; rank 0 puts the files together.
+"""Work split over processes: each rank makes every n-th of what is missing; rank 0 puts together what they made.
 
 What is made does not depend on the number of ranks: each row has its own key, random numbers and place in the order.
 """
@@ -9,9 +9,9 @@ import contextlib
 import datetime
 import fcntl
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -56,11 +56,6 @@ class Ranks:
         if self.world > 1:
             dist.destroy_process_group()
 
-    def meet(self) -> None:
-        """Until all ranks are here."""
-        if self.world > 1:
-            dist.barrier()
-
     def mine(self, items: Sequence) -> Sequence:
         """This rank's share: items alike in length and category lie side by side and go to different ranks."""
         return items[self.rank::self.world]
@@ -69,15 +64,63 @@ class Ranks:
         """Where this rank appends rows that belong to ``path``: two processes never write to one file."""
         return path if self.rank == 0 else path.parent / f"rank-{self.rank}" / path.name
 
-    def gather(self, path: Path, place: Callable[[dict], tuple]) -> None:
-        """Rank 0 moves what others have made, also in an earlier start that was cut off, into ``path``, in the order of ``place``."""
-        self.meet()
-        parts = sorted(path.parent.glob(f"rank-*/{path.name}")) if self.rank == 0 else []
-        if parts:
-            rows = last_by([row for file in (path, *parts) for row in recover(file)], place)
-            dump(path, [rows[key] for key in sorted(rows)])
-            for part in parts:
-                part.unlink()
-                if not any(part.parent.iterdir()):
-                    shutil.rmtree(part.parent)
-        self.meet()
+    def once(self, work: Callable[[], Any]) -> Any:
+        """What ``work()`` gives on rank 0, on every rank; a DataError or Busy of it is every rank's."""
+        if self.world == 1:
+            return work()
+        outcome: list = [None, None]
+        if self.rank == 0:
+            try:
+                outcome[0] = work()
+            except (DataError, Busy) as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def gather(self, path: Path, place: Callable[[dict], tuple]) -> list[dict]:
+        """All rows of ``path``, on every rank: rank 0 adds what other ranks have made, also in an earlier start that was
+        cut off, in the order of ``place``.
+
+        Rows travel over the ranks' connection. A rank reads its own file alone: on another node a fresh file may be
+        missing from a cached listing of its folder for half a minute.
+        """
+        own = _rows_or_error(self.own(path)) if self.rank else []
+        received = [own]
+        if self.world > 1:
+            received = [None] * self.world if self.rank == 0 else None
+            dist.gather_object(own, received, dst=0)
+        rows = self.once(lambda: self._put_together(path, received, place))
+        if self.rank:  # only now: what is in ``path`` can't be lost any more
+            _remove(self.own(path))
+        return rows
+
+    def _put_together(self, path: Path, received: list, place: Callable[[dict], tuple]) -> list[dict]:
+        for error in received:
+            if isinstance(error, DataError):
+                raise error
+        left = [part for part in sorted(path.parent.glob(f"rank-*/{path.name}"))  # of an earlier start with more ranks
+                if part.parent.name[5:].isdigit() and int(part.parent.name[5:]) >= self.world]
+        new = [row for part in [*map(recover, left), *received] for row in part]
+        rows = recover(path)
+        if new:
+            merged = last_by([*rows, *new], place)
+            rows = [merged[key] for key in sorted(merged)]
+            dump(path, rows)
+        for part in left:
+            _remove(part)
+        return rows
+
+
+def _rows_or_error(path: Path) -> list[dict] | DataError:
+    try:
+        return recover(path)
+    except DataError as error:
+        return error
+
+
+def _remove(part: Path) -> None:
+    part.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # other files are in the folder, or it is gone
+        part.parent.rmdir()

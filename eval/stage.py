@@ -8,11 +8,14 @@ from pathlib import Path
 
 import torch
 
-from eval import answers, asking, chat, generation, harness, heldout, judge, pairwise, preference, questions
+from eval import answers, asking, chat, fingerprint, generation, harness, heldout, judge, pairwise, preference, questions
 from eval.config import MTBenchConfig
 from eval.errors import DataError, JudgeError
 from eval.jsonl import append, dump, recover
 from eval.ranks import Ranks
+
+_SCORER, _JUDGE = "/reward model", "/judge"
+"""Beside the models' names, which hold no slash."""
 
 
 class Progress:
@@ -51,14 +54,18 @@ class Stage:
             if settings.judge_pairwise:
                 pairwise.require(self.set, list(self.folders))
         for name, folder in self.folders.items():
-            generation.require_model(folder, name)
+            generation.require_model(folder, f"paths.models.{name}")
             if settings.template == "chat":
                 chat.check(folder)
         harness.require(settings)
         if settings.reward_model:
-            generation.require_model(settings.reward_model, "reward_model")
-        self.scorer = generation.fingerprint(settings.reward_model) if settings.reward_model else ""
-        self.fingerprints = {name: generation.fingerprint(folder) for name, folder in self.folders.items()}
+            generation.require_model(settings.reward_model, "mtbench.reward_model")
+        if settings.judge == "local":
+            generation.require_model(settings.judge_model, "mtbench.judge_model")
+        folders = self.folders | {_SCORER: settings.reward_model, _JUDGE: settings.judge_model if settings.judge == "local" else ""}
+        marks = ranks.once(lambda: {name: fingerprint.of_model(folder) for name, folder in folders.items() if folder})
+        self.scorer, self.judge = marks.pop(_SCORER, ""), marks.pop(_JUDGE, "")
+        self.fingerprints = marks
         self.baseline = next(iter(self.folders))
         self.places = [(prompt, sample) for prompt in self.prompts for sample in range(settings.heldout_samples)]
         self.progress = Progress(settings.paths.output, self._total(), ranks.rank == 0)
@@ -78,14 +85,13 @@ class Stage:
         reply_done = self.progress.counter(f"{name}: held-out replies", len(self.places))
 
         def stored() -> tuple[dict, dict]:
-            ranks.gather(answer_path, lambda row: (row["question_id"],))
-            ranks.gather(reply_path, lambda row: (row["index"], row["sample"]))
-            return answers.stored(answer_path, answer_keys), heldout.stored(reply_path, reply_keys)
+            answered = ranks.gather(answer_path, lambda row: (row["question_id"],))
+            replied = ranks.gather(reply_path, lambda row: (row["index"], row["sample"]))
+            return answers.stored(answered, answer_keys), heldout.stored(replied, reply_keys)
 
         answered, replied = stored()
         answer_done(len(answered))
         reply_done(len(replied))
-        ranks.meet()  # all have read before one writes
         questions_left = ranks.mine([question for question in items if question.question_id not in answered])
         places_left = ranks.mine([(prompt, sample) for prompt, sample in self.places if (prompt.index, sample) not in replied])
         if questions_left or places_left:
@@ -105,11 +111,9 @@ class Stage:
         path, base = self.output / "heldout" / "kl" / f"{name}.jsonl", self.fingerprints[self.baseline]
 
         def stored() -> dict[str, dict]:
-            self.ranks.gather(path, lambda row: (row["index"], row["sample"]))
-            return {row["key"]: row for row in recover(path)}
+            return {row["key"]: row for row in self.ranks.gather(path, lambda row: (row["index"], row["sample"]))}
 
         known = stored()
-        self.ranks.meet()
         left = [row for row in replies if heldout.kl_key(row, base) not in known]
         done = self.progress.counter(f"{name}: KL to {self.baseline}", len(replies))
         done(len(replies) - len(left))
@@ -127,14 +131,12 @@ class Stage:
             return []
 
         def key(row: dict) -> str:
-            return f"{row['key']}-{self.scorer}"
+            return f"{row['key']}-{heldout.content_hash(row['response'])}-{self.scorer}"
 
         def stored() -> dict[str, dict]:
-            self.ranks.gather(path, lambda row: (row["index"], row["sample"]))
-            return {row["key"]: row for row in recover(path)}
+            return {row["key"]: row for row in self.ranks.gather(path, lambda row: (row["index"], row["sample"]))}
 
         known = stored()
-        self.ranks.meet()
         if mine := self.ranks.mine([row for row in replies if key(row) not in known]):
             limit = self.config.context_length - self.config.heldout_max_new_tokens
             values = preference.score(folder, [(row["prompt"], row["response"]) for row in mine], limit)
@@ -148,7 +150,7 @@ class Stage:
         """(judgment rows, pairwise rows, what went wrong: then some rows are missing); all empty without a judge."""
         if self.config.judge == "none":
             return [], [], ""
-        works = asking.ratings(self.config, self.set, made)
+        works = asking.ratings(self.config, self.set, made, self.judge)
         try:
             rows = asking.rate(self.config, works, self.set.prompts, self.progress.counter("ratings", sum(len(w.wanted) for w in works)))
             problem = ""

@@ -1,3 +1,4 @@
+import json
 import re
 
 import numpy as np
@@ -5,8 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from eval import generation
+from eval import fingerprint, generation, preference
 from eval.answers import dialogue
+from eval.errors import DataError
 from eval.generation import Prompt, RowSampler
 
 HH = "\n\nHuman: {question}\n\nAssistant:"
@@ -106,8 +108,48 @@ def test_dialogue_of_two_turns():
     assert dialogue(["a", "b"], [""], HH) == "\n\nHuman: a\n\nAssistant:\n\nHuman: b\n\nAssistant:"
 
 
-def test_the_fingerprint_follows_the_weights(folders, tmp_path):
-    assert generation.fingerprint(folders["sft"]) != generation.fingerprint(folders["rlhf"])
+def test_the_fingerprint_follows_all_that_is_read_and_nothing_else(folders, tmp_path):
+    assert fingerprint.of_model(folders["sft"]) != fingerprint.of_model(folders["rlhf"])
     for file in folders["sft"].iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    assert generation.fingerprint(tmp_path) == generation.fingerprint(folders["sft"])
+    mark = fingerprint.of_model(folders["sft"])
+    for name in ("conversion.json", "DONE.json", "training_args.bin", "README.md", ".cache.json.lock"):
+        (tmp_path / name).write_text("made at another time")
+    assert fingerprint.of_model(tmp_path) == mark
+    seen = {mark}
+    (tmp_path / "additional_chat_templates").mkdir()
+    for name in ("chat_template.jinja", "merges.txt", "vocab.json", "tokenizer.model", "x.tiktoken", "additional_chat_templates/b.jinja"):
+        (tmp_path / name).write_text("changed")
+        seen.add(fingerprint.of_model(tmp_path))
+    assert len(seen) == 7
+    (tmp_path / "merges.txt").unlink()
+    (tmp_path / "merges.txt").symlink_to("nowhere")
+    assert fingerprint.of_model(tmp_path) not in seen
+
+
+def test_a_folder_of_tasks_is_known_by_its_files(tmp_path):
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "a/b/task.yaml").write_text("x")
+    mark = fingerprint.of_folder(tmp_path)
+    (tmp_path / "a/__pycache__").mkdir()
+    (tmp_path / "a/__pycache__/x.pyc").write_text("y")
+    assert fingerprint.of_folder(tmp_path) == mark
+    (tmp_path / "a/b/rows.jsonl").write_text("{}")
+    assert fingerprint.of_folder(tmp_path) != mark
+
+
+def test_code_in_a_models_folder_is_never_run(folders, tmp_path, capsys):
+    """An architecture of the folder's own is refused without a question; beside one that transformers has, it is left alone."""
+    for file in folders["sft"].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\nclass OwnConfig: pass\n")
+    config = json.loads((tmp_path / "config.json").read_text())
+    own = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own", "AutoModelForSequenceClassification": "own.Own"}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"auto_map": own}))
+    generation.load(tmp_path)
+    assert "brings code of its own, which is never run: transformers' BloomForCausalLM is used" in capsys.readouterr().out
+    (tmp_path / "config.json").write_text(json.dumps(config | {"auto_map": own, "model_type": "own"}))
+    for load in (generation.load, lambda folder: preference.score(folder, [], 9)):
+        with pytest.raises(DataError, match="code in a model's folder is never run"):
+            load(tmp_path)
+    assert not (tmp_path / "ran").exists()

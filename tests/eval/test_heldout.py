@@ -7,6 +7,7 @@ import torch
 from eval import generation, gold, heldout, intervals
 from eval.config import MTBenchConfig, MTBenchPaths
 from eval.errors import DataError
+from eval.jsonl import recover
 
 
 def settings(**values) -> MTBenchConfig:
@@ -109,5 +110,5 @@ def test_rows_are_found_by_key(tmp_path):
     path = tmp_path / "replies.jsonl"
     lines = [{"index": 0, "sample": 0, "key": "old"}, {"index": 0, "sample": 0, "key": "new"}, {"index": 1, "sample": 0, "key": "old"}]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"index": 2, "sam')
-    assert heldout.stored(path, {(0, 0): "new", (1, 0): "new", (2, 0): "new"}) == {(0, 0): lines[1]}
+    assert heldout.stored(recover(path), {(0, 0): "new", (1, 0): "new", (2, 0): "new"}) == {(0, 0): lines[1]}
     assert path.read_text().endswith('"old"}\n')  # the torn line is gone, the next append starts on a line of its own
