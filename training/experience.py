@@ -36,6 +36,9 @@ class Rollout(NamedTuple):
     """"tokens" (B, T), "response_mask" (B, T), "lengths" (B,); the response includes its EOS."""
     ended: torch.Tensor
     """(B,) True where the response has an EOS."""
+    behaviour_logprobs: torch.Tensor
+    """(B, T) the rollout engine's log-probability of each response token as it was drawn, 0 elsewhere: of the whole distribution at the
+    configuration's temperature (which refuses top-p and top-k), in fp32 logits from weights of the training's precision."""
 
 
 class Experience(NamedTuple):
@@ -69,15 +72,17 @@ def roll_out(config: RolloutConfig, policy: Replicas, prompts: list[list[int]], 
     mine = shard(order, parallel.data_rank(), ranks)
     sampling = Sampling(config.response_length, config.temperature)
     made = policy.generate([Request(prompts[index], sampling, uniforms[index]) for index in mine])
-    examples = [Example([*prompts[index], *one.tokens], len(prompts[index])) for index, one in zip(mine, made, strict=True)]
+    replies = [(Example([*prompts[index], *one.tokens], len(prompts[index])), one.logprobs) for index, one in zip(mine, made, strict=True)]
     everyone: list = [None] * ranks
-    dist.all_gather_object(everyone, examples, group=parallel_state.get_data_parallel_group())
-    examples = [example for rank in everyone for example in rank][:count]
+    dist.all_gather_object(everyone, replies, group=parallel_state.get_data_parallel_group())
+    examples, drawn = zip(*[reply for rank in everyone for reply in rank][:count], strict=True)
     length = padded_length([len(example.tokens) for example in examples], length_multiple(config))
     ended = torch.tensor([example.tokens[-1] == tokenizer.eos_id for example in examples])
     batch = collate(examples, tokenizer.pad_id, length)
     invariants.samples_are_whole(batch, [example.response_start for example in examples], ended, tokenizer.eos_id)
-    return Rollout(batch, ended)
+    behaviour = torch.zeros(batch["tokens"].shape)
+    behaviour[batch["response_mask"]] = torch.tensor([logprob for row in drawn for logprob in row])
+    return Rollout(batch, ended, behaviour)
 
 
 def state_values(outputs: torch.Tensor) -> torch.Tensor:
@@ -135,11 +140,20 @@ def experience(config: PPOConfig, rollout: Rollout, scored: Scored, kl_coef: flo
     mean, variance = moments(advantages, mask)
     _, returns_variance = moments(returns, mask)
     _, residual_variance = moments(returns - scored.values, mask)
-    batch = {**rollout.batch, "old_logprobs": scored.logprobs, "old_values": scored.values, "returns": returns,
+    batch = {**sampled(config, rollout, scored), "old_values": scored.values, "returns": returns,
              "advantages": losses.whiten(advantages, mean, variance, mask)}
     metrics = report(rollout, scored, config, reward_bias)
     metrics["explained_variance"] = 1 - float(residual_variance / returns_variance.clamp(min=1e-8))
     return Experience(batch, metrics)
+
+
+def sampled(config: RolloutConfig, rollout: Rollout, scored: Scored) -> Batch:
+    """The rollout's batch with what the policy's loss needs to know of how it was drawn: "old_logprobs" and, where there is a cap,
+    "importance_weights" (B, T)."""
+    batch = {**rollout.batch, "old_logprobs": scored.logprobs}
+    if config.importance_cap:
+        batch["importance_weights"] = losses.importance_weights(scored.logprobs, rollout.behaviour_logprobs, config.importance_cap)
+    return batch
 
 
 def moments(values: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,12 +169,14 @@ def final_scores(config: RolloutConfig, rollout: Rollout, scored: Scored, reward
 
 
 def report(rollout: Rollout, scored: Scored, config: RolloutConfig, reward_bias: float) -> dict[str, float]:
-    """Means over samples: reward, KL to the reference per response in nats (k1 and k3), EOS rate, length, repetition; and how reward and
-    length go together (Pearson's correlation, 0 where one of them is constant)."""
+    """Means over samples: reward, KL to the reference per response in nats (k1 and k3), EOS rate, length, repetition; how reward and
+    length go together (Pearson's correlation, 0 where one of them is constant); and how far the rollout's log-probabilities are from the
+    training forward's: mean and largest |difference| in nats, and the mean over tokens of its exp (NeMo-RL's token_mult_prob_error)."""
     mask, scores = rollout.batch["response_mask"], final_scores(config, rollout, scored, reward_bias).double()
     lengths = mask.sum(1).double()
     responses = [row[inside].tolist() for row, inside in zip(rollout.batch["tokens"], mask, strict=True)]
     spread = scores.std(correction=0) * lengths.std(correction=0)
+    apart = (scored.logprobs - rollout.behaviour_logprobs).abs().double()[mask]
     together = ((scores - scores.mean()) * (lengths - lengths.mean())).mean()
     return {
         "reward": scores.mean().item(), "reward_std": scores.std(correction=0).item(),
@@ -169,6 +185,8 @@ def report(rollout: Rollout, scored: Scored, config: RolloutConfig, reward_bias:
         "eos_rate": rollout.ended.double().mean().item(), "response_length": lengths.mean().item(),
         "repeated_ngrams": sum(map(repeated_ngrams, responses)) / len(responses),
         "reward_length_correlation": (together / spread).item() if spread > 1e-9 else 0.0,
+        "logprob_error": apart.mean().item(), "logprob_error_max": apart.max().item(),
+        "token_mult_prob_error": apart.exp().mean().item(),
     }
 
 

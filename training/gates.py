@@ -19,6 +19,7 @@ What catches which fault (each is injected by tests/training/test_faults.py); th
     policy far from the reference, no EOS,        gates: kl_max, eos_rate_min,
     length bought as reward, useless values,      length_correlation_max, explained_variance_min,
     collapsed entropy                             entropy_min
+    rollouts drawn from another policy, later on  mult_prob_error_max
 """
 
 from __future__ import annotations
@@ -82,6 +83,7 @@ GATES = (
     Gate("explained_variance", "explained_variance_min", False, "explained variance of the values"),
     Gate("reward_length_correlation", "length_correlation_max", True, "correlation of reward and length"),
     Gate("entropy", "entropy_min", False, "entropy, nats per token"),
+    Gate("token_mult_prob_error", "mult_prob_error_max", True, "rollout against training, mean of exp |log p - log p_rollout|"),
 )
 STILL = "reference"
 """The gate without a limit: the KL to the reference is exactly 0 although the policy learns."""

@@ -12,7 +12,7 @@ import sys
 
 from training import losses, ppo
 from training.config import GRPOConfig
-from training.experience import Experience, Rollout, Scored, final_scores, report
+from training.experience import Experience, Rollout, Scored, final_scores, report, sampled
 from training.main import run_stage
 from training.samples import Plan
 from training.step import Batch, Learner
@@ -43,7 +43,7 @@ def experience(config: GRPOConfig, rollout: Rollout, scored: Scored, kl_coef: fl
     if config.kl_in == "reward":
         scores = scores - kl_coef * (losses.kl_k1(scored.logprobs, scored.ref_logprobs) * mask).sum(1)
     advantages = losses.group_advantages(scores, config.group_size, config.scale_advantages)[:, None] * mask
-    batch = {**rollout.batch, "old_logprobs": scored.logprobs, "ref_logprobs": scored.ref_logprobs, "advantages": advantages}
+    batch = {**sampled(config, rollout, scored), "ref_logprobs": scored.ref_logprobs, "advantages": advantages}
     groups = scores.view(-1, config.group_size)
     alike = (groups == groups[:, :1]).all(1).double().mean().item()
     metrics = report(rollout, scored, config, reward_bias)

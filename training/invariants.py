@@ -46,12 +46,14 @@ def policy_is_reference(config: RolloutConfig, metrics: dict[str, float]) -> Non
 
 
 def first_update(config: RolloutConfig, step: dict[str, float], batch: Batch) -> None:
-    """An iteration's first minibatch learns from the policy that made it: ratio 1, so approx KL and clip fraction are 0 and the loss is
-    -mean(A). And its tokens are samples of that policy: the mean of -log p(token) is its entropy to within the standard error."""
+    """An iteration's first minibatch learns from the policy that made it. The ratio is 1, so approx KL and
+    clip fraction are 0, and the loss is -mean(A), A times its importance weight where there is one. Its tokens are
+    samples of that policy: the mean of -log p(token) is its entropy to within the standard error."""
     if step["skipped_updates"]:
         return
     mask = batch["response_mask"][: config.global_batch_size]
-    advantage = batch["advantages"][: config.global_batch_size][mask].double().mean().item()
+    weighted = batch["advantages"] * batch.get("importance_weights", 1.0)
+    advantage = weighted[: config.global_batch_size][mask].double().mean().item()
     small = TOLERANCE[config.precision]
     same = step["approx_kl"] <= small and step["clip_fraction"] <= 5 * small and abs(step["policy_loss"] + advantage) <= 10 * small
     if not same:  # NaN is not the same, either

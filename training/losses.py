@@ -130,12 +130,23 @@ def group_advantages(scores: torch.Tensor, group_size: int, scale: bool = True) 
     return (centred / (groups.std(1, keepdim=True) + 1e-4) if scale else centred).flatten()
 
 
-def policy_loss(logprobs, old_logprobs, advantages, response_mask, clip: float, dual_clip: float = 0.0, clip_high: float = 0.0):
+def importance_weights(old_logprobs, behaviour_logprobs, cap: float) -> torch.Tensor:
+    """min(p_old / p_behaviour, ``cap``), any shape: what a sample drawn from another distribution counts (truncated importance sampling,
+    Ionides 2008; between rollout and training Yao et al. 2025).
+
+    >>> importance_weights(torch.tensor([0.5, 0.1, 0.8]).log(), torch.tensor([0.25, 0.2, 0.1]).log(), cap=3.0)
+    tensor([2.0000, 0.5000, 3.0000])
+    """
+    return (old_logprobs - behaviour_logprobs).exp().clamp(max=cap)
+
+
+def policy_loss(logprobs, old_logprobs, advantages, response_mask, clip: float, dual_clip: float = 0.0, clip_high: float = 0.0,
+                weights: torch.Tensor | None = None):
     """Sum over response tokens of PPO's clipped objective (Schulman et al. 2017, eq. 7) -> loss, clip fraction sum, approx KL sum.
 
     All (B, T). ``dual_clip`` c > 1 bounds the loss of a token with negative advantage by -c A (Ye et al. 2020, eq. 5): its ratio may be
     anything, and the clip above only bounds what is gained; 0 = off. The ratio is clipped to [1 - ``clip``, 1 + ``clip_high``]; 0 = the
-    same as below (Yu et al. 2025, eq. 10). Approx KL is k3 of old against new policy.
+    same as below (Yu et al. 2025, eq. 10). Each token's loss counts ``weights`` (B, T) times. Approx KL is k3 of old against new policy.
 
     >>> ratio, advantages = torch.tensor([[1.5, 1.5, 8.0]]), torch.tensor([[1.0, -1.0, -1.0]])
     >>> policy_loss(ratio.log(), torch.zeros(1, 3), advantages, torch.ones(1, 3).bool(), clip=0.2)  # -1.2 + 1.5 + 8
@@ -149,6 +160,8 @@ def policy_loss(logprobs, old_logprobs, advantages, response_mask, clip: float, 
     losses = torch.maximum(unclipped, clipped)
     if dual_clip:
         losses = torch.where(advantages < 0, torch.minimum(losses, -dual_clip * advantages), losses)
+    if weights is not None:
+        losses = losses * weights
     clip_fraction = ((clipped > unclipped) & response_mask).sum()
     return (losses * response_mask).sum(), clip_fraction, ((log_ratio.expm1() - log_ratio) * response_mask).sum()
 

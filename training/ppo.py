@@ -46,7 +46,7 @@ def policy_objective(config: RolloutConfig, kl_coef: float = 0.0) -> Objective:
         mask = batch["response_mask"]
         logprobs, entropy = next_token_logprobs_and_entropy(output, batch["tokens"], config.temperature, mask)
         surrogate, clipped, approx_kl = losses.policy_loss(logprobs, batch["old_logprobs"], batch["advantages"], mask, config.clip_ratio,
-                                                           config.dual_clip, config.clip_ratio_high)
+                                                           config.dual_clip, config.clip_ratio_high, batch.get("importance_weights"))
         loss = surrogate - config.entropy_coef * entropy.sum() if config.entropy_coef else surrogate
         if kl_coef:
             loss = loss + kl_coef * (losses.kl_k3(logprobs, batch["ref_logprobs"]) * mask).sum()

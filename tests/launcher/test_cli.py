@@ -13,7 +13,7 @@ from tests.launcher.stub_project import ROOT, Project
 
 COMMANDS = ["doctor", "plan", "submit", "render", "status", "watch", "logs", "resume", "cancel", "report", "completion"]
 ALLOWED = {"click", "rich", "submitit", "tomllib", "tomli", "launcher", "training.config", "training.data.config", "training.settings",
-           "training.pace", "training.shape", "training.checksums", "training.files", "conversion.config", "eval.config"}
+           "training.trainer_config", "training.pace", "training.shape", "training.checksums", "training.files", "conversion.config", "eval.config"}
 
 
 def test_the_commands_are_these():

@@ -15,11 +15,12 @@ import torch
 from tests.distributed import run
 from tests.training.learners import SHAPE, held
 from tests.training.test_samples import settings as ppo_settings
-from training import checkpoint, ppo, sft
+from training import checkpoint, ppo
 from training.config import PPOConfig
 from training.data.batches import Example, collate
 from training.gates import YOUNG, Gates, Guard, Unhealthy
 from training.main import run_stage
+from training.model.heads import next_token_logprobs
 from training.step import Learner, Objective, build_model, split
 
 HEALTHY = {"kl": 1.0, "kl_k3": 1.0, "eos_rate": 0.9, "explained_variance": 0.3, "reward_length_correlation": 0.5, "entropy": 0.4}
@@ -29,7 +30,8 @@ HEALTHY = {"kl": 1.0, "kl_k3": 1.0, "eos_rate": 0.9, "explained_variance": 0.3, 
     ("kl", 101.0, "KL to the reference, nats per response = 101, kl_max = 100"), ("kl", math.nan, "kl_max"),
     ("eos_rate", 0.0, "eos_rate_min"),
     ("explained_variance", -1001.0, "explained_variance_min"), ("reward_length_correlation", 0.99, "length_correlation_max"),
-    ("entropy", 0.009, "entropy, nats per token = 0.009, entropy_min = 0.01"), ("kl_k3", 0.0, "the KL to the reference is exactly 0")])
+    ("entropy", 0.009, "entropy, nats per token = 0.009, entropy_min = 0.01"), ("kl_k3", 0.0, "the KL to the reference is exactly 0"),
+    ("token_mult_prob_error", 1.2, "mean of exp |log p - log p_rollout| = 1.2, mult_prob_error_max = 1.1")])
 def test_a_gate_warns_then_pauses_then_stops(metric, value, words):
     gates = Gates(ppo_settings(gate_after=2, gate_pause=3, gate_stop=5, value_warmup=1))
     bad = HEALTHY | {metric: value}
@@ -88,10 +90,10 @@ def steps(config: PPOConfig, bad: str) -> tuple[list[str], list[float]]:
 
     def objective(kind: str) -> Objective:
         def compute(output, micro):
-            loss, count, sums = sft.compute(output, micro)
+            loss = -next_token_logprobs(output, micro["tokens"], mask=micro["response_mask"]).sum()
             worst = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
             factor = {"gradient": 1e30, "loss": math.nan}[kind] if kind and worst else 1.0  # 1e30: the norm's square overflows
-            return loss * factor, count, sums * (factor if kind == "loss" else 1.0)
+            return loss * factor, micro["response_mask"].sum(), loss[None] * (factor if kind == "loss" else 1.0)
         return Objective(("loss",), compute)
 
     made = [(learner.step(batch, objective(kind))["skipped_updates"], trace(learner)) for kind in ("", bad, "")]

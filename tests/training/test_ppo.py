@@ -44,7 +44,8 @@ def reference_rows(small_run, tmp_path_factory):
 
 PHASES = [f"{what}_{phase}" for what in ("seconds", "tokens_per_second", "peak_gb") for phase in ("generate", "score", "update")]
 REPORTED = ["reward", "reward_std", "kl", "kl_k3", "entropy", "clip_fraction", "approx_kl", "explained_variance", "eos_rate",
-            "response_length", "repeated_ngrams", "reward_length_correlation", "policy_loss", "value_loss", "grad_norm", "value_grad_norm",
+            "response_length", "repeated_ngrams", "reward_length_correlation", "logprob_error", "logprob_error_max",
+            "token_mult_prob_error", "policy_loss", "value_loss", "grad_norm", "value_grad_norm",
             "lr", "value_lr", "kl_coef", "skipped_updates", "gates_breached", "packing_efficiency", "tokens_per_second", "wall_seconds",
             *PHASES]
 
@@ -127,7 +128,7 @@ def one_step(config: PPOConfig, length: int):
     generator = torch.Generator().manual_seed(0)
     examples = [Example(torch.randint(4, 500, (size,), generator=generator).tolist(), size // 2) for size in (9, 12, 7, 15, 11, 9, 16, 13)]
     batch = collate(examples, trainer.tokenizer.pad_id, length)
-    rollout = experience.Rollout(batch, torch.tensor([True] * 7 + [False]))
+    rollout = experience.Rollout(batch, torch.tensor([True] * 7 + [False]), torch.zeros(batch["tokens"].shape))
     division = plan(config, trainer.shape, batch["lengths"].tolist(), config.global_batch_size)
     scored = experience.score(config, trainer.models, batch, division)
     samples = experience.experience(config, rollout, scored, kl_coef=0.02, reward_bias=0.0)
@@ -155,7 +156,7 @@ def test_response_without_eos_gets_the_penalty_instead_of_the_score(small_run, t
     def scores(config):
         tokens = collate([Example([5, 6, 7, 2], 2), Example([5, 6, 7, 8], 2)], 3, 8)
         scored = experience.Scored(*(torch.zeros(2, 8) for _ in range(3)), torch.tensor([4.0, 4.0]))
-        made = experience.experience(config, experience.Rollout(tokens, torch.tensor([True, False])), scored, 0.0, 1.0)
+        made = experience.experience(config, experience.Rollout(tokens, torch.tensor([True, False]), scored.logprobs), scored, 0.0, 1.0)
         return made.metrics["reward"], made.batch["returns"]
 
     reward, returns = run(scores, 1, 1, 1, small_run.ppo(tmp_path, gamma=1.0, lam=1.0))[0]
