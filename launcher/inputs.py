@@ -62,7 +62,7 @@ def check_data(source: str, skip_bad_rows: bool) -> str:
     """
     if source == "demo":
         return "generated demo data"
-    if not Path(source).is_file():
+    if not Path(source).exists():
         raise ConfigError(f'data.source = {source!r}: no such file; give a .jsonl or .jsonl.gz file, or "demo" for generated data')
     return _asked("data.source", "training.data.peek", source, str(PEEK_ROWS), *(["--skip-bad-rows"] if skip_bad_rows else []))
 

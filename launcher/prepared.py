@@ -118,7 +118,7 @@ def _changed(old: dict) -> list[str]:
     One that is gone is not looked at: its rows are there."""
     try:
         return [f"{key} = {known['path']!r}" for key, known in old["inputs"].items()
-                if os.path.exists(known["path"]) and not same(known["path"], known)]
+                if os.path.exists(known["path"]) and not (os.path.isfile(known["path"]) and same(known["path"], known))]
     except OSError as error:
         raise ConfigError(f"{error.filename}: can't be read: {error.strerror}") from None
 

@@ -1,4 +1,6 @@
 import json
+import os
+import tracemalloc
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -86,6 +88,21 @@ def test_bad_judge_prompts_are_named_before_the_work(tmp_path, change, message):
     with pytest.raises(DataError) as error:
         judge.require(questions.load(str(tmp_path)))
     assert message in str(error.value)
+
+
+def test_a_member_that_unpacks_to_more_than_a_set_of_questions_is_not_read(tmp_path):
+    path, inside = tmp_path / "bomb.whl", "instructlab/eval/data/mt_bench/question.jsonl"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as wheel, wheel.open(inside, "w") as member:
+        for _ in range(40):
+            member.write(bytes(1 << 20))
+    tracemalloc.start()
+    with pytest.raises(DataError, match="question.jsonl: more than 16 MiB"):
+        questions.load(str(path))
+    assert tracemalloc.get_traced_memory()[1] < 60 << 20
+    tracemalloc.stop()
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="no such file or folder"):
+        questions.load(str(tmp_path / "pipe"))
 
 
 def test_a_damaged_wheel_is_named(tmp_path):

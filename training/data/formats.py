@@ -6,29 +6,20 @@ reason, and so is a field that nothing reads, by its name: it may be the replies
 
 from __future__ import annotations
 
-import gzip
 import json
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from training.data import dialogue
 from training.data.rows import COMPARISONS, FORMATS, Row, parse, unread
+from training.data.source import DataError, lines
 from training.data.turns import BadRow, Unusable, short
 
-EXIT_DATA = 65
-LFS_POINTER = b"version https://git-lfs"
 NEEDS = {"rlhf": (0, "a prompt", FORMATS), "sft": (1, "a response", FORMATS), "reward": (2, "two replies to compare", COMPARISONS)}
 """Stage -> (fewest replies to a prompt, in words, formats that have them)."""
 MOST_NAMES = 50
 """Fields that nothing reads are counted by name up to so many entries of the counts."""
-
-
-class DataError(ValueError):
-    """Training data that can't be used; the message names the file, the line and the field."""
-
-    exit_code = EXIT_DATA
 
 
 def as_native(row: Row, stage: str) -> dict:
@@ -44,7 +35,8 @@ def iterate(path: str | Path, stage: str, counts: Counter, skip_bad_rows: bool =
     Raises DataError for a malformed row (counted instead if ``skip_bad_rows``) and for one that lacks what the stage needs.
     """
     fewest, need, expected = NEEDS[stage]
-    for number, line in _lines(Path(path)):
+    good = False
+    for number, line in lines(path):
         counts["rows"] += 1
         try:
             fields = _object(line)
@@ -53,10 +45,12 @@ def iterate(path: str | Path, stage: str, counts: Counter, skip_bad_rows: bool =
             counts[f"dropped: {reason}"] += 1
             continue
         except BadRow as error:
-            if not skip_bad_rows:
-                raise DataError(f"{path}:{number}: {error}; data.skip_bad_rows = true counts and skips such rows") from None
+            if not skip_bad_rows:  # of a file without one good row it would skip all
+                fix = "; data.skip_bad_rows = true counts and skips such rows" if good else ""
+                raise DataError(f"{path}:{number}: {error}{fix}") from None
             counts[f"dropped: bad row, {str(error).split(':')[0]}"] += 1
             continue
+        good = True
         if len(row.responses) < fewest:
             raise DataError(f"{path}:{number}: this row has {len(row.responses)} replies, but the {stage} stage needs {need}: "
                             f"give {expected}")
@@ -76,22 +70,6 @@ def _object(line: bytes) -> dict:
     if not isinstance(row, dict):
         raise BadRow(f"line: {short(row)}: expected a JSON object")
     return row
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(1-based line number, bytes) of every line that is not blank. Raises DataError where the file itself can't be read."""
-    try:
-        with open(path, "rb") as file:
-            if file.read(len(LFS_POINTER)) == LFS_POINTER:
-                raise DataError(f"{path}: a git-LFS pointer, not the data itself; fetch it with `git lfs pull`")
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")  # a byte-order mark is no part of the JSON
-                if line.strip():
-                    yield number, line
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: can't be read: {error}") from None
 
 
 class Echoes:

@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> int:
         echoes.check(source)
     except formats.DataError as error:
         print(error, file=sys.stderr)
-        return formats.EXIT_DATA
+        return formats.DataError.exit_code
     dropped, pairs = counts["rows"] - len(rows), sum(len(row.responses) > 1 for row in rows)
     words = [f"{dropped} of them are not used"] * bool(dropped) + [f"{pairs or 'none'} can be compared"] * (pairs < len(rows))
     if names := [name.removeprefix("not read: ") for name in counts if name.startswith("not read: ")]:

@@ -23,6 +23,7 @@ from training.data import demo, dialogue, formats
 from training.data.cache import cached
 from training.data.config import DataConfig, PrepareConfig
 from training.data.rows import Row
+from training.data.source import lines
 from training.data.split import HeldOut, Repeats
 from training.data.tokenizer import Tokenizer
 from training.settings import ConfigError, load
@@ -179,7 +180,10 @@ def prepare(config: PrepareConfig) -> dict:
 
 def _inputs(config: PrepareConfig) -> dict[str, dict]:
     """Key of the configuration -> the input file that it leads to, and what its content is known by."""
-    paths = {} if config.data.source == "demo" else {"data.source": config.data.source}
+    paths = {}
+    if config.data.source != "demo":
+        paths["data.source"] = config.data.source
+        next(lines(config.data.source), None)  # a file, of lines of JSON
     if config.model.checkpoint != "demo":
         paths["model.checkpoint"] = str(Path(config.model.checkpoint, "tokenizer.json"))
     try:
@@ -203,7 +207,7 @@ def main(arguments: list[str]) -> int:
         print(_report(prepare(load(PrepareConfig, arguments[0]))))
     except formats.DataError as error:
         print(error, file=sys.stderr)
-        return formats.EXIT_DATA
+        return formats.DataError.exit_code
     except (ConfigError, FileNotFoundError, json.JSONDecodeError) as error:
         print(error, file=sys.stderr)
         return EXIT_USAGE

@@ -1,0 +1,164 @@
+"""The gate for a file of rows: what it is by its first bytes, and its lines, none longer than MOST.
+
+A compressed file is read as what its bytes are, whatever its name. Another format is an error that
+names it and how to make lines of JSON of it. Memory does not grow with a line or with what a file
+unpacks to. Standard library only.
+"""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from training import files
+
+EXIT_DATA = 65
+MOST = 16 << 20
+"""Bytes of a line: text of about four million tokens."""
+FREE, RATIO = 16 << 20, 200
+"""Bytes that any file may unpack to, and how many times its size it may unpack to beyond them: text shrinks to a third or a
+tenth, a file that was made to fill the memory to a thousandth."""
+EMPTY = 10_000
+"""Empty lines in a row: more are no file of rows."""
+HEAD = 512
+BOM = b"\xef\xbb\xbf"
+GZIP = b"\x1f\x8b"
+_PANDAS = ("rows are lines of JSON, made of it by: python -c \"import pandas; "
+           "pandas.{read}({file!r}{more}).to_json({lines!r}, orient='records', lines=True)\"")
+_UNPACK = "unpack it: {command} {file} > {lines}"
+FORMATS: tuple[tuple[bytes, str, str], ...] = (
+    (b"version https://git-lfs", "a git-LFS pointer, not the data itself", "fetch it with `git lfs pull`"),
+    (b"PAR1", "a Parquet file", _PANDAS.replace("{read}", "read_parquet").replace("{more}", "")),
+    (b"ARROW1", "an Arrow (Feather) file", _PANDAS.replace("{read}", "read_feather").replace("{more}", "")),
+    (b"\xff\xff\xff\xff", "an Arrow stream, as `datasets` saves it",
+     "rows are lines of JSON, made of it by: python -c \"import datasets; datasets.Dataset.from_file({file!r}).to_json({lines!r})\""),
+    (b"ORC", "an ORC file", _PANDAS.replace("{read}", "read_orc").replace("{more}", "")),
+    (b"Obj\x01", "an Avro file", "convert it to JSON lines: fastavro {file} > {lines}"),
+    (b"PK\x03\x04", "a zip archive", _UNPACK.replace("{command}", "unzip -p")),
+    (b"PK\x05\x06", "an empty zip archive", "give the file that it should hold"),
+    (b"\x28\xb5\x2f\xfd", "compressed with zstd", _UNPACK.replace("{command}", "zstd -dc")),
+    (b"\xfd7zXZ\x00", "compressed with xz", _UNPACK.replace("{command}", "xz -dc")),
+    (b"BZh", "compressed with bzip2", _UNPACK.replace("{command}", "bzip2 -dc")),
+    (b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive", "unpack it: 7z x {file}"),
+    (b"\x04\x22\x4d\x18", "compressed with lz4", _UNPACK.replace("{command}", "lz4 -dc")),
+    (b"\x89HDF", "an HDF5 file", "convert it to lines of JSON"),
+    (b"\x93NUMPY", "a NumPy array", "give the text, as lines of JSON"),
+    (b"SQLite format 3", "an SQLite database", "convert a table to lines of JSON"),
+    (b"%PDF", "a PDF", "give the text, as lines of JSON"),
+    (b"\x80\x02", "a pickle", "convert it to lines of JSON"), (b"\x80\x03", "a pickle", "convert it to lines of JSON"),
+    (b"\x80\x04", "a pickle", "convert it to lines of JSON"), (b"\x80\x05", "a pickle", "convert it to lines of JSON"),
+    (b"\xff\xfe", "text in UTF-16", "convert it: iconv -f UTF-16 -t UTF-8 {file} > {lines}"),
+    (b"\xfe\xff", "text in UTF-16", "convert it: iconv -f UTF-16 -t UTF-8 {file} > {lines}"),
+    (b"\x00\x00\xfe\xff", "text in UTF-32", "convert it: iconv -f UTF-32 -t UTF-8 {file} > {lines}"),
+)
+"""First bytes, what a file is that begins with them, and what to do. (UTF-32LE begins as UTF-16LE does.)"""
+
+
+class DataError(ValueError):
+    """Training data that can't be used; the message names the file, the line and the field."""
+
+    exit_code = EXIT_DATA
+
+
+def lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
+    """(1-based number, bytes) of every line that is not blank. Raises DataError for what holds no lines of JSON, for a line of
+    more than MOST bytes, and where the file can't be read."""
+    path = Path(path)
+    try:
+        with open(_open(path), "rb") as file:
+            packed = file.read(len(GZIP)) == GZIP
+            file.seek(0)
+            if packed:
+                with gzip.GzipFile(fileobj=file) as unpacked:
+                    yield from _limited(path, unpacked, file)
+            else:
+                yield from _limited(path, file, None)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: can't be read: {_reason(error)}") from None
+
+
+def _open(path: Path) -> int:
+    try:
+        return files.open_regular(path)
+    except files.Unfit:
+        kind = "a folder: name the file in it" if path.is_dir() else \
+            "a pipe, a socket or a device: rows are read more than once, so write them to a file"
+        raise DataError(f"{path} is {kind}; expected a .jsonl or .jsonl.gz file") from None
+
+
+def _limited(path: Path, file: BinaryIO, packed: BinaryIO | None) -> Iterator[tuple[int, bytes]]:
+    number, size, empty, check, begun = 0, 0, 0, FREE, False
+    while line := file.readline(MOST + 1):
+        number, size = number + 1, size + len(line)
+        if not begun and (reason := named(path, line[:HEAD])):
+            raise DataError(f"{path}: {reason}")
+        if number == 1:
+            line = line.removeprefix(BOM)  # a byte-order mark is no part of the JSON
+        if len(line) > MOST:
+            raise DataError(f"{path}:{number}: a line of more than {MOST >> 20} MiB; expected one row of text on each line")
+        if packed and size > check:
+            if size > RATIO * packed.tell():
+                raise DataError(f"{path}: unpacks to more than {RATIO} times its size within the first {number:,} lines, as no text "
+                                f"does; if it is right all the same, unpack it: gzip -dc {path} > {path.with_suffix('')}")
+            check += FREE
+        if line.strip():
+            begun, empty = True, 0
+            yield number, line
+            continue
+        empty += 1
+        if empty > EMPTY:
+            raise DataError(f"{path}:{number}: more than {EMPTY:,} empty lines in a row; expected one row on each line")
+
+
+def named(path: Path, head: bytes) -> str:
+    """What a file is whose first bytes are ``head``, and what to do; "" where it may hold lines of JSON."""
+    name = str(path)
+    words = {"{file!r}": repr(name), "{lines!r}": repr(_as_lines(path)), "{file}": name, "{lines}": _as_lines(path)}
+
+    def said(what: str, fix: str) -> str:
+        for key, value in words.items():
+            fix = fix.replace(key, value)
+        return f"{what}; {fix}"
+
+    for start, what, fix in FORMATS:
+        if head.startswith(start):
+            return said(what, fix)
+    return said(*text) if (text := _text_format(head.removeprefix(BOM).lstrip())) else ""
+
+
+def _text_format(head: bytes) -> tuple[str, str] | None:
+    """(what a text is that begins so, what to do); None for what may be lines of JSON."""
+    first = head.partition(b"\n")[0].strip()
+    if head.startswith(GZIP):
+        return "compressed twice", _UNPACK.replace("{command}", "gzip -dc")
+    if head[257:262] == b"ustar":
+        return "a tar archive", "unpack it: tar xf {file}"
+    if b"\0" in head[:64]:
+        return ("text in UTF-16 without a mark", "convert it: iconv -f UTF-16LE -t UTF-8 {file} > {lines}") if head[1:2] == b"\0" or \
+            head[:1] == b"\0" else ("not text", "give a .jsonl file")
+    if head.startswith(b"<"):
+        return "a web page or XML", "fetch the file itself (a link that needs a login gives the login's page)"
+    if head.startswith(b"["):
+        return "a JSON array", ("each row is a line of its own: python -c \"import json; "
+                                "[print(json.dumps(row)) for row in json.load(open({file!r}))]\" > {lines}")
+    if first == b"{":
+        return "JSON that is spread over several lines", "each row is a line of its own: jq -c . {file} > {lines}"
+    if not first.startswith(b"{") and (b'",' in first if first.startswith(b'"') else b"," in first or b"\t" in first):
+        comma = "" if b"," in first else ", sep='\\t'"
+        return "a table (CSV or TSV) or plain text", _PANDAS.replace("{read}", "read_csv").replace("{more}", comma)
+    return None
+
+
+def _as_lines(path: Path) -> str:
+    """A name for the file that the fix writes."""
+    stem = path.name.partition(".")[0] or "rows"
+    return str(path.with_name(f"{stem}.jsonl" if path.name != f"{stem}.jsonl" else f"{stem}.lines.jsonl"))
+
+
+def _reason(error: Exception) -> str:
+    return error.strerror if isinstance(error, OSError) and error.strerror and not isinstance(error, gzip.BadGzipFile) else \
+        str(error) or type(error).__name__
+
