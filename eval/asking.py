@@ -59,8 +59,8 @@ def rate(config: MTBenchConfig, works: Sequence[Work], prompts: dict[str, dict],
     done(sum(len(work.wanted) for work in works) - sum(map(len, missing)))
     if any(missing):
         budget = Budget(config)
-        with serving.opened(config) as url:
-            endpoint = Endpoint(config, url, budget)
+        with serving.opened(config) as served:
+            endpoint = Endpoint(config, served.url, budget, key=served.key, alive=served.alive, merge_system=served.merge_system)
             try:
                 texts = ["".join(judge.known_item(prompts)), *(text for items in missing for item in items for text in item.texts())]
                 print(budget.plan(texts, endpoint.url), flush=True)

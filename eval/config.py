@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import urllib.parse
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,10 +143,21 @@ class MTBenchConfig:
                                  "the key goes into the variable that judge_key_variable names")
         return fields
 
+    def _check_server_options(self) -> None:
+        try:
+            options = shlex.split(self.judge_server_options)
+        except ValueError as error:
+            raise ValueError(f"judge_server_options: {error}; expected options as on a command line") from None
+        for option in (word.partition("=")[0] for word in options):
+            if option in ("--host", "--port", "--uds", "--api-key", "--served-model-name", "--root-path"):
+                raise ValueError(f"judge_server_options: {option} is set by the stage, which makes the server's key and address "
+                                 "for each start; take it out")
+
     def _check_judge(self) -> None:
         refuse_secret("judge_url", self.judge_url,
                       "put the key into the variable that judge_key_variable names, or into judge_key_file")
         self.request_fields()
+        self._check_server_options()
         if self.judge == "openai" and not self.judge_url:
             raise ValueError('judge_url = "": judge = "openai" needs the address of an endpoint; set mtbench.judge_url')
         if self.judge == "openai" and not self.judge_url.startswith(("http://", "https://")):

@@ -1,12 +1,14 @@
 """``python -m eval.serve FOLDER --port P``: a small OpenAI-compatible server of one Hugging Face model on loopback, greedy.
 
 For a judge inside the allocation where vLLM is not installed. What comes in while the model is busy is answered together as the next
-batch. GET /health, GET /v1/models, POST /v1/chat/completions.
+batch. GET /health, GET /v1/models, POST /v1/chat/completions. Where the environment variable CONVOY_JUDGE_KEY is set, requests below
+/v1 must bear it as their key: other users of the machine can reach the port, too.
 """
 
 from __future__ import annotations
 
 import argparse
+import hmac
 import json
 import os
 import queue
@@ -20,6 +22,11 @@ from eval.generation import Prompt, Reply
 
 BATCH = 8
 """Most requests answered together."""
+LARGEST = 16 << 20
+"""Bytes of the longest request."""
+IDLE_S = 600
+"""Seconds after which a connection that says nothing is closed."""
+KEY_VARIABLE = "CONVOY_JUDGE_KEY"
 
 
 class Batcher:
@@ -65,25 +72,60 @@ def as_text(tokenizer, messages: list[dict]) -> str:
     return "".join(speakers[message["role"]] + message["content"] for message in messages) + "\n\nAssistant:"
 
 
-def handler(batcher: Batcher, name: str) -> type[BaseHTTPRequestHandler]:
+def wanted(body: bytes) -> tuple[list[dict], int]:
+    """(messages, most tokens) of a request; ValueError says what is wrong with it."""
+    try:
+        asked = json.loads(body)
+    except RecursionError:
+        raise ValueError("brackets too deep") from None
+    if not isinstance(asked, dict) or not isinstance(asked.get("messages"), list) or not asked["messages"]:
+        raise ValueError('expected an object with "messages"')
+    for message in asked["messages"]:
+        if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant") \
+                or not isinstance(message.get("content"), str):
+            raise ValueError('messages: expected {"role": "system", "user" or "assistant", "content": text} each')
+    tokens = next((asked[name] for name in ("max_completion_tokens", "max_tokens") if asked.get(name) is not None), 1024)
+    if type(tokens) is not int or tokens < 1:
+        raise ValueError(f"max_tokens = {tokens!r:.80}: expected a whole number above 0")
+    return asked["messages"], tokens
+
+
+def handler(batcher: Batcher, name: str, key: str = "") -> type[BaseHTTPRequestHandler]:
+    """``key``: what requests below /v1 must bear; "" for none."""
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        timeout = IDLE_S
+
+        def allowed(self) -> bool:
+            """Has the caller the key? Else it is told so."""
+            given = self.headers.get("Authorization", "").encode("latin-1", "replace")
+            if not key or hmac.compare_digest(given, f"Bearer {key}".encode()):
+                return True
+            self.close_connection = True  # its body is not read
+            self.send(401, {"error": {"message": "the key is missing or wrong"}})
+            return False
 
         def do_GET(self):
             if self.path == "/health":
                 self.send(200, {})
-            elif self.path == "/v1/models":
+            elif self.path == "/v1/models" and self.allowed():
                 self.send(200, {"object": "list", "data": [{"id": name, "object": "model"}]})
-            else:
+            elif self.path != "/v1/models":
                 self.send(404, {"error": {"message": f"no {self.path} here"}})
 
         def do_POST(self):
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            length = self.headers.get("Content-Length", "")
+            if not self.allowed():
+                return None
+            if not length.isascii() or not length.isdigit() or int(length[:12]) > LARGEST:
+                self.close_connection = True
+                return self.send(413, {"error": {"message": f"Content-Length: expected at most {LARGEST}"}})
+            body = self.rfile.read(int(length))
             if self.path != "/v1/chat/completions":
                 return self.send(404, {"error": {"message": f"no {self.path} here"}})
             try:
-                asked = json.loads(body)
-                reply, sent = batcher.reply(as_text(batcher.tokenizer, asked["messages"]), int(asked.get("max_tokens", 1024)))
+                messages, most = wanted(body)
+                reply, sent = batcher.reply(as_text(batcher.tokenizer, messages), most)
             except (ValueError, KeyError, TypeError) as error:
                 return self.send(400, {"error": {"message": f"bad request: {type(error).__name__}: {error}"}})
             except RuntimeError as error:  # the client decides whether to ask again
@@ -117,14 +159,15 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m eval.serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="Hugging Face folder: config.json, tokenizer, weights")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on; 0: a free one (default: %(default)s)")
     parser.add_argument("--end-with-stdin", action="store_true", help="end when standard input is closed: it never outlives its parent")
     asked = parser.parse_args(arguments)
+    key = os.environ.pop(KEY_VARIABLE, "")
     batcher = Batcher(*generation.load(asked.folder))
-    server = ThreadingHTTPServer((asked.host, asked.port), handler(batcher, asked.folder))
+    server = ThreadingHTTPServer((asked.host, asked.port), handler(batcher, asked.folder, key))
     if asked.end_with_stdin:
         threading.Thread(target=end_with_parent, daemon=True).start()
-    print(f"serving {asked.folder} at http://{asked.host}:{asked.port}/v1", flush=True)
+    print(f"serving {asked.folder} at http://{asked.host}:{server.server_port}/v1", flush=True)
     server.serve_forever()
     return 0
 

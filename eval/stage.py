@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from eval import answers, asking, chat, fingerprint, generation, harness, heldout, judge, pairwise, preference, questions
+from eval import answers, asking, chat, fingerprint, generation, harness, heldout, judge, pairwise, preference, questions, serving
 from eval.config import MTBenchConfig
 from eval.errors import DataError, JudgeError
 from eval.jsonl import append, dump, recover
@@ -62,6 +62,7 @@ class Stage:
             generation.require_model(settings.reward_model, "mtbench.reward_model")
         if settings.judge == "local":
             generation.require_model(settings.judge_model, "mtbench.judge_model")
+            ranks.once(lambda: serving.takes_system(settings.judge_model))
         folders = self.folders | {_SCORER: settings.reward_model, _JUDGE: settings.judge_model if settings.judge == "local" else ""}
         marks = ranks.once(lambda: {name: fingerprint.of_model(folder) for name, folder in folders.items() if folder})
         self.scorer, self.judge = marks.pop(_SCORER, ""), marks.pop(_JUDGE, "")

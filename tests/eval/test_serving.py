@@ -1,6 +1,10 @@
 """A judge inside the allocation: the real server with a real model, built so that all it can say is [[7]]."""
 
+import contextlib
 import json
+import os
+import select
+import stat
 import subprocess
 import sys
 import time
@@ -16,8 +20,9 @@ from transformers import BloomConfig, BloomForCausalLM
 
 from eval import asking, questions, serve, serving
 from eval.config import MTBenchConfig, MTBenchPaths
-from eval.errors import JudgeError
+from eval.errors import DataError, JudgeError
 from tests.eval.conftest import tokenizer
+from tests.eval.test_chat import NO_SYSTEM
 from tests.eval.test_judge import answers
 
 QUESTIONS = questions.load("embedded")
@@ -56,19 +61,22 @@ def test_it_is_served_asked_and_ended(seven, tmp_path, capsys):
     rows = asking.rate(config, asking.ratings(config, QUESTIONS, made), QUESTIONS.prompts, lambda n: None)[0]
     assert [row["score"] for row in rows] == [7] * 8 and {row["judge_id"] for row in rows} == {str(seven)}
     assert {row["judgment"] for row in rows} == {"[[7]]"} and all(row["tokens_out"] == 2 and row["tokens_in"] > 50 for row in rows)
-    assert "it answers at http://127.0.0.1:" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "it answers at http://127.0.0.1:" in said and "system text" not in said
+    log = tmp_path / "logs/judge_server.log"
+    assert stat.S_IMODE(log.stat().st_mode) == 0o600 and "serving " in log.read_text()
     assert not [process for process in psutil.Process().children() if "eval.serve" in " ".join(process.cmdline())]
 
 
 def test_the_server_speaks_the_protocol_and_dies_with_its_parent(seven):
     script = "import subprocess, sys; subprocess.Popen([sys.executable, '-m', 'eval.serve', sys.argv[1], '--port', sys.argv[2], " \
              "'--end-with-stdin'], stdin=subprocess.PIPE); input()"
-    port = free_port()
+    port = serving.free_port()
     parent = subprocess.Popen([sys.executable, "-c", script, str(seven), str(port)], stdin=subprocess.PIPE, env=serving.environment())
     url = f"http://127.0.0.1:{port}"
     log = seven / "none.log"
     log.touch()
-    serving.wait(parent, url, 240, log)
+    assert serving.wait(parent, port, 240, log) == port
     child, = psutil.Process(parent.pid).children()
     models = json.load(urllib.request.urlopen(url + "/v1/models"))
     assert models["data"][0]["id"] == str(seven)
@@ -79,14 +87,6 @@ def test_the_server_speaks_the_protocol_and_dies_with_its_parent(seven):
     parent.kill()
     parent.wait()
     child.wait(10)
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_a_server_that_ends_early_is_quoted(tmp_path):
@@ -103,7 +103,7 @@ def test_one_that_never_answers_is_ended(tmp_path):
     log = tmp_path / "log"
     log.write_text("loading weights\n")
     with pytest.raises(JudgeError, match="did not answer within .* it said last: 'loading weights'"):
-        serving.wait(sleeper, f"http://127.0.0.1:{free_port()}", 0.3, log)
+        serving.wait(sleeper, 0, 0.3, log)
     began = time.monotonic()
     serving.end(sleeper)
     assert sleeper.returncode == -15 and time.monotonic() - began < 5
@@ -112,19 +112,24 @@ def test_one_that_never_answers_is_ended(tmp_path):
 def test_the_command_line(seven, tmp_path, monkeypatch):
     """vLLM where it stands beside the interpreter, and only there; our own server else."""
     with pytest.raises(JudgeError, match="no config.json there"):
-        serving.command(settings(tmp_path / "none", tmp_path), 5)
+        serving.command(settings(tmp_path / "none", tmp_path))
     auto = {**settings(seven, tmp_path).__dict__, "judge_server": "auto", "judge_server_options": "--max-model-len 8192"}
-    assert serving.command(MTBenchConfig(**auto), 5)[1:] == ["-m", "eval.serve", str(seven), "--port", "5", "--end-with-stdin"]
+    arguments, port = serving.command(MTBenchConfig(**auto))
+    assert port == 0 and arguments[1:] == ["-m", "eval.serve", str(seven), "--host", "127.0.0.1", "--port", "0", "--end-with-stdin"]
     with pytest.raises(JudgeError, match="vLLM is not installed beside"):
-        serving.command(MTBenchConfig(**auto | {"judge_server": "vllm"}), 5)
+        serving.command(MTBenchConfig(**auto | {"judge_server": "vllm"}))
     (tmp_path / "vllm").touch()
     (tmp_path / "site/vllm").mkdir(parents=True)
     (tmp_path / "site/vllm/__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path / "site")
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-    assert serving.command(MTBenchConfig(**auto), 5) == [
-        str(tmp_path / "vllm"), "serve", str(seven), "--host", "127.0.0.1", "--port", "5", "--served-model-name", str(seven),
+    arguments, port = serving.command(MTBenchConfig(**auto))
+    assert port and arguments == [
+        str(tmp_path / "vllm"), "serve", str(seven), "--host", "127.0.0.1", "--port", str(port), "--served-model-name", str(seven),
         "--max-model-len", "8192"]
+    for option in ("--api-key x", "--port=1", "--host 0.0.0.0", "'open"):
+        with pytest.raises(ValueError, match="judge_server_options: "):
+            MTBenchConfig(**auto | {"judge_server_options": option})
 
 
 
@@ -135,3 +140,80 @@ def test_whatever_the_model_raises_reaches_those_who_wait_and_the_next_batch_is_
     for _ in range(2):
         with pytest.raises(RuntimeError, match="KeyError: 'no such token'"):
             batcher.reply("a", 4)
+
+
+FOREIGN = """
+import http.server, json, sys
+class Tens(http.server.BaseHTTPRequestHandler):
+    def answer(self):
+        print(self.command, self.path, self.headers.get("Authorization"), flush=True)
+        text = json.dumps({"choices": [{"message": {"content": "Rating: [[10]]"}}]}).encode()
+        self.send_response(200), self.send_header("Content-Length", str(len(text))), self.end_headers(), self.wfile.write(text)
+    do_GET = do_POST = answer
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Tens)
+print(server.server_port, flush=True)
+server.serve_forever()
+"""
+
+
+@contextlib.contextmanager
+def foreign():
+    """(port, what it was asked so far, as a function): someone else's server that gives all tens; another user's, for root."""
+    other = {"user": 65534} if os.geteuid() == 0 else {}
+    process = subprocess.Popen(["/usr/bin/env", "python3", "-c", FOREIGN], stdout=subprocess.PIPE, text=True, cwd="/", **other)
+    try:
+        yield int(process.stdout.readline()), lambda: select.select([process.stdout], [], [], 0)[0]
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_whoever_took_the_port_first_is_not_asked(seven, tmp_path, monkeypatch):
+    """vLLM must be told a port: between the choice and its start another user may listen there."""
+    with foreign() as (port, asked):
+        monkeypatch.setattr(serving, "command", lambda config: ([sys.executable, "-c", "import time; time.sleep(60)"], port))
+        monkeypatch.setattr(serving, "POLL_S", 0.05)
+        config = settings(seven, tmp_path)
+        object.__setattr__(config, "judge_start_minutes", 0.01)
+        with pytest.raises(JudgeError, match="the local judge did not answer within"), serving.opened(config):
+            pass
+        assert not asked()
+
+
+def test_a_judge_that_is_gone_is_not_believed(seven, tmp_path):
+    """Its port may be another's by then."""
+    with serving.opened(settings(seven, tmp_path)) as served:
+        served.alive()
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(urllib.request.Request(served.url + "/chat/completions", b"{}"))
+        child, = [process for process in psutil.Process().children() if "eval.serve" in " ".join(process.cmdline())]
+        assert served.key.text not in " ".join(child.cmdline()) and served.key.text not in (tmp_path / "logs/judge_server.log").read_text()
+        child.kill()
+        child.wait(10)
+        with pytest.raises(JudgeError, match="the local judge (has ended|no longer listens)"):
+            served.alive()
+
+
+def test_a_template_without_a_system_turn_is_known_in_advance(seven, tmp_path, capsys):
+    folder = tmp_path / "judge"
+    folder.mkdir()
+    for file in seven.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "chat_template.jinja").write_text(NO_SYSTEM)
+    config = settings(folder, tmp_path)
+    made = {"sft": answers()["sft"][:1]}
+    rows = asking.rate(config, asking.ratings(config, QUESTIONS, made), QUESTIONS.prompts, lambda n: None)[0]
+    assert [row["score"] for row in rows] == [7, 7] and rows[0]["adapted"] == ["system text in the user's turn"]
+    assert "has no system turn; system text is put into the user's turn" in capsys.readouterr().out
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('never') }}")
+    with pytest.raises(DataError, match="mtbench.judge_model = .*judge: .*never"):
+        serving.takes_system(str(folder))
+
+
+@pytest.mark.parametrize("body", [
+    "[]", "5", "null", "[" * 100_000, '{"messages": 5}', '{"messages": []}', '{"messages": ["a"]}', '{"messages": [{"role": "user"}]}',
+    '{"messages": [{"role": "tool", "content": "a"}]}', *(json.dumps({"messages": [{"role": "user", "content": "a"}], "max_tokens": count})
+                                                          for count in (0, -1, "5", 1.5, True, [1]))])
+def test_a_request_that_is_none_is_refused(body):
+    with pytest.raises(ValueError):
+        serve.wanted(body.encode())
