@@ -138,16 +138,18 @@ def _disk_gb(stage: Stage, config, shape: Shape, weights_gb: float) -> float:
 
 def _reward_iteration(reward: RewardConfig) -> None:
     """The reward iteration that rlhf asks for must be one that is saved and still kept when the stage ends."""
-    wanted = reward.load_iteration
-    saved = sorted({*range(reward.save_every, reward.iterations + 1, reward.save_every), reward.iterations})
-    if wanted and wanted not in saved:
-        raise ConfigError(f"reward.load_iteration = {wanted} is not saved: reward saves every {reward.save_every} iterations and the last, "
-                          f"{reward.iterations}; use one of these, or 0 for the last")
+    wanted, saved = reward.load_iteration, storage.saves(reward)
+    if not wanted:
+        return
+    number = storage.save_number(reward, wanted)
+    if not number:
+        raise ConfigError(f"reward.load_iteration = {wanted} is not saved: reward saves every {reward.save_every} "
+                          f"iterations and the last, {reward.iterations}; use one of these, or 0 for the last")
     kept = reward.keep_every and wanted % reward.keep_every == 0
-    if wanted and not kept and wanted not in saved[-reward.keep_checkpoints:]:
-        needed = len(saved) - saved.index(wanted)
-        raise ConfigError(f"reward.load_iteration = {wanted} will be deleted before rlhf starts: the last {reward.keep_checkpoints} of "
-                          f"{len(saved)} checkpoints are kept; set --set reward.keep_checkpoints={needed}")
+    if not kept and number <= saved - reward.keep_checkpoints:
+        raise ConfigError(f"reward.load_iteration = {wanted} will be deleted before rlhf starts: the last "
+                          f"{reward.keep_checkpoints} of {saved} checkpoints are kept; "
+                          f"set --set reward.keep_checkpoints={saved - number + 1}")
 
 
 def check_parents(graph: Graph, stages: list[Stage], done: set[str]) -> None:

@@ -223,6 +223,10 @@ def knobs(stage: str, shape: Shape, config: TrainerConfig, asked: Resources, pro
     return sorted(found, key=lambda knob: knob.total)
 
 
+SMALLER = 1000
+"""A micro-batch is divided by at most this at once."""
+
+
 def _changes(stage: str, shape: Shape, config: TrainerConfig, asked: Resources, profile: Profile):
     """(command line, function that makes the configuration, ranks)."""
     def keys(**changes):
@@ -234,7 +238,7 @@ def _changes(stage: str, shape: Shape, config: TrainerConfig, asked: Resources, 
         half = max(config.micro_batch_tokens // 2, config.prompt_length + config.response_length)
         yield *keys(micro_batch_tokens=half), asked.ranks
     elif config.micro_batch_size > 1:
-        fewer = max(rows for rows in range(1, config.micro_batch_size // 2 + 1) if config.micro_batch_size % rows == 0)
+        fewer = next((config.micro_batch_size // by for by in range(2, SMALLER) if config.micro_batch_size % by == 0), 1)
         yield *keys(micro_batch_size=fewer), asked.ranks
     if config.precision == "bf16" and config.optimizer_precision != "bf16":
         yield *keys(optimizer_precision="bf16"), asked.ranks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import math
 import os
 import re
 import shutil
@@ -39,11 +40,29 @@ def checkpoint_gb(config: TrainerConfig, shape: Shape) -> float:
 
 
 def checkpoints(config: TrainerConfig) -> int:
-    """Most checkpoints on disk at once: those kept, and the one being written."""
-    saved = {*range(config.save_every, config.iterations + 1, config.save_every), config.iterations}
-    always = {number for number in saved if config.keep_every and number % config.keep_every == 0}
-    kept = always | set(sorted(saved)[-config.keep_checkpoints:])
-    return min(len(saved), len(kept) + 1)
+    """Most checkpoints on disk at once: those kept, and the one being written.
+
+    >>> from types import SimpleNamespace as Config
+    >>> checkpoints(Config(save_every=10, iterations=10**15, keep_every=15, keep_checkpoints=3))
+    33333333333336
+    """
+    saved, every = saves(config), config.save_every
+    if config.keep_checkpoints >= saved:
+        return saved
+    older = (saved - config.keep_checkpoints) * every  # the last iteration that is not kept as one of the newest
+    return min(saved, config.keep_checkpoints + (older // math.lcm(every, config.keep_every) if config.keep_every else 0) + 1)
+
+
+def saves(config: TrainerConfig) -> int:
+    """Iterations that are saved: each multiple of ``save_every``, and the last."""
+    return -(-config.iterations // config.save_every)
+
+
+def save_number(config: TrainerConfig, iteration: int) -> int:
+    """Which of the saved iterations it is, from 1; 0 where it is not saved."""
+    if iteration == config.iterations:
+        return saves(config)
+    return iteration // config.save_every if 0 < iteration < config.iterations and iteration % config.save_every == 0 else 0
 
 
 def room(folder: Path) -> Room:

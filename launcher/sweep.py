@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import secrets
 import shlex
 import shutil
@@ -91,10 +92,9 @@ def combinations(texts: list[str]) -> list[dict]:
         if key.strip() in axes:
             raise ConfigError(f"--sweep {text}: {key.strip()} is swept twice; give all its values at once")
         axes[key.strip()] = values
-    made = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
-    if len(made) > MOST:
-        raise ConfigError(f"--sweep: {len(made)} combinations; at most {MOST}")
-    return made
+    if (number := math.prod(map(len, axes.values()))) > MOST:
+        raise ConfigError(f"--sweep: {number} combinations; at most {MOST}")
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
 def create(made: Sweep) -> Path:

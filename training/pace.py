@@ -68,5 +68,5 @@ def micro_batches(rows: int, length: int, most: int, stages: int = 1, group: int
     >>> micro_batches(64, 512, 32, stages=2), micro_batches(64, 512, 32, stages=2, least=17400)
     ((34320, 1), (52248, 32))
     """
-    sizes = [size for size in range(1, most + 1) if rows % size == 0 and rows // size % group == 0]
+    sizes = [size for size in range(1, min(most, rows) + 1) if rows % size == 0 and rows // size % group == 0]
     return min((((rows // size + stages - 1) * (max(size * length, least) + OVERHEAD), size) for size in sizes), default=(float("inf"), 0))

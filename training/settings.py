@@ -12,6 +12,9 @@ import math
 import typing
 from pathlib import Path
 
+MOST = 2**63 - 1
+"""Largest whole number of a setting: what NumPy and TOML hold."""
+
 
 class ConfigError(ValueError):
     """A user's mistake: the message names the key, its value, what was expected and the fix."""
@@ -80,6 +83,8 @@ def _value(kind, value, where: str):
         if not isinstance(value, dict):
             raise ConfigError(f"{where} = {value!r}: expected a table")
         return build(kind, value, where)
+    if isinstance(value, int) and abs(value) > MOST:
+        raise ConfigError(f"{where}: expected a number of at most {MOST:,}, got one beyond it")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     base = typing.get_origin(kind) or kind

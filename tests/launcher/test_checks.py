@@ -1,22 +1,26 @@
 """Mistakes that are found before anything is queued, each with its fix."""
 
+import contextlib
 import dataclasses
 import gzip
+import itertools
 import json
 import math
 import os
 import shutil
 import struct
+import tracemalloc
 import zipfile
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from launcher import checks, cluster, storage
+from launcher import checks, cluster, storage, sweep
 from launcher.config import layered
 from launcher.pipeline import FULL, PIPELINES, full_tables, select, stage_config
 from tests.bloom import tiny_bloom
@@ -360,3 +364,33 @@ def test_profile_of_no_file_and_of_an_unknown_network(tmp_path):
     mine.write_text('scheduler = "slurm"\npartitoin = "x"\n')
     with pytest.raises(ConfigError, match="did you mean profile mine.partition"):
         cluster.load(str(mine))
+
+
+HUGE = [f"{stage}.iterations=10000000000" for stage in ("sft", "reward", "rlhf")]
+
+
+def test_work_and_memory_do_not_grow_with_a_number_in_a_setting():
+    """Saved iterations are counted, not listed."""
+    tracemalloc.start()
+    for sets in (HUGE, [*HUGE, "reward.save_every=1", "reward.load_iteration=9999999999"],
+                 ["sft.micro_batch_size=1000000007", "sft.global_batch_size=1000000007"],
+                 ["sft.seq_length=10000000000"], ["rlhf.response_length=10000000000"], ["data.heldout_max=10000000000"]):
+        with contextlib.suppress(ConfigError):
+            check(*sets)
+    assert tracemalloc.get_traced_memory()[1] < 20 << 20
+    tracemalloc.stop()
+    for value in ("1" * 400, "-" + "1" * 400):
+        with pytest.raises(ConfigError, match="sft.iterations: expected a number of at most 9,223,372,036,854,775,807"):
+            check(f"sft.iterations={value}")
+    with pytest.raises(ConfigError, match="--sweep: 100000000 combinations; at most 1000"):
+        sweep.combinations([f"sft.{key}=" + ",".join(map(str, range(1, 101))) for key in ("lr", "seed", "iterations", "patience")])
+
+
+def test_saves_are_counted_as_they_are_listed():
+    for every, iterations, keep_every, keep in itertools.product((1, 3, 4), (1, 7, 12, 13), (0, 2, 6, 13), (1, 2, 30)):
+        config = SimpleNamespace(save_every=every, iterations=iterations, keep_every=keep_every, keep_checkpoints=keep)
+        saved = sorted({*range(every, iterations + 1, every), iterations})
+        kept = {number for number in saved if keep_every and number % keep_every == 0} | set(saved[-keep:])
+        assert storage.checkpoints(config) == min(len(saved), len(kept) + 1), config
+        numbers = {number: storage.save_number(config, number) for number in range(iterations + 5)}
+        assert numbers == {number: saved.index(number) + 1 if number in saved else 0 for number in numbers}
