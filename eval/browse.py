@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from eval.foreign import texts, whole
 from eval.runs import Evaluation
 
 SAMPLES = 24
@@ -39,20 +40,25 @@ def questions(evaluations: Mapping[str, Evaluation]) -> list[dict]:
                 shelf["verdicts"] += [row for row in one.pairs if (row["question_id"], row["turn"]) == (key[0], turn + 1)]
             for model, rows in one.answers.items():
                 choice = next((row["choices"][0] for row in rows if row["question_id"] == key[0]), None)
-                for turn, shelf in enumerate(entry["turns"]) if choice else ():
-                    found = sorted(ratings.get((model, key[0], turn + 1), []), key=lambda row: row.get("repeat", 0))
-                    finish = choice.get("finish", ["", ""])[turn]
+                for turn, shelf in enumerate(entry["turns"][:len(choice["turns"])]) if choice else ():
+                    found = sorted(ratings.get((model, key[0], turn + 1), []), key=_repeat)
+                    finish = choice["finish"][turn] if texts(choice.get("finish")) and turn < len(choice["finish"]) else ""
                     shelf["answers"][model] = {"text": choice["turns"][turn], "finish": finish, "ratings": found}
     for entry in shown.values():
         entry["apart"] = _apart(entry["turns"])
     return list(shown.values())
 
 
+def _repeat(row: Mapping) -> int:
+    return row["repeat"] if whole(row.get("repeat")) else 0
+
+
 def _empty(question: Mapping) -> dict:
-    reference = question.get("reference") or ("", "")
+    turns, given = question["turns"], question.get("reference")
+    reference = given if texts(given) and len(given) >= len(turns) else [""] * len(turns)
     return {"id": question["question_id"], "category": question["category"],
             "turns": [{"question": text, "reference": reference[turn], "answers": {}, "verdicts": []}
-                      for turn, text in enumerate(question["turns"])]}
+                      for turn, text in enumerate(turns)]}
 
 
 def _apart(turns: list[dict]) -> float | None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from markupsafe import Markup
 
-from eval import figures
+from eval import figures, foreign
 from eval.figures import Curve, curve
 
 NOT_DRAWN = ("iteration", "total", "time")
@@ -90,7 +90,7 @@ def frontiers(runs: Mapping[str, Mapping[str, Sequence[Mapping]]]) -> dict | Non
         for run, stages in runs.items():
             for stage, rows in stages.items():
                 points = [(row[prefix + "kl"], row[prefix + "reward"]) for row in rows
-                          if all(isinstance(row.get(prefix + name), int | float) for name in ("kl", "reward"))]
+                          if all(foreign.fits(row.get(prefix + name), foreign.number) for name in ("kl", "reward"))]
                 if len(points) > 1:
                     x, y = map(list, zip(*points, strict=True))
                     paths.append(Curve(stage if len(runs) == 1 else f"{run}, {stage}", x, y, len(paths)))

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 
 from eval.curves import MEMORY, SECONDS, TOKENS
+from eval.foreign import fits, number, tables, whole
 from eval.runs import Run, StageFolder
 
 _NAMES_OF_A_RUN = ("run.name", "run.id", "run.folder", "run.recipe")
@@ -20,7 +21,7 @@ def stage_rows(run: Run) -> list[dict]:
 
 def _stage_row(stage: StageFolder, config: Mapping) -> dict:
     values = numbers(stage.metrics)
-    ranks = _ranks(config.get("resources", {}).get(stage.name))
+    ranks = _ranks(tables(config.get("resources")).get(stage.name))
     memory = [max(found) for name, found in values.items() if re.search("(^|_)gb(_|$)", name)]
     phases = {name.removeprefix(SECONDS): {
         "seconds": statistics.fmean(found), "tokens_per_second": _of(statistics.median, values.get(name.replace(SECONDS, TOKENS))),
@@ -47,16 +48,14 @@ def numbers(rows: Sequence[Mapping]) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
     for row in rows:
         for name, value in row.items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
+            if isinstance(value, int | float) and not isinstance(value, bool) and (isinstance(value, float) or fits(value, number)):
                 found.setdefault(name, []).append(value)
     return found
 
 
 def _ranks(resources: Mapping | None) -> int | None:
-    try:
-        return resources["nodes"] * max(1, resources["gpus_per_node"])
-    except (KeyError, TypeError):
-        return None
+    asked = [tables(resources).get(name) for name in ("nodes", "gpus_per_node")]
+    return asked[0] * max(1, asked[1]) if all(fits(one, whole) for one in asked) else None
 
 
 def flat(config: Mapping, before: str = "") -> dict[str, object]:
@@ -91,14 +90,15 @@ def written(value: object) -> str:
 
 def provenance(run: Run) -> list[tuple[str, str]]:
     """(name, value): run id, recipe, profile, and for each stage its manifest, its configuration's hash and what computed it."""
-    about = run.config.get("run", {})
+    about = tables(run.config.get("run"))
     rows = [(name, str(about[name])) for name in ("id", "recipe", "profile") if about.get(name)]
     manifests = {stage.name: stage.manifest for stage in run.stages if stage.manifest}
-    versions = {name: ", ".join(f"{package} {version}" for package, version in done.get("versions", {}).items())
+    versions = {name: ", ".join(f"{package} {version}" for package, version in tables(done.get("versions")).items())
                 for name, done in manifests.items()}
     same = len(set(versions.values())) == 1
     for name, done in manifests.items():
         hashes = [f"{word} {str(done[key])[:12]}" for word, key in (("manifest", "identity"), ("configuration", "config_hash"))
                   if done.get(key)]
-        rows.append((name, "; ".join([*hashes, f"{len(done.get('outputs', {}))} files by sha256", *([] if same else [versions[name]])])))
+        files = f"{len(tables(done.get('outputs')))} files by sha256"
+        rows.append((name, "; ".join([*hashes, files, *([] if same else [versions[name]])])))
     return rows + ([("computed by", next(iter(versions.values())))] if same else [])

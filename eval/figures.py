@@ -12,8 +12,14 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from eval import foreign
+from eval.foreign import fits, plain, whole
+
 POINTS = 300
 """Most points of a drawn curve; a longer one is averaged over neighbours."""
+_LONGEST = 48
+"""Characters of a name beside an axis."""
+matplotlib.rcParams["text.parse_math"] = False  # a model may be called m$\frac{$
 _INK, _LINE = "#010203", "#010204"
 _SERIES = ("#010210", "#010211", "#010212", "#010213", "#010214")
 _VARIABLES = {_INK: "var(--muted)", _LINE: "var(--line)"} | {colour: f"var(--s{i})" for i, colour in enumerate(_SERIES)}
@@ -26,7 +32,7 @@ RADAR_AXES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction"
 def curve(rows: Sequence[Mapping], name: str) -> tuple[list[float], list[float]]:
     """(iterations, values) of ``name`` in metrics rows; a resumed run repeats iterations, and its last value counts."""
     points = {row["iteration"]: row[name] for row in rows
-              if isinstance(row.get(name), int | float) and math.isfinite(row[name]) and isinstance(row.get("iteration"), int)}
+              if fits(row.get(name), foreign.number) and fits(row.get("iteration"), whole)}
     places = sorted(points)
     group = -(-len(places) // POINTS) or 1
     groups = [places[i:i + group] for i in range(0, len(places), group)]
@@ -88,7 +94,7 @@ def interval_svg(values: Mapping[str, Mapping], name: str) -> str:
         colour = _SERIES[number % len(_SERIES)]
         axes.plot([value["low"], value["high"]], [number, number], color=colour, linewidth=3.5, alpha=0.45, solid_capstyle="round")
         axes.plot([value["mean"]], [number], color=colour, marker="o", markersize=6)
-    axes.set_yticks(range(len(values)), list(values))
+    axes.set_yticks(range(len(values)), [_shown(model) for model in values])
     axes.set_ylim(len(values) - 0.5, -0.5)
     axes.grid(axis="y", visible=False)
     return _svg(figure, name)
@@ -114,6 +120,12 @@ def radar_svg(means: Mapping[str, Mapping[str, float]], name: str = "radar") -> 
     axes.tick_params(colors=_INK, labelsize=8, pad=11)
     axes.patch.set_visible(False)
     return _svg(figure, name)
+
+
+def _shown(model: str) -> str:
+    """A model's name beside an axis."""
+    name = " ".join(plain(model).split())
+    return name if len(name) <= _LONGEST else f"{name[:_LONGEST - 3]}..."
 
 
 def _axes(size: tuple[float, float]):

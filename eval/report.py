@@ -9,7 +9,7 @@ import argparse
 import dataclasses
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from eval import browse, curves, facts, figures, merge, rewards, runs, tables
 from eval.errors import DataError
+from eval.foreign import plain
 from eval.jsonl import write as write_text
 from eval.runs import Run
 
@@ -117,39 +118,77 @@ def measured(found: Mapping[str, Run]) -> dict[str, Run]:
     return made
 
 
+class Parts:
+    """Makes the parts of a page: one that can't be made, whatever the runs' files hold, is named in its place, and the others stand."""
+
+    def __init__(self):
+        self.failed: list[str] = []
+
+    def make(self, title: str, function: Callable, *arguments, empty=None):
+        """What ``function`` returns, or ``empty`` where it fails."""
+        try:
+            return function(*arguments)
+        except Exception as error:  # noqa: BLE001 - hours of work must not end without a report
+            self.failed.append(f"{title}: left out, the files that it is made from are damaged ({type(error).__name__}: {error})"[:400])
+            return empty
+
+    def guarded(self, title: str, caller: Callable) -> str:
+        """For a template's {% call %}: its text, or a notice."""
+        made = self.make(title, caller)
+        return made if made is not None else Markup('<p class="notice">{}</p>').format(plain(self.failed[-1]))
+
+
 def page(found: Mapping[str, Run]) -> str:
-    """The HTML text; the same input gives the same bytes."""
+    """The HTML text; the same input gives the same bytes. What is damaged in the runs' files is named in it."""
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"number": number, "interval": interval, "duration": duration, "minus": minus}
-    judged = evaluations(found)
-    made, different = blocks(judged)
-    common = merge.beside(list(judged.values())) if judged else None
-    own = measured(found)
-    preference = {label: row for name, run in own.items()
-                  for stage, row in rewards.summary({stage.name: stage.folder for stage in run.stages}).items()
-                  for label in [stage if len(found) == 1 else f"{name}, {stage}"]}
-    language = {stage if len(found) == 1 else f"{name}, {stage}": row
-                for name, run in own.items() for stage, row in facts.language_models(run).items()}
+    parts = Parts()
+    values = _values(found, parts)
+    return environment.get_template("report.html.j2").render(
+        title=", ".join(found), runs=found, header=tables.HEADER, note=tables.NOTE, pair_header=tables.PAIR_HEADER,
+        pair_note=tables.PAIR_NOTE, checks_columns=CHECKS, guarded=parts.guarded,
+        damaged=[plain(line) for line in (*(line for run in found.values() for line in run.damaged), *parts.failed)], **values)
+
+
+def _values(found: Mapping[str, Run], parts: Parts) -> dict:
+    """What the page's parts show, by name."""
+    make = parts.make
+    judged = make("Evaluations", evaluations, found, empty={})
+    made, different = make("Scores", blocks, judged, empty=([], []))
+    common = make("Before the judge", merge.beside, list(judged.values())) if judged else None
+    own = make("Training", measured, found, empty={})
+    several = len(found) > 1
+
+    def labelled(stages: Callable[[Run], Mapping]) -> dict:
+        return {f"{name}, {stage}" if several else stage: row for name, run in own.items() for stage, row in stages(run).items()}
+
+    preference = make("Reward model", labelled, lambda run: rewards.summary({stage.name: stage.folder for stage in run.stages}), empty={})
     calibrated = {label: row["calibration"] for label, row in preference.items() if row["calibration"]}
     gold = common["heldout"]["gold"] if common else {}
-    return environment.get_template("report.html.j2").render(
-        title=", ".join(found), runs=found, blocks=made, different=different, common=common, evaluations=judged,
-        header=tables.HEADER, note=tables.NOTE, pair_header=tables.PAIR_HEADER, pair_note=tables.PAIR_NOTE, checks_columns=CHECKS,
-        gold_figure=Markup(figures.interval_svg(gold, "gold")) if gold else None,
-        frontier=curves.frontiers({name: {stage.name: stage.metrics for stage in run.stages} for name, run in own.items()}),
-        preference=preference, language=language,
-        calibration=Markup(figures.calibration_svg("calibration", calibrated)) if calibrated else None,
-        calibrated=list(calibrated), training=training(own), stages={name: facts.stage_rows(run) for name, run in found.items()},
-        differences=facts.differences(list(found.values())) if len(found) > 1 else [],
-        configuration=[(key, facts.written(value)) for run in found.values() for key, value in facts.flat(run.config).items()]
-        if len(found) == 1 else [],
-        provenance_rows={name: facts.provenance(run) for name, run in found.items()},
-        heldout=browse.heldout(judged), questions=browse.questions(judged), unjudged=[name for name in found if name not in judged])
+    rates = {name: {stage.name: stage.metrics for stage in run.stages} for name, run in own.items()}
+    return {
+        "blocks": made, "different": different, "common": common, "evaluations": judged,
+        "gold_figure": make("Gold score", lambda: Markup(figures.interval_svg(gold, "gold"))) if gold else None,
+        "frontier": make("Reward against distance", curves.frontiers, rates), "preference": preference,
+        "language": make("Held-out loss", labelled, facts.language_models, empty={}),
+        "calibration": make("Calibration", lambda: Markup(figures.calibration_svg("calibration", calibrated))) if calibrated else None,
+        "calibrated": list(calibrated), "training": make("Training", training, own, empty=[]),
+        "stages": {name: make("Time and memory", facts.stage_rows, run, empty=[]) for name, run in found.items()},
+        "differences": make("Configuration", facts.differences, list(found.values()), empty=[]) if several else [],
+        "configuration": [] if several else make("Configuration", _configuration, found, empty=[]),
+        "provenance_rows": {name: make("Provenance", facts.provenance, run, empty=[]) for name, run in found.items()},
+        "heldout": make("Samples", browse.heldout, judged, empty=[]), "questions": make("Questions", browse.questions, judged, empty=[]),
+        "unjudged": [name for name in found if name not in judged]}
+
+
+def _configuration(found: Mapping[str, Run]) -> list[tuple[str, str]]:
+    return [(key, facts.written(value)) for run in found.values() for key, value in facts.flat(run.config).items()]
 
 
 def write(found: Mapping[str, Run], path: Path) -> None:
-    write_text(path, page(found).replace("\0", "\ufffd"))  # as a browser would show it, but without calling the page broken
+    text = page(found).encode("utf-8", errors="replace").decode()  # half a character is in no file of UTF-8
+    write_text(path, text.replace("\0", "\ufffd"))  # as a browser would show it, but without calling the page broken
 
 
 def main(arguments: list[str]) -> int:
@@ -163,16 +202,17 @@ def main(arguments: list[str]) -> int:
     try:
         found = collect(asked.runs)
     except DataError as error:
-        print(error, file=sys.stderr)
+        print(plain(error), file=sys.stderr)
         return 65
     first = Path(asked.runs[0])
     joined = "-".join(["report", *(name.replace("/", "-") for name in found)])
     output = asked.output or (first if len(found) == 1 else first.parent / joined)
     write(found, output / "report.html")
     if len(found) > 1:
-        made, _ = blocks(evaluations(found))
-        for block in made:
-            tables.write(output / block["name"], block["results"])
+        parts = Parts()
+        for block in parts.make("table.md", lambda: blocks(evaluations(found))[0], empty=[]):
+            parts.make("table.md", tables.write, output / block["name"], block["results"])
+        print(*map(plain, parts.failed), sep="\n", end="\n" if parts.failed else "", file=sys.stderr)
     print(output / "report.html")
     return 0
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from eval.foreign import fits, number
 from eval.runs import metrics
 
 _CONFIDENCE = re.compile(r"heldout_accuracy_at_([\d.]+)$")
@@ -20,13 +21,14 @@ def summary(stages: Mapping[str, str | Path]) -> dict[str, dict]:
 def of_rows(rows: Sequence[Mapping]) -> dict | None:
     """The last evaluation: {"iteration", "accuracy", "low", "high", "margin", "floors": {name: accuracy}, "above": does the interval lie
     above every floor, "calibration": {confidence: accuracy}, "calibration_error"}; None where there is none."""
-    row = next((row for row in reversed(rows) if isinstance(row.get("heldout_accuracy"), int | float)), None)
+    row = next((row for row in reversed(rows) if fits(row.get("heldout_accuracy"), number)), None)
     if row is None:
         return None
     floors = {"chance": 0.5} | {name.removeprefix("heldout_").replace("_", " "): value for name, value in row.items()
-                                if name.endswith("_wins") and value is not None}
+                                if name.endswith("_wins") and fits(value, number)}
+    row = {name: value for name, value in row.items() if fits(value, number)}
     low = row.get("heldout_accuracy_low")
-    bins = {match[1]: value for name, value in row.items() if (match := _CONFIDENCE.match(name)) and value is not None}
+    bins = {match[1]: value for name, value in row.items() if (match := _CONFIDENCE.match(name))}
     return {"iteration": row.get("iteration"), "accuracy": row["heldout_accuracy"], "low": low, "high": row.get("heldout_accuracy_high"),
             "margin": row.get("heldout_margin"), "floors": floors, "above": None if low is None else low > max(floors.values()),
             "calibration": bins, "calibration_error": row.get("heldout_calibration_error")}

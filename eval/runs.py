@@ -5,24 +5,26 @@ Which stages there are, their names, their order and what they measured is what 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from eval import judge
+from eval import foreign, judge
 from eval.errors import DataError
+from eval.foreign import number, text, texts, whole
 
 RESULTS = {"questions", "template", "models", "baseline", "seed", "max_new_tokens", "judge", "scores", "pairwise", "heldout", "checks",
            "reward_model", "harness", "harness_problem", "versions"}
 JUDGE = {"kind", "requested", "returned", "problem", "repeats", "requests", "tokens_in", "tokens_out", "cost", "currency"}
 """What results.json holds, and its "judge"."""
-QUESTION = {"question_id", "category", "turns"}
-ANSWER = {"question_id", "answer_id", "choices"}
-REPLY = {"index", "sample", "prompt", "response", "tokens", "finish", "gold"}
-JUDGMENT = {"question_id", "model", "turn", "score", "judgment", "judge_id", "answer_id"}
-PAIR = {"question_id", "model_1", "model_2", "turn", "g1_winner", "g2_winner", "g1_judgment", "g2_judgment", "judge_id", "answer_ids"}
-"""Fields of a row that the report shows; rows without them, e.g. of other tools, are left out."""
+QUESTION = {"question_id": whole, "category": text, "turns": lambda turns: bool(turns) and texts(turns)}
+ANSWER = {"question_id": whole, "answer_id": text, "choices": lambda choices: texts(choices[0]["turns"])}
+REPLY = {"index": whole, "sample": whole, "prompt": text, "response": text, "tokens": lambda tokens: isinstance(tokens, list),
+         "finish": text, "gold": lambda gold: gold is None or number(gold)}
+JUDGMENT = {"question_id": whole, "turn": whole, "score": number, **dict.fromkeys(("model", "judgment", "judge_id", "answer_id"), text)}
+PAIR = {"question_id": whole, "turn": whole, "answer_ids": texts, **dict.fromkeys(
+    ("model_1", "model_2", "g1_winner", "g2_winner", "g1_judgment", "g2_judgment", "judge_id"), text)}
+"""Fields of a row that the report shows, and of what kind they are; rows without them, e.g. of other tools, are left out."""
 
 
 @dataclass(frozen=True)
@@ -72,32 +74,18 @@ class Run:
     stages: list[StageFolder] = field(default_factory=list)
     """In the order in which they were first started."""
     evaluation: Evaluation | None = None
+    damaged: list[str] = field(default_factory=list)
+    """What could not be read of it, a sentence each."""
 
 
 def read_json(path: Path) -> dict:
     """The object in a file; {} where it is absent, torn or something else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
+    return foreign.table(path)
 
 
 def lines(path: Path) -> list[dict]:
     """Objects of a JSON-lines file; a line torn by a kill is left out, an absent file has none."""
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return []
-    rows = []
-    for line in text.split("\n"):  # splitlines would cut at U+2028, too, which JSON may hold within a string
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
+    return foreign.rows(path)
 
 
 def metrics(folder: str | Path) -> list[dict]:
@@ -107,25 +95,43 @@ def metrics(folder: str | Path) -> list[dict]:
 
 def collect(folder: str | Path) -> Run:
     """The run, or the evaluation on its own, in ``folder``; DataError where there is neither."""
-    folder = Path(folder)
+    folder, damaged = Path(folder), []
     name = folder.resolve().name
     if is_evaluation(folder):
-        return Run(name, folder, {}, [], evaluation(folder))
-    config = read_json(folder / "config.json")
-    stages = _stages(folder)
+        return Run(name, folder, {}, [], _whole_evaluation(folder, damaged), damaged)
+    config = foreign.table(folder / "config.json", damaged)
+    if wrong := [key for key, value in config.items() if not isinstance(value, dict)]:
+        damaged.append(f"{folder / 'config.json'}: {', '.join(wrong)}: expected tables, left out")
+    stages = _stages(folder, damaged)
     if not stages and not config:
         broken = "results.json is damaged: make the evaluation again, its answers are kept"
         raise DataError(f"{folder}: neither a run (no config.json, no stages) nor an evaluation "
                         f"({broken if (folder / 'results.json').exists() else 'no results.json'})")
     found = [stage.folder for stage in stages if is_evaluation(stage.folder)]
-    return Run(name, folder, config, stages, evaluation(found[-1]) if found else None)
+    judged = None
+    try:
+        judged = _whole_evaluation(found[-1], damaged) if found else None
+    except DataError as error:
+        damaged.append(f"The evaluation is left out: {error}")
+    return Run(name, folder, {key: value for key, value in config.items() if key not in wrong}, stages, judged, damaged)
 
 
 def is_evaluation(folder: Path) -> bool:
     return {"questions", "models", "heldout", "checks", "judge"} <= read_json(folder / "results.json").keys()
 
 
-def evaluation(folder: Path) -> Evaluation:
+def _whole_evaluation(folder: Path, damaged: list[str]) -> Evaluation:
+    """``evaluation``; DataError also where it can't be read for what nobody thought of."""
+    try:
+        return evaluation(folder, damaged)
+    except DataError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever its files hold, the rest of the run is shown
+        raise DataError(f"{folder / 'results.json'} is damaged: make the evaluation again, its answers are kept "
+                        f"({type(error).__name__}: {error})") from None
+
+
+def evaluation(folder: Path, damaged: list[str]) -> Evaluation:
     """Raises DataError for results that lack what today's hold."""
     results = read_json(folder / "results.json")
     if not all(isinstance(results[name], dict) for name in ("models", "heldout", "checks")):
@@ -138,8 +144,11 @@ def evaluation(folder: Path) -> Evaluation:
     # Absent before there was mtbench.reward_model, the last two for longer.
     results["heldout"] = {"score": {}, "win_rate": {}, "length_controlled": {}, "scored_by": {}} | results["heldout"]
 
-    def rows(path: Path, fields: set[str]) -> list[dict]:
-        return [row for row in lines(path) if fields <= row.keys()]
+    def rows(path: Path, kinds: dict) -> list[dict]:
+        if not foreign.inside(folder, path):
+            damaged.append(f"{folder / 'results.json'}: {str(path)!r:.200} leads out of the folder: not read")
+            return []
+        return foreign.rows(path, kinds, damaged)
 
     answers = {name: sorted(_last(rows(folder / "model_answer" / f"{name}.jsonl", ANSWER), "question_id").values(),
                             key=lambda row: row["question_id"]) for name in results["models"]}
@@ -147,8 +156,8 @@ def evaluation(folder: Path) -> Evaluation:
                for name in results["models"]}
     made = {row["answer_id"] for given in answers.values() for row in given}
     judged = judged_by["requested"]
-    judgments = rows(judge.judgment_path(str(folder), judged), JUDGMENT) if judged else []
-    pairs = rows(judge.judgment_path(str(folder), judged, "pair"), PAIR) if judged else []
+    judgments = rows(Path(judge.judgment_path(str(folder), judged)), JUDGMENT) if judged else []
+    pairs = rows(Path(judge.judgment_path(str(folder), judged, "pair")), PAIR) if judged else []
     return Evaluation(folder, results, rows(folder / "question.jsonl", QUESTION), answers, replies,
                       [row for row in judgments if row["answer_id"] in made],
                       [row for row in pairs if set(row["answer_ids"]) <= made])
@@ -159,23 +168,31 @@ def _last(rows: Sequence[Mapping], *names: str) -> dict:
     return {tuple(row[name] for name in names): row for row in rows}
 
 
-def _stages(folder: Path) -> list[StageFolder]:
+def _stages(folder: Path, damaged: list[str]) -> list[StageFolder]:
     """Every folder in which a stage has left something, in the order of the first start."""
-    events = lines(folder / "ledger.jsonl")
+    events = foreign.rows(folder / "ledger.jsonl", {"event": text}, damaged)
     order = {name: place for place, name in enumerate(dict.fromkeys(
-        event["stage"] for event in events if event.get("event") in ("started", "reused") and "stage" in event))}
+        event["stage"] for event in events if event["event"] in ("started", "reused") and text(event.get("stage"))))}
     names = ("metrics.jsonl", "status.json", "DONE.json", "results.json")
-    places = [path for path in sorted(folder.iterdir()) if path.is_dir() and any((path / name).is_file() for name in names)] \
+    places = [path for path in sorted(folder.iterdir()) if path.is_dir() and any((path / name).exists() for name in names)] \
         if folder.is_dir() else []
-    places = [path for path in places if path.name in order or read_json(path / "status.json") or metrics(path) or is_evaluation(path)]
-    return [StageFolder(path.name, path, metrics(path) + lines(path / "rescored.jsonl"), read_json(path / "config.json"),
-                        read_json(path / "status.json"), read_json(path / "DONE.json"), _attempts(events, path.name))
-            for path in sorted(places, key=lambda path: (order.get(path.name, len(order)), path.name))]
+    if outside := [path for path in places if not foreign.inside(folder, path)]:
+        damaged += [f"{path} is a link out of the run's folder: left out" for path in outside]
+    found = [_stage(path, events, damaged) for path in places if path not in outside]
+    found = [one for one in found if one.name in order or one.status or one.metrics or is_evaluation(one.folder)]
+    return sorted(found, key=lambda one: (order.get(one.name, len(order)), one.name))
+
+
+def _stage(path: Path, events: Sequence[Mapping], damaged: list[str]) -> StageFolder:
+    config, status, done = (foreign.table(path / name, damaged) for name in ("config.json", "status.json", "DONE.json"))
+    foreign.table(path / "results.json", damaged)
+    measured = foreign.rows(path / "metrics.jsonl", None, damaged) + foreign.rows(path / "rescored.jsonl", None, damaged)
+    return StageFolder(path.name, path, measured, config, status, done, _attempts(events, path.name))
 
 
 def _attempts(events: Sequence[Mapping], stage: str) -> list[Attempt]:
     """Starts of a stage in the ledger, each with the next event that ends it."""
-    mine = [event for event in events if event.get("stage") == stage and isinstance(event.get("time"), int | float)]
+    mine = [event for event in events if event.get("stage") == stage and foreign.fits(event.get("time"), number)]
     found = []
     for place, event in enumerate(mine):
         if event.get("event") == "started":

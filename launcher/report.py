@@ -20,7 +20,11 @@ def make(paths: Sequence[Path], output: Path | None) -> Path:
     named = [path for path in paths if path not in evaluations]
     runs = Runs.open(named, Path("runs")) if named else []
     for run in runs:
-        waiting = [row for row in state.states(run)[0] if row.state != "done"]
+        try:
+            waiting = [row for row in state.states(run)[0] if row.state != "done"]
+        except (OSError, ValueError, LookupError, TypeError) as error:  # its files are damaged: the report names them
+            print(f"{run.folder}: its state can't be told ({error}); the report shows what there is", file=sys.stderr)
+            continue
         if waiting:
             why = f" ({waiting[0].why})" if waiting[0].why else ""
             print(f"{run.folder} is not finished: {waiting[0].stage} is {waiting[0].state}{why}; the report shows what there is",
