@@ -15,6 +15,7 @@ from pathlib import Path
 
 from conversion.config import ConvertConfig, ExportConfig
 from eval.config import MTBenchConfig
+from launcher.addresses import refuse_secrets
 from launcher.profile import Profile
 from training.config import DPOConfig, GRPOConfig, PPOConfig, RewardConfig, SFTConfig
 from training.data.config import DataConfig, ModelConfig
@@ -138,6 +139,7 @@ def merge(*layers: dict) -> dict:
 
 def check_sections(tables: dict, where: str) -> None:
     """ConfigError for an unknown section, a section that is no table, and for ``paths``, which only the launcher fills."""
+    refuse_secrets(tables)  # first: other errors quote values
     for section, values in tables.items():
         if section not in SECTIONS:
             raise ConfigError(f"{where}: no section {section!r}{near(section, SECTIONS)}; there are: {', '.join(SECTIONS)}")

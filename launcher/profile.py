@@ -6,6 +6,7 @@ import math
 import re
 from dataclasses import dataclass, field
 
+from launcher.addresses import refuse_secrets
 from training.settings import build
 
 RUNTIMES = ("none", "pyxis", "apptainer")
@@ -129,6 +130,7 @@ class Profile:
     container: Container = field(default_factory=Container)
 
     def __post_init__(self):
+        refuse_secrets(vars(self), "profile")
         for name, kind in (("machine", Machine), ("container", Container)):
             if isinstance(table := getattr(self, name), dict):  # a profile that was read back from a run's config.json
                 object.__setattr__(self, name, build(kind, table, name))

@@ -11,7 +11,9 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import time
+import urllib.request
 import uuid
 from dataclasses import asdict
 from pathlib import Path
@@ -22,12 +24,20 @@ from training.settings import ConfigError
 
 PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 """Environment where it has none of its own: MLflow would try for minutes, at every iteration, while training waits."""
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 PACKAGES = {"wandb": "wandb", "mlflow": "mlflow-skinny"}
 """Module -> what pip calls it."""
 
 
 def check(config: TrainerConfig) -> None:
     """ConfigError, with the fix, where a tracker that is asked for can't work. Imports nothing."""
+    try:
+        login = "@" in urlsplit(config.mlflow).netloc
+    except ValueError as error:
+        raise ConfigError(f"mlflow: not an address ({error}); expected one such as http://host:5000 or file:///folder") from None
+    if login:  # first: other errors quote the address
+        raise ConfigError("mlflow: a user name or password in the address would be written into config.json; put it into "
+                          "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (profile: secrets)")
     asked = {"wandb": config.wandb != "off", "mlflow": bool(config.mlflow)}
     for module, package in PACKAGES.items():
         if asked[module] and importlib.util.find_spec(module) is None:
@@ -36,9 +46,6 @@ def check(config: TrainerConfig) -> None:
     if config.wandb == "online" and not os.environ.get("WANDB_API_KEY"):
         raise ConfigError('wandb = "online" needs WANDB_API_KEY in the environment (profile: secrets); or wandb = "offline", and later: '
                           "wandb sync STAGE/wandb/offline-run-*")
-    if urlsplit(config.mlflow).password:
-        raise ConfigError("mlflow: a password in the address would be written into config.json; put it into MLFLOW_TRACKING_PASSWORD "
-                          "(profile: secrets)")
 
 
 def start(config: TrainerConfig) -> list[Wandb | Mlflow]:
@@ -49,18 +56,37 @@ def start(config: TrainerConfig) -> list[Wandb | Mlflow]:
     made: list[Wandb | Mlflow] = []
     for variable, value in PATIENCE.items():
         os.environ.setdefault(variable, value)
+    if asked:
+        reach_loopback_directly()
     for module, kind in asked:
         package = importlib.import_module(module)
         try:
             made.append(kind(package, config, runs.get(module, "")))
         except _errors(package) as error:
-            print(f"warning: {module} does not answer, the run goes on without it: {error}", flush=True)
+            print(f"warning: {module} does not answer, the run goes on without it: {error}{_proxy(config, module)}", flush=True)
         else:
             runs[module] = made[-1].number
     if made:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(runs), encoding="utf-8")
     return made
+
+
+def reach_loopback_directly() -> None:
+    """Except this machine from the site's proxy, for the packages' own HTTP clients; what is excepted already stays so."""
+    hosts = [host.strip() for host in (os.environ.get("no_proxy") or os.environ.get("NO_PROXY", "")).split(",") if host.strip()]
+    if "*" not in hosts:
+        os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join([*hosts, *(host for host in LOOPBACK if host not in hosts)])
+
+
+def _proxy(config: TrainerConfig, module: str) -> str:
+    """The proxy that an address goes through, for a warning that may be the proxy's fault; "" for none."""
+    address = config.mlflow if module == "mlflow" else os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    parts = urlsplit(address)
+    proxy = urllib.request.getproxies().get(parts.scheme, "")
+    if not proxy or urllib.request.proxy_bypass(parts.hostname or ""):
+        return ""
+    return f" (through the proxy {re.sub(r'[^/]*@', '', proxy)} of {parts.scheme}_proxy; no_proxy excepts a host)"
 
 
 def _errors(package) -> type[Exception]:

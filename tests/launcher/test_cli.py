@@ -12,7 +12,7 @@ from launcher import cli, nccl
 from tests.launcher.stub_project import ROOT, Project
 
 COMMANDS = ["doctor", "plan", "submit", "render", "status", "watch", "logs", "resume", "cancel", "report", "completion"]
-ALLOWED = {"click", "conversion.config", "eval.config", "launcher", "rich", "submitit", "tomli", "tomllib",
+ALLOWED = {"click", "conversion.config", "eval.addresses", "eval.config", "launcher", "rich", "submitit", "tomli", "tomllib",
            "training.checksums", "training.config", "training.data.config", "training.files", "training.pace",
            "training.settings", "training.shape", "training.trainer_config"}
 

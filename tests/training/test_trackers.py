@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,8 @@ from training.settings import ConfigError
 
 @pytest.mark.parametrize(("values", "message"), [
     ({"wandb": "online"}, "wandb = .online. needs WANDB_API_KEY in the environment"),
-    ({"mlflow": "http://me:secret@host:5000"}, "mlflow: a password in the address"),
+    ({"mlflow": "http://me:secret@host:5000"}, "mlflow: a user name or password in the address"),
+    ({"mlflow": "http://token@host:5000"}, "mlflow: a user name or password in the address"),
     ({"wandb": "offline"}, "wandb = 'offline': the package is not installed .*; python -m pip install wandb, or"),
     ({"mlflow": "/tmp/x"}, "python -m pip install mlflow-skinny, or")])
 def test_a_tracker_that_can_t_work_is_refused_before_training(values, message, monkeypatch):
@@ -25,6 +27,18 @@ def test_a_tracker_that_can_t_work_is_refused_before_training(values, message, m
         trackers.check(settings(**values))
     with pytest.raises(ValueError, match="wandb = 'yes': expected one of off, online, offline"):
         settings(wandb="yes")
+
+
+def test_this_machine_is_excepted_from_the_sites_proxy(monkeypatch):
+    for before, after in (("", "localhost,127.0.0.1,::1"), ("a.site, localhost", "a.site,localhost,127.0.0.1,::1"), ("*", "*")):
+        monkeypatch.delenv("no_proxy", raising=False)
+        monkeypatch.setenv("NO_PROXY", before)
+        trackers.reach_loopback_directly()
+        assert os.environ["NO_PROXY"] == after and os.environ.get("no_proxy", "*") == after
+    monkeypatch.setenv("http_proxy", "http://me:geheim@proxy:3128")
+    monkeypatch.setenv("no_proxy", "near")
+    said = trackers._proxy(settings(mlflow="http://far:5000"), "mlflow")
+    assert "the proxy http://proxy:3128 of http_proxy" in said and trackers._proxy(settings(mlflow="http://near:5000"), "mlflow") == ""
 
 
 def test_nothing_is_asked_for_nothing_is_imported(tmp_path):
