@@ -256,6 +256,9 @@ class PPOConfig(RolloutConfig):
     lam: float = 0.95
     """Lambda of generalised advantage estimation."""
     value_clip: float = 0.1
+    """How far a value may move from the rollout's before its gradient is cut off, in the rewards' units; 0 = no limit."""
+    value_offset_max: float = 10.0
+    """Health gate: most |mean of return - value|, in the rewards' units."""
     explained_variance_min: float = -1000.0
     """Health gate: least explained variance of the values (1 = perfect, 0 = their mean's; far below 0 while returns hardly differ)."""
 
@@ -267,9 +270,9 @@ class PPOConfig(RolloutConfig):
         if self.warmup_iterations + self.value_warmup >= self.iterations:
             raise ValueError(f"warmup_iterations = {self.warmup_iterations} + value_warmup = {self.value_warmup}: expected fewer together "
                              f"than iterations = {self.iterations}")
-        at_least(self, 0, "value_warmup")
-        positive(self, "value_lr", "value_clip")
-        number(self, "explained_variance_min")
+        at_least(self, 0, "value_warmup", "value_clip")
+        positive(self, "value_lr")
+        number(self, "explained_variance_min", "value_offset_max")
         if self.min_lr > self.value_lr:
             raise ValueError(f"min_lr = {self.min_lr}: expected at most value_lr = {self.value_lr}")
 

@@ -86,7 +86,7 @@ def roll_out(config: RolloutConfig, policy: Replicas, prompts: list[list[int]], 
 
 
 def state_values(outputs: torch.Tensor) -> torch.Tensor:
-    """Value head's outputs (B, T) -> values aligned with the token chosen in that state: the output one position earlier."""
+    """Value head's outputs (B, T) -> aligned with the token chosen in that state: the output one position earlier."""
     return torch.nn.functional.pad(outputs[:, :-1], (1, 0))
 
 
@@ -96,6 +96,7 @@ class Scored(NamedTuple):
     logprobs: torch.Tensor
     ref_logprobs: torch.Tensor
     values: torch.Tensor | None
+    """The value head's, before ``value_bias``. None: GRPO has none."""
     scores: torch.Tensor
     """(B,) the reward model's, before bias, clip and penalty."""
 
@@ -131,20 +132,49 @@ def at_work(model: LanguageModel | Parked):
     return model if isinstance(model, Parked) else lora.without(model)
 
 
-def experience(config: PPOConfig, rollout: Rollout, scored: Scored, kl_coef: float, reward_bias: float) -> Experience:
-    """Per-token rewards, advantages whitened over all response tokens of the iteration, returns, and the report."""
-    mask = rollout.batch["response_mask"]
+def rewards_of(config: PPOConfig, rollout: Rollout, scored: Scored, kl_coef: float, reward_bias: float) -> torch.Tensor:
+    """(B, T) the KL penalty at each response token, and the final score at the last one."""
     scores = final_scores(config, rollout, scored, reward_bias)
-    rewards = losses.token_rewards(scored.logprobs, scored.ref_logprobs, scores, mask, kl_coef)
-    advantages, returns = losses.gae(rewards, scored.values, mask, config.gamma, config.lam)
+    return losses.token_rewards(scored.logprobs, scored.ref_logprobs, scores, rollout.batch["response_mask"], kl_coef)
+
+
+def measured_value_bias(config: PPOConfig, rollout: Rollout, scored: Scored, kl_coef: float, reward_bias: float) -> float:
+    """What makes the value head's mean that of the rewards still to come, over all response tokens of the first iteration.
+
+    The value model starts from the reward model, whose zero is arbitrary and whose head was trained at replies' ends only: what it
+    says before them is off by a constant that neither the reward model's bias nor its scores tell. Whitening takes only the mean
+    of the advantages away, and ``value_clip`` lets values follow slowly, so a wrong zero pays for ending early or for going on.
+    """
+    mask = rollout.batch["response_mask"]
+    rewards = rewards_of(config, rollout, scored, kl_coef, reward_bias)
+    to_come, _ = losses.gae(rewards, torch.zeros_like(rewards), mask, config.gamma, lam=1.0)
+    return float(moments(to_come - scored.values, mask)[0])
+
+
+def experience(config: PPOConfig, rollout: Rollout, scored: Scored, kl_coef: float, reward_bias: float,
+               value_bias: float) -> Experience:
+    """Per-token rewards, advantages whitened over all response tokens of the iteration, returns, and the report.
+
+    "value_offset" is the mean of return - value, "value_offset_last" that at the last token, where the return is the reward alone.
+    """
+    mask, values = rollout.batch["response_mask"], scored.values + value_bias
+    rewards = rewards_of(config, rollout, scored, kl_coef, reward_bias)
+    advantages, returns = losses.gae(rewards, values, mask, config.gamma, config.lam)
     mean, variance = moments(advantages, mask)
     _, returns_variance = moments(returns, mask)
-    _, residual_variance = moments(returns - scored.values, mask)
-    batch = {**sampled(config, rollout, scored), "old_values": scored.values, "returns": returns,
+    offset, residual_variance = moments(returns - values, mask)
+    batch = {**sampled(config, rollout, scored), "old_values": values, "returns": returns,
              "advantages": losses.whiten(advantages, mean, variance, mask)}
-    metrics = report(rollout, scored, config, reward_bias)
-    metrics["explained_variance"] = 1 - float(residual_variance / returns_variance.clamp(min=1e-8))
+    metrics = {**report(rollout, scored, config, reward_bias), "value_offset": float(offset),
+               "value_offset_last": float(at_the_end(returns - values, mask).mean()),
+               "explained_variance": 1 - float(residual_variance / returns_variance.clamp(min=1e-8))}
     return Experience(batch, metrics)
+
+
+def at_the_end(values: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:
+    """(B, T) -> (B,): each row's entry at its last response token."""
+    ends = (response_mask * torch.arange(response_mask.size(1))).argmax(1, keepdim=True)
+    return values.gather(1, ends)[:, 0]
 
 
 def sampled(config: RolloutConfig, rollout: Rollout, scored: Scored) -> Batch:

@@ -18,7 +18,7 @@ What catches which fault (each is injected by tests/training/test_faults.py); th
     loss or gradient not finite, or a spike       the update is left out; more than ``skip_updates`` in a row end the stage
     policy far from the reference, no EOS,        gates: kl_max, eos_rate_min,
     length bought as reward, useless values,      length_correlation_max, explained_variance_min,
-    collapsed entropy                             entropy_min
+    values with another zero, collapsed entropy   value_offset_max, entropy_min
     rollouts drawn from another policy, later on  mult_prob_error_max
 """
 
@@ -75,12 +75,15 @@ class Gate(NamedTuple):
     key: str
     highest: bool
     words: str
+    magnitude: bool = False
+    """The limit is that of the number without its sign."""
 
 
 GATES = (
     Gate("kl", "kl_max", True, "KL to the reference, nats per response"),
     Gate("eos_rate", "eos_rate_min", False, "share of responses that end"),
     Gate("explained_variance", "explained_variance_min", False, "explained variance of the values"),
+    Gate("value_offset", "value_offset_max", True, "|mean of return - value|", magnitude=True),
     Gate("reward_length_correlation", "length_correlation_max", True, "correlation of reward and length"),
     Gate("entropy", "entropy_min", False, "entropy, nats per token"),
     Gate("token_mult_prob_error", "mult_prob_error_max", True, "rollout against training, mean of exp |log p - log p_rollout|"),
@@ -109,7 +112,7 @@ class Gates:
         for gate in GATES:
             if (value := metrics.get(gate.metric)) is None:
                 continue
-            limit = getattr(config, gate.key)
+            limit, value = getattr(config, gate.key), abs(value) if gate.magnitude else value
             if not (value <= limit if gate.highest else value >= limit):
                 bad[gate.key] = f"{gate.words} = {value:.4g}, {gate.key} = {limit:g}"
         self.breaches = {key: count + 1 if key in bad else 0 for key, count in self.breaches.items()}

@@ -168,12 +168,12 @@ def policy_loss(logprobs, old_logprobs, advantages, response_mask, clip: float, 
 
 def value_loss(values, old_values, returns, response_mask, clip: float) -> torch.Tensor:
     """Sum over response tokens of 0.5 max((V - R)^2, (clip(V, V_old +- clip) - R)^2): the clipped objective's counterpart for values
-    (Schulman et al.'s code, OpenAI baselines' ppo2; Andrychowicz et al. 2021, C12). All (B, T).
+    (Schulman et al.'s code, OpenAI baselines' ppo2; Andrychowicz et al. 2021, C12). All (B, T). ``clip`` 0: 0.5 (V - R)^2.
 
     >>> value_loss(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5, 0.0]]), torch.tensor([[1.0, 2.0]]), torch.ones(1, 2).bool(), clip=0.1)
     tensor(2.0800)
     """
-    clipped = old_values + (values - old_values).clamp(-clip, clip)
+    clipped = old_values + (values - old_values).clamp(-clip, clip) if clip else values
     return 0.5 * (torch.maximum((values - returns) ** 2, (clipped - returns) ** 2) * response_mask).sum()
 
 

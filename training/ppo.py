@@ -18,7 +18,7 @@ import torch
 from training import calibration, checkpoint, invariants, losses, parallel, replies
 from training.config import PPOConfig, RolloutConfig
 from training.data.batches import Sampler, prompt_tokens
-from training.experience import Experience, Models, Rollout, Scored, experience, report, roll_out, score, state_values
+from training.experience import Experience, Models, Rollout, Scored, experience, measured_value_bias, report, roll_out, score, state_values
 from training.gates import Gates
 from training.generation.engine import Limits
 from training.generation.replicas import Replicas
@@ -55,10 +55,11 @@ def policy_objective(config: RolloutConfig, kl_coef: float = 0.0) -> Objective:
     return Objective(("policy_loss", "clip_fraction", "approx_kl", "entropy"), compute)
 
 
-def value_objective(config: PPOConfig) -> Objective:
+def value_objective(config: PPOConfig, value_bias: float) -> Objective:
     def compute(outputs: torch.Tensor, batch: Batch):
         mask = batch["response_mask"]
-        loss = losses.value_loss(state_values(outputs), batch["old_values"], batch["returns"], mask, config.value_clip)
+        values = state_values(outputs) + value_bias
+        loss = losses.value_loss(values, batch["old_values"], batch["returns"], mask, config.value_clip)
         return loss, mask.sum(), loss[None]
 
     return Objective(("value_loss",), compute)
@@ -116,6 +117,8 @@ class PPO:
         self.replicas = Replicas(self.models.policy, self.shape, limits, self.tokenizer.eos_id, config.generation_tensor_parallel)
         self.kl_coef = config.kl_coef
         self.reward_bias = calibration.stored(checkpoint.resolve(config.paths.reward, config.paths.reward_iteration))
+        self.value_bias: float | None = None
+        """Added to the value head's outputs; measured in the first iteration."""
         self.gates, self.proven = Gates(config), False
 
     def make_learners(self) -> dict[str, Learner]:
@@ -132,12 +135,14 @@ class PPO:
         return made
 
     def learn_from(self, made: Rollout, scored: Scored) -> Experience:
-        return experience(self.config, made, scored, self.kl_coef, self.reward_bias)
+        if self.value_bias is None:
+            self.value_bias = measured_value_bias(self.config, made, scored, self.kl_coef, self.reward_bias)
+        return experience(self.config, made, scored, self.kl_coef, self.reward_bias, self.value_bias)
 
     def update(self, batch: Batch, rows: Plan, learn_policy: bool) -> list[dict[str, float]]:
         """Each step's metrics. First all of the value model's: neither model's steps depend on the other's, and one is awake at a time."""
         config = self.config
-        made = learn(self.value, config, batch, rows, value_objective(config))
+        made = learn(self.value, config, batch, rows, value_objective(config, self.value_bias))
         made = [{name if name == "value_loss" else f"value_{name}": number for name, number in step.items()} for step in made]
         self.value.sleep(self.policy if learn_policy else None)
         if learn_policy:
@@ -147,11 +152,13 @@ class PPO:
         return made
 
     def state(self) -> dict:
-        return {"sampler": self.sampler.state_dict(), "kl_coef": self.kl_coef, "gates": self.gates.state_dict()}
+        return {"sampler": self.sampler.state_dict(), "kl_coef": self.kl_coef, "gates": self.gates.state_dict(),
+                "value_bias": self.value_bias}
 
     def restore(self, state: dict) -> None:
         self.sampler.load_state_dict(state["sampler"])
         self.gates.load_state_dict(state["gates"])
+        self.value_bias = state["value_bias"]
         if self.config.kl_target:  # else it is the configuration's, which may have been changed for the resume
             self.kl_coef = state["kl_coef"]
 

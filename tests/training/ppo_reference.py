@@ -36,7 +36,7 @@ class Row:
 
     def __init__(self, tokens: list[int], start: int, ended: bool):
         self.tokens, self.start, self.ended = tokens, start, ended
-        self.logprobs = self.reference = self.values = self.advantages = self.returns = torch.empty(0)
+        self.logprobs = self.reference = self.values = self.rewards = self.advantages = self.returns = torch.empty(0)
         self.score = 0.0
 
 
@@ -60,6 +60,7 @@ class Reference:
         self.sampler = Sampler(len(self.prompts), config.rollout_batch_size // config.group_size, config.seed)
         with open(checkpoint.resolve(config.paths.reward) / "state.json") as file:
             self.bias = json.load(file)["reward_bias"]
+        self.value_bias = None  # the head's zero is measured in the first iteration
         self.steps = 0
         self.optimizers = {name: self.adam(model, lr) for name, model, lr in (("policy", self.policy, config.lr),
                                                                              ("value", self.critic, getattr(config, "value_lr", 0.0)))}
@@ -79,7 +80,7 @@ class Reference:
         return self.logits(model, row).log_softmax(-1)[torch.arange(len(chosen)), chosen]
 
     def values(self, row: Row) -> torch.Tensor:
-        return self.critic(row.tokens)[row.start - 1:-1]
+        return self.critic(row.tokens)[row.start - 1:-1] + self.value_bias
 
     @torch.no_grad()
     def sample(self, prompt: list[int], uniforms: list[float]) -> Row:
@@ -97,7 +98,7 @@ class Reference:
         config = self.config
         for row in rows:
             row.logprobs, row.reference = self.logprobs(self.policy, row), self.logprobs(self.frozen, row)
-            row.values, row.score = self.values(row), self.judge(row.tokens)[-1].item()
+            row.score = self.judge(row.tokens)[-1].item()
         for row in rows:
             row.score = max(-config.reward_clip, min(config.reward_clip, row.score + self.bias))
             row.score = row.score if row.ended else config.missing_eos_penalty
@@ -110,8 +111,16 @@ class Reference:
         """Fill the rows in; the means that are reported of them."""
         config, means = self.config, self.scored(rows)
         for row in rows:
-            rewards = -config.kl_coef * (row.logprobs - row.reference)
-            rewards[-1] += row.score
+            row.rewards = -config.kl_coef * (row.logprobs - row.reference)
+            row.rewards[-1] += row.score
+        if self.value_bias is None:
+            self.value_bias = 0.0
+            to_come = [sum(config.gamma ** (k - t) * row.rewards[k] for k in range(t, len(row.rewards)))
+                       for row in rows for t in range(len(row.rewards))]
+            self.value_bias = (torch.stack(to_come) - torch.cat([self.values(row) for row in rows])).mean().item()
+        for row in rows:
+            row.values = self.values(row)
+            rewards = row.rewards
             after = torch.cat((row.values[1:], torch.zeros(1)))
             delta = rewards + config.gamma * after - row.values
             row.advantages = torch.stack([sum((config.gamma * config.lam) ** (k - t) * delta[k] for k in range(t, len(delta)))
@@ -121,7 +130,9 @@ class Reference:
         for row in rows:
             row.advantages = ((row.advantages - every.mean()) / (every.var(correction=0) + 1e-8).sqrt()).float()
         returns, values = torch.cat([row.returns for row in rows]), torch.cat([row.values for row in rows])
-        return {**means, "explained_variance": 1 - ((returns - values).var(correction=0) / returns.var(correction=0)).item()}
+        return {**means, "value_offset": (returns - values).mean().item(),
+                "value_offset_last": sum((row.returns - row.values)[-1].item() for row in rows) / len(rows),
+                "explained_variance": 1 - ((returns - values).var(correction=0) / returns.var(correction=0)).item()}
 
     def step(self, name: str, model: torch.nn.Module, loss: torch.Tensor, peak: float, total: int) -> float:
         """One update at the linear schedule's rate; the gradient's norm before clipping."""

@@ -23,13 +23,16 @@ from training.main import run_stage
 from training.model.heads import next_token_logprobs
 from training.step import Learner, Objective, build_model, split
 
-HEALTHY = {"kl": 1.0, "kl_k3": 1.0, "eos_rate": 0.9, "explained_variance": 0.3, "reward_length_correlation": 0.5, "entropy": 0.4}
+HEALTHY = {"kl": 1.0, "kl_k3": 1.0, "eos_rate": 0.9, "explained_variance": 0.3, "value_offset": -9.0,
+           "reward_length_correlation": 0.5, "entropy": 0.4}
 
 
 @pytest.mark.parametrize(("metric", "value", "words"), [
     ("kl", 101.0, "KL to the reference, nats per response = 101, kl_max = 100"), ("kl", math.nan, "kl_max"),
     ("eos_rate", 0.0, "eos_rate_min"),
-    ("explained_variance", -1001.0, "explained_variance_min"), ("reward_length_correlation", 0.99, "length_correlation_max"),
+    ("explained_variance", -1001.0, "explained_variance_min"),
+    ("value_offset", -10.5, "|mean of return - value| = 10.5, value_offset_max = 10"), ("value_offset", math.nan, "value_offset_max"),
+    ("reward_length_correlation", 0.99, "length_correlation_max"),
     ("entropy", 0.009, "entropy, nats per token = 0.009, entropy_min = 0.01"), ("kl_k3", 0.0, "the KL to the reference is exactly 0"),
     ("token_mult_prob_error", 1.2, "mean of exp |log p - log p_rollout| = 1.2, mult_prob_error_max = 1.1")])
 def test_a_gate_warns_then_pauses_then_stops(metric, value, words):

@@ -110,6 +110,34 @@ def test_the_sft_model_s_responses_score_zero_on_average(small_run, tmp_path):
     assert abs(row["reward"]) < 3 * row["reward_std"] / 64**0.5, row
 
 
+def with_another_zero(config: PPOConfig, shift: float) -> list[dict[str, float]]:
+    """Two iterations with ``shift`` taken off the reward model's head and added to its stored bias."""
+    load = ppo.load_models
+
+    def shifted(*arguments):
+        models = load(*arguments)
+        with torch.no_grad():
+            for model in (models.reward, models.value):
+                next(p for name, p in model.named_parameters() if name.endswith("linear.bias") and p.numel() == 1).sub_(shift)
+        return models
+
+    ppo.load_models = shifted  # in this rank's process
+    trainer = ppo.PPO(config)
+    trainer.reward_bias += shift
+    return [trainer.iterate(iteration) for iteration in (1, 2)]
+
+
+def test_the_reward_model_s_zero_is_arbitrary(small_run, tmp_path):
+    """A ranking loss can't tell r from r + c, so nothing of PPO may depend on c: scores, returns and values share one zero."""
+    config = small_run.ppo(tmp_path, response_length=16, value_clip=0.05)
+    ours, shifted = (run(with_another_zero, 1, 1, 1, config, shift)[0] for shift in (0.0, 1.5))
+    for expected, row in zip(ours, shifted, strict=True):
+        for name in expected.keys() & {"reward", "kl", "value_loss", "value_offset", "value_offset_last", "explained_variance",
+                                       "value_grad_norm", "policy_loss", "grad_norm", "entropy", "clip_fraction"}:
+            assert row[name] == pytest.approx(expected[name], rel=2e-3, abs=2e-4), name
+    assert abs(ours[0]["value_offset"]) < ours[0]["reward_std"], "the first iteration's values are not off by a constant"
+
+
 def test_a_reward_model_without_a_bias_is_refused(tmp_path):
     (tmp_path / "state.json").write_text("{}")
     with pytest.raises(ConfigError, match="holds no reward_bias: it was made by an earlier version; train the reward model anew"):
@@ -131,7 +159,7 @@ def one_step(config: PPOConfig, length: int):
     rollout = experience.Rollout(batch, torch.tensor([True] * 7 + [False]), torch.zeros(batch["tokens"].shape))
     division = plan(config, trainer.shape, batch["lengths"].tolist(), config.global_batch_size)
     scored = experience.score(config, trainer.models, batch, division)
-    samples = experience.experience(config, rollout, scored, kl_coef=0.02, reward_bias=0.0)
+    samples = trainer.learn_from(rollout, scored)
     assert samples.batch["advantages"][batch["response_mask"]].mean().abs() < 1e-6
     assert not samples.batch["advantages"][~batch["response_mask"]].any() and not samples.batch["returns"][~batch["response_mask"]].any()
     steps = trainer.update(samples.batch, division, learn_policy=True)
@@ -156,7 +184,8 @@ def test_response_without_eos_gets_the_penalty_instead_of_the_score(small_run, t
     def scores(config):
         tokens = collate([Example([5, 6, 7, 2], 2), Example([5, 6, 7, 8], 2)], 3, 8)
         scored = experience.Scored(*(torch.zeros(2, 8) for _ in range(3)), torch.tensor([4.0, 4.0]))
-        made = experience.experience(config, experience.Rollout(tokens, torch.tensor([True, False]), scored.logprobs), scored, 0.0, 1.0)
+        rollout = experience.Rollout(tokens, torch.tensor([True, False]), scored.logprobs)
+        made = experience.experience(config, rollout, scored, kl_coef=0.0, reward_bias=1.0, value_bias=0.0)
         return made.metrics["reward"], made.batch["returns"]
 
     reward, returns = run(scores, 1, 1, 1, small_run.ppo(tmp_path, gamma=1.0, lam=1.0))[0]
