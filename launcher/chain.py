@@ -30,7 +30,8 @@ def queue(run: Run, stages: list[Stage]) -> dict[str, int | str]:
         for stage in chain:
             script = _write(run, stage, sbatch.script(sbatch.stage_request(run, stage, getattr(resources, stage.name), profile)))
             waits = tuple((parent, alive[parent].id) for parent in stage.parents if parent in alive)
-            steps.append(submission.Step(stage.name, run.id, script, stage.parents, waits, without=keys))
+            steps.append(submission.Step(stage.name, run.id, script, stage.parents, waits, without=keys,
+                                         passed=profile.passed))
         return submission.submit(run, steps) if steps else {}
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from launcher import cluster, container, findings, node_findings, probe, sbatch
+from launcher import cluster, container, environment, findings, node_findings, probe, sbatch
 from launcher.findings import Finding
 from launcher.here import here
 from launcher.profile import Profile
@@ -110,7 +110,7 @@ def look_at_node(profile: Profile, timeout_s: int) -> list[Finding]:
     command = [*node_srun(profile, timeout_s), *container.inside(profile, python)] if profile.scheduler == "slurm" else python
     write_text(canary, word)
     try:
-        code, out, err = run_on_node(command, timeout_s)
+        code, out, err = run_on_node(command, timeout_s, environment.for_sbatch(profile.passed))
     finally:
         canary.unlink()
     said = next((line[len(NODE_MARK):] for line in out.splitlines() if line.startswith(NODE_MARK)), None)
@@ -128,15 +128,16 @@ def node_srun(profile: Profile, timeout_s: int) -> list[str]:
     """srun for one task and one GPU of one node, given up after ``timeout_s`` in the queue."""
     options = sbatch.site_options(dataclasses.replace(profile, exclusive=False, mem_gb=0), min(1, profile.gpus_per_node))
     flags = [f"--{key}" if value is True else f"--{key}={value}" for key, value in {**options, **profile.options}.items()]
-    srun = ["srun", f"--immediate={timeout_s}", f"--time={JOB_MINUTES}", "--nodes=1", "--ntasks=1", "--job-name=convoy-doctor", *flags,
-            *container.srun_options(profile)]
+    srun = ["srun", "--export=ALL", f"--immediate={timeout_s}", f"--time={JOB_MINUTES}", "--nodes=1", "--ntasks=1",
+            "--job-name=convoy-doctor", *flags, *container.srun_options(profile)]
     setup = sbatch.site_setup(profile)
     return srun if not setup or profile.container.runtime == "pyxis" else [*srun, "bash", "-c", "\n".join([*setup, 'exec "$@"']), "bash"]
 
 
-def run_on_node(command: list[str], timeout_s: int) -> tuple[int | None, str, str]:
+def run_on_node(command: list[str], timeout_s: int, environ: dict[str, str]) -> tuple[int | None, str, str]:
     """(exit code, stdout, stderr); None when it took more than ``timeout_s`` to start and JOB_MINUTES to run."""
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace")
+    process = subprocess.Popen(command, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, errors="replace")
     try:
         out, err = process.communicate(NODE_SCRIPT.read_text(encoding="utf-8"), timeout=timeout_s + JOB_MINUTES * 60)
     except subprocess.TimeoutExpired:

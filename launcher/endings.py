@@ -34,6 +34,8 @@ class Class(str, enum.Enum):
     STOPPED = "stopped"
     NO_PROGRESS = "no progress"
     PREFLIGHT = "preflight"
+    CHECK = "check failed"
+    """The nodes' check could not run, whichever node it was."""
     REFUSED = "refused"
     UNHEALTHY = "health gate"
 
@@ -65,6 +67,8 @@ ADVICE = {
     Class.PREEMPTED: "resume, or ask for a partition or QOS that is not preempted",
     Class.SAVED: "resume goes on from the last checkpoint",
     Class.PREFLIGHT: "tell the site about the node; resume goes on elsewhere",
+    Class.CHECK: "read the lines [preflight] of the log: Slurm or the profile's setup keeps the check from running, no "
+                 "node is at fault; preflight = false in the profile goes without it; then resume",
     Class.UNHEALTHY: "look at metrics.jsonl and the log's warnings; resume goes on from the last checkpoint, resume --from {stage} "
                      "--load-iteration N from an earlier one, with another {stage}.lr or {stage}.kl_coef, or the limit moved",
     Class.REFUSED: "make the stage that is named run again: python -m launcher resume RUN --from STAGE",

@@ -9,6 +9,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from launcher import environment
 from launcher.findings import Finding
 from launcher.profile import KEYS
 
@@ -74,16 +75,17 @@ def containers(programs: dict[str, str], pyxis: bool) -> Finding:
     return say("containers", "none found", "stages run with the interpreter that submitted them, and the site's modules")
 
 
-def shell(environment: dict[str, str]) -> list[Finding]:
-    """Variables of the caller's shell that would change a job or be stored with it; values of keys are not shown."""
-    found = []
-    if wins := sorted(name for name in environment if name.startswith("SBATCH_")):
-        found.append(say("sbatch's variables", ", ".join(wins), "sbatch lets them win over the script's own lines: unset them", "note"))
-    keys = sorted(name for name, value in environment.items() if KEYS.search(name) and value and not name.startswith("SLURM"))
+def shell(variables: dict[str, str]) -> list[Finding]:
+    """Variables of the shell that jobs don't get, or that are stored with them; no key's value."""
+    names, line = environment.dropped(environ=variables), environment.note(environ=variables)
+    words = line.partition(" in this shell: ")[2]
+    found = [say("the shell's variables", ", ".join(names), words, "note")] if names else []
+    keys = sorted(name for name, value in variables.items()
+                  if KEYS.search(name) and value and not name.startswith("SLURM"))
     if keys:
         found.append(say("keys in the shell", ", ".join(keys), "sbatch stores the shell's environment with each job; put them into a file "
                          'that only you can read and name it in the profile: secrets = "~/.config/convoy.env"', "note"))
-    if "SLURM_JOB_ID" in environment:
-        found.append(say("inside a job", environment["SLURM_JOB_ID"],
-                         "a chain submitted from within a job inherits its SLURM_* variables; submit from a login node", "note"))
+    if "SLURM_JOB_ID" in variables:
+        found.append(say("inside a job", variables["SLURM_JOB_ID"], "a chain that is submitted here gets none of this "
+                         "job's SLURM_* variables; its jobs are jobs of their own"))
     return found

@@ -93,13 +93,28 @@ def address() -> str:
 
 
 def gpus() -> list[dict]:
-    """GPUs that the driver shows: [{"name", "memory_gb", "mig", "used_mb"}]."""
-    rows = _said("nvidia-smi", "--query-gpu=name,memory.total,mig.mode.current,memory.used", "--format=csv,noheader,nounits")
-    found = []
-    for row in rows.splitlines():
-        name, memory, mig, used = (part.strip() for part in row.split(","))
-        found.append({"name": name, "memory_gb": round(int(memory) / 1024), "mig": mig == "Enabled", "used_mb": int(used)})
-    return found
+    """GPUs that the driver shows: [{"name", "memory_gb", "mig", "used_mb", "ours"}].
+
+    0 GB or MB: it does not say. ``ours``: not another job's, as far as CUDA_VISIBLE_DEVICES tells.
+    """
+    fields = "index,uuid,name,memory.total,mig.mode.current,memory.used"
+    text = _said("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits")
+    return gpu_rows(text, os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+
+
+def gpu_rows(text: str, visible: str) -> list[dict]:
+    rows = [[part.strip() for part in line.split(",")] for line in text.splitlines() if line.count(",") == 5]
+    names = [name.strip() for name in visible.split(",") if name.strip()]
+    ours = [row for row in rows
+            if any(name == row[0] or (name.startswith("GPU-") and row[1].startswith(name)) for name in names)]
+    ours = ours if len(ours) == len(names) > 0 else rows
+    return [{"name": row[2], "memory_gb": round(_number(row[3]) / 1024), "mig": row[4] == "Enabled",
+             "used_mb": _number(row[5]), "ours": row in ours} for row in rows]
+
+
+def _number(text: str) -> int:
+    """0 for "[N/A]": a GPU that shares the host's memory, some virtual ones."""
+    return int(text) if text.isdecimal() else 0
 
 
 def driver() -> str:

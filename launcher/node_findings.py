@@ -34,11 +34,12 @@ def _gpus(where: str, seen: dict) -> list[Finding]:
         return [Finding(where, "driver", "none", 'no nvidia-smi here: ranks run on the CPU only (device = "cpu")', "note",
                         {"device": "cpu"})]
     found, gpus = [Finding(where, "driver", seen["driver"], "NVIDIA's")], seen["gpus"]
-    names = f"{len(gpus)} x {gpus[0]['name']}, {gpus[0]['memory_gb']} GiB" if gpus else "none"
+    memory = f", {gpus[0]['memory_gb']} GiB" if gpus and gpus[0]["memory_gb"] else ""
+    names = f"{len(gpus)} x {gpus[0]['name']}{memory}" if gpus else "none"
     found.append(Finding(where, "GPUs", names, "as many as doctor's own job was given"))
     if any(gpu["mig"] for gpu in gpus):
         found.append(Finding(where, "MIG", "on", "the GPUs are split, and NCCL can't connect the parts: ask for whole ones", "bad"))
-    if busy := [gpu["used_mb"] for gpu in gpus if gpu["used_mb"] > 1000]:
+    if busy := [gpu["used_mb"] for gpu in gpus if gpu["ours"] and gpu["used_mb"] > 1000]:
         found.append(Finding(where, "GPU memory", f"{busy[0]} MiB used", "another's process is on this GPU: a stage may run out of memory",
                              "bad"))
     return found

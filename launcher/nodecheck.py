@@ -6,6 +6,7 @@ written on the first node a moment ago.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -17,10 +18,12 @@ import tempfile
 import time
 from pathlib import Path
 
-SEE_S = 15
-"""Seconds that a file may take to appear on another node (attribute caches of NFS are refreshed after 3 to 60 s)."""
-NETWORK_S = 15
-CHECK_S = 60
+ALL_S = float(os.environ.get("CONVOY_CHECK_S", "90"))
+"""Seconds for all checks of a node: the profile's preflight_s."""
+SEE_S = NETWORK_S = ALL_S / 6
+"""Seconds for a file to appear on another node (NFS refreshes caches after 3 to 60 s), or an answer."""
+CHECK_S = ALL_S * 2 / 3
+"""Seconds for nvidia-smi, and for the site's own check."""
 TMP_BYTES = 100_000_000
 """Free bytes that a node's temporary folder needs."""
 BUSY_MIB = 2_000
@@ -33,7 +36,7 @@ def canary(folder: Path, node: str) -> str:
     try:
         while not (folder / "canary").exists() or (folder / "canary").read_text() != wanted:
             if time.monotonic() > deadline:
-                return f"does not see {folder / 'canary'} as the first node wrote it, after {SEE_S} s: the file system is not shared"
+                return f"does not see {folder / 'canary'} as the first node wrote it, after {SEE_S:.0f} s: the file system is not shared"
             time.sleep(0.1)
         (folder / f"{node}.seen").write_text(wanted)
     except OSError as error:
@@ -78,10 +81,13 @@ def _collect(place: Path, nodes: int, deadline: float) -> str:
                 return ""  # each that did not come says so itself, or says nothing at all
             peer.settimeout(NETWORK_S)
             peers.append(peer)
-            total += int(peer.makefile().readline())
+            try:
+                total += int(peer.makefile().readline())
+            except (OSError, ValueError):  # it died or hangs: its own check says nothing
+                return ""
         for peer in peers:
-            peer.sendall(f"{total}\n".encode())
-            peer.close()
+            with contextlib.suppress(OSError), peer:
+                peer.sendall(f"{total}\n".encode())
     return ""
 
 
@@ -97,40 +103,63 @@ def _send(place: Path, index: int, nodes: int, deadline: float) -> str:
             return "network: the first node told nobody where it listens"
         time.sleep(0.05)
     try:
-        with socket.create_connection((host, port), timeout=max(1.0, deadline - time.monotonic())) as connection:
-            connection.sendall(f"{index}\n".encode())
-            answer = connection.makefile().readline()
+        connection = socket.create_connection((host, port), timeout=max(1.0, deadline - time.monotonic()))
     except OSError as error:
         return f"network: can't reach the first node at {host}: {error}"
+    with connection:
+        try:
+            connection.sendall(f"{index}\n".encode())
+            answer = connection.makefile().readline()
+        except TimeoutError:
+            answer = ""
+        except OSError as error:
+            return f"network: can't reach the first node at {host}: {error}"
     # a peer that never came leaves the sum open: that one is at fault, not this node
     return "" if not answer or int(answer) == sum(range(1, nodes)) else f"network: the sum over all nodes is {answer.strip()}"
 
 
 def gpus(wanted: int) -> str:
-    """"" when the driver shows ``wanted`` GPUs that are empty and without uncorrected memory errors."""
-    query = ["nvidia-smi", "--query-gpu=index,memory.used,ecc.errors.uncorrected.volatile.total", "--format=csv,noheader,nounits"]
+    """"" when the driver shows ``wanted`` GPUs, and this job's are empty and have no memory errors."""
+    fields = "index,uuid,memory.used,ecc.errors.uncorrected.volatile.total"
+    query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=CHECK_S, check=False)
     except FileNotFoundError:
         return "nvidia-smi is not there: no driver"
     except subprocess.TimeoutExpired:
-        return f"nvidia-smi did not answer in {CHECK_S} s: a GPU hangs"
+        return f"nvidia-smi did not answer in {CHECK_S:.0f} s: a GPU hangs"
     if done.returncode:
         return f"nvidia-smi: {(done.stdout + done.stderr).strip()}"
-    return judge_gpus(done.stdout, wanted)
+    return judge_gpus(done.stdout, wanted, os.environ.get("CUDA_VISIBLE_DEVICES", ""))
 
 
-def judge_gpus(text: str, wanted: int) -> str:
-    """The same from nvidia-smi's rows ``index, MiB used, uncorrected errors``."""
-    rows = [[part.strip() for part in line.split(",")] for line in text.splitlines() if line.strip()]
+def judge_gpus(text: str, wanted: int, visible: str) -> str:
+    """The same from nvidia-smi's rows ``index, uuid, MiB used, uncorrected errors``.
+
+    ``visible`` is CUDA_VISIBLE_DEVICES as Slurm sets it: where no cgroup hides them, nvidia-smi
+    lists other jobs' GPUs, too.
+    """
+    rows = [[part.strip() for part in line.split(",")] for line in text.splitlines() if line.count(",") == 3]
     if len(rows) < wanted:
         return f"{len(rows)} GPU(s) visible, {wanted} asked for"
-    for index, used, errors in rows:
+    ours = own_gpus(rows, visible)
+    if len(ours) > wanted:
+        return ""  # which of them are ours is not known
+    for index, _, used, errors in ours:
         if re.fullmatch(r"\d+", errors) and int(errors):
             return f"GPU {index} has {errors} uncorrected memory errors"
         if re.fullmatch(r"\d+", used) and int(used) > BUSY_MIB:
             return f"GPU {index} is not empty: {used} MiB in use"
     return ""
+
+
+def own_gpus(rows: list[list[str]], visible: str) -> list[list[str]]:
+    """Those of nvidia-smi's ``rows`` (index, uuid, ...) that CUDA_VISIBLE_DEVICES names; all
+    where it names none or others."""
+    names = [name.strip() for name in visible.split(",") if name.strip()]
+    ours = [row for row in rows
+            if any(name == row[0] or (name.startswith("GPU-") and row[1].startswith(name)) for name in names)]
+    return ours if len(ours) == len(names) > 0 else rows
 
 
 def site_check(command: str) -> str:
@@ -140,7 +169,7 @@ def site_check(command: str) -> str:
     try:
         done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=CHECK_S, check=False)
     except subprocess.TimeoutExpired:
-        return f"node_check did not end in {CHECK_S} s"
+        return f"node_check did not end in {CHECK_S:.0f} s"
     said = (done.stdout + done.stderr).strip().splitlines()
     return f"node_check: {said[-1] if said else f'exit code {done.returncode}'}" if done.returncode else ""
 

@@ -12,7 +12,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from launcher import checks, iteration, memory, probe, scaling, storage, submit
+from launcher import checks, environment, iteration, memory, probe, scaling, storage, submit
 from launcher.run import Runs
 from training.config import RolloutConfig, SFTConfig
 from training.settings import ConfigError
@@ -54,7 +54,9 @@ def ask_slurm(made: submit.Plan) -> dict[str, Start]:
             path = Path(folder) / f"{stage}.sbatch"
             path.write_text(text, encoding="utf-8")
             try:
-                found[stage] = parse_start(probe.call("sbatch", "--test-only", str(path), with_errors=True))
+                environ = environment.for_sbatch(made.profile.passed)
+                words = probe.call("sbatch", "--test-only", str(path), environ=environ, with_errors=True)
+                found[stage] = parse_start(words)
             except probe.SlurmError as error:
                 if REFUSED not in str(error):
                     return dict.fromkeys((stage.name for stage in made.stages), Start("", "", str(error)))
@@ -208,6 +210,8 @@ def _notes(made: submit.Plan, starts: dict[str, Start]) -> list[Text]:
     notes = [Text(f"disk: about {storage.amount(total)} at most at once; {storage.amount(checked.room.free_gb)} are {checked.room.where}")]
     notes += [Text(f"data: {checked.data}")]
     notes += [Text(f"start: {why}") for why in dict.fromkeys(one.why for one in starts.values() if one.why)]
+    if made.profile.scheduler == "slurm" and (line := environment.note(made.profile.passed)):
+        notes.append(Text(f"environment: {line}"))
     notes += [Text(f"warning: {line}", "yellow") for line in checked.warnings]
     return notes
 

@@ -15,18 +15,17 @@ import sys
 import time
 from dataclasses import dataclass, field
 
-from launcher import container, probe
+from launcher import container, environment, probe
 from launcher.config import Resources
 from launcher.endings import Class, Verdict
 from launcher.pipeline import Stage
 from launcher.profile import Profile
-from launcher.ranks import Log
+from launcher.ranks import Log, ends
+from launcher.ranks import step as srun
 from launcher.run import Run, write_text
 
-NODES_S = 90
-"""Seconds that the nodes' own checks may take together; a node without an answer by then is a bad one."""
-GPUS_S = 180
-"""The same for the GPUs: CUDA and NCCL take some 20 s to start on eight GPUs."""
+OVERLAP_SINCE = (20, 11)
+"""Version of Slurm since which a step has CPUs and GPUs to itself, unless it says --overlap."""
 SKEW_S = 5
 """Seconds that a node's clock may differ."""
 
@@ -60,16 +59,30 @@ def address(host: str) -> str:
         return next((word.partition("=")[2] for word in words if word.startswith("NodeAddr=")), host)
 
 
-def run(run: Run, stage: Stage, profile: Profile, resources: Resources, nodes: list[str], environment: dict[str, str], log: Log) -> Report:
-    """Check all ``nodes``; with fewer good ones than the stage needs the report has a verdict."""
+class CheckFailed(RuntimeError):
+    """A check could not run at all: that says nothing about the nodes."""
+
+
+def run(run: Run, stage: Stage, profile: Profile, resources: Resources, nodes: list[str], variables: dict[str, str],
+        log: Log) -> Report:
+    """Check all ``nodes``. The report has a verdict with fewer good ones than the stage needs, and
+    where the check itself failed."""
+    try:
+        return _run(run, stage, profile, resources, nodes, variables, log)
+    except CheckFailed as error:
+        return Report(nodes, verdict=Verdict(Class.CHECK, str(error)))
+
+
+def _run(run: Run, stage: Stage, profile: Profile, resources: Resources, nodes: list[str], variables: dict[str, str],
+         log: Log) -> Report:
     began = time.monotonic()
     if reason := no_room(run, stage):
         return Report([], verdict=Verdict(Class.DISK_FULL, reason))
-    gpus = resources.gpus_per_node if uses_gpus(profile, environment) else 0
+    gpus = resources.gpus_per_node if uses_gpus(profile, variables) else 0
     bad = check_nodes(run, stage, profile, gpus, nodes, log)
     good = [node for node in nodes if node not in bad]
     if gpus and len(good) >= resources.nodes:
-        found, trouble = check_gpus(profile, good, gpus, environment, log)
+        found, trouble = check_gpus(profile, good, gpus, variables, log)
         bad.update(found)
         good = [node for node in nodes if node not in bad]
         if trouble and not found:
@@ -78,12 +91,11 @@ def run(run: Run, stage: Stage, profile: Profile, resources: Resources, nodes: l
     if len(good) >= resources.nodes:
         return Report(good, bad)
     named = "; ".join(f"node {node}: {reason}" for node, reason in bad.items())
-    return Report(good, bad, Verdict(Class.PREFLIGHT, f"{named}; {len(good)} good node(s), {resources.nodes} needed: queued without it"
-                                     if len(bad) == 1 else f"{named}; {len(good)} good node(s), {resources.nodes} needed"))
+    return Report(good, bad, Verdict(Class.PREFLIGHT, f"{named}; {len(good)} good node(s), {resources.nodes} needed"))
 
 
-def uses_gpus(profile: Profile, environment: dict[str, str]) -> bool:
-    return profile.device != "cpu" and environment.get("CUDA_VISIBLE_DEVICES") != ""
+def uses_gpus(profile: Profile, variables: dict[str, str]) -> bool:
+    return profile.device != "cpu" and variables.get("CUDA_VISIBLE_DEVICES") != ""
 
 
 def no_room(run: Run, stage: Stage) -> str:
@@ -105,14 +117,21 @@ def check_nodes(run: Run, stage: Stage, profile: Profile, gpus: int, nodes: list
     shutil.rmtree(folder, ignore_errors=True)
     token = f"{run.id} {stage.name} {log.path.stem} {time.time_ns()}"
     write_text(folder / "canary", token)
-    environment = {"CONVOY_CANARY": token, "CONVOY_ADDRESS": address(nodes[0]), "CONVOY_NODE_CHECK": profile.node_check}
+    variables = {"CONVOY_CANARY": token, "CONVOY_ADDRESS": address(nodes[0]), "CONVOY_NODE_CHECK": profile.node_check,
+                 "CONVOY_CHECK_S": str(profile.preflight_s)}
     command = [sys.executable, "-m", "launcher.nodecheck", str(folder), str(len(nodes)), str(gpus)]
     sent = time.time()
-    rows = {row["node"]: row for row in step(command, nodes, 1, environment, NODES_S, log)}
+    answers = step(command, nodes, 1, variables, profile.preflight_s, log, profile)
+    rows = {row["node"]: row for row in answers.rows}
+    if nodes[0] not in rows and answers.crashed(0):  # where this process itself runs
+        raise CheckFailed(f"the check of the nodes itself failed on {nodes[0]}, where the supervisor runs: "
+                          f"{answers.crashed(0)}")
     bad = {}
-    for node in nodes:
+    for rank, node in enumerate(nodes):
         if node not in rows:
-            bad[node] = f"did not answer within {NODES_S} s"
+            crash = answers.crashed(rank)
+            bad[node] = (f"could not run the check: {crash}" if crash else
+                         f"did not answer within {profile.preflight_s} s")
             continue
         reasons, skew = rows[node]["bad"], rows[node]["time"] - time.time()
         if not sent - SKEW_S <= rows[node]["time"] <= time.time() + SKEW_S:
@@ -145,51 +164,80 @@ def _sees(path, text: str) -> bool:
         time.sleep(0.1)
 
 
-def step(command: list[str], nodes: list[str], tasks: int, environment: dict[str, str], seconds: float, log: Log,
-         options: tuple[str, ...] = ()) -> list[dict]:
-    """Run ``command`` by srun, ``tasks`` on each node -> the JSON lines that came in time; everything else goes into the log."""
-    srun = ["srun", "--kill-on-bad-exit=0", f"--nodes={len(nodes)}", f"--nodelist={','.join(nodes)}", f"--ntasks={len(nodes) * tasks}",
-            f"--ntasks-per-node={tasks}", *options, *command]
-    process = subprocess.Popen(srun, env={**os.environ, **environment}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True, errors="replace")
+@dataclass
+class Answers:
+    """What became of one srun."""
+
+    rows: list[dict]
+    """The JSON lines that came in time."""
+    lines: list[str]
+    """Everything else that was printed."""
+    in_time: bool
+
+    def crashed(self, task: int) -> str:
+        """The last words of a task that ended without an answer; "" where srun still waited for it."""
+        if not self.in_time and task not in [rank for line in self.lines for rank, code in ends(line) if code > 0]:
+            return ""  # the others were killed when the time was up
+        told = [line for line in self.lines if not line.startswith("srun: error:")] or self.lines
+        return told[-1].strip() if told else "no message"
+
+
+def step(command: list[str], nodes: list[str], tasks: int, variables: dict[str, str], seconds: float, log: Log,
+         profile: Profile, options: tuple[str, ...] = ()) -> Answers:
+    """Run ``command`` by srun, ``tasks`` on each node. What is no JSON line goes into the log, too.
+
+    The step shares CPUs and GPUs: the ranks can start while one of its tasks hangs on a node.
+    """
+    shared = () if (0, 0) < profile.version < OVERLAP_SINCE else ("--overlap",)
+    process = subprocess.Popen([*srun(nodes, tasks, "--kill-on-bad-exit=0", *shared, *options), *command],
+                               env={**environment.for_step(profile.passed), **variables}, stdin=subprocess.DEVNULL,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    in_time = True
     try:
         text, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
+        in_time = False
         process.terminate()  # srun ends its tasks; a node that is gone may keep it waiting
         try:
             text, _ = process.communicate(timeout=10)
         except subprocess.TimeoutExpired:
             process.kill()
             text, _ = process.communicate()
-    rows = []
+    rows, rest = [], []
     for line in text.splitlines():
         try:
-            rows.append(json.loads(line) if line.startswith("{") else None)
+            row = json.loads(line) if line.startswith("{") else None
         except json.JSONDecodeError:
-            rows.append(None)
-        if rows[-1] is None:
+            row = None
+        if row is None:
             log.write("preflight", line)
-    return [row for row in rows if row]
+        (rest if row is None else rows).append(line if row is None else row)
+    return Answers(rows, [line for line in rest if line.strip()], in_time)
 
 
-def check_gpus(profile: Profile, nodes: list[str], gpus: int, environment: dict[str, str], log: Log) -> tuple[dict[str, str], str]:
+def check_gpus(profile: Profile, nodes: list[str], gpus: int, variables: dict[str, str],
+               log: Log) -> tuple[dict[str, str], str]:
     """Run training.health on every GPU -> (bad nodes and why, what is wrong between nodes that are good by themselves)."""
     command = container.inside(profile, [sys.executable, "-u", "-m", "training.health"])
+    seconds, options = 2 * profile.preflight_s, tuple(container.srun_options(profile, variables))
     wrapped = ["bash", "-c", 'export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID '
                              'LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE NODE=$SLURMD_NODENAME; exec "$@"', "rank", *command]
 
     def ask(some: list[str]) -> list[dict]:
         port = 20000 + (int(os.environ["SLURM_JOB_ID"]) + 6000) % 12000  # not the one that the ranks will use
-        shared = container.passed_on(profile, {"MASTER_ADDR": address(some[0]), "MASTER_PORT": str(port), **environment})
-        return step(wrapped, some, gpus, shared, GPUS_S, log, tuple(container.srun_options(profile, environment)))
+        shared = container.passed_on(profile, {"MASTER_ADDR": address(some[0]), "MASTER_PORT": str(port), **variables})
+        answers = step(wrapped, some, gpus, shared, seconds, log, profile, options)
+        if not answers.rows and answers.in_time:
+            raise CheckFailed(f"the check of the GPUs itself failed on {', '.join(some)}: {answers.crashed(0)}")
+        return answers.rows
 
-    bad, trouble = judge_gpus(ask(nodes), nodes, gpus)
+    bad, trouble = judge_gpus(ask(nodes), nodes, gpus, seconds)
     if not bad and trouble and len(nodes) > 2:
-        bad = halves(nodes, lambda some: not any(judge_gpus(ask(some), some, gpus)), trouble)
+        bad = halves(nodes, lambda some: not any(judge_gpus(ask(some), some, gpus, seconds)), trouble)
     return bad, trouble
 
 
-def judge_gpus(rows: list[dict], nodes: list[str], gpus: int) -> tuple[dict[str, str], str]:
+def judge_gpus(rows: list[dict], nodes: list[str], gpus: int, seconds: int) -> tuple[dict[str, str], str]:
     """Rows of training.health -> (bad nodes and why, trouble that shows only between nodes)."""
     bad: dict[str, str] = {}
     for row in rows:
@@ -199,7 +247,7 @@ def judge_gpus(rows: list[dict], nodes: list[str], gpus: int) -> tuple[dict[str,
         passed = {row["gpu"] for row in rows if row["node"] == node and row["check"] == "node" and not row["bad"]}
         if node not in bad and len(passed) < gpus:
             missing = sorted(set(range(gpus)) - passed)
-            bad[node] = f"GPU {missing[0]}: no answer from its check within {GPUS_S} s"
+            bad[node] = f"GPU {missing[0]}: no answer from its check within {seconds} s"
     speeds = sorted(row["tflops"] for row in rows if row["check"] == "gpu" and not row["bad"])
     for row in rows:
         if row["check"] == "gpu" and not row["bad"] and row["tflops"] < speeds[len(speeds) // 2] / 2:

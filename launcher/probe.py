@@ -8,6 +8,8 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 
+from launcher import environment
+
 TIMEOUT_S = 20
 """Seconds that a Slurm command may take; a controller that is down keeps them for about 10."""
 READABLE = {"SLURM_TIME_FORMAT": "standard", "SLURM_BITSTR_LEN": "0"}
@@ -25,14 +27,18 @@ class Site:
     accounting: bool
 
 
-def call(*command: str, timeout_s: float = TIMEOUT_S, without=(), with_errors: bool = False) -> str:
-    """Standard output of a Slurm command (and its standard error, ``with_errors``), run without the variables ``without``;
-    SlurmError with its standard error where it fails."""
-    # SQUEUE_PARTITION, SACCT_FORMAT and their like in a person's shell would filter or reshape what is asked here
-    own = {name: value for name, value in os.environ.items() if not name.startswith(("SQUEUE_", "SACCT_")) and name not in without}
+def call(*command: str, timeout_s: float = TIMEOUT_S, environ: dict[str, str] | None = None,
+         with_errors: bool = False) -> str:
+    """Standard output of a Slurm command (and its standard error, ``with_errors``); SlurmError with
+    its standard error where it fails.
+
+    ``environ``: what sbatch hands on to a job (environment.for_sbatch); other commands get what they
+    need to reach the controller.
+    """
+    own = environment.outside() if environ is None else environ
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=timeout_s, check=False,
-                              env={**own, **READABLE})
+                              stdin=subprocess.DEVNULL, env={**own, **READABLE})
     except FileNotFoundError:
         raise SlurmError(f"{command[0]} is not on PATH; is this a login node?") from None
     except subprocess.TimeoutExpired:

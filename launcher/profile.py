@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, field
 
 from launcher.addresses import refuse_secrets
+from launcher.environment import fixed
 from training.settings import build
 
 RUNTIMES = ("none", "pyxis", "apptainer")
@@ -108,6 +109,8 @@ class Profile:
     """Ask for whole nodes when a stage uses all their GPUs."""
     signal_lead_s: int = 300
     """Seconds before the time limit at which the job is told to save; at most a quarter of the limit is used."""
+    preflight_s: int = 90
+    """Seconds for a node's check, else it is a bad one; the checks of its GPUs get twice that."""
     preflight: bool = True
     """Check the nodes (shared folder, clock, disk, network; GPUs where there are any) before the ranks start: seconds."""
     node_check: str = ""
@@ -124,6 +127,8 @@ class Profile:
     """Modules to load before ``setup``, e.g. ["cuda/12.4", "nccl"]."""
     environment: dict = field(default_factory=dict)
     """Environment variables of the ranks; they win over the network's table. No keys: they are printed in the log."""
+    pass_environment: list = field(default_factory=list)
+    """Variables of your shell that jobs get after all: ["SBATCH_ACCOUNT", "SLURM_MPI_*"]."""
     secrets: str = ""
     """File of KEY=VALUE lines that only you can read (chmod 600); the ranks get them, nothing else does."""
     machine: Machine = field(default_factory=Machine)
@@ -139,7 +144,7 @@ class Profile:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: expected one of {', '.join(allowed)}")
         self._check_lines()
         for name, least in (("gpus_per_node", 0), ("mem_gb", 0), ("gpu_memory_gb", 0), ("max_nodes", 1), ("max_minutes", 1),
-                            ("signal_lead_s", 1)):
+                            ("signal_lead_s", 1), ("preflight_s", 10)):
             if not least <= getattr(self, name) < math.inf:  # nan neither
                 raise ValueError(f"{name} = {getattr(self, name)}: expected at least {least}")
         for name, value in self.options.items():
@@ -164,6 +169,13 @@ class Profile:
             for name in filter(KEYS.search, re.findall(r"\b(\w+)=", line)):
                 raise ValueError(f"setup sets {name}: setup is a part of each batch script; put the variable into a file that only "
                                  "you can read, and its path here: secrets = \"~/.config/convoy.env\"")
+        for name in self.pass_environment:
+            if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*\*?", name):
+                raise ValueError(f"pass_environment holds {name!r}: expected names of variables, e.g. "
+                                 "\"SBATCH_ACCOUNT\"; the last character may be *")
+            if taken := fixed(name):
+                raise ValueError(f"pass_environment holds {name!r}: {taken} would change what the launcher reads from "
+                                 "Slurm, or how ranks meet and end; leave it out")
         for module in self.modules:
             _one_line("modules", module)
         for name in ("partition", "account", "qos", "reservation", "constraint", "gpu_type", "secrets", "slurm"):
@@ -194,6 +206,12 @@ class Profile:
         if not self.mem_gb or self.whole_node(gpus):
             return self.mem_gb
         return max(1, self.mem_gb * max(1, gpus) // max(1, self.gpus_per_node))
+
+    @property
+    def passed(self) -> tuple[str, ...]:
+        """Variables that a site wants after all: ``pass_environment``, and what ``setup`` sets."""
+        assigned = (name for line in self.setup for name in re.findall(r"\b([A-Za-z_]\w*)=", line))
+        return (*self.pass_environment, *assigned)
 
     @property
     def version(self) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launcher import container, endings, probe, secrets
+from launcher import container, endings, environment, probe, secrets
 from launcher.endings import SAVED, Ended
 from launcher.profile import Profile
 
@@ -101,8 +101,8 @@ class Ranks:
         """Ask each rank where it is (ABRT: Python's faulthandler writes all threads' stacks); it ends."""
         self.pass_on(signal.SIGABRT)
 
-    def start(self, command: list[str], environment: dict[str, str], **options) -> None:
-        self.processes.append(subprocess.Popen(command, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    def start(self, command: list[str], environ: dict[str, str], **options) -> None:
+        self.processes.append(subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                                stdin=subprocess.DEVNULL, text=True, errors="replace", **options))
 
     def read(self, function: Callable, *arguments) -> None:
@@ -139,13 +139,13 @@ class Ranks:
 class LocalRanks(Ranks):
     """One process a rank on this machine."""
 
-    def __init__(self, log: Log, command: list[str], ranks: int, environment: dict[str, str]):
+    def __init__(self, log: Log, command: list[str], ranks: int, variables: dict[str, str]):
         super().__init__(log)
         self.ends: list[tuple[int, int]] = []  # (rank, code) in the order of their ends
         self.deadline: float | None = None
         cores = len(os.sched_getaffinity(0))
-        shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
-                  "OMP_NUM_THREADS": str(max(1, cores // ranks)), **environment}
+        shared = {**environment.outside(), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
+                  "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": str(max(1, cores // ranks)), **variables}
         for rank in range(ranks):
             self.start(command, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, preexec_fn=as_rank)
         for rank in range(ranks):
@@ -174,17 +174,17 @@ class LocalRanks(Ranks):
 class SlurmRanks(Ranks):
     """One srun task a rank, on ``hosts`` of this allocation."""
 
-    def __init__(self, log: Log, command: list[str], hosts: list[str], ranks_per_node: int, environment: dict[str, str], profile: Profile):
+    def __init__(self, log: Log, command: list[str], hosts: list[str], ranks_per_node: int, variables: dict[str, str],
+                 profile: Profile):
         super().__init__(log)
         self.ends: list[tuple[int | None, int]] = []
         command = container.inside(profile, command)
-        if "CUDA_VISIBLE_DEVICES" in environment:  # slurmd sets it anew for each task, after srun's environment
-            command = ["env", f"CUDA_VISIBLE_DEVICES={environment['CUDA_VISIBLE_DEVICES']}", *command]
-        srun = ["srun", "--kill-on-bad-exit=1", "--label", f"--nodes={len(hosts)}", f"--nodelist={','.join(hosts)}",
-                f"--ntasks={len(hosts) * ranks_per_node}", f"--ntasks-per-node={ranks_per_node}",
-                *container.srun_options(profile, environment), "bash", "-c", WRAPPER, "rank", *command]
+        if "CUDA_VISIBLE_DEVICES" in variables:  # slurmd sets it anew for each task, after srun's environment
+            command = ["env", f"CUDA_VISIBLE_DEVICES={variables['CUDA_VISIBLE_DEVICES']}", *command]
+        srun = [*step(hosts, ranks_per_node, "--kill-on-bad-exit=1", "--label"),
+                *container.srun_options(profile, variables), "bash", "-c", WRAPPER, "rank", *command]
         log.write("launcher", shlex.join(srun))
-        self.start(srun, container.passed_on(profile, environment))
+        self.start(srun, {**environment.for_step(profile.passed), **container.passed_on(profile, variables)})
         self.read(self._read)
 
     def _read(self) -> None:
@@ -201,8 +201,8 @@ class SlurmRanks(Ranks):
 
     def show_stacks(self) -> None:
         # srun itself would die of it
-        job = probe.own_job(int(os.environ["SLURM_JOB_ID"]))
-        subprocess.run(["scancel", "--signal=ABRT", job], check=False, timeout=30, capture_output=True)
+        with contextlib.suppress(probe.SlurmError):  # a controller that does not answer: they are killed without it
+            probe.call("scancel", "--signal=ABRT", probe.own_job(int(os.environ["SLURM_JOB_ID"])))
 
     def order(self) -> list[Ended]:
         code = self.processes[0].returncode
@@ -213,6 +213,16 @@ class SlurmRanks(Ranks):
         if self.ends:
             return [self.log.ended(rank, code) for rank, code in self.ends]
         return [self.log.ended(None, code if 0 <= code < 128 else 128 - code if code > 0 else code)]
+
+
+def step(hosts: list[str], tasks: int, *options: str) -> list[str]:
+    """srun for ``tasks`` tasks on each host of this allocation.
+
+    It says what a site or a shell may have set otherwise: tasks get this environment (SBATCH_EXPORT=NONE
+    would empty it), and none is killed some time after the first one's end (slurm.conf: WaitTime).
+    """
+    return ["srun", "--export=ALL", "--wait=0", *options, f"--nodes={len(hosts)}", f"--nodelist={','.join(hosts)}",
+            f"--ntasks={len(hosts) * tasks}", f"--ntasks-per-node={tasks}"]
 
 
 WORDS = {signal.strsignal(number): number for number in signal.valid_signals() if signal.strsignal(number)}

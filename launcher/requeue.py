@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +17,8 @@ from launcher.run import Run, iteration_folder, write_text
 RETRY_S = 300
 """Seconds for which a controller that does not answer is asked again."""
 PAUSE_S = 3
+USABLE = re.compile(r"(idle|mix|alloc|comp|resv|reserved|planned)", re.IGNORECASE)
+"""States of a node, as sinfo names them, in which it runs jobs, now or when it is free."""
 BAD_STARTS = 3
 """Preflights in a row that found a bad node: then the fault is no single node's."""
 
@@ -73,14 +76,43 @@ def set_aside(run: Run, stage: Stage, good: int | None, bad: dict[int, str]) -> 
         run.record("bad checkpoint", stage=stage.name, iteration=iteration, reason=reason)
 
 
-def back_to_queue(job: str, exclude: list[str], say: Callable[[str], None]) -> None:
-    """Put this job back into the queue; Slurm ends it and starts it again under the same id, without the nodes ``exclude``.
+def back_to_queue(job: int, exclude: list[str], needed: int, say: Callable[[str], None]) -> None:
+    """Put this job, of ``needed`` nodes, back into the queue; Slurm ends it and starts it again under the
+    same id, without the nodes ``exclude`` where the partition has enough others.
 
     Raises SlurmError where Slurm refuses, or does not answer for RETRY_S.
     """
+    nodes = exclusion(job, exclude, needed, say) if exclude else []
     _insist(say, "scontrol", "requeue", probe.own_job(job))
-    if exclude:  # refused while the job runs; Slurm holds a requeued one back for some seconds
-        _insist(say, "scontrol", "update", f"jobid={probe.own_job(job)}", f"excnodelist={','.join(exclude)}")
+    if nodes:  # refused while the job runs; Slurm holds a requeued one back for some seconds
+        _insist(say, "scontrol", "update", f"jobid={probe.own_job(job)}", f"excnodelist={','.join(nodes)}")
+
+
+def exclusion(job: int, bad: list[str], needed: int, say: Callable[[str], None]) -> list[str]:
+    """The job's new list of excluded nodes: those that it has excluded so far, and ``bad``.
+
+    Empty, which changes nothing, where fewer than ``needed`` usable nodes would be left: the job would
+    wait for ever.
+    """
+    try:
+        values = dict(re.findall(r"(\w+)=(\S*)", probe.call("scontrol", "show", "job", "-o", probe.own_job(job))))
+        partition, before = values["Partition"], values.get("ExcNodeList", "(null)")
+        nodes = set(bad) | (set() if before == "(null)" else set(_hostnames(before)))
+        rows = probe.call("sinfo", "-h", "-N", f"--partition={partition}", "-o", "%N|%T").splitlines()
+    except (probe.SlurmError, KeyError) as error:
+        say(f"{', '.join(bad)} stay(s) among the job's nodes: Slurm does not say what others there are ({error})")
+        return []
+    usable = {name for name, state in (row.split("|") for row in rows if row.count("|") == 1) if USABLE.match(state)}
+    if len(usable - nodes) < needed:
+        say(f"{', '.join(bad)} stay(s) among the job's nodes: without, partition {partition} has {len(usable - nodes)} "
+            f"usable node(s), and the job needs {needed}")
+        return []
+    return sorted(nodes)
+
+
+def _hostnames(text: str) -> list[str]:
+    """["n1", "n2"] of Slurm's "n[1-2]"."""
+    return probe.call("scontrol", "show", "hostnames", text).split()
 
 
 def _insist(say: Callable[[str], None], *command: str) -> None:

@@ -19,7 +19,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher import probe
+from launcher import environment, probe
 from launcher.jobs import ENDED
 from launcher.run import Busy, Run
 
@@ -50,6 +50,8 @@ class Step:
     """Elements of a job array, e.g. "0-3"."""
     without: tuple[str, ...] = ()
     """Variables that sbatch must not see: it would store the keys of a secrets file in the controller's state."""
+    passed: tuple[str, ...] = ()
+    """The profile's ``pass_environment``."""
 
 
 def submit(book: Run, steps: list[Step]) -> dict[str, int]:
@@ -105,8 +107,8 @@ def tokened(token: str) -> list[tuple[str, str, str]]:
     """(stage, job, state) of every job that was submitted with ``token``; an array is one job."""
     found = []
     for line in probe.call("squeue", "-h", "-t", "all", "-o", "%F|%T|%k").splitlines():
-        job, state, comment = line.split("|", 2)
-        if f" submission={token} " in comment:
+        if f" submission={token} " in line:
+            job, state, comment = line.split("|", 2)
             found.append((comment.rpartition("stage=")[2].strip(), job, state))
     return found
 
@@ -135,15 +137,31 @@ def _sbatch(step: Step, token: str, made: dict[str, int]) -> tuple[int, bool]:
     """Queue one step -> its job id, and whether it is held."""
     waits = [made[parent] for parent in step.parents if parent in made] + [job for _, job in step.waits]
     hold = not any(parent in made for parent in step.parents)
-    options = [f"--comment={comment(step.identity, token, step.stage)}"]
+    options = [f"--comment={comment(step.identity, token, step.stage)}", "--export=ALL"]
     options += [f"--dependency={step.dependency}:{':'.join(map(str, waits))}"] if waits else []
     options += [f"--array={step.array}"] if step.array else []
     options += ["--hold"] if hold else []
-    printed = probe.call("sbatch", "--parsable", *options, str(step.script), without=step.without)
-    match = re.match(r"(\d+)(;|$)", printed.strip())
-    if not match:
-        raise probe.SlurmError(f"sbatch printed {printed.strip()!r} where a job id was expected")
-    return int(match[1]), hold
+    environ = {name: value for name, value in environment.for_sbatch(step.passed).items() if name not in step.without}
+    printed = probe.call("sbatch", "--parsable", *options, str(step.script), environ=environ)
+    return job_id(printed) or _queued_as(step, token, printed), hold
+
+
+def job_id(printed: str) -> int | None:
+    """The id in what ``sbatch --parsable`` printed, "123" or "123;cluster"; a site's wrapper may
+    print lines around it, in colours. None where there is no such line, or several that differ."""
+    plain = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line).strip() for line in printed.splitlines()]
+    matches = [re.fullmatch(r"(?:Submitted batch job )?(\d+)(?:;\S+| on cluster \S+)?", line) for line in plain]
+    ids = {int(match[1]) for match in matches if match}
+    return ids.pop() if len(ids) == 1 else None
+
+
+def _queued_as(step: Step, token: str, printed: str) -> int:
+    """The id as the queue shows it: the job carries this submission's token."""
+    ids = [job for stage, job, _ in tokened(token) if stage == step.stage]
+    if not ids:
+        raise probe.SlurmError(f"sbatch printed {printed.strip()[-400:]!r} where a job id was expected, and the queue "
+                               "shows no such job")
+    return int(ids[0])
 
 
 def _finish(book: Run, token: str, held: list[str]) -> None:

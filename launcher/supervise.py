@@ -112,7 +112,7 @@ class Supervisor:
         log = Log(folder / "logs" / f"attempt_{self.number}.log", keys)
         say(f"{name} attempt {self.number}: {self.resources.nodes} node(s) x {self.resources.ranks_per_node} rank(s), log {log.path}")
         self.reserve.write_bytes(b"." * RESERVE_BYTES)
-        lines = nccl.environment(self.config["profile"], self.resources.ranks)
+        lines = nccl.environment(self.config["profile"], self.resources.ranks_per_node)
         for variable, value, reason in lines:
             log.write("launcher", f"{variable}={value}  # {reason}")
         environment = {**self.caches(), **{variable: value for variable, value, _ in lines}, **keys,
@@ -123,7 +123,7 @@ class Supervisor:
         hosts = preflight.hosts(self.resources)
         if self.profile.preflight:
             report = preflight.run(self.run, self.stage, self.profile, self.resources, hosts, environment, log)
-            if report.bad and not self.goes_on():  # the checks were cut off: their silence says nothing about the nodes
+            if (report.bad or report.verdict) and not self.goes_on():  # the checks were cut off: no node is to blame
                 return self.interrupted()
             for node, reason in report.bad.items():
                 say(f"bad node {node}: {reason}")
@@ -225,7 +225,8 @@ class Supervisor:
             return "cancelled", self.end("cancelled", replace(verdict, kind=Class.CANCELLED, code=ENDED))
         self.end("requeued", verdict)  # written first: Slurm ends this job at once
         if self.job:
-            requeue.back_to_queue(self.job, preflight.excluded(self.run, self.job), say)
+            needed = self.resources.nodes + self.resources.spares
+            requeue.back_to_queue(self.job, preflight.excluded(self.run, self.job), needed, say)
         return "requeued", SAVED
 
     def end(self, state: str, verdict: Verdict) -> int:

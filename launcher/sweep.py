@@ -174,14 +174,16 @@ def queue(folder: Path, stages: list[Stage], only: int | None = None) -> list[tu
 
 def _queue_group(book: Run, mark: str, stages: list[Stage], waits: dict[str, int], held: list[Member]) -> list[tuple[str, str]]:
     identity, array = read(book.folder)["id"], ",".join(str(member.index) for member in held)
-    steps, keys = [], passwords.names(held[0].run.profile)
+    steps, profile = [], held[0].run.profile
+    keys, passed = passwords.names(profile), profile.passed
     for stage in stages:
         path = book.folder / "scripts" / f"{stage.name}{mark and f'-{mark}'}.sbatch"
         write_text(path, script(book.folder, identity, stage, held))
         for member in held:
             (member.run.stage(stage.name) / "logs").mkdir(parents=True, exist_ok=True)
         before = tuple((parent, waits[parent]) for parent in stage.parents if parent in waits)
-        steps.append(submission.Step(stage.name, identity, path, stage.parents, before, "aftercorr", array, keys))
+        steps.append(submission.Step(stage.name, identity, path, stage.parents, before, "aftercorr", array, keys,
+                                     passed))
     made = submission.submit(book, steps)
     for member, stage in itertools.product(held, stages):
         member.run.record("submitted", stage=stage.name, job=made[stage.name], element=member.index, after=[])

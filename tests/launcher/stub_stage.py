@@ -13,6 +13,7 @@ codes, signals) and misbehaves as ``behaviour.json`` in the working directory sa
   deaf true      TERM, USR1 and USR2 are not heeded
   big_at N       the checkpoint of this iteration is larger than a limit of 100 kB a file, until the file ``mended`` exists
   save_every N   iterations between checkpoints (default 1)
+  late_s S       rank 0 takes so much longer than the others, at its end
   lines N        lines that each rank prints in an iteration
   say NAME       print the value of this environment variable
 
@@ -155,6 +156,7 @@ def main() -> None:
         return
     if output.name in TRAINERS:
         train(output, config["iterations"], rank, behaviour)
+        time.sleep(behaviour.get("late_s", 0) if rank == 0 else 0)
         return
     if output.name == "convert":
         time.sleep(behaviour.get("step_s", 0))

@@ -47,7 +47,7 @@ o1|old|gpu:8|512000|64|idle|(null)
 """
 SEEN = {"host": "g1", "python": "/usr/bin/python3", "python_version": "3.12.3", "driver": "580.1", "torch": {
     "version": "2.11.0+cu130", "cuda": "13.0", "available": True, "nccl": "2.28.9", "gpus": [["A100-SXM4-80GB", 85100000000, [8, 0]]]},
-    "gpus": [{"name": "NVIDIA A100-SXM4-80GB", "memory_gb": 80, "mig": False, "used_mb": 3}],
+    "gpus": [{"name": "NVIDIA A100-SXM4-80GB", "memory_gb": 80, "mig": False, "used_mb": 3, "ours": True}],
     "apex": {"kind": "absent", "where": "", "version": "", "extensions": []},
     "adapters": [{"name": f"mlx5_{n}", "layer": "InfiniBand", "gbps": 200 if n < 4 else 100, "active": True} for n in range(5)],
     "packages": {"torch": "2.11.0+cu130", "megatron-core": "0.16.1", "transformer-engine": "2.11.0"}, "address": "10.0.0.7",
@@ -134,8 +134,8 @@ def test_a_good_node_has_nothing_bad():
 
 @pytest.mark.parametrize("changes, name, words", [
     ({"canary": "No such file or directory"}, "shared folder", "does not see this folder"),
-    ({"gpus": [{"name": "A100", "memory_gb": 80, "mig": True, "used_mb": 0}]}, "MIG", "ask for whole ones"),
-    ({"gpus": [{"name": "A100", "memory_gb": 80, "mig": False, "used_mb": 70000}]}, "GPU memory", "another's process"),
+    ({"gpus": [{"name": "A100", "memory_gb": 80, "mig": True, "used_mb": 0, "ours": True}]}, "MIG", "ask for whole ones"),
+    ({"gpus": [{"name": "A100", "memory_gb": 80, "mig": False, "used_mb": 70000, "ours": True}]}, "GPU memory", "another's process"),
     ({"torch": {"error": "not installed"}}, "torch", "slurm/container"),
     ({"torch": {"version": "2.13.0+cpu", "cuda": None, "available": False, "nccl": None, "gpus": []}}, "torch", "CPU build"),
     ({"packages": {"megatron-core": "0.15.0"}}, "megatron-core", "pip install megatron-core==0.16.1"),
@@ -165,7 +165,7 @@ def test_what_to_know_of_a_node(changes, name, words):
     ("NVIDIA H800", "Ethernet", 400, "h800-roce"), ("NVIDIA H800", "InfiniBand", 400, "h800-ndr-infiniband"),
     ("NVIDIA A100-SXM4-80GB", "InfiniBand", 200, "a100-hdr-infiniband"), ("NVIDIA A100-SXM4-80GB", "Ethernet", 100, "auto")])
 def test_the_fabric_chooses_the_network_s_table(gpu, layer, gbps, table):
-    found = judged({"gpus": [{"name": gpu, "memory_gb": 80, "mig": False, "used_mb": 0}],
+    found = judged({"gpus": [{"name": gpu, "memory_gb": 80, "mig": False, "used_mb": 0, "ours": True}],
                     "adapters": [{"name": "mlx5_0", "layer": layer, "gbps": gbps, "active": True}]})
     assert found["fabric"].settings == {"network": table}
 
@@ -227,7 +227,7 @@ def test_file_system_of_the_longest_mount():
 
 def test_the_shell_s_variables_are_named_and_no_key_is_shown():
     said = here.shell({"SBATCH_PARTITION": "x", "WANDB_API_KEY": "hunter2hunter2", "SLURM_JOB_ID": "7", "TOKENIZERS_PARALLELISM": "false"})
-    assert [finding.name for finding in said] == ["sbatch's variables", "keys in the shell", "inside a job"]
+    assert [finding.name for finding in said] == ["the shell's variables", "keys in the shell", "inside a job"]
     assert "hunter2" not in str(said) and said[1].value == "WANDB_API_KEY"
 
 

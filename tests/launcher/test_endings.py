@@ -177,15 +177,19 @@ def test_a_stage_that_saves_nothing_is_not_repeated_after_its_time_limit(tmp_pat
     assert not verdict.again and "saves nothing on its way" in verdict.cause
 
 
-@pytest.mark.parametrize("text, wanted, reason", [
-    ("0, 4, 0\n1, 4, 0\n", 2, ""),
-    ("0, 4, [N/A]\n1, 560, [N/A]\n", 2, ""),
-    ("0, 4, 0\n", 2, "1 GPU(s) visible, 2 asked for"),
-    ("0, 4, 0\n1, 40960, 0\n", 2, "GPU 1 is not empty: 40960 MiB in use"),
-    ("0, 4, 0\n1, 4, 2\n", 2, "GPU 1 has 2 uncorrected memory errors"),
+@pytest.mark.parametrize("text, wanted, visible, reason", [
+    ("0, GPU-a, 4, 0\n1, GPU-b, 4, 0\n", 2, "0,1", ""),
+    ("0, GPU-a, 4, [N/A]\n1, GPU-b, 560, [N/A]\n", 2, "0,1", ""),
+    ("0, GPU-a, 4, 0\n", 2, "0", "1 GPU(s) visible, 2 asked for"),
+    ("0, GPU-a, 4, 0\n1, GPU-b, 40960, 0\n", 2, "0,1", "GPU 1 is not empty: 40960 MiB in use"),
+    ("0, GPU-a, 4, 0\n1, GPU-b, 4, 2\n", 2, "", "GPU 1 has 2 uncorrected memory errors"),
+    ("0, GPU-a, 4, 0\n1, GPU-b, 4, 0\n2, GPU-c, 41000, 0\n", 2, "0,1", ""),  # another job's: no cgroup hides it
+    ("0, GPU-a, 4, 0\n1, GPU-b, 4, 0\n2, GPU-c, 41000, 0\n", 2, "GPU-a,GPU-b", ""),
+    ("0, GPU-a, 4, 0\n1, GPU-b, 4, 0\n2, GPU-c, 41000, 0\n", 2, "1,2", "GPU 2 is not empty: 41000 MiB in use"),
+    ("0, GPU-a, 4, 0\n1, GPU-b, 4, 0\n2, GPU-c, 41000, 0\n", 2, "", ""),
 ])
-def test_rows_of_nvidia_smi(text, wanted, reason):
-    assert nodecheck.judge_gpus(text, wanted) == reason
+def test_rows_of_nvidia_smi(text, wanted, visible, reason):
+    assert nodecheck.judge_gpus(text, wanted, visible) == reason
 
 
 def health(node, gpu, check, bad="", tflops=600.0):
@@ -197,14 +201,14 @@ def test_health_names_the_node_of_a_gpu_that_is_wrong_slow_or_silent():
         return [health(node, gpu, check) for gpu in (0, 1) for check in ("gpu", "node", "all")]
 
     nodes = ["n1", "n2"]
-    assert preflight.judge_gpus(rows("n1") + rows("n2"), nodes, 2) == ({}, "")
+    assert preflight.judge_gpus(rows("n1") + rows("n2"), nodes, 2, 180) == ({}, "")
     wrong = [row | {"bad": "its matrix product is wrong"} if row["gpu"] == 1 and row["check"] == "gpu" else row for row in rows("n2")]
-    assert preflight.judge_gpus(rows("n1") + wrong, nodes, 2)[0] == {"n2": "GPU 1: its matrix product is wrong"}
+    assert preflight.judge_gpus(rows("n1") + wrong, nodes, 2, 180)[0] == {"n2": "GPU 1: its matrix product is wrong"}
     slow = [row | {"tflops": 90.0} if row["gpu"] == 0 and row["check"] == "gpu" else row for row in rows("n2")]
-    assert preflight.judge_gpus(rows("n1") + slow, nodes, 2)[0] == {"n2": "GPU 0: 90 TFLOP/s, the others 600"}
-    assert preflight.judge_gpus(rows("n1"), nodes, 2)[0]["n2"].startswith("GPU 0: no answer")
+    assert preflight.judge_gpus(rows("n1") + slow, nodes, 2, 180)[0] == {"n2": "GPU 0: 90 TFLOP/s, the others 600"}
+    assert preflight.judge_gpus(rows("n1"), nodes, 2, 180)[0]["n2"].startswith("GPU 0: no answer")
     between = [row | {"bad": "timed out"} if row["check"] == "all" else row for row in rows("n1") + rows("n2")]
-    assert preflight.judge_gpus(between, nodes, 2) == ({}, "the all-reduce over 2 node(s) failed: timed out")
+    assert preflight.judge_gpus(between, nodes, 2, 180) == ({}, "the all-reduce over 2 node(s) failed: timed out")
 
 
 @pytest.mark.parametrize("broken, found", [({"n3"}, {"n3"}), ({"n1"}, {"n1"}), ({"n5"}, {"n5"}), ({"n2", "n4"}, {"n2", "n4"})])

@@ -86,7 +86,7 @@ def test_without_a_spare_the_job_queues_itself_again_without_the_bad_node(projec
     submit(project, profile=site(project, node_check=NODE_CHECK), until="convert")
     assert until(project, "requeued", "done", stage="convert")["class"] == "preflight"
     cause = project.ledger("requeued")[0]["cause"]
-    assert cause == "node 127.0.1.1: node_check: fan 3 has stopped; 0 good node(s), 1 needed: queued without it"
+    assert cause == "node 127.0.1.1: node_check: fan 3 has stopped; 0 good node(s), 1 needed"
     assert until(project, "done", "failed", stage="convert")["state"] == "done"
     assert project.json("convert/rank_0.json")["SLURMD_NODENAME"] == "127.0.1.2"
     job = project.ledger("started")[0]["job"]
