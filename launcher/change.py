@@ -8,7 +8,7 @@ from pathlib import Path
 
 from launcher import checks, manifest
 from launcher.config import Profile, check_sections, differences, merge, parse_set, read_toml
-from launcher.pipeline import Stage, full_tables, sections, stage_config
+from launcher.pipeline import Stage, full_tables, stage_config
 from launcher.rewind import descendants, has_work, renew_descendants, rewind
 from launcher.run import Run, write_json
 from launcher.submit import write_stage_config
@@ -61,7 +61,7 @@ def examine(run: Run, wish: Wish) -> Change:
     layers = [(read_toml(path), str(path)) for path in wish.files] + [(parse_set(text), f"--set {text}") for text in wish.sets]
     for tables, where in layers:
         check_sections(tables, where)
-    old = {section: config[section] for section in sections(run.stages)}
+    old = run.tables
     profile = config["profile"] if wish.profile is None else dataclasses.asdict(wish.profile)
     tables = full_tables(run.folder, merge(old, *(tables for tables, _ in layers)), run.stages)
     change = Change(tables, profile, selected(run, wish), _target(run, wish))

@@ -11,6 +11,7 @@ import click
 
 from launcher import completion
 from launcher.pipeline import FULL, NAMES, PIPELINES, PPO
+from launcher.terminal import say
 from training.settings import ConfigError
 
 TARGETS = click.Choice([FULL, *NAMES])
@@ -28,15 +29,16 @@ class Commands(click.Group):
         from launcher.manifest import Refused
         from launcher.probe import SlurmError
         from launcher.run import Busy, Failed
+        from launcher.terminal import plain
 
         try:
             return super().invoke(context)
         except ConfigError as error:
-            raise click.UsageError(str(error)) from None
+            raise click.UsageError(plain(error)) from None
         except BrokenPipeError:  # | head: its reader has seen enough; click ends quietly
             raise
         except (Failed, SlurmError, Busy, Refused, OSError) as error:
-            raise click.ClickException(str(error)) from None
+            raise click.ClickException(plain(error)) from None
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -202,7 +204,7 @@ def render(made):
     from launcher import plan
 
     for stage, text in plan.scripts_of(made).items():
-        click.echo(f"# ---- {stage} ----\n{text}")
+        say(f"# ---- {stage} ----\n{text}")
 
 
 @main.command(short_help="Where each stage is, and why it waits.")
@@ -310,7 +312,7 @@ def resume(context, runs, first, last, everything, iteration, files, sets, profi
 
     wish = resume.Wish(first, iteration, files, sets, cluster.load(profile) if profile else None, take_over, last, everything)
     for line in resume.take_up(runs, wish, functools.partial(_agree, yes)):
-        click.echo(line)
+        say(line)
     context.exit(plan.go_on(runs, wait))
 
 
@@ -327,7 +329,7 @@ def cancel(runs):
     from launcher.cancel import cancel
 
     for run in runs:
-        click.echo(cancel(run) if len(runs) == 1 else f"{run.folder}: {cancel(run)}")
+        say(cancel(run) if len(runs) == 1 else f"{run.folder}: {cancel(run)}")
 
 
 @main.command(short_help="One HTML page about a run, or several side by side.")
@@ -347,7 +349,7 @@ def report(runs, output, show):
     from launcher.report import make
 
     path = make(runs, output)
-    click.echo(path)
+    say(path)
     if show:
         click.launch(str(path))
 
@@ -384,7 +386,7 @@ def doctor(context, on_node, write, partition, profile, timeout_s, as_json):
 
 def _agree(yes: bool, lines: list[str]) -> bool:
     """Show what a changed configuration means and ask, unless ``--yes``."""
-    click.echo("\n".join(lines))
+    say("\n".join(lines))
     if not yes and not sys.stdin.isatty():
         raise ConfigError("this changes the run's configuration; add --yes to do so without being asked")
     return yes or click.confirm("go on?")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from launcher import cluster, container, environment, findings, node_findings, probe, sbatch
 from launcher.findings import Finding
@@ -160,8 +161,8 @@ def shown(report: Report, console: Console) -> None:
         table.add_column(overflow="fold", ratio=3)
         for finding in report.findings:
             if finding.section == section:
-                table.add_row(f"[{STYLES[finding.level]}]{'!' if finding.level == 'bad' else '?' if finding.level == 'note' else ' '}[/] "
-                              f"{finding.name}", finding.value, finding.follows)
+                mark = {"bad": "!", "note": "?"}.get(finding.level, " ")
+                table.add_row(Text.assemble((mark, STYLES[finding.level]), f" {finding.name}"), finding.value, finding.follows)
         console.print(table)
     notes = sum(finding.level == "note" for finding in report.findings)
     console.print(f"\n{len(report.bad)} that will fail (!), {notes} to know (?)", highlight=False)

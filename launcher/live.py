@@ -161,7 +161,8 @@ class Lines:
         count = screen.cells(row, 0, time.time())["iteration"]
         left = f"{screen.clock(row.progress.eta_s)} left" if row.progress.eta_s is not None else ""
         why = f"{row.kind}: {row.why}" if row.kind else row.why
-        parts = [time.strftime("%H:%M:%S"), run.folder.name if self.several else "", f"{row.stage:8}", f"{row.state:9}", count,
+        name = screen.plain(run.folder.name) if self.several else ""
+        parts = [time.strftime("%H:%M:%S"), name, f"{row.stage:8}", f"{row.state:9}", count,
                  screen.numbers(row), screen.speed(row.progress.speed), left, why, screen.start(row, time.time())]
         click.echo("  ".join(part for part in parts if part))
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from launcher import state
 from launcher.collapse import Group, Groups, Line, collapsed, ranges
 from launcher.run import Run
+from launcher.terminal import plain
 from training.settings import ConfigError
 
 STAMPED = re.compile(r"(\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:\.\d+)?) (.*)", re.DOTALL)
@@ -104,7 +105,7 @@ def text_of(group: Group, several: bool) -> str:
     """``11-23 14:02:11 [0-499] text``; with ``several`` stages the stage stands before the ranks."""
     line = group.line
     when = f"{line.stamp[5:10]} {line.stamp[11:19]} " if line.stamp else ""
-    return f"{when}{f'{line.stage} ' if several else ''}[{ranges(group.tags)}] {line.text}"
+    return plain(f"{when}{f'{line.stage} ' if several else ''}[{ranges(group.tags)}] {line.text}")
 
 
 class Tails:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from launcher import state
 from launcher.run import Failed, Runs
+from launcher.terminal import say
 from training.settings import ConfigError
 
 
@@ -23,12 +24,11 @@ def make(paths: Sequence[Path], output: Path | None) -> Path:
         try:
             waiting = [row for row in state.states(run)[0] if row.state != "done"]
         except (OSError, ValueError, LookupError, TypeError) as error:  # its files are damaged: the report names them
-            print(f"{run.folder}: its state can't be told ({error}); the report shows what there is", file=sys.stderr)
+            say(f"{run.folder}: its state can't be told ({error}); the report shows what there is", err=True)
             continue
         if waiting:
             why = f" ({waiting[0].why})" if waiting[0].why else ""
-            print(f"{run.folder} is not finished: {waiting[0].stage} is {waiting[0].state}{why}; the report shows what there is",
-                  file=sys.stderr)
+            say(f"{run.folder} is not finished: {waiting[0].stage} is {waiting[0].state}{why}; the report shows what there is", err=True)
     folders = [*(run.folder for run in runs), *evaluations]
     command = [sys.executable, "-m", "eval.report", *map(str, folders), *(["--output", str(output)] if output else [])]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

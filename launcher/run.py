@@ -14,7 +14,7 @@ from pathlib import Path
 
 from launcher import records
 from launcher.config import Profile
-from launcher.pipeline import PIPELINES, PPO, Graph, Stage
+from launcher.pipeline import PIPELINES, PPO, Graph, Stage, sections
 from training.files import Unfit, read_bytes, read_json, read_table, read_text
 from training.settings import ConfigError, build
 
@@ -145,6 +145,15 @@ class Run:
             raise ConfigError(f"{self.config_file} is not a run's configuration: it is torn, or another tool's{why or f' ({wrong})'}; "
                               f"name a run's folder, or start the run anew")
         return values
+
+    @property
+    def tables(self) -> dict[str, dict]:
+        """The sections of config.json that this pipeline reads; ConfigError where one is missing or no table."""
+        values = self.config
+        for section in sections(self.stages):
+            if not isinstance(values.get(section), dict):
+                raise ConfigError(f"{self.config_file} has no table {section}: it is damaged, or of another tool; start the run anew")
+        return {section: values[section] for section in sections(self.stages)}
 
     @property
     def profile(self) -> Profile:

@@ -9,6 +9,7 @@ import click
 
 from launcher import state
 from launcher.state import Look, StageState
+from launcher.terminal import plain
 
 COLOURS = {"done": "green", "running": "cyan", "pending": "yellow", "requeued": "yellow", **dict.fromkeys(state.BAD, "red")}
 WIDE = 120
@@ -23,7 +24,8 @@ DROP = ("bar", "try", "tokens/s", "job", "saved")
 def run_lines(seen: Look, width: int, now: float) -> list[str]:
     """The screen of one run: a row a stage, and below it why it waits or how it ended, each within ``width`` columns."""
     config = seen.run.config["run"]
-    lines = [click.style(str(seen.run.folder), bold=True) + f"  {word(seen)}  id {config['id']}, profile {config['profile']}"]
+    about = plain(f"id {config['id']}, profile {config['profile']}")
+    lines = [click.style(plain(seen.run.folder), bold=True) + f"  {word(seen)}  {about}"]
     lines += trouble(seen, width)
     table = [cells(row, width, now) for row in seen.stages]
     for row, text in zip([None, *seen.stages], columns(table, width), strict=True):
@@ -56,7 +58,7 @@ def runs_lines(all_seen: list[Look], width: int, now: float) -> list[str]:
 
 def name_of(run) -> str:
     """As a person would type it: an element of a sweep with the sweep's name."""
-    return f"{run.folder.parent.name}/{run.folder.name}" if "sweep" in run.config["run"] else run.folder.name
+    return plain(f"{run.folder.parent.name}/{run.folder.name}" if "sweep" in run.config["run"] else run.folder.name)
 
 
 def cells(row: StageState, width: int, now: float) -> dict[str, str]:
@@ -98,7 +100,7 @@ def notes(seen: Look, row: StageState, width: int, now: float) -> list[str]:
     lines += wrap(f"do: {row.advice}", width) if row.advice else []
     if row.lines:
         whose = "" if row.rank is None else f" of rank {row.rank}"
-        lines += wrap(f"last lines{whose}, more by: logs {seen.run.folder} {row.stage} --errors", width)
+        lines += wrap(f"last lines{whose}, more by: logs {plain(seen.run.folder)} {row.stage} --errors", width)
         lines += [crop(f"    | {text}", width) for text in row.lines[-LAST_LINES:]]
     return lines
 

@@ -13,6 +13,7 @@ from launcher.manifest import Refused
 from launcher.pipeline import Stage
 from launcher.progress import Progress
 from launcher.run import Run, is_alive
+from launcher.terminal import plain
 from training.files import Unfit, read_tail
 
 ASK_S = 10
@@ -80,7 +81,7 @@ def look_at(runs: list[Run]) -> list[Look]:
         try:
             known = jobs.of_runs(asked, ASK_S)
         except probe.SlurmError as error:
-            trouble = str(error)
+            trouble = plain(error)
     files = {run.id: Files(run) for run in runs}
     forgotten = {run: names for run in asked if (names := files[run.id].forgotten(known.get(run.id, {})))}
     for run_id, found in (jobs.accounted(forgotten) if forgotten else {}).items():
@@ -149,6 +150,8 @@ class Files:
                  (last := self.last_event(name)) and last["event"] == "submitted")}
 
 
+WORDS = ("why", "nodes", "kind", "advice")
+"""Of a StageState, what others wrote a part of."""
 STANDING = ("submitted", "started", "requeued", "done", "failed", "cancelled", "stopped", "rewound",
             "set aside")
 
@@ -172,7 +175,7 @@ def _state(files: Files, stage: Stage, job: Job | None, trouble: str) -> StageSt
         made.progress = replace(made.progress, eta_s=None, speed=None, tokens_per_s=None)
     elif not made.why:
         made.why = _silence(made)
-    return made
+    return replace(made, lines=list(map(plain, made.lines)), **{key: plain(getattr(made, key)) for key in WORDS})
 
 
 def _undone(files: Files, stage: Stage, job: Job | None, trouble: str) -> tuple[str, str]:

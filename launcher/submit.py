@@ -12,6 +12,7 @@ from launcher import checks, manifest, prepared, reuse, sbatch, state, submissio
 from launcher.config import Profile, Resources, build_plain, differences, layered
 from launcher.pipeline import ALL, FULL, PIPELINES, Graph, Stage, full_tables, sections, select, stage_config
 from launcher.run import Run, lock, write_json, write_text
+from launcher.terminal import say
 from training.settings import ConfigError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,60}")
@@ -140,7 +141,7 @@ def _write(made: Plan, taken: list[str]) -> Run:
             print(f"{name}: its configuration changed; it runs again, and keeps what it has", flush=True)
     if made.reused:
         reuse.take(run, made.reused, taken)
-        print(f"taken from {made.reused.folder}: {', '.join(taken) or 'nothing: its rows are not those of this run'}", flush=True)
+        say(f"taken from {made.reused.folder}: {', '.join(taken) or 'nothing: its rows are not those of this run'}")
     return run
 
 

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 from rich.console import Console
+from rich.segment import Segment
 
 from launcher import state
 from launcher.logs import attempts
 from launcher.run import Run
+from launcher.terminal import plain
+
+
+class Plain(Console):
+    """Shows text of others as it stands: "[red]" is no colour, an escape no command of the terminal."""
+
+    def __init__(self):
+        super().__init__(highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+    def render(self, renderable, options=None):
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(plain(segment.text), segment.style)
 
 
 def console() -> Console:
     """Wide enough for one line a stage when the output is a file or a pipe."""
-    made = Console(highlight=False, soft_wrap=True)
+    made = Plain()
     if not made.is_terminal:
         made.width = max(made.width, 200)
     return made
