@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from eval.curves import MEMORY, SECONDS, TOKENS
 from eval.foreign import fits, number, tables, whole
-from eval.runs import Run, StageFolder
+from eval.runs import Run, StageFolder, read_json
 
 _NAMES_OF_A_RUN = ("run.name", "run.id", "run.folder", "run.recipe")
 
@@ -101,4 +101,10 @@ def provenance(run: Run) -> list[tuple[str, str]]:
                   if done.get(key)]
         files = f"{len(tables(done.get('outputs')))} files by sha256"
         rows.append((name, "; ".join([*hashes, files, *([] if same else [versions[name]])])))
-    return rows + ([("computed by", next(iter(versions.values())))] if same else [])
+    return rows + ([("computed by", next(iter(versions.values())))] if same else []) + data(run)
+
+
+def data(run: Run) -> list[tuple[str, str]]:
+    """What was dropped and cut of the run's rows, as the launcher wrote it when they were prepared."""
+    lines = read_json(run.folder / "data" / "summary.json").get("lines")
+    return [("rows", line) for line in lines if isinstance(line, str)] if isinstance(lines, list) else []

@@ -37,8 +37,9 @@ def check(run: Path, tables: dict, graph: Graph, stages: list[Stage], profile: P
     model, data = build_plain("model", tables["model"]), build_plain("data", tables["data"])
     resources = build_plain("resources", tables["resources"])
     folder = Path(model_folder(run, tables))
-    words = found.of(lambda: inputs.check_data(data.source, data.skip_bad_rows))
     shape, weights_gb = found.of(lambda: _model(model, folder)) or (None, 0.0)
+    cut_to = lengths(run, tables, graph, stages)
+    words, dropped = found.of(lambda: inputs.check_data(data, model if shape else None, cut_to)) or ("", [])
     if "reward" in graph:
         found.of(lambda: _reward_iteration(stage_config(run, tables, graph, "reward")))
     estimates, disk, warnings = {}, {}, []
@@ -64,7 +65,18 @@ def check(run: Path, tables: dict, graph: Graph, stages: list[Stage], profile: P
     found.of(lambda: container.check_seen(profile, {"model.checkpoint": folder, "--runs": run}))
     there = found.of(lambda: storage.check(disk, run))
     found.raise_if_any()
-    return Checked(shape, resources, estimates, disk, there, words, [words for words in warnings if words])
+    return Checked(shape, resources, estimates, disk, there, words, [*dropped, *(each for each in warnings if each)])
+
+
+def lengths(run: Path, tables: dict, graph: Graph, stages: list[Stage]) -> dict[str, tuple[str, str, int]]:
+    """Trainer -> (kind of its rows, the key of the length that they are cut to, that length)."""
+    found = {}
+    for stage in stages:
+        if stage.trainer:
+            config = stage_config(run, tables, graph, stage.name)
+            key = "prompt_length" if isinstance(config, RolloutConfig) else "seq_length"
+            found[stage.name] = (Path(config.paths.train).stem, key, getattr(config, key))
+    return found
 
 
 class Mistakes:

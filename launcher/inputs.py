@@ -5,16 +5,20 @@ The weights: launcher/weights.py.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+from training.checksums import touched
+from training.data.config import DataConfig, ModelConfig
 from training.settings import ConfigError
 from training.shape import Shape
 
-PEEK_ROWS = 100
+PEEK_ROWS = 1000
 """Rows of the data that are parsed before anything is queued; the preparation then reads all of them."""
 
 
@@ -55,16 +59,27 @@ def _special(folder: Path, name: str, ids: dict[str, int], required: bool = True
     return number
 
 
-def check_data(source: str, skip_bad_rows: bool) -> str:
-    """What the source is, in words. ConfigError where it can't be read or one of its first PEEK_ROWS rows can't be parsed.
+def check_data(data: DataConfig, model: ModelConfig | None, stages: dict[str, tuple[str, str, int]]) -> tuple[str, list[str]]:
+    """What the source is, in words, and what of it is dropped or cut, a line each.
 
-    The rows are parsed by training.data.peek, a process of its own, with the parser that the stages use.
+    The first PEEK_ROWS rows are read by training.data.peek, a process of its own, as the preparation and the stages read them.
+    ``model`` None: its tokenizer can't be asked. ``stages``: name -> (kind of row, key of the length, length).
+    Raises ConfigError where it can't be done.
     """
-    if source == "demo":
-        return "generated demo data"
-    if not Path(source).exists():
-        raise ConfigError(f'data.source = {source!r}: no such file; give a .jsonl or .jsonl.gz file, or "demo" for generated data')
-    return _asked("data.source", "training.data.peek", source, str(PEEK_ROWS), *(["--skip-bad-rows"] if skip_bad_rows else []))
+    if data.source == "demo":
+        return "generated demo data", []
+    if not Path(data.source).exists():
+        raise ConfigError(f"data.source = {data.source!r}: no such file; give a .jsonl or .jsonl.gz file, "
+                          'or "demo" for generated data')
+    settings = {"data": dataclasses.asdict(data), "model": dataclasses.asdict(model) if model else {}, "stages": stages}
+    first, *dropped = _peeked(data.source, json.dumps(settings), tuple(touched(data.source))).splitlines()
+    return first, dropped
+
+
+@functools.lru_cache
+def _peeked(source: str, settings: str, _seen: tuple[int, ...]) -> str:
+    """Asked once for all elements of a sweep."""
+    return _asked("data.source", "training.data.peek", source, str(PEEK_ROWS), settings)
 
 
 def check_questions(questions: str, references: str) -> None:
@@ -93,6 +108,8 @@ def _asked(key: str, module: str, *arguments: str) -> str:
     if done.returncode == os.EX_DATAERR:
         words = done.stderr.strip()
         raise ConfigError(words if words.startswith(key) else f"{key}: {words}")
+    if done.returncode == os.EX_USAGE:
+        raise ConfigError(done.stderr.strip())
     if done.returncode:
         raise OSError(f"{module} {' '.join(arguments)} ended with exit code {done.returncode}: {done.stderr.strip()[-500:]}")
     return done.stdout.strip()

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from launcher import checks, environment, iteration, memory, probe, scaling, storage, submit
-from launcher.run import Runs
+from launcher.run import Run, Runs
 from training.config import RolloutConfig, SFTConfig
 from training.settings import ConfigError
 
@@ -115,8 +115,19 @@ def carry_out(made: submit.Plan | Sweep, wait: bool, out: Console) -> int:
     ask_slurm(first)  # refuses what Slurm would refuse
     out.print("\n".join([f"profile {first.profile.name}: {first.reason}", *(f"warning: {line}" for line in first.checked.warnings)]))
     if made is first:
-        return start.start(submit.create(made), made.stages, wait)
-    return sweep.begin(sweep.create(made), first.stages, wait)
+        run = submit.create(made)
+        _say_data(first, run, out)
+        return start.start(run, made.stages, wait)
+    folder = sweep.create(made)
+    _say_data(first, first.run, out)
+    return sweep.begin(folder, first.stages, wait)
+
+
+def _say_data(made: submit.Plan, run: Run, out: Console) -> None:
+    """What is dropped and cut of all rows, but for what the plan has said of them."""
+    for line in run.data_summary().get("lines", []):
+        if line not in made.checked.warnings:
+            out.print(f"data: {line}", markup=False, highlight=False)
 
 
 def go_on(runs: Runs, wait: bool) -> int:

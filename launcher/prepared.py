@@ -9,6 +9,7 @@ of ten million rows costs one look, and one that was written is read once before
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from launcher import state
 from launcher.pipeline import Stage, prepare_config, stage_config
-from launcher.run import Failed, Run, hash_of, write_json, write_text
+from launcher.run import SUMMARY, Failed, Run, hash_of, write_json, write_text
 from training.checksums import same
 from training.files import read_table, within
 from training.settings import ConfigError
@@ -71,6 +72,23 @@ def check_rows(run: Run, stages: list[Stage]) -> None:
                                   "the chain with --until, or give another source")
 
 
+def summarise(run: Run, stages: dict[str, tuple[str, str, int]]) -> list[str]:
+    """What was dropped of the rows, and what ``stages`` (checks.lengths) cut of them, a line each; data/summary.json keeps it."""
+    path = run.folder / "data" / SUMMARY
+    wanted = {stage: list(length) for stage, length in stages.items()}
+    known = run.data_summary()
+    if known.get("stages") != wanted:
+        if not any((run.folder / "data").glob("*.tokens")):
+            return []
+        done = subprocess.run([sys.executable, "-m", "training.data.cuts", str(run.folder / "data"), json.dumps(wanted)],
+                              capture_output=True, text=True, check=False)
+        if done.returncode:  # it is told, and stops nothing
+            return [f"what is cut can't be said: {(done.stderr.strip() or 'no message').splitlines()[-1]}"]
+        known = {"stages": wanted, "lines": done.stdout.splitlines()}
+        write_json(path, known)
+    return known["lines"]
+
+
 def read_counts(run: Run) -> dict:
     """counts.json: what was read, dropped and written (training/data/prepare.py)."""
     return read_table(run.folder / "data" / "counts.json")
@@ -92,6 +110,7 @@ def _prepare(run: Run, config: dict) -> dict:
     if done.returncode:
         raise Failed(f"data preparation: exit code {done.returncode}: {words}; all it said: {folder / 'prepare.log'}")
     os.replace(asked, folder / "config.json")
+    (folder / SUMMARY).unlink(missing_ok=True)
     return read_counts(run)
 
 

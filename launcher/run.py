@@ -18,6 +18,8 @@ from launcher.pipeline import PIPELINES, PPO, Graph, Stage, sections
 from training.files import Unfit, read_bytes, read_json, read_table, read_text
 from training.settings import ConfigError, build
 
+SUMMARY = "summary.json"
+"""In a run's folder data: what was dropped and cut of its rows."""
 SWEEP = "sweep.json"
 """In the folder of a sweep; its runs are the folders 0, 1, ... there."""
 
@@ -200,6 +202,14 @@ class Run:
         except Unfit as error:
             attempts = [event.get("attempt") or 0 for event in self.ledger() if event.get("stage") == stage]
             return {"state": "failed", "attempt": max(attempts, default=0), "job": None, "cause": f"{error}; the ledger and logs are kept"}
+
+    def data_summary(self) -> dict:
+        """{"stages": the lengths that rows are cut to, "lines": what is dropped and cut of them}; {} where that isn't known."""
+        try:
+            table = read_table(self.folder / "data" / SUMMARY)
+        except OSError:
+            return {}
+        return table if isinstance(table.get("stages"), dict) and records.texts(table.get("lines")) else {}
 
     def write_status(self, stage: str, **fields) -> None:
         """Replace some fields of a stage's status.json."""

@@ -8,6 +8,7 @@ import time
 import click
 
 from launcher import state
+from launcher.run import SUMMARY
 from launcher.state import Look, StageState
 from launcher.terminal import plain
 
@@ -17,6 +18,8 @@ WIDE = 120
 BAR = 20
 LAST_LINES = 8
 """Of the failing rank's last lines, so many are shown."""
+DATA_LINES = 6
+"""Lines about the rows."""
 DROP = ("bar", "try", "tokens/s", "job", "saved")
 """Columns that go first where the screen is too narrow."""
 
@@ -36,7 +39,14 @@ def run_lines(seen: Look, width: int, now: float) -> list[str]:
         if len(below) == 1 and len(click.unstyle(text)) + len(below[0].strip()) + 2 <= width:
             text, below = f"{text}  {below[0].strip()}", []
         lines += [crop(text, width), *below]
-    return lines
+    return [*lines, *data_lines(seen, width)]
+
+
+def data_lines(seen: Look, width: int) -> list[str]:
+    """What was dropped and cut of the rows that the run trains on."""
+    more = len(seen.data) - DATA_LINES
+    said = [*seen.data[:DATA_LINES], *([f"{more} more such lines: {seen.run.folder / 'data' / SUMMARY}"] if more > 0 else [])]
+    return [line for text in said for line in wrap(f"data: {plain(text)}", width, "")]
 
 
 def runs_lines(all_seen: list[Look], width: int, now: float) -> list[str]:

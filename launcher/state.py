@@ -62,6 +62,8 @@ class Look:
     """Why the queue could not be asked; "" when it was, or when none is needed."""
     stop: bool = False
     """Whether the file STOP is in the run folder."""
+    data: list[str] = field(default_factory=list)
+    """What was dropped and cut of the rows, a line each."""
 
     @property
     def overall(self) -> str:
@@ -87,7 +89,8 @@ def look_at(runs: list[Run]) -> list[Look]:
     for run_id, found in (jobs.accounted(forgotten) if forgotten else {}).items():
         known.setdefault(run_id, {}).update(found)
     return [Look(run, [_state(files[run.id], stage, known.get(run.id, {}).get(name), trouble if run in asked else "")
-                       for name, stage in run.stages.items()], trouble if run in asked else "", (run.folder / "STOP").exists())
+                       for name, stage in run.stages.items()], trouble if run in asked else "", (run.folder / "STOP").exists(),
+                 run.data_summary().get("lines", []))
             for run in runs]
 
 

@@ -139,6 +139,7 @@ def _write(made: Plan, taken: list[str]) -> Run:
         if done.exists() and manifest.read(run, name)["config_hash"] != manifest.config_hash(run, name):
             run.set_aside(done)  # only what _check_same lets change: a judge, say
             print(f"{name}: its configuration changed; it runs again, and keeps what it has", flush=True)
+    prepared.summarise(run, checks.lengths(run.folder, run.config, run.stages, list(run.stages.values())))
     if made.reused:
         reuse.take(run, made.reused, taken)
         say(f"taken from {made.reused.folder}: {', '.join(taken) or 'nothing: its rows are not those of this run'}")

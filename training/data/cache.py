@@ -82,8 +82,12 @@ class TokenRows(Sequence):
         return Tokenised(prompt, replies, scores, self.about["opening"])
 
     def longer_than(self, tokens: int) -> int:
-        """Rows whose prompt, with the longest of its replies and an EOS if there are any, has more than ``tokens`` ids."""
-        found = 0
+        """Rows that ``lengths`` says to have more than ``tokens`` ids."""
+        return len(self.longer(tokens))
+
+    def longer(self, tokens: int) -> np.ndarray:
+        """Their indices."""
+        found = []
         for first in range(0, len(self), ROWS_AT_ONCE):
             ends = self._rows[first : first + ROWS_AT_ONCE]
             begin = int(self._rows[first - 1]) if first else 0
@@ -94,11 +98,16 @@ class TokenRows(Sequence):
                 replies = pieces.copy()
                 replies[starts] = 0  # the prompt, which is no reply
                 lengths = lengths + np.maximum.reduceat(replies, starts) + 1
-            found += int((lengths > tokens).sum())
-        return found
+            found.append(first + (lengths > tokens).nonzero()[0])
+        return np.concatenate(found) if found else np.empty(0, int)
 
     def __reduce__(self):
         return TokenRows, (self.folder,)
+
+
+def lengths(row: Tokenised, stage: str) -> int:
+    """Ids of a row: of its prompt, with the longest of its replies and an EOS if there are any."""
+    return len(row.prompt) + (max(map(len, row.replies), default=-1) + 1 if stage != "rlhf" else 0)
 
 
 def _mapped(path: Path, kind: str) -> np.ndarray:

@@ -30,17 +30,22 @@ def write(folder: Path, texts: Iterable[str], model: ModelConfig, seed: int, row
 
     Raises ConfigError where the texts can't fill ``model.demo_vocab`` rows.
     """
+    write_tokenizer(folder, texts, model)
+    config = family(model.demo_family).demo(model) | ({"vocab_size": rows} if rows else {})
+    _write(folder / "config.json", config)
+    _write(folder / "generation_config.json", {"_from_model_config": True}
+           | {f"{name}_token_id": config[f"{name}_token_id"] for name in ("bos", "eos", "pad")})
+    _write_weights(folder, config, seed)
+
+
+def write_tokenizer(folder: Path, texts: Iterable[str], model: ModelConfig) -> None:
+    """Its files alone. Raises ConfigError where the texts can't fill ``model.demo_vocab`` rows."""
     tokenizer = train_tokenizer(texts, model.demo_vocab)
     tokenizer.save(str(folder / "tokenizer.json"))
     kind = "BloomTokenizerFast" if model.demo_family == "bloom" else "PreTrainedTokenizerFast"
     tokens = {f"{name}_token": text for name, text in SPECIAL.items()}
     _write(folder / "special_tokens_map.json", tokens)
     _write(folder / "tokenizer_config.json", tokens | {"padding_side": "left", "tokenizer_class": kind})
-    config = family(model.demo_family).demo(model) | ({"vocab_size": rows} if rows else {})
-    _write(folder / "config.json", config)
-    _write(folder / "generation_config.json", {"_from_model_config": True}
-           | {f"{name}_token_id": config[f"{name}_token_id"] for name in ("bos", "eos", "pad")})
-    _write_weights(folder, config, seed)
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> tokenizers.Tokenizer:

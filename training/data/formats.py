@@ -6,6 +6,7 @@ reason, and so is a field that nothing reads, by its name: it may be the replies
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -29,14 +30,16 @@ def as_native(row: Row, stage: str) -> dict:
     return {"prompt": row.prompt} | ({"response": row.best} if stage == "sft" else {})
 
 
-def iterate(path: str | Path, stage: str, counts: Counter, skip_bad_rows: bool = False) -> Iterator[Row]:
-    """Usable rows of a file, in its order; ``counts`` gets "rows" read, "dropped: REASON" and "not read: field NAME".
+def iterate(path: str | Path, stage: str, counts: Counter, skip_bad_rows: bool = False,
+            most: int | None = None) -> Iterator[Row]:
+    """Usable rows of a file, in its order, of its first ``most`` where that is given.
 
+    ``counts`` gets "rows" read, "dropped: REASON" and "not read: field NAME".
     Raises DataError for a malformed row (counted instead if ``skip_bad_rows``) and for one that lacks what the stage needs.
     """
     fewest, need, expected = NEEDS[stage]
     good = False
-    for number, line in lines(path):
+    for number, line in itertools.islice(lines(path), most):
         counts["rows"] += 1
         try:
             fields = _object(line)
@@ -105,3 +108,9 @@ def because(counts: Counter) -> str:
     """Why nothing was left, in words: ": 3 rows read; dropped: 3 empty reply"."""
     reasons = [f"{number} {name.removeprefix('dropped: ')}" for name, number in counts.items() if name.startswith("dropped: ")]
     return f": {counts['rows']} rows read; dropped: {', '.join(reasons)}" if reasons else ": the file is empty"
+
+
+def dropped(read: dict[str, int]) -> list[str]:
+    """A line for each reason why rows are not used, or are used although they are unusual."""
+    return [f"{number:,} of {read['rows']:,} rows {name}" for name, number in read.items()
+            if name.startswith(("dropped: ", "kept: ", "repeated: "))]

@@ -1,37 +1,112 @@
-"""``python -m training.data.peek FILE ROWS [--skip-bad-rows]``: can the first rows be trained on? Standard library only.
+"""``python -m training.data.peek FILE ROWS [SETTINGS]``: can the first rows be trained on, and what is left of them?
 
-Prints what they are; exit status 65 for bad data, with one line on stderr that names file, line and field.
+SETTINGS: JSON of {"data": section data, "model": section model, "stages": {stage: [kind of row, setting, length]}}. Of a file with at
+most ROWS rows all is done that the preparation will do, in a folder that is then removed.
+Prints what the rows are, then a warning a line. Exit status 65 for bad data, 64 for a model that can't take it, one line on stderr.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import sys
+import tempfile
 from collections import Counter
+from pathlib import Path
 
 from training.data import formats
+from training.data.config import DataConfig, ModelConfig
+from training.data.rows import Row
+from training.settings import ConfigError, build
+
+EXIT_USAGE = 64
+MOST_TEXT = 16 << 20
+"""Characters of the rows that are looked at."""
 
 
 def main(arguments: list[str]) -> int:
-    source, number, *options = arguments
-    counts: Counter = Counter()
-    echoes = formats.Echoes()
+    file, most, settings = arguments[0], int(arguments[1]), json.loads(arguments[2]) if len(arguments) > 2 else {}
     try:
-        rows = list(itertools.islice(formats.iterate(source, "rlhf", counts, "--skip-bad-rows" in options), int(number)))
-        if not rows:
-            raise formats.DataError(f"{source}: no usable row{formats.because(counts)}")
-        for row in rows:
-            echoes.add(row)
-        echoes.check(source)
+        print("\n".join(look(file, most, settings)))
     except formats.DataError as error:
         print(error, file=sys.stderr)
         return formats.DataError.exit_code
-    dropped, pairs = counts["rows"] - len(rows), sum(len(row.responses) > 1 for row in rows)
-    words = [f"{dropped} of them are not used"] * bool(dropped) + [f"{pairs or 'none'} can be compared"] * (pairs < len(rows))
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return EXIT_USAGE
+    return 0
+
+
+def look(file: str, most: int, settings: dict) -> list[str]:
+    """What the first rows are in a line, then what is dropped or cut, a line each."""
+    counts, rows = Counter(), []
+    skip = settings.get("data", {}).get("skip_bad_rows", False)
+    echoes, size = formats.Echoes(), 0
+    for row in formats.iterate(file, "rlhf", counts, skip, most):
+        rows.append(row)
+        echoes.add(row)
+        size += len(row.prompt) + sum(map(len, row.responses))
+        if size > MOST_TEXT:
+            break
+    if not rows:
+        raise formats.DataError(f"{file}: no usable row{formats.because(counts)}")
+    echoes.check(file)
+    whole = counts["rows"] < most and size <= MOST_TEXT
+    warnings = formats.dropped(counts)
+    if settings.get("model"):
+        warnings += prepared(settings) if whole else sampled(rows, settings)
+    return [f"{file}: {_sentence(counts, rows, whole)}", *warnings]
+
+
+def _sentence(counts: Counter, rows: list[Row], whole: bool) -> str:
+    unused, pairs = counts["rows"] - len(rows), sum(len(row.responses) > 1 for row in rows)
+    words = [f"{unused:,} of them are not used"] * bool(unused) + [f"{pairs or 'none'} can be compared"] * (pairs < len(rows))
     if names := [name.removeprefix("not read: ") for name in counts if name.startswith("not read: ")]:
         words.append(f"nothing reads {', '.join(names)}")
-    print(f"{source}: the first {counts['rows']} rows can be read{''.join(f', {word}' for word in words)}")
-    return 0
+    which = f"all {counts['rows']:,} rows" if whole else f"the first {counts['rows']:,} rows (a sample: more follow)"
+    return f"{which} can be read{''.join(f', {word}' for word in words)}"
+
+
+def prepared(settings: dict) -> list[str]:
+    """What the preparation says of all rows: the same code, without its caches. Raises DataError and ConfigError as it does."""
+    from training.data import cache, cuts, prepare
+
+    with tempfile.TemporaryDirectory() as folder, prepare.Writer(Path(folder) / "data") as writer:
+        read = prepare.from_source(build(DataConfig, settings["data"], "data"), writer)
+        warnings = [line for line in formats.dropped(read) if "rows repeated" in line]
+        for stage, (kind, _, _) in settings["stages"].items():
+            if name := next((name for name in prepare.names(kind) if not writer.counts[name]), ""):
+                raise formats.DataError(prepare.without_rows(settings["data"]["source"], stage, name, read))
+        tokenizer = _tokenizer(settings["model"], (row["prompt"] + row["response"] for row in writer.rows("sft.jsonl")))
+        for stage, (kind, key, length) in settings["stages"].items():
+            writer.flush()
+            rows = cache.tokenise(list(formats.iterate(writer.aside / prepare.names(kind)[0], kind, Counter())), kind, tokenizer)
+            warnings.append(cuts.words(f"{stage}.{key}", length, cuts.count(rows, kind, length)))
+    return [line for line in warnings if line]
+
+
+def sampled(rows: list[Row], settings: dict) -> list[str]:
+    """What is cut of the first rows. Of the demo's model nothing can be said: its vocabulary is made of all."""
+    if settings["model"]["checkpoint"] == "demo":
+        return []
+    from training.data import cache, cuts
+
+    tokenizer, warnings = _tokenizer(settings["model"], ()), []
+    for stage, (kind, key, length) in settings["stages"].items():
+        tokens = cache.tokenise([row for row in rows if len(row.responses) >= formats.NEEDS[kind][0]], kind, tokenizer)
+        warnings.append(cuts.words(f"{stage}.{key}", length, cuts.count(tokens, kind, length)))
+    return [f"of the first {len(rows):,} usable rows: {line}" for line in warnings if line]
+
+
+def _tokenizer(model: dict, texts):
+    from training.data import demo_model, prepare
+    from training.data.tokenizer import Tokenizer
+
+    if model["checkpoint"] != "demo":
+        return Tokenizer(model["checkpoint"])
+    with tempfile.TemporaryDirectory() as folder:
+        demo_model.write_tokenizer(Path(folder), itertools.islice(texts, prepare.TOKENIZER_ROWS), build(ModelConfig, model, "model"))
+        return Tokenizer(folder)
 
 
 if __name__ == "__main__":

@@ -59,6 +59,11 @@ class Writer:
         with open(self.aside / name, encoding="utf-8") as file:
             yield from map(json.loads, file)
 
+    def flush(self) -> None:
+        """What was added can be read from the files in ``aside``."""
+        for file in self._files.values():
+            file.flush()
+
     def publish(self, counts: dict) -> None:
         """Every file gets its name when it is on the disk; counts.json, which says how many rows each has, is the last."""
         self.open("counts.json")
@@ -122,14 +127,14 @@ def from_source(data: DataConfig, writer: Writer) -> Counts:
     chosen, again = set(), {stage: iter(found.flags()) for stage, found in repeats.items()}
     for held in heldout.values():
         chosen |= held.chosen()
-    writer.open(*(name for stage in STAGES for name in _names(stage)))
+    writer.open(*(name for stage in STAGES for name in names(stage)))
     for row in formats.iterate(data.source, "rlhf", Counter(), data.skip_bad_rows):
         unseen = heldout["rlhf"].place(row.prompt) in chosen
         for stage in _good_for(row):
             if next(again[stage]):
                 counts[f"repeated: {stage}"] += 1
             else:
-                writer.add(_names(stage)[unseen], formats.as_native(row, stage))
+                writer.add(names(stage)[unseen], formats.as_native(row, stage))
     return dict(counts)
 
 
@@ -137,9 +142,17 @@ def _good_for(row: Row) -> list[str]:
     return [stage for stage in STAGES if len(row.responses) >= formats.NEEDS[stage][0]]
 
 
-def _names(stage: str) -> tuple[str, str]:
+def names(stage: str) -> tuple[str, str]:
     """Files of a stage's rows: to train on, held out."""
     return f"{stage}.jsonl", "heldout.jsonl" if stage == "rlhf" else f"{stage}_heldout.jsonl"
+
+
+def without_rows(source: str, stage: str, name: str, read: Counts) -> str:
+    """That a stage would find no row in a file, in words: not every source has replies, or two to compare."""
+    unread = [field.removeprefix("not read: ") for field in read if field.startswith("not read: ")]
+    return (f"data.source = {source!r} gives {name}, which the {stage} stage reads, no row; sft needs rows with a reply, "
+            f"reward and dpo rows with two or more to compare{'; nothing reads ' + ', '.join(unread) if unread else ''}; "
+            "submit a part of the chain with --until, or give another source")
 
 
 def write_demo_model(config: PrepareConfig, sft_rows: Iterable[dict]) -> None:
@@ -172,7 +185,7 @@ def prepare(config: PrepareConfig) -> dict:
         counts = {"source": config.data.source, "read": read, "files": dict(writer.counts), "inputs": inputs}
         writer.publish(counts)
     for stage in STAGES:  # here, and not by the stage: its GPUs would wait for it
-        for name in _names(stage):
+        for name in names(stage):
             if counts["files"][name]:
                 cached(folder / name, stage, tokenizer)
     return counts

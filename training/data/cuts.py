@@ -1,0 +1,73 @@
+"""What a trainer's length leaves of its rows, in numbers and in words.
+
+``python -m training.data.cuts DATA STAGES``: of the prepared folder DATA, whose caches are there, a
+line for all that is dropped or cut. STAGES: JSON of {stage: [kind of row, key of the length, length]}.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from training.data import formats
+from training.data.cache import Tokenised, TokenRows, lengths
+from training.data.examples import comparison_example, sft_example
+
+MOST_LOOKED = 20_000
+"""Rows that are too long and whose replies are compared after the cut; of more, so many, evenly spread."""
+
+
+class _End:
+    eos_id = -1
+    """Like no id of a text."""
+
+
+def count(rows: Sequence[Tokenised], kind: str, length: int) -> dict[str, int]:
+    """{"rows", "longer": than ``length``, "looked": longer ones whose replies were looked at, "unended": of them, those where a
+    reply loses its end, "alike": of them, comparisons whose replies are the same after the cut}."""
+    if isinstance(rows, TokenRows):
+        longer = rows.longer(length).tolist()
+    else:
+        longer = [index for index, row in enumerate(rows) if lengths(row, kind) > length]
+    looked = longer[::-(-len(longer) // MOST_LOOKED)] if longer and kind != "rlhf" else []
+    unended = alike = 0
+    for index in looked:
+        row = rows[index]
+        if kind == "reward":
+            examples = [example for example, _ in comparison_example(row, _End, length)]
+            alike += all(example.tokens == examples[0].tokens for example in examples)
+        else:
+            examples = [sft_example(row, _End, length)]
+        unended += any(example.tokens[-1] != _End.eos_id for example in examples)
+    return {"rows": len(rows), "longer": len(longer), "looked": len(looked), "unended": unended, "alike": alike}
+
+
+def words(name: str, length: int, counts: dict[str, int]) -> str:
+    """One sentence; "" where nothing is cut. ``name``: the setting, e.g. "sft.seq_length"."""
+    if not counts["longer"]:
+        return ""
+    rows, longer = counts["rows"], counts["longer"]
+    every = "all" if longer == rows else f"{longer:,} of"
+    parts = [f"{every} {rows:,} rows are longer than {name} = {length:,} and are cut"]
+    about = "" if counts["looked"] == longer else f" of {counts['looked']:,} looked at"
+    if counts["unended"]:
+        parts.append(f"{counts['unended']:,}{about} lose the end of a reply")
+    if counts["alike"]:
+        parts.append(f"the replies of {counts['alike']:,}{about} are then the same, so that nothing is learnt from them")
+    return ", ".join(parts)
+
+
+def lines(folder: Path, stages: dict[str, tuple[str, str, int]]) -> list[str]:
+    """What was dropped of the rows of a prepared folder, and what the stages cut of them, a line each."""
+    found = formats.dropped(json.loads((folder / "counts.json").read_text(encoding="utf-8"))["read"])
+    for stage, (kind, key, length) in stages.items():
+        caches = sorted((folder / f"{kind}.jsonl.tokens").glob("*/about.json"), key=lambda path: path.stat().st_mtime_ns)
+        if caches:
+            found.append(words(f"{stage}.{key}", length, count(TokenRows(caches[-1].parent), kind, length)))
+    return [line for line in found if line]
+
+
+if __name__ == "__main__":
+    print("\n".join(lines(Path(sys.argv[1]), json.loads(sys.argv[2]))))
