@@ -89,6 +89,8 @@ def wrong_in_config(values: dict, pipelines: Collection[str]) -> str:
     about = values["run"]
     if not fits(about.get("pipeline", next(iter(pipelines))), pipelines.__contains__):
         return f"run.pipeline = {about['pipeline']!r:.60}"
+    if about.get("selected") is not None and not texts(about["selected"]):
+        return f"run.selected = {about['selected']!r:.60}"
     index = about["sweep"].get("index") if isinstance(about.get("sweep"), dict) else about.get("sweep", 0)
     return "" if whole(index) else f"run.sweep = {about['sweep']!r:.60}"
 

@@ -1,5 +1,6 @@
 """A command checks everything before it changes anything: whatever is refused leaves every byte of the run as it was."""
 
+import json
 import os
 import shutil
 import time
@@ -91,6 +92,6 @@ def test_resume_goes_as_far_as_the_run_was_submitted_for(project):
 
 @pytest.mark.parametrize("asked, selected", [(None, 6), (["sft"], 2), (["mtbench"], 6), (["reward", "gone"], 3)])
 def test_a_run_names_its_stages_and_what_they_need(tmp_path, asked, selected):
-    (tmp_path / "config.json").write_text(f'{{"run": {{"selected": {str(asked).replace(chr(39), chr(34))}}}, "profile": {{}}}}'
-                                          .replace("None", "null"))
+    about = {"id": "x-1", "profile": "local", "selected": asked}
+    (tmp_path / "config.json").write_text(json.dumps({"run": about, "profile": {"scheduler": "local"}}))
     assert len(Run(tmp_path).selected()) == selected
