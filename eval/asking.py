@@ -15,6 +15,7 @@ from eval.endpoint import Endpoint
 from eval.errors import JudgeError
 from eval.jsonl import append, dump, last_by, recover
 from eval.questions import QuestionSet
+from eval.rows import of_kind, usable
 from eval.verdict import rating
 
 
@@ -24,7 +25,7 @@ class Work:
 
     path: Path
     module: object
-    """eval.judge or eval.pairwise: row_key, row_place, row_models."""
+    """eval.judge or eval.pairwise: row_key, row_place, row_models, ROW, OWN_ROW."""
     wanted: Sequence
 
     @property
@@ -33,7 +34,9 @@ class Work:
         return self.path.parent / "superseded" / self.path.name
 
     def stored(self) -> dict[tuple, dict]:
-        return last_by([*recover(self.superseded), *recover(self.path)], self.module.row_key)
+        """Our own whole rows by key."""
+        rows = of_kind([*recover(self.superseded), *recover(self.path)], self.module.OWN_ROW)
+        return last_by(rows, self.module.row_key)
 
 
 def ratings(config: MTBenchConfig, question_set: QuestionSet, answers: dict[str, list[dict]],
@@ -120,13 +123,14 @@ def _ask_all(config: MTBenchConfig, endpoint: Endpoint, work: Work, items: Seque
 
 def _settle(config: MTBenchConfig, work: Work, stored: dict) -> None:
     """Leave the rows that were asked for, one a place: FastChat averages all that it finds in the file. Other rows of the same models by
-    this judge (of answers that are no more, of repeats and questions not asked for, repeated lines) go to superseded/; other models' stay.
+    this judge (of answers that are no more, of repeats and questions not asked for, repeated lines) go to superseded/, as damaged ones
+    do; other models' stay.
     """
     judge_model, module = config.judge_model, work.module
     wanted = {item.key(judge_model) for item in work.wanted}
     models = {module.row_models(stored[key]) for key in wanted}
     rows = recover(work.path)
-    last = {module.row_key(row): number for number, row in enumerate(rows)}
+    last = {module.row_key(row): number for number, row in enumerate(rows) if usable(row, module.ROW)}
     kept = {number for key, number in last.items()
             if key in wanted or rows[number]["judge"][0] != judge_model or module.row_models(rows[number]) not in models}
     back = [stored[key] for key in (item.key(judge_model) for item in work.wanted) if key not in last]

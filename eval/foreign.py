@@ -25,15 +25,20 @@ def plain(text: object) -> str:
 
 
 def read(path: Path, most: int) -> str:
-    """UTF-8 text of a regular file of at most ``most`` bytes, wrong bytes replaced. Raises OSError
-    where it is absent, ValueError for a pipe, a device or a larger file: neither is waited for."""
+    """UTF-8 text of a regular file of at most ``most`` bytes, wrong bytes replaced. Raises as ``content`` does."""
+    return content(path, most).decode("utf-8", errors="replace")
+
+
+def content(path: str | Path, most: int) -> bytes:
+    """A regular file of at most ``most`` bytes. Raises OSError where it is absent, ValueError for a
+    pipe, a device or a larger file: neither is waited for."""
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC), "rb") as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise ValueError("it is not a file")
-        content = file.read(most + 1)
-    if len(content) > most:
+        found = file.read(most + 1)
+    if len(found) > most:
         raise ValueError(f"it has more than {most >> 20} MiB")
-    return content.decode("utf-8", errors="replace")
+    return found
 
 
 def parse(text: str):

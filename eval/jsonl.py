@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from eval import foreign
 from eval.errors import DataError
 
 
@@ -39,20 +40,28 @@ def _encodable(row: dict) -> bool:
 
 
 def read(path: str | Path) -> list[dict]:
-    """Objects of a JSON-lines file; raises DataError where it is missing, no UTF-8 or no JSON lines."""
+    """Objects of a JSON-lines file; raises DataError where it is missing, no regular file, too large, no UTF-8 or no
+    JSON lines."""
     try:
-        return parse(Path(path).read_text(encoding="utf-8"), str(path))
+        return parse(foreign.content(path, foreign.ROWS).decode(), str(path))
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 at byte {error.start}") from None
+    except ValueError as error:
+        raise error if isinstance(error, DataError) else DataError(f"{path}: {error}") from None
 
 
 def recover(path: Path) -> list[dict]:
     """Rows of a file that this stage appends to: none where it is absent; a torn last line is cut off the file."""
     if not path.exists():
         return []
-    content = path.read_bytes()
+    try:
+        content = foreign.content(path, foreign.ROWS)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from None
     whole = content.rfind(b"\n") + 1
     if whole < len(content):
         os.truncate(path, whole)

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from eval import rows
 from eval.config import MTBenchConfig
 from eval.endpoint import Completion, Endpoint
 from eval.errors import DataError, InvariantError
@@ -91,8 +92,13 @@ def why(reasons: Iterable[str], replies: Iterable[Completion]) -> dict:
     return ({"reason": reason} if reason else {}) | ({"refusal": refusal} if refusal else {})
 
 
+ROW, OWN_ROW = rows.JUDGED, rows.JUDGMENT
+"""Fields of a row, and of one of ours."""
+
+
 def row_place(row: dict) -> tuple:
-    return (row["question_id"], row["model"], row["turn"], *row["judge"], row.get("repeat", 0))
+    repeat = row.get("repeat", 0)
+    return (row["question_id"], row["model"], row["turn"], *row["judge"], repeat if isinstance(repeat, int) else str(repeat))
 
 
 def row_models(row: dict) -> tuple:
@@ -101,7 +107,7 @@ def row_models(row: dict) -> tuple:
 
 def row_key(row: dict) -> tuple:
     """Key of a judgment row; one from FastChat has no hashes and so matches no answer of ours."""
-    return (*row_place(row), row.get("answer_id"), row.get("asked"))
+    return (*row_place(row), str(row.get("answer_id")), str(row.get("asked")))
 
 
 def prompt(question_set: QuestionSet, question: Question, plain: str, by_reference: str, turn: int) -> tuple[dict, dict]:
@@ -152,7 +158,7 @@ def requests(question_set: QuestionSet, answers: dict[str, list[dict]], repeats:
     """Every rating that the answers (model -> model_answer rows) need."""
     by_id = {question.question_id: question for question in question_set.questions}
     return [request(question_set, by_id[row["question_id"]], row, turn, repeat, settings)
-            for repeat in range(repeats) for rows in answers.values() for row in rows for turn in TURNS]
+            for repeat in range(repeats) for given in answers.values() for row in given for turn in TURNS]
 
 
 def judgment_path(output: str, judge: str, kind: str = "single") -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from eval import judge
+from eval import judge, rows
 from eval.endpoint import Endpoint
 from eval.errors import DataError
 from eval.judge import TURNS, hashed, usage, why
@@ -62,6 +62,10 @@ class Pair:
                 **why((verdict.reason for verdict in verdicts), (first, second))}
 
 
+ROW, OWN_ROW = rows.COMPARED, rows.PAIR
+"""Fields of a row, and of one of ours."""
+
+
 def row_place(row: dict) -> tuple:
     return (row["question_id"], row["model_1"], row["model_2"], row["turn"], *row["judge"])
 
@@ -71,7 +75,8 @@ def row_models(row: dict) -> tuple:
 
 
 def row_key(row: dict) -> tuple:
-    return (*row_place(row), *row.get("answer_ids", ()), row.get("asked"))
+    ids = row.get("answer_ids", ())
+    return (*row_place(row), *(map(str, ids) if isinstance(ids, list) else ()), str(row.get("asked")))
 
 
 def _pair(question_set: QuestionSet, question: Question, one: dict, two: dict, turn: int, settings: str = "") -> Pair:
@@ -100,4 +105,4 @@ def requests(question_set: QuestionSet, answers: dict[str, list[dict]], settings
     by_id = {question.question_id: question for question in question_set.questions}
     baseline = {row["question_id"]: row for row in next(iter(answers.values()))}
     return [_pair(question_set, by_id[row["question_id"]], row, baseline[row["question_id"]], turn, settings)
-            for rows in list(answers.values())[1:] for row in rows for turn in TURNS]
+            for given in list(answers.values())[1:] for row in given for turn in TURNS]

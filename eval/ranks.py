@@ -15,6 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from eval import rows
 from eval.errors import Busy, DataError
 from eval.jsonl import dump, last_by, recover
 
@@ -79,9 +80,9 @@ class Ranks:
             raise outcome[1]
         return outcome[0]
 
-    def gather(self, path: Path, place: Callable[[dict], tuple]) -> list[dict]:
+    def gather(self, path: Path, place: Callable[[dict], tuple], kinds: rows.Kinds) -> list[dict]:
         """All rows of ``path``, on every rank: rank 0 adds what other ranks have made, also in an earlier start that was
-        cut off, in the order of ``place``.
+        cut off, in the order of ``place``. Rows without the fields of ``kinds`` are left out.
 
         Rows travel over the ranks' connection. A rank reads its own file alone: on another node a fresh file may be
         missing from a cached listing of its folder for half a minute.
@@ -91,26 +92,26 @@ class Ranks:
         if self.world > 1:
             received = [None] * self.world if self.rank == 0 else None
             dist.gather_object(own, received, dst=0)
-        rows = self.once(lambda: self._put_together(path, received, place))
+        all_rows = self.once(lambda: self._put_together(path, received, place, kinds))
         if self.rank:  # only now: what is in ``path`` can't be lost any more
             _remove(self.own(path))
-        return rows
+        return all_rows
 
-    def _put_together(self, path: Path, received: list, place: Callable[[dict], tuple]) -> list[dict]:
+    def _put_together(self, path: Path, received: list, place: Callable[[dict], tuple], kinds: rows.Kinds) -> list[dict]:
         for error in received:
             if isinstance(error, DataError):
                 raise error
         left = [part for part in sorted(path.parent.glob(f"rank-*/{path.name}"))  # of an earlier start with more ranks
                 if part.parent.name[5:].isdigit() and int(part.parent.name[5:]) >= self.world]
-        new = [row for part in [*map(recover, left), *received] for row in part]
-        rows = recover(path)
+        new = rows.of_kind((row for part in [*map(recover, left), *received] for row in part), kinds)
+        found = rows.of_kind(recover(path), kinds)
         if new:
-            merged = last_by([*rows, *new], place)
-            rows = [merged[key] for key in sorted(merged)]
-            dump(path, rows)
+            merged = last_by([*found, *new], place)
+            found = [merged[key] for key in sorted(merged)]
+            dump(path, found)
         for part in left:
             _remove(part)
-        return rows
+        return found
 
 
 def _rows_or_error(path: Path) -> list[dict] | DataError:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from eval import answers, asking, chat, fingerprint, generation, harness, heldout, judge, pairwise, preference, questions, serving
+from eval import answers, asking, chat, fingerprint, generation, harness, heldout, judge, pairwise, preference, questions, rows, serving
 from eval.config import MTBenchConfig
 from eval.errors import DataError, JudgeError
 from eval.jsonl import append, dump, recover
@@ -86,8 +86,8 @@ class Stage:
         reply_done = self.progress.counter(f"{name}: held-out replies", len(self.places))
 
         def stored() -> tuple[dict, dict]:
-            answered = ranks.gather(answer_path, lambda row: (row["question_id"],))
-            replied = ranks.gather(reply_path, lambda row: (row["index"], row["sample"]))
+            answered = ranks.gather(answer_path, lambda row: (row["question_id"],), rows.ANSWER)
+            replied = ranks.gather(reply_path, _by_place, rows.REPLY)
             return answers.stored(answered, answer_keys), heldout.stored(replied, reply_keys)
 
         answered, replied = stored()
@@ -112,7 +112,7 @@ class Stage:
         path, base = self.output / "heldout" / "kl" / f"{name}.jsonl", self.fingerprints[self.baseline]
 
         def stored() -> dict[str, dict]:
-            return {row["key"]: row for row in self.ranks.gather(path, lambda row: (row["index"], row["sample"]))}
+            return {row["key"]: row for row in self.ranks.gather(path, _by_place, rows.KL)}
 
         known = stored()
         left = [row for row in replies if heldout.kl_key(row, base) not in known]
@@ -135,7 +135,7 @@ class Stage:
             return f"{row['key']}-{heldout.content_hash(row['response'])}-{self.scorer}"
 
         def stored() -> dict[str, dict]:
-            return {row["key"]: row for row in self.ranks.gather(path, lambda row: (row["index"], row["sample"]))}
+            return {row["key"]: row for row in self.ranks.gather(path, _by_place, rows.SCORE)}
 
         known = stored()
         if mine := self.ranks.mine([row for row in replies if key(row) not in known]):
@@ -153,17 +153,21 @@ class Stage:
             return [], [], ""
         works = asking.ratings(self.config, self.set, made, self.judge)
         try:
-            rows = asking.rate(self.config, works, self.set.prompts, self.progress.counter("ratings", sum(len(w.wanted) for w in works)))
+            judged = asking.rate(self.config, works, self.set.prompts, self.progress.counter("ratings", sum(len(w.wanted) for w in works)))
             problem = ""
         except JudgeError as error:
-            rows, problem = asking.paid(self.config, works), str(error)
-        return rows[0], rows[1] if self.config.judge_pairwise else [], problem
+            judged, problem = asking.paid(self.config, works), str(error)
+        return judged[0], judged[1] if self.config.judge_pairwise else [], problem
 
     def write_questions(self) -> None:
         """question.jsonl and reference_answer/ beside the answers, as FastChat's tools expect them; the report reads them, too."""
         dump(self.output / "question.jsonl", [
             {"question_id": item.question_id, "category": item.category, "turns": list(item.turns)}
             | ({"reference": list(item.reference)} if item.reference else {}) for item in self.set.questions])
+
+
+def _by_place(row: dict) -> tuple:
+    return row["index"], row["sample"]
 
 
 def release() -> None:
