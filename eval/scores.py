@@ -9,6 +9,7 @@ random.
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -135,3 +136,9 @@ def _difference(arrays: tuple, base: tuple, categories: Mapping[int, str], seed:
               for category, rows in _rows(categories) if counts[rows].any() and base_counts[rows].any()}
     return {"categories": paired, "micro": intervals.paired_difference(sums, counts, base_sums, base_counts, seed).as_dict(),
             "wins": int((margins > 0).sum()), "ties": int((margins == 0).sum()), "losses": int((margins < 0).sum())}
+
+
+if __name__ == "__main__":
+    from eval.judgment_file import main  # the command reads files; this module stays pure
+
+    sys.exit(main(sys.argv[1:]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,11 +57,17 @@ def missing(results: dict) -> list[str]:
     if judge["problem"]:
         return [f"The judge could not be used, so there is no score: {judge['problem']}", "Answers and ratings so far are kept; correct "
                 "the cause and run the stage mtbench again."]
-    short = [f"{name}: no average, because {row['n_valid']} of {row['n_expected']} ratings are valid ({_reasons(row)}) and "
-             f"{COVERAGE:.0%} are needed.{_words(row)}" for name, row in scores["models"].items() if not row["covered"]]
-    return short + [f"{name} against {row['baseline']}: no win rate, because {row['n_valid']} of {row['n_expected']} comparisons have a "
-                    f"verdict in both orders and {COVERAGE:.0%} are needed."
-                    for name, row in (results["pairwise"] or {}).items() if not row["covered"]]
+    return without_average(scores["models"]) + without_win_rate((results["pairwise"] or {}).items())
+
+
+def without_average(models: dict) -> list[str]:
+    return [f"{name}: no average, because {row['n_valid']} of {row['n_expected']} ratings are valid ({_reasons(row)}) and "
+            f"{COVERAGE:.0%} are needed.{_words(row)}" for name, row in models.items() if not row["covered"]]
+
+
+def without_win_rate(pairs: Iterable[tuple[str, dict]]) -> list[str]:
+    return [f"{name} against {row['baseline']}: no win rate, because {row['n_valid']} of {row['n_expected']} comparisons have a "
+            f"verdict in both orders and {COVERAGE:.0%} are needed." for name, row in pairs if not row["covered"]]
 
 
 def covered(results: dict) -> bool:
@@ -111,11 +118,15 @@ PAIR_NOTE = ("Each pair is judged in both orders; where the two verdicts disagre
 
 def pair_rows(pairwise: dict) -> list[list[Cell]]:
     """One row a model, in the columns of PAIR_HEADER."""
+    return cells_of_pairs(pairwise.items())
+
+
+def cells_of_pairs(pairs: Iterable[tuple[str, dict]]) -> list[list[Cell]]:
     return [[Cell(name), Cell(row["baseline"]), *(_rate(row.get(key)) for key in ("win_rate", "length_controlled")),
              *(Cell(str(row[key])) for key in ("wins", "ties", "losses")), Cell(f"{row['orders_disagree']} of {row['n_valid']}"),
              Cell("-" if row["first_preferred"] is None else f"{row['first_preferred']:.0%}"),
              Cell(f"{row['n_valid']}/{row['n_expected']}")]
-            for name, row in pairwise.items()]
+            for name, row in pairs]
 
 
 def _rate(value: dict | None) -> Cell:
@@ -132,8 +143,12 @@ def notes(results: dict) -> list[str]:
     models = results["scores"]["models"] if results["scores"] else {}
     pairs = {f"{name} against {row['baseline']}": row for name, row in (results["pairwise"] or {}).items()}
     adapted = results["judge"].get("adapted", [])
-    return [*_absent(models, "ratings"), *_absent(pairs, "comparisons"), *_repeated(models), *_spread(models),
+    return [*about_ratings(models), *_absent(pairs, "comparisons"),
             *([f"The judge does not take all of the usual request: {'; '.join(adapted)}."] if adapted else [])]
+
+
+def about_ratings(models: dict) -> list[str]:
+    return [*_absent(models, "ratings"), *_repeated(models), *_spread(models)]
 
 
 def _absent(models: dict, what: str) -> list[str]:
@@ -168,13 +183,13 @@ def markdown(results: dict) -> str:
     """table.md."""
     lines = [title(results), "", *(line + "\n" for line in missing(results))]
     if results["scores"]:
-        lines += [*_pipes(HEADER, rows(results["scores"])), "", NOTE, *("\n" + line for line in notes(results))]
+        lines += [*pipes(HEADER, rows(results["scores"])), "", NOTE, *("\n" + line for line in notes(results))]
     if results["pairwise"]:
-        lines += ["", *_pipes(PAIR_HEADER, pair_rows(results["pairwise"])), "", PAIR_NOTE]
+        lines += ["", *pipes(PAIR_HEADER, pair_rows(results["pairwise"])), "", PAIR_NOTE]
     return "\n".join(lines) + "\n"
 
 
-def _pipes(header: tuple[str, ...], body: list[list[Cell]]) -> list[str]:
+def pipes(header: tuple[str, ...], body: list[list[Cell]]) -> list[str]:
     made = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for row in body:
         cells = [(f"**{cell.text}**" if cell.bold else cell.text) + (f" {cell.interval}" if cell.interval else "") for cell in row]

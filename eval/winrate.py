@@ -43,14 +43,14 @@ def outcome(row: Mapping) -> float | None:
     return 1.0 if first == "model_1" else 0.0
 
 
-def table(pairs: Sequence[Mapping], lengths: Mapping[tuple, int], questions: Sequence[int], seed: int) -> dict:
-    """model_1 -> its summary against model_2. ``lengths``: (model, question_id, turn) -> characters of the answer; ``questions``: all
-    ids."""
+def table(pairs: Sequence[Mapping], lengths: Mapping[tuple, int] | None, questions: Sequence[int], seed: int) -> dict:
+    """model_1 -> its summary against model_2. ``lengths``: (model, question_id, turn) -> characters of the answer, None where
+    nobody knows: then nothing is said about equal length. ``questions``: all ids."""
     models = list(dict.fromkeys(row["model_1"] for row in pairs))
     return {name: _summary([row for row in pairs if row["model_1"] == name], lengths, questions, seed) for name in models}
 
 
-def _summary(pairs: Sequence[Mapping], lengths: Mapping[tuple, int], questions: Sequence[int], seed: int) -> dict:
+def _summary(pairs: Sequence[Mapping], lengths: Mapping[tuple, int] | None, questions: Sequence[int], seed: int) -> dict:
     valid = [(row, result) for row in pairs if (result := outcome(row)) is not None]
     absent = [{"question_id": row["question_id"], "turn": row["turn"], "reason": row.get("reason", "unparsed"),
                "refusal": row.get("refusal", "")} for row in pairs if outcome(row) is None]
@@ -67,11 +67,14 @@ def _summary(pairs: Sequence[Mapping], lengths: Mapping[tuple, int], questions: 
     place = {question: number for number, question in enumerate(questions)}
     units = np.array([place[row["question_id"]] for row, _ in valid])
     outcomes = np.array([result for _, result in valid])
+    sums, n = (np.bincount(units, weights, minlength=len(questions)) for weights in (outcomes, np.ones(len(units))))
+    found["win_rate"] = intervals.pooled_mean(sums, n, seed).as_dict()
+    if lengths is None:
+        return found
     longer = np.array([lengths[row["model_1"], row["question_id"], row["turn"]] - lengths[row["model_2"], row["question_id"], row["turn"]]
                        for row, _ in valid], dtype=float)
-    sums, n = (np.bincount(units, weights, minlength=len(questions)) for weights in (outcomes, np.ones(len(units))))
     controlled, low, high = length_controlled(outcomes, longer, units, len(questions), seed)
-    return found | {"win_rate": intervals.pooled_mean(sums, n, seed).as_dict(), "longer_by": float(longer.mean()),
+    return found | {"longer_by": float(longer.mean()),
                     "length_controlled": {"mean": controlled, "low": low, "high": high, "units": len(questions)}}
 
 
