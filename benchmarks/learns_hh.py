@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from training.data import demo_model, prepare
+from training.data import demo_model, sorting
 from training.data.config import DataConfig, ModelConfig
 
 RUNS, MODELS = Path("runs"), Path("models")
@@ -54,8 +54,8 @@ def make_model(folder: Path, source: str, shape: ModelConfig, data: DataConfig, 
         return
     aside = folder.with_name(f"{folder.name}.writing")
     aside.mkdir(parents=True, exist_ok=True)
-    with prepare.Writer(folder.with_name(f"{folder.name}.data")) as writer:
-        prepare.from_source(data, writer)
+    with sorting.Writer(folder.with_name(f"{folder.name}.data")) as writer:
+        sorting.from_source(data, writer)
         texts = (row["prompt"] + row["response"] for row in writer.rows("sft.jsonl"))
         demo_model.write(aside, texts, shape, data.seed, rows=rows)
     aside.rename(folder)

@@ -28,15 +28,15 @@ def test_the_two_halves_share_no_prompt_and_all_replies_of_sft(tmp_path):
     """By what preparation writes: equal SFT and held-out rows, comparisons of one half each, together all of them."""
     from smollm2_inputs import halves
 
-    from training.data import prepare
+    from training.data import sorting
 
     source = tmp_path / "hh.jsonl"
     source.write_text("".join(json.dumps({side: f"\n\nHuman: question {n}?\n\nAssistant: {side} {n}." for side in ("chosen", "rejected")})
                               + "\n" for n in range(200)))
     data, made = DataConfig(source=str(source), heldout=0.2, heldout_max=512), {}
     for name, path in halves(data, tmp_path / "sources").items():
-        with prepare.Writer(tmp_path / name) as writer:
-            prepare.from_source(DataConfig(source=str(path), heldout=0.2, heldout_max=512), writer)
+        with sorting.Writer(tmp_path / name) as writer:
+            sorting.from_source(DataConfig(source=str(path), heldout=0.2, heldout_max=512), writer)
             made[name] = {file: [json.dumps(row) for row in writer.rows(file)] for file in writer.counts}
     for file in ("sft.jsonl", "sft_heldout.jsonl", "reward_heldout.jsonl", "rlhf.jsonl", "heldout.jsonl"):
         assert made["base"][file] == made["judge"][file] == made["full"][file], file

@@ -13,7 +13,7 @@ from launcher import screen, state
 from launcher.run import Run, write_json
 from tests.launcher.stub_project import SMALL
 
-ROW = '{"prompt": "Where does otter %d live?", "response": "In the %s."}\n'
+ROW = '{"prompt": "Where does otter %d live?", "chosen": "In the %s.", "rejected": "No."}\n'
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def prepared(project) -> int:
 
 
 def submit(project, *arguments: str):
-    return project.submit("--set", "data.source=rows.jsonl", "--wait", *arguments)
+    return project.submit("--set", "data.source=rows.jsonl", "--set", "model.demo_vocab=270", "--wait", *arguments)
 
 
 def test_a_file_that_was_edited_is_prepared_again_before_a_stage_has_used_it(project, rows):
@@ -53,7 +53,7 @@ def test_other_rows_than_a_stage_has_used_are_refused_or_named(project, rows):
     rows("pond")
     for command in ("plan", "submit"):
         refused = project.convoy(command, "full-pipeline", "--name", "demo", "--profile", "local", *SMALL, "--set",
-                                 "data.source=rows.jsonl")
+                                 "data.source=rows.jsonl", "--set", "model.demo_vocab=270")
         words = refused.stderr
         assert refused.returncode == 2 and "data.source = 'rows.jsonl' changed after sft" in words and "--name" in words, words
     done = project.convoy("resume", "demo", "--wait")
@@ -66,7 +66,7 @@ def test_other_rows_than_a_stage_has_used_are_refused_or_named(project, rows):
 
 def test_another_source_on_resume_begins_anew_what_has_used_the_old_rows(project, rows):
     assert submit(project, "--until", "sft").returncode == 0
-    (project.folder / "other.jsonl").write_text(ROW % (1, "sea") + ROW % (2, "sea"))
+    (project.folder / "other.jsonl").write_text("".join(ROW % (number, "sea") for number in range(30)))
     changed = project.convoy("resume", "demo", "--set", "data.source=other.jsonl", "--yes", "--wait")
     assert changed.returncode == 0 and "sft begins anew" in changed.stdout + changed.stderr and prepared(project) == 2
 

@@ -69,18 +69,18 @@ def _sentence(counts: Counter, rows: list[Row], whole: bool) -> str:
 
 def prepared(settings: dict) -> list[str]:
     """What the preparation says of all rows: the same code, without its caches. Raises DataError and ConfigError as it does."""
-    from training.data import cache, cuts, prepare
+    from training.data import cache, cuts, sorting
 
-    with tempfile.TemporaryDirectory() as folder, prepare.Writer(Path(folder) / "data") as writer:
-        read = prepare.from_source(build(DataConfig, settings["data"], "data"), writer)
+    with tempfile.TemporaryDirectory() as folder, sorting.Writer(Path(folder) / "data") as writer:
+        read = sorting.from_source(build(DataConfig, settings["data"], "data"), writer)
         warnings = [line for line in formats.dropped(read) if "rows repeated" in line]
         for stage, (kind, _, _) in settings["stages"].items():
-            if name := next((name for name in prepare.names(kind) if not writer.counts[name]), ""):
-                raise formats.DataError(prepare.without_rows(settings["data"]["source"], stage, name, read))
+            if name := next((name for name in sorting.names(kind) if not writer.counts[name]), ""):
+                raise formats.DataError(sorting.without_rows(settings["data"]["source"], stage, name, read))
         tokenizer = _tokenizer(settings["model"], (row["prompt"] + row["response"] for row in writer.rows("sft.jsonl")))
         for stage, (kind, key, length) in settings["stages"].items():
             writer.flush()
-            rows = cache.tokenise(list(formats.iterate(writer.aside / prepare.names(kind)[0], kind, Counter())), kind, tokenizer)
+            rows = cache.tokenise(list(formats.iterate(writer.aside / sorting.names(kind)[0], kind, Counter())), kind, tokenizer)
             warnings.append(cuts.words(f"{stage}.{key}", length, cuts.count(rows, kind, length)))
     return [line for line in warnings if line]
 
@@ -99,13 +99,13 @@ def sampled(rows: list[Row], settings: dict) -> list[str]:
 
 
 def _tokenizer(model: dict, texts):
-    from training.data import demo_model, prepare
+    from training.data import demo_model, sorting
     from training.data.tokenizer import Tokenizer
 
     if model["checkpoint"] != "demo":
         return Tokenizer(model["checkpoint"])
     with tempfile.TemporaryDirectory() as folder:
-        demo_model.write_tokenizer(Path(folder), itertools.islice(texts, prepare.TOKENIZER_ROWS), build(ModelConfig, model, "model"))
+        demo_model.write_tokenizer(Path(folder), itertools.islice(texts, sorting.TOKENIZER_ROWS), build(ModelConfig, model, "model"))
         return Tokenizer(folder)
 
 

@@ -7,152 +7,24 @@ queued. The same input and seed give the same bytes. Exit status: 64 for a bad c
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import os
 import shutil
 import sys
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TextIO
 
 from training import checksums
-from training.data import demo, dialogue, formats
+from training.data import formats
 from training.data.cache import cached
-from training.data.config import DataConfig, PrepareConfig
-from training.data.rows import Row
+from training.data.config import PrepareConfig
+from training.data.sorting import STAGES, TOKENIZER_ROWS, Writer, from_demo, from_source, names
 from training.data.source import lines
-from training.data.split import HeldOut, Repeats
 from training.data.tokenizer import Tokenizer
 from training.settings import ConfigError, load
 
 EXIT_USAGE = 64
-TOKENIZER_ROWS = 20_000
-"""Most SFT rows that the demo's tokenizer is trained on."""
-STAGES = ("sft", "reward", "rlhf")
-Counts = dict[str, int]
-
-
-class Writer:
-    """The files of a folder, written aside row by row; ``publish`` puts them in place. ``counts``: rows of each."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.aside, self.counts = folder, folder / ".preparing", {}
-        shutil.rmtree(self.aside, ignore_errors=True)
-        self.aside.mkdir(parents=True)
-        self._files: dict[str, TextIO] = {}
-
-    def open(self, *names: str) -> None:
-        for name in names:
-            self.counts[name] = 0
-            self._files[name] = open(self.aside / name, "w", encoding="utf-8", newline="\n")  # noqa: SIM115 - publish closes it
-
-    def add(self, name: str, row: dict) -> None:
-        self._files[name].write(json.dumps(row, ensure_ascii=False) + "\n")
-        self.counts[name] += 1
-
-    def rows(self, name: str) -> Iterator[dict]:
-        """What was written to a file so far."""
-        self._files[name].flush()
-        with open(self.aside / name, encoding="utf-8") as file:
-            yield from map(json.loads, file)
-
-    def flush(self) -> None:
-        """What was added can be read from the files in ``aside``."""
-        for file in self._files.values():
-            file.flush()
-
-    def publish(self, counts: dict) -> None:
-        """Every file gets its name when it is on the disk; counts.json, which says how many rows each has, is the last."""
-        self.open("counts.json")
-        self._files["counts.json"].write(json.dumps(counts, indent=2, ensure_ascii=False) + "\n")
-        for name, file in self._files.items():
-            file.close()
-            checksums.sync(self.aside / name)
-            os.replace(self.aside / name, self.folder / name)
-        checksums.sync(self.folder)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        for file in self._files.values():
-            file.close()
-        shutil.rmtree(self.aside, ignore_errors=True)
-        with contextlib.suppress(OSError):  # what is not empty stays
-            self.folder.rmdir()
-
-
-def from_demo(data: DataConfig, writer: Writer) -> Counts:
-    """Writes the generated data; counts of what it was made from."""
-    prompts = [question.prompt for question in demo.questions()]
-    heldout = HeldOut(data)
-    for prompt in prompts:
-        heldout.add(heldout.place(prompt))
-    chosen = heldout.chosen()
-    for name, rows in demo.rows({prompt for prompt in prompts if heldout.place(prompt) in chosen}, data.seed).items():
-        writer.open(name)
-        for row in rows:
-            writer.add(name, row)
-    return {"prompts": len(prompts)}
-
-
-def from_source(data: DataConfig, writer: Writer) -> Counts:
-    """Writes what the rows of a file are good for: every prompt to RLHF, its best reply, if it has one, to SFT, all of them, if there are
-    two, to the reward model; counts of what was read, dropped and repeated. Reads the file twice and keeps no row in memory.
-
-    Held out is each stage's share of its own prompts, from all stages: of a few comparisons among many plain prompts some are, too.
-    Raises DataError for a bad row, for no usable row, and for fewer than 2 prompts.
-    """
-    counts: Counter = Counter()
-    heldout = {stage: HeldOut(data) for stage in STAGES}
-    repeats = {stage: Repeats(writer.aside / f"digests-{stage}") for stage in STAGES}
-    echoes = formats.Echoes()
-    for row in formats.iterate(data.source, "rlhf", counts, data.skip_bad_rows):
-        counts.update(f"kept: {oddity}" for oddity in [*dialogue.oddities(row.prompt), *row.notes])
-        if echoes.add(row):
-            counts["kept: reply begins with its prompt"] += 1
-        place = heldout["rlhf"].place(row.prompt)
-        for stage in _good_for(row):
-            heldout[stage].add(place)
-            repeats[stage].add(json.dumps(formats.as_native(row, stage)))
-    echoes.check(data.source)
-    distinct = heldout["rlhf"].distinct
-    if not distinct:
-        raise formats.DataError(f"{data.source}: no usable row{formats.because(counts)}")
-    if distinct < 2:
-        raise formats.DataError(f"{data.source}: 1 distinct prompt; expected at least 2: one to train on, one to hold out")
-    chosen, again = set(), {stage: iter(found.flags()) for stage, found in repeats.items()}
-    for held in heldout.values():
-        chosen |= held.chosen()
-    writer.open(*(name for stage in STAGES for name in names(stage)))
-    for row in formats.iterate(data.source, "rlhf", Counter(), data.skip_bad_rows):
-        unseen = heldout["rlhf"].place(row.prompt) in chosen
-        for stage in _good_for(row):
-            if next(again[stage]):
-                counts[f"repeated: {stage}"] += 1
-            else:
-                writer.add(names(stage)[unseen], formats.as_native(row, stage))
-    return dict(counts)
-
-
-def _good_for(row: Row) -> list[str]:
-    return [stage for stage in STAGES if len(row.responses) >= formats.NEEDS[stage][0]]
-
-
-def names(stage: str) -> tuple[str, str]:
-    """Files of a stage's rows: to train on, held out."""
-    return f"{stage}.jsonl", "heldout.jsonl" if stage == "rlhf" else f"{stage}_heldout.jsonl"
-
-
-def without_rows(source: str, stage: str, name: str, read: Counts) -> str:
-    """That a stage would find no row in a file, in words: not every source has replies, or two to compare."""
-    unread = [field.removeprefix("not read: ") for field in read if field.startswith("not read: ")]
-    return (f"data.source = {source!r} gives {name}, which the {stage} stage reads, no row; sft needs rows with a reply, "
-            f"reward and dpo rows with two or more to compare{'; nothing reads ' + ', '.join(unread) if unread else ''}; "
-            "submit a part of the chain with --until, or give another source")
 
 
 def write_demo_model(config: PrepareConfig, sft_rows: Iterable[dict]) -> None:
