@@ -14,8 +14,9 @@ from pathlib import Path
 from conversion import huggingface, torch_dist, work
 from conversion.command import main
 from conversion.config import ConvertConfig, ConvertPaths
-from training import checkpoint
+from training import checkpoint, hf_folder, tensor_files
 from training.data.tokenizer import Tokenizer
+from training.hf_folder import shown
 from training.metrics import Metrics
 from training.settings import ConfigError
 from training.shape import Shape
@@ -32,7 +33,7 @@ def convert(config: ConvertConfig) -> None:
     aside = target.with_name(f".{target.name}.converting")
     files = torch_dist.plan(tensors, shape, head)
     sizes = {name: sum(part.tensor.nbytes for part in parts) for name, parts in files.items()}
-    made_from = {"from": work.described(huggingface.files(config.paths.model)), "files": sizes}
+    made_from = {"from": work.described(tensor_files.find(config.paths.model).files), "files": sizes}
     with work.folder(aside, made_from, size):
         (aside / "model").mkdir(exist_ok=True)
         writers = {name: partial(torch_dist.write, parts) for name, parts in files.items()}
@@ -47,9 +48,9 @@ def convert(config: ConvertConfig) -> None:
 
 def check_tokenizer(folder: Path, rows: int) -> None:
     """Raises ConfigError for a tokenizer with ids beyond the embedding: under TP they would silently read no row at all."""
-    tokens = Tokenizer(folder).size if (folder / "tokenizer.json").is_file() else 0
-    if tokens > rows:
-        raise ConfigError(f"{folder}: the tokenizer has {tokens} tokens, the embedding only {rows} rows; "
+    token, number = Tokenizer(folder).highest() if hf_folder.file(folder, "tokenizer.json") else ("", -1)
+    if number >= rows:
+        raise ConfigError(f"{folder}: token {shown(repr(token))} of the tokenizer has id {number}, the embedding only {rows} rows; "
                           "resize the embedding (model.resize_token_embeddings) or use the tokenizer that the model was trained with")
 
 

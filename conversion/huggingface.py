@@ -11,13 +11,15 @@ import torch
 
 from conversion.tensors import FLOATS, Rows, Stored, equal, mapped, view
 from conversion.weights import HEADS, check_names, embedding_name, entries, head_of, stored_name
+from training import tensor_files
+from training.hf_folder import shown
 from training.settings import ConfigError
 from training.shape import Shape, family
+from training.tensor_files import SAFETENSORS
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 """safetensors' names of the data types that weights may have."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-SAFETENSORS, BIN = "model.safetensors", "pytorch_model.bin"
 
 
 def read(folder: str | Path, shape: Shape) -> tuple[str, dict[str, Stored]]:
@@ -32,7 +34,7 @@ def read(folder: str | Path, shape: Shape) -> tuple[str, dict[str, Stored]]:
             continue
         short = name.removeprefix(prefix)
         if short in tensors:
-            raise ConfigError(f"{folder} holds {short} twice, with and without the prefix {prefix!r}; remove one")
+            raise ConfigError(f"{folder} holds {shown(short)} twice, with and without the prefix {prefix!r}; remove one")
         tensors[short] = tensor
     head = head_of(shape)
     if "score.weight" in tensors:
@@ -61,65 +63,26 @@ def check_tensor(where, name: str, tensor: Rows, size: tuple[int, ...], vocabula
                           "(quantised checkpoints can't be trained: take the original)")
 
 
-def files(folder: str | Path) -> list[Path]:
-    """The weight files of a folder, in order. Raises ConfigError where there are none or the index names others."""
-    folder = Path(folder)
-    for single in (SAFETENSORS, BIN):
-        index = folder / f"{single}.index.json"
-        if index.is_file():
-            try:
-                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
-                raise ConfigError(f"{index} is no index of shards ({type(error).__name__}: {error}); download it again") from None
-            missing = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
-            if missing:
-                raise ConfigError(f"model.checkpoint: {index} names files that are not there: {', '.join(missing)}; download them")
-            return [folder / name for name in names]
-        if (folder / single).is_file():
-            return [folder / single]
-    raise ConfigError(f"model.checkpoint: {folder} has neither {SAFETENSORS} nor {BIN} nor an index of shards; "
-                      "save it with model.save_pretrained(folder, safe_serialization=True)")
-
-
 def _tensors(folder: Path) -> dict[str, Stored]:
     found: dict[str, Stored] = {}
-    for path in files(folder):
+    for path in tensor_files.find(folder).files:
         tensors = read_bin(path) if path.suffix == ".bin" else read_safetensors(path)
         twice = found.keys() & tensors.keys()
         if twice:
-            raise ConfigError(f"{path} holds {sorted(twice)[0]}, which another shard holds, too; remove the stale shard")
+            raise ConfigError(f"{path} holds {shown(min(twice))}, which another shard holds, too; remove the stale shard")
         found.update(tensors)
     return found
 
 
 def read_safetensors(path: Path) -> dict[str, Stored]:
-    """Tensors of one file (format: github.com/huggingface/safetensors). Raises ConfigError where it is truncated or no such file."""
-    size = path.stat().st_size
-    try:
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 + length:
-                raise ConfigError(f"{path} is truncated or no safetensors file: {size:,} bytes, its header alone needs {8 + length:,}; "
-                                  "download it again")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        end = 8 + length + max((info["data_offsets"][1] for info in header.values()), default=0)
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{path} is no safetensors file ({type(error).__name__}: {error}); download it again") from None
-    if size != end:
-        raise ConfigError(f"{path} is truncated or damaged: {size:,} bytes, its header says {end:,}; download it again")
+    """Tensors of one file. Raises ConfigError where it is truncated, damaged or of types that are no weights'."""
+    header = tensor_files.read_header(path)
     mapping, tensors = mapped(path), {}
-    for name, info in header.items():
-        (first, last), shape = info["data_offsets"], tuple(info["shape"])
-        if info["dtype"] not in DTYPES:
-            raise ConfigError(f"{path}: {name} has type {info['dtype']}; weights are BF16, F16 or F32 "
+    for name, tensor in header.items():
+        if tensor.dtype not in DTYPES:
+            raise ConfigError(f"{path}: {shown(name)} has type {shown(tensor.dtype)}; weights are BF16, F16 or F32 "
                               "(quantised checkpoints can't be trained: take the original)")
-        dtype = DTYPES[info["dtype"]]
-        if last - first != torch.Size(shape).numel() * dtype.itemsize or first < 0:
-            raise ConfigError(f"{path}: {name} of shape {list(shape)} has {last - first} bytes; the file is damaged, download it again")
-        tensors[name] = Stored.whole(view(mapping, dtype, shape, 8 + length + first))
+        tensors[name] = Stored.whole(view(mapping, DTYPES[tensor.dtype], tensor.sizes, tensor.start))
     return tensors
 
 

@@ -23,6 +23,7 @@ from conversion.intact import Intact
 from conversion.megatron_to_hf import DTYPES, find_checkpoint, write_folder
 from conversion.tensors import Stored, mapped, raw, view
 from conversion.weights import Entry, check_names, embedding_name, entries, head_of
+from training import tensor_files
 from training.settings import ConfigError
 from training.shape import EMBEDDING, Shape
 
@@ -268,7 +269,7 @@ def run(given) -> None:
         Intact(source).check()
         tensors, made_from = torch_dist.read(source, shape, head_of(shape)), work.described(sorted(source.iterdir()))
     else:
-        tensors, made_from = huggingface.read(model, shape)[1], work.described(huggingface.files(model))
+        tensors, made_from = huggingface.read(model, shape)[1], work.described(tensor_files.find(model).files)
     write(Path(given.output), tensors, made_from, shape, given.tensor_parallel, given.pipeline_parallel, given.names, given.iteration)
 
 

@@ -210,4 +210,6 @@ def mapped(path: str | Path) -> mmap.mmap:
 
 def view(mapping: mmap.mmap, dtype: torch.dtype, shape: tuple[int, ...], offset: int) -> torch.Tensor:
     """A tensor whose storage is exactly its part of the file, at byte ``offset``."""
-    return torch.frombuffer(mapping, dtype=dtype, count=math.prod(shape), offset=offset).view(shape)
+    if not (count := math.prod(shape)):
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(mapping, dtype=dtype, count=count, offset=offset).view(shape)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from conversion.tensors import Rows, Unwoven, Woven
+from training.hf_folder import shown
 from training.settings import ConfigError
 from training.shape import EMBEDDING, VOCABULARY, Shape, Weight, family
 
@@ -79,4 +80,4 @@ def check_names(found: Iterable[str], wanted: Iterable[str], where, shape: Shape
     found, wanted = set(found), set(wanted)
     if found != wanted:
         raise ConfigError(f"{where} does not hold the tensors of a {shape.family} of {shape.layers} layers; "
-                          f"missing: {sorted(wanted - found)[:5]}, unknown: {sorted(found - wanted)[:5]}")
+                          f"missing: {shown(sorted(wanted - found)[:5], 400)}, unknown: {shown(sorted(found - wanted)[:5], 400)}")

@@ -11,8 +11,10 @@ from launcher.config import Profile, StageResources, build_plain
 from launcher.pipeline import Graph, Stage, model_folder, stage_config
 from training.config import RewardConfig, RolloutConfig
 from training.data.config import ModelConfig
+from training.hf_folder import file
 from training.settings import ConfigError
-from training.shape import Shape
+from training.shape import Shape, check_language_model
+from training.special_tokens import Said
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,12 @@ def check(run: Path, tables: dict, graph: Graph, stages: list[Stage], profile: P
     model, data = build_plain("model", tables["model"]), build_plain("data", tables["data"])
     resources = build_plain("resources", tables["resources"])
     folder = Path(model_folder(run, tables))
-    shape, weights_gb = found.of(lambda: _model(model, folder)) or (None, 0.0)
+    shape, weights_gb, notes = found.of(lambda: _model(model, folder, data.source)) or (None, 0.0, [])
     cut_to = lengths(run, tables, graph, stages)
     words, dropped = found.of(lambda: inputs.check_data(data, model if shape else None, cut_to)) or ("", [])
     if "reward" in graph:
         found.of(lambda: _reward_iteration(stage_config(run, tables, graph, "reward")))
-    estimates, disk, warnings = {}, {}, []
+    estimates, disk, warnings = {}, {}, [*notes]
     for stage in stages:
         asked, config = getattr(resources, stage.name), stage_config(run, tables, graph, stage.name)
         found.of(lambda: cluster.check_fits(profile, stage.name, asked))  # noqa: B023 - called at once
@@ -101,13 +103,13 @@ class Mistakes:
             raise ConfigError(self.messages[0])
 
 
-def _model(model: ModelConfig, folder: Path) -> tuple[Shape, float]:
-    """The starting model's shape and its weights' size in GB."""
+def _model(model: ModelConfig, folder: Path, source: str) -> tuple[Shape, float, list[str]]:
+    """The starting model's shape, its weights' size in GB, and what a person should know of it."""
     if model.checkpoint == "demo":
         shape = Shape.demo(model)
-        return shape, 4 * shape.parameters() / storage.GB
+        return shape, 4 * shape.parameters() / storage.GB, []
     for name in ("config.json", "tokenizer.json"):
-        if not (folder / name).is_file():
+        if not file(folder, name):
             if (folder / "tokenizer.model").is_file() and name == "tokenizer.json":
                 raise ConfigError(f"model.checkpoint = {model.checkpoint!r}: only SentencePiece's tokenizer.model is there; make its "
                                   f"tokenizer.json once: python -c \"from transformers import LlamaTokenizer as T; "
@@ -115,8 +117,10 @@ def _model(model: ModelConfig, folder: Path) -> tuple[Shape, float]:
             raise ConfigError(f"model.checkpoint = {model.checkpoint!r}: {folder / name} does not exist; give the folder of a Hugging Face "
                               "checkpoint (config.json, tokenizer.json, weights): --set model.checkpoint=FOLDER")
     shape = Shape.read(folder)
-    inputs.check_tokenizer(folder, shape)
-    return shape, weights.check_checkpoint(folder, shape) / storage.GB
+    check_language_model(folder, shape)
+    Said.read(folder, shape.vocab)
+    size, notes = weights.check_checkpoint(folder, shape)
+    return shape, size / storage.GB, [*notes, *inputs.check_tokenizer(folder, shape, source)]
 
 
 def _data_parallel(stage: str, config, asked) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import subprocess
@@ -15,48 +16,35 @@ from pathlib import Path
 
 from training.checksums import touched
 from training.data.config import DataConfig, ModelConfig
+from training.hf_folder import read_text
 from training.settings import ConfigError
 from training.shape import Shape
 
+TOKENIZER = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+             "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja")
+"""Files that a tokenizer's ids depend on."""
+TRIAL_SECONDS = 300
+"""Longest time that loading and comparing a tokenizer may take: transformers is imported, perhaps from a slow disk."""
+FOLDER = "\0"
+_trials: dict[bytes, list[str]] = {}
+"""What was found out of tokenizers, by their files' content: a sweep's runs have the same."""
 PEEK_ROWS = 1000
 """Rows of the data that are parsed before anything is queued; the preparation then reads all of them."""
 
 
-def check_tokenizer(folder: Path, shape: Shape) -> None:
-    """ConfigError where tokenizer.json is no tokenizer, has more tokens than the model has rows, or names an EOS or PAD that it lacks."""
-    path = folder / "tokenizer.json"
-    table = read_json(path, "model.checkpoint")
-    vocabulary = table.get("model", {}).get("vocab", {}) if isinstance(table.get("model"), dict) else {}
-    ids = dict(vocabulary) if isinstance(vocabulary, dict) else {token[0]: number for number, token in enumerate(vocabulary)}
-    ids |= {token["content"]: token["id"] for token in table.get("added_tokens", [])}
-    if not ids:
-        raise ConfigError(f"model.checkpoint: {path} has no vocabulary; download it again, or save the fast tokenizer there with "
-                          "AutoTokenizer.from_pretrained(...).save_pretrained(folder)")
-    highest = max(ids, key=ids.__getitem__)
-    if ids[highest] >= shape.vocab:
-        raise ConfigError(f"model.checkpoint: token {highest!r} of {path} has id {ids[highest]}, the embedding has {shape.vocab} rows "
-                          "(vocab_size); the tokenizer is another model's, or the embedding was not resized after tokens were added")
-    _special(folder, "eos", ids)
-    _special(folder, "pad", ids, required=False)
+def check_tokenizer(folder: Path, shape: Shape, source: str) -> list[str]:
+    """What a person should know of the tokenizer. ConfigError where a stage would fail with it, or train on other tokens
+    than the evaluation uses; ``source``: the data, whose first rows are tried.
 
-
-def _special(folder: Path, name: str, ids: dict[str, int], required: bool = True) -> int | None:
-    """Id of "eos" or "pad", looked up as training/data/tokenizer.py does: the tokenizer's files by text, else config.json by number."""
-    for file in ("tokenizer_config.json", "special_tokens_map.json"):
-        token = read_json(folder / file, "model.checkpoint").get(f"{name}_token") if (folder / file).is_file() else None
-        if token is not None:
-            text = token.get("content") if isinstance(token, dict) else token
-            if not isinstance(text, str) or text not in ids:
-                raise ConfigError(f"model.checkpoint: {folder / file}: {name}_token = {text!r} is not in tokenizer.json; "
-                                  "name one that is, or add it there")
-            return ids[text]
-    number = read_json(folder / "config.json", "model.checkpoint").get(f"{name}_token_id")
-    if type(number) is not int:
-        if not required:
-            return None
-        raise ConfigError(f'model.checkpoint: {folder} names no {name} token; set "{name}_token" in tokenizer_config.json to one that '
-                          "tokenizer.json has")
-    return number
+    training.data.trial, a process of its own, loads what the stages load. It is not asked twice for the same files.
+    """
+    key = hashlib.sha256(f"{shape.vocab} {source} {touched(source) if Path(source).exists() else 0}".encode())
+    for name in TOKENIZER:
+        key.update(f"\0{name}\0{read_text(folder, name)}".encode("utf-8", "replace"))
+    if key.digest() not in _trials:
+        words = _asked("model.checkpoint", "training.data.trial", str(folder), str(shape.vocab), source, timeout=TRIAL_SECONDS)
+        _trials[key.digest()] = [note.replace(str(folder), FOLDER) for note in json.loads(words.splitlines()[-1])]
+    return [note.replace(FOLDER, str(folder)) for note in _trials[key.digest()]]
 
 
 def check_data(data: DataConfig, model: ModelConfig | None, stages: dict[str, tuple[str, str, int]]) -> tuple[str, list[str]]:
@@ -102,9 +90,14 @@ def check_template(template: str, folder: Path) -> None:
         raise ConfigError(f'mtbench.template = "chat", but {said}; set mtbench.template to a text with {{question}} in it') from None
 
 
-def _asked(key: str, module: str, *arguments: str) -> str:
+def _asked(key: str, module: str, *arguments: str, timeout: float | None = None) -> str:
     """What a module of another part says of an input, in a process of its own: ConfigError where it refuses it."""
-    done = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", module, *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        raise ConfigError(f"{key}: {module} {' '.join(arguments)} is still at work after {timeout:g} s; is a file damaged, or the "
+                          "disk slow?") from None
     if done.returncode == os.EX_DATAERR:
         words = done.stderr.strip()
         raise ConfigError(words if words.startswith(key) else f"{key}: {words}")
@@ -113,13 +106,3 @@ def _asked(key: str, module: str, *arguments: str) -> str:
     if done.returncode:
         raise OSError(f"{module} {' '.join(arguments)} ended with exit code {done.returncode}: {done.stderr.strip()[-500:]}")
     return done.stdout.strip()
-
-
-def read_json(path: Path, key: str) -> dict:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{key}: {path} can't be read as JSON ({error}); download it again") from None
-    if not isinstance(found, dict):
-        raise ConfigError(f"{key}: {path} holds no JSON object; download it again")
-    return found

@@ -6,130 +6,60 @@ asks the same of the tensors when it reads them; of a .bin, which is a pickle, n
 
 from __future__ import annotations
 
-import json
-import math
-import os
 import re
-import struct
 import zipfile
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
-from launcher.inputs import read_json
+from training.hf_folder import AGAIN, shown
 from training.settings import ConfigError
 from training.shape import EMBEDDING, Shape, family
+from training.tensor_files import Tensor, Weights, find, read_header
 
-BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 FLOATS = ("BF16", "F16", "F32")
-HEADER_MAX = 100_000_000
-"""The safetensors format's own limit of a header, bytes."""
 COMPARED = 2**20
 """Bytes at the start of two matrices by which they are told apart."""
-KINDS = (("model.safetensors", "model.safetensors.index.json"), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
 OUTPUT, SCORE, SCORE_BIAS = "lm_head.weight", "score.weight", "score.bias"
 OTHERS = "config.json and weights are of different models"
 
 
-class Tensor(NamedTuple):
-    path: Path
-    dtype: str
-    sizes: list[int]
-    start: int
-    """Byte of the file that it begins at."""
-    bytes: int
-
-
-def check_checkpoint(folder: Path, shape: Shape) -> int:
-    """Bytes of the weights. ConfigError where a file is missing, truncated or not what the index or config.json says."""
-    for single, index in KINDS:
-        if (folder / index).is_file():
-            files = _weight_map(folder / index)
-            break
-        if (folder / single).is_file():
-            files = {}
-            break
-    else:
-        raise ConfigError(f"model.checkpoint: no weights in {folder}: expected model.safetensors, or pytorch_model.bin, or several of "
-                          "either with their .index.json; download the whole repository of the model")
-    names = sorted(set(files.values())) or [single]
-    held: dict[str, Tensor] = {}
-    for name in names:
-        path = folder / name
-        if not path.is_file():
-            raise ConfigError(f"model.checkpoint: {path} is missing, {index} names it (shard {names.index(name) + 1} of {len(names)}); "
-                              "download it again")
-        if not name.endswith(".safetensors"):
+def check_checkpoint(folder: Path, shape: Shape) -> tuple[int, list[str]]:
+    """(bytes of the weights, what a person should know of them). ConfigError where a file is missing, truncated or not
+    what the index or config.json says."""
+    weights = find(folder)
+    tensors: dict[str, Tensor] = {}
+    for path in weights.files:
+        if path.suffix == ".bin":
             _check_pickled(path)
             continue
-        tensors = _safetensors(path)
-        lost = next((tensor for tensor, file in files.items() if file == name and tensor not in tensors), None)
-        if lost:
-            raise ConfigError(f"model.checkpoint: {index} says that {name} holds {lost}, it does not; index and shards are of different "
-                              "checkpoints: download them again")
-        twice = next((tensor for tensor in tensors if tensor in held), None)
-        if twice:
-            raise ConfigError(f"model.checkpoint: {path} holds {twice}, as {held[twice].path.name} does; remove the stale shard")
-        held |= tensors
-    _check_layers(folder, set(files) or set(held), shape)
-    if held and all(name.endswith(".safetensors") for name in names):
-        _check_tensors(folder, held, shape)
-    return sum((folder / name).stat().st_size for name in names)
+        of_file = read_header(path)
+        _check_index(path, of_file, weights)
+        twice = next((name for name in of_file if name in tensors), None)
+        if twice is not None:
+            raise ConfigError(f"model.checkpoint: {path} holds {shown(twice)}, as {tensors[twice].path.name} does; remove the stale shard")
+        tensors |= of_file
+    _check_layers(folder, set(weights.places) or set(tensors), shape)
+    if tensors:
+        _check_tensors(folder, tensors, shape)
+    return sum(path.stat().st_size for path in weights.files), weights.notes
 
 
-def _weight_map(path: Path) -> dict[str, str]:
-    found = read_json(path, "model.checkpoint").get("weight_map")
-    if not isinstance(found, dict) or not found or not all(isinstance(name, str) and os.sep not in name for name in found.values()):
-        raise ConfigError(f"model.checkpoint: {path} has no weight_map from tensors to files of its folder; download it again")
-    return found
-
-
-def _safetensors(path: Path) -> dict[str, Tensor]:
-    """The file's tensors by name. ConfigError unless the header can be read and the file is as long as it says."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        _check_fetched(path, start)
-        if not 2 <= length <= min(HEADER_MAX, size - 8):
-            raise ConfigError(f"model.checkpoint: {path} ({size} bytes) is no safetensors file, or was cut off; download it again")
-        try:
-            tensors = {name: _tensor(path, 8 + length, **tensor) for name, tensor in json.loads(file.read(length)).items()
-                       if name != "__metadata__"}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise ConfigError(f"model.checkpoint: the header of {path} can't be read; download it again") from None
-    end = max((tensor.start + tensor.bytes for tensor in tensors.values()), default=8 + length)
-    if size != end:
-        raise ConfigError(f"model.checkpoint: {path} has {size} bytes, its header says {end}: truncated or still being "
-                          "downloaded; download it again")
-    for name, tensor in tensors.items():
-        if tensor.dtype in BYTES and tensor.bytes != math.prod(tensor.sizes) * BYTES[tensor.dtype]:
-            raise ConfigError(f"model.checkpoint: {path}: {name} is {tensor.dtype} {tensor.sizes} but has {tensor.bytes} bytes; download "
-                              "it again")
-    return tensors
-
-
-def _tensor(path: Path, data: int, *, dtype: str, shape: list, data_offsets: list) -> Tensor:
-    """Of one entry of a header whose data begin at byte ``data``. TypeError or ValueError for what is none."""
-    first, last = data_offsets
-    if not isinstance(dtype, str) or any(type(number) is not int or number < 0 for number in (*shape, first, last)):
-        raise TypeError
-    return Tensor(path, dtype, list(shape), data + first, last - first)
-
-
-def _check_fetched(path: Path, start: bytes) -> None:
-    if start.startswith(b"version "):
-        raise ConfigError(f"model.checkpoint: {path} is a git-LFS pointer, not the weights; fetch them with `git lfs pull`")
+def _check_index(path: Path, tensors: dict[str, Tensor], weights: Weights) -> None:
+    """ConfigError where the index says that a file holds what it does not."""
+    lost = next((name for name, file in weights.places.items() if file == path.name and name not in tensors), None)
+    if lost is not None:
+        raise ConfigError(f"model.checkpoint: the index of {path.parent} says that {path.name} holds {shown(lost)}, it does not; index and "
+                          "shards are of different checkpoints: download them again")
 
 
 def _check_pickled(path: Path) -> None:
     """Nothing is unpickled here: that the archive is whole is all that is asked."""
     with open(path, "rb") as file:
-        start = file.read(8)
-    _check_fetched(path, start)
+        if file.read(8) == b"version ":
+            raise ConfigError(f"model.checkpoint: {path} is a git-LFS pointer, not the weights; fetch them with `git lfs pull`")
     if not zipfile.is_zipfile(path):
-        raise ConfigError(f"model.checkpoint: {path} is no whole torch archive: truncated, or saved by a torch before 1.6; download it "
-                          "again, or save it anew with save_pretrained(folder, safe_serialization=True)")
+        raise ConfigError(f"model.checkpoint: {path} is no whole torch archive: truncated, or saved by a torch before 1.6; {AGAIN}, "
+                          "or save it again with save_pretrained(folder, safe_serialization=True)")
 
 
 def _check_layers(folder: Path, names: set[str], shape: Shape) -> None:
@@ -153,16 +83,16 @@ def _embedding(shape: Shape) -> str:
     return name
 
 
-def _check_tensors(folder: Path, held: dict[str, Tensor], shape: Shape) -> None:
+def _check_tensors(folder: Path, stored: dict[str, Tensor], shape: Shape) -> None:
     """ConfigError unless names, shapes and types are those of config.json's model: what conversion/huggingface.py reads."""
     prefix = family(shape.family).PREFIX
     tensors: dict[str, tuple[str, Tensor]] = {}
-    for name, tensor in held.items():
+    for name, tensor in stored.items():
         if name.endswith(family(shape.family).UNUSED):
             continue
         short = name.removeprefix(prefix)
         if short in tensors:
-            raise ConfigError(f"model.checkpoint: {folder} holds {short} twice, with and without the prefix {prefix!r}; remove one")
+            raise ConfigError(f"model.checkpoint: {folder} holds {shown(short)} twice, with and without the prefix {prefix!r}; remove one")
         tensors[short] = (name, tensor)
     head = "scalar" if SCORE in tensors else "tied" if shape.tied else "untied"
     output = tensors.pop(OUTPUT, None) if head == "tied" else None
@@ -180,18 +110,19 @@ def _check_tensors(folder: Path, held: dict[str, Tensor], shape: Shape) -> None:
                           f"tie_word_embeddings = false there if the head is its own, or remove {output[0]}")
     if tensors:
         names = [name for name, _ in tensors.values()]
-        raise ConfigError(f"model.checkpoint: the weights in {folder} hold {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}, "
+        few = ", ".join(map(shown, names[:5])) + (" ..." if len(names) > 5 else "")
+        raise ConfigError(f"model.checkpoint: the weights in {folder} hold {few}, "
                           f"no {shape.family}'s of this config.json; {OTHERS}")
 
 
 def _check_tensor(name: str, tensor: Tensor, sizes: tuple[int, ...], types: dict[str, str], key: str, shape: Shape) -> None:
     """ConfigError for other sizes than config.json's, and for another type than a weight's or than ``types`` has for ``key``."""
-    if tuple(tensor.sizes) != sizes:
-        raise ConfigError(f"model.checkpoint: {tensor.path}: {name} is {tensor.sizes}, config.json says {list(sizes)} "
+    if tensor.sizes != sizes:
+        raise ConfigError(f"model.checkpoint: {tensor.path}: {name} is {list(tensor.sizes)}, config.json says {list(sizes)} "
                           f"(vocab_size {shape.vocab}, hidden size {shape.hidden}, feed-forward width {shape.ffn}, {shape.heads} heads, "
                           f"{shape.groups} key-value heads); {OTHERS}: take both from the same repository")
     if tensor.dtype not in FLOATS:
-        raise ConfigError(f"model.checkpoint: {tensor.path}: {name} has type {tensor.dtype}; weights are {', '.join(FLOATS)} "
+        raise ConfigError(f"model.checkpoint: {tensor.path}: {name} has type {shown(tensor.dtype)}; weights are {', '.join(FLOATS)} "
                           "(quantised checkpoints can't be trained: take the original)")
     if types.setdefault(key, tensor.dtype) != tensor.dtype:
         raise ConfigError(f"model.checkpoint: {tensor.path}: {name} is {tensor.dtype}, its like are {types[key]}; save the model in one "

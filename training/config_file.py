@@ -6,12 +6,12 @@ Infinity; they are refused.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
+from training import hf_folder
 from training.settings import ConfigError
 
 MOST = 2**31 - 1
@@ -32,14 +32,9 @@ class ConfigFile:
 
     @classmethod
     def read(cls, path: Path) -> ConfigFile:
-        if not path.is_file():
+        values = hf_folder.json_object(path.parent, path.name)
+        if values is None:
             raise ConfigError(f"model.checkpoint: {path} is missing; expected a Hugging Face folder with config.json")
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:  # also not UTF-8, or a number of thousands of digits
-            raise ConfigError(f"{path} is not JSON: {error}; download it again") from None
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path} holds no JSON object; download it again")
         return cls(path, values)
 
     def wrong(self, name: str, value, expected: str, fix: str = FIX) -> ConfigError:

@@ -11,6 +11,7 @@ from types import ModuleType
 
 from training.config_file import ConfigFile
 from training.data.config import ModelConfig
+from training.hf_folder import shown
 from training.settings import ConfigError, InvariantError
 
 VOCAB_MULTIPLE = 128
@@ -89,8 +90,8 @@ class Shape:
         """Raises ConfigError where the folder is of no known family or of a model that we do not compute exactly."""
         config = ConfigFile.read(Path(folder) / "config.json")
         name = config.values.get("model_type")
-        if name not in FAMILIES:
-            raise ConfigError(f"{config.path}: model_type = {name!r}; expected one of {', '.join(FAMILIES)}")
+        if not isinstance(name, str) or name not in FAMILIES:
+            raise ConfigError(f"{config.path}: model_type = {shown(repr(name))}; expected one of {', '.join(FAMILIES)}")
         return family(name).read(config)
 
     @classmethod
@@ -214,6 +215,18 @@ class Shape:
     def padded_vocab(self, tensor_parallel_size: int) -> int:
         multiple = VOCAB_MULTIPLE * tensor_parallel_size
         return -(-self.vocab // multiple) * multiple
+
+
+def check_language_model(folder: str | Path, shape: Shape) -> None:
+    """Raises ConfigError where config.json is of a model with another head than a language model's: a chain starts from one."""
+    path, values = Path(folder) / "config.json", ConfigFile.read(Path(folder) / "config.json").values
+    named, prefix = values.get("architectures"), family(shape.family).HUGGING_FACE
+    allowed = [f"{prefix}ForCausalLM", f"{prefix}Model"]
+    if named is None or named == []:
+        return
+    if not isinstance(named, list) or not all(name in allowed for name in named):
+        raise ConfigError(f"{path}: architectures = {shown(named)}: expected {allowed[0]}: a chain starts from a language model, "
+                          "not from a classifier or another task's model; give the model that it was made from")
 
 
 def family(name: str) -> ModuleType:

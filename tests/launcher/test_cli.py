@@ -12,9 +12,10 @@ from launcher import cli, nccl
 from tests.launcher.stub_project import ROOT, Project
 
 COMMANDS = ["doctor", "plan", "submit", "render", "status", "watch", "logs", "resume", "cancel", "report", "completion"]
-ALLOWED = {"click", "conversion.config", "eval.addresses", "eval.config", "launcher", "rich", "submitit", "tomli", "tomllib",
-           "training.checksums", "training.config", "training.data.config", "training.files", "training.pace",
-           "training.settings", "training.shape", "training.trainer_config"}
+ALLOWED = {"click", "conversion.config", "eval.addresses", "eval.config", "launcher", "rich", "submitit",
+           "tomli", "tomllib", "training.checksums", "training.config", "training.data.config",
+           "training.files", "training.hf_folder", "training.pace", "training.settings", "training.shape",
+           "training.special_tokens", "training.tensor_files", "training.trainer_config"}
 
 
 def test_the_commands_are_these():

@@ -115,5 +115,5 @@ def test_values_that_contradict_each_other_are_refused(tmp_path, published, chan
 @pytest.mark.parametrize("content", [b"[]", b"{", b'{"vocab_size": ' + b"1" * 5000 + b"}", b"[" * 100_000, b"\xff"])
 def test_what_is_no_json_object_is_named(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(ConfigError, match="config.json (is not JSON|holds no JSON object).*; download it again|holds no JSON object"):
+    with pytest.raises(ConfigError, match="config.json (can't be read as JSON|holds no JSON object|is not UTF-8).*; download it again"):
         Shape.read(tmp_path)

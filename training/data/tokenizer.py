@@ -8,29 +8,34 @@ from pathlib import Path
 
 import tokenizers
 
+from training import hf_folder
+from training.hf_folder import AGAIN, shown
 from training.settings import ConfigError
+from training.special_tokens import Said
+
+FILE = "tokenizer.json"
+PARTS = {"normalizer": None, "pre_tokenizer": None, "post_processor": None, "decoder": None, "truncation": None,
+         "padding": None, "added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}
+"""Parts of tokenizer.json, and what says nothing in their place."""
 
 
 class Tokenizer:
-    """Text <-> ids as transformers' AutoTokenizer of the same folder gives them.
+    """Text <-> ids as tokenizer.json has it; training/data/trial.py compares transformers'.
 
     ``eos_id`` ends a reply. ``pad_id`` fills rows up, where nothing reads it: the folder's padding
     token, which may be EOS, or EOS where it names none.
-    Raises ConfigError for a folder without tokenizer.json, or without an EOS.
+    Raises ConfigError for a folder without tokenizer.json, with one that ``tokenizers`` can't load, or without an EOS.
     """
 
     def __init__(self, folder: str | Path):
         folder = Path(folder)
-        file = folder / "tokenizer.json"
-        if not file.is_file():
-            raise ConfigError(f"model.checkpoint = {str(folder)!r}: no tokenizer.json in it; "
-                              "save the model's fast tokenizer there")
-        self.file = file
-        self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        self.file = folder / FILE
+        self._tokenizer = load(folder)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.eos_id = self._special(folder, "eos")
-        self.pad_id = self._special(folder, "pad", self.eos_id)
+        self.said = Said.read(folder)
+        self.eos_id = self.said.number("eos", self._tokenizer.token_to_id)
+        self.pad_id = self.said.number("pad", self._tokenizer.token_to_id, self.eos_id)
         self.bos = self._opening()
         """Ids that the post-processor puts before a text: BOS, or none."""
         self._anchor = self._before_replies()
@@ -87,23 +92,34 @@ class Tokenizer:
                 return anchor if any(joined[len(before):] != apart for joined, apart in pairs) else ""
         return ""
 
-    def _special(self, folder: Path, name: str, default: int | None = None) -> int:
-        """Id of the "eos" or "pad" token: the tokenizer's files say it by text, else the model's config.json by number."""
-        for file in ("tokenizer_config.json", "special_tokens_map.json"):
-            token = _read(folder / file).get(f"{name}_token")
-            if token is not None:
-                text = token["content"] if isinstance(token, dict) else token
-                number = self._tokenizer.token_to_id(text)
-                if number is None:
-                    raise ConfigError(f"{folder / file}: {name}_token = {text!r} is not in tokenizer.json")
-                return number
-        number = _read(folder / "config.json").get(f"{name}_token_id")
-        if not isinstance(number, int):
-            if default is not None:
-                return default
-            raise ConfigError(f'{folder}: no {name} token; name one that tokenizer.json has, as "{name}_token" in tokenizer_config.json')
-        return number
+    def highest(self) -> tuple[str, int]:
+        """(token, id) of the highest id."""
+        ids = self._tokenizer.get_vocab(with_added_tokens=True)
+        return max(ids.items(), key=lambda item: item[1], default=("", -1))
 
 
-def _read(file: Path) -> dict:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+def load(folder: Path) -> tokenizers.Tokenizer:
+    """tokenizer.json as ``tokenizers`` has it. Raises ConfigError, naming the part that this version can't load."""
+    text = hf_folder.read_text(folder, FILE)
+    if text is None:
+        raise ConfigError(f"model.checkpoint = {str(folder)!r}: no tokenizer.json in it; save the model's fast tokenizer there: "
+                          "AutoTokenizer.from_pretrained(...).save_pretrained(folder)")
+    tokenizer = _loaded(text)
+    if isinstance(tokenizer, tokenizers.Tokenizer):
+        return tokenizer
+    table = hf_folder.parse(text, folder / FILE)
+    part = next((name for name, nothing in PARTS.items() if not isinstance(_loaded(json.dumps(table | {name: nothing})), str)), "")
+    kind = table[part].get("type") if isinstance(table.get(part), dict) else None
+    where = f": {part}{f' of type {shown(repr(kind))}' if kind else ''}" if part else ""
+    raise ConfigError(f"model.checkpoint: {folder / FILE}{where} can't be loaded by tokenizers {tokenizers.__version__} ({tokenizer}): "
+                      f"damaged ({AGAIN}), or of a newer version (pip install --upgrade tokenizers transformers)")
+
+
+def _loaded(text: str) -> tokenizers.Tokenizer | str:
+    """The tokenizer, or in one line why ``tokenizers`` can't load it. Its panics are no ``Exception``."""
+    try:
+        return tokenizers.Tokenizer.from_str(text)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        return shown(" ".join(str(error).split()) or type(error).__name__, 200)

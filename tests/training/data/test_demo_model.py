@@ -64,7 +64,7 @@ def test_vocabulary_that_the_text_cant_fill_is_refused(tmp_path):
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"eos_token": None}, "no eos token; name one"),
-    ({"pad_token": "<none>"}, "pad_token = '<none>' is not in tokenizer.json"),
+    ({"pad_token": "<none>"}, "pad_token = '<none>' of the tokenizer's files is not in tokenizer.json"),
 ])
 def test_special_tokens_that_are_missing_are_refused(demo_run, tmp_path, change, message):
     (tmp_path / "tokenizer.json").write_bytes((demo_run / "model/tokenizer.json").read_bytes())
