@@ -20,6 +20,7 @@ from training.hf_folder import shown
 from training.metrics import Metrics
 from training.settings import ConfigError
 from training.shape import Shape
+from training.special_tokens import Said
 
 
 def convert(config: ConvertConfig) -> None:
@@ -48,6 +49,7 @@ def convert(config: ConvertConfig) -> None:
 
 def check_tokenizer(folder: Path, rows: int) -> None:
     """Raises ConfigError for a tokenizer with ids beyond the embedding: under TP they would silently read no row at all."""
+    Said.read(folder, rows)
     token, number = Tokenizer(folder).highest() if hf_folder.file(folder, "tokenizer.json") else ("", -1)
     if number >= rows:
         raise ConfigError(f"{folder}: token {shown(repr(token))} of the tokenizer has id {number}, the embedding only {rows} rows; "

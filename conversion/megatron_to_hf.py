@@ -7,8 +7,6 @@ sequence classifier (conversion/classifier.py).
 
 from __future__ import annotations
 
-import json
-import shutil
 import sys
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterable
@@ -17,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from conversion import classifier, huggingface, torch_dist, work
+from conversion import classifier, huggingface, small_files, torch_dist, work
 from conversion.command import main
 from conversion.config import FOLDERS, ExportConfig, ExportPaths
 from conversion.intact import Intact
@@ -29,9 +27,6 @@ from training.settings import ConfigError
 from training.shape import Shape
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-             "tokenizer.model", "chat_template.jinja")
-COPIED = ("config.json", "generation_config.json", *TOKENIZER)
 
 
 def export(config: ExportConfig) -> None:
@@ -85,12 +80,13 @@ def write_folder(target: Path, tensors: dict[str, Rows], made_from: list, model:
 
     ``check`` is called with the names of the tensors before they are read; ``added`` to a classifier's scores.
     """
+    small_files.check(model, shape)
     if head == "scalar" and shape.score_bias:
         check(classifier.touched(shape))
         tensors = classifier.without_bias(tensors, shape, dtype, added)
     shards = huggingface.plan({name: tensor.shape for name, tensor in tensors.items()}, dtype, max_shard_gb)
     sizes = {file: sum(torch.Size(tensors[name].shape).numel() * dtype.itemsize for name in names) for file, names in shards.items()}
-    made = {"from": made_from, "model": work.described([model / name for name in COPIED if (model / name).is_file()]), "dtype": str(dtype),
+    made = {"from": made_from, "model": work.described([model / name for name in small_files.names(model, head)]), "dtype": str(dtype),
             "files": sizes, "added": added}
     aside = target.with_name(f".{target.name}.converting")
     with work.folder(aside, made, sum(sizes.values())):
@@ -98,12 +94,7 @@ def write_folder(target: Path, tensors: dict[str, Rows], made_from: list, model:
         work.write_files(aside, writers, sizes, f"export {target.name}", hashed=False)
         if len(shards) > 1:
             (aside / "model.safetensors.index.json").write_text(huggingface.index(shape, shards, sum(sizes.values())), encoding="utf-8")
-        for name in COPIED if head != "scalar" else ("config.json", *TOKENIZER):
-            if (model / name).is_file():
-                shutil.copyfile(model / name, aside / name)
-        set_dtype(aside / "config.json", dtype)
-        if head == "scalar":
-            classifier.set_config(aside, shape)
+        small_files.write(model, aside, shape, head, dtype)
         work.clean(aside)
         work.replace(aside, target)
 
@@ -118,15 +109,6 @@ def write(shape: Shape, tensors: dict[str, Rows], dtype: torch.dtype, check: Cal
             file.write(memoryview(raw(block).numpy()))
             count(block.nbytes)
     return []
-
-
-def set_dtype(path: Path, dtype: torch.dtype) -> None:
-    """Say in config.json which type the weights have, where the copied file says another one."""
-    config, name = json.loads(path.read_text(encoding="utf-8")), str(dtype).removeprefix("torch.")
-    for key in ("dtype", "torch_dtype"):
-        if key in config and config[key] != name:
-            config[key] = name
-            path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def find_checkpoint(path: Path) -> Path:

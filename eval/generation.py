@@ -7,6 +7,7 @@ models asked with the same key share them, which makes paired differences betwee
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -18,7 +19,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor, StoppingCriteria
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LogitsProcessor,
+    PreTrainedTokenizerFast,
+    StoppingCriteria,
+)
 from transformers.utils import logging
 
 from eval.errors import DataError, InvariantError
@@ -67,6 +75,20 @@ def require_model(folder: str | Path, field: str) -> None:
             raise DataError(f"{field} = {folder}: no {what} there ({', '.join(patterns)}); {expected}")
 
 
+@contextlib.contextmanager
+def readable(folder: str | Path, kind: str = ""):
+    """Whatever transformers raises of a folder becomes a DataError that names it: each library has errors of its own, and
+    a panic of tokenizers is not even an ``Exception``."""
+    try:
+        yield
+    except (DataError, MemoryError, torch.OutOfMemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # torn weights, an unknown model_type, no usable tokenizer
+        reason = (str(error).strip() or "no message").splitlines()[0][:300]
+        code = "; code in a model's folder is never run (trust_remote_code is always False)" if "trust_remote_code" in str(error) else ""
+        raise DataError(f"{folder}: transformers can't load it{kind}: {type(error).__name__}: {reason}{code}") from error
+
+
 def load(folder: str | Path, fp32: bool = False):
     """(model, tokenizer) from a Hugging Face folder, in evaluation mode on the accelerator if there is one.
 
@@ -74,23 +96,32 @@ def load(folder: str | Path, fp32: bool = False):
     loaded.
     """
     logging.disable_progress_bar()  # a log holds plain lines
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    with readable(folder):
+        tokenizer = load_tokenizer(folder)
         if tokenizer.eos_token_id is None:
             raise DataError(f"{folder}: the tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json")
         dtype = torch.float32 if fp32 or device().type == "cpu" else "auto"
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, trust_remote_code=False)
-    except (DataError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # torn weights, an unknown model_type, no usable tokenizer: each library has errors of its own
-        said = (str(error).strip() or "no message").splitlines()[0][:300]
-        code = "; code in a model's folder is never run (trust_remote_code is always False)" if "trust_remote_code" in str(error) else ""
-        raise DataError(f"{folder}: transformers can't load it: {type(error).__name__}: {said}{code}") from error
     if getattr(model.config, "auto_map", None):
         print(f"{folder}: brings code of its own, which is never run: transformers' {type(model).__name__} is used", flush=True)
     model = model.to(device()).eval()
-    model.generation_config = GenerationConfig()  # a folder's own sampling defaults (top_p, penalties) must not leak in
+    # a folder's own sampling defaults (top_p, penalties) must not leak in
+    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     return model, tokenizer
+
+
+def load_tokenizer(folder: str | Path):
+    """tokenizer.json as it is, which training goes by: the class that the files name may make other ids of it (GPT2Tokenizer
+    leaves out its pre_tokenizer). AutoTokenizer where there is none. No code of the folder is run."""
+    kind = PreTrainedTokenizerFast if (Path(folder) / "tokenizer.json").is_file() else AutoTokenizer
+    return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def stops(model, tokenizer) -> list[int]:
+    """Tokens that end a reply: the tokenizer's EOS, and those that the model's generation_config.json names."""
+    named = model.generation_config.eos_token_id
+    named = named if isinstance(named, list) else [named]
+    return list(dict.fromkeys([tokenizer.eos_token_id, *(number for number in named if type(number) is int)]))
 
 
 def encode(tokenizer, text: str, limit: int) -> list[int]:
@@ -183,7 +214,7 @@ def generate(model, tokenizer, prompts: Sequence[Prompt], *, max_new_tokens: int
     """One batch of replies, in the order of ``prompts``; a prompt keeps at most context_length - max_new_tokens tokens."""
     if context_length <= max_new_tokens:
         raise InvariantError(f"{max_new_tokens} new tokens in a context of {context_length}")
-    eos = tokenizer.eos_token_id
+    eos, ends = tokenizer.eos_token_id, stops(model, tokenizer)
     pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     encoded = [encode(tokenizer, prompt.text, context_length - max_new_tokens) for prompt in prompts]
     ids, mask = _left_padded(encoded, pad)
@@ -193,17 +224,17 @@ def generate(model, tokenizer, prompts: Sequence[Prompt], *, max_new_tokens: int
     stopper = StopStrings(tokenizer, stop, len(prompts), ids.shape[1])
     output = model.generate(
         input_ids=ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=max_new_tokens, do_sample=False,
-        eos_token_id=eos, pad_token_id=pad, logits_processor=[sampler], stopping_criteria=[stopper])
+        eos_token_id=ends, pad_token_id=pad, logits_processor=[sampler], stopping_criteria=[stopper])
     new = output[:, ids.shape[1]:].tolist()
-    return [_reply(tokenizer, row, end, eos, stop) for row, end in zip(new, stopper.ends, strict=True)]
+    return [_reply(tokenizer, row, end, ends, stop) for row, end in zip(new, stopper.ends, strict=True)]
 
 
-def _reply(tokenizer, ids: list[int], stop_end: int, eos: int, stop: Sequence[str]) -> Reply:
+def _reply(tokenizer, ids: list[int], stop_end: int, ends: Sequence[int], stop: Sequence[str]) -> Reply:
     """Cut a generated row (padding behind its end) where it ended."""
     if stop_end:
         text = _decode(tokenizer, ids[:stop_end], True)
         return Reply(text[:min(text.find(s) for s in stop if s in text)], ids[:stop_end], "stop")
-    if eos in ids:
-        end = ids.index(eos)
+    end = next((at for at, number in enumerate(ids) if number in ends), None)
+    if end is not None:
         return Reply(_decode(tokenizer, ids[:end], True), ids[:end + 1], "eos")
     return Reply(_decode(tokenizer, ids, True), ids, "length")

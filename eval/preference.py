@@ -19,12 +19,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
 from transformers.utils import logging
 
 from eval import gold, intervals, winrate
 from eval.errors import DataError
-from eval.generation import device, encode, encode_reply
+from eval.generation import device, encode, encode_reply, load_tokenizer, readable
 from eval.jsonl import dump, last_by, read
 
 TOKENS = 1 << 15
@@ -38,19 +38,17 @@ def score(folder: str | Path, pairs: Sequence[tuple[str, str]], limit: int) -> l
     """The reward model's score of each (prompt, response), read at the end-of-sequence token. A prompt keeps its last ``limit`` tokens.
     Raises DataError for a folder that holds no classifier with one label."""
     logging.disable_progress_bar()
-    try:
+    with readable(folder, " as a reward model"):
         model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, local_files_only=True,
                                                                    trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        said = (str(error).strip() or "no message").splitlines()[0][:300]
-        if "trust_remote_code" in str(error):
-            said += "; code in a model's folder is never run (trust_remote_code is always False)"
-        raise DataError(f"{folder}: transformers can't load it as a reward model: {said}") from error
+        tokenizer = load_tokenizer(folder)
     if model.config.num_labels != 1:
         raise DataError(f"{folder}: {model.config.num_labels} labels; expected a sequence classifier with one, as export makes of a reward "
                         "model")
-    model, pad = model.to(device()).eval(), model.config.pad_token_id
+    model, pad, vocabulary = model.to(device()).eval(), model.config.pad_token_id, model.get_input_embeddings().num_embeddings
+    if type(pad) is not int or not 0 <= pad < vocabulary:
+        raise DataError(f"{folder}/config.json: pad_token_id = {pad}: expected the id of a token, from 0 to {vocabulary - 1}: the score is "
+                        "read at the last token that is no padding")
     rows = [[*encode(tokenizer, prompt, limit), *encode_reply(tokenizer, response), tokenizer.eos_token_id]
             for prompt, response in pairs]
     order, scores, start = sorted(range(len(rows)), key=lambda i: -len(rows[i])), [0.0] * len(rows), 0
