@@ -8,6 +8,7 @@ unpacks to. Standard library only.
 from __future__ import annotations
 
 import gzip
+import shlex
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ FREE, RATIO = 16 << 20, 200
 tenth, a file that was made to fill the memory to a thousandth."""
 EMPTY = 10_000
 """Empty lines in a row: more are no file of rows."""
-HEAD = 512
+HEAD = 4096
 BOM = b"\xef\xbb\xbf"
 GZIP = b"\x1f\x8b"
 _PANDAS = ("rows are lines of JSON, made of it by: python -c \"import pandas; "
@@ -90,22 +91,23 @@ def _open(path: Path) -> int:
 
 
 def _limited(path: Path, file: BinaryIO, packed: BinaryIO | None) -> Iterator[tuple[int, bytes]]:
-    number, size, empty, check, begun = 0, 0, 0, FREE, False
+    number, size, empty, check = 0, 0, 0, FREE
+    if reason := named(path, file.read(HEAD)):
+        raise DataError(f"{path}: {reason}")
+    file.seek(0)
     while line := file.readline(MOST + 1):
         number, size = number + 1, size + len(line)
-        if not begun and (reason := named(path, line[:HEAD])):
-            raise DataError(f"{path}: {reason}")
         if number == 1:
             line = line.removeprefix(BOM)  # a byte-order mark is no part of the JSON
         if len(line) > MOST:
-            raise DataError(f"{path}:{number}: a line of more than {MOST >> 20} MiB; expected one row of text on each line")
+            raise DataError(f"{path}:{number}: a line of more than {MOST >> 20} MiB; expected one row on each line")
         if packed and size > check:
             if size > RATIO * packed.tell():
                 raise DataError(f"{path}: unpacks to more than {RATIO} times its size within the first {number:,} lines, as no text "
                                 f"does; if it is right all the same, unpack it: gzip -dc {path} > {path.with_suffix('')}")
             check += FREE
         if line.strip():
-            begun, empty = True, 0
+            empty = 0
             yield number, line
             continue
         empty += 1
@@ -115,8 +117,8 @@ def _limited(path: Path, file: BinaryIO, packed: BinaryIO | None) -> Iterator[tu
 
 def named(path: Path, head: bytes) -> str:
     """What a file is whose first bytes are ``head``, and what to do; "" where it may hold lines of JSON."""
-    name = str(path)
-    words = {"{file!r}": repr(name), "{lines!r}": repr(_as_lines(path)), "{file}": name, "{lines}": _as_lines(path)}
+    name, to = str(path), _as_lines(path)
+    words = {"{file!r}": repr(name), "{lines!r}": repr(to), "{file}": shlex.quote(name), "{lines}": shlex.quote(to)}
 
     def said(what: str, fix: str) -> str:
         for key, value in words.items():
@@ -146,7 +148,8 @@ def _text_format(head: bytes) -> tuple[str, str] | None:
                                 "[print(json.dumps(row)) for row in json.load(open({file!r}))]\" > {lines}")
     if first == b"{":
         return "JSON that is spread over several lines", "each row is a line of its own: jq -c . {file} > {lines}"
-    if not first.startswith(b"{") and (b'",' in first if first.startswith(b'"') else b"," in first or b"\t" in first):
+    marked = b'",' in first if first.startswith(b'"') else b"," in first or b"\t" in first
+    if marked and not first.startswith(b"{") and b"\n{" not in head:
         comma = "" if b"," in first else ", sep='\\t'"
         return "a table (CSV or TSV) or plain text", _PANDAS.replace("{read}", "read_csv").replace("{more}", comma)
     return None

@@ -57,6 +57,11 @@ def test_lines_are_read_whatever_the_files_name(tmp_path, content):
         assert [line.strip() for _, line in lines(tmp_path / name)] == [ROW.strip()] * 3
 
 
+def test_a_first_line_that_is_damaged_makes_no_table_of_the_file(tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(b'torn, "response": "x"}\n' + ROW)
+    assert [number for number, _ in lines(tmp_path / "rows.jsonl")] == [1, 2]
+
+
 def test_the_command_of_the_fix_makes_lines_of_an_array(tmp_path):
     (tmp_path / "rows.json").write_bytes(ARRAY)
     with pytest.raises(DataError) as error:
