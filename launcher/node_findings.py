@@ -78,7 +78,7 @@ def _core(where: str, have: dict) -> Finding:
 def _engine(where: str, have: dict) -> Finding:
     version = have.get("transformer-engine", "")
     if not version:
-        return Finding(where, "Transformer Engine", "none", "optional: layers then run on torch's own kernels")
+        return Finding(where, "Transformer Engine", "none", "not needed: norms and AdamW are torch's unless a stage says fused = \"te\"")
     number = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
     if TE_FROM <= number < TE_BELOW:
         return Finding(where, "Transformer Engine", version, f"a version that megatron-core {CORE} accepts")
@@ -88,7 +88,7 @@ def _engine(where: str, have: dict) -> Finding:
 
 def _apex(where: str, apex: dict) -> Finding:
     if apex["kind"] == "absent":
-        return Finding(where, "apex", "none", "optional: optimizer and gradient accumulation then run on torch's own kernels")
+        return Finding(where, "apex", "none", "not needed: norms and AdamW are torch's unless a stage says fused = \"apex\"")
     value = f"{apex['version'] or 'no version'} in {apex['where']}"
     if apex["kind"] == "other":
         about = f" ({apex['summary']})" if apex["summary"] else ""
@@ -97,7 +97,7 @@ def _apex(where: str, apex: dict) -> Finding:
     if not apex["extensions"]:
         return Finding(where, "apex", f"NVIDIA's, {value}, Python only", "built without its CUDA extensions, it speeds nothing up: build "
                        "it with --cpp_ext --cuda_ext", "note")
-    return Finding(where, "apex", f"NVIDIA's, {value}: {', '.join(apex['extensions'])}", "its fused kernels are used")
+    return Finding(where, "apex", f"NVIDIA's, {value}: {', '.join(apex['extensions'])}", "used where a stage says fused = \"apex\"")
 
 
 def _flash(where: str, have: dict) -> Finding:

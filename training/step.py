@@ -62,7 +62,7 @@ class Learner:
         if parallel.is_main():
             layout = f"TP {trainer.tensor_parallel} x PP {trainer.pipeline_parallel} x DP {parallel.data_ranks()}"
             layout += f", {trainer.virtual_pipeline} parts a stage" if trainer.virtual_pipeline > 1 else ""
-            print(f"{layout} on {parallel.device().type}, {trainer.precision}; {describe(model.config.core_attention)}; "
+            print(f"{layout} on {parallel.device().type}, {trainer.precision}; {describe(model.config.core_attention, trainer.fused)}; "
                   f"recompute: {trainer.recompute}", flush=True)
         # Without these no gradient is reduced over ranks, and nothing complains.
         model.config.finalize_model_grads_func = self._reduce

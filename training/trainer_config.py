@@ -52,13 +52,17 @@ class TrainerConfig:
     recompute: str = "none"
     """Activations made again in the backward pass: "none", "selective" (attention scores, GELU: little time) or "full" (each layer)."""
     attention: str = "auto"
-    """"auto" (the fastest that is here), "flash" (flash-attn), "te" (Transformer Engine), "flex" (FlexAttention) or "sdpa" (torch)."""
+    """"auto" ("flex" on a GPU, else "sdpa"), "flex" (FlexAttention), "sdpa" (torch), "flash" (flash-attn) or "te" (Transformer Engine)."""
+    fused: str = "torch"
+    """Norms and AdamW: "torch" (in compiled layers; what was measured), "te" (Transformer Engine) or "apex" (neither ever run)."""
     lora_rank: int = 0
     """Rank of low-rank adapters (Hu et al. 2021) on every linear layer: they alone learn, and a scalar head; 0 = all weights do."""
     lora_alpha: float = 16.0
     """Adapters' products count alpha / rank times."""
     compile: bool = True
     """Compile each layer into a few fused kernels: on a GPU, not with "sdpa"; takes most of a minute once."""
+    collective_minutes: int = 60
+    """Minutes that a rank waits for the others before it ends with an error; a whole rollout may lie between two of their meetings."""
     iterations: int
     """Optimizer steps (rlhf: rollouts)."""
     micro_batch_size: int
@@ -109,13 +113,15 @@ class TrainerConfig:
         one_of(self, "optimizer_precision", ("fp32", "bf16"))
         one_of(self, "schedule", ("cosine", "linear", "constant"))
         one_of(self, "recompute", ("none", "selective", "full"))
+        one_of(self, "fused", ("torch", "te", "apex"))
         one_of(self, "attention", ("auto", "flash", "te", "flex", "sdpa"))
         positive(self, "lr", "adam_eps", "clip_grad", "lora_alpha")
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: expected at least 0 and below 1")
         at_least(self, 1, "iterations", "micro_batch_size", "global_batch_size", "tensor_parallel", "pipeline_parallel",
-                  "virtual_pipeline", "save_every", "keep_checkpoints", "eval_every", "log_every")
+                  "virtual_pipeline", "save_every", "keep_checkpoints", "eval_every", "log_every",
+                  "collective_minutes")
         at_least(self, 0, "keep_every", "skip_updates", "grad_spike", "lora_rank", "min_lr", "weight_decay", "warmup_iterations")
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr = {self.min_lr}: expected at most lr = {self.lr}")
@@ -127,6 +133,8 @@ class TrainerConfig:
                              f"micro_batch_size = {self.micro_batch_size}")
         if self.warmup_iterations >= self.iterations and self.warmup_iterations:
             raise ValueError(f"warmup_iterations = {self.warmup_iterations}: expected fewer than iterations = {self.iterations}")
+        if self.optimizer_precision == "bf16" and self.fused != "torch":
+            raise ValueError(f'optimizer_precision = "bf16" is an AdamW of its own; set fused = "torch", not "{self.fused}"')
         if self.optimizer_precision == "bf16" and self.precision != "bf16":
             raise ValueError(f'optimizer_precision = "bf16" needs precision = "bf16", not "{self.precision}"')
         if self.sequence_parallel and self.tensor_parallel == 1:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Install Convoy into an NGC PyTorch image while it is built: slurm/container/install.sh PROJECT
 #
-# torch, numpy and what is compiled against them stay the image's own; everything else has the versions of constraints.txt. What the
+# torch, triton, numpy and what is compiled against them stay the image's own; everything else has the versions of constraints.txt. What the
 # image brings of Transformer Engine and Apex is kept where megatron-core 0.16.1 accepts it, and replaced where not.
 set -euo pipefail
 project=$1
@@ -9,7 +9,7 @@ TE=${TE:-2.11.0}                                          # megatron-core 0.16.1
 APEX=${APEX:-10417aceddd7d5d05d7cbf7b0fc2daad1105f8b4}    # NVIDIA/apex has few releases: a commit; never the apex of PyPI
 export PIP_CONSTRAINT= PIP_NO_CACHE_DIR=1                 # the image's own constraint file would hold back our pins
 pins=$(mktemp)
-grep -vE '^(torch|numpy|setuptools|ruff|pytest|pytest-[a-z]+|execnet|iniconfig|pluggy)==' "$project/constraints.txt" > "$pins"
+grep -vE '^(torch|triton|numpy|setuptools|ruff|pytest|pytest-[a-z]+|execnet|iniconfig|pluggy)==' "$project/constraints.txt" > "$pins"
 
 # --no-deps: the image's torch calls itself 2.11.0a0, which pip holds for older than 2.11 and would replace
 python -m pip install --no-deps --requirement "$pins"

@@ -4,6 +4,10 @@ flash-attn and Transformer Engine need a GPU: here their calls are held against 
 (bias -slope * |query - key|, cu_seqlens, their layouts). benchmarks/parity_gpu.py runs the real ones where they are installed.
 """
 
+import dataclasses
+import json
+import os
+import subprocess
 import sys
 import types
 
@@ -11,6 +15,8 @@ import pytest
 import torch
 
 from tests.attention import document_ids, errors, reference
+from tests.distributed import run
+from training import sft
 from training.model import backends, kernels
 from training.model.attention import Documents, alibi_slopes
 from training.settings import ConfigError
@@ -138,15 +144,14 @@ def test_the_installed_packages_are_called_as_they_document(stand_ins, name, gro
     assert output < 1e-6 and gradient < 1e-6
 
 
-def test_the_fastest_backend_that_can_run_is_chosen(stand_ins, monkeypatch):
+def test_the_measured_backend_is_chosen_whatever_else_is_installed(stand_ins, monkeypatch):
     bf16, fp32 = torch.bfloat16, torch.float32
     assert backends.choose("auto", "cpu", bf16, 64) == "sdpa"
-    assert backends.choose("auto", "cuda", bf16, 64) == "flash"
+    assert backends.choose("auto", "cuda", bf16, 64) == "flex" and backends.choose("auto", "cuda", bf16, 8) == "sdpa"
+    assert backends.choose("flash", "cuda", bf16, 64) == "flash"
     assert backends.choose("auto", "cuda", fp32, 64) == "flex"
     assert backends.choose("te", "cuda", bf16, 64) == "te"
     monkeypatch.setitem(sys.modules, "flash_attn", None)
-    backends.available.cache_clear()
-    assert backends.choose("auto", "cuda", bf16, 64) == "te"
     monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", None)
     backends.available.cache_clear()
     assert backends.choose("auto", "cuda", bf16, 64) == "flex"
@@ -166,6 +171,21 @@ def test_documents_from_cu_seqlens_and_back():
     assert both.cumulative.tolist() == [0, 2, 3, 6]
 
 
+def test_one_mask_of_packed_rows_serves_all_layers_and_one_bias_stays():
+    """Each layer keeps what it attended with until its backward pass."""
+    documents, slopes = Documents(torch.tensor([[0, 0, 1, 1]])), alibi_slopes(2)
+    query = torch.randn(4, 1, 2, 8)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.data_ptr()) or tensor, lambda tensor: tensor):
+        for _ in range(3):
+            layer = query.clone().requires_grad_()
+            backends.sdpa(layer, layer, layer, slopes, 1.0, documents)
+    bias = backends.causal_alibi(backends._numbers(slopes), 4, 4, query.device, query.dtype)
+    assert kept.count(documents.separated(bias).data_ptr()) in (0, 3)  # 0: this torch keeps a copy of another shape
+    assert documents.separated(bias) is documents.separated(bias) and backends.causal_alibi.cache_info().maxsize == 1
+    assert documents.separated(bias)[0, :, 2, 1].isinf().all() and torch.equal(documents.separated(bias)[0, :, 3, 2], bias[0, :, 3, 2])
+
+
 def test_slopes_stay_fp32_and_are_those_of_the_rank():
     from training.model.attention import rank_slopes
 
@@ -176,33 +196,73 @@ def test_slopes_stay_fp32_and_are_those_of_the_rank():
 
 @pytest.fixture
 def a_gpu(monkeypatch):
-    """Only for the question where fused kernels come from."""
+    """Only for the question whether what is asked for is there."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    kernels.provider.cache_clear()
+    kernels.check.cache_clear()
     yield monkeypatch
-    kernels.provider.cache_clear()
+    kernels.check.cache_clear()
 
 
 def install(monkeypatch, *modules: str) -> None:
     for name in modules:
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    kernels.provider.cache_clear()
+    kernels.check.cache_clear()
 
 
-def test_nvidia_s_apex_is_told_from_pypi_s_and_from_one_without_extensions(a_gpu):
-    assert kernels.provider() == "torch"
+def test_fused_kernels_that_are_asked_for_are_the_ones_meant_and_whole(a_gpu):
+    """NVIDIA's Apex is told from PyPI's, and from one without extensions."""
+    for fused, problem in (("te", "needs Transformer Engine, which is not installed"), ("apex", "needs NVIDIA's Apex, which is not")):
+        with pytest.raises(ConfigError, match=f'fused = "{fused}" {problem}.*or set fused = "torch"'):
+            kernels.check(fused)
     install(a_gpu, "apex")  # PyPI's: no apex.optimizers
-    assert kernels.provider() == "torch" and kernels.describe("flex") == "attention: FlexAttention, norms: torch, AdamW: torch"
+    with pytest.raises(ConfigError, match="PyPI's apex is another project"):
+        kernels.check("apex")
     install(a_gpu, "apex.optimizers")
-    with pytest.raises(ConfigError, match="without its CUDA extensions.*--cpp_ext --cuda_ext"):
-        kernels.provider()
-    install(a_gpu, "amp_C", "fused_layer_norm_cuda")
-    assert kernels.provider() == "Apex"
-    install(a_gpu, "transformer_engine", "transformer_engine.pytorch", "transformer_engine.pytorch.optimizers")
-    assert kernels.provider() == "Transformer Engine"
+    with pytest.raises(ConfigError, match="with its CUDA extensions, which this one lacks.*--cpp_ext --cuda_ext"):
+        kernels.check("apex")
+    install(a_gpu, "amp_C", "fused_layer_norm_cuda", "transformer_engine", "transformer_engine.pytorch",
+            "transformer_engine.pytorch.optimizers")
+    kernels.check("apex")
+    kernels.check("te")
 
 
-def test_without_a_gpu_fused_kernels_are_not_used(monkeypatch):
-    install(monkeypatch, "apex", "apex.optimizers", "amp_C", "fused_layer_norm_cuda")
-    assert kernels.provider() == "torch"
-    kernels.provider.cache_clear()
+def test_what_is_installed_changes_no_norm(a_gpu):
+    install(a_gpu, "apex", "apex.optimizers", "amp_C", "fused_layer_norm_cuda", "transformer_engine", "transformer_engine.pytorch",
+            "transformer_engine.pytorch.optimizers")
+    assert kernels.norm_class("LayerNorm") is kernels.LayerNorm and kernels.norm_class("RMSNorm") is kernels.RMSNorm
+    assert kernels.describe("flex") == "attention: FlexAttention, norms and AdamW: torch"
+
+
+def test_fused_kernels_need_a_gpu():
+    kernels.check.cache_clear()
+    with pytest.raises(ConfigError, match='fused = "te" needs a GPU; or set fused = "torch"'):
+        kernels.check("te")
+
+
+APEX = {"__init__.py": "", "optimizers.py": """
+class FusedAdam:
+    def __init__(self, *given, **more):
+        raise RuntimeError("megatron-core took Apex's Adam")
+
+FusedSGD = FusedAdam
+"""}
+
+
+def test_adamw_is_torch_s_where_apex_is_installed(small_run, tmp_path):
+    """In a process of its own, where megatron-core finds an Apex when it is imported: two steps, saved, and one more after a resume give
+    what they give without."""
+    (tmp_path / "site" / "apex").mkdir(parents=True)
+    for name, text in APEX.items():
+        (tmp_path / "site" / "apex" / name).write_text(text)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")])}
+    for iterations in (2, 3):
+        with_apex, without = (small_run.sft(tmp_path / kind, iterations=iterations, sample_every=0, schedule="constant")
+                              for kind in ("with", "without"))
+        file = tmp_path / "config.json"
+        file.write_text(json.dumps(dataclasses.asdict(with_apex)))
+        process = subprocess.run([sys.executable, "-m", "training.sft", str(file)], env=environment, text=True, capture_output=True)
+        assert process.returncode == 0, process.stderr[-3000:]
+        run(sft.run, 1, 1, 1, without)
+    rows = [[json.loads(line) for line in (tmp_path / kind / "metrics.jsonl").read_text().splitlines()] for kind in ("with", "without")]
+    assert [[(row["loss"], row["grad_norm"]) for row in kind] for kind in rows] == 2 * [[(row["loss"], row["grad_norm"]) for row in rows[1]]]
+    assert len(rows[0]) == 3

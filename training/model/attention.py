@@ -43,6 +43,7 @@ class Documents(PackedSeqParams):
     def __init__(self, ids: torch.Tensor | None, compiled: bool = False):
         super().__init__(qkv_format="sbhd")
         self.ids, self.compiled = ids, compiled
+        self._separated: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @classmethod
     def from_lengths(cls, cumulative: torch.Tensor, length: int) -> Documents:
@@ -54,6 +55,12 @@ class Documents(PackedSeqParams):
     def apart(self) -> torch.Tensor:
         """(B, 1, T, T) True where query and key are of different documents."""
         return (self.ids[:, :, None] != self.ids[:, None, :])[:, None]
+
+    def separated(self, bias: torch.Tensor) -> torch.Tensor:
+        """``bias`` (1, heads, T, T) with -inf between documents, (B, heads, T, T): one tensor for all layers, which each keep it."""
+        if self._separated is None or self._separated[0] is not bias:
+            self._separated = bias, bias.masked_fill(self.apart, float("-inf"))
+        return self._separated[1]
 
     @functools.cached_property
     def cumulative(self) -> torch.Tensor:

@@ -33,8 +33,8 @@ INSTALL = {"flash": "pip install flash-attn --no-build-isolation", "te": "pip in
 def choose(wanted: str, device: str, dtype: torch.dtype, head_dim: int) -> str:
     """The backend of a run: "sdpa", "flex", "flash" or "te". ``wanted`` is TrainerConfig.attention.
 
-    "auto": SDPA on the CPU. On CUDA flash-attn, else Transformer Engine, where they are installed and the run is bf16, else
-    FlexAttention. Raises ConfigError where the one asked for can't run.
+    "auto": SDPA on the CPU. On CUDA FlexAttention, which is what was measured; SDPA where heads are too small for it. Raises ConfigError
+    where the one asked for can't run.
     """
     half = dtype in (torch.bfloat16, torch.float16)
     problems = dict.fromkeys(KERNELS, "")
@@ -48,7 +48,7 @@ def choose(wanted: str, device: str, dtype: torch.dtype, head_dim: int) -> str:
     if device != "cuda":
         problems |= dict.fromkeys(("flex", *PACKAGES), "needs a GPU")
     if wanted == "auto":
-        order = ("flash", "te", "flex", "sdpa") if device == "cuda" else ("sdpa",)
+        order = ("flex", "sdpa") if device == "cuda" else ("sdpa",)
         return next(name for name in order if not problems[name])
     if problems[wanted]:
         raise ConfigError(f'attention = "{wanted}" {problems[wanted]}; set attention = "auto"')
@@ -65,7 +65,7 @@ def available(name: str) -> bool:
         return False
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=1)  # heads x length^2 numbers stay on the device
 def causal_alibi(slopes: tuple[float, ...], queries: int, keys: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """Additive bias (1, slopes, queries, keys): slope * (key - query), -inf for later keys. One slope of 0: a causal mask alone.
 
@@ -94,7 +94,7 @@ def sdpa(query, key, value, slopes, scale, documents):
     numbers = (0.0,) if slopes is None else _numbers(slopes)
     bias = causal_alibi(numbers, query.size(2), key.size(2), query.device, query.dtype)
     if documents is not None:
-        bias = bias.masked_fill(documents.apart, float("-inf"))
+        bias = documents.separated(bias)
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale, enable_gqa=query.size(1) > key.size(1))
     return out.permute(2, 0, 1, 3).flatten(2)
 

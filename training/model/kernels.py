@@ -1,4 +1,4 @@
-"""Fused kernels of NVIDIA's Apex and Transformer Engine: used where they are, and told apart from what only has the name."""
+"""Norms, and fused kernels of NVIDIA's Apex and Transformer Engine: used where they are asked for by key (``fused``)."""
 
 from __future__ import annotations
 
@@ -32,23 +32,36 @@ def _imports(package: str) -> bool:
     return True
 
 
-@functools.cache
-def provider() -> str:
-    """Where fused norms and Adam come from: "Transformer Engine", "Apex" or "torch" (also without a GPU).
+FUSED = {"torch": "torch", "te": "Transformer Engine", "apex": "Apex"}
+"""Where norms and AdamW come from, as TrainerConfig.fused says it, and in words."""
 
-    The ``apex`` of PyPI is a web project: NVIDIA's has ``apex.optimizers``, and compiled with --cpp_ext --cuda_ext also ``amp_C``.
-    Raises ConfigError where NVIDIA's is there without its extensions: megatron-core would take it and fail at the first step.
+
+@functools.cache
+def check(fused: str) -> None:
+    """Raise ConfigError where the kernels asked for are not here, whole.
+
+    The ``apex`` of PyPI is a web project: NVIDIA's has ``apex.optimizers``, and compiled with --cpp_ext --cuda_ext
+    also ``amp_C``.
     """
+    if fused == "torch":
+        return
+    problem = ""
     if not torch.cuda.is_available():
-        return "torch"
-    if _imports("transformer_engine.pytorch.optimizers"):
-        return "Transformer Engine"
-    if _imports("apex.optimizers"):
-        if not (_imports("amp_C") and _imports("fused_layer_norm_cuda")):
-            raise ConfigError("NVIDIA's Apex is installed without its CUDA extensions, which megatron-core needs; install it again with "
-                              "--cpp_ext --cuda_ext (https://github.com/NVIDIA/apex), or remove it: pip uninstall apex")
-        return "Apex"
-    return "torch"
+        problem = "needs a GPU"
+    elif fused == "te" and not _imports("transformer_engine.pytorch.optimizers"):
+        problem = "needs Transformer Engine, which is not installed here (pip install transformer-engine[pytorch] --no-build-isolation)"
+    elif fused == "apex" and not _imports("apex.optimizers"):
+        problem = "needs NVIDIA's Apex, which is not installed here (https://github.com/NVIDIA/apex; PyPI's apex is another project)"
+    elif fused == "apex" and not (_imports("amp_C") and _imports("fused_layer_norm_cuda")):
+        problem = "needs Apex with its CUDA extensions, which this one lacks: install it again with --cpp_ext --cuda_ext"
+    if problem:
+        raise ConfigError(f'fused = "{fused}" {problem}; or set fused = "torch"')
+
+
+def adam(fused: str) -> type:
+    """The class of "te"'s or "apex"'s AdamW."""
+    package = {"te": "transformer_engine.pytorch.optimizers", "apex": "apex.optimizers"}[fused]
+    return importlib.import_module(package).FusedAdam
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -60,15 +73,19 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 @functools.cache
-def norm_class(kind: str = "LayerNorm") -> type:
-    """The norm of this run, "LayerNorm" or "RMSNorm", called as (config, hidden_size, eps). Apex's is for layer norms alone."""
-    if provider() == "Transformer Engine":
+def norm_class(kind: str = "LayerNorm", fused: str = "torch") -> type:
+    """The norm of this run, "LayerNorm" or "RMSNorm", called as (config, hidden_size, eps). Apex's is for layer norms alone.
+
+    torch's by default: the compiled layer fuses them with what is around them, which is what was measured.
+    """
+    check(fused)
+    if fused == "te":
         from megatron.core.extensions.transformer_engine import TENorm
 
         return TENorm
     if kind == "RMSNorm":
         return RMSNorm
-    if provider() == "Apex":
+    if fused == "apex":
         from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
 
         class ApexLayerNorm(FusedLayerNorm):
@@ -85,6 +102,6 @@ def norm_class(kind: str = "LayerNorm") -> type:
 ATTENTION = {"sdpa": "SDPA", "flex": "FlexAttention", "flash": "flash-attn", "te": "Transformer Engine"}
 
 
-def describe(backend: str) -> str:
+def describe(backend: str, fused: str = "torch") -> str:
     """For the run's log: which kernels compute."""
-    return f"attention: {ATTENTION[backend]}, norms: {provider()}, AdamW: {provider()}"
+    return f"attention: {ATTENTION[backend]}, norms and AdamW: {FUSED[fused]}"

@@ -57,7 +57,7 @@ def transformer_config(shape: Shape, trainer, head: str = "lm") -> TransformerCo
         init_method=no_init, output_layer_init_method=no_init, use_cpu_initialization=False,
         calculate_per_token_loss=True,  # one denominator for the whole global batch, on every layout
     )
-    config.core_attention, config.alibi = backend, shape.alibi
+    config.core_attention, config.alibi, config.fused = backend, shape.alibi, trainer.fused
     config.lora = lora.Lora(trainer.lora_rank, trainer.lora_alpha, trainer.seed) if trainer.lora_rank else None
     # Adapters' messages between tensor-parallel ranks are megatron-core's own, which can't be compiled.
     messages = trainer.tensor_parallel > 1 and trainer.lora_rank
@@ -85,7 +85,7 @@ def pipeline_layout(shape: Shape, trainer, head: str) -> list[list[str]] | None:
 
 def block_spec(config: TransformerConfig, shape: Shape, part: int | None) -> TransformerBlockSubmodules:
     """Every submodule is named: megatron-core's defaults depend on whether Transformer Engine or Apex happen to be installed."""
-    norm = norm_class(config.normalization)
+    norm = norm_class(config.normalization, config.fused)
     column, row = lora.linears(config.lora)
     attention = SelfAttentionSubmodules(linear_qkv=column, core_attention=CausalAttention, linear_proj=row,
                                         q_layernorm=IdentityOp, k_layernorm=IdentityOp)
@@ -135,7 +135,8 @@ class LanguageModel(LanguageModule):
         if self.pre_process:
             self.embedding = LanguageModelEmbedding(config, padded, max_sequence_length=0, position_embedding_type="none", tp_group=tp)
             if shape.embedding_norm:
-                self.embedding_layernorm = norm_class(config.normalization)(config, config.hidden_size, config.layernorm_epsilon)
+                norm = norm_class(config.normalization, config.fused)
+                self.embedding_layernorm = norm(config, config.hidden_size, config.layernorm_epsilon)
         self.decoder = TransformerBlock(config, block_spec(config, shape, part), pre_process=self.pre_process,
                                         post_process=self.post_process, pg_collection=self.pg_collection, vp_stage=part)
         if self.post_process and head == "lm":

@@ -20,7 +20,8 @@ class CompiledLayer(TransformerLayer):
     def forward(self, *args, **kwargs):
         packed = kwargs.get("packed_seq_params")
         if isinstance(packed, Documents) and packed.compiled:
-            return _compiled(self.config.core_attention == "flex")(self, *args, **kwargs)
+            whole = self.config.core_attention == "flex" and self.config.fused == "torch"
+            return _compiled(whole)(self, *args, **kwargs)
         return super().forward(*args, **kwargs)
 
 
