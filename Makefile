@@ -1,11 +1,12 @@
 # make demo   install, then run the whole chain on the embedded default
 # make test   install (Slurm from Debian when root and absent), then run all tests
+# make peers  our losses and adapters beside TRL's and peft's own functions; installs these first (15 seconds)
 # make gpu-test [PYTHON=python3]   everything that a GPU can test, in under five minutes; with PYTHON nothing is installed
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test gpu-test lint setup slurm browser lock
+.PHONY: demo test gpu-test peers lint setup slurm browser lock
 demo: setup
 	$(BIN)/python -m launcher submit full-pipeline --recipe bloom-tiny --wait
 
@@ -16,6 +17,19 @@ test: setup slurm browser
 GIVEN := $(filter command environment override,$(firstword $(origin PYTHON)))
 gpu-test: $(if $(GIVEN),,setup)
 	CONVOY_GPU=1 $(if $(GIVEN),$(PYTHON),$(BIN)/python) -m pytest -n 0 -p no:cacheprovider --durations 15 tests/gpu tests/kernels
+
+# Their requirements contradict our pins, so they go into a folder of their own. TRL 0.11.4 is the last whose PPO has the loss as methods.
+PEERS := build/peers
+peers: setup $(PEERS)/.installed
+	PYTHONPATH=$(PEERS) $(BIN)/python -m pytest -n 2 tests/training/test_losses_trl.py tests/training/test_lora.py
+
+$(PEERS)/.installed: Makefile
+	@echo "setup: TRL and peft into $(PEERS)"
+	rm -rf $(PEERS)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(PEERS) trl==0.11.4 datasets==3.6.0 tyro==0.9.35 accelerate==1.15.0 \
+		peft==0.21.2 pyarrow pandas requests dill multiprocess xxhash docstring_parser shtab typeguard python-dateutil six urllib3 \
+		idna certifi charset-normalizer
+	@touch $@
 
 lint: setup
 	$(BIN)/ruff check .

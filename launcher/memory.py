@@ -11,6 +11,7 @@ The formula, in bytes; P = parameters of this rank, T = tokens of a micro-batch,
   (arXiv:2205.05198), equations 2 and 4, without what we do not keep: dropout masks (no dropout) and attention scores (a fused kernel).
   Selective recompute keeps half of the feed-forward part's; full keeps 2 T h a layer, and one layer's activations at a time. The
   first pipeline stage keeps those of min(p, micro-batches) at once.
+* attention "sdpa" with ALiBi or packed rows: a bias of all pairs, heads / t x length^2 numbers, and of packed rows one more a row.
 * the language model's head: the fp32 logits of a chunk of tokens (training.shape.CHUNK_LOGITS).
   Log-probabilities and entropies of all other tokens are numbers (training.model.heads).
 * offload = "frozen": of the frozen models one at a time. offload = "all": beside the trained models' weights the worst of one model's
@@ -137,6 +138,15 @@ class Rank:
             flights *= 1 + (pipeline - 1) / (pipeline * virtual)
         return self.layers(head) * kept * flights + (layer if config.recompute == "full" else 0) + 4 * one / whole
 
+    def bias(self, tokens: int) -> float:
+        """GB of SDPA's bias of all pairs, which ALiBi needs, and packed rows each for itself."""
+        config, length = self.config, self.config.longest_row
+        packed = getattr(config, "packing", False) or getattr(config, "micro_batch_tokens", 0)
+        if config.attention != "sdpa" or not (self.shape.alibi or packed):
+            return 0.0
+        heads = self.shape.heads // config.tensor_parallel
+        return self.word * heads * length**2 * (1 + (-(-tokens // length) if packed else 0)) / GB
+
     def head(self, tokens: int) -> float:
         """GB for a chunk's logits, fp32 at any precision."""
         columns = self.shape.padded_vocab(self.config.tensor_parallel) // self.config.tensor_parallel
@@ -155,18 +165,20 @@ def _trainer(rank: Rank) -> Estimate:
     micro_batches = config.global_batch_size // (config.micro_batch_size * rank.data)
     head = "scalar" if isinstance(config, RewardConfig) else "lm"
     tokens = config.micro_batch_size * (1 if isinstance(config, SFTConfig) else REPLIES) * config.seq_length
-    lines = [*rank.trained("model", head), ("activations", rank.activations(tokens, micro_batches, head))]
+    lines = [*rank.trained("model", head), ("activations", rank.activations(tokens, micro_batches, head) + rank.bias(tokens))]
     return Estimate((*lines, *([("logits and loss", rank.head(tokens))] if head == "lm" else [])))
 
 
 def _rollouts(rank: Rank) -> Estimate:
     config = rank.config
     learners = [rank.trained("policy", "lm"), *([rank.trained("value", "scalar")] if isinstance(config, PPOConfig) else [])]
-    frozen = [*([] if config.lora_rank else rank.frozen("reference", "lm")), *rank.frozen("reward", "scalar")]  # adapters: the policy
+    reference = [] if config.lora_rank or not config.kl_coef else rank.frozen("reference", "lm")  # with adapters it is the policy
+    frozen = [*reference, *rank.frozen("reward", "scalar")]
     length = config.prompt_length + config.response_length
     tokens = config.micro_batch_tokens or config.micro_batch_size * length
     micro_batches = -(-config.global_batch_size * length // (tokens * rank.data))
-    update = [("activations of an update", rank.activations(tokens, micro_batches, "lm")), ("logits and loss", rank.head(tokens))]
+    update = [("activations of an update", rank.activations(tokens, micro_batches, "lm") + rank.bias(tokens)),
+              ("logits and loss", rank.head(tokens))]
     score = [max(frozen, key=_gb)] if config.offload != "none" else frozen  # one of them at a time
     if config.offload == "all":
         weights, states = [line for lines in learners for line in lines[:-2]], [lines[-1] for lines in learners]

@@ -20,7 +20,7 @@ from training import checksums, unpickle
 from training.checksums import sync
 from training.config import TrainerConfig
 from training.model import lora
-from training.model.language_model import LanguageModel
+from training.model.language_model import LanguageModel, parts
 from training.settings import ConfigError
 from training.step import Learner
 
@@ -70,13 +70,34 @@ def publish(stage: str | Path, aside: Path, iteration: int, digests: dict[str, s
     checksums.write(aside, digests)
     for path in sorted(aside.rglob("*")) + [aside]:
         sync(path)
+    _write(mark.with_suffix(PENDING), f"{iteration}\n")
     if target.exists():
         if latest(stage) == iteration:  # a kill between here and the end must not leave ``latest`` naming nothing
             mark.unlink()
         _remove(target)
     os.replace(aside, target)
     sync(target.parent)
-    mark_latest(stage, iteration)
+    os.replace(mark.with_suffix(PENDING), mark)
+    sync(mark.parent)
+
+
+PENDING = ".pending"
+"""Suffix of ``latest`` while the checkpoint that it will name takes its place."""
+
+
+def begin_from(stage: str | Path) -> int | None:
+    """The iteration to go on from, None where nothing is saved. Where a kill came between a checkpoint's rename and ``latest``'s, the
+    latter is made up for; for one rank. Raises ConfigError where there are checkpoints and ``latest`` is gone: which of them is meant
+    can't be known, and a start from scratch would overwrite them."""
+    mark, present = Path(stage) / "latest", iterations(stage)
+    pending = mark.with_suffix(PENDING)
+    if not mark.exists() and pending.is_file() and (text := pending.read_text(encoding="utf-8").strip()).isdigit() and int(text) in present:
+        os.replace(pending, mark)
+    if (iteration := latest(stage)) is None and present:
+        raise ConfigError(f"{mark} is missing, but {_present(stage)}; a start from scratch would overwrite them. To go on, write one "
+                          f"of them into it (echo {present[-1]} > {mark}); to start anew, take another --name, or move "
+                          f"{mark.with_name('checkpoints')} away")
+    return iteration
 
 
 def mark_latest(stage: str | Path, iteration: int) -> None:
@@ -184,7 +205,7 @@ def load(path: Path, learners: dict[str, Learner]) -> dict:
     verify(path)
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     for name, learner in learners.items():
-        _check_same(path, learner.guard.trainer, state)
+        _check_same(path, learner, state)
         loaded = dist_checkpointing.load(sharded(learner, is_loading=True), str(path / name))
         learner.model.load_state_dict(loaded["model"])
         lora.check_scale(learner.model)
@@ -193,14 +214,16 @@ def load(path: Path, learners: dict[str, Learner]) -> dict:
     return state
 
 
-def made_with(trainer: TrainerConfig) -> dict[str, int | str]:
-    """The keys that decide which tensors a checkpoint has to go on from: they can't be changed half way."""
-    return {name: getattr(trainer, name) for name in ("lora_rank", "optimizer_precision")}
+def made_with(learner: Learner) -> dict[str, int | str]:
+    """What decides which tensors a checkpoint has to go on from, and what they mean: it can't be changed half way."""
+    trainer = learner.guard.trainer
+    keys = {name: getattr(trainer, name) for name in ("lora_rank", "optimizer_precision", "precision")}
+    return {"model_type": parts(learner.model)[0].shape.family, **keys}
 
 
-def _check_same(path: Path, trainer: TrainerConfig, state: dict) -> None:
-    held = state.get("made_with", {})  # an earlier version's says nothing
-    for name, value in made_with(trainer).items():
+def _check_same(path: Path, learner: Learner, state: dict) -> None:
+    held = state.get("made_with", {})  # an earlier version's says nothing, or less
+    for name, value in made_with(learner).items():
         if name in held and held[name] != value:
             raise ConfigError(f"{name} = {value!r}, but {path} was made with {name} = {held[name]!r}; resume with that, or start the stage "
                               "anew")

@@ -151,7 +151,7 @@ class RolloutConfig(TrainerConfig):
     top_k: int = 0
     """Not supported above 0, as top_p."""
     kl_coef: float = 0.02
-    """Weight of the per-token KL penalty (its start value when kl_target is set)."""
+    """Weight of the per-token KL penalty (its start value when kl_target is set); 0 = none, and no reference model: KL is not measured."""
     kl_target: float = 0.0
     """Target KL per response in nats of the adaptive controller (Ziegler et al. 2019); 0 = fixed coefficient."""
     kl_horizon: int = 10000

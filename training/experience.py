@@ -54,11 +54,11 @@ class Experience(NamedTuple):
 class Models:
     """The four models of PPO. ``policy`` and ``value`` learn; ``reference`` and ``reward`` are frozen.
 
-    With low-rank adapters ``reference`` is the policy itself: it is asked without them.
+    With low-rank adapters ``reference`` is the policy itself: it is asked without them. Without a KL penalty there is none.
     """
 
     policy: LanguageModel
-    reference: LanguageModel | Parked
+    reference: LanguageModel | Parked | None
     reward: LanguageModel | Parked
     value: LanguageModel | None
     """None: GRPO has none."""
@@ -94,11 +94,11 @@ class Scored(NamedTuple):
     """A rollout seen by the four models; CPU, (B, T) unless said otherwise."""
 
     logprobs: torch.Tensor
-    ref_logprobs: torch.Tensor
+    ref_logprobs: torch.Tensor | None
     values: torch.Tensor | None
     """The value head's, before ``value_bias``. None: GRPO has none."""
     scores: torch.Tensor
-    """(B,) the reward model's, before bias, clip and penalty."""
+    """(B,) the reward model's, before bias, clip and penalty; of equal samples the same to the bit."""
 
 
 def score(config: RolloutConfig, models: Models, batch: Batch, rows: Plan) -> Scored:
@@ -113,16 +113,26 @@ def score(config: RolloutConfig, models: Models, batch: Batch, rows: Plan) -> Sc
     # Those that are always on the device stand before the others, whose copies run beside them, one at a time.
     prepare(models.reference)
     values = state_values(rows.look(models.value, batch, head)) if models.value else None
-    with at_work(models.reference) as reference:
-        ref_logprobs = rows.look(reference, batch, logprobs)
+    ref_logprobs = None
+    if models.reference:
+        with at_work(models.reference) as reference:
+            ref_logprobs = rows.look(reference, batch, logprobs)
     prepare(models.reward)
     old_logprobs = rows.look(models.policy, batch, logprobs)
     with at_work(models.reward) as reward:
-        scores = read_last(rows.look(reward, batch, head), batch)
+        scores = read_last(rows.look(reward, batch, head), batch)[first_alike(batch)]
     return Scored(old_logprobs, ref_logprobs, values, scores)
 
 
-def prepare(model: LanguageModel | Parked) -> None:
+def first_alike(batch: Batch) -> list[int]:
+    """For each of the samples (B, T) the number of the first with the same tokens. At another place in its row a sample's score is
+    rounded otherwise; in a group of equal replies GRPO would make advantages of +-1 of that."""
+    seen: dict[tuple[int, ...], int] = {}
+    return [seen.setdefault(tuple(tokens[:length]), number)
+            for number, (tokens, length) in enumerate(zip(batch["tokens"].tolist(), batch["lengths"].tolist(), strict=True))]
+
+
+def prepare(model: LanguageModel | Parked | None) -> None:
     if isinstance(model, Parked):
         model.wake()
 
@@ -135,7 +145,8 @@ def at_work(model: LanguageModel | Parked):
 def rewards_of(config: PPOConfig, rollout: Rollout, scored: Scored, kl_coef: float, reward_bias: float) -> torch.Tensor:
     """(B, T) the KL penalty at each response token, and the final score at the last one."""
     scores = final_scores(config, rollout, scored, reward_bias)
-    return losses.token_rewards(scored.logprobs, scored.ref_logprobs, scores, rollout.batch["response_mask"], kl_coef)
+    reference = scored.logprobs if scored.ref_logprobs is None else scored.ref_logprobs  # kl_coef is 0 then
+    return losses.token_rewards(scored.logprobs, reference, scores, rollout.batch["response_mask"], kl_coef)
 
 
 def measured_value_bias(config: PPOConfig, rollout: Rollout, scored: Scored, kl_coef: float, reward_bias: float) -> float:
@@ -199,19 +210,21 @@ def final_scores(config: RolloutConfig, rollout: Rollout, scored: Scored, reward
 
 
 def report(rollout: Rollout, scored: Scored, config: RolloutConfig, reward_bias: float) -> dict[str, float]:
-    """Means over samples: reward, KL to the reference per response in nats (k1 and k3), EOS rate, length, repetition; how reward and
-    length go together (Pearson's correlation, 0 where one of them is constant); and how far the rollout's log-probabilities are from the
-    training forward's: mean and largest |difference| in nats, and the mean over tokens of its exp (NeMo-RL's token_mult_prob_error)."""
+    """Means over samples: reward, KL to the reference, if any, per response in nats (k1 and k3), EOS rate, length,
+    repetition; how reward and length go together (Pearson's correlation, 0 where one of them is constant); and how far
+    the rollout's log-probabilities are from the training forward's: mean and largest |difference| in nats, and the mean
+    over tokens of its exp (NeMo-RL's token_mult_prob_error)."""
     mask, scores = rollout.batch["response_mask"], final_scores(config, rollout, scored, reward_bias).double()
     lengths = mask.sum(1).double()
     responses = [row[inside].tolist() for row, inside in zip(rollout.batch["tokens"], mask, strict=True)]
     spread = scores.std(correction=0) * lengths.std(correction=0)
     apart = (scored.logprobs - rollout.behaviour_logprobs).abs().double()[mask]
     together = ((scores - scores.mean()) * (lengths - lengths.mean())).mean()
+    kl = {} if scored.ref_logprobs is None else {
+        name: (estimator(scored.logprobs, scored.ref_logprobs) * mask).sum(1).double().mean().item()
+        for name, estimator in (("kl", losses.kl_k1), ("kl_k3", losses.kl_k3))}
     return {
-        "reward": scores.mean().item(), "reward_std": scores.std(correction=0).item(),
-        "kl": (losses.kl_k1(scored.logprobs, scored.ref_logprobs) * mask).sum(1).double().mean().item(),
-        "kl_k3": (losses.kl_k3(scored.logprobs, scored.ref_logprobs) * mask).sum(1).double().mean().item(),
+        "reward": scores.mean().item(), "reward_std": scores.std(correction=0).item(), **kl,
         "eos_rate": rollout.ended.double().mean().item(), "response_length": lengths.mean().item(),
         "repeated_ngrams": sum(map(repeated_ngrams, responses)) / len(responses),
         "reward_length_correlation": (together / spread).item() if spread > 1e-9 else 0.0,

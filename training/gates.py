@@ -102,12 +102,12 @@ class Gates:
     def judge(self, iteration: int, metrics: dict[str, float]) -> tuple[list[str], str]:
         """(warnings, why to pause or "") after an iteration. Raises Unhealthy when it is time to stop.
 
-        A metric that is absent (GRPO has no values) is not judged; NaN breaches.
+        A metric that is absent (values of GRPO, KL without a reference) is not judged; NaN breaches.
         """
         config = self.config
         if iteration <= config.gate_after + config.value_warmup:
             return [], ""
-        still = metrics["kl_k3"] == 0 and iteration > config.value_warmup + 1  # until then the policy has not moved
+        still = metrics.get("kl_k3") == 0 and iteration > config.value_warmup + 1  # until then the policy has not moved
         bad = {STILL: "the KL to the reference is exactly 0: it seems to move with the policy"} if still else {}
         for gate in GATES:
             if (value := metrics.get(gate.metric)) is None:

@@ -29,9 +29,9 @@ class GRPO(ppo.PPO):
     def learn_from(self, made: Rollout, scored: Scored) -> Experience:
         return experience(self.config, made, scored, self.kl_coef, self.reward_bias)
 
-    def update(self, batch: Batch, rows: Plan, learn_policy: bool) -> list[dict[str, float]]:
+    def update(self, batch: Batch, passes: list[Plan], learn_policy: bool) -> list[dict[str, float]]:
         objective = ppo.policy_objective(self.config, self.kl_coef if self.config.kl_in == "loss" else 0.0)
-        made = ppo.learn(self.policy, self.config, batch, rows, objective)
+        made = ppo.learn(self.policy, batch, passes, objective)
         self.policy.sleep()
         return made
 
@@ -40,10 +40,12 @@ def experience(config: GRPOConfig, rollout: Rollout, scored: Scored, kl_coef: fl
     """Advantages (B, T), the same at each token of a sample, and the report with "group_std", the scores' mean standard deviation within
     a group, and "groups_alike", the share of groups whose samples all score the same: these teach nothing."""
     mask, scores = rollout.batch["response_mask"], final_scores(config, rollout, scored, reward_bias)
-    if config.kl_in == "reward":
+    if config.kl_in == "reward" and scored.ref_logprobs is not None:
         scores = scores - kl_coef * (losses.kl_k1(scored.logprobs, scored.ref_logprobs) * mask).sum(1)
     advantages = losses.group_advantages(scores, config.group_size, config.scale_advantages)[:, None] * mask
-    batch = {**sampled(config, rollout, scored), "ref_logprobs": scored.ref_logprobs, "advantages": advantages}
+    batch = {**sampled(config, rollout, scored), "advantages": advantages}
+    if scored.ref_logprobs is not None:
+        batch["ref_logprobs"] = scored.ref_logprobs
     groups = scores.view(-1, config.group_size)
     alike = (groups == groups[:, :1]).all(1).double().mean().item()
     metrics = report(rollout, scored, config, reward_bias)

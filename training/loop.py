@@ -43,8 +43,9 @@ class Task:
 
 
 def resume(stage: str, learners: dict[str, Learner]) -> tuple[int, dict]:
-    """Restore the last checkpoint of ``stage`` -> (its iteration, its state); (0, {}) where there is none."""
-    iteration = checkpoint.latest(stage)
+    """Restore the last checkpoint of ``stage`` -> (its iteration, its state); (0, {}) where there is none. Raises ConfigError where it
+    can't be known which is the last."""
+    iteration = parallel.on_first(lambda: checkpoint.begin_from(stage))
     if iteration is None:
         return 0, {}
     with awake(learners, changed=True):

@@ -16,7 +16,7 @@ from training.checksums import Damaged
 from training.config import TrainerConfig
 from training.data.formats import DataError
 from training.gates import Unhealthy
-from training.parallel import EX_DATA, EX_IOERR, EX_TEMPFAIL, EX_UNHEALTHY, EX_USAGE, Together, ranks
+from training.parallel import EX_DATA, EX_IOERR, EX_TEMPFAIL, EX_UNHEALTHY, EX_USAGE, NoRoom, Together, ranks
 from training.saving import SaveFailed
 from training.settings import ConfigError, load
 
@@ -32,9 +32,9 @@ class Interrupted(Together):
 def run_stage(kind: type[Config], stage: Callable[[Config], None]) -> int:
     """Run ``stage(config)`` inside its ranks, with the configuration of class ``kind`` that the one argument names.
 
-    Trainers run at their own layout, other stages on one rank. Returns the exit code: 0 done, 64 bad configuration, 65 bad data or
-    checkpoint, 74 a checkpoint could not be written, 75 saved and wants to go on, 76 paused or stopped by a health gate; other errors
-    propagate.
+    Trainers run at their own layout, other stages on one rank. Returns the exit code: 0 done, 64 bad configuration, 65 bad
+    data or checkpoint, 74 a checkpoint could not be written, 75 wants to go on from what is saved, 76 paused or stopped by
+    a health gate; other errors propagate.
     """
     if len(sys.argv) != 2:
         print(f"usage: python -m MODULE config.json; got {len(sys.argv) - 1} arguments", file=sys.stderr)
@@ -47,7 +47,8 @@ def run_stage(kind: type[Config], stage: Callable[[Config], None]) -> int:
         config = load(kind, sys.argv[1])
         if isinstance(config, TrainerConfig):
             trackers.check(config)
-            layout = ranks(config.tensor_parallel, config.pipeline_parallel, config.seed, virtual_pipeline_size=config.virtual_pipeline)
+            layout = ranks(config.tensor_parallel, config.pipeline_parallel, config.seed, virtual_pipeline_size=config.virtual_pipeline,
+                           timeout_minutes=config.collective_minutes)
         else:
             layout = ranks(1, 1, 0)
         with layout:
@@ -65,6 +66,9 @@ def run_stage(kind: type[Config], stage: Callable[[Config], None]) -> int:
     except Unhealthy as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return EX_UNHEALTHY
+    except NoRoom as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return EX_TEMPFAIL
     except Interrupted as stopped:
         print(stopped, flush=True)
         return EX_TEMPFAIL

@@ -6,6 +6,7 @@ Ranks read RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, and nothin
 from __future__ import annotations
 
 import contextlib
+import datetime
 import functools
 import os
 import signal
@@ -35,9 +36,16 @@ class Together(RuntimeError):  # noqa: N818 - what its kinds are called
     """What every rank raises at the same place, none of them inside a collective."""
 
 
+class NoRoom(Together):
+    """The rollout engine's cache does not fit now. Another process, whose memory is whole, may have room."""
+
+
 @contextlib.contextmanager
-def ranks(tensor_parallel_size: int, pipeline_parallel_size: int, seed: int, init_method: str = "env://", virtual_pipeline_size: int = 1):
+def ranks(tensor_parallel_size: int, pipeline_parallel_size: int, seed: int, init_method: str = "env://", virtual_pipeline_size: int = 1,
+          timeout_minutes: int = 60):
     """Join the process group and build megatron-core's groups (order tp-dp-pp); leave them cleanly at the end.
+
+    ``timeout_minutes``: how long a rank waits for the others in a collective, of any group.
 
     On CUDA collectives of GPU tensors run on NCCL, of CPU tensors on gloo; without CUDA all is gloo under ``mcore_on_cpu``.
     One of several ranks that fails alone leaves its groups standing: NCCL destroys a communicator on all of its ranks at once, and the
@@ -50,10 +58,12 @@ def ranks(tensor_parallel_size: int, pipeline_parallel_size: int, seed: int, ini
         else:
             outside.enter_context(mcore_on_cpu())
             backend = "gloo"
-        dist.init_process_group(backend, init_method=init_method, rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
+        dist.init_process_group(backend, init_method=init_method, timeout=datetime.timedelta(minutes=timeout_minutes),
+                                rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
         stack.callback(dist.destroy_process_group)
         interleaved = virtual_pipeline_size if virtual_pipeline_size > 1 else None
-        parallel_state.initialize_model_parallel(tensor_parallel_size, pipeline_parallel_size, interleaved)
+        parallel_state.initialize_model_parallel(tensor_parallel_size, pipeline_parallel_size, interleaved,
+                                                 distributed_timeout_minutes=timeout_minutes)
         stack.callback(parallel_state.destroy_model_parallel)
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
         try:
@@ -106,6 +116,13 @@ def from_first(value: float) -> float:
     sent = torch.tensor(value, dtype=torch.double)
     dist.broadcast(sent, 0)
     return sent.item()
+
+
+def first_problem(problem: str) -> str:
+    """Of all ranks' ``problem`` the first that is not "", on every rank."""
+    problems = [""] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    return next(filter(None, problems), "")
 
 
 def on_first(work: Callable[[], T]) -> T:

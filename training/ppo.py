@@ -3,7 +3,8 @@
 An iteration: sample responses; log-probabilities of policy and frozen reference, values and rewards by the training forward;
 rewards per token, GAE, whitening over the whole iteration; clipped updates of policy and value, one denominator a minibatch.
 Optional: an entropy bonus, dual clip, an adaptive KL coefficient. Left out: off-policy reuse of samples, top-p and top-k. Every draw
-is seeded by (seed, iteration, row), so samples depend neither on layout nor on interruptions.
+is seeded by (seed, iteration, row), so in fp32 samples depend neither on layout nor on interruptions. In bf16 the same draw may give
+another token where rounding decides (training.generation.engine).
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from training.model.heads import Output, next_token_logprobs_and_entropy
 from training.model.language_model import LanguageModel
 from training.offload import Parked
 from training.phases import Phases
-from training.samples import Plan, plan
+from training.samples import Plan, epochs, plan
+from training.settings import ConfigError
 from training.shape import Shape
 from training.start import read_inputs
 from training.step import Batch, Learner, Objective, build_model, on_device
@@ -65,11 +67,10 @@ def value_objective(config: PPOConfig, value_bias: float) -> Objective:
     return Objective(("value_loss",), compute)
 
 
-def learn(learner: Learner, config: RolloutConfig, batch: Batch, rows: Plan, objective: Objective) -> list[dict[str, float]]:
-    """``epochs`` passes of minibatch steps over the samples -> each step's metrics."""
+def learn(learner: Learner, batch: Batch, passes: list[Plan], objective: Objective) -> list[dict[str, float]]:
+    """A step for each minibatch of ``passes`` over the samples -> each step's metrics."""
     batch = on_device(batch)
-    return [learner.step(rows.micro_batches(batch, number), objective)
-            for _ in range(config.epochs) for number in range(len(rows.minibatches))]
+    return [learner.step(rows.micro_batches(batch, number), objective) for rows in passes for number in range(len(rows.minibatches))]
 
 
 def summary(steps: list[dict[str, float]]) -> dict[str, float]:
@@ -83,7 +84,7 @@ def summary(steps: list[dict[str, float]]) -> dict[str, float]:
 
 def load_models(config: RolloutConfig, shape: Shape) -> Models:
     """Policy and reference from the SFT model; reward and, of PPO, value from the reward model. With adapters the reference is the
-    policy."""
+    policy; without a KL penalty there is none."""
     sft = checkpoint.resolve(config.paths.init) / "model"
     reward = checkpoint.resolve(config.paths.reward, config.paths.reward_iteration) / "model"
 
@@ -99,7 +100,8 @@ def load_models(config: RolloutConfig, shape: Shape) -> Models:
         return Parked(model) if config.offload != "none" else model
 
     policy = make("lm", sft, config)
-    return Models(policy=policy, reference=policy if config.lora_rank else frozen("lm", sft), reward=frozen("scalar", reward),
+    reference = (policy if config.lora_rank else frozen("lm", sft)) if config.kl_coef else None
+    return Models(policy=policy, reference=reference, reward=frozen("scalar", reward),
                   value=make("scalar", reward, config) if isinstance(config, PPOConfig) else None)
 
 
@@ -139,14 +141,14 @@ class PPO:
             self.value_bias = measured_value_bias(self.config, made, scored, self.kl_coef, self.reward_bias)
         return experience(self.config, made, scored, self.kl_coef, self.reward_bias, self.value_bias)
 
-    def update(self, batch: Batch, rows: Plan, learn_policy: bool) -> list[dict[str, float]]:
+    def update(self, batch: Batch, passes: list[Plan], learn_policy: bool) -> list[dict[str, float]]:
         """Each step's metrics. First all of the value model's: neither model's steps depend on the other's, and one is awake at a time."""
         config = self.config
-        made = learn(self.value, config, batch, rows, value_objective(config, self.value_bias))
+        made = learn(self.value, batch, passes, value_objective(config, self.value_bias))
         made = [{name if name == "value_loss" else f"value_{name}": number for name, number in step.items()} for step in made]
         self.value.sleep(self.policy if learn_policy else None)
         if learn_policy:
-            steps = learn(self.policy, config, batch, rows, policy_objective(config))
+            steps = learn(self.policy, batch, passes, policy_objective(config))
             made = [critic | actor for critic, actor in zip(made, steps, strict=True)]
         self.policy.sleep()
         return made
@@ -169,15 +171,16 @@ class PPO:
             prompts = [index for index in self.sampler.next_batch() for _ in range(config.group_size)]
             made = self.sample(prompts, self.rows, iteration)
         rollout = self.replicas.report
-        rows = plan(config, self.shape, made.batch["lengths"].tolist(), config.global_batch_size)
+        passes = epochs(config, self.shape, made.batch["lengths"].tolist(), iteration)
+        rows = passes[0]
         with phases("score"):
             self.first_learner.wake()
             scored = score(config, self.models, made.batch, rows)
         samples = self.learn_from(made, scored)
-        if iteration == 1:
+        if iteration == 1 and self.models.reference:
             invariants.policy_is_reference(config, samples.metrics)
         with phases("update"):
-            steps = self.update(samples.batch, rows, learn_policy)
+            steps = self.update(samples.batch, passes, learn_policy)
         if learn_policy and not self.proven:
             invariants.first_update(config, steps[0], samples.batch)
             self.proven = True
@@ -190,13 +193,15 @@ class PPO:
                 **phases.metrics({"generate": new, "score": seen, "update": seen * config.epochs})}
 
     def heldout(self, iteration: int) -> dict[str, float]:
-        """Reward and KL to the reference (nats per response) on the held-out prompts, with the same draws at every call. A collective."""
+        """Reward and, with a reference, KL to it (nats per response) on the held-out prompts, with the same draws at every call.
+        A collective."""
         made = self.sample(list(range(len(self.unseen))), self.unseen, 0)
         rows = plan(self.config, self.shape, made.batch["lengths"].tolist(), len(self.unseen))
         if self.config.keep_replies and parallel.is_main():
             replies.keep(self.config.paths.output, iteration, made.batch, self.tokenizer)
-        metrics = report(made, score(self.config, self.models, made.batch, rows), self.config, self.reward_bias)
-        return {f"heldout_{name}": metrics[name] for name in ("reward", "kl", "kl_k3", "eos_rate")}
+        models = dataclasses.replace(self.models, value=None)  # nobody reads values here
+        metrics = report(made, score(self.config, models, made.batch, rows), self.config, self.reward_bias)
+        return {f"heldout_{name}": metrics[name] for name in ("reward", "kl", "kl_k3", "eos_rate") if name in metrics}
 
     def sample(self, indices: list[int], rows, iteration: int) -> Rollout:
         """Responses to the prompts ``rows[indices]`` with ``iteration``'s draws."""
@@ -214,12 +219,18 @@ def run(config: RolloutConfig, trainer: type[PPO] = PPO) -> None:
     if state:
         ppo.restore(state)
     if start >= config.iterations:
-        print(f"nothing left to do: iteration {start} of {config.iterations} is saved", flush=True)
+        if parallel.is_main():
+            print(f"nothing left to do: iteration {start} of {config.iterations} is saved", flush=True)
         return
     boundary = Boundary(config, ppo.learners, (start, state), HEADLINE, stop)
     for iteration in range(start + 1, config.iterations + 1):
         with at(iteration):
-            values = ppo.iterate(iteration)
+            try:
+                values = ppo.iterate(iteration)
+            except parallel.NoRoom as error:
+                if iteration > start + 1:
+                    raise  # a new process goes on from what is saved
+                raise ConfigError(f"{error} (set generation_batch_size, response_length or offload)") from None
         warnings, pause = ppo.gates.judge(iteration, values)
         for warning in warnings if parallel.is_main() else ():
             print(f"warning: iteration {iteration}: {warning}", flush=True)

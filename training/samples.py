@@ -15,12 +15,14 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from training import pace, parallel
 from training.config import RolloutConfig
 from training.data.batches import padded_length, shard
 from training.data.packing import Layout, Limits, lay_out
+from training.data.permutation import Permutation
 from training.shape import Shape
 from training.start import least_tokens, length_multiple
 from training.step import Batch, Read, look, on_device
@@ -83,8 +85,10 @@ class Plan:
         return self._places[minibatch, width]
 
 
-def plan(config: RolloutConfig, shape: Shape, lengths: list[int], minibatch: int) -> Plan:
-    """The rows of samples of ``lengths`` in minibatches of ``minibatch`` samples; the same call on every rank."""
+def plan(config: RolloutConfig, shape: Shape, lengths: list[int], minibatch: int, order: list[int] | None = None) -> Plan:
+    """The rows of samples of ``lengths`` in minibatches of ``minibatch`` samples, in ``order`` (None: as they are); the same call on
+    every rank."""
+    order = list(range(len(lengths))) if order is None else order
     ranks, multiple, packed = parallel.data_ranks(), length_multiple(config), bool(config.micro_batch_tokens)
     group = pace.group(config)
     capacity = config.prompt_length + config.response_length
@@ -92,14 +96,24 @@ def plan(config: RolloutConfig, shape: Shape, lengths: list[int], minibatch: int
                     config.pipeline_parallel, group, least_tokens(config, shape))
     layouts: list[Layout] = []
     for first in range(0, len(lengths), minibatch):
-        part = lengths[first : first + minibatch]
+        chosen = order[first : first + minibatch]
+        part = [lengths[sample] for sample in chosen]
         if packed:
             layout = lay_out(part, limits)
         else:
             layout = alone(len(part), padded_length(lengths, multiple), config.micro_batch_size, ranks * group)
-        layouts.append(layout._replace(rows=[[first + sample for sample in row] for row in layout.rows]))
+        layouts.append(layout._replace(rows=[[chosen[number] for number in row] for row in layout.rows]))
     efficiency = sum(lengths) / sum(len(layout.rows) * layout.length for layout in layouts)
     return Plan(lengths, [layout._replace(rows=shard(layout.rows, parallel.data_rank(), ranks)) for layout in layouts], packed, efficiency)
+
+
+def epochs(config: RolloutConfig, shape: Shape, lengths: list[int], iteration: int) -> list[Plan]:
+    """The minibatches of each pass over an iteration's samples: the first in their order, each later one in an order of its own, so that
+    no two passes have the same minibatches (Andrychowicz et al. 2021; Huang et al. 2024)."""
+    count, minibatch = len(lengths), config.global_batch_size
+    orders = [None, *(Permutation(count, f"epoch {epoch} of iteration {iteration}, seed {config.seed}")[np.arange(count)].tolist()
+                      for epoch in range(1, config.epochs))]
+    return [plan(config, shape, lengths, minibatch, order) for order in orders]
 
 
 def alone(count: int, length: int, size: int, unit: int) -> Layout:

@@ -81,7 +81,7 @@ class Saver:
         self.wait()
         began = time.monotonic()
         target = checkpoint.folder(self.stage, iteration)
-        made = {"iteration": iteration, "made_with": checkpoint.made_with(self.trainer),
+        made = {"iteration": iteration, "made_with": checkpoint.made_with(next(iter(self.learners.values()))),
                 "optimizer_steps": {name: learner.schedule.num_steps for name, learner in self.learners.items()}}
         current = _Save(iteration, {**made, **state}, target.with_name(f".{target.name}.saving"), began, best)
         owned = {name: checkpoint.sharded(learner, is_loading=False) for name, learner in self.learners.items()}
@@ -92,6 +92,8 @@ class Saver:
             self.allocating.result()
         staging = self.staging if self.trainer.async_save else None
         current.written = self.pool.submit(_write, [_buckets(request, staging) for request, _ in current.requests])
+        if staging:
+            staging.drop_unwanted()
         self.current = current
         self._add_stall(time.monotonic() - began)
         if not self.trainer.async_save:
@@ -208,8 +210,10 @@ class _Staging:
     """
 
     def __init__(self):
-        self.buffers: dict[int, torch.Tensor] = {}
-        """By the address of the tensor that it is for."""
+        self.buffers: dict[tuple[int, int], torch.Tensor] = {}
+        """By address and bytes of the tensor that it is for: a weight and a part of it may begin at one address."""
+        self.wanted: set[tuple[int, int]] = set()
+        """Of the save that is being made."""
 
     def prepare(self, tensors: list[torch.Tensor]) -> None:
         for tensor in tensors:
@@ -221,19 +225,31 @@ class _Staging:
         return held.copy_(tensor.detach(), non_blocking=True)
 
     def _buffer(self, tensor: torch.Tensor) -> torch.Tensor:
-        held = self.buffers.get(tensor.data_ptr())
-        if held is None or held.numel() != tensor.nbytes:
+        key = tensor.data_ptr(), tensor.nbytes
+        self.wanted.add(key)
+        held = self.buffers.get(key)
+        if held is None:
             held = torch.zeros(tensor.nbytes, dtype=torch.uint8)  # touched: pages that exist are pinned quickly
             if tensor.is_cuda and tensor.nbytes:
                 torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(held.data_ptr(), held.nbytes, 0))
-            self.buffers[tensor.data_ptr()] = held
+            self.buffers[key] = held
         return held
 
+    def drop_unwanted(self) -> None:
+        """Give back what no tensor asked for since the last call: it has moved, or is gone."""
+        for key in self.buffers.keys() - self.wanted:
+            _unpin(self.buffers.pop(key))
+        self.wanted.clear()
+
     def __del__(self):
-        if torch.cuda.is_available():
-            for held in self.buffers.values():
-                if held.is_pinned():
-                    torch.cuda.cudart().cudaHostUnregister(held.data_ptr())
+        for held in self.buffers.values():
+            _unpin(held)
+
+
+def _unpin(memory: torch.Tensor) -> None:
+    """A later tensor at this address can't be pinned else."""
+    if torch.cuda.is_available() and memory.is_pinned():
+        torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
 
 
 def _buckets(request: AsyncRequest, staging: _Staging | None) -> list[tuple[Path, list]]:

@@ -86,7 +86,12 @@ def samples(config: SFTConfig, inputs: Inputs, learner: Learner) -> replies.Samp
     replicas = Replicas(learner.model, inputs.shape, replies.limits(config.seq_length), tokenizer.eos_id)
 
     def say() -> list[tuple[str, str]]:
-        answers = replies.replies(replicas, prompts, steps)
+        try:
+            answers = replies.replies(replicas, prompts, steps)
+        except parallel.NoRoom as error:  # on all ranks; the sample is for people to read, the stage goes on without
+            if parallel.is_main():
+                print(f"warning: no sample replies: {error}", flush=True)
+            return []
         texts = [tokenizer.decode(answer) + ("" if answer[-1] == tokenizer.eos_id else "...") for answer in answers]
         return list(zip(map(tokenizer.decode, prompts), texts, strict=True))
 

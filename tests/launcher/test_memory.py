@@ -87,6 +87,8 @@ def test_ppo_counts_four_models_and_the_distributed_optimizer_shards_over_data_r
     one, four = (memory.estimate(SHAPES["7b1"], config, ranks) for ranks in (8, 32))
     names = {what.partition(":")[0] for what, _ in one.lines if ":" in what}
     assert names == {"policy", "value", "reference", "reward"}
+    without = memory.estimate(SHAPES["7b1"], dataclasses.replace(config, kl_coef=0.0), 8)
+    assert one.total - without.total == pytest.approx(2 * SHAPES["7b1"].parameters() / 8e9, rel=0.01), "no KL penalty, no reference"
     adam = [dict(made.lines)[f"policy: fp32 weights, Adam / DP {data}"] for made, data in ((one, 1), (four, 4))]
     assert adam[0] == pytest.approx(4 * adam[1])
     assert one.static == pytest.approx(2 * (18 + 2) * SHAPES["7b1"].parameters() / 8e9, rel=0.01)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 
+import numpy as np
 import tokenizers
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
@@ -16,6 +17,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 from training import checkpoint
 from training.config import PPOConfig
 from training.data.batches import Sampler
+from training.data.permutation import Permutation
 
 
 class Scalar(torch.nn.Module):
@@ -179,6 +181,9 @@ class Reference:
         indices = [index for index in self.sampler.next_batch() for _ in range(config.group_size)]
         rows = [self.sample(self.prompts[index], draws) for index, draws in zip(indices, uniforms, strict=True)]
         metrics, minibatches = self.judged(rows), range(0, size, config.global_batch_size)
-        total = config.iterations * config.epochs * len(minibatches)
-        made = [self.update(rows[first:first + config.global_batch_size], total) for _ in range(config.epochs) for first in minibatches]
+        total, orders = config.iterations * config.epochs * len(minibatches), [range(size)]
+        for epoch in range(1, config.epochs):  # each later pass in an order of its own
+            orders.append(Permutation(size, f"epoch {epoch} of iteration {iteration}, seed {config.seed}")[np.arange(size)])
+        made = [self.update([rows[row] for row in order[first:first + config.global_batch_size]], total)
+                for order in orders for first in minibatches]
         return metrics | {name: sum(one[name] for one in made) / len(made) for name in made[0]}

@@ -275,9 +275,39 @@ def test_what_decides_a_checkpoint_s_tensors_can_t_be_changed_half_way(small_run
     settings = dict(iterations=2, precision="bf16")
     run(stop_after, 1, 1, 1, sft, small_run.sft(tmp_path, **settings, lora_rank=4, save_every=1), 1)
     for change, words in (({"lora_rank": 8}, "lora_rank = 8, but .*iter_0000001 was made with lora_rank = 4"), ({}, "lora_rank = 0, but"),
-                          ({"lora_rank": 4, "optimizer_precision": "bf16"}, "optimizer_precision = 'bf16', but .* = 'fp32'")):
+                          ({"lora_rank": 4, "optimizer_precision": "bf16"}, "optimizer_precision = 'bf16', but .* = 'fp32'"),
+                          ({"lora_rank": 4, "precision": "fp32"}, "precision = 'fp32', but .* was made with precision = 'bf16'")):
         with pytest.raises(AssertionError, match=f"ConfigError: {words}"):
             run(sft.run, 1, 1, 1, small_run.sft(tmp_path, **settings | change))
+
+
+def test_another_family_s_model_is_refused_by_its_name(small_run, llama_run, tmp_path):
+    run(stop_after, 1, 1, 1, sft, small_run.sft(tmp_path, iterations=2, save_every=1), 1)
+    with pytest.raises(AssertionError, match="ConfigError: model_type = 'llama', but .*iter_0000001 was made with model_type = 'bloom'"):
+        run(sft.run, 1, 1, 1, llama_run.sft(tmp_path, iterations=2))
+
+
+@pytest.mark.parametrize("saved", [[1], [1, 2]])
+def test_checkpoints_without_latest_are_not_overwritten_from_scratch(small_run, tmp_path, saved):
+    """A copy of the folder without that file, or someone's rm: the error says what to do, and that works."""
+    config = small_run.sft(tmp_path, iterations=3, save_every=1, keep_checkpoints=5)
+    run(stop_after, 1, 1, 1, sft, config, saved[-1])
+    (tmp_path / "latest").unlink()
+    before = (tmp_path / "metrics.jsonl").read_text()
+    with pytest.raises(AssertionError, match=r"latest is missing, but present: 1.*echo \d > .*latest.*another --name"):
+        run(sft.run, 2, 1, 1, small_run.sft(tmp_path, layout=(2, 1), iterations=3))
+    assert (tmp_path / "metrics.jsonl").read_text() == before and checkpoint.iterations(tmp_path) == saved
+    (tmp_path / "latest").write_text(f"{saved[-1]}\n")
+    run(sft.run, 1, 1, 1, config)
+    assert [row["iteration"] for row in metrics(tmp_path)] == [1, 2, 3]
+
+
+def test_a_kill_between_the_first_checkpoint_and_latest_loses_nothing(small_run, tmp_path, capfd):
+    config = small_run.sft(tmp_path, iterations=2, save_every=1)
+    run(stop_after, 1, 1, 1, sft, config, 1)
+    os.replace(tmp_path / "latest", tmp_path / "latest.pending")  # what such a kill leaves
+    run(sft.run, 1, 1, 1, config)
+    assert "resumed from iteration 1" in capfd.readouterr().out and checkpoint.latest(tmp_path) == 2
 
 
 def test_a_finished_stage_has_nothing_left_to_do(small_run, tmp_path, capfd):

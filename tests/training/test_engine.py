@@ -10,6 +10,7 @@ from training.generation.engine import Engine, Limits
 from training.generation.pages import Pages
 from training.generation.request import Request, Sampling, draws
 from training.generation.schedule import Scheduler
+from training.parallel import NoRoom
 from training.settings import ConfigError
 
 VOCAB, STEPS = 300, 16
@@ -143,12 +144,18 @@ def test_the_cases_at_the_edge(bloom):
     (Request([1, -1], Sampling(4, temperature=0)), "request 1: token -1 is outside the vocabulary"),
     (Request([1], Sampling(4)), "request 1: 0 uniforms for max_new_tokens = 4; give one a step"),
     (Request([1], Sampling(4, temperature=0, stop_strings=("x",))), "request 1: stop_strings = \\('x',\\) need an engine made with decode"),
-    (Request([1] * 60, Sampling(4, temperature=0)), "request 1 needs 16 pages of 4 tokens, the cache has room for 10 .* raise cache_share"),
 ])
 def test_a_request_that_can_t_be_served_is_refused_before_anything_runs(bloom, request_, message):
     engine = Engine(bloom[1], Limits(64, page=4, cache_tokens=40), -1)
     with pytest.raises(ConfigError, match=message):
         engine.generate([Request([1, 2], Sampling(2, temperature=0)), request_])
+    assert engine.stats.steps == 0
+
+
+def test_a_request_that_the_cache_can_t_hold_is_refused_before_anything_runs(bloom):
+    engine = Engine(bloom[1], Limits(64, page=4, cache_tokens=40), -1)
+    with pytest.raises(NoRoom, match="request 1 needs 16 pages of 4 tokens, the cache has room for 10 .* raise cache_share"):
+        engine.generate([Request([1, 2], Sampling(2, temperature=0)), Request([1] * 60, Sampling(4, temperature=0))])
     assert engine.stats.steps == 0
 
 

@@ -198,8 +198,8 @@ def drawn(config) -> tuple[torch.Tensor, dict]:
 
 
 def test_logits_equal_peft_s(small_run, tmp_path):
-    """Where peft is installed (CONTRIBUTING.md): the same A and B give the same logits, merged or not."""
-    peft = pytest.importorskip("peft", reason="needs peft: CONTRIBUTING.md")
+    """Where peft is installed (make peers): the same A and B give the same logits, merged or not."""
+    peft = pytest.importorskip("peft", reason="needs peft: make peers")
     config = settings(small_run, tmp_path)
     base, _ = run(weights, 1, 1, 1, small_run.sft(tmp_path), config.paths.init, "lm")[0]
     ours, added = run(drawn, 1, 1, 1, config)[0]

@@ -9,7 +9,7 @@ import torch
 
 from training import losses
 
-NEEDS = "needs trl 0.11.4 with datasets 3.6.0 and tyro 0.9, installed beside our pins: CONTRIBUTING.md"
+NEEDS = "needs trl 0.11.4 with datasets 3.6.0 and tyro 0.9, installed beside our pins: make peers"
 core = pytest.importorskip("trl.core", reason=NEEDS)
 if not hasattr(core, "masked_whiten"):
     pytest.skip(NEEDS, allow_module_level=True)

@@ -21,7 +21,7 @@ from megatron.core import parallel_state
 
 from tests.distributed import run
 from tests.training.learners import fill, learner, settings, wrong
-from training import checkpoint, checksums, unpickle
+from training import checkpoint, checksums, saving, unpickle
 from training.checksums import Damaged
 from training.optimizer import boxes
 from training.parallel import ranks
@@ -92,6 +92,22 @@ def test_boxes_are_the_range_in_order():
                  for offset, size in boxes(shape, start, stop)]
         assert torch.cat([*found, torch.empty(0, dtype=torch.long)]).tolist() == list(range(start, stop))
         assert len(found) <= 2 * len(shape) - 1
+
+
+def test_staging_keeps_a_place_for_each_tensor_at_one_address_and_none_for_those_that_are_gone():
+    """A weight, and its first elements' box of the optimizer's, begin at one address. Replaced buffers would stay pinned for ever."""
+    weight, staging = torch.arange(8.0), saving._Staging()
+    for _ in range(2):
+        assert torch.equal(staging.copy(weight), weight) and torch.equal(staging.copy(weight[:3]), weight[:3])
+        staging.drop_unwanted()
+        places = dict(staging.buffers)
+        assert len(places) == 2
+    staging.copy(weight), staging.copy(weight[:3])
+    assert all(staging.buffers[key] is places[key] for key in places)
+    staging.drop_unwanted()
+    staging.copy(weight)
+    staging.drop_unwanted()
+    assert list(staging.buffers) == [(weight.data_ptr(), weight.nbytes)]
 
 
 FILE_CALLS = {"open", "write", "fsync", "replace", "rename", "mkdir", "unlink", "rmdir", "close"}

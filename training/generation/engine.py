@@ -3,7 +3,8 @@
 Each turn of the loop admits waiting rows, computes a chunk of their prompts into the cache and makes one decode step of all ready
 rows. A prompt's last token is left to the first decode step, so that prefill needs no logits and only decode steps sample. On a GPU
 the results of a step are read while the next one runs: the host never makes it wait, and an ended row costs one step too many.
-A response depends on its request alone (prompt, sampling, uniforms): not on batch, order, cache size or preemption.
+A response depends on its request alone (prompt, sampling, uniforms): in fp32 not on batch, order, cache size or preemption. In
+bf16 they decide which kernels compute and so how a logit is rounded: a draw near the border of two tokens may fall to either.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from training.generation.pages import Pages
 from training.generation.request import Completion, Request, check
 from training.generation.sampling import penalise
 from training.generation.schedule import Piece, Row, Scheduler
-from training.settings import ConfigError
+from training.parallel import NoRoom
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ class Engine:
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """A completion for each request, in order. Raises ConfigError, before anything runs, where one can't be served."""
+        """A completion for each request, in order. Raises, before anything runs, ConfigError where one can't be served, NoRoom where the
+        cache has no room for it."""
         check(requests, self.decoder.vocab, self.limits.context, self.decode is not None)
         self.stats = Stats()
         if not any(request.sampling.max_new_tokens for request in requests):
@@ -121,8 +123,8 @@ class Engine:
         pages = min(sum(sorted(longest)[-rows:]), self._affordable(page_bytes, rows))
         if max(longest) > pages:
             number = numbers[longest.index(max(longest))]
-            raise ConfigError(f"request {number} needs {max(longest)} pages of {limits.page} tokens, the cache has room for {pages} "
-                              f"({pages * page_bytes / 1e9:.2f} GB); free GPU memory, raise cache_share or cache_tokens, or ask for less")
+            raise NoRoom(f"request {number} needs {max(longest)} pages of {limits.page} tokens, the cache has room for {pages} "
+                         f"({pages * page_bytes / 1e9:.2f} GB); free GPU memory, raise cache_share or cache_tokens, or ask for less")
         shape = (decoder.layers, 2, pages + 1, decoder.kv_heads, limits.page, decoder.head_dim)
         if self.cache is None or self.cache.size(2) < pages + 1:
             self.cache = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from training.generation.engine import Engine, Limits
 from training.generation.request import Completion, Request
 from training.generation.reshard import Resharder
 from training.model.language_model import Interleaved, LanguageModel
+from training.parallel import NoRoom
 from training.shape import Shape
 
 
@@ -32,6 +34,29 @@ def operations(device_type: str):
 
         return triton_ops
     return torch_ops
+
+
+def _completions(engine: Engine, requests: list[Request]) -> tuple[list[Completion], str]:
+    """What the engine makes of ``requests``, and "" or why it has no room for them. It is asked twice: between two phases of training the
+    allocator may hold memory in pieces. All ranks of a replica see the same."""
+    # Ranks that share layers can't tell each other that one of them ran out of memory half way.
+    errors = (NoRoom,) if engine.decoder.group else (NoRoom, torch.OutOfMemoryError)
+    problem = ""
+    for _ in range(2):
+        try:
+            return (engine.generate(requests) if requests else []), ""
+        except errors as error:
+            problem = str(error).splitlines()[0]
+        engine.release()
+        _free()
+    return [], problem
+
+
+def _free() -> None:
+    """Give the device's memory that nothing holds back to the driver."""
+    if parallel.device().type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 class Replicas:
@@ -51,18 +76,22 @@ class Replicas:
         """Of the last call: see ``_measured``."""
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """Completions in the requests' order, on every rank of the model-parallel group, each of which gives the same requests."""
+        """Completions in the requests' order, on every rank of the model-parallel group, each of which gives the same requests. A
+        collective over all ranks; raises NoRoom on all where one has no memory for a cache."""
         began = time.monotonic()
         decoder = family(self.shape).Decoder(self.shape, self.resharder.weights(), operations(parallel.device().type), self.resharder.group)
         reshard_seconds = time.monotonic() - began
         engine = Engine(decoder, self.limits, self.eos_id, self.decode)
         mine = self._assigned(requests)[self.resharder.member // self.size]
-        made = engine.generate([requests[index] for index in mine]) if mine else []
+        made, problem = _completions(engine, [requests[index] for index in mine])
+        if problem := parallel.first_problem(problem):
+            del engine, decoder
+            _free()
+            raise NoRoom(problem)
         gathered: list = [None] * self.model_group.size()
         dist.all_gather_object(gathered, (mine, made, engine.stats), group=self.model_group)
         del engine, decoder  # cache, graphs and received weights: training needs the room
-        if parallel.device().type == "cuda":
-            torch.cuda.empty_cache()
+        _free()
         self.report = self._measured([stats for _, _, stats in gathered[:: self.size]], reshard_seconds)
         completions = dict(pair for indices, results, _ in gathered for pair in zip(indices, results, strict=True))
         return [completions[index] for index in range(len(requests))]
