@@ -162,7 +162,7 @@ def one_step(config: PPOConfig, length: int):
     samples = trainer.learn_from(rollout, scored)
     assert samples.batch["advantages"][batch["response_mask"]].mean().abs() < 1e-6
     assert not samples.batch["advantages"][~batch["response_mask"]].any() and not samples.batch["returns"][~batch["response_mask"]].any()
-    steps = trainer.update(samples.batch, division, learn_policy=True)
+    steps = trainer.update(samples.batch, [division], learn_policy=True)
     return {**samples.metrics, **ppo.summary(steps)}
 
 
