@@ -47,6 +47,12 @@ def from_messages(messages: list[tuple[str, str]]) -> str:
     return text
 
 
+def earlier(prompt: str) -> list[str]:
+    """The prompts that ``prompt`` goes on from: its dialogue up to each cue but the last."""
+    ends = [match.end() for match in re.finditer(re.escape(CUE), prompt)]
+    return [prompt[:end] for end in ends if end < len(prompt.rstrip())]
+
+
 def question(prompt: str) -> str:
     """The words of the prompt's last human turn, of one without role marks all."""
     return prompt.rpartition(HUMAN)[2].strip().removesuffix(CUE.strip()).strip()

@@ -113,4 +113,4 @@ def because(counts: Counter) -> str:
 def dropped(read: dict[str, int]) -> list[str]:
     """A line for each reason why rows are not used, or are used although they are unusual."""
     return [f"{number:,} of {read['rows']:,} rows {name}" for name, number in read.items()
-            if name.startswith(("dropped: ", "kept: ", "repeated: "))]
+            if name.startswith(("dropped: ", "kept: ", "repeated: ", "left out: "))]

@@ -118,12 +118,15 @@ def from_source(data: DataConfig, writer: Writer) -> Counts:
     writer.open(*(name for stage in STAGES for name in names(stage)))
     for row in formats.iterate(data.source, "rlhf", Counter(), data.skip_bad_rows):
         unseen = heldout["rlhf"].place(row.prompt) in chosen
+        # Its prompt would teach the reply to a held-out one.
+        told = not unseen and any(heldout["rlhf"].place(prompt) in chosen for prompt in dialogue.earlier(row.prompt))
+        counts["left out: goes on from a held-out prompt"] += told
         for stage in _good_for(row):
             if next(again[stage]):
                 counts[f"repeated: {stage}"] += 1
-            else:
+            elif not told:
                 writer.add(names(stage)[unseen], formats.as_native(row, stage))
-    return dict(counts)
+    return dict(+counts)
 
 
 def _good_for(row: Row) -> list[str]:

@@ -41,6 +41,19 @@ def test_rows_of_one_prompt_stay_on_one_side(tmp_path, prepare, own_model):
     assert not (tmp_path / "model").exists()  # a checkpoint of the user's own: none is made
 
 
+def test_a_conversation_that_goes_on_from_a_held_out_prompt_is_not_trained_on(tmp_path, prepare, own_model):
+    """Its prompt holds a reply to the held-out one."""
+    rows = [row for number in range(60) for row in (
+        pair(f"Is it {number}?"), pair(f"is it  {number}?\n\nAssistant: yes\n\nHuman: Sure?\n\nAssistant: yes\n\nHuman: Really?"))]
+    done = prepare(tmp_path, own_model, source=write(tmp_path / "hh.jsonl", rows), heldout=0.2, heldout_max=12)
+    assert done.returncode == 0, done.stderr
+    heldout, kept = ([row["prompt"] for row in read(tmp_path / f"data/{name}.jsonl")] for name in ("heldout", "rlhf"))
+    short = [prompt.removesuffix("\n\nAssistant:").lower().split() for prompt in heldout if "Sure" not in prompt]
+    assert short and not any(prompt.lower().split()[:len(one)] == one for prompt in kept for one in short)
+    left = json.loads((tmp_path / "data/counts.json").read_text())["read"]["left out: goes on from a held-out prompt"]
+    assert 0 < left == 120 - len(heldout) - len(kept)
+
+
 def test_row_order_does_not_change_what_is_held_out(tmp_path, prepare, own_model):
     rows = [pair(f"Is it {number}?") for number in range(50)]
     for name, order in (("a", rows), ("b", rows[::-1])):
@@ -117,7 +130,7 @@ def test_real_hh(tmp_path, prepare):
     read_counts, files = counts["read"], counts["files"]
     assert read_counts["rows"] == 2312
     assert read_counts["dropped: prompts of chosen and rejected differ"] == 5 and read_counts["dropped: empty reply"] == 4
-    dropped = sum(number for reason, number in read_counts.items() if reason.startswith("dropped"))
+    dropped = sum(number for reason, number in read_counts.items() if reason.startswith(("dropped", "left out")))
     assert files["reward.jsonl"] + files["reward_heldout.jsonl"] == 2312 - dropped
     for row in read(tmp_path / "data/reward.jsonl"):
         assert row["query"].endswith("\n\nAssistant:") and all(response[0] == " " != response[1] for response in row["response"])
