@@ -24,6 +24,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
+from eval import foreign
 from eval.errors import DataError
 
 SECONDS = 5.0
@@ -115,17 +116,12 @@ def takes_system(template: str, tokens: Mapping | None = None) -> bool:
 def _text(path: Path, most: int) -> str:
     """The file's text. Raises TemplateError for what is no file, too large, or no UTF-8."""
     try:
-        if not path.is_file():
-            raise TemplateError(f"{path} is no file")
-        with open(path, "rb") as file:
-            content = file.read(most + 1)
-        if len(content) > most:
-            raise TemplateError(f"{path} has more than {most:,} bytes; is it the file of a tokenizer?")
-        return content.decode()
-    except OSError as error:
-        raise TemplateError(f"{path} can't be read ({error.strerror})") from None
+        return foreign.content(path, most).decode()
     except UnicodeDecodeError as error:
         raise TemplateError(f"{path} is no UTF-8 (byte {error.start}); download it again") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise TemplateError(f"{path} can't be read ({reason}): expected the file of a tokenizer") from None
 
 
 class _Worker:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -29,6 +28,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from eval import foreign
 from eval.errors import DataError, InvariantError
 
 
@@ -64,27 +64,36 @@ def require_model(folder: str | Path, field: str) -> None:
     if not (place / "config.json").is_file():
         raise DataError(f"{field} = {folder}: no config.json there; {expected}")
     try:
-        values = json.loads((place / "config.json").read_text(encoding="utf-8"))
+        values = foreign.parse(foreign.read(place / "config.json", foreign.TABLE))
         known = isinstance(values, dict) and isinstance(values.get("model_type"), str)
-    except (ValueError, RecursionError, OSError):
+    except (ValueError, OSError):
         known = False
     if not known:
         raise DataError(f"{field} = {folder}: its config.json names no model_type; {expected}")
     for what, patterns in (("tokenizer", ("tokenizer*", "*.model", "vocab*")), ("weights", ("*.safetensors", "*.bin"))):
         if not any(file for pattern in patterns for file in place.glob(pattern)):
             raise DataError(f"{field} = {folder}: no {what} there ({', '.join(patterns)}); {expected}")
+    require_files(folder)
+
+
+def require_files(folder: str | Path) -> None:
+    """Raise DataError for a pipe or a device in the folder, which transformers would wait for or read for ever."""
+    for path in Path(folder).glob("*"):
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise DataError(f"{path} is a pipe or a device, no file of a model; remove it")
 
 
 @contextlib.contextmanager
 def readable(folder: str | Path, kind: str = ""):
     """Whatever transformers raises of a folder becomes a DataError that names it: each library has errors of its own, and
     a panic of tokenizers is not even an ``Exception``."""
+    require_files(folder)
     try:
         yield
     except (DataError, MemoryError, torch.OutOfMemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # torn weights, an unknown model_type, no usable tokenizer
-        reason = (str(error).strip() or "no message").splitlines()[0][:300]
+        reason = foreign.plain((str(error).strip() or "no message").splitlines()[0][:300])
         code = "; code in a model's folder is never run (trust_remote_code is always False)" if "trust_remote_code" in str(error) else ""
         raise DataError(f"{folder}: transformers can't load it{kind}: {type(error).__name__}: {reason}{code}") from error
 

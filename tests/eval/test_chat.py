@@ -97,7 +97,7 @@ def test_a_folder_is_checked(files, said, tmp_path, capsys):
 
 def test_a_pipe_is_no_template(tmp_path):
     os.mkfifo(tmp_path / "chat_template.jinja")
-    with pytest.raises(chat.TemplateError, match="is no file"):
+    with pytest.raises(chat.TemplateError, match="it is not a file"):
         chat.read(tmp_path)
 
 

@@ -77,7 +77,19 @@ def differing(folder: Path, samples: Iterable[str], plain: bool) -> str:
 
 def check(folder: Path, rows: int, source: str) -> list[str]:
     """What a person should know. Raises ConfigError where a later stage would fail, or train on other tokens."""
-    tokenizer, samples = Tokenizer(folder), texts(source)
+    samples = texts(source)
+    notes = check_files(Tokenizer(folder), folder, rows, samples)
+    if problem := differing(folder, samples, plain=True):
+        raise ConfigError(f"model.checkpoint: the tokenizer of {folder} {problem}; the evaluation would use that: save it again with "
+                          "AutoTokenizer.from_pretrained(...).save_pretrained(folder)")
+    if problem := differing(folder, samples, plain=False):
+        notes.append(f"{folder}: AutoTokenizer {problem}; training and evaluation go by tokenizer.json, and the export will name the class "
+                     f"{PLAIN}, so that AutoTokenizer does, too")
+    return notes
+
+
+def check_files(tokenizer: Tokenizer, folder: Path, rows: int, samples: list[str]) -> list[str]:
+    """``check`` without transformers."""
     token, number = tokenizer.highest()
     if number < 0:
         raise ConfigError(f"model.checkpoint: {tokenizer.file} has no vocabulary; download it again, or save the fast tokenizer there with "
@@ -85,15 +97,7 @@ def check(folder: Path, rows: int, source: str) -> list[str]:
     if number >= rows:
         raise ConfigError(f"model.checkpoint: token {shown(repr(token))} of {tokenizer.file} has id {number}, the embedding has {rows} "
                           "rows (vocab_size); the tokenizer is another model's, or the embedding was not resized after tokens were added")
-    notes = [*tokenizer.said.notes(tokenizer.eos_id), *_joins(tokenizer, samples), *_foreign_code(folder)]
-    if problem := differing(folder, samples, plain=True):
-        raise ConfigError(f"model.checkpoint: the tokenizer of {folder} {problem}; the evaluation would use that: save it "
-                          "again with "
-                          "AutoTokenizer.from_pretrained(...).save_pretrained(folder)")
-    if problem := differing(folder, samples, plain=False):
-        notes.append(f"{folder}: AutoTokenizer {problem}; training and evaluation go by tokenizer.json, and the export will name the class "
-                     f"{PLAIN}, so that AutoTokenizer does, too")
-    return notes
+    return [*tokenizer.said.notes(tokenizer.eos_id), *_joins(tokenizer, samples), *_foreign_code(folder)]
 
 
 def _joins(tokenizer: Tokenizer, samples: list[str]) -> list[str]:
