@@ -108,6 +108,10 @@ def judge_facts(settings: MTBenchConfig, judgments: list[dict], pairs: list[dict
 
 
 def main(arguments: list[str]) -> int:
+    if {"-h", "--help"} & set(arguments):
+        print(f"usage: python -m eval config.json; on its own, without a run: python -m eval.mtbench "
+              f"--help\n\n{__doc__}")
+        return 0
     if len(arguments) != 1:
         print("usage: python -m eval config.json; on its own, without a run: python -m eval.mtbench --help", file=sys.stderr)
         return USAGE

@@ -185,6 +185,9 @@ def _question(row: dict, answers: dict, where: str) -> Question:
 
 
 def main(arguments: list[str]) -> int:
+    if {"-h", "--help"} & set(arguments) or not 1 <= len(arguments) <= 2:
+        print(f"usage: python -m eval.questions QUESTIONS [REFERENCES]\n\n{__doc__}")
+        return 0 if {"-h", "--help"} & set(arguments) else os.EX_USAGE
     try:
         found = load(*arguments)
     except DataError as error:

@@ -22,7 +22,7 @@ def queue(run: Run, stages: list[Stage]) -> dict[str, int | str]:
         return dict(sweep.queue(run.folder.parent, stages, run.config["run"]["sweep"]["index"]))
     with submission.patient(run.lock):
         submission.settle(run)
-        chain, alive = missing(run, stages)
+        chain, alive = missing(run, stages, jobs.of_run(run))
         move_stale_aside(run, chain)
         resources, profile = build_plain("resources", run.config["resources"]), run.profile
         keys = secrets.names(profile)
@@ -35,14 +35,15 @@ def queue(run: Run, stages: list[Stage]) -> dict[str, int | str]:
         return submission.submit(run, steps) if steps else {}
 
 
-def missing(run: Run, stages: list[Stage]) -> tuple[list[Stage], dict[str, jobs.Job]]:
-    """Those of ``stages`` that have to be queued, in order, and the live jobs of the others.
+def missing(run: Run, stages: list[Stage], known: dict[str, jobs.Job]) -> tuple[list[Stage], dict[str, jobs.Job]]:
+    """Those of ``stages`` that have to be queued, in order, and the live jobs of the others;
+    ``known``: all that the queue shows.
 
     A job whose stage has failed is ending, and jobs that wait for it will be cancelled by Slurm within a second: they
     are cancelled now and replaced, as is one that can never start. One that is only held is let go.
     """
     left = {stage.name for stage in manifest.left(run, list(run.stages.values()))}
-    alive = {name: job for name, job in jobs.of_run(run).items() if job.alive and name in left and not _ending(run, name, job)}
+    alive = {name: job for name, job in known.items() if job.alive and name in left and not _ending(run, name, job)}
     todo = {stage.name for stage in stages if stage.name in left and (stage.name not in alive or alive[stage.name].stuck)}
     for name in list(todo):
         todo |= {stage.name for stage in descendants(run, run.stages[name]) if stage.name in alive and alive[stage.name].pending}

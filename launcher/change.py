@@ -58,7 +58,9 @@ class Change:
 def examine(run: Run, wish: Wish) -> Change:
     """The configuration that is wished for, checked, beside the present one; its ``lines`` are empty where nothing differs."""
     config = run.config
-    layers = [(read_toml(path), str(path)) for path in wish.files] + [(parse_set(text), f"--set {text}") for text in wish.sets]
+    layers = [(read_toml(path), str(path)) for path in wish.files] + [
+        (parse_set(text), f"--set {text}") for text in wish.sets
+    ]
     for tables, where in layers:
         check_sections(tables, where)
     old = run.tables
@@ -68,7 +70,9 @@ def examine(run: Run, wish: Wish) -> Change:
     keys = differences(old, change.tables) + differences({"profile": config["profile"]}, {"profile": profile})
     if keys:
         left = {stage.name for stage in unfinished(run)}
-        checks.check(run.folder, tables, run.stages, [stage for stage in change.stages if stage.name in left], change.site)
+        checks.check(
+            run.folder, tables, run.stages, [stage for stage in change.stages if stage.name in left], change.site
+        )
         change.lines = [*keys, *_consequences(run, old, change, wish)]
     return change
 
@@ -82,7 +86,7 @@ def selected(run: Run, wish: Wish) -> list[Stage]:
         last = names.index(run.stage_named(wish.last).name)
         if wish.first and names.index(run.stage_named(wish.first).name) > last:
             raise ConfigError(f"--from {wish.first} comes after --until {wish.last}; the order is {' -> '.join(names)}")
-        return [run.stages[name] for name in names[:last + 1]]
+        return [run.stages[name] for name in names[: last + 1]]
     return list(run.stages.values()) if wish.everything else run.selected()
 
 
@@ -99,7 +103,10 @@ def _target(run: Run, wish: Wish) -> Stage | None:
         return run.stage_named(wish.first)
     left = unfinished(run)
     if wish.iteration is not None and not left:
-        raise ConfigError(f"--load-iteration {wish.iteration} of which stage? all are done; add --from, one of {', '.join(run.stages)}")
+        raise ConfigError(
+            f"--load-iteration {wish.iteration} of which stage? all are done; add --from, one of "
+            f"{', '.join(run.stages)}"
+        )
     return None if wish.iteration is None else left[0]
 
 
@@ -141,8 +148,10 @@ def _consequences(run: Run, old: dict, change: Change, wish: Wish) -> list[str]:
         so = f", and so does what was made from it: {', '.join(later)}" if later else ""
         may = _keeps(run, stage, before, after)
         if back and wish.iteration is not None and before.get("data") != after.get("data"):
-            raise ConfigError(f"--load-iteration {wish.iteration}: {name} was trained on other rows than the changed section "
-                              f"data gives; leave out --load-iteration, or what changes the data")
+            raise ConfigError(
+                f"--load-iteration {wish.iteration}: {name} was trained on other rows than the changed section "
+                f"data gives; leave out --load-iteration, or what changes the data"
+            )
         if (back and wish.iteration is None) or not (back or may):
             change.anew += [] if back else [name]
             why = " (--from; without it, it keeps what it has)" if back and may else ""
@@ -150,7 +159,11 @@ def _consequences(run: Run, old: dict, change: Change, wish: Wish) -> list[str]:
             continue
         change.uncertified.append(name)
         where = f"iteration {wish.iteration if back else run.iteration(name)}" if stage.checkpoints else "what it has"
-        so = f"; what was made from it begins anew: {', '.join(later)}" if later and (back or _is_done(run, name)) else ""
+        so = (
+            f"; what was made from it begins anew: {', '.join(later)}"
+            if later and (back or _is_done(run, name))
+            else ""
+        )
         lines.append(f"=> {name} goes on from {where}, with the new values{so}")
     return lines or ["=> the stages that are left run with it"]
 

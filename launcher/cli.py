@@ -14,8 +14,8 @@ from launcher.pipeline import FULL, NAMES, PIPELINES, PPO
 from launcher.terminal import say
 from training.settings import ConfigError
 
-TARGETS = click.Choice([FULL, *NAMES])
-STAGE = click.Choice(NAMES)
+TARGETS = completion.Names([FULL, *NAMES])
+STAGE = completion.Names(NAMES)
 
 
 class Commands(click.Group):
@@ -67,10 +67,11 @@ def main():
     """
 
 
-def plan_options(command):
-    """Options that choose what runs, with what, where; the command gets the checked Plan as ``made``."""
+def plan_options(command, tolerant: bool = False):
+    """Options that choose what runs, with what, where; the command gets the checked Plan as ``made``;
+    ``tolerant``: also one with mistakes."""
     @click.argument("target", type=TARGETS)
-    @click.option("--pipeline", type=click.Choice(list(PIPELINES)),
+    @click.option("--pipeline", type=completion.Names(list(PIPELINES)),
                   help=f"How preferences are learnt.  [default: the run's, else the first that has the stage: {PPO}]")
     @click.option("--recipe", default="bloom-tiny", show_default=True, shell_complete=completion.recipes,
                   help="Starting point: a file of launcher/recipes, without .toml.")
@@ -81,7 +82,9 @@ def plan_options(command):
     @click.option("--name", help="Name of the run.  [default: the recipe's]")
     @click.option("--runs", default="runs", show_default=True, type=click.Path(file_okay=False, path_type=Path), help="Folder of all runs.")
     @click.option("--profile", metavar="NAME|FILE.toml", shell_complete=completion.profiles,
-                  help="Site: local, dev, a100, h800 or a file.  [default: dev when its cluster runs, else local]")
+                  help="Site: local, dev, a100, h200, h800 or a file.  [default: $CONVOY_PROFILE, "
+                       "~/.config/convoy.toml; "
+                       "else local, or dev when its cluster runs; a cluster's login node has none]")
     @click.option("--from", "first", type=STAGE, help=f"First stage of {FULL}; those before it must be DONE.")
     @click.option("--until", "last", type=STAGE, help=f"Last stage of {FULL}.")
     @click.option("--reuse", metavar="RUN", type=click.Path(path_type=Path), shell_complete=completion.runs,
@@ -96,7 +99,8 @@ def plan_options(command):
         chosen, reused = cluster.choose(profile), named(reuse, runs) if reuse else None
 
         def make(more, name, runs):
-            return submit.plan(target, recipe, list(files), [*sets, *more], name, runs, chosen, first, last, pipeline, reused)
+            return submit.plan(target, recipe, list(files), [*sets, *more], name, runs, chosen, first, last, pipeline, reused,
+                               tolerant)
 
         if not sweeps:
             return command(make([], recipe if name is None else name, runs), **rest)
@@ -169,7 +173,7 @@ def submit(context, made, wait, dry_run):
 
 
 @main.command(short_help="What would run: graph, hours, memory, disk, start.")
-@plan_options
+@functools.partial(plan_options, tolerant=True)
 @click.option("--scripts", is_flag=True, help="Print the batch script of each stage, too.")
 @click.option("--suggest", is_flag=True,
               help="Name what is fastest on paper (launcher/scaling.py): the layout of sft, the token budget of rlhf.")
@@ -222,15 +226,20 @@ def status(runs, as_json):
     """
     import time
 
-    from launcher import live, screen, state
+    from launcher import screen, state, terminal
 
     if runs.sweeps:
         return _compare(runs.sweeps, as_json)
-    seen = state.look_at(runs)
+    broken = None if runs.named else list(runs.strangers)
+    seen = state.look_at(runs, broken=broken)
+    for line in broken or []:
+        say(line, err=True)
     if as_json:
         click.echo(json.dumps(state.as_json(seen), indent=2))
         return
-    width, now = live.width(), time.time()
+    width, now = terminal.width(), time.time()
+    if not seen:
+        raise ConfigError("none of these can be shown; name a run: python -m launcher status RUN")
     screens = [screen.run_lines(one, width, now) for one in seen] if runs.named else [screen.runs_lines(seen, width, now)]
     click.echo("\n\n".join("\n".join(lines) for lines in screens))
 
@@ -248,12 +257,14 @@ def watch(context, runs):
     """
     from launcher import live
 
+    for line in runs.strangers:
+        say(line, err=True)
     context.exit(live.watch(runs))
 
 
 @main.command(short_help="All ranks' lines in order of time.")
 @run_argument
-@click.argument("stage", type=click.Choice([*NAMES, "all"]), required=False)
+@click.argument("stage", type=completion.Names([*NAMES, "all"]), required=False)
 @click.option("-f", "--follow", is_flag=True, help="Wait for more until the stage has ended; without STAGE through all that follow.")
 @click.option("--rank", "ranks", default="", metavar="RANKS", help="Only these: 3, 0-7,12, launcher (the supervisor), srun, slurm.")
 @click.option("--errors", is_flag=True, help="Only lines that look like errors, and whole tracebacks.")
@@ -328,8 +339,8 @@ def cancel(runs):
     """
     from launcher.cancel import cancel
 
-    for run in runs:
-        say(cancel(run) if len(runs) == 1 else f"{run.folder}: {cancel(run)}")
+    for run, words in cancel(runs).items():
+        say(words if len(runs) == 1 else f"{run.folder}: {words}")
 
 
 @main.command(short_help="One HTML page about a run, or several side by side.")
@@ -380,7 +391,8 @@ def doctor(context, on_node, write, partition, profile, timeout_s, as_json):
     click.echo(json.dumps(doctor.as_json(report), indent=2)) if as_json else doctor.shown(report, view.console())
     if write:
         doctor.write_profile(report, write)
-        click.echo(f"written: {write}; look it over, then: submit full-pipeline --profile {write}", err=True)
+        click.echo(f"written: {write}; look it over, then: submit full-pipeline --profile {write}; or for good: "
+                   f"export {cluster.VARIABLE}={write.resolve()}", err=True)
     context.exit(1 if report.bad else 0)
 
 
@@ -407,12 +419,15 @@ def completion_command(shell):
 
 def _compare(sweeps: tuple[Path, ...], as_json: bool) -> None:
     from launcher import sweep, view
+    from launcher.run import sweep_of
 
     if as_json:
         click.echo(json.dumps([{"sweep": str(folder), "runs": sweep.comparison(folder)} for folder in sweeps], indent=2))
         return
     for folder in sweeps:
         view.console().print(sweep.table(folder))
+        if lacking := len(sweep_of(folder)["values"]) - len(sweep.members(folder)):
+            say(f"{folder}: {lacking} of its runs were never written: the same submit command completes it", err=True)
 
 
 def _committed(context: click.Context, asked: bool) -> None:

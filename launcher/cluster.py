@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sysconfig
 from pathlib import Path
 
@@ -13,6 +14,10 @@ from training.settings import ConfigError, build
 
 DEV_CLUSTER = "convoy-dev"
 """ClusterName of the cluster that slurm/dev/up starts."""
+
+
+VARIABLE = "CONVOY_PROFILE"
+"""Environment variable that names the profile where no option does."""
 
 
 def slurm_folder() -> Path:
@@ -43,16 +48,53 @@ def load(name: str) -> Profile:
 
 
 def choose(name: str | None) -> tuple[Profile, str]:
-    """The profile and why it was chosen: as named, else dev on the development cluster, else local."""
+    """The profile and why it was chosen: as named, else the one that is remembered, else dev on
+    the development cluster, else local.
+
+    ConfigError on a cluster's login node without a name: many centres forbid to train there.
+    """
     if name:
         return _versioned(load(name)), "as asked"
-    if reason := probe.unusable():
+    name, where = remembered()
+    if name:
+        try:
+            return _versioned(load(name)), where
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
+    reason = probe.unusable()
+    if not probe.login_node(reason):
         return load("local"), reason
-    found = probe.site()
-    if found.cluster == DEV_CLUSTER:
-        return dataclasses.replace(load("dev"), slurm=found.version), f"SLURM_CONF is the cluster of slurm/dev/up ({found.cluster})"
-    return load("local"), (f"cluster {found.cluster} has no profile of its own; to use it: python -m launcher doctor --write mine.toml, "
-                           "then --profile mine.toml")
+    site = None if reason else probe.site()
+    if site and site.cluster == DEV_CLUSTER:
+        return dataclasses.replace(load("dev"), slurm=site.version), f"SLURM_CONF is the cluster of slurm/dev/up ({site.cluster})"
+    what = f"cluster {site.cluster}" if site else f"a cluster whose controller does not answer ({reason})"
+    raise ConfigError(
+        f"this is a machine of {what}, and no --profile says where to run: on the cluster by a profile of it: "
+        f"--profile FILE.toml "
+        f"(python -m launcher doctor --write FILE.toml makes one); or on this machine: --profile local. To be asked "
+        f"no more: "
+        f"export {VARIABLE}=FILE.toml, or the line profile = \"FILE.toml\" in {config_file()}")
+
+
+def config_file() -> Path:
+    """The person's own settings; one key: ``profile``."""
+    return Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser() / "convoy.toml"
+
+
+def remembered() -> tuple[str, str]:
+    """The profile to use where none is named, and where that is written; ("", "") where it is
+    not. The variable wins over the file."""
+    if name := os.environ.get(VARIABLE):
+        return name, f"${VARIABLE} = {name}"
+    path = config_file()
+    if not path.is_file():
+        return "", ""
+    values = read_toml(path)
+    if set(values) - {"profile"} or not isinstance(values.get("profile", ""), str):
+        raise ConfigError(f'{path}: {values}: expected one line, profile = "NAME", or "/FOLDER/FILE.toml"')
+    name = values.get("profile", "")
+    beside = path.parent / Path(name).expanduser()
+    return (str(beside) if name.endswith(".toml") and beside.is_file() else name), f"{path}: profile = {name!r}"
 
 
 def _versioned(profile: Profile) -> Profile:

@@ -1,4 +1,4 @@
-"""Completion of the command ``convoy`` in bash, zsh and fish: run names, stages, recipes, profiles, keys of --set."""
+"""Names that a person types: what is near a wrong one, and their completion in bash, zsh and fish."""
 
 from __future__ import annotations
 
@@ -10,6 +10,19 @@ from click.shell_completion import CompletionItem, get_completion_class
 
 SHELLS = ("bash", "zsh", "fish")
 PROGRAM, VARIABLE = "convoy", "_CONVOY_COMPLETE"
+
+
+class Names(click.Choice):
+    """One of several names; a mistake is answered with the nearest, or with the stage that does it."""
+
+    def convert(self, value, parameter, context):
+        try:
+            return super().convert(value, parameter, context)
+        except click.BadParameter as error:
+            from launcher.config import near
+
+            error.message = error.message.rstrip(".") + near(str(value), self.choices)
+            raise
 
 
 def source(main: click.Group, shell: str) -> str:

@@ -7,7 +7,9 @@ here, a site's profile in launcher/profile.py.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import difflib
+import functools
 import re
 import sys
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ from launcher.addresses import refuse_secrets
 from launcher.profile import Profile
 from training.config import DPOConfig, GRPOConfig, PPOConfig, RewardConfig, SFTConfig
 from training.data.config import DataConfig, ModelConfig
-from training.settings import ConfigError, build
+from training.settings import ConfigError, Mistakes, at_least, build
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -44,9 +46,8 @@ class Resources:
     """Nodes asked for beyond ``nodes``: preflight leaves out those that are bad."""
 
     def __post_init__(self):
-        if min(self.nodes, self.minutes, self.cpus_per_gpu) < 1 or min(self.gpus_per_node, self.spares) < 0:
-            raise ValueError(f"{dataclasses.asdict(self)}: nodes, minutes and cpus_per_gpu are at least 1, gpus_per_node and spares at "
-                             "least 0")
+        at_least(self, 1, "nodes", "minutes", "cpus_per_gpu")
+        at_least(self, 0, "gpus_per_node", "spares")
 
     @property
     def ranks_per_node(self) -> int:
@@ -121,10 +122,17 @@ def parse_set(text: str) -> dict:
         parsed = tomllib.loads(f"value = {value}")
     except tomllib.TOMLDecodeError:
         parsed = {}
-    made = parsed["value"] if set(parsed) == {"value"} else value
+    made = parsed["value"] if set(parsed) == {"value"} and not _dated(parsed["value"]) else value
     for part in reversed(parts):
         made = {part: made}
     return made
+
+
+def _dated(value) -> bool:
+    """Whether there is a date or time in a TOML value: no key of ours is one, and JSON has none."""
+    if isinstance(value, dict | list):
+        return any(map(_dated, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, datetime.date | datetime.time)
 
 
 def merge(*layers: dict) -> dict:
@@ -138,24 +146,40 @@ def merge(*layers: dict) -> dict:
 
 
 def check_sections(tables: dict, where: str) -> None:
-    """ConfigError for an unknown section, a section that is no table, and for ``paths``, which only the launcher fills."""
+    """ConfigError for unknown sections, a section that is no table, and for ``paths``, which only
+    the launcher fills."""
     refuse_secrets(tables)  # first: other errors quote values
+    mistakes, stages = Mistakes(), StageResources.__dataclass_fields__
     for section, values in tables.items():
         if section not in SECTIONS:
-            raise ConfigError(f"{where}: no section {section!r}{near(section, SECTIONS)}; there are: {', '.join(SECTIONS)}")
-        if not isinstance(values, dict):
-            raise ConfigError(f"{where}: {section} = {values!r}: expected a table, e.g. [{section}] or --set {section}.key=value")
-        if "paths" in values:
-            raise ConfigError(f"{where}: {section}.paths is filled by the launcher; remove it (the folder follows from --runs and --name)")
+            key = next(iter(values), "") if isinstance(values, dict) else ""
+            mistakes.add(f"{where}: no section {section!r}{near(section, SECTIONS, key)}; there are: "
+                         f"{', '.join(SECTIONS)}")
+        elif not isinstance(values, dict):
+            mistakes.add(f"{where}: {section} = {values!r}: expected a table, e.g. [{section}] or --set "
+                         f"{section}.key=value")
+        elif "paths" in values:
+            mistakes.add(f"{where}: {section}.paths is filled by the launcher; remove it (the folder follows from "
+                         f"--runs and --name)")
+        elif section == "resources":
+            for name in sorted(set(values) - set(stages)):
+                hint = near(name, stages).replace("'", "'resources.", 1)
+                mistakes.add(f"{where}: resources.{name}: no stage {name!r}{hint}; there are: {', '.join(stages)}")
+    mistakes.raise_if_any()
 
 
 def layered(recipe: str, files: list[Path], sets: list[str], profile: Profile | None = None) -> dict:
     """Recipe (in its layout for ``profile``) < files < --set, each checked for its sections; the dataclasses add defaults when built."""
-    layers = [(read_recipe(recipe, profile), f"recipe {recipe}")]
-    layers += [(read_toml(path), str(path)) for path in files]
-    layers += [(parse_set(text), f"--set {text}") for text in sets]
-    for tables, where in layers:
-        check_sections(tables, where)
+    mistakes, layers = Mistakes(), []
+    reads = [(lambda: read_recipe(recipe, profile), f"recipe {recipe}")]
+    reads += [(functools.partial(read_toml, path), str(path)) for path in files]
+    reads += [(functools.partial(parse_set, text), f"--set {text}") for text in sets]
+    for read, where in reads:
+        tables = mistakes.of(read)
+        if tables is not None:
+            layers.append((tables, where))
+            mistakes.of(lambda: check_sections(tables, where))  # noqa: B023 - called at once
+    mistakes.raise_if_any()
     defaults = {section: {} for section in SECTIONS} | {"resources": dataclasses.asdict(StageResources())}
     return merge(defaults, *(tables for tables, _ in layers))
 
@@ -177,6 +201,15 @@ def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
     return lines
 
 
-def near(word: str, known) -> str:
-    match = difflib.get_close_matches(word, list(known), 1)
-    return f"; did you mean {match[0]!r}?" if match else ""
+METHODS = {"ppo": "rlhf", "rl": "rlhf", "rm": "reward", "reward_model": "reward", "finetune": "sft", "finetuning": "sft", "eval": "mtbench",
+           "evaluate": "mtbench", "evaluation": "mtbench", "judge": "mtbench", "conversion": "convert"}
+"""What else people call a stage -> its name."""
+
+
+def near(word: str, known, key: str = "") -> str:
+    """"; did you mean X?", by what a stage does, else by its spelling; "" where nothing is near.
+    ``key`` of a section goes along."""
+    known = list(known)
+    by_method = METHODS.get(word.lower())
+    match = [by_method] if by_method in known else difflib.get_close_matches(word, known, 1)
+    return f"; did you mean {match[0] + (key and f'.{key}')!r}?" if match else ""

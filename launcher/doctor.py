@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import pwd
 import re
 import secrets
 import signal
@@ -23,7 +22,7 @@ from launcher import cluster, container, environment, findings, node_findings, p
 from launcher.findings import Finding
 from launcher.here import here
 from launcher.profile import Profile
-from launcher.run import write_text
+from launcher.run import lock, write_text
 from training.settings import ConfigError
 
 NODE_SCRIPT = Path(__file__).with_name("node.py")
@@ -68,8 +67,9 @@ def examine(partition: str | None, profile: Profile | None, on_node: bool, timeo
 
 def _without(reason: str) -> str:
     """What follows from there being no Slurm to ask."""
-    later = "; where there should be one, ask again when it does" if "answers" in reason else ""
-    return f"{reason}: stages run here, one after the other (profile local){later}"
+    if probe.login_node(reason):
+        return f"{reason}; ask again when it does; stages run here, one after the other, only with --profile local"
+    return f"{reason}: stages run here, one after the other (profile local)"
 
 
 def ask_slurm(partition: str | None) -> list[Finding]:
@@ -80,7 +80,7 @@ def ask_slurm(partition: str | None) -> list[Finding]:
     if partition and chosen is None:
         raise ConfigError(f"--partition {partition}: no such partition; there are: {', '.join(one.name for one in partitions)}")
     made = findings.slurm_findings(config, accounts(config))
-    made += findings.partition_findings(partitions, chosen, "MEMORY" in config["SelectTypeParameters"].upper())
+    made += findings.partition_findings(partitions, chosen, "MEMORY" in config.get("SelectTypeParameters", "").upper())
     if chosen and not chosen.gpus:
         made.append(Finding("GPUs", chosen.name, "none", "its nodes have no GPUs: ranks run on the CPU", "note"))
     if names := re.findall(r"^ReservationName=(\S+)", probe.call("scontrol", "show", "reservation", "-o"), re.MULTILINE):
@@ -89,18 +89,16 @@ def ask_slurm(partition: str | None) -> list[Finding]:
     return sorted(made, key=lambda one: order.index(one.section))
 
 
-def accounts(config: dict[str, str]) -> list[str]:
+def accounts(config: findings.Known) -> list[str]:
     """Accounts of this user where Slurm keeps them; none where its database does not answer."""
-    if config["AccountingStorageType"].endswith("/none"):
+    if config.get("AccountingStorageType", "/none").endswith("/none"):
         return []
     with contextlib.suppress(probe.SlurmError):
-        rows = probe.call("sacctmgr", "-nP", "show", "assoc", "where", f"user={probe_user()}", "format=account").splitlines()
+        # a database may serve several clusters: an account of another one is none here
+        here = [f"cluster={config['ClusterName']}"] if "ClusterName" in config else []
+        rows = probe.call("sacctmgr", "-nP", "show", "assoc", "where", f"user={probe.user()}", *here, "format=account").splitlines()
         return sorted({row.strip() for row in rows if row.strip()})
     return []
-
-
-def probe_user() -> str:
-    return pwd.getpwuid(os.geteuid()).pw_name
 
 
 def look_at_node(profile: Profile, timeout_s: int) -> list[Finding]:
@@ -111,7 +109,10 @@ def look_at_node(profile: Profile, timeout_s: int) -> list[Finding]:
     command = [*node_srun(profile, timeout_s), *container.inside(profile, python)] if profile.scheduler == "slurm" else python
     write_text(canary, word)
     try:
-        code, out, err = run_on_node(command, timeout_s, environment.for_sbatch(profile.passed))
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(ConfigError):  # no locks here: ``here`` says so
+                stack.enter_context(lock(canary))
+            code, out, err = run_on_node(command, timeout_s, environment.for_sbatch(profile.passed))
     finally:
         canary.unlink()
     said = next((line[len(NODE_MARK):] for line in out.splitlines() if line.startswith(NODE_MARK)), None)

@@ -52,9 +52,25 @@ class Partition:
     accounts: str
 
 
-def config_of(text: str) -> dict[str, str]:
+class Known(dict):
+    """Keys and values as a Slurm prints them; what its version does not have is "unknown"."""
+
+    def __missing__(self, key: str) -> str:
+        return "unknown"
+
+    def number(self, key: str, default: int) -> int:
+        """The number that a value begins with, e.g. "30 sec"."""
+        return leading(self[key], default)
+
+
+def leading(text: str, default: int) -> int:
+    match = re.match(r"\d+", text)
+    return int(match[0]) if match else default
+
+
+def config_of(text: str) -> Known:
     """``scontrol show config`` -> key: value."""
-    return dict(re.findall(r"^(\S+)\s*=\s(.*?)\s*$", text, re.MULTILINE))
+    return Known(re.findall(r"^(\S+)\s*=\s(.*?)\s*$", text, re.MULTILINE))
 
 
 def partitions_of(partitions: str, nodes: str) -> list[Partition]:
@@ -65,7 +81,7 @@ def partitions_of(partitions: str, nodes: str) -> list[Partition]:
         rows.setdefault(partition.rstrip("*"), []).append([name, *rest])
     found = []
     for line in partitions.splitlines():
-        values = dict(part.split("=", 1) for part in line.split() if "=" in part)
+        values = Known(part.split("=", 1) for part in line.split() if "=" in part)
         if "PartitionName" not in values:
             continue
         mine = rows.get(values["PartitionName"], [])
@@ -73,9 +89,9 @@ def partitions_of(partitions: str, nodes: str) -> list[Partition]:
         kind = max(set(kinds), key=lambda one: (kinds.count(one), one)) if kinds else ("", 0)
         limit, have = values["MaxNodes"], len({row[0] for row in mine})
         found.append(Partition(
-            values["PartitionName"], values["Default"] == "YES", values["State"] == "UP", minutes_of(values["MaxTime"]),
-            min(int(limit), have) if limit.isdigit() else have, *kind, min((int(row[2]) for row in mine), default=0) // 1024,
-            values["OverSubscribe"].startswith("EXCLUSIVE"), values["PreemptMode"], int(values["GraceTime"]),
+            values["PartitionName"], values["Default"] == "YES", values["State"] in ("UP", "unknown"), minutes_of(values["MaxTime"]),
+            min(int(limit), have) if limit.isdigit() else have, *kind, min((leading(row[2], 0) for row in mine), default=0) // 1024,
+            values["OverSubscribe"].startswith("EXCLUSIVE"), values["PreemptMode"], values.number("GraceTime", 0),
             sum(row[4].startswith("idle") for row in mine), values.get("AllowAccounts", "ALL")))
     return found
 
@@ -104,8 +120,9 @@ def choose_partition(found: list[Partition], name: str | None) -> Partition | No
 
 def slurm_findings(config: dict[str, str], accounts: list[str]) -> list[Finding]:
     """Version, accounting, limits and habits of the controller."""
+    config = Known(config)
     version = config["SLURM_VERSION"]
-    major, minor = (int(part) for part in version.split(".")[:2])
+    major, minor = (leading(part, 0) for part in (*version.split("."), "0")[:2]) if version[:1].isdigit() else TESTED
     if (major, minor) >= TESTED:
         said = "since 22.05 srun gives each task one core unless told: the scripts export SRUN_CPUS_PER_TASK"
     elif (major, minor) >= (19, 5):
@@ -118,9 +135,9 @@ def slurm_findings(config: dict[str, str], accounts: list[str]) -> list[Finding]
             *_accounting(config, accounts), *_gpu_option(config), *_requeue(config), *_limits(config)]
 
 
-def _accounting(config: dict[str, str], accounts: list[str]) -> list[Finding]:
+def _accounting(config: Known, accounts: list[str]) -> list[Finding]:
     if config["AccountingStorageType"].endswith("/none"):
-        kept = f"{config['MinJobAge'].split()[0]} s (MinJobAge)"
+        kept = f"{config.number('MinJobAge', 300)} s (MinJobAge)"
         return [Finding("Slurm", "accounting", "off", "sacct knows nothing; status asks the run's own files first, then squeue, which "
                         f"forgets a job {kept} after its end", "note")]
     found = [Finding("Slurm", "accounting", config["AccountingStorageType"].rpartition("/")[2],
@@ -137,7 +154,7 @@ def _accounting(config: dict[str, str], accounts: list[str]) -> list[Finding]:
     return found
 
 
-def _gpu_option(config: dict[str, str]) -> list[Finding]:
+def _gpu_option(config: Known) -> list[Finding]:
     select, detail = config["SelectType"].rpartition("/")[2], config["SelectTypeParameters"]
     tres = select in ("cons_tres", "linear") and "gpu" in config["GresTypes"]
     if "gpu" not in config["GresTypes"]:
@@ -154,7 +171,7 @@ def _gpu_option(config: dict[str, str]) -> list[Finding]:
     return found
 
 
-def _requeue(config: dict[str, str]) -> list[Finding]:
+def _requeue(config: Known) -> list[Finding]:
     kind, mode = config["PreemptType"].rpartition("/")[2], config["PreemptMode"]
     if kind == "none":
         said, level = "no job is taken from its nodes for another", "ok"
@@ -175,8 +192,8 @@ def _requeue(config: dict[str, str]) -> list[Finding]:
             Finding("Slurm", "requeue delay", f"{wait + 1} s", "a stage that saved and requeued itself waits so long before it runs again")]
 
 
-def _limits(config: dict[str, str]) -> list[Finding]:
-    size, kill = int(config["MaxArraySize"]), int(config["KillWait"].split()[0])
+def _limits(config: Known) -> list[Finding]:
+    size, kill = config.number("MaxArraySize", 1001), config.number("KillWait", 30)
     refuses = config["EnforcePartLimits"] in ("ALL", "ANY", "YES")
     return [
         Finding("Slurm", "MaxArraySize", str(size), f"a sweep has at most {max(0, size - 1)} elements" if size > 1 else

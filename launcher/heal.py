@@ -7,13 +7,12 @@ import getpass
 import os
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 from launcher import jobs, local, manifest, probe, state
 from launcher.manifest import Refused
 from launcher.pipeline import Stage
+from launcher.rewind import begin_again
 from launcher.run import Busy, Run, lock
-from launcher.submit import write_stage_config
 from training.settings import ConfigError
 
 ALIVE_S = 60
@@ -92,14 +91,6 @@ def take_over(run: Run, who: Gone) -> list[str]:
             with contextlib.suppress(FileNotFoundError):  # a file server may hold a dead host's lock for long
                 os.replace(path, path.with_name(".lock.taken"))
     return [f"taken over from {who}"]
-
-
-def begin_again(run: Run, stage: Stage) -> Path:
-    """Move a stage's folder aside whole, and give it a new one; returns where the old one is."""
-    aside = run.set_aside(run.stage(stage.name))
-    run.record("set aside", stage=stage.name, folder=aside.name)
-    write_stage_config(run, stage.name)
-    return aside
 
 
 def _silent_jobs(run: Run) -> dict[str, int]:

@@ -12,6 +12,8 @@ from pathlib import Path
 from launcher import environment
 from launcher.findings import Finding
 from launcher.profile import KEYS
+from launcher.run import lock
+from training.settings import ConfigError
 
 PORTS = (20000, 31999)
 """MASTER_PORT is 20000 + job id % 12000."""
@@ -28,8 +30,8 @@ def here(folder: Path, srun_help: str) -> list[Finding]:
     kind, free_gb = file_system(folder, Path("/proc/self/mountinfo").read_text()), shutil.disk_usage(folder).free // 10**9
     python = say("python", f"{sys.executable} ({sys.version.split()[0]})",
                  "jobs start it by this path: it has to lie in a folder that the compute nodes see")
-    return [ports("This machine", low, high), shared_folder(folder, kind, free_gb), containers(programs, "--container-image" in srun_help),
-            python, *shell(dict(os.environ))]
+    return [ports("This machine", low, high), shared_folder(folder, kind, free_gb), locks(folder),
+            containers(programs, "--container-image" in srun_help), python, *shell(dict(os.environ))]
 
 
 def file_system(folder: Path, mountinfo: str) -> str:
@@ -51,6 +53,19 @@ def shared_folder(folder: Path, kind: str, free_gb: int) -> Finding:
         return say("runs folder", value, "a file system of this machine alone: other nodes will not see a run that is made here; "
                    "work in a shared folder (doctor --node proves it)", "note")
     return say("runs folder", value, "not known to be shared; doctor --node proves it", "note")
+
+
+def locks(folder: Path) -> Finding:
+    """Takes a lock in the folder of the runs, as every command on a run does."""
+    place = folder / "runs" if (folder / "runs").is_dir() else folder
+    path = place / f".convoy-lock-{os.getpid()}"
+    try:
+        with lock(path):
+            return say("locks", "work", f"{place} has locks; doctor --node tells whether the nodes see them")
+    except (ConfigError, OSError) as error:
+        return say("locks", "none", str(error), "bad")
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def ports(section: str, low: int, high: int) -> Finding:

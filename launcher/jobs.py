@@ -117,9 +117,14 @@ def of_run(run: Run) -> dict[str, Job]:
     return of_runs([run])[run.id]
 
 
-def of_runs(runs: Iterable[Run], timeout_s: float = probe.TIMEOUT_S) -> dict[str, dict[str, Job]]:
-    """Run id -> stage -> its job, by one squeue: all jobs of the runs' owners, of which ours are picked by name or comment."""
-    probe.ping(timeout_s)
+def of_runs(runs: Iterable[Run], timeout_s: float = probe.TIMEOUT_S, ping: bool = True) -> dict[str, dict[str, Job]]:
+    """Run id -> stage -> its job, by one squeue: all jobs of the runs' owners, of which ours are
+    picked by name or comment.
+
+    ``ping`` first: SlurmError comes at once where no controller answers.
+    """
+    if ping:
+        probe.ping(timeout_s)
     named = {_name(run): run for run in runs}
     owners = ",".join(sorted({owner(run) for run in named.values()}))
     text = probe.call("squeue", "-h", "-t", "all", "-u", owners, "-o", FIELDS, timeout_s=timeout_s)
@@ -145,30 +150,38 @@ def parse(text: str, run_id: str, index: int | None = None) -> dict[str, Job]:
     return found
 
 
-def accounted(wanted: dict[Run, set[str]]) -> dict[str, dict[str, Job]]:
+MOST_NAMES = 500
+"""Job names in one question to sacct: an argument of more than 128 KiB can't be passed."""
+
+
+def accounted(wanted: dict[Run, set[str]], timeout_s: float = probe.TIMEOUT_S) -> dict[str, dict[str, Job]]:
     """Run id -> stage -> its last job in the accounting; empty where there is none, it lags, or there is no sacct.
 
     No row is no news: a new job is unknown for up to a second, and any job for a while after slurmdbd was restarted.
     """
-    names = {f"{run.id}.{stage}": (run.id, stage) for run, stages in wanted.items() for stage in stages}
+    # an element of a sweep is "<sweep>.<stage>" with its index behind the array's id
+    names = {(f"{_name(run)[0]}.{stage}", _name(run)[1]): (run.id, stage) for run, stages in wanted.items() for stage in stages}
     first = min((event["time"] for run in wanted for event in run.ledger()[:1]), default=time.time())
     since = datetime.fromtimestamp(first - 86_400).strftime("%Y-%m-%d")
-    found: dict[str, dict[str, Job]] = {run.id: {} for run in wanted}
-    if not names:
-        return found
+    owners, asked = ",".join(sorted({owner(run) for run in wanted})), sorted({name for name, _ in names})
+    last: dict[str, dict[str, Job]] = {run.id: {} for run in wanted}
     try:
-        text = probe.call("sacct", "-n", "-P", "-X", "-S", since, "-u", ",".join(sorted({owner(run) for run in wanted})),
-                          f"--name={','.join(names)}", "-o", "JobIDRaw,JobName,State,Start,NodeList")
+        texts = [probe.call("sacct", "-n", "-P", "-X", "-S", since, "-u", owners, f"--name={','.join(asked[at:at + MOST_NAMES])}",
+                            "-o", "JobIDRaw,JobID,JobName,State,Start,NodeList", timeout_s=timeout_s)
+                 for at in range(0, len(asked), MOST_NAMES)]
     except probe.SlurmError:
-        return found
-    for line in text.splitlines():
-        number, name, state, start, nodes = line.split("|", 4)
-        if name in names and number.isdigit():
-            run_id, stage = names[name]
-            job = Job(int(number), state.split()[0], starts=_when(start), nodes=nodes, source="sacct")  # "CANCELLED by 0"
-            if stage not in found[run_id] or job.id >= found[run_id][stage].id:
-                found[run_id][stage] = job
-    return found
+        return last
+    for line in "\n".join(texts).splitlines():
+        number, shown, name, state, start, nodes = line.split("|", 5)
+        array, element, index = shown.partition("_")
+        key = (name, int(index) if element and index.isdigit() else None)
+        if key in names and number.isdigit():
+            run_id, stage = names[key]
+            job = Job(int(number), state.split()[0], starts=_when(start), nodes=nodes, source="sacct",  # "CANCELLED by 0"
+                      element=shown if element else "")
+            if stage not in last[run_id] or job.id >= last[run_id][stage].id:
+                last[run_id][stage] = job
+    return last
 
 
 def owner(run: Run) -> str:

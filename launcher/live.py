@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -13,24 +12,23 @@ from collections.abc import Callable, Iterator
 
 import click
 
-from launcher import screen, state
-from launcher.run import Run
+from launcher import screen, state, terminal
+from launcher.polling import Queue
+from launcher.run import Failed, Run
 from launcher.state import Look, StageState
+from training.settings import ConfigError
 
-PIPE_WIDTH = 200
-"""Columns where the output is a file or a pipe."""
 PLAIN_EVERY_S = 10
 """Seconds between plain lines of one running stage."""
-LOOK_EVERY_S = 2.0
-"""Seconds between questions to the queue."""
+LOOK_EVERY_S, A_LOOK = 1.0, 25
+"""Seconds between looks at the files of so many runs (more have proportionally longer: file servers serve others, too);
+launcher/polling.py knows when Slurm is asked."""
+WORST_S = 10
+"""Seconds after which an error that stays ends ``watch``."""
 LATE_S = 5
 """Seconds without an answer after which the picture says how old it is."""
 OPEN, CLOSE = "\x1b[?1049h\x1b[?25l\x1b[?7l", "\x1b[?7h\x1b[?25h\x1b[?1049l"
 """The other screen, without cursor and without wrapping of long lines; and back."""
-
-
-def width() -> int:
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else PIPE_WIDTH
 
 
 class Terminal:
@@ -53,13 +51,13 @@ class Terminal:
             signal.signal(number, handler)
 
     def resized(self) -> bool:
-        return os.get_terminal_size() != self.size
+        return terminal.size() != self.size
 
     def draw(self, lines: Callable[[int], list[str]]) -> None:
         """Show ``lines(columns)``; what is below the last row is named, not shown."""
-        self.size = os.get_terminal_size()
-        self.lines = lines(self.size.columns)
-        shown, rows = self.lines, self.size.lines
+        self.size = terminal.size()
+        self.lines = lines(terminal.columns_of(self.size.columns))
+        shown, rows = self.lines, self.size.lines or terminal.UNKNOWN_ROWS
         if len(shown) > rows:
             shown = [*shown[:rows - 1], f"... {len(self.lines) - rows + 1} more lines; a higher window shows them"]
         self._write("\x1b[H" + "\r\n".join(f"{line}\x1b[K" for line in shown) + "\x1b[J")
@@ -77,21 +75,40 @@ class Terminal:
         sys.stdout.flush()
 
 
+def pause(runs: list[Run]) -> float:
+    """Seconds between looks at the files of so many runs."""
+    return LOOK_EVERY_S * max(1.0, len(runs) / A_LOOK)
+
+
 class Looking(threading.Thread):
     """Looks at runs again and again beside the screen: a controller that takes its time must not freeze it."""
 
     def __init__(self, runs: list[Run]):
         super().__init__(daemon=True)
-        self.runs, self.seen, self.at, self.error = runs, [], 0.0, None
+        self.runs, self.seen, self.at, self.queue = runs, [], time.monotonic(), Queue()
+        self.broken: list[str] | None = None if getattr(runs, "named", True) else []
+        self.error: Exception | None = None
+        """Why the last look failed; None where it did not."""
         self.enough = threading.Event()
 
     def run(self) -> None:
         while not self.enough.is_set():
             try:
-                self.seen, self.at = state.look_at(self.runs), time.monotonic()
-            except (OSError, ValueError, KeyError) as error:  # a file half there; said by the main thread when it stays so
+                broken = None if self.broken is None else []
+                self.seen, self.at, self.error = state.look_at(self.runs, self.queue, broken), time.monotonic(), None
+                self.broken = broken
+            except Exception as error:  # noqa: BLE001 - a file half there for a moment; the main thread says what stays so
                 self.error = error
-            self.enough.wait(LOOK_EVERY_S)
+            self.enough.wait(pause(self.runs))
+
+    def check(self) -> None:
+        """Raise what keeps it from looking, once that has lasted for WORST_S, or since the first look."""
+        error = self.error
+        if error and (not self.seen or time.monotonic() > self.at + WORST_S):
+            if isinstance(error, (OSError, ConfigError)):
+                raise error
+            raise Failed(f"{', '.join(str(run.folder) for run in self.runs)} can't be read: {type(error).__name__}: "
+                         f"{error}") from error
 
 
 def watch(runs: list[Run]) -> int:
@@ -100,13 +117,14 @@ def watch(runs: list[Run]) -> int:
     looking.start()
     shown = Lines(runs) if not sys.stdout.isatty() else None
     try:
-        with (Terminal() if shown is None else contextlib.nullcontext()) as terminal:
+        with (Terminal() if shown is None else contextlib.nullcontext()) as picture_of:
             drawn = 0.0
-            while not looking.seen or any(seen.overall == "running" for seen in looking.seen):
+            while not (looking.seen or looking.broken) or any(seen.overall == "running" for seen in looking.seen):
+                looking.check()
                 if shown:
                     shown.tell(looking.seen)
-                elif looking.seen and (time.monotonic() > drawn + 0.5 or terminal.resized()):
-                    terminal.draw(lambda columns: picture(looking, columns))
+                elif looking.seen and (time.monotonic() > drawn + 0.5 or picture_of.resized()):
+                    picture_of.draw(lambda columns: picture(looking, columns))
                     drawn = time.monotonic()
                 time.sleep(0.1)
     except KeyboardInterrupt:
@@ -114,13 +132,15 @@ def watch(runs: list[Run]) -> int:
         click.echo("not watching any longer; what runs goes on. stop it: python -m launcher cancel RUN")
         return 130
     _leave(looking, shown)
-    return 0 if all(seen.overall == "done" for seen in looking.seen) else 1
+    for line in looking.broken or []:
+        terminal.say(line, err=True)
+    return 0 if all(seen.overall == "done" for seen in looking.seen) and not looking.broken else 1
 
 
 def picture(looking: Looking, columns: int) -> list[str]:
     """What watch shows: the screen of the only run, or a line a run, and how old it is where the answer is late."""
     now, age = time.time(), time.monotonic() - looking.at
-    late = f", as of {screen.span(age)} ago" if age > LATE_S + LOOK_EVERY_S else ""
+    late = f", as of {screen.span(age)} ago" if age > LATE_S + pause(looking.runs) else ""
     footer = f"{time.strftime('%H:%M:%S')}{late}  Ctrl-C leaves; the run goes on"
     return [*many(looking.seen, columns, now), "", click.style(footer[:columns], dim=True)]
 
@@ -135,7 +155,7 @@ def _leave(looking: Looking, shown: Lines | None) -> None:
     if shown:
         shown.tell(looking.seen)
     elif looking.seen:
-        click.echo("\n".join(many(looking.seen, width(), time.time())))
+        click.echo("\n".join(many(looking.seen, terminal.width(), time.time())))
 
 
 class Lines:
@@ -162,17 +182,19 @@ class Lines:
         left = f"{screen.clock(row.progress.eta_s)} left" if row.progress.eta_s is not None else ""
         why = f"{row.kind}: {row.why}" if row.kind else row.why
         name = screen.plain(run.folder.name) if self.several else ""
-        parts = [time.strftime("%H:%M:%S"), name, f"{row.stage:8}", f"{row.state:9}", count,
+        parts = [time.strftime("%H:%M:%S"), name, f"{row.stage:8}", f"{row.word:9}", count,
                  screen.numbers(row), screen.speed(row.progress.speed), left, why, screen.start(row, time.time())]
         click.echo("  ".join(part for part in parts if part))
 
 
 class Watch:
-    """The progress of some stages of a run, to be ticked by whoever waits for them. Without a thread: the one who waits may fork."""
+    """The progress of some stages of runs, to be ticked by whoever waits for them. Without a
+    thread: the one who waits may fork."""
 
-    def __init__(self, run: Run, stages: list[str], every_s: float):
-        self.run, self.stages, self.every_s, self.next = run, stages, every_s, 0.0
-        self.lines, self.terminal, self.seen = Lines([run]), None, None
+    def __init__(self, runs: list[Run], stages: list[str], every_s: float):
+        self.runs, self.stages, self.every_s, self.next = runs, stages, every_s, 0.0
+        self.lines, self.terminal, self.queue = Lines(runs), None, Queue()
+        self.seen: list[Look] = []
 
     @contextlib.contextmanager
     def shown(self) -> Iterator[Watch]:
@@ -185,22 +207,22 @@ class Watch:
                 yield self
         finally:
             self.terminal = None
-            self.seen = state.look(self.run)
-            click.echo("\n".join(self._picture(width())))
+            self.seen = state.look_at(self.runs, self.queue)
+            click.echo("\n".join(many(self.seen, terminal.width(), time.time())))
 
-    def tick(self, force: bool = False) -> str:
-        """Look again when it is time; returns the selection's overall state ("" between looks)."""
+    def tick(self, force: bool = False) -> list[str]:
+        """Look again when it is time; the selection's overall state in each run, [] between looks."""
         if not force and time.monotonic() < self.next:
             if self.terminal and self.seen and self.terminal.resized():
                 self.terminal.draw(self._picture)
-            return ""
+            return []
         self.next = time.monotonic() + self.every_s
-        self.seen = state.look(self.run)
+        self.seen = state.look_at(self.runs, self.queue)
         if self.terminal:
             self.terminal.draw(self._picture)
         else:
-            self.lines.tell([self.seen], self.stages)
-        return state.overall(row for row in self.seen.stages if row.stage in self.stages)
+            self.lines.tell(self.seen, self.stages)
+        return [state.overall(row for row in one.stages if row.stage in self.stages) for one in self.seen]
 
     def _picture(self, columns: int) -> list[str]:
-        return screen.run_lines(self.seen, columns, time.time())
+        return many(self.seen, columns, time.time())

@@ -12,10 +12,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from launcher import manifest
 from launcher.pipeline import Stage
 from launcher.ranks import die_with_parent
-from launcher.run import Run, is_alive, this_process
-from training.settings import ConfigError
+from launcher.rewind import move_stale_aside
+from launcher.run import Busy, Run, is_alive, this_process
+from training.settings import ConfigError, usage
 
 STOP_S = 90
 """Seconds that a cancelled stage gets to save; then it is killed."""
@@ -27,6 +29,8 @@ def run_stages(run: Run, stages: list[Stage], tick: Callable[[], None] = lambda:
     Raises Busy where another runner holds the run, KeyboardInterrupt after a Ctrl-C or TERM, when the running stage has saved and ended.
     """
     with run.lock():
+        stages = manifest.left(run, stages)  # another runner may have worked until now
+        move_stale_aside(run, stages)
         run.record("runner", stages=[stage.name for stage in stages], **this_process())
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
@@ -41,14 +45,19 @@ def run_stages(run: Run, stages: list[Stage], tick: Callable[[], None] = lambda:
 
 
 def start_in_background(run: Run, stages: list[Stage]) -> int:
-    """A runner of its own session; returns its pid once it has the run's lock. ConfigError where it ended at once."""
+    """A runner of its own session; returns its pid once it has the run's lock.
+
+    Raises Busy where another runner has it, ConfigError where the new one ended at once.
+    """
     path = run.folder / "runner.log"
     before = len(run.ledger())
     with open(path, "a", encoding="utf-8") as log:
         process = subprocess.Popen([sys.executable, "-m", "launcher.local", str(run.folder), *(stage.name for stage in stages)],
                                    stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-    while not any(event["event"] == "runner" for event in run.ledger()[before:]):
+    while not any(event["event"] == "runner" and event["pid"] == process.pid for event in run.ledger()[before:]):
         if process.poll() is not None:
+            if process.returncode == os.EX_TEMPFAIL:
+                raise Busy(f"another command has just started {run.folder}")
             raise ConfigError(f"the runner ended at once: see {path}")
         time.sleep(0.02)
     return process.pid
@@ -60,10 +69,16 @@ def cancel(run: Run) -> bool:
     if runner is None:
         return False
     if not here(runner):
-        raise ConfigError(f"{run.folder} is worked on by process {runner['pid']} on {runner['host']}: run the command there; if that host "
-                          f"is gone for good: python -m launcher resume {run.folder} --take-over")
+        raise ConfigError(elsewhere(run, runner))
     end(runner)
     return True
+
+
+def elsewhere(run: Run, runner: dict) -> str:
+    """What to do where the run's runner is on another host."""
+    return (f"{run.folder} is worked on by process {runner['pid']} on {runner['host']}: run the command there; if "
+            f"that host "
+            f"is gone for good: python -m launcher resume {run.folder} --take-over")
 
 
 def here(record: dict) -> bool:
@@ -104,11 +119,17 @@ def _supervised(run: Run, stage: Stage, tick: Callable[[], None]) -> int:
 
 
 def main(arguments: list[str]) -> int:
+    ended = usage(arguments, "launcher.local", "RUN STAGE...", __doc__)
+    if ended is not None:
+        return ended
     try:
         run = Run.open(Path(arguments[0]))
         return run_stages(run, [run.stages[name] for name in arguments[1:]])
     except KeyboardInterrupt:
         return 130
+    except Busy as error:
+        print(f"error: {error}", file=sys.stderr)
+        return os.EX_TEMPFAIL
 
 
 if __name__ == "__main__":

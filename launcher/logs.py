@@ -19,6 +19,7 @@ from pathlib import Path
 
 from launcher import state
 from launcher.collapse import Group, Groups, Line, collapsed, ranges
+from launcher.polling import Queue
 from launcher.run import Run
 from launcher.terminal import plain
 from training.settings import ConfigError
@@ -131,12 +132,12 @@ class Tails:
 
     def follow(self, stage: str | None) -> Iterator[list[Line]]:
         """What is new, again and again, empty when nothing is; until ``stage`` (None: the run) has ended and all of it was read."""
-        looked, size, ended = 0.0, -1, False
+        looked, size, ended, queue = 0.0, -1, False, Queue()
         while True:
             ledger = self.run.folder / "ledger.jsonl"
             now = ledger.stat().st_size if ledger.exists() else 0
             if now != size or time.monotonic() > looked + LOOK_S:  # ends stand in the ledger; of some only the queue knows
-                seen = state.look(self.run)
+                seen = state.look_at([self.run], queue)[0]
                 rows = [row for row in seen.stages if stage in (None, row.stage)]
                 ended, looked, size = not any(row.state in state.ACTIVE for row in rows), time.monotonic(), now
             lines = self.new(whole=not ended)

@@ -30,6 +30,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+from eval.config import MTBenchConfig
 from launcher.config import Profile, Resources
 from training.config import PPOConfig, RewardConfig, RolloutConfig, SFTConfig, TrainerConfig
 from training.settings import ConfigError
@@ -298,6 +299,27 @@ def check(stage: str, shape: Shape, config: TrainerConfig, asked: Resources, pro
     if made.total > 1.1 * gpu_gb or made.static > gpu_gb:
         raise ConfigError("\n".join([f"{text}; it would run out of memory. What helps:", *ways]))
     return "\n".join([f"{text}: it may not fit. What would help:", *ways])
+
+
+def check_evaluation(shape: Shape, config: MTBenchConfig, profile: Profile) -> str:
+    """A warning where a model comes close to what one GPU has, else ""; ConfigError where it has
+    more: each rank of the evaluation
+    loads whole models, one at a time. The held-out replies' divergence is computed in fp32."""
+    weights = 4 * shape.parameters() / GB
+    cache = 4 * config.batch_size * config.context_length * shape.layers * shape.groups * shape.head_dim / GB  # bf16, keys and values
+    needs = max(weights, weights / 2 + cache) + OUTSIDE_GB
+    if needs <= FITS * profile.gpu_memory_gb:
+        return ""
+    text = (f"mtbench needs about {needs:.0f} GB of one GPU (a model's weights in fp32 {weights:.0f} GB; in bf16 "
+            f"with keys and values of "
+            f"{config.batch_size} rows of {config.context_length} tokens {weights / 2 + cache:.0f} GB), and does "
+            f"not divide a model "
+            f"between GPUs; the profile's gpu_memory_gb is {profile.gpu_memory_gb:g}")
+    if weights > profile.gpu_memory_gb:
+        raise ConfigError(f"{text}; it would run out of memory after all training: submit the chain with --until "
+                          f"export and evaluate "
+                          "runs/NAME/export elsewhere")
+    return f"{text}: it may not fit; a smaller mtbench.batch_size or mtbench.context_length needs less"
 
 
 def check_host(stage: str, made: Estimate, asked: Resources, profile: Profile) -> str:

@@ -6,6 +6,7 @@ file through srun to the standard input of a compute node's interpreter, which n
 CANARY: a file that the login node has just written WORD into; seen here, the folder is shared.
 """
 
+import fcntl
 import importlib.metadata
 import importlib.util
 import json
@@ -42,7 +43,19 @@ def main(arguments: list[str]) -> dict:
         "memory_gb": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**30, "cores": len(os.sched_getaffinity(0)),
         "locked_memory": resource.getrlimit(resource.RLIMIT_MEMLOCK)[1], "shm_gb": shutil.disk_usage("/dev/shm").total // 2**30,
         "programs": {name: path for name in ("enroot", "apptainer", "singularity") if (path := shutil.which(name))},
-        "canary": None if not arguments else canary(*arguments)}
+        "canary": None if not arguments else canary(*arguments), "lock": None if not arguments else lock(arguments[0])}
+
+
+def lock(path: str) -> str:
+    """Whether the lock that the login node holds on ``path`` is seen here: "held", "free", or why it can't be told."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return "held"
+    except OSError as error:
+        return error.strerror or "no answer"
+    return "free"
 
 
 def apex(find=importlib.util.find_spec, distribution=importlib.metadata.metadata) -> dict:
@@ -167,5 +180,8 @@ def _line(path: Path) -> str:
         return ""
 
 
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):
+    print(__doc__)
+    sys.exit(0)
 if __name__ == "__main__":
     print("CONVOY-NODE " + json.dumps(main(sys.argv[1:])))

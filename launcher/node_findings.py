@@ -15,7 +15,8 @@ CORE = "0.16.1"
 def of_node(seen: dict) -> list[Finding]:
     """Shared folder, driver, GPUs, torch, NCCL, packages, fabric, host name and ports of a node."""
     where = f"Node {seen['host']}"
-    return [*_canary(where, seen["canary"]), *_gpus(where, seen), *_torch(where, seen), _core(where, seen["packages"]),
+    return [*_canary(where, seen["canary"]), *_lock(where, seen["canary"], seen.get("lock")), *_gpus(where, seen),
+            *_torch(where, seen), _core(where, seen["packages"]),
             _engine(where, seen["packages"]), _apex(where, seen["apex"]), _flash(where, seen["packages"]), *_fabric(where, seen),
             *_name(where, seen), *_memory(where, seen), ports(where, *seen["ports"])]
 
@@ -27,6 +28,22 @@ def _canary(where: str, canary: str | None) -> list[Finding]:
         return [Finding(where, "shared folder", "seen", "the node reads what was just written here: runs can lie in this folder")]
     return [Finding(where, "shared folder", canary, "the node does not see this folder: nothing that is submitted from here can run; work "
                     "in a shared one", "bad")]
+
+
+def _lock(where: str, canary: str | None, lock: str | None) -> list[Finding]:
+    """The lock that doctor held on the canary meanwhile."""
+    if canary != "seen" or lock is None:
+        return []
+    if lock == "held":
+        return [Finding(where, "locks", "seen", "a lock that is taken here holds on the node, too: one run is never "
+                                                "started twice")]
+    if lock == "free":
+        return [Finding(where, "locks", "of each host alone", "the node does not see a lock that is taken here "
+                                                              "(Lustre's -o localflock, "
+                        "BeeGFS without tuneUseGlobalFileLocks): give commands for a run on one login node only, or "
+                        "ask the site for "
+                        "locks between hosts", "bad")]
+    return [Finding(where, "locks", lock, "a lock can't be tried there", "note")]
 
 
 def _gpus(where: str, seen: dict) -> list[Finding]:

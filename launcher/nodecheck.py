@@ -184,5 +184,8 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):
+    print(__doc__)
+    sys.exit(0)
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from launcher.config import SECTIONS, build_plain
 from training.data.config import PrepareConfig
-from training.settings import ConfigError, build
+from training.settings import ConfigError, Mistakes, build
 
 FULL, PPO = "full-pipeline", "ppo"
 
@@ -125,10 +125,13 @@ def full_tables(run: Path, tables: dict, made: Graph) -> dict:
 
     Sections of other pipelines are checked, too, and left out.
     """
-    full = {}
+    full, mistakes = {}, Mistakes()
     for section in tables:
-        config = stage_config(run, tables, made, section) if section in ALL else build_plain(section, tables[section])
-        full[section] = {key: value for key, value in dataclasses.asdict(config).items() if key != "paths"}
+        config = mistakes.of(lambda: build_plain(section, tables[section]) if section not in ALL else  # noqa: B023 - called at once
+                             stage_config(run, tables, made, section))  # noqa: B023
+        if config is not None:
+            full[section] = {key: value for key, value in dataclasses.asdict(config).items() if key != "paths"}
+    mistakes.raise_if_any()
     full["resources"] = {name: full["resources"][name] for name in made}
     return {section: full[section] for section in sections(made)}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tempfile
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from rich.text import Text
 from launcher import checks, environment, iteration, memory, probe, scaling, storage, submit
 from launcher.run import Run, Runs
 from training.config import RolloutConfig, SFTConfig
-from training.settings import ConfigError
+from training.settings import ConfigError, Mistakes
 
 if TYPE_CHECKING:
     from launcher.sweep import Sweep
@@ -66,22 +67,28 @@ def ask_slurm(made: submit.Plan) -> dict[str, Start]:
                 refused.append(f"{stage}: Slurm would refuse it: {_words(str(error))} (it asks for {_asked(made, stage)}); change "
                                f"resources.{stage}, or partition, account and limits of profile {made.profile.name}")
     if refused:
-        raise ConfigError("\n".join(refused))
+        raise ConfigError(*refused)
     return found
 
 
 def present(made: submit.Plan | Sweep, out: Console, scripts: bool = False) -> None:
-    """Check with Slurm and show a run's plan, or a sweep's: its elements, and the plan of the first."""
+    """Check with Slurm and show a run's plan, or a sweep's: its elements, and the plan of the
+    first; then ConfigError for what is wrong."""
     texts = scripts_of(made) if scripts else {}
-    if isinstance(made, submit.Plan):
-        show(made, ask_slurm(made), out, texts)
-        return
-    first, number = made.plans[0], len(made.plans)
-    show(first, ask_slurm(first), out, texts)
-    hours = gpu_hours(first) * number
-    out.print(f"a sweep of {number} such runs, {hours:.4g} GPU-hours at most; one job array a stage, element by element")
-    for index, values in enumerate(made.values):
-        out.print(f"  {made.folder / str(index)}: {', '.join(f'{key}={value}' for key, value in values.items())}", markup=False)
+    first = made if isinstance(made, submit.Plan) else made.plans[0]
+    mistakes = Mistakes()
+    mistakes.add(*first.checked.mistakes)
+    starts = mistakes.of(lambda: ask_slurm(first)) or {}
+    show(first, starts, out, texts)
+    if made is not first:
+        number = len(made.plans)
+        out.print(f"a sweep of {number} such runs, {gpu_hours(first) * number:.4g} GPU-hours at most; one job array "
+                  f"a stage, element by "
+                  "element")
+        for index, values in enumerate(made.values):
+            words = ", ".join(f"{key}={json.dumps(value)}" for key, value in values.items())
+            out.print(f"  {made.folder / str(index)}: {words}", markup=False)
+    mistakes.raise_if_any()
 
 
 def suggest(made: submit.Plan | Sweep, out: Console) -> None:
@@ -164,24 +171,32 @@ def size(gb: float) -> str:
 
 
 def _graph(made: submit.Plan, starts: dict[str, Start]) -> Table:
-    slurm = made.profile.scheduler == "slurm"
-    table = Table("stage", "after", "runs", "nodes x ranks", "hours", "GPU-hours", "layout", "writes",
-                  *(["could start"] if slurm else []), title=str(made.run.folder), title_justify="left")
+    slurm, works = made.profile.scheduler == "slurm", made.checked.work
+    table = Table("stage", "after", "runs", "nodes x ranks", "limit, h", "GPU-hours", *(["work, h", "requeues"] if works else []), "layout",
+                  "writes", *(["could start"] if slurm else []), title=str(made.run.folder), title_justify="left")
     for stage in made.stages:
         asked, config = made.resources(stage), made.tables[stage.name]
         gpus = (asked.nodes + asked.spares) * asked.gpus_per_node
         nodes = f"{asked.nodes} + {asked.spares} spare" if asked.spares else str(asked.nodes)
         layout = _layout(config, asked.ranks) if stage.trainer else ""
-        start, disk = [_start(stage.name, made, starts)] if slurm else [], made.checked.disk[stage.name]
+        start, disk = [_start(stage.name, made, starts)] if slurm else [], made.checked.disk.get(stage.name)
+        work = works.get(stage.name)
+        takes = [f"{work.hours:.3g}", str(work.requeues)] if work else [("?" if stage.trainer else ""), ""]
         table.add_row(stage.name, ", ".join(stage.parents) or "-", stage.module, f"{nodes} x {asked.ranks_per_node}",
-                      f"{asked.minutes / 60:.3g}", f"{gpus * asked.minutes / 60:.4g}", layout, storage.amount(disk), *start)
-    table.caption = f"{gpu_hours(made):.4g} GPU-hours at most; profile {made.profile.name}: {made.reason}"
+                      f"{asked.minutes / 60:.3g}", f"{gpus * asked.minutes / 60:.4g}", *(takes if works else []), layout,
+                      "?" if disk is None else storage.amount(disk), *start)
+    table.caption = f"{gpu_hours(made):.4g} GPU-hours, one job a stage at its time limit; profile {made.profile.name}: {made.reason}"
+    if works:
+        whole, names = sum(work.gpu_hours for work in works.values()), ", ".join(works)
+        table.caption = (f"GPU-hours: of one job a stage, at its time limit ({gpu_hours(made):.4g} together). By "
+                         f"the estimate {names} take "
+                         f"{whole:.4g}; profile {made.profile.name}: {made.reason}")
     return table
 
 
 def _layout(config: dict, ranks: int) -> str:
     """E.g. "TP 8 x PP 1 x DP 2, batch 128 = 16 x 8 x 1"."""
-    data = ranks // (config["tensor_parallel"] * config["pipeline_parallel"])
+    data = max(1, ranks // (config["tensor_parallel"] * config["pipeline_parallel"]))
     steps = config["global_batch_size"] // (config["micro_batch_size"] * data)
     return (f"TP {config['tensor_parallel']} x PP {config['pipeline_parallel']} x DP {data}, "
             f"batch {config['global_batch_size']} = {config['micro_batch_size']} x {data} x {steps}")
@@ -216,13 +231,20 @@ def _memory(made: submit.Plan) -> Table:
 
 
 def _notes(made: submit.Plan, starts: dict[str, Start]) -> list[Text]:
-    """Disk, data, why Slurm can't say a start, and what may go wrong, a line each."""
+    """Disk, data, why Slurm can't say a start, requeues, and what may go wrong, a line each."""
     checked, total = made.checked, sum(made.checked.disk.values())
-    notes = [Text(f"disk: about {storage.amount(total)} at most at once; {storage.amount(checked.room.free_gb)} are {checked.room.where}")]
-    notes += [Text(f"data: {checked.data}")]
+    room = f"{storage.amount(checked.room.free_gb)} are {checked.room.where}"
+    notes = [Text(f"disk: about {storage.amount(total)} at most at once; {room}" if checked.disk else f"disk: {room}")]
+    notes += [Text(f"data: {checked.data}")] if checked.data else []
     notes += [Text(f"start: {why}") for why in dict.fromkeys(one.why for one in starts.values() if one.why)]
     if made.profile.scheduler == "slurm" and (line := environment.note(made.profile.passed)):
         notes.append(Text(f"environment: {line}"))
+    for name, work in checked.work.items():
+        if work.requeues:
+            limit = getattr(checked.resources, name).minutes / 60
+            notes.append(Text(f"{name}: about {work.hours:.3g} h of work ({work.gpu_hours:.4g} GPU-hours) in jobs "
+                              f"of {limit:.3g} h: "
+                              f"it saves and waits in the queue again {work.requeues} times"))
     notes += [Text(f"warning: {line}", "yellow") for line in checked.warnings]
     return notes
 

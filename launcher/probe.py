@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import pwd
 import re
 import shutil
 import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 
 from launcher import environment
 
@@ -62,6 +64,9 @@ def unusable() -> str:
     """Why there is no Slurm to use here; empty when there is one."""
     if shutil.which("sbatch") is None:
         return "no sbatch on PATH"
+    named = os.environ.get("SLURM_CONF")
+    if named and not Path(named).is_file():  # else Slurm's commands look for it for a minute
+        return f"SLURM_CONF = {named} does not exist"
     try:
         ping()
     except SlurmError as error:
@@ -69,11 +74,29 @@ def unusable() -> str:
     return ""
 
 
+def login_node(reason: str) -> bool:
+    """Whether this is a machine of a cluster, whose controller may be down; ``reason``: what ``unusable`` said.
+
+    Slurm's programs may be installed where no cluster is: they then have no configuration.
+    """
+    return not reason or not any(words in reason for words in ("no sbatch", "does not exist", "configuration source"))
+
+
 def site() -> Site:
     """Version, cluster name and whether sacct works."""
     config = call("scontrol", "show", "config")
     values = dict(re.findall(r"^(\S+)\s*=\s(.*?)\s*$", config, re.MULTILINE))
-    return Site(values["SLURM_VERSION"], values["ClusterName"], values["AccountingStorageType"] != "accounting_storage/none")
+    return Site(values.get("SLURM_VERSION", ""), values.get("ClusterName", ""),
+                values.get("AccountingStorageType", "") != "accounting_storage/none")
+
+
+def user() -> str:
+    """Who asks, by name, or by number where the name is not known here: the queue is never asked
+    for everybody's jobs."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())
 
 
 def own_job(job: int) -> str:

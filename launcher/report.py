@@ -20,12 +20,12 @@ def make(paths: Sequence[Path], output: Path | None) -> Path:
     evaluations = [path for path in paths if (path / "results.json").is_file() and not (path / "config.json").is_file()]
     named = [path for path in paths if path not in evaluations]
     runs = Runs.open(named, Path("runs")) if named else []
-    for run in runs:
-        try:
-            waiting = [row for row in state.states(run)[0] if row.state != "done"]
-        except (OSError, ValueError, LookupError, TypeError) as error:  # its files are damaged: the report names them
-            say(f"{run.folder}: its state can't be told ({error}); the report shows what there is", err=True)
-            continue
+    broken: list[str] = []
+    seen = state.look_at(runs, broken=broken)
+    for line in broken:  # its files are damaged: the report names them
+        say(f"its state can't be told: {line}; the report shows what there is", err=True)
+    for one in seen:
+        run, waiting = one.run, [row for row in one.stages if row.state != "done"]
         if waiting:
             why = f" ({waiting[0].why})" if waiting[0].why else ""
             say(f"{run.folder} is not finished: {waiting[0].stage} is {waiting[0].state}{why}; the report shows what there is", err=True)

@@ -70,8 +70,10 @@ def carry_out(steps: Steps) -> list[str]:
     run, said = steps.run, []
     with submission.patient(lambda: lock(run.folder / ".prepare.lock")):
         if steps.rewrites and len(run.ledger()) != steps.events:
-            raise ConfigError(f"another command changed {run.folder} meanwhile; nothing was changed by this one: look at it with "
-                              f"python -m launcher status {run.folder}, then resume again")
+            raise ConfigError(
+                f"another command changed {run.folder} meanwhile; nothing was changed by this one: look at it with "
+                f"python -m launcher status {run.folder}, then resume again"
+            )
         if steps.gone:
             said += heal.take_over(run, steps.gone)
         said += change.apply(run, steps.change)
@@ -101,7 +103,9 @@ def _plan(steps: Steps) -> submit.Plan:
     back = {*config.anew, *config.uncertified, *([config.target.name] if config.target else [])}
     again = {stage for name in back for stage in (run.stages[name], *descendants(run, run.stages[name]))}
     stages = [stage for stage in config.stages if stage in again or stage in change.unfinished(run)]
-    return submit.Plan(run, config.tables, run.config["run"]["recipe"], stages, config.site, "", None, run.config["run"])
+    return submit.Plan(
+        run, config.tables, run.config["run"]["recipe"], stages, config.site, "", None, run.config["run"]
+    )
 
 
 def _prepare(steps: Steps) -> None:
@@ -122,34 +126,48 @@ def _check_target(steps: Steps) -> None:
     run, stage, iteration = steps.run, steps.change.target, steps.iteration
     names = [one.name for one in steps.change.stages]
     if stage.name not in names:
-        raise ConfigError(f"--from {stage.name}: this run is to go until {names[-1]} only; add --until {stage.name}, or --all "
-                          "for all stages")
+        raise ConfigError(
+            f"--from {stage.name}: this run is to go until {names[-1]} only; add --until {stage.name}, or --all "
+            "for all stages"
+        )
     if iteration is None:
         return
     check_iteration(run, stage, iteration)
     over = [name for name in steps.change.anew if stage in (run.stages[name], *descendants(run, run.stages[name]))]
     if over:
-        raise ConfigError(f"--load-iteration {iteration}: with the changed values {over[0]} begins anew, so this checkpoint of "
-                          f"{stage.name} is of another configuration; leave out --load-iteration, or what changes {over[0]}")
+        raise ConfigError(
+            f"--load-iteration {iteration}: with the changed values {over[0]} begins anew, so this checkpoint of "
+            f"{stage.name} is of another configuration; leave out --load-iteration, or what changes {over[0]}"
+        )
     if stage.trainer and iteration > (last := steps.change.tables[stage.name]["iterations"]):
-        raise ConfigError(f"--load-iteration {iteration}: {stage.name} ends at iterations = {last}; raise it: "
-                          f"--set {stage.name}.iterations=N")
+        raise ConfigError(
+            f"--load-iteration {iteration}: {stage.name} ends at iterations = {last}; raise it: "
+            f"--set {stage.name}.iterations=N"
+        )
 
 
 def _check_idle(look: Look) -> None:
     run, busy = look.run, [row.stage for row in look.stages if row.state in state.ACTIVE]
     if busy:
-        raise ConfigError(f"{', '.join(busy)} of {run.folder} is running or queued; stop it first: python -m launcher cancel {run.folder}")
+        raise ConfigError(
+            f"{', '.join(busy)} of {run.folder} is running or queued; stop it first: python -m launcher cancel "
+            f"{run.folder}"
+        )
 
 
 def _refuse_silence(look: Look, wish: Wish) -> None:
     """Raise for a Slurm that doesn't answer, with the way on without it."""
     run, busy = look.run, [row.stage for row in look.stages if row.state in state.ACTIVE]
     if busy and (wish.first or wish.iteration is not None or wish.profile or wish.sets or wish.files):
-        raise ConfigError(f"{', '.join(busy)} of {run.folder} was queued with Slurm, which does not answer ({look.trouble}); if its jobs "
-                          "are gone for good add --take-over, and --profile local to go on without it")
-    raise probe.SlurmError(f"{look.trouble}; to go on without that cluster, once its jobs are gone for good: "
-                           f"python -m launcher resume {run.folder} --profile local --take-over")
+        raise ConfigError(
+            f"{', '.join(busy)} of {run.folder} was queued with Slurm, which does not answer ({look.trouble}); if "
+            f"its jobs "
+            "are gone for good add --take-over, and --profile local to go on without it"
+        )
+    raise probe.SlurmError(
+        f"{look.trouble}; to go on without that cluster, once its jobs are gone for good: "
+        f"python -m launcher resume {run.folder} --profile local --take-over"
+    )
 
 
 def _shown(steps: list[Steps]) -> list[str]:
@@ -159,4 +177,8 @@ def _shown(steps: list[Steps]) -> list[str]:
         groups.setdefault(tuple(one.change.lines), []).append(str(one.run.folder))
     if len(groups) == 1:
         return list(next(iter(groups)))
-    return [line for lines, folders in groups.items() for line in (f"{', '.join(folders)}:", *(f"  {text}" for text in lines))]
+    return [
+        line
+        for lines, folders in groups.items()
+        for line in (f"{', '.join(folders)}:", *(f"  {text}" for text in lines))
+    ]

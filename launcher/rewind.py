@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 
 from launcher import hashes
-from launcher.heal import begin_again
 from launcher.pipeline import Stage
 from launcher.run import Run, iteration_folder, write_text
+from launcher.submit import write_stage_config
 from training.settings import ConfigError
 
 ASIDE = "checkpoints.aside"
@@ -33,14 +33,20 @@ def rewind(run: Run, stage: Stage, iteration: int | None) -> list[str]:
         newer = [number for number in run.checkpoint_iterations(stage.name) if number > iteration]
         for number in newer:
             put_aside(run, stage.name, number)
-        said.append(f"{stage.name} goes on from iteration {iteration}" + (f"; newer ones are in {folder / ASIDE}" if newer else ""))
+        said.append(
+            f"{stage.name} goes on from iteration {iteration}"
+            + (f"; newer ones are in {folder / ASIDE}" if newer else "")
+        )
     return said + renew_descendants(run, stage)
 
 
 def renew_descendants(run: Run, stage: Stage) -> list[str]:
     """What was built from a stage begins anew, since that stage is not done any more; what was done, in words."""
-    return [f"{later.name} was made from {stage.name}: it begins anew; what it had is in {begin_again(run, later)}"
-            for later in descendants(run, stage) if has_work(run, later)]
+    return [
+        f"{later.name} was made from {stage.name}: it begins anew; what it had is in {begin_again(run, later)}"
+        for later in descendants(run, stage)
+        if has_work(run, later)
+    ]
 
 
 def check_iteration(run: Run, stage: Stage, iteration: int) -> None:
@@ -48,10 +54,20 @@ def check_iteration(run: Run, stage: Stage, iteration: int) -> None:
     present = run.checkpoint_iterations(stage.name)
     shown = ", ".join(map(str, present)) or "none"
     if iteration not in present:
-        raise ConfigError(f"--load-iteration {iteration}: {stage.name} of {run.folder} has no such checkpoint; present: {shown}")
+        raise ConfigError(
+            f"--load-iteration {iteration}: {stage.name} of {run.folder} has no such checkpoint; present: {shown}"
+        )
     reason = hashes.damage(run.stage(stage.name) / "checkpoints" / iteration_folder(iteration))
     if reason:
         raise ConfigError(f"--load-iteration {iteration}: {reason}; choose another one, present: {shown}")
+
+
+def begin_again(run: Run, stage: Stage) -> Path:
+    """Move a stage's folder aside whole, and give it a new one; returns where the old one is."""
+    aside = run.set_aside(run.stage(stage.name))
+    run.record("set aside", stage=stage.name, folder=aside.name)
+    write_stage_config(run, stage.name)
+    return aside
 
 
 def put_aside(run: Run, stage: str, iteration: int) -> Path:
@@ -81,7 +97,11 @@ def descendants(run: Run, stage: Stage) -> list[Stage]:
 
 def has_work(run: Run, stage: Stage) -> bool:
     """Whether a stage was ever started; its folder and config.json are there from the beginning."""
-    return run.status(stage.name)["attempt"] > 0 or run.iteration(stage.name) is not None or (run.stage(stage.name) / "DONE.json").exists()
+    return (
+        run.status(stage.name)["attempt"] > 0
+        or run.iteration(stage.name) is not None
+        or (run.stage(stage.name) / "DONE.json").exists()
+    )
 
 
 def _free(path: Path) -> Path:

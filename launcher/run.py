@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -53,16 +54,45 @@ def hash_of(value) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+"""What flock says on a file system without locks: Lustre mounted without -o flock, NFS without its lock service."""
+LEDGER_S = 10
+"""Seconds that a line of the ledger waits for another host's; then it is written all the same."""
+
+
 @contextlib.contextmanager
 def lock(path: Path):
-    """Hold ``path`` exclusively; the kernel lets go when this process dies. Raises Busy where another process holds it."""
+    """Hold ``path`` exclusively; the kernel lets go when this process dies. Raises Busy where
+    another process holds it, and
+    ConfigError on a file system that has no locks."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666), "r+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise Busy(f"{path} is held by another process") from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            raise ConfigError(f"{path}: its file system has no locks (flock: {error.strerror}), and without them "
+                              f"two commands could start "
+                              "one stage twice; keep runs on another one (--runs FOLDER), or ask the site to mount "
+                              "it with locks "
+                              "(Lustre: -o flock; NFS: its lock service). python -m launcher doctor --node tests a "
+                              "folder") from None
         yield
+
+
+def wait_for_lock(descriptor: int, seconds: float) -> None:
+    """Take the lock of an open file, or go on without it after ``seconds``, or where there are no locks."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.02)
+        except OSError:
+            return
 
 
 def process_start(pid: int) -> int | None:
@@ -178,6 +208,7 @@ class Run:
         line = json.dumps({"time": time.time(), "event": event, **fields}) + "\n"
         descriptor = os.open(self.folder / "ledger.jsonl", os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
+            wait_for_lock(descriptor, LEDGER_S)  # the login node's line and a job's: O_APPEND is not atomic between two NFS clients
             size = os.fstat(descriptor).st_size
             torn = size and os.pread(descriptor, 1, size - 1) != b"\n"  # a crash in the middle of the line before
             os.write(descriptor, b"\n" * bool(torn) + line.encode())
@@ -274,8 +305,10 @@ def named(run: Path, below: Path) -> Run:
 
 
 def elements(folder: Path) -> list[Run]:
-    """The runs of a sweep, by index (launcher/sweep.py)."""
-    return [Run.open(folder / str(index)) for index in range(len(sweep_of(folder)["values"]))]
+    """The runs of a sweep, by index (launcher/sweep.py): those that there are, where its
+    submission was killed half-way."""
+    runs = [Run(folder / str(index)) for index in range(len(sweep_of(folder)["values"]))]
+    return [run for run in runs if run.config_file.is_file()]
 
 
 def sweep_of(folder: Path) -> dict:
@@ -292,6 +325,8 @@ class Runs(list):
     named = False
     sweeps: tuple[Path, ...] = ()
     """Folders of sweeps among the named ones; the runs are then their elements."""
+    strangers: tuple[str, ...] = ()
+    """Why folders below the one of all runs are left out."""
 
     @classmethod
     def open(cls, paths: Collection[Path], below: Path) -> Runs:
@@ -303,9 +338,22 @@ class Runs(list):
             sweeps = tuple(folder for folder in folders if (folder / SWEEP).is_file())
             made = cls(run for folder in folders for run in (elements(folder) if folder in sweeps else [Run.open(folder)]))
             made.named, made.sweeps = True, sweeps
+            if not made:
+                raise ConfigError(f"{', '.join(map(str, sweeps))}: none of its runs was written; the same submit "
+                                  f"command as before writes "
+                                  "them")
             return made
-        found = [Run(path.parent) for path in below.glob("*/config.json")]
-        found += [run for path in below.glob(f"*/{SWEEP}") for run in elements(path.parent)]
+        found, strangers = [], []
+        for path in sorted([*below.glob("*/config.json"), *below.glob(f"*/{SWEEP}")]):
+            try:
+                runs = elements(path.parent) if path.name == SWEEP else [Run(path.parent)]
+                found += [(run.changed(), run) for run in runs if run.config]
+            except (ConfigError, OSError) as error:
+                strangers.append(f"{path.parent} is left out: {error}")
         if not found:
-            raise ConfigError(f"no run in {below}; start one: python -m launcher submit full-pipeline; or say where they are: --runs DIR")
-        return cls(sorted(found, key=lambda run: run.changed(), reverse=True))
+            raise ConfigError("\n".join([*strangers, f"no run in {below}; start one: python -m launcher submit "
+                                                     f"full-pipeline; or say where "
+                                         "they are: --runs DIR"]))
+        made = cls(run for _, run in sorted(found, key=lambda pair: pair[0], reverse=True))
+        made.strangers = tuple(strangers)
+        return made

@@ -69,7 +69,18 @@ def script(request: JobRequest) -> str:
         time=resources.minutes, nodes=resources.nodes + resources.spares, ntasks_per_node=resources.ranks_per_node,
         cpus_per_task=resources.cpus_per_gpu, stderr_to_stdout=True, use_srun=False,
         setup=[*SETUP, *request.setup, *site_setup(profile), *cpus], additional_parameters=values)
-    return text.rstrip("\n") + "\n"
+    return _printable(text.rstrip("\n") + "\n")
+
+
+def _printable(text: str) -> str:
+    """The script; ConfigError for a character that would end a line, or hide one, where the shell
+    or a reader sees it differently."""
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.replace("\t", " ").isprintable():
+            raise ConfigError(f"line {number} of the batch script has a character that can't be printed: {line!r}; "
+                              f"remove it from the "
+                              "profile's setup and modules, the paths, or what is swept")
+    return text
 
 
 def site_options(profile: Profile, gpus: int) -> dict[str, str | int | bool]:

@@ -74,7 +74,7 @@ def name_of(run) -> str:
 def cells(row: StageState, width: int, now: float) -> dict[str, str]:
     """Column -> text of one stage."""
     far = row.progress
-    made = {"stage": row.stage, "state": click.style(row.state, COLOURS.get(row.state)),
+    made = {"stage": row.stage, "state": click.style(row.word, COLOURS.get(row.state)),
             "iteration": "" if far.iteration is None else f"{far.iteration}/{far.total}"}
     if width >= WIDE:
         made["bar"] = bar(far.iteration, far.total) if row.state in state.ACTIVE or row.state in state.BAD else ""
@@ -131,8 +131,8 @@ def trouble(seen: Look, width: int) -> list[str]:
 
 
 def word(seen: Look) -> str:
-    """The run's state in a word; "not working" where stages are left that nobody works on."""
-    return {"idle": "not working", "failed": current(seen).state}.get(seen.overall, seen.overall)
+    """The run's state in a word; "idle" where stages are left that nobody works on."""
+    return current(seen).word if seen.overall == "failed" else seen.overall
 
 
 def current(seen: Look) -> StageState:

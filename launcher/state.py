@@ -4,20 +4,20 @@ never a bare id."""
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 
-from launcher import jobs, manifest, probe, progress
+from launcher import manifest, progress
 from launcher.jobs import Job
 from launcher.manifest import Refused
 from launcher.pipeline import Stage
+from launcher.polling import Queue
 from launcher.progress import Progress
 from launcher.run import Run, is_alive
 from launcher.terminal import plain
 from training.files import Unfit, read_tail
+from training.settings import ConfigError
 
-ASK_S = 10
-"""Seconds that status waits for the queue; then it shows what the files say."""
 SILENT_S = 120
 """A running trainer that logged nothing for so long, and for five iterations' time, is pointed out."""
 LAST_LINES = 8
@@ -52,6 +52,14 @@ class StageState:
     """The last lines of that rank."""
 
 
+    @property
+    def word(self) -> str:
+        """The state for a person: a health gate's ending is no failure."""
+        if self.state == "failed" and self.kind == "health gate":
+            return "stopped" if "stopped by a health gate" in self.why else "paused"
+        return self.state
+
+
 @dataclass
 class Look:
     """One look at a run."""
@@ -74,24 +82,47 @@ def look(run: Run) -> Look:
     return look_at([run])[0]
 
 
-def look_at(runs: list[Run]) -> list[Look]:
-    """One look at each of the runs, with one question to the queue for all, and one to the accounting where the queue has forgotten."""
-    asked = [run for run in runs if run.uses_slurm()]
-    known: dict[str, dict[str, Job]] = {}
-    trouble = ""
-    if asked:
+def look_at(runs: list[Run], queue: Queue | None = None, broken: list[str] | None = None) -> list[Look]:
+    """One look at each of the runs; ``queue``, of a command that looks again and again, knows
+    when Slurm is to be asked.
+
+    There is one question to the queue for all, and one to the accounting where the queue has forgotten. A run whose files
+    can't be understood is left out and named in ``broken``; without such a list it is a ConfigError.
+    """
+    queue, trying = queue or Queue(), Trying(broken)
+    files = {run: one for run in runs if (one := trying.of(run, lambda: Files(run)))}  # noqa: B023 - called at once
+    asked = [run for run, one in files.items() if one.slurm]
+    known = queue.of(asked, tuple(files[run].news for run in asked), lambda jobs: {
+        run: names for run in asked if (names := files[run].forgotten(jobs.get(run.id, {})))})
+    seen = [trying.of(run, lambda: _look(one, known.get(run.id, {}), plain(queue.trouble) if one.slurm else ""))  # noqa: B023
+            for run, one in files.items()]
+    return [one for one in seen if one]
+
+
+class Trying:
+    """Reads runs of which some may be damaged."""
+
+    def __init__(self, broken: list[str] | None):
+        self.broken = broken
+
+    def of(self, run: Run, read: Callable):
+        """What ``read()`` returns; None where the run is broken, or ConfigError."""
         try:
-            known = jobs.of_runs(asked, ASK_S)
-        except probe.SlurmError as error:
-            trouble = plain(error)
-    files = {run.id: Files(run) for run in runs}
-    forgotten = {run: names for run in asked if (names := files[run.id].forgotten(known.get(run.id, {})))}
-    for run_id, found in (jobs.accounted(forgotten) if forgotten else {}).items():
-        known.setdefault(run_id, {}).update(found)
-    return [Look(run, [_state(files[run.id], stage, known.get(run.id, {}).get(name), trouble if run in asked else "")
-                       for name, stage in run.stages.items()], trouble if run in asked else "", (run.folder / "STOP").exists(),
-                 run.data_summary().get("lines", []))
-            for run in runs]
+            return read()
+        except ConfigError as error:
+            words = str(error)
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            words = f"{run.folder} can't be read, a file of it is damaged: {type(error).__name__}: {error}"
+        if self.broken is None:
+            raise ConfigError(words)
+        self.broken.append(words)
+        return None
+
+
+def _look(files: Files, known: dict[str, Job], trouble: str) -> Look:
+    run = files.run
+    return Look(run, [_state(files, stage, known.get(name), trouble) for name, stage in run.stages.items()], trouble,
+                (run.folder / "STOP").exists(), run.data_summary().get("lines", []))
 
 
 def states(run: Run) -> tuple[list[StageState], str]:
@@ -135,12 +166,18 @@ class Files:
         self.run = run
         self.ledger = run.ledger()
         self.status = {name: run.status(name) for name in run.stages}
+        self.slurm = run.uses_slurm()
         self.runner = run.runner()
         self.disowned = run.disowned()
         try:
             self.left, self.damaged = {stage.name for stage in manifest.left(run, list(run.stages.values()))}, ""
         except Refused as error:
             self.left, self.damaged = set(run.stages), str(error)
+
+    @property
+    def news(self) -> tuple:
+        """Differs where the files tell something new of jobs: progress of an iteration is none."""
+        return len(self.ledger), tuple(status["state"] for status in self.status.values()), frozenset(self.left)
 
     def last_event(self, stage: str) -> dict | None:
         """The last ledger event of a stage that says where it stands."""
@@ -188,7 +225,8 @@ def _undone(files: Files, stage: Stage, job: Job | None, trouble: str) -> tuple[
     if job and job.alive and job.source == "squeue":
         if job.pending:
             return ("requeued" if status["state"] == "requeued" else "pending"), job.waits(parents, str(files.run.folder))
-        return "running", "" if job.state == "RUNNING" else f"Slurm says {job.state.lower()}"
+        if status["state"] not in BAD or status.get("job") != job.id or last is None or last["event"] not in BAD:
+            return "running", "" if job.state == "RUNNING" else f"Slurm says {job.state.lower()}"
     if status["state"] == "running":
         return _silent(files, stage.name, status, job, trouble)
     if files.runner and stage.name in files.runner["stages"] and files.runner["time"] >= (status.get("ended") or 0):

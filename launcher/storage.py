@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,11 +74,49 @@ def room(folder: Path) -> Room:
     disk = os.statvfs(folder)
     found = [Room(disk.f_bavail * disk.f_frsize / GB, f"free on the file system of {folder}")]
     mount = next(parent for parent in (folder, *folder.parents) if os.path.ismount(parent))
-    for command, what in ((("quota", "-w", "-p", "-f", str(mount)), "your quota"),
-                          (("lfs", "quota", "-q", "-u", getpass.getuser(), str(mount)), "your Lustre quota")):
-        if shutil.which(command[0]) and (left := parse_quota(_output(command))) is not None:
+    for command, what, parse in _quotas(folder, mount):
+        if shutil.which(command[0]) and (left := parse(_output(command))) is not None:
             found.append(Room(left, f"left of {what} on {mount}"))
     return min(found, key=lambda limit: limit.free_gb)
+
+
+def _quotas(folder: Path, mount: Path) -> Iterator[tuple[tuple[str, ...], str, Callable[[str], float | None]]]:
+    """(command, whose quota, how its output is read): the user's, the group's and the project's."""
+    group = str(os.stat(folder).st_gid)
+    yield ("quota", "-w", "-p", "-f", str(mount)), "your quota", parse_quota
+    yield ("lfs", "quota", "-q", "-u", getpass.getuser(), str(mount)), "your Lustre quota", parse_quota
+    yield ("lfs", "quota", "-q", "-g", group, str(mount)), "your group's Lustre quota", parse_quota
+    if shutil.which("lfs") and (match := re.match(r"\s*(\d+)", _output(("lfs", "project", "-d", str(folder))))) and int(match[1]):
+        yield ("lfs", "quota", "-q", "-p", match[1], str(mount)), f"the quota of Lustre project {match[1]}", parse_quota
+    if shutil.which("mmlsquota") and (device := _device(mount)):
+        yield ("mmlsquota", "-Y", device), "your GPFS quotas", parse_mmlsquota
+
+
+def _device(mount: Path) -> str:
+    """GPFS's name of the file system that is mounted there; "" where it is none of GPFS."""
+    for line in Path("/proc/self/mounts").read_text(encoding="utf-8", errors="replace").splitlines():
+        device, point, kind, *_ = line.split()
+        if point == str(mount) and kind == "gpfs":
+            return device.removeprefix("/dev/")
+    return ""
+
+
+def parse_mmlsquota(text: str) -> float | None:
+    """GB left, the least of the user's, the groups' and the filesets'; None where there is no
+    limit. ``mmlsquota -Y`` prints a line
+    of names, then values in KiB between colons."""
+    names: list[str] = []
+    left = []
+    for line in text.splitlines():
+        parts = line.split(":")
+        if "HEADER" in parts:
+            names = parts
+            continue
+        row = dict(zip(names, parts, strict=False))
+        if all(row.get(name, "").isdigit() for name in ("blockUsage", "blockQuota", "blockLimit")):
+            limits = [limit for name in ("blockQuota", "blockLimit") if (limit := int(row[name]))]
+            left += [(min(limits) - int(row["blockUsage"])) * 1024 / GB] if limits else []
+    return min(left) if left else None
 
 
 def parse_quota(text: str) -> float | None:

@@ -21,7 +21,9 @@ from pathlib import Path
 
 from launcher import environment, probe
 from launcher.jobs import ENDED
+from launcher.polling import pauses
 from launcher.run import Busy, Run
+from training.settings import usage
 
 LOCK_S = 60
 """Seconds that a command waits for another one on the same run to finish its submission."""
@@ -106,7 +108,7 @@ def settle(book: Run, cause: str = "the command that submitted it was stopped ha
 def tokened(token: str) -> list[tuple[str, str, str]]:
     """(stage, job, state) of every job that was submitted with ``token``; an array is one job."""
     found = []
-    for line in probe.call("squeue", "-h", "-t", "all", "-o", "%F|%T|%k").splitlines():
+    for line in probe.call("squeue", "-h", "-t", "all", "-u", probe.user(), "-o", "%F|%T|%k").splitlines():
         if f" submission={token} " in line:
             job, state, comment = line.split("|", 2)
             found.append((comment.rpartition("stage=")[2].strip(), job, state))
@@ -172,13 +174,13 @@ def _finish(book: Run, token: str, held: list[str]) -> None:
 def _withdraw(book: Run, token: str, cause: str) -> None:
     """Cancel every job of the submission, asked for by token: the one whose sbatch never answered, too."""
     gone: dict[str, int] = {}
-    deadline = time.monotonic() + probe.TIMEOUT_S
+    deadline, waits = time.monotonic() + probe.TIMEOUT_S, pauses(0.5, 4)
     while alive := {stage: job for stage, job, state in tokened(token) if state not in ENDED}:
         if time.monotonic() > deadline:
             raise probe.SlurmError(f"scancel {' '.join(alive.values())} had no effect within {probe.TIMEOUT_S} s")
         probe.call("scancel", *sorted(set(alive.values())))
         gone = {stage: int(job) for stage, job in alive.items()} | gone
-        time.sleep(0.05)
+        time.sleep(next(waits))
     order = _stages(book, token)
     book.record("withdrawn", token=token, jobs={stage: gone[stage] for stage in order if stage in gone}, cause=cause)
 
@@ -213,6 +215,9 @@ def _guarded(book: Run) -> Iterator[subprocess.Popen]:
 
 def main(arguments: list[str]) -> int:
     """The guard: wait for the submitter's end; exit 1 where Slurm never answered."""
+    ended = usage(arguments, "launcher.submission", "FOLDER", __doc__)
+    if ended is not None:
+        return ended
     if sys.stdin.buffer.read() == DONE:
         return 0
     book, deadline = Run(Path(arguments[0])), time.monotonic() + GUARD_S

@@ -13,7 +13,7 @@ from launcher.config import Profile, Resources, build_plain, differences, layere
 from launcher.pipeline import ALL, FULL, PIPELINES, Graph, Stage, full_tables, sections, select, stage_config
 from launcher.run import Run, lock, write_json, write_text
 from launcher.terminal import say
-from training.settings import ConfigError
+from training.settings import ConfigError, Mistakes
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,60}")
 
@@ -62,8 +62,10 @@ class Draft(Run):
 
 def plan(target: str, recipe: str, files: list[Path], sets: list[str], name: str | None, runs: Path,
          chosen: tuple[Profile, str], first: str | None, last: str | None, pipeline: str | None = None,
-         reused: Run | None = None) -> Plan:
-    """Merge and check; ConfigError for every mistake that can be seen now. ``pipeline`` None: the run's, else the first with TARGET."""
+         reused: Run | None = None, tolerant: bool = False) -> Plan:
+    """Merge and check; ConfigError for every mistake that can be seen now. ``pipeline`` None: the
+    run's, else the first with TARGET.
+    ``tolerant``: a plan can be shown in spite of those in ``checked.mistakes``."""
     name = recipe if name is None else name
     if not NAME.fullmatch(name):
         raise ConfigError(f"--name {name!r}: a run's name has letters, digits, '.', '_' and '-' only, begins with a letter or digit "
@@ -76,8 +78,8 @@ def plan(target: str, recipe: str, files: list[Path], sets: list[str], name: str
     graph = PIPELINES[pipeline]
     stages = select(graph, target, first, last)
     _check_sets(sets, pipeline)
-    tables = full_tables(run.folder, layered(recipe, files, sets, chosen[0]), graph)
-    checked = checks.check(run.folder, tables, graph, stages, chosen[0])
+    tables = _full_tables(run.folder, layered(recipe, files, sets, chosen[0]), graph)
+    checked = checks.check(run.folder, tables, graph, stages, chosen[0], tolerant)
     done: set[str] = set()
     if run.config_file.exists() and _begun(run):
         _check_same(run, tables, chosen[0])
@@ -85,11 +87,25 @@ def plan(target: str, recipe: str, files: list[Path], sets: list[str], name: str
         done = set(graph) - {stage.name for stage in manifest.left(run, list(graph.values()))}
     if reused:
         done |= set(reuse.candidates(reused, run.folder, tables, graph))
-    checks.check_parents(graph, stages, done)
+    parents = Mistakes()
+    parents.of(lambda: checks.check_parents(graph, stages, done))
+    if parents.messages and not tolerant:
+        raise ConfigError(*parents.messages)
+    checked.mistakes.extend(parents.messages)
     known = run.config_file.exists()
     identity = {"name": name, "id": run.id if known else f"{name}-{secrets.token_hex(4)}", "recipe": recipe, "profile": chosen[0].name,
                 "pipeline": pipeline, "folder": str(run.folder), "selected": [stage.name for stage in stages]}
     return Plan(run, tables, recipe, stages, *chosen, checked, identity, reused)
+
+
+def _full_tables(run: Path, tables: dict, graph: Graph) -> dict:
+    """The sections with their defaults; ConfigError for all that is wrong in them, and in the
+    data and model that they name."""
+    try:
+        return full_tables(run, tables, graph)
+    except ConfigError as error:
+        found = checks.check_sources(run, tables)
+        raise ConfigError(*dict.fromkeys([*error.messages, *found.messages])) from None
 
 
 def create(made: Plan) -> Run:

@@ -23,7 +23,7 @@ from launcher.manifest import Refused
 from launcher.pipeline import NAMES, Stage
 from launcher.ranks import LocalRanks, Log, SlurmRanks, job_port, stage_command
 from launcher.run import Busy, Run, lock, this_process, write_text
-from training.settings import ConfigError, load
+from training.settings import ConfigError, load, usage
 from training.shape import Shape
 
 ENDED = 143
@@ -285,6 +285,8 @@ def lock_when_free(path: Path, seconds: float):
 
 def main(arguments: list[str]) -> int:
     """Exit code of the stage; 64 for bad arguments, 1 where another process runs the same stage."""
+    if {"-h", "--help"} & set(arguments):
+        return usage(arguments, "launcher.supervise", "RUN STAGE", __doc__)
     if len(arguments) != 2 or arguments[1] not in NAMES:
         print(f"usage: python -m launcher.supervise RUN STAGE, with STAGE one of {', '.join(NAMES)}", file=sys.stderr)
         return os.EX_USAGE

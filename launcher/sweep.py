@@ -19,12 +19,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher import chain, manifest, probe, sbatch, start, state, storage, submission, submit
+from launcher import chain, jobs, manifest, probe, sbatch, screen, start, state, storage, submission, submit
 from launcher import secrets as passwords
-from launcher.config import build_plain, parse_set
+from launcher.config import build_plain, parse_set, tomllib
 from launcher.pipeline import Stage, prepare_config
-from launcher.run import SWEEP, Run, elements, hash_of, sweep_of, write_json, write_text
-from training.settings import ConfigError
+from launcher.rewind import move_stale_aside
+from launcher.run import SWEEP, Busy, Run, elements, hash_of, sweep_of, write_json, write_text
+from training.settings import ConfigError, usage
 
 MOST = 1000
 """Elements; MaxArraySize of Slurm is 1001 unless the site says otherwise."""
@@ -64,10 +65,16 @@ def plan(texts: list[str], make: Callable[[list[str], str, Path], submit.Plan], 
     identity = known["id"] if known else f"{name}-{secrets.token_hex(4)}"
     plans = []
     for index, chosen in enumerate(values):
-        made = make([f"{key}={json.dumps(value)}" for key, value in chosen.items()], str(index), folder)
+        made = make([f"{key}={in_toml(value)}" for key, value in chosen.items()], str(index), folder)
         run = {**made.identity, "id": f"{identity}.{index}", "sweep": {"id": identity, "index": index}}
         plans.append(dataclasses.replace(made, identity=run))
-    storage.check({f"element {index}": sum(made.checked.disk.values()) for index, made in enumerate(plans)}, folder)
+    first = plans[0].checked
+    try:
+        storage.check({str(index): sum(made.checked.disk.values()) for index, made in enumerate(plans)}, folder)
+    except ConfigError as error:
+        if not first.mistakes:  # else the plan is shown with them
+            raise
+        first.mistakes.append(str(error))
     return Sweep(folder, identity, values, plans)
 
 
@@ -83,7 +90,7 @@ def combinations(texts: list[str]) -> list[dict]:
     for text in texts:
         key, equals, rest = text.partition("=")
         section = key.strip().partition(".")[0]
-        values = [_leaf(parse_set(f"{key}={value.strip()}")) for value in rest.split(",") if value.strip()] if equals else []
+        values = _values(key, rest) if equals else []
         if len(values) < 2 or len({json.dumps(value) for value in values}) < len(values):
             raise ConfigError(f"--sweep {text}: expected section.key=VALUE,VALUE with two or more different values, "
                               "e.g. --sweep sft.lr=1e-5,2e-5")
@@ -117,12 +124,16 @@ def read(folder: Path) -> dict:
 
 def members(folder: Path) -> list[Member]:
     """The runs of a sweep, by index."""
-    return [Member(index, run, values) for index, (run, values) in enumerate(zip(elements(folder), read(folder)["values"], strict=True))]
+    values = sweep_of(folder)["values"]
+    return [Member(int(run.folder.name), run, values[int(run.folder.name)]) for run in elements(folder)]
 
 
 def begin(folder: Path, stages: list[Stage], wait: bool) -> int:
     """Run or queue what is left of every element; the command's exit code: with ``wait`` 1 when one failed."""
     out, found = start.console(), members(folder)
+    if not any(manifest.left(member.run, stages) for member in found):
+        out.print(f"{folder}: {', '.join(stage.name for stage in stages)} of all runs done: nothing left to do")
+        return 0
     if found[0].run.config["profile"]["scheduler"] != "slurm":
         if wait:
             return run_here(folder, stages)
@@ -134,7 +145,7 @@ def begin(folder: Path, stages: list[Stage], wait: bool) -> int:
         made = queue(folder, stages)
         out.print("queued: " + ", ".join(f"{stage} {job}" for stage, job in made) if made else "everything that is left is queued already")
         if wait:
-            return max(start.wait_for(member.run, [stage.name for stage in stages]) for member in found)
+            return start.wait_for([member.run for member in found], [stage.name for stage in stages])
     out.print(f"python -m launcher status {folder} compares them, cancel stops them")
     return 0
 
@@ -145,7 +156,11 @@ def run_here(folder: Path, stages: list[Stage]) -> int:
     for member in members(folder):
         if manifest.left(member.run, stages):
             start.console().print(f"{member.run.folder}: {_words([member.values])}")
-            codes.append(start.run_here(member.run, stages))
+            try:
+                codes.append(start.run_here(member.run, stages))
+            except Busy:
+                start.console().print(f"{member.run.folder} is being worked on by another command: left to it")
+                codes.append(1)
         if 130 in codes:
             return 130
     return max(codes, default=0)
@@ -160,9 +175,11 @@ def queue(folder: Path, stages: list[Stage], only: int | None = None) -> list[tu
     with submission.patient(book.lock):
         submission.settle(book)
         groups: dict[tuple, list[Member]] = {}
-        for member in members(folder) if only is None else [members(folder)[only]]:
-            todo, alive = chain.missing(member.run, stages)
-            start.move_stale_aside(member.run, todo)
+        chosen = members(folder) if only is None else [members(folder)[only]]
+        known = jobs.of_runs([member.run for member in chosen])
+        for member in chosen:
+            todo, alive = chain.missing(member.run, stages, known[member.run.id])
+            move_stale_aside(member.run, todo)
             waits = {parent: int(alive[parent].element.partition("_")[0]) for stage in todo for parent in stage.parents if parent in alive}
             groups.setdefault((tuple(stage.name for stage in todo), tuple(waits.items())), []).append(member)
         for number, ((names, waits), held) in enumerate(groups.items()):
@@ -211,7 +228,7 @@ def comparison(folder: Path) -> list[dict]:
         at = next((row for row in seen.stages if row.state != "done"), seen.stages[-1])
         at = next((row for row in seen.stages if row.state in (*state.BAD, "running")), at)
         numbers = {f"{row.stage}.{name}": value for row in seen.stages for name, value in row.progress.numbers.items()}
-        made.append({"element": member.index, "folder": str(member.run.folder), "values": member.values, "state": seen.overall,
+        made.append({"element": member.index, "folder": str(member.run.folder), "values": member.values, "state": screen.word(seen),
                      "stage": at.stage, "iteration": at.progress.iteration, "why": at.why, "numbers": numbers})
     return made
 
@@ -244,6 +261,24 @@ def _share_data(first: submit.Plan, other: submit.Plan) -> None:
     write_json(target / "DONE.json", {**marker, "config_hash": hash_of(wanted)})
 
 
+def _values(key: str, text: str) -> list:
+    """The values of ``text``: TOML's, where commas may stand in strings and lists; else words
+    without quotes between commas."""
+    try:
+        return [_leaf(parse_set(f"{key}={in_toml(value)}")) for value in tomllib.loads(f"all = [{text}]")["all"]]
+    except (tomllib.TOMLDecodeError, TypeError):
+        return [_leaf(parse_set(f"{key}={value.strip()}")) for value in text.split(",") if value.strip()]
+
+
+def in_toml(value) -> str:
+    """The value as --set takes it, on one line."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(in_toml, value))}]"
+    if isinstance(value, float):
+        return repr(value)  # inf and nan are TOML's, too
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
 def _leaf(value):
     while isinstance(value, dict):
         value = next(iter(value.values()))
@@ -251,9 +286,18 @@ def _leaf(value):
 
 
 def _words(values: list[dict]) -> str:
-    return "; ".join(", ".join(f"{key}={value}" for key, value in one.items()) for one in values)
+    """On one line, also of texts with line breaks."""
+    return "; ".join(", ".join(f"{key}={json.dumps(value)}" for key, value in one.items()) for one in values)
+
+
+def main(arguments: list[str]) -> int:
+    """The elements one after the other, in the background."""
+    ended = usage(arguments, "launcher.sweep", "SWEEP STAGE...", __doc__)
+    if ended is not None:
+        return ended
+    folder = Path(arguments[0])
+    return run_here(folder, [elements(folder)[0].stages[name] for name in arguments[1:]])
 
 
 if __name__ == "__main__":
-    sweep = Path(sys.argv[1])
-    sys.exit(run_here(sweep, [elements(sweep)[0].stages[name] for name in sys.argv[2:]]))
+    sys.exit(main(sys.argv[1:]))

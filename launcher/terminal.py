@@ -1,11 +1,18 @@
-"""Text of other programs and people on a terminal: a log's line, a cause, a name may hold what would steer it."""
+"""The terminal: text of other programs and people, which may hold what would steer it; and how wide the output is."""
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import sys
 
 import click
 
+PIPE_WIDTH = 200
+"""Columns where the output is a file or a pipe."""
+LEAST_WIDTH, UNKNOWN_WIDTH, UNKNOWN_ROWS = 20, 80, 24
+"""Columns below which nothing can be read, and the size of a terminal that does not know its own."""
 UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 """Controls (ESC and its 8-bit forms among them), marks that turn the direction of writing, halves of characters; not tab and line end."""
 
@@ -18,3 +25,23 @@ def plain(text: object) -> str:
 def say(text: object, err: bool = False) -> None:
     """Print text that is not all ours."""
     click.echo(plain(text), err=err)
+
+
+def width() -> int:
+    """Columns for what is printed: never fewer than LEAST_WIDTH, whatever the terminal or COLUMNS say."""
+    return (
+        columns_of(shutil.get_terminal_size((PIPE_WIDTH, UNKNOWN_ROWS)).columns) if sys.stdout.isatty() else PIPE_WIDTH
+    )
+
+
+def columns_of(said: int) -> int:
+    """A terminal that says 0 (a job's, an editor's, a new pseudo terminal) does not know."""
+    return max(said, LEAST_WIDTH) if said > 0 else UNKNOWN_WIDTH
+
+
+def size() -> os.terminal_size:
+    """As the terminal says now; (0, 0) where it is gone."""
+    try:
+        return os.get_terminal_size(sys.stdout.fileno())
+    except (OSError, ValueError):
+        return os.terminal_size((0, 0))

@@ -7,8 +7,8 @@ from rich.segment import Segment
 
 from launcher import state
 from launcher.logs import attempts
-from launcher.run import Run
-from launcher.terminal import plain
+from launcher.state import Look
+from launcher.terminal import PIPE_WIDTH, columns_of, plain
 
 
 class Plain(Console):
@@ -25,18 +25,18 @@ class Plain(Console):
 def console() -> Console:
     """Wide enough for one line a stage when the output is a file or a pipe."""
     made = Plain()
-    if not made.is_terminal:
-        made.width = max(made.width, 200)
+    made.width = columns_of(made.width) if made.is_terminal else max(made.width, PIPE_WIDTH)
     return made
 
 
-def failures(run: Run, stages: list[str]) -> list[str]:
+def failures(seen: Look, stages: list[str]) -> list[str]:
     """For each stage that did not end well: its cause, what to do about it, and where its log is."""
-    said = []
-    for row in state.states(run)[0]:
+    run, said = seen.run, []
+    for row in seen.stages:
         if row.stage in stages and row.state in state.BAD:
             logs = attempts(run, row.stage)
             advice = f"  do: {row.advice}\n" if row.advice else ""
-            said.append(f"{row.stage} {row.state}: {row.why}\n{advice}  log: {logs[-1] if logs else run.stage(row.stage) / 'logs'}\n"
+            said.append(f"{row.stage} {row.word}: {row.why}\n{advice}  log: "
+                        f"{logs[-1] if logs else run.stage(row.stage) / 'logs'}\n"
                         f"  then: python -m launcher resume {run.folder}")
     return said

@@ -18,7 +18,7 @@ from training.data.formats import DataError
 from training.gates import Unhealthy
 from training.parallel import EX_DATA, EX_IOERR, EX_TEMPFAIL, EX_UNHEALTHY, EX_USAGE, NoRoom, Together, ranks
 from training.saving import SaveFailed
-from training.settings import ConfigError, load
+from training.settings import ConfigError, load, usage
 
 Config = TypeVar("Config")
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"}
@@ -36,9 +36,10 @@ def run_stage(kind: type[Config], stage: Callable[[Config], None]) -> int:
     data or checkpoint, 74 a checkpoint could not be written, 75 wants to go on from what is saved, 76 paused or stopped by
     a health gate; other errors propagate.
     """
-    if len(sys.argv) != 2:
-        print(f"usage: python -m MODULE config.json; got {len(sys.argv) - 1} arguments", file=sys.stderr)
-        return EX_USAGE
+    program = sys.modules["__main__"]
+    ended = usage(sys.argv[1:], getattr(program.__spec__, "name", "MODULE"), "config.json", program.__doc__)
+    if ended is not None:
+        return ended
     clock.mark("imports")
     faulthandler.enable()  # a hung rank that gets an ABRT, and one that crashes in C, says where it is
     for name, value in ALONE.items():

@@ -9,7 +9,10 @@ import dataclasses
 import difflib
 import json
 import math
+import re
+import sys
 import typing
+from collections.abc import Callable
 from pathlib import Path
 
 MOST = 2**63 - 1
@@ -17,7 +20,39 @@ MOST = 2**63 - 1
 
 
 class ConfigError(ValueError):
-    """A user's mistake: the message names the key, its value, what was expected and the fix."""
+    """A user's mistake: the message names the key, its value, what was expected and the fix.
+    ``messages``: each of several."""
+
+    @property
+    def messages(self) -> list[str]:
+        return list(self.args) if len(self.args) > 1 else [str(self)]
+
+    def __str__(self) -> str:
+        if len(self.args) < 2:
+            return super().__str__()
+        return f"{len(self.args)} mistakes:\n" + "\n".join(f"{at}. {text}" for at, text in enumerate(self.args, 1))
+
+
+class Mistakes:
+    """Collects ConfigErrors, so that a person sees all of them at once."""
+
+    def __init__(self):
+        self.messages: list[str] = []
+
+    def add(self, *messages: str) -> None:
+        self.messages += [text for text in messages if text not in self.messages]
+
+    def of(self, check: Callable):
+        """What ``check()`` returns, None where it raised."""
+        try:
+            return check()
+        except ConfigError as error:
+            self.add(*error.messages)
+            return None
+
+    def raise_if_any(self) -> None:
+        if self.messages:
+            raise ConfigError(*self.messages)
 
 
 class InvariantError(AssertionError):
@@ -56,26 +91,49 @@ def one_of(config, name: str, allowed: tuple[str, ...]) -> None:
 def build(cls, values: dict, where: str):
     """Make ``cls`` from a mapping (nested dataclasses from nested mappings); ``where`` is the section in messages.
 
-    Raises ConfigError for an unknown key (with the nearest valid one), a wrong type, a missing key or a contradiction.
+    Raises ConfigError for all unknown keys (with the nearest valid one), wrong types, missing keys and contradictions.
     """
     types = typing.get_type_hints(cls)
     known = {f.name: f for f in dataclasses.fields(cls)}
-    made = {}
+    fitting, mistakes = {}, Mistakes()
     for key, value in values.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, 1) or sorted(k for k in known if k != "paths")
-            raise ConfigError(f"{where}.{key}: no such key; did you mean {', '.join(f'{where}.{n}' for n in near)}?")
-        made[key] = _value(types[key], value, f"{where}.{key}")
-    missing = [f.name for f in known.values() if f.name not in made
+            mistakes.add(f"{where}.{key}: no such key; did you mean {', '.join(f'{where}.{n}' for n in near)}?")
+            continue
+        count = len(mistakes.messages)
+        made = mistakes.of(lambda: _value(types[key], value, f"{where}.{key}"))  # noqa: B023 - called at once
+        if len(mistakes.messages) == count:
+            fitting[key] = made
+    missing = [f.name for f in known.values() if f.name not in values
                and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
     if missing:
-        raise ConfigError(f"{where}: missing {', '.join(missing)}")
-    try:
-        return cls(**made)
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(f"{where}.{error}") from None
+        mistakes.add(f"{where}: missing {', '.join(missing)}")
+    built = _contradictions(cls, fitting, set(values) & set(known) - set(fitting), where, mistakes)
+    mistakes.raise_if_any()
+    return built
+
+
+def _contradictions(cls, values: dict, wrong: set[str], where: str, mistakes: Mistakes):
+    """``cls(**values)``; what its checks refuse goes to ``mistakes``.
+
+    They stop at the first: its key is then left out, so that its default stands in, and they are asked again. What
+    speaks of a key that was left out, or is ``wrong`` already, may be a consequence, and is not said.
+    """
+    while True:
+        try:
+            return cls(**values)
+        except TypeError:  # a key without default is wrong: said already
+            return None
+        except ValueError as error:
+            for text in error.messages if isinstance(error, ConfigError) else [str(error)]:
+                if not wrong & set(re.findall(r"\w+", text)):
+                    mistakes.add(text if isinstance(error, ConfigError) else f"{where}.{text}")
+            key = re.match(r"\w*", str(error))[0]
+            if key not in values:
+                return None
+            wrong = wrong | {key}
+            values = {name: value for name, value in values.items() if name != key}
 
 
 def _value(kind, value, where: str):
@@ -94,5 +152,28 @@ def _value(kind, value, where: str):
 
 
 def load(cls, path: str | Path):
-    """The stage's configuration from its one argument, a JSON file."""
-    return build(cls, json.loads(Path(path).read_text(encoding="utf-8")), Path(path).parent.name)
+    """The stage's configuration from its one argument, a JSON file. ConfigError names the file where it is none."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; expected a stage's config.json, e.g. runs/NAME/sft/config.json") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not JSON: {error}; expected a stage's config.json, as submit writes it") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a table of keys and values, got {type(values).__name__}")
+    return build(cls, values, Path(path).parent.name)
+
+
+def usage(arguments: list[str], program: str, expected: str, about: str | None) -> int | None:
+    """Exit code of a program that was asked for help (0) or got other arguments than
+    ``expected``, words each (64); None where it
+    may run. Nothing else was done before."""
+    line = f"usage: python -m {program} {expected}"
+    if {"-h", "--help"} & set(arguments):
+        print(f"{line}\n\n{(about or '').strip()}")
+        return 0
+    words = expected.split()
+    if len(arguments) == len(words) or (expected.endswith("...") and len(arguments) >= len(words)):
+        return None
+    print(f"{line}; got {len(arguments)} arguments", file=sys.stderr)
+    return 64

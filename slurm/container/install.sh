@@ -4,6 +4,7 @@
 # torch, triton, numpy and what is compiled against them stay the image's own; everything else has the versions of constraints.txt. What the
 # image brings of Transformer Engine and Apex is kept where megatron-core 0.16.1 accepts it, and replaced where not.
 set -euo pipefail
+case ${1:-} in -h|--help) sed -n '2,/^set /{/^#/!q;s/^# \{0,1\}//;p}' "$0"; exit 0 ;; "") echo "which PROJECT? see $0 --help" >&2; exit 2 ;; esac
 project=$1
 TE=${TE:-2.11.0}                                          # megatron-core 0.16.1: >=2.9,<2.12
 APEX=${APEX:-10417aceddd7d5d05d7cbf7b0fc2daad1105f8b4}    # NVIDIA/apex has few releases: a commit; never the apex of PyPI

@@ -8,15 +8,18 @@ import time
 import pytest
 
 from launcher.run import Run, this_process
-from tests.launcher.stub_project import SMALL
+from tests.launcher.stub_project import SMALL, wait_until
 
 SITE = 'scheduler = "slurm"\nmax_nodes = 4\n'
 
 
 def content(project) -> dict[str, bytes]:
     """Every file of all runs but locks, which are empty, and the log of a preparation that failed."""
-    return {str(path): path.read_bytes() for path in (project.folder / "runs").rglob("*")
-            if path.is_file() and path.name not in (".lock", ".prepare.lock", "prepare.log")}
+    return {
+        str(path): path.read_bytes()
+        for path in (project.folder / "runs").rglob("*")
+        if path.is_file() and path.name not in (".lock", ".prepare.lock", "prepare.log")
+    }
 
 
 def test_a_refused_resume_changes_nothing(project):
@@ -30,13 +33,32 @@ def test_a_refused_resume_changes_nothing(project):
         os.utime(path, (time.time() - 300,) * 2)
     before = content(project)
     for words, *arguments in (
-            ("present: 1, 2, 3", "--from", "rlhf", "--load-iteration", "200", "--set", "rlhf.kl_coef=0.02", "--take-over"),
-            ("with the changed values sft begins anew", "--from", "rlhf", "--load-iteration", "2", "--set", "sft.lr=.5", "--take-over"),
-            ("rlhf ends at iterations = 2", "--from", "rlhf", "--load-iteration", "3", "--set", "rlhf.iterations=2", "--take-over"),
-            ("line 7: field prompt", "--set", "data.seed=5", "--from", "rlhf", "--take-over"),
-            ("--from rlhf comes after --until sft", "--from", "rlhf", "--until", "sft", "--take-over"),
-            ("nothing was changed", "--from", "rlhf", "--profile", "site.toml", "--set", "rlhf.lr=.5", "--take-over"),
-            ("no stage", "--from", "dpo", "--take-over")):
+        ("present: 1, 2, 3", "--from", "rlhf", "--load-iteration", "200", "--set", "rlhf.kl_coef=0.02", "--take-over"),
+        (
+            "with the changed values sft begins anew",
+            "--from",
+            "rlhf",
+            "--load-iteration",
+            "2",
+            "--set",
+            "sft.lr=.5",
+            "--take-over",
+        ),
+        (
+            "rlhf ends at iterations = 2",
+            "--from",
+            "rlhf",
+            "--load-iteration",
+            "3",
+            "--set",
+            "rlhf.iterations=2",
+            "--take-over",
+        ),
+        ("line 7: field prompt", "--set", "data.seed=5", "--from", "rlhf", "--take-over"),
+        ("--from rlhf comes after --until sft", "--from", "rlhf", "--until", "sft", "--take-over"),
+        ("nothing was changed", "--from", "rlhf", "--profile", "site.toml", "--set", "rlhf.lr=.5", "--take-over"),
+        ("no stage", "--from", "dpo", "--take-over"),
+    ):
         refused = project.convoy("resume", "demo", *arguments, "--yes")
         assert refused.returncode and words in refused.stderr, (arguments, refused.stdout, refused.stderr)
         assert content(project) == before, arguments
@@ -54,7 +76,9 @@ def test_a_refused_submit_changes_nothing(project):
     assert project.submit("--until", "reward", "--wait").returncode == 0
     (project.run / "sft/checkpoints/iter_0000003/model/weights").write_text("sft 4")
     before = content(project)
-    damaged = project.convoy("submit", "full-pipeline", "--name", "other", "--profile", "local", "--reuse", "demo", *SMALL)
+    damaged = project.convoy(
+        "submit", "full-pipeline", "--name", "other", "--profile", "local", "--reuse", "demo", *SMALL
+    )
     assert damaged.returncode == 1 and "does not have the sha256" in damaged.stderr
     (project.run / "sft/checkpoints/iter_0000003/model/weights").write_text("sft 3")
     shutil.rmtree(project.folder / "runs/other")
@@ -64,7 +88,11 @@ def test_a_refused_submit_changes_nothing(project):
     lacking = project.convoy("submit", "rlhf", "--name", "three", "--profile", "local", "--reuse", "demo", *SMALL)
     assert lacking.returncode == 2 and "rlhf starts from reward" in lacking.stderr
     assert not (project.folder / "runs/three/config.json").exists() and not (project.folder / "runs/three/sft").exists()
-    after = {name: text for name, text in content(project).items() if "/three/" not in name and not name.endswith("reward.jsonl")}
+    after = {
+        name: text
+        for name, text in content(project).items()
+        if "/three/" not in name and not name.endswith("reward.jsonl")
+    }
     assert {**before, **after}.keys() == before.keys()
 
 
@@ -79,14 +107,22 @@ def test_resume_goes_as_far_as_the_run_was_submitted_for(project):
     refused = project.convoy("resume", "demo", "--from", "reward")
     assert refused.returncode == 2 and "until sft only; add --until reward, or --all" in refused.stderr
     further = project.convoy("resume", "demo", "--until", "reward", "--wait")
-    assert further.returncode == 0 and "stages of this run from now on: convert, sft, reward" in further.stdout, further.stderr
+    assert further.returncode == 0 and "stages of this run from now on: convert, sft, reward" in further.stdout, (
+        further.stderr
+    )
     assert project.convoy("resume", "demo", "--all", "--wait").returncode == 0
     assert [event["stage"] for event in project.ledger("started")][-3:] == ["rlhf", "export", "mtbench"]
     said = project.convoy("resume", "demo", "--from", "mtbench", "--set", "mtbench.seed=1", "--yes", "--wait")
     assert "=> mtbench begins anew (--from; without it, it keeps what it has); what it had is kept aside" in said.stdout
-    assert "goes on from" not in said.stdout and "mtbench begins anew; what it had is in runs/demo/mtbench.1" in said.stdout
+    assert (
+        "goes on from" not in said.stdout
+        and "mtbench begins anew; what it had is in runs/demo/mtbench.1" in said.stdout
+    )
     longer = project.convoy("resume", "demo", "--set", "sft.iterations=5", "--yes", "--until", "sft", "--wait")
-    assert "=> sft goes on from iteration 3, with the new values; what was made from it begins anew: reward, rlhf" in longer.stdout
+    assert (
+        "=> sft goes on from iteration 3, with the new values; what was made from it begins anew: reward, rlhf"
+        in longer.stdout
+    )
     assert (project.run / "rlhf.1/DONE.json").exists(), longer.stdout + longer.stderr
 
 
@@ -95,3 +131,18 @@ def test_a_run_names_its_stages_and_what_they_need(tmp_path, asked, selected):
     about = {"id": "x-1", "profile": "local", "selected": asked}
     (tmp_path / "config.json").write_text(json.dumps({"run": about, "profile": {"scheduler": "local"}}))
     assert len(Run(tmp_path).selected()) == selected
+
+
+@pytest.mark.parametrize("wait", [[], ["--wait"]])
+def test_two_submits_at_once_say_what_happened(project, wait):
+    project.behave(convert={"step_s": 2})
+    command = ["submit", "full-pipeline", "--name", "demo", "--profile", "local", "--until", "convert", *SMALL, *wait]
+    both = [project.start(*command) for _ in range(2)]
+    said = [process.communicate(timeout=90)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    wait_until(lambda: (project.run / "convert/DONE.json").exists(), 60, "convert")
+    (runner,) = project.ledger("runner")
+    if not wait:
+        assert sum(f"started in the background: process {runner['pid']}" in text for text in said) == 1, said
+    assert sum(f"is being worked on by a local runner (process {runner['pid']}" in text for text in said) == 1, said
+    assert len(project.ledger("started")) == 1

@@ -55,12 +55,12 @@ def test_unknown_key_in_every_section_names_the_nearest(section):
 
 
 @pytest.mark.parametrize("setting, message", [
-    ("stf.lr=1", "no section 'stf'; did you mean 'sft'"),
+    ("stf.lr=1", "no section 'stf'; did you mean 'sft.lr'"),
     ("resources.sft.node=2", r"resources\.sft\.node: no such key; did you mean resources\.sft\.nodes"),
-    ("resources.rhlf.nodes=2", r"did you mean resources\.rlhf"),
+    ("resources.rhlf.nodes=2", r"did you mean 'resources\.rlhf'"),
     ("sft.lr=fast", "sft.lr = 'fast': expected float, got str"),
     ("sft.iterations=0", "sft.iterations = 0: expected at least 1"),
-    ("resources.sft.nodes=0", "nodes, minutes and cpus_per_gpu are at least 1"),
+    ("resources.sft.nodes=0", r"resources\.sft\.nodes = 0: expected at least 1"),
     ("resources.export.nodes=2", "export: this stage is one process"),
     ("sft.paths.output=x", "sft.paths is filled by the launcher"),
 ])
@@ -102,3 +102,36 @@ def test_profile_values_are_checked():
         Profile(name="x", scheduler="pbs")
     with pytest.raises(ValueError, match="hold strings, got 1"):
         Profile(name="x", scheduler="slurm", environment={"NCCL_IB_TC": 1})
+
+
+@pytest.mark.parametrize("setting, message", [
+    ("ppo.kl_coef=1", "no section 'ppo'; did you mean 'rlhf.kl_coef'"),
+    ("rm.lr=1", "did you mean 'reward.lr'"),
+    ("evaluation.judge=none", "did you mean 'mtbench.judge'"),
+    ("resources.PPO.nodes=2", "did you mean 'resources.rlhf'"),
+])
+def test_a_stage_is_known_by_its_method_too(setting, message):
+    with pytest.raises(ConfigError, match=message):
+        tables(setting)
+
+
+def test_all_mistakes_of_all_sections_are_said_at_once():
+    sets = ("sft.lr=x", "sft.iterations=-1", "sft.micro_batch_size=0", "rlhf.kl_coef=-1", "rlhf.lr=-1", "rlhf.bogu=1", "data.seed=x",
+            "mtbench.judge=foo", "mtbench.judge_repeats=0", "resources.sft.nodes=0", "resources.sft.minutes=-3")
+    with pytest.raises(ConfigError) as caught:
+        tables(*sets)
+    assert len(caught.value.messages) == len(sets), caught.value
+    for text in sets:
+        key = text.partition("=")[0]
+        assert any(message.startswith(f"{key}{':' if key.endswith('bogu') else ' = '}") for message in caught.value.messages), key
+    assert str(caught.value).startswith(f"{len(sets)} mistakes:\n1. ")
+    with pytest.raises(ConfigError) as caught:
+        tables("ppo.lr=1", "sft", "sft.paths.output=x")
+    assert len(caught.value.messages) == 3
+
+
+def test_what_may_follow_from_another_mistake_is_not_said():
+    """max_new_tokens is wrong by itself; that context_length is below it follows."""
+    with pytest.raises(ConfigError) as caught:
+        tables("mtbench.max_new_tokens=-1", "mtbench.context_length=100")
+    assert [text.partition(":")[0] for text in caught.value.messages] == ["mtbench.max_new_tokens = -1"]

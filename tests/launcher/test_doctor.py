@@ -245,3 +245,12 @@ def test_node_s_word_is_complete_and_every_finding_says_what_follows(monkeypatch
     for finding in [*node_findings.of_node(seen), *here.here(ROOT, ""), *site()]:
         assert finding.level in doctor.STYLES and finding.follows and finding.value, finding
         assert set(finding.settings) <= {field.name for field in dataclasses.fields(Profile)}
+
+
+def test_a_slurm_that_lacks_keys_is_described_all_the_same():
+    """Versions differ in what scontrol prints; nothing of it is needed for the rest."""
+    partitions = findings.partitions_of("PartitionName=main State=UP\nPartitionName=odd MaxTime=x MaxNodes=? GraceTime=(null)\n",
+                                        "n1|main*|gpu:2|N/A|8|idle|\n")
+    found = findings.slurm_findings({}, []) + findings.partition_findings(partitions, partitions[0], True)
+    assert {one.name for one in found} >= {"version", "cluster", "KillWait", "MaxArraySize"}
+    assert next(one for one in found if one.name == "version").value == "unknown"

@@ -170,7 +170,8 @@ def test_a_health_gate_s_pause_waits_for_a_person(project):
     failed = project.submit("--wait", "--until", "sft")
     status = project.json("sft/status.json")
     assert failed.returncode == 1 and (status["state"], status["class"], status["attempt"]) == ("failed", "health gate", 1)
-    assert "exit code 76" in failed.stdout and "resume goes on from the last checkpoint" in status["advice"]
+    assert "sft paused: " in failed.stdout and "exit code 76" in failed.stdout
+    assert "resume goes on from the last checkpoint" in status["advice"]
     assert status["iteration"] and project.convoy("resume", "demo", "--wait").returncode == 0
     assert project.json("sft/status.json")["attempt"] == 2
 

@@ -1,22 +1,25 @@
 """What plan shows, as text; the parts of a sweep that need no Slurm; the script of an array in full."""
 
 import json
+import os
+import subprocess
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from launcher import cluster, plan, submit, sweep
+from launcher import cluster, plan, storage, submit, sweep
 from launcher.config import Profile
 from launcher.pipeline import PIPELINES
 from tests.launcher.stub_project import SMALL
 from training.settings import ConfigError
 
 GRAPH = """\
-stage | after | runs | nodes x ranks | hours | GPU-hours | layout | writes
+stage | after | runs | nodes x ranks | limit, h | GPU-hours | layout | writes
 sft | convert | training.sft | 1 + 1 spare x 8 | 4 | 64 | TP 4 x PP 1 x DP 2, batch 128 = 8 x 2 x 8 | 158 MB
 reward | sft | training.reward | 1 x 8 | 12 | 96 | TP 4 x PP 1 x DP 2, batch 128 = 4 x 2 x 16 | 158 MB
 rlhf | sft, reward | training.ppo | 1 x 8 | 24 | 192 | TP 4 x PP 1 x DP 2, batch 128 = 2 x 2 x 32 | 316 MB
-352 GPU-hours at most; profile local: as asked
+352 GPU-hours, one job a stage at its time limit; profile local: as asked
 """
 HERE = Profile(name="local", scheduler="local", max_nodes=2, max_minutes=10_000)
 CASES = """\
@@ -86,6 +89,34 @@ def test_combinations_of_a_sweep():
     assert sweep.combinations(["sft.lr=1e-5,2e-5"]) == [{"sft.lr": 1e-5}, {"sft.lr": 2e-5}]
     assert len(sweep.combinations(["sft.lr=1e-5,2e-5", "rlhf.kl_coef=0.01,0.02,0.05"])) == 6
     assert sweep.combinations(['sft.schedule="linear",cosine'])[1] == {"sft.schedule": "cosine"}
+    assert sweep.combinations(["data.source=2024-01-01,2024-01-02"])[0] == {"data.source": "2024-01-01"}, "no date"
+
+
+def test_a_sweep_over_texts_with_line_breaks_commas_and_marks_is_one_line_each(nowhere):
+    """The default template's form; as a comment of the script it would end the line and be run."""
+    texts = ["\n\nHuman: {question}\n\nAssistant:", 'Q, "x": {question}\ttouch harmed', "\u00fc \U0001f600 $(touch "
+                                                                                        "harmed) {question}"]
+    swept = f"mtbench.template={','.join(sweep.in_toml(text) for text in texts)}"
+    assert [one["mtbench.template"] for one in sweep.combinations([swept])] == texts
+    site = (Profile(name="site", scheduler="slurm"), "as asked")
+    made = sweep.plan([swept], lambda sets, name, runs: submit.plan("full-pipeline", "bloom-tiny", [], sets, name, runs, site, None, None),
+                      "lr", nowhere.relative_to(nowhere) / "runs")
+    assert [one.tables["mtbench"]["template"] for one in made.plans] == texts
+    script = sweep.scripts(made)["mtbench"]
+    case = script[script.index("case "):script.index("esac") + 5]
+    for index in range(3):
+        command = ["bash", "-c", f"SLURM_ARRAY_TASK_ID={index}\n{case}\necho $run"]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=nowhere)
+        assert done.stdout == f"runs/lr/{index}\n" and not done.stderr
+    assert not (nowhere / "harmed").exists()
+
+
+@pytest.mark.parametrize("character", ["\x1b", "\r", "\x0b", "\u2028", "\x00"])
+def test_a_script_with_a_character_that_hides_or_ends_a_line_is_refused(nowhere, character):
+    made = planned(nowhere, profile=Profile(name="site", scheduler="slurm", setup=[f"true {character} false"]))
+    with pytest.raises(ConfigError, match="line [0-9]+ of the batch script has a character that can't be "
+                                          "printed|line break"):
+        plan.scripts_of(made)
 
 
 @pytest.mark.parametrize("texts, message", [
@@ -132,3 +163,20 @@ def test_sweep_here_runs_one_element_after_the_other_and_prepares_the_data_once(
     assert rows[1]["numbers"]["sft.loss"] == pytest.approx(1 / 3)
     other = project.convoy(*[word.replace("2e-5", "3e-5") for word in arguments])
     assert other.returncode == 2 and "was submitted with another sweep: sft.lr=1e-05; sft.lr=2e-05" in other.stderr
+
+
+def test_what_a_sweep_has_on_the_disk_is_not_asked_for_again(nowhere, monkeypatch):
+    """The same command once more, when the elements' checkpoints are written and little is free."""
+    def again():
+        return sweep.plan(["sft.lr=1e-5,2e-5"], lambda sets, name, runs: submit.plan(
+            "full-pipeline", "bloom-tiny", [], sets, name, runs, (HERE, "as asked"), None, None), "lr", Path("runs"))
+
+    needed = sum(sum(one.checked.disk.values()) for one in again().plans)
+    monkeypatch.setattr(storage, "room", lambda folder: storage.Room(0.9 * needed, "free"))
+    with pytest.raises(ConfigError, match="but only .* are free"):
+        again()
+    for index in range(2):
+        (nowhere / f"runs/lr/{index}/sft").mkdir(parents=True)
+        (nowhere / f"runs/lr/{index}/sft/checkpoint").touch()
+        os.truncate(nowhere / f"runs/lr/{index}/sft/checkpoint", int(0.4e9 * needed))
+    assert len(again().plans) == 2

@@ -1,15 +1,18 @@
-"""Reading progress, the queue's text, reasons and the ledger; no process is started."""
+"""Reading progress, the queue's text, reasons and the ledger; when Slurm is asked, by scripts in its place."""
 
 import json
+import os
+from collections import Counter
 
 import pytest
 
 from launcher import jobs, progress
 from launcher.jobs import Job
 from launcher.pipeline import ALL
+from launcher.polling import Queue
 from launcher.run import Busy, Run, is_alive, lock, this_process
 from launcher.screen import clock, span
-from launcher.state import StageState, overall
+from launcher.state import StageState, look_at, overall
 
 QUEUE = """\
 11|11|N/A|COMPLETED|None|(null)|2026-01-02T03:04:05|n1|hh-1.convert|convoy run=hh-1 submission=5f stage=convert
@@ -100,3 +103,59 @@ def test_a_reused_pid_is_not_the_process():
     me = this_process()
     assert is_alive(me) and not is_alive({**me, "pid_start": me["pid_start"] - 1})
     assert not is_alive({**me, "pid": 2**22 + 1})
+
+
+@pytest.fixture
+def slurm_of_text(tmp_path, monkeypatch):
+    """Callable: from now on Slurm's commands print such text (None: they fail as where the
+    controller is down); returns the calls since."""
+    log = tmp_path / "calls"
+
+    def answer(**texts: str | None) -> list[str]:
+        calls = log.read_text().splitlines() if log.exists() else []
+        log.write_text("")
+        for name, text in texts.items():
+            (tmp_path / "text").write_text(text or "")
+            last = 'echo "Slurmctld(primary) at n1 is DOWN"; exit 1' if text is None else f"cat <<'END'\n{text}\nEND"
+            (tmp_path / name).write_text(f'#!/bin/bash\necho "{name} $*" >> {log}\n{last}\n')
+            (tmp_path / name).chmod(0o755)
+        return calls
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    return answer
+
+
+def slurm_run(folder, **about) -> Run:
+    folder.mkdir(parents=True)
+    identity = {"id": folder.name, "folder": str(folder), "profile": "site", **about}
+    (folder / "config.json").write_text(json.dumps({"run": identity, "profile": {"name": "site", "scheduler": "slurm"}}))
+    return Run(folder)
+
+
+def test_a_controller_that_is_down_is_pinged_ever_more_rarely_and_asked_again_when_it_is_back(tmp_path, slurm_of_text):
+    run, clock = slurm_run(tmp_path / "runs/x-1"), [0.0]
+    queue = Queue(lambda: clock[0])
+
+    def look(seconds: int) -> Counter:
+        slurm_of_text()
+        for _ in range(seconds):
+            look_at([run], queue)
+            clock[0] += 1
+        return Counter(" ".join(call.split()[:2]).removesuffix(" -h") for call in slurm_of_text())
+
+    slurm_of_text(scontrol=None, squeue=None)
+    assert look(60) == {"scontrol ping": 3} and "is DOWN" in queue.trouble, "at 0, 10 and 40 s"
+    assert look(600) == {"scontrol ping": 10}
+    slurm_of_text(scontrol="Slurmctld(primary) at n1 is UP", squeue="")
+    assert look(120) == {"scontrol ping": 1, "squeue": 3} and not queue.trouble, "a ping only after a failure"
+    assert look(60) == {"squeue": 1}
+
+
+def test_the_accounting_tells_of_an_element_of_a_sweep_what_its_array_was(tmp_path, slurm_of_text):
+    runs = [slurm_run(tmp_path / f"runs/lr/{index}", sweep={"id": "lr-9", "index": index}, id=f"lr-9.{index}") for index in range(3)]
+    slurm_of_text(sacct="12|10_0|lr-9.sft|COMPLETED|2026-11-01T10:00:00|n1\n13|10_1|lr-9.sft|FAILED|2026-11-01T10:00:00|n1\n"
+                        "14|10_2|lr-9.sft|CANCELLED by 0|Unknown|None assigned\n99|99|other.sft|FAILED|Unknown|n1")
+    told = jobs.accounted({run: {"sft"} for run in runs})
+    assert [told[run.id]["sft"].state for run in runs] == ["COMPLETED", "FAILED", "CANCELLED"]
+    assert told["lr-9.1"]["sft"].handle == "10_1"
+    call, = slurm_of_text(sacct="")
+    assert "--name=lr-9.sft " in call

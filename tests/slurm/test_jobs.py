@@ -130,7 +130,7 @@ def test_purged_id_is_never_a_dependency(project, queue):
     assert project.states()["sft"]["state"] == "lost"
     refused = project.submit(target="reward", profile="dev")
     assert refused.returncode == 2 and "sft, not DONE" in refused.stderr
-    assert project.convoy("resume", "demo").returncode == 0
+    assert project.convoy("resume", "demo", "--all").returncode == 0
     made = project.ledger("submitted")[2:]
     assert [event["stage"] for event in made] == ORDER[1:]
     assert 999999 not in [number for event in made for number in event["after"]]

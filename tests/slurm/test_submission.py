@@ -114,7 +114,7 @@ def test_controller_that_is_down_is_named_as_the_cause_and_nothing_is_written(tm
         assert "would refuse" not in failed.stderr and not project.run.exists()
         shown = project.convoy("plan", "full-pipeline", "--profile", "dev")
         assert shown.returncode == 0 and "start: sbatch is here, but no cluster answers" in shown.stdout, shown.stdout + shown.stderr
-        assert "is DOWN): stages run here" in project.convoy("doctor").stdout
+        assert "is DOWN); ask again when it does" in project.convoy("doctor").stdout
 
 
 def test_another_configuration_of_what_is_queued_is_refused(project):

@@ -56,3 +56,12 @@ def test_a_requeued_element_comes_back_alone_and_cancel_leaves_nothing(project, 
     cancelled = project.convoy("cancel", "lr")
     assert cancelled.returncode == 0, cancelled.stderr
     assert {line.split()[2] for line in arrays(queue, project)} <= {"COMPLETED", "CANCELLED"}
+
+
+def test_wait_ends_when_nobody_works_any_more_and_fails_where_one_element_did(project):
+    project.behave(sft={"fail_in": "0", "fail_at": 2})
+    done = project.convoy(*SWEEP, "--profile", "dev", "--wait", timeout=150)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "runs/lr/1: convert, sft, reward done" in done.stdout and "sft failed: " in done.stdout
+    again = project.convoy("resume", "lr", "--until", "convert", "--wait")
+    assert again.returncode == 0 and "of all runs done: nothing left to do" in again.stdout, again.stdout + again.stderr

@@ -14,6 +14,7 @@ from pathlib import Path
 from training.data import formats
 from training.data.cache import Tokenised, TokenRows, lengths
 from training.data.examples import comparison_example, sft_example
+from training.settings import usage
 
 MOST_LOOKED = 20_000
 """Rows that are too long and whose replies are compared after the cut; of more, so many, evenly spread."""
@@ -69,5 +70,12 @@ def lines(folder: Path, stages: dict[str, tuple[str, str, int]]) -> list[str]:
     return [line for line in found if line]
 
 
+def main(arguments: list[str]) -> int:
+    ended = usage(arguments, "training.data.cuts", "DATA STAGES", __doc__)
+    if ended is None:
+        print("\n".join(lines(Path(arguments[0]), json.loads(arguments[1]))))
+    return ended or 0
+
+
 if __name__ == "__main__":
-    print("\n".join(lines(Path(sys.argv[1]), json.loads(sys.argv[2]))))
+    sys.exit(main(sys.argv[1:]))

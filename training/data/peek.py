@@ -17,7 +17,7 @@ from pathlib import Path
 from training.data import formats
 from training.data.config import DataConfig, ModelConfig
 from training.data.rows import Row
-from training.settings import ConfigError, build
+from training.settings import ConfigError, build, usage
 
 EXIT_USAGE = 64
 MOST_TEXT = 16 << 20
@@ -25,6 +25,9 @@ MOST_TEXT = 16 << 20
 
 
 def main(arguments: list[str]) -> int:
+    ended = usage(arguments[:2] if len(arguments) == 3 else arguments, "training.data.peek", "SOURCE ROWS", __doc__)
+    if ended is not None:
+        return ended
     file, most, settings = arguments[0], int(arguments[1]), json.loads(arguments[2]) if len(arguments) > 2 else {}
     try:
         print("\n".join(look(file, most, settings)))

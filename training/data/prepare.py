@@ -22,7 +22,7 @@ from training.data.config import PrepareConfig
 from training.data.sorting import STAGES, TOKENIZER_ROWS, Writer, from_demo, from_source, names
 from training.data.source import lines
 from training.data.tokenizer import Tokenizer
-from training.settings import ConfigError, load
+from training.settings import ConfigError, load, usage
 
 EXIT_USAGE = 64
 
@@ -85,9 +85,9 @@ def _report(counts: dict) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    if len(arguments) != 1:
-        print("usage: python -m training.data.prepare config.json", file=sys.stderr)
-        return EXIT_USAGE
+    ended = usage(arguments, "training.data.prepare", "config.json", __doc__)
+    if ended is not None:
+        return ended
     try:
         print(_report(prepare(load(PrepareConfig, arguments[0]))))
     except formats.DataError as error:

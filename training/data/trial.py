@@ -20,7 +20,7 @@ from training import hf_folder
 from training.data import dialogue, formats
 from training.data.tokenizer import Tokenizer
 from training.hf_folder import shown
-from training.settings import ConfigError
+from training.settings import ConfigError, usage
 
 SAMPLES = (dialogue.HUMAN, dialogue.CUE, f"{dialogue.HUMAN} What is 12 + 345?{dialogue.CUE}", " It's 357, of course; I'll say: 2024-01-02.",
            "a  b\t c\n\n d   \n", "Größe, naïve café, 東京, привет, 😀", "def f(x):\n    return x ** 2  # {'a': [1]}\n")
@@ -123,6 +123,9 @@ def _around(ids: list[int], others: list[int]) -> list[int]:
 
 
 def main(arguments: list[str]) -> int:
+    ended = usage(arguments, "training.data.trial", "FOLDER ROWS SOURCE", __doc__)
+    if ended is not None:
+        return ended
     folder, rows, source = arguments
     try:
         notes = check(Path(folder), int(rows), source)
