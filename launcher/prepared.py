@@ -1,7 +1,8 @@
 """The rows that a run trains on: prepared once, from input files that are known by their content.
 
 ``data/DONE.json`` of a run says what its rows were made from: the configuration's hash, and the
-sha256 of each input file, of all its bytes: two files that differ in one row give other rows.
+sha256 of each file of rows, of all its bytes: two that differ in one row give other rows. Weights are
+known by their length and blocks of them.
 Size, inode and times spare the reading of a file that was not written since. So an unchanged file
 of ten million rows costs one look, and one that was written is read once before it is compared.
 """
@@ -23,6 +24,9 @@ from training.checksums import same
 from training.files import read_table, within
 from training.settings import ConfigError
 
+WEIGHTS = " of model.checkpoint"
+"""In the name of an input that the weights are converted from."""
+
 
 def prepare(run: Run, keep: bool = False, anew: Collection[str] = ()) -> list[str]:
     """Make the run's rows, unless they are what its configuration and input files give.
@@ -38,11 +42,11 @@ def prepare(run: Run, keep: bool = False, anew: Collection[str] = ()) -> list[st
         changed, whole = _changed(old), _whole(run, old)
         if not changed and whole:
             return []
-        if changed and (used := _users(run, anew)):
+        if changed and (used := _users(run, changed, anew)):
             if not keep or not whole:
                 raise ConfigError(_refusal(run, changed, used))
-            return [f"{', '.join(changed)} changed after {', '.join(used)} had used the rows of before: the run goes on "
-                    f"with those; to train on the new ones: python -m launcher resume {run.folder} --from {used[0]}, "
+            return [f"{', '.join(changed)} changed after {', '.join(used)} had used what was there before: "
+                    f"the run goes on with that; to train on the new: python -m launcher resume {run.folder} --from {used[0]}, "
                     "or a run with another --name"]
     counts = _prepare(run, config)
     files = {path.name: path.stat().st_size for path in sorted((run.folder / "data").glob("*.jsonl"))}
@@ -52,7 +56,7 @@ def prepare(run: Run, keep: bool = False, anew: Collection[str] = ()) -> list[st
 
 def check(run: Run) -> None:
     """ConfigError where ``prepare`` would say that a stage has used other rows. Writes nothing."""
-    if (old := _old(run)) and (changed := _changed(old)) and (used := _users(run)):
+    if (old := _old(run)) and (changed := _changed(old)) and (used := _users(run, changed)):
         raise ConfigError(_refusal(run, changed, used))
 
 
@@ -118,7 +122,8 @@ def _old(run: Run) -> dict | None:
     """What the rows that are there were made from; None where no preparation has come to its end."""
     try:
         old = read_table(run.folder / "data" / "DONE.json")
-        [(known["path"] + known["sha256"], *known["touched"]) for known in old["inputs"].values()]
+        for known in old["inputs"].values():
+            _ = known["path"] + (known.get("sha256") or known["sampled"]), [*known["touched"]]
         for name in old["files"]:
             within(run.folder / "data", name)
         return old if isinstance(old["config_hash"], str) else None
@@ -142,15 +147,18 @@ def _changed(old: dict) -> list[str]:
         raise ConfigError(f"{error.filename}: can't be read: {error.strerror}") from None
 
 
-def _users(run: Run, anew: Collection[str] = ()) -> list[str]:
-    """Trainers that have begun with the run's rows, or are queued to, but for those of ``anew``."""
-    begun = [name for name, stage in run.stages.items() if stage.trainer and run.status(name)["attempt"]]
+def _users(run: Run, changed: list[str], anew: Collection[str] = ()) -> list[str]:
+    """Stages that have begun with what changed, or are queued to, but for those of ``anew``.
+    Trainers read rows, all read weights."""
+    model = any(WEIGHTS in words for words in changed)
+    readers = [name for name, stage in run.stages.items() if stage.trainer or model]
+    begun = [name for name in readers if run.status(name)["attempt"]]
     waiting = state.busy(run) if not begun and run.ledger() else []
-    return [name for name in run.stages if name in {*begun, *waiting} - set(anew) and run.stages[name].trainer]
+    return [name for name in readers if name in {*begun, *waiting} - set(anew)]
 
 
 def _refusal(run: Run, changed: list[str], used: list[str]) -> str:
-    return (f"{', '.join(changed)} changed after {', '.join(used)} of {run.folder} had begun with its rows of before. "
+    return (f"{', '.join(changed)} changed after {', '.join(used)} of {run.folder} had begun with what was there before. "
             "Give the new content its own run with --name, train on it from the start "
-            f"(python -m launcher resume {run.folder} --from {used[0]}), or go on with the old rows "
+            f"(python -m launcher resume {run.folder} --from {used[0]}), or go on with the old "
             f"(python -m launcher resume {run.folder})")

@@ -12,6 +12,7 @@ from eval import facts, runs
 from launcher import screen, state
 from launcher.run import Run, write_json
 from tests.launcher.stub_project import SMALL
+from training import checksums
 
 ROW = '{"prompt": "Where does otter %d live?", "chosen": "In the %s.", "rejected": "No."}\n'
 
@@ -57,11 +58,27 @@ def test_other_rows_than_a_stage_has_used_are_refused_or_named(project, rows):
         words = refused.stderr
         assert refused.returncode == 2 and "data.source = 'rows.jsonl' changed after sft" in words and "--name" in words, words
     done = project.convoy("resume", "demo", "--wait")
-    assert done.returncode == 0 and "goes on with those" in done.stdout and prepared(project) == 1, done.stdout + done.stderr
+    assert done.returncode == 0 and "goes on with that" in done.stdout and prepared(project) == 1, done.stdout + done.stderr
     anew = project.convoy("resume", "demo", "--from", "sft", "--yes", "--wait")
     assert anew.returncode == 0 and prepared(project) == 2, anew.stdout + anew.stderr
     (project.folder / "rows.jsonl").unlink()  # its rows are there
     assert project.convoy("resume", "demo", "--wait").returncode == 0 and prepared(project) == 2
+
+
+def test_other_weights_than_convert_has_used_are_refused(project, rows):
+    assert submit(project, "--until", "convert").returncode == 0
+    weights = project.folder / "model.safetensors"
+    weights.write_bytes(bytes(1 << 20))
+    marker = project.run / "data" / "DONE.json"
+    made = json.loads(marker.read_text())
+    name = "model.safetensors of model.checkpoint"
+    made["inputs"][name] = {"path": str(weights), **checksums.mark(weights, weights=True)}
+    marker.write_text(json.dumps(made))
+    os.utime(weights)
+    assert submit(project, "--until", "convert").returncode == 0 and prepared(project) == 1
+    weights.write_bytes(b"\1" * (1 << 20))
+    refused = submit(project, "--until", "sft")
+    assert refused.returncode == 2 and f"{name} = " in refused.stderr and "changed after convert of" in refused.stderr
 
 
 def test_another_source_on_resume_begins_anew_what_has_used_the_old_rows(project, rows):

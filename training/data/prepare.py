@@ -25,6 +25,7 @@ from training.data.tokenizer import Tokenizer
 from training.settings import ConfigError, load, usage
 
 EXIT_USAGE = 64
+WEIGHTS = (".safetensors", ".bin")
 
 
 def write_demo_model(config: PrepareConfig, sft_rows: Iterable[dict]) -> None:
@@ -64,7 +65,7 @@ def prepare(config: PrepareConfig) -> dict:
 
 
 def _inputs(config: PrepareConfig) -> dict[str, dict]:
-    """Key of the configuration -> the input file that it leads to, and what its content is known by."""
+    """What the run is made from -> its file, and what its content is known by: the rows' by key, the model's by name."""
     paths = {}
     if config.data.source != "demo":
         paths["data.source"] = config.data.source
@@ -72,7 +73,11 @@ def _inputs(config: PrepareConfig) -> dict[str, dict]:
     if config.model.checkpoint != "demo":
         paths["model.checkpoint"] = str(Path(config.model.checkpoint, "tokenizer.json"))
     try:
-        return {key: {"path": path, **checksums.mark(path)} for key, path in paths.items()}
+        found = {key: {"path": path, **checksums.mark(path)} for key, path in paths.items()}
+        for path in sorted(Path(config.model.checkpoint).glob("*")) if config.model.checkpoint != "demo" else ():
+            if (path.suffix in WEIGHTS or path.name == "config.json") and path.is_file():
+                found[f"{path.name} of model.checkpoint"] = {"path": str(path), **checksums.mark(path, weights=True)}
+        return found
     except OSError as error:
         raise formats.DataError(f"{error.filename}: can't be read: {error.strerror}") from None
 

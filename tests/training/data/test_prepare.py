@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
+
+from training import checksums
 
 from .conftest import ROOT, read
 
@@ -52,6 +56,24 @@ def test_a_conversation_that_goes_on_from_a_held_out_prompt_is_not_trained_on(tm
     assert short and not any(prompt.lower().split()[:len(one)] == one for prompt in kept for one in short)
     left = json.loads((tmp_path / "data/counts.json").read_text())["read"]["left out: goes on from a held-out prompt"]
     assert 0 < left == 120 - len(heldout) - len(kept)
+
+
+def test_what_the_rows_and_the_model_are_made_from_is_known_by_its_content(tmp_path, prepare, own_model):
+    folder = tmp_path / "model"
+    shutil.copytree(own_model["checkpoint"], folder)
+    (folder / "model.safetensors").write_bytes(bytes(range(256)) * 4096)
+    source = write(tmp_path / "hh.jsonl", [pair(f"Is it {number}?") for number in range(9)])
+    assert prepare(tmp_path, {"checkpoint": str(folder)}, source=source).returncode == 0
+    inputs = json.loads((tmp_path / "data/counts.json").read_text())["inputs"]
+    assert {"data.source", "model.checkpoint", "model.safetensors of model.checkpoint"} <= set(inputs)
+    for known in inputs.values():
+        path = Path(known["path"])
+        os.utime(path)
+        assert checksums.same(path, known)
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(bytes(content))
+        assert not checksums.same(path, known)
 
 
 def test_row_order_does_not_change_what_is_held_out(tmp_path, prepare, own_model):
