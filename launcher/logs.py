@@ -8,25 +8,30 @@ from __future__ import annotations
 
 import bisect
 import heapq
-import itertools
 import re
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from launcher import state
-from launcher.collapse import Group, Groups, Line, collapsed, ranges
+from launcher.collapse import TOGETHER_S, Group, Groups, Line, collapsed, ranges
 from launcher.polling import Queue
 from launcher.run import Run
 from launcher.terminal import plain
+from training.files import Unfit, open_regular, read_tail
 from training.settings import ConfigError
 
 STAMPED = re.compile(r"(\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:\.\d+)?) (.*)", re.DOTALL)
 TAGGED = re.compile(r"\[([\w.-]+)\] ?(.*)", re.DOTALL)
 POLL_S, LOOK_S = 0.2, 5.0
+TAIL_BYTES, MOST_TAIL_BYTES = 1 << 16, 1 << 24
+"""Of the end of each log so much is read for the last lines at first, and at most."""
+LONGEST, CHUNK = 1 << 20, 1 << 23
+"""Most bytes of a line that are kept together, and of a log that are taken in at once."""
 ERROR = re.compile(r"error|exception|traceback|fatal|critical|\bkilled\b|out of memory|oom|segmentation fault|core dumped|abort|NCCL WARN|"
                    r"CANCELLED AT|FAILURE|\bnan\b|assert|signal \d+|SIG[A-Z]{3,4}\b", re.IGNORECASE)
 SETTING = re.compile(r"[A-Z][A-Z0-9_]*=\S* +# ")
@@ -81,25 +86,71 @@ def show(run: Run, stage: str | None, attempt: str = "", choice: Choice | None =
     names = list(run.stages) if stage == "all" else [stage or newest_stage(run)]
     if stage != "all":
         _check(run, names[0], attempt)
-    lines = heapq.merge(*(_stage_lines(run, name, attempt) for name in names), key=lambda line: line.stamp)
-    shown = (text_of(group, stage == "all") for group in collapsed(filter((choice or Choice()).wants, lines)))
-    yield from deque(shown, maxlen=last) if last else shown
+    choice = choice or Choice()
+    groups = _tail(run, names, attempt, choice, last) if last else collapsed(filter(choice.wants, _lines_of(run, names, attempt, Spans())))
+    yield from (text_of(group, stage == "all") for group in groups)
 
 
 def follow(run: Run, stage: str | None, choice: Choice | None = None, last: int = 0) -> Iterator[str]:
     """Lines of a stage's newest attempt and those still to come, until the stage has ended. Without a stage (or for "all"): of the
     newest one (of all), then of those that follow, until the run has ended."""
     several, choice, groups = stage in (None, "all"), choice or Choice(), Groups()
-    tails = Tails(run, list(run.stages) if several else [stage])
     begun = [name for name in run.stages if attempts(run, name) or _others(run, name)]
-    tails.skip([stage] if not several else begun if stage == "all" else [newest_stage(run)] if begun else [])
-    first = True
+    names = [stage] if not several else begun if stage == "all" else [newest_stage(run)] if begun else []
+    tails = Tails(run, list(run.stages) if several else [stage])
+    spans = Spans(ends=tails.skip())
+    old = _tail(run, names, "", choice, last, spans) if last else collapsed(filter(choice.wants, _lines_of(run, names, "", spans)))
+    yield from (text_of(group, several) for group in old)
     for lines in tails.follow(None if several else stage):
         said = [group for line in lines if choice.wants(line) for group in groups.add(line)]
-        if first or not lines:
+        if not lines:
             said += groups.rest()
-        yield from (text_of(group, several) for group in (said[-last:] if first and last else said))
-        first = False
+        yield from (text_of(group, several) for group in said)
+
+
+@dataclass
+class Spans:
+    """Which bytes of each log are read: all, or from the end only so many that the last lines are among them."""
+
+    ends: dict[Path, int] | None = None
+    """Path -> where its reading ends; files that are not in it are not read. None: all files, to their ends."""
+    window: int = 0
+    """Bytes before the end; 0: all."""
+    begun: dict[Path, str] = field(default_factory=dict)
+    """Path -> stamp of the first line that was read, for those that were not read from their beginning."""
+
+    def of(self, path: Path) -> tuple[int, int]:
+        end = path.stat().st_size if self.ends is None else self.ends.get(path, 0)
+        return (max(0, end - self.window) if self.window else 0), end
+
+
+def _tail(run: Run, names: list[str], attempt: str, choice: Choice, last: int, spans: Spans | None = None) -> list[Group]:
+    """The last groups of these stages' lines, read from the ends of their files: what stands before costs nothing. Only a choice of
+    ranks or errors that has too few lines near the end reads all."""
+    ends, window = spans.ends if spans else None, TAIL_BYTES
+    while True:
+        near = Spans(ends, window)
+        found = deque(collapsed(filter(choice.wants, _lines_of(run, names, attempt, near))), maxlen=last)
+        cut = max((_after(stamp) for stamp in near.begun.values()), default="")
+        if not near.begun or len(found) == last and all(group.line.stamp >= cut for group in found):
+            return list(found)
+        if window >= MOST_TAIL_BYTES:
+            chosen = choice.errors or choice.tags is not None
+            everything = collapsed(filter(choice.wants, _lines_of(run, names, attempt, Spans(ends))))
+            return list(deque(everything, maxlen=last)) if chosen else list(found)
+        window *= 4
+
+
+def _after(stamp: str) -> str:
+    """The time from which on a group of identical lines holds no line from before ``stamp``."""
+    try:
+        return (datetime.fromisoformat(stamp) + timedelta(seconds=TOGETHER_S)).isoformat(timespec="milliseconds")
+    except ValueError:
+        return stamp
+
+
+def _lines_of(run: Run, names: list[str], attempt: str, spans: Spans) -> Iterator[Line]:
+    return heapq.merge(*(_stage_lines(run, name, attempt, spans) for name in names), key=lambda line: line.stamp)
 
 
 def text_of(group: Group, several: bool) -> str:
@@ -117,18 +168,14 @@ class Tails:
         self.at: dict[Path, int] = {}
         self.stamp: dict[Path, str] = {}
 
-    def skip(self, shown: list[str]) -> None:
-        """Pass over what stands there now, except the newest attempts of ``shown``."""
-        for stage, path in self._files():
-            newest = attempts(self.run, stage)[-1:]
-            if stage not in shown:
-                self.at[path] = path.stat().st_size
-            elif path.name.startswith("attempt_"):
-                self.at[path] = 0 if path in newest else path.stat().st_size
-            elif newest:  # the supervisor's words on earlier attempts
-                begin = _begin(self.run, stage, newest[0])
-                with open(path, "rb") as file:
-                    self.at[path] = sum(map(len, itertools.takewhile(lambda text, begin=begin: _stamp(text) < begin, file)))
+    def skip(self) -> dict[Path, int]:
+        """Pass over what stands there now, whole lines only; file -> where it goes on."""
+        for _, path in self._files():
+            with suppress(Unfit):
+                size = path.stat().st_size
+                end, complete = read_tail(path, LONGEST)
+                self.at[path] = size if b"\n" not in end and not complete else size - len(end) + end.rfind(b"\n") + 1
+        return dict(self.at)
 
     def follow(self, stage: str | None) -> Iterator[list[Line]]:
         """What is new, again and again, empty when nothing is; until ``stage`` (None: the run) has ended and all of it was read."""
@@ -151,10 +198,13 @@ class Tails:
         """Lines since the last call, by time; with ``whole`` a line still being written is left for the next."""
         found = []
         for stage, path in self._files():
-            with open(path, "rb") as file:
-                file.seek(self.at.get(path, 0))
-                data = file.read()
-            if whole:
+            try:
+                with open(open_regular(path), "rb") as file:
+                    file.seek(self.at.get(path, 0))
+                    data = file.read(CHUNK)
+            except Unfit:
+                continue
+            if whole and (b"\n" in data or len(data) < CHUNK):
                 data = data[:data.rfind(b"\n") + 1]
             self.at[path] = self.at.get(path, 0) + len(data)
             for text in _split(data.decode(errors="replace")):
@@ -177,7 +227,7 @@ def parse(text: str, stage: str, tag: str, before: str) -> Line:
     return Line(stamp, stage, ("launcher" if stamped else "slurm") if tag else "?", text)
 
 
-def _stage_lines(run: Run, stage: str, attempt: str) -> Iterator[Line]:
+def _stage_lines(run: Run, stage: str, attempt: str, spans: Spans) -> Iterator[Line]:
     """Lines of the chosen attempts of a stage by time; the supervisor's lines belong to the attempt in whose time they were written."""
     paths = attempts(run, stage)
     begins = [_begin(run, stage, path) for path in paths]
@@ -189,8 +239,8 @@ def _stage_lines(run: Run, stage: str, attempt: str) -> Iterator[Line]:
         index = bisect.bisect_right(begins, line.stamp) - 1
         return paths[max(0, index)] in chosen
 
-    others = (filter(among, _lines(path, stage)) for path in _others(run, stage))
-    return heapq.merge(*(_lines(path, stage) for path in chosen), *others, key=lambda line: line.stamp)
+    others = (filter(among, _lines(path, stage, spans)) for path in _others(run, stage))
+    return heapq.merge(*(_lines(path, stage, spans) for path in chosen), *others, key=lambda line: line.stamp)
 
 
 def _begin(run: Run, stage: str, path: Path) -> str:
@@ -199,16 +249,28 @@ def _begin(run: Run, stage: str, path: Path) -> str:
              and event.get("attempt") == _number(path)]
     if times:
         return datetime.fromtimestamp(times[-1]).isoformat(timespec="milliseconds")
-    return next(_lines(path, stage), Line("9", stage, "", "")).stamp
+    return next(_lines(path, stage, Spans()), Line("9", stage, "", "")).stamp
 
 
-def _lines(path: Path, stage: str) -> Iterator[Line]:
+def _lines(path: Path, stage: str, spans: Spans) -> Iterator[Line]:
     stamp = ""
-    with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
-        for text in file:
-            line = parse(text.rstrip("\n"), stage, _tag(path), stamp)
+    try:
+        start, end = spans.of(path)
+        handle = open_regular(path)
+    except (FileNotFoundError, Unfit):
+        return
+    with open(handle, "rb") as file:
+        file.seek(start)
+        if start:
+            file.readline(LONGEST)  # the middle of a line
+        while file.tell() < end and (text := file.readline(LONGEST)):
+            line = parse(text.rstrip(b"\n").decode(errors="replace"), stage, _tag(path), stamp)
             stamp = line.stamp
+            if start:
+                spans.begun.setdefault(path, stamp)
             yield line
+    if start:
+        spans.begun.setdefault(path, "")
 
 
 def _split(text: str) -> list[str]:
@@ -228,7 +290,7 @@ def _tag(path: Path) -> str:
 
 
 def _number(path: Path) -> int:
-    return int(re.sub(r"\D", "", path.stem) or 0)
+    return int(re.sub(r"[^0-9]", "", path.stem)[:18] or 0)
 
 
 def _tags(text: str) -> frozenset[str]:
@@ -244,12 +306,6 @@ def _tags(text: str) -> frozenset[str]:
             raise ConfigError(f"--rank {text}: {part!r} is no rank; expected numbers, ranges such as 0-7, launcher, srun or slurm, "
                               "with commas between")
     return frozenset(found)
-
-
-def _stamp(text: bytes) -> str:
-    """When a supervisor's line was written; "" for one without."""
-    stamped = STAMPED.match(text.decode(errors="replace"))
-    return stamped[1].replace(" ", "T") if stamped else ""
 
 
 def _check(run: Run, stage: str, attempt: str) -> None:

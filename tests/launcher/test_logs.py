@@ -5,6 +5,7 @@ import json
 import re
 import time
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 
@@ -143,3 +144,48 @@ def test_follow_shows_what_comes_into_files_that_begin_later_and_ends_with_the_s
     assert shown[0] == "[launcher] sft attempt 2" and "[1] first" not in shown, "only the newest attempt"
     assert [shown.count(text) for text in ("[0] hello", "[0] later", "[1] half a line", "[0] third")] == [1, 1, 1, 1]
     assert len(states) < 10
+
+
+def bytes_read(action) -> int:
+    """Bytes that this process asked the kernel for meanwhile."""
+    def so_far() -> int:
+        return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])
+
+    before = so_far()
+    action()
+    return so_far() - before
+
+
+def test_the_last_lines_of_a_large_log_cost_what_they_hold(run, monkeypatch):
+    """A file of 1 GiB: a hole, then 3,000 lines of eight ranks."""
+    log = run.stage("sft") / "logs" / "attempt_3.log"
+    with open(log, "wb") as file:
+        file.truncate(1 << 30)
+        file.seek(0, 2)
+        file.write(b"\n" + "".join(line(20 + second / 100, rank, f"step {second}") for second in range(375) for rank in range(8)).encode())
+    shown = []
+    assert bytes_read(lambda: shown.extend(logs.show(run, "sft", last=5))) < 8 << 20
+    assert [text[15:] for text in shown] == [f"[0-7] step {step}" for step in range(370, 375)]
+    write_json(run.stage("sft") / "status.json", {"state": "failed", "attempt": 3, "job": None, "cause": "x"})
+    monkeypatch.setattr(logs.time, "sleep", lambda _seconds: None)
+    shown.clear()
+    assert bytes_read(lambda: shown.extend(logs.follow(run, "sft", last=3))) < 16 << 20
+    assert [text[15:] for text in shown] == [f"[0-7] step {step}" for step in range(372, 375)]
+
+
+@pytest.mark.parametrize("last", [1, 3, 50, 5000])
+@pytest.mark.parametrize("ranks", ["", "1", "launcher"])
+def test_the_last_lines_are_those_of_the_log_read_from_its_beginning(run, monkeypatch, last, ranks):
+    monkeypatch.setattr(logs, "TAIL_BYTES", 300)
+    log = run.stage("sft") / "logs" / "attempt_3.log"
+    log.write_text("".join(line(20 + number / 50, number % 3, f"text {number // 5}") + "no stamp\n" * (number % 40 == 0)
+                           for number in range(1000)))
+    whole = list(logs.show(run, "sft", "all", logs.Choice(ranks)))
+    assert list(logs.show(run, "sft", "all", logs.Choice(ranks), last=last)) == whole[-last:]
+
+
+def test_a_line_without_an_end_is_taken_in_pieces(run):
+    log = run.stage("sft") / "logs" / "attempt_3.log"
+    with open(log, "wb") as file:
+        file.write(b"2026-11-23T14:00:00.000 [0] " + b"x" * (5 << 20))
+    assert max(map(len, logs.show(run, "sft", "3"))) <= (1 << 20) + 50
