@@ -6,10 +6,16 @@ an argument. The file is read on the compute node when the ranks start; it is ne
 
 from __future__ import annotations
 
+import base64
+import functools
+import html
+import json
 import os
 import re
+import shlex
 import stat
 from pathlib import Path
+from urllib.parse import quote, quote_plus
 
 from launcher.profile import Profile
 from training.settings import ConfigError
@@ -19,6 +25,8 @@ SHORTEST = 8
 """Characters of the shortest secret: masking a shorter one would blot out half a log."""
 OURS = re.compile(r"(RANK|WORLD_SIZE|LOCAL_RANK|MASTER_ADDR|MASTER_PORT|PATH|LD_PRELOAD|CUDA_VISIBLE_DEVICES|SLURM\w*|SBATCH\w*|SRUN\w*)")
 MASK = "********"
+MOST = 1 << 20
+"""Characters of the file at most."""
 
 
 def read(path: str | Path) -> dict[str, str]:
@@ -28,9 +36,13 @@ def read(path: str | Path) -> dict[str, str]:
     """
     path = Path(path).expanduser()
     try:
-        with open(path, encoding="utf-8") as file:  # the checks are of the file that is read, not of one put in its place
+        # The checks are of the file that is read, not of one put in its place; a pipe is not waited for.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC), encoding="utf-8") as file:
             _check_private(path, os.fstat(file.fileno()))
-            lines = file.read().splitlines()
+            content = file.read(MOST + 1)
+            lines = content.splitlines()
+        if len(content) > MOST:
+            raise ConfigError(f"secrets = {str(path)!r}: more than {MOST:,} characters; expected KEY=VALUE lines")
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise ConfigError(f"secrets = {str(path)!r}: {why}; make it: install -m 600 /dev/null {path}, then add KEY=VALUE lines") from None
@@ -43,10 +55,31 @@ def read(path: str | Path) -> dict[str, str]:
 
 
 def mask(text: str, values) -> str:
-    """``text`` with every secret in it replaced; ``values`` are the secrets (or the mapping that ``read`` returned)."""
-    for value in sorted(values.values() if isinstance(values, dict) else values, key=len, reverse=True):
-        text = text.replace(value, MASK)
-    return text
+    """``text`` with every secret in it replaced, also where it is written as in JSON, Python, a URL, HTML, a shell or base64; ``values``
+    are the secrets (or the mapping that ``read`` returned)."""
+    known = tuple(values.values() if isinstance(values, dict) else values)
+    return _pattern(known).sub(MASK, text) if known else text
+
+
+@functools.lru_cache(maxsize=8)
+def _pattern(values: tuple[str, ...]) -> re.Pattern[str]:
+    found = {form for value in values for form in forms(value)}
+    return re.compile("|".join(map(re.escape, sorted(found, key=len, reverse=True))))
+
+
+def forms(value: str) -> set[str]:
+    """The ways in which programs write a value: as it is, escaped for JSON, Python, a URL, HTML or a shell, and in base64, alone or
+    among other bytes (of which only the part is known that no neighbour changes)."""
+    found = {value, json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1], repr(value)[1:-1], ascii(value)[1:-1],
+             html.escape(value), html.escape(value, quote=False), shlex.quote(value).strip("'")}
+    found |= {form.replace("/", "\\/") for form in found}  # as PHP and some JSON writers do
+    for quoted in (quote(value), quote(value, safe=""), quote_plus(value)):
+        found |= {quoted, re.sub("%[0-9A-F]{2}", lambda code: code[0].lower(), quoted)}
+    for before in range(3):
+        raw = b"\0" * before + value.encode()
+        part = base64.b64encode(raw)[-(-before * 4 // 3):len(raw) * 4 // 3].decode()
+        found |= {part, part.translate(str.maketrans("+/", "-_"))}
+    return {form for form in found if len(form) >= SHORTEST}
 
 
 def names(profile: Profile) -> tuple[str, ...]:

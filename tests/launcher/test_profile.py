@@ -1,9 +1,13 @@
 """A site's profile: what it may say, containers as text, secrets files, and where profiles are found."""
 
+import base64
+import html
+import json
 import os
 import shutil
 import subprocess
 import sys
+import urllib.parse
 from pathlib import Path
 
 import pytest
@@ -128,8 +132,30 @@ def test_a_bad_secrets_file_is_refused_without_its_values(tmp_path, text, mode, 
 def test_a_missing_secrets_file_and_a_folder_say_how_to_make_one(tmp_path):
     with pytest.raises(ConfigError, match="No such file.*install -m 600"):
         secrets.read(tmp_path / "none.env")
-    with pytest.raises(ConfigError, match="Is a directory"):
+    with pytest.raises(ConfigError, match="Is a directory|not a file"):
         secrets.read(tmp_path)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "keys.env", 0o600)
+    with pytest.raises(ConfigError, match="not a file"):
+        secrets.read(tmp_path / "keys.env")
+
+
+@pytest.mark.parametrize("key", ["p+ss/w0rd&<é'\"\\ 1", "0123456789abcdef", "a%b c=d?e#fgh"])
+def test_a_key_is_masked_however_it_is_written(key):
+    written = [key, json.dumps({"key": key}), json.dumps(key, ensure_ascii=False), repr([key]), ascii(key), urllib.parse.quote(key),
+               urllib.parse.quote_plus(key), urllib.parse.urlencode({"k": key}), html.escape(key), json.dumps(key).replace("/", "\\/"),
+               urllib.parse.quote(key, safe="").replace("%2B", "%2b").replace("%2F", "%2f")]
+    for text in written:
+        masked = secrets.mask(f"a {text} b", [key])
+        assert secrets.MASK in masked and len(masked) < len(f"a {text} b") + 12
+        assert not any(form in masked for form in secrets.forms(key)), (text, masked)
+    for before in ("", "u:", "user:", "x"):  # of base64, a few characters at its edges hold bits of the neighbours
+        encoded = base64.b64encode(f"{before}{key}:after".encode()).decode()
+        masked = secrets.mask(encoded, [key])
+        assert secrets.MASK in masked and len(masked.replace(secrets.MASK, "")) < len(encoded) - len(key)
+    assert secrets.mask("nothing of it", [key]) == "nothing of it"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")

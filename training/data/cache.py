@@ -15,7 +15,7 @@ import itertools
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -133,10 +133,10 @@ def cached(path: str | Path, stage: str, tokenizer: Tokenizer) -> Path:
         for old in folder.iterdir():
             if old.is_dir() and (alone or old.name == target.name):  # of another source or tokenizer, or half-written
                 shutil.rmtree(old)
-        aside = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
+        aside = folder / f".writing-{uuid.uuid4().hex}"
+        aside.mkdir()  # open to others as the user's umask says, which mkdtemp does not ask
         try:
             _write(source, stage, tokenizer, aside, key)
-            aside.chmod(0o755)
             with contextlib.suppress(OSError):  # without a lock another process may have been first
                 os.rename(aside, target)
             sync(folder)

@@ -176,3 +176,14 @@ def test_the_benchmark_runs(tmp_path):
     for _, before, now, most in benchmark.efficiencies([100, 300, 500], 2):
         assert 0 < before <= 1 and before - 0.02 < now <= most + 1e-9
     assert benchmark.memory()["peak_mb"] >= benchmark.memory()["anonymous_mb"] > 0
+
+
+@pytest.mark.parametrize("umask, mode", [(0o077, 0o700), (0o022, 0o755), (0o002, 0o775)])
+def test_a_cache_is_open_to_others_as_the_umask_says(tmp_path, tokenizer, umask, mode):
+    before = os.umask(umask)
+    try:
+        folder = Path(cached(written(tmp_path, ROWS), "sft", tokenizer))
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (folder, folder.parent)} == {mode}
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {mode & 0o666}
