@@ -25,6 +25,8 @@ SHORTEST = 8
 """Characters of the shortest secret: masking a shorter one would blot out half a log."""
 OURS = re.compile(r"(RANK|WORLD_SIZE|LOCAL_RANK|MASTER_ADDR|MASTER_PORT|PATH|LD_PRELOAD|CUDA_VISIBLE_DEVICES|SLURM\w*|SBATCH\w*|SRUN\w*)")
 MASK = "********"
+ESCAPE = re.compile(r"%[0-9A-F]{2}|(?<=u)[0-9a-f]{4}|(?<=x)[0-9a-f]{2}")
+"""Digits of an escape, which programs write in capitals or not."""
 MOST = 1 << 20
 """Characters of the file at most."""
 
@@ -64,7 +66,8 @@ def mask(text: str, values) -> str:
 @functools.lru_cache(maxsize=8)
 def _pattern(values: tuple[str, ...]) -> re.Pattern[str]:
     found = {form for value in values for form in forms(value)}
-    return re.compile("|".join(map(re.escape, sorted(found, key=len, reverse=True))))
+    patterns = map(re.escape, sorted(found, key=len, reverse=True))
+    return re.compile("|".join(ESCAPE.sub(lambda code: f"(?i:{code[0]})", pattern) for pattern in patterns))
 
 
 def forms(value: str) -> set[str]:
@@ -74,7 +77,7 @@ def forms(value: str) -> set[str]:
              html.escape(value), html.escape(value, quote=False), shlex.quote(value).strip("'")}
     found |= {form.replace("/", "\\/") for form in found}  # as PHP and some JSON writers do
     for quoted in (quote(value), quote(value, safe=""), quote_plus(value)):
-        found |= {quoted, re.sub("%[0-9A-F]{2}", lambda code: code[0].lower(), quoted)}
+        found.add(quoted)
     for before in range(3):
         raw = b"\0" * before + value.encode()
         part = base64.b64encode(raw)[-(-before * 4 // 3):len(raw) * 4 // 3].decode()
