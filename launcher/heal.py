@@ -17,7 +17,7 @@ from training.settings import ConfigError
 
 ALIVE_S = 60
 """A run that was written to within so many seconds is taken to be worked on."""
-ORPHAN_S = 5
+ORPHAN_S = 10
 """Seconds that processes get to end when the queue has just forgotten their job."""
 
 

@@ -71,7 +71,7 @@ def _harmed(case: Case, content: bytes, reason: str) -> str:
     else:
         cause = case.fails("reward", reason)
     assert not case.has("reward/rank_0.json"), "reward's ranks started on a harmed checkpoint"
-    case.resume("--from", "sft", "--load-iteration", "2")
+    case.resume("--from", "sft", "--load-iteration", "2", "--until", "reward")
     case.until(lambda: case.has("reward/DONE.json"), 60, "reward done")
     executed = case.executed()["demo", "sft"]
     assert executed == {1: 1, 2: 1, 3: 2}, f"only the harmed iteration runs again: {executed}"
