@@ -134,7 +134,8 @@ def _old(run: Run) -> dict | None:
 def _whole(run: Run, old: dict) -> bool:
     """Whether the rows' files are there with all their bytes."""
     paths = {run.folder / "data" / name: size for name, size in old["files"].items()}
-    return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
+    there = all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
+    return there and (run.folder / "data" / "counts.json").is_file()
 
 
 def _changed(old: dict) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from launcher import change, heal, plan, prepared, probe, state, submission, submit
+from launcher import change, checks, heal, plan, prepared, probe, state, submission, submit
 from launcher.change import Change, Wish
 from launcher.rewind import check_iteration, descendants, rewind
 from launcher.run import Run, lock
@@ -78,6 +78,7 @@ def carry_out(steps: Steps) -> list[str]:
             said += heal.take_over(run, steps.gone)
         said += change.apply(run, steps.change)
         said += prepared.prepare(run, keep=True, anew=_anew(steps))
+        prepared.summarise(run, checks.lengths(run.folder, run.config, run.stages, list(run.stages.values())))
         stop = run.folder / "STOP"
         if stop.exists():
             stop.unlink()

@@ -159,8 +159,8 @@ def _whole(folder: Path) -> bool:
     """Whether the cache is there with all its bytes: what was renamed is complete, but a disk or a copy may have lost some."""
     try:
         sizes = json.loads((folder / "about.json").read_text(encoding="utf-8"))["bytes"]
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except FileNotFoundError:
+        return set(sizes) == set(ARRAYS) and all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):  # missing or damaged
         return False
 
 

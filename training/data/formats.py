@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,7 +52,7 @@ def iterate(path: str | Path, stage: str, counts: Counter, skip_bad_rows: bool =
             if not skip_bad_rows:  # of a file without one good row it would skip all
                 fix = "; data.skip_bad_rows = true counts and skips such rows" if good else ""
                 raise DataError(f"{path}:{number}: {error}{fix}") from None
-            counts[f"dropped: bad row, {str(error).split(':')[0]}"] += 1
+            counts[f"dropped: bad row, {re.sub(r'[[][0-9]+]', '[]', str(error).split(':')[0])}"] += 1
             continue
         good = True
         if len(row.responses) < fewest:
@@ -79,27 +80,32 @@ class Echoes:
     """Rows with a reply that begins with its own prompt. Of a few they are answers that repeat the question, and stay; of more than a
     tenth the file has its prompts in its replies, and a model would learn to say each question twice."""
 
-    SHARE, SHORTEST = 0.1, 12
-    """Share of the rows from which on it is the file; characters of a prompt that no reply repeats by chance."""
+    SHARE, SHORTEST, SHORT_SHARE = 0.1, 12, 0.5
+    """Share of the rows from which on it is the file; characters of a prompt that no reply repeats by chance; share with shorter ones."""
 
     def __init__(self):
-        self.rows = self.echoes = 0
+        self.rows = self.echoes = self.short = 0
         self.example = ""
 
     def add(self, row: Row) -> bool:
         """Whether a reply of the next row begins with its prompt."""
         self.rows += bool(row.responses)
         question = dialogue.question(row.prompt)
-        if len(question) < self.SHORTEST or not any(
+        if len(question) < 2 or not any(
                 len(reply) > len(question) and reply.lstrip().startswith(question) for reply in row.responses):
             return False
-        self.echoes, self.example = self.echoes + 1, self.example or short(question)
+        self.example = self.example or short(question)
+        if len(question) < self.SHORTEST:
+            self.short += 1
+            return False
+        self.echoes += 1
         return True
 
     def check(self, path: str | Path) -> None:
         """DataError where they are more than the odd one."""
-        if self.echoes > max(1, self.SHARE * self.rows):
-            raise DataError(f"{path}: in {self.echoes:,} of {self.rows:,} rows a reply begins with its own prompt "
+        every = self.echoes + self.short
+        if self.echoes > max(1, self.SHARE * self.rows) or every > max(1, self.SHORT_SHARE * self.rows):
+            raise DataError(f"{path}: in {every:,} of {self.rows:,} rows a reply begins with its own prompt "
                             f"(e.g. {self.example}), so each question would be learnt as a part of its answer; "
                             "remove the prompt from the replies")
 

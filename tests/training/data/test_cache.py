@@ -95,6 +95,9 @@ def test_a_cache_that_lost_bytes_is_made_anew(tmp_path, tokenizer):
     os.truncate(folder / "ids", 10)
     assert cached(file, "reward", tokenizer) == folder
     assert {name: (folder / name).read_bytes() for name in cache.ARRAYS} == whole
+    for damaged in ("", "{", "[1]", '{"bytes": 5}', '{"bytes": {}}'):
+        (folder / "about.json").write_text(damaged)
+        assert len(TokenRows(cached(file, "reward", tokenizer))) == 50
 
 
 def test_a_bad_row_leaves_nothing(tmp_path, tokenizer):

@@ -156,6 +156,19 @@ def test_a_file_whose_replies_begin_with_their_prompts_is_refused(tmp_path, caps
     assert peek.main([str(file), "100"]) == 0  # answers that repeat the question
 
 
+def test_short_prompts_inside_their_replies_are_seen_where_most_rows_have_them(tmp_path, capsys):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"{n} + {n} =", "response": f"{n} + {n} = {2 * n}"}) + "\n" for n in range(9)))
+    assert peek.main([str(file), "100"]) == 65 and "in 9 of 9 rows" in capsys.readouterr().err
+
+
+def test_places_of_bad_messages_are_counted_together(tmp_path):
+    file, counts = tmp_path / "rows.jsonl", Counter()
+    file.write_text("".join(json.dumps({"messages": [USER, SO] * number + [LATE, SO]}) + "\n" for number in range(1, 30)))
+    assert not list(iterate(file, "sft", counts, True))
+    assert counts == {"rows": 29, "dropped: bad row, messages[].role": 29}
+
+
 def test_the_prompt_reaches_to_the_last_cue():
     text = f"\n\nHuman: A{CUE} B\n\nHuman: C{CUE}"
     assert parse({"chosen": text + " D", "rejected": text + "  E"}) == Row(text, (" D", " E"), (1.0, 0.0))
