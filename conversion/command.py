@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 
+from training import last_words
 from training.checksums import Damaged
 from training.settings import ConfigError, load
 
@@ -14,25 +17,43 @@ from training.settings import ConfigError, load
 def main(kind, stage: Callable, parser: ArgumentParser, from_arguments: Callable[[Namespace], object]) -> int:
     """``stage(config)`` with the configuration of class ``kind`` from one .json argument, else from ``parser``'s arguments.
 
-    Needs no process group. Returns 0, 64 (bad configuration), 65 (damaged checkpoint) or 74 (full disk).
+    Needs no process group. Returns 0, 75 (a stage that a signal stopped: it goes on where it was), or what
+    training.last_words says of an error; a bug's traceback is printed.
     """
     arguments = sys.argv[1:]
     try:
         is_config = len(arguments) == 1 and arguments[0].endswith(".json")
+        if is_config:
+            obey_signals()
+            last_words.versions()
         stage(load(kind, arguments[0]) if is_config else from_arguments(parser.parse_args(arguments)))
-    except ConfigError as error:
-        return failed(error, os.EX_USAGE)
-    except Damaged as error:
-        return failed(error, os.EX_DATAERR)
+    except Stopped as stopped:
+        print(f"{stopped}: what is written is kept, the same again goes on", flush=True)
+        return os.EX_TEMPFAIL
+    except (ConfigError, Damaged) as error:
+        return last_words.printed(error)
     except OSError as error:
-        return failed(f"{error}; what is written is kept: run the same again to go on", os.EX_IOERR)
+        print(f"error: {error}; what is written is kept: run the same again to go on", file=sys.stderr, flush=True)
+        return last_words.of(error)
     except SystemExit as stopped:  # argparse: it has said what is wrong, or shown its help
         return os.EX_USAGE if stopped.code else 0
     except KeyboardInterrupt:
-        return failed("interrupted; run the same again to go on", 130)
+        print("error: interrupted; run the same again to go on", file=sys.stderr, flush=True)
+        return 130
+    except Exception as error:
+        traceback.print_exc()
+        return last_words.of(error)
     return 0
 
 
-def failed(reason, code: int) -> int:
-    print(f"error: {reason}", file=sys.stderr, flush=True)
-    return code
+class Stopped(BaseException):
+    """A signal asks the stage to end; no ``except Exception`` on the way holds it up."""
+
+
+def obey_signals() -> None:
+    """USR1 (time limit ahead) and TERM end the stage with 75: it wants to go on."""
+    def stop(number: int, _frame) -> None:
+        raise Stopped(f"stopped by {signal.Signals(number).name}")
+
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, stop)

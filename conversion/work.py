@@ -7,6 +7,7 @@ written; a run that was killed is started again and goes on with the files that 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -38,7 +39,8 @@ EXTRA = 1.02
 def folder(aside: Path, made_from: dict, size: int) -> Iterator[None]:
     """``aside`` ready to be written to: empty, or with what an interrupted run of the same conversion left.
 
-    Raises ConfigError where another process writes it now, and where less than ``size`` bytes (less those there) are free.
+    Raises ConfigError where another process writes it now, OSError where less than ``size`` bytes (less those there)
+    are free.
     """
     aside.mkdir(parents=True, exist_ok=True)
     with open(aside.with_name(aside.name + ".lock"), "w") as lock:
@@ -62,10 +64,11 @@ def folder(aside: Path, made_from: dict, size: int) -> Iterator[None]:
 
 
 def check_space(where: Path, size: int) -> None:
-    """Raises ConfigError where ``size`` bytes do not fit."""
+    """Raises OSError (ENOSPC) where ``size`` bytes do not fit."""
     free, needed = shutil.disk_usage(where).free, int(size * EXTRA)
     if needed > free:
-        raise ConfigError(f"{where}: {needed / 1e9:,.2f} GB are needed, {free / 1e9:,.2f} GB are free; make room or write to another disk")
+        text = f"{needed / 1e9:,.2f} GB are needed, {free / 1e9:,.2f} GB are free; make room or write to another disk"
+        raise OSError(errno.ENOSPC, text, str(where))
 
 
 class Written(NamedTuple):

@@ -2,8 +2,10 @@
 
 Everything made is kept under the stage's folder and found again by key, so that a second start makes only what is missing. With
 RANK and WORLD_SIZE set, the ranks share the answers; rank 0 does the rest.
-Exit codes: 0 done, 64 configuration, 65 bad data, 4 too few valid ratings for an average (the report says so), 1 the judge failed,
-75 stopped by USR1 or TERM (every finished batch is saved), or another start is at work in the same folder: start it again.
+Exit codes: 0 done, 64 configuration, 65 bad data, 73 a file can't be read or written, 74 full disk, 4 too few valid
+ratings for an average (the report says so), 1 the judge failed or any other error, 75 stopped by USR1 or TERM (every
+finished batch is saved), or another start is at work in the same folder: start it again. An error leaves its class for
+the launcher (eval.last_words).
 """
 
 from __future__ import annotations
@@ -12,18 +14,19 @@ import contextlib
 import platform
 import signal
 import sys
+import traceback
 from pathlib import Path
 
 import torch
 import transformers
 
-from eval import checks, config, gold, harness, preference, report, rewards, scores, tables, winrate
+from eval import checks, config, gold, harness, last_words, preference, report, rewards, scores, tables, winrate
 from eval.config import MTBenchConfig
 from eval.errors import Busy, DataError, HarnessError
 from eval.ranks import Ranks, alone
 from eval.stage import Stage
 
-USAGE, BAD_DATA, GO_ON, TOO_FEW_RATINGS = 64, 65, 75, 4
+USAGE, GO_ON = 64, 75
 
 
 def run(settings: MTBenchConfig) -> int:
@@ -56,9 +59,13 @@ def _run(settings: MTBenchConfig, held: contextlib.ExitStack) -> int:
     print(tables.title(results), *tables.missing(results), f"report: {settings.paths.report}", sep="\n", flush=True)
     for text in filter(None, (problem, harness_problem)):
         print(text, file=sys.stderr)
-    if problem or harness_problem:
-        return 1
-    return 0 if tables.covered(results) else TOO_FEW_RATINGS
+    if problem:
+        return last_words.write(last_words.JUDGE, problem)
+    if harness_problem:
+        return last_words.write(last_words.HARNESS, harness_problem)
+    if tables.covered(results):
+        return 0
+    return last_words.write(last_words.TOO_FEW_RATINGS, " ".join(tables.missing(results)))
 
 
 def _harness(settings: MTBenchConfig, stage: Stage) -> tuple[dict | None, str]:
@@ -119,20 +126,24 @@ def main(arguments: list[str]) -> int:
         settings = config.load(arguments[0])
     except (OSError, ValueError, TypeError, KeyError) as error:
         print(f"{arguments[0]}: {error}", file=sys.stderr)
-        return USAGE
+        return last_words.write(last_words.BAD_CONFIG, f"{arguments[0]}: {error}")
+    last_words.versions()
     return guarded(settings)
 
 
 def guarded(settings: MTBenchConfig) -> int:
-    """``run`` with bad data as exit code 65, and 75 while another start is at work."""
+    """``run``; an error as its exit code and last words, and 75 while another start is at work."""
     try:
         return run(settings)
-    except DataError as error:
-        print(error, file=sys.stderr)
-        return BAD_DATA
     except Busy as error:
         print(error, file=sys.stderr)
         return GO_ON
+    except DataError as error:
+        print(error, file=sys.stderr)
+        return last_words.of(error)
+    except Exception as error:
+        traceback.print_exc()
+        return last_words.of(error)
 
 
 def heed_signals() -> None:

@@ -8,6 +8,7 @@ models asked with the same key share them, which makes paired differences betwee
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import math
@@ -30,6 +31,7 @@ from transformers.utils import logging
 
 from eval import foreign
 from eval.errors import DataError, InvariantError
+from eval.last_words import NUMBERS
 
 
 @dataclass(frozen=True)
@@ -90,9 +92,11 @@ def readable(folder: str | Path, kind: str = ""):
     require_files(folder)
     try:
         yield
-    except (DataError, MemoryError, torch.OutOfMemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
+    except (DataError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # torn weights, an unknown model_type, no usable tokenizer
+        if not folders_fault(error):
+            raise
         reason = foreign.plain((str(error).strip() or "no message").splitlines()[0][:300])
         code = "; code in a model's folder is never run (trust_remote_code is always False)" if "trust_remote_code" in str(error) else ""
         raise DataError(f"{folder}: transformers can't load it{kind}: {type(error).__name__}: {reason}{code}") from error
@@ -131,6 +135,15 @@ def stops(model, tokenizer) -> list[int]:
     named = model.generation_config.eos_token_id
     named = named if isinstance(named, list) else [named]
     return list(dict.fromkeys([tokenizer.eos_token_id, *(number for number in named if type(number) is int)]))
+
+
+def folders_fault(error: BaseException) -> bool:
+    """Whether a library's error in loading a folder can be the folder's fault: not memory that is full,
+    a disk or a GPU that fails, or a library that can't be imported."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError | ImportError | AssertionError) or "CUDA" in str(error):
+        return False
+    refused = (*NUMBERS, errno.EACCES, errno.EPERM, errno.EMFILE)
+    return not (isinstance(error, OSError) and error.errno in refused)
 
 
 def encode(tokenizer, text: str, limit: int) -> list[int]:

@@ -115,14 +115,14 @@ def read(folder: str | Path) -> dict[str, str]:
     return listed
 
 
-def check(folder: str | Path, below: str = "", largest: int | None = None) -> None:
-    """Raise Damaged, naming the file, unless each file that SHA256 lists is there with its content.
+def check(folder: str | Path, below: str = "", largest: int | None = None) -> dict[str, str]:
+    """Digests of the files that SHA256 lists; raises Damaged, naming the file, where one is gone or changed.
 
     ``below`` limits the check to a sub-folder ("policy"); ``largest`` (bytes) to files up to that size: of others only presence is checked.
     """
     listed = select(read(folder), below)
     sizes = present(folder, listed)
-    compare(folder, listed, [name for name in listed if largest is None or sizes[name] <= largest])
+    return compare(folder, listed, [name for name in listed if largest is None or sizes[name] <= largest])
 
 
 def select(listed: dict[str, str], below: str) -> dict[str, str]:
@@ -141,13 +141,15 @@ def present(folder: str | Path, listed: Collection[str]) -> dict[str, int]:
     return sizes
 
 
-def compare(folder: str | Path, listed: dict[str, str], names: Collection[str]) -> None:
-    """Raise Damaged for the first of ``names`` whose content is not what ``listed`` says."""
-    for name, found in digests(folder, names).items():
+def compare(folder: str | Path, listed: dict[str, str], names: Collection[str]) -> dict[str, str]:
+    """Raise Damaged for the first of ``names`` whose content is not what ``listed`` says; their digests."""
+    content = digests(folder, names)
+    for name, found in content.items():
         if found != listed[name]:
             path = Path(folder, name)
             raise Damaged(f"{path} ({path.stat().st_size:,} bytes) does not have the sha256 that {NAME} lists: truncated or changed",
                           _fix(folder))
+    return content
 
 
 def _fix(folder: str | Path) -> str:

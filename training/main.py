@@ -11,12 +11,12 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from training import clock, trackers
+from training import clock, last_words, trackers
 from training.checksums import Damaged
 from training.config import TrainerConfig
 from training.data.formats import DataError
 from training.gates import Unhealthy
-from training.parallel import EX_DATA, EX_IOERR, EX_TEMPFAIL, EX_UNHEALTHY, EX_USAGE, NoRoom, Together, ranks
+from training.parallel import EX_TEMPFAIL, EX_USAGE, NoRoom, Together, ranks
 from training.saving import SaveFailed
 from training.settings import ConfigError, load, usage
 
@@ -32,9 +32,9 @@ class Interrupted(Together):
 def run_stage(kind: type[Config], stage: Callable[[Config], None]) -> int:
     """Run ``stage(config)`` inside its ranks, with the configuration of class ``kind`` that the one argument names.
 
-    Trainers run at their own layout, other stages on one rank. Returns the exit code: 0 done, 64 bad configuration, 65 bad
-    data or checkpoint, 74 a checkpoint could not be written, 75 wants to go on from what is saved, 76 paused or stopped by
-    a health gate; other errors propagate.
+    Trainers run at their own layout, other stages on one rank. Returns the exit code: 0 done, 64 bad configuration,
+    65 bad data or checkpoint, 73 a file can't be read or written, 74 full disk, 75 wants to go on from what is saved,
+    76 paused or stopped by a health gate, 1 any other error. An error leaves its class in training.last_words.
     """
     program = sys.modules["__main__"]
     ended = usage(sys.argv[1:], getattr(program.__spec__, "name", "MODULE"), "config.json", program.__doc__)
@@ -44,6 +44,7 @@ def run_stage(kind: type[Config], stage: Callable[[Config], None]) -> int:
     faulthandler.enable()  # a hung rank that gets an ABRT, and one that crashes in C, says where it is
     for name, value in ALONE.items():
         os.environ.setdefault(name, value)
+    last_words.versions()
     try:
         config = load(kind, sys.argv[1])
         if isinstance(config, TrainerConfig):
@@ -55,24 +56,21 @@ def run_stage(kind: type[Config], stage: Callable[[Config], None]) -> int:
         with layout:
             clock.mark("process groups")
             stage(config)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return _ended(EX_USAGE)
-    except (Damaged, DataError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return _ended(EX_DATA)
+    except (ConfigError, Damaged, DataError) as error:
+        return _ended(last_words.printed(error))
     except SaveFailed as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return EX_IOERR
+        return last_words.printed(error, error.kind)
     except Unhealthy as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return EX_UNHEALTHY
+        return last_words.printed(error, "health gate")
     except NoRoom as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        last_words.printed(error, "")
         return EX_TEMPFAIL
     except Interrupted as stopped:
         print(stopped, flush=True)
         return EX_TEMPFAIL
+    except Exception as error:
+        traceback.print_exc()
+        return _ended(last_words.of(error))
     except BaseException:
         if dist.is_initialized():
             traceback.print_exc()

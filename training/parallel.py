@@ -22,9 +22,8 @@ from training.cpu import mcore_on_cpu
 
 HEARTBEAT = 10.0
 T = TypeVar("T")
-EX_USAGE, EX_DATA, EX_IOERR, EX_TEMPFAIL, EX_UNHEALTHY = 64, 65, 74, 75, 76
-"""Exit codes of a stage: bad configuration, bad data or checkpoint, a checkpoint could not be written, "saved and wants to go on", paused
-or stopped by a health gate: a person must look."""
+EX_USAGE, EX_TEMPFAIL = 64, 75
+"""Exit codes of a stage: bad configuration, "saved and wants to go on". Others: training.last_words.CODES."""
 
 
 def device() -> torch.device:

@@ -32,7 +32,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch.distributed.checkpoint.filesystem import SerializationFormat, _StorageWriterTransforms, _write_item
 
-from training import checkpoint, parallel
+from training import checkpoint, last_words, parallel
 from training.config import TrainerConfig
 from training.settings import InvariantError
 from training.step import Learner
@@ -42,7 +42,12 @@ WRITERS = 2
 
 
 class SaveFailed(parallel.Together):
-    """A checkpoint could not be written; earlier ones are whole. The message names rank, file, cause and fix."""
+    """A checkpoint could not be written; earlier ones are whole. The message names rank, file, cause and fix;
+    ``kind`` is the class of the error."""
+
+    def __init__(self, message: str, kind: str):
+        super().__init__(message)
+        self.kind = kind
 
 
 @dataclass
@@ -57,6 +62,8 @@ class _Save:
     requests: list[tuple[AsyncRequest, queue.Queue]] = field(default_factory=list)
     written: Future | None = None
     error: str = ""
+    kind: str = ""
+    """The error's class (training.last_words)."""
 
 
 class Saver:
@@ -182,7 +189,7 @@ class Saver:
         try:
             return function(*args)
         except (OSError, RuntimeError) as error:
-            current.error = str(error)
+            current.error, current.kind = str(error), last_words.kind_of(error)
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 current.error += f" ({shutil.disk_usage(self.stage).free / 1e9:,.3f} GB are free in {self.stage})"
         return None
@@ -190,17 +197,17 @@ class Saver:
     def _agree(self, current: _Save) -> None:
         """Raise SaveFailed on all ranks where ``current.error`` is set on one, with the first such rank's cause."""
         errors = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, current.error)
-        failed = [(rank, error) for rank, error in enumerate(errors) if error]
+        dist.all_gather_object(errors, (current.error, current.kind))
+        failed = [(rank, error, kind) for rank, (error, kind) in enumerate(errors) if error]
         if not failed:
             return
         if dist.get_rank() == 0:  # every rank's threads have ended: nothing is written there any more
             shutil.rmtree(current.aside, ignore_errors=True)
         last = checkpoint.latest(self.stage)
         kept = "nothing is saved yet" if last is None else f"iteration {last} is whole and what a resume starts from"
-        rank, cause = failed[0]
+        rank, cause, kind = failed[0]
         raise SaveFailed(f"saving iteration {current.iteration} failed on rank {rank}: {cause}; {kept}; make room or mend the file system, "
-                         "then resume")
+                         "then resume", kind)
 
 
 class _Staging:

@@ -62,7 +62,7 @@ def start(config: TrainerConfig) -> list[Wandb | Mlflow]:
         package = importlib.import_module(module)
         try:
             made.append(kind(package, config, runs.get(module, "")))
-        except _errors(package) as error:
+        except (_errors(package), OSError) as error:  # requests' errors are OSErrors
             print(f"warning: {module} does not answer, the run goes on without it: {error}{_proxy(config, module)}", flush=True)
         else:
             runs[module] = made[-1].number
@@ -137,5 +137,5 @@ class Mlflow:
     def _tell(self, function, *args) -> None:
         try:
             function(*args)
-        except _errors(self.mlflow) as error:
+        except (_errors(self.mlflow), OSError) as error:
             print(f"warning: MLflow did not take the numbers: {error}", flush=True)

@@ -97,7 +97,7 @@ def test_no_space_is_known_before_anything_is_written(tmp_path):
     """The model is a file with holes, twice as large as the room on the disk."""
     rows = 2 * shutil.disk_usage(tmp_path).free // 128
     sparse_bloom(tmp_path / "hf", rows)
-    with pytest.raises(ConfigError, match=f"{rows * 128 * work.EXTRA / 1e9:,.2f} GB are needed, .* are free; make room or write to"):
+    with pytest.raises(OSError, match=f"{rows * 128 * work.EXTRA / 1e9:,.2f} GB are needed, .* are free; make room or write to"):
         convert_to(tmp_path)
     assert not list((tmp_path / "convert").rglob("*.distcp*"))
 

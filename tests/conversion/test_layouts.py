@@ -1,20 +1,23 @@
 """From any shard layout to any other, and on after a kill."""
 
 import hashlib
+import json
 import multiprocessing
 import os
 import resource
 import shutil
+import signal
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from conversion import command, megatron_to_hf, tensors, torch_dist, work
+from conversion import command, hf_to_megatron, megatron_to_hf, tensors, torch_dist, work
 from conversion.config import ConvertConfig, ConvertPaths, ExportConfig
 from conversion.hf_to_megatron import convert
 from conversion.tensors import BLOCK, Piece, Stored
@@ -92,6 +95,7 @@ def test_a_full_disk_in_the_middle_of_an_export(tmp_path, monkeypatch, capsys):
     target, source = tmp_path / "export" / "sft", str(tmp_path / "convert")
     given = [source, str(target), "--model", str(tmp_path / "hf"), "--max-shard-gb", "3e-5", "--overwrite"]
     monkeypatch.setattr(sys, "argv", ["megatron_to_hf", *given])
+    monkeypatch.setenv("CONVOY_WORDS", str(tmp_path / "errors"))
 
     def start() -> int:
         return command.main(ExportConfig, megatron_to_hf.run, megatron_to_hf.arguments(), lambda parsed: parsed)
@@ -103,6 +107,7 @@ def test_a_full_disk_in_the_middle_of_an_export(tmp_path, monkeypatch, capsys):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "File too large; what is written is kept: run the same again to go on" in capsys.readouterr().err
+    assert '"class": "disk full"' in (tmp_path / "errors/rank_0.json").read_text()
     assert (target / "model.safetensors").read_bytes() == old
     first = next((tmp_path / "export" / ".sft.converting").glob("model-00001-of-*.safetensors"))
     written = first.stat().st_mtime_ns
@@ -111,6 +116,37 @@ def test_a_full_disk_in_the_middle_of_an_export(tmp_path, monkeypatch, capsys):
     assert [path.name for path in (tmp_path / "export").glob("*sft*")] == ["sft"]
     tensors = {name: tensor for file in target.glob("*.safetensors") for name, tensor in load_file(file).items()}
     assert all(torch.equal(tensors[name], tensor) for name, tensor in load_file(tmp_path / "hf" / "model.safetensors").items())
+
+
+def test_a_conversion_that_is_told_to_save_keeps_its_files_and_goes_on(tmp_path, monkeypatch, capsys):
+    """USR1 in the middle: exit code 75. The next start writes only what is missing."""
+    tiny_bloom(tmp_path / "hf", layers=2, vocab=100)
+    config = tmp_path / "convert/config.json"
+    config.parent.mkdir()
+    config.write_text(json.dumps({"paths": {"output": str(config.parent), "model": str(tmp_path / "hf")}}))
+    monkeypatch.setattr(sys, "argv", ["hf_to_megatron", str(config)])
+    whole, names = work._write, []
+
+    def told_after_two(aside, name, *rest):
+        whole(aside, name, *rest)
+        names.append(name)
+        if len(names) == 2:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(1)  # the other threads find that they are to stop
+
+    monkeypatch.setattr(work, "_write", told_after_two)
+    monkeypatch.setattr(work, "THREADS", 1)
+    monkeypatch.setattr(torch_dist, "FILE_BYTES", 50_000)
+    before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
+    start = partial(command.main, ConvertConfig, convert, hf_to_megatron.arguments(), None)
+    try:
+        assert start() == os.EX_TEMPFAIL and "stopped by SIGUSR1: what is written is kept" in capsys.readouterr().out
+        assert start() == 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert len(names) == len(set(names)) > 2, "no file was written twice"
+    assert (config.parent / "latest").read_text() == "0\n"
 
 
 def with_little_memory(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """``python -m eval`` from end to end on two tiny models, and the page that it writes."""
 
+import errno
 import html.parser
 import json
 import os
@@ -232,14 +233,21 @@ def test_judged_from_end_to_end(done, folders, tmp_path, serve, capsys):  # noqa
     assert "ratings: 96/96" in capsys.readouterr().out
 
 
-def test_the_coverage_gate_is_exit_4_and_a_refused_key_exit_1(done, folders, tmp_path, serve, capsys):  # noqa: F811
+@pytest.fixture
+def words(tmp_path, monkeypatch):
+    """What the stage leaves for the launcher."""
+    monkeypatch.setenv("CONVOY_WORDS", str(tmp_path / "errors"))
+    return lambda: json.loads((tmp_path / "errors/rank_0.json").read_text())
+
+
+def test_the_coverage_gate_is_exit_4_and_a_refused_key_exit_1(done, folders, tmp_path, serve, capsys, words):  # noqa: F811
     server = serve(good(), rest=good("no rating"))
     config = prepare(tmp_path / "gate", folders, judge="openai", judge_url=server.url)
-    assert main([reuse(done, config)]) == 4
+    assert main([reuse(done, config)]) == 4 and words()["class"] == "too few ratings"
     assert "sft: no average, because 0 of 48 ratings are valid (48 unparsed)" in (config.parent / "table.md").read_text()
     server = serve(*[good()] * 6, rest=(401, {}, ""))
     config = prepare(tmp_path / "key", folders, judge="openai", judge_url=server.url, judge_concurrency=1, judge_price_out=1.0)
-    assert main([reuse(done, config)]) == 1
+    assert main([reuse(done, config)]) == 1 and words()["class"] == "judge"
     found = json.loads((config.parent / "results.json").read_text())
     assert found["judge"]["requests"] == 5 and found["judge"]["cost"] > 0 and found["scores"] is None  # paid for, but no average
     assert "check the key in JUDGE_KEY" in capsys.readouterr().err
@@ -251,8 +259,9 @@ def test_the_coverage_gate_is_exit_4_and_a_refused_key_exit_1(done, folders, tmp
     ({"judge": "openai", "judge_url": "ftp://x"}, 64, "judge_url = 'ftp://x'"),
     ({"questions": "nowhere"}, 65, 'mtbench.questions = "nowhere"'),
 ])
-def test_bad_input_is_named(folders, tmp_path, capsys, change, code, message):
+def test_bad_input_is_named(folders, tmp_path, capsys, change, code, message, words):
     assert main([str(prepare(tmp_path, folders, **change))]) == code
+    assert words()["class"] == {64: "bad config", 65: "bad data"}[code] and message in words()["message"]
     assert message in capsys.readouterr().err
 
 
@@ -260,6 +269,23 @@ def test_a_model_that_is_not_there_is_named(folders, tmp_path, capsys):
     assert main([str(prepare(tmp_path, folders | {"rlhf": tmp_path}))]) == 65
     assert f"paths.models.rlhf = {tmp_path}: no config.json" in capsys.readouterr().err
     assert main([]) == 64
+
+
+@pytest.mark.parametrize("error, kind, code", [
+    (KeyError("categories"), "bug", 1), (ImportError("no BloomForCausalLM"), "bug", 1),
+    (OSError(errno.ENOSPC, "No space left on device"), "disk full", 74), (OSError(errno.EIO, "Input/output error"), "node failure", 1),
+    (PermissionError(errno.EACCES, "Permission denied"), "file error", 73), (ValueError("no Args in the docstring"), "bad data", 65),
+])
+def test_an_error_on_the_way_is_what_it_is_and_not_the_data_s(folders, tmp_path, monkeypatch, capsys, words, error, kind, code):
+    """Where the model is loaded, only what the folder may be at fault for is bad data."""
+    def fail(*_, **__):
+        raise error
+
+    where = "eval.generation.AutoTokenizer.from_pretrained"
+    monkeypatch.setattr("eval.questions.load" if isinstance(error, KeyError) else where, fail)
+    assert main([str(prepare(tmp_path, folders))]) == code
+    assert words()["class"] == kind and str(error) in words()["message"]
+    assert ("Traceback" in capsys.readouterr().err) == (code != 65)
 
 
 def test_a_second_start_in_a_folder_waits_its_turn_and_an_impossible_folder_is_named(done, folders, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Checkpoints are complete or not there; a killed and resumed run is the uninterrupted one, bit for bit."""
 
+import errno
 import hashlib
 import json
 import multiprocessing
@@ -317,17 +318,22 @@ def test_a_finished_stage_has_nothing_left_to_do(small_run, tmp_path, capfd):
     assert "nothing left to do" in capfd.readouterr().out and metrics(tmp_path) == before
 
 
-@pytest.mark.parametrize(("code", "message"), [(65, r"model/__0_0\.distcp .* does not have the sha256"),
-                                               (74, "failed on rank 0: .*File too large")])
-def test_exit_code_tells_a_damaged_checkpoint_from_a_failed_save(small_run, tmp_path, capfd, code, message):
-    """One line, not a traceback; the checkpoint before is named."""
+@pytest.mark.parametrize(("code", "message", "kind"), [
+    (65, r"model/__0_0\.distcp .* does not have the sha256", "refused"),
+    (74, "failed on rank 0: .*File too large", "disk full"),
+    (73, "failed on rank 0: .*Permission denied", "file error")])
+def test_exit_code_tells_a_damaged_checkpoint_from_a_failed_save(small_run, tmp_path, capfd, code, message, kind):
+    """One line, not a traceback; the checkpoint before is named. The last words are those of the exit code."""
     run(sft.run, 1, 1, 1, small_run.sft(tmp_path, iterations=2))
     config = small_run.sft(tmp_path, iterations=3)
     (tmp_path / "config.json").write_text(json.dumps(asdict(config)))
 
     def stage():
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(21000 + os.getpid() % 9000))
+        os.environ["CONVOY_WORDS"] = str(tmp_path / "errors")
         sys.argv = ["sft", str(tmp_path / "config.json")]
+        if code == 73:
+            Saver._make_folders = lambda *_: _raise(PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
         if code == 74:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
@@ -343,6 +349,12 @@ def test_exit_code_tells_a_damaged_checkpoint_from_a_failed_save(small_run, tmp_
     shown = capfd.readouterr().err
     assert process.exitcode == code and re.search(f"^error: .*{message}", shown, re.MULTILINE) and "Traceback" not in shown, shown
     assert checkpoint.latest(tmp_path) == 2
+    words = json.loads((tmp_path / "errors/rank_0.json").read_text())
+    assert words["class"] == kind and re.search(message, words["message"])
+
+
+def _raise(error):
+    raise error
 
 
 def start(module: str, config, world: int) -> list[subprocess.Popen]:
