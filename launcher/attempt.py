@@ -11,7 +11,8 @@ from pathlib import Path
 
 from launcher import deadline, probe
 from launcher.deadline import Deadline
-from launcher.endings import Class, Ended
+from launcher.endings import SAVED, Class, Ended
+from launcher.fate import Fate, fate_of
 from launcher.pipeline import Stage
 from launcher.ranks import Ranks
 from launcher.run import Run
@@ -36,9 +37,8 @@ class Attempt:
         self.stall_s, self.deadline = 60 * stall_minutes, Deadline(run, stage.name, job, default_lead_s)
         self.ranks: Ranks | None = None
         self.asked: Class | None = None
-        self.fate: Class | None = None
-        self.requeued = False
-        """Slurm has put the job back into the queue itself."""
+        self.fate: Fate | None = None
+        self.restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
         self.terminated = False
         """A TERM came whose reason is not known yet."""
         self.hung_minutes = 0
@@ -75,12 +75,11 @@ class Attempt:
             self.ask_to_end()
 
     def ask_to_end(self) -> None:
-        """Trainers save at the end of their step and exit 75; other stages have nothing to save."""
-        ending = self.asked in (Class.CANCELLED, Class.STOPPED)
-        if self.stage.trainer:
+        """Trainers save at the end of their step and exit 75; other stages do at once, their work is on the disk."""
+        if self.stage.resumable:
             # under Slurm slurmd has sent a TERM to the tasks, too, and srun would take one as an order to kill them
             self.ranks.pass_on(signal.SIGTERM if self.asked is Class.CANCELLED else signal.SIGUSR1)
-        elif ending:
+        elif self.asked in (Class.CANCELLED, Class.STOPPED):
             self.ranks.pass_on(signal.SIGTERM)
 
     def operator(self) -> None:
@@ -106,7 +105,7 @@ class Attempt:
         remaining = self.deadline.remaining()
         if remaining is None:
             return
-        if remaining < 0 and not self.asked and self.stage.trainer:
+        if remaining < 0 and not self.asked and self.stage.resumable:
             self.say(f"{self.deadline.left():.0f} s before the end of job {self.job}: the ranks are told to save "
                      f"(steps and saves so far need {self.deadline.lead_s:.0f} s)")
             self.asked = Class.PREEMPTED if self.deadline.facts.preempted else Class.TIME_LIMIT
@@ -132,31 +131,38 @@ class Attempt:
             self.ranks.log.write("launcher", f"no sign of life for {self.hung_minutes} minutes: the ranks say where they are and are ended")
             self.ranks.show_stacks()
 
-    def settle_fate(self) -> None:
-        """Find it once there is no next tick."""
-        tries = 0
-        while self.terminated and self.fate is None and tries < FATE_TRIES:
-            self.find_fate()
-            tries += 1
+    def settle_fate(self, ended: list[Ended]) -> None:
+        """Find it once there is no next tick. Slurm may tell the tasks of a preemption before the supervisor. It tells
+        the supervisor nothing where it has lost a node and queued the job again."""
+        lost = self.ranks is not None and self.ranks.log.lost_node()
+        told = all(one.code in (SAVED, -signal.SIGTERM, 143) for one in ended)
+        unknown = self.fate is None and (self.terminated or (self.asked is None and (told or lost)))
+        text = None if self.fate else fate_of(None, self.restarts, self.printed())
+        self.fate = self.fate or text
+        for _ in range(FATE_TRIES if self.terminated else 1):
+            if not self.job or not (unknown or text) or self.find_fate():
+                return
 
-    def find_fate(self) -> None:
-        """Why a TERM came: Slurm has requeued the job (preemption, a node), it preempts with grace, it is over, or a person's scancel."""
+    def printed(self) -> list[str]:
+        """The last lines of srun and slurmstepd."""
+        return list(self.ranks.log.lines["srun"]) if self.ranks else []
+
+    def find_fate(self) -> bool:
+        """Ask Slurm what it did to the job; returns whether it answered."""
         try:
             facts = deadline.ask(self.job)
         except probe.SlurmError:  # the question may have died of the same TERM; it is put again by the next tick
-            return
-        if facts.restarts > int(os.environ.get("SLURM_RESTART_COUNT", 0)):
-            self.fate, self.requeued = Class.PREEMPTED, True
-        elif facts.state == "RUNNING":
-            self.fate = Class.PREEMPTED
-        elif facts.reason == "TimeLimit":
-            self.fate = Class.TIME_LIMIT
-        else:
-            self.fate = Class.CANCELLED
-        self.say(f"SIGTERM: {self.fate.value}; the ranks are told to save")
+            return False
+        self.fate = fate_of(facts, self.restarts, self.printed(), self.terminated) or self.fate
+        if self.fate is None or not self.terminated:
+            return True
+        kind = self.fate.kind
+        self.say(f"SIGTERM: {kind.value}; the ranks are told to save")
         # Slurm kills all within KillWait: what is known now is written now
-        state = "cancelled" if self.fate is Class.CANCELLED else "requeued" if self.requeued else "running"
-        self.run.write_status(self.stage.name, state=state, cause=f"{self.fate.value}: told to end (SIGTERM)", **{"class": self.fate.value})
+        state = "cancelled" if kind is Class.CANCELLED else "requeued" if self.fate.requeued else "running"
+        cause = f"{kind.value}: told to end (SIGTERM)"
+        self.run.write_status(self.stage.name, state=state, cause=cause, **{"class": kind.value})
+        return True
 
 
 def _mtime(path: Path) -> float:

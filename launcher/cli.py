@@ -62,8 +62,16 @@ def main():
       2    a mistake on the command line, in a configuration or in the data; nothing was started
       130  interrupted by Ctrl-C
     Exit codes of a stage's job:
-      0    DONE; 75 saved and queued again; 64 bad configuration; 65 bad data; 76 paused or stopped by a health gate;
-           143 stopped; others: it failed, status says why
+      0    DONE
+      75   saved and queued again
+      64   bad configuration
+      65   bad data or a damaged checkpoint
+      73   a file can't be read or written
+      74   full disk
+      76   paused or stopped by a health gate
+      4    too few valid ratings for an average
+      143  stopped
+      others: it failed, status says why
     """
 
 

@@ -183,7 +183,8 @@ class Lines:
         why = f"{row.kind}: {row.why}" if row.kind else row.why
         name = screen.plain(run.folder.name) if self.several else ""
         parts = [time.strftime("%H:%M:%S"), name, f"{row.stage:8}", f"{row.word:9}", count,
-                 screen.numbers(row), screen.speed(row.progress.speed), left, why, screen.start(row, time.time())]
+                 screen.numbers(row), screen.speed(row.progress.speed), left, why, screen.start(row, time.time()),
+                 screen.previous(row) if row.state != before[0] else ""]
         click.echo("  ".join(part for part in parts if part))
 
 

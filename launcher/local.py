@@ -40,7 +40,8 @@ def run_stages(run: Run, stages: list[Stage], tick: Callable[[], None] = lambda:
                 if code:
                     return code
         finally:
-            run.record("runner ended")
+            with contextlib.suppress(OSError):  # a full disk: that the process is gone says the same
+                run.record("runner ended")
     return 0
 
 

@@ -7,16 +7,17 @@ anything else, which no program can set back): ``verified.json`` in the child's 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import subprocess
 import time
 from pathlib import Path
 
-from launcher import hashes, records
+from launcher import records
 from launcher.pipeline import Stage, remaining
 from launcher.run import Run, hash_of, iteration_folder, write_json
-from training.checksums import NAME, digests, touched
+from training.checksums import NAME, Damaged, check, digests, touched
 from training.files import Unfit, read_table, within
 
 
@@ -24,8 +25,15 @@ class Refused(RuntimeError):
     """A stage must not be called done, or a parent must not be used; the message says why."""
 
 
-def make(run: Run, stage: Stage, attempt: int, started: float) -> dict:
-    """The manifest of a stage whose ranks all exited 0; raises Refused where an output is missing or nothing was trained."""
+class DamagedOutput(Refused):
+    """A stage's own outputs are not what it saved."""
+
+
+def make(run: Run, stage: Stage, attempt: int, started: float, left: Path | None = None) -> dict:
+    """The manifest of a stage whose ranks all exited 0; raises Refused where an output is missing or nothing was trained.
+
+    ``left``: where its first rank left its versions.
+    """
     iteration = run.iteration(stage.name)
     if stage.checkpoints and iteration is None:
         raise Refused(f"{stage.name} exited 0 but left no file `latest`: it saved no checkpoint")
@@ -36,16 +44,27 @@ def make(run: Run, stage: Stage, attempt: int, started: float) -> dict:
     if iteration != (chosen["iteration"] if chosen else wanted):
         raise Refused(f"{stage.name} exited 0 at iteration {iteration} of {wanted}: it did not finish")
     files = _outputs(run, stage, iteration)
-    for folder in {path.parent for path in files if path.name == NAME}:
-        if reason := hashes.damage(folder):  # else a bit that flipped after the save would be certified
-            raise Refused(f"{stage.name} can't be called done: {reason}; resume goes on from the checkpoint before it")
-    sums = digests("", files)
+    sums = _sums(stage, files)
     identity = {
         "stage": stage.name, "iteration": iteration, "config_hash": config_hash(run, stage.name),
         "parents": {parent: read(run, parent)["identity"] for parent in stage.parents},
         "outputs": {str(path.relative_to(run.folder)): {"size": path.stat().st_size, "sha256": sums[path]} for path in files}}
     return {"identity": hash_of(identity), **identity, "run": run.id, "attempt": attempt,
-            "started": started, "ended": time.time(), "versions": versions(), **({"chosen": chosen} if chosen else {})}
+            "started": started, "ended": time.time(), "versions": versions(run, left),
+            **({"chosen": chosen} if chosen else {})}
+
+
+def _sums(stage: Stage, outputs: list[Path]) -> dict[Path, str]:
+    """sha256 of each output, each read once. Raises Refused where a checkpoint is not what its SHA256 says: a bit
+    that flipped after the save would be certified."""
+    sums: dict[Path, str] = {}
+    for folder in {path.parent for path in outputs if path.name == NAME}:
+        try:
+            sums |= {folder / name: found for name, found in check(folder).items()}
+        except Damaged as error:
+            raise DamagedOutput(f"{stage.name} can't be called done: {error.what}; "
+                                "resume goes on from the checkpoint before it") from None
+    return sums | digests("", [path for path in outputs if path not in sums])
 
 
 def _chosen(run: Run, stage: Stage, wanted: int | None) -> dict | None:
@@ -154,17 +173,35 @@ def config_hash(run: Run, stage: str) -> str:
     return hash_of(read_table(run.stage(stage) / "config.json"))
 
 
-def versions() -> dict:
-    """Versions of what computed the outputs, read from package metadata: importing torch here would cost seconds."""
+VERSIONS, MOST_VERSIONS = "versions.json", 20
+
+
+def versions(run: Run, left: Path | None = None) -> dict[str, str]:
+    """Versions of what computed the outputs, as the stage's first rank said them.
+
+    Where it said nothing they are read from this interpreter's packages: importing torch would cost seconds. A
+    container does not use these: then only its image is named.
+    """
     import importlib.metadata  # late: 40 ms, and status needs this file
 
-    found = {"python": platform.python_version()}
-    for package in ("torch", "megatron-core", "transformers", "safetensors", "convoy-rlhf"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found | commit(Path(__file__).parent.parent)
+    box = run.config["profile"].get("container") or {}
+    image = {"container": box["image"]} if box.get("runtime", "none") != "none" else {}
+    said = {} if left is None else _said(left)
+    if not said and not image:
+        said = {"python": platform.python_version()}
+        for package in ("torch", "megatron-core", "transformers", "safetensors", "convoy-rlhf"):
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                said[package] = importlib.metadata.version(package)
+    return image | said | commit(Path(__file__).parent.parent)
+
+
+def _said(path: Path) -> dict[str, str]:
+    """A rank's versions; {} where it left none that can be read."""
+    try:
+        said = read_table(path, 1 << 16)
+    except (OSError, Unfit):
+        return {}
+    return {str(name): str(version) for name, version in list(said.items())[:MOST_VERSIONS]}
 
 
 def commit(root: Path) -> dict[str, str]:

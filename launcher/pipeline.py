@@ -30,6 +30,8 @@ class Stage:
     """Metrics shown beside the progress."""
     policy: bool = False
     """Its language model is exported and evaluated."""
+    resumable: bool = True
+    """On USR1 it ends with exit code 75, and started again it goes on from what it has done."""
 
     @property
     def checkpoints(self) -> bool:

@@ -8,6 +8,7 @@ import ctypes
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,9 +19,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launcher import container, endings, environment, probe, secrets
-from launcher.endings import SAVED, Ended
+from launcher import container, endings, environment, outcome, probe, secrets
+from launcher.endings import SAVED, Ended, Said
 from launcher.profile import Profile
+from training.files import Unfit, read_table
 
 LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1
@@ -34,6 +36,8 @@ PORTS = 50
 """Ports that are tried from a job's own on."""
 LINES = 20
 """Last lines kept of each rank."""
+LONGEST_WORDS = 1 << 16
+"""Most bytes of a rank's last words."""
 WRAPPER = ("trap '' USR1 USR2; "  # before the stage has its own handlers, a request to save must not kill it
            'export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID; exec "$@"')
 
@@ -54,6 +58,7 @@ class Log:
 
     def __post_init__(self):
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(self.left, ignore_errors=True)  # of an attempt of the same number, in a folder begun again
         self.file = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed by wait()
         self.writing = threading.Lock()
 
@@ -71,7 +76,7 @@ class Log:
             text = re.sub(r"^\[rank\d+\]: ?", "", text).strip()  # torch's own tag on the traceback of an uncaught exception
             if not text.strip(" ^~"):
                 return
-            if endings.EXCEPTION.match(text):
+            if outcome.EXCEPTION.match(text):
                 self.words[tag] = text if ":" in text or not self.lines[tag] else f"{text} at `{self.lines[tag][-1]}`"
             self.lines[tag].append(text)
 
@@ -79,9 +84,24 @@ class Log:
         """Whether srun has said that a node is gone."""
         return any("Node failure on" in line for line in self.lines["srun"])
 
+    @property
+    def left(self) -> Path:
+        """Folder of what the ranks leave for the launcher: their versions, and their last words."""
+        return self.path.with_suffix(".words")
+
     def ended(self, rank: int | None, code: int) -> Ended:
         lines = tuple(self.lines["srun" if rank is None else rank])
-        return Ended(code, rank, self.words.get(rank, lines[-1] if lines else ""), lines)
+        return Ended(code, rank, self.words.get(rank, lines[-1] if lines else ""), lines, self.last_words(rank))
+
+    def last_words(self, rank: int | None) -> Said | None:
+        """What a rank left in its file; where srun does not say which rank failed, the first that left something."""
+        files = [self.left / f"rank_{rank}.json"] if rank is not None else sorted(self.left.glob("rank_*.json"))
+        for file in files:
+            with contextlib.suppress(OSError, Unfit, LookupError, TypeError):
+                words = read_table(file, LONGEST_WORDS)
+                message = secrets.mask(str(words["message"]), self.secrets)
+                return Said(endings.SAID[words["class"]] if words["class"] else None, message)
+        return None
 
 
 class Ranks:

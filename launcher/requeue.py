@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from launcher import probe
-from launcher.endings import BLAMELESS, Class, Verdict
+from launcher.endings import BLAMELESS, SAVED, Class, Verdict
 from launcher.pipeline import Stage
-from launcher.profile import Profile
 from launcher.run import Run, iteration_folder, write_text
 
 RETRY_S = 300
@@ -19,43 +19,101 @@ RETRY_S = 300
 PAUSE_S = 3
 USABLE = re.compile(r"(idle|mix|alloc|comp|resv|reserved|planned)", re.IGNORECASE)
 """States of a node, as sinfo names them, in which it runs jobs, now or when it is free."""
+ENDED = 143
+"""Exit code after a TERM or STOP: 128 + SIGTERM."""
+NO_WORK = ("config.json", "status.json", "metrics.jsonl", "verified.json", "latest", "SHA256", ".attempt", ".reserve",
+           ".lock")
+"""Files of a stage that say nothing about how far it is."""
 BAD_STARTS = 3
 """Preflights in a row that found a bad node: then the fault is no single node's."""
 
 
-def refuse(run: Run, stage: Stage, profile: Profile, verdict: Verdict, before: int | None) -> Verdict | None:
-    """The verdict that ends the stage where it must not go on: no progress twice, too many attempts; None where it may."""
-    attempts, ends = history(run, stage.name)
-    if attempts >= profile.max_attempts:
-        return replace(verdict, final=True, cause=f"{verdict.cause}; that was attempt {attempts} of at most {profile.max_attempts} "
-                                                  "(profile: max_attempts)")
+@dataclass(frozen=True)
+class History:
+    """Attempts of a stage since it was last submitted or resumed."""
+
+    attempts: int = 0
+    """Started, the present one included."""
+    ends: tuple[dict, ...] = ()
+    """The ledger's rows of how those before it ended, where another followed."""
+
+
+def decide(verdict: Verdict, history: History, stage: Stage, max_attempts: int, *, moved: bool,
+           before: int | None = None, requeued: bool = False, cancelled: bool = False) -> tuple[str, Verdict]:
+    """What follows an attempt: (the stage's state, the verdict with what speaks against another attempt). Pure.
+
+    ``moved``: whether this attempt got anything done; ``before``: the checkpoint that it began from; ``requeued``:
+    Slurm has put the job back into the queue itself; ``cancelled``: a person has cancelled the run meanwhile.
+    """
+    if verdict.kind is Class.DONE:
+        return "done", verdict
+    if requeued:
+        return "requeued", replace(verdict, code=SAVED)
+    if verdict.kind in (Class.CANCELLED, Class.STOPPED):
+        return verdict.kind.value, replace(verdict, code=ENDED)
+    if verdict.again:
+        verdict = _limited(verdict, history, stage, max_attempts, moved, before)
+    if not verdict.again:
+        return "failed", verdict
+    if cancelled:
+        return "cancelled", replace(verdict, kind=Class.CANCELLED, code=ENDED)
+    return "requeued", replace(verdict, code=SAVED)
+
+
+def _limited(verdict: Verdict, history: History, stage: Stage, max_attempts: int, moved: bool,
+             before: int | None) -> Verdict:
+    """The verdict itself where another attempt may follow; else one that says why none does."""
+    if history.attempts >= max_attempts:
+        limit = f"that was attempt {history.attempts} of at most {max_attempts} (profile: max_attempts)"
+        return replace(verdict, final=True, cause=f"{verdict.cause}; {limit}")
     if verdict.kind is Class.PREFLIGHT:
-        row = [end["class"] for end in ends[1 - BAD_STARTS:]]
-        return replace(verdict, final=True) if row == [Class.PREFLIGHT.value] * (BAD_STARTS - 1) else None
-    if verdict.kind is Class.TIME_LIMIT and not stage.trainer:
+        row = [end["class"] for end in history.ends[1 - BAD_STARTS:]]
+        return replace(verdict, final=row == [Class.PREFLIGHT.value] * (BAD_STARTS - 1))
+    if verdict.kind is Class.TIME_LIMIT and not stage.resumable:
         return replace(verdict, final=True, cause=f"{verdict.cause}; this stage saves nothing on its way")
-    moved = (run.iteration(stage.name) or 0) > (before or 0)
-    counted = [end for end in ends if end["class"] not in BLAMELESS_VALUES]
-    if moved or verdict.kind in BLAMELESS or not counted or (counted[-1]["iteration"] or 0) > (counted[-1]["began"] or 0):
-        return None
-    where = "ended before a first checkpoint" if before is None else f"began and ended at iteration {before}"
+    counted = [end for end in history.ends if end["class"] not in BLAMELESS_VALUES]
+    if moved or verdict.kind in BLAMELESS or not counted or has_moved(counted[-1]):
+        return verdict
+    trained = "ended before a first checkpoint" if before is None else f"began and ended at iteration {before}"
+    where = trained if stage.trainer else "got nothing done"
     return replace(verdict, kind=Class.NO_PROGRESS, cause=f"no progress: two attempts {where}; the last one: {verdict.cause}")
 
 
+def has_moved(end: dict) -> bool:
+    """Whether an attempt that ended so had got anything done."""
+    return end.get("moved", (end.get("iteration") or 0) > (end.get("began") or 0))
+
+
 BLAMELESS_VALUES = {kind.value for kind in BLAMELESS}
+REQUEUED, VANISHED = "requeued", "vanished"
+"""Events of the ledger: an attempt ended and the stage was queued again; its supervisor died with it."""
 
 
-def history(run: Run, stage: str) -> tuple[int, list[dict]]:
-    """Attempts started, and the ends of those that were queued again, since the stage was last submitted or resumed."""
+def history_of(ledger: list[dict], stage: str) -> History:
     attempts, ends = 0, []
-    for event in run.ledger():
+    for event in ledger:
         if event["event"] == "runner" or (event["event"] in ("submitted", "rewound") and event.get("stage") == stage):
             attempts, ends = 0, []
         elif event.get("stage") == stage and event["event"] == "started":
             attempts += 1
-        elif event.get("stage") == stage and event["event"] == "requeued" and "class" in event:
+        elif event.get("stage") == stage and event["event"] in (REQUEUED, VANISHED) and "class" in event:
             ends.append(event)
-    return attempts, ends
+    return History(attempts, tuple(ends))
+
+
+def work_done(run: Run, stage: Stage) -> int:
+    """How far a stage is: a trainer's last checkpoint; of others the bytes that they have finished."""
+    if stage.trainer:
+        return run.iteration(stage.name) or 0
+    total = 0
+    for folder, folders, names in os.walk(run.stage(stage.name)):
+        folders[:] = [name for name in folders if name not in ("logs", "preflight")]
+        for name in names:
+            if name in NO_WORK or name.endswith((".part", ".tmp", ".new", ".lock")):
+                continue
+            with contextlib.suppress(OSError):
+                total += os.lstat(os.path.join(folder, name)).st_size
+    return total
 
 
 def set_aside(run: Run, stage: Stage, good: int | None, bad: dict[int, str]) -> None:

@@ -55,7 +55,7 @@ def runs_lines(all_seen: list[Look], width: int, now: float) -> list[str]:
     for seen in all_seen:
         row = current(seen)
         shown = cells(row, 0, now)
-        said = [f"{row.kind}: {row.why}" if row.kind else row.why or numbers(row), start(row, now)]
+        said = [f"{row.kind}: {row.why}" if row.kind else row.why or numbers(row), start(row, now), previous(row)]
         if seen.overall == "done":
             said = [f"ended {span(now - row.ended)} ago" if row.ended else "", numbers_of_all(seen)]
         why = "; ".join(part for part in said if part)
@@ -104,6 +104,7 @@ def notes(seen: Look, row: StageState, width: int, now: float) -> list[str]:
         made.append(numbers(row))
     made.append("; ".join(part for part in (f"{row.kind}: {row.why}" if row.kind and row.state in state.BAD else row.why,
                                             start(row, now), f"on {row.nodes}" if row.nodes else "") if part))
+    made.append(previous(row))
     lines = [line for text in made if text for line in wrap(text, width)]
     if row.state not in state.BAD:
         return lines
@@ -113,6 +114,12 @@ def notes(seen: Look, row: StageState, width: int, now: float) -> list[str]:
         lines += wrap(f"last lines{whose}, more by: logs {plain(seen.run.folder)} {row.stage} --errors", width)
         lines += [crop(f"    | {text}", width) for text in row.lines[-LAST_LINES:]]
     return lines
+
+
+def previous(row: StageState) -> str:
+    """Why the stage was queued again."""
+    last = row.previous
+    return plain(f"attempt {last['attempt']} ({last['class']}): {last['cause']}") if last else ""
 
 
 def unanswered(seen: Look, width: int) -> list[str]:

@@ -6,8 +6,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 
-from launcher import manifest, progress
+from launcher import advice, fate, manifest, progress, requeue
 from launcher.jobs import Job
 from launcher.manifest import Refused
 from launcher.pipeline import Stage
@@ -50,6 +51,9 @@ class StageState:
     """The rank that failed first."""
     lines: list[str] = field(default_factory=list)
     """The last lines of that rank."""
+    previous: dict | None = None
+    """Why the stage was queued again, while it waits and while the next attempt runs: {"attempt", "class", "cause",
+    "iteration", "time"} of the last attempt that ended."""
 
 
     @property
@@ -205,10 +209,13 @@ def _state(files: Files, stage: Stage, job: Job | None, trouble: str) -> StageSt
     made.state, made.why = ("done", "") if name not in files.left else _undone(files, stage, job, trouble)
     if made.state in BAD and made.why != status.get("cause") and job and not job.alive:
         made.lines = _output(files.run, name, job.handle)[-LAST_LINES:]  # what status.json tells is of an attempt before
-        made.advice = UNSTARTED if made.lines and job.state == "FAILED" else ""
+        made.kind = fate.STATES[job.state].value if job.state in fate.STATES and job.state != "CANCELLED" else ""
+        made.advice = UNSTARTED if made.lines and job.state == "FAILED" else advice.of(made.kind, name)
     elif made.state in BAD:
         made.kind, made.advice = status.get("class") or "", status.get("advice") or ""
         made.rank, made.lines = status.get("rank"), list(status.get("lines") or [])
+    if made.state in ACTIVE:
+        made.previous = _previous(files, name)
     if job and job.alive and made.state != "done":
         made.nodes, made.starts = job.nodes, job.starts if job.pending else None
     if made.state != "running":
@@ -224,7 +231,8 @@ def _undone(files: Files, stage: Stage, job: Job | None, trouble: str) -> tuple[
     parents = ", ".join(parent for parent in stage.parents if parent in files.left)
     if job and job.alive and job.source == "squeue":
         if job.pending:
-            return ("requeued" if status["state"] == "requeued" else "pending"), job.waits(parents, str(files.run.folder))
+            again = status["state"] == "requeued" or (status["state"] == "running" and status.get("job") == job.id)
+            return ("requeued" if again else "pending"), job.waits(parents, str(files.run.folder))
         if status["state"] not in BAD or status.get("job") != job.id or last is None or last["event"] not in BAD:
             return "running", "" if job.state == "RUNNING" else f"Slurm says {job.state.lower()}"
     if status["state"] == "running":
@@ -245,6 +253,18 @@ def _undone(files: Files, stage: Stage, job: Job | None, trouble: str) -> tuple[
     return "not submitted", ""
 
 
+def _previous(files: Files, stage: str) -> dict | None:
+    """How the last attempt ended after which the stage was queued again, since it was last submitted or resumed."""
+    status, ends = files.status[stage], requeue.history_of(files.ledger, stage).ends
+    if status["state"] == "requeued" and not (ends and ends[-1].get("attempt") == status["attempt"]):
+        ends = (status,)  # Slurm killed the supervisor before it could write into the ledger
+    if not ends:
+        return None
+    last = ends[-1]
+    row = {name: last.get(name) for name in ("attempt", "class", "cause", "iteration")}
+    return {**row, "time": last.get("time", last.get("updated"))}
+
+
 def _silent(files: Files, stage: str, status: dict, job: Job | None, trouble: str) -> tuple[str, str]:
     """A stage whose status.json says running while the queue shows no live job."""
     if job and not job.alive:
@@ -257,7 +277,7 @@ def _silent(files: Files, stage: str, status: dict, job: Job | None, trouble: st
     elif is_alive(status):
         return "running", ""
     else:
-        how = f"process {status['pid']} is gone"
+        how = f"process {status['pid']} is gone" + _last_output(files.run, stage, "")
     return "failed", f"ended without a last word: {how}; python -m launcher resume {files.run.folder} goes on from its last checkpoint"
 
 
@@ -287,14 +307,17 @@ def _unseen(files: Files, stage: str, last: dict, job: Job | None, trouble: str)
 def _last_output(run: Run, stage: str, job: str) -> str:
     """What the job's own output ends with: the last word of a supervisor that could not write status.json, or of Slurm."""
     lines = _output(run, stage, job)
-    return f" (it said last: {lines[-1].strip()})" if lines else ""
+    return f" ({_log(run, stage, job)} ends: {lines[-1].strip()})" if lines else ""
+
+
+def _log(run: Run, stage: str, job: str) -> Path:
+    return run.stage(stage) / "logs" / (f"slurm-{job}.out" if job else "supervise.log")
 
 
 def _output(run: Run, stage: str, job: str) -> list[str]:
-    """The lines of the job's own output that are not empty; ``job``: its id, or an array's element."""
-    path = run.stage(stage) / "logs" / f"slurm-{job}.out"
+    """The lines of the supervisor's own output that are not empty; ``job``: an id, an array's element, "" locally."""
     try:
-        lines = read_tail(path, OUTPUT_BYTES)[0].decode(errors="replace").split("\n")
+        lines = read_tail(_log(run, stage, job), OUTPUT_BYTES)[0].decode(errors="replace").split("\n")
     except (FileNotFoundError, NotADirectoryError, Unfit):
         return []
     return [line.rstrip() for line in lines if line.strip()]

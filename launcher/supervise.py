@@ -8,26 +8,30 @@ again, others failed.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from launcher import deadline, hashes, manifest, memory, nccl, preflight, probe, requeue, secrets
 from launcher.attempt import Attempt
 from launcher.config import SECTIONS, build_plain
-from launcher.endings import REASONS, SAVED, Class, Facts, Verdict, classify, shown
+from launcher.endings import REASONS, Class, Facts, Verdict, shown
 from launcher.manifest import Refused
+from launcher.outcome import classify
 from launcher.pipeline import NAMES, Stage
-from launcher.ranks import LocalRanks, Log, SlurmRanks, job_port, stage_command
+from launcher.ranks import LINES, LocalRanks, Log, SlurmRanks, job_port, stage_command
+from launcher.requeue import ENDED, VANISHED
 from launcher.run import Busy, Run, lock, this_process, write_text
 from training.settings import ConfigError, load, usage
 from training.shape import Shape
 
-ENDED = 143
-"""Exit code after a TERM or STOP: 128 + SIGTERM."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 RESERVE_BYTES = 256 * 1024
 """Size of a file that is given up at the end, so that the last words find room on a disk that the stage has filled."""
 LOCK_S = 900
@@ -44,7 +48,8 @@ class Supervisor:
         self.number, self.began = run.status(stage.name)["attempt"], time.time()
         self.attempt = self.new_attempt()
         self.before: int | None = None
-        self.reserve = run.stage(stage.name) / ".reserve"
+        self.done_before = 0
+        self.reserves = (run.stage(stage.name) / ".reserve", run.folder / ".reserve")
 
     def new_attempt(self) -> Attempt:
         lead_s = min(self.profile.signal_lead_s, self.resources.minutes * 15)
@@ -62,14 +67,35 @@ class Supervisor:
             self.settle_unfinished()
             while True:
                 verdict = self.one_attempt()
-                state, code = self.decide(verdict)
+                state, code = self.follow(verdict)
                 if state != "requeued" or self.job:
                     return code
                 self.attempt = self.new_attempt()
         except Refused as error:
             return self.end("failed", Verdict(Class.REFUSED, str(error)))
         except (probe.SlurmError, ConfigError) as error:
-            return self.end("failed", Verdict(Class.BAD_CONFIG if isinstance(error, ConfigError) else Class.BUG, str(error)))
+            return self.end("failed", Verdict(Class.BAD_CONFIG if isinstance(error, ConfigError) else Class.SLURM, str(error)))
+        except Exception as error:
+            return self.end("failed", self.own_failure(error))
+
+    def own_failure(self, error: Exception) -> Verdict:
+        """The supervisor can't go on: the disk is full, or this is a bug. Its ranks end with it."""
+        if self.attempt.ranks:
+            self.attempt.ranks.pass_on(signal.SIGKILL)
+        lines = traceback.format_exc().rstrip().split("\n")
+        say("\n".join(lines))
+        number = error.errno if isinstance(error, OSError) else None
+        kind = Class.DISK_FULL if number in FULL else Class.FILE_ERROR if number else Class.BUG
+        log = f"slurm-{probe.own_job(self.job)}.out" if self.job else "supervise.log"
+        path = self.run.stage(self.stage.name) / "logs" / log
+        return Verdict(kind, f"the supervisor: {' '.join(lines[-1].split())}; its log: {path}",
+                       lines=tuple(lines[-LINES:]), code=os.EX_IOERR if kind is Class.DISK_FULL else 1)
+
+    def keep_reserves(self) -> None:
+        """Files that are given up where the disk is full, so that the last words find room."""
+        for path in self.reserves:
+            with contextlib.suppress(OSError):
+                path.write_bytes(b"." * RESERVE_BYTES)
 
     def is_done(self) -> bool:
         """True when there is nothing to do; raises Refused when the parents changed since this stage was done."""
@@ -88,18 +114,22 @@ class Supervisor:
                  and "attempt" in event}
         if not status["attempt"] or status["attempt"] in known:
             return
-        kind = status.get("class") if status["state"] != "running" else None
-        kind = kind or (Class.NODE_FAILURE.value if self.job and self.job == status.get("job") else Class.KILLED.value)
-        self.run.record("requeued", stage=self.stage.name, attempt=status["attempt"], job=status.get("job"), began=status.get("began"),
-                        iteration=self.run.iteration(self.stage.name), cause="ended without a last word", **{"class": kind})
+        again = self.job is not None and self.job == status.get("job")
+        kind = status.get("class") or (Class.NODE_FAILURE.value if again else Class.KILLED.value)
+        known = f"{status['cause']}; " if status.get("cause") else ""
+        cause = f"{known}its supervisor was killed with it{f'; Slurm queued job {self.job} again' if again else ''}"
+        self.run.record(VANISHED, stage=self.stage.name, attempt=status["attempt"], job=status.get("job"),
+                        began=status.get("began"), iteration=self.run.iteration(self.stage.name), cause=cause,
+                        **{"class": kind})
 
     def one_attempt(self) -> Verdict:
         """Check what the ranks need, run them once, say how they ended."""
         name, folder = self.stage.name, self.run.stage(self.stage.name)
+        self.keep_reserves()
         self.number, self.began = self.number + 1, time.time()
         write_text(folder / ".attempt", f"{self.number}\n")  # ranks of an earlier attempt that still live save no more
         self.drop_damaged()
-        self.before = self.run.iteration(name)
+        self.before, self.done_before = self.run.iteration(name), requeue.work_done(self.run, self.stage)
         identity = {"attempt": self.number, "job": self.job, **this_process()}
         self.run.write_status(name, state="running", cause="", started=self.began, ended=None, iteration=self.before, began=self.before,
                               rank=None, lines=[], advice="", **identity, **{"class": ""})
@@ -111,12 +141,11 @@ class Supervisor:
         keys = secrets.read(self.profile.secrets) if self.profile.secrets else {}
         log = Log(folder / "logs" / f"attempt_{self.number}.log", keys)
         say(f"{name} attempt {self.number}: {self.resources.nodes} node(s) x {self.resources.ranks_per_node} rank(s), log {log.path}")
-        self.reserve.write_bytes(b"." * RESERVE_BYTES)
         lines = nccl.environment(self.config["profile"], self.resources.ranks_per_node)
         for variable, value, reason in lines:
             log.write("launcher", f"{variable}={value}  # {reason}")
         environment = {**self.caches(), **{variable: value for variable, value, _ in lines}, **keys,
-                       "CONVOY_ATTEMPT": str(self.number)}
+                       "CONVOY_ATTEMPT": str(self.number), "CONVOY_WORDS": str(log.left.absolute())}
         command = stage_command(self.stage.module, folder / "config.json")
         if not self.job:
             return self.judge(LocalRanks(log, command, self.resources.ranks, environment))
@@ -152,8 +181,8 @@ class Supervisor:
 
     def interrupted(self) -> Verdict:
         """Told to end before there was a rank."""
-        self.attempt.settle_fate()
-        kind = self.attempt.fate or self.attempt.asked or Class.CANCELLED
+        self.attempt.settle_fate([])
+        kind = self.attempt.fate.kind if self.attempt.fate else self.attempt.asked or Class.CANCELLED
         return Verdict(kind, f"{REASONS[kind]} before its ranks started; last checkpoint: {shown(self.before)}", code=ENDED)
 
     def judge(self, ranks: LocalRanks | SlurmRanks) -> Verdict:
@@ -162,18 +191,15 @@ class Supervisor:
         ended = attempt.wait(ranks)
         if not ended:
             try:
-                made = manifest.make(self.run, self.stage, self.number, self.began)
+                made = manifest.make(self.run, self.stage, self.number, self.began, ranks.log.left / manifest.VERSIONS)
             except Refused as refused:
-                return Verdict(Class.REFUSED if "sha256" in str(refused) else Class.BUG, str(refused))
+                return Verdict(Class.REFUSED if isinstance(refused, manifest.DamagedOutput) else Class.BUG, str(refused))
             manifest.write(self.run, self.stage, made)
             return Verdict(Class.DONE, "", code=0)
-        attempt.settle_fate()  # a TERM may have ended the ranks before its reason was known
-        fate = attempt.fate
-        told = all(one.code in (SAVED, -signal.SIGTERM, 143) for one in ended)
-        if self.job and fate is None and attempt.asked is None and (told or ranks.log.lost_node()):
-            fate = self.silent_fate()
-        facts = Facts(name, ended, list(ranks.log.lines["srun"]), attempt.asked, fate, attempt.hung_minutes, self.before,
-                      self.run.iteration(name))
+        attempt.settle_fate(ended)  # a TERM may have ended the ranks before its reason was known
+        fate = attempt.fate.kind if attempt.fate else None
+        after = self.run.iteration(name) if self.stage.checkpoints else None
+        facts = Facts(name, ended, attempt.printed(), attempt.asked, fate, attempt.hung_minutes, self.before, after)
         return self.with_relief(classify(facts))
 
     def with_relief(self, verdict: Verdict) -> Verdict:
@@ -188,19 +214,6 @@ class Supervisor:
             return verdict
         return replace(verdict, relief=ways)
 
-    def silent_fate(self) -> Class | None:
-        """With GraceTime only the tasks are told of a preemption, and nobody is where Slurm has lost the node and queued the job again."""
-        try:
-            facts = deadline.ask(self.job)
-        except probe.SlurmError:
-            return None
-        if facts.restarts > int(os.environ.get("SLURM_RESTART_COUNT", 0)):
-            self.attempt.requeued = True
-            return Class.NODE_FAILURE
-        if facts.state == "CANCELLED":  # the tasks hear of it before we do
-            return Class.CANCELLED
-        return Class.PREEMPTED if facts.preempted else None
-
     def drop_damaged(self) -> None:
         """Go on from the newest checkpoint that is whole; newer ones that are not are moved aside."""
         good, bad = hashes.newest_intact(self.run, self.stage.name) if self.stage.trainer else (None, {})
@@ -209,37 +222,52 @@ class Supervisor:
             for iteration, reason in bad.items():
                 say(f"checkpoint {iteration} is damaged and moved aside: {reason}")
 
-    def decide(self, verdict: Verdict) -> tuple[str, int]:
-        """Done, once more, or failed: (state, exit code); written to status and ledger."""
-        if verdict.kind is Class.DONE:
-            return "done", self.end("done", verdict)
-        if self.attempt.requeued:  # Slurm has done it
-            return "requeued", self.end("requeued", replace(verdict, code=SAVED))
-        if verdict.kind in (Class.CANCELLED, Class.STOPPED):
-            return verdict.kind.value, self.end(verdict.kind.value, replace(verdict, code=ENDED))
-        if verdict.again:
-            verdict = requeue.refuse(self.run, self.stage, self.profile, verdict, self.before) or verdict
-        if not verdict.again:
-            return "failed", self.end("failed", verdict)
-        if self.job and self.run.cancelled_since(self.began, self.job):
-            return "cancelled", self.end("cancelled", replace(verdict, kind=Class.CANCELLED, code=ENDED))
-        self.end("requeued", verdict)  # written first: Slurm ends this job at once
-        if self.job:
-            needed = self.resources.nodes + self.resources.spares
-            requeue.back_to_queue(self.job, preflight.excluded(self.run, self.job), needed, say)
-        return "requeued", SAVED
+    def follow(self, verdict: Verdict) -> tuple[str, int]:
+        """Done, once more, or failed: (state, exit code); written to status and ledger, and done."""
+        by_slurm = self.attempt.fate is not None and self.attempt.fate.requeued
+        cancelled = self.job is not None and self.run.cancelled_since(self.began, self.job)
+        history = requeue.history_of(self.run.ledger(), self.stage.name)
+        state, verdict = requeue.decide(verdict, history, self.stage, self.profile.max_attempts, moved=self.moved(),
+                                        before=self.before, requeued=by_slurm, cancelled=cancelled)
+        code = self.end(state, verdict)  # written first: Slurm ends this job at once
+        if state == "requeued" and self.job and not by_slurm:
+            try:
+                needed = self.resources.nodes + self.resources.spares
+                requeue.back_to_queue(self.job, preflight.excluded(self.run, self.job), needed, say)
+            except probe.SlurmError as error:
+                cause = f"{verdict.cause}; Slurm did not queue it again: {error}"
+                return "failed", self.end("failed", replace(verdict, cause=cause, code=1))
+        return state, code
+
+    def moved(self) -> bool:
+        """Whether this attempt got anything done."""
+        return requeue.work_done(self.run, self.stage) > self.done_before
 
     def end(self, state: str, verdict: Verdict) -> int:
         """Write how the attempt ended; the exit code."""
         name = self.stage.name
-        self.reserve.unlink(missing_ok=True)
-        iteration = self.run.iteration(name)
-        shared = {"cause": verdict.cause, "iteration": iteration, "attempt": self.number, "job": self.job, "class": verdict.kind.value}
-        self.run.write_status(name, state=state, ended=time.time(), advice="" if state in ("done", "requeued") else verdict.advice(name),
-                              rank=verdict.rank, lines=list(verdict.lines), **shared)
-        self.run.record(state, stage=name, began=self.before, **shared)
+        shared = {"cause": verdict.cause, "iteration": self.run.iteration(name), "attempt": self.number,
+                  "job": self.job, "class": verdict.kind.value}
+        advice = "" if state in ("done", "requeued") else verdict.advice(name)
+        status = {"state": state, "ended": time.time(), "advice": advice, "rank": verdict.rank,
+                  "lines": list(verdict.lines), **shared}
+        moved = self.moved()
+        self.written(lambda: self.run.write_status(name, **status))
+        self.written(lambda: self.run.record(state, stage=name, began=self.before, moved=moved, **shared))
+        with contextlib.suppress(OSError):
+            self.reserves[0].unlink()
         say(f"{name} {state}{f': {verdict.cause}' if verdict.cause else ''}")
         return verdict.code
+
+    def written(self, write: Callable[[], None]) -> None:
+        """Write last words, at the price of the reserves where the disk is full."""
+        for path in (*self.reserves, None):
+            try:
+                return write()
+            except OSError as error:
+                say(f"{error}{f'; {path} is given up' if path else ''}")
+                with contextlib.suppress(OSError):
+                    path and path.unlink()
 
     def claim_job(self) -> None:
         """Mark this job as ours in the queue: one submitted by hand from slurm/<stage>.sbatch does not carry the run's id yet."""
@@ -261,7 +289,9 @@ class Supervisor:
 
 def say(text: str) -> None:
     now = time.time()
-    print(f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(now))}.{int(now * 1000) % 1000:03d} {text}", flush=True)
+    stamp = f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(now))}.{int(now * 1000) % 1000:03d}"
+    with contextlib.suppress(OSError, RuntimeError):  # the log's disk is full; a signal came in the middle of a line
+        print(f"{stamp} {text}", flush=True)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,10 @@ codes, signals) and misbehaves as ``behaviour.json`` in the working directory sa
   save_every N   iterations between checkpoints (default 1)
   late_s S       rank 0 takes so much longer than the others, at its end
   lines N        lines that each rank prints in an iteration
+  fill_at N      fill the disk at this iteration
   say NAME       print the value of this environment variable
+  items N        files that a stage without iterations makes, each in step_s seconds; a later attempt makes the rest
+  words [C, M]   leave class C and message M as last words and end with exit code 1
 
 Iterations that a checkpoint holds are noted in ``executed.jsonl`` of the working directory, outside the run, so that a test can tell
 whether one was lost or run twice. Rank 0 listens on MASTER_PORT as a real one does.
@@ -104,6 +107,13 @@ def hang(output: Path, behaviour: dict, mine: bool) -> None:
                            "recv operation to complete")
 
 
+def fill(output: Path) -> None:
+    """Until not a byte is free; raises OSError."""
+    with open(output / "fill", "wb", buffering=0) as file:
+        while True:
+            file.write(b"." * 4096)
+
+
 def train(output: Path, total: int, rank: int, behaviour: dict) -> None:
     for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN if behaviour.get("deaf") else lambda number, _frame: told.append(number))
@@ -114,6 +124,8 @@ def train(output: Path, total: int, rank: int, behaviour: dict) -> None:
     for iteration in range(start + 1, total + 1):
         time.sleep(behaviour.get("step_s", 0))
         misbehave(output, behaviour, iteration, rank)
+        if behaviour.get("fill_at") == iteration:
+            fill(output)
         unsaved.append(iteration)
         for number in range(behaviour.get("lines", 0)):
             print(f"iteration {iteration} line {number}")
@@ -135,6 +147,22 @@ def train(output: Path, total: int, rank: int, behaviour: dict) -> None:
             pause(rank)
 
 
+def work(output: Path, behaviour: dict) -> None:
+    """A stage without iterations: it ends on USR1 and TERM with what it has made."""
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit(75))
+    for item in range(behaviour.get("items", 1)):
+        path = output / "made" / f"{item}"
+        if not path.exists():
+            time.sleep(behaviour.get("step_s", 0))
+            write(path, f"item {item}")
+
+
+def last_words(rank: int, kind: str, message: str) -> None:
+    write(Path(os.environ["CONVOY_WORDS"]) / f"rank_{rank}.json", json.dumps({"class": kind, "message": message}))
+    sys.exit(1)
+
+
 def main() -> None:
     config = json.loads(Path(sys.argv[1]).read_text())
     output = Path(config["paths"]["output"])
@@ -149,6 +177,8 @@ def main() -> None:
     if rank == 0:
         listener = socket.create_server(("", int(os.environ["MASTER_PORT"])))  # noqa: F841 - held until the end
     socket.getaddrinfo(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    if "words" in behaviour:
+        last_words(rank, *behaviour["words"])
     if "exit" in behaviour:
         print("error: told to end", file=sys.stderr)
         sys.exit(behaviour["exit"])
@@ -158,8 +188,8 @@ def main() -> None:
         train(output, config["iterations"], rank, behaviour)
         time.sleep(behaviour.get("late_s", 0) if rank == 0 else 0)
         return
+    work(output, behaviour)
     if output.name == "convert":
-        time.sleep(behaviour.get("step_s", 0))
         save(output, 0, ["model"])
     elif output.name == "export":
         for model in config["paths"]["checkpoints"]:

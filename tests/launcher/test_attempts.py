@@ -1,21 +1,26 @@
 """Attempts with real processes and no Slurm: early signals, hung ranks, operator files, damaged checkpoints, contracts between stages."""
 
+import collections
 import hashlib
 import json
+import platform
 import subprocess
 import sys
 import time
 
 import pytest
 
-from launcher import manifest
+from launcher import manifest, state
 from launcher.attempt import Attempt
-from launcher.endings import Class, Facts, classify
+from launcher.endings import Class, Facts
+from launcher.jobs import Job
 from launcher.manifest import Refused
+from launcher.outcome import classify
 from launcher.pipeline import ALL
 from launcher.ranks import LocalRanks, Log
 from launcher.run import Run
 from tests.launcher.stub_project import wait_until
+from training import checksums
 
 HUNG = """
 import faulthandler, time
@@ -111,6 +116,42 @@ def test_a_flipped_bit_is_never_certified_and_the_checkpoint_before_it_is_used(p
     assert [event["iteration"] for event in project.ledger("started") if event["stage"] == "sft"] == [None, 2]
     assert project.ledger("bad checkpoint")[0]["iteration"] == 3
     assert weights.read_text() == "sft 3" and (project.run / "sft/checkpoints.aside/iter_0000003").is_dir()
+
+
+def test_each_output_is_read_once_when_a_stage_is_called_done(project, monkeypatch):
+    """Also a checkpoint, whose own SHA256 is checked then."""
+    assert project.submit("--wait", "--until", "sft").returncode == 0
+    read, digest = collections.Counter(), checksums.digest
+    monkeypatch.setattr(checksums, "digest", lambda path: (read.update([str(path)]), digest(path))[1])
+    outputs = manifest.make(Run(project.run), ALL["sft"], 1, 0.0)["outputs"]
+    assert outputs == project.json("sft/DONE.json")["outputs"]
+    assert read == collections.Counter(str(project.run / name) for name in outputs) and len(read) == 3
+
+
+@pytest.mark.parametrize("ended, kind, words", [
+    ("PREEMPTED", "preempted", "it was preempted before it could save"), ("NODE_FAIL", "node failure", "its node failed"),
+    ("TIMEOUT", "time limit", "time limit"), ("OUT_OF_MEMORY", "host oom", "memory"), ("FAILED", "", "failed")])
+def test_a_job_that_slurm_ended_with_its_supervisor_is_called_what_slurm_calls_it(project, ended, kind, words):
+    assert project.submit("--wait", "--until", "convert").returncode == 0
+    run = Run(project.run)
+    run.write_status("sft", state="running", attempt=1, job=5, cause="", **{"class": ""})
+    row = state._state(state.Files(run), ALL["sft"], Job(5, ended), "")
+    assert (row.state, row.kind) == ("failed", kind) and words in row.why and bool(row.advice) == bool(kind)
+
+
+def test_versions_are_those_of_the_ranks_and_never_the_host_s_for_a_container(project, tmp_path):
+    assert project.submit("--wait", "--until", "convert").returncode == 0
+    run, left = Run(project.run), tmp_path / "versions.json"
+    assert manifest.versions(run)["python"] == platform.python_version() and "torch" in manifest.versions(run)
+    left.write_text(json.dumps({"python": "3.12.3", "torch": "2.9.0a0+nv25.10"}))
+    assert manifest.versions(run, left)["torch"] == "2.9.0a0+nv25.10" and "transformers" not in manifest.versions(run, left)
+    config = project.json("config.json")
+    config["profile"]["container"] = {"runtime": "pyxis", "image": "site+convoy+1.sqsh"}
+    (project.run / "config.json").write_text(json.dumps(config))
+    inside = manifest.versions(run, left)
+    assert (inside["container"], inside["python"]) == ("site+convoy+1.sqsh", "3.12.3")
+    left.write_text("[1")
+    assert set(manifest.versions(run, left)) <= {"container", "commit"}
 
 
 def test_a_stage_that_begins_while_stop_is_there_starts_nothing(project):

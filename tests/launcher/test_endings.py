@@ -1,15 +1,21 @@
 """Endings from what ranks, torch, NCCL, gloo, the kernel and Slurm really print; deadlines and limits from numbers. Nothing runs here."""
 
 import contextlib
+import dataclasses
 import json
+import re
 import socket
 
 import pytest
 
-from launcher import deadline, nodecheck, preflight, progress, requeue
-from launcher.endings import ADVICE, Class, Ended, Facts, classify
+from launcher import advice, deadline, nodecheck, preflight, progress, requeue
+from launcher.advice import ADVICE
+from launcher.config import SECTIONS, Resources
+from launcher.deadline import JobFacts
+from launcher.endings import Class, Ended, Facts, Said, Verdict
+from launcher.fate import Fate, fate_of
+from launcher.outcome import classify
 from launcher.pipeline import ALL
-from launcher.profile import Profile
 from launcher.ranks import PORTS, Log, ends, job_port
 from launcher.run import Run
 
@@ -62,8 +68,11 @@ def rank(code, line, number=0, lines=()):
                "iteration 30 is saved, and resume goes on from it")], [], Class.UNHEALTHY),
     ([rank(64, "error: sft.lr = -1: expected above 0")], [], Class.BAD_CONFIG),
     ([rank(65, "error: rows.jsonl line 7: field prompt is missing")], [], Class.BAD_DATA),
-    ([rank(65, "error: iter_0000100/model/__0_0.distcp does not have the sha256 that SHA256 lists: truncated or changed.")], [],
-     Class.REFUSED),
+    ([rank(73, "error: saving iteration 4 failed on rank 0: [Errno 13] Permission denied: 'sft/checkpoints'")], [],
+     Class.FILE_ERROR),
+    ([rank(4, "sft: no average, because 3 of 160 ratings are valid")], [], Class.TOO_FEW_RATINGS),
+    ([rank(1, "urllib.error.URLError: <urlopen error [Errno 111] Connection refused>")], [], Class.BUG),
+    ([rank(1, "requests.exceptions.ConnectionError: api.wandb.ai: Name or service not known")], [], Class.BUG),
     ([rank(-9, "iteration 7/10")], [], Class.KILLED),
     ([rank(-11, "Current thread 0x00007f (most recent call first):")], [], Class.BUG),
     ([rank(1, "KeyError: 'prompt'", lines=["urllib3: Connection refused, tried again"])], [], Class.BUG),
@@ -102,10 +111,12 @@ def test_memory_that_ran_out_is_told_in_the_words_of_the_kernel():
 @pytest.mark.parametrize("words, kind", [("PREEMPTION", Class.PREEMPTED), ("TIME LIMIT", Class.TIME_LIMIT),
                                          ("NODE FAILURE, SEE SLURMCTLD LOG FOR DETAILS", Class.NODE_FAILURE)])
 def test_what_slurm_did_comes_before_what_the_ranks_saw(words, kind):
-    lost = classify(Facts("sft", [rank(-15, "iteration 7/10"), rank(1, CLOSED, 1)], [STEP.format(words)], before=0, after=5))
+    lines = [STEP.format(words)]
+    fate = fate_of(None, 0, lines).kind
+    lost = classify(Facts("sft", [rank(-15, "iteration 7/10"), rank(1, CLOSED, 1)], lines, fate=fate, before=0, after=5))
     assert lost.kind is kind and lost.again and "ended without saving" in lost.cause and "last checkpoint: iteration 5" in lost.cause
-    kept = classify(Facts("sft", [rank(75, "stopped by a signal; iteration 7 is saved")], [STEP.format(words)], before=0, after=7))
-    assert kept.kind is kind and "saved iteration 7 and goes on" in kept.cause
+    kept = classify(Facts("sft", [rank(75, "stopped by a signal; iteration 7 is saved")], lines, fate=fate, before=0, after=7))
+    assert kept.kind is kind and "; saved iteration 7" in kept.cause
 
 
 def test_a_fault_during_the_save_that_was_asked_for_keeps_its_own_name():
@@ -122,7 +133,7 @@ def test_what_a_person_asked_for_is_not_queued_again(asked):
 
 
 def test_every_ending_but_done_says_what_to_do():
-    assert set(ADVICE) == set(Class) - {Class.DONE}
+    assert set(ADVICE) == {kind.value for kind in Class} - {"done"}
 
 
 def test_lead_is_the_longest_step_and_save_with_margin():
@@ -136,45 +147,123 @@ def test_lead_is_the_longest_step_and_save_with_margin():
     assert deadline.lead([], [], 300, 600) == 150
 
 
-def attempts(tmp_path, *ends, iteration=0, max_attempts=20, kind=Class.COMMUNICATION, stage="sft"):
-    """What refuse() says after these earlier ends (class, began, iteration) and one more of ``kind`` that began and ended at 5."""
-    run = Run(tmp_path)
-    (tmp_path / stage).mkdir()
-    (tmp_path / stage / "latest").write_text(f"{iteration or 5}\n")
-    run.record("submitted", stage=stage, job=1)
-    for number, (name, began, after) in enumerate(ends, 1):
-        run.record("started", stage=stage, attempt=number)
-        run.record("requeued", stage=stage, attempt=number, began=began, iteration=after, **{"class": name})
-    run.record("started", stage=stage, attempt=len(ends) + 1)
-    verdict = classify(Facts(stage, [rank(1, GLOO)])) if kind is Class.COMMUNICATION else classify(Facts(stage, [rank(75, "")], asked=kind))
-    return requeue.refuse(run, ALL[stage], Profile(name="x", scheduler="slurm", max_attempts=max_attempts), verdict, 5)
+def follow(*ends, attempts=2, max_attempts=20, kind=Class.COMMUNICATION, stage=ALL["sft"], moved=False, **options):
+    """What follows one more attempt of ``kind`` that began at 5, after earlier ends (class, began, iteration)."""
+    rows = tuple({"class": name, "began": began, "iteration": after} for name, began, after in ends)
+    history = requeue.History(attempts, rows)
+    return requeue.decide(Verdict(kind, GLOO), history, stage, max_attempts, moved=moved, before=5, **options)
 
 
-@pytest.mark.parametrize("ends, now, refused", [
-    ([], 5, None),
-    ([("communication timeout", 3, 5)], 5, None),
-    ([("communication timeout", 5, 5)], 5, Class.NO_PROGRESS),
-    ([("communication timeout", 5, 5)], 6, None),
-    ([("preempted", 5, 5)], 5, None),
-    ([("time limit", None, None), ("preempted", 5, 5)], 5, Class.NO_PROGRESS),
+@pytest.mark.parametrize("ends, moved, kind", [
+    ([], False, Class.COMMUNICATION),
+    ([("communication timeout", 3, 5)], False, Class.COMMUNICATION),
+    ([("communication timeout", 5, 5)], False, Class.NO_PROGRESS),
+    ([("communication timeout", 5, 5)], True, Class.COMMUNICATION),
+    ([("preempted", 5, 5)], False, Class.COMMUNICATION),
+    ([("time limit", None, None), ("preempted", 5, 5)], False, Class.NO_PROGRESS),
 ])
-def test_two_attempts_without_progress_are_enough(tmp_path, ends, now, refused):
-    verdict = attempts(tmp_path, *ends, iteration=now)
-    assert (verdict and verdict.kind) is refused
-    assert verdict is None or (not verdict.again and "Timed out waiting 1800000ms" in verdict.cause)
+def test_two_attempts_without_progress_are_enough(ends, moved, kind):
+    state, verdict = follow(*ends, moved=moved)
+    assert verdict.kind is kind and state == ("failed" if kind is Class.NO_PROGRESS else "requeued")
+    assert "Timed out waiting 1800000ms" in verdict.cause and (verdict.code == 75) == (state == "requeued")
 
 
 def test_attempts_have_a_limit_that_a_resume_resets(tmp_path):
-    ends = [("preempted", number, number + 1) for number in range(4)]
-    verdict = attempts(tmp_path, *ends, iteration=9, max_attempts=5)
-    assert not verdict.again and "attempt 5 of at most 5 (profile: max_attempts)" in verdict.cause
-    Run(tmp_path).record("submitted", stage="sft", job=2)
-    assert requeue.history(Run(tmp_path), "sft") == (0, [])
+    state, verdict = follow(attempts=5, max_attempts=5, moved=True)
+    assert state == "failed" and "attempt 5 of at most 5 (profile: max_attempts)" in verdict.cause
+    rows = [{"event": "started", "stage": "sft"}, {"event": "requeued", "stage": "sft", "class": "preempted"},
+            {"event": "started", "stage": "sft"}, {"event": "vanished", "stage": "sft", "class": "node failure"}]
+    assert requeue.history_of(rows, "sft") == requeue.History(2, (rows[1], rows[3]))
+    assert requeue.history_of([*rows, {"event": "submitted", "stage": "sft"}], "sft") == requeue.History()
 
 
-def test_a_stage_that_saves_nothing_is_not_repeated_after_its_time_limit(tmp_path):
-    verdict = attempts(tmp_path, kind=Class.TIME_LIMIT, stage="export")
-    assert not verdict.again and "saves nothing on its way" in verdict.cause
+@pytest.mark.parametrize("stage", ALL.values(), ids=ALL)
+def test_every_stage_is_queued_again_at_its_time_limit(stage):
+    """Each saves what it has done on USR1; a stage that would not says why it isn't queued again."""
+    assert follow(kind=Class.TIME_LIMIT, stage=stage)[0] == "requeued"
+    state, verdict = follow(kind=Class.TIME_LIMIT, stage=dataclasses.replace(stage, resumable=False))
+    assert state == "failed" and "saves nothing on its way" in verdict.cause
+
+
+def test_what_was_done_or_cancelled_meanwhile_comes_before_the_limits():
+    assert follow(attempts=9, max_attempts=5, requeued=True)[0] == "requeued", "Slurm has done it"
+    assert follow(cancelled=True)[0] == "cancelled" and follow(kind=Class.DONE)[0] == "done"
+    assert follow(kind=Class.STOPPED)[0] == "stopped" and follow(kind=Class.BUG)[0] == "failed"
+    bad = [follow(*[("preflight", 5, 5)] * earlier, kind=Class.PREFLIGHT)[0] for earlier in (1, 2)]
+    assert bad == ["requeued", "failed"]
+
+
+def job(state="RUNNING", reason="None", restarts=0, preempted=False):
+    return JobFacts(state, reason, None, None, restarts, preempted)
+
+
+@pytest.mark.parametrize("facts, terminated, fate", [
+    (job("COMPLETING", restarts=1), True, Fate(Class.PREEMPTED, True)),
+    (job("PENDING", restarts=1), False, Fate(Class.NODE_FAILURE, True)),
+    (job(), True, Fate(Class.PREEMPTED)),
+    (job(preempted=True), False, Fate(Class.PREEMPTED)),
+    (job(), False, None),
+    (job("PREEMPTED", preempted=True), True, Fate(Class.PREEMPTED)),
+    (job("COMPLETING", preempted=True), True, Fate(Class.PREEMPTED)),
+    (job("NODE_FAIL"), True, Fate(Class.NODE_FAILURE)),
+    (job("COMPLETING", "NodeDown"), True, Fate(Class.NODE_FAILURE)),
+    (job("COMPLETING", "TimeLimit"), True, Fate(Class.TIME_LIMIT)),
+    (job("TIMEOUT"), False, Fate(Class.TIME_LIMIT)),
+    (job("CANCELLED"), False, Fate(Class.CANCELLED)),
+    (job("COMPLETING"), True, Fate(Class.CANCELLED)),
+    (job("COMPLETING"), False, None),
+])
+def test_what_slurm_did_to_the_job(facts, terminated, fate):
+    assert fate_of(facts, 0, terminated=terminated) == fate
+
+
+def test_what_slurm_printed_names_the_reason_of_its_requeue():
+    lines = [STEP.format("NODE FAILURE")]
+    assert fate_of(job("COMPLETING", restarts=3), 2, lines, True) == Fate(Class.NODE_FAILURE, True)
+    assert fate_of(None, 0, lines) == Fate(Class.NODE_FAILURE) and fate_of(None, 0, ["srun: error"]) is None
+
+
+def said(kind, message="", code=1):
+    return Ended(code, 0, "the last line", ("the last line",), Said(kind, message))
+
+
+@pytest.mark.parametrize("words, kind", [
+    (said(Class.JUDGE, "http://x: <urlopen error [Errno 111] Connection refused>; gave up"), Class.JUDGE),
+    (said(Class.REFUSED, "iter_0000100/model/__0_0.distcp does not have the sha256", 65), Class.REFUSED),
+    (said(Class.BUG, "OSError: Name or service not known"), Class.BUG),
+    (said(Class.FILE_ERROR, "[Errno 13] Permission denied", 74), Class.FILE_ERROR),
+    (said(None, "RuntimeError: something that torch says"), Class.BUG),
+    (said(None, CUDA), Class.CUDA_OOM),
+    (said(None, GLOO), Class.COMMUNICATION),
+    (said(Class.NAN, "FloatingPointError: not finite", -9), Class.NAN),
+])
+def test_what_the_stage_says_of_itself_is_believed_first(words, kind):
+    """Also before its exit code and before texts that elsewhere mean something else."""
+    verdict = classify(Facts("mtbench", [words], ["srun: error: n1: Connection refused"]))
+    assert verdict.kind is kind and verdict.advice("mtbench")
+    assert words.said.message.split(";")[0][:100] in verdict.cause
+
+
+def test_advice_names_only_keys_that_the_stage_has():
+    """For every stage and every class that it can end with."""
+    def keys(cls) -> set[str]:
+        return {field.name for field in dataclasses.fields(cls)}
+
+    named = 0
+    for name, stage in ALL.items():
+        for kind in ADVICE:
+            if (kind in ("judge", "harness", "too few ratings") and name != "mtbench") or (
+                    kind == "health gate" and not stage.trainer):
+                continue
+            for section, key in re.findall(r"(?<![\w.])((?:resources\.)?[a-z]+)\.([a-z_]+)\b", advice.of(kind, name)):
+                if section.startswith("resources."):
+                    assert section == f"resources.{name}" and key in keys(Resources), (kind, name)
+                elif section in SECTIONS:
+                    assert section in (name, "data") and key in keys(SECTIONS[section]), f"{kind}: {section}.{key}"
+                else:
+                    assert (section, key) == ("metrics", "jsonl"), f"{kind}: {section}.{key}"
+                named += 1
+    assert named > 60
 
 
 @pytest.mark.parametrize("text, wanted, visible, reason", [

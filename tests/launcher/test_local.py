@@ -13,7 +13,7 @@ import pytest
 from launcher import manifest
 from launcher.run import process_start
 from tests.eval.test_report import evaluate
-from tests.launcher.stub_project import ROOT, small, wait_until
+from tests.launcher.stub_project import ROOT, SMALL, small, wait_until
 
 ORDER = ["convert", "sft", "reward", "rlhf", "export", "mtbench"]
 
@@ -298,3 +298,38 @@ def test_a_manifest_names_the_commit_of_a_checkout_and_no_other(tmp_path):
         head = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
         assert manifest.commit(ROOT).get("commit", "").removesuffix("-dirty") == head
     assert manifest.commit(tmp_path) == {} == manifest.commit(ROOT / "launcher")
+
+
+FULL_DISK = """
+mount -t tmpfs -o size=24m none runs || exit 77
+"$0" -m launcher submit full-pipeline --name demo --profile local --wait --until sft "$@" > told 2>&1
+"$0" -m launcher status demo > shown 2>&1; "$0" -m launcher status demo --json > states.json
+rm runs/demo/sft/fill; echo '{}' > behaviour.json
+"$0" -m launcher resume demo --wait > resumed 2>&1; echo $? > code
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts a small disk")
+def test_a_disk_that_is_full_to_the_last_byte_is_named(project):
+    """The last words find room in what was kept for them; after making room resume goes on."""
+    project.behave(sft={"fill_at": 2})
+    (project.folder / "runs").mkdir(exist_ok=True)
+    done = subprocess.run(["unshare", "-m", "sh", "-c", FULL_DISK, sys.executable, *SMALL], cwd=project.folder,
+                          env=project.environment, capture_output=True, text=True, timeout=120)
+    if done.returncode == 77 or "unshare" in done.stderr:
+        pytest.skip(f"no mount here: {done.stderr}")
+    row = next(row for row in json.loads((project.folder / "states.json").read_text()) if row["stage"] == "sft")
+    assert (row["state"], row["class"]) == ("failed", "disk full"), row
+    assert "No space left on device" in row["why"] and "sft.keep_checkpoints" in row["advice"]
+    assert "No space left on device" in (project.folder / "told").read_text()
+    assert (project.folder / "code").read_text() == "0\n", (project.folder / "resumed").read_text()
+
+
+def test_a_supervisor_that_breaks_says_how(project):
+    """A folder where a file must be: its own traceback's last line is the cause."""
+    assert project.submit("--wait", "--until", "convert").returncode == 0
+    (project.run / "sft/.attempt").mkdir()
+    failed = project.convoy("resume", "demo", "--all", "--wait")
+    row = project.states()["sft"]
+    assert failed.returncode == 1 and row["state"] == "failed"
+    assert "the supervisor: IsADirectoryError: " in row["why"] and "sft/logs/supervise.log" in row["why"]

@@ -51,6 +51,27 @@ def test_chain_of_six_jobs_runs_by_afterok(project, queue):
     assert "[3] rlhf rank 3 of 4" in project.log("rlhf")
 
 
+def test_status_says_why_a_stage_was_queued_again(project, queue):
+    """While it waits, and while the next attempt runs; as text, as JSON and on one line among all runs."""
+    project.behave(sft={"step_s": 0.3})
+    submit(project, "--until", "sft", "--set", "sft.iterations=60")
+    latest = project.run / "sft/latest"
+    wait_until(lambda: latest.exists() and int(latest.read_text()) > 1, 60, "steps")
+    queue("scancel", "--batch", "--signal=USR1", jobs(queue, project)["sft"][0])
+    wait_until(lambda: project.states()["sft"]["state"] == "requeued", 30, "requeue")
+    saved = project.ledger("requeued")[0]["iteration"]
+    cause = f"reached its time limit; saved iteration {saved}"
+    words = f"attempt 1 (time limit): {cause}"
+    for state in ("requeued", "running"):
+        wait_until(lambda wanted=state: project.states()["sft"]["state"] == wanted, 60, state)
+        row = project.states()["sft"]
+        assert {**row["previous"], "time": 0} == {"attempt": 1, "class": "time limit", "cause": cause, "iteration": saved,
+                                                  "time": 0}
+        assert words in " ".join(project.convoy("status", "demo").stdout.split()), state
+        assert words in project.convoy("status").stdout
+    project.convoy("cancel", "demo")
+
+
 def test_failing_stage_cancels_its_children_and_resume_chains_only_what_is_left(project, queue):
     project.behave(sft={"fail_at": 2, "rank": 1, "step_s": 0.2})
     submit(project)

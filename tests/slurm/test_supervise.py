@@ -135,19 +135,19 @@ def test_stop_saves_ends_and_is_not_queued_again(project, queue):
     number = running(project, 2)
     (project.run / "STOP").touch()
     ended = until(project, "stopped", seconds=20)
-    assert ended["class"] == "stopped" and ended["cause"] == f"told to stop (file STOP): saved iteration {saved(project)}"
+    assert ended["class"] == "stopped" and ended["cause"] == f"told to stop (file STOP); saved iteration {saved(project)}"
     assert "resume removes the file STOP" in ended["advice"]
     wait_until(lambda: queue("squeue", "-h", "-t", "all", "-j", number, "-o", "%T").strip() == "FAILED", 20, "the job's end")
     assert not (project.run / "reward/rank_0.json").exists(), "its children must not run"
 
 
-def test_stop_ends_a_stage_that_saves_nothing(project, queue):
+def test_stop_ends_a_stage_without_checkpoints(project, queue):
     project.behave(convert={"step_s": 60})
     submit(project)
     wait_until(lambda: (project.run / "convert/rank_0.json").exists(), 30, "convert")
     (project.run / "STOP").touch()
     ended = until(project, "stopped", "failed", stage="convert", seconds=20)
-    assert ended["state"] == "stopped" and ended["cause"] == "told to stop (file STOP); last checkpoint: none"
+    assert ended["state"] == "stopped" and ended["cause"] == "told to stop (file STOP); what is done is kept"
 
 
 def test_save_saves_goes_on_and_the_file_is_removed(project, queue):

@@ -133,7 +133,7 @@ def test_batch_script_that_fails_before_its_stage_begins_is_told_by_its_output(o
     assert project.submit(profile="mine.toml").returncode == 0
     wait_until(lambda: project.states()["convert"]["state"] not in ("pending", "running"), 30, "end of convert")
     shown, row = project.convoy("status", "demo").stdout, project.states()["convert"]
-    assert row["state"] in ("failed", "lost") and "(it said last: see module avail)" in row["why"], row
+    assert row["state"] in ("failed", "lost") and ".out ends: see module avail)" in row["why"], row
     assert row["state"] == "lost" or "| no such module: cuda/99" in shown and "setup or container of the profile" in shown, shown
     said = project.convoy("logs", "demo")
     assert said.returncode == 0 and "[slurm] no such module: cuda/99" in said.stdout, said.stderr

@@ -35,6 +35,11 @@ def preempted_with_grace(case: Case) -> str:
     return _preempted(case, "grace")
 
 
+@scenario("preempted: PreemptMode=CANCEL", cluster={"NODES": 1}, seconds=25)
+def preempted_for_good(case: Case) -> str:
+    return _preempted(case, "killed")
+
+
 @scenario("USR1 ahead of the time limit", seconds=20)
 def usr1_lead(case: Case) -> str:
     case.project.behave(sft=STEP)
@@ -47,6 +52,21 @@ def usr1_lead(case: Case) -> str:
     return "saved, queued again, went on: done"
 
 
+@scenario("requeue of the job disabled, then its time limit", seconds=20)
+def requeue_disabled(case: Case) -> str:
+    case.project.behave(sft=STEP)
+    case.submit("--until", "reward", sets=LONG)
+    case.begun("sft", 2)
+    case.cluster.call("scontrol", "update", f"jobid={case.job('sft')}", "requeue=0")
+    case.cluster.call("scancel", "--batch", "--signal=USR1", case.job("sft"))
+    case.inject()
+    cause = case.fails("sft", "reached its time limit; saved iteration", "Slurm did not queue it again", "--no-requeue")
+    assert case.status("sft")["class"] == "time limit", case.status("sft")
+    case.resume()
+    case.done("sft", "reward")
+    return f"{cause}; resumed: done"
+
+
 @scenario("true time limit of 1 min", slow=True, seconds=130)
 def time_limit(case: Case) -> str:
     case.project.behave(sft={"step_s": 1})
@@ -56,6 +76,20 @@ def time_limit(case: Case) -> str:
     case.notice(lambda: case.state("sft") == "requeued", 90, "save and requeue")
     case.done("sft", "reward", seconds=180)
     return "saved before the limit, queued again, went on: done"
+
+
+@scenario("true time limit of 1 min of the evaluation", slow=True, seconds=180)
+def time_limit_of_evaluation(case: Case) -> str:
+    """It has no checkpoints: what it has made counts as progress."""
+    case.project.behave(mtbench={"step_s": 1, "items": 80})
+    case.submit(sets={"resources.mtbench.minutes": 1})
+    case.until(lambda: case.state("mtbench") == "running", 60, "mtbench runs")
+    case.inject()
+    case.notice(lambda: case.state("mtbench") == "requeued", 90, "save and requeue")
+    case.done("sft", "reward", "rlhf", "export", "mtbench", seconds=240)
+    causes = [event["cause"] for event in case.project.ledger("requeued")]
+    assert len(causes) > 1 and set(causes) == {"reached its time limit; what is done is kept"}, causes
+    return "ended before the limit, queued again as often as it takes, went on: done"
 
 
 @scenario("true time limit of 1 min, ranks don't heed the signal", slow=True, seconds=180)
