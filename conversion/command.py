@@ -53,6 +53,8 @@ class Stopped(BaseException):
 def obey_signals() -> None:
     """USR1 (time limit ahead) and TERM end the stage with 75: it wants to go on."""
     def stop(number: int, _frame) -> None:
+        for each in (signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(each, signal.SIG_IGN)  # the request is repeated
         raise Stopped(f"stopped by {signal.Signals(number).name}")
 
     for number in (signal.SIGUSR1, signal.SIGTERM):

@@ -147,9 +147,14 @@ def guarded(settings: MTBenchConfig) -> int:
 
 
 def heed_signals() -> None:
-    """USR1 and TERM end the process with 75: it wants to go on."""
+    """USR1 and TERM end the process with 75: it wants to go on. They are repeated: those after the first do nothing."""
+    def stop(*_) -> None:
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        sys.exit(GO_ON)
+
     for number in (signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(number, lambda *_: sys.exit(GO_ON))
+        signal.signal(number, stop)
 
 
 if __name__ == "__main__":

@@ -33,13 +33,14 @@ ADVICE: dict[str, dict[str, str]] = {
         EVERY: "look at the log: the model that is read has numbers that are not finite",
         **dict.fromkeys(TRAINERS, RATES)},
     "communication timeout": {
-        EVERY: "see which rank is missing in the log; if it is always the same node, exclude it; else the site's network "
-               "settings (profile: network)"},
+        EVERY: "see which rank is missing in the log; if it is always the same node, exclude it; else the site's "
+               "network settings (profile: network)"},
     "disk full": {
         EVERY: f"{ROOM}; then resume",
         **dict.fromkeys(TRAINERS, f"{ROOM}, or lower {{stage}}.keep_checkpoints; then resume")},
     "file error": {
-        EVERY: "look at the path that is named: it must exist, and you must be allowed to read and write it; then resume"},
+        EVERY: "look at the path that is named: it must exist, and you must be allowed to read and write it; then "
+               "resume"},
     "node failure": {EVERY: "tell the site about the node; resume goes on elsewhere"},
     "bad config": {EVERY: "correct the value that is named and submit again"},
     "bad data": {
@@ -47,14 +48,14 @@ ADVICE: dict[str, dict[str, str]] = {
         CONVERSION: "correct the file that is named; then resume",
         EVALUATION: "correct the file or folder that is named; then resume: what is done is kept"},
     "judge": {
-        EVERY: "see that the judge answers: {stage}.judge, {stage}.judge_url, {stage}.judge_model and its key; resume asks "
-               "only for what is missing"},
+        EVERY: "see that the judge answers: {stage}.judge, {stage}.judge_url, {stage}.judge_model and its key; resume "
+               "asks only for what is missing"},
     "harness": {
         EVERY: "read the harness's last words; {stage}.harness_tasks and {stage}.harness_folder say what it runs; then "
                "resume"},
     "too few ratings": {
-        EVERY: "the report says why ratings are not valid; another {stage}.judge_model or more {stage}.judge_max_tokens; "
-               "then resume"},
+        EVERY: "the report says why ratings are not valid; another {stage}.judge_model or more "
+               "{stage}.judge_max_tokens; then resume"},
     "killed": {EVERY: "find out who killed it (dmesg of the node: out of memory?); then resume"},
     "bug": {EVERY: f"read the traceback in the log; after the fix, {SAVED}"},
     "cancelled": {EVERY: SAVED},
@@ -70,8 +71,8 @@ ADVICE: dict[str, dict[str, str]] = {
     "saved": {EVERY: SAVED},
     "preflight": {EVERY: "tell the site about the node; resume goes on elsewhere"},
     "check failed": {
-        EVERY: "read the lines [preflight] of the log: Slurm or the profile's setup keeps the check from running, no node is "
-               "at fault; preflight = false in the profile goes without it; then resume"},
+        EVERY: "read the lines [preflight] of the log: Slurm or the profile's setup keeps the check from running, no "
+               "node is at fault; preflight = false in the profile goes without it; then resume"},
     "health gate": {
         EVERY: f"{GATE}, or the limit moved",
         ROLLOUT: f"{GATE} or {{stage}}.kl_coef, or the limit moved"},

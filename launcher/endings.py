@@ -1,4 +1,4 @@
-"""The words for how an attempt ended: its class, what the ranks left, the verdict. Pure; launcher/outcome.py finds it."""
+"""The words for how an attempt ended: its class, what the ranks left, the verdict. Pure; see launcher/outcome.py."""
 
 from __future__ import annotations
 

@@ -14,20 +14,20 @@ from launcher.endings import CODES, REASONS, SAVED, Class, Ended, Facts, Verdict
 SIGNS = tuple((kind, re.compile(pattern)) for kind, pattern in (
     (Class.CUDA_OOM, r"OutOfMemoryError|CUDA out of memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED|"
                      r"Cuda failure .*out of memory"),
-    (Class.HOST_OOM, r"oom[-_ ]kill|Out Of Memory$|OOM Killed|^MemoryError|Cannot allocate memory|can't allocate memory|"
-                     r"killed by signal: Killed|insufficient shared memory"),
+    (Class.HOST_OOM, r"oom[-_ ]kill|Out Of Memory$|OOM Killed|^MemoryError|Cannot allocate memory|"
+                     r"can't allocate memory|killed by signal: Killed|insufficient shared memory"),
     (Class.NAN, r"^FloatingPointError"),
     (Class.DISK_FULL, r"No space left on device|Disk quota exceeded|File too large|it needs [\d,.]+ GB of disk"),
-    (Class.NODE_FAILURE, r"Node failure on|NODE FAILURE|uncorrectable ECC|fallen off the bus|\bXid\b|CUDA driver initialization failed|"
-                         r"no CUDA-capable device|No CUDA GPUs are available|device\(s\) is/are busy or unavailable|"
-                         r"Driver/library version mismatch|Task launch for \S+ failed on node|Stale file handle|"
-                         r"Transport endpoint is not connected|Input/output error"),
-    (Class.COMMUNICATION, r"Watchdog caught collective operation timeout|Timed out waiting \d+ms|NCCL error|ncclRemoteError|"
-                          r"ncclSystemError|ncclInternalError|DistBackendError|DistNetworkError|DistStoreError|"
-                          r"Connection (closed|reset) by peer|"
-                          r"Connection refused|Broken pipe|[Ss]ocket [Tt]imeout|wait timeout after \d+ms|"
-                          r"[Tt]imed out after \d+ seconds waiting for clients|No route to host|Temporary failure in name resolution|"
-                          r"Name or service not known|Failed to check the \"should dump\" flag"),
+    (Class.NODE_FAILURE, r"Node failure on|NODE FAILURE|uncorrectable ECC|fallen off the bus|\bXid\b|"
+                         r"CUDA driver initialization failed|no CUDA-capable device|No CUDA GPUs are available|"
+                         r"device\(s\) is/are busy or unavailable|Driver/library version mismatch|"
+                         r"Task launch for \S+ failed on node|Stale file handle|Transport endpoint is not connected|Input/output error"),
+    (Class.COMMUNICATION, r"Watchdog caught collective operation timeout|Timed out waiting \d+ms|NCCL error|"
+                          r"ncclRemoteError|ncclSystemError|ncclInternalError|DistBackendError|"
+                          r"DistNetworkError|DistStoreError|Connection (closed|reset) by peer|Connection refused|Broken pipe|"
+                          r"[Ss]ocket [Tt]imeout|wait timeout after \d+ms|"
+                          r"[Tt]imed out after \d+ seconds waiting for clients|No route to host|"
+                          r"Temporary failure in name resolution|Name or service not known|Failed to check the \"should dump\" flag"),
 ))
 """What a rank's or srun's last lines show, most specific first. Texts of torch 2.x, NCCL, gloo, glibc, Slurm 22-24."""
 EXCEPTION = re.compile(r"^(\w[\w.]*(Error|Exception|Interrupt|Exit|Warning|Failed|Refused)\b.*|AssertionError.*)$")
@@ -49,17 +49,19 @@ def classify(facts: Facts) -> Verdict:
     if saved:
         kind = told or Class.SAVED
         what = "what is done is kept" if facts.after is None else f"saved iteration {facts.after}"
-        return verdict(kind, f"{REASONS[kind]}; {what}")
+        why = f" ({first.said.message})" if first.said else ""
+        return verdict(kind, f"{REASONS[kind]}{why}; {what}")
     if facts.hung_minutes:
-        return Verdict(Class.COMMUNICATION, f"hung: no line, metric or checkpoint of any rank for {facts.hung_minutes} minutes, killed",
-                       None, (), code)
+        cause = f"hung: no line, metric or checkpoint of any rank for {facts.hung_minutes} minutes, killed"
+        return Verdict(Class.COMMUNICATION, cause, None, (), code)
     evidence = evident(first, facts.launcher)
     if evidence is Class.UNHEALTHY:  # also where it was told to save at that moment: a person must look
         return verdict(Class.UNHEALTHY, first.words())
     if told in (Class.STOPPED, Class.CANCELLED):
         return verdict(told, f"{REASONS[told]}; last checkpoint: {shown(facts.after)}")
     if told and (evidence in (None, Class.COMMUNICATION, Class.NODE_FAILURE) or first.code < 0):
-        return verdict(told, f"{REASONS[told]} and ended without saving ({first.words()}); last checkpoint: {shown(facts.after)}")
+        last = f"last checkpoint: {shown(facts.after)}"
+        return verdict(told, f"{REASONS[told]} and ended without saving ({first.words()}); {last}")
     kind = evidence or (Class.KILLED if first.code == -signal.SIGKILL else Class.BUG)
     if kind is Class.KILLED:
         return verdict(kind, f"{first.words()} (kill -9, or the machine ran out of memory)")
@@ -69,9 +71,9 @@ def classify(facts: Facts) -> Verdict:
 def first_failure(ended: list[Ended]) -> Ended:
     """The rank whose failure the others follow from.
 
-    The first to end is often a peer that noticed ("Connection closed by peer"): a rank with a cause of its own comes before it, in the
-    order of their ends. Ranks that srun killed after it did not end by themselves; those of a collective that timed out because one
-    hung look the same when it is that one that is killed.
+    The first to end is often a peer that noticed ("Connection closed by peer"): a rank with a cause of its own comes
+    before it, in the order of their ends. Ranks that srun killed after it did not end by themselves; those of a
+    collective that timed out because one hung look the same when it is that one that is killed.
     """
     late = ended and TIMED_OUT.search(ended[0].line)
 

@@ -74,7 +74,8 @@ class Supervisor:
         except Refused as error:
             return self.end("failed", Verdict(Class.REFUSED, str(error)))
         except (probe.SlurmError, ConfigError) as error:
-            return self.end("failed", Verdict(Class.BAD_CONFIG if isinstance(error, ConfigError) else Class.SLURM, str(error)))
+            kind = Class.BAD_CONFIG if isinstance(error, ConfigError) else Class.SLURM
+            return self.end("failed", Verdict(kind, str(error)))
         except Exception as error:
             return self.end("failed", self.own_failure(error))
 
@@ -193,7 +194,8 @@ class Supervisor:
             try:
                 made = manifest.make(self.run, self.stage, self.number, self.began, ranks.log.left / manifest.VERSIONS)
             except Refused as refused:
-                return Verdict(Class.REFUSED if isinstance(refused, manifest.DamagedOutput) else Class.BUG, str(refused))
+                damaged = isinstance(refused, manifest.DamagedOutput)
+                return Verdict(Class.REFUSED if damaged else Class.BUG, str(refused))
             manifest.write(self.run, self.stage, made)
             return Verdict(Class.DONE, "", code=0)
         attempt.settle_fate(ended)  # a TERM may have ended the ranks before its reason was known

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from training import parallel
 from training.checksums import Damaged
 from training.data.formats import DataError
 from training.settings import ConfigError
@@ -82,7 +83,7 @@ def _leave(name: str, value: dict) -> None:
 def of(error: BaseException, kind: str | None = None) -> int:
     """Write what ``error`` says; the exit code. ``kind``: where the caller knows it."""
     kind = kind_of(error) if kind is None else kind
-    own = isinstance(error, ConfigError | DataError | Damaged) or kind in ("health gate", DISK_FULL)
+    own = isinstance(error, ConfigError | DataError | Damaged | parallel.Together) or kind == DISK_FULL
     write(kind, str(error) if own else f"{type(error).__name__}: {error}")
     return CODES.get(kind, 1)
 

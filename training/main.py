@@ -16,7 +16,7 @@ from training.checksums import Damaged
 from training.config import TrainerConfig
 from training.data.formats import DataError
 from training.gates import Unhealthy
-from training.parallel import EX_TEMPFAIL, EX_USAGE, NoRoom, Together, ranks
+from training.parallel import EX_TEMPFAIL, NoRoom, Together, ignore_requests, ranks
 from training.saving import SaveFailed
 from training.settings import ConfigError, load, usage
 
@@ -66,6 +66,7 @@ def run_stage(kind: type[Config], stage: Callable[[Config], None]) -> int:
         last_words.printed(error, "")
         return EX_TEMPFAIL
     except Interrupted as stopped:
+        ignore_requests()
         print(stopped, flush=True)
         return EX_TEMPFAIL
     except Exception as error:

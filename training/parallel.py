@@ -145,6 +145,13 @@ def on_first(work: Callable[[], T]) -> T:
     return result
 
 
+def ignore_requests() -> None:
+    """What asks a rank to save is repeated: it must not kill one that has saved and is leaving, whose handlers
+    Python takes down before the process ends."""
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class StopRequest:
     """What signals ask of a trainer: USR1 or TERM to save and stop, USR2 to save and go on.
 

@@ -64,6 +64,8 @@ def note(output: Path, iterations: list[int]) -> None:
 
 
 def pause(rank: int) -> None:
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # as training.parallel.ignore_requests
     time.sleep(0.5 * (rank > 0))  # a real trainer's ranks leave together
     sys.exit(75)
 
@@ -150,7 +152,7 @@ def train(output: Path, total: int, rank: int, behaviour: dict) -> None:
 def work(output: Path, behaviour: dict) -> None:
     """A stage without iterations: it ends on USR1 and TERM with what it has made."""
     for number in (signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(number, lambda *_: sys.exit(75))
+        signal.signal(number, lambda *_: pause(0))
     for item in range(behaviour.get("items", 1)):
         path = output / "made" / f"{item}"
         if not path.exists():

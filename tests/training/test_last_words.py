@@ -2,6 +2,8 @@
 
 import errno
 import json
+import subprocess
+import sys
 import urllib.error
 
 import pytest
@@ -58,3 +60,22 @@ def test_words_that_can_t_be_written_are_lost_without_another_error(tmp_path, mo
     (tmp_path / "file").touch()
     monkeypatch.setenv("CONVOY_WORDS", str(tmp_path / "file"))
     assert last_words.of(OSError(errno.ENOSPC, "full")) == 74 and of_eval.of(OSError(errno.ENOSPC, "full")) == 74
+
+
+LEAVING = """
+import atexit, os, signal, sys, time
+from training.parallel import StopRequest, ignore_requests
+stop = StopRequest()
+os.kill(os.getpid(), signal.SIGUSR1)
+assert stop.raised
+ignore_requests()
+class Late:  # collected after Python has taken its handlers down
+    def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.SIGUSR1):
+        kill(pid, number)
+sys.kept = Late()
+sys.exit(75)
+"""
+
+
+def test_a_request_that_is_repeated_while_a_rank_leaves_does_not_kill_it():
+    assert subprocess.run([sys.executable, "-c", LEAVING], check=False).returncode == 75
