@@ -155,3 +155,12 @@ def test_a_cluster_whose_nodes_are_drained_is_no_mistake(tmp_path):
         assert planned.returncode == 0 and "4 of 4 nodes are down, drained or reserved" in planned.stdout, planned.stderr
         submitted = project.submit(profile="dev")
         assert submitted.returncode == 0 and len(project.ledger("submitted")) == 6, submitted.stderr
+
+
+def test_what_slurm_would_refuse_of_a_change_is_said_before_the_run_changes(project):
+    assert project.submit("--until", "convert", "--wait", profile="dev").returncode == 0
+    before = {path: path.read_bytes() for path in project.run.rglob("*.json*")}
+    for arguments in (["--set", "resources.sft.cpus_per_gpu=1000"], ["--from", "convert", "--set", "resources.convert.cpus_per_gpu=1000"]):
+        refused = project.convoy("resume", "demo", "--all", "--yes", *arguments)
+        assert refused.returncode == 2 and "Slurm would refuse it:" in refused.stderr, refused.stdout + refused.stderr
+        assert {path: path.read_bytes() for path in project.run.rglob("*.json*")} == before

@@ -104,7 +104,7 @@ def done_removed(case: Case) -> str:
     case.notice(lambda: case.row("sft")["state"] != "done", 5, "status does not call it done")
     refused = case.project.submit(target="rlhf", profile="dev")
     assert refused.returncode == 2 and "sft" in refused.stderr, refused.stdout + refused.stderr
-    case.resume()
+    case.resume("--until", "rlhf")
     case.done("convert", "sft", "reward", "rlhf")
     return "submit of a child refuses; resumed: marked done again, nothing trained twice"
 
