@@ -89,6 +89,11 @@ def parse(text: str, path: Path) -> dict:
     return values
 
 
+def is_text(value) -> bool:
+    """A string of whole characters: JSON can hold halves of surrogate pairs, which no other program takes."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
 def shown(value, most: int = 80) -> str:
     """``value`` for an error's text: on one line, without control characters, and not longer than it helps.
 

@@ -74,7 +74,7 @@ def _texts(folder: Path) -> dict[str, str]:
             text = token.get("content") if isinstance(token, dict) else token
             if token is None:
                 continue
-            if not isinstance(text, str) or not text:
+            if not hf_folder.is_text(text) or not text:
                 raise ConfigError(f"model.checkpoint: {folder / file}: {name}_token = {shown(token)}: expected a text, or an object with a "
                                   f"text as its content; correct it, or {AGAIN}")
             if name == "eos" and texts.get(name, text) != text:

@@ -77,7 +77,7 @@ def _places(folder: Path, index: str) -> dict[str, str]:
     if not isinstance(table, dict) or not table:
         raise ConfigError(f"model.checkpoint: {folder / index} has no weight_map from tensors to files: it is no index of shards; {AGAIN}")
     for tensor, name in table.items():
-        if not isinstance(name, str) or not name.endswith(ending) or "/" in name or "\0" in name or len(name) > 255:
+        if not isinstance(name, str) or not name.endswith(ending) or "/" in name or not name.isprintable() or len(name) > 255:
             raise ConfigError(f"model.checkpoint: {folder / index}: weight_map says that {shown(tensor)} is in "
                               f"{shown(repr(name))}; expected the name of a file of the folder that ends with {ending}; {AGAIN}")
     return table

@@ -41,6 +41,7 @@ def test_two_sets_are_refused_and_one_in_two_ways_is_not(tmp_path):
     ({"t0": "../x.safetensors"}, "in '../x.safetensors'; expected the name of a file of the folder"),
     ({"t0": "/x.safetensors"}, "expected"),
     ({"t0": "x.bin"}, "ends with .safetensors"), ({"t0": 5}, "expected the name"), ({"t0": "x\0.safetensors"}, "expected the name"),
+    ({"t0": "x\ud800.safetensors"}, "expected the name"),
     ({"t0": "x.safetensors"}, "x.safetensors is missing, .*names it"), ({}, "has no weight_map"), ([], "has no weight_map"),
     ({"t0": "a" * 300 + ".safetensors"}, "expected the name"),
 ])

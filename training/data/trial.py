@@ -79,6 +79,9 @@ def check(folder: Path, rows: int, source: str) -> list[str]:
     """What a person should know. Raises ConfigError where a later stage would fail, or train on other tokens."""
     samples = texts(source)
     notes = check_files(Tokenizer(folder), folder, rows, samples)
+    if problem := _unread(folder):
+        raise ConfigError(f"model.checkpoint: {folder}/{problem}; the evaluation loads it, and what is exported: correct the file, or "
+                          "download it again")
     if problem := differing(folder, samples, plain=True):
         raise ConfigError(f"model.checkpoint: the tokenizer of {folder} {problem}; the evaluation would use that: save it again with "
                           "AutoTokenizer.from_pretrained(...).save_pretrained(folder)")
@@ -86,6 +89,20 @@ def check(folder: Path, rows: int, source: str) -> list[str]:
         notes.append(f"{folder}: AutoTokenizer {problem}; training and evaluation go by tokenizer.json, and the export will name the class "
                      f"{PLAIN}, so that AutoTokenizer does, too")
     return notes
+
+
+def _unread(folder: Path) -> str:
+    """Which of the two configurations transformers can't load, and why; "" where it can."""
+    from transformers import AutoConfig, GenerationConfig
+
+    for name, kind in (("config.json", AutoConfig), ("generation_config.json", GenerationConfig)):
+        if (folder / name).is_file():
+            try:
+                kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            except Exception as error:  # a KeyError, a TypeError, a validation of its own
+                words = " ".join(str(error).split()) or "no message"
+                return f"{name} can't be loaded by transformers ({type(error).__name__}: {shown(words, 300)})"
+    return ""
 
 
 def check_files(tokenizer: Tokenizer, folder: Path, rows: int, samples: list[str]) -> list[str]:

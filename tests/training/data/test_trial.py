@@ -61,6 +61,8 @@ def test_what_a_person_should_know(tmp_path, original, changes, note):
     ({"tokenizer": {"added_tokens": None}}, "can't be loaded by transformers .*KeyError: added_tokens|KeyError: 'added_tokens'"),
     ({"tokenizer_config": {"eos_token": "<s>"}}, "special_tokens_map.json: eos_token = '</s>', tokenizer_config.json says '<s>'"),
     ({"tokenizer_config": {"eos_token": 5}}, "tokenizer_config.json: eos_token = 5: expected a text"),
+    ({"generation_config": {"max_new_tokens": -5}}, r"generation_config.json can't be loaded by transformers \(ValueError"),
+    ({"config": {"id2label": 5}}, "config.json can't be loaded by transformers"),
     ({"config": {"pad_token_id": -1}}, "config.json: pad_token_id = -1: expected a whole number from 0"),
     ({"generation_config": {"eos_token_id": []}}, r"generation_config.json: eos_token_id = \[\]: expected a whole number"),
 ])
