@@ -137,6 +137,7 @@ def guarded(settings: MTBenchConfig) -> int:
         return run(settings)
     except Busy as error:
         print(error, file=sys.stderr)
+        last_words.write("", str(error))
         return GO_ON
     except DataError as error:
         print(error, file=sys.stderr)

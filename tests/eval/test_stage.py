@@ -281,16 +281,16 @@ def test_an_error_on_the_way_is_what_it_is_and_not_the_data_s(folders, tmp_path,
     def fail(*_, **__):
         raise error
 
-    where = "eval.generation.AutoTokenizer.from_pretrained"
+    where = "eval.generation.load_tokenizer"
     monkeypatch.setattr("eval.questions.load" if isinstance(error, KeyError) else where, fail)
     assert main([str(prepare(tmp_path, folders))]) == code
     assert words()["class"] == kind and str(error) in words()["message"]
     assert ("Traceback" in capsys.readouterr().err) == (code != 65)
 
 
-def test_a_second_start_in_a_folder_waits_its_turn_and_an_impossible_folder_is_named(done, folders, tmp_path, capsys):
+def test_a_second_start_in_a_folder_waits_its_turn_and_an_impossible_folder_is_named(done, folders, tmp_path, capsys, words):
     with alone(done.parent):
-        assert main([str(done)]) == 75
+        assert main([str(done)]) == 75 and "another start is at work" in words()["message"]
         assert f"another start is at work in {done.parent}" in capsys.readouterr().err
     assert main([str(done)]) == 0
     config = prepare(tmp_path, folders)

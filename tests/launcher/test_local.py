@@ -270,6 +270,12 @@ def test_kill_9_of_the_supervisor_takes_its_ranks_along_and_status_says_so(proje
     assert running.returncode == 1 and "without a last word" in output
     pids = [project.json(f"sft/rank_{rank}.json")["pid"] for rank in (0, 1)]
     wait_until(lambda: all(process_start(pid) is None for pid in pids), 5, "the ranks' end")
+    saved = int((project.run / "sft/latest").read_text())
+    project.behave(sft={"exit": 64})  # the next attempt ends at once
+    assert project.convoy("resume", "demo", "--wait").returncode
+    (end,) = project.ledger("vanished")
+    assert (end["attempt"], end["class"], end["iteration"]) == (1, "killed", saved) and "its supervisor was killed" in end["cause"]
+    assert project.ledger("requeued") == [], "nothing queued it again"
 
 
 def test_a_half_written_ledger_line_is_passed_over(project):
