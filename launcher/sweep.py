@@ -135,6 +135,9 @@ def begin(folder: Path, stages: list[Stage], wait: bool) -> int:
         out.print(f"{folder}: {', '.join(stage.name for stage in stages)} of all runs done: nothing left to do")
         return 0
     if found[0].run.config["profile"]["scheduler"] != "slurm":
+        if busy := [member.run for member in found if member.run.runner()]:
+            out.print(f"{busy[0].folder} is being worked on by {start.other_worker(busy[0], False)}: nothing new is started")
+            return start.wait_for([member.run for member in found], [stage.name for stage in stages]) if wait else 0
         if wait:
             return run_here(folder, stages)
         command = [sys.executable, "-m", "launcher.sweep", str(folder), *(stage.name for stage in stages)]

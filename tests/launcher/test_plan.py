@@ -11,6 +11,7 @@ from rich.console import Console
 from launcher import cluster, plan, storage, submit, sweep
 from launcher.config import Profile
 from launcher.pipeline import PIPELINES
+from launcher.run import Run, this_process
 from tests.launcher.stub_project import SMALL
 from training.settings import ConfigError
 
@@ -161,6 +162,8 @@ def test_sweep_here_runs_one_element_after_the_other_and_prepares_the_data_once(
     rows = json.loads(project.convoy("status", "lr", "--json").stdout)[0]["runs"]
     assert [(row["values"], row["state"]) for row in rows] == [({"sft.lr": 1e-5}, "failed"), ({"sft.lr": 2e-5}, "idle")]
     assert rows[1]["numbers"]["sft.loss"] == pytest.approx(1 / 3)
+    Run(project.folder / "runs/lr/1").record("runner", stages=["sft"], **this_process())
+    assert "runs/lr/1 is being worked on by a local runner" in project.convoy(*arguments).stdout
     other = project.convoy(*[word.replace("2e-5", "3e-5") for word in arguments])
     assert other.returncode == 2 and "was submitted with another sweep: sft.lr=1e-05; sft.lr=2e-05" in other.stderr
 
