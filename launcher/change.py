@@ -56,7 +56,8 @@ class Change:
 
 
 def examine(run: Run, wish: Wish) -> Change:
-    """The configuration that is wished for, checked, beside the present one; its ``lines`` are empty where nothing differs."""
+    """The configuration that is wished for, checked, beside the present one; its ``lines`` are
+    empty where nothing differs."""
     config = run.config
     layers = [(read_toml(path), str(path)) for path in wish.files] + [
         (parse_set(text), f"--set {text}") for text in wish.sets
@@ -78,7 +79,8 @@ def examine(run: Run, wish: Wish) -> Change:
 
 
 def selected(run: Run, wish: Wish) -> list[Stage]:
-    """The stages that are to run: those that the run was submitted for, unless ``wish`` says others, and what they need."""
+    """The stages that are to run: those that the run was submitted for, unless ``wish`` says
+    others, and what they need."""
     names = list(run.stages)
     if wish.everything and wish.last:
         raise ConfigError("--until and --all contradict each other: leave one out")

@@ -39,7 +39,8 @@ class Checked:
     """What stands against the plan, where the caller wants to show it all the same."""
 
 
-def check(run: Path, tables: dict, graph: Graph, stages: list[Stage], profile: Profile, tolerant: bool = False) -> Checked:
+def check(run: Path, tables: dict, graph: Graph, stages: list[Stage], profile: Profile,
+          tolerant: bool = False) -> Checked:
     """Raise ConfigError with every mistake in what the selected stages would run with, each with
     its fix. ``tolerant``: return them
     with what can be known in spite of them."""

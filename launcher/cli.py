@@ -107,8 +107,8 @@ def plan_options(command, tolerant: bool = False):
         chosen, reused = cluster.choose(profile), named(reuse, runs) if reuse else None
 
         def make(more, name, runs):
-            return submit.plan(target, recipe, list(files), [*sets, *more], name, runs, chosen, first, last, pipeline, reused,
-                               tolerant)
+            return submit.plan(target, recipe, list(files), [*sets, *more], name, runs, chosen, first, last, pipeline,
+                               reused, tolerant)
 
         if not sweeps:
             return command(make([], recipe if name is None else name, runs), **rest)
@@ -329,7 +329,8 @@ def resume(context, runs, first, last, everything, iteration, files, sets, profi
     """
     from launcher import cluster, plan, resume
 
-    wish = resume.Wish(first, iteration, files, sets, cluster.load(profile) if profile else None, take_over, last, everything)
+    site = cluster.load(profile) if profile else None
+    wish = resume.Wish(first, iteration, files, sets, site, take_over, last, everything)
     for line in resume.take_up(runs, wish, functools.partial(_agree, yes)):
         say(line)
     context.exit(plan.go_on(runs, wait))

@@ -66,7 +66,8 @@ def choose(name: str | None) -> tuple[Profile, str]:
         return load("local"), reason
     site = None if reason else probe.site()
     if site and site.cluster == DEV_CLUSTER:
-        return dataclasses.replace(load("dev"), slurm=site.version), f"SLURM_CONF is the cluster of slurm/dev/up ({site.cluster})"
+        why = f"SLURM_CONF is the cluster of slurm/dev/up ({site.cluster})"
+        return dataclasses.replace(load("dev"), slurm=site.version), why
     what = f"cluster {site.cluster}" if site else f"a cluster whose controller does not answer ({reason})"
     raise ConfigError(
         f"this is a machine of {what}, and no --profile says where to run: on the cluster by a profile of it: "

@@ -203,8 +203,8 @@ def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
     return lines
 
 
-METHODS = {"ppo": "rlhf", "rl": "rlhf", "rm": "reward", "reward_model": "reward", "finetune": "sft", "finetuning": "sft", "eval": "mtbench",
-           "evaluate": "mtbench", "evaluation": "mtbench", "judge": "mtbench", "conversion": "convert"}
+METHODS = {"ppo": "rlhf", "rl": "rlhf", "rm": "reward", "reward_model": "reward", "finetune": "sft", "finetuning": "sft",
+           "eval": "mtbench", "evaluate": "mtbench", "evaluation": "mtbench", "judge": "mtbench", "conversion": "convert"}
 """What else people call a stage -> its name."""
 
 

@@ -96,7 +96,8 @@ def accounts(config: findings.Known) -> list[str]:
     with contextlib.suppress(probe.SlurmError):
         # a database may serve several clusters: an account of another one is none here
         here = [f"cluster={config['ClusterName']}"] if "ClusterName" in config else []
-        rows = probe.call("sacctmgr", "-nP", "show", "assoc", "where", f"user={probe.user()}", *here, "format=account").splitlines()
+        where = [f"user={probe.user()}", *here]
+        rows = probe.call("sacctmgr", "-nP", "show", "assoc", "where", *where, "format=account").splitlines()
         return sorted({row.strip() for row in rows if row.strip()})
     return []
 

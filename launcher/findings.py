@@ -89,8 +89,9 @@ def partitions_of(partitions: str, nodes: str) -> list[Partition]:
         kind = max(set(kinds), key=lambda one: (kinds.count(one), one)) if kinds else ("", 0)
         limit, have = values["MaxNodes"], len({row[0] for row in mine})
         found.append(Partition(
-            values["PartitionName"], values["Default"] == "YES", values["State"] in ("UP", "unknown"), minutes_of(values["MaxTime"]),
-            min(int(limit), have) if limit.isdigit() else have, *kind, min((leading(row[2], 0) for row in mine), default=0) // 1024,
+            values["PartitionName"], values["Default"] == "YES", values["State"] in ("UP", "unknown"),
+            minutes_of(values["MaxTime"]), min(int(limit), have) if limit.isdigit() else have, *kind,
+            min((leading(row[2], 0) for row in mine), default=0) // 1024,
             values["OverSubscribe"].startswith("EXCLUSIVE"), values["PreemptMode"], values.number("GraceTime", 0),
             sum(row[4].startswith("idle") for row in mine), values.get("AllowAccounts", "ALL")))
     return found

@@ -33,7 +33,8 @@ def heal(run: Run) -> list[str]:
 
 
 def check_orphans(seen: state.Look) -> None:
-    """ConfigError where processes of a job that the controller has forgotten still work: two supervisors must not write to one stage."""
+    """ConfigError where processes of a job that the controller has forgotten still work: two
+    supervisors must not write to one stage."""
     run = seen.run
     for row in seen.stages:
         status = run.status(row.stage)
@@ -42,8 +43,10 @@ def check_orphans(seen: state.Look) -> None:
         deadline = time.monotonic() + ORPHAN_S
         while _held(run, row.stage):
             if time.monotonic() > deadline:
-                raise ConfigError(f"Slurm has forgotten job {status['job']}, but its processes still work on {row.stage} of {run.folder} "
-                                  f"(supervisor: process {status['pid']} on {status['host']}); let them end, or end them there: "
+                raise ConfigError(f"Slurm has forgotten job {status['job']}, but its processes still work on "
+                                  f"{row.stage} of {run.folder} "
+                                  f"(supervisor: process {status['pid']} on {status['host']}); let them end, or end "
+                                  f"them there: "
                                   f"kill {status['pid']}; then resume again")
             time.sleep(0.1)
 
@@ -63,7 +66,8 @@ class Gone:
 
 
 def gone(run: Run) -> Gone | None:
-    """Who ``take_over`` would declare dead, None where there is no such one; ConfigError where they can be seen alive."""
+    """Who ``take_over`` would declare dead, None where there is no such one; ConfigError where
+    they can be seen alive."""
     runner = run.runner()
     if runner and local.here(runner):
         raise ConfigError(f"--take-over: process {runner['pid']} on this host works on {run.folder}; stop it: "

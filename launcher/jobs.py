@@ -160,13 +160,15 @@ def accounted(wanted: dict[Run, set[str]], timeout_s: float = probe.TIMEOUT_S) -
     No row is no news: a new job is unknown for up to a second, and any job for a while after slurmdbd was restarted.
     """
     # an element of a sweep is "<sweep>.<stage>" with its index behind the array's id
-    names = {(f"{_name(run)[0]}.{stage}", _name(run)[1]): (run.id, stage) for run, stages in wanted.items() for stage in stages}
+    names = {(f"{_name(run)[0]}.{stage}", _name(run)[1]): (run.id, stage)
+             for run, stages in wanted.items() for stage in stages}
     first = min((event["time"] for run in wanted for event in run.ledger()[:1]), default=time.time())
     since = datetime.fromtimestamp(first - 86_400).strftime("%Y-%m-%d")
     owners, asked = ",".join(sorted({owner(run) for run in wanted})), sorted({name for name, _ in names})
     last: dict[str, dict[str, Job]] = {run.id: {} for run in wanted}
     try:
-        texts = [probe.call("sacct", "-n", "-P", "-X", "-S", since, "-u", owners, f"--name={','.join(asked[at:at + MOST_NAMES])}",
+        texts = [probe.call("sacct", "-n", "-P", "-X", "-S", since, "-u", owners,
+                            f"--name={','.join(asked[at:at + MOST_NAMES])}",
                             "-o", "JobIDRaw,JobID,JobName,State,Start,NodeList", timeout_s=timeout_s)
                  for at in range(0, len(asked), MOST_NAMES)]
     except probe.SlurmError:

@@ -97,7 +97,7 @@ class Looking(threading.Thread):
                 broken = None if self.broken is None else []
                 self.seen, self.at, self.error = state.look_at(self.runs, self.queue, broken), time.monotonic(), None
                 self.broken = broken
-            except Exception as error:  # noqa: BLE001 - a file half there for a moment; the main thread says what stays so
+            except Exception as error:  # noqa: BLE001 - a file half there; the main thread says what stays so
                 self.error = error
             self.enough.wait(pause(self.runs))
 

@@ -306,7 +306,8 @@ def check_evaluation(shape: Shape, config: MTBenchConfig, profile: Profile) -> s
     more: each rank of the evaluation
     loads whole models, one at a time. The held-out replies' divergence is computed in fp32."""
     weights = 4 * shape.parameters() / GB
-    cache = 4 * config.batch_size * config.context_length * shape.layers * shape.groups * shape.head_dim / GB  # bf16, keys and values
+    tokens = config.batch_size * config.context_length
+    cache = 4 * tokens * shape.layers * shape.groups * shape.head_dim / GB  # bf16, keys and values
     needs = max(weights, weights / 2 + cache) + OUTSIDE_GB
     if needs <= FITS * profile.gpu_memory_gb:
         return ""

@@ -143,7 +143,8 @@ def go_on(runs: Runs, wait: bool) -> int:
 
     stages = runs[0].selected()
     if rest := [name for name in runs[0].stages if name not in {stage.name for stage in stages}]:
-        print(f"submitted until {stages[-1].name}: {', '.join(rest)} not started; --until STAGE or --all changes it", flush=True)
+        print(f"submitted until {stages[-1].name}: {', '.join(rest)} not started; --until STAGE or --all changes it",
+              flush=True)
     return sweep.begin(runs.sweeps[0], stages, wait) if runs.sweeps else start.start(runs[0], stages, wait)
 
 
@@ -172,8 +173,9 @@ def size(gb: float) -> str:
 
 def _graph(made: submit.Plan, starts: dict[str, Start]) -> Table:
     slurm, works = made.profile.scheduler == "slurm", made.checked.work
-    table = Table("stage", "after", "runs", "nodes x ranks", "limit, h", "GPU-hours", *(["work, h", "requeues"] if works else []), "layout",
-                  "writes", *(["could start"] if slurm else []), title=str(made.run.folder), title_justify="left")
+    table = Table("stage", "after", "runs", "nodes x ranks", "limit, h", "GPU-hours",
+                  *(["work, h", "requeues"] if works else []), "layout", "writes", *(["could start"] if slurm else []),
+                  title=str(made.run.folder), title_justify="left")
     for stage in made.stages:
         asked, config = made.resources(stage), made.tables[stage.name]
         gpus = (asked.nodes + asked.spares) * asked.gpus_per_node

@@ -50,7 +50,8 @@ def take_up(runs: list[Run], wish: Wish, agree: Callable[[list[str]], bool]) -> 
 
 
 def examine(look: Look, wish: Wish) -> Steps:
-    """What ``wish`` means for a run. ConfigError, or SlurmError, for everything that stands against it; nothing is written."""
+    """What ``wish`` means for a run. ConfigError, or SlurmError, for everything that stands
+    against it; nothing is written."""
     run, events = look.run, len(look.run.ledger())
     gone = heal.gone(run) if wish.take_over else None
     if look.trouble and not (gone and wish.profile and wish.profile.scheduler != "slurm"):
@@ -89,7 +90,8 @@ def carry_out(steps: Steps) -> list[str]:
 
 
 def check_slurm(steps: list[Steps]) -> None:
-    """Raise SlurmError or ConfigError where a change is to be queued with a Slurm that isn't there, or that would refuse it."""
+    """Raise SlurmError or ConfigError where a change is to be queued with a Slurm that isn't
+    there, or that would refuse it."""
     first = next((one for one in steps if one.rewrites and one.change.profile["scheduler"] == "slurm"), None)
     if first is None:
         return
@@ -123,7 +125,8 @@ def _anew(steps: Steps) -> set[str]:
 
 
 def _check_target(steps: Steps) -> None:
-    """ConfigError where the stage can't go back to its iteration, where the change takes that away, or where it isn't to run."""
+    """ConfigError where the stage can't go back to its iteration, where the change takes that
+    away, or where it isn't to run."""
     run, stage, iteration = steps.run, steps.change.target, steps.iteration
     names = [one.name for one in steps.change.stages]
     if stage.name not in names:

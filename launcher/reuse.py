@@ -36,7 +36,8 @@ def candidates(source: Run, run: Path, tables: dict, graph: Graph) -> list[str]:
 
 
 def takeable(run: Run, source: Run) -> list[str]:
-    """Every stage of ``source`` that fits ``run``, whose data is prepared, and that the run has not begun, or has taken before.
+    """Every stage of ``source`` that fits ``run``, whose data is prepared, and that the run has
+    not begun, or has taken before.
     Raises manifest.Refused where what ``source`` holds is damaged. Writes nothing."""
     names: list[str] = []
     for name in candidates(source, run.folder, run.config, run.stages):

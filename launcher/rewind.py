@@ -1,4 +1,5 @@
-"""Taking a stage back: anew, or to one of its checkpoints; what was built from it is moved aside. Nothing is deleted."""
+"""Taking a stage back: anew, or to one of its checkpoints; what was built from it is moved aside.
+Nothing is deleted."""
 
 from __future__ import annotations
 

@@ -153,7 +153,8 @@ class Run:
         return self.stages[name]
 
     def selected(self) -> list[Stage]:
-        """The stages that the run was last submitted for, in order, and those that they need; all of a run that does not say."""
+        """The stages that the run was last submitted for, in order, and those that they need; all
+        of a run that does not say."""
         asked = self.config["run"].get("selected") or list(self.stages)
         needed = {name for name in asked if name in self.stages}
         for name in reversed(self.stages):
@@ -208,7 +209,7 @@ class Run:
         line = json.dumps({"time": time.time(), "event": event, **fields}) + "\n"
         descriptor = os.open(self.folder / "ledger.jsonl", os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            wait_for_lock(descriptor, LEDGER_S)  # the login node's line and a job's: O_APPEND is not atomic between two NFS clients
+            wait_for_lock(descriptor, LEDGER_S)  # O_APPEND is not atomic between two NFS clients
             size = os.fstat(descriptor).st_size
             torn = size and os.pread(descriptor, 1, size - 1) != b"\n"  # a crash in the middle of the line before
             os.write(descriptor, b"\n" * bool(torn) + line.encode())

@@ -90,8 +90,8 @@ def look_at(runs: list[Run], queue: Queue | None = None, broken: list[str] | Non
     """One look at each of the runs; ``queue``, of a command that looks again and again, knows
     when Slurm is to be asked.
 
-    There is one question to the queue for all, and one to the accounting where the queue has forgotten. A run whose files
-    can't be understood is left out and named in ``broken``; without such a list it is a ConfigError.
+    There is one question to the queue for all, and one to the accounting where the queue has forgotten.
+    A run whose files can't be understood is left out and named in ``broken``; without such a list it is a ConfigError.
     """
     queue, trying = queue or Queue(), Trying(broken)
     files = {run: one for run in runs if (one := trying.of(run, lambda: Files(run)))}  # noqa: B023 - called at once

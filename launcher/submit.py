@@ -109,7 +109,8 @@ def _full_tables(run: Path, tables: dict, graph: Graph) -> dict:
 
 
 def create(made: Plan) -> Run:
-    """Prepare the data and write the run folder's configuration; repeating it changes nothing. Waits for another command that does so.
+    """Prepare the data and write the run folder's configuration; repeating it changes nothing.
+    Waits for another command that does so.
 
     Nothing but the prepared data is written before the last check.
     """
@@ -119,7 +120,8 @@ def create(made: Plan) -> Run:
 
 
 def prepare_first(made: Plan) -> None:
-    """Prepare the data of a run that has no configuration yet; ConfigError for bad data, and for a stage without rows."""
+    """Prepare the data of a run that has no configuration yet; ConfigError for bad data, and for
+    a stage without rows."""
     with submission.patient(lambda: lock(made.run.folder / ".prepare.lock")):
         prepared.prepare(Draft(made))
         prepared.check_rows(Draft(made), made.stages)
@@ -130,7 +132,8 @@ def _examined(made: Plan) -> list[str]:
     run, draft = made.run, Draft(made)
     if run.config_file.exists():
         if run.config["run"]["profile"] != made.profile.name and (busy := state.busy(run)):
-            raise ConfigError(f"{', '.join(busy)} of {run.folder} is running or queued with profile {run.config['run']['profile']}; "
+            raise ConfigError(f"{', '.join(busy)} of {run.folder} is running or queued with profile "
+                              f"{run.config['run']['profile']}; "
                               f"stop it first: python -m launcher cancel {run.folder}")
         if _begun(run):
             _check_same(run, made.tables, made.profile)

@@ -136,7 +136,8 @@ def begin(folder: Path, stages: list[Stage], wait: bool) -> int:
         return 0
     if found[0].run.config["profile"]["scheduler"] != "slurm":
         if busy := [member.run for member in found if member.run.runner()]:
-            out.print(f"{busy[0].folder} is being worked on by {start.other_worker(busy[0], False)}: nothing new is started")
+            out.print(f"{busy[0].folder} is being worked on by {start.other_worker(busy[0], False)}: nothing new is "
+                      f"started")
             return start.wait_for([member.run for member in found], [stage.name for stage in stages]) if wait else 0
         if wait:
             return run_here(folder, stages)
@@ -231,7 +232,8 @@ def comparison(folder: Path) -> list[dict]:
         at = next((row for row in seen.stages if row.state != "done"), seen.stages[-1])
         at = next((row for row in seen.stages if row.state in (*state.BAD, "running")), at)
         numbers = {f"{row.stage}.{name}": value for row in seen.stages for name, value in row.progress.numbers.items()}
-        made.append({"element": member.index, "folder": str(member.run.folder), "values": member.values, "state": screen.word(seen),
+        made.append({"element": member.index, "folder": str(member.run.folder), "values": member.values,
+                     "state": screen.word(seen),
                      "stage": at.stage, "iteration": at.progress.iteration, "why": at.why, "numbers": numbers})
     return made
 

@@ -1,4 +1,5 @@
-"""A command checks everything before it changes anything: whatever is refused leaves every byte of the run as it was."""
+"""A command checks everything before it changes anything: whatever is refused leaves every byte
+of the run as it was."""
 
 import json
 import os

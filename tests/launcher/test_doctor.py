@@ -249,7 +249,8 @@ def test_node_s_word_is_complete_and_every_finding_says_what_follows(monkeypatch
 
 def test_a_slurm_that_lacks_keys_is_described_all_the_same():
     """Versions differ in what scontrol prints; nothing of it is needed for the rest."""
-    partitions = findings.partitions_of("PartitionName=main State=UP\nPartitionName=odd MaxTime=x MaxNodes=? GraceTime=(null)\n",
+    partitions = findings.partitions_of("PartitionName=main State=UP\nPartitionName=odd MaxTime=x MaxNodes=? "
+                                        "GraceTime=(null)\n",
                                         "n1|main*|gpu:2|N/A|8|idle|\n")
     found = findings.slurm_findings({}, []) + findings.partition_findings(partitions, partitions[0], True)
     assert {one.name for one in found} >= {"version", "cluster", "KillWait", "MaxArraySize"}
