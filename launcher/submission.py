@@ -3,7 +3,9 @@
 Every job carries the submission's token in its comment, and those that wait for no other of the chain are held. The ledger
 says "submitting" before the first sbatch and "committed" when all are in; only then are they released, and it says "queued". A
 guard, a process of its own, settles what a killed submitter or a silent controller leaves: committed -> released, else
-cancelled. Should the guard die too, the next command on the run does it (``settle``); until then nothing runs: the jobs are held.
+cancelled. Should the guard die too, the next command on the run does it (``settle``).
+A release whose answer is lost may have happened: once a job of a committed chain may run, none is
+cancelled.
 """
 
 from __future__ import annotations
@@ -18,11 +20,12 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from launcher import environment, probe
 from launcher.jobs import ENDED
 from launcher.polling import pauses
-from launcher.run import Busy, Run
+from launcher.run import SWEEP, Busy, Run, elements
 from training.settings import usage
 
 LOCK_S = 60
@@ -78,8 +81,11 @@ def submit(book: Run, steps: list[Step]) -> dict[str, int]:
             try:
                 settle(book, str(error) or "interrupted")
             except (probe.SlurmError, OSError):
-                raise probe.SlurmError(f"{error}; what was queued is held, and process {guard.pid} withdraws it as soon as Slurm answers "
-                                       f"(so does the next command on {book.folder})") from None
+                committed = _open(book, "committed", token)
+                what = ("all of it is queued and goes on, and process {} releases what is still held" if committed else
+                        "what was queued is held, and process {} withdraws it").format(guard.pid)
+                raise probe.SlurmError(f"{error}; {what} as soon as Slurm answers (so does the next command on "
+                                       f"{book.folder})") from None
             if _open(book, "queued", token):
                 return made  # the release was refused first and accepted then
             raise
@@ -97,22 +103,50 @@ def settle(book: Run, cause: str = "the command that submitted it was stopped ha
     """
     last = _last(book)
     if last["event"] == "committed":
-        if {stage for stage, *_ in tokened(last["token"])} >= set(_stages(book, last["token"])):
-            _finish(book, last["token"], last["held"])
-        else:
-            _withdraw(book, last["token"], "the controller lost a part of it")  # it saves its state up to 5 s late
+        _go_forward(book, last)
     elif last["event"] == "submitting":
         _withdraw(book, last["token"], cause)
 
 
-def tokened(token: str) -> list[tuple[str, str, str]]:
-    """(stage, job, state) of every job that was submitted with ``token``; an array is one job."""
+class Queued(NamedTuple):
+    """A job of a submission as the queue shows it; an array is one job."""
+
+    stage: str
+    job: str
+    state: str
+    reason: str
+
+
+def tokened(token: str) -> list[Queued]:
+    """Every job of this user that was submitted with ``token``, ended or not."""
     found = []
-    for line in probe.call("squeue", "-h", "-t", "all", "-u", probe.user(), "-o", "%F|%T|%k").splitlines():
+    for line in probe.call("squeue", "-h", "-t", "all", "-u", probe.user(), "-o", "%F|%T|%r|%k").splitlines():
         if f" submission={token} " in line:
-            job, state, comment = line.split("|", 2)
-            found.append((comment.rpartition("stage=")[2].strip(), job, state))
+            job, state, reason, comment = line.split("|", 3)
+            found.append(Queued(comment.rpartition("stage=")[2].strip(), job, state, reason))
     return found
+
+
+def _go_forward(book: Run, committed: dict) -> None:
+    """Release what is still held of a committed submission, unless the controller has lost a part of it.
+
+    It saves its state up to 5 s late, and an id that it forgot is a satisfied dependency to it. A
+    stage that the queue does not show any more may also have ended; then the chain has begun.
+    """
+    token = committed["token"]
+    found = tokened(token)
+    lost = set(_stages(book, token)) - {one.stage for one in found}
+    if lost and all(one.state == "PENDING" for one in found) and not _begun(book, token):
+        _withdraw(book, token, f"the controller lost a part of it: {', '.join(sorted(lost))}")
+        return
+    _finish(book, token, sorted({one.job for one in found if one.state == "PENDING" and one.reason == "JobHeldUser"}))
+
+
+def _begun(book: Run, token: str) -> bool:
+    """Whether a stage of the run, or of an element of the sweep, has begun since the submission."""
+    since = next(event["time"] for event in book.ledger() if event["event"] == "submitting" and event["token"] == token)
+    runs = elements(book.folder) if (book.folder / SWEEP).exists() else [book]
+    return any(event["event"] == "started" and event["time"] >= since for run in runs for event in run.ledger())
 
 
 @contextlib.contextmanager
@@ -159,7 +193,7 @@ def job_id(printed: str) -> int | None:
 
 def _queued_as(step: Step, token: str, printed: str) -> int:
     """The id as the queue shows it: the job carries this submission's token."""
-    ids = [job for stage, job, _ in tokened(token) if stage == step.stage]
+    ids = [one.job for one in tokened(token) if one.stage == step.stage]
     if not ids:
         raise probe.SlurmError(f"sbatch printed {printed.strip()[-400:]!r} where a job id was expected, and the queue "
                                "shows no such job")
@@ -167,7 +201,8 @@ def _queued_as(step: Step, token: str, printed: str) -> int:
 
 
 def _finish(book: Run, token: str, held: list[str]) -> None:
-    probe.call("scontrol", "release", ",".join(held))
+    if held:
+        probe.call("scontrol", "release", ",".join(held))
     book.record("queued", token=token)
 
 
@@ -175,7 +210,7 @@ def _withdraw(book: Run, token: str, cause: str) -> None:
     """Cancel every job of the submission, asked for by token: the one whose sbatch never answered, too."""
     gone: dict[str, int] = {}
     deadline, waits = time.monotonic() + probe.TIMEOUT_S, pauses(0.5, 4)
-    while alive := {stage: job for stage, job, state in tokened(token) if state not in ENDED}:
+    while alive := {one.stage: one.job for one in tokened(token) if one.state not in ENDED}:
         if time.monotonic() > deadline:
             raise probe.SlurmError(f"scancel {' '.join(alive.values())} had no effect within {probe.TIMEOUT_S} s")
         probe.call("scancel", *sorted(set(alive.values())))

@@ -275,11 +275,12 @@ class Supervisor:
         """Mark this job as ours in the queue: one submitted by hand from slurm/<stage>.sbatch does not carry the run's id yet."""
         if self.job in self.run.disowned():
             raise Refused(f"job {self.job} was declared dead by resume --take-over: it must not touch the run again")
-        if "sweep" in self.config["run"]:
-            return  # an element of a job array is found by the array's name and its own index
+        name = f"{self.run.id}.{self.stage.name}"
+        if "sweep" in self.config["run"] or os.environ.get("SLURM_JOB_NAME") == name:
+            return  # it carries the run's id already, or its array's, and its comment the submission's token
         try:
-            probe.call("scontrol", "update", f"jobid={self.job}", f"comment={probe.comment(self.run.id, self.stage.name)}",
-                       f"name={self.run.id}.{self.stage.name}")
+            probe.call("scontrol", "update", f"jobid={self.job}", f"name={name}",
+                       f"comment={probe.comment(self.run.id, self.stage.name)}")
         except probe.SlurmError as error:
             say(f"could not mark job {self.job} as this run's ({error}); status will not find it in the queue")
 
