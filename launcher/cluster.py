@@ -22,7 +22,7 @@ VARIABLE = "CONVOY_PROFILE"
 
 def slurm_folder() -> Path:
     """The folder slurm/: beside the packages in a source tree; below share/convoy where a wheel was installed."""
-    beside = Path(__file__).parent.parent
+    beside = Path(__file__).resolve().parent.parent
     installed = [Path(sysconfig.get_path("data", scheme)) for scheme in (sysconfig.get_default_scheme(), "posix_user")]
     places = [beside / "slurm", *(folder / "share" / "convoy" / "slurm" for folder in (beside, *installed))]
     return next((place for place in places if (place / "clusters").is_dir()), places[0])

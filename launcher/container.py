@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from launcher import run_module
 from launcher.profile import Profile
 from training.settings import ConfigError
 
@@ -34,6 +35,8 @@ def inside(profile: Profile, command: list[str]) -> list[str]:
     if box.runtime == "none":
         return command
     command = [box.python, *command[1:]]
+    if run_module.FILE in command and not _seen(profile, Path(run_module.FILE)):  # the image has our packages itself
+        command[command.index(run_module.FILE)] = "-m"
     if box.runtime == "pyxis":
         return command
     here = os.getcwd()
@@ -54,12 +57,16 @@ def check_seen(profile: Profile, paths: dict[str, Path]) -> None:
     find it. A link counts for where it leads."""
     if profile.container.runtime == "none":
         return
-    roots = [Path.cwd(), *(Path(_pair(mount).split(":")[1]) for mount in profile.container.mounts)]
     for what, path in paths.items():
         for place in (path.absolute(), path.resolve()):
-            if not any(place.is_relative_to(root) for root in roots):
+            if not _seen(profile, place):
                 raise ConfigError(f"{what} = {str(path)!r}: {place} is not seen from inside the container of profile {profile.name}; "
                                   f'add it, or a folder above it, to its [container] mounts, e.g. mounts = ["{place.parent}"]')
+
+
+def _seen(profile: Profile, place: Path) -> bool:
+    roots = [Path.cwd(), *(Path(_pair(mount).split(":")[1]) for mount in profile.container.mounts)]
+    return any(place.is_relative_to(root) for root in roots)
 
 
 def _pair(mount: str) -> str:

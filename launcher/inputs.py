@@ -11,9 +11,9 @@ import hashlib
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
+from launcher import environment, run_module
 from training.checksums import touched
 from training.data.config import DataConfig, ModelConfig
 from training.hf_folder import read_text
@@ -92,9 +92,10 @@ def check_template(template: str, folder: Path) -> None:
 
 def _asked(key: str, module: str, *arguments: str, timeout: float | None = None) -> str:
     """What a module of another part says of an input, in a process of its own: ConfigError where it refuses it."""
-    command = [sys.executable, "-m", module, *arguments]
+    command = run_module.command(module, *arguments)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, timeout=timeout)
+        done = subprocess.run(command, env=environment.outside(), capture_output=True, text=True, check=False,
+                              stdin=subprocess.DEVNULL, timeout=timeout)
     except subprocess.TimeoutExpired:
         raise ConfigError(f"{key}: {module} {' '.join(arguments)} is still at work after {timeout:g} s; is a file damaged, or the "
                           "disk slow?") from None

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from launcher import manifest
+from launcher import environment, manifest, run_module
 from launcher.pipeline import Stage
 from launcher.ranks import die_with_parent
 from launcher.rewind import move_stale_aside
@@ -53,13 +53,16 @@ def start_in_background(run: Run, stages: list[Stage]) -> int:
     path = run.folder / "runner.log"
     before = len(run.ledger())
     with open(path, "a", encoding="utf-8") as log:
-        process = subprocess.Popen([sys.executable, "-m", "launcher.local", str(run.folder), *(stage.name for stage in stages)],
-                                   stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        command = run_module.command("launcher.local", str(run.folder), *(stage.name for stage in stages))
+        process = subprocess.Popen(command, env=environment.outside(), stdin=subprocess.DEVNULL, stdout=log,
+                                   stderr=subprocess.STDOUT, start_new_session=True)
     while not any(event["event"] == "runner" and event["pid"] == process.pid for event in run.ledger()[before:]):
         if process.poll() is not None:
             if process.returncode == os.EX_TEMPFAIL:
                 raise Busy(f"another command has just started {run.folder}")
-            raise ConfigError(f"the runner ended at once: see {path}")
+            lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+            last = next((line.strip() for line in reversed(lines) if line.strip()), "no message")
+            raise ConfigError(f"the runner ended at once ({describe(process.returncode)}): {last}; all it said: {path}")
         time.sleep(0.02)
     return process.pid
 
@@ -99,14 +102,13 @@ def end(record: dict) -> None:
 
 
 def _supervised(run: Run, stage: Stage, tick: Callable[[], None]) -> int:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_") or name == "SLURM_CONF"}
-    logs = run.stage(stage.name) / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    with open(logs / "supervise.log", "a", encoding="utf-8") as log:
+    path, began = run.stage(stage.name) / "logs" / "supervise.log", time.time()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as log:
         # its own session: a Ctrl-C reaches only this process, which then asks the stage to save
-        process = subprocess.Popen([sys.executable, "-m", "launcher.supervise", str(run.folder), stage.name], env=environment,
-                                   stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-                                   preexec_fn=die_with_parent)
+        command = run_module.command("launcher.supervise", str(run.folder), stage.name)
+        process = subprocess.Popen(command, env=environment.outside(), stdin=subprocess.DEVNULL, stdout=log,
+                                   stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=die_with_parent)
     try:
         while process.poll() is None:
             tick()
@@ -116,7 +118,28 @@ def _supervised(run: Run, stage: Stage, tick: Callable[[], None]) -> int:
         process.wait()
         run.record("cancelled", stage=stage.name)
         raise
+    if process.returncode:
+        _report_silent_end(run, stage, process.returncode, began, path)
     return process.returncode
+
+
+def _report_silent_end(run: Run, stage: Stage, code: int, began: float, path: Path) -> None:
+    """Say in status.json how the supervisor ended, where it has not come to say so itself: an import that
+    fails, a configuration of another version."""
+    status = run.status(stage.name)
+    if status.get("updated", 0) >= began or (status["state"] == "running" and is_alive(status)):
+        return
+    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()]
+    last = lines[-1].strip() if lines else "no message"
+    shared = {"cause": f"its supervisor ended with {describe(code)} before the stage began: {last}", "class": "bug",
+              "attempt": status["attempt"], "job": None, "iteration": run.iteration(stage.name)}
+    run.write_status(stage.name, state="failed", started=began, began=None, ended=time.time(), rank=None,
+                     lines=lines[-20:], advice=f"all it said: {path}", **shared, **this_process())
+    run.record("failed", stage=stage.name, began=None, **shared)
+
+
+def describe(code: int) -> str:
+    return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
 def main(arguments: list[str]) -> int:

@@ -192,7 +192,7 @@ def versions(run: Run, left: Path | None = None) -> dict[str, str]:
         for package in ("torch", "megatron-core", "transformers", "safetensors", "convoy-rlhf"):
             with contextlib.suppress(importlib.metadata.PackageNotFoundError):
                 said[package] = importlib.metadata.version(package)
-    return image | said | commit(Path(__file__).parent.parent)
+    return image | said | commit(Path(__file__).resolve().parent.parent)
 
 
 def _said(path: Path) -> dict[str, str]:

@@ -11,11 +11,10 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import time
 from dataclasses import dataclass, field
 
-from launcher import container, environment, probe
+from launcher import container, environment, probe, run_module
 from launcher.config import Resources
 from launcher.endings import Class, Verdict
 from launcher.pipeline import Stage
@@ -119,7 +118,7 @@ def check_nodes(run: Run, stage: Stage, profile: Profile, gpus: int, nodes: list
     write_text(folder / "canary", token)
     variables = {"CONVOY_CANARY": token, "CONVOY_ADDRESS": address(nodes[0]), "CONVOY_NODE_CHECK": profile.node_check,
                  "CONVOY_CHECK_S": str(profile.preflight_s)}
-    command = [sys.executable, "-m", "launcher.nodecheck", str(folder), str(len(nodes)), str(gpus)]
+    command = run_module.command("launcher.nodecheck", str(folder), str(len(nodes)), str(gpus))
     sent = time.time()
     answers = step(command, nodes, 1, variables, profile.preflight_s, log, profile)
     rows = {row["node"]: row for row in answers.rows}
@@ -218,7 +217,7 @@ def step(command: list[str], nodes: list[str], tasks: int, variables: dict[str, 
 def check_gpus(profile: Profile, nodes: list[str], gpus: int, variables: dict[str, str],
                log: Log) -> tuple[dict[str, str], str]:
     """Run training.health on every GPU -> (bad nodes and why, what is wrong between nodes that are good by themselves)."""
-    command = container.inside(profile, [sys.executable, "-u", "-m", "training.health"])
+    command = container.inside(profile, run_module.command("training.health", options=("-u",)))
     seconds, options = 2 * profile.preflight_s, tuple(container.srun_options(profile, variables))
     wrapped = ["bash", "-c", 'export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID '
                              'LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE NODE=$SLURMD_NODENAME; exec "$@"', "rank", *command]

@@ -13,11 +13,10 @@ import dataclasses
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Collection
 from pathlib import Path
 
-from launcher import state
+from launcher import environment, run_module, state
 from launcher.pipeline import Stage, prepare_config, stage_config
 from launcher.run import SUMMARY, Failed, Run, hash_of, write_json, write_text
 from training.checksums import same
@@ -84,8 +83,8 @@ def summarise(run: Run, stages: dict[str, tuple[str, str, int]]) -> list[str]:
     if known.get("stages") != wanted:
         if not any((run.folder / "data").glob("*.tokens")):
             return []
-        done = subprocess.run([sys.executable, "-m", "training.data.cuts", str(run.folder / "data"), json.dumps(wanted)],
-                              capture_output=True, text=True, check=False)
+        command = run_module.command("training.data.cuts", str(run.folder / "data"), json.dumps(wanted))
+        done = subprocess.run(command, env=environment.outside(), capture_output=True, text=True, check=False)
         if done.returncode:  # it is told, and stops nothing
             return [f"what is cut can't be said: {(done.stderr.strip() or 'no message').splitlines()[-1]}"]
         known = {"stages": wanted, "lines": done.stdout.splitlines()}
@@ -103,8 +102,8 @@ def _prepare(run: Run, config: dict) -> dict:
     folder = run.folder / "data"
     asked = folder / "config.new.json"
     write_json(asked, config)
-    done = subprocess.run([sys.executable, "-m", "training.data.prepare", str(asked)],
-                          capture_output=True, text=True, check=False)
+    command = run_module.command("training.data.prepare", str(asked))
+    done = subprocess.run(command, env=environment.outside(), capture_output=True, text=True, check=False)
     write_text(folder / "prepare.log", done.stdout + done.stderr)
     words = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
     if done.returncode:

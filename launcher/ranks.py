@@ -12,14 +12,13 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launcher import container, endings, environment, outcome, probe, secrets
+from launcher import container, endings, environment, outcome, probe, run_module, secrets
 from launcher.endings import SAVED, Ended, Said
 from launcher.profile import Profile
 from training.files import Unfit, read_table
@@ -268,7 +267,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def stage_command(module: str, config: Path) -> list[str]:
-    return [sys.executable, "-u", "-m", module, str(config)]
+    return run_module.command(module, str(config), options=("-u",))
 
 
 def die_with_parent() -> None:

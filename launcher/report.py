@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launcher import state
+from launcher import environment, run_module, state
 from launcher.run import Failed, Runs
 from launcher.terminal import say
 from training.settings import ConfigError
@@ -30,8 +29,8 @@ def make(paths: Sequence[Path], output: Path | None) -> Path:
             why = f" ({waiting[0].why})" if waiting[0].why else ""
             say(f"{run.folder} is not finished: {waiting[0].stage} is {waiting[0].state}{why}; the report shows what there is", err=True)
     folders = [*(run.folder for run in runs), *evaluations]
-    command = [sys.executable, "-m", "eval.report", *map(str, folders), *(["--output", str(output)] if output else [])]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = run_module.command("eval.report", *map(str, folders), *(["--output", str(output)] if output else []))
+    done = subprocess.run(command, env=environment.outside(), capture_output=True, text=True, check=False)
     if done.returncode == os.EX_DATAERR:
         raise ConfigError(done.stderr.strip())
     if done.returncode:

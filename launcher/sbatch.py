@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import shlex
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher import probe
+from launcher import probe, run_module
 from launcher.config import Profile, Resources
 from launcher.pipeline import Stage
 from launcher.run import Run
@@ -42,7 +41,7 @@ def stage_request(run: Run, stage: Stage, resources: Resources, profile: Profile
     return JobRequest(
         name=f"{run.id}.{stage.name}", comment=probe.comment(run.id, stage.name), resources=resources, profile=profile,
         output=f"{str(folder).replace('%', '%%')}/{stage.name}/logs/slurm-%j.out",
-        command=shlex.join([python_here(), "-m", "launcher.supervise", str(folder), stage.name]))
+        command=shlex.join([*supervise_here(), str(folder), stage.name]))
 
 
 def committed_request(stage: Stage, resources: Resources) -> JobRequest:
@@ -114,7 +113,8 @@ def release(handles: list[str]) -> None:
     probe.call("scontrol", "release", ",".join(handles))
 
 
-def python_here() -> str:
-    """This interpreter, relative where it lies below the working directory, so that scripts survive a move of the project."""
+def supervise_here() -> list[str]:
+    """This interpreter and our supervisor: paths relative where they lie below the working directory, so
+    that scripts survive a move of the project."""
     here = os.getcwd() + os.sep
-    return sys.executable[len(here):] if sys.executable.startswith(here) else sys.executable
+    return [word.removeprefix(here) for word in run_module.command("launcher.supervise")]

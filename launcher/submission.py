@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from launcher import environment, probe
+from launcher import environment, probe, run_module
 from launcher.jobs import ENDED
 from launcher.polling import pauses
 from launcher.run import SWEEP, Busy, Run, elements
@@ -240,8 +240,9 @@ def _stages(book: Run, token: str) -> list[str]:
 def _guarded(book: Run) -> Iterator[subprocess.Popen]:
     """A process that settles the submission unless it is told that all is well before this end of its pipe closes."""
     with open(book.folder / "submit.log", "a", encoding="utf-8") as log:
-        guard = subprocess.Popen([sys.executable, "-m", "launcher.submission", str(book.folder)], stdin=subprocess.PIPE, stdout=log,
-                                 stderr=subprocess.STDOUT, start_new_session=True, bufsize=0)
+        guard = subprocess.Popen(run_module.command("launcher.submission", str(book.folder)), env=environment.outside(),
+                                 stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                                 bufsize=0)
     try:
         yield guard
     finally:

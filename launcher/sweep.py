@@ -19,7 +19,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher import chain, jobs, manifest, probe, sbatch, screen, start, state, storage, submission, submit
+from launcher import (
+    chain,
+    environment,
+    jobs,
+    manifest,
+    probe,
+    run_module,
+    sbatch,
+    screen,
+    start,
+    state,
+    storage,
+    submission,
+    submit,
+)
 from launcher import secrets as passwords
 from launcher.config import build_plain, parse_set, tomllib
 from launcher.pipeline import Stage, prepare_config
@@ -141,9 +155,10 @@ def begin(folder: Path, stages: list[Stage], wait: bool) -> int:
             return start.wait_for([member.run for member in found], [stage.name for stage in stages]) if wait else 0
         if wait:
             return run_here(folder, stages)
-        command = [sys.executable, "-m", "launcher.sweep", str(folder), *(stage.name for stage in stages)]
+        command = run_module.command("launcher.sweep", str(folder), *(stage.name for stage in stages))
         with open(folder / "runner.log", "a", encoding="utf-8") as log:
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+            process = subprocess.Popen(command, env=environment.outside(), stdin=subprocess.DEVNULL, stdout=log,
+                                       stderr=subprocess.STDOUT, start_new_session=True)
         out.print(f"started in the background: process {process.pid}, one element after the other")
     else:
         made = queue(folder, stages)
@@ -217,7 +232,7 @@ def script(folder: Path, identity: str, stage: Stage, held: list[Member]) -> str
     resources = getattr(build_plain("resources", config["resources"]), stage.name)
     cases = [f"  {member.index}) run={shlex.quote(str(folder / str(member.index)))} ;;  # {_words([member.values])}" for member in held]
     cases += ['  *) echo "element $SLURM_ARRAY_TASK_ID is none of this sweep" >&2; exit 64 ;;']
-    site, supervise = held[0].run.profile, [sbatch.python_here(), "-m", "launcher.supervise"]
+    site, supervise = held[0].run.profile, sbatch.supervise_here()
     return sbatch.script(sbatch.JobRequest(
         name=f"{identity}.{stage.name}", comment=probe.comment(identity, stage.name), resources=resources, profile=site,
         output=f"{str(folder).replace('%', '%%')}/%a/{stage.name}/logs/slurm-%A_%a.out",

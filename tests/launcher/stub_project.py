@@ -46,6 +46,7 @@ class Project:
         self.folder, self.run = folder, folder / "runs" / "demo"
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "TORCHINDUCTOR", "TRITON"))}
         self.environment = {**kept, "PYTHONPATH": str(ROOT), **(environment or {})}
+        (folder / "launcher").symlink_to(ROOT / "launcher")  # as in a checkout: what lies beside it are our packages
         stub = Path(__file__).with_name("stub_stage.py")
         for package in ("training", "training/data", "conversion", "eval"):
             (folder / package).mkdir(parents=True)

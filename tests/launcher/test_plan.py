@@ -149,7 +149,7 @@ def test_script_of_an_array_shows_which_index_is_which_run(nowhere):
     texts = sweep.scripts(made)
     assert list(texts) == ["convert", "sft"] and CASES in texts["sft"]
     assert "#SBATCH --output=runs/lr/%a/sft/logs/slurm-%A_%a.out\n" in texts["sft"]
-    assert texts["sft"].splitlines()[-1].endswith('-m launcher.supervise "$run" sft')
+    assert texts["sft"].splitlines()[-1].endswith('run_module.py launcher.supervise "$run" sft')
     assert made.plans[3].identity["id"] == f"{made.identity}.3" and made.plans[3].identity["sweep"] == {"id": made.identity, "index": 3}
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from launcher import cluster, submit
 from launcher.config import Profile, Resources
-from launcher.sbatch import JobRequest, python_here, script
+from launcher.sbatch import JobRequest, script, supervise_here
 from tests.launcher.stub_project import ROOT
 
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sbatch"))
@@ -41,7 +41,7 @@ export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"  # since 22.05 srun gives 
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-exec .venv/bin/python -m launcher.supervise runs/hh rlhf
+exec .venv/bin/python launcher/run_module.py launcher.supervise runs/hh rlhf
 """
 
 
@@ -78,7 +78,7 @@ set -u
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-exec .venv/bin/python -m launcher.supervise runs/hh rlhf
+exec .venv/bin/python launcher/run_module.py launcher.supervise runs/hh rlhf
 """.replace("\\\n", "")
 
 
@@ -86,7 +86,7 @@ def request(**changes) -> JobRequest:
     profile = {"name": "site", "scheduler": "slurm", "partition": "a100", "account": "nlp", "exclusive": True,
                "setup": ["module load cuda/12.4"]}
     fields = {"name": "hh-1.rlhf", "comment": "convoy run=hh-1 stage=rlhf", "output": "runs/hh/rlhf/logs/slurm-%j.out",
-              "command": ".venv/bin/python -m launcher.supervise runs/hh rlhf",
+              "command": ".venv/bin/python launcher/run_module.py launcher.supervise runs/hh rlhf",
               "resources": Resources(nodes=2, gpus_per_node=8, minutes=720)}
     profile.update(changes.pop("profile", {}))
     return JobRequest(**{**fields, **changes}, profile=Profile(**profile))
@@ -176,9 +176,9 @@ def test_whole_nodes_and_gpus_only_where_used():
 def test_python_is_named_relative_below_the_working_directory(monkeypatch, tmp_path):
     monkeypatch.setattr("sys.executable", str(tmp_path / ".venv/bin/python"))
     monkeypatch.chdir(tmp_path)
-    assert python_here() == ".venv/bin/python"
+    assert supervise_here()[0] == ".venv/bin/python"
     monkeypatch.setattr("sys.executable", "/opt/python")
-    assert python_here() == "/opt/python"
+    assert supervise_here()[0] == "/opt/python"
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in cluster.CLUSTERS.glob("*.toml")))
