@@ -22,7 +22,7 @@ import transformers
 
 from eval import checks, config, gold, harness, last_words, preference, report, rewards, scores, tables, winrate
 from eval.config import MTBenchConfig
-from eval.errors import Busy, DataError, HarnessError
+from eval.errors import Busy, DataError, HarnessError, SurroundingsError
 from eval.ranks import Ranks, alone
 from eval.stage import Stage
 
@@ -139,7 +139,7 @@ def guarded(settings: MTBenchConfig) -> int:
         print(error, file=sys.stderr)
         last_words.write("", str(error))
         return GO_ON
-    except DataError as error:
+    except (DataError, SurroundingsError) as error:
         print(error, file=sys.stderr)
         return last_words.of(error)
     except Exception as error:

@@ -13,6 +13,10 @@ class HarnessError(RuntimeError):
     """lm-evaluation-harness failed: the message holds its last words and where the rest is."""
 
 
+class SurroundingsError(ValueError):
+    """RANK, WORLD_SIZE and their like in the environment fit no start of several ranks. Exit code 64."""
+
+
 class Busy(RuntimeError):
     """Another start is at work on the same files: the message names the folder. Exit code 75."""
 

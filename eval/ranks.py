@@ -6,7 +6,6 @@ What is made does not depend on the number of ranks: each row has its own key, r
 from __future__ import annotations
 
 import contextlib
-import datetime
 import fcntl
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from eval import rows
+from eval import rendezvous, rows
 from eval.errors import Busy, DataError
 from eval.jsonl import dump, last_by, recover
 
@@ -46,11 +45,11 @@ class Ranks:
     """Rank and number of ranks from RANK and WORLD_SIZE; alone without them. As a context it holds the connection between them."""
 
     def __init__(self):
-        self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank, self.world = rendezvous.place()
 
     def __enter__(self) -> Ranks:
-        if self.world > 1:  # a rank may wait a day for the slowest; one that dies breaks the connection at once
-            dist.init_process_group("gloo", timeout=datetime.timedelta(days=1))
+        if self.world > 1:
+            rendezvous.join("gloo", self.rank, self.world)
         return self
 
     def __exit__(self, *_) -> None:

@@ -21,8 +21,6 @@ from training.saving import SaveFailed
 from training.settings import ConfigError, load, usage
 
 Config = TypeVar("Config")
-ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"}
-"""Surroundings of a stage that was started by hand, without a launcher: one rank."""
 
 
 class Interrupted(Together):
@@ -42,8 +40,6 @@ def run_stage(kind: type[Config], stage: Callable[[Config], None]) -> int:
         return ended
     clock.mark("imports")
     faulthandler.enable()  # a hung rank that gets an ABRT, and one that crashes in C, says where it is
-    for name, value in ALONE.items():
-        os.environ.setdefault(name, value)
     last_words.versions()
     try:
         config = load(kind, sys.argv[1])

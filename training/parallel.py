@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
+from training import rendezvous
 from training.cpu import mcore_on_cpu
 
 HEARTBEAT = 10.0
@@ -52,13 +53,17 @@ def ranks(tensor_parallel_size: int, pipeline_parallel_size: int, seed: int, ini
     """
     with contextlib.ExitStack() as outside, contextlib.ExitStack() as stack:
         if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
             backend = "cpu:gloo,cuda:nccl"
         else:
             outside.enter_context(mcore_on_cpu())
             backend = "gloo"
-        dist.init_process_group(backend, init_method=init_method, timeout=datetime.timedelta(minutes=timeout_minutes),
-                                rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
+        timeout = datetime.timedelta(minutes=timeout_minutes)
+        if init_method == "env://":
+            rendezvous.join(backend, *rendezvous.place(), timeout)
+        else:
+            dist.init_process_group(backend, init_method=init_method, timeout=timeout,
+                                    rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
         stack.callback(dist.destroy_process_group)
         interleaved = virtual_pipeline_size if virtual_pipeline_size > 1 else None
         parallel_state.initialize_model_parallel(tensor_parallel_size, pipeline_parallel_size, interleaved,
