@@ -9,7 +9,7 @@
 What catches which fault (each is injected by tests/training/test_faults.py); the invariants are training.invariants':
 
     response mask shifted by one                  the samples' invariant, before anything is scored
-    PAD = EOS                                     the tokenizer refuses it, before anything is loaded
+    PAD = EOS, or no PAD                          harmless: lengths make the masks, and an exported classifier gets a PAD
     another temperature in the rollout            first update: the samples' surprisal is not the policy's entropy
     another temperature in update or reference    first update: the ratio is not 1; first iteration: the KL is not 0
     dropout left on                               first update: the ratio is not 1

@@ -73,7 +73,8 @@ def lines(folder: Path, stages: dict[str, tuple[str, str, int]]) -> list[str]:
 def main(arguments: list[str]) -> int:
     ended = usage(arguments, "training.data.cuts", "DATA STAGES", __doc__)
     if ended is None:
-        print("\n".join(lines(Path(arguments[0]), json.loads(arguments[1]))))
+        for line in lines(Path(arguments[0]), json.loads(arguments[1])):
+            print(line)
     return ended or 0
 
 

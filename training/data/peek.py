@@ -17,6 +17,7 @@ from pathlib import Path
 from training.data import formats
 from training.data.config import DataConfig, ModelConfig
 from training.data.rows import Row
+from training.data.source import lines
 from training.settings import ConfigError, build, usage
 
 EXIT_USAGE = 64
@@ -54,7 +55,7 @@ def look(file: str, most: int, settings: dict) -> list[str]:
     if not rows:
         raise formats.DataError(f"{file}: no usable row{formats.because(counts)}")
     echoes.check(file)
-    whole = counts["rows"] < most and size <= MOST_TEXT
+    whole = size <= MOST_TEXT and next(itertools.islice(lines(file), most, None), None) is None
     warnings = formats.dropped(counts)
     if settings.get("model"):
         warnings += prepared(settings) if whole else sampled(rows, settings)
