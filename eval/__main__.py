@@ -81,7 +81,7 @@ def _results(stage: Stage, made: dict, replies: dict, kls: dict, judgments: list
     categories = {question.question_id: question.category for question in stage.set.questions}
     lengths = {(name, row["question_id"], turn + 1): len(text)
                for name, rows in made.items() for row in rows for turn, text in enumerate(row["choices"][0]["turns"])}
-    judge = judge_facts(settings, judgments, pairs, problem)
+    judge = judge_facts(settings, judgments, pairs, problem) | {"settings": stage.judge_settings()}
     if problem:  # some ratings are paid for, but not all are there: no number
         judgments, pairs = [], []
     return {

@@ -37,6 +37,9 @@ _OF_ONE_REQUEST = (400, 413, 422)
 _UNSUPPORTED = re.compile(r"unsupported|not (be )?(supported|allowed|permitted|accepted)|n't support|"
                           r"does not (support|accept|allow)|unknown|unrecogni[sz]ed|unexpected|extra|only the default|"
                           r"deprecated|no system|instead", re.IGNORECASE)
+_TEMPLATE = re.compile(r"jinja|template", re.IGNORECASE)
+_NO_SYSTEM = re.compile(r"system\W+(role|prompt|message|turn|instruction)|role\W+system|no system|roles must alternate",
+                        re.IGNORECASE)
 _MERGED = "system text in the user's turn"
 
 
@@ -141,6 +144,8 @@ class Endpoint:
                 RecursionError) as error:
             used = (0, 0) if isinstance(error, urllib.error.URLError) else reserve
             problem, attempts = str(error)[:500] or type(error).__name__, ATTEMPTS
+            if isinstance(error, (LookupError, TypeError, AttributeError)):
+                problem = f"the reply is no chat completion ({type(error).__name__}: {problem})"
             if isinstance(error, transport.LimitError):
                 attempts = LIMIT_ATTEMPTS
                 problem += "; mtbench.judge_seconds and mtbench.judge_max_tokens set how long it may take"
@@ -161,6 +166,8 @@ class Endpoint:
     def _completion(self, body: bytes, characters: int) -> Completion:
         """The reply's first choice; TypeError, LookupError or ValueError for what is no chat completion."""
         reply = json.loads(body)
+        if "choices" not in reply and "error" in reply:
+            raise ValueError(f"an error instead of a completion: {str(reply['error'])[:300]}")
         choices = reply["choices"]
         choice = choices[0] if choices else {"message": {}}
         message, finish = choice["message"], choice.get("finish_reason")
@@ -185,13 +192,14 @@ class Endpoint:
         reason = " ".join(self.key.redacted(reply.reason).split())[:200]
         status = reply.status
         text = f"{self.where}: HTTP {status} {reason}{self._fix(reply, detail)}" + (f" ({detail})" if detail else "")
+        of_template = status == 500 and _TEMPLATE.search(detail)  # some servers' templates fail so
+        if self.known_item is None and (status in _OF_ONE_REQUEST or of_template) and self._adapt(detail):
+            return _Again(text, 0.0)
+        if status in _OF_ONE_REQUEST or of_template:
+            return _Refused(text)
         if status in _TRANSIENT or status >= 500:
             return _Again(text, _retry_after(reply.headers))
-        if status not in _OF_ONE_REQUEST:
-            return JudgeError(text)
-        if self.known_item is None and self._adapt(detail):
-            return _Again(text, 0.0)
-        return _Refused(text)
+        return JudgeError(text)
 
     def _fix(self, reply: transport.Reply, detail: str) -> str:
         if reply.status in (401, 403):
@@ -209,7 +217,7 @@ class Endpoint:
 
     def _adapt(self, detail: str) -> bool:
         """Leave out, rename or move what the endpoint says that it does not take; was there such a thing?"""
-        if not _UNSUPPORTED.search(detail):
+        if not _UNSUPPORTED.search(detail) and not _NO_SYSTEM.search(detail):
             return False
         if "max_tokens" in detail and "max_tokens" in self.fields:
             self.fields["max_completion_tokens"] = self.fields.pop("max_tokens")
@@ -217,7 +225,7 @@ class Endpoint:
         elif "temperature" in detail and "temperature" in self.fields:
             del self.fields["temperature"]
             change = "no temperature: the judge's own"
-        elif "system" in detail.lower() and not self.merge_system:
+        elif ("system" in detail.lower() or _NO_SYSTEM.search(detail)) and not self.merge_system:
             self.merge_system, change = True, _MERGED
         else:
             return False

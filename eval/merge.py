@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from eval import scores
 from eval.runs import Evaluation, Run
 
-SAME = (("questions", "sha256"), ("questions", "references"), ("judge", "returned"), ("judge", "repeats"), ("template",), ("seed",),
-        ("max_new_tokens",))
+SAME = (("questions", "sha256"), ("questions", "references"), ("judge", "returned"), ("judge", "repeats"),
+        ("judge", "settings"), ("template",), ("seed",), ("max_new_tokens",))
 """What has to be equal for ratings to stand in one table."""
 HELDOUT = ("gold", "gold_difference", "kl", "score", "win_rate", "length_controlled", "scored_by")
 

@@ -22,15 +22,18 @@ import torch
 from transformers import AutoModelForSequenceClassification
 from transformers.utils import logging
 
-from eval import gold, intervals, winrate
+from eval import gold, heldout, intervals, winrate
 from eval.errors import DataError
+from eval.foreign import text, whole
 from eval.generation import device, encode, encode_reply, load_tokenizer, readable
 from eval.jsonl import dump, last_by, read
+from eval.rows import usable
 
 TOKENS = 1 << 15
 """Most tokens in one forward pass."""
 KEPT, RESCORED, PREFIX = "replies.jsonl", "rescored.jsonl", "score_"
 """What a trainer keeps, what is made of it, and how the numbers' names begin there."""
+_REPLY = {"iteration": whole, "index": whole, "response": text}
 
 
 @torch.no_grad()
@@ -111,6 +114,10 @@ def rescore(stage: Path, prompts: Sequence[str], models: Mapping[str, str], limi
     """Write and return rows {"iteration", "score_NAME": mean of all kept replies, ...} of the stage's kept replies, by iteration;
     ``start``: rows {"index", "response"} of iteration 0."""
     kept = [{**row, "iteration": 0} for row in start] + read(stage / KEPT)
+    for place, row in enumerate(kept, 1):
+        if not usable(row, _REPLY) or not 0 <= row["index"] < len(prompts):
+            raise DataError(f"{stage / KEPT}, or the replies of --start, row {place} of both: {str(row)[:200]}: expected "
+                            f'{{"iteration", "index", "response"}} with an index below the {len(prompts)} prompts')
     rows = list(last_by(kept, lambda row: (row["iteration"], row["index"])).values())
     pairs = [(prompts[row["index"]], row["response"]) for row in rows]
     made: dict[int, dict] = defaultdict(dict)
@@ -135,12 +142,14 @@ def main(arguments: list[str]) -> int:
                         help="the first model's replies, an evaluation's heldout/sft.jsonl: iteration 0")
     parser.add_argument("--prompt-length", type=int, default=1024, metavar="TOKENS", help="a longer prompt loses its head (default: 1024)")
     asked = parser.parse_args(arguments)
+    if asked.prompt_length < 1:
+        parser.error(f"--prompt-length {asked.prompt_length}: expected at least 1")
     try:
-        models = dict(text.split("=", 1) for text in asked.models)
+        models = dict(each.split("=", 1) for each in asked.models)
     except ValueError:
         parser.error("expected NAME=FOLDER")
     try:
-        table = rescore(asked.stage, [row["prompt"] for row in read(asked.prompts)], models, asked.prompt_length,
+        table = rescore(asked.stage, [prompt.prompt for prompt in heldout.load(str(asked.prompts))], models, asked.prompt_length,
                         read(asked.start) if asked.start else ())
     except DataError as error:
         print(error, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Rows that an earlier start has left: of which kind their fields are. A damaged one is made again, never a traceback."""
+"""Rows that an earlier start has left, by the kinds of their fields: a damaged one is made again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ Kinds = Mapping[str, Callable[[object], bool]]
 def _choice(choices: object) -> bool:
     first = choices[0]
     tokens, finish = first["tokens"], first["finish"]
-    return texts(first["turns"]) and len(first["turns"]) == len(tokens) == len(finish) == 2 and all(map(whole, tokens)) and texts(finish)
+    two_each = len(first["turns"]) == len(tokens) == len(finish) == 2
+    return two_each and texts(first["turns"]) and texts(finish) and all(map(whole, tokens))
 
 
 def _named_judge(value: object) -> bool:

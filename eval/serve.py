@@ -18,6 +18,7 @@ from concurrent.futures import Future
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from eval import chat, generation
+from eval.addresses import is_loopback
 from eval.generation import Prompt, Reply
 
 BATCH = 8
@@ -165,6 +166,8 @@ def main(arguments: list[str]) -> int:
     key = os.environ.pop(KEY_VARIABLE, "")
     batcher = Batcher(*generation.load(asked.folder))
     server = ThreadingHTTPServer((asked.host, asked.port), handler(batcher, asked.folder, key))
+    if not key and not is_loopback(asked.host):
+        print(f"warning: whoever reaches {asked.host} can use this server; {KEY_VARIABLE} sets a key that it asks for", flush=True)
     if asked.end_with_stdin:
         threading.Thread(target=end_with_parent, daemon=True).start()
     print(f"serving {asked.folder} at http://{asked.host}:{server.server_port}/v1", flush=True)

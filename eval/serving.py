@@ -50,7 +50,7 @@ class Judge(NamedTuple):
 
 @contextlib.contextmanager
 def opened(config: MTBenchConfig) -> Iterator[Judge]:
-    """The judge at ``judge_url``, or a local server that lives as long as the block. Raises JudgeError and DataError."""
+    """The judge at ``judge_url``, or a local server for as long as the block. Raises JudgeError and DataError."""
     if config.judge != "local":
         yield Judge(config.judge_url)
         return
@@ -74,7 +74,7 @@ def opened(config: MTBenchConfig) -> Iterator[Judge]:
 
 
 def takes_system(folder: str) -> bool:
-    """Can the judge's chat template render a system turn? Raises DataError for one that can't render a question, either."""
+    """Can the judge's chat template render a system turn? Raises DataError where it can't render a question, either."""
     try:
         template, tokens = chat.read(folder)
         if not template or chat.takes_system(template, tokens):
@@ -82,26 +82,28 @@ def takes_system(folder: str) -> bool:
         chat.render(template, [chat.USER], tokens)
     except DataError as error:
         raise DataError(f"mtbench.judge_model = {folder}: {error}") from None
-    print(f"judge: the chat template of {folder} has no system turn; system text is put into the user's turn", flush=True)
+    print(f"judge: the chat template of {folder} has no system turn; system text is put into the user's turn",
+          flush=True)
     return False
 
 
 def command(config: MTBenchConfig) -> tuple[list[str], int]:
-    """(command line of the server, the port that it is told; 0: it chooses one); JudgeError where it can't be started here."""
+    """(command line of the server, the port that it is told; 0: it chooses one); JudgeError where it can't start."""
     folder = Path(config.judge_model)
     if not (folder / "config.json").is_file():
-        raise JudgeError(f'mtbench.judge_model = {config.judge_model}: no config.json there; judge = "local" needs the Hugging Face '
-                         "folder of the judge's model")
+        raise JudgeError(f'mtbench.judge_model = {config.judge_model}: no config.json there; judge = "local" needs the '
+                         "Hugging Face folder of the judge's model")
     vllm = Path(sys.executable).with_name("vllm")
     installed = importlib.util.find_spec("vllm") is not None and vllm.exists()
     if config.judge_server == "vllm" and not installed:
-        raise JudgeError(f'mtbench.judge_server = "vllm": vLLM is not installed beside {sys.executable}; install it there '
-                         '(pip install vllm), or set "transformers"')
+        raise JudgeError(f'mtbench.judge_server = "vllm": vLLM is not installed beside {sys.executable}; install it '
+                         'there (pip install vllm), or set "transformers"')
     if installed and config.judge_server != "transformers":
         port = free_port()
         return [str(vllm), "serve", config.judge_model, "--host", HOST, "--port", str(port), "--served-model-name",
                 config.judge_model, *shlex.split(config.judge_server_options)], port
-    return [sys.executable, "-m", "eval.serve", config.judge_model, "--host", HOST, "--port", "0", "--end-with-stdin"], 0
+    return [sys.executable, "-m", "eval.serve", config.judge_model, "--host", HOST, "--port", "0",
+            "--end-with-stdin"], 0
 
 
 def free_port() -> int:
@@ -138,8 +140,10 @@ def environment() -> dict[str, str]:
 
 
 def wait(server: subprocess.Popen, port: int, limit_s: float, log: Path) -> int:
-    """The port at which the server itself answers GET /health with 200, of its ports if ``port`` is 0; JudgeError with the
-    server's last words when it ends before, or with the limit."""
+    """The port at which the server itself answers GET /health with 200, of its ports if ``port`` is 0.
+
+    Raises JudgeError with the server's last words when it ends before, or with the limit.
+    """
     began = time.monotonic()
     while server.poll() is None:
         for own in sorted(listening(server) & {port} if port else listening(server)):
@@ -147,14 +151,17 @@ def wait(server: subprocess.Popen, port: int, limit_s: float, log: Path) -> int:
                 if transport.send(f"http://{HOST}:{own}/health", None, {}, 5).status == 200:
                     return own
         if time.monotonic() - began > limit_s:
-            raise JudgeError(f"the local judge did not answer within mtbench.judge_start_minutes = {limit_s / 60:g}; {last_words(log)}")
+            raise JudgeError(f"the local judge did not answer within mtbench.judge_start_minutes = {limit_s / 60:g}; "
+                             f"{last_words(log)}")
         time.sleep(POLL_S)
     raise JudgeError(f"the local judge ended with exit code {server.returncode} before it answered; {last_words(log)}")
 
 
 def last_words(log: Path) -> str:
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return f"it said last: {lines[-1].strip()[:300]!r} (all of it: {log})" if lines else f"it said nothing ({log} is empty)"
+    if not lines:
+        return f"it said nothing ({log} is empty)"
+    return f"it said last: {lines[-1].strip()[:300]!r} (all of it: {log})"
 
 
 def end(server: subprocess.Popen) -> None:

@@ -147,6 +147,13 @@ class Stage:
         known = stored()
         return [known[key(row)] for row in replies]
 
+    def judge_settings(self) -> dict:
+        """What ratings depend on beyond the judge's name: to be equal where two evaluations share a table."""
+        settings = self.config
+        if settings.judge == "none":
+            return {}
+        return {"max_tokens": settings.judge_max_tokens, "request": settings.request_fields(), "model": self.judge}
+
     def judgments(self, made: dict[str, list[dict]]) -> tuple[list[dict], list[dict], str]:
         """(judgment rows, pairwise rows, what went wrong: then some rows are missing); all empty without a judge."""
         if self.config.judge == "none":

@@ -109,6 +109,11 @@ def choosy(names: str, message: str):
             "System, max_tokens and temperature are not supported",
             {"max_completion_tokens": 2048},
         ),
+        (
+            '"role": "system"',
+            "Conversation roles must alternate user/assistant/user/assistant/...",
+            {"temperature": 0, "max_tokens": 2048},
+        ),
     ],
 )
 def test_a_field_that_the_judge_does_not_take_is_left_out_and_that_is_said(
@@ -126,6 +131,28 @@ def test_a_field_that_the_judge_does_not_take_is_left_out_and_that_is_said(
         assert [turn["role"] for turn in last["messages"]] == ["user"] and "grade answers" in last["messages"][0][
             "content"
         ]
+
+
+def test_a_template_that_fails_with_500_is_no_outage_and_an_error_in_a_200_is_quoted(serve, tmp_path):
+    server = serve(rest=lambda body: (500, {}, "jinja2 TemplateError: System role not supported")
+                   if "system" in str(body["messages"][0]) else good())
+    assert {row["score"] for row in rate(server, tmp_path, answers())[0]} == {7}
+    server = serve(rest=(500, {}, "TemplateError: no chat template"))
+    with pytest.raises(JudgeError, match="HTTP 500 .*no chat template"):
+        client(server, []).complete("", "")
+    assert len(server.seen) == 1
+    with pytest.raises(JudgeError, match="an error instead of a completion: .*over capacity.*gave up after 7"):
+        client(serve(rest=(200, {}, '{"error": {"message": "over capacity"}}')), []).complete("", "")
+    with pytest.raises(JudgeError, match=r"no chat completion \(KeyError: 'choices'\)"):
+        client(serve(rest=(200, {}, "{}")), []).complete("", "")
+
+
+def test_an_address_may_have_parameters_and_the_whole_path(serve):
+    server = serve()
+    for address in ("/v1?api-version=2024", "/v1/chat/completions?api-version=2024", "/v1/chat/completions/?api-version=2024"):
+        server.url = server.url.partition("/v1")[0] + address
+        client(server, []).complete("", "")
+    assert {path for path, _, _ in server.seen} == {"/v1/chat/completions?api-version=2024"}
 
 
 def test_fields_of_the_request_are_set_and_an_error_says_how(serve, tmp_path):
