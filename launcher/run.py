@@ -155,8 +155,8 @@ class Run:
     def selected(self) -> list[Stage]:
         """The stages that the run was last submitted for, in order, and those that they need; all
         of a run that does not say."""
-        asked = self.config["run"].get("selected") or list(self.stages)
-        needed = {name for name in asked if name in self.stages}
+        asked = self.config["run"].get("selected") or []
+        needed = {name for name in self.stages if name in asked} or set(self.stages)
         for name in reversed(self.stages):
             needed |= set(self.stages[name].parents) if name in needed else set()
         return [stage for name, stage in self.stages.items() if name in needed]

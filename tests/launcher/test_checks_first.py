@@ -127,7 +127,7 @@ def test_resume_goes_as_far_as_the_run_was_submitted_for(project):
     assert (project.run / "rlhf.1/DONE.json").exists(), longer.stdout + longer.stderr
 
 
-@pytest.mark.parametrize("asked, selected", [(None, 6), (["sft"], 2), (["mtbench"], 6), (["reward", "gone"], 3)])
+@pytest.mark.parametrize("asked, selected", [(None, 6), (["sft"], 2), (["mtbench"], 6), (["reward", "gone"], 3), (["gone"], 6), ([], 6)])
 def test_a_run_names_its_stages_and_what_they_need(tmp_path, asked, selected):
     about = {"id": "x-1", "profile": "local", "selected": asked}
     (tmp_path / "config.json").write_text(json.dumps({"run": about, "profile": {"scheduler": "local"}}))
