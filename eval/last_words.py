@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import platform
+from functools import partial
 from pathlib import Path
 
 import safetensors
@@ -58,7 +59,9 @@ def _leave(name: str, value: dict) -> None:
         path = Path(folder) / name
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.with_suffix(".new").write_text(json.dumps(value), encoding="utf-8")
+            private = partial(os.open, mode=0o600)  # a message may hold a key, until the launcher has masked it
+            with open(path.with_suffix(".new"), "w", encoding="utf-8", opener=private) as file:
+                json.dump(value, file)
             path.with_suffix(".new").replace(path)
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from launcher import container, endings, environment, outcome, probe, run_module, secrets
 from launcher.endings import SAVED, Ended, Said
 from launcher.profile import Profile
+from launcher.run import write_json
 from training.files import Unfit, read_table
 
 LIBC = ctypes.CDLL(None)
@@ -99,6 +100,8 @@ class Log:
             with contextlib.suppress(OSError, Unfit, LookupError, TypeError):
                 words = read_table(file, LONGEST_WORDS)
                 message = secrets.mask(str(words["message"]), self.secrets)
+                if message != words["message"]:
+                    write_json(file, {**words, "message": message})
                 return Said(endings.SAID[words["class"]] if words["class"] else None, message)
         return None
 

@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -76,7 +77,9 @@ def _leave(name: str, value: dict) -> None:
     path = Path(folder) / name
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".new").write_text(json.dumps(value), encoding="utf-8")
+        private = partial(os.open, mode=0o600)  # a message may hold a key, until the launcher has masked it
+        with open(path.with_suffix(".new"), "w", encoding="utf-8", opener=private) as file:
+            json.dump(value, file)
         path.with_suffix(".new").replace(path)
 
 

@@ -70,6 +70,10 @@ def test_secrets_are_masked_in_the_log(tmp_path):
     ended = ranks.wait(lambda: None)
     assert ended[0].line == "ValueError: no ********"
     assert "sk-very-secret" not in (tmp_path / "log").read_text()
+    words = tmp_path / "log.words/rank_0.json"
+    words.parent.mkdir()
+    words.write_text(json.dumps({"class": "bug", "message": "KeyError: sk-very-secret"}))
+    assert log.ended(0, 1).words() == "rank 0: exit code 1: KeyError: ********" and "sk-very" not in words.read_text()
 
 
 def sums(folder) -> None:

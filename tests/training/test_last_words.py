@@ -53,6 +53,7 @@ def test_words_and_exit_code(error, kind, code, tmp_path, monkeypatch):
     assert last_words.of(error) == code
     words = json.loads((tmp_path / "attempt_1.errors/rank_3.json").read_text())
     assert words["class"] == kind.value and str(error) in words["message"]
+    assert (tmp_path / "attempt_1.errors/rank_3.json").stat().st_mode & 0o77 == 0, "a message may hold a key"
     assert [path.name for path in (tmp_path / "attempt_1.errors").iterdir()] == ["rank_3.json"]
 
 
