@@ -20,7 +20,9 @@ from launcher.run import Run
 REPEAT_S = 5
 """Seconds between repetitions of a request to save: ranks that are still starting do not hear it."""
 LOOK_S = 0.5
-"""Seconds between looks at the operator's files."""
+"""Seconds between looks at the clock."""
+FILES_S = 2
+"""Seconds between looks at files: a sweep's many jobs share a metadata server."""
 LAST_S = 10
 """Seconds before the end of the job at which ranks that have not saved are killed, so that there is time to queue again."""
 FATE_TRIES = 5
@@ -43,7 +45,9 @@ class Attempt:
         """A TERM came whose reason is not known yet."""
         self.hung_minutes = 0
         self.killed_at_the_end = False
-        self.repeated = self.looked = self.asked_to_save = float("-inf")
+        self.repeated = self.looked = self.looked_at_files = self.asked_to_save = float("-inf")
+        self.save_from: list[int | None] = []
+        """The iteration that was saved last when the file SAVE was seen first; empty without the file."""
         self.moved = (None, time.monotonic())
 
     def wait(self, ranks: Ranks) -> list[Ended]:
@@ -62,17 +66,19 @@ class Attempt:
 
     def tick(self) -> None:
         """Some ten times a second, between the reads of the ranks' output."""
-        if self.terminated and self.fate is None:
-            self.find_fate()
         now = time.monotonic()
-        if now - self.looked > LOOK_S:
-            self.looked = now
-            self.operator()
-            self.watch_end()
-            self.watch_stall(now)
         if (self.asked or self.terminated) and now - self.repeated > REPEAT_S:
             self.repeated = now
-            self.ask_to_end()
+            self.ask_to_end()  # before Slurm is asked why: a slow controller takes seconds of KillWait
+        if self.terminated and self.fate is None:
+            self.find_fate()
+        if now - self.looked_at_files > FILES_S:
+            self.looked_at_files = now
+            self.operator()
+            self.watch_stall(now)
+        if now - self.looked > LOOK_S:
+            self.looked = now
+            self.watch_end()
 
     def ask_to_end(self) -> None:
         """Trainers save at the end of their step and exit 75; other stages do at once, their work is on the disk."""
@@ -89,16 +95,19 @@ class Attempt:
             self.asked, self.repeated = Class.STOPPED, float("-inf")
         save = self.run.folder / "SAVE"
         if not self.stage.trainer or not save.exists():
+            self.save_from = []
             return
-        with contextlib.suppress(FileNotFoundError):
-            wanted, latest = save.stat().st_mtime, self.run.stage(self.stage.name) / "latest"
-            if latest.exists() and latest.stat().st_mtime >= wanted:
+        iteration = self.run.iteration(self.stage.name)  # not the files' times: two machines' clocks differ
+        if self.save_from and iteration != self.save_from[0]:
+            self.save_from = []
+            with contextlib.suppress(FileNotFoundError):
                 save.unlink()
-                self.say(f"file SAVE: iteration {self.run.iteration(self.stage.name)} is saved")
-            elif time.monotonic() - self.asked_to_save > REPEAT_S:
-                self.asked_to_save = time.monotonic()
-                self.say("file SAVE: the ranks are told to save and go on")
-                self.ranks.pass_on(signal.SIGUSR2)
+            self.say(f"file SAVE: iteration {iteration} is saved")
+        elif time.monotonic() - self.asked_to_save > REPEAT_S or not self.save_from:
+            self.save_from = self.save_from or [iteration]
+            self.asked_to_save = time.monotonic()
+            self.say("file SAVE: the ranks are told to save and go on")
+            self.ranks.pass_on(signal.SIGUSR2)
 
     def watch_end(self) -> None:
         """Ask for the save in time; kill ranks that have not saved when the end has come."""

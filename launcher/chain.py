@@ -42,8 +42,9 @@ def missing(run: Run, stages: list[Stage], known: dict[str, jobs.Job]) -> tuple[
     A job whose stage has failed is ending, and jobs that wait for it will be cancelled by Slurm within a second: they
     are cancelled now and replaced, as is one that can never start. One that is only held is let go.
     """
-    left = {stage.name for stage in manifest.left(run, list(run.stages.values()))}
-    alive = {name: job for name, job in known.items() if job.alive and name in left and not _ending(run, name, job)}
+    left, gone = {stage.name for stage in manifest.left(run, list(run.stages.values()))}, run.disowned()
+    alive = {name: job for name, job in known.items()
+             if job.alive and name in left and job.id not in gone and not _ending(run, name, job)}
     todo = {stage.name for stage in stages if stage.name in left and (stage.name not in alive or alive[stage.name].stuck)}
     for name in list(todo):
         todo |= {stage.name for stage in descendants(run, run.stages[name]) if stage.name in alive and alive[stage.name].pending}

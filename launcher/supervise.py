@@ -59,6 +59,9 @@ class Supervisor:
         """Attempts until the stage is done, has failed or waits in the queue again; returns the exit code."""
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.on_signal)
+        if self.job in self.run.disowned():
+            say(f"job {self.job} was declared dead by resume --take-over: it leaves the run as it is")
+            return 1
         try:
             if self.job:
                 self.claim_job()
@@ -273,8 +276,6 @@ class Supervisor:
 
     def claim_job(self) -> None:
         """Mark this job as ours in the queue: one submitted by hand from slurm/<stage>.sbatch does not carry the run's id yet."""
-        if self.job in self.run.disowned():
-            raise Refused(f"job {self.job} was declared dead by resume --take-over: it must not touch the run again")
         name = f"{self.run.id}.{self.stage.name}"
         if "sweep" in self.config["run"] or os.environ.get("SLURM_JOB_NAME") == name:
             return  # it carries the run's id already, or its array's, and its comment the submission's token

@@ -4,19 +4,22 @@ import collections
 import hashlib
 import json
 import platform
+import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
-from launcher import manifest, state
+from launcher import deadline, manifest, run_module, state
 from launcher.attempt import Attempt
 from launcher.endings import Class, Facts
 from launcher.jobs import Job
 from launcher.manifest import Refused
 from launcher.outcome import classify
 from launcher.pipeline import ALL
+from launcher.probe import SlurmError
 from launcher.ranks import LocalRanks, Log
 from launcher.run import Run
 from tests.launcher.stub_project import wait_until
@@ -198,3 +201,30 @@ def test_contracts_between_stages(project):
     (project.run / "sft/DONE.json").write_text(json.dumps(other))
     with pytest.raises(Refused, match="reward was made from another sft"):
         manifest.verify(run, ALL["reward"])
+
+
+def test_a_job_that_was_declared_dead_leaves_the_run_as_it_is(project):
+    assert project.submit("--wait", "--until", "convert").returncode == 0
+    Run(project.run).record("taken over", jobs=[77])
+    before = {path: path.read_bytes() for path in project.run.rglob("*.json*")}
+    ended = subprocess.run(run_module.command("launcher.supervise", "runs/demo", "sft"), cwd=project.folder,
+                           env={**project.environment, "SLURM_JOB_ID": "77"}, capture_output=True, text=True)
+    assert ended.returncode == 1 and "job 77 was declared dead" in ended.stdout, ended.stdout + ended.stderr
+    assert {path: path.read_bytes() for path in project.run.rglob("*.json*")} == before
+
+
+def test_ranks_are_told_of_a_term_before_slurm_is_asked_why(tmp_path, monkeypatch):
+    """A slow controller answers after seconds, and Slurm kills all KillWait after the TERM."""
+    order = []
+
+    def late(job):
+        order.append("asked")
+        raise SlurmError("did not answer in 20 s")
+
+    monkeypatch.setattr(deadline, "ask", late)
+    (tmp_path / "sft").mkdir()
+    attempt = Attempt(Run(tmp_path), ALL["sft"], 7, 60, 150, print)
+    attempt.ranks = SimpleNamespace(log=Log(tmp_path / "log"), pass_on=order.append)
+    attempt.signalled(signal.SIGTERM)
+    attempt.tick()
+    assert order[0] == signal.SIGUSR1 and "asked" in order

@@ -51,7 +51,7 @@ def test_a_key_reaches_the_ranks_and_nothing_else(project, slurm, tmp_path_facto
     while project.run.joinpath("reward/status.json").exists() is False or project.json("reward/status.json")["state"] != "failed":
         assert time.monotonic() < deadline, project.states()
         lines = command_lines()
-        ranks = max(ranks, sum("-m training.sft" in line for line in lines))
+        ranks = max(ranks, sum("run_module.py training.sft" in line for line in lines))
         shown |= {line for line in lines if KEY in line}
         stored |= set(holding(Path(slurm["SLURM_CONF"]).parent))
         time.sleep(0.05)
