@@ -10,12 +10,11 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
-from eval import fingerprint
+from eval import children, fingerprint
 from eval.config import MTBenchConfig
 from eval.errors import DataError, HarnessError
 from eval.jsonl import write
@@ -58,8 +57,8 @@ def _model(config: MTBenchConfig, name: str, folder: str, mark: str, wanted: lis
     if (known := read_json(kept)).get("key") == key and isinstance(known.get("results"), dict):
         return known["results"]
     raw = output / f"{name}-{key}"
-    done = subprocess.run(command(config, folder, wanted, raw), cwd=folder_of_tasks or None, env=os.environ, capture_output=True, text=True,
-                          stdin=subprocess.DEVNULL, check=False)
+    done = subprocess.run(command(config, folder, wanted, raw), cwd=folder_of_tasks or None,
+                          env=children.environment(), capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     write(output / f"{name}.log", done.stdout + done.stderr)
     files = sorted(raw.rglob("results_*.json"), key=lambda path: path.stat().st_mtime)
     if done.returncode or not files:

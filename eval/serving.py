@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import psutil
 
-from eval import chat, transport
+from eval import chat, children, transport
 from eval.config import MTBenchConfig
 from eval.errors import DataError, JudgeError
 from eval.key import Key
@@ -62,7 +62,7 @@ def opened(config: MTBenchConfig) -> Iterator[Judge]:
     print(f"judge: starting {shlex.join(arguments)}, its output is in {log}", flush=True)
     with open(os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "a", encoding="utf-8") as output:
         server = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT,
-                                  env=environment() | dict.fromkeys(KEY_VARIABLES, key.text))
+                                  env=children.environment() | dict.fromkeys(KEY_VARIABLES, key.text))
     try:
         began = time.monotonic()
         port = wait(server, port, 60 * config.judge_start_minutes, log)
@@ -102,8 +102,7 @@ def command(config: MTBenchConfig) -> tuple[list[str], int]:
         port = free_port()
         return [str(vllm), "serve", config.judge_model, "--host", HOST, "--port", str(port), "--served-model-name",
                 config.judge_model, *shlex.split(config.judge_server_options)], port
-    return [sys.executable, "-m", "eval.serve", config.judge_model, "--host", HOST, "--port", "0",
-            "--end-with-stdin"], 0
+    return children.command("eval.serve", config.judge_model, "--host", HOST, "--port", "0", "--end-with-stdin"), 0
 
 
 def free_port() -> int:
@@ -131,12 +130,6 @@ def require_own(server: subprocess.Popen, port: int, log: Path) -> None:
         raise JudgeError(f"the local judge has ended with exit code {server.returncode}; {last_words(log)}")
     if port not in listening(server):
         raise JudgeError(f"the local judge no longer listens at {HOST}:{port}; {last_words(log)}")
-
-
-def environment() -> dict[str, str]:
-    """Without what would make the server take itself for one of the stage's ranks."""
-    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    return {name: value for name, value in os.environ.items() if name not in ranks}
 
 
 def wait(server: subprocess.Popen, port: int, limit_s: float, log: Path) -> int:

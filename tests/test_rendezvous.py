@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from eval import children
 from eval import rendezvous as evaluation
 from eval.errors import SurroundingsError
 from tests.launcher.stub_project import ROOT, wait_until
@@ -73,3 +74,14 @@ def test_term_ends_the_wait():
         assert process.returncode == -signal.SIGTERM
     finally:
         process.kill()
+
+
+def test_the_evaluation_s_children_are_ours_and_no_ranks(tmp_path, shell):
+    """A judge's server that is started where a folder eval/ lies, by rank 0 of two."""
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval/__init__.py").write_text("raise SystemExit('the user\\'s own package')")
+    shell(WHOLE | {"TORCHELASTIC_RUN_ID": "x"})
+    environ = children.environment()
+    assert not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"} & set(environ) and environ["PATH"] == os.environ["PATH"]
+    done = subprocess.run(children.command("eval.scores", "--help"), cwd=tmp_path, env=environ, capture_output=True, text=True)
+    assert done.returncode == 0 and "usage" in done.stdout.lower(), done.stdout + done.stderr

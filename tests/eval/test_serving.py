@@ -18,7 +18,7 @@ import pytest
 import torch
 from transformers import BloomConfig, BloomForCausalLM
 
-from eval import asking, questions, serve, serving
+from eval import asking, children, questions, serve, serving
 from eval.config import MTBenchConfig, MTBenchPaths
 from eval.errors import DataError, JudgeError
 from tests.eval.conftest import tokenizer
@@ -72,7 +72,7 @@ def test_the_server_speaks_the_protocol_and_dies_with_its_parent(seven):
     script = "import subprocess, sys; subprocess.Popen([sys.executable, '-m', 'eval.serve', sys.argv[1], '--port', sys.argv[2], " \
              "'--end-with-stdin'], stdin=subprocess.PIPE); input()"
     port = serving.free_port()
-    parent = subprocess.Popen([sys.executable, "-c", script, str(seven), str(port)], stdin=subprocess.PIPE, env=serving.environment())
+    parent = subprocess.Popen([sys.executable, "-c", script, str(seven), str(port)], stdin=subprocess.PIPE, env=children.environment())
     url = f"http://127.0.0.1:{port}"
     log = seven / "none.log"
     log.touch()
@@ -115,7 +115,7 @@ def test_the_command_line(seven, tmp_path, monkeypatch):
         serving.command(settings(tmp_path / "none", tmp_path))
     auto = {**settings(seven, tmp_path).__dict__, "judge_server": "auto", "judge_server_options": "--max-model-len 8192"}
     arguments, port = serving.command(MTBenchConfig(**auto))
-    assert port == 0 and arguments[1:] == ["-m", "eval.serve", str(seven), "--host", "127.0.0.1", "--port", "0", "--end-with-stdin"]
+    assert port == 0 and arguments[4:] == ["eval.serve", str(seven), "--host", "127.0.0.1", "--port", "0", "--end-with-stdin"]
     with pytest.raises(JudgeError, match="vLLM is not installed beside"):
         serving.command(MTBenchConfig(**auto | {"judge_server": "vllm"}))
     (tmp_path / "vllm").touch()
