@@ -1,8 +1,9 @@
-"""The files of an export beside its weights: the starting model's, corrected where training or the head made them untrue.
+"""The files of an export beside its weights: the starting model's, corrected where they became
+untrue.
 
-A file that needs no correction keeps its bytes. What is corrected: the class and the type of the weights, the tokens that
-end a reply and pad (as trained, in every file), code of the model's own (left out), and the tokenizer's class where
-AutoTokenizer would give other ids than training had.
+A file that needs no correction keeps its bytes. What is corrected: the class and the type of the
+weights, the tokens that end a reply and pad (as trained, in every file), code of the model's own
+(left out), and the tokenizer's class where AutoTokenizer would give other ids than training had.
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ from training.files import open_regular
 from training.shape import Shape, family
 from training.special_tokens import Said
 
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-             "tokenizer.model", "chat_template.jinja")
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+             "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja")
 COPIED = ("config.json", "generation_config.json", *TOKENIZER)
 OF_A_CLASSIFIER = ("id2label", "label2id", "num_labels", "problem_type")
 
 
 def check(model: Path, shape: Shape) -> None:
-    """Raises ConfigError, before anything is written, for files that an export could not copy or correct."""
+    """Raises ConfigError, before anything is written, for files that an export could not copy or
+    correct."""
     for name in COPIED:
         hf_folder.file(model, name)
     if hf_folder.file(model, FILE):
@@ -38,7 +40,8 @@ def check(model: Path, shape: Shape) -> None:
 
 def names(model: Path, head: str) -> list[str]:
     """Those that are there; a classifier generates nothing."""
-    return [name for name in COPIED if (head != "scalar" or name != "generation_config.json") and hf_folder.file(model, name)]
+    wanted = [name for name in COPIED if head != "scalar" or name != "generation_config.json"]
+    return [name for name in wanted if hf_folder.file(model, name)]
 
 
 def write(model: Path, folder: Path, shape: Shape, head: str, dtype: torch.dtype) -> None:
@@ -58,7 +61,8 @@ def copy(source: Path, target: Path) -> None:
     """A regular file; what only its owner may read stays so."""
     handle = open_regular(source.resolve())
     mode = os.fstat(handle).st_mode & 0o666
-    with open(handle, "rb") as stream, open(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as copied:
+    new = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    with open(handle, "rb") as stream, open(new, "wb") as copied:
         while block := stream.read(1 << 20):
             copied.write(block)
 
@@ -82,7 +86,8 @@ def _tokens(values: dict, tokenizer: Tokenizer) -> dict:
 
 
 def _set_class(folder: Path) -> None:
-    """Name the class that takes tokenizer.json as it is, where AutoTokenizer would give other ids than training had."""
+    """Name the class that takes tokenizer.json as it is, where AutoTokenizer would give other ids
+    than training had."""
     values = hf_folder.json_object(folder, "tokenizer_config.json") or {}
     if values.get("tokenizer_class") == trial.PLAIN and "auto_map" not in values:
         return

@@ -1,10 +1,12 @@
 """A model's chat template, rendered in a process of its own that has little time and memory.
 
-A template is a program that comes with a model. jinja's sandbox keeps it away from files and from Python's insides, but
-not from loops without end, nor from a text as large as the memory. ``render`` is the only way to a template; it gives
-what transformers' ``apply_chat_template(..., tokenize=False)`` gives.
+A template is a program that comes with a model. jinja's sandbox keeps it away from files and from
+Python's insides, but not from loops without end, nor from a text as large as the memory. ``render``
+is the only way to a template; it gives what transformers' ``apply_chat_template(...,
+tokenize=False)`` gives.
 
-``python -m eval.chat FOLDER``: does the folder's template render a conversation? Exit status 65 and one line where not.
+``python -m eval.chat FOLDER``: does the folder's template render a conversation? Exit status 65 and
+one line where not.
 """
 
 from __future__ import annotations
@@ -42,22 +44,25 @@ SYSTEM = {"role": "system", "content": "You are a judge."}
 
 
 class TemplateError(DataError):
-    """A template that can't be used: the message says why, in one line; the caller names the folder."""
+    """A template that can't be used: the message says why, in one line; the caller names the
+    folder."""
 
 
 def render(template: str, messages: Sequence[Mapping], tokens: Mapping | None = None, cue: bool = True) -> str:
-    """The text of ``messages`` ({"role", "content"} each). ``tokens``: {"bos_token": "<s>", ...}; ``cue``: the
-    assistant's mark is added at the end. May be called from several threads. Raises TemplateError."""
+    """The text of ``messages`` ({"role", "content"} each). ``tokens``: {"bos_token": "<s>", ...};
+    ``cue``: the assistant's mark is added at the end. May be called from several threads. Raises
+    TemplateError."""
     if len(template) > TEMPLATE:
         raise TemplateError(f"the chat template has {len(template):,} characters; expected at most {TEMPLATE:,}")
     return _worker.ask({"template": template, "messages": list(messages), "tokens": dict(tokens or {}), "cue": cue})
 
 
 def read(folder: str | Path) -> tuple[str, dict[str, str]]:
-    """(template, special tokens by name) of a Hugging Face folder; the template is "" where it has none.
+    """(template, special tokens by name) of a Hugging Face folder; the template is "" where it has
+    none.
 
-    chat_template.jinja comes before tokenizer_config.json's, of several named ones "default" counts, as transformers
-    has it. Raises TemplateError for damaged files.
+    chat_template.jinja comes before tokenizer_config.json's, of several named ones "default"
+    counts, as transformers has it. Raises TemplateError for damaged files.
     """
     folder, values = Path(folder), {}
     config, file = folder / "tokenizer_config.json", folder / "chat_template.jinja"
@@ -81,7 +86,8 @@ def read(folder: str | Path) -> tuple[str, dict[str, str]]:
 
 
 def render_by(tokenizer, messages: Sequence[Mapping]) -> str:
-    """``render`` by a transformers tokenizer's own template, with the assistant's mark. Raises TemplateError."""
+    """``render`` by a transformers tokenizer's own template, with the assistant's mark. Raises
+    TemplateError."""
     template = tokenizer.chat_template
     if isinstance(template, dict):  # several, by name
         template = template.get("default")
@@ -91,7 +97,8 @@ def render_by(tokenizer, messages: Sequence[Mapping]) -> str:
 
 
 def check(folder: str | Path) -> str:
-    """What the folder's template can do, in words. Raises TemplateError where it has none, or it fails on a question."""
+    """That the folder's template renders, in words. Raises TemplateError where it has none, or it
+    fails."""
     template, tokens = read(folder)
     if not template:
         raise TemplateError(f"{folder}: its tokenizer has no chat template")
@@ -101,12 +108,14 @@ def check(folder: str | Path) -> str:
         except TemplateError as error:
             raise TemplateError(f"{folder}: {error}") from None
         if any(message["content"] not in text for message in messages):
-            raise TemplateError(f"{folder}: the chat template leaves out what was said: {messages} gives {text[:200]!r}")
+            raise TemplateError(f"{folder}: the chat template leaves out what was said: {messages} gives "
+                                f"{text[:200]!r}")
     return f"{folder}: its chat template renders"
 
 
 def takes_system(template: str, tokens: Mapping | None = None) -> bool:
-    """Does a system turn's text reach the model? Some templates refuse it (Gemma's), some leave it out."""
+    """Does a system turn's text reach the model? Some templates refuse it (Gemma's), some leave it
+    out."""
     try:
         return SYSTEM["content"] in render(template, [SYSTEM, USER], tokens)
     except TemplateError:
@@ -125,7 +134,8 @@ def _text(path: Path, most: int) -> str:
 
 
 class _Worker:
-    """The process that renders: started when it is needed, ended where it takes too long, and with this process."""
+    """The process that renders: started when it is needed, ended where it takes too long, and with
+    this process."""
 
     def __init__(self):
         self.lock, self.process = threading.Lock(), None
@@ -160,8 +170,8 @@ class _Worker:
         poll.register(self.process.stdout, select.POLLIN)
         while not line.endswith(b"\n"):
             if not poll.poll(1000 * max(0.0, deadline - time.monotonic())):
-                raise TemplateError(f"the chat template takes more than {seconds:g} s for one conversation; "
-                                    "does it loop without end?")
+                raise TemplateError(f"the chat template takes more than {seconds:g} s for one conversation; does it "
+                                    "loop without end?")
             block = self.process.stdout.read(1 << 16)
             if not block:
                 raise OSError("no answer")
@@ -193,10 +203,12 @@ def work() -> None:
 
 
 def _rendered(question: dict) -> dict:
-    """{"text"} or {"error"}: whatever a template raises, be it a TypeError or a MemoryError, is the template's."""
+    """{"text"} or {"error"}: whatever a template raises, be it a TypeError or a MemoryError, is the
+    template's."""
     try:
         text = _compiled(question["template"]).render(
-            messages=question["messages"], tools=None, documents=None, add_generation_prompt=question["cue"], **question["tokens"])
+            messages=question["messages"], tools=None, documents=None, add_generation_prompt=question["cue"],
+            **question["tokens"])
         if len(text) > TEXT:
             return {"error": f"makes {len(text):,} characters of one conversation; expected at most {TEXT:,}"}
         return {"text": text}
@@ -208,7 +220,8 @@ def _rendered(question: dict) -> dict:
 
 @lru_cache(8)
 def _compiled(template: str):
-    """In transformers' environment: transformers/utils/chat_template_utils.py, _cached_compile_jinja_template."""
+    """In transformers' environment: transformers/utils/chat_template_utils.py,
+    _cached_compile_jinja_template."""
     import jinja2
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -232,7 +245,8 @@ def _compiled(template: str):
     def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda format: time.strftime(str(format))
@@ -240,7 +254,8 @@ def _compiled(template: str):
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser("python -m eval.chat", description="Does a folder's chat template render a conversation?")
+    parser = argparse.ArgumentParser("python -m eval.chat", description="Does a folder's chat template render a "
+                                                                        "conversation?")
     parser.add_argument("folder", help="Hugging Face folder of a model with a chat template")
     try:
         print(check(parser.parse_args(arguments).folder))

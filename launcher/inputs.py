@@ -20,8 +20,8 @@ from training.hf_folder import read_text
 from training.settings import ConfigError
 from training.shape import Shape
 
-TOKENIZER = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-             "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja")
+TOKENIZER = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+             "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja")
 """Files that a tokenizer's ids depend on."""
 TRIAL_SECONDS = 300
 """Longest time that loading and comparing a tokenizer may take: transformers is imported, perhaps from a slow disk."""
@@ -33,8 +33,8 @@ PEEK_ROWS = 1000
 
 
 def check_tokenizer(folder: Path, shape: Shape, source: str) -> list[str]:
-    """What a person should know of the tokenizer. ConfigError where a stage would fail with it, or train on other tokens
-    than the evaluation uses; ``source``: the data, whose first rows are tried.
+    """What a person should know of the tokenizer. ConfigError where a stage would fail with it, or train
+    on other tokens than the evaluation uses; ``source``: the data, whose first rows are tried.
 
     training.data.trial, a process of its own, loads what the stages load. It is not asked twice for the same files.
     """
@@ -42,7 +42,8 @@ def check_tokenizer(folder: Path, shape: Shape, source: str) -> list[str]:
     for name in TOKENIZER:
         key.update(f"\0{name}\0{read_text(folder, name)}".encode("utf-8", "replace"))
     if key.digest() not in _trials:
-        words = _asked("model.checkpoint", "training.data.trial", str(folder), str(shape.vocab), source, timeout=TRIAL_SECONDS)
+        words = _asked("model.checkpoint", "training.data.trial", str(folder), str(shape.vocab), source,
+                       timeout=TRIAL_SECONDS)
         _trials[key.digest()] = [note.replace(str(folder), FOLDER) for note in json.loads(words.splitlines()[-1])]
     return [note.replace(FOLDER, str(folder)) for note in _trials[key.digest()]]
 
@@ -80,14 +81,15 @@ def check_questions(questions: str, references: str) -> None:
 
 
 def check_template(template: str, folder: Path) -> None:
-    """ConfigError where the evaluation is to use the tokenizer's chat template and there is none, or it can't be rendered."""
+    """ConfigError where the evaluation is to use a chat template that is not there or can't be rendered."""
     if template != "chat":
         return
     try:
         _asked("mtbench.template", "eval.chat", str(folder))
     except ConfigError as error:
         said = str(error).removeprefix("mtbench.template: ")
-        raise ConfigError(f'mtbench.template = "chat", but {said}; set mtbench.template to a text with {{question}} in it') from None
+        raise ConfigError(f'mtbench.template = "chat", but {said}; set mtbench.template to a text with '
+                          "{question} in it") from None
 
 
 def _asked(key: str, module: str, *arguments: str, timeout: float | None = None) -> str:
@@ -97,8 +99,8 @@ def _asked(key: str, module: str, *arguments: str, timeout: float | None = None)
         done = subprocess.run(command, env=environment.outside(), capture_output=True, text=True, check=False,
                               stdin=subprocess.DEVNULL, timeout=timeout)
     except subprocess.TimeoutExpired:
-        raise ConfigError(f"{key}: {module} {' '.join(arguments)} is still at work after {timeout:g} s; is a file damaged, or the "
-                          "disk slow?") from None
+        raise ConfigError(f"{key}: {module} {' '.join(arguments)} is still at work after {timeout:g} s; "
+                          "is a file damaged, or the disk slow?") from None
     if done.returncode == os.EX_DATAERR:
         words = done.stderr.strip()
         raise ConfigError(words if words.startswith(key) else f"{key}: {words}")

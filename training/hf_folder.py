@@ -1,8 +1,8 @@
-"""A Hugging Face folder that comes from elsewhere: which of its files are taken in, and how large. Standard library only.
+"""A Hugging Face folder that comes from elsewhere: which of its files are taken in, and how large.
 
-Everything that reads a checkpoint's small files asks ``file`` or ``json_object``: a name is a file of the folder and
-no link to another place, a text is as long as such a text can be, and JSON is an object without values that only some
-parsers know.
+Standard library only. Everything that reads a checkpoint's small files asks ``file`` or
+``json_object``: a name is a file of the folder and no link to another place, a text is as long as
+such a text can be, and JSON is an object without values that only some parsers know.
 """
 
 from __future__ import annotations
@@ -25,35 +25,41 @@ AGAIN = "download it again"
 
 
 def file(folder: str | Path, name: str, links: bool = False) -> Path | None:
-    """The folder's file ``name``; None where there is none. ``links``: it may be a link to anywhere.
+    """The folder's file ``name``; None where there is none. ``links``: it may be a link to
+    anywhere.
 
-    Links within the folder are ordinary, and those of Hugging Face's cache, whose snapshots/HASH/NAME are links into its
-    blobs. Raises ConfigError for a link to another place, and for what is no file (a folder, a pipe, a device).
+    Links within the folder are ordinary, and those of Hugging Face's cache, whose
+    snapshots/HASH/NAME are links into its blobs. Raises ConfigError for a link to another place,
+    and for what is no file (a folder, a pipe, a device).
     """
     path = Path(folder) / name
     try:
         kind = os.stat(path).st_mode
     except FileNotFoundError:
         if path.is_symlink():
-            raise ConfigError(f"model.checkpoint: {path} is a link to {_shown_link(path)}, which is not there; {AGAIN}") from None
+            raise ConfigError(f"model.checkpoint: {path} is a link to {_shown_link(path)}, which is not there; "
+                              f"{AGAIN}") from None
         return None
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.checkpoint: {path} can't be read ({getattr(error, 'strerror', error)})") from None
     if not stat.S_ISREG(kind):
         raise ConfigError(f"model.checkpoint: {path} is no file (a folder, a pipe or a device); {AGAIN}")
     if not links and not _within(path.resolve(), Path(folder)):
-        raise ConfigError(f"model.checkpoint: {path} is a link to {_shown_link(path)}, outside the folder: an export would copy that file; "
-                          f"if it is what you want, put the file itself there: cp --remove-destination $(realpath {name}) {name}")
+        raise ConfigError(f"model.checkpoint: {path} is a link to {_shown_link(path)}, outside the folder: an export "
+                          "would copy that file; if it is what you want, put the file itself there: cp "
+                          f"--remove-destination $(realpath {name}) {name}")
     return path
 
 
 def outside(folder: str | Path, path: Path) -> bool:
-    """Is ``path`` a link to another place than the folder, or than the blobs of Hugging Face's cache?"""
+    """Is ``path`` a link to another place than the folder, or than the blobs of Hugging Face's
+    cache?"""
     return not _within(path.resolve(), Path(folder))
 
 
 def read_text(folder: str | Path, name: str) -> str | None:
-    """None where there is no such file. Raises ConfigError as ``file``, and for what is too large or no UTF-8."""
+    """None where there is no such file. Raises ConfigError as ``file``, and for what is too large
+    or no UTF-8."""
     path = file(folder, name)
     if path is None:
         return None
@@ -78,24 +84,28 @@ def json_object(folder: str | Path, name: str) -> dict | None:
 
 
 def parse(text: str, path: Path) -> dict:
-    """The JSON object ``text``. Raises ConfigError, naming ``path``, for other JSON, and for a number of thousands of
-    digits, deep nesting and a key with two values. NaN and Infinity are the fields' to refuse."""
+    """The JSON object ``text``. Raises ConfigError, naming ``path``, for other JSON, and for a
+    number of thousands of digits, deep nesting and a key with two values. NaN and Infinity are the
+    fields' to refuse."""
     try:
         values = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"model.checkpoint: {path} can't be read as JSON ({shown(str(error), 120)}); {AGAIN}") from None
+        raise ConfigError(f"model.checkpoint: {path} can't be read as JSON ({shown(str(error), 120)}); "
+                          f"{AGAIN}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"model.checkpoint: {path} holds no JSON object but {shown(values)}; {AGAIN}")
     return values
 
 
 def is_text(value) -> bool:
-    """A string of whole characters: JSON can hold halves of surrogate pairs, which no other program takes."""
+    """A string of whole characters: JSON can hold halves of surrogate pairs, which no other program
+    takes."""
     return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def shown(value, most: int = 80) -> str:
-    """``value`` for an error's text: on one line, without control characters, and not longer than it helps.
+    """``value`` for an error's text: on one line, without control characters, and not longer than
+    it helps.
 
     A text is given as it is, but for what is not printable; everything else as Python writes it.
     """
@@ -120,7 +130,8 @@ def _unique(pairs: list[tuple]) -> dict:
 
 
 def _within(path: Path, folder: Path) -> bool:
-    """Does ``path``, resolved, lie in the folder, or among the blobs of the hub's cache that the folder is a part of?"""
+    """Does ``path``, resolved, lie in the folder, or among the blobs of the hub's cache around it?
+    """
     real = folder.resolve()
     if path.is_relative_to(real):
         return True

@@ -1,4 +1,5 @@
-"""What an export says beside its weights: as trained, in every file, and nothing of a place outside the starting model's folder."""
+"""What an export says beside its weights: as trained, in every file, and nothing of a place outside
+the starting model's folder."""
 
 import json
 import os
@@ -68,7 +69,8 @@ def test_a_policy_is_called_a_language_model_and_brings_no_code(tmp_path, origin
 
 
 def test_autotokenizer_of_an_export_gives_the_ids_of_training(tmp_path, original):
-    """transformers 5 makes of SmolLM2's folders, whose class is GPT2Tokenizer, one that splits otherwise than tokenizer.json."""
+    """transformers 5 makes of SmolLM2's folders, whose class is GPT2Tokenizer, one that splits
+    otherwise than tokenizer.json."""
     target = exported(tmp_path, original, tokenizer_config={"tokenizer_class": "GPT2Tokenizer"})
     ours = Tokenizer(tmp_path / "hf")
     before, after = (AutoTokenizer.from_pretrained(folder) for folder in (tmp_path / "hf", target))

@@ -19,18 +19,22 @@ from collections.abc import Iterator
 
 DEEP = 100_000
 """Levels of nesting that no parser with a stack survives."""
-VALUES = (None, True, False, 0, -1, 1, 1.5, -0.0, 2**31, 2**63, 2**64, 10**400, 1e308, float("nan"), float("inf"), -float("inf"),
-          "", " ", "x", "0", "null", "nan", "../../x", "/etc/passwd", "a/b", "a\0b", "\ud800", "\x1b[2J\x1b]0;x\7", "\u202e\u0301",
-          "<script>", "{{ 1 }}", "{% for i in range(9) %}", "a" * 5000, "9" * 5000, [], [1], ["a"], [None], [[[]]], [[], {}],
+VALUES = (None, True, False, 0, -1, 1, 1.5, -0.0, 2**31, 2**63, 2**64, 10**400, 1e308,
+          float("nan"), float("inf"), -float("inf"),
+          "", " ", "x", "0", "null", "nan", "../../x", "/etc/passwd", "a/b", "a\0b",
+          "\ud800", "\x1b[2J\x1b]0;x\7", "\u202e\u0301",
+          "<script>", "{{ 1 }}", "{% for i in range(9) %}", "a" * 5000, "9" * 5000,
+          [], [1], ["a"], [None], [[[]]], [[], {}],
           {}, {"a": 1}, {"content": 5}, {"content": "x"}, {"": None})
 """What a value is replaced by: other types, numbers beyond every range, names of other places, text that is none."""
-TOKENS = (b"NaN", b"-Infinity", b"1e999999", b"-", b"9" * 5000, b'"', b"'", b"{", b"]", b",,", b"\\u", b"\\ud800", b"\0", b"\xff",
+TOKENS = (b"NaN", b"-Infinity", b"1e999999", b"-", b"9" * 5000, b'"', b"'", b"{", b"]",
+          b",,", b"\\u", b"\\ud800", b"\0", b"\xff",
           b"\xef\xbb\xbf", b"\xe2\x80\xa8", b"//", b"null", b"\x1b[31m")
 """What is put between a text's bytes."""
 
 
 def damaged_json(rng: random.Random, value):
-    """A copy of ``value`` (anything JSON has) with one to three places replaced, left out, renamed, doubled or exchanged."""
+    """A copy of ``value`` (anything JSON has) with one to three places damaged."""
     value = copy.deepcopy(value)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         value = _once(rng, value)
@@ -56,7 +60,8 @@ def damaged_bytes(rng: random.Random, data: bytes) -> bytes:
     if kind == 1:
         return data[at:]
     if kind == 2:
-        return rng.choice((b"", b" ", b"\n", b"null", b"[]", b"{}", b'"x"', b"0", b"\0" * 100, b"version https://git-lfs.github.com/x"))
+        return rng.choice((b"", b" ", b"\n", b"null", b"[]", b"{}", b'"x"', b"0", b"\0" * 100,
+                           b"version https://git-lfs.github.com/x"))
     if kind == 3:
         return _nested(rng)
     if kind == 4:
@@ -119,7 +124,8 @@ def _once(rng: random.Random, value):
         other, place = rng.choice(places)
         parent[key], other[place] = copy.deepcopy(other[place]), copy.deepcopy(parent[key])
     elif kind == 4 and type(parent[key]) in (int, float):
-        parent[key] = rng.choice((-parent[key], parent[key] + 1, parent[key] - 1, str(parent[key]), [parent[key]], parent[key] * 10**9))
+        number = parent[key]
+        parent[key] = rng.choice((-number, number + 1, number - 1, str(number), [number], number * 10**9))
     elif kind == 4 and isinstance(parent[key], str):
         parent[key] = damaged_bytes(rng, parent[key].encode("utf-8", "replace")).decode("utf-8", "replace")[:10_000]
     else:

@@ -1,4 +1,5 @@
-"""Damaged checkpoint folders: each is taken in, or refused in one line that names the file. No traceback, no hang, no memory."""
+"""Damaged checkpoint folders: each is taken in, or refused in one line. No traceback, hang or
+growth."""
 
 import json
 import os
@@ -24,12 +25,13 @@ from training.special_tokens import Said
 
 TEXT = "\n\nHuman: What is 12 plus 345?\n\nAssistant: It's 357, of course. I'll say it's so! 2024-01-02\n"
 INDEX = "model.safetensors.index.json"
-FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", INDEX,
-         "model.safetensors")
+FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+         "special_tokens_map.json", INDEX, "model.safetensors")
 NUMBER, BY_TRANSFORMERS = 2500, 60
 """Damaged folders; and how many of them transformers loads, too (each takes it .1 s)."""
 SECONDS, MB, LINE = 5, 150, 1500
-"""Of one folder: longest time, most growth of memory over all of them; characters of the longest error."""
+"""Of one folder: longest time, most growth of memory over all of them; characters of the longest
+error."""
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,8 @@ def header_of(folder):
 
 
 def damage(rng, folder, name):
-    """Damage the folder's file ``name`` (an index is made first: of the one file, as a set of shards)."""
+    """Damage the folder's file ``name`` (an index is made first: of the one file, as a set of
+    shards)."""
     path = folder / name
     if name == "model.safetensors":
         header, body = header_of(folder)
@@ -76,7 +79,8 @@ def restore(folder, original, names):
 
 
 def take_in(folder):
-    """All that plan and the stages do with a folder's files before the weights themselves are read."""
+    """All that plan and the stages do with a folder's files before the weights themselves are read.
+    """
     shape = Shape.read(folder)
     check_language_model(folder, shape)
     Said.read(folder, shape.vocab)
@@ -99,7 +103,8 @@ def each_alone(folder):
 
 
 def refusal(folder, attempt, what):
-    """The error's text, "" where there was none. Fails for another error, and for a text that is no line of a person's."""
+    """The error's text, "" where there was none. Fails for another error, and for more than a line.
+    """
     try:
         with within(SECONDS):
             attempt()
@@ -126,7 +131,8 @@ def test_damaged_folders_are_refused_in_a_line(sound, tmp_path, capfd):
             names.remove(INDEX)
         for name in names:
             damage(rng, folder, name)
-        texts = [refusal(folder, attempt, (number, family, names)) for attempt in (lambda at=folder: take_in(at), *each_alone(folder))]
+        attempts = (lambda at=folder: take_in(at), *each_alone(folder))
+        texts = [refusal(folder, attempt, (number, family, names)) for attempt in attempts]
         outcomes["refused" if texts[0] else "taken in"] += 1
         if number % (NUMBER // BY_TRANSFORMERS) == 0:
             refusal(folder, lambda at=folder: generation.load(at), (number, family, names))
@@ -139,7 +145,7 @@ def test_damaged_folders_are_refused_in_a_line(sound, tmp_path, capfd):
     assert grown < MB, grown
 
 
-@pytest.mark.parametrize("kind", ["pipe", "folder", "device", "loop", "away", "secret", "none", "huge"])
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device", "loop", "away", "secret", "huge"])
 def test_what_is_no_file_of_the_folder_is_named(sound, tmp_path, kind):
     """Pipes, devices, links: a file of each name in turn."""
     folder, secret = tmp_path / "m", tmp_path / "secret"
@@ -156,7 +162,7 @@ def test_what_is_no_file_of_the_folder_is_named(sound, tmp_path, kind):
             with open(folder / name, "wb") as file:
                 file.truncate(2**36)
         else:
-            (folder / name).symlink_to({"device": "/dev/zero", "loop": name, "away": "nowhere", "secret": secret, "none": ""}[kind] or "x")
+            (folder / name).symlink_to({"device": "/dev/zero", "loop": name, "away": "nowhere", "secret": secret}[kind])
         text = refusal(folder, lambda: take_in(folder), (kind, name))
         assert "outside the folder" in text if kind == "secret" and name != "model.safetensors" else text, (kind, name)
         for attempt in each_alone(folder):

@@ -102,17 +102,20 @@ def load(folder: Path) -> tokenizers.Tokenizer:
     """tokenizer.json as ``tokenizers`` has it. Raises ConfigError, naming the part that this version can't load."""
     text = hf_folder.read_text(folder, FILE)
     if text is None:
-        raise ConfigError(f"model.checkpoint = {str(folder)!r}: no tokenizer.json in it; save the model's fast tokenizer there: "
-                          "AutoTokenizer.from_pretrained(...).save_pretrained(folder)")
+        raise ConfigError(f"model.checkpoint = {str(folder)!r}: no tokenizer.json in it; save the model's fast "
+                          "tokenizer there: AutoTokenizer.from_pretrained(...).save_pretrained(folder)")
     tokenizer = _loaded(text)
     if isinstance(tokenizer, tokenizers.Tokenizer):
         return tokenizer
     table = hf_folder.parse(text, folder / FILE)
-    part = next((name for name, nothing in PARTS.items() if not isinstance(_loaded(json.dumps(table | {name: nothing})), str)), "")
+    sound_without = (name for name, nothing in PARTS.items()
+                     if not isinstance(_loaded(json.dumps(table | {name: nothing})), str))
+    part = next(sound_without, "")
     kind = table[part].get("type") if isinstance(table.get(part), dict) else None
     where = f": {part}{f' of type {shown(repr(kind))}' if kind else ''}" if part else ""
-    raise ConfigError(f"model.checkpoint: {folder / FILE}{where} can't be loaded by tokenizers {tokenizers.__version__} ({tokenizer}): "
-                      f"damaged ({AGAIN}), or of a newer version (pip install --upgrade tokenizers transformers)")
+    raise ConfigError(f"model.checkpoint: {folder / FILE}{where} can't be loaded by tokenizers "
+                      f"{tokenizers.__version__} ({tokenizer}): damaged ({AGAIN}), or of a newer version (pip install "
+                      "--upgrade tokenizers transformers)")
 
 
 def _loaded(text: str) -> tokenizers.Tokenizer | str:

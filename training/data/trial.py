@@ -1,8 +1,10 @@
-"""``python -m training.data.trial FOLDER ROWS SOURCE``: does the tokenizer do what later stages will ask of it?
+"""``python -m training.data.trial FOLDER ROWS SOURCE``: does the tokenizer do what later stages
+will ask of it?
 
-Two programs read a tokenizer's files: ``tokenizers`` (training) and transformers (evaluation, and whoever uses an export).
-They are compared on the first rows of SOURCE (a data file, or "demo") and on the role marks; every id must have one of the
-embedding's ROWS. Prints a JSON list of what a person should know; exit status 65 and one line for what can't work.
+Two programs read a tokenizer's files: ``tokenizers`` (training) and transformers (evaluation, and
+whoever uses an export). They are compared on the first rows of SOURCE (a data file, or "demo") and
+on the role marks; every id must have one of the embedding's ROWS. Prints a JSON list of what a
+person should know; exit status 65 and one line for what can't work.
 """
 
 from __future__ import annotations
@@ -22,8 +24,10 @@ from training.data.tokenizer import Tokenizer
 from training.hf_folder import shown
 from training.settings import ConfigError, usage
 
-SAMPLES = (dialogue.HUMAN, dialogue.CUE, f"{dialogue.HUMAN} What is 12 + 345?{dialogue.CUE}", " It's 357, of course; I'll say: 2024-01-02.",
-           "a  b\t c\n\n d   \n", "Größe, naïve café, 東京, привет, 😀", "def f(x):\n    return x ** 2  # {'a': [1]}\n")
+SAMPLES = (dialogue.HUMAN, dialogue.CUE, f"{dialogue.HUMAN} What is 12 + "
+                                         f"345?{dialogue.CUE}", " It's 357, of course; I'll say: 2024-01-02.",
+           "a  b\t c\n\n d   \n", "Größe, naïve café, 東京, привет, 😀",
+           "def f(x):\n    return x ** 2  # {'a': [1]}\n")
 ROWS, LONGEST = 100, 4000
 """Rows of the data that are compared, and characters of each text."""
 PLAIN = "PreTrainedTokenizerFast"
@@ -31,7 +35,7 @@ PLAIN = "PreTrainedTokenizerFast"
 
 
 def texts(source: str) -> list[str]:
-    """What is compared: the samples, and prompts and replies of the source's first rows (bad ones: peek.py names them)."""
+    """What is compared: the samples, and prompts and replies of the source's first rows."""
     rows: list[formats.Row] = []
     if source != "demo":
         with contextlib.suppress(formats.DataError, OSError):
@@ -40,10 +44,11 @@ def texts(source: str) -> list[str]:
 
 
 def differing(folder: Path, samples: Iterable[str], plain: bool) -> str:
-    """How transformers reads the folder otherwise than ``Tokenizer``, in words; "" where it gives the same ids.
+    """How transformers reads the folder otherwise than ``Tokenizer``, in words; "" where it gives
+    the same ids.
 
-    ``plain``: by the class that takes tokenizer.json as it is (the evaluation's); else by AutoTokenizer, which goes by the
-    files' tokenizer_class. No code of the folder is run.
+    ``plain``: by the class that takes tokenizer.json as it is (the evaluation's); else by
+    AutoTokenizer, which goes by the files' tokenizer_class. No code of the folder is run.
     """
     import transformers
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -57,12 +62,13 @@ def differing(folder: Path, samples: Iterable[str], plain: bool) -> str:
         for text in samples:
             ids, others = ours.encode(text), theirs(text, add_special_tokens=False)["input_ids"]
             if ids != others:
-                return (f"gives other ids by {type(theirs).__name__} for {shown(repr(text), 60)}: {_around(others, ids)}, "
-                        f"tokenizer.json says {_around(ids, others)}")
+                return (f"gives other ids by {type(theirs).__name__} for {shown(repr(text), 60)}: "
+                        f"{_around(others, ids)}, tokenizer.json says {_around(ids, others)}")
         begun = theirs("a")["input_ids"]
         if begun[:len(ours.bos) + 1] != ours.bos + ours.encode("a")[:1]:
-            return (f"begins a text with {begun[:2]} by {type(theirs).__name__}, with {ours.bos + ours.encode('a')[:1]} by "
-                    "tokenizer.json's post_processor: add_bos_token of tokenizer_config.json says otherwise")
+            return (f"begins a text with {begun[:2]} by {type(theirs).__name__}, with "
+                    f"{ours.bos + ours.encode('a')[:1]} by tokenizer.json's post_processor: add_bos_token of "
+                    "tokenizer_config.json says otherwise")
         for name, number in (("eos", ours.eos_id), ("pad", ours.pad_id)):
             other = getattr(theirs, f"{name}_token_id")
             if other != number and name in ours.said.texts:
@@ -71,23 +77,25 @@ def differing(folder: Path, samples: Iterable[str], plain: bool) -> str:
         raise
     except BaseException as error:  # of any kind, panics of tokenizers too
         words = " ".join(str(error).split()) or "no message"
-        return f"can't be loaded by transformers {transformers.__version__} ({type(error).__name__}: {shown(words, 200)})"
+        version = transformers.__version__
+        return f"can't be loaded by transformers {version} ({type(error).__name__}: {shown(words, 200)})"
     return ""
 
 
 def check(folder: Path, rows: int, source: str) -> list[str]:
-    """What a person should know. Raises ConfigError where a later stage would fail, or train on other tokens."""
+    """What a person should know. Raises ConfigError where a later stage would fail, or train on
+    other tokens."""
     samples = texts(source)
     notes = check_files(Tokenizer(folder), folder, rows, samples)
     if problem := _unread(folder):
-        raise ConfigError(f"model.checkpoint: {folder}/{problem}; the evaluation loads it, and what is exported: correct the file, or "
-                          "download it again")
+        raise ConfigError(f"model.checkpoint: {folder}/{problem}; the evaluation loads it, and what is exported: "
+                          "correct the file, or download it again")
     if problem := differing(folder, samples, plain=True):
-        raise ConfigError(f"model.checkpoint: the tokenizer of {folder} {problem}; the evaluation would use that: save it again with "
-                          "AutoTokenizer.from_pretrained(...).save_pretrained(folder)")
+        raise ConfigError(f"model.checkpoint: the tokenizer of {folder} {problem}; the evaluation would use that: save "
+                          "it again with AutoTokenizer.from_pretrained(...).save_pretrained(folder)")
     if problem := differing(folder, samples, plain=False):
-        notes.append(f"{folder}: AutoTokenizer {problem}; training and evaluation go by tokenizer.json, and the export will name the class "
-                     f"{PLAIN}, so that AutoTokenizer does, too")
+        notes.append(f"{folder}: AutoTokenizer {problem}; training and evaluation go by tokenizer.json, and the export "
+                     f"will name the class {PLAIN}, so that AutoTokenizer does, too")
     return notes
 
 
@@ -109,11 +117,12 @@ def check_files(tokenizer: Tokenizer, folder: Path, rows: int, samples: list[str
     """``check`` without transformers."""
     token, number = tokenizer.highest()
     if number < 0:
-        raise ConfigError(f"model.checkpoint: {tokenizer.file} has no vocabulary; download it again, or save the fast tokenizer there with "
-                          "AutoTokenizer.from_pretrained(...).save_pretrained(folder)")
+        raise ConfigError(f"model.checkpoint: {tokenizer.file} has no vocabulary; download it again, or save the fast "
+                          "tokenizer there with AutoTokenizer.from_pretrained(...).save_pretrained(folder)")
     if number >= rows:
-        raise ConfigError(f"model.checkpoint: token {shown(repr(token))} of {tokenizer.file} has id {number}, the embedding has {rows} "
-                          "rows (vocab_size); the tokenizer is another model's, or the embedding was not resized after tokens were added")
+        raise ConfigError(f"model.checkpoint: token {shown(repr(token))} of {tokenizer.file} has id {number}, the "
+                          f"embedding has {rows} rows (vocab_size); the tokenizer is another model's, or the "
+                          "embedding was not resized after tokens were added")
     return [*tokenizer.said.notes(tokenizer.eos_id), *_joins(tokenizer, samples), *_foreign_code(folder)]
 
 
@@ -123,19 +132,22 @@ def _joins(tokenizer: Tokenizer, samples: list[str]) -> list[str]:
     text = tokenizer.decode(tokenizer.encode(prompt) + tokenizer.encode_replies([reply])[0])
     if text.strip() == (prompt + reply).strip():
         return []
-    return [f"{tokenizer.file}: a prompt and its reply, tokenised apart as training does, read {shown(repr(text), 160)}; expected "
-            f"{shown(repr(prompt + reply), 160)}: does the tokenizer change white space or letters?"]
+    return [f"{tokenizer.file}: a prompt and its reply, tokenised apart as training does, read "
+            f"{shown(repr(text), 160)}; expected {shown(repr(prompt + reply), 160)}: does the tokenizer change white "
+            "space or letters?"]
 
 
 def _foreign_code(folder: Path) -> list[str]:
-    names = [name for name in ("config.json", "tokenizer_config.json") if (hf_folder.json_object(folder, name) or {}).get("auto_map")]
-    return [f"{folder / name}: auto_map names code of the model's own; it is not run (trust_remote_code is always off), and the export "
-            "leaves it out" for name in names]
+    names = [name for name in ("config.json", "tokenizer_config.json")
+             if (hf_folder.json_object(folder, name) or {}).get("auto_map")]
+    return [f"{folder / name}: auto_map names code of the model's own; it is not run (trust_remote_code is always "
+            "off), and the export leaves it out" for name in names]
 
 
 def _around(ids: list[int], others: list[int]) -> list[int]:
     """The ids from where they differ, four of them."""
-    first = next((at for at, (one, other) in enumerate(zip(ids, others, strict=False)) if one != other), min(len(ids), len(others)))
+    differing_at = (at for at, (one, other) in enumerate(zip(ids, others, strict=False)) if one != other)
+    first = next(differing_at, min(len(ids), len(others)))
     return ids[first:first + 4]
 
 

@@ -1,4 +1,5 @@
-"""plan's trial of a tokenizer: what later stages would do otherwise than training, or fail at, is known in advance."""
+"""plan's trial of a tokenizer: what later stages would do otherwise than training, or fail at, is
+known in advance."""
 
 import json
 import os
@@ -27,7 +28,8 @@ def original(tmp_path_factory):
 
 
 def changed(folder, original, **changes):
-    """A copy of ``original`` after changes: file (without .json) -> values; null leaves a key out."""
+    """A copy of ``original`` after changes: file (without .json) -> values; null leaves a key out.
+    """
     shutil.copytree(original, folder)
     for name, values in changes.items():
         path = folder / f"{name}.json"
@@ -38,13 +40,17 @@ def changed(folder, original, **changes):
 
 @pytest.mark.parametrize("changes, note", [
     ({}, None),
-    ({"tokenizer_config": {"tokenizer_class": "GPT2Tokenizer"}}, "AutoTokenizer gives other ids by GPT2Tokenizer for .*; training and"),
+    ({"tokenizer_config": {"tokenizer_class": "GPT2Tokenizer"}}, "AutoTokenizer gives other ids by GPT2Tokenizer for "
+                                                                 ".*; training and"),
     ({"tokenizer_config": {"tokenizer_class": "NoSuchClass"}}, None),
-    ({"config": {"eos_token_id": 1}}, r"/config.json: eos_token_id = 1, but the tokenizer ends a text with 2: .*export's files"),
+    ({"config": {"eos_token_id": 1}}, r"/config.json: eos_token_id = 1, but the tokenizer ends a text with 2: "
+                                      r".*export's files"),
     ({"generation_config": {"eos_token_id": [1, 0]}}, r"generation_config.json: eos_token_id = \[1, 0\], but"),
     ({"generation_config": {"eos_token_id": [1, 2]}, "config": {"eos_token_id": [2]}}, None),
-    ({"config": {"auto_map": {"AutoModel": "x.Y"}}}, r"/config.json: auto_map names code .* not run \(trust_remote_code is always off\)"),
-    ({"tokenizer": {"normalizer": {"type": "Lowercase"}}}, "a prompt and its reply, tokenised apart as training does, read"),
+    ({"config": {"auto_map": {"AutoModel": "x.Y"}}}, r"/config.json: auto_map names code .* not run "
+                                                     r"\(trust_remote_code is always off\)"),
+    ({"tokenizer": {"normalizer": {"type": "Lowercase"}}}, "a prompt and its reply, tokenised apart as training does, "
+                                                           "read"),
 ])
 def test_what_a_person_should_know(tmp_path, original, changes, note):
     notes = trial.check(changed(tmp_path / "m", original, **changes), ROWS, "demo")
@@ -55,16 +61,22 @@ def test_what_a_person_should_know(tmp_path, original, changes, note):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"tokenizer": {"pre_tokenizer": {"type": "WordSplitV9"}}}, "tokenizer.json: pre_tokenizer of type 'WordSplitV9' can't be loaded by "
+    ({"tokenizer": {"pre_tokenizer": {"type": "WordSplitV9"}}}, "tokenizer.json: pre_tokenizer of type 'WordSplitV9' "
+                                                                "can't be loaded by "
      "tokenizers .*newer version"),
-    ({"tokenizer": {"model": {"type": "BPE", "vocab": {"a": "b"}, "merges": []}}}, "tokenizer.json: model of type 'BPE' can't be loaded"),
-    ({"tokenizer": {"added_tokens": None}}, "can't be loaded by transformers .*KeyError: added_tokens|KeyError: 'added_tokens'"),
-    ({"tokenizer_config": {"eos_token": "<s>"}}, "special_tokens_map.json: eos_token = '</s>', tokenizer_config.json says '<s>'"),
+    ({"tokenizer": {"model": {"type": "BPE", "vocab": {"a": "b"}, "merges": []}}}, "tokenizer.json: model of type "
+                                                                                   "'BPE' can't be loaded"),
+    ({"tokenizer": {"added_tokens": None}}, "can't be loaded by transformers .*KeyError: added_tokens|KeyError: "
+                                            "'added_tokens'"),
+    ({"tokenizer_config": {"eos_token": "<s>"}}, "special_tokens_map.json: eos_token = '</s>', tokenizer_config.json "
+                                                 "says '<s>'"),
     ({"tokenizer_config": {"eos_token": 5}}, "tokenizer_config.json: eos_token = 5: expected a text"),
-    ({"generation_config": {"max_new_tokens": -5}}, r"generation_config.json can't be loaded by transformers \(ValueError"),
+    ({"generation_config": {"max_new_tokens": -5}}, r"generation_config.json can't be loaded by transformers "
+                                                    r"\(ValueError"),
     ({"config": {"id2label": 5}}, "config.json can't be loaded by transformers"),
     ({"config": {"pad_token_id": -1}}, "config.json: pad_token_id = -1: expected a whole number from 0"),
-    ({"generation_config": {"eos_token_id": []}}, r"generation_config.json: eos_token_id = \[\]: expected a whole number"),
+    ({"generation_config": {"eos_token_id": []}}, r"generation_config.json: eos_token_id = \[\]: expected a whole "
+                                                  r"number"),
 ])
 def test_what_would_fail_later_is_refused(tmp_path, original, changes, message):
     with pytest.raises(ConfigError, match=message):
@@ -81,7 +93,8 @@ def test_ids_have_rows_and_the_data_is_compared(tmp_path, original):
 
 
 def test_a_llama_2_tokenizer_passes_and_prompt_and_reply_join(tmp_path, original):
-    """normalizer Prepend and Replace, BOS in the post-processor: each text that is tokenised apart would get a space of its own."""
+    """normalizer Prepend and Replace, BOS in the post-processor: each text that is tokenised apart
+    would get a space of its own."""
     pieces = ["<unk>", "<s>", "</s>", "<pad>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "A", "s", "i", "It", "\u2581It"]
     words = tokenizers.Tokenizer(models.BPE(vocab={piece: number for number, piece in enumerate(pieces)}, unk_token="<unk>",
                                             merges=[("\u2581", "It")], byte_fallback=True, fuse_unk=True))
