@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shutil
 
 import pytest
 import torch
@@ -78,3 +79,13 @@ def test_a_model_with_more_labels_is_none(folders, tmp_path):
     tokenizer().save_pretrained(tmp_path)
     with pytest.raises(DataError, match="2 labels; expected a sequence classifier with one"):
         preference.score(tmp_path, PAIRS, 10)
+
+
+@pytest.mark.parametrize("pad", [-1, 320, None])
+def test_padding_that_is_no_token_is_named(judge, tmp_path, pad):
+    """Llama's first checkpoints said -1; the score is read at the last token that is no padding."""
+    shutil.copytree(judge, tmp_path / "judge")
+    path = tmp_path / "judge" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token_id": pad}))
+    with pytest.raises(DataError, match="pad_token_id|can't load it as a reward model"):
+        preference.score(tmp_path / "judge", PAIRS, 10)

@@ -286,6 +286,17 @@ def test_a_header_of_nonsense(entry, tmp_path):
         check(setting)
 
 
+@pytest.mark.parametrize("values, message", [
+    ({"architectures": ["BloomForSequenceClassification"]}, "expected BloomForCausalLM: a chain starts from a language model"),
+    ({"architectures": "BloomForCausalLM"}, "architectures = BloomForCausalLM: expected"),
+    ({"pad_token_id": 250880}, "config.json: pad_token_id = 250880: expected a whole number from 0, below vocab_size, 250880"),
+    ({"pad_token_id": -1}, "pad_token_id = -1"), ({"eos_token_id": [2, 250880]}, r"eos_token_id = \[2, 250880\]"),
+])
+def test_config_json_is_of_a_language_model_and_its_ids_have_rows(values, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        check(checkpoint(tmp_path, **values), last="convert")
+
+
 def test_weights_of_torch_are_taken_where_the_archive_is_whole(tmp_path):
     setting = checkpoint(tmp_path)
     (tmp_path / "model.safetensors").unlink()
