@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from launcher import run_module
+from launcher import environment, run_module
 from launcher.profile import Profile
 from training.settings import ConfigError
 
@@ -45,11 +45,20 @@ def inside(profile: Profile, command: list[str]) -> list[str]:
     return ["apptainer", "exec", *gpus, "--no-home", *binds, "--pwd", here, box.image, *command]
 
 
-def passed_on(profile: Profile, environment: dict[str, str]) -> dict[str, str]:
-    """``environment`` and, for Apptainer, each variable once more as APPTAINERENV_NAME: it then wins over the image's own value."""
+def for_step(profile: Profile) -> dict[str, str]:
+    """environment.for_step, without what would send the image's interpreter to the node's library."""
+    environ = environment.for_step(profile.passed)
+    if profile.container.runtime != "none" and "PYTHONHOME" not in profile.passed:
+        environ.pop("PYTHONHOME", None)
+    return environ
+
+
+def passed_on(profile: Profile, variables: dict[str, str]) -> dict[str, str]:
+    """``variables`` and, for Apptainer, each of them once more as APPTAINERENV_NAME: it then wins over the
+    image's own value."""
     if profile.container.runtime != "apptainer":
-        return environment
-    return {**environment, **{f"APPTAINERENV_{name}": value for name, value in environment.items()}}
+        return variables
+    return {**variables, **{f"APPTAINERENV_{name}": value for name, value in variables.items()}}
 
 
 def check_seen(profile: Profile, paths: dict[str, Path]) -> None:

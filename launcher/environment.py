@@ -96,14 +96,14 @@ def _without(environ: Mapping[str, str], unwanted: Callable[[str], object], pass
 
     kept = {name: value for name, value in environ.items()
             if wished(name) or not (unwanted(name) or RENDEZVOUS.fullmatch(name) or name in SWITCHES)}
-    return {**kept, **_no_proxy(kept)}
+    return direct(kept)
 
 
-def _no_proxy(environ: Mapping[str, str]) -> dict[str, str]:
-    """no_proxy and NO_PROXY with the loopback addresses, where the site has a proxy."""
+def direct(environ: Mapping[str, str]) -> dict[str, str]:
+    """``environ`` with the loopback addresses in no_proxy and NO_PROXY, where the site has a proxy."""
     if not any(value for name, value in environ.items() if name.lower() in PROXIES):
-        return {}
+        return dict(environ)
     texts = [environ.get(name, "") for name in ("no_proxy", "NO_PROXY")]
     hosts = [host.strip() for text in texts for host in text.split(",") if host.strip()]
     value = "*" if "*" in hosts else ",".join(dict.fromkeys([*hosts, *LOOPBACK]))
-    return {"no_proxy": value, "NO_PROXY": value}
+    return {**environ, "no_proxy": value, "NO_PROXY": value}

@@ -14,7 +14,7 @@ import subprocess
 import time
 from dataclasses import dataclass, field
 
-from launcher import container, environment, probe, run_module
+from launcher import container, probe, run_module
 from launcher.config import Resources
 from launcher.endings import Class, Verdict
 from launcher.pipeline import Stage
@@ -189,7 +189,7 @@ def step(command: list[str], nodes: list[str], tasks: int, variables: dict[str, 
     """
     shared = () if (0, 0) < profile.version < OVERLAP_SINCE else ("--overlap",)
     process = subprocess.Popen([*srun(nodes, tasks, "--kill-on-bad-exit=0", *shared, *options), *command],
-                               env={**environment.for_step(profile.passed), **variables}, stdin=subprocess.DEVNULL,
+                               env={**container.for_step(profile), **variables}, stdin=subprocess.DEVNULL,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     in_time = True
     try:

@@ -124,7 +124,7 @@ class Ranks:
         self.pass_on(signal.SIGABRT)
 
     def start(self, command: list[str], environ: dict[str, str], **options) -> None:
-        self.processes.append(subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        self.processes.append(subprocess.Popen(command, env=environment.direct(environ), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                                stdin=subprocess.DEVNULL, text=True, errors="replace", **options))
 
     def read(self, function: Callable, *arguments) -> None:
@@ -206,7 +206,7 @@ class SlurmRanks(Ranks):
         srun = [*step(hosts, ranks_per_node, "--kill-on-bad-exit=1", "--label"),
                 *container.srun_options(profile, variables), "bash", "-c", WRAPPER, "rank", *command]
         log.write("launcher", shlex.join(srun))
-        self.start(srun, {**environment.for_step(profile.passed), **container.passed_on(profile, variables)})
+        self.start(srun, {**container.for_step(profile), **container.passed_on(profile, variables)})
         self.read(self._read)
 
     def _read(self) -> None:

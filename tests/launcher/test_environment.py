@@ -61,6 +61,7 @@ def test_a_site_s_proxy_never_gets_what_is_for_this_machine():
     assert found["no_proxy"] == found["NO_PROXY"] == "intern.org,localhost,127.0.0.1,::1"
     assert environment.outside(environ={"all_proxy": "x", "no_proxy": "*"})["no_proxy"] == "*"
     assert environment.outside(environ={"http_proxy": ""}) == {"http_proxy": ""}
+    assert environment.direct({"http_proxy": "x", "no_proxy": "a"})["NO_PROXY"] == f"a,{loopback}", "the profile's own"
 
 
 @pytest.mark.parametrize("printed, number", [
