@@ -45,8 +45,8 @@ def prepare(run: Run, keep: bool = False, anew: Collection[str] = ()) -> list[st
             if not keep or not whole:
                 raise ConfigError(_refusal(run, changed, used))
             return [f"{', '.join(changed)} changed after {', '.join(used)} had used what was there before: "
-                    f"the run goes on with that; to train on the new: python -m launcher resume {run.folder} --from {used[0]}, "
-                    "or a run with another --name"]
+                    "the run goes on with that; to train on the new: "
+                    f"python -m launcher resume {run.folder} --from {used[0]}, or a run with another --name"]
     counts = _prepare(run, config)
     files = {path.name: path.stat().st_size for path in sorted((run.folder / "data").glob("*.jsonl"))}
     write_json(marker, {"config_hash": hash_of(config), "inputs": counts["inputs"], "files": files})
@@ -69,14 +69,15 @@ def check_rows(run: Run, stages: list[Stage]) -> None:
         for key in ("train", "heldout") if stage.trainer else ():
             name = Path(getattr(paths, key)).name
             if not rows[name]:
+                also = f"; nothing reads {', '.join(unread)}" if unread else ""
                 raise ConfigError(f"data.source = {run.config['data']['source']!r} gives {name}, which the {stage.name} "
-                                  "stage reads, no row; sft needs rows with a reply, reward and dpo rows with two or more "
-                                  f"to compare{'; nothing reads ' + ', '.join(unread) if unread else ''}; submit a part of "
-                                  "the chain with --until, or give another source")
+                                  "stage reads, no row; sft needs rows with a reply, reward and dpo rows with two or "
+                                  f"more to compare{also}; submit a part of the chain with --until, or give another source")
 
 
 def summarise(run: Run, stages: dict[str, tuple[str, str, int]]) -> list[str]:
-    """What was dropped of the rows, and what ``stages`` (checks.lengths) cut of them, a line each; data/summary.json keeps it."""
+    """What was dropped of the rows, and what ``stages`` (checks.lengths) cut of them, a line each;
+    data/summary.json keeps it."""
     path = run.folder / "data" / SUMMARY
     wanted = {stage: list(length) for stage, length in stages.items()}
     known = run.data_summary()
@@ -98,7 +99,8 @@ def read_counts(run: Run) -> dict:
 
 
 def _prepare(run: Run, config: dict) -> dict:
-    """Run ``training.data.prepare``; its counts. ConfigError with its message for bad data, which leaves the rows of before."""
+    """Run ``training.data.prepare``; its counts. ConfigError with its message for bad data, which
+    leaves the rows of before."""
     folder = run.folder / "data"
     asked = folder / "config.new.json"
     write_json(asked, config)
@@ -158,7 +160,8 @@ def _users(run: Run, changed: list[str], anew: Collection[str] = ()) -> list[str
 
 
 def _refusal(run: Run, changed: list[str], used: list[str]) -> str:
-    return (f"{', '.join(changed)} changed after {', '.join(used)} of {run.folder} had begun with what was there before. "
+    return (f"{', '.join(changed)} changed after {', '.join(used)} of {run.folder} had begun "
+            "with what was there before. "
             "Give the new content its own run with --name, train on it from the start "
             f"(python -m launcher resume {run.folder} --from {used[0]}), or go on with the old "
             f"(python -m launcher resume {run.folder})")

@@ -26,8 +26,9 @@ class _End:
 
 
 def count(rows: Sequence[Tokenised], kind: str, length: int) -> dict[str, int]:
-    """{"rows", "longer": than ``length``, "looked": longer ones whose replies were looked at, "unended": of them, those where a
-    reply loses its end, "alike": of them, comparisons whose replies are the same after the cut}."""
+    """{"rows", "longer": than ``length``, "looked": longer ones whose replies were looked at,
+    "unended": of them, those where a reply loses its end, "alike": of them, comparisons whose
+    replies are the same after the cut}."""
     if isinstance(rows, TokenRows):
         longer = rows.longer(length).tolist()
     else:
@@ -56,7 +57,8 @@ def words(name: str, length: int, counts: dict[str, int]) -> str:
     if counts["unended"]:
         parts.append(f"{counts['unended']:,}{about} lose the end of a reply")
     if counts["alike"]:
-        parts.append(f"the replies of {counts['alike']:,}{about} are then the same, so that nothing is learnt from them")
+        parts.append(f"the replies of {counts['alike']:,}{about} are then the same, "
+                     "so that nothing is learnt from them")
     return ", ".join(parts)
 
 
@@ -64,7 +66,8 @@ def lines(folder: Path, stages: dict[str, tuple[str, str, int]]) -> list[str]:
     """What was dropped of the rows of a prepared folder, and what the stages cut of them, a line each."""
     found = formats.dropped(json.loads((folder / "counts.json").read_text(encoding="utf-8"))["read"])
     for stage, (kind, key, length) in stages.items():
-        caches = sorted((folder / f"{kind}.jsonl.tokens").glob("*/about.json"), key=lambda path: path.stat().st_mtime_ns)
+        caches = list((folder / f"{kind}.jsonl.tokens").glob("*/about.json"))
+        caches.sort(key=lambda path: path.stat().st_mtime_ns)
         if caches:
             found.append(words(f"{stage}.{key}", length, count(TokenRows(caches[-1].parent), kind, length)))
     return [line for line in found if line]

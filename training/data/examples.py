@@ -31,7 +31,7 @@ def comparison_example(row: Tokenised, tokenizer: Tokenizer, seq_length: int) ->
 
 
 def prompt_tokens(row: Tokenised, prompt_length: int) -> list[int]:
-    """The prompt in at most ``prompt_length`` ids: an over-long one loses its head, never BOS, nor the cue at its end."""
+    """The prompt in at most ``prompt_length`` ids: an over-long one loses its head, never BOS or its cue."""
     if len(row.prompt) <= prompt_length:
         return row.prompt
     kept = min(row.opening, prompt_length - 1)
@@ -41,8 +41,8 @@ def prompt_tokens(row: Tokenised, prompt_length: int) -> list[int]:
 def _join(row: Tokenised, eos_id: int, seq_length: int) -> list[Example]:
     """Examples of one prompt, all with the same prompt ids.
 
-    Too long for ``seq_length``: the prompt loses its head (after BOS), down to half a row at most (so the cue stays); a reply that still
-    does not fit loses its tail, and the EOS with it, since it did not end there.
+    Too long for ``seq_length``: the prompt loses its head (after BOS), down to half a row at most (so the
+    cue stays); a reply that still does not fit loses its tail, and the EOS with it: it did not end there.
     """
     replies = [reply + [eos_id] for reply in row.replies]
     room = max(seq_length - max(map(len, replies)), seq_length // 2)

@@ -1,8 +1,9 @@
 """``python -m training.data.peek FILE ROWS [SETTINGS]``: can the first rows be trained on, and what is left of them?
 
-SETTINGS: JSON of {"data": section data, "model": section model, "stages": {stage: [kind of row, setting, length]}}. Of a file with at
-most ROWS rows all is done that the preparation will do, in a folder that is then removed.
-Prints what the rows are, then a warning a line. Exit status 65 for bad data, 64 for a model that can't take it, one line on stderr.
+SETTINGS: JSON of {"data": section data, "model": section model, "stages": {stage: [kind of row,
+setting, length]}}. Of a file with at most ROWS rows all is done that the preparation will do, in a
+folder that is then removed. Prints what the rows are, then a warning a line. Exit status 65 for bad
+data, 64 for a model that can't take it, with one line on stderr.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ EXIT_DATA = 65
 MOST = 16 << 20
 """Bytes of a line: text of about four million tokens."""
 FREE, RATIO = 16 << 20, 200
-"""Bytes that any file may unpack to, and how many times its size it may unpack to beyond them: text shrinks to a third or a
-tenth, a file that was made to fill the memory to a thousandth."""
+"""Bytes that any file may unpack to, and how many times its size beyond them: text shrinks to a
+third or a tenth, a file that was made to fill the memory to a thousandth."""
 EMPTY = 10_000
 """Empty lines in a row: more are no file of rows."""
 HEAD = 4096
@@ -35,7 +35,8 @@ FORMATS: tuple[tuple[bytes, str, str], ...] = (
     (b"PAR1", "a Parquet file", _PANDAS.replace("{read}", "read_parquet").replace("{more}", "")),
     (b"ARROW1", "an Arrow (Feather) file", _PANDAS.replace("{read}", "read_feather").replace("{more}", "")),
     (b"\xff\xff\xff\xff", "an Arrow stream, as `datasets` saves it",
-     "rows are lines of JSON, made of it by: python -c \"import datasets; datasets.Dataset.from_file({file!r}).to_json({lines!r})\""),
+     "rows are lines of JSON, made of it by: "
+     "python -c \"import datasets; datasets.Dataset.from_file({file!r}).to_json({lines!r})\""),
     (b"ORC", "an ORC file", _PANDAS.replace("{read}", "read_orc").replace("{more}", "")),
     (b"Obj\x01", "an Avro file", "convert it to JSON lines: fastavro {file} > {lines}"),
     (b"PK\x03\x04", "a zip archive", _UNPACK.replace("{command}", "unzip -p")),
@@ -65,8 +66,8 @@ class DataError(ValueError):
 
 
 def lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
-    """(1-based number, bytes) of every line that is not blank. Raises DataError for what holds no lines of JSON, for a line of
-    more than MOST bytes, and where the file can't be read."""
+    """(1-based number, bytes) of every line that is not blank. Raises DataError for what holds no
+    lines of JSON, for a line of more than MOST bytes, and where the file can't be read."""
     path = Path(path)
     try:
         with open(_open(path), "rb") as file:
@@ -103,8 +104,9 @@ def _limited(path: Path, file: BinaryIO, packed: BinaryIO | None) -> Iterator[tu
             raise DataError(f"{path}:{number}: a line of more than {MOST >> 20} MiB; expected one row on each line")
         if packed and size > check:
             if size > RATIO * packed.tell():
-                raise DataError(f"{path}: unpacks to more than {RATIO} times its size within the first {number:,} lines, as no text "
-                                f"does; if it is right all the same, unpack it: gzip -dc {path} > {path.with_suffix('')}")
+                raise DataError(f"{path}: unpacks to more than {RATIO} times its size within the first {number:,} "
+                                "lines, as no text does; if it is right all the same, unpack it: "
+                                f"gzip -dc {path} > {path.with_suffix('')}")
             check += FREE
         if line.strip():
             empty = 0
@@ -139,8 +141,9 @@ def _text_format(head: bytes) -> tuple[str, str] | None:
     if head[257:262] == b"ustar":
         return "a tar archive", "unpack it: tar xf {file}"
     if b"\0" in head[:64]:
-        return ("text in UTF-16 without a mark", "convert it: iconv -f UTF-16LE -t UTF-8 {file} > {lines}") if head[1:2] == b"\0" or \
-            head[:1] == b"\0" else ("not text", "give a .jsonl file")
+        if b"\0" in head[:2]:
+            return "text in UTF-16 without a mark", "convert it: iconv -f UTF-16LE -t UTF-8 {file} > {lines}"
+        return "not text", "give a .jsonl file"
     if head.startswith(b"<"):
         return "a web page or XML", "fetch the file itself (a link that needs a login gives the login's page)"
     if head.startswith(b"["):
@@ -162,6 +165,5 @@ def _as_lines(path: Path) -> str:
 
 
 def _reason(error: Exception) -> str:
-    return error.strerror if isinstance(error, OSError) and error.strerror and not isinstance(error, gzip.BadGzipFile) else \
-        str(error) or type(error).__name__
+    return getattr(error, "strerror", "") or str(error) or type(error).__name__
 

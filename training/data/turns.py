@@ -47,10 +47,11 @@ def check_order(turns: Turns, field: str, opens: bool = True) -> None:
     before = "system" if opens else ""
     for at, (role, content) in enumerate(turns):
         if role == "system" and at:
-            raise BadRow(f"{field}[{at}].role: 'system': expected only as the first message; put its words there, or into a user's")
+            raise BadRow(f"{field}[{at}].role: 'system': expected only as the first message; "
+                         "put its words there, or into a user's")
         if role == before and at:
-            raise BadRow(f"{field}[{at}].role: {role!r} follows another {role!r}: expected user and assistant in turn; join the two "
-                         "messages, or give the reply that is missing between them")
+            raise BadRow(f"{field}[{at}].role: {role!r} follows another {role!r}: expected user and assistant in turn; "
+                         "join the two messages, or give the reply that is missing between them")
         if role == "assistant" and before == "system":
             raise BadRow(f"{field}[{at}].role: 'assistant': expected a user's message before it")
         if at < len(turns) - 1 and role != "system" and not content.strip():
