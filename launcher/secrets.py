@@ -36,8 +36,8 @@ def read(path: str | Path) -> dict[str, str]:
 
     ConfigError for a file that is not there, not the user's own, open to others, or badly written; no message holds a value.
     """
-    path = Path(path).expanduser()
     try:
+        path = Path(path).expanduser()
         # The checks are of the file that is read, not of one put in its place; a pipe is not waited for.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC), encoding="utf-8") as file:
             _check_private(path, os.fstat(file.fileno()))
@@ -45,8 +45,12 @@ def read(path: str | Path) -> dict[str, str]:
             lines = content.splitlines()
         if len(content) > MOST:
             raise ConfigError(f"secrets = {str(path)!r}: more than {MOST:,} characters; expected KEY=VALUE lines")
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+    except UnicodeDecodeError:
+        raise ConfigError(f"secrets = {str(path)!r}: not UTF-8 text; expected KEY=VALUE lines") from None
+    except (OSError, ValueError, RuntimeError) as error:  # a name that no file has; ~nobody
+        if isinstance(error, ConfigError):
+            raise
+        why = error.strerror if isinstance(error, OSError) else str(error)
         raise ConfigError(f"secrets = {str(path)!r}: {why}; make it: install -m 600 /dev/null {path}, then add KEY=VALUE lines") from None
     found: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
