@@ -12,7 +12,7 @@ from launcher.pipeline import Stage, full_tables, stage_config
 from launcher.rewind import descendants, has_work, renew_descendants, rewind
 from launcher.run import Run, write_json
 from launcher.submit import write_stage_config
-from training.settings import ConfigError
+from training.settings import ConfigError, build
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Change:
 
     @property
     def site(self) -> Profile:
-        return Profile(**self.profile)
+        return build(Profile, self.profile, "profile")
 
 
 def examine(run: Run, wish: Wish) -> Change:

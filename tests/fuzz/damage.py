@@ -12,9 +12,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import os
 import random
 import resource
 import signal
+from collections import Counter
 from collections.abc import Iterator
 
 DEEP = 100_000
@@ -83,12 +85,17 @@ def damaged_bytes(rng: random.Random, data: bytes) -> bytes:
     return data[:at] + rng.choice(TOKENS) + data[at:]
 
 
+COUNTS: Counter[str] = Counter()
+"""File of a fuzzer -> damaged inputs that it has tried in this process (tests/fuzz/conftest.py prints them)."""
+
+
 @contextlib.contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """TimeoutError where the block takes longer; for the main thread."""
+    """TimeoutError where the block, one damaged input, takes longer; for the main thread."""
     def end(*_):
         raise TimeoutError(f"still at it after {seconds} s")
 
+    COUNTS[os.environ.get("PYTEST_CURRENT_TEST", "").partition("::")[0]] += 1
     before = signal.signal(signal.SIGALRM, end)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
