@@ -9,6 +9,8 @@ _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]{0,30}://\S*", re.IGNORECASE)
 _BARE_LOGIN = re.compile(r"[^/\s:@]+:[^/\s@]+@[^/\s@]+")
 _SECRET_NAME = re.compile(r"key|token|secret|passw|pwd|auth|credential|bearer|jwt|signature|session|"
                           r"(^|[^a-z])(sig|sas|pw|pass)([^a-z]|$)", re.IGNORECASE)
+_SECRET_FIELD = re.compile(r"(^|[_-])(api[_-]?key|secret([_-]key)?|password|passwd|authorization|bearer|jwt|credentials?|"
+                           r"(api|auth|access|refresh|id)[_-]?token)$|^(key|token)$", re.IGNORECASE)
 _NOT_SECRET = re.compile(r"keyboard|monkey|author(s|ity)?$|tokenizer|max_.*tokens|.*_tokens$", re.IGNORECASE)
 
 
@@ -44,8 +46,13 @@ def _secret(address: str) -> str:
 
 
 def is_secret_name(name: str) -> bool:
-    """Does a parameter or field of this name hold a key, a token or a password?"""
+    """Does an address's parameter of this name hold a key, a token or a password?"""
     return bool(_SECRET_NAME.search(name)) and not _NOT_SECRET.match(name)
+
+
+def is_secret_field(name: str) -> bool:
+    """The same of a field of a request, where "stop_token_ids" and "prompt_cache_key" are usual."""
+    return bool(_SECRET_FIELD.search(name))
 
 
 def is_loopback(host: str) -> bool:

@@ -8,7 +8,7 @@ import urllib.parse
 from dataclasses import dataclass
 from pathlib import Path
 
-from eval.addresses import is_secret_name, refuse_secret
+from eval.addresses import is_secret_field, refuse_secret
 
 JUDGES = ("none", "openai", "local")
 SERVERS = ("auto", "vllm", "transformers")
@@ -129,6 +129,7 @@ class MTBenchConfig:
             return {}
         try:
             fields = json.loads(self.judge_request, parse_constant=_no_number)
+            json.dumps(fields, allow_nan=False)  # 1e999 is infinite
         except (ValueError, RecursionError) as error:
             raise ValueError(f"judge_request: not JSON ({str(error)[:100]}); expected an object such as "
                              '\'{"temperature": null}\'') from None
@@ -138,7 +139,7 @@ class MTBenchConfig:
             if name in ("model", "messages", "stream", "n"):
                 raise ValueError(f"judge_request: {name!r} is not to be set there; mtbench.judge_model names the model, and each request "
                                  "asks for one reply")
-            if is_secret_name(name):
+            if is_secret_field(name):
                 raise ValueError(f"judge_request: the field {name[:40]!r} looks like a secret, which would be written into config.json; "
                                  "the key goes into the variable that judge_key_variable names")
         return fields
@@ -156,6 +157,8 @@ class MTBenchConfig:
     def _check_judge(self) -> None:
         refuse_secret("judge_url", self.judge_url,
                       "put the key into the variable that judge_key_variable names, or into judge_key_file")
+        if not self.judge_model.isprintable() or not self.judge_model.strip():
+            raise ValueError(f"judge_model = {self.judge_model!r:.100}: expected a model's name, or a folder; printable, on one line")
         self.request_fields()
         self._check_server_options()
         if self.judge == "openai" and not self.judge_url:

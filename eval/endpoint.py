@@ -139,7 +139,7 @@ class Endpoint:
             used = completion.tokens_in, completion.tokens_out
             return completion
         except http.client.InvalidURL as error:
-            raise JudgeError(self.key.redacted(f"{self.url}: {error}; check judge_url")) from None
+            raise JudgeError(self.key.shown(f"{self.url}: {error}; check judge_url")) from None
         except (http.client.HTTPException, OSError, ValueError, LookupError, TypeError, AttributeError,
                 RecursionError) as error:
             used = (0, 0) if isinstance(error, urllib.error.URLError) else reserve
@@ -149,7 +149,7 @@ class Endpoint:
             if isinstance(error, transport.LimitError):
                 attempts = LIMIT_ATTEMPTS
                 problem += "; mtbench.judge_seconds and mtbench.judge_max_tokens set how long it may take"
-            raise _Again(self.key.redacted(f"{self.where}: {problem}"), attempts=attempts) from None
+            raise _Again(self.key.shown(f"{self.where}: {problem}"), attempts=attempts) from None
         finally:
             self.budget.settle(reserve, *used)
 
@@ -173,7 +173,7 @@ class Endpoint:
         message, finish = choice["message"], choice.get("finish_reason")
         text = _text(message.get("content"))
         if not text.strip() and finish != "length" or finish == "content_filter":
-            words = self.key.redacted(str(message.get("refusal") or finish)[:2**14])[:200]
+            words = self.key.shown(str(message.get("refusal") or finish)[:2**14])[:200]
             raise _Again(f"{self.where}: the judge wrote nothing ({words})", attempts=EMPTY_ATTEMPTS, error=_Refused)
         usage = reply.get("usage")
         counted = [usage.get(name) if isinstance(usage, dict) else None
@@ -187,9 +187,9 @@ class Endpoint:
 
     def _problem(self, reply: transport.Reply) -> Exception:
         """What a status other than 200 means; the message names the setting that may be at fault."""
-        detail = self.key.redacted(reply.body.decode("utf-8", "replace"))[:2**14]  # cut after, not within, a quoted key
+        detail = self.key.shown(reply.body.decode("utf-8", "replace"))[:2**14]  # cut after, not within, a quoted key
         detail = " ".join(detail.split())[:300]
-        reason = " ".join(self.key.redacted(reply.reason).split())[:200]
+        reason = " ".join(self.key.shown(reply.reason).split())[:200]
         status = reply.status
         text = f"{self.where}: HTTP {status} {reason}{self._fix(reply, detail)}" + (f" ({detail})" if detail else "")
         of_template = status == 500 and _TEMPLATE.search(detail)  # some servers' templates fail so

@@ -22,6 +22,8 @@ from eval.questions import NEEDS_REFERENCE, Question, QuestionSet
 from eval.verdict import rating
 
 TURNS = (1, 2)
+_LONGEST_NAME = 200
+"""Bytes of a judge's name in a file's name; a longer one, such as a deep folder's, keeps its end."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,10 @@ def requests(question_set: QuestionSet, answers: dict[str, list[dict]], repeats:
 
 def judgment_path(output: str, judge: str, kind: str = "single") -> Path:
     """``kind``: "single" or "pair"."""
-    return Path(output) / "model_judgment" / f"{judge.strip('/').replace('/', '_')}_{kind}.jsonl"
+    name = judge.strip("/").replace("/", "_")
+    if len(name.encode()) > _LONGEST_NAME:
+        name = f"{name[-_LONGEST_NAME // 8:]}-{hashed(name)}"
+    return Path(output) / "model_judgment" / f"{name}_{kind}.jsonl"
 
 
 def known_item(prompts: dict[str, dict]) -> tuple[str, str]:

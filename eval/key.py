@@ -9,6 +9,7 @@ from pathlib import Path
 
 from eval.config import MTBenchConfig
 from eval.errors import JudgeError
+from eval.foreign import plain
 
 _PLACEHOLDER = 8
 """Characters; a shorter key (EMPTY, none) is no secret, and its letters may well stand in a judgment."""
@@ -27,6 +28,10 @@ class Key:
     def redacted(self, text: str) -> str:
         """Endpoints quote the key in their messages: as it is, or with JSON's, Python's or an address's escapes."""
         return self._quoted.sub("***", text) if self.text else text
+
+    def shown(self, text: str) -> str:
+        """Text of the endpoint as it may be printed: without the key, and without what would steer a terminal."""
+        return plain(self.redacted(text))
 
     def clean(self, text: str) -> str:
         """A reply as it may be kept: without the key, and with U+FFFD for half a character."""

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from eval.addresses import is_loopback
 
-LARGEST = 8 << 20
+LARGEST = 4 << 20
 """Bytes of the longest reply that is read; a judgment has some thousands."""
 CONNECT_S = 30.0
 """Seconds until a connection stands."""

@@ -147,6 +147,20 @@ def test_a_template_that_fails_with_500_is_no_outage_and_an_error_in_a_200_is_qu
         client(serve(rest=(200, {}, "{}")), []).complete("", "")
 
 
+def test_a_long_or_strange_name_of_a_judge(serve, tmp_path, capsys):
+    deep = "/folder" * 60
+    paths = {judge.judgment_path("x", name) for name in (deep, deep + "/b", "b" + deep, "org/judge")}
+    assert len(paths) == 4 and all(len(path.name) < 250 for path in paths)
+    rows, _ = rate(serve(), tmp_path, {"sft": answers()["sft"][:1]}, judge_model="é" * 300)
+    assert len(rows) == 2
+    for name in ("", "a\nb", "\x1b[2J"):
+        with pytest.raises(ValueError, match="judge_model = "):
+            config(serve(), tmp_path, judge_model=name)
+    with pytest.raises(JudgeError) as error:
+        client(serve((400, {}, "\x1b]0;owned\x07\u202e")), []).complete("", "")
+    assert "owned" in str(error.value) and str(error.value).isprintable()
+
+
 def test_an_address_may_have_parameters_and_the_whole_path(serve):
     server = serve()
     for address in ("/v1?api-version=2024", "/v1/chat/completions?api-version=2024", "/v1/chat/completions/?api-version=2024"):
@@ -169,6 +183,7 @@ def test_fields_of_the_request_are_set_and_an_error_says_how(serve, tmp_path):
         JudgeError, match="""HTTP 400 .*judge_request sets or leaves out .* '{"temperature": null}'.*must be 0.3"""
     ):
         rate(server, tmp_path / "b", answers())
+    config(server, tmp_path, judge_request='{"stop_token_ids": [1], "prompt_cache_key": "a", "thinking_token_budget": 5}')
     for bad in (
         "{",
         "[]",
