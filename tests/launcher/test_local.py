@@ -278,6 +278,16 @@ def test_kill_9_of_the_supervisor_takes_its_ranks_along_and_status_says_so(proje
     assert project.ledger("requeued") == [], "nothing queued it again"
 
 
+def test_a_judge_that_is_away_is_no_lost_rank(project):
+    """The stage says so itself: it is not queued again, and the advice is the judge's."""
+    refused = "http://127.0.0.1:9/v1: <urlopen error [Errno 111] Connection refused>; gave up after 6 attempts"
+    project.behave(mtbench={"words": ["judge", refused]})
+    failed = project.submit("--wait")
+    row = project.states()["mtbench"]
+    assert failed.returncode == 1 and (row["state"], row["class"], row["attempt"]) == ("failed", "judge", 1)
+    assert refused in row["why"] and "mtbench.judge_url" in row["advice"]
+
+
 def test_a_half_written_ledger_line_is_passed_over(project):
     project.submit("--wait", "--until", "convert")
     with open(project.run / "ledger.jsonl", "a") as file:

@@ -91,3 +91,13 @@ def many_log_lines(case: Case) -> str:
     rows = [json.loads(line) for line in (case.run / "ledger.jsonl").read_text().splitlines()]
     assert max(len(json.dumps(row)) for row in rows) < 4000, "the log is not to be found in the ledger"
     return f"{cause}; {len(lines)} lines whole"
+
+
+@scenario("a rank says itself what is wrong, in words that mean something else elsewhere")
+def rank_speaks(case: Case) -> str:
+    case.project.behave(sft={"words": ["nan", "FloatingPointError: not finite; Connection refused"]})
+    case.submit("--until", "reward")
+    case.inject()
+    cause = case.fails("sft", "FloatingPointError: not finite")
+    assert case.status("sft")["class"] == "nan", case.status("sft")
+    return cause
