@@ -177,7 +177,7 @@ class Answers:
         """The last words of a task that ended without an answer; "" where srun still waited for it."""
         if not self.in_time and task not in [rank for line in self.lines for rank, code in ends(line) if code > 0]:
             return ""  # the others were killed when the time was up
-        told = [line for line in self.lines if not line.startswith("srun: error:")] or self.lines
+        told = [line for line in self.lines if not line.startswith("srun: ")] or self.lines
         return told[-1].strip() if told else "no message"
 
 

@@ -83,14 +83,14 @@ def test_a_bad_node_is_left_out_for_a_spare(project, queue):
 
 def test_without_a_spare_the_job_queues_itself_again_without_the_bad_node(project, queue):
     (project.folder / "bad_nodes").write_text("127.0.1.1\n")
-    submit(project, profile=site(project, node_check=NODE_CHECK), until="convert")
+    submit(project, profile=site(project, node_check=NODE_CHECK, **{"options.exclude": "127.0.1.4"}), until="convert")
     assert until(project, "requeued", "done", stage="convert")["class"] == "preflight"
     cause = project.ledger("requeued")[0]["cause"]
     assert cause == "node 127.0.1.1: node_check: fan 3 has stopped; 0 good node(s), 1 needed"
     assert until(project, "done", "failed", stage="convert")["state"] == "done"
     assert project.json("convert/rank_0.json")["SLURMD_NODENAME"] == "127.0.1.2"
     job = project.ledger("started")[0]["job"]
-    assert "ExcNodeList=127.0.1.1" in queue("scontrol", "show", "job", str(job))
+    assert "ExcNodeList=127.0.1.[1,4]" in queue("scontrol", "show", "job", str(job)), "the user's own stays"
     assert [event["job"] for event in project.ledger("started")] == [job, job], "children wait for this id"
     assert "preflight: 1 of 1 node(s) good" in project.log("convert", 2)
 
