@@ -12,7 +12,6 @@ One JSON line each, errors as relative L2; "ok": false is a missed tolerance, an
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import traceback
 from pathlib import Path
@@ -27,7 +26,6 @@ from tests.attention import document_ids, relative
 from training import adamw, parallel, sft
 from training.config import Paths, SFTConfig
 from training.families.bloom import shape as bloom
-from training.main import ALONE
 from training.model import heads
 from training.model.gelu import gelu_backward
 from training.model.language_model import parts
@@ -179,8 +177,6 @@ if __name__ == "__main__":
     parser.add_argument("checks", nargs="*", default=["head", "gelu", "optimizer", "layers"])
     parser.add_argument("--rows", nargs="+", choices=("whole", "packed"), default=["whole", "packed"], help="of the layers' check")
     given = parser.parse_args()
-    for name, value in ALONE.items():
-        os.environ.setdefault(name, value)
     with parallel.ranks(1, 1, 1):
         for name in given.checks:
             try:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -34,7 +33,6 @@ from benchmarks.train import CUDA, SHAPES, say
 from launcher import memory
 from training import calibration, checkpoint, parallel, ppo
 from training.config import PPOConfig, PPOPaths
-from training.main import ALONE
 from training.model import lora
 from training.offload import Offloaded
 from training.samples import Plan
@@ -231,8 +229,6 @@ def pin(asked) -> None:
 
 
 def one(asked) -> None:
-    for name, value in ALONE.items():
-        os.environ.setdefault(name, value)
     if asked.parts == ["trl"]:
         from benchmarks import ppo_trl
 

@@ -24,7 +24,6 @@ import torch
 from training import checkpoint, parallel
 from training.config import Paths, SFTConfig
 from training.families.bloom import shape as bloom
-from training.main import ALONE
 from training.saving import Saver
 from training.sft import compute
 from training.shape import Shape
@@ -113,8 +112,6 @@ if __name__ == "__main__":
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--optimizer-precision", choices=("fp32", "bf16"), default="fp32")
     arguments = parser.parse_args()
-    for name, value in ALONE.items():
-        os.environ.setdefault(name, value)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as made, parallel.ranks(1, 1, 1):
         code = run(SHAPES[arguments.size], Path(made), arguments.optimizer_precision)
     sys.exit(code)

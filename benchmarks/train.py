@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import re
 import statistics
 import subprocess
@@ -39,7 +38,6 @@ from launcher import memory
 from training import parallel, sft
 from training.config import Paths, SFTConfig
 from training.families.bloom import shape as bloom
-from training.main import ALONE
 from training.model import vocabulary
 from training.model.heads import next_token_logprobs
 from training.shape import Shape
@@ -271,8 +269,6 @@ def say(part: str, values: dict) -> None:
 
 def one(name: str, parts: list[str]) -> None:
     """All parts of one model; one that fails does not end the others."""
-    for setting, value in ALONE.items():
-        os.environ.setdefault(setting, value)
     kept: dict = {}
     work = {"ours": lambda: kept.update(ours(name)) or {key: value for key, value in kept.items() if key not in
                                                         ("learner", "micro_batches", "objective")},
