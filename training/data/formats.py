@@ -110,6 +110,12 @@ class Echoes:
                             "remove the prompt from the replies")
 
 
+def unusual(row: Row, echoes: Echoes) -> list[str]:
+    """What is counted of a row that is used all the same: "kept: REASON"."""
+    echo = ["reply begins with its prompt"] if echoes.add(row) else []
+    return [f"kept: {reason}" for reason in [*dialogue.oddities(row.prompt), *row.notes, *echo]]
+
+
 def because(counts: Counter) -> str:
     """Why nothing was left, in words: ": 3 rows read; dropped: 3 empty reply"."""
     reasons = [f"{number} {name.removeprefix('dropped: ')}" for name, number in counts.items() if name.startswith("dropped: ")]

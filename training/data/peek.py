@@ -49,7 +49,7 @@ def look(file: str, most: int, settings: dict) -> list[str]:
     echoes, size = formats.Echoes(), 0
     for row in formats.iterate(file, "rlhf", counts, skip, most):
         rows.append(row)
-        echoes.add(row)
+        counts.update(formats.unusual(row, echoes))
         size += len(row.prompt) + sum(map(len, row.responses))
         if size > MOST_TEXT:
             break
@@ -59,7 +59,7 @@ def look(file: str, most: int, settings: dict) -> list[str]:
     whole = size <= MOST_TEXT and next(itertools.islice(lines(file), most, None), None) is None
     warnings = formats.dropped(counts)
     if settings.get("model"):
-        warnings += prepared(settings) if whole else sampled(rows, settings)
+        warnings = prepared(settings) if whole else [*warnings, *sampled(rows, settings)]
     return [f"{file}: {_sentence(counts, rows, whole)}", *warnings]
 
 
@@ -78,7 +78,7 @@ def prepared(settings: dict) -> list[str]:
 
     with tempfile.TemporaryDirectory() as folder, sorting.Writer(Path(folder) / "data") as writer:
         read = sorting.from_source(build(DataConfig, settings["data"], "data"), writer)
-        warnings = [line for line in formats.dropped(read) if "rows repeated" in line]
+        warnings = formats.dropped(read)
         for stage, (kind, _, _) in settings["stages"].items():
             if name := next((name for name in sorting.names(kind) if not writer.counts[name]), ""):
                 raise formats.DataError(sorting.without_rows(settings["data"]["source"], stage, name, read))

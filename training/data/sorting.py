@@ -99,9 +99,7 @@ def from_source(data: DataConfig, writer: Writer) -> Counts:
     repeats = {stage: Repeats(writer.aside / f"digests-{stage}") for stage in STAGES}
     echoes = formats.Echoes()
     for row in formats.iterate(data.source, "rlhf", counts, data.skip_bad_rows):
-        counts.update(f"kept: {oddity}" for oddity in [*dialogue.oddities(row.prompt), *row.notes])
-        if echoes.add(row):
-            counts["kept: reply begins with its prompt"] += 1
+        counts.update(formats.unusual(row, echoes))
         place = heldout["rlhf"].place(row.prompt)
         for stage in _good_for(row):
             heldout[stage].add(place)

@@ -32,7 +32,8 @@ def rows(count: int = 40) -> list[dict]:
 @pytest.fixture
 def file(tmp_path) -> Path:
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows(), {"prompt": "a", "chosen": "", "rejected": "b"}, rows()[0]]))
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows(), {"prompt": "a", "chosen": "", "rejected": "b"}, rows()[0],
+        {"prompt": "Why?", "chosen": f"\n\nHuman: Why?{CUE} So.", "rejected": "No."}]))
     return path
 
 
@@ -63,16 +64,17 @@ def test_pairs_that_are_the_same_after_the_cut_are_counted(file, demo_run):
 
 
 def test_a_small_file_is_looked_at_as_the_preparation_does(tmp_path, file, capsys):
-    assert peek.main([str(file), "42", settings(file)]) == 0
+    assert peek.main([str(file), "43", settings(file)]) == 0
     first, *lines = capsys.readouterr().out.splitlines()
-    assert first == f"{file}: all 42 rows can be read, 6 of them are not used"
+    assert first == f"{file}: all 43 rows can be read, 6 of them are not used"
     paths = PreparePaths(str(tmp_path / "data"), str(tmp_path / "model"))
     prepare(PrepareConfig(paths, ModelConfig(demo_vocab=300), DataConfig(str(file))))
     assert lines == cuts.lines(tmp_path / "data", STAGES)
+    assert "1 of 43 rows kept: prompt cut from the replies that began with it" in lines
     assert cuts.main([str(tmp_path / "data"), json.dumps(STAGES)]) == 0 and capsys.readouterr().out.splitlines() == lines
     (tmp_path / "data/counts.json").write_text('{"read": {"rows": 9}}')
     assert cuts.main([str(tmp_path / "data"), "{}"]) == 0 and capsys.readouterr().out == ""
-    assert lines[:2] == ["5 of 42 rows dropped: replies or their scores are equal", "1 of 42 rows dropped: empty reply"]
+    assert lines[:2] == ["5 of 43 rows dropped: replies or their scores are equal", "1 of 43 rows dropped: empty reply"]
 
 
 def test_of_a_large_file_it_says_that_it_is_a_sample(file, demo_run, capsys):
