@@ -23,6 +23,7 @@ from tests.slurm.faults.case import Case, Scenario, Skipped
 
 WORKERS = 5
 """Scenarios at a time; two cores are busy with that."""
+README = Path(__file__).parents[2] / "README.md"
 COLUMNS = ("fault", "noticed after", "outcome")
 
 
@@ -102,11 +103,31 @@ def table(rows: list[Row], markdown: bool) -> str:
     return "\n".join(f"{line[0]:{widths[0]}}  {line[1]:>{widths[1]}}  {line[2]}" for line in cells)
 
 
+def in_readme(text: str) -> tuple[int, int]:
+    """Where the table stands in README.md."""
+    start = text.index("| " + " | ".join(COLUMNS) + " |")
+    return start, text.index("\n\n", start)
+
+
+def updated(text: str, rows: list[Row]) -> str:
+    """README.md with the rows of faults that passed just now, beside those of the faults that did not run."""
+    start, end = in_readme(text)
+    known = {line.split(" | ")[0].removeprefix("| "): line for line in text[start:end].split("\n")[2:]}
+    for row in rows:
+        if row.kind == "passed":
+            line = table([row], markdown=True).split("\n")[2]
+            known[line.split(" | ")[0].removeprefix("| ")] = line
+    faults = [scenario.fault.replace("|", "\\|") for scenario in SCENARIOS.values()]
+    lines = [*text[start:end].split("\n")[:2], *(known[fault] for fault in faults if fault in known)]
+    return text[:start] + "\n".join(lines) + text[end:]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.slurm.chaos", description=__doc__.split("\n\n")[0])
     parser.add_argument("--only", action="append", choices=sorted(SCENARIOS), metavar="NAME", help="this scenario; may be repeated")
     parser.add_argument("--slow", action="store_true", help="also those that wait for a true time limit (4 minutes)")
     parser.add_argument("--markdown", action="store_true", help="the table as Markdown")
+    parser.add_argument("--readme", action="store_true", help="write what passed into README.md's table")
     parser.add_argument("--keep", action="store_true", help="keep the scenarios' folders")
     asked = parser.parse_args()
     names = asked.only or [name for name, scenario in SCENARIOS.items() if asked.slow or not scenario.slow]
@@ -117,6 +138,8 @@ def main() -> int:
             rows.append(chaos.rows[name].result())
             print(f"{name}: {rows[-1].kind} in {rows[-1].seconds:.0f} s", file=sys.stderr)
     print(table(rows, asked.markdown))
+    if asked.readme:
+        README.write_text(updated(README.read_text(encoding="utf-8"), rows), encoding="utf-8")
     for row in rows:
         if row.kind == "failed":
             print(f"\n=== {row.scenario.name}\n{row.outcome}", file=sys.stderr)

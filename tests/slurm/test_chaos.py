@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.slurm.chaos import Chaos
+from tests.slurm.chaos import README, Chaos, in_readme
 from tests.slurm.faults import SCENARIOS
 
 SLOW = (pytest.mark.slow, pytest.mark.timeout(600))
@@ -22,3 +22,11 @@ def test_nothing_is_lost_or_run_twice(name, chaos):
     if row.kind == "skipped":
         pytest.skip(row.outcome)
     assert row.kind == "passed", row.outcome
+
+
+def test_readme_shows_each_of_them():
+    """``python -m tests.slurm.chaos --readme`` writes the table."""
+    text = README.read_text(encoding="utf-8")
+    start, end = in_readme(text)
+    shown = [line.split(" | ")[0].removeprefix("| ") for line in text[start:end].split("\n")[2:]]
+    assert shown == [scenario.fault.replace("|", "\\|") for scenario in SCENARIOS.values()]
