@@ -214,16 +214,15 @@ def load(path: Path, learners: dict[str, Learner]) -> dict:
     return state
 
 
-def made_with(learner: Learner) -> dict[str, int | str]:
+def made_with(trainer: TrainerConfig, model: LanguageModel) -> dict[str, int | str]:
     """What decides which tensors a checkpoint has to go on from, and what they mean: it can't be changed half way."""
-    trainer = learner.guard.trainer
     keys = {name: getattr(trainer, name) for name in ("lora_rank", "optimizer_precision", "precision")}
-    return {"model_type": parts(learner.model)[0].shape.family, **keys}
+    return {"model_type": parts(model)[0].shape.family, **keys}
 
 
 def _check_same(path: Path, learner: Learner, state: dict) -> None:
     held = state.get("made_with", {})  # an earlier version's says nothing, or less
-    for name, value in made_with(learner).items():
+    for name, value in made_with(learner.guard.trainer, learner.model).items():
         if name in held and held[name] != value:
             raise ConfigError(f"{name} = {value!r}, but {path} was made with {name} = {held[name]!r}; resume with that, or start the stage "
                               "anew")

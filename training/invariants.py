@@ -12,8 +12,8 @@ from training.settings import InvariantError
 from training.step import Batch
 
 TOLERANCE = {"fp32": 1e-6, "bf16": 1e-2}
-"""Largest KL, nats per token, where 0 is expected: kernels may round a training pass otherwise than a scoring pass, and a bf16 logit of
-16 to 32 moves by 1/8 when it does."""
+"""Largest KL, nats per token, where 0 is expected: kernels may round the bf16 layers of a training pass
+otherwise than those of a scoring pass. Logits are fp32 in both."""
 SIGMAS, NATS = 6.0, 0.05
 """How far surprisal and entropy may be apart: standard errors, and nats beside a tenth of the entropy (nearly certain tokens)."""
 FEW = 100

@@ -88,7 +88,7 @@ class Saver:
         self.wait()
         began = time.monotonic()
         target = checkpoint.folder(self.stage, iteration)
-        made = {"iteration": iteration, "made_with": checkpoint.made_with(next(iter(self.learners.values()))),
+        made = {"iteration": iteration, "made_with": checkpoint.made_with(self.trainer, next(iter(self.learners.values())).model),
                 "optimizer_steps": {name: learner.schedule.num_steps for name, learner in self.learners.items()}}
         current = _Save(iteration, {**made, **state}, target.with_name(f".{target.name}.saving"), began, best)
         owned = {name: checkpoint.sharded(learner, is_loading=False) for name, learner in self.learners.items()}

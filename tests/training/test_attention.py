@@ -175,13 +175,12 @@ def test_one_mask_of_packed_rows_serves_all_layers_and_one_bias_stays():
     """Each layer keeps what it attended with until its backward pass."""
     documents, slopes = Documents(torch.tensor([[0, 0, 1, 1]])), alibi_slopes(2)
     query = torch.randn(4, 1, 2, 8)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.data_ptr()) or tensor, lambda tensor: tensor):
-        for _ in range(3):
-            layer = query.clone().requires_grad_()
-            backends.sdpa(layer, layer, layer, slopes, 1.0, documents)
+    masks = set()
+    for _ in range(3):
+        backends.sdpa(query, query, query, slopes, 1.0, documents)
+        masks.add(id(documents._separated[1]))
     bias = backends.causal_alibi(backends._numbers(slopes), 4, 4, query.device, query.dtype)
-    assert kept.count(documents.separated(bias).data_ptr()) in (0, 3)  # 0: this torch keeps a copy of another shape
+    assert masks == {id(documents.separated(bias))}
     assert documents.separated(bias) is documents.separated(bias) and backends.causal_alibi.cache_info().maxsize == 1
     assert documents.separated(bias)[0, :, 2, 1].isinf().all() and torch.equal(documents.separated(bias)[0, :, 3, 2], bias[0, :, 3, 2])
 
@@ -249,13 +248,13 @@ FusedSGD = FusedAdam
 
 
 def test_adamw_is_torch_s_where_apex_is_installed(small_run, tmp_path):
-    """In a process of its own, where megatron-core finds an Apex when it is imported: two steps, saved, and one more after a resume give
-    what they give without."""
+    """In a process of its own, where megatron-core finds an Apex when it is imported: two steps, saved, and two more after a resume
+    give what they give without."""
     (tmp_path / "site" / "apex").mkdir(parents=True)
     for name, text in APEX.items():
         (tmp_path / "site" / "apex" / name).write_text(text)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")])}
-    for iterations in (2, 3):
+    for iterations in (2, 4):  # the third update is seen in the fourth loss: it counts Adam's steps from the checkpoint's
         with_apex, without = (small_run.sft(tmp_path / kind, iterations=iterations, sample_every=0, schedule="constant")
                               for kind in ("with", "without"))
         file = tmp_path / "config.json"
@@ -266,4 +265,4 @@ def test_adamw_is_torch_s_where_apex_is_installed(small_run, tmp_path):
     rows = [[json.loads(line) for line in (tmp_path / kind / "metrics.jsonl").read_text().splitlines()] for kind in ("with", "without")]
     assert [[(row["loss"], row["grad_norm"]) for row in kind] for kind in rows] == [
         [(row["loss"], row["grad_norm"]) for row in rows[1]]] * 2
-    assert len(rows[0]) == 3
+    assert len(rows[0]) == 4
