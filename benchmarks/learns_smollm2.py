@@ -71,7 +71,7 @@ SETTINGS = {
     "sft.sample_every": 0,
     "reward.iterations": 56, "reward.global_batch_size": 32, "reward.lr": 2e-5, "reward.save_every": 56,
     "reward.eval_every": 28, "reward.calibration_length": 128, "reward.calibration_samples": 128,
-    **{f"rlhf.{key}": value for key, value in ROLLOUTS.items()}, "rlhf.value_lr": 2e-5, "rlhf.value_warmup": 2,
+    **{f"rlhf.{key}": value for key, value in ROLLOUTS.items()}, "rlhf.value_lr": 1e-4, "rlhf.value_warmup": 2,
     "rlhf.kl_coef": KL_MIDDLE,
     **{f"grpo.{key}": value for key, value in ROLLOUTS.items()}, "grpo.kl_coef": KL_GRPO,
     "dpo.iterations": 56, "dpo.global_batch_size": 32, "dpo.lr": 1e-5, "dpo.save_every": 56, "dpo.eval_every": 14,

@@ -172,6 +172,8 @@ def value_loss(values, old_values, returns, response_mask, clip: float) -> torch
 
     >>> value_loss(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5, 0.0]]), torch.tensor([[1.0, 2.0]]), torch.ones(1, 2).bool(), clip=0.1)
     tensor(2.0800)
+    >>> value_loss(torch.tensor([[1.0]]), torch.tensor([[0.5]]), torch.tensor([[1.0]]), torch.ones(1, 1).bool(), clip=0.0)
+    tensor(0.)
     """
     clipped = old_values + (values - old_values).clamp(-clip, clip) if clip else values
     return 0.5 * (torch.maximum((values - returns) ** 2, (clipped - returns) ** 2) * response_mask).sum()
