@@ -47,6 +47,9 @@ def _has_ours(entry: str) -> bool:
 
 
 def main() -> None:
+    if sys.argv[1:2] in ([], ["-h"], ["--help"]):  # those of MODULE come after its name
+        print(__doc__)
+        sys.exit(0 if sys.argv[1:] else 64)
     sys.path[:] = settled(sys.path, os.path.dirname(FILE))
     import runpy
 
