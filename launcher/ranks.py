@@ -165,9 +165,10 @@ class LocalRanks(Ranks):
         super().__init__(log)
         self.ends: list[tuple[int, int]] = []  # (rank, code) in the order of their ends
         self.deadline: float | None = None
+        self.port = reserved_port()
         cores = len(os.sched_getaffinity(0))
         shared = {**environment.outside(), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
-                  "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": str(max(1, cores // ranks)), **variables}
+                  "MASTER_PORT": str(self.port.getsockname()[1]), "OMP_NUM_THREADS": str(max(1, cores // ranks)), **variables}
         for rank in range(ranks):
             self.start(command, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, preexec_fn=as_rank)
         for rank in range(ranks):
@@ -188,6 +189,7 @@ class LocalRanks(Ranks):
             self.pass_on(signal.SIGKILL)
 
     def order(self) -> list[Ended]:
+        self.port.close()
         seen = dict(self.ends)
         late = [(rank, process.returncode) for rank, process in enumerate(self.processes) if rank not in seen]
         return [self.log.ended(rank, code) for rank, code in (*self.ends, *late) if code]
@@ -300,7 +302,10 @@ def job_port(job: int, here: bool) -> int:
     return wanted
 
 
-def free_port() -> int:
-    with socket.socket() as probe_socket:
-        probe_socket.bind(("127.0.0.1", 0))
-        return probe_socket.getsockname()[1]
+def reserved_port() -> socket.socket:
+    """A socket bound to a free port of loopback. While it is open the kernel gives that port to nobody who
+    asks for any; a server that names it, as torch's rendezvous does, may still listen there."""
+    holder = socket.socket()
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    holder.bind(("127.0.0.1", 0))
+    return holder

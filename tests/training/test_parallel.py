@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch.distributed as dist
 
-from launcher.ranks import free_port
+from launcher.ranks import reserved_port
 from tests.training.learners import settings
 from training import main, parallel
 from training.config import SFTConfig
@@ -43,7 +43,8 @@ def rank(number: int, port: int, folder, errors: list[BaseException | None]) -> 
     ([main.Interrupted("saved")] * 2, [parallel.EX_TEMPFAIL] * 2),
 ])
 def test_a_rank_that_fails_alone_waits_for_nobody(tmp_path, errors, codes):
-    port = free_port()
+    holder = reserved_port()
+    port = holder.getsockname()[1]
     processes = [multiprocessing.get_context("fork").Process(target=rank, args=(number, port, tmp_path, errors)) for number in range(2)]
     for process in processes:
         process.start()
@@ -55,3 +56,16 @@ def test_a_rank_that_fails_alone_waits_for_nobody(tmp_path, errors, codes):
     assert ended[1] == codes[1] and ended[0] in (codes[0], 1)  # gloo tells the other one; NCCL does not
     if errors[0] is None:
         assert str(errors[1]) in (tmp_path / "1.log").read_text()
+
+
+def test_a_reserved_port_is_the_rendezvous_alone():
+    """The kernel gives it to no other run on the machine meanwhile; torch listens on it."""
+    holder = reserved_port()
+    port = holder.getsockname()[1]
+    others = [reserved_port() for _ in range(500)]
+    assert port not in {other.getsockname()[1] for other in others}
+    store = dist.TCPStore("127.0.0.1", port, 1, True)
+    store.set("name", "value")
+    assert store.get("name") == b"value"
+    for each in (holder, *others):
+        each.close()
