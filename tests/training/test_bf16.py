@@ -32,10 +32,9 @@ def in_fp32(small_run, llama_run, tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize(("family", "layout", "values"), [
-    ("bloom", (1, 1, 1), {"optimizer_precision": "bf16"}), ("bloom", (2, 1, 1), {"sequence_parallel": True}), ("llama", (1, 2, 1), {}),
-    ("llama", (1, 1, 2), {"recompute": "full"})])
-@pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
+@pytest.mark.parametrize(("stage", "family", "layout", "values"), [
+    ("sft", "bloom", (1, 1, 1), {"optimizer_precision": "bf16"}), ("sft", "bloom", (2, 1, 1), {"sequence_parallel": True}),
+    ("reward", "llama", (1, 2, 1), {}), ("dpo", "llama", (1, 1, 2), {"recompute": "full"})])
 def test_it_learns_as_in_fp32(small_run, llama_run, in_fp32, tmp_path, family, layout, values, stage):
     """Losses of all steps and the first gradient's norm."""
     prepared = {"bloom": small_run, "llama": llama_run}[family]
@@ -46,10 +45,10 @@ def test_it_learns_as_in_fp32(small_run, llama_run, in_fp32, tmp_path, family, l
     assert rows(tmp_path)[0]["grad_norm"] == pytest.approx(in_fp32(prepared, family, stage)[0]["grad_norm"], rel=0.1)
 
 
-@pytest.mark.parametrize(("family", "layout", "values"), [
-    ("bloom", (1, 1, 1), {"optimizer_precision": "bf16", "micro_batch_tokens": 120}), ("bloom", (2, 1, 1), {"sequence_parallel": True}),
-    ("llama", (1, 2, 1), {"generation_tensor_parallel": 2}), ("llama", (1, 1, 2), {"lora_rank": 4, "lr": 1e-2})])
-@pytest.mark.parametrize("stage", ["ppo", "grpo"])
+@pytest.mark.parametrize(("stage", "family", "layout", "values"), [
+    ("ppo", "bloom", (1, 1, 1), {"optimizer_precision": "bf16", "micro_batch_tokens": 120}),
+    ("grpo", "bloom", (2, 1, 1), {"sequence_parallel": True}), ("ppo", "llama", (1, 2, 1), {"generation_tensor_parallel": 2}),
+    ("grpo", "llama", (1, 1, 2), {"lora_rank": 4, "lr": 1e-2})])
 def test_what_holds_exactly_holds_to_bf16(small_run, llama_run, tmp_path, family, layout, values, stage):
     """The trainers' own invariants are checked on the way. Samples are not fp32's: a draw may fall to another token."""
     prepared = {"bloom": small_run, "llama": llama_run}[family]
