@@ -150,7 +150,7 @@ def test_mistakes_are_said_before_anything_is_made(tmp_path, monkeypatch, capsys
         return capsys.readouterr().err.splitlines()[-1]
 
     assert "--only sftt: no such work; did you mean 'sft'?" in said("hh.jsonl", "--only", "sftt")
-    assert "--set stf.lr=3: no section 'stf'; did you mean 'sft'?" in said("hh.jsonl", "--set", "stf.lr=3")
+    assert "--set stf.lr=3: no section 'stf'; did you mean 'sft.lr'?" in said("hh.jsonl", "--set", "stf.lr=3")
     assert "--set sft.lr: expected section.key=value" in said("hh.jsonl", "--set", "sft.lr")
     assert "dpo.lrr: no such key; did you mean dpo.lr" in said("hh.jsonl", "--set", "dpo.lrr=3")
     assert "the study sets data itself" in said("hh.jsonl", "--set", "data.heldout=0.5")
