@@ -90,7 +90,7 @@ def test_without_a_spare_the_job_queues_itself_again_without_the_bad_node(projec
     assert until(project, "done", "failed", stage="convert")["state"] == "done"
     assert project.json("convert/rank_0.json")["SLURMD_NODENAME"] == "127.0.1.2"
     job = project.ledger("started")[0]["job"]
-    assert "ExcNodeList=127.0.1.[1,4]" in queue("scontrol", "show", "job", str(job)), "the user's own stays"
+    assert "ExcNodeList=127.0.1.1,127.0.1.4" in queue("scontrol", "show", "job", str(job)), "the user's own stays"
     assert [event["job"] for event in project.ledger("started")] == [job, job], "children wait for this id"
     assert "preflight: 1 of 1 node(s) good" in project.log("convert", 2)
 
