@@ -66,14 +66,26 @@ def iterate(path: str | Path, stage: str, counts: Counter, skip_bad_rows: bool =
 
 def _object(line: bytes) -> dict:
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = json.loads(line.decode("utf-8"), object_pairs_hook=_fields)
     except UnicodeDecodeError as error:
         raise BadRow(f"line: not UTF-8 at byte {error.start}") from None
+    except BadRow:
+        raise
     except (ValueError, RecursionError) as error:
         raise BadRow(f"line: not JSON: {error}") from None
     if not isinstance(row, dict):
         raise BadRow(f"line: {short(row)}: expected a JSON object")
     return row
+
+
+def _fields(pairs: list[tuple[str, object]]) -> dict:
+    """An object of JSON, none of whose names stands twice: which of the two is meant, the file does not say."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        name = next(name for at, name in enumerate(names) if name in names[:at])
+        raise BadRow(f"{short(name)}: stands twice in one object; expected each field once; remove one")
+    return fields
 
 
 class Echoes:

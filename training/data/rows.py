@@ -22,6 +22,13 @@ READ = (("chosen", "rejected", "prompt"), ("messages",), ("completion", "prompt"
 """Fields of each format; one that has the first is of it."""
 
 
+SINGLE = (("completion", (str, list)), ("response", str), ("messages", list))
+"""Fields with one reply, and their kinds: label = false says of it that it is bad, which leaves nothing to compare it with."""
+JUDGED = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("rating_chosen", "rating_rejected"),
+          ("chosen_rating", "rejected_rating"))
+"""What public sets of pairs call the scores of their two replies."""
+
+
 class Row(NamedTuple):
     """One prompt and the replies to it: none (RLHF), one (SFT) or several (comparisons)."""
 
@@ -43,10 +50,16 @@ def parse(row: dict) -> Row:
         for field in ("chosen", "rejected"):
             if field not in row:
                 raise BadRow(f"{field}: missing beside {'rejected' if field == 'chosen' else 'chosen'}; expected both")
+        if any(_higher(row.get(rejected), row.get(chosen)) for chosen, rejected in JUDGED):
+            raise Unusable("the rejected reply has the higher score")
         return _trl(row) if "prompt" in row or isinstance(row["chosen"], list) else _hh(row)
+    if row.get("label") is False and any(isinstance(row.get(field), kind) for field, kind in SINGLE):
+        raise Unusable("reply with label false")
     if "messages" in row:
         return _chat(row)
     prompt = "prompt" if "prompt" in row else "query"
+    if "query" in row and row["query"] != row[prompt]:
+        raise BadRow(f"query: {short(row['query'])}: another text than prompt's {short(row[prompt])}; expected one of the two fields")
     if prompt not in row:
         raise BadRow(f"prompt: missing; the fields are {', '.join(row) or 'none'}; expected {FORMATS}")
     if "completion" in row:
@@ -60,6 +73,10 @@ def parse(row: dict) -> Row:
             raise BadRow(f"{name}: no field of any format, so that the row has a prompt and no reply; did you mean {near}? If not, "
                          "give it another name")
     return _usable(Row(_prompt(row, []) if isinstance(row[prompt], list) else _text(row, prompt)))
+
+
+def _higher(one, two) -> bool:
+    return all(type(score) in (int, float) for score in (one, two)) and one > two
 
 
 @functools.lru_cache
@@ -97,14 +114,11 @@ def _trl(row: dict) -> Row:
 
 
 def _completion(row: dict, prompt: str) -> Row:
-    """TRL's prompt and completion; with "label" its unpaired preference: a reply that is said to be bad has nothing to be compared with."""
+    """TRL's prompt and completion; with "label" its unpaired preference."""
     earlier, reply = _said(row, "completion")
-    made = _usable(Row(_prompt({"prompt": row[prompt]}, earlier), (reply,), (0.0,)))
     if type(row.get("label", True)) is not bool:
         raise BadRow(f"label: {short(row['label'])}: expected true or false")
-    if not row.get("label", True):
-        raise Unusable("completion with label false")
-    return made
+    return _usable(Row(_prompt({"prompt": row[prompt]}, earlier), (reply,), (0.0,)))
 
 
 def _said(row: dict, field: str) -> tuple[turns.Turns, str]:

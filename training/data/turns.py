@@ -11,6 +11,8 @@ from __future__ import annotations
 import re
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant"}
+CALLS = ("tool_calls", "function_call")
+"""Fields of a message that say more than its content: its words alone would be another message."""
 Turns = list[tuple[str, str]]
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -25,7 +27,8 @@ class Unusable(ValueError):
 
 def read(messages, field: str, last: str, opens: bool = True) -> Turns:
     """The turns of ``messages``, the value of ``field``. ``last``: whose the last one must be.
-    ``opens``: they begin a conversation, so the user speaks first. Raises BadRow and Unusable."""
+    ``opens``: they begin a conversation, so the user speaks first. Raises BadRow and Unusable, the
+    latter for a reply of weight 0, too: OpenAI's format says so of one that must not be learnt."""
     if not isinstance(messages, list) or not messages:
         raise BadRow(f"{field}: {short(messages)}: expected a list of messages")
     turns = []
@@ -35,10 +38,16 @@ def read(messages, field: str, last: str, opens: bool = True) -> Turns:
         role = message["role"]
         if not isinstance(role, str) or role not in ROLES:
             raise BadRow(f"{field}[{at}].role: {short(role)}: expected system, user or assistant")
+        for name in CALLS:
+            if message.get(name):
+                raise BadRow(f"{field}[{at}].{name}: {short(message[name])}: a tool's call has no place in dialogue text; "
+                             "leave the conversation out, or write the call into the content")
         turns.append((ROLES[role], string(message["content"], f"{field}[{at}].content")))
     if turns[-1][0] != last:
         raise BadRow(f"{field}[{len(turns) - 1}].role: {turns[-1][0]!r}: expected the last message to be the {last}'s")
     check_order(turns, field, opens)
+    if last == "assistant" and messages[-1].get("weight") in (0, False):
+        raise Unusable("reply with weight 0")
     return turns
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections import Counter
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from training.data import dialogue, peek
 from training.data.cache import cached
 from training.data.formats import DataError, as_native, iterate
-from training.data.rows import Row, parse
+from training.data.rows import JUDGED, Row, parse
 from training.data.tokenizer import Tokenizer
 from training.data.turns import BadRow, Unusable
 
@@ -58,8 +59,39 @@ def test_completions_and_prompts_as_trl_has_them(row, expected):
 
 
 def test_a_completion_that_is_called_bad_teaches_nothing():
-    with pytest.raises(Unusable, match="completion with label false"):
-        parse({"prompt": "Why?", "completion": "No.", "label": False})
+    """Whatever the field is called; OpenAI's format says it with a weight."""
+    for row in ({"prompt": "Why?", "completion": "No."}, {"prompt": "Why?", "completion": [SO]}, {"query": "Why?", "response": "No."},
+                {"messages": [USER, SO]}):
+        assert parse(row | {"label": True}).responses
+        with pytest.raises(Unusable, match="reply with label false"):
+            parse(row | {"label": False})
+    assert parse({"messages": [USER, {**SO, "weight": 1}]}).responses
+    with pytest.raises(Unusable, match="reply with weight 0"):
+        parse({"messages": [USER, {**SO, "weight": 0}]})
+
+
+@pytest.mark.parametrize("names", JUDGED)
+def test_a_pair_whose_scores_say_the_opposite_is_dropped(names):
+    row = {"prompt": "Why?", "chosen": "So.", "rejected": "No."}
+    assert parse(row | dict(zip(names, (7, 3.5), strict=True))) == parse(row) == parse(row | dict.fromkeys(names))
+    with pytest.raises(Unusable, match="the rejected reply has the higher score"):
+        parse(row | dict(zip(names, (3.5, 7), strict=True)))
+
+
+@pytest.mark.parametrize("line, message", [
+    ('{"prompt": "p", "response": "good", "response": "bad"}', "'response': stands twice"),
+    ('{"messages": [{"role": "user", "content": "a", "content": "b"}]}', "'content': stands twice"),
+    ('{"prompt": "p", "query": "q", "response": "r"}', "query: 'q': another text than prompt's 'p'"),
+    ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}]}',
+     r"messages[1].tool_calls: "),
+    ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "function_call": {"name": "f"}}]}',
+     r"messages[1].function_call: "),
+])
+def test_a_row_that_says_two_things_is_an_error(tmp_path, line, message):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(line + "\n")
+    with pytest.raises(DataError, match=f"rows.jsonl:1: {re.escape(message)}"):
+        list(iterate(file, "rlhf", Counter()))
 
 
 def test_a_field_that_nothing_reads_is_counted_by_its_name(tmp_path, capsys):
