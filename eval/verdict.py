@@ -21,8 +21,16 @@ _LONGEST = 20
 """Characters of a number that may be a rating: longer ones are none, and some are no float."""
 _NUMBER = r"(\d+(?:\.\d*)?)"
 _DOUBLE, _SINGLE = re.compile(rf"\[\[{_NUMBER}\]\]"), re.compile(rf"\[{_NUMBER}\]")
+_OPENED, _CLOSED = r"\\?\[\\?\[[ \t]{0,4}", r"[ \t]{0,4}\\?\]\\?\]"
+"""Brackets of a mark, as they are or escaped for Markdown."""
+_RATING = re.compile(rf"{_OPENED}([-+−]?\d[^\[\]\\\n]{{0,100}}?){_CLOSED}")
+"""What stands where a rating belongs, be it one (7, 8/10) or none (-5, 1e3)."""
+_RANGE = re.compile(rf"(?:\bout of|/)[ ]?{_OPENED}10{_CLOSED}|{_OPENED}1{_CLOSED}[ ]?(?:to|through|-|–)[ ]?{_OPENED}10{_CLOSED}")
+"""The scale in a rating's own brackets."""
 _LABELLED = re.compile(rf"(?:rating|score|评分)[^\w\[\n]{{0,8}}\[{_NUMBER}\]", re.IGNORECASE)
-_LETTER = re.compile(r"\[\[([ABC])\]\]")
+_LETTER = re.compile(rf"{_OPENED}([ABC](?:[<>=]{{1,3}}[ABC])?){_CLOSED}")
+_FORM = re.compile(r"""[\s"'`”’»,]{0,3}(?:if\b|for a tie)""")
+"""What stands behind a letter where the form of the answer is said again."""
 _LETTERS = {"A": "A", "B": "B", "C": "tie"}
 _QUOTES = "\"'`“”‘’«»"
 _LED_TO = re.compile(rf"(?:verdict|rating|score|answer|choice|decision)[^\w\[\n]{{0,4}}(?:is|would be)?[^\w\[\n]{{0,4}}"
@@ -44,7 +52,9 @@ class Verdict(NamedTuple):
 
 
 def rating(reply: str, finish: str = "stop") -> Verdict:
-    """The last ``[[n]]`` that is not in quotation marks, else the last quoted one.
+    """The last ``[[n]]`` or ``[[n/10]]`` that is not in quotation marks, else the last quoted one.
+    Where something else stands last in its brackets, as [[-5]], there is no rating: an earlier
+    mark was not the last word. The scale's ends, [[1]] to [[10]], are no marks.
 
     Without any, a single ``[n]`` counts where "Rating:" stands before it or the reply ends with
     it: an index in quoted code is no rating. A reply that was cut (``finish`` "length") says
@@ -52,18 +62,19 @@ def rating(reply: str, finish: str = "stop") -> Verdict:
     """
     if problem := _no_statement(finish):
         return Verdict(UNPARSED, problem)
-    text = without_thoughts(reply)
-    mark = _last_unquoted(_DOUBLE, text) or _last(_LABELLED, text) or _at_end(text)
+    text = _RANGE.sub("", without_thoughts(reply))
+    mark = _last_unquoted(_RATING, text) or _last(_LABELLED, text) or _at_end(text)
     value = UNPARSED if mark is None else number(mark)
     return Verdict(value, "unparsed" if value == UNPARSED else "")
 
 
 def preference(reply: str, finish: str = "stop") -> Verdict:
-    """The last ``[[A]]``, ``[[B]]`` or ``[[C]]`` that is not in quotation marks, else the last one."""
+    """The last ``[[A]]``, ``[[B]]`` or ``[[C]]`` that is not in quotation marks, else the last one.
+    A comparison of another form, as [[A>>B]], is no verdict; a letter with "if" behind it is none."""
     if problem := _no_statement(finish):
         return Verdict(ERROR, problem)
     mark = _last_unquoted(_LETTER, without_thoughts(reply))
-    return Verdict(ERROR, "unparsed") if mark is None else Verdict(_LETTERS[mark], "")
+    return Verdict(_LETTERS[mark], "") if mark in _LETTERS else Verdict(ERROR, "unparsed")
 
 
 def first_rating(judgment: str) -> float:
@@ -78,8 +89,9 @@ def first_preference(judgment: str) -> str:
 
 
 def number(text: str) -> float:
-    """The digits of a mark as a number; UNPARSED for one that is too long to be a rating."""
-    if len(text) > _LONGEST:
+    """The digits of a mark as a number, of n/10 n; UNPARSED for what is none, or is too long to be a rating."""
+    text = text.removesuffix("/10")
+    if len(text) > _LONGEST or not re.fullmatch(_NUMBER, text):
         return UNPARSED
     return float(text) if "." in text else int(text)
 
@@ -136,7 +148,8 @@ def _last_unquoted(pattern: re.Pattern, text: str) -> str | None:
     last = quoted = None
     for match in pattern.finditer(text):
         before, after = text[max(0, match.start() - 40):match.start()], text[match.end():match.end() + 2].lstrip(".")
-        if after[:1] in tuple(_QUOTES) and not _LED_TO.search(before):
+        form = _FORM.match(text, match.end()) and pattern is _LETTER
+        if form or after[:1] in tuple(_QUOTES) and not _LED_TO.search(before):
             quoted = match[1]
         else:
             last = match[1]
