@@ -25,7 +25,8 @@ _OPENED, _CLOSED = r"\\?\[\\?\[[ \t]{0,4}", r"[ \t]{0,4}\\?\]\\?\]"
 """Brackets of a mark, as they are or escaped for Markdown."""
 _RATING = re.compile(rf"{_OPENED}([-+−]?\d[^\[\]\\\n]{{0,100}}?){_CLOSED}")
 """What stands where a rating belongs, be it one (7, 8/10) or none (-5, 1e3)."""
-_RANGE = re.compile(rf"(?:\bout of|/)[ ]?{_OPENED}10{_CLOSED}|{_OPENED}1{_CLOSED}[ ]?(?:to|through|-|–)[ ]?{_OPENED}10{_CLOSED}")
+_RANGE = re.compile(rf"(?:\bout of|/)[ ]?{_OPENED}10{_CLOSED}"
+                    rf"|{_OPENED}1{_CLOSED}[ ]?(?:to|through|-|–)[ ]?{_OPENED}10{_CLOSED}")
 """The scale in a rating's own brackets."""
 _LABELLED = re.compile(rf"(?:rating|score|评分)[^\w\[\n]{{0,8}}\[{_NUMBER}\]", re.IGNORECASE)
 _LETTER = re.compile(rf"{_OPENED}([ABC](?:[<>=]{{1,3}}[ABC])?){_CLOSED}")
