@@ -26,9 +26,10 @@ def touched(shape: Shape) -> tuple[str, str, str]:
 
 
 def calibration(source: Path) -> float:
-    """What a reward model's checkpoint (".../iter_0000100/model") says is to be added to its scores; 0 for other models."""
-    path = source.parent / "state.json"
-    return json.loads(path.read_text(encoding="utf-8")).get("reward_bias", 0.0) if path.is_file() else 0.0
+    """What a checkpoint's folder of one model (".../iter_0000100/model") says is to be added to its scores: a reward
+    model's bias, a value model's (".../value"); 0 for other models."""
+    path, name = source.parent / "state.json", "value_bias" if source.name == "value" else "reward_bias"
+    return (json.loads(path.read_text(encoding="utf-8")).get(name) or 0.0) if path.is_file() else 0.0
 
 
 def without_bias(tensors: dict[str, Rows], shape: Shape, dtype: torch.dtype, added: float = 0.0) -> dict[str, Rows]:

@@ -70,7 +70,7 @@ def export_model(source: Path, target: Path, model: Path, shape: Shape, dtype: t
     made_from = work.described(sorted(source.iterdir()))
     added = classifier.calibration(source)
     if added and not shape.score_bias:
-        print(f"{target.name}: {shape.family}'s classifier can't hold the reward model's bias: add {added:.6g} to its scores", flush=True)
+        print(f"{target.name}: {shape.family}'s classifier can't hold the model's bias: add {added:.6g} to its scores", flush=True)
     write_folder(target, tensors, made_from, model, shape, head, dtype, max_shard_gb, check, added)
 
 

@@ -127,4 +127,4 @@ class Gates:
         return self.breaches
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.breaches = dict(state)
+        self.breaches |= state  # an earlier version had fewer gates

@@ -160,7 +160,7 @@ class PPO:
     def restore(self, state: dict) -> None:
         self.sampler.load_state_dict(state["sampler"])
         self.gates.load_state_dict(state["gates"])
-        self.value_bias = state["value_bias"]
+        self.value_bias = state.get("value_bias", 0.0)  # an earlier version's value model learnt without one
         if self.config.kl_target:  # else it is the configuration's, which may have been changed for the resume
             self.kl_coef = state["kl_coef"]
 

@@ -22,6 +22,7 @@ from training.shape import Shape
 from training.step import build_model
 
 REWARD_BIAS = 2.25
+VALUE_BIAS = -1.25
 
 
 def convert_to(folder: Path, **layout) -> None:
@@ -60,8 +61,8 @@ def sparse_bloom(folder: Path, vocab: int) -> None:
 
 
 def save_model(folder: Path, stage: str, head: str, bias: float, tensor: int, pipeline: int, name: str = "model") -> None:
-    """Load folder/convert into the model that trains, set a scalar head's bias, and save it as iteration 1, a reward model's with
-    REWARD_BIAS. Inside ``ranks``."""
+    """Load folder/convert into the model that trains, set a scalar head's bias, and save it as iteration 1, a reward
+    model's with REWARD_BIAS, PPO's with VALUE_BIAS. Inside ``ranks``."""
     model = build_model(Shape.read(folder / "hf"), trainer(tensor, pipeline), head)
     checkpoint.load_weights(checkpoint.resolve(folder / "convert") / "model", model, fresh_head=5 if head == "scalar" else None)
     if head == "scalar" and model.post_process:
@@ -71,8 +72,8 @@ def save_model(folder: Path, stage: str, head: str, bias: float, tensor: int, pi
     aside = folder / stage / "aside"
     if torch.distributed.get_rank() == 0:
         (aside / name).mkdir(parents=True)
-        if stage == "reward":
-            (aside / "state.json").write_text(json.dumps({"reward_bias": REWARD_BIAS}))
+        (aside / "state.json").write_text(json.dumps({"reward": {"reward_bias": REWARD_BIAS}, "rlhf": {"value_bias": VALUE_BIAS}}
+                                                     .get(stage, {})))
     torch.distributed.barrier()
     filesystem_async._results_queue = queue.Queue()  # else a spawned manager, which outlives a rank that leaves by os._exit
     dist_checkpointing.save({"model": model.sharded_state_dict()}, str(aside / name))

@@ -151,6 +151,20 @@ def test_a_policy_that_has_made_no_step_is_saved_and_resumed(small_run, tmp_path
     assert metrics(tmp_path / "resumed") == metrics(tmp_path / "straight")
 
 
+@pytest.mark.parametrize("trainer", [ppo, grpo])
+def test_a_run_that_began_before_values_had_a_bias_goes_on_without_one(small_run, tmp_path, trainer):
+    make = {ppo: small_run.ppo, grpo: small_run.grpo}[trainer]
+    run(trainer.run, 1, 1, 1, make(tmp_path, iterations=1, response_length=4))
+    saved = checkpoint.folder(tmp_path, 1)
+    state = json.loads((saved / "state.json").read_text())
+    del state["value_bias"]
+    (saved / "state.json").write_text(json.dumps(state))
+    checksums.write(saved)
+    run(trainer.run, 1, 1, 1, make(tmp_path, iterations=2, response_length=4))
+    resumed = json.loads((checkpoint.folder(tmp_path, 2) / "state.json").read_text())
+    assert resumed["iteration"] == 2 and resumed["value_bias"] == 0
+
+
 def kill_after_3(trainer, config, seed: str) -> None:
     """The trainer; one rank is killed at a moment between the checkpoint of iteration 3 and, at the speed of the second, the end of 7."""
     draw, end, ends = random.Random(seed), Boundary.end, []

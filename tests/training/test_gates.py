@@ -52,6 +52,13 @@ def test_a_gate_warns_then_pauses_then_stops(metric, value, words):
         resumed.judge(12, bad)
 
 
+def test_a_gate_that_an_earlier_version_did_not_have_counts_from_0():
+    gates = Gates(ppo_settings(gate_after=0))
+    gates.load_state_dict({"reference": 0, "kl_max": 2})
+    warnings, _ = gates.judge(1, HEALTHY | {"value_offset": 11.0, "kl": 101.0})
+    assert [words.rsplit(", ", 1)[1] for words in warnings] == ["3 iterations in a row", "1 iterations in a row"]
+
+
 def test_absent_metrics_are_not_judged():
     gates = Gates(ppo_settings(gate_after=0))
     assert gates.judge(1, {"kl": 1.0, "kl_k3": 1.0, "eos_rate": 1.0}) == ([], "")
