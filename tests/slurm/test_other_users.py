@@ -3,6 +3,7 @@
 import os
 import socket
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -23,14 +24,14 @@ def cluster(slurm_installed):
 
 
 @pytest.fixture
-def public(tmp_path):
-    """A folder as /tmp: all may write. pytest's own folders are closed to others."""
-    for folder in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        folder.chmod(0o755)
-    folder = tmp_path / "tmp"
-    folder.mkdir()
-    folder.chmod(0o1777)
-    return folder
+def public():
+    """A folder as /tmp: all may write. pytest's own folders are closed to others, at a depth that its options choose."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        folder = Path(name) / "tmp"
+        folder.mkdir()
+        folder.chmod(0o1777)
+        yield folder
 
 
 def as_other(*command: str, **environment: str) -> subprocess.CompletedProcess:
