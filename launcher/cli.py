@@ -114,6 +114,7 @@ def plan_options(command, tolerant: bool = False):
             return command(make([], recipe if name is None else name, runs), **rest)
         from launcher import sweep
 
+        sweep.refuse_set_twice(sweeps, sets)
         return command(sweep.plan(sweeps, make, recipe if name is None else name, runs), **rest)
     return wrapped
 

@@ -38,7 +38,10 @@ def settle_current_folder() -> None:
 
 
 def _same(one: str, other: str) -> bool:
-    return os.path.realpath(one or ".") == os.path.realpath(other or ".")
+    try:
+        return os.path.realpath(one or ".") == os.path.realpath(other or ".")
+    except OSError:  # the current folder was removed
+        return False
 
 
 def _has_ours(entry: str) -> bool:

@@ -15,7 +15,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,6 +116,13 @@ def combinations(texts: list[str]) -> list[dict]:
     if (number := math.prod(map(len, axes.values()))) > MOST:
         raise ConfigError(f"--sweep: {number} combinations; at most {MOST}")
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+
+def refuse_set_twice(sweeps: Sequence[str], sets: Sequence[str]) -> None:
+    """ConfigError for a key that both ``--sweep`` and ``--set`` give: one of them would be ignored."""
+    swept, fixed = ({text.partition("=")[0].strip() for text in texts} for texts in (sweeps, sets))
+    for key in sorted(swept & fixed):
+        raise ConfigError(f"{key} stands in --sweep and in --set; give it once: --sweep has the values of the runs")
 
 
 def create(made: Sweep) -> Path:

@@ -65,3 +65,12 @@ if "launcher.supervise" in sys.orig_argv:
     (tmp_path / "sitecustomize.py").unlink()
     assert project.convoy("resume", "demo", "--wait").returncode == 0
     assert project.states()["convert"]["state"] == "done"
+
+
+def test_a_current_folder_that_was_removed_ends_in_a_line(tmp_path):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    command = f'rmdir "{gone}" && exec "{sys.executable}" -m launcher status'
+    ended = subprocess.run(["bash", "-c", command], cwd=gone, capture_output=True, text=True, timeout=60,
+                           env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert ended.returncode and "Traceback" not in ended.stderr and ended.stderr.startswith("Error: "), ended

@@ -183,3 +183,9 @@ def test_what_a_sweep_has_on_the_disk_is_not_asked_for_again(nowhere, monkeypatc
         (nowhere / f"runs/lr/{index}/sft/checkpoint").touch()
         os.truncate(nowhere / f"runs/lr/{index}/sft/checkpoint", int(0.4e9 * needed))
     assert len(again().plans) == 2
+
+
+def test_a_key_that_is_swept_and_set_is_refused():
+    sweep.refuse_set_twice(["sft.lr=1e-4,2e-4"], ["sft.seed=1"])
+    with pytest.raises(ConfigError, match="sft.lr stands in --sweep and in --set; give it once"):
+        sweep.refuse_set_twice(["sft.lr=1e-4,2e-4"], ["sft.seed=1", "sft.lr = 3e-4"])
