@@ -104,7 +104,8 @@ class Job:
         if self.stuck:
             return REASONS["DependencyNeverSatisfied"].format(run=run)
         word = self.reason.partition(",")[0].strip()
-        word = next((name for name in (word, word.replace(" ", "_")) if name in REASONS), word)  # squeue: "launch failed requeued held"
+        # Slurm 22.05 prints "launch failed requeued held"
+        word = next((name for name in (word, word.replace(" ", "_")) if name in REASONS), word)
         words = REASONS.get(word) or next((text for start, text in FAMILIES if word.startswith(start)), word or "Slurm gives no reason")
         if word == "Dependency" and not parents:
             return f"its parents are done; Slurm has still to see it ({self.dependency})"

@@ -177,15 +177,9 @@ def experience(config: PPOConfig, rollout: Rollout, scored: Scored, kl_coef: flo
     batch = {**sampled(config, rollout, scored), "old_values": values, "returns": returns,
              "advantages": losses.whiten(advantages, mean, variance, mask)}
     metrics = {**report(rollout, scored, config, reward_bias), "value_offset": float(offset),
-               "value_offset_last": float(at_the_end(returns - values, mask).mean()),
+               "value_offset_last": float((returns - values).gather(1, losses.last_token(mask)).mean()),
                "explained_variance": 1 - float(residual_variance / returns_variance.clamp(min=1e-8))}
     return Experience(batch, metrics)
-
-
-def at_the_end(values: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:
-    """(B, T) -> (B,): each row's entry at its last response token."""
-    ends = (response_mask * torch.arange(response_mask.size(1))).argmax(1, keepdim=True)
-    return values.gather(1, ends)[:, 0]
 
 
 def sampled(config: RolloutConfig, rollout: Rollout, scored: Scored) -> Batch:

@@ -82,9 +82,16 @@ def token_rewards(logprobs, ref_logprobs, scores, response_mask, kl_coef: float)
     tensor([[-0.1000,  5.0000]])
     """
     rewards = -kl_coef * kl_k1(logprobs, ref_logprobs) * response_mask
-    positions = torch.arange(response_mask.size(1), device=response_mask.device)
-    last = (response_mask * positions).argmax(1, keepdim=True)
-    return rewards.scatter_add(1, last, scores[:, None].to(rewards.dtype))
+    return rewards.scatter_add(1, last_token(response_mask), scores[:, None].to(rewards.dtype))
+
+
+def last_token(response_mask: torch.Tensor) -> torch.Tensor:
+    """(B, T) -> (B, 1): the place of each row's last response token, where the score stands (Ouyang et al. 2022, eq. 2).
+
+    >>> last_token(torch.tensor([[False, True, True, False]]))
+    tensor([[2]])
+    """
+    return (response_mask * torch.arange(response_mask.size(1), device=response_mask.device)).argmax(1, keepdim=True)
 
 
 def gae(rewards, values, response_mask, gamma: float, lam: float) -> tuple[torch.Tensor, torch.Tensor]:
