@@ -42,7 +42,7 @@ from conversion.config import FOLDERS
 from eval import preference, questions
 from eval.errors import DataError
 from eval.jsonl import dump, read
-from launcher.run import Busy
+from launcher.run.folder import Busy
 from training.data import formats
 from training.data.config import DataConfig, ModelConfig
 from training.settings import ConfigError

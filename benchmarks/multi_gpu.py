@@ -5,7 +5,7 @@ On N GPUs of one machine (a power of two), each part in processes of its own wit
     gradients  560m and 1b7, one step in fp32: loss and every tensor's gradient at TP, PP, DP, SP (sequence parallel) and VPP
                (interleaved) against one GPU's with nothing compiled
     sft        7b1, optimizer_precision "bf16", packed rows, loss on all tokens: tokens/s, MFU and memory of a step beside
-               launcher/scaling.py's prediction; rows and recompute are what it finds fastest among what fits by launcher/memory.py;
+               launcher/estimates/step_time.py's prediction; rows and recompute are what it finds fastest among what fits by launcher/estimates/memory.py;
                then the weights' way to each generation layout, in GB/s
     halves     sft on N/2 GPUs
     ppo        1b7 + 1b7 by the trainer, generation at another layout than training: its own phase times
@@ -36,8 +36,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.multi_gpu_plan import MEMORY_GB_S, ON_PURPOSE, PARTS, Job, Waves, waves, with_prediction
 from benchmarks.multi_gpu_tables import tables
 from benchmarks.side_by_side import heeded
-from launcher import nccl
-from launcher.ranks import LocalRanks, Log
+from launcher.job.ranks import LocalRanks, Log
+from launcher.slurm import network
 
 RANK = Path(__file__).with_name("multi_gpu_rank.py")
 STACKS_S = 3
@@ -73,7 +73,7 @@ class Running:
     def start(self) -> None:
         job, first = self.job, self.left[0][0]
         name = f"{job.name}.{first}".replace(" ", "_")
-        environment = {variable: value for variable, value, _ in nccl.NETWORKS["one-machine"]} | {
+        environment = {variable: value for variable, value, _ in network.NETWORKS["one-machine"]} | {
             "NCCL_NVLS_ENABLE": "0", "CUDA_VISIBLE_DEVICES": "" if self.cpu else ",".join(map(str, job.gpus)),
             "TORCHINDUCTOR_COMPILE_THREADS": "12", "OMP_NUM_THREADS": "1" if self.cpu else "8"}
         given = {"part": job.part, "size": job.size, "name": name, "folder": str(self.folder), "layouts": self.left}

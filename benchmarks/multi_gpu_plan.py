@@ -1,4 +1,4 @@
-"""Which jobs benchmarks/multi_gpu.py runs on N GPUs, and what launcher/scaling.py expects of them. Pure, standard library only."""
+"""Which jobs benchmarks/multi_gpu.py runs on N GPUs, and what launcher/estimates/step_time.py expects of them. Pure, standard library only."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 
 from benchmarks.multi_gpu_tables import machine, name
-from launcher import iteration, memory, scaling
+from launcher.estimates import iteration_time, memory, step_time
 from training.config import Paths, PPOConfig, PPOPaths, SFTConfig
 from training.families.bloom import shape as bloom
 from training.settings import ConfigError
@@ -75,7 +75,7 @@ def timed_layouts(size: str, gpus: int, card: dict) -> list[dict]:
 
 
 def fitting(size: str, one: dict, gpus: int, card: dict) -> dict | None:
-    """``one`` with the fastest rows and recompute that fit, where it says neither, by launcher/scaling.py; of equals more rows, and less
+    """``one`` with the fastest rows and recompute that fit, where it says neither, by launcher/estimates/step_time.py; of equals more rows, and less
     recompute."""
     best = None
     for rows in (4, 2, 1):
@@ -90,9 +90,9 @@ def fitting(size: str, one: dict, gpus: int, card: dict) -> dict | None:
     return best and best[1]
 
 
-def predicted(size: str, values: dict, gpus: int, card: dict) -> scaling.Step:
+def predicted(size: str, values: dict, gpus: int, card: dict) -> step_time.Step:
     config = SFTConfig(paths=Paths("", "", "", "", ""), seq_length=128 if size == "tiny" else 2048, optimizer_precision="bf16", **values)
-    return scaling.step(SHAPES[size], config, gpus, machine(card), gpus)
+    return step_time.step(SHAPES[size], config, gpus, machine(card), gpus)
 
 
 def ppo_values(size: str) -> dict:
@@ -178,7 +178,7 @@ def ppo_jobs(size: str, gpus: int) -> Waves:
 
 
 def large_ppo(size: str, gpus: int) -> Waves:
-    """On GPUs of 80 GB 59 a GPU by launcher/memory.py on 8, 62 on 4, 70 on 2, whose optimizers wait in the host's memory (113 GB)."""
+    """On GPUs of 80 GB 59 a GPU by launcher/estimates/memory.py on 8, 62 on 4, 70 on 2, whose optimizers wait in the host's memory (113 GB)."""
     ways = {2: layout(2, generation_tensor_parallel=1, offload="all", micro_batch_tokens=8192),
             4: layout(4, generation_tensor_parallel=2, micro_batch_tokens=8192)}
     way = ways.get(gpus, layout(4, generation_tensor_parallel=2))
@@ -202,7 +202,7 @@ def warming(jobs: list[Job], gpus: int, card: dict) -> list[Job]:
                 rows, length = values.get("micro_batch_size"), 2048
                 if job.part == "ppo":
                     config = ppo_config(job.size, values)
-                    rows, length = iteration.iteration(SHAPES[job.size], config, len(job.gpus), machine(card), len(job.gpus)).micro_batch
+                    rows, length = iteration_time.iteration(SHAPES[job.size], config, len(job.gpus), machine(card), len(job.gpus)).micro_batch
                 wanted[job.size, values["tensor_parallel"], rows, values.get("recompute", "none"), length] = None
     made, first = [], 0
     for size, tensor, rows, recompute, length in list(wanted)[:WARM]:
@@ -217,7 +217,7 @@ def with_prediction(row: dict, card: dict) -> dict:
         return row
     if row["part"] == "ppo":
         config, gpus = ppo_config(row["size"], row["layout"]), row["gpus"]
-        made = iteration.iteration(SHAPES[row["size"]], config, gpus, machine(card), gpus)
+        made = iteration_time.iteration(SHAPES[row["size"]], config, gpus, machine(card), gpus)
         estimate = memory.estimate(SHAPES[row["size"]], config, gpus).total - memory.OUTSIDE_GB
         return row | {"rows": made.micro_batch[0], "predicted_generate": made.generate, "predicted_score": made.score,
                       "predicted_update": made.update, "estimate_gb": estimate}

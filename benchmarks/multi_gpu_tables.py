@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from launcher import iteration, scaling
-from launcher.profile import Machine
+from launcher.config.profile import Machine
+from launcher.estimates import iteration_time, step_time
 
 
 def name(layout: dict, gpus: int) -> str:
@@ -28,12 +28,12 @@ def apart(measured: float, predicted: float) -> str:
 
 
 def machine(card: dict) -> Machine:
-    return dataclasses.replace(scaling.MACHINES["one-machine"], memory_gb_s=card["memory_gb_s"])
+    return dataclasses.replace(step_time.MACHINES["one-machine"], memory_gb_s=card["memory_gb_s"])
 
 
 def moving(row: dict, card: dict) -> float:
     """Seconds that the weights' way takes on paper."""
-    return iteration.moving(machine(card), 1e9 * row["link_gb"], 1e9 * row["memory_gb"])
+    return iteration_time.moving(machine(card), 1e9 * row["link_gb"], 1e9 * row["memory_gb"])
 
 
 PHASES = ("generate", "score", "update")

@@ -8,7 +8,7 @@
 
 Prompts of 512 tokens, responses of 512, EOS ignored (ChatLearn's case at sequence 1024), one epoch. Each part of each model has a
 process of its own. Prints JSON lines: an iteration each, with the seconds of its parts and the metrics that must be sane. Peak memory is
-torch's, beside launcher/memory.py's estimate. ``--small``: tiny shapes, also on a CPU, where numbers mean nothing.
+torch's, beside launcher/estimates/memory.py's estimate. ``--small``: tiny shapes, also on a CPU, where numbers mean nothing.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
 from benchmarks.train import CUDA, SHAPES, say
-from launcher import memory
+from launcher.estimates import memory
 from training import calibration, checkpoint, parallel, ppo
 from training.config import PPOConfig, PPOPaths
 from training.model import lora

@@ -1,7 +1,7 @@
 """Which layout would be fastest on a cluster, on paper? ``python benchmarks/scaling.py``
 
 SFT of bloom-7b1 and bloom-176b at 2,048 tokens a row on nodes of 8 A100 or H800 with 80 GB: step time and MFU by
-launcher/scaling.py, whose docstring is the list of assumptions; its one measured input is the share of the peak on one H200
+launcher/estimates/step_time.py, whose docstring is the list of assumptions; its one measured input is the share of the peak on one H200
 (benchmarks/train.py). Nothing of this was run on such a cluster. The first line of each block is the fastest: ``plan --suggest``'s.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from launcher import scaling
+from launcher.estimates import step_time
 from training.config import Paths, SFTConfig
 from training.families.bloom import shape as bloom
 
@@ -21,7 +21,7 @@ SITES = {"A100": "a100-hdr-infiniband", "H800": "h800-roce"}
 
 
 def main() -> None:
-    print(scaling.__doc__)
+    print(step_time.__doc__)
     print("| model | GPUs | TP | PP | DP | rows | recompute | s a step | tokens/s | MFU | GB | "
           "compute, bubble, launch, TP, PP, DP, optimizer in % |")
     print("|---|---|---|---|---|---|---|---|---|---|---|---|")
@@ -29,7 +29,7 @@ def main() -> None:
         for site, network in SITES.items():
             for ranks in sizes:
                 config = SFTConfig(paths=Paths("", "", "", "", ""), global_batch_size=rows, micro_batch_size=1, optimizer_precision="bf16")
-                for made in scaling.layouts(shape, config, ranks, scaling.MACHINES[network], 8, 85.0)[:3]:
+                for made in step_time.layouts(shape, config, ranks, step_time.MACHINES[network], 8, 85.0)[:3]:
                     used = made.config
                     data = used.data_parallel(ranks)
                     shares = ", ".join(f"{100 * seconds / made.seconds:.0f}" for seconds in made.parts.values())

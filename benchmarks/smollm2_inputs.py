@@ -13,9 +13,9 @@ from pathlib import Path
 from side_by_side import Work
 
 from eval.jsonl import dump
-from launcher.config import check_sections, layered, near, parse_set
-from launcher.pipeline import PIPELINES, PPO, full_tables
-from launcher.run import Busy, lock, this_process
+from launcher.config.sections import check_sections, layered, near, parse_set
+from launcher.config.stages import PIPELINES, PPO, full_tables
+from launcher.run.folder import Busy, lock, this_process
 from training.data import formats
 from training.data.config import DataConfig
 from training.data.rows import Row

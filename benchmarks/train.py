@@ -12,7 +12,7 @@ One GPU, random bf16 weights, for each model in a process of its own:
     shapes    ours with kernels for any number and length of rows, which packed rows get from their second shape on
 
 Prints JSON lines and a table: tokens/s, MFU (FLOPs a token: 6 (12 h^2 L + V h) + 6 L h s; 989 TFLOP/s, the H100's and H200's peak in
-bf16), peak memory (torch.cuda.max_memory_allocated) beside launcher/memory.py's estimate, and for ``forward`` the share of a matrix
+bf16), peak memory (torch.cuda.max_memory_allocated) beside launcher/estimates/memory.py's estimate, and for ``forward`` the share of a matrix
 product's rate, measured in the same process. ``--small``: tiny shapes, also on a CPU, where numbers mean nothing.
 """
 
@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-from launcher import memory
+from launcher.estimates import memory
 from training import parallel, sft
 from training.config import Paths, SFTConfig
 from training.families.bloom import shape as bloom

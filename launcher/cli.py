@@ -10,8 +10,8 @@ from pathlib import Path
 import click
 
 from launcher import completion
-from launcher.pipeline import FULL, NAMES, PIPELINES, PPO
-from launcher.terminal import say
+from launcher.config.stages import FULL, NAMES, PIPELINES, PPO
+from launcher.status.terminal import say
 from training.settings import ConfigError
 
 TARGETS = completion.Names([FULL, *NAMES])
@@ -26,10 +26,10 @@ class Commands(click.Group):
         return ["doctor", "plan", "submit", "render", "status", "watch", "logs", "resume", "cancel", "report", "completion"]
 
     def invoke(self, context: click.Context):
-        from launcher.manifest import Refused
-        from launcher.probe import SlurmError
-        from launcher.run import Busy, Failed
-        from launcher.terminal import plain
+        from launcher.run.folder import Busy, Failed
+        from launcher.run.manifest import Refused
+        from launcher.slurm.commands import SlurmError
+        from launcher.status.terminal import plain
 
         try:
             return super().invoke(context)
@@ -101,18 +101,19 @@ def plan_options(command, tolerant: bool = False):
                   help="A run for each value, RUN/0, RUN/1, ...; repeated, for each combination. One job array a stage.")
     @functools.wraps(command)
     def wrapped(target, pipeline, recipe, files, sets, name, runs, profile, first, last, reuse, sweeps, **rest):
-        from launcher import cluster, submit
-        from launcher.run import named
+        from launcher.run.folder import named
+        from launcher.slurm import sites
+        from launcher.submit import create
 
-        chosen, reused = cluster.choose(profile), named(reuse, runs) if reuse else None
+        chosen, reused = sites.choose(profile), named(reuse, runs) if reuse else None
 
         def make(more, name, runs):
-            return submit.plan(target, recipe, list(files), [*sets, *more], name, runs, chosen, first, last, pipeline,
+            return create.plan(target, recipe, list(files), [*sets, *more], name, runs, chosen, first, last, pipeline,
                                reused, tolerant)
 
         if not sweeps:
             return command(make([], recipe if name is None else name, runs), **rest)
-        from launcher import sweep
+        from launcher.submit import sweep
 
         sweep.refuse_set_twice(sweeps, sets)
         return command(sweep.plan(sweeps, make, recipe if name is None else name, runs), **rest)
@@ -124,7 +125,7 @@ def run_argument(command):
     @click.argument("run", type=click.Path(path_type=Path), shell_complete=completion.runs)
     @functools.wraps(command)
     def wrapped(run, **rest):
-        from launcher.run import named
+        from launcher.run.folder import named
 
         return command(named(run, Path("runs")), **rest)
     return wrapped
@@ -135,7 +136,7 @@ def run_or_sweep(command):
     @click.argument("run", type=click.Path(path_type=Path), shell_complete=completion.runs)
     @functools.wraps(command)
     def wrapped(run, **rest):
-        from launcher.run import Runs
+        from launcher.run.folder import Runs
 
         return command(Runs.open([run], Path("runs")), **rest)
     return wrapped
@@ -148,7 +149,7 @@ def runs_argument(command):
                   help="Folder of all runs.")
     @functools.wraps(command)
     def wrapped(runs, below, **rest):
-        from launcher.run import Runs
+        from launcher.run.folder import Runs
 
         return command(Runs.open(runs, below), **rest)
     return wrapped
@@ -173,19 +174,20 @@ def submit(context, made, wait, dry_run):
       submit full-pipeline --name lr --sweep sft.lr=1e-5,2e-5       a run for each value: runs/lr/0, runs/lr/1
     The same command again goes on with what is left, and starts nothing twice.
     """
-    from launcher import plan, view
+    from launcher import plan
+    from launcher.status import failures
 
     if dry_run:
-        plan.present(made, view.console())
+        plan.present(made, failures.console())
     else:
-        context.exit(plan.carry_out(made, wait, view.console()))
+        context.exit(plan.carry_out(made, wait, failures.console()))
 
 
 @main.command(short_help="What would run: graph, hours, memory, disk, start.")
 @functools.partial(plan_options, tolerant=True)
 @click.option("--scripts", is_flag=True, help="Print the batch script of each stage, too.")
 @click.option("--suggest", is_flag=True,
-              help="Name what is fastest on paper (launcher/scaling.py): the layout of sft, the token budget of rlhf.")
+              help="Name what is fastest on paper (launcher/estimates/step_time.py): the layout of sft, the token budget of rlhf.")
 def plan(made, scripts, suggest):
     """Show the graph, GPU-hours, memory of a GPU, disk and possible start, and every mistake that can be found before anything is queued.
 
@@ -194,11 +196,12 @@ def plan(made, scripts, suggest):
       plan full-pipeline --recipe bloom-7b1 --profile a100 --set model.checkpoint=models/bloom-7b1
       plan rlhf --name hh --scripts
     """
-    from launcher import plan, view
+    from launcher import plan
+    from launcher.status import failures
 
-    plan.present(made, view.console(), scripts)
+    plan.present(made, failures.console(), scripts)
     if suggest:
-        plan.suggest(made, view.console())
+        plan.suggest(made, failures.console())
 
 
 @main.command(short_help="Print the batch scripts.")
@@ -235,7 +238,7 @@ def status(runs, as_json):
     """
     import time
 
-    from launcher import screen, state, terminal
+    from launcher.status import state, table, terminal
 
     if runs.sweeps:
         return _compare(runs.sweeps, as_json)
@@ -249,7 +252,7 @@ def status(runs, as_json):
     width, now = terminal.width(), time.time()
     if not seen:
         raise ConfigError("none of these can be shown; name a run: python -m launcher status RUN")
-    screens = [screen.run_lines(one, width, now) for one in seen] if runs.named else [screen.runs_lines(seen, width, now)]
+    screens = [table.run_lines(one, width, now) for one in seen] if runs.named else [table.runs_lines(seen, width, now)]
     click.echo("\n\n".join("\n".join(lines) for lines in screens))
 
 
@@ -264,7 +267,7 @@ def watch(context, runs):
       watch hh hh-2
     Exit code: 0 all is done, 1 something is not, 130 after Ctrl-C.
     """
-    from launcher import live
+    from launcher.status import watch as live
 
     for line in runs.strangers:
         say(line, err=True)
@@ -288,7 +291,7 @@ def logs(run, stage, follow, ranks, errors, attempt, last):
       logs runs/hh rlhf --errors --attempt all
       logs runs/hh rlhf --rank 3,8-15 -n 100
     """
-    from launcher import logs
+    from launcher.status import logs
 
     choice = logs.Choice(ranks, errors)
     if follow and attempt:
@@ -328,9 +331,11 @@ def resume(context, runs, first, last, everything, iteration, files, sets, profi
       resume runs/hh --profile local --take-over
       resume lr                                      all runs of a sweep
     """
-    from launcher import cluster, plan, resume
+    from launcher import plan
+    from launcher.slurm import sites
+    from launcher.submit import resume
 
-    site = cluster.load(profile) if profile else None
+    site = sites.load(profile) if profile else None
     wish = resume.Wish(first, iteration, files, sets, site, take_over, last, everything)
     for line in resume.take_up(runs, wish, functools.partial(_agree, yes)):
         say(line)
@@ -347,7 +352,7 @@ def cancel(runs):
       cancel lr                           all runs of a sweep
       cancel runs/lr/1                    one of them
     """
-    from launcher.cancel import cancel
+    from launcher.submit.cancel import cancel
 
     for run, words in cancel(runs).items():
         say(words if len(runs) == 1 else f"{run.folder}: {words}")
@@ -367,7 +372,7 @@ def report(runs, output, show):
       report first second --output comparison   with table.md, table.csv and results.json of both together
       report first evaluation                   with the output of python -m eval.mtbench beside it
     """
-    from launcher.report import make
+    from launcher.status.report import make
 
     path = make(runs, output)
     say(path)
@@ -393,16 +398,18 @@ def doctor(context, on_node, write, partition, profile, timeout_s, as_json):
       doctor --node --profile mine.toml               the same modules and container as a stage
       doctor --json | jq '.findings[] | select(.level == "bad")'
     """
-    from launcher import cluster, doctor, view
+    from launcher.doctor import report as doctor
+    from launcher.slurm import sites
+    from launcher.status import failures
 
     if write:
         doctor.check_writable(write)
-    report = doctor.examine(partition, cluster.load(profile) if profile else None, on_node, timeout_s)
-    click.echo(json.dumps(doctor.as_json(report), indent=2)) if as_json else doctor.shown(report, view.console())
+    report = doctor.examine(partition, sites.load(profile) if profile else None, on_node, timeout_s)
+    click.echo(json.dumps(doctor.as_json(report), indent=2)) if as_json else doctor.shown(report, failures.console())
     if write:
         doctor.write_profile(report, write)
         click.echo(f"written: {write}; look it over, then: submit full-pipeline --profile {write}; or for good: "
-                   f"export {cluster.VARIABLE}={write.resolve()}", err=True)
+                   f"export {sites.VARIABLE}={write.resolve()}", err=True)
     context.exit(1 if report.bad else 0)
 
 
@@ -428,22 +435,24 @@ def completion_command(shell):
 
 
 def _compare(sweeps: tuple[Path, ...], as_json: bool) -> None:
-    from launcher import sweep, view
-    from launcher.run import sweep_of
+    from launcher.run.folder import sweep_of
+    from launcher.status import failures
+    from launcher.submit import sweep
 
     if as_json:
         click.echo(json.dumps([{"sweep": str(folder), "runs": sweep.comparison(folder)} for folder in sweeps], indent=2))
         return
     for folder in sweeps:
-        view.console().print(sweep.table(folder))
+        failures.console().print(sweep.table(folder))
         if lacking := len(sweep_of(folder)["values"]) - len(sweep.members(folder)):
             say(f"{folder}: {lacking} of its runs were never written: the same submit command completes it", err=True)
 
 
 def _committed(context: click.Context, asked: bool) -> None:
     if asked:
-        from launcher import cluster, submit
+        from launcher.slurm import sites
+        from launcher.submit import create
 
-        for path in submit.render_committed(cluster.CLUSTERS.parent):
+        for path in create.render_committed(sites.CLUSTERS.parent):
             click.echo(path)
         context.exit()

@@ -19,7 +19,7 @@ class Names(click.Choice):
         try:
             return super().convert(value, parameter, context)
         except click.BadParameter as error:
-            from launcher.config import near
+            from launcher.config.sections import near
 
             error.message = error.message.rstrip(".") + near(str(value), self.choices)
             raise
@@ -40,14 +40,14 @@ def runs(context: click.Context, _parameter, incomplete: str) -> list[Completion
 
 
 def recipes(_context, _parameter, incomplete: str) -> list[CompletionItem]:
-    from launcher.config import RECIPES
+    from launcher.config.sections import RECIPES
 
     return _begin((path.stem for path in RECIPES.glob("*.toml")), incomplete)
 
 
 def profiles(_context, _parameter, incomplete: str) -> list[CompletionItem]:
     """Names in slurm/clusters, and files."""
-    from launcher.cluster import CLUSTERS
+    from launcher.slurm.sites import CLUSTERS
 
     found = _begin((path.stem for path in CLUSTERS.glob("*.toml")), incomplete)
     return found or [CompletionItem(incomplete, type="file")]
@@ -55,7 +55,7 @@ def profiles(_context, _parameter, incomplete: str) -> list[CompletionItem]:
 
 def keys(_context, _parameter, incomplete: str) -> list[CompletionItem]:
     """SECTION.KEY= of --set and --sweep."""
-    from launcher.config import SECTIONS, StageResources
+    from launcher.config.sections import SECTIONS, StageResources
 
     if "=" in incomplete:
         return []

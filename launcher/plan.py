@@ -13,13 +13,18 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from launcher import checks, environment, iteration, memory, probe, scaling, storage, submit
-from launcher.run import Run, Runs
+from launcher.checks import disk as storage
+from launcher.checks import plan_checks
+from launcher.config import environment
+from launcher.estimates import iteration_time, memory, step_time
+from launcher.run.folder import Run, Runs
+from launcher.slurm import commands
+from launcher.submit import create
 from training.config import RolloutConfig, SFTConfig
 from training.settings import ConfigError, Mistakes
 
 if TYPE_CHECKING:
-    from launcher.sweep import Sweep
+    from launcher.submit.sweep import Sweep
 
 REFUSED = "allocation failure"
 """In the words of ``sbatch --test-only``: Slurm has looked at the request and would never run it."""
@@ -40,25 +45,25 @@ class Start:
     """Why it could not be asked."""
 
 
-def ask_slurm(made: submit.Plan) -> dict[str, Start]:
+def ask_slurm(made: create.Plan) -> dict[str, Start]:
     """Stage -> when it could start if it were queued now. ConfigError, naming all of them, where Slurm would refuse a stage.
 
     {} under a local profile. Where no controller answers, each says so.
     """
     if made.profile.scheduler != "slurm":
         return {}
-    if reason := probe.unusable():  # else sbatch would try for 10 s, and call it a refusal
+    if reason := commands.unusable():  # else sbatch would try for 10 s, and call it a refusal
         return dict.fromkeys((stage.name for stage in made.stages), Start("", "", reason))
     found, refused = {}, []
     with tempfile.TemporaryDirectory() as folder:
-        for stage, text in submit.render_all(made).items():
+        for stage, text in create.render_all(made).items():
             path = Path(folder) / f"{stage}.sbatch"
             path.write_text(text, encoding="utf-8")
             try:
                 environ = environment.for_sbatch(made.profile.passed)
-                words = probe.call("sbatch", "--test-only", str(path), environ=environ, with_errors=True)
+                words = commands.call("sbatch", "--test-only", str(path), environ=environ, with_errors=True)
                 found[stage] = parse_start(words)
-            except probe.SlurmError as error:
+            except commands.SlurmError as error:
                 if REFUSED not in str(error):
                     return dict.fromkeys((stage.name for stage in made.stages), Start("", "", str(error)))
                 if AMBIGUOUS in str(error) and (away := _nodes_away(made)):
@@ -71,11 +76,11 @@ def ask_slurm(made: submit.Plan) -> dict[str, Start]:
     return found
 
 
-def present(made: submit.Plan | Sweep, out: Console, scripts: bool = False) -> None:
+def present(made: create.Plan | Sweep, out: Console, scripts: bool = False) -> None:
     """Check with Slurm and show a run's plan, or a sweep's: its elements, and the plan of the
     first; then ConfigError for what is wrong."""
     texts = scripts_of(made) if scripts else {}
-    first = made if isinstance(made, submit.Plan) else made.plans[0]
+    first = made if isinstance(made, create.Plan) else made.plans[0]
     mistakes = Mistakes()
     mistakes.add(*first.checked.mistakes)
     starts = mistakes.of(lambda: ask_slurm(first)) or {}
@@ -91,38 +96,38 @@ def present(made: submit.Plan | Sweep, out: Console, scripts: bool = False) -> N
     mistakes.raise_if_any()
 
 
-def suggest(made: submit.Plan | Sweep, out: Console) -> None:
-    """Of supervised fine-tuning the layout that launcher/scaling.py finds fastest for the ranks that are asked for; of stages with rollouts
-    what an iteration takes, and the fastest token budget (launcher/iteration.py)."""
-    made = made if isinstance(made, submit.Plan) else made.plans[0]
+def suggest(made: create.Plan | Sweep, out: Console) -> None:
+    """Of supervised fine-tuning the layout that launcher/estimates/step_time.py finds fastest for the ranks that are asked for; of stages with rollouts
+    what an iteration takes, and the fastest token budget (launcher/estimates/iteration_time.py)."""
+    made = made if isinstance(made, create.Plan) else made.plans[0]
     for stage in made.stages:
-        config = checks.stage_config(made.run.folder, made.tables, made.graph, stage.name)
+        config = plan_checks.stage_config(made.run.folder, made.tables, made.graph, stage.name)
         if isinstance(config, SFTConfig | RolloutConfig):
-            by = scaling if isinstance(config, SFTConfig) else iteration
+            by = step_time if isinstance(config, SFTConfig) else iteration_time
             words = by.suggest(stage.name, made.checked.shape, config, made.resources(stage), made.profile)
             out.print(words, markup=False, highlight=False)
 
 
-def scripts_of(made: submit.Plan | Sweep) -> dict[str, str]:
+def scripts_of(made: create.Plan | Sweep) -> dict[str, str]:
     """Stage -> text of its batch script, as it will be queued."""
-    if isinstance(made, submit.Plan):
-        return submit.render_all(made)
-    from launcher import sweep  # late, as below: what starts jobs would cost a plan .1 s
+    if isinstance(made, create.Plan):
+        return create.render_all(made)
+    from launcher.submit import sweep  # late, as below: what starts jobs would cost a plan .1 s
 
     return sweep.scripts(made)
 
 
-def carry_out(made: submit.Plan | Sweep, wait: bool, out: Console) -> int:
+def carry_out(made: create.Plan | Sweep, wait: bool, out: Console) -> int:
     """Create and start it; the command's exit code."""
-    from launcher import start, sweep
+    from launcher.submit import start, sweep
 
-    first = made if isinstance(made, submit.Plan) else made.plans[0]
-    if first.profile.scheduler == "slurm" and (reason := probe.unusable()):
-        raise probe.SlurmError(f"{reason}: nothing was queued; the same command does it once Slurm answers")
+    first = made if isinstance(made, create.Plan) else made.plans[0]
+    if first.profile.scheduler == "slurm" and (reason := commands.unusable()):
+        raise commands.SlurmError(f"{reason}: nothing was queued; the same command does it once Slurm answers")
     ask_slurm(first)  # refuses what Slurm would refuse
     out.print("\n".join([f"profile {first.profile.name}: {first.reason}", *(f"warning: {line}" for line in first.checked.warnings)]))
     if made is first:
-        run = submit.create(made)
+        run = create.create(made)
         _say_data(first, run, out)
         return start.start(run, made.stages, wait)
     folder = sweep.create(made)
@@ -130,7 +135,7 @@ def carry_out(made: submit.Plan | Sweep, wait: bool, out: Console) -> int:
     return sweep.begin(folder, first.stages, wait)
 
 
-def _say_data(made: submit.Plan, run: Run, out: Console) -> None:
+def _say_data(made: create.Plan, run: Run, out: Console) -> None:
     """What is dropped and cut of all rows, but for what the plan has said of them."""
     for line in run.data_summary().get("lines", []):
         if line not in made.checked.warnings:
@@ -139,7 +144,7 @@ def _say_data(made: submit.Plan, run: Run, out: Console) -> None:
 
 def go_on(runs: Runs, wait: bool) -> int:
     """Start what is left of a run, or of a sweep; the command's exit code."""
-    from launcher import start, sweep
+    from launcher.submit import start, sweep
 
     stages = runs[0].selected()
     if rest := [name for name in runs[0].stages if name not in {stage.name for stage in stages}]:
@@ -154,14 +159,14 @@ def parse_start(text: str) -> Start:
     return Start(match[1], match[2] or "") if match else Start("", "", text.strip() or "sbatch --test-only said nothing")
 
 
-def show(made: submit.Plan, starts: dict[str, Start], out: Console, scripts: dict[str, str]) -> None:
+def show(made: create.Plan, starts: dict[str, Start], out: Console, scripts: dict[str, str]) -> None:
     """Print the plan; ``scripts``, stage -> batch script, come first, so that the summary stays on the screen."""
     for stage, text in scripts.items():
         out.print(f"# ---- {stage}.sbatch ----\n{text}", markup=False, highlight=False)
     out.print(Group(_graph(made, starts), *([_memory(made)] if made.checked.estimates else []), *_notes(made, starts)))
 
 
-def gpu_hours(made: submit.Plan) -> float:
+def gpu_hours(made: create.Plan) -> float:
     """At most, if every stage used all of its time."""
     asked = [made.resources(stage) for stage in made.stages]
     return sum((one.nodes + one.spares) * one.gpus_per_node * one.minutes / 60 for one in asked)
@@ -171,7 +176,7 @@ def size(gb: float) -> str:
     return f"{gb:.1f}" if gb >= 0.05 else "<0.1"
 
 
-def _graph(made: submit.Plan, starts: dict[str, Start]) -> Table:
+def _graph(made: create.Plan, starts: dict[str, Start]) -> Table:
     slurm, works = made.profile.scheduler == "slurm", made.checked.work
     table = Table("stage", "after", "runs", "nodes x ranks", "limit, h", "GPU-hours",
                   *(["work, h", "requeues"] if works else []), "layout", "writes", *(["could start"] if slurm else []),
@@ -204,7 +209,7 @@ def _layout(config: dict, ranks: int) -> str:
             f"batch {config['global_batch_size']} = {config['micro_batch_size']} x {data} x {steps}")
 
 
-def _start(stage: str, made: submit.Plan, starts: dict[str, Start]) -> str:
+def _start(stage: str, made: create.Plan, starts: dict[str, Start]) -> str:
     if stage not in starts or not starts[stage].when:
         return "?"
     chosen = {one.name for one in made.stages}
@@ -212,7 +217,7 @@ def _start(stage: str, made: submit.Plan, starts: dict[str, Start]) -> str:
     return f"after {', '.join(waits)}" if waits else starts[stage].when.replace("T", " ")
 
 
-def _memory(made: submit.Plan) -> Table:
+def _memory(made: create.Plan) -> Table:
     table = Table("stage", "model", "GB of each GPU", "of which", title="memory of a GPU, estimated", title_justify="left")
     for stage, estimate in made.checked.estimates.items():
         models: dict[str, list[tuple[str, float]]] = {}
@@ -232,7 +237,7 @@ def _memory(made: submit.Plan) -> Table:
     return table
 
 
-def _notes(made: submit.Plan, starts: dict[str, Start]) -> list[Text]:
+def _notes(made: create.Plan, starts: dict[str, Start]) -> list[Text]:
     """Disk, data, why Slurm can't say a start, requeues, and what may go wrong, a line each."""
     checked, total = made.checked, sum(made.checked.disk.values())
     room = f"{storage.amount(checked.room.free_gb)} are {checked.room.where}"
@@ -251,16 +256,16 @@ def _notes(made: submit.Plan, starts: dict[str, Start]) -> list[Text]:
     return notes
 
 
-def _asked(made: submit.Plan, name: str) -> str:
+def _asked(made: create.Plan, name: str) -> str:
     asked = made.resources(made.graph[name])
     where = f"partition {made.profile.partition}" if made.profile.partition else "the default partition"
     return f"{asked.nodes + asked.spares} nodes x {asked.gpus_per_node} GPUs for {asked.minutes} min in {where}"
 
 
-def _nodes_away(made: submit.Plan) -> str:
+def _nodes_away(made: create.Plan) -> str:
     """"3 of 4 nodes are down or drained", "" where none is."""
     partition = [f"--partition={made.profile.partition}"] if made.profile.partition else []
-    states = [line.rstrip("*~#!%$@^-").lower() for line in probe.call("sinfo", "-h", "-N", *partition, "-o", "%T").splitlines()]
+    states = [line.rstrip("*~#!%$@^-").lower() for line in commands.call("sinfo", "-h", "-N", *partition, "-o", "%T").splitlines()]
     away = sum(not word.startswith(("idle", "mixed", "alloc", "comp")) for word in states)
     return f"{away} of {len(states)} nodes are down, drained or reserved" if away else ""
 

@@ -12,12 +12,12 @@ from tests.launcher.stub_project import ROOT, Project
 
 PACKAGES = ("launcher", "training", "conversion", "eval")
 LIGHT = [
-    "launcher.supervise",
-    "launcher.local",
-    "launcher.sweep",
-    "launcher.submission",
-    "launcher.node",
-    "launcher.nodecheck",
+    "launcher.job.supervise",
+    "launcher.submit.local",
+    "launcher.submit.sweep",
+    "launcher.slurm.transaction",
+    "launcher.slurm.node_probe",
+    "launcher.job.node_check",
     "training.data.prepare",
     "training.data.peek",
     "eval.mtbench",
@@ -67,10 +67,10 @@ def test_help_starts_nothing(command, tmp_path):
 @pytest.mark.parametrize(
     "command",
     [
-        ["launcher.supervise"],
+        ["launcher.job.supervise"],
         ["training.data.prepare", "nowhere.json"],
         ["training.data.peek"],
-        ["launcher.sweep"],
+        ["launcher.submit.sweep"],
         ["training.data.prepare", "a", "b"],
     ],
 )

@@ -17,9 +17,10 @@ from megatron.core import parallel_state, tensor_parallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from launcher import cluster, memory
-from launcher.config import RECIPES, build_plain, layered, read_recipe, read_toml
-from launcher.pipeline import PIPELINES, full_tables, stage_config
+from launcher.config.sections import RECIPES, build_plain, layered, read_recipe, read_toml
+from launcher.config.stages import PIPELINES, full_tables, stage_config
+from launcher.estimates import memory
+from launcher.slurm import sites
 from training import cpu
 from training.shape import Shape
 from training.step import build_model
@@ -46,8 +47,8 @@ def test_there_is_a_recipe_for_each_size():
 
 @pytest.mark.parametrize(("name", "profile"), cases())
 def test_layout_divides_and_fits(name, profile, tmp_path):
-    """Heads and layers by TP and PP, the batch by DP, whole nodes by TP; memory by launcher/memory.py's formula."""
-    site, shape = cluster.load(profile), shape_of(name, tmp_path)
+    """Heads and layers by TP and PP, the batch by DP, whole nodes by TP; memory by launcher/estimates/memory.py's formula."""
+    site, shape = sites.load(profile), shape_of(name, tmp_path)
     tables = layered(name, [], [], site)
     resources = build_plain("resources", tables["resources"])
     for stage in TRAINERS:
@@ -90,8 +91,8 @@ def test_a_layout_is_chosen_by_the_profile_s_nodes(tmp_path):
     text = 'scheduler = "local"\nnetwork = "one-machine"\ngpus_per_node = 1\ngpu_memory_gb = {}\n'
     for gigabytes, tensor in ((143.0, 1), (80.0, 4)):
         (tmp_path / "mine.toml").write_text(text.format(gigabytes))
-        assert layered("bloom-7b1", [], [], cluster.load(str(tmp_path / "mine.toml")))["sft"]["tensor_parallel"] == tensor
-    made = layered("bloom-7b1", [], ["sft.recompute=none"], cluster.load("h200"))
+        assert layered("bloom-7b1", [], [], sites.load(str(tmp_path / "mine.toml")))["sft"]["tensor_parallel"] == tensor
+    made = layered("bloom-7b1", [], ["sft.recompute=none"], sites.load("h200"))
     assert made["sft"]["recompute"] == "none" and made["resources"]["sft"]["minutes"] == 720, "--set wins; the rest is the recipe's"
 
 
@@ -120,7 +121,7 @@ def test_the_model_is_hugging_face_s(name, tmp_path):
         theirs = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path)).parameters())
     assert theirs == PUBLISHED[name]["parameters"] == shape.parameters()
     graph = PIPELINES["ppo"]
-    tables = full_tables(tmp_path, layered(name, [], [], cluster.load("a100")), graph)
+    tables = full_tables(tmp_path, layered(name, [], [], sites.load("a100")), graph)
     config, asked = stage_config(tmp_path, tables, graph, "sft"), build_plain("resources", tables["resources"]).sft
     whole: dict[str, tuple[int, ...]] = {}
     context = multiprocessing.get_context("fork")

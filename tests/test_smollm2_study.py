@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.run import process_start
+from launcher.run.folder import process_start
 from training.data.config import DataConfig
 
 ROOT = Path(__file__).parents[1]

@@ -11,7 +11,7 @@ from training import checkpoint
 from training.checksums import sync
 
 CHOSEN = "chosen.json"
-"""In the stage's folder: which checkpoint was chosen, written when the stage ends. The launcher reads it (launcher/manifest.py)."""
+"""In the stage's folder: which checkpoint was chosen, written when the stage ends. The launcher reads it (launcher/run/manifest.py)."""
 
 
 @dataclass

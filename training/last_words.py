@@ -1,6 +1,6 @@
 """What a stage that fails leaves for the launcher: the class of its error and a message, one file a rank.
 
-``$CONVOY_WORDS/rank_R.json`` is {"class", "message"}, whole or not there; launcher/endings.py names the classes.
+``$CONVOY_WORDS/rank_R.json`` is {"class", "message"}, whole or not there; launcher/job/endings.py names the classes.
 eval/last_words.py writes the same.
 """
 

@@ -1,6 +1,6 @@
 """What a layer of a micro-batch takes: the GPU's time to compute it, or the host's to launch it, whichever is longer. Pure, stdlib only.
 
-The one home of these measurements: launcher/scaling.py predicts steps with them, and trainers divide packed rows by them.
+The one home of these measurements: launcher/estimates/step_time.py predicts steps with them, and trainers divide packed rows by them.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from launcher import node, node_findings  # noqa: E402 - the image has no launcher on its path yet
+from launcher.doctor import node_findings  # noqa: E402 - the image has no launcher on its path yet
+from launcher.slurm import node_probe
 
 
 def problems(what: str, seen: dict) -> list[str]:
@@ -23,6 +24,6 @@ def problems(what: str, seen: dict) -> list[str]:
 
 
 if __name__ == "__main__":
-    against = problems(sys.argv[1], node.main([]))
+    against = problems(sys.argv[1], node_probe.main([]))
     print("\n".join(against) or f"{sys.argv[1]}: fit")
     sys.exit(bool(against))

@@ -14,7 +14,7 @@ import pytest
 from conversion import hf_to_megatron, huggingface, small_files
 from eval import chat, generation
 from eval.errors import DataError
-from launcher import weights
+from launcher.checks import weights
 from tests.fuzz.damage import damaged_bytes, damaged_json, damaged_text, peak_mb, within
 from training.data import demo_model, trial
 from training.data.config import ModelConfig

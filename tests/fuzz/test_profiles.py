@@ -6,10 +6,11 @@ import random
 import sys
 from collections import Counter
 
-from launcher import cluster, secrets
-from launcher.config import RECIPES, layered
-from launcher.pipeline import PIPELINES, PPO, full_tables
-from launcher.sweep import combinations
+from launcher.config import key_file
+from launcher.config.sections import RECIPES, layered
+from launcher.config.stages import PIPELINES, PPO, full_tables
+from launcher.slurm import sites
+from launcher.submit.sweep import combinations
 from tests.fuzz.damage import VALUES, damaged_bytes, damaged_json, peak_mb, within
 from training.settings import ConfigError
 
@@ -50,13 +51,13 @@ def told(what: str, outcomes: Counter, before: float) -> None:
 
 
 def test_profiles(tmp_path):
-    sound, outcomes, before, path = dataclasses.asdict(cluster.load("a100")), Counter(), peak_mb(), tmp_path / "site.toml"
+    sound, outcomes, before, path = dataclasses.asdict(sites.load("a100")), Counter(), peak_mb(), tmp_path / "site.toml"
     sound |= {"environment": {"A": "b"}, "options": {"nice": "10"}, "modules": ["cuda"], "setup": ["true"]}
     for number in range(PROFILES):
         rng = random.Random(number)
         text = document(damaged_json(rng, sound))
         path.write_bytes(damaged_bytes(rng, text) if rng.random() < 0.3 else text)
-        outcomes[outcome_of(number, lambda: cluster.load(str(path)), "site", "profile", "secrets")] += 1
+        outcomes[outcome_of(number, lambda: sites.load(str(path)), "site", "profile", "secrets")] += 1
     told("profiles", outcomes, before)
 
 
@@ -102,6 +103,6 @@ def test_files_of_secrets(tmp_path):
     path.touch(0o600)
     for number in range(KEYS):
         path.write_bytes(damaged_bytes(random.Random(number), sound))
-        outcomes[outcome_of(number, lambda: secrets.read(path), "s.env")] += 1
+        outcomes[outcome_of(number, lambda: key_file.read(path), "s.env")] += 1
     print(f"{KEYS} damaged files of secrets: {dict(outcomes)}", file=sys.stderr)
     assert outcomes["refused"] > KEYS / 20 and peak_mb() - before < MB

@@ -13,14 +13,16 @@ import pytest
 
 from eval import report
 from eval.errors import DataError
-from launcher import heal, logs, manifest, resume, screen, state, sweep
-from launcher.change import Wish
-from launcher.config import layered
-from launcher.pipeline import PIPELINES, PPO, full_tables
-from launcher.probe import SlurmError
-from launcher.run import Failed, Run, Runs, hash_of, write_json
-from launcher.sweep import SWEEP
-from launcher.terminal import UNSEEN
+from launcher.config.sections import layered
+from launcher.config.stages import PIPELINES, PPO, full_tables
+from launcher.run import manifest
+from launcher.run.folder import Failed, Run, Runs, hash_of, write_json
+from launcher.slurm.commands import SlurmError
+from launcher.status import logs, state, table
+from launcher.status.terminal import UNSEEN
+from launcher.submit import repair, resume, sweep
+from launcher.submit.change import Wish
+from launcher.submit.sweep import SWEEP
 from tests.eval.test_report import evaluate
 from tests.fuzz.damage import VALUES, damaged_bytes, damaged_json, damaged_text, peak_mb, within
 from training.settings import ConfigError
@@ -102,12 +104,12 @@ def damaged_rows(rng: random.Random, rows: list) -> list:
 def look_at(run: Run) -> None:
     """What status, watch, logs and resume do with a run."""
     seen = state.look(run)
-    shown = [*screen.run_lines(seen, 100, time.time()), *screen.runs_lines([seen], 200, time.time()), *logs.show(run, "sft", "all"),
+    shown = [*table.run_lines(seen, 100, time.time()), *table.runs_lines([seen], 200, time.time()), *logs.show(run, "sft", "all"),
              *logs.show(run, "sft", last=2)]
-    assert not any(UNSEEN.sub("", line) != line for line in map(screen.click.unstyle, shown)), shown
+    assert not any(UNSEEN.sub("", line) != line for line in map(table.click.unstyle, shown)), shown
     json.dumps(state.as_json([seen]))
     resume.examine(seen, Wish(first="sft", iteration=3, sets=("sft.lr=1e-6",)))
-    heal.heal(run)
+    repair.heal(run)
 
 
 def each(folder, sound, names, numbers, taken_in):

@@ -5,8 +5,8 @@ from click.testing import CliRunner
 
 from eval import addresses
 from launcher import cli
-from launcher.addresses import refuse_secrets
-from launcher.profile import Profile
+from launcher.config.addresses import refuse_secrets
+from launcher.config.profile import Profile
 from training.settings import ConfigError
 
 SECRETS = ["http://me:geheim@host:5000", "http://geheim@host", "HTTPS://me:ge/heim@host/v1", "https://host/v1?api_key=geheim",

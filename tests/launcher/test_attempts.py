@@ -12,16 +12,19 @@ from types import SimpleNamespace
 
 import pytest
 
-from launcher import deadline, manifest, run_module, state
-from launcher.attempt import Attempt
-from launcher.endings import Class, Facts
-from launcher.jobs import Job
-from launcher.manifest import Refused
-from launcher.outcome import classify
-from launcher.pipeline import ALL
-from launcher.probe import SlurmError
-from launcher.ranks import LocalRanks, Log
-from launcher.run import Run
+from launcher import run_module
+from launcher.config.stages import ALL
+from launcher.job import deadline
+from launcher.job.attempt import Attempt
+from launcher.job.endings import Class, Facts
+from launcher.job.outcome import classify
+from launcher.job.ranks import LocalRanks, Log
+from launcher.run import manifest
+from launcher.run.folder import Run
+from launcher.run.manifest import Refused
+from launcher.slurm.commands import SlurmError
+from launcher.slurm.queue import Job
+from launcher.status import state
 from tests.launcher.stub_project import wait_until
 from training import checksums
 
@@ -61,7 +64,7 @@ def test_ranks_of_which_nothing_is_heard_say_where_they_are_and_are_ended(tmp_pa
 
 
 def test_a_request_to_save_during_the_imports_kills_nobody_and_is_repeated(tmp_path, monkeypatch):
-    monkeypatch.setattr("launcher.attempt.REPEAT_S", 0.2)
+    monkeypatch.setattr("launcher.job.attempt.REPEAT_S", 0.2)
     made, ranks = attempt(tmp_path, LATE)
     made.asked = Class.TIME_LIMIT
     assert [one.code for one in made.wait(ranks)] == [75]
@@ -164,7 +167,7 @@ def test_versions_are_those_of_the_ranks_and_never_the_host_s_for_a_container(pr
 def test_a_stage_that_begins_while_stop_is_there_starts_nothing(project):
     assert project.submit("--wait", "--until", "convert").returncode == 0
     (project.run / "STOP").touch()
-    ended = subprocess.run([sys.executable, "-m", "launcher.supervise", "runs/demo", "sft"], cwd=project.folder, env=project.environment,
+    ended = subprocess.run([sys.executable, "-m", "launcher.job.supervise", "runs/demo", "sft"], cwd=project.folder, env=project.environment,
                            capture_output=True, text=True)
     assert ended.returncode == 143, ended.stdout
     assert project.json("sft/status.json")["state"] == "stopped" and not (project.run / "sft/rank_0.json").exists()
@@ -207,7 +210,7 @@ def test_a_job_that_was_declared_dead_leaves_the_run_as_it_is(project):
     assert project.submit("--wait", "--until", "convert").returncode == 0
     Run(project.run).record("taken over", jobs=[77])
     before = {path: path.read_bytes() for path in project.run.rglob("*.json*")}
-    ended = subprocess.run(run_module.command("launcher.supervise", "runs/demo", "sft"), cwd=project.folder,
+    ended = subprocess.run(run_module.command("launcher.job.supervise", "runs/demo", "sft"), cwd=project.folder,
                            env={**project.environment, "SLURM_JOB_ID": "77"}, capture_output=True, text=True)
     assert ended.returncode == 1 and "job 77 was declared dead" in ended.stdout, ended.stdout + ended.stderr
     assert {path: path.read_bytes() for path in project.run.rglob("*.json*")} == before

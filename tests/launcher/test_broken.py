@@ -6,9 +6,10 @@ import sys
 
 import pytest
 
-from launcher import local, report
-from launcher.ranks import LocalRanks, Log
-from launcher.run import Run, this_process
+from launcher.job.ranks import LocalRanks, Log
+from launcher.run.folder import Run, this_process
+from launcher.status import report
+from launcher.submit import local
 from training.settings import ConfigError
 
 

@@ -20,9 +20,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from launcher import checks, cluster, storage, sweep
-from launcher.config import layered
-from launcher.pipeline import FULL, PIPELINES, full_tables, select, stage_config
+from launcher.checks import disk, plan_checks
+from launcher.config.sections import layered
+from launcher.config.stages import FULL, PIPELINES, full_tables, select, stage_config
+from launcher.slurm import sites
+from launcher.submit import sweep
 from tests.bloom import tiny_bloom
 from tests.llama import tiny_llama
 from training.families import bloom
@@ -36,7 +38,7 @@ def check(*sets, profile="local", recipe="bloom-tiny", last=None):
     run = Path("runs/x")
     graph = PIPELINES["ppo"]
     tables = full_tables(run, layered(recipe, [], list(sets)), graph)
-    checks.check(run, tables, graph, select(graph, FULL, None, last), cluster.load(profile))
+    plan_checks.check(run, tables, graph, select(graph, FULL, None, last), sites.load(profile))
 
 
 def safetensors(path: Path, tensors: dict[str, list[int]]) -> None:
@@ -338,7 +340,7 @@ def test_data_is_read_before_anything_is_queued(name, content, message, tmp_path
 
 
 def test_more_than_the_disk_has_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "room", lambda folder: storage.Room(10.0, f"free on the file system of {folder}"))
+    monkeypatch.setattr(disk, "room", lambda folder: disk.Room(10.0, f"free on the file system of {folder}"))
     with pytest.raises(ConfigError, match=r"the run would write about \d+\.\d GB \(at once: .*rlhf .*"
                                           r"but only 10.0 GB are free.*rlhf.keep_checkpoints=1"):
         check(checkpoint(tmp_path), recipe="bloom-560m", profile="a100")
@@ -350,34 +352,34 @@ def test_quotas_are_read_from_both_commands():
 fs:/home/u  1000000  2000000 3000000       0      12       0       0       0
 """
     lustre = "     /scratch 1500000*  1400000 1600000       - 5 0 0 -\n"
-    assert storage.parse_quota(quota) == pytest.approx(1.024)
-    assert storage.parse_quota(lustre) == pytest.approx(-0.1024)
-    assert storage.parse_quota("Disk quotas for user u (uid 1000): none\n") is None
-    assert storage.parse_quota("  /dev/sda1  20  0  0  0  2  0  0  0\n") is None
+    assert disk.parse_quota(quota) == pytest.approx(1.024)
+    assert disk.parse_quota(lustre) == pytest.approx(-0.1024)
+    assert disk.parse_quota("Disk quotas for user u (uid 1000): none\n") is None
+    assert disk.parse_quota("  /dev/sda1  20  0  0  0  2  0  0  0\n") is None
 
 
 def test_kept_checkpoints_and_the_one_being_written():
     graph = PIPELINES["ppo"]
     tables = full_tables(Path("runs/x"), layered("bloom-7b1", [], ["sft.keep_every=400"]), graph)
     sft, reward = (stage_config(Path("runs/x"), tables, graph, name) for name in ("sft", "reward"))
-    assert storage.checkpoints(sft) == 4, "400, 800 for ever, the last 2 (800 and 1000), one being written"
-    assert storage.checkpoints(reward) == 3
+    assert disk.checkpoints(sft) == 4, "400, 800 for ever, the last 2 (800 and 1000), one being written"
+    assert disk.checkpoints(reward) == 3
     shape = bloom.shape(30, 4096, 32, 250880, 1e-5)
-    assert storage.checkpoint_gb(sft, shape) == pytest.approx(99.0, abs=0.1)
+    assert disk.checkpoint_gb(sft, shape) == pytest.approx(99.0, abs=0.1)
     adapters = 30 * 16 * 16 * 4096
-    assert storage.checkpoint_gb(dataclasses.replace(sft, lora_rank=16), shape) == pytest.approx(14.1 + 14 * adapters / 1e9, abs=0.1)
+    assert disk.checkpoint_gb(dataclasses.replace(sft, lora_rank=16), shape) == pytest.approx(14.1 + 14 * adapters / 1e9, abs=0.1)
 
 
 def test_profile_of_no_file_and_of_an_unknown_network(tmp_path):
     with pytest.raises(ConfigError, match="there are: a100, dev, h200, h800, local"):
-        cluster.load("a10")
+        sites.load("a10")
     mine = tmp_path / "mine.toml"
     mine.write_text('scheduler = "slurm"\nnetwork = "h800"\n')
     with pytest.raises(ConfigError, match="network = 'h800': expected one of"):
-        cluster.load(str(mine))
+        sites.load(str(mine))
     mine.write_text('scheduler = "slurm"\npartitoin = "x"\n')
     with pytest.raises(ConfigError, match="did you mean profile mine.partition"):
-        cluster.load(str(mine))
+        sites.load(str(mine))
 
 
 HUGE = [f"{stage}.iterations=10000000000" for stage in ("sft", "reward", "rlhf")]
@@ -405,6 +407,6 @@ def test_saves_are_counted_as_they_are_listed():
         config = SimpleNamespace(save_every=every, iterations=iterations, keep_every=keep_every, keep_checkpoints=keep)
         saved = sorted({*range(every, iterations + 1, every), iterations})
         kept = {number for number in saved if keep_every and number % keep_every == 0} | set(saved[-keep:])
-        assert storage.checkpoints(config) == min(len(saved), len(kept) + 1), config
-        numbers = {number: storage.save_number(config, number) for number in range(iterations + 5)}
+        assert disk.checkpoints(config) == min(len(saved), len(kept) + 1), config
+        numbers = {number: disk.save_number(config, number) for number in range(iterations + 5)}
         assert numbers == {number: saved.index(number) + 1 if number in saved else 0 for number in numbers}

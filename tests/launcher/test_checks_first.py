@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from launcher.run import Run, this_process
+from launcher.run.folder import Run, this_process
 from tests.launcher.stub_project import SMALL, wait_until
 
 SITE = 'scheduler = "slurm"\nmax_nodes = 4\n'

@@ -8,7 +8,8 @@ import sys
 import pytest
 from click.testing import CliRunner
 
-from launcher import cli, nccl
+from launcher import cli
+from launcher.slurm import network
 from tests.launcher.stub_project import ROOT, Project
 
 COMMANDS = ["doctor", "plan", "submit", "render", "status", "watch", "logs", "resume", "cancel", "report", "completion"]
@@ -66,26 +67,26 @@ def test_program_is_named_as_it_was_called():
     assert shown.stdout.startswith("Usage: python -m launcher [OPTIONS] COMMAND")
 
 
-@pytest.mark.parametrize("name", sorted(nccl.NETWORKS))
+@pytest.mark.parametrize("name", sorted(network.NETWORKS))
 def test_each_variable_has_a_reason(name):
-    for variable, value, reason in nccl.NETWORKS[name]:
+    for variable, value, reason in network.NETWORKS[name]:
         assert variable.isupper() and value and len(reason.split()) >= 3
 
 
 def test_profile_s_environment_wins_and_the_cpu_hides_the_gpus(monkeypatch, tmp_path):
     profile = {"name": "mine", "network": "h800-roce", "device": "cuda", "environment": {"NCCL_IB_TC": "106"}}
-    made = {name: (value, reason) for name, value, reason in nccl.environment(profile, 8)}
+    made = {name: (value, reason) for name, value, reason in network.environment(profile, 8)}
     assert made["NCCL_IB_TC"] == ("106", "profile mine") and made["NCCL_IB_GID_INDEX"][0] == "3" and "CUDA_VISIBLE_DEVICES" not in made
-    made = {name: value for name, value, _ in nccl.environment({**profile, "device": "cpu"}, 8)}
+    made = {name: value for name, value, _ in network.environment({**profile, "device": "cpu"}, 8)}
     assert made["CUDA_VISIBLE_DEVICES"] == ""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     (tmp_path / "nvidia0").touch()
     (tmp_path / "nvidiactl").touch()
-    monkeypatch.setattr(nccl, "DEVICES", tmp_path)
-    auto = [{name: value for name, value, _ in nccl.environment({**profile, "device": "auto"}, ranks)} for ranks in (1, 2)]
+    monkeypatch.setattr(network, "DEVICES", tmp_path)
+    auto = [{name: value for name, value, _ in network.environment({**profile, "device": "auto"}, ranks)} for ranks in (1, 2)]
     assert "CUDA_VISIBLE_DEVICES" not in auto[0] and auto[1]["CUDA_VISIBLE_DEVICES"] == ""
     (tmp_path / "nvidia0").unlink()  # a GPU that Slurm only pretends
-    assert nccl.environment({**profile, "device": "auto"}, 1)[-1][:2] == ("CUDA_VISIBLE_DEVICES", "")
+    assert network.environment({**profile, "device": "auto"}, 1)[-1][:2] == ("CUDA_VISIBLE_DEVICES", "")
 
 
 def completions(monkeypatch, words: str) -> list[str]:

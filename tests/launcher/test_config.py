@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.config import RECIPES, SECTIONS, Profile, build_plain, differences, layered, merge, parse_set, read_recipe
-from launcher.pipeline import ALL, PIPELINES, full_tables, stage_config
+from launcher.config.sections import RECIPES, SECTIONS, Profile, build_plain, differences, layered, merge, parse_set, read_recipe
+from launcher.config.stages import ALL, PIPELINES, full_tables, stage_config
 from training.config import SFTConfig
 from training.settings import ConfigError
 

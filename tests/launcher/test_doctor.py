@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from launcher import doctor, findings, here, node, node_findings
-from launcher.findings import Finding
-from launcher.profile import Profile
+from launcher.config.profile import Profile
+from launcher.doctor import machine_findings, node_findings, slurm_findings
+from launcher.doctor import report as doctor
+from launcher.doctor.slurm_findings import Finding
+from launcher.slurm import node_probe, sites
 from tests.launcher.stub_project import ROOT
 from training.settings import ConfigError
 
@@ -59,9 +61,9 @@ def judged(changes: dict) -> dict[str, Finding]:
 
 
 def site(**changes) -> list[Finding]:
-    config = {**findings.config_of(CONFIG), **changes}
-    found = findings.partitions_of(PARTITIONS, NODES)
-    return findings.slurm_findings(config, ["nlp"]) + findings.partition_findings(found, findings.choose_partition(found, None), True)
+    config = {**slurm_findings.config_of(CONFIG), **changes}
+    found = slurm_findings.partitions_of(PARTITIONS, NODES)
+    return slurm_findings.slurm_findings(config, ["nlp"]) + slurm_findings.partition_findings(found, slurm_findings.choose_partition(found, None), True)
 
 
 def test_a_strange_site_s_findings_and_their_levels():
@@ -91,14 +93,14 @@ def test_what_follows_from_the_controller_s_settings(changes, name, level, words
 
 
 def test_without_an_account_where_one_is_needed_nothing_runs():
-    refused = findings.slurm_findings(findings.config_of(CONFIG), [])
+    refused = slurm_findings.slurm_findings(slurm_findings.config_of(CONFIG), [])
     assert [finding.name for finding in refused if finding.level == "bad"] == ["account"]
 
 
 def test_written_profile_loads_and_follows_from_the_findings(tmp_path):
     made = doctor.Report([*site(), *node_findings.of_node(SEEN)])
     doctor.write_profile(made, tmp_path / "mine.toml")
-    loaded = doctor.cluster.load(str(tmp_path / "mine.toml"))
+    loaded = sites.load(str(tmp_path / "mine.toml"))
     assert loaded == Profile(
         name="mine", scheduler="slurm", account="nlp", network="a100-hdr-infiniband", partition="a100", gpu_type="a100", gpus_per_node=8,
         mem_gb=1004, max_nodes=3, max_minutes=2880, exclusive=True, gpu_memory_gb=85.1,
@@ -115,14 +117,14 @@ def test_a_name_from_the_site_can_t_break_out_of_the_profile(tmp_path):
     odd = 'a"\n[container]\nruntime = "apptainer" # \\'
     report = doctor.Report([Finding("Partitions", "x", odd, "", "ok", {"partition": 'a"b\\', "gpus_per_node": 0})])
     doctor.write_profile(report, tmp_path / "mine.toml")
-    loaded = doctor.cluster.load(str(tmp_path / "mine.toml"))
+    loaded = sites.load(str(tmp_path / "mine.toml"))
     assert (loaded.partition, loaded.gpus_per_node, loaded.container.runtime) == ('a"b\\', 0, "none")
 
 
 @pytest.mark.parametrize("gres, expected", [("gpu:8", ("", 8)), ("gpu:a100:8(S:0-1),nic:1", ("a100", 8)), ("nic:1,gpu:h800:4", ("h800", 4)),
                                             ("(null)", ("", 0)), ("gpu:v100:2,gpu:a100:6", ("a100", 6)), ("gpux:8", ("", 0))])
 def test_gpus_of_a_node(gres, expected):
-    assert findings.gpus_of(gres) == expected
+    assert slurm_findings.gpus_of(gres) == expected
 
 
 # ---- the node ----
@@ -177,8 +179,8 @@ def apex_in(folder: Path, files: dict[str, str]) -> dict:
     for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
-    done = subprocess.run([sys.executable, "-c", "import json, node; print(json.dumps(node.apex()))"], capture_output=True, text=True,
-                          env={"PYTHONPATH": f"{folder}:{ROOT / 'launcher'}"}, cwd=folder)
+    done = subprocess.run([sys.executable, "-c", "import json, node_probe; print(json.dumps(node_probe.apex()))"], capture_output=True, text=True,
+                          env={"PYTHONPATH": f"{folder}:{ROOT / 'launcher/slurm'}"}, cwd=folder)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -220,13 +222,13 @@ def test_the_image_s_check_refuses_what_doctor_calls_bad_or_lacks(tmp_path):
 def test_file_system_of_the_longest_mount():
     mounts = ("22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw\n30 22 0:40 / /home rw shared:2 - nfs4 server:/home rw\n"
               "31 22 0:41 / /home/with\\040space rw - lustre x rw\n")
-    assert [here.file_system(Path(path), mounts) for path in ("/etc", "/home/x", "/homes", "/home/with space/y")] == [
+    assert [machine_findings.file_system(Path(path), mounts) for path in ("/etc", "/home/x", "/homes", "/home/with space/y")] == [
         "ext4", "nfs4", "ext4", "lustre"]
-    assert [here.shared_folder(Path("/x"), kind, 1).level for kind in ("lustre", "xfs", "new")] == ["ok", "note", "note"]
+    assert [machine_findings.shared_folder(Path("/x"), kind, 1).level for kind in ("lustre", "xfs", "new")] == ["ok", "note", "note"]
 
 
 def test_the_shell_s_variables_are_named_and_no_key_is_shown():
-    said = here.shell({"SBATCH_PARTITION": "x", "WANDB_API_KEY": "hunter2hunter2", "SLURM_JOB_ID": "7", "TOKENIZERS_PARALLELISM": "false"})
+    said = machine_findings.shell({"SBATCH_PARTITION": "x", "WANDB_API_KEY": "hunter2hunter2", "SLURM_JOB_ID": "7", "TOKENIZERS_PARALLELISM": "false"})
     assert [finding.name for finding in said] == ["the shell's variables", "keys in the shell", "inside a job"]
     assert "hunter2" not in str(said) and said[1].value == "WANDB_API_KEY"
 
@@ -240,18 +242,18 @@ def test_without_slurm_it_says_so_and_writes_no_profile(monkeypatch, tmp_path):
 
 
 def test_node_s_word_is_complete_and_every_finding_says_what_follows(monkeypatch):
-    monkeypatch.setattr(node, "TORCH", "raise SystemExit(1)")  # its import takes seconds; the test on a real node does it
-    seen = {**node.main([]), "torch": SEEN["torch"]}
-    for finding in [*node_findings.of_node(seen), *here.here(ROOT, ""), *site()]:
+    monkeypatch.setattr(node_probe, "TORCH", "raise SystemExit(1)")  # its import takes seconds; the test on a real node does it
+    seen = {**node_probe.main([]), "torch": SEEN["torch"]}
+    for finding in [*node_findings.of_node(seen), *machine_findings.here(ROOT, ""), *site()]:
         assert finding.level in doctor.STYLES and finding.follows and finding.value, finding
         assert set(finding.settings) <= {field.name for field in dataclasses.fields(Profile)}
 
 
 def test_a_slurm_that_lacks_keys_is_described_all_the_same():
     """Versions differ in what scontrol prints; nothing of it is needed for the rest."""
-    partitions = findings.partitions_of("PartitionName=main State=UP\nPartitionName=odd MaxTime=x MaxNodes=? "
+    partitions = slurm_findings.partitions_of("PartitionName=main State=UP\nPartitionName=odd MaxTime=x MaxNodes=? "
                                         "GraceTime=(null)\n",
                                         "n1|main*|gpu:2|N/A|8|idle|\n")
-    found = findings.slurm_findings({}, []) + findings.partition_findings(partitions, partitions[0], True)
+    found = slurm_findings.slurm_findings({}, []) + slurm_findings.partition_findings(partitions, partitions[0], True)
     assert {one.name for one in found} >= {"version", "cluster", "KillWait", "MaxArraySize"}
     assert next(one for one in found if one.name == "version").value == "unknown"

@@ -8,16 +8,17 @@ import socket
 
 import pytest
 
-from launcher import advice, deadline, nodecheck, preflight, progress, requeue
-from launcher.advice import ADVICE
-from launcher.config import SECTIONS, Resources
-from launcher.deadline import JobFacts
-from launcher.endings import Class, Ended, Facts, Said, Verdict
-from launcher.fate import Fate, fate_of
-from launcher.outcome import classify
-from launcher.pipeline import ALL
-from launcher.ranks import PORTS, Log, ends, job_port
-from launcher.run import Run
+from launcher.config.sections import SECTIONS, Resources
+from launcher.config.stages import ALL
+from launcher.job import advice, deadline, node_check, preflight, requeue
+from launcher.job.advice import ADVICE
+from launcher.job.deadline import JobFacts
+from launcher.job.endings import Class, Ended, Facts, Said, Verdict
+from launcher.job.outcome import classify
+from launcher.job.ranks import PORTS, Log, ends, job_port
+from launcher.job.slurm_action import Fate, fate_of
+from launcher.run import progress
+from launcher.run.folder import Run
 
 CUDA = ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 29.76 GiB. GPU 0 has a total capacity of 79.11 GiB of which 12.73 "
         "GiB is free. Including non-PyTorch memory, this process has 66.38 GiB memory in use.")
@@ -280,7 +281,7 @@ def test_advice_names_only_keys_that_the_stage_has():
     ("0, GPU-a, 4, 0\n1, GPU-b, 4, 0\n2, GPU-c, 41000, 0\n", 2, "", ""),
 ])
 def test_rows_of_nvidia_smi(text, wanted, visible, reason):
-    assert nodecheck.judge_gpus(text, wanted, visible) == reason
+    assert node_check.judge_gpus(text, wanted, visible) == reason
 
 
 def health(node, gpu, check, bad="", tflops=600.0):

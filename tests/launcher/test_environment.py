@@ -2,8 +2,9 @@
 
 import pytest
 
-from launcher import environment, submission
-from launcher.profile import Profile
+from launcher.config import environment
+from launcher.config.profile import Profile
+from launcher.slurm import transaction
 
 SHELL = {"PATH": "/bin", "SLURM_CONF": "/etc/slurm.conf", "LD_LIBRARY_PATH": "/opt/cuda/lib", "PYTHONPATH": "/opt/lib"}
 OPTIONS = {"SBATCH_PARTITION": "low", "SBATCH_EXPORT": "NONE", "SLURM_CLUSTERS": "b", "SQUEUE_FORMAT": "%i",
@@ -69,4 +70,4 @@ def test_a_site_s_proxy_never_gets_what_is_for_this_machine():
     ("\x1b[1;32m12;main\x1b[0m\n\nYour budget: 3 h\n", 12), ("Submitted batch job 12 on cluster main\n", 12),
     ("12\n12;main\n", 12), ("days left: 3\n12\n", 12), ("3\n12\n", None), ("", None), ("job 12 was queued\n", None)])
 def test_the_id_is_found_in_what_a_site_s_wrapper_prints(printed, number):
-    assert submission.job_id(printed) == number
+    assert transaction.job_id(printed) == number

@@ -5,9 +5,9 @@ import os
 
 import pytest
 
-from launcher import manifest
-from launcher.pipeline import PIPELINES
-from launcher.run import Run, hash_of, write_json
+from launcher.config.stages import PIPELINES
+from launcher.run import manifest
+from launcher.run.folder import Run, hash_of, write_json
 from tests.launcher.stub_project import small
 
 SFT = PIPELINES["ppo"]["sft"]
@@ -71,7 +71,7 @@ def test_a_manifest_that_is_none_of_ours_is_named(tmp_path, content):
 @pytest.mark.parametrize("name", ["sft/status.json", "sft/DONE.json", "sft/metrics.jsonl", "sft/latest", "sft/logs/slurm-1.out"])
 @pytest.mark.parametrize("kind", ["pipe", "device"])
 def test_status_waits_for_no_pipe_and_reads_no_device(tmp_path, name, kind):
-    from launcher import state
+    from launcher.status import state
 
     write_json(tmp_path / "config.json", {"run": {"id": "x-1", "profile": "local"}, "profile": {"scheduler": "local"}})
     path = tmp_path / name

@@ -8,10 +8,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from launcher import cluster, hours, judging, memory, plan, submit
-from launcher.config import Profile, Resources, layered
-from launcher.pipeline import PIPELINES, full_tables, stage_config
-from launcher.storage import parse_mmlsquota, parse_quota
+from launcher import plan
+from launcher.checks import judge as judging
+from launcher.checks.disk import parse_mmlsquota, parse_quota
+from launcher.config.sections import Profile, Resources, layered
+from launcher.config.stages import PIPELINES, full_tables, stage_config
+from launcher.estimates import hours, memory
+from launcher.slurm import sites
+from launcher.submit import create
 from training.settings import ConfigError
 from training.shape import Shape
 
@@ -20,7 +24,7 @@ LOCAL = Profile(name="local", scheduler="local")
 
 
 def config_of(stage: str, *sets: str, recipe: str = "bloom-7b1", profile: str = "a100", pipeline: str = "ppo"):
-    tables = full_tables(Path("runs/x"), layered(recipe, [], list(sets), cluster.load(profile)), PIPELINES[pipeline])
+    tables = full_tables(Path("runs/x"), layered(recipe, [], list(sets), sites.load(profile)), PIPELINES[pipeline])
     return stage_config(Path("runs/x"), tables, PIPELINES[pipeline], stage), Resources(**tables["resources"][stage])
 
 
@@ -62,15 +66,15 @@ def test_the_judge_is_looked_for(tmp_path, monkeypatch):
 def test_a_model_that_one_gpu_does_not_hold_is_not_evaluated_after_all_training(tmp_path):
     config, _ = config_of("mtbench")
     with pytest.raises(ConfigError, match=r"a model's weights in fp32 705 GB.*--until export"):
-        memory.check_evaluation(shape_of("bloom-176b", tmp_path / "big"), config, cluster.load("a100"))
-    assert memory.check_evaluation(shape_of("bloom-7b1", tmp_path / "small"), config, cluster.load("a100")) == ""
+        memory.check_evaluation(shape_of("bloom-176b", tmp_path / "big"), config, sites.load("a100"))
+    assert memory.check_evaluation(shape_of("bloom-7b1", tmp_path / "small"), config, sites.load("a100")) == ""
 
 
 @pytest.mark.parametrize(
     "stage, pipeline", [("sft", "ppo"), ("reward", "ppo"), ("rlhf", "ppo"), ("grpo", "grpo"), ("dpo", "dpo")]
 )
 def test_hours_of_work_grow_with_the_iterations_and_say_the_requeues(stage, pipeline, tmp_path):
-    shape, site = shape_of("bloom-7b1", tmp_path), cluster.load("a100")
+    shape, site = shape_of("bloom-7b1", tmp_path), sites.load("a100")
     config, asked = config_of(stage, pipeline=pipeline)
     asked = dataclasses.replace(asked, minutes=60)
     one = hours.work(stage, shape, dataclasses.replace(config, iterations=10_000, warmup_iterations=0), asked, site)
@@ -83,14 +87,14 @@ def test_hours_of_work_grow_with_the_iterations_and_say_the_requeues(stage, pipe
 def test_the_plan_is_shown_without_weights_and_with_too_small_a_disk(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shape_of("bloom-7b1", tmp_path / "model")
-    made = submit.plan(
+    made = create.plan(
         "full-pipeline",
         "bloom-7b1",
         [],
         ["model.checkpoint=model", "rlhf.iterations=5000", "rlhf.keep_every=50"],
         "x",
         Path("runs"),
-        (cluster.load("a100"), "as asked"),
+        (sites.load("a100"), "as asked"),
         None,
         None,
         tolerant=True,
@@ -106,14 +110,14 @@ def test_the_plan_is_shown_without_weights_and_with_too_small_a_disk(tmp_path, m
         for words in ("model/tokenizer.json does not exist", "no such file", "the run would write")
     )
     with pytest.raises(ConfigError, match="tokenizer.json does not exist"):
-        submit.plan(
+        create.plan(
             "full-pipeline",
             "bloom-7b1",
             [],
             ["model.checkpoint=model"],
             "x",
             Path("runs"),
-            (cluster.load("a100"), "as asked"),
+            (sites.load("a100"), "as asked"),
             None,
             None,
         )

@@ -10,8 +10,8 @@ import sys
 
 import pytest
 
-from launcher import manifest
-from launcher.run import process_start
+from launcher.run import manifest
+from launcher.run.folder import process_start
 from tests.eval.test_report import evaluate
 from tests.launcher.stub_project import ROOT, SMALL, small, wait_until
 
@@ -203,7 +203,7 @@ WEIGHTS = "sft/checkpoints/iter_0000003/model/weights"
 def test_child_refuses_a_harmed_parent_before_its_ranks_start(project, harm, reason):
     project.submit("--wait", "--until", "sft")
     harm(project.run)
-    refused = subprocess.run([sys.executable, "-m", "launcher.supervise", "runs/demo", "reward"], cwd=project.folder,
+    refused = subprocess.run([sys.executable, "-m", "launcher.job.supervise", "runs/demo", "reward"], cwd=project.folder,
                              env=project.environment, capture_output=True, text=True)
     assert refused.returncode == 1 and reason in refused.stdout
     assert project.states()["reward"]["state"] == "failed"

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher import logs
-from launcher.collapse import Groups, Line, collapsed, ranges
-from launcher.run import Run, this_process, write_json
+from launcher.run.folder import Run, this_process, write_json
+from launcher.status import logs
+from launcher.status.log_groups import Groups, Line, collapsed, ranges
 from training.settings import ConfigError
 
 

@@ -5,12 +5,12 @@ import json
 
 import pytest
 
-from launcher import memory
-from launcher.config import Profile, Resources
-from launcher.endings import Class, Verdict
-from launcher.pipeline import ALL
-from launcher.run import Run
-from launcher.supervise import Supervisor
+from launcher.config.sections import Profile, Resources
+from launcher.config.stages import ALL
+from launcher.estimates import memory
+from launcher.job.endings import Class, Verdict
+from launcher.job.supervise import Supervisor
+from launcher.run.folder import Run
 from training.config import Paths, PPOConfig, PPOPaths, RewardConfig, SFTConfig
 from training.families import bloom
 from training.settings import ConfigError

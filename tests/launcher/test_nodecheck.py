@@ -7,13 +7,13 @@ import time
 
 import pytest
 
-from launcher import nodecheck, preflight
-from launcher.node import gpu_rows
+from launcher.job import node_check, preflight
+from launcher.slurm.node_probe import gpu_rows
 
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    monkeypatch.setattr(nodecheck, "NETWORK_S", 1.0)
+    monkeypatch.setattr(node_check, "NETWORK_S", 1.0)
     monkeypatch.setenv("CONVOY_CANARY", "word")
     monkeypatch.setenv("CONVOY_ADDRESS", "127.0.0.1")
     return tmp_path
@@ -21,7 +21,7 @@ def place(tmp_path, monkeypatch):
 
 def run_nodes(folder, indices, nodes, apart_s=0) -> dict[int, str]:
     found = {}
-    threads = [threading.Thread(target=lambda index=index: found.update({index: nodecheck.network(folder, index, nodes)}))
+    threads = [threading.Thread(target=lambda index=index: found.update({index: node_check.network(folder, index, nodes)}))
                for index in indices]
     for thread in threads:
         thread.start()
@@ -37,7 +37,7 @@ def test_the_sum_over_all_nodes_comes_back(place):
 
 def test_a_node_that_hangs_is_not_blamed_on_the_others(place, monkeypatch):
     """The third gives up before the first, which still waits for the second."""
-    monkeypatch.setattr(nodecheck, "NETWORK_S", 3.0)
+    monkeypatch.setattr(node_check, "NETWORK_S", 3.0)
     assert run_nodes(place, (2, 0), 3, apart_s=1.5) == {0: "", 2: ""}
 
 

@@ -53,7 +53,7 @@ def test_a_path_is_left_as_it_is_where_nothing_is_in_the_way(tmp_path):
 def test_a_supervisor_that_dies_at_its_start_is_reported_with_its_last_words(tmp_path):
     project = Project(tmp_path)
     (tmp_path / "sitecustomize.py").write_text("""import os, sys
-if "launcher.supervise" in sys.orig_argv:
+if "launcher.job.supervise" in sys.orig_argv:
     print("ImportError: libcuda.so.1 is missing", flush=True)
     os._exit(1)
 """)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from launcher.pipeline import FULL, NAMES, PIPELINES, remaining, select
+from launcher.config.stages import FULL, NAMES, PIPELINES, remaining, select
 from training.settings import ConfigError
 
 PPO = PIPELINES["ppo"]

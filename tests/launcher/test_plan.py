@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from launcher import cluster, plan, storage, submit, sweep
-from launcher.config import Profile
-from launcher.pipeline import PIPELINES
-from launcher.run import Run, this_process
+from launcher import plan
+from launcher.checks import disk
+from launcher.config.sections import Profile
+from launcher.config.stages import PIPELINES
+from launcher.run.folder import Run, this_process
+from launcher.slurm import sites
+from launcher.submit import create, sweep
 from tests.launcher.stub_project import SMALL
 from training.settings import ConfigError
 
@@ -40,8 +43,8 @@ def nowhere(tmp_path, monkeypatch):
     return tmp_path
 
 
-def planned(nowhere, *sets, recipe="bloom-tiny", profile=HERE, target="full-pipeline", first=None, last=None) -> submit.Plan:
-    return submit.plan(target, recipe, [], list(sets), "x", nowhere.relative_to(nowhere) / "runs", (profile, "as asked"), first, last)
+def planned(nowhere, *sets, recipe="bloom-tiny", profile=HERE, target="full-pipeline", first=None, last=None) -> create.Plan:
+    return create.plan(target, recipe, [], list(sets), "x", nowhere.relative_to(nowhere) / "runs", (profile, "as asked"), first, last)
 
 
 def shown(made, **more) -> str:
@@ -71,7 +74,7 @@ def test_memory_names_each_model_and_its_parts(nowhere):
 
 
 def test_starts_are_slurm_s_for_the_first_stage_and_after_its_parents_for_the_others(nowhere):
-    made = planned(nowhere, profile=cluster.load("dev"))
+    made = planned(nowhere, profile=sites.load("dev"))
     said = "sbatch: Job 11 to start at 2026-11-23T23:43:25 using 2 processors on nodes n[1-2] in partition main\n"
     starts = dict.fromkeys(PIPELINES["ppo"], plan.parse_start(said))
     assert starts["sft"] == plan.Start("2026-11-23T23:43:25", "n[1-2]")
@@ -80,8 +83,8 @@ def test_starts_are_slurm_s_for_the_first_stage_and_after_its_parents_for_the_ot
 
 
 def test_two_plans_of_a_new_run_write_nothing_and_carry_the_run_s_name(nowhere):
-    made = planned(nowhere, profile=cluster.load("dev"))
-    texts = submit.render_all(made)
+    made = planned(nowhere, profile=sites.load("dev"))
+    texts = create.render_all(made)
     assert list(texts) == list(PIPELINES["ppo"]) and f"#SBATCH --job-name={made.identity['id']}.sft" in texts["sft"]
     assert list(nowhere.iterdir()) == []
 
@@ -100,7 +103,7 @@ def test_a_sweep_over_texts_with_line_breaks_commas_and_marks_is_one_line_each(n
     swept = f"mtbench.template={','.join(sweep.in_toml(text) for text in texts)}"
     assert [one["mtbench.template"] for one in sweep.combinations([swept])] == texts
     site = (Profile(name="site", scheduler="slurm"), "as asked")
-    made = sweep.plan([swept], lambda sets, name, runs: submit.plan("full-pipeline", "bloom-tiny", [], sets, name, runs, site, None, None),
+    made = sweep.plan([swept], lambda sets, name, runs: create.plan("full-pipeline", "bloom-tiny", [], sets, name, runs, site, None, None),
                       "lr", nowhere.relative_to(nowhere) / "runs")
     assert [one.tables["mtbench"]["template"] for one in made.plans] == texts
     script = sweep.scripts(made)["mtbench"]
@@ -135,21 +138,21 @@ def test_sweep_that_is_none(texts, message):
 
 def test_script_of_an_array_shows_which_index_is_which_run(nowhere):
     def make(sets, name, runs):
-        return submit.plan("sft", "bloom-tiny", [], sets, name, runs, (Profile(name="site", scheduler="slurm"), "as asked"), None, None)
+        return create.plan("sft", "bloom-tiny", [], sets, name, runs, (Profile(name="site", scheduler="slurm"), "as asked"), None, None)
 
     (nowhere / "runs").mkdir()
     with pytest.raises(ConfigError, match="sft starts from convert, not DONE"):
         sweep.plan(["sft.lr=1e-5,2e-5"], make, "lr", nowhere / "runs")
 
     def whole(sets, name, runs):
-        return submit.plan("full-pipeline", "bloom-tiny", [], sets, name, runs, (Profile(name="site", scheduler="slurm"), "as asked"), None,
+        return create.plan("full-pipeline", "bloom-tiny", [], sets, name, runs, (Profile(name="site", scheduler="slurm"), "as asked"), None,
                            "sft")
 
     made = sweep.plan(["sft.lr=1e-5,2e-5", "rlhf.kl_coef=0.01,0.05"], whole, "lr", nowhere.relative_to(nowhere) / "runs")
     texts = sweep.scripts(made)
     assert list(texts) == ["convert", "sft"] and CASES in texts["sft"]
     assert "#SBATCH --output=runs/lr/%a/sft/logs/slurm-%A_%a.out\n" in texts["sft"]
-    assert texts["sft"].splitlines()[-1].endswith('run_module.py launcher.supervise "$run" sft')
+    assert texts["sft"].splitlines()[-1].endswith('run_module.py launcher.job.supervise "$run" sft')
     assert made.plans[3].identity["id"] == f"{made.identity}.3" and made.plans[3].identity["sweep"] == {"id": made.identity, "index": 3}
 
 
@@ -171,11 +174,11 @@ def test_sweep_here_runs_one_element_after_the_other_and_prepares_the_data_once(
 def test_what_a_sweep_has_on_the_disk_is_not_asked_for_again(nowhere, monkeypatch):
     """The same command once more, when the elements' checkpoints are written and little is free."""
     def again():
-        return sweep.plan(["sft.lr=1e-5,2e-5"], lambda sets, name, runs: submit.plan(
+        return sweep.plan(["sft.lr=1e-5,2e-5"], lambda sets, name, runs: create.plan(
             "full-pipeline", "bloom-tiny", [], sets, name, runs, (HERE, "as asked"), None, None), "lr", Path("runs"))
 
     needed = sum(sum(one.checked.disk.values()) for one in again().plans)
-    monkeypatch.setattr(storage, "room", lambda folder: storage.Room(0.9 * needed, "free"))
+    monkeypatch.setattr(disk, "room", lambda folder: disk.Room(0.9 * needed, "free"))
     with pytest.raises(ConfigError, match="but only .* are free"):
         again()
     for index in range(2):

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from eval import facts, runs
-from launcher import screen, state
-from launcher.run import Run, write_json
+from launcher.run.folder import Run, write_json
+from launcher.status import state, table
 from tests.launcher.stub_project import SMALL
 from training import checksums
 
@@ -101,7 +101,7 @@ def test_what_was_dropped_and_cut_stands_in_status_and_report(tmp_path):
     write_json(tmp_path / "config.json", {"run": {"id": "x", "profile": "local"}})
     write_json(tmp_path / "data" / "summary.json", {"stages": {}, "lines": [f"{n} of 9 rows dropped: \x1b[2J" for n in range(9)]})
     seen = state.Look(run, [], data=run.data_summary()["lines"])
-    lines = screen.data_lines(seen, 60)
+    lines = table.data_lines(seen, 60)
     assert lines[0] == "data: 0 of 9 rows dropped: \ufffd[2J" and lines[6].startswith("data: 3 more such lines:")
     assert facts.data(runs.Run("x", tmp_path, {}))[0] == ("rows", "0 of 9 rows dropped: \x1b[2J")
     for damaged in ("", "[1]", '{"stages": {}, "lines": [5]}', '{"lines": 7}'):

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher import cluster, container, nccl, secrets
-from launcher.config import Profile, Resources
+from launcher.config import key_file
+from launcher.config.sections import Profile, Resources
+from launcher.slurm import container, network, sites
 from tests.launcher.stub_project import ROOT
 from training.settings import ConfigError, build
 
@@ -50,9 +51,9 @@ def test_a_mistake_in_a_profile_says_its_fix(values, message):
 
 
 def test_spares_count_against_the_site_s_nodes():
-    cluster.check_fits(profile(max_nodes=3), "sft", Resources(nodes=2, spares=1))
+    sites.check_fits(profile(max_nodes=3), "sft", Resources(nodes=2, spares=1))
     with pytest.raises(ConfigError, match=r"spares = 2: with 2 nodes.*--set resources\.sft\.spares=1 or less"):
-        cluster.check_fits(profile(max_nodes=3), "sft", Resources(nodes=2, spares=2))
+        sites.check_fits(profile(max_nodes=3), "sft", Resources(nodes=2, spares=2))
 
 
 def test_pyxis_gets_mounts_and_the_image_s_python(tmp_path, monkeypatch):
@@ -107,10 +108,10 @@ def env_file(folder, text, mode=0o600):
 
 def test_secrets_are_read_and_masked(tmp_path):
     path = env_file(tmp_path, "# W&B\n\nWANDB_API_KEY=0123456789abcdef\nexport JUDGE_KEY='sk-a=b c#d'\nQUOTED=\"12345678\"\n")
-    keys = secrets.read(path)
+    keys = key_file.read(path)
     assert keys == {"WANDB_API_KEY": "0123456789abcdef", "JUDGE_KEY": "sk-a=b c#d", "QUOTED": "12345678"}
-    assert secrets.mask("key 0123456789abcdef, sk-a=b c#d!", keys) == "key ********, ********!"
-    assert secrets.names(profile(secrets=str(path))) == tuple(keys) and secrets.names(profile()) == ()
+    assert key_file.mask("key 0123456789abcdef, sk-a=b c#d!", keys) == "key ********, ********!"
+    assert key_file.names(profile(secrets=str(path))) == tuple(keys) and key_file.names(profile()) == ()
 
 
 @pytest.mark.parametrize("text, mode, message", [
@@ -125,21 +126,21 @@ def test_secrets_are_read_and_masked(tmp_path):
 ])
 def test_a_bad_secrets_file_is_refused_without_its_values(tmp_path, text, mode, message):
     with pytest.raises(ConfigError, match=message) as caught:
-        secrets.read(env_file(tmp_path, text, mode))
+        key_file.read(env_file(tmp_path, text, mode))
     assert "hunter2" not in str(caught.value)
 
 
 def test_a_missing_secrets_file_and_a_folder_say_how_to_make_one(tmp_path):
     with pytest.raises(ConfigError, match="No such file.*install -m 600"):
-        secrets.read(tmp_path / "none.env")
+        key_file.read(tmp_path / "none.env")
     with pytest.raises(ConfigError, match="Is a directory|not a file"):
-        secrets.read(tmp_path)
+        key_file.read(tmp_path)
 
 
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "keys.env", 0o600)
     with pytest.raises(ConfigError, match="not a file"):
-        secrets.read(tmp_path / "keys.env")
+        key_file.read(tmp_path / "keys.env")
 
 
 @pytest.mark.parametrize("key", ["p+ss/w0rd&<é'\"\\ 1", "0123456789abcdef", "a%b c=d?e#fgh"])
@@ -148,14 +149,14 @@ def test_a_key_is_masked_however_it_is_written(key):
                urllib.parse.quote_plus(key), urllib.parse.urlencode({"k": key}), html.escape(key), json.dumps(key).replace("/", "\\/"),
                urllib.parse.quote(key, safe="").replace("%2B", "%2b").replace("%2F", "%2f")]
     for text in written:
-        masked = secrets.mask(f"a {text} b", [key])
-        assert secrets.MASK in masked and len(masked) < len(f"a {text} b") + 12
-        assert not any(form in masked for form in secrets.forms(key)), (text, masked)
+        masked = key_file.mask(f"a {text} b", [key])
+        assert key_file.MASK in masked and len(masked) < len(f"a {text} b") + 12
+        assert not any(form in masked for form in key_file.forms(key)), (text, masked)
     for before in ("", "u:", "user:", "x"):  # of base64, a few characters at its edges hold bits of the neighbours
         encoded = base64.b64encode(f"{before}{key}:after".encode()).decode()
-        masked = secrets.mask(encoded, [key])
-        assert secrets.MASK in masked and len(masked.replace(secrets.MASK, "")) < len(encoded) - len(key)
-    assert secrets.mask("nothing of it", [key]) == "nothing of it"
+        masked = key_file.mask(encoded, [key])
+        assert key_file.MASK in masked and len(masked.replace(key_file.MASK, "")) < len(encoded) - len(key)
+    assert key_file.mask("nothing of it", [key]) == "nothing of it"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
@@ -163,20 +164,20 @@ def test_a_secrets_file_of_another_user_is_refused(tmp_path):
     path = env_file(tmp_path, "A=hunter2hunter2")
     os.chown(path, 65534, 65534)
     with pytest.raises(ConfigError, match="belongs to user 65534"):
-        secrets.read(path)
+        key_file.read(path)
 
 
 def test_profile_with_a_bad_secrets_file_is_refused_when_it_is_loaded(tmp_path):
     (tmp_path / "mine.toml").write_text(f'scheduler = "slurm"\nsecrets = "{env_file(tmp_path, "A=12345678", 0o604)}"\n')
     with pytest.raises(ConfigError, match="chmod 600"):
-        cluster.load(str(tmp_path / "mine.toml"))
+        sites.load(str(tmp_path / "mine.toml"))
 
 
 # ---- network ----
 
 def test_every_variable_has_a_reason_and_every_site_of_the_issue_a_table():
-    assert {"auto", "a100-hdr-infiniband", "h800-roce", "h800-ndr-infiniband"} <= set(nccl.NETWORKS)
-    for name, lines in nccl.NETWORKS.items():
+    assert {"auto", "a100-hdr-infiniband", "h800-roce", "h800-ndr-infiniband"} <= set(network.NETWORKS)
+    for name, lines in network.NETWORKS.items():
         assert len({variable for variable, _, _ in lines}) == len(lines), name
         assert all(value and len(reason) > 20 for _, value, reason in lines), name
 
@@ -184,11 +185,11 @@ def test_every_variable_has_a_reason_and_every_site_of_the_issue_a_table():
 def test_auto_leaves_slow_adapters_out_and_the_profile_wins():
     found = [{"name": f"mlx5_{n}", "layer": "InfiniBand", "gbps": gbps, "active": active}
              for n, (gbps, active) in enumerate([(400, True), (400, True), (100, True), (400, False)])]
-    lines = {variable: value for variable, value, _ in nccl.fabric(found)}
+    lines = {variable: value for variable, value, _ in network.fabric(found)}
     assert lines["NCCL_IB_HCA"] == "=mlx5_0,mlx5_1" and lines["NCCL_IB_TIMEOUT"] == "22"
-    assert nccl.fabric(found[3:]) == [] and "NCCL_IB_HCA" not in {name for name, _, _ in nccl.fabric(found[:2])}
+    assert network.fabric(found[3:]) == [] and "NCCL_IB_HCA" not in {name for name, _, _ in network.fabric(found[:2])}
     site = {"network": "h800-roce", "device": "cuda", "environment": {"NCCL_IB_TC": "106"}, "name": "mine"}
-    assert ("NCCL_IB_TC", "106", "profile mine") in nccl.environment(site, 8)
+    assert ("NCCL_IB_TC", "106", "profile mine") in network.environment(site, 8)
 
 
 # ---- where profiles are ----
@@ -197,10 +198,10 @@ def test_a_profile_is_found_by_path_by_name_here_and_by_name_installed(tmp_path,
     (tmp_path / "slurm/clusters").mkdir(parents=True)
     (tmp_path / "slurm/clusters/mine.toml").write_text('scheduler = "slurm"\npartition = "here"\n')
     monkeypatch.chdir(tmp_path)
-    assert cluster.load("mine").partition == cluster.load("slurm/clusters/mine.toml").partition == "here"
-    assert cluster.load("a100").partition == "a100", "installed beside the package"
+    assert sites.load("mine").partition == sites.load("slurm/clusters/mine.toml").partition == "here"
+    assert sites.load("a100").partition == "a100", "installed beside the package"
     with pytest.raises(ConfigError, match="there are: a100, dev,.* local, mine;"):
-        cluster.load("nowhere")
+        sites.load("nowhere")
 
 
 def test_an_installed_wheel_finds_its_profiles(tmp_path):
@@ -209,6 +210,6 @@ def test_an_installed_wheel_finds_its_profiles(tmp_path):
     for package in ("launcher", "training", "conversion", "eval"):
         shutil.copytree(ROOT / package, site / package, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "slurm", share / "slurm", ignore=shutil.ignore_patterns("dev", "container"))
-    done = subprocess.run([sys.executable, "-c", "from launcher import cluster; print(cluster.load('h800').network, cluster.CLUSTERS)"],
+    done = subprocess.run([sys.executable, "-c", "from launcher.slurm import sites; print(sites.load('h800').network, sites.CLUSTERS)"],
                           cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True, text=True)
     assert done.stdout == f"h800-roce {share}/slurm/clusters\n", done.stderr

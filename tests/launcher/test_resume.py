@@ -6,7 +6,7 @@ import os
 import socket
 import time
 
-from launcher.run import Run, this_process
+from launcher.run.folder import Run, this_process
 from tests.launcher.stub_project import wait_until
 
 ORDER = ["convert", "sft", "reward", "rlhf", "export", "mtbench"]

@@ -4,9 +4,10 @@ import subprocess
 
 import pytest
 
-from launcher import cluster, submit
-from launcher.config import Profile, Resources
-from launcher.sbatch import JobRequest, script, supervise_here
+from launcher.config.sections import Profile, Resources
+from launcher.slurm import sites
+from launcher.slurm.script import JobRequest, script, supervise_here
+from launcher.submit import create
 from tests.launcher.stub_project import ROOT
 
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sbatch"))
@@ -41,7 +42,7 @@ export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"  # since 22.05 srun gives 
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-exec .venv/bin/python launcher/run_module.py launcher.supervise runs/hh rlhf
+exec .venv/bin/python launcher/run_module.py launcher.job.supervise runs/hh rlhf
 """
 
 
@@ -78,7 +79,7 @@ set -u
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-exec .venv/bin/python launcher/run_module.py launcher.supervise runs/hh rlhf
+exec .venv/bin/python launcher/run_module.py launcher.job.supervise runs/hh rlhf
 """.replace("\\\n", "")
 
 
@@ -86,7 +87,7 @@ def request(**changes) -> JobRequest:
     profile = {"name": "site", "scheduler": "slurm", "partition": "a100", "account": "nlp", "exclusive": True,
                "setup": ["module load cuda/12.4"]}
     fields = {"name": "hh-1.rlhf", "comment": "convoy run=hh-1 stage=rlhf", "output": "runs/hh/rlhf/logs/slurm-%j.out",
-              "command": ".venv/bin/python launcher/run_module.py launcher.supervise runs/hh rlhf",
+              "command": ".venv/bin/python launcher/run_module.py launcher.job.supervise runs/hh rlhf",
               "resources": Resources(nodes=2, gpus_per_node=8, minutes=720)}
     profile.update(changes.pop("profile", {}))
     return JobRequest(**{**fields, **changes}, profile=Profile(**profile))
@@ -135,7 +136,7 @@ def test_a_module_that_can_t_be_loaded_ends_the_job(tmp_path):
 
 
 def test_committed_scripts_are_what_render_makes():
-    made = submit.committed_scripts()
+    made = create.committed_scripts()
     assert sorted(f"{name}.sbatch" for name in made) == [path.name for path in SCRIPTS]
     for path in SCRIPTS:
         assert path.read_text() == made[path.stem], f"{path}: python -m launcher render --committed"
@@ -145,7 +146,7 @@ def test_committed_scripts_are_what_render_makes():
 def test_committed_scripts_are_bash_and_end_in_exec(path):
     subprocess.run(["bash", "-n", path], check=True)
     text = path.read_text()
-    assert text.splitlines()[-1] == f'exec "${{CONVOY_PYTHON:-python}}" -m launcher.supervise "$RUN" {path.stem}'
+    assert text.splitlines()[-1] == f'exec "${{CONVOY_PYTHON:-python}}" -m launcher.job.supervise "$RUN" {path.stem}'
     assert str(ROOT) not in text
     refused = subprocess.run(["bash", path], env={"PATH": "/bin:/usr/bin"}, capture_output=True, text=True)
     assert refused.returncode != 0 and "RUN=runs/<name> sbatch" in refused.stderr
@@ -181,6 +182,6 @@ def test_python_is_named_relative_below_the_working_directory(monkeypatch, tmp_p
     assert supervise_here()[0] == "/opt/python"
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in cluster.CLUSTERS.glob("*.toml")))
+@pytest.mark.parametrize("name", sorted(path.stem for path in sites.CLUSTERS.glob("*.toml")))
 def test_every_profile_loads(name):
-    assert cluster.load(name).name == name
+    assert sites.load(name).name == name

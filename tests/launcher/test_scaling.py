@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-from launcher import iteration, scaling
-from launcher.config import Resources
-from launcher.profile import Machine, Profile
+from launcher.config.profile import Machine, Profile
+from launcher.config.sections import Resources
+from launcher.estimates import iteration_time, step_time
 from training.config import Paths, PPOConfig, PPOPaths, SFTConfig
 from training.families.bloom import shape as bloom
 
@@ -25,7 +25,7 @@ def sft(**values) -> SFTConfig:
 def test_one_h200_as_measured(model, rows, global_rows, measured):
     """benchmarks/train.py: tokens/s of a full step."""
     config = sft(micro_batch_size=rows, global_batch_size=global_rows)
-    made = scaling.step(SHAPES[model], config, 1, scaling.MACHINES["one-machine"], 1)
+    made = step_time.step(SHAPES[model], config, 1, step_time.MACHINES["one-machine"], 1)
     assert global_rows * 2048 / made.seconds == pytest.approx(measured, rel=0.005)
 
 
@@ -35,9 +35,9 @@ def test_one_h200_as_measured(model, rows, global_rows, measured):
     (4, {"tensor_parallel": 4, "micro_batch_size": 4}, 40550), (4, {"micro_batch_size": 2}, 48720)])
 def test_h100s_nearly_as_measured(ranks, layout, measured):
     """benchmarks/multi_gpu.sh: tokens/s of a full step of 7b1. TP 2 x PP 2 with one row waits for the host half of its time."""
-    machine = dataclasses.replace(scaling.MACHINES["one-machine"], memory_gb_s=3350)
+    machine = dataclasses.replace(step_time.MACHINES["one-machine"], memory_gb_s=3350)
     config = sft(global_batch_size=8 * ranks, sequence_parallel=layout.get("tensor_parallel", 1) > 1, **layout)
-    made = scaling.step(SHAPES["7b1"], config, ranks, machine, ranks)
+    made = step_time.step(SHAPES["7b1"], config, ranks, machine, ranks)
     assert 8 * ranks * 2048 / made.seconds == pytest.approx(measured, rel=0.06)
     assert (made.parts["launch"] > 0.4 * made.seconds) == (layout == {"tensor_parallel": 2, "pipeline_parallel": 2})
 
@@ -60,8 +60,8 @@ TP_2 = {"tensor_parallel": 2, "sequence_parallel": True, "generation_tensor_para
     ("1b7", 4, SHORT | TP_2 | {"pipeline_parallel": 2, "micro_batch_tokens": 2048}, 4, (1.25, 6.18, 9.01))])
 def test_an_iteration_of_ppo_nearly_as_measured(model, ranks, settings, rows, measured):
     """benchmarks/ppo.py on one H200; benchmarks/multi_gpu.sh on H100s, the last of which wait for the host nearly all of the time."""
-    machine = dataclasses.replace(scaling.MACHINES["one-machine"], memory_gb_s=4800 if ranks == 1 else 3350)
-    made = iteration.iteration(SHAPES[model], ppo(**settings), ranks, machine, ranks)
+    machine = dataclasses.replace(step_time.MACHINES["one-machine"], memory_gb_s=4800 if ranks == 1 else 3350)
+    made = iteration_time.iteration(SHAPES[model], ppo(**settings), ranks, machine, ranks)
     assert made.micro_batch == (rows, 1024 if ranks == 1 else 512)
     assert (made.generate, made.score, made.update) == pytest.approx(measured, rel=0.1)
 
@@ -73,16 +73,16 @@ def test_an_iteration_of_ppo_nearly_as_measured(model, ranks, settings, rows, me
 def test_small_micro_batches_of_rollouts_are_told(settings, says):
     config, asked = ppo(rollout_batch_size=512, global_batch_size=128, **settings), Resources(gpus_per_node=8)
     site = Profile(name="site", scheduler="slurm", network="h800-roce", gpu_memory_gb=160.0)
-    assert re.search(says, iteration.suggest("rlhf", SHAPES["7b1"], config, asked, site))
+    assert re.search(says, iteration_time.suggest("rlhf", SHAPES["7b1"], config, asked, site))
     unsaid = dataclasses.replace(site, gpu_memory_gb=0)
-    assert "does not say gpu_memory_gb" in iteration.suggest("rlhf", SHAPES["7b1"], config, asked, unsaid)
+    assert "does not say gpu_memory_gb" in iteration_time.suggest("rlhf", SHAPES["7b1"], config, asked, unsaid)
 
 
 def test_each_way_to_divide_costs_what_it_must():
-    machine, shape = scaling.MACHINES["a100-hdr-infiniband"], SHAPES["7b1"]
+    machine, shape = step_time.MACHINES["a100-hdr-infiniband"], SHAPES["7b1"]
 
     def parts(ranks=8, **values):
-        return scaling.step(shape, sft(**values), ranks, machine, 8).parts
+        return step_time.step(shape, sft(**values), ranks, machine, 8).parts
 
     alone = parts(ranks=1)
     assert [alone[name] for name in ("bubble", "tensor", "pipeline", "data")] == [0, 0, 0, 0]
@@ -93,13 +93,13 @@ def test_each_way_to_divide_costs_what_it_must():
     tensor = parts(tensor_parallel=8, sequence_parallel=True)
     sums = 64 * 4 * 30
     assert tensor["tensor"] == pytest.approx(sums * (2 * 2048 * 4096 * 2 * 7 / 8 / (0.54 * 300e9) + 2 * 20e-6))
-    best = scaling.layouts(shape, sft(), 8, machine, 8, 85.0)
+    best = step_time.layouts(shape, sft(), 8, machine, 8, 85.0)
     assert best and best[0].seconds == min(made.seconds for made in best) and all(made.memory_gb <= 76.5 for made in best)
 
 
 def suggestion(config: SFTConfig, asked: Resources, shape=SHAPES["7b1"], **site) -> str:
     known = {"network": "h800-roce", "gpu_memory_gb": 85.0}
-    return scaling.suggest("sft", shape, config, asked, Profile(name="site", scheduler="slurm", **{**known, **site}))
+    return step_time.suggest("sft", shape, config, asked, Profile(name="site", scheduler="slurm", **{**known, **site}))
 
 
 def taken(config: SFTConfig, words: str) -> SFTConfig:
@@ -123,7 +123,7 @@ def test_what_is_suggested_can_be_run_and_is_no_slower(shape, asked, settings):
     then = taken(config, words)
     shape.check_layout(then.tensor_parallel, then.pipeline_parallel, then.virtual_pipeline)
     assert asked.ranks_per_node % then.tensor_parallel == 0  # its links are those inside a node
-    before, after = (scaling.step(shape, one, asked.ranks, scaling.MACHINES["h800-roce"], asked.ranks_per_node) for one in (config, then))
+    before, after = (step_time.step(shape, one, asked.ranks, step_time.MACHINES["h800-roce"], asked.ranks_per_node) for one in (config, then))
     assert after.seconds <= before.seconds and f"fastest that fits {after.seconds:.2f} s" in words
 
 

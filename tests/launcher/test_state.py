@@ -6,13 +6,14 @@ from collections import Counter
 
 import pytest
 
-from launcher import jobs, progress
-from launcher.jobs import Job
-from launcher.pipeline import ALL
-from launcher.polling import Queue
-from launcher.run import Busy, Run, is_alive, lock, this_process
-from launcher.screen import clock, span
-from launcher.state import StageState, look_at, overall
+from launcher.config.stages import ALL
+from launcher.run import progress
+from launcher.run.folder import Busy, Run, is_alive, lock, this_process
+from launcher.slurm import queue as jobs
+from launcher.slurm.polling import Queue
+from launcher.slurm.queue import Job
+from launcher.status.state import StageState, look_at, overall
+from launcher.status.table import clock, span
 
 QUEUE = """\
 11|11|N/A|COMPLETED|None|(null)|2026-01-02T03:04:05|n1|hh-1.convert|convoy run=hh-1 submission=5f stage=convert

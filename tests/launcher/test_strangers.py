@@ -12,8 +12,9 @@ import threading
 
 import pytest
 
-from launcher import here, node_findings, state
-from launcher.run import Run, Runs, lock
+from launcher.doctor import machine_findings, node_findings
+from launcher.run.folder import Run, Runs, lock
+from launcher.status import state
 from tests.launcher.stub_project import ROOT
 from training.settings import ConfigError
 
@@ -130,7 +131,7 @@ def test_a_file_system_without_locks_is_named_with_the_way_out(tmp_path, monkeyp
         lock(tmp_path / "x"),
     ):
         pass
-    found = here.locks(tmp_path)
+    found = machine_findings.locks(tmp_path)
     assert found.level == "bad" and "has no locks" in found.follows
     Run(tmp_path).record("written all the same")  # a stage that ends must be able to say so
     assert [event["event"] for event in Run(tmp_path).ledger()] == ["written all the same"]
@@ -151,6 +152,6 @@ def test_a_line_of_the_ledger_waits_for_another_host_s(tmp_path):
 def test_doctor_sees_whether_a_lock_holds_on_the_node(tmp_path, held, level):
     (tmp_path / "canary").touch()
     with lock(tmp_path / "canary") if held else contextlib.nullcontext():
-        code = f"import runpy; print(runpy.run_path({str(ROOT / 'launcher/node.py')!r})['lock']({str(tmp_path / 'canary')!r}))"
+        code = f"import runpy; print(runpy.run_path({str(ROOT / 'launcher/slurm/node_probe.py')!r})['lock']({str(tmp_path / 'canary')!r}))"
         seen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     assert [finding.level for finding in node_findings._lock("Node n1", "seen", seen)] == [level]

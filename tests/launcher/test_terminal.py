@@ -12,8 +12,8 @@ import termios
 
 import pytest
 
-from launcher.run import write_json
-from launcher.terminal import UNSEEN, plain
+from launcher.run.folder import write_json
+from launcher.status.terminal import UNSEEN, plain
 from tests.launcher.stub_project import ROOT
 
 EVIL = "\x1b]0;title\x07\x1b[2J\x1b[8m\x9b31m\x85\u202eexe.\u2066\x08\x7f[red]x[/red] [/nothing]"

@@ -6,9 +6,9 @@ from collections import Counter
 
 import pytest
 
-from launcher import state
-from launcher.polling import Queue
-from launcher.run import Run
+from launcher.run.folder import Run
+from launcher.slurm.polling import Queue
+from launcher.status import state
 from tests.launcher.stub_project import wait_until
 
 

@@ -2,8 +2,8 @@
 
 import json
 
-from launcher import findings
-from launcher.profile import Profile
+from launcher.config.profile import Profile
+from launcher.doctor import slurm_findings
 from tests.launcher.stub_project import wait_until
 
 
@@ -17,7 +17,7 @@ def doctor(project, *arguments) -> tuple[dict, dict]:
 
 def test_findings_are_what_the_cluster_says(project, queue):
     found, keys = doctor(project)
-    config = findings.config_of(queue("scontrol", "show", "config"))
+    config = slurm_findings.config_of(queue("scontrol", "show", "config"))
     assert found["Slurm", "version"]["value"] == config["SLURM_VERSION"] in queue("sinfo", "--version")
     assert found["Slurm", "accounting"]["value"] == "off" and found["Slurm", "JobRequeue"]["value"] == "1"
     assert found["Slurm", "preemption"]["value"] == "partition_prio, REQUEUE"

@@ -199,8 +199,8 @@ def test_task_gets_the_cores_that_were_asked_for(project, queue):
 
 @pytest.mark.parametrize("value", ["it's", 'say "x"', "$(touch injected)"])
 def test_odd_values_reach_slurm_as_they_are(queue, tmp_path, value):
-    from launcher.config import Profile, Resources
-    from launcher.sbatch import JobRequest, script
+    from launcher.config.sections import Profile, Resources
+    from launcher.slurm.script import JobRequest, script
 
     request = JobRequest(name=value, comment=value, command="true", output=str(tmp_path / "out"), resources=Resources(gpus_per_node=0),
                          profile=Profile(name="test", scheduler="slurm"))

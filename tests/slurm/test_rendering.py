@@ -2,8 +2,8 @@
 
 import pytest
 
-from launcher.config import Profile, Resources
-from launcher.sbatch import JobRequest, script
+from launcher.config.sections import Profile, Resources
+from launcher.slurm.script import JobRequest, script
 
 
 def queued(queue, tmp_path, gpus=2, spares=0, **profile) -> dict[str, str]:

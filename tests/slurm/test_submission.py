@@ -12,7 +12,7 @@ from tests.slurm.cluster import Cluster
 from tests.slurm.test_jobs import ORDER, jobs
 
 KILL_SUBMITTER = "kill -9 $PPID"
-KILL_GUARD_TOO = "kill -9 $(pgrep -P $PPID -f launcher.submission) $PPID"
+KILL_GUARD_TOO = "kill -9 $(pgrep -P $PPID -f launcher.slurm.transaction) $PPID"
 
 
 def booby_trap(project: Project, program: str, call: int, before: str = "true", after: str = "true", word: str = "") -> None:

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from launcher import deadline
-from launcher.attempt import Attempt
-from launcher.endings import Class
-from launcher.pipeline import ALL
-from launcher.ranks import LocalRanks, Log
-from launcher.run import Run
+from launcher.config.stages import ALL
+from launcher.job import deadline
+from launcher.job.attempt import Attempt
+from launcher.job.endings import Class
+from launcher.job.ranks import LocalRanks, Log
+from launcher.run.folder import Run
 from tests.launcher.stub_project import ROOT, wait_until
 
 
@@ -192,7 +192,7 @@ def test_the_deadline_is_the_end_that_slurm_has_set_less_what_a_step_and_a_save_
         queue("scontrol", "update", f"jobid={job}", "timelimit=20")
         made.deadline.refresh()
         made.deadline.facts = replace(made.deadline.facts, end=time.time() + lead - 1)  # 15 minutes later
-        monkeypatch.setattr("launcher.attempt.REPEAT_S", 0.2)
+        monkeypatch.setattr("launcher.job.attempt.REPEAT_S", 0.2)
         ranks = LocalRanks(Log(tmp_path / "log"), [sys.executable, "-c", RANK], 2, {})
         ended = made.wait(ranks)
         assert [one.code for one in ended] == [75, 75] and made.asked is Class.TIME_LIMIT

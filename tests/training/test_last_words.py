@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from eval import last_words as of_eval
-from launcher.endings import SAID, Class
+from launcher.job.endings import SAID, Class
 from training import last_words
 from training.checksums import Damaged
 from training.data.formats import DataError

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
 from conversion.config import ExportConfig, ExportPaths
 from conversion.megatron_to_hf import export
 from conversion.weights import entries
-from launcher import memory
+from launcher.estimates import memory
 from tests.distributed import run
 from tests.training.test_ppo_reference import weights
 from training import checkpoint, ppo, sft
@@ -164,7 +164,7 @@ def held(config) -> tuple[int, int, int, int]:
 
 
 def test_the_optimizer_holds_adapters_and_the_scalar_head_only(small_run, tmp_path):
-    """And launcher/memory.py counts them."""
+    """And launcher/estimates/memory.py counts them."""
     config = settings(small_run, tmp_path)
     learning, gradients, moments, whole = run(held, 1, 1, 1, config)[0]
     shape = Shape.read(config.paths.model)

@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from benchmarks import multi_gpu, multi_gpu_checks, multi_gpu_common, multi_gpu_plan, multi_gpu_speed
 from benchmarks.multi_gpu_plan import Job, fitting, layout, waves
 from benchmarks.multi_gpu_tables import tables
-from launcher import iteration
+from launcher.estimates import iteration_time
 from tests.distributed import run
 from training import pace
 from training.data.packing import Limits, lay_out
@@ -128,7 +128,7 @@ def test_what_ppo_is_reckoned_with_is_what_it_runs(values, rows):
     is empty, and the bubble is shorter than with twice 16."""
     config, shape = multi_gpu_plan.ppo_config("1b7", values), multi_gpu_plan.SHAPES["1b7"]
     data = config.data_parallel(4)
-    assert iteration.iteration(shape, config, 4, multi_gpu_plan.machine(CARD), 4).micro_batch == (rows, 512)
+    assert iteration_time.iteration(shape, config, 4, multi_gpu_plan.machine(CARD), 4).micro_batch == (rows, 512)
     least = pace.launched_tokens(shape, config.tensor_parallel, 512, pace.PEAK_TFLOPS[9])
     limits = Limits(512, 128, data, config.micro_batch_tokens // 512, config.pipeline_parallel, least=least)
     assert lay_out([512] * 64, limits)[1:] == (512, rows)

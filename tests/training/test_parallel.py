@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch.distributed as dist
 
-from launcher.ranks import reserved_port
+from launcher.job.ranks import reserved_port
 from tests.training.learners import settings
 from training import main, parallel
 from training.config import SFTConfig

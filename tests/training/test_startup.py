@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
-from launcher.run import Run
-from launcher.supervise import Supervisor
+from launcher.job.supervise import Supervisor
+from launcher.run.folder import Run
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with CUDA the fusions are compiled")

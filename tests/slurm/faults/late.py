@@ -52,7 +52,7 @@ def late_release(case: Case) -> str:
 
 @scenario("submitter killed between release and record, its guard too", seconds=25)
 def killed_after_release(case: Case) -> str:
-    _late_release(case, "kill -9 $(pgrep -P $PPID -f launcher.submission) $PPID; exit 1")
+    _late_release(case, "kill -9 $(pgrep -P $PPID -f launcher.slurm.transaction) $PPID; exit 1")
     case.inject()
     case.project.submit("--until", "reward", profile="dev")
     case.until(lambda: case.state("convert") == "running", 20, "convert runs")

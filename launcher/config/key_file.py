@@ -1,0 +1,120 @@
+"""Keys of a run (W&B, a judge): read from a file that only its owner can read, given to the ranks' environment and to nothing else.
+
+A profile names the file (``secrets = "~/.config/convoy.env"``). Only its path is ever written: not into a script, a log, a manifest or
+an argument. The file is read on the compute node when the ranks start; it is never run by a shell.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import html
+import json
+import os
+import re
+import shlex
+import stat
+from pathlib import Path
+from urllib.parse import quote, quote_plus
+
+from launcher.config.profile import Profile
+from training.settings import ConfigError
+
+NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+SHORTEST = 8
+"""Characters of the shortest secret: masking a shorter one would blot out half a log."""
+OURS = re.compile(r"(RANK|WORLD_SIZE|LOCAL_RANK|MASTER_ADDR|MASTER_PORT|PATH|LD_PRELOAD|CUDA_VISIBLE_DEVICES|SLURM\w*|SBATCH\w*|SRUN\w*)")
+MASK = "********"
+ESCAPE = re.compile(r"%[0-9A-F]{2}|(?<=u)[0-9a-f]{4}|(?<=x)[0-9a-f]{2}")
+"""Digits of an escape, which programs write in capitals or not."""
+MOST = 1 << 20
+"""Characters of the file at most."""
+
+
+def read(path: str | Path) -> dict[str, str]:
+    """Variables of the file's ``KEY=VALUE`` lines; blank lines and ``#`` lines are skipped, quotes around a whole value are dropped.
+
+    ConfigError for a file that is not there, not the user's own, open to others, or badly written; no message holds a value.
+    """
+    try:
+        path = Path(path).expanduser()
+        # The checks are of the file that is read, not of one put in its place; a pipe is not waited for.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC), encoding="utf-8") as file:
+            _check_private(path, os.fstat(file.fileno()))
+            content = file.read(MOST + 1)
+            lines = content.splitlines()
+        if len(content) > MOST:
+            raise ConfigError(f"secrets = {str(path)!r}: more than {MOST:,} characters; expected KEY=VALUE lines")
+    except UnicodeDecodeError:
+        raise ConfigError(f"secrets = {str(path)!r}: not UTF-8 text; expected KEY=VALUE lines") from None
+    except (OSError, ValueError, RuntimeError) as error:  # a name that no file has; ~nobody
+        if isinstance(error, ConfigError):
+            raise
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigError(f"secrets = {str(path)!r}: {why}; make it: install -m 600 /dev/null {path}, then add KEY=VALUE lines") from None
+    found: dict[str, str] = {}
+    for number, line in enumerate(lines, 1):
+        if line.strip() and not line.lstrip().startswith("#"):
+            name, value = _parse(line, f"{path} line {number}")
+            found[name] = value
+    return found
+
+
+def mask(text: str, values) -> str:
+    """``text`` with every secret in it replaced, also where it is written as in JSON, Python, a URL, HTML, a shell or base64; ``values``
+    are the secrets (or the mapping that ``read`` returned)."""
+    known = tuple(values.values() if isinstance(values, dict) else values)
+    return _pattern(known).sub(MASK, text) if known else text
+
+
+@functools.lru_cache(maxsize=8)
+def _pattern(values: tuple[str, ...]) -> re.Pattern[str]:
+    found = {form for value in values for form in forms(value)}
+    patterns = map(re.escape, sorted(found, key=len, reverse=True))
+    return re.compile("|".join(ESCAPE.sub(lambda code: f"(?i:{code[0]})", pattern) for pattern in patterns))
+
+
+def forms(value: str) -> set[str]:
+    """The ways in which programs write a value: as it is, escaped for JSON, Python, a URL, HTML or a shell, and in base64, alone or
+    among other bytes (of which only the part is known that no neighbour changes)."""
+    found = {value, json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1], repr(value)[1:-1], ascii(value)[1:-1],
+             html.escape(value), html.escape(value, quote=False), shlex.quote(value).strip("'")}
+    found |= {form.replace("/", "\\/") for form in found}  # as PHP and some JSON writers do
+    for quoted in (quote(value), quote(value, safe=""), quote_plus(value)):
+        found.add(quoted)
+    for before in range(3):
+        raw = b"\0" * before + value.encode()
+        part = base64.b64encode(raw)[-(-before * 4 // 3):len(raw) * 4 // 3].decode()
+        found |= {part, part.translate(str.maketrans("+/", "-_"))}
+    return {form for form in found if len(form) >= SHORTEST}
+
+
+def names(profile: Profile) -> tuple[str, ...]:
+    """Names of the variables in the profile's file; ConfigError where ``read`` raises it."""
+    return tuple(read(profile.secrets)) if profile.secrets else ()
+
+
+def _check_private(path: Path, info: os.stat_result) -> None:
+    if not stat.S_ISREG(info.st_mode):
+        raise ConfigError(f"secrets = {str(path)!r}: not a file; expected one with KEY=VALUE lines")
+    if info.st_uid != os.geteuid():
+        raise ConfigError(f"secrets = {str(path)!r}: belongs to user {info.st_uid}, you are {os.geteuid()}; copy it to a file of yours")
+    if mode := stat.S_IMODE(info.st_mode) & 0o077:
+        raise ConfigError(f"secrets = {str(path)!r}: others may use it (mode {stat.S_IMODE(info.st_mode):03o}, {mode:03o} too much): "
+                          f"chmod 600 {path}, and take its keys for known if the machine is shared")
+
+
+def _parse(line: str, where: str) -> tuple[str, str]:
+    """(name, value) of one line; the line itself is in no message, it may hold a secret."""
+    name, equals, value = line.strip().removeprefix("export ").partition("=")
+    name, value = name.strip(), value.strip()
+    if len(value) >= 2 and value[0] == value[-1] and value[0] in "'\"":
+        value = value[1:-1]
+    if not equals or not NAME.fullmatch(name):
+        raise ConfigError(f"{where}: expected KEY=VALUE with a name of letters, digits and '_'")
+    if OURS.fullmatch(name):
+        raise ConfigError(f"{where}: {name} is set by the launcher; remove the line")
+    if len(value) < SHORTEST or not value.isprintable():
+        raise ConfigError(f"{where}: the value of {name} has {len(value)} characters; expected {SHORTEST} or more, all printable: a "
+                          "shorter one can't be hidden in logs. What is no secret goes to the profile's table environment")
+    return name, value

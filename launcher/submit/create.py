@@ -1,0 +1,226 @@
+"""From a command line to a run folder: merge, check, prepare the data."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.checks import plan_checks
+from launcher.config.sections import Profile, Resources, build_plain, differences, layered
+from launcher.config.stages import ALL, FULL, PIPELINES, Graph, Stage, full_tables, sections, select, stage_config
+from launcher.run import manifest
+from launcher.run.folder import Run, lock, write_json, write_text
+from launcher.slurm import script, transaction
+from launcher.status import state
+from launcher.status.terminal import say
+from launcher.submit import prepared, reuse
+from training.settings import ConfigError, Mistakes
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,60}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A submission that passed its checks; nothing is written yet."""
+
+    run: Run
+    tables: dict
+    recipe: str
+    stages: list[Stage]
+    profile: Profile
+    reason: str
+    """Why this profile."""
+    checked: plan_checks.Checked | None
+    """None where ``resume`` plans: it has checked by itself what changes."""
+    identity: dict
+    """Section ``run`` of the run's config.json."""
+    reused: Run | None = None
+    """The run whose finished stages are taken (launcher/submit/reuse.py)."""
+
+    @property
+    def graph(self) -> Graph:
+        return PIPELINES[self.identity["pipeline"]]
+
+    def resources(self, stage: Stage) -> Resources:
+        return getattr(build_plain("resources", self.tables["resources"]), stage.name)
+
+    def written(self) -> dict:
+        """What config.json of the run will hold."""
+        return {"run": self.identity, "profile": dataclasses.asdict(self.profile), **self.tables}
+
+
+class Draft(Run):
+    """A run as it will be once its config.json is written."""
+
+    def __init__(self, made: Plan):
+        super().__init__(made.run.folder)
+        self.made = made
+
+    @property
+    def config(self) -> dict:
+        return self.made.written()
+
+
+def plan(target: str, recipe: str, files: list[Path], sets: list[str], name: str | None, runs: Path,
+         chosen: tuple[Profile, str], first: str | None, last: str | None, pipeline: str | None = None,
+         reused: Run | None = None, tolerant: bool = False) -> Plan:
+    """Merge and check; ConfigError for every mistake that can be seen now. ``pipeline`` None: the
+    run's, else the first with TARGET.
+    ``tolerant``: a plan can be shown in spite of those in ``checked.mistakes``."""
+    name = recipe if name is None else name
+    if not NAME.fullmatch(name):
+        raise ConfigError(f"--name {name!r}: a run's name has letters, digits, '.', '_' and '-' only, begins with a letter or digit "
+                          "and is at most 61 long")
+    run = Run(runs / name)
+    if pipeline is None:
+        pipeline = run.pipeline if run.config_file.exists() else next(key for key, each in PIPELINES.items() if target in (FULL, *each))
+    if run.config_file.exists() and _begun(run) and pipeline != run.pipeline:
+        raise ConfigError(f"{run.folder} was submitted with --pipeline {run.pipeline}; give {pipeline} its own run with --name")
+    graph = PIPELINES[pipeline]
+    stages = select(graph, target, first, last)
+    _check_sets(sets, pipeline)
+    tables = _full_tables(run.folder, layered(recipe, files, sets, chosen[0]), graph)
+    checked = plan_checks.check(run.folder, tables, graph, stages, chosen[0], tolerant)
+    done: set[str] = set()
+    if run.config_file.exists() and _begun(run):
+        _check_same(run, tables, chosen[0])
+        prepared.check(run)
+        done = set(graph) - {stage.name for stage in manifest.left(run, list(graph.values()))}
+    if reused:
+        done |= set(reuse.candidates(reused, run.folder, tables, graph))
+    parents = Mistakes()
+    parents.of(lambda: plan_checks.check_parents(graph, stages, done))
+    if parents.messages and not tolerant:
+        raise ConfigError(*parents.messages)
+    checked.mistakes.extend(parents.messages)
+    known = run.config_file.exists()
+    identity = {"name": name, "id": run.id if known else f"{name}-{secrets.token_hex(4)}", "recipe": recipe, "profile": chosen[0].name,
+                "pipeline": pipeline, "folder": str(run.folder), "selected": [stage.name for stage in stages]}
+    return Plan(run, tables, recipe, stages, *chosen, checked, identity, reused)
+
+
+def _full_tables(run: Path, tables: dict, graph: Graph) -> dict:
+    """The sections with their defaults; ConfigError for all that is wrong in them, and in the
+    data and model that they name."""
+    try:
+        return full_tables(run, tables, graph)
+    except ConfigError as error:
+        found = plan_checks.check_sources(run, tables)
+        raise ConfigError(*dict.fromkeys([*error.messages, *found.messages])) from None
+
+
+def create(made: Plan) -> Run:
+    """Prepare the data and write the run folder's configuration; repeating it changes nothing.
+    Waits for another command that does so.
+
+    Nothing but the prepared data is written before the last check.
+    """
+    with transaction.patient(lambda: lock(made.run.folder / ".prepare.lock")):
+        taken = _examined(made)
+        return _write(made, taken)
+
+
+def prepare_first(made: Plan) -> None:
+    """Prepare the data of a run that has no configuration yet; ConfigError for bad data, and for
+    a stage without rows."""
+    with transaction.patient(lambda: lock(made.run.folder / ".prepare.lock")):
+        prepared.prepare(Draft(made))
+        prepared.check_rows(Draft(made), made.stages)
+
+
+def _examined(made: Plan) -> list[str]:
+    """The stages that are taken from another run; ConfigError for all that stands against the plan."""
+    run, draft = made.run, Draft(made)
+    if run.config_file.exists():
+        if run.config["run"]["profile"] != made.profile.name and (busy := state.busy(run)):
+            raise ConfigError(f"{', '.join(busy)} of {run.folder} is running or queued with profile "
+                              f"{run.config['run']['profile']}; "
+                              f"stop it first: python -m launcher cancel {run.folder}")
+        if _begun(run):
+            _check_same(run, made.tables, made.profile)
+    prepared.prepare(draft)
+    prepared.check_rows(draft, made.stages)
+    if not made.reused:
+        return []
+    taken = reuse.takeable(draft, made.reused)
+    done = set(made.graph) - {stage.name for stage in manifest.left(draft, list(made.graph.values()))}
+    plan_checks.check_parents(made.graph, made.stages, done | set(taken))
+    return taken
+
+
+def _write(made: Plan, taken: list[str]) -> Run:
+    run, written = made.run, made.written()
+    if run.config_file.exists():
+        written["run"]["id"] = run.id  # another command may have been first since the plan was made
+    write_json(run.config_file, written)
+    for name in run.stages:
+        write_stage_config(run, name)
+        done = run.stage(name) / "DONE.json"
+        if done.exists() and manifest.read(run, name)["config_hash"] != manifest.config_hash(run, name):
+            run.set_aside(done)  # only what _check_same lets change: a judge, say
+            print(f"{name}: its configuration changed; it runs again, and keeps what it has", flush=True)
+    prepared.summarise(run, plan_checks.lengths(run.folder, run.config, run.stages, list(run.stages.values())))
+    if made.reused:
+        reuse.take(run, made.reused, taken)
+        say(f"taken from {made.reused.folder}: {', '.join(taken) or 'nothing: its rows are not those of this run'}")
+    return run
+
+
+def write_stage_config(run: Run, name: str) -> None:
+    write_json(run.stage(name) / "config.json", dataclasses.asdict(stage_config(run.folder, run.config, run.stages, name)))
+
+
+def render_all(made: Plan) -> dict[str, str]:
+    """Stage -> text of its batch script, as it will be queued; writes nothing."""
+    run = Draft(made)
+    return {stage.name: script.script(script.stage_request(run, stage, made.resources(stage), made.profile)) for stage in made.stages}
+
+
+def render_committed(folder: Path) -> list[Path]:
+    """Write slurm/<stage>.sbatch: bloom-1b7's resources, no site; returns the files."""
+    written = []
+    for name, text in committed_scripts().items():
+        write_text(folder / f"{name}.sbatch", text)
+        written.append(folder / f"{name}.sbatch")
+    return written
+
+
+def committed_scripts() -> dict[str, str]:
+    resources = build_plain("resources", layered("bloom-1b7", [], [])["resources"])
+    return {name: script.script(script.committed_request(stage, getattr(resources, name))) for name, stage in ALL.items()}
+
+
+def _begun(run: Run) -> bool:
+    """Whether a stage was ever queued or started; until then the configuration may still change."""
+    return any(event["event"] in ("submitted", "runner", "started", "reused") for event in run.ledger())
+
+
+def _check_sets(sets: list[str], pipeline: str) -> None:
+    """ConfigError for a --set that nothing of this pipeline reads. (A recipe or file may serve several.)"""
+    for text in sets:
+        words = text.partition("=")[0].strip().split(".")
+        stage = words[1] if words[0] == "resources" and len(words) > 1 else words[0]
+        if stage in ALL and stage not in PIPELINES[pipeline]:
+            right = next(name for name, graph in PIPELINES.items() if stage in graph)
+            raise ConfigError(f"--set {text}: pipeline {pipeline} has no stage {stage} ({' -> '.join(PIPELINES[pipeline])}); "
+                              f"leave it out, or add --pipeline {right}")
+
+
+def _check_same(run: Run, tables: dict, profile: Profile) -> None:
+    """ConfigError where a section differs that something was made from. Resources, the evaluation (which keeps the answers that it
+    has) and stages that have not begun may change, unless they are queued: their jobs are what they were."""
+    known = sections(run.stages)
+    made = [name for name in known if name not in ("resources", "mtbench") and (name not in run.stages or run.status(name)["attempt"])]
+    changed = differences({name: run.config[name] for name in made}, {name: tables[name] for name in made})
+    if changed:
+        raise ConfigError(f"{run.folder} was submitted with another configuration:\n  " + "\n  ".join(changed) +
+                          f"\ngive the new one its own run with --name, or go on with the old one: python -m launcher resume {run.folder}")
+    run.check_here()
+    old = {"profile": run.config["profile"], **{name: run.config[name] for name in known}}
+    changed = differences(old, {"profile": dataclasses.asdict(profile), **{name: tables[name] for name in known}})
+    if changed and (busy := state.busy(run)):
+        raise ConfigError(f"{', '.join(busy)} of {run.folder} is running or queued with another configuration:\n  " + "\n  ".join(changed) +
+                          f"\nstop it first (python -m launcher cancel {run.folder}), or give the new one its own run with --name")
