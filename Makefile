@@ -1,12 +1,13 @@
 # make demo   install, then run the whole chain on the embedded default
 # make test   install (Slurm from Debian when root and absent), then run all tests
 # make peers  our losses and adapters beside TRL's and peft's own functions; installs these first (15 seconds)
+# make docs   the documentation into build/docs; a dead link or a missing page fails
 # make gpu-test [PYTHON=python3]   everything that a GPU can test, in under five minutes; with PYTHON nothing is installed
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test gpu-test peers lint setup slurm browser lock
+.PHONY: demo test gpu-test peers lint docs setup slurm browser lock
 demo: setup
 	$(BIN)/python -m launcher submit full-pipeline --recipe bloom-tiny --wait
 
@@ -34,13 +35,17 @@ $(PEERS)/.installed: Makefile
 lint: setup
 	$(BIN)/ruff check .
 
+docs: setup
+	$(BIN)/python -m mkdocs build --strict --quiet
+	@echo "docs: open build/docs/index.html"
+
 # Installed again only when what to install has changed.
 setup: $(VENV)/.installed
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	@echo "setup: Python packages of constraints.txt into $(VENV)"
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 10) <= v < (3, 13) else f"Python {v.major}.{v.minor} is not supported: set PYTHON to one of 3.10, 3.11, 3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,docs]'
 	@touch $@
 
 # The tests of the launcher run on a real Slurm; Debian's and Ubuntu's packages are enough, nothing of the system's is configured.
@@ -70,7 +75,7 @@ browser:
 lock:
 	$(BIN)/python -m pip install --quiet uv
 	echo 'torch==2.13.0' > $(VENV)/torch.txt
-	$(BIN)/uv pip compile setup.cfg --extra test --universal --python-version 3.10 --constraint $(VENV)/torch.txt \
+	$(BIN)/uv pip compile setup.cfg --extra test --extra docs --universal --python-version 3.10 --constraint $(VENV)/torch.txt \
 		--no-emit-index-url --no-emit-find-links --no-annotate --no-header --quiet --output-file $(VENV)/resolved.txt
 	{ echo "# Versions that this release is tested with (make lock). torch's own CUDA packages are left to torch; triton is the one it wants."; \
 	  grep -vE '^(nvidia-|cuda-)' $(VENV)/resolved.txt; } > constraints.txt
