@@ -36,7 +36,7 @@ lint: setup
 	$(BIN)/ruff check .
 
 docs: setup
-	$(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo "docs: open build/docs/index.html"
 
 # Installed again only when what to install has changed.
