@@ -23,14 +23,16 @@ import torch.nn.functional as F
 
 from benchmarks.parity_gpu import missed, say
 from tests.attention import document_ids, relative
-from training import adamw, parallel, sft
-from training.config import Paths, SFTConfig
-from training.families.bloom import shape as bloom
-from training.model import heads
-from training.model.gelu import gelu_backward
-from training.model.language_model import parts
-from training.model.vocabulary import Columns
-from training.step import Learner, Objective, build_model
+from training import sft
+from training.config.trainers import Paths, SFTConfig
+from training.distributed import groups
+from training.models import heads
+from training.models.bloom.table import shape as bloom
+from training.models.chunked_logprobs import Columns
+from training.models.gelu import gelu_backward
+from training.models.language_model import parts
+from training.optim import adamw
+from training.trainer.step import Learner, Objective, build_model
 
 CUDA = torch.cuda.is_available()
 VOCAB = 5000 if CUDA else 500
@@ -90,7 +92,7 @@ def layers(kinds: list[str]) -> None:
 
 def head() -> None:
     columns, hidden_size, tokens = (250880, 1024, 3000) if CUDA else (500, 32, 40)
-    where, generator = parallel.device(), torch.Generator(device=parallel.device()).manual_seed(0)
+    where, generator = groups.device(), torch.Generator(device=groups.device()).manual_seed(0)
     from megatron.core import parallel_state
 
     whole = Columns(0, columns - 100, parallel_state.get_tensor_model_parallel_group())
@@ -116,7 +118,7 @@ def head() -> None:
 
 def gelu() -> None:
     """Rows and columns that fill no tile of the kernel, and 1b7's."""
-    where, generator = parallel.device(), torch.Generator(device=parallel.device()).manual_seed(0)
+    where, generator = groups.device(), torch.Generator(device=groups.device()).manual_seed(0)
     for rows, columns, dtype in ((777, 1030, torch.float32), (32768 if CUDA else 512, 8192 if CUDA else 64, torch.bfloat16)):
         inputs, grad = (torch.randn(rows, columns, device=where, generator=generator).to(dtype) * 2 for _ in range(2))
         bias = torch.randn(columns, device=where, generator=generator).to(dtype)
@@ -147,7 +149,7 @@ def exact_head(reader, hidden, weight, real, tokens, mask, factors):
 
 
 def optimizer() -> None:
-    where, generator = parallel.device(), torch.Generator(device=parallel.device()).manual_seed(0)
+    where, generator = groups.device(), torch.Generator(device=groups.device()).manual_seed(0)
     state = None
     for step in range(1, 4):
         grad = torch.randn(100_003, device=where, generator=generator) * 0.1
@@ -177,7 +179,7 @@ if __name__ == "__main__":
     parser.add_argument("checks", nargs="*", default=["head", "gelu", "optimizer", "layers"])
     parser.add_argument("--rows", nargs="+", choices=("whole", "packed"), default=["whole", "packed"], help="of the layers' check")
     given = parser.parse_args()
-    with parallel.ranks(1, 1, 1):
+    with groups.ranks(1, 1, 1):
         for name in given.checks:
             try:
                 {"head": head, "gelu": gelu, "optimizer": optimizer, "layers": lambda: layers(given.rows)}[name]()

@@ -25,8 +25,8 @@ import torch
 from conversion import huggingface
 from conversion.tensors import BLOCK, raw
 from conversion.weights import entries, stored_name
-from training import checksums
-from training.shape import Shape
+from training.checkpoint import checksums
+from training.config.shape import Shape
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -64,7 +64,7 @@ def memory() -> dict:
 
 def part_prepare(folder: Path) -> dict:
     """Split, dedup, count, write, and tokenise for all stages."""
-    from training.data.config import DataConfig, ModelConfig, PrepareConfig, PreparePaths
+    from training.config.data import DataConfig, ModelConfig, PrepareConfig, PreparePaths
     from training.data.prepare import prepare
 
     paths = PreparePaths(str(folder / "data"), "")
@@ -169,8 +169,8 @@ def unpacked(lengths: list[int], batches: int = 50) -> float:
 
 
 def demo_model(folder: Path) -> None:
+    from training.config.data import ModelConfig
     from training.data import demo_model
-    from training.data.config import ModelConfig
 
     folder.mkdir(parents=True)
     rng = random.Random(1)

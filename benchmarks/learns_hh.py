@@ -15,8 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from training.config.data import DataConfig, ModelConfig
 from training.data import demo_model, sorting
-from training.data.config import DataConfig, ModelConfig
 
 RUNS, MODELS = Path("runs"), Path("models")
 SHAPE = ModelConfig(demo_layers=24, demo_hidden=1024, demo_heads=16, demo_vocab=16_384)

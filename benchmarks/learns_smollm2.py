@@ -43,9 +43,9 @@ from eval import preference, questions
 from eval.errors import DataError
 from eval.jsonl import dump, read
 from launcher.run.folder import Busy
+from training.config.data import DataConfig, ModelConfig
+from training.config.schema import ConfigError
 from training.data import formats
-from training.data.config import DataConfig, ModelConfig
-from training.settings import ConfigError
 
 MODEL, RUNS = Path("models/smollm2-135m-instruct"), Path("runs/smollm2")
 TINY_MODEL, TINY_RUNS = Path("models/smollm2-tiny"), Path("runs/smollm2-tiny")

@@ -15,12 +15,14 @@ from megatron.core.dist_checkpointing.mapping import is_main_replica
 from benchmarks.multi_gpu_common import SHAPES, fill, length, micro_batches, mine, rows, say, settings
 from benchmarks.multi_gpu_plan import ON_PURPOSE
 from benchmarks.train import CUDA, sync
-from training import checkpoint, parallel, sft
-from training.generation.reshard import named_weights
-from training.phases import highest
-from training.saving import Saver
-from training.shape import EMBEDDING, OUTPUT
-from training.step import Learner, Objective, build_model
+from training import sft
+from training.checkpoint import format
+from training.checkpoint.writer import Saver
+from training.config.shape import EMBEDDING, OUTPUT
+from training.distributed import groups
+from training.generation.weight_sync import named_weights
+from training.metrics.phase_timer import highest
+from training.trainer.step import Learner, Objective, build_model
 
 ROWS = 8
 LOSS, GRADIENT = 1e-6, 1e-4
@@ -58,9 +60,9 @@ def gradients(size: str, layout: dict, folder: Path) -> None:
         say(part="gradients", size=size, ok=True, **numbers)
         return
     theirs = torch.load(path, mmap=True, weights_only=True)
-    sums = {name: torch.zeros(2, dtype=torch.double, device=parallel.device()) for name in sorted(theirs["gradients"])}
+    sums = {name: torch.zeros(2, dtype=torch.double, device=groups.device()) for name in sorted(theirs["gradients"])}
     for name, (parameter, start, end) in owned.items():
-        expected = mine(theirs["gradients"][name].to(parallel.device()), parameter).reshape(-1)[start:end]
+        expected = mine(theirs["gradients"][name].to(groups.device()), parameter).reshape(-1)[start:end]
         ours = parameter.main_grad.view(-1)[start:end]
         for our, their in zip(ours.split(CHUNK), expected.split(CHUNK), strict=True):  # whole in double: 4 GB a tensor of 1b7's head
             whole = their.double()
@@ -76,7 +78,7 @@ def gradients(size: str, layout: dict, folder: Path) -> None:
 
 def fails(size: str, layout: dict, folder: Path) -> None:
     """The last rank fails while the others wait for it in a collective; benchmarks/multi_gpu.py says whether it could tell."""
-    ones = torch.ones(1, device=parallel.device())
+    ones = torch.ones(1, device=groups.device())
     dist.all_reduce(ones)
     if dist.get_rank() == dist.get_world_size() - 1:
         raise RuntimeError(ON_PURPOSE)
@@ -104,7 +106,7 @@ def saved(size: str, layout: dict, folder: Path) -> None:
     while not (times := saver.poll()):
         made.step(batches, objective)
         beside += 1
-    if parallel.is_main():
+    if groups.is_main():
         (folder / "fingerprints.json").write_text(json.dumps(prints), encoding="utf-8")
     say(part="saved", size=size, ok=len(prints) > 0, gb=size_gb, seconds=times["save_s"], stall=times["save_stall_s"], tensors=len(prints),
         steps=beside, pinned_s=pinned, pinned_steps=steps)
@@ -115,7 +117,7 @@ def loaded(size: str, layout: dict, folder: Path) -> None:
     made = learner(size, optimizer_precision=STATE, **layout)
     sync()
     began = time.monotonic()
-    checkpoint.load(checkpoint.resolve(folder / "saved"), {"model": made})
+    format.load(format.resolve(folder / "saved"), {"model": made})
     sync()
     seconds, size_gb, ours = time.monotonic() - began, bytes_saved(made) / 1e9, fingerprints(made)
     theirs = json.loads((folder / "fingerprints.json").read_text(encoding="utf-8"))
@@ -125,7 +127,7 @@ def loaded(size: str, layout: dict, folder: Path) -> None:
 
 def owned_tensors(made: Learner) -> list[ShardedTensor]:
     """What this rank writes of a checkpoint."""
-    state = nested_values(checkpoint.sharded(made, is_loading=False))
+    state = nested_values(format.sharded(made, is_loading=False))
     return [tensor for tensor in state if isinstance(tensor, ShardedTensor) and is_main_replica(tensor.replica_id)]
 
 

@@ -9,19 +9,19 @@ import torch
 from megatron.core import parallel_state
 
 from benchmarks.train import CUDA, SHAPES
-from training import parallel
-from training.config import Paths, SFTConfig
-from training.families.bloom import shape as bloom
-from training.generation.reshard import named_weights
-from training.shape import EMBEDDING, OUTPUT, Shape
-from training.step import Batch
+from training.config.shape import EMBEDDING, OUTPUT, Shape
+from training.config.trainers import Paths, SFTConfig
+from training.distributed import groups
+from training.generation.weight_sync import named_weights
+from training.models.bloom.table import shape as bloom
+from training.trainer.step import Batch
 
 SHAPES = {**SHAPES, "tiny": bloom(8, 512 if CUDA else 64, 8, 1000, 1e-5)}  # heads of 64 are the fewest that GPUs were tried with
 
 
 def say(**values) -> None:
     """One JSON line, by rank 0."""
-    if parallel.is_main():
+    if groups.is_main():
         rounded = {name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in values.items()}
         print(json.dumps(rounded), flush=True)
 
@@ -61,7 +61,7 @@ def mine(whole: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
 @torch.no_grad()
 def fill(model, shape: Shape) -> None:
     """The same weights at every layout: each whole tensor is drawn with its name's seed, and a rank takes its part."""
-    sizes, where = whole_sizes(shape), parallel.device()
+    sizes, where = whole_sizes(shape), groups.device()
     for name, parameter in named_weights(model).items():
         key = EMBEDDING if name == OUTPUT and shape.tied else name
         generator = torch.Generator(device=where).manual_seed(zlib.crc32(key.encode()))
@@ -91,7 +91,7 @@ def rows(size: str, count: int, all_tokens: bool = False, longest: int = 0) -> B
 
 def micro_batches(batch: Batch, config: SFTConfig) -> list[Batch]:
     """This data-parallel rank's."""
-    each = batch["tokens"].size(0) // parallel.data_ranks()
-    first = parallel.data_rank() * each
+    each = batch["tokens"].size(0) // groups.data_ranks()
+    first = groups.data_rank() * each
     return [{name: values[start : start + config.micro_batch_size] for name, values in batch.items()}
             for start in range(first, first + each, config.micro_batch_size)]

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from benchmarks.multi_gpu_tables import machine, name
 from launcher.estimates import iteration_time, memory, step_time
-from training.config import Paths, PPOConfig, PPOPaths, SFTConfig
-from training.families.bloom import shape as bloom
-from training.settings import ConfigError
+from training.config.schema import ConfigError
+from training.config.trainers import Paths, PPOConfig, PPOPaths, SFTConfig
+from training.models.bloom.table import shape as bloom
 
 SHAPES = {"560m": bloom(24, 1024, 16, 250880, 1e-5), "1b7": bloom(24, 2048, 16, 250880, 1e-5), "7b1": bloom(30, 4096, 32, 250880, 1e-5),
           "tiny": bloom(8, 64, 8, 1000, 1e-5)}
@@ -96,7 +96,7 @@ def predicted(size: str, values: dict, gpus: int, card: dict) -> step_time.Step:
 
 
 def ppo_values(size: str) -> dict:
-    """Samples, and a token budget that keeps GPUs busy whose layers are launched with messages (training/pace.py)."""
+    """Samples, and a token budget that keeps GPUs busy whose layers are launched with messages (training/config/cost.py)."""
     if size == "tiny":
         return dict(prompt_length=16, response_length=8, rollout_batch_size=32, global_batch_size=16, micro_batch_tokens=128)
     return dict(prompt_length=256, response_length=256, rollout_batch_size=256, global_batch_size=64, micro_batch_tokens=16384)

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks import multi_gpu_checks, multi_gpu_speed
 from benchmarks.multi_gpu_common import say
-from training import parallel
+from training.distributed import groups
 
 PARTS = {"gradients": multi_gpu_checks.gradients, "saved": multi_gpu_checks.saved, "loaded": multi_gpu_checks.loaded,
          "fails": multi_gpu_checks.fails, "warm": multi_gpu_speed.warm, "sft": multi_gpu_speed.steps, "prepared": multi_gpu_speed.prepared,
@@ -34,7 +34,7 @@ def main(job: dict) -> None:
     for number, layout in job["layouts"]:
         store = f"file://{folder}/{job['name']}.store.{number}"
         sizes = [layout.get(name, 1) for name in ("tensor_parallel", "pipeline_parallel", "virtual_pipeline")]
-        with parallel.ranks(*sizes[:2], 1, store, sizes[2]):
+        with groups.ranks(*sizes[:2], 1, store, sizes[2]):
             say(begins=number)
             PARTS[job["part"]](job["size"], layout, folder)
             say(ends=number)

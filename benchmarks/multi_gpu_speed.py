@@ -19,16 +19,16 @@ from benchmarks.multi_gpu_common import SHAPES, fill, micro_batches, rows, say, 
 from benchmarks.multi_gpu_plan import ppo_values
 from benchmarks.train import CUDA, PEAK, clean, flops, peak_gb, sync, timed
 from training import ppo, sft
-from training.config import PPOConfig, PPOPaths
+from training.checkpoint.writer import Saver
+from training.config.data import ModelConfig
+from training.config.schema import ConfigError
+from training.config.trainers import PPOConfig, PPOPaths
 from training.data import demo_model
-from training.data.config import ModelConfig
-from training.families import bloom
-from training.generation.reshard import Resharder
-from training.model.heads import next_token_logprobs
-from training.phases import Phases, highest
-from training.saving import Saver
-from training.settings import ConfigError
-from training.step import Learner, Objective, build_model, evaluate
+from training.generation.weight_sync import Resharder
+from training.metrics.phase_timer import Phases, highest
+from training.models.bloom import table
+from training.models.heads import next_token_logprobs
+from training.trainer.step import Learner, Objective, build_model, evaluate
 
 STEPS = 3
 
@@ -128,7 +128,7 @@ def prepared(size: str, layout: dict, folder: Path) -> None:
     texts = [" ".join(words[number] for number in torch.randint(0, 500, (400,), generator=generator)) for _ in range(512)]
     (folder / "model").mkdir(parents=True)
     demo_model.train_tokenizer(texts, 300).save(str(folder / "model/tokenizer.json"))
-    config = bloom.demo(ModelConfig(demo_layers=shape.layers, demo_hidden=shape.hidden, demo_heads=shape.heads, demo_vocab=300))
+    config = table.demo(ModelConfig(demo_layers=shape.layers, demo_hidden=shape.hidden, demo_heads=shape.heads, demo_vocab=300))
     (folder / "model/config.json").write_text(json.dumps(config | {"vocab_size": shape.vocab}), encoding="utf-8")
     tokens = {f"{name}_token": text for name, text in demo_model.SPECIAL.items()}
     (folder / "model/tokenizer_config.json").write_text(json.dumps(tokens), encoding="utf-8")

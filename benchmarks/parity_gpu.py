@@ -32,15 +32,16 @@ import torch
 from transformers import BloomConfig, BloomForCausalLM
 
 from tests.attention import document_ids, errors, relative
-from training import checkpoint, parallel
-from training.config import Paths, SFTConfig
-from training.families.bloom import shape as bloom
-from training.model import backends
-from training.model.heads import next_token_logprobs
-from training.model.language_model import parts
+from training.checkpoint import format
+from training.config.shape import Shape
+from training.config.trainers import Paths, SFTConfig
+from training.distributed import groups
+from training.models import attention_backends
+from training.models.bloom.table import shape as bloom
+from training.models.heads import next_token_logprobs
+from training.models.language_model import parts
 from training.sft import compute
-from training.shape import Shape
-from training.step import Learner, Objective, build_model, evaluate
+from training.trainer.step import Learner, Objective, build_model, evaluate
 
 ROOT = Path(__file__).parents[1]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -48,7 +49,7 @@ BIG = dict(vocab_size=250880, hidden_size=4096, n_layer=30, n_head=32)  # bloom-
 SMALL = dict(vocab_size=300, hidden_size=64, n_layer=4, n_head=4)
 SIZES = {"560m": bloom(24, 1024, 16, 250880, 1e-5), "1b7": bloom(24, 2048, 16, 250880, 1e-5)}
 TOLERANCES = {torch.float32: (1e-5, 2e-5), torch.bfloat16: (1e-2, 2e-2)}
-"""Of an attention backend, forward and gradients, relative L2: see training.model.backends."""
+"""Of an attention backend, forward and gradients, relative L2: see training.models.attention_backends."""
 missed = []
 
 
@@ -67,16 +68,16 @@ def settings(**values) -> SFTConfig:
 
 def attention(folder: Path, small: bool) -> None:
     """The kernels against fp64, then a model against Hugging Face in fp64."""
-    installed = [name for name in ("flash", "te") if backends.available(name)] + (["flex"] if DEVICE == "cuda" else []) + ["sdpa"]
+    installed = [name for name in ("flash", "te") if attention_backends.available(name)] + (["flex"] if DEVICE == "cuda" else []) + ["sdpa"]
     shapes = [(2, 128, 3, 16)] if small else [(2, 512, 14, 64), (2, 512, 8, 80), (1, 640, 16, 96), (1, 1024, 32, 128)]
     for name in installed:
         for dtype, (forward, gradient) in TOLERANCES.items():
-            if name in backends.PACKAGES and dtype == torch.float32:
+            if name in attention_backends.PACKAGES and dtype == torch.float32:
                 continue
             for rows, length, heads, dim in shapes:
                 for kind in ("plain", "padded", "packed"):
                     ids = document_ids(kind, rows, length, DEVICE)
-                    found = errors(backends.KERNELS[name], ids, rows, length, heads, dim, dtype, DEVICE)
+                    found = errors(attention_backends.KERNELS[name], ids, rows, length, heads, dim, dtype, DEVICE)
                     say(found[0] <= forward and found[1] <= gradient, step="attention", backend=name, dtype=str(dtype)[6:], heads=heads,
                         head_dim=dim, length=length, rows=kind, forward=found[0], gradient=found[1])
     with tempfile.TemporaryDirectory() as own:
@@ -128,7 +129,7 @@ def our_gradients(folder: Path, config: SFTConfig, batch: dict) -> tuple[float, 
 
     shape = Shape.read(folder / "hf")
     model = build_model(shape, config, "lm")
-    checkpoint.load_weights(checkpoint.resolve(folder / "convert") / "model", model)
+    format.load_weights(format.resolve(folder / "convert") / "model", model)
     learner = Learner(model, config, config.lr, 10, 0)
     learner.optimizer.chained_optimizers[0].update = lambda norm: None  # gradients only
     halves = [{name: tensor[first : first + 2] for name, tensor in batch.items()} for first in (0, 2)]
@@ -327,7 +328,7 @@ def theirs(folder: Path, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tens
 def ours(folder: Path, shape: Shape, tokens: torch.Tensor, precision: str) -> torch.Tensor:
     free()
     model = build_model(shape, settings(precision=precision), "lm")
-    checkpoint.load_weights(checkpoint.resolve(folder / "convert") / "model", model)
+    format.load_weights(format.resolve(folder / "convert") / "model", model)
     found = []
 
     def read(output, micro):
@@ -347,7 +348,7 @@ def main(arguments: list[str]) -> int:
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
     say(torch=torch.__version__, device=torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu")
     run = {"attention": attention, "memory": memory, "make": make, "convert": convert, "logits": logits, "export": export}
-    with parallel.ranks(1, 1, seed=1):
+    with groups.ranks(1, 1, seed=1):
         for step in given.steps:
             began = time.monotonic()
             run[step](given.folder, given.small)

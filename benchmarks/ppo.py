@@ -31,13 +31,16 @@ import torch
 
 from benchmarks.train import CUDA, SHAPES, say
 from launcher.estimates import memory
-from training import calibration, checkpoint, parallel, ppo
-from training.config import PPOConfig, PPOPaths
-from training.model import lora
-from training.offload import Offloaded
-from training.samples import Plan
-from training.shape import Shape
-from training.step import Learner
+from training import ppo
+from training.checkpoint import format
+from training.config.shape import Shape
+from training.config.trainers import PPOConfig, PPOPaths
+from training.distributed import groups
+from training.models import lora
+from training.optim.offload import Offloaded
+from training.rl import reward_bias
+from training.rl.minibatches import Plan
+from training.trainer.step import Learner
 
 WORDS = 2000
 """Of the tokenizer that the prompts are made with; the model's vocabulary has more rows, which it samples from."""
@@ -71,7 +74,7 @@ def settings(asked, where: Path) -> PPOConfig:
 
 def random_weights(source: Path, model, fresh_head=None) -> None:
     """In place of a checkpoint's: of "sft" always the same, and of "reward"."""
-    generator = torch.Generator(device=parallel.device()).manual_seed(1 if source.parts[0] == "sft" else 2)
+    generator = torch.Generator(device=groups.device()).manual_seed(1 if source.parts[0] == "sft" else 2)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if lora.MARK not in name:
@@ -117,8 +120,8 @@ class Trainer(ppo.PPO):
 
 def ours(asked) -> None:
     shape = SHAPES[asked.model]
-    in_place_of_files = mock.patch.multiple(checkpoint, load_weights=random_weights, resolve=lambda *of: Path(of[0]))
-    with tempfile.TemporaryDirectory() as name, in_place_of_files, mock.patch.object(calibration, "stored", lambda of: 0.0):
+    in_place_of_files = mock.patch.multiple(format, load_weights=random_weights, resolve=lambda *of: Path(of[0]))
+    with tempfile.TemporaryDirectory() as name, in_place_of_files, mock.patch.object(reward_bias, "stored", lambda of: 0.0):
         folder(shape, Path(name), 4 * asked.samples, asked.length)
         config = settings(asked, Path(name))
         made = memory.estimate(shape, config, 1)
@@ -156,19 +159,19 @@ def iteration_of(asked, iteration: int, seconds: float, parts: dict, metrics: di
 def tail(asked) -> None:
     """A decode of few rows and scoring passes of as many samples as take about as long."""
     from benchmarks.rollout import requests
-    from training.generation.bloom import Decoder
     from training.generation.engine import Engine, Limits
-    from training.generation.replicas import operations
-    from training.generation.reshard import named_weights
-    from training.model.heads import next_token_logprobs
-    from training.step import build_model, look
+    from training.generation.rollout_workers import operations
+    from training.generation.weight_sync import named_weights
+    from training.models.bloom.decoder import Decoder
+    from training.models.heads import next_token_logprobs
+    from training.trainer.step import build_model, look
 
     shape, rows = SHAPES[asked.model], max(asked.samples // 4, 1)
     config = settings(asked, Path("none"))
     model = build_model(shape, config, "lm").requires_grad_(False)
     random_weights(Path("sft"), model)
     weights = {name: weight.detach() for name, weight in named_weights(model).items()}
-    decoder = Decoder(shape, weights, operations(parallel.device().type))
+    decoder = Decoder(shape, weights, operations(groups.device().type))
     engine = Engine(decoder, Limits(2 * asked.length, cache_share=0.5), -1)
     micro = [{"tokens": torch.randint(0, shape.vocab, (asked.rows, 2 * asked.length))} for _ in range(16)]
 
@@ -202,7 +205,7 @@ def tail(asked) -> None:
 
 def pin(asked) -> None:
     size = 8 * 10**9 if CUDA else 10**7
-    tensor = torch.ones(size // 4, device=parallel.device())
+    tensor = torch.ones(size // 4, device=groups.device())
     began = time.monotonic()
     group = Offloaded([tensor])
     pinned = time.monotonic() - began
@@ -221,7 +224,7 @@ def pin(asked) -> None:
     into = timed(group.ready)
     group.changed = True
     out = timed(group.sleep)
-    other = Offloaded([torch.ones(size // 4, device=parallel.device())])
+    other = Offloaded([torch.ones(size // 4, device=groups.device())])
     group.ready()
     group.changed = True
     both = timed(lambda: group.sleep(other))
@@ -234,7 +237,7 @@ def one(asked) -> None:
 
         ppo_trl.run(asked, SHAPES[asked.model])
         return
-    with parallel.ranks(1, 1, 1):
+    with groups.ranks(1, 1, 1):
         {"ours": ours, "tail": tail, "pin": pin}[asked.parts[0]](asked)
 
 

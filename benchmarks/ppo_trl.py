@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.train import CUDA, peak_gb, say
-from training.shape import Shape
+from training.config.shape import Shape
 
 
 def run(asked, shape: Shape) -> None:

@@ -34,20 +34,20 @@ from tests.attention import relative
 from tests.bloom import tiny_bloom
 from tests.llama import tiny_llama
 from tests.training import generation_models
-from training import parallel
-from training.config import Paths, SFTConfig
-from training.families import bloom
+from training.config.trainers import Paths, SFTConfig
+from training.distributed import groups
 from training.generation import sampling, torch_ops
-from training.generation.bloom import Decoder
-from training.generation.cache import Batch
 from training.generation.engine import Engine, Limits
-from training.generation.replicas import operations
 from training.generation.request import Request, Sampling, draws
-from training.generation.reshard import named_weights
-from training.model import vocabulary
-from training.model.attention import alibi_slopes
-from training.model.heads import next_token_logprobs
-from training.step import build_model, evaluate
+from training.generation.rollout_workers import operations
+from training.generation.weight_sync import named_weights
+from training.models import chunked_logprobs
+from training.models.attention import alibi_slopes
+from training.models.bloom import table as bloom
+from training.models.bloom.decoder import Decoder
+from training.models.heads import next_token_logprobs
+from training.models.kv_cache import Batch
+from training.trainer.step import build_model, evaluate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPS = operations(DEVICE)
@@ -218,13 +218,13 @@ def agree(small: bool) -> None:
     say(fine, step="agree", tokens=ours.numel(), **found, largest=(ours - theirs).abs().max().item(), signed=(ours - theirs).mean().item())
 
 
-def trained(model, tokens: torch.Tensor, prompt: int, product=vocabulary.product) -> torch.Tensor:
+def trained(model, tokens: torch.Tensor, prompt: int, product=chunked_logprobs.product) -> torch.Tensor:
     """(B, T - prompt) the training forward's log-probabilities of ``tokens`` (B, T); ``product``: how its head makes logits."""
-    before, vocabulary.product = vocabulary.product, product
+    before, chunked_logprobs.product = chunked_logprobs.product, product
     try:
         logprobs = evaluate(model, {"tokens": tokens}, 4, lambda output, micro: next_token_logprobs(output, micro["tokens"]))
     finally:
-        vocabulary.product = before
+        chunked_logprobs.product = before
     return logprobs[:, prompt:].cpu()
 
 
@@ -347,7 +347,7 @@ def main(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29512")
     say(torch=torch.__version__, device=torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu")
-    with parallel.ranks(1, 1, seed=1):
+    with groups.ranks(1, 1, seed=1):
         for name in steps if "all" in given.steps else given.steps:
             began = time.monotonic()
             try:

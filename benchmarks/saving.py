@@ -21,13 +21,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-from training import checkpoint, parallel
-from training.config import Paths, SFTConfig
-from training.families.bloom import shape as bloom
-from training.saving import Saver
+from training.checkpoint import format
+from training.checkpoint.writer import Saver
+from training.config.shape import Shape
+from training.config.trainers import Paths, SFTConfig
+from training.distributed import groups
+from training.models.bloom.table import shape as bloom
 from training.sft import compute
-from training.shape import Shape
-from training.step import Learner, Objective, build_model
+from training.trainer.step import Learner, Objective, build_model
 
 SHAPES = {"560m": bloom(24, 1024, 16, 250880, 1e-5), "1b7": bloom(24, 2048, 16, 250880, 1e-5),
           "small": bloom(4, 64, 4, 3000, 1e-5)}
@@ -47,7 +48,7 @@ def timed(what: str, function, **more) -> float:
 
 def make(shape: Shape, config: SFTConfig) -> Learner:
     model = build_model(shape, config, "lm")
-    generator = torch.Generator(device=parallel.device()).manual_seed(1)
+    generator = torch.Generator(device=groups.device()).manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.02, generator=generator)
@@ -55,7 +56,7 @@ def make(shape: Shape, config: SFTConfig) -> Learner:
 
 
 def held(learner: Learner) -> dict[str, torch.Tensor]:
-    state = checkpoint.sharded(learner, is_loading=False)
+    state = format.sharded(learner, is_loading=False)
     both = {"model": state["model"], "state": state["optimizer"]["param_state"]}
     return {f"{kind}.{name}": tensor.data.detach() for kind, part in both.items() for name, tensor in part.items()}
 
@@ -100,7 +101,7 @@ def run(shape: Shape, folder: Path, precision: str) -> int:
         print(json.dumps({"what": "its steps meanwhile", "steps": steps, "seconds_a_step": round(each, 3), "alone": round(alone, 3),
                           **{name: round(value, 3) for name, value in times.items()}}), flush=True)
     saver.wait()
-    timed("load, checksums included", lambda: checkpoint.load(checkpoint.resolve(folder), {"model": learner}), gigabytes=gigabytes)
+    timed("load, checksums included", lambda: format.load(format.resolve(folder), {"model": learner}), gigabytes=gigabytes)
     wrong = [name for name, tensor in held(learner).items() if not torch.equal(tensor.cpu(), before[name])]
     print(json.dumps({"what": "elements as they were at the save", "ok": not wrong, "tensors": len(before), "wrong": wrong[:5]}))
     return int(bool(wrong) or stalls[1] > sync)
@@ -112,6 +113,6 @@ if __name__ == "__main__":
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--optimizer-precision", choices=("fp32", "bf16"), default="fp32")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as made, parallel.ranks(1, 1, 1):
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as made, groups.ranks(1, 1, 1):
         code = run(SHAPES[arguments.size], Path(made), arguments.optimizer_precision)
     sys.exit(code)

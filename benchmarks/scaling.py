@@ -13,8 +13,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from launcher.estimates import step_time
-from training.config import Paths, SFTConfig
-from training.families.bloom import shape as bloom
+from training.config.trainers import Paths, SFTConfig
+from training.models.bloom.table import shape as bloom
 
 MODELS = {"7b1": (bloom(30, 4096, 32, 250880, 1e-5), 256, (8, 32)), "176b": (bloom(70, 14336, 112, 250880, 1e-5), 512, (64, 128))}
 SITES = {"A100": "a100-hdr-infiniband", "H800": "h800-roce"}

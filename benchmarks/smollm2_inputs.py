@@ -16,11 +16,11 @@ from eval.jsonl import dump
 from launcher.config.sections import check_sections, layered, near, parse_set
 from launcher.config.stages import PIPELINES, PPO, full_tables
 from launcher.run.folder import Busy, lock, this_process
+from training.config.data import DataConfig
+from training.config.schema import ConfigError
 from training.data import formats
-from training.data.config import DataConfig
 from training.data.rows import Row
 from training.data.split import HeldOut
-from training.settings import ConfigError
 
 RECIPE = "smollm2-135m"
 OURS = {"data": "HH_FILE gives its rows, and what is held out of them is the study's", "model": "it is --model",

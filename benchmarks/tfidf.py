@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 import torch
 from learns_smollm2 import rows_of, smollm2_inputs
 
-from training.ranking import wilson
+from training.trainer.reward_metrics import wilson
 
 Pair = tuple[str, str]
 """The better reply and the other."""

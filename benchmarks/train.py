@@ -35,13 +35,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
 from launcher.estimates import memory
-from training import parallel, sft
-from training.config import Paths, SFTConfig
-from training.families.bloom import shape as bloom
-from training.model import vocabulary
-from training.model.heads import next_token_logprobs
-from training.shape import Shape
-from training.step import Batch, Learner, Objective, build_model, evaluate
+from training import sft
+from training.config.shape import Shape
+from training.config.trainers import Paths, SFTConfig
+from training.distributed import groups
+from training.models import chunked_logprobs
+from training.models.bloom.table import shape as bloom
+from training.models.heads import next_token_logprobs
+from training.trainer.step import Batch, Learner, Objective, build_model, evaluate
 
 CUDA = torch.cuda.is_available()
 SHAPES = {"560m": bloom(24, 1024, 16, 250880, 1e-5), "1b7": bloom(24, 2048, 16, 250880, 1e-5),
@@ -131,7 +132,7 @@ def rows_of(name: str, packed: bool) -> Batch:
 
 def our_model(name: str, config: SFTConfig, head: str = "lm"):
     model = build_model(SHAPES[name], config, head)
-    generator = torch.Generator(device=parallel.device()).manual_seed(1)
+    generator = torch.Generator(device=groups.device()).manual_seed(1)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             parameter.normal_(0, 0.02, generator=generator) if parameter.dim() > 1 else parameter.fill_(float(key.endswith("weight")))
@@ -182,7 +183,7 @@ def theirs(name: str) -> dict:
     clean()
     shape, rows = SHAPES[name], ROWS[name][1]
     config = BloomConfig(vocab_size=shape.vocab, hidden_size=shape.hidden, n_layer=shape.layers, n_head=shape.heads, use_cache=False)
-    with torch.device(parallel.device()):
+    with torch.device(groups.device()):
         torch.set_default_dtype(torch.bfloat16 if CUDA else torch.float32)
         model = BloomForCausalLM._from_config(config, attn_implementation="eager")
         torch.set_default_dtype(torch.float32)
@@ -194,7 +195,7 @@ def theirs(name: str) -> dict:
 
     def step():
         total = 0.0
-        for part in tokens.to(parallel.device()).split(rows):
+        for part in tokens.to(groups.device()).split(rows):
             loss = model(input_ids=part, labels=part).loss * part.size(0) / tokens.size(0)
             loss.backward()
             total += loss.detach()
@@ -226,7 +227,7 @@ def forward(name: str, head: str) -> dict:
 def matrix_product() -> float:
     """FLOP/s of a large bf16 product of random numbers."""
     size = 8192 if CUDA else 256
-    left, right = (torch.randn(size, size, dtype=torch.bfloat16, device=parallel.device()) for _ in range(2))
+    left, right = (torch.randn(size, size, dtype=torch.bfloat16, device=groups.device()) for _ in range(2))
     return 2 * size**3 / timed(lambda: left @ right, 5, 20)
 
 
@@ -274,7 +275,7 @@ def one(name: str, parts: list[str]) -> None:
                                                         ("learner", "micro_batches", "objective")},
             "profile": lambda: profile(name, kept), "shapes": lambda: shapes(name, kept), "packed": lambda: ours(name, packed=True),
             "recompute": lambda: ours(name, recompute="full"), "theirs": lambda: theirs(name)}
-    with parallel.ranks(1, 1, 1):
+    with groups.ranks(1, 1, 1):
         for part in sorted(parts, key=["ours", "profile", "shapes", "packed", "forward", "theirs", "recompute"].index):
             if part not in ("ours", "profile", "shapes"):
                 kept.clear()
@@ -316,7 +317,7 @@ def main() -> int:
     models = ["small"] if asked.small else asked.models
     if asked.one:
         if asked.logits == "bf16":
-            vocabulary.product = lambda hidden, weight: hidden @ weight.t()
+            chunked_logprobs.product = lambda hidden, weight: hidden @ weight.t()
         one(models[0], asked.parts)
         return 0
     rows = []

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from conversion.tensors import Rows, Stored
+from training.config.schema import ConfigError
+from training.config.shape import Shape, family
 from training.data.tokenizer import Tokenizer
-from training.settings import ConfigError
-from training.shape import Shape, family
 
 
 def touched(shape: Shape) -> tuple[str, str, str]:

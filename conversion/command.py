@@ -9,32 +9,32 @@ import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 
-from training import last_words
-from training.checksums import Damaged
-from training.settings import ConfigError, load
+from training import error_report
+from training.checkpoint.checksums import Damaged
+from training.config.schema import ConfigError, load
 
 
 def main(kind, stage: Callable, parser: ArgumentParser, from_arguments: Callable[[Namespace], object]) -> int:
     """``stage(config)`` with the configuration of class ``kind`` from one .json argument, else from ``parser``'s arguments.
 
     Needs no process group. Returns 0, 75 (a stage that a signal stopped: it goes on where it was), or what
-    training.last_words says of an error; a bug's traceback is printed.
+    training.error_report says of an error; a bug's traceback is printed.
     """
     arguments = sys.argv[1:]
     try:
         is_config = len(arguments) == 1 and arguments[0].endswith(".json")
         if is_config:
             obey_signals()
-            last_words.versions()
+            error_report.versions()
         stage(load(kind, arguments[0]) if is_config else from_arguments(parser.parse_args(arguments)))
     except Stopped as stopped:
         print(f"{stopped}: what is written is kept, the same again goes on", flush=True)
         return os.EX_TEMPFAIL
     except (ConfigError, Damaged) as error:
-        return last_words.printed(error)
+        return error_report.printed(error)
     except OSError as error:
         print(f"error: {error}; what is written is kept: run the same again to go on", file=sys.stderr, flush=True)
-        return last_words.of(error)
+        return error_report.of(error)
     except SystemExit as stopped:  # argparse: it has said what is wrong, or shown its help
         return os.EX_USAGE if stopped.code else 0
     except KeyboardInterrupt:
@@ -42,7 +42,7 @@ def main(kind, stage: Callable, parser: ArgumentParser, from_arguments: Callable
         return 130
     except Exception as error:
         traceback.print_exc()
-        return last_words.of(error)
+        return error_report.of(error)
     return 0
 
 

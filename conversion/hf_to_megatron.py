@@ -14,13 +14,14 @@ from pathlib import Path
 from conversion import huggingface, torch_dist, work
 from conversion.command import main
 from conversion.config import ConvertConfig, ConvertPaths
-from training import checkpoint, hf_folder, tensor_files
+from training.checkpoint import format
+from training.config.schema import ConfigError
+from training.config.shape import Shape
 from training.data.tokenizer import Tokenizer
-from training.hf_folder import shown
-from training.metrics import Metrics
-from training.settings import ConfigError
-from training.shape import Shape
-from training.special_tokens import Said
+from training.files import hf_folder, tensor_files
+from training.files.hf_folder import shown
+from training.files.special_tokens import Said
+from training.metrics.metrics import Metrics
 
 
 def convert(config: ConvertConfig) -> None:
@@ -30,7 +31,7 @@ def convert(config: ConvertConfig) -> None:
     head, tensors = huggingface.read(config.paths.model, shape)
     check_tokenizer(Path(config.paths.model), shape.vocab)
     size = sum(tensor.nbytes for tensor in tensors.values())
-    target = checkpoint.folder(config.paths.output, 0)
+    target = format.folder(config.paths.output, 0)
     aside = target.with_name(f".{target.name}.converting")
     files = torch_dist.plan(tensors, shape, head)
     sizes = {name: sum(part.tensor.nbytes for part in parts) for name, parts in files.items()}
@@ -41,7 +42,7 @@ def convert(config: ConvertConfig) -> None:
         written = work.write_files(aside / "model", writers, sizes, "convert")
         torch_dist.finish(aside / "model", {name: file.record for name, file in written.items()}, tensors, shape, head)
         work.clean(aside / "model")
-        checkpoint.publish(config.paths.output, aside, 0, {f"model/{name}": file.sha256 for name, file in written.items()})
+        format.publish(config.paths.output, aside, 0, {f"model/{name}": file.sha256 for name, file in written.items()})
     metrics = Metrics(config.paths.output, total=len(tensors))
     metrics.log(len(tensors), ("gigabytes",), gigabytes=size / 1e9)
     metrics.close()

@@ -11,11 +11,11 @@ import torch
 
 from conversion.tensors import FLOATS, Rows, Stored, equal, mapped, view
 from conversion.weights import HEADS, check_names, embedding_name, entries, head_of, stored_name
-from training import tensor_files
-from training.hf_folder import shown
-from training.settings import ConfigError
-from training.shape import Shape, family
-from training.tensor_files import SAFETENSORS
+from training.config.schema import ConfigError
+from training.config.shape import Shape, family
+from training.files import tensor_files
+from training.files.hf_folder import shown
+from training.files.tensor_files import SAFETENSORS
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 """safetensors' names of the data types that weights may have."""

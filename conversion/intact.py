@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from threading import Lock
 
-from training import checksums
+from training.checkpoint import checksums
 
 
 class Intact:

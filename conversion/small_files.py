@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 
 from conversion import classifier
-from training import hf_folder
+from training.config.shape import Shape, family
 from training.data import trial
 from training.data.tokenizer import FILE, Tokenizer
-from training.files import open_regular
-from training.shape import Shape, family
-from training.special_tokens import Said
+from training.files import hf_folder
+from training.files.safe_files import open_regular
+from training.files.special_tokens import Said
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
              "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja")

@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 import torch
 
-from training.model.lora import merge
-from training.settings import ConfigError
+from training.config.schema import ConfigError
+from training.models.lora import merge
 
 with warnings.catch_warnings():  # torch says once that it can't know such a buffer to be read-only: nobody writes to ours
     warnings.simplefilter("ignore")
@@ -168,7 +168,7 @@ class Stored(Rows):
 
 @dataclass(frozen=True)
 class Merged(Stored):
-    """W + scale B A: a matrix with its low-rank adapters (training/model/lora.py), added as its rows are read."""
+    """W + scale B A: a matrix with its low-rank adapters (training/models/lora.py), added as its rows are read."""
 
     a: torch.Tensor
     b: torch.Tensor

@@ -29,9 +29,9 @@ from torch.distributed.checkpoint.metadata import (
 
 from conversion.tensors import Merged, Piece, Rows, Stored, mapped, raw, view
 from conversion.weights import Entry, entries
-from training import unpickle
-from training.settings import ConfigError
-from training.shape import OUTPUT, SCORE, Shape
+from training.checkpoint import safe_unpickle
+from training.config.schema import ConfigError
+from training.config.shape import OUTPUT, SCORE, Shape
 
 FILE_BYTES = 1 << 30
 """Tensors are dealt out to files of about this size, which are written in parallel."""
@@ -43,7 +43,7 @@ def metadata(folder: Path) -> Metadata:
     if not path.is_file():
         raise ConfigError(f"{folder} is no Megatron checkpoint: {path} is missing")
     with open(path, "rb") as file:
-        return unpickle.load(file)
+        return safe_unpickle.load(file)
 
 
 def head_in(folder: Path) -> str:
@@ -88,7 +88,7 @@ def read(folder: str | Path, shape: Shape, head: str) -> dict[str, Rows]:
 
 
 def adapters(entry: Entry) -> tuple[str, ...]:
-    """Keys of A, B and the scale that a layer's matrix may have beside it (training/model/lora.py)."""
+    """Keys of A, B and the scale that a layer's matrix may have beside it (training/models/lora.py)."""
     stem = entry.key.removesuffix(".weight")
     return () if entry.layer is None or stem == entry.key else tuple(f"{stem}.lora_{part}" for part in ("a", "b", "scale"))
 

@@ -23,13 +23,13 @@ from conversion.command import main
 from conversion.intact import Intact
 from conversion.megatron_to_hf import find_checkpoint
 from conversion.tensors import Rows, raw
-from training import checkpoint
-from training.checksums import Damaged
-from training.config import Paths, SFTConfig
-from training.parallel import device, ranks
-from training.settings import ConfigError
-from training.shape import Shape, family
-from training.step import build_model, evaluate
+from training.checkpoint import format
+from training.checkpoint.checksums import Damaged
+from training.config.schema import ConfigError
+from training.config.shape import Shape, family
+from training.config.trainers import Paths, SFTConfig
+from training.distributed.groups import device, ranks
+from training.trainer.step import build_model, evaluate
 
 ROWS, LENGTH, SEED = 2, 32, 0
 """The fixed batch: random tokens from a seeded generator."""
@@ -69,7 +69,7 @@ def difference(folder: Path, source: Path, shape: Shape, head: str, precision: s
     del reference
     trainer = SFTConfig(paths=Paths("", "", "", "", ""), precision=precision, micro_batch_size=ROWS, global_batch_size=ROWS)
     model = build_model(shape, trainer, "scalar" if head == "scalar" else "lm")
-    checkpoint.load_weights(source, model)
+    format.load_weights(source, model)
     kept = []
     evaluate(model, {"tokens": tokens}, ROWS, lambda output, micro: _keep(kept, output if head == "scalar" else output.logits()))
     ours = kept[0][:, -1:] + shape.score_bias * classifier.calibration(source) if head == "scalar" else kept[0][..., : shape.vocab]

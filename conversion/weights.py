@@ -1,4 +1,4 @@
-"""One table, read in both directions: which tensor of Hugging Face is which of megatron-core. Each family's is in training/families.
+"""One table, read in both directions: which tensor of Hugging Face is which of megatron-core. Each family's is in training/models/NAME/table.py.
 
 megatron-core stores one key for all layers, with the layer as a first axis. Where it fuses several of Hugging Face's tensors, their rows
 are woven group by group (conversion.tensors.Woven): query, key and value by key-value head, gate and up row by row, so that every
@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from conversion.tensors import Rows, Unwoven, Woven
-from training.hf_folder import shown
-from training.settings import ConfigError
-from training.shape import EMBEDDING, VOCABULARY, Shape, Weight, family
+from training.config.schema import ConfigError
+from training.config.shape import EMBEDDING, VOCABULARY, Shape, Weight, family
+from training.files.hf_folder import shown
 
 HEADS = {"untied": "lm_head.weight", "scalar": "score.weight"}
 """Kind of head -> Hugging Face's name of its matrix. A "tied" head is the embedding and has no tensor of its own."""

@@ -21,8 +21,8 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from training.checkpoint import sync
-from training.settings import ConfigError
+from training.checkpoint.format import sync
+from training.config.schema import ConfigError
 
 Count = Callable[[int], None]
 Writer = Callable[[BinaryIO, Count], object]

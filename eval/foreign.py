@@ -1,5 +1,5 @@
 """Files and texts that another program or person may have written: read within limits, shown without
-what would steer a terminal. The evaluation's gate; the launcher's is training/files.py."""
+what would steer a terminal. The evaluation's gate; the launcher's is training/files/safe_files.py."""
 
 from __future__ import annotations
 

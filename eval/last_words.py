@@ -1,4 +1,4 @@
-"""What an evaluation that fails leaves for the launcher, as training/last_words.py does: class and message."""
+"""What an evaluation that fails leaves for the launcher, as training/error_report.py does: class and message."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """How ranks find each other: RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, which the launcher or torchrun sets.
 
 They may also be left over in a shell, where nobody else comes. So what is impossible is refused, and the
-wait for the others has an end. It is training/rendezvous.py once more:
+wait for the others has an end. It is training/distributed/rendezvous.py once more:
 the evaluation imports nothing of ours.
 """
 

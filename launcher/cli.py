@@ -12,7 +12,7 @@ import click
 from launcher import completion
 from launcher.config.stages import FULL, NAMES, PIPELINES, PPO
 from launcher.status.terminal import say
-from training.settings import ConfigError
+from training.config.schema import ConfigError
 
 TARGETS = completion.Names([FULL, *NAMES])
 STAGE = completion.Names(NAMES)

@@ -20,8 +20,8 @@ from launcher.estimates import iteration_time, memory, step_time
 from launcher.run.folder import Run, Runs
 from launcher.slurm import commands
 from launcher.submit import create
-from training.config import RolloutConfig, SFTConfig
-from training.settings import ConfigError, Mistakes
+from training.config.schema import ConfigError, Mistakes
+from training.config.trainers import RolloutConfig, SFTConfig
 
 if TYPE_CHECKING:
     from launcher.submit.sweep import Sweep

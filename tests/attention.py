@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from training.model.attention import Documents, alibi_slopes
+from training.models.attention import Documents, alibi_slopes
 
 
 def reference(query, key, value, slopes, scale, ids):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from training.parallel import ranks
+from training.distributed.groups import ranks
 
 
 def _rank(rank: int, world: int, folder: str, layout: tuple[int, int], function, args) -> None:

@@ -21,9 +21,9 @@ from launcher.config.sections import RECIPES, build_plain, layered, read_recipe,
 from launcher.config.stages import PIPELINES, full_tables, stage_config
 from launcher.estimates import memory
 from launcher.slurm import sites
-from training import cpu
-from training.shape import Shape
-from training.step import build_model
+from training.config.shape import Shape
+from training.distributed import cpu_backend
+from training.trainer.step import build_model
 
 PUBLISHED = json.loads((Path(__file__).parent / "model_configs.json").read_text())
 TRAINERS = ("sft", "reward", "rlhf", "dpo", "grpo")
@@ -99,8 +99,8 @@ def test_a_layout_is_chosen_by_the_profile_s_nodes(tmp_path):
 def _shapes(connection, rank: int, world: int, shape: Shape, config) -> None:
     """Build ``rank``'s part on the meta device under a group of ``world`` ranks that never talk -> {key: whole tensor's shape}."""
     try:
-        cpu.CPU = torch.device("meta")  # megatron-core's devices are this module's answer
-        with cpu.mcore_on_cpu():
+        cpu_backend.CPU = torch.device("meta")  # megatron-core's devices are this module's answer
+        with cpu_backend.mcore_on_cpu():
             dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
             parallel_state.initialize_model_parallel(config.tensor_parallel, config.pipeline_parallel, create_gloo_process_groups=False)
             tensor_parallel.model_parallel_cuda_manual_seed(1)

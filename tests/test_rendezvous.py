@@ -13,8 +13,8 @@ from eval import children
 from eval import rendezvous as evaluation
 from eval.errors import SurroundingsError
 from tests.launcher.stub_project import ROOT, wait_until
-from training import rendezvous as training
-from training.settings import ConfigError
+from training.config.schema import ConfigError
+from training.distributed import rendezvous as training
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "CONVOY_ATTEMPT", "TORCHELASTIC_RUN_ID")
 BOTH = [(training, ConfigError, (datetime.timedelta(seconds=9),)), (evaluation, SurroundingsError, ())]

@@ -17,17 +17,19 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from training import checkpoint, checksums, losses, parallel
-from training.config import DPOConfig
+from training import losses
+from training.checkpoint import checksums, format
+from training.config.trainers import DPOConfig
 from training.data.batches import Sampler, comparison_example, padded_length, shard
 from training.data.cache import Tokenised
-from training.loop import Task
+from training.distributed import groups
 from training.main import run_stage
-from training.model.heads import Output, next_token_logprobs
-from training.ranking import judged
+from training.models.heads import Output, next_token_logprobs
 from training.reward import Comparison, collate_comparisons
-from training.start import Inputs, learn, length_multiple
-from training.step import Batch, Learner, Objective, evaluate, split
+from training.trainer.loop import Task
+from training.trainer.reward_metrics import judged
+from training.trainer.setup import Inputs, learn, length_multiple
+from training.trainer.step import Batch, Learner, Objective, evaluate, split
 
 HEADLINE = ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "heldout_accuracy", "heldout_margin", "grad_norm")
 
@@ -80,7 +82,7 @@ def objective(config: DPOConfig, replies: int) -> Objective:
 
 def evaluated(learner: Learner, data: Comparisons, indices: list[int]) -> tuple[Batch, torch.Tensor]:
     """This data-parallel rank's rows of the queries ``indices``, and log p of their replies (rows,), on every pipeline stage."""
-    batch, _ = data.batch(indices, indices[parallel.data_rank() :: parallel.data_ranks()] or indices[:1])
+    batch, _ = data.batch(indices, indices[groups.data_rank() :: groups.data_ranks()] or indices[:1])
     logprobs = evaluate(learner.wrapped, batch, data.config.micro_batch_size * data.replies,
                         lambda output, micro: next_token_logprobs(output, micro["tokens"], mask=micro["response_mask"]))
     return batch, logprobs.cpu().sum(1)
@@ -106,14 +108,14 @@ def ask_reference(learner: Learner, data: Comparisons) -> None:
     missing = sorted((index for index in seen if data.reference[index].isnan().any()), key=lambda index: (length(index), index))
     if not missing:
         return
-    found, ranks = torch.zeros_like(data.reference[missing]), parallel.data_ranks()
+    found, ranks = torch.zeros_like(data.reference[missing]), groups.data_ranks()
     for first in range(0, len(missing), config.global_batch_size):
         indices = missing[first : first + config.global_batch_size]
-        places = range(first + parallel.data_rank(), first + len(indices), ranks)
+        places = range(first + groups.data_rank(), first + len(indices), ranks)
         _, logprobs = evaluated(learner, data, indices)
         found[list(places)] = logprobs.view(-1, data.replies)[: len(places)]
-    data.reference[missing] = parallel.sum_over_data(found.to(parallel.device())).cpu()
-    if parallel.is_main():
+    data.reference[missing] = groups.sum_over_data(found.to(groups.device())).cpu()
+    if groups.is_main():
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save({"made_from": made_from, "logprobs": data.reference}, path.with_suffix(".new"))
         checksums.sync(path.with_suffix(".new"))
@@ -123,7 +125,7 @@ def ask_reference(learner: Learner, data: Comparisons) -> None:
 
 def identity(data: Comparisons) -> str:
     """What ``reference.pt`` depends on: the SFT checkpoint's bytes, the rows (their caches' names are hashes) and how they are cut."""
-    listed = checksums.read(checkpoint.resolve(data.config.paths.init))
+    listed = checksums.read(format.resolve(data.config.paths.init))
     caches = [rows.folder.name for rows in (data.inputs.rows, data.inputs.unseen)]
     config = data.config
     described = repr((sorted(listed.items()), caches, config.seq_length, config.precision, config.attention))
@@ -132,7 +134,7 @@ def identity(data: Comparisons) -> str:
 
 def read_reference(path: Path, made_from: str, unknown: torch.Tensor) -> torch.Tensor:
     """What the file holds, on every rank, if it was made from the same; else ``unknown``. Rank 0 reads: all must decide alike."""
-    if parallel.is_main() and path.exists():
+    if groups.is_main() and path.exists():
         held = torch.load(path, weights_only=True)
         unknown = held["logprobs"] if held["made_from"] == made_from else unknown
     dist.broadcast(unknown, 0)
@@ -144,11 +146,11 @@ def heldout(learner: Learner, data: Comparisons) -> dict[str, float]:
     replies are the reference's own. (mtbench measures KL(policy || reference), on replies that it samples.) A collective."""
     indices = list(range(data.trained, len(data.reference)))
     batch, logprobs = evaluated(learner, data, indices)
-    shown = slice(len(indices[parallel.data_rank() :: parallel.data_ranks()]))  # none where there are more ranks than queries
+    shown = slice(len(indices[groups.data_rank() :: groups.data_ranks()]))  # none where there are more ranks than queries
     ratio, scores, lengths = (values.view(-1, data.replies)[shown] for values in
                               (logprobs - batch["reference"], batch["scores"], batch["response_mask"].sum(1)))
     real = ~scores.isnan()
-    drift, count = parallel.sum_over_data(torch.stack((-ratio[real].double().sum(), real.double().sum())).to(parallel.device())).tolist()
+    drift, count = groups.sum_over_data(torch.stack((-ratio[real].double().sum(), real.double().sum())).to(groups.device())).tolist()
     return {**judged(data.config.beta * ratio, scores, lengths), "heldout_kl_from_reference": drift / count}
 
 
@@ -157,7 +159,7 @@ def task(config: DPOConfig, inputs: Inputs, learner: Learner) -> Task:
     ask_reference(learner, data)
 
     def micro_batches(indices: list[int]) -> tuple[list[Batch], dict[str, float]]:
-        batch, tokens = data.batch(indices, shard(indices, parallel.data_rank(), parallel.data_ranks()))
+        batch, tokens = data.batch(indices, shard(indices, groups.data_rank(), groups.data_ranks()))
         return split(batch, config.micro_batch_size * data.replies), {"tokens": tokens}
 
     return Task(objective(config, data.replies), micro_batches, lambda: heldout(learner, data), HEADLINE)

@@ -11,11 +11,11 @@ from __future__ import annotations
 import sys
 
 from training import losses, ppo
-from training.config import GRPOConfig
-from training.experience import Experience, Rollout, Scored, final_scores, report, sampled
+from training.config.trainers import GRPOConfig
 from training.main import run_stage
-from training.samples import Plan
-from training.step import Batch, Learner
+from training.rl.experience import Experience, Rollout, Scored, final_scores, report, sampled
+from training.rl.minibatches import Plan
+from training.trainer.step import Batch, Learner
 
 
 class GRPO(ppo.PPO):

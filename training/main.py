@@ -11,14 +11,15 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from training import clock, last_words, trackers
-from training.checksums import Damaged
-from training.config import TrainerConfig
+from training import error_report
+from training.checkpoint.checksums import Damaged
+from training.checkpoint.writer import SaveFailed
+from training.config.schema import ConfigError, load, usage
+from training.config.trainers import TrainerConfig
 from training.data.formats import DataError
-from training.gates import Unhealthy
-from training.parallel import EX_TEMPFAIL, NoRoom, Together, ignore_requests, ranks
-from training.saving import SaveFailed
-from training.settings import ConfigError, load, usage
+from training.distributed.groups import EX_TEMPFAIL, NoRoom, Together, ignore_requests, ranks
+from training.metrics import startup_timer, trackers
+from training.rl.health_gates import Unhealthy
 
 Config = TypeVar("Config")
 
@@ -32,15 +33,15 @@ def run_stage(kind: type[Config], stage: Callable[[Config], None]) -> int:
 
     Trainers run at their own layout, other stages on one rank. Returns the exit code: 0 done, 64 bad configuration,
     65 bad data or checkpoint, 73 a file can't be read or written, 74 full disk, 75 wants to go on from what is saved,
-    76 paused or stopped by a health gate, 1 any other error. An error leaves its class in training.last_words.
+    76 paused or stopped by a health gate, 1 any other error. An error leaves its class in training.error_report.
     """
     program = sys.modules["__main__"]
     ended = usage(sys.argv[1:], getattr(program.__spec__, "name", "MODULE"), "config.json", program.__doc__)
     if ended is not None:
         return ended
-    clock.mark("imports")
+    startup_timer.mark("imports")
     faulthandler.enable()  # a hung rank that gets an ABRT, and one that crashes in C, says where it is
-    last_words.versions()
+    error_report.versions()
     try:
         config = load(kind, sys.argv[1])
         if isinstance(config, TrainerConfig):
@@ -50,16 +51,16 @@ def run_stage(kind: type[Config], stage: Callable[[Config], None]) -> int:
         else:
             layout = ranks(1, 1, 0)
         with layout:
-            clock.mark("process groups")
+            startup_timer.mark("process groups")
             stage(config)
     except (ConfigError, Damaged, DataError) as error:
-        return _ended(last_words.printed(error))
+        return _ended(error_report.printed(error))
     except SaveFailed as error:
-        return last_words.printed(error, error.kind)
+        return error_report.printed(error, error.kind)
     except Unhealthy as error:
-        return last_words.printed(error, "health gate")
+        return error_report.printed(error, "health gate")
     except NoRoom as error:
-        last_words.printed(error, "")
+        error_report.printed(error, "")
         return EX_TEMPFAIL
     except Interrupted as stopped:
         ignore_requests()
@@ -67,7 +68,7 @@ def run_stage(kind: type[Config], stage: Callable[[Config], None]) -> int:
         return EX_TEMPFAIL
     except Exception as error:
         traceback.print_exc()
-        return _ended(last_words.of(error))
+        return _ended(error_report.of(error))
     except BaseException:
         if dist.is_initialized():
             traceback.print_exc()

@@ -16,25 +16,40 @@ from functools import partial
 
 import torch
 
-from training import calibration, checkpoint, invariants, losses, parallel, replies
-from training.config import PPOConfig, RolloutConfig
+from training import losses
+from training.checkpoint import format
+from training.config.schema import ConfigError
+from training.config.shape import Shape
+from training.config.trainers import PPOConfig, RolloutConfig
 from training.data.batches import Sampler, prompt_tokens
-from training.experience import Experience, Models, Rollout, Scored, experience, measured_value_bias, report, roll_out, score, state_values
-from training.gates import Gates
+from training.distributed import groups
 from training.generation.engine import Limits
-from training.generation.replicas import Replicas
 from training.generation.request import draws
-from training.loop import Boundary, at, resume
+from training.generation.rollout_workers import Replicas
 from training.main import run_stage
-from training.model.heads import Output, next_token_logprobs_and_entropy
-from training.model.language_model import LanguageModel
-from training.offload import Parked
-from training.phases import Phases
-from training.samples import Plan, epochs, plan
-from training.settings import ConfigError
-from training.shape import Shape
-from training.start import read_inputs
-from training.step import Batch, Learner, Objective, build_model, on_device
+from training.metrics.phase_timer import Phases
+from training.models.heads import Output, next_token_logprobs_and_entropy
+from training.models.language_model import LanguageModel
+from training.optim.offload import Parked
+from training.rl import invariants, reward_bias
+from training.rl.experience import (
+    Experience,
+    Models,
+    Rollout,
+    Scored,
+    experience,
+    measured_value_bias,
+    report,
+    roll_out,
+    score,
+    state_values,
+)
+from training.rl.health_gates import Gates
+from training.rl.minibatches import Plan, epochs, plan
+from training.trainer import sample_text
+from training.trainer.loop import Boundary, at, resume
+from training.trainer.setup import read_inputs
+from training.trainer.step import Batch, Learner, Objective, build_model, on_device
 
 HEADLINE = ("reward", "kl", "heldout_reward", "heldout_kl", "entropy", "eos_rate", "response_length", "clip_fraction",
             "explained_variance", "grad_norm")
@@ -85,12 +100,12 @@ def summary(steps: list[dict[str, float]]) -> dict[str, float]:
 def load_models(config: RolloutConfig, shape: Shape) -> Models:
     """Policy and reference from the SFT model; reward and, of PPO, value from the reward model. With adapters the reference is the
     policy; without a KL penalty there is none."""
-    sft = checkpoint.resolve(config.paths.init) / "model"
-    reward = checkpoint.resolve(config.paths.reward, config.paths.reward_iteration) / "model"
+    sft = format.resolve(config.paths.init) / "model"
+    reward = format.resolve(config.paths.reward, config.paths.reward_iteration) / "model"
 
     def make(head: str, source, settings: RolloutConfig) -> LanguageModel:
         model = build_model(shape, settings, head)
-        checkpoint.load_weights(source, model)
+        format.load_weights(source, model)
         return model
 
     def frozen(head: str, source) -> LanguageModel | Parked:
@@ -118,7 +133,7 @@ class PPO:
         limits = Limits(config.prompt_length + config.response_length, config.generation_batch_size, config.cache_share)
         self.replicas = Replicas(self.models.policy, self.shape, limits, self.tokenizer.eos_id, config.generation_tensor_parallel)
         self.kl_coef = config.kl_coef
-        self.reward_bias = calibration.stored(checkpoint.resolve(config.paths.reward, config.paths.reward_iteration))
+        self.reward_bias = reward_bias.stored(format.resolve(config.paths.reward, config.paths.reward_iteration))
         self.value_bias: float | None = None
         """Added to the value head's outputs; measured in the first iteration."""
         self.gates, self.proven = Gates(config), False
@@ -197,8 +212,8 @@ class PPO:
         A collective."""
         made = self.sample(list(range(len(self.unseen))), self.unseen, 0)
         rows = plan(self.config, self.shape, made.batch["lengths"].tolist(), len(self.unseen))
-        if self.config.keep_replies and parallel.is_main():
-            replies.keep(self.config.paths.output, iteration, made.batch, self.tokenizer)
+        if self.config.keep_replies and groups.is_main():
+            sample_text.keep(self.config.paths.output, iteration, made.batch, self.tokenizer)
         models = dataclasses.replace(self.models, value=None)  # nobody reads values here
         metrics = report(made, score(self.config, models, made.batch, rows), self.config, self.reward_bias)
         return {f"heldout_{name}": metrics[name] for name in ("reward", "kl", "kl_k3", "eos_rate") if name in metrics}
@@ -213,13 +228,13 @@ class PPO:
 
 def run(config: RolloutConfig, trainer: type[PPO] = PPO) -> None:
     """The stage, inside ``ranks``. Raises Interrupted after a signal, all saved."""
-    stop = parallel.StopRequest()
+    stop = groups.StopRequest()
     ppo = trainer(config)
     start, state = resume(config.paths.output, ppo.learners)
     if state:
         ppo.restore(state)
     if start >= config.iterations:
-        if parallel.is_main():
+        if groups.is_main():
             print(f"nothing left to do: iteration {start} of {config.iterations} is saved", flush=True)
         return
     boundary = Boundary(config, ppo.learners, (start, state), HEADLINE, stop)
@@ -227,12 +242,12 @@ def run(config: RolloutConfig, trainer: type[PPO] = PPO) -> None:
         with at(iteration):
             try:
                 values = ppo.iterate(iteration)
-            except parallel.NoRoom as error:
+            except groups.NoRoom as error:
                 if iteration > start + 1:
                     raise  # a new process goes on from what is saved
                 raise ConfigError(f"{error} (set generation_batch_size, response_length or offload)") from None
         warnings, pause = ppo.gates.judge(iteration, values)
-        for warning in warnings if parallel.is_main() else ():
+        for warning in warnings if groups.is_main() else ():
             print(f"warning: iteration {iteration}: {warning}", flush=True)
         boundary.end(iteration, values | {"gates_breached": len(warnings)}, partial(ppo.heldout, iteration), ppo.state, pause)
 

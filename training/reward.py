@@ -2,7 +2,7 @@
 
 The SFT model with a new scalar head, read at the last real token (the EOS), learns -log sigmoid(r_i - r_j) over each query's
 pairs, averaged over the query and then over queries (Ouyang et al. 2022). All replies of a query are in one forward pass. Every checkpoint
-holds the bias with which the SFT policy's own responses score 0 on average (training/calibration.py).
+holds the bias with which the SFT policy's own responses score 0 on average (training/rl/reward_bias.py).
 """
 
 from __future__ import annotations
@@ -13,17 +13,18 @@ from functools import partial
 
 import torch
 
-from training import calibration, parallel
-from training.config import RewardConfig
+from training.config.shape import Shape
+from training.config.trainers import RewardConfig
 from training.data.batches import Example, collate, comparison_example, padded_length, shard
 from training.data.packing import collate_packed, lay_out
-from training.loop import Task
+from training.distributed import groups
 from training.losses import pairwise_loss
 from training.main import run_stage
-from training.ranking import judged
-from training.shape import Shape
-from training.start import Inputs, learn, length_multiple, limits
-from training.step import Batch, Learner, Objective, split
+from training.rl import reward_bias
+from training.trainer.loop import Task
+from training.trainer.reward_metrics import judged
+from training.trainer.setup import Inputs, learn, length_multiple, limits
+from training.trainer.step import Batch, Learner, Objective, split
 
 HEADLINE = ("loss", "accuracy", "margin", "heldout_accuracy", "shorter_wins", "reward_bias", "packing_efficiency", "grad_norm")
 Comparison = list[tuple[Example, float]]
@@ -69,7 +70,7 @@ def global_batch(config: RewardConfig, shape: Shape, comparisons: list[Compariso
                  pad_id: int) -> tuple[list[Batch], dict[str, float]]:
     """A global batch -> this data-parallel rank's micro-batches, and what the log says of it. Packed, a row holds whole queries: those of
     one with long replies may be longer than seq_length. No micro-batch has more tokens than unpacked rows of full length."""
-    ranks, rank = parallel.data_ranks(), parallel.data_rank()
+    ranks, rank = groups.data_ranks(), groups.data_rank()
     lengths = [sum(len(example.tokens) for example, _ in group) for group in comparisons]
     if config.packing:
         capacity = max(config.seq_length, *lengths)
@@ -87,20 +88,20 @@ def global_batch(config: RewardConfig, shape: Shape, comparisons: list[Compariso
 
 def heldout(config: RewardConfig, learner: Learner, comparisons: list[Comparison], replies: int, pad_id: int) -> dict[str, float]:
     """``judged`` on all held-out pairs. A collective."""
-    mine = comparisons[parallel.data_rank() :: parallel.data_ranks()]
+    mine = comparisons[groups.data_rank() :: groups.data_ranks()]
     if not mine:
         return judged(*torch.zeros(3, 0, replies))
     real = torch.tensor([[reply < len(group) for reply in range(replies)] for group in mine])
     told = [(example, score) for group in mine for example, score in group]
     rewards, scores, lengths = torch.zeros(real.shape), torch.full(real.shape, math.nan, dtype=torch.double), torch.zeros(real.shape)
-    rewards[real] = calibration.rewards(config, learner, [example for example, _ in told], pad_id)
+    rewards[real] = reward_bias.rewards(config, learner, [example for example, _ in told], pad_id)
     scores[real] = torch.tensor([score for _, score in told], dtype=torch.double)
     lengths[real] = torch.tensor([float(len(example.tokens) - example.response_start) for example, _ in told])
     return judged(rewards, scores, lengths)
 
 
 def task(config: RewardConfig, inputs: Inputs, learner: Learner) -> Task:
-    rows, tokenizer, responses = inputs.rows, inputs.tokenizer, calibration.read(config)
+    rows, tokenizer, responses = inputs.rows, inputs.tokenizer, reward_bias.read(config)
     unseen = [comparison_example(row, tokenizer, config.seq_length) for row in inputs.unseen]
     replies = max(rows.most_replies, inputs.unseen.most_replies)
 
@@ -109,7 +110,7 @@ def task(config: RewardConfig, inputs: Inputs, learner: Learner) -> Task:
         return global_batch(config, inputs.shape, comparisons, replies, tokenizer.pad_id)
 
     def bias() -> dict[str, float]:
-        return {"reward_bias": calibration.bias(config, learner, responses, tokenizer.eos_id, tokenizer.pad_id)}
+        return {"reward_bias": reward_bias.bias(config, learner, responses, tokenizer.eos_id, tokenizer.pad_id)}
 
     objective = Objective(("loss", "accuracy", "margin"), partial(compute, replies))
     return Task(objective, micro_batches, lambda: heldout(config, learner, unseen, replies, tokenizer.pad_id) | bias(),
@@ -118,7 +119,7 @@ def task(config: RewardConfig, inputs: Inputs, learner: Learner) -> Task:
 
 def run(config: RewardConfig) -> None:
     """The stage, inside ``ranks``."""
-    learn(config, "reward", "scalar", task, calibration.answer)
+    learn(config, "reward", "scalar", task, reward_bias.answer)
 
 
 if __name__ == "__main__":

@@ -12,18 +12,19 @@ import sys
 
 import torch
 
-from training import parallel, replies
-from training.config import SFTConfig
+from training.config.shape import Shape
+from training.config.trainers import SFTConfig
 from training.data.batches import Example, collate, padded_length, prompt_tokens, sft_example, shard
 from training.data.packing import collate_packed, lay_out
-from training.early import EarlyStop
-from training.generation.replicas import Replicas
-from training.loop import Task
+from training.distributed import groups
+from training.generation.rollout_workers import Replicas
 from training.main import run_stage
-from training.model.heads import Output, next_token_logprobs, next_token_nll
-from training.shape import Shape
-from training.start import Inputs, learn, length_multiple, limits, packed
-from training.step import Batch, Learner, Objective, evaluate, split
+from training.models.heads import Output, next_token_logprobs, next_token_nll
+from training.trainer import sample_text
+from training.trainer.early_stopping import EarlyStop
+from training.trainer.loop import Task
+from training.trainer.setup import Inputs, learn, length_multiple, limits, packed
+from training.trainer.step import Batch, Learner, Objective, evaluate, split
 
 
 def compute(output: Output, batch: Batch):
@@ -35,21 +36,21 @@ def compute(output: Output, batch: Batch):
 def global_batch(config: SFTConfig, shape: Shape, examples: list[Example], pad_id: int) -> tuple[list[Batch], dict[str, float]]:
     """A global batch -> this data-parallel rank's micro-batches, and what the log says of it: "tokens", examples' without padding, and
     "packing_efficiency", their part of all that is computed."""
-    ranks, lengths = parallel.data_ranks(), [len(example.tokens) for example in examples]
+    ranks, lengths = groups.data_ranks(), [len(example.tokens) for example in examples]
     layout = lay_out(lengths, limits(config, shape)) if config.packing else None
     if layout and len(layout.rows) < len(examples):
         rows, length, size = layout
-        batch = collate_packed([[examples[index] for index in row] for row in shard(rows, parallel.data_rank(), ranks)], pad_id, length)
+        batch = collate_packed([[examples[index] for index in row] for row in shard(rows, groups.data_rank(), ranks)], pad_id, length)
     else:
         rows, length, size = examples, padded_length(lengths, length_multiple(config)), config.micro_batch_size
-        batch = collate(shard(examples, parallel.data_rank(), ranks), pad_id, length)
+        batch = collate(shard(examples, groups.data_rank(), ranks), pad_id, length)
     said = {"tokens": sum(lengths), "packing_efficiency": sum(lengths) / (len(rows) * length)}
     return split(batch, size), said
 
 
 def heldout(config: SFTConfig, learner: Learner, examples: list[Example], pad_id: int) -> dict[str, float]:
     """Loss per response token (nats), perplexity and, as the floor to beat, the tokens' unigram entropy (nats)."""
-    mine = examples[parallel.data_rank() :: parallel.data_ranks()]
+    mine = examples[groups.data_rank() :: groups.data_ranks()]
     sums = torch.zeros(2, dtype=torch.double)
     if mine:
         batch = packed(config, mine, pad_id)[0] if config.packing else collate(
@@ -57,7 +58,7 @@ def heldout(config: SFTConfig, learner: Learner, examples: list[Example], pad_id
         logprobs = evaluate(learner.wrapped, batch, config.micro_batch_size,
                             lambda output, micro: next_token_logprobs(output, micro["tokens"], mask=micro["response_mask"]))
         sums = torch.stack((-(logprobs.cpu() * batch["response_mask"]).sum(), batch["response_mask"].sum())).double()
-    loss, count = parallel.sum_over_data(sums.to(parallel.device())).tolist()
+    loss, count = groups.sum_over_data(sums.to(groups.device())).tolist()
     tokens = torch.cat([torch.tensor(example.tokens[example.response_start :]) for example in examples])
     frequency = tokens.bincount().double() / len(tokens)
     entropy = -(frequency[frequency > 0] * frequency[frequency > 0].log()).sum().item()
@@ -78,24 +79,24 @@ def task(config: SFTConfig, inputs: Inputs, learner: Learner) -> Task:
                 samples=samples(config, inputs, learner) if config.sample_every else None)
 
 
-def samples(config: SFTConfig, inputs: Inputs, learner: Learner) -> replies.Samples:
+def samples(config: SFTConfig, inputs: Inputs, learner: Learner) -> sample_text.Samples:
     """Greedy replies to the first held-out prompts. A collective."""
     steps, tokenizer = min(config.sample_length, config.seq_length // 2), inputs.tokenizer
     count = min(config.sample_prompts, len(inputs.unseen))
     prompts = [prompt_tokens(inputs.unseen[index], config.seq_length - steps) for index in range(count)]
-    replicas = Replicas(learner.model, inputs.shape, replies.limits(config.seq_length), tokenizer.eos_id)
+    replicas = Replicas(learner.model, inputs.shape, sample_text.limits(config.seq_length), tokenizer.eos_id)
 
     def say() -> list[tuple[str, str]]:
         try:
-            answers = replies.replies(replicas, prompts, steps)
-        except parallel.NoRoom as error:  # on all ranks; the sample is for people to read, the stage goes on without
-            if parallel.is_main():
+            answers = sample_text.replies(replicas, prompts, steps)
+        except groups.NoRoom as error:  # on all ranks; the sample is for people to read, the stage goes on without
+            if groups.is_main():
                 print(f"warning: no sample replies: {error}", flush=True)
             return []
         texts = [tokenizer.decode(answer) + ("" if answer[-1] == tokenizer.eos_id else "...") for answer in answers]
         return list(zip(map(tokenizer.decode, prompts), texts, strict=True))
 
-    return replies.Samples(config.sample_every, say)
+    return sample_text.Samples(config.sample_every, say)
 
 
 def run(config: SFTConfig) -> None:

@@ -15,11 +15,11 @@ from pathlib import Path
 
 from launcher import run_module
 from launcher.config import environment
-from training.checksums import touched
-from training.data.config import DataConfig, ModelConfig
-from training.hf_folder import read_text
-from training.settings import ConfigError
-from training.shape import Shape
+from training.checkpoint.checksums import touched
+from training.config.data import DataConfig, ModelConfig
+from training.config.schema import ConfigError
+from training.config.shape import Shape
+from training.files.hf_folder import read_text
 
 TOKENIZER = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
              "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja")

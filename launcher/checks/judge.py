@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from eval.config import MTBenchConfig
 from launcher.config import key_file
 from launcher.config.profile import Profile
-from training.settings import ConfigError
+from training.config.schema import ConfigError
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 

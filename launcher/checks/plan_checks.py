@@ -11,12 +11,12 @@ from launcher.config.sections import Profile, StageResources, build_plain
 from launcher.config.stages import Graph, Stage, model_folder, stage_config
 from launcher.estimates import hours, memory
 from launcher.slurm import container, sites
-from training.config import RewardConfig, RolloutConfig
-from training.data.config import ModelConfig
-from training.hf_folder import file
-from training.settings import ConfigError, Mistakes
-from training.shape import Shape, check_language_model
-from training.special_tokens import Said
+from training.config.data import ModelConfig
+from training.config.schema import ConfigError, Mistakes
+from training.config.shape import Shape, check_language_model
+from training.config.trainers import RewardConfig, RolloutConfig
+from training.files.hf_folder import file
+from training.files.special_tokens import Said
 
 MOST_LAYERS = 1000
 

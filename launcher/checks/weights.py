@@ -11,10 +11,10 @@ import zipfile
 from itertools import islice
 from pathlib import Path
 
-from training.hf_folder import AGAIN, shown
-from training.settings import ConfigError
-from training.shape import EMBEDDING, Shape, family
-from training.tensor_files import Tensor, Weights, find, read_header
+from training.config.schema import ConfigError
+from training.config.shape import EMBEDDING, Shape, family
+from training.files.hf_folder import AGAIN, shown
+from training.files.tensor_files import Tensor, Weights, find, read_header
 
 FLOATS = ("BF16", "F16", "F32")
 COMPARED = 2**20

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 
 from eval.addresses import secret
-from training.settings import ConfigError
+from training.config.schema import ConfigError
 
 _KEYS_OF_ADDRESSES = re.compile(r"(^|_)(url|uri|address|endpoint)$|^mlflow$", re.IGNORECASE)
 INSTEAD = {

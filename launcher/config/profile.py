@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from launcher.config.addresses import refuse_secrets
 from launcher.config.environment import fixed
-from training.settings import build
+from training.config.schema import build
 
 RUNTIMES = ("none", "pyxis", "apptainer")
 GPU_OPTIONS = ("gpus-per-node", "gres", "none")

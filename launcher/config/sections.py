@@ -19,9 +19,9 @@ from conversion.config import ConvertConfig, ExportConfig
 from eval.config import MTBenchConfig
 from launcher.config.addresses import refuse_secrets
 from launcher.config.profile import Profile
-from training.config import DPOConfig, GRPOConfig, PPOConfig, RewardConfig, SFTConfig
-from training.data.config import DataConfig, ModelConfig
-from training.settings import ConfigError, Mistakes, at_least, build
+from training.config.data import DataConfig, ModelConfig
+from training.config.schema import ConfigError, Mistakes, at_least, build
+from training.config.trainers import DPOConfig, GRPOConfig, PPOConfig, RewardConfig, SFTConfig
 
 if sys.version_info >= (3, 11):
     import tomllib

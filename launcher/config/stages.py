@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.config.sections import SECTIONS, build_plain
-from training.data.config import PrepareConfig
-from training.settings import ConfigError, Mistakes, build
+from training.config.data import PrepareConfig
+from training.config.schema import ConfigError, Mistakes, build
 
 FULL, PPO = "full-pipeline", "ppo"
 

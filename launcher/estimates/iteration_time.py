@@ -4,7 +4,7 @@ Assumptions beside scaling.py's:
 
 * within 10% phase by phase of what PPO of 7b1 + 7b1 took on one H200, of 7b1 + 7b1 and 1b7 + 1b7 on two H100, and of 1b7 + 1b7 at
   TP 2 x PP 2 on four (which LAUNCH_S's forward share was taken from).
-* samples are as long as prompt_length + response_length allow; packed ones are divided as training/pace.py's ``micro_batches`` does.
+* samples are as long as prompt_length + response_length allow; packed ones are divided as training/config/cost.py's ``micro_batches`` does.
 * scoring: a forward pass of policy, reference (unless kl_coef is 0), reward and, of PPO, value model, one after the
   other, each over all samples as one run of the pipeline. Updates: a step of each trained model a minibatch, as in SFT. With
   offload = "all" optimizers also change places there; what else is offloaded moves beside the scoring.
@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from launcher.config.profile import Machine, Profile
 from launcher.config.sections import Resources
 from launcher.estimates import memory, step_time
-from training.config import PPOConfig, RolloutConfig
-from training.pace import MORE_ROWS, flops_per_token, group, launched_tokens, micro_batches, utilisation
-from training.shape import Shape
+from training.config.cost import MORE_ROWS, flops_per_token, group, launched_tokens, micro_batches, utilisation
+from training.config.shape import Shape
+from training.config.trainers import PPOConfig, RolloutConfig
 
 DECODE = 0.87
 """Share of the memory's rate (datasheet) that attention of a decode step reads at: 1b7 and 7b1 on one H100 and one H200."""

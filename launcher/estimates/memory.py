@@ -12,8 +12,8 @@ The formula, in bytes; P = parameters of this rank, T = tokens of a micro-batch,
   Selective recompute keeps half of the feed-forward part's; full keeps 2 T h a layer, and one layer's activations at a time. The
   first pipeline stage keeps those of min(p, micro-batches) at once.
 * attention "sdpa" with ALiBi or packed rows: a bias of all pairs, heads / t x length^2 numbers, and of packed rows one more a row.
-* the language model's head: the fp32 logits of a chunk of tokens (training.shape.CHUNK_LOGITS).
-  Log-probabilities and entropies of all other tokens are numbers (training.model.heads).
+* the language model's head: the fp32 logits of a chunk of tokens (training.config.shape.CHUNK_LOGITS).
+  Log-probabilities and entropies of all other tokens are numbers (training.models.heads).
 * offload = "frozen": of the frozen models one at a time. offload = "all": beside the trained models' weights the worst of one model's
   update (its gradients and optimizer among it), both optimizers (one goes while the other comes; a save), a scoring pass, and the
   rollout. What waits in host memory has its place there all the time.
@@ -32,9 +32,9 @@ from dataclasses import dataclass
 
 from eval.config import MTBenchConfig
 from launcher.config.sections import Profile, Resources
-from training.config import PPOConfig, RewardConfig, RolloutConfig, SFTConfig, TrainerConfig
-from training.settings import ConfigError
-from training.shape import CHUNK_LOGITS, Shape
+from training.config.schema import ConfigError
+from training.config.shape import CHUNK_LOGITS, Shape
+from training.config.trainers import PPOConfig, RewardConfig, RolloutConfig, SFTConfig, TrainerConfig
 
 GB = 1e9
 OUTSIDE_GB = 2.5
@@ -44,7 +44,7 @@ FITS = 0.9
 LEAST_ROWS, PREFILL_TOKENS = 8, 8192
 """Of a rollout: rows whose cache must fit (fewer would be slow), and training.generation.engine.Limits.prefill_tokens."""
 OPTIMIZER = {("bf16", "fp32"): 12, ("bf16", "bf16"): 6, ("fp32", "fp32"): 8}
-"""Bytes a parameter, by precision and optimizer_precision: fp32 weights and both moments; training.adamw's; moments alone."""
+"""Bytes a parameter, by precision and optimizer_precision: fp32 weights and both moments; training.optim.adamw's; moments alone."""
 REPLIES = 2
 """Replies to a query that reward and dpo are reckoned with; their rows are micro_batch_size x this."""
 

@@ -3,9 +3,9 @@
 Assumptions, all of them:
 
 * forward and backward of a layer and of the head run at the share of the GPU's peak that was measured on one H200 for that hidden size
-  (training/pace.py; optimizer taken off; sizes between are interpolated). The same share on other GPUs, and for the narrower matrices of
+  (training/config/cost.py; optimizer taken off; sizes between are interpolated). The same share on other GPUs, and for the narrower matrices of
   tensor parallelism: optimistic for t > 4. Full recompute: a third more.
-* the host launches a layer's kernels and messages no faster than training/pace.py's LAUNCH_S: small micro-batches wait for it.
+* the host launches a layer's kernels and messages no faster than training/config/cost.py's LAUNCH_S: small micro-batches wait for it.
 * tensor parallelism: per layer and micro-batch two all-reduces forward and two backward (Shoeybi et al. 2019) of 2 T h bytes, as a ring:
   2 (t - 1) / t of them through the links inside a node at RING, hidden behind nothing. With full recompute two more.
 * pipeline: the slowest stage's time x (m + (p - 1) / v) for m micro-batches (Narayanan et al. 2021), and two messages of 2 T h bytes a
@@ -24,10 +24,10 @@ from dataclasses import dataclass
 from launcher.config.profile import Machine, Profile
 from launcher.config.sections import Resources
 from launcher.estimates import memory
-from training.config import SFTConfig, TrainerConfig
-from training.pace import FORWARD, LAUNCH_S, flops_per_token, utilisation
-from training.settings import ConfigError
-from training.shape import Shape
+from training.config.cost import FORWARD, LAUNCH_S, flops_per_token, utilisation
+from training.config.schema import ConfigError
+from training.config.shape import Shape
+from training.config.trainers import SFTConfig, TrainerConfig
 
 LINKS, MEMORY = 0.8e9, 0.85e9
 """Bytes a second of each GB/s of the datasheets."""

@@ -1,6 +1,6 @@
 """Preflight in the allocation: which of its nodes are fit for the ranks. Seconds; a bad node is named, left out, or excluded.
 
-``launcher.job.node_check`` runs on each node (shared folder, clock, disk, network, driver), then, where ranks use GPUs, ``training.health``
+``launcher.job.node_check`` runs on each node (shared folder, clock, disk, network, driver), then, where ranks use GPUs, ``training.distributed.gpu_check``
 on each GPU (memory, matrix product, all-reduce within the node and over all).
 """
 
@@ -217,8 +217,8 @@ def step(command: list[str], nodes: list[str], tasks: int, variables: dict[str, 
 
 def check_gpus(profile: Profile, nodes: list[str], gpus: int, variables: dict[str, str],
                log: Log) -> tuple[dict[str, str], str]:
-    """Run training.health on every GPU -> (bad nodes and why, what is wrong between nodes that are good by themselves)."""
-    command = container.inside(profile, run_module.command("training.health", options=("-u",)))
+    """Run training.distributed.gpu_check on every GPU -> (bad nodes and why, what is wrong between nodes that are good by themselves)."""
+    command = container.inside(profile, run_module.command("training.distributed.gpu_check", options=("-u",)))
     seconds, options = 2 * profile.preflight_s, tuple(container.srun_options(profile, variables))
     wrapped = ["bash", "-c", 'export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID '
                              'LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE NODE=$SLURMD_NODENAME; exec "$@"', "rank", *command]
@@ -238,7 +238,7 @@ def check_gpus(profile: Profile, nodes: list[str], gpus: int, variables: dict[st
 
 
 def judge_gpus(rows: list[dict], nodes: list[str], gpus: int, seconds: int) -> tuple[dict[str, str], str]:
-    """Rows of training.health -> (bad nodes and why, trouble that shows only between nodes)."""
+    """Rows of training.distributed.gpu_check -> (bad nodes and why, trouble that shows only between nodes)."""
     bad: dict[str, str] = {}
     for row in rows:
         if row["check"] != "all" and row["bad"] and row["node"] not in bad:

@@ -25,7 +25,7 @@ from launcher.job import endings, outcome
 from launcher.job.endings import SAVED, Ended, Said
 from launcher.run.folder import write_json
 from launcher.slurm import commands, container
-from training.files import Unfit, read_table
+from training.files.safe_files import Unfit, read_table
 
 LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1

@@ -32,8 +32,8 @@ from launcher.run import checkpoints, manifest
 from launcher.run.folder import Busy, Run, lock, this_process, write_text
 from launcher.run.manifest import Refused
 from launcher.slurm import commands, network
-from training.settings import ConfigError, load, usage
-from training.shape import Shape
+from training.config.schema import ConfigError, load, usage
+from training.config.shape import Shape
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 RESERVE_BYTES = 256 * 1024

@@ -1,11 +1,11 @@
-"""Is a checkpoint still what its ranks saved? Asked with the checksums that it carries (training/checksums.py)."""
+"""Is a checkpoint still what its ranks saved? Asked with the checksums that it carries (training/checkpoint/checksums.py)."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from launcher.run.folder import Run, iteration_folder
-from training.checksums import NAME, Damaged, check
+from training.checkpoint.checksums import NAME, Damaged, check
 
 
 def damage(folder: Path) -> str:

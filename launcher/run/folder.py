@@ -16,8 +16,8 @@ from pathlib import Path
 from launcher.config.sections import Profile
 from launcher.config.stages import PIPELINES, PPO, Graph, Stage, sections
 from launcher.run import records
-from training.files import Unfit, read_bytes, read_json, read_table, read_text
-from training.settings import ConfigError, build
+from training.config.schema import ConfigError, build
+from training.files.safe_files import Unfit, read_bytes, read_json, read_table, read_text
 
 SUMMARY = "summary.json"
 """In a run's folder data: what was dropped and cut of its rows."""

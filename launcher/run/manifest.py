@@ -17,8 +17,8 @@ from pathlib import Path
 from launcher.config.stages import Stage, remaining
 from launcher.run import records
 from launcher.run.folder import Run, hash_of, iteration_folder, write_json
-from training.checksums import NAME, Damaged, check, digests, touched
-from training.files import Unfit, read_table, within
+from training.checkpoint.checksums import NAME, Damaged, check, digests, touched
+from training.files.safe_files import Unfit, read_table, within
 
 
 class Refused(RuntimeError):
@@ -68,7 +68,7 @@ def _sums(stage: Stage, outputs: list[Path]) -> dict[Path, str]:
 
 
 def _chosen(run: Run, stage: Stage, wanted: int | None) -> dict | None:
-    """What a trainer with early stop said when it ended (training/early.py): patience had run out, or all iterations were run, and an
+    """What a trainer with early stop said when it ended (training/trainer/early_stopping.py): patience had run out, or all iterations were run, and an
     earlier checkpoint than the last is the result. None where it said nothing, as one that died does."""
     path = run.stage(stage.name) / "chosen.json"
     if not stage.trainer or not path.exists():

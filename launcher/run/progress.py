@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from launcher.config.stages import Stage
 from launcher.run import records
 from launcher.run.folder import Run
-from training.files import Unfit, parse, read_tail
+from training.files.safe_files import Unfit, parse, read_tail
 
 TAIL_BYTES = 32_768
 RECENT = 50

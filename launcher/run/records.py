@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 
-from training.files import Unfit, parse
+from training.files.safe_files import Unfit, parse
 
 STATES = ("pending", "running", "requeued", "done", "failed", "cancelled", "stopped", "lost")
 """Of a stage, in its status.json."""

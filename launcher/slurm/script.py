@@ -12,7 +12,7 @@ from launcher.config.sections import Profile, Resources
 from launcher.config.stages import Stage
 from launcher.run.folder import Run
 from launcher.slurm import commands
-from training.settings import ConfigError
+from training.config.schema import ConfigError
 
 SETUP = ("set -euo pipefail",)
 EXPORT_CPUS = 'export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"  # since 22.05 srun gives each task one core unless told'

@@ -28,7 +28,7 @@ from launcher.run.folder import SWEEP, Busy, Run, elements
 from launcher.slurm import commands
 from launcher.slurm.polling import pauses
 from launcher.slurm.queue import ENDED
-from training.settings import usage
+from training.config.schema import usage
 
 LOCK_S = 60
 """Seconds that a command waits for another one on the same run to finish its submission."""

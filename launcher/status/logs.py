@@ -22,8 +22,8 @@ from launcher.slurm.polling import Queue
 from launcher.status import state
 from launcher.status.log_groups import TOGETHER_S, Group, Groups, Line, collapsed, ranges
 from launcher.status.terminal import plain
-from training.files import Unfit, open_regular, read_tail
-from training.settings import ConfigError
+from training.config.schema import ConfigError
+from training.files.safe_files import Unfit, open_regular, read_tail
 
 STAMPED = re.compile(r"(\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:\.\d+)?) (.*)", re.DOTALL)
 TAGGED = re.compile(r"\[([\w.-]+)\] ?(.*)", re.DOTALL)

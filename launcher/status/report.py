@@ -12,7 +12,7 @@ from launcher.config import environment
 from launcher.run.folder import Failed, Runs
 from launcher.status import state
 from launcher.status.terminal import say
-from training.settings import ConfigError
+from training.config.schema import ConfigError
 
 
 def make(paths: Sequence[Path], output: Path | None) -> Path:

@@ -17,8 +17,8 @@ from launcher.run.progress import Progress
 from launcher.slurm.polling import Queue
 from launcher.slurm.queue import Job
 from launcher.status.terminal import plain
-from training.files import Unfit, read_tail
-from training.settings import ConfigError
+from training.config.schema import ConfigError
+from training.files.safe_files import Unfit, read_tail
 
 SILENT_S = 120
 """A running trainer that logged nothing for so long, and for five iterations' time, is pointed out."""

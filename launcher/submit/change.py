@@ -13,7 +13,7 @@ from launcher.run import manifest
 from launcher.run.folder import Run, write_json
 from launcher.submit.create import write_stage_config
 from launcher.submit.rewind import descendants, has_work, renew_descendants, rewind
-from training.settings import ConfigError, build
+from training.config.schema import ConfigError, build
 
 
 @dataclass(frozen=True)

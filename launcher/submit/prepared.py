@@ -21,9 +21,9 @@ from launcher.config import environment
 from launcher.config.stages import Stage, prepare_config, stage_config
 from launcher.run.folder import SUMMARY, Failed, Run, hash_of, write_json, write_text
 from launcher.status import state
-from training.checksums import same
-from training.files import read_table, within
-from training.settings import ConfigError
+from training.checkpoint.checksums import same
+from training.config.schema import ConfigError
+from training.files.safe_files import read_table, within
 
 WEIGHTS = " of model.checkpoint"
 """In the name of an input that the weights are converted from."""

@@ -15,8 +15,8 @@ from pathlib import Path
 from launcher.config.stages import Graph, Stage, model_folder, stage_config
 from launcher.run import manifest
 from launcher.run.folder import Run, hash_of
-from training.checksums import digests
-from training.settings import ConfigError
+from training.checkpoint.checksums import digests
+from training.config.schema import ConfigError
 
 
 def candidates(source: Run, run: Path, tables: dict, graph: Graph) -> list[str]:

@@ -16,10 +16,10 @@ from conversion.config import ConvertConfig, ConvertPaths, ExportConfig, ExportP
 from conversion.hf_to_megatron import convert
 from conversion.megatron_to_hf import export
 from conversion.weights import entries, stored_name
-from training import checkpoint
-from training.config import Paths, SFTConfig
-from training.shape import Shape
-from training.step import build_model
+from training.checkpoint import format
+from training.config.shape import Shape
+from training.config.trainers import Paths, SFTConfig
+from training.trainer.step import build_model
 
 REWARD_BIAS = 2.25
 VALUE_BIAS = -1.25
@@ -64,7 +64,7 @@ def save_model(folder: Path, stage: str, head: str, bias: float, tensor: int, pi
     """Load folder/convert into the model that trains, set a scalar head's bias, and save it as iteration 1, a reward
     model's with REWARD_BIAS, PPO's with VALUE_BIAS. Inside ``ranks``."""
     model = build_model(Shape.read(folder / "hf"), trainer(tensor, pipeline), head)
-    checkpoint.load_weights(checkpoint.resolve(folder / "convert") / "model", model, fresh_head=5 if head == "scalar" else None)
+    format.load_weights(format.resolve(folder / "convert") / "model", model, fresh_head=5 if head == "scalar" else None)
     if head == "scalar" and model.post_process:
         with torch.no_grad():
             if model.score.linear.bias is not None:
@@ -80,5 +80,5 @@ def save_model(folder: Path, stage: str, head: str, bias: float, tensor: int, pi
     torch.distributed.barrier()
     if torch.distributed.get_rank() == 0:
         (folder / stage / "checkpoints").mkdir()
-        checkpoint.publish(folder / stage, aside, 1)
+        format.publish(folder / stage, aside, 1)
     torch.distributed.barrier()

@@ -13,10 +13,10 @@ from conversion import huggingface, torch_dist, work
 from tests.bloom import tiny_bloom
 from tests.conversion.folders import convert_to, export_from, sparse_bloom, write_tokenizer
 from tests.llama import tiny_llama
-from training.checksums import Damaged
-from training.families import bloom
-from training.settings import ConfigError
-from training.shape import Shape
+from training.checkpoint.checksums import Damaged
+from training.config.schema import ConfigError
+from training.config.shape import Shape
+from training.models.bloom import table as bloom
 
 
 class Evil:

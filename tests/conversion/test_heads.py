@@ -15,11 +15,11 @@ from tests.bloom import tiny_bloom
 from tests.conversion.folders import REWARD_BIAS, VALUE_BIAS, convert_to, export_from, save_model, trainer, write_tokenizer
 from tests.distributed import run
 from tests.llama import tiny_llama
-from training import checkpoint
+from training.checkpoint import format
+from training.config.schema import ConfigError
+from training.config.shape import Shape
 from training.reward import read_last
-from training.settings import ConfigError
-from training.shape import Shape
-from training.step import build_model, evaluate
+from training.trainer.step import build_model, evaluate
 
 VOCAB = 301
 
@@ -34,7 +34,7 @@ def untied_bloom(folder):
 
 def logits(folder, tokens, tensor, pipeline):
     model = build_model(Shape.read(folder / "hf"), trainer(tensor, pipeline), "lm")
-    checkpoint.load_weights(checkpoint.resolve(folder / "convert") / "model", model)
+    format.load_weights(format.resolve(folder / "convert") / "model", model)
     kept = []
 
     def read(output, micro):
@@ -71,7 +71,7 @@ def test_a_head_of_its_own_in_a_model_called_tied_is_refused(tmp_path):
 
 def scores(folder, batch, source):
     model = build_model(Shape.read(folder / "hf"), trainer(), "scalar")
-    checkpoint.load_weights(source, model)
+    format.load_weights(source, model)
     return read_last(evaluate(model, batch, 2, lambda values, micro: values), batch)
 
 
@@ -96,7 +96,7 @@ def test_a_scalar_head_scores_equally_as_a_sequence_classifier(tmp_path, make, d
     assert not loading["missing_keys"] and not loading["unexpected_keys"]
     with torch.no_grad():
         found = theirs(tokens).logits.squeeze(-1)
-    ours = run(scores, 1, 1, 1, tmp_path, {"tokens": tokens, "lengths": lengths}, checkpoint.resolve(tmp_path / stage) / inner)[0]
+    ours = run(scores, 1, 1, 1, tmp_path, {"tokens": tokens, "lengths": lengths}, format.resolve(tmp_path / stage) / inner)[0]
     if make is tiny_bloom:  # Llama's classifier can't hold what is to be added: the SFT policy's responses score 0 with it
         ours = ours + {"reward": REWARD_BIAS, "rlhf": VALUE_BIAS}[stage]
     # In bf16 the head's weights are rounded, too (an fp32 run's; a bf16 run's are bf16 already).

@@ -24,9 +24,9 @@ from conversion.tensors import BLOCK, Piece, Stored
 from tests.bloom import tiny_bloom
 from tests.conversion.folders import convert_to, export_from, save_model, sparse_bloom
 from tests.distributed import run
-from training import checksums
-from training.families import bloom
-from training.settings import ConfigError
+from training.checkpoint import checksums
+from training.config.schema import ConfigError
+from training.models.bloom import table as bloom
 
 
 @pytest.mark.parametrize(("tensor", "pipeline"), [(2, 2), (1, 3)])

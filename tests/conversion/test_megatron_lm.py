@@ -13,8 +13,8 @@ from conversion.config import ConvertConfig, ConvertPaths
 from conversion.hf_to_megatron import convert
 from conversion.tensors import equal
 from tests.bloom import tiny_bloom
-from training.settings import ConfigError
-from training.shape import Shape
+from training.config.schema import ConfigError
+from training.config.shape import Shape
 
 
 def source(folder, **values):

@@ -13,8 +13,8 @@ from conversion.weights import entries
 from tests.bloom import tiny_bloom
 from tests.conversion.folders import convert_to, export_from, write_tokenizer
 from tests.llama import tiny_llama
-from training.families import bloom
-from training.shape import Shape
+from training.config.shape import Shape
+from training.models.bloom import table
 
 
 @pytest.mark.parametrize(("make", "heads", "dtype", "tied"), [
@@ -82,7 +82,7 @@ def test_published_names_without_prefix_and_the_tokenizer_go_through(tmp_path):
 
 
 def test_the_table_names_every_tensor_once():
-    listed = list(entries(bloom.shape(3, 64, 8, 300, 1e-5)))
+    listed = list(entries(table.shape(3, 64, 8, 300, 1e-5)))
     assert len({entry.name for entry in listed}) == len(listed) == 5 + 3 * 12
     assert len({(entry.key, entry.layer) for entry in listed}) == len(listed)
 

@@ -13,8 +13,8 @@ from dataclasses import asdict
 import pytest
 
 from tests.fuzz.damage import damaged_bytes, damaged_json, damaged_text, peak_mb, within
+from training.config.data import DataConfig, ModelConfig
 from training.data import formats, peek
-from training.data.config import DataConfig, ModelConfig
 from training.data.formats import DataError
 
 NUMBER = 3000

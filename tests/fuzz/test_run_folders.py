@@ -25,7 +25,7 @@ from launcher.submit.change import Wish
 from launcher.submit.sweep import SWEEP
 from tests.eval.test_report import evaluate
 from tests.fuzz.damage import VALUES, damaged_bytes, damaged_json, damaged_text, peak_mb, within
-from training.settings import ConfigError
+from training.config.schema import ConfigError
 
 REFUSALS = (ConfigError, manifest.Refused, Failed, DataError, SlurmError, OSError)
 NUMBER, REPORTS = 600, 60

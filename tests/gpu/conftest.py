@@ -17,8 +17,8 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def one_rank(tmp_path_factory):
     """The process group of one rank, in this process: a child of a process that has used CUDA can't use it."""
-    from training import parallel
+    from training.distributed import groups
 
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-    with parallel.ranks(1, 1, 1, init_method=f"file://{tmp_path_factory.mktemp('group')}/store"):
+    with groups.ranks(1, 1, 1, init_method=f"file://{tmp_path_factory.mktemp('group')}/store"):
         yield

@@ -48,8 +48,8 @@ def asked():
 
 
 def test_graphs_give_what_single_launches_give(decoder):
+    from training.generation.cuda_graphs import padded_rows
     from training.generation.engine import Engine, Limits
-    from training.generation.graphs import padded_rows
 
     graphs, plain = (make(decoder, Limits(64, rows=COUNT), -1) for make in (Engine, without_graphs))
     expected = plain.generate(asked())

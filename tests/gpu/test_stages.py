@@ -20,7 +20,7 @@ def prepared(request, tmp_path_factory, one_rank):
     from conversion.hf_to_megatron import convert
     from tests.training.conftest import Run
     from training import reward, sft
-    from training.data.config import DataConfig, ModelConfig, PrepareConfig, PreparePaths
+    from training.config.data import DataConfig, ModelConfig, PrepareConfig, PreparePaths
     from training.data.prepare import prepare
 
     run = Run(tmp_path_factory.mktemp(request.param))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.kernels.where import DEVICE, INTERPRETED
-from training import adamw
+from training.optim import adamw
 
 
 @pytest.mark.parametrize("first", [0, 2**31 - 700], ids=["a parameter's beginning", "element numbers beyond 31 bits"])

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.kernels.where import DEVICE
-from training.model import gelu_triton
+from training.models import gelu_triton
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(300, 520), (17, 30)])

@@ -6,8 +6,8 @@ import torch
 from tests.kernels.where import DEVICE
 from tests.training.generation_models import off, pick_from_shards
 from training.generation import sampling, torch_ops, triton_ops, triton_sampling
-from training.generation.cache import Batch
-from training.model.attention import alibi_slopes
+from training.models.attention import alibi_slopes
+from training.models.kv_cache import Batch
 
 
 def close(found: torch.Tensor, exact: torch.Tensor, tolerance: float = 1e-6) -> None:

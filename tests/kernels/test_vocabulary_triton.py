@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.kernels.where import DEVICE
-from training.model import vocabulary, vocabulary_triton
+from training.models import chunked_logprobs, chunked_logprobs_triton
 
 ROWS = 37
 """More than vocabulary.FIRST twice: a bf16 gradient is written over fp32 logits in three parts."""
@@ -22,7 +22,7 @@ def logits_and_targets(columns: int) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("entropy", [True, False])
 def test_the_sums_over_a_row(columns, entropy):
     logits, target = logits_and_targets(columns)
-    highest, total, weighted, chosen = vocabulary_triton.statistics(logits, target, 0.7, entropy)
+    highest, total, weighted, chosen = chunked_logprobs_triton.statistics(logits, target, 0.7, entropy)
     z = logits.double() / 0.7
     shifted = z - z.amax(1, keepdim=True)
     inside = (target >= 0) & (target < columns)
@@ -50,7 +50,7 @@ def test_the_gradient_of_the_logits(columns, entropy, dtype):
     exact = torch.autograd.grad(loss, wide)[0]
     given = target, lse.float().detach(), entropies.float().detach(), of_logprob, of_entropy if entropy else None
     into = torch.empty_like(logits, dtype=dtype)
-    vocabulary_triton.to_gradient(logits, *given, 0.7, into)
+    chunked_logprobs_triton.to_gradient(logits, *given, 0.7, into)
     bound = 1e-5 if dtype == torch.float32 else 4e-3
     assert (into.double() - exact).norm() <= bound * exact.norm()
-    assert (vocabulary.gradient_of(logits, *given, 0.7, dtype).double() - exact).norm() <= bound * exact.norm()
+    assert (chunked_logprobs.gradient_of(logits, *given, 0.7, dtype).double() - exact).norm() <= bound * exact.norm()

@@ -49,7 +49,7 @@ def save(output: Path, iteration: int, models: list[str], padding: int = 0) -> N
     folder, text = output / "checkpoints" / f"iter_{iteration:07d}", f"{output.name} {iteration}{' ' * padding}"
     newest = output / ".attempt"
     if newest.exists() and newest.read_text().strip() != os.environ["CONVOY_ATTEMPT"]:
-        raise OSError(f"attempt {newest.read_text().strip()} has begun")  # as training.checkpoint.publish
+        raise OSError(f"attempt {newest.read_text().strip()} has begun")  # as training.checkpoint.format.publish
     for model in models:
         write(folder / model / "weights", text)
     digest = hashlib.sha256(text.encode()).hexdigest()
@@ -65,7 +65,7 @@ def note(output: Path, iterations: list[int]) -> None:
 
 def pause(rank: int) -> None:
     for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # as training.parallel.ignore_requests
+        signal.signal(number, signal.SIG_IGN)  # as training.distributed.groups.ignore_requests
     time.sleep(0.5 * (rank > 0))  # a real trainer's ranks leave together
     sys.exit(75)
 

@@ -7,7 +7,7 @@ from eval import addresses
 from launcher import cli
 from launcher.config.addresses import refuse_secrets
 from launcher.config.profile import Profile
-from training.settings import ConfigError
+from training.config.schema import ConfigError
 
 SECRETS = ["http://me:geheim@host:5000", "http://geheim@host", "HTTPS://me:ge/heim@host/v1", "https://host/v1?api_key=geheim",
            "https://host/v1?a=1&Token=geheim", "https://host/v1#access_token=geheim", "https://host/?%6bey=geheim",

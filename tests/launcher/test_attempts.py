@@ -26,7 +26,7 @@ from launcher.slurm.commands import SlurmError
 from launcher.slurm.queue import Job
 from launcher.status import state
 from tests.launcher.stub_project import wait_until
-from training import checksums
+from training.checkpoint import checksums
 
 HUNG = """
 import faulthandler, time

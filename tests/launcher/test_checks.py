@@ -27,9 +27,9 @@ from launcher.slurm import sites
 from launcher.submit import sweep
 from tests.bloom import tiny_bloom
 from tests.llama import tiny_llama
-from training.families import bloom
-from training.settings import ConfigError
-from training.shape import Shape
+from training.config.schema import ConfigError
+from training.config.shape import Shape
+from training.models.bloom import table
 
 GOOD_ROW = b'{"query": "q", "response": ["a", "b"], "score": [1, 0]}\n'
 
@@ -364,7 +364,7 @@ def test_kept_checkpoints_and_the_one_being_written():
     sft, reward = (stage_config(Path("runs/x"), tables, graph, name) for name in ("sft", "reward"))
     assert disk.checkpoints(sft) == 4, "400, 800 for ever, the last 2 (800 and 1000), one being written"
     assert disk.checkpoints(reward) == 3
-    shape = bloom.shape(30, 4096, 32, 250880, 1e-5)
+    shape = table.shape(30, 4096, 32, 250880, 1e-5)
     assert disk.checkpoint_gb(sft, shape) == pytest.approx(99.0, abs=0.1)
     adapters = 30 * 16 * 16 * 4096
     assert disk.checkpoint_gb(dataclasses.replace(sft, lora_rank=16), shape) == pytest.approx(14.1 + 14 * adapters / 1e9, abs=0.1)

@@ -14,9 +14,9 @@ from tests.launcher.stub_project import ROOT, Project
 
 COMMANDS = ["doctor", "plan", "submit", "render", "status", "watch", "logs", "resume", "cancel", "report", "completion"]
 ALLOWED = {"click", "conversion.config", "eval.addresses", "eval.config", "launcher", "rich", "submitit",
-           "tomli", "tomllib", "training.checksums", "training.config", "training.data.config",
-           "training.files", "training.hf_folder", "training.pace", "training.settings", "training.shape",
-           "training.special_tokens", "training.tensor_files", "training.trainer_config"}
+           "tomli", "tomllib", "training.checkpoint.checksums", "training.config.trainers", "training.config.data",
+           "training.files.safe_files", "training.files.hf_folder", "training.config.cost", "training.config.schema", "training.config.shape",
+           "training.files.special_tokens", "training.files.tensor_files", "training.config.trainer_config"}
 
 
 def test_the_commands_are_these():

@@ -7,8 +7,8 @@ import pytest
 
 from launcher.config.sections import RECIPES, SECTIONS, Profile, build_plain, differences, layered, merge, parse_set, read_recipe
 from launcher.config.stages import ALL, PIPELINES, full_tables, stage_config
-from training.config import SFTConfig
-from training.settings import ConfigError
+from training.config.schema import ConfigError
+from training.config.trainers import SFTConfig
 
 RUN = Path("runs/x")
 

@@ -14,7 +14,7 @@ from launcher.doctor import report as doctor
 from launcher.doctor.slurm_findings import Finding
 from launcher.slurm import node_probe, sites
 from tests.launcher.stub_project import ROOT
-from training.settings import ConfigError
+from training.config.schema import ConfigError
 
 CONFIG = """\
 Configuration data as of 2026-11-23T23:44:40

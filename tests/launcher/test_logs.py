@@ -12,7 +12,7 @@ import pytest
 from launcher.run.folder import Run, this_process, write_json
 from launcher.status import logs
 from launcher.status.log_groups import Groups, Line, collapsed, ranges
-from training.settings import ConfigError
+from training.config.schema import ConfigError
 
 
 def line(second: float, rank: int, text: str) -> str:

@@ -11,14 +11,14 @@ from launcher.estimates import memory
 from launcher.job.endings import Class, Verdict
 from launcher.job.supervise import Supervisor
 from launcher.run.folder import Run
-from training.config import Paths, PPOConfig, PPOPaths, RewardConfig, SFTConfig
-from training.families import bloom
-from training.settings import ConfigError
-from training.shape import CHUNK_LOGITS
+from training.config.schema import ConfigError
+from training.config.shape import CHUNK_LOGITS
+from training.config.trainers import Paths, PPOConfig, PPOPaths, RewardConfig, SFTConfig
+from training.models.bloom import table
 
-SHAPES = {"560m": bloom.shape(24, 1024, 16, 250880, 1e-5),
-          "7b1": bloom.shape(30, 4096, 32, 250880, 1e-5),
-          "1b7": bloom.shape(24, 2048, 16, 250880, 1e-5), "3b": bloom.shape(30, 2560, 32, 250880, 1e-5)}
+SHAPES = {"560m": table.shape(24, 1024, 16, 250880, 1e-5),
+          "7b1": table.shape(30, 4096, 32, 250880, 1e-5),
+          "1b7": table.shape(24, 2048, 16, 250880, 1e-5), "3b": table.shape(30, 2560, 32, 250880, 1e-5)}
 PATHS = Paths(output="", model="", init="", train="", heldout="")
 PPO_PATHS = PPOPaths(output="", model="", init="", train="", heldout="", reward="")
 
@@ -168,7 +168,7 @@ def test_what_waits_in_host_memory_is_held_against_what_the_job_asks_for(mem_gb,
 
 def test_a_deeper_pipeline_and_fewer_rows_of_an_odd_number_are_ways_out():
     """bloom-176b at TP 8 has no other way that changes no numbers; where its ranks don't suffice, it comes with its nodes."""
-    shape, site = bloom.shape(70, 14336, 112, 250880, 1e-5), Profile(name="site", scheduler="slurm", gpu_memory_gb=85, max_nodes=4)
+    shape, site = table.shape(70, 14336, 112, 250880, 1e-5), Profile(name="site", scheduler="slurm", gpu_memory_gb=85, max_nodes=4)
 
     def ways(nodes: int, **changes) -> dict[str, float]:
         config, asked = sft(tensor_parallel=8, global_batch_size=96, **changes), Resources(nodes=nodes, gpus_per_node=8)

@@ -3,7 +3,7 @@
 import pytest
 
 from launcher.config.stages import FULL, NAMES, PIPELINES, remaining, select
-from training.settings import ConfigError
+from training.config.schema import ConfigError
 
 PPO = PIPELINES["ppo"]
 ORDER = ["convert", "sft", "reward", "rlhf", "export", "mtbench"]

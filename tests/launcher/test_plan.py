@@ -16,7 +16,7 @@ from launcher.run.folder import Run, this_process
 from launcher.slurm import sites
 from launcher.submit import create, sweep
 from tests.launcher.stub_project import SMALL
-from training.settings import ConfigError
+from training.config.schema import ConfigError
 
 GRAPH = """\
 stage | after | runs | nodes x ranks | limit, h | GPU-hours | layout | writes

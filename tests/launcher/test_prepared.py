@@ -12,7 +12,7 @@ from eval import facts, runs
 from launcher.run.folder import Run, write_json
 from launcher.status import state, table
 from tests.launcher.stub_project import SMALL
-from training import checksums
+from training.checkpoint import checksums
 
 ROW = '{"prompt": "Where does otter %d live?", "chosen": "In the %s.", "rejected": "No."}\n'
 

@@ -16,7 +16,7 @@ from launcher.config import key_file
 from launcher.config.sections import Profile, Resources
 from launcher.slurm import container, network, sites
 from tests.launcher.stub_project import ROOT
-from training.settings import ConfigError, build
+from training.config.schema import ConfigError, build
 
 
 def profile(**values) -> Profile:

@@ -8,8 +8,8 @@ import pytest
 from launcher.config.profile import Machine, Profile
 from launcher.config.sections import Resources
 from launcher.estimates import iteration_time, step_time
-from training.config import Paths, PPOConfig, PPOPaths, SFTConfig
-from training.families.bloom import shape as bloom
+from training.config.trainers import Paths, PPOConfig, PPOPaths, SFTConfig
+from training.models.bloom.table import shape as bloom
 
 SHAPES = {"560m": bloom(24, 1024, 16, 250880, 1e-5), "1b7": bloom(24, 2048, 16, 250880, 1e-5), "3b": bloom(30, 2560, 32, 250880, 1e-5),
           "7b1": bloom(30, 4096, 32, 250880, 1e-5)}

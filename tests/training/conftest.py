@@ -10,8 +10,8 @@ from conversion.config import ConvertConfig, ConvertPaths
 from conversion.hf_to_megatron import convert
 from tests.distributed import run
 from training import reward, sft
-from training.config import DPOConfig, GRPOConfig, Paths, PPOConfig, PPOPaths, RewardConfig, SFTConfig
-from training.data.config import DataConfig, ModelConfig, PrepareConfig, PreparePaths
+from training.config.data import DataConfig, ModelConfig, PrepareConfig, PreparePaths
+from training.config.trainers import DPOConfig, GRPOConfig, Paths, PPOConfig, PPOPaths, RewardConfig, SFTConfig
 from training.data.prepare import prepare
 
 

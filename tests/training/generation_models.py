@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from transformers import BloomForCausalLM, LlamaForCausalLM
 
 from conversion.weights import entries, stored_name
+from training.config.shape import VOCAB_MULTIPLE, Shape
 from training.generation import sampling, torch_ops
-from training.generation.decoder import Decoder
 from training.generation.engine import Engine, Limits
-from training.generation.replicas import family
 from training.generation.request import Request, Sampling
-from training.shape import VOCAB_MULTIPLE, Shape
+from training.generation.rollout_workers import family
+from training.models.decoder import Decoder
 
 NONE = float("-inf")
 
@@ -39,7 +39,7 @@ def shard(logits: torch.Tensor, rank: int, ranks: int) -> torch.Tensor:
 
 
 def pick_from_shards(ops, logits: torch.Tensor, ranks: int, temperature: torch.Tensor, uniforms: torch.Tensor):
-    """training.generation.shards.choose without its messages, all ranks' parts here: tokens and log-probabilities (B,)."""
+    """training.generation.tp_sampling.choose without its messages, all ranks' parts here: tokens and log-probabilities (B,)."""
     parts = [shard(logits, rank, ranks) for rank in range(ranks)]
     sums = [ops.summarise(part, temperature) for part in parts]
     highest, total = (torch.cat([one[which] for one in sums], 1) for which in (0, 1))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from training import checkpoint
-from training.config import Paths, SFTConfig
-from training.families import bloom
-from training.optimizer import boxes
-from training.shape import Shape
-from training.step import Learner, build_model
+from training.checkpoint import format
+from training.config.shape import Shape
+from training.config.trainers import Paths, SFTConfig
+from training.models.bloom import table
+from training.optim.optimizer import boxes
+from training.trainer.step import Learner, build_model
 
-SHAPE = bloom.shape(layers=4, hidden=48, heads=6, vocab=300, eps=1e-5)
+SHAPE = table.shape(layers=4, hidden=48, heads=6, vocab=300, eps=1e-5)
 """Odd: six heads, and a vocabulary whose padding depends on TP."""
 
 
@@ -34,7 +34,7 @@ def learner(config: SFTConfig, shape: Shape = SHAPE) -> Learner:
 
 def held(made: Learner) -> list:
     """This rank's tensors, as a checkpoint names and places them."""
-    state = checkpoint.sharded(made, is_loading=False)
+    state = format.sharded(made, is_loading=False)
     return [*state["model"].values(), *state["optimizer"]["param_state"].values()]
 
 

@@ -1,6 +1,6 @@
 """PPO once more, in plain torch on Hugging Face's models, one process, one row at a time: what test_ppo_reference.py compares with.
 
-Nothing of training.ppo, training.experience, training.losses or megatron-core is used; the prompts' order is the trainer's. Advantages
+Nothing of training.ppo, training.rl.experience, training.losses or megatron-core is used; the prompts' order is the trainer's. Advantages
 are the written-out sum of Schulman et al. 2016, eq. 16, not a recursion; a row is never padded; generation has no cache.
 """
 
@@ -14,8 +14,8 @@ import tokenizers
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
 
-from training import checkpoint
-from training.config import PPOConfig
+from training.checkpoint import format
+from training.config.trainers import PPOConfig
 from training.data.batches import Sampler
 from training.data.permutation import Permutation
 
@@ -60,7 +60,7 @@ class Reference:
         with open(config.paths.train) as file:
             self.prompts = [tokenizer.encode(json.loads(line)["prompt"]).ids[-config.prompt_length:] for line in file]
         self.sampler = Sampler(len(self.prompts), config.rollout_batch_size // config.group_size, config.seed)
-        with open(checkpoint.resolve(config.paths.reward) / "state.json") as file:
+        with open(format.resolve(config.paths.reward) / "state.json") as file:
             self.bias = json.load(file)["reward_bias"]
         self.value_bias = None  # the head's zero is measured in the first iteration
         self.steps = 0

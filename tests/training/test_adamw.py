@@ -5,11 +5,13 @@ import torch
 
 from tests.distributed import run
 from tests.training.learners import SHAPE, fill, held, learner, settings, wrong
-from training import checkpoint, parallel, sft
-from training.adamw import SplitAdamW, joined, round_stochastically, split_
+from training import sft
+from training.checkpoint import format
+from training.checkpoint.writer import Saver
 from training.data.batches import shard
-from training.saving import Saver
-from training.step import Learner, Objective, build_model, split
+from training.distributed import groups
+from training.optim.adamw import SplitAdamW, joined, round_stochastically, split_
+from training.trainer.step import Learner, Objective, build_model, split
 
 
 def parameter(values: torch.Tensor, number: int = 0) -> torch.Tensor:
@@ -81,10 +83,10 @@ def go_on(folder, steps: int, load: int, layout=(1, 1)):
             weight.copy_(torch.randn(weight.shape, generator=generator) * 0.05 + (weight.dim() == 1))
     made = Learner(model, config, 1e-3, 100, 0)
     if load:
-        checkpoint.load(checkpoint.resolve(folder, load), {"model": made})
+        format.load(format.resolve(folder, load), {"model": made})
     for step in range(load, steps):
         rows = torch.randint(0, 300, (4, 16), generator=torch.Generator().manual_seed(step))
-        mine = shard(list(range(4)), parallel.data_rank(), parallel.data_ranks())
+        mine = shard(list(range(4)), groups.data_rank(), groups.data_ranks())
         made.step(split({"tokens": rows[mine], "response_mask": torch.ones(len(mine), 16, dtype=torch.bool)}, 2),
                   Objective(("loss",), sft.compute))
     saver = Saver(folder, {"model": made}, config)
@@ -114,7 +116,7 @@ def test_a_resumed_run_goes_on_bit_for_bit_and_other_layouts_load_it(tmp_path):
     def walk(layout, number):
         made = learner(settings(tmp_path / "walk", layout, optimizer_precision="bf16"))
         if number > 1:
-            checkpoint.load(checkpoint.resolve(tmp_path / "walk"), {"model": made})
+            format.load(format.resolve(tmp_path / "walk"), {"model": made})
             assert wrong(made, number - 1) == []
         fill(made, number)
         saver = Saver(tmp_path / "walk", {"model": made}, settings(tmp_path / "walk", layout, optimizer_precision="bf16"))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from training import checkpoint
+from training.checkpoint import format
 
 
 def aside(stage, number):
@@ -15,11 +15,11 @@ def aside(stage, number):
 def test_a_save_of_an_older_attempt_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("CONVOY_ATTEMPT", "1")
     (tmp_path / ".attempt").write_text("1\n")
-    checkpoint.publish(tmp_path, aside(tmp_path, 5), 5)
+    format.publish(tmp_path, aside(tmp_path, 5), 5)
     (tmp_path / ".attempt").write_text("2\n")
     with pytest.raises(OSError, match="attempt 2 of .* has begun: attempt 1 saves no more"):
-        checkpoint.publish(tmp_path, aside(tmp_path, 6), 6)
-    assert checkpoint.latest(tmp_path) == 5 and checkpoint.iterations(tmp_path) == [5]
+        format.publish(tmp_path, aside(tmp_path, 6), 6)
+    assert format.latest(tmp_path) == 5 and format.iterations(tmp_path) == [5]
     monkeypatch.delenv("CONVOY_ATTEMPT")  # started by hand, without the launcher
-    checkpoint.publish(tmp_path, aside(tmp_path, 7), 7)
-    assert checkpoint.latest(tmp_path) == 7
+    format.publish(tmp_path, aside(tmp_path, 7), 7)
+    assert format.latest(tmp_path) == 7

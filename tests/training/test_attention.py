@@ -17,9 +17,9 @@ import torch
 from tests.attention import document_ids, errors, reference
 from tests.distributed import run
 from training import sft
-from training.model import backends, kernels
-from training.model.attention import Documents, alibi_slopes
-from training.settings import ConfigError
+from training.config.schema import ConfigError
+from training.models import attention_backends, norms
+from training.models.attention import Documents, alibi_slopes
 
 KINDS = ("plain", "padded", "packed")
 
@@ -29,9 +29,9 @@ KINDS = ("plain", "padded", "packed")
 def test_sdpa_agrees_with_fp64(kind, heads, groups):
     """With ALiBi, and without it for grouped queries."""
     for length in (1, 2, 7, 33) if kind == "plain" else (33,):
-        output, gradient = errors(backends.sdpa, document_ids(kind, 2, length), 2, length, heads, 8, groups=groups)
+        output, gradient = errors(attention_backends.sdpa, document_ids(kind, 2, length), 2, length, heads, 8, groups=groups)
         assert output < 1e-5 and gradient < 2e-5
-    output, gradient = errors(backends.sdpa, document_ids(kind, 2, 33), 2, 33, heads, 8, torch.bfloat16, groups=groups)
+    output, gradient = errors(attention_backends.sdpa, document_ids(kind, 2, 33), 2, 33, heads, 8, torch.bfloat16, groups=groups)
     assert output < 1e-2 and gradient < 2e-2
 
 
@@ -39,10 +39,10 @@ def test_sdpa_agrees_with_fp64(kind, heads, groups):
 @pytest.mark.parametrize("groups", [0, 2])
 def test_flex_attention_s_scores_and_masks_agree_with_fp64(kind, groups):
     """The forward pass, uncompiled: FlexAttention has no backward pass on the CPU."""
-    (output,) = errors(backends.flex, document_ids(kind, 2, 256), 2, 256, 6, 16, backward=False, groups=groups)
+    (output,) = errors(attention_backends.flex, document_ids(kind, 2, 256), 2, 256, 6, 16, backward=False, groups=groups)
     assert output < 1e-5
     # Of 16 bits ALiBi is written in another way.
-    (output,) = errors(backends.flex, document_ids(kind, 2, 256), 2, 256, 6, 16, torch.bfloat16, backward=False, groups=groups)
+    (output,) = errors(attention_backends.flex, document_ids(kind, 2, 256), 2, 256, 6, 16, torch.bfloat16, backward=False, groups=groups)
     assert output < 1e-2
 
 
@@ -56,12 +56,12 @@ def test_only_whole_rows_promise_that_no_query_is_left_without_keys():
                       if isinstance(argument, dict) and "ROWS_GUARANTEED_SAFE" in argument)
         return lambda *arguments: promised.append(options["ROWS_GUARANTEED_SAFE"]) or graph.forward(*arguments)
 
-    backends.expect_many_shapes()
-    attend = torch.compile(backends.flex, fullgraph=True, backend=note)
+    attention_backends.expect_many_shapes()
+    attend = torch.compile(attention_backends.flex, fullgraph=True, backend=note)
 
     def kernel(query, key, value, slopes, scale, documents):
         documents = Documents(None, True) if documents is None else documents
-        documents.blocks = backends.causal_blocks(len(query), query.device) if documents.ids is None else documents.blocks
+        documents.blocks = attention_backends.causal_blocks(len(query), query.device) if documents.ids is None else documents.blocks
         return attend(query, key, value, slopes, scale, documents)
 
     seen = [("packed", 128), ("plain", 128), ("packed", 128), ("plain", 256), ("padded", 256), ("packed", 384), ("plain", 128)]
@@ -74,10 +74,10 @@ def test_only_whole_rows_promise_that_no_query_is_left_without_keys():
 def test_a_wrong_slope_or_a_document_too_far_would_be_seen():
     """The tolerances above tell right from nearly right."""
     def doubled(query, key, value, slopes, scale, documents):
-        return backends.sdpa(query, key, value, slopes * 1.01, scale, documents)
+        return attention_backends.sdpa(query, key, value, slopes * 1.01, scale, documents)
 
     def unpacked(query, key, value, slopes, scale, documents):
-        return backends.sdpa(query, key, value, slopes, scale, None)
+        return attention_backends.sdpa(query, key, value, slopes, scale, None)
 
     assert errors(doubled, None, 2, 33, 6, 8)[0] > 1e-4
     assert errors(unpacked, document_ids("packed", 2, 33), 2, 33, 6, 8)[0] > 0.1
@@ -129,38 +129,38 @@ def stand_ins(monkeypatch):
         flash_attn_func, flash_attn_varlen_func, DotProductAttention)
     for module in (flash, te, te_pytorch):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    backends.available.cache_clear()
-    backends._te_attention.cache_clear()
+    attention_backends.available.cache_clear()
+    attention_backends._te_attention.cache_clear()
     yield
-    backends.available.cache_clear()
-    backends._te_attention.cache_clear()
+    attention_backends.available.cache_clear()
+    attention_backends._te_attention.cache_clear()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("groups", [0, 2])
 @pytest.mark.parametrize("name", ["flash", "te"])
 def test_the_installed_packages_are_called_as_they_document(stand_ins, name, groups, kind):
-    output, gradient = errors(backends.KERNELS[name], document_ids(kind, 2, 33), 2, 33, 6, 8, groups=groups)
+    output, gradient = errors(attention_backends.KERNELS[name], document_ids(kind, 2, 33), 2, 33, 6, 8, groups=groups)
     assert output < 1e-6 and gradient < 1e-6
 
 
 def test_the_measured_backend_is_chosen_whatever_else_is_installed(stand_ins, monkeypatch):
     bf16, fp32 = torch.bfloat16, torch.float32
-    assert backends.choose("auto", "cpu", bf16, 64) == "sdpa"
-    assert backends.choose("auto", "cuda", bf16, 64) == "flex" and backends.choose("auto", "cuda", bf16, 8) == "sdpa"
-    assert backends.choose("flash", "cuda", bf16, 64) == "flash"
-    assert backends.choose("auto", "cuda", fp32, 64) == "flex"
-    assert backends.choose("te", "cuda", bf16, 64) == "te"
+    assert attention_backends.choose("auto", "cpu", bf16, 64) == "sdpa"
+    assert attention_backends.choose("auto", "cuda", bf16, 64) == "flex" and attention_backends.choose("auto", "cuda", bf16, 8) == "sdpa"
+    assert attention_backends.choose("flash", "cuda", bf16, 64) == "flash"
+    assert attention_backends.choose("auto", "cuda", fp32, 64) == "flex"
+    assert attention_backends.choose("te", "cuda", bf16, 64) == "te"
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", None)
-    backends.available.cache_clear()
-    assert backends.choose("auto", "cuda", bf16, 64) == "flex"
-    assert backends.choose("auto", "cuda", bf16, 8) == "sdpa"
+    attention_backends.available.cache_clear()
+    assert attention_backends.choose("auto", "cuda", bf16, 64) == "flex"
+    assert attention_backends.choose("auto", "cuda", bf16, 8) == "sdpa"
     refused = (("flash", "cuda", bf16, 64, "is not installed here .pip install flash-attn"), ("flex", "cpu", bf16, 64, "needs a GPU"),
                ("flex", "cuda", bf16, 8, "needs heads of 16 dimensions or more"))
     for wanted, device, dtype, dim, problem in refused:
         with pytest.raises(ConfigError, match=f'attention = "{wanted}" {problem}.*set attention = "auto"'):
-            backends.choose(wanted, device, dtype, dim)
+            attention_backends.choose(wanted, device, dtype, dim)
 
 
 def test_documents_from_cu_seqlens_and_back():
@@ -177,16 +177,16 @@ def test_one_mask_of_packed_rows_serves_all_layers_and_one_bias_stays():
     query = torch.randn(4, 1, 2, 8)
     masks = set()
     for _ in range(3):
-        backends.sdpa(query, query, query, slopes, 1.0, documents)
+        attention_backends.sdpa(query, query, query, slopes, 1.0, documents)
         masks.add(id(documents._separated[1]))
-    bias = backends.causal_alibi(backends._numbers(slopes), 4, 4, query.device, query.dtype)
+    bias = attention_backends.causal_alibi(attention_backends._numbers(slopes), 4, 4, query.device, query.dtype)
     assert masks == {id(documents.separated(bias))}
-    assert documents.separated(bias) is documents.separated(bias) and backends.causal_alibi.cache_info().maxsize == 1
+    assert documents.separated(bias) is documents.separated(bias) and attention_backends.causal_alibi.cache_info().maxsize == 1
     assert documents.separated(bias)[0, :, 2, 1].isinf().all() and torch.equal(documents.separated(bias)[0, :, 3, 2], bias[0, :, 3, 2])
 
 
 def test_slopes_stay_fp32_and_are_those_of_the_rank():
-    from training.model.attention import rank_slopes
+    from training.models.attention import rank_slopes
 
     whole = alibi_slopes(14)
     parts = [rank_slopes(14, first, 7, torch.device("cpu")) for first in (0, 7)]
@@ -197,45 +197,45 @@ def test_slopes_stay_fp32_and_are_those_of_the_rank():
 def a_gpu(monkeypatch):
     """Only for the question whether what is asked for is there."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    kernels.check.cache_clear()
+    norms.check.cache_clear()
     yield monkeypatch
-    kernels.check.cache_clear()
+    norms.check.cache_clear()
 
 
 def install(monkeypatch, *modules: str) -> None:
     for name in modules:
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    kernels.check.cache_clear()
+    norms.check.cache_clear()
 
 
 def test_fused_kernels_that_are_asked_for_are_the_ones_meant_and_whole(a_gpu):
     """NVIDIA's Apex is told from PyPI's, and from one without extensions."""
     for fused, problem in (("te", "needs Transformer Engine, which is not installed"), ("apex", "needs NVIDIA's Apex, which is not")):
         with pytest.raises(ConfigError, match=f'fused = "{fused}" {problem}.*or set fused = "torch"'):
-            kernels.check(fused)
+            norms.check(fused)
     install(a_gpu, "apex")  # PyPI's: no apex.optimizers
     with pytest.raises(ConfigError, match="PyPI's apex is another project"):
-        kernels.check("apex")
+        norms.check("apex")
     install(a_gpu, "apex.optimizers")
     with pytest.raises(ConfigError, match="with its CUDA extensions, which this one lacks.*--cpp_ext --cuda_ext"):
-        kernels.check("apex")
+        norms.check("apex")
     install(a_gpu, "amp_C", "fused_layer_norm_cuda", "transformer_engine", "transformer_engine.pytorch",
             "transformer_engine.pytorch.optimizers")
-    kernels.check("apex")
-    kernels.check("te")
+    norms.check("apex")
+    norms.check("te")
 
 
 def test_what_is_installed_changes_no_norm(a_gpu):
     install(a_gpu, "apex", "apex.optimizers", "amp_C", "fused_layer_norm_cuda", "transformer_engine", "transformer_engine.pytorch",
             "transformer_engine.pytorch.optimizers")
-    assert kernels.norm_class("LayerNorm") is kernels.LayerNorm and kernels.norm_class("RMSNorm") is kernels.RMSNorm
-    assert kernels.describe("flex") == "attention: FlexAttention, norms and AdamW: torch"
+    assert norms.norm_class("LayerNorm") is norms.LayerNorm and norms.norm_class("RMSNorm") is norms.RMSNorm
+    assert norms.describe("flex") == "attention: FlexAttention, norms and AdamW: torch"
 
 
 def test_fused_kernels_need_a_gpu():
-    kernels.check.cache_clear()
+    norms.check.cache_clear()
     with pytest.raises(ConfigError, match='fused = "te" needs a GPU; or set fused = "torch"'):
-        kernels.check("te")
+        norms.check("te")
 
 
 APEX = {"__init__.py": "", "optimizers.py": """

@@ -7,7 +7,7 @@ import pytest
 
 from tests.distributed import run
 from training import dpo, grpo, ppo, reward, sft
-from training.invariants import TOLERANCE
+from training.rl.invariants import TOLERANCE
 
 TRAINERS = {"sft": sft, "reward": reward, "dpo": dpo, "ppo": ppo, "grpo": grpo}
 STEPS = 4

@@ -10,12 +10,12 @@ from transformers import BloomConfig, BloomForCausalLM
 from tests.distributed import run
 from tests.training.test_ppo_reference import weights
 from training import dpo, losses
-from training.config import DPOConfig
+from training.config.schema import ConfigError, build
+from training.config.trainers import DPOConfig
 from training.data.batches import Sampler, comparison_example
 from training.data.cache import tokenise
 from training.data.rows import parse
 from training.data.tokenizer import Tokenizer
-from training.settings import ConfigError, build
 
 
 def rows(stage) -> list[dict]:

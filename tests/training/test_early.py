@@ -8,14 +8,16 @@ import signal
 import pytest
 
 from tests.distributed import run
-from training import checkpoint, early, sft
-from training.config import SFTConfig
+from training import sft
+from training.checkpoint import format
+from training.config.schema import ConfigError, build
+from training.config.trainers import SFTConfig
 from training.data.cache import TokenRows, cached
 from training.data.tokenizer import Tokenizer
-from training.early import EarlyStop
 from training.main import Interrupted
-from training.metrics import Metrics
-from training.settings import ConfigError, build
+from training.metrics.metrics import Metrics
+from training.trainer import early_stopping
+from training.trainer.early_stopping import EarlyStop
 
 
 def rows(stage) -> list[dict]:
@@ -59,8 +61,8 @@ def test_training_ends_when_the_heldout_loss_rises_and_the_best_is_used(small_ru
     losses = [row["heldout_loss"] for row in rows(tmp_path / "straight")]
     best = losses.index(min(losses)) + 1
     assert len(losses) == best + 2 < 30, losses
-    assert checkpoint.latest(tmp_path / "straight") == best and checkpoint.iterations(tmp_path / "straight") == [best, best + 2]
-    said = json.loads((tmp_path / "straight" / early.CHOSEN).read_text())
+    assert format.latest(tmp_path / "straight") == best and format.iterations(tmp_path / "straight") == [best, best + 2]
+    said = json.loads((tmp_path / "straight" / early_stopping.CHOSEN).read_text())
     assert (said["iteration"], said["ended"], said["best"]) == (best, best + 2, min(losses))
     assert f"ended at iteration {best + 2} (no better for 2 evaluations); iteration {best} is used" in capfd.readouterr().out
     run(sft.run, *layout, config("straight"))
@@ -76,23 +78,23 @@ def test_training_ends_when_the_heldout_loss_rises_and_the_best_is_used(small_ru
     with monkeypatch.context() as patched:
         patched.setattr(Metrics, "log", logged)
         assert all(run(until_told, *layout, config("twice")))
-    assert checkpoint.latest(tmp_path / "twice") == best + 1 and not (tmp_path / "twice" / early.CHOSEN).exists()
+    assert format.latest(tmp_path / "twice") == best + 1 and not (tmp_path / "twice" / early_stopping.CHOSEN).exists()
     run(sft.run, *layout, config("twice"))
     assert numbers(tmp_path / "twice") == numbers(tmp_path / "straight")
-    assert json.loads((tmp_path / "twice" / early.CHOSEN).read_text()) == said
-    assert checkpoint.latest(tmp_path / "twice") == best
+    assert json.loads((tmp_path / "twice" / early_stopping.CHOSEN).read_text()) == said
+    assert format.latest(tmp_path / "twice") == best
 
 
 def test_a_choice_holds_only_for_its_own_rule(tmp_path):
     stop = EarlyStop(2, 0.0, "heldout_loss", best=1.0, iteration=3, misses=1)
-    early.choose(tmp_path, stop, 8)
-    assert early.chosen(tmp_path, stop, 8)["ended"] == 8
-    assert early.chosen(tmp_path, stop, 9) is None  # more is asked for, and patience had not run out
-    assert early.chosen(tmp_path, EarlyStop(3, 0.0, "heldout_loss"), 8) is None
-    checkpoint.mark_latest(tmp_path, 2)  # --load-iteration 2
-    assert early.chosen(tmp_path, stop, 8) is None
-    early.forget(tmp_path)
-    assert not (tmp_path / early.CHOSEN).exists()
+    early_stopping.choose(tmp_path, stop, 8)
+    assert early_stopping.chosen(tmp_path, stop, 8)["ended"] == 8
+    assert early_stopping.chosen(tmp_path, stop, 9) is None  # more is asked for, and patience had not run out
+    assert early_stopping.chosen(tmp_path, EarlyStop(3, 0.0, "heldout_loss"), 8) is None
+    format.mark_latest(tmp_path, 2)  # --load-iteration 2
+    assert early_stopping.chosen(tmp_path, stop, 8) is None
+    early_stopping.forget(tmp_path)
+    assert not (tmp_path / early_stopping.CHOSEN).exists()
 
 
 @pytest.mark.parametrize(("layout", "values"), [((1, 1, 1), {}), ((2, 1, 1), {"sequence_parallel": True}), ((1, 2, 2), {})])

@@ -6,12 +6,12 @@ import torch
 from tests.bloom import tiny_bloom
 from tests.training import generation_models
 from tests.training.generation_models import generate, prompts
+from training.config.schema import ConfigError
+from training.distributed.groups import NoRoom
+from training.generation.block_manager import Pages
 from training.generation.engine import Engine, Limits
-from training.generation.pages import Pages
 from training.generation.request import Request, Sampling, draws
-from training.generation.schedule import Scheduler
-from training.parallel import NoRoom
-from training.settings import ConfigError
+from training.generation.scheduler import Scheduler
 
 VOCAB, STEPS = 300, 16
 SMALL = dict(page=4, rows=9, cache_tokens=64, prefill_tokens=13, prefill_least=20)

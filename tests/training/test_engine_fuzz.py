@@ -9,7 +9,7 @@ import torch
 from training.generation.engine import Engine, Limits
 from training.generation.request import Request, Sampling, draws
 from training.generation.sampling import choose, penalise
-from training.generation.schedule import Scheduler
+from training.generation.scheduler import Scheduler
 
 VOCAB, EOS = 23, 3
 

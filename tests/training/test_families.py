@@ -7,8 +7,8 @@ from functools import partial
 import pytest
 from transformers import BloomConfig, LlamaConfig
 
-from training.settings import ConfigError
-from training.shape import Shape
+from training.config.schema import ConfigError
+from training.config.shape import Shape
 
 BLOOM_560M = {"apply_residual_connection_post_layernorm": False, "attention_dropout": 0.0, "architectures": ["BloomForCausalLM"],
               "attention_softmax_in_fp32": True, "bias_dropout_fusion": True, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3,

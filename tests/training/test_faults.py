@@ -1,4 +1,4 @@
-"""Faults that have spoilt others' PPO runs, put into the real trainer: each is caught by the check that training/gates.py's table names."""
+"""Faults that have spoilt others' PPO runs, put into the real trainer: each is caught by the check that training/rl/health_gates.py's table names."""
 
 import re
 from dataclasses import replace
@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tests.distributed import run
-from training import experience, ppo
+from training import ppo
+from training.rl import experience
 
 
 def shifted_mask(monkeypatch, trainer):

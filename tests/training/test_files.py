@@ -5,8 +5,8 @@ import socket
 
 import pytest
 
-from training import files
-from training.files import Unfit, within
+from training.files import safe_files
+from training.files.safe_files import Unfit, within
 
 
 @pytest.mark.parametrize("name", [
@@ -41,15 +41,15 @@ def test_only_regular_files_of_a_size_are_read(tmp_path):
     (tmp_path / "large").write_bytes(b"0" * 1000)
     for name in ("fifo", "zero", "socket", ".", "large"):
         with pytest.raises(Unfit):
-            files.read_bytes(tmp_path / name, 999)
+            safe_files.read_bytes(tmp_path / name, 999)
     with pytest.raises(FileNotFoundError):
-        files.read_bytes(tmp_path / "absent")
-    assert files.read_tail(tmp_path / "large", 10) == (b"0" * 10, False)
-    assert files.read_tail(tmp_path / "large", 1000) == (b"0" * 1000, True)
+        safe_files.read_bytes(tmp_path / "absent")
+    assert safe_files.read_tail(tmp_path / "large", 10) == (b"0" * 10, False)
+    assert safe_files.read_tail(tmp_path / "large", 1000) == (b"0" * 1000, True)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[" * 100_000, '{"a":' * 100_000, "9" * 5000, '{"a": 1' + "0" * 400 + "}", "\ufeff{}"])
 def test_text_that_is_no_json_we_write_is_named(tmp_path, text):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(Unfit, match=f"{tmp_path}/x.json is not JSON"):
-        files.read_json(tmp_path / "x.json")
+        safe_files.read_json(tmp_path / "x.json")

@@ -15,13 +15,14 @@ import torch
 from tests.distributed import run
 from tests.training.learners import SHAPE, held
 from tests.training.test_samples import settings as ppo_settings
-from training import checkpoint, ppo
-from training.config import PPOConfig
+from training import ppo
+from training.checkpoint import format
+from training.config.trainers import PPOConfig
 from training.data.batches import Example, collate
-from training.gates import YOUNG, Gates, Guard, Unhealthy
 from training.main import run_stage
-from training.model.heads import next_token_logprobs
-from training.step import Learner, Objective, build_model, split
+from training.models.heads import next_token_logprobs
+from training.rl.health_gates import YOUNG, Gates, Guard, Unhealthy
+from training.trainer.step import Learner, Objective, build_model, split
 
 HEALTHY = {"kl": 1.0, "kl_k3": 1.0, "eos_rate": 0.9, "explained_variance": 0.3, "value_offset": -9.0,
            "reward_length_correlation": 0.5, "entropy": 0.4}
@@ -140,5 +141,5 @@ def test_a_pause_is_saved_ends_with_76_and_goes_on(small_run, tmp_path, capfd):
         shown = capfd.readouterr()
         assert process.exitcode == 76 and re.search(f"^error: {said}", shown.err, re.MULTILINE), shown.err
         assert "warning: iteration" in shown.out
-        assert checkpoint.latest(tmp_path) == saved
+        assert format.latest(tmp_path) == saved
     assert [json.loads(line)["gates_breached"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 1, 1]

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from training.model.gelu import gelu
+from training.models.gelu import gelu
 
 
 def gradients(function, *given):

@@ -10,8 +10,8 @@ from tests.distributed import run
 from tests.training.ppo_reference import Reference, Row
 from tests.training.test_ppo_reference import weights
 from training import grpo
-from training.config import GRPOConfig
-from training.settings import ConfigError, build
+from training.config.schema import ConfigError, build
+from training.config.trainers import GRPOConfig
 
 
 def rows(stage) -> list[dict]:

@@ -12,10 +12,10 @@ import torch.distributed as dist
 
 from eval import last_words as of_eval
 from launcher.job.endings import SAID, Class
-from training import last_words
-from training.checksums import Damaged
+from training import error_report
+from training.checkpoint.checksums import Damaged
+from training.config.schema import ConfigError, InvariantError
 from training.data.formats import DataError
-from training.settings import ConfigError, InvariantError
 
 REFUSED = urllib.error.URLError(ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"))
 
@@ -32,13 +32,13 @@ REFUSED = urllib.error.URLError(ConnectionRefusedError(errno.ECONNREFUSED, "Conn
     (torch.OutOfMemoryError("CUDA out of memory"), Class.CUDA_OOM),
 ])
 def test_an_error_s_class(error, kind):
-    for module in (last_words, of_eval):
+    for module in (error_report, of_eval):
         assert module.kind_of(error) == kind.value and SAID[kind.value] is kind
 
 
 @pytest.mark.parametrize("error", [RuntimeError("NCCL error"), dist.DistBackendError("x"), dist.DistNetworkError("y")])
 def test_what_torch_says_in_its_text_alone_is_left_to_the_launcher(error):
-    assert last_words.kind_of(error) == of_eval.kind_of(error) == ""
+    assert error_report.kind_of(error) == of_eval.kind_of(error) == ""
 
 
 @pytest.mark.parametrize("error, kind, code", [
@@ -47,10 +47,10 @@ def test_what_torch_says_in_its_text_alone_is_left_to_the_launcher(error):
     (PermissionError(errno.EACCES, "no"), Class.FILE_ERROR, 73), (OSError(errno.ENOSPC, "full"), Class.DISK_FULL, 74),
 ])
 def test_words_and_exit_code(error, kind, code, tmp_path, monkeypatch):
-    assert last_words.of(error) == code, "by hand nothing is written"
+    assert error_report.of(error) == code, "by hand nothing is written"
     monkeypatch.setenv("CONVOY_WORDS", str(tmp_path / "attempt_1.errors"))
     monkeypatch.setenv("RANK", "3")
-    assert last_words.of(error) == code
+    assert error_report.of(error) == code
     words = json.loads((tmp_path / "attempt_1.errors/rank_3.json").read_text())
     assert words["class"] == kind.value and str(error) in words["message"]
     assert (tmp_path / "attempt_1.errors/rank_3.json").stat().st_mode & 0o77 == 0, "a message may hold a key"
@@ -60,12 +60,12 @@ def test_words_and_exit_code(error, kind, code, tmp_path, monkeypatch):
 def test_words_that_can_t_be_written_are_lost_without_another_error(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("CONVOY_WORDS", str(tmp_path / "file"))
-    assert last_words.of(OSError(errno.ENOSPC, "full")) == 74 and of_eval.of(OSError(errno.ENOSPC, "full")) == 74
+    assert error_report.of(OSError(errno.ENOSPC, "full")) == 74 and of_eval.of(OSError(errno.ENOSPC, "full")) == 74
 
 
 LEAVING = """
 import atexit, os, signal, sys, time
-from training.parallel import StopRequest, ignore_requests
+from training.distributed.groups import StopRequest, ignore_requests
 stop = StopRequest()
 os.kill(os.getpid(), signal.SIGUSR1)
 assert stop.raised

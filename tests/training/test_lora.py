@@ -12,15 +12,16 @@ from conversion.weights import entries
 from launcher.estimates import memory
 from tests.distributed import run
 from tests.training.test_ppo_reference import weights
-from training import checkpoint, ppo, sft
+from training import ppo, sft
+from training.checkpoint import format
+from training.config.shape import Shape
 from training.data.batches import Sampler, sft_example
 from training.data.cache import tokenise
 from training.data.rows import parse
 from training.data.tokenizer import Tokenizer
-from training.generation.reshard import named_weights
-from training.model import lora
-from training.shape import Shape
-from training.step import Learner, build_model
+from training.generation.weight_sync import named_weights
+from training.models import lora
+from training.trainer.step import Learner, build_model
 
 RANK, ALPHA = 4, 8.0
 
@@ -49,7 +50,7 @@ def adapters(config) -> dict:
     """Fresh A and B by Hugging Face's name, from ours on one rank."""
     shape = Shape.read(config.paths.model)
     model = build_model(shape, config, "lm")
-    checkpoint.load_weights(checkpoint.resolve(config.paths.init) / "model", model)
+    format.load_weights(format.resolve(config.paths.init) / "model", model)
     return named(config, model)
 
 
@@ -113,11 +114,11 @@ def look(config, folder, merged: bool):
     tokens = torch.arange(5, 25)[None]
     with torch.no_grad():
         if merged:
-            checkpoint.load_weights(folder, model)
+            format.load_weights(folder, model)
             return model(tokens).logits()
-        checkpoint.load_weights(checkpoint.resolve(config.paths.init) / "model", model)
+        format.load_weights(format.resolve(config.paths.init) / "model", model)
         before = model(tokens).logits()
-        state = checkpoint.dist_checkpointing.load({"model": model.sharded_state_dict()}, str(folder))["model"]
+        state = format.dist_checkpointing.load({"model": model.sharded_state_dict()}, str(folder))["model"]
         model.load_state_dict(state, strict=False)
         adapted = model(tokens).logits()
         sent = named_weights(model)  # what the rollout engine samples with
@@ -136,7 +137,7 @@ def test_merged_by_export_and_by_the_next_stage(small_run, llama_run, expected, 
     made = {"bloom": small_run, "llama": llama_run}[family]
     config = settings(made, tmp_path / "sft", layout=(2, 1))
     run(sft.run, 2, 1, 1, config)
-    folder = checkpoint.resolve(tmp_path / "sft") / "model"
+    folder = format.resolve(tmp_path / "sft") / "model"
     adapted, before, without = run(look, 1, 1, 1, settings(made, tmp_path), folder, False)[0]
     assert torch.equal(before, without) and (adapted - before).abs().max() > 0.1
     with torch.no_grad():
@@ -153,7 +154,7 @@ def test_merged_by_export_and_by_the_next_stage(small_run, llama_run, expected, 
 def held(config) -> tuple[int, int, int, int]:
     """Elements that learn, of their gradients, of the optimizer's master weights and moments, of the whole model."""
     model = build_model(Shape.read(config.paths.model), config, "scalar")
-    checkpoint.load_weights(checkpoint.resolve(config.paths.init) / "model", model, fresh_head=1)
+    format.load_weights(format.resolve(config.paths.init) / "model", model, fresh_head=1)
     learner = Learner(model, config, config.lr, 1, 0)
     learner.optimizer.chained_optimizers[0]._init_optimizer_states_with_dummy_values()
     states = [value for state in learner.optimizer.chained_optimizers[0].optimizer.state.values() for value in state.values()
@@ -181,14 +182,14 @@ def test_ppo_of_adapters_is_its_own_reference(small_run, tmp_path):
     for name in ("kl", "reward", "policy_loss", "value_loss", "grad_norm", "value_grad_norm"):
         assert four[1][name] == pytest.approx(one[1][name], rel=2e-3, abs=2e-5), name
     config = small_run.ppo(tmp_path, lora_rank=4)
-    adapted, before, without = run(look, 1, 1, 1, config, checkpoint.resolve(tmp_path / "one") / "policy", False)[0]
+    adapted, before, without = run(look, 1, 1, 1, config, format.resolve(tmp_path / "one") / "policy", False)[0]
     assert torch.equal(before, without) and not torch.equal(adapted, before)
 
 
 def drawn(config) -> tuple[torch.Tensor, dict]:
     """Logits with random A and B, and these."""
     model = build_model(Shape.read(config.paths.model), config, "lm").eval()
-    checkpoint.load_weights(checkpoint.resolve(config.paths.init) / "model", model)
+    format.load_weights(format.resolve(config.paths.init) / "model", model)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for _, _, module in lora.adapted(model):

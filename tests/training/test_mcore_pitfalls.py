@@ -10,10 +10,11 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from tests.distributed import run
-from training import checkpoint, cpu
-from training.config import PPOConfig
-from training.shape import Shape
-from training.step import Learner, build_model
+from training.checkpoint import format
+from training.config.shape import Shape
+from training.config.trainers import PPOConfig
+from training.distributed import cpu_backend
+from training.trainer.step import Learner, build_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 def test_the_cpu_shim_restores_everything():
     names = ["current_device", "synchronize", "manual_seed", "get_rng_state", "set_rng_state", "Stream", "Event", "stream"]
     before = [getattr(torch.cuda, name) for name in names]
-    with cpu.mcore_on_cpu():
+    with cpu_backend.mcore_on_cpu():
         assert torch.cuda.current_device() == torch.device("cpu")
         assert torch.zeros(1, device="cuda").device.type == "cpu" and torch.zeros(1).cuda().device.type == "cpu"
         assert torch.zeros(1).type() == "torch.cuda.FloatTensor"
@@ -31,7 +32,7 @@ def test_the_cpu_shim_restores_everything():
 
 def test_the_cpu_shim_is_refused_where_cuda_exists(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(RuntimeError, match="machine with CUDA"), cpu.mcore_on_cpu():
+    with pytest.raises(RuntimeError, match="machine with CUDA"), cpu_backend.mcore_on_cpu():
         pass
 
 
@@ -70,7 +71,7 @@ def test_every_parameter_says_how_it_is_split(small_run, tmp_path):
 
 def decay(folder, settings):
     model = build_model(Shape.read(folder), settings, "lm")
-    checkpoint.load_weights(checkpoint.resolve(settings.paths.init) / "model", model)
+    format.load_weights(format.resolve(settings.paths.init) / "model", model)
     learner = Learner(model, settings, settings.lr, settings.iterations, settings.warmup_iterations)
     rates = []
     for _ in range(settings.iterations):
@@ -89,7 +90,7 @@ def test_biases_and_norms_do_not_decay_and_the_schedule_ends_near_zero(small_run
 
 
 def test_the_fused_flags_that_change_the_gelu_formula_are_off(small_run, tmp_path):
-    from training.model.language_model import transformer_config
+    from training.models.language_model import transformer_config
 
     def flags():
         config = transformer_config(Shape.read(small_run.model), small_run.sft(tmp_path))

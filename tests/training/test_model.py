@@ -14,16 +14,16 @@ from conversion.config import ConvertConfig, ConvertPaths
 from conversion.hf_to_megatron import convert
 from tests.bloom import tiny_bloom
 from tests.distributed import run
-from training import checkpoint
-from training.config import Paths, SFTConfig
-from training.model import bloom as bloom_modules
-from training.model import gelu, vocabulary
-from training.model.attention import alibi_slopes
-from training.model.heads import Output, next_token_logprobs, next_token_logprobs_and_entropy, next_token_nll
-from training.model.linear import accumulate
-from training.settings import ConfigError
-from training.shape import Shape
-from training.step import Batch, Learner, Objective, build_model, evaluate, split
+from training.checkpoint import format
+from training.config.schema import ConfigError
+from training.config.shape import Shape
+from training.config.trainers import Paths, SFTConfig
+from training.models import chunked_logprobs, gelu
+from training.models.attention import alibi_slopes
+from training.models.bloom import module as bloom_modules
+from training.models.heads import Output, next_token_logprobs, next_token_logprobs_and_entropy, next_token_nll
+from training.models.linear import accumulate
+from training.trainer.step import Batch, Learner, Objective, build_model, evaluate, split
 
 VOCAB = 300  # padded to 384 or 512: padding must not weigh in any softmax
 
@@ -45,7 +45,7 @@ def config(tensor, pipeline, **values) -> SFTConfig:
 
 def load(folder, settings: SFTConfig):
     model = build_model(Shape.read(folder / "hf"), settings, "lm")
-    checkpoint.load_weights(checkpoint.resolve(folder / "convert") / "model", model)
+    format.load_weights(format.resolve(folder / "convert") / "model", model)
     return model
 
 
@@ -136,9 +136,9 @@ def read_head(hidden, weight, tokens, mask, sequence, chunk):
     """Each reader's values, and the gradients that it leaves: of the hidden states whole, of this rank's rows of the weight."""
     group = parallel_state.get_tensor_model_parallel_group()
     rank, size, results = group.rank(), weight.size(0) // group.size(), []
-    columns = vocabulary.Columns(rank * size, min(max(REAL - rank * size, 0), size), group)
+    columns = chunked_logprobs.Columns(rank * size, min(max(REAL - rank * size, 0), size), group)
     factors = torch.linspace(-1, 2, tokens.numel()).view(tokens.shape)
-    vocabulary.CHUNK_LOGITS = chunk
+    chunked_logprobs.CHUNK_LOGITS = chunk
     for reader in ("logprobs", "entropy", "nll"):
         mine = hidden.chunk(group.size())[rank] if sequence else hidden
         mine, part = mine.clone().requires_grad_(), weight.chunk(group.size())[rank].clone().requires_grad_()
@@ -188,8 +188,8 @@ def bf16_head(rows: int):
     hidden = (torch.randn(rows + 1, 1, 16, generator=generator) * 3).bfloat16().requires_grad_()
     weight = (torch.randn(64, 16, generator=generator) * 2).bfloat16().requires_grad_()
     tokens = torch.randint(0, 50, (1, rows + 1), generator=generator)
-    vocabulary.CHUNK_LOGITS = 64 * (rows // 2 + 1)
-    output = Output(hidden, weight, vocabulary.Columns(0, 50, parallel_state.get_tensor_model_parallel_group()), False)
+    chunked_logprobs.CHUNK_LOGITS = 64 * (rows // 2 + 1)
+    output = Output(hidden, weight, chunked_logprobs.Columns(0, 50, parallel_state.get_tensor_model_parallel_group()), False)
     logprobs, entropy = next_token_logprobs_and_entropy(output, tokens)
     nll = next_token_nll(output, tokens)
     gradients = [torch.autograd.grad(loss, (hidden, weight)) for loss in ((logprobs + entropy).sum(), nll)]
@@ -215,7 +215,7 @@ def head_gradient_in_its_buffer(upstream: float):
     hidden, weight = torch.randn(5, 1, 8, requires_grad=True), torch.nn.Parameter(torch.randn(32, 8))
     weight.main_grad = torch.full((32, 8), 2.0)
     accumulate(torch.nn.ParameterList([weight]))
-    output = Output(hidden, weight, vocabulary.Columns(0, 32, parallel_state.get_tensor_model_parallel_group()), False)
+    output = Output(hidden, weight, chunked_logprobs.Columns(0, 32, parallel_state.get_tensor_model_parallel_group()), False)
     (upstream * next_token_nll(output, torch.arange(5)[None])).backward()
     without = torch.nn.Parameter(weight.detach().clone())
     next_token_nll(Output(hidden, without, output.columns, False), torch.arange(5)[None]).backward()
@@ -236,7 +236,7 @@ def test_scalar_head_reads_hidden_states_as_hugging_face_gives_them(bloom):
 
     def score(settings):
         scalar = build_model(Shape.read(folder / "hf"), settings, "scalar")
-        checkpoint.load_weights(checkpoint.resolve(folder / "convert") / "model", scalar, fresh_head=5)
+        format.load_weights(format.resolve(folder / "convert") / "model", scalar, fresh_head=5)
         linear = (scalar.score.linear.weight.detach().clone(), scalar.score.linear.bias.detach().clone()) if scalar.post_process else None
         return evaluate(scalar, {"tokens": tokens}, 2, lambda values, micro: values), linear
 

@@ -11,19 +11,19 @@ from conversion.hf_to_megatron import convert
 from tests.bloom import tiny_bloom
 from tests.distributed import run
 from tests.training.test_model_parity import enter, settings
-from training import checkpoint
-from training.config import PPOConfig, PPOPaths, RewardConfig
-from training.families import bloom
-from training.model.language_model import Interleaved, pipeline_layout
-from training.saving import Saver
-from training.settings import ConfigError, build
+from training.checkpoint import format
+from training.checkpoint.writer import Saver
+from training.config.schema import ConfigError, build
+from training.config.shape import Shape
+from training.config.trainers import PPOConfig, PPOPaths, RewardConfig
+from training.models.bloom import table
+from training.models.language_model import Interleaved, pipeline_layout
 from training.sft import compute
-from training.shape import Shape
-from training.step import Learner, Objective, build_model, evaluate, split
+from training.trainer.step import Learner, Objective, build_model, evaluate, split
 
-BLOOM_7B1 = bloom.shape(30, 4096, 32, 250880, 1e-5)
-SHAPES = {"560m": bloom.shape(24, 1024, 16, 250880, 1e-5), "1b1": bloom.shape(24, 1536, 16, 250880, 1e-5),
-          "3b": bloom.shape(30, 2560, 32, 250880, 1e-5), "7b1": BLOOM_7B1, "176b": bloom.shape(70, 14336, 112, 250880, 1e-5)}
+BLOOM_7B1 = table.shape(30, 4096, 32, 250880, 1e-5)
+SHAPES = {"560m": table.shape(24, 1024, 16, 250880, 1e-5), "1b1": table.shape(24, 1536, 16, 250880, 1e-5),
+          "3b": table.shape(30, 2560, 32, 250880, 1e-5), "7b1": BLOOM_7B1, "176b": table.shape(70, 14336, 112, 250880, 1e-5)}
 PUBLISHED = {"560m": 559_214_592, "1b1": 1_065_314_304, "3b": 3_002_557_440, "7b1": 7_069_016_064, "176b": 176_247_271_424}
 
 
@@ -103,10 +103,10 @@ def learn(folder, stage, config, steps: int, goes_on: bool) -> list[float]:
     enter(config.tensor_parallel, config.pipeline_parallel, config.virtual_pipeline)
     model = build_model(Shape.read(folder / "hf"), config, "lm")
     assert isinstance(model, Interleaved) == (config.virtual_pipeline > 1)
-    checkpoint.load_weights(checkpoint.resolve(folder / "convert") / "model", model)
+    format.load_weights(format.resolve(folder / "convert") / "model", model)
     learner, done = Learner(model, config, config.lr, 20, 0), 0
     if goes_on:
-        done = checkpoint.load(checkpoint.resolve(stage), {"model": learner})["iteration"]
+        done = format.load(format.resolve(stage), {"model": learner})["iteration"]
     losses = []
     for step in range(done, done + steps):
         tokens = torch.randint(0, 300, (8, 16), generator=torch.Generator().manual_seed(step))
@@ -135,7 +135,7 @@ def interleaved(folder):
     """A fresh scalar head's values from a pipeline of two stages of two parts."""
     enter(1, 2, 2)
     scalar = build_model(Shape.read(folder / "hf"), settings(pipeline=2, virtual=2), "scalar")
-    checkpoint.load_weights(checkpoint.resolve(folder / "convert") / "model", scalar, fresh_head=5)
+    format.load_weights(format.resolve(folder / "convert") / "model", scalar, fresh_head=5)
     tokens = torch.arange(48).view(3, 16)  # 3 rows in micro-batches of 1: filled up to 4, a multiple of the stages
     return evaluate(scalar, {"tokens": tokens}, 1, lambda values, micro: values)
 
@@ -145,7 +145,7 @@ def test_an_interleaved_pipeline_scores_like_one_rank(bloom):
 
     def alone():
         scalar = build_model(Shape.read(folder / "hf"), settings(), "scalar")
-        checkpoint.load_weights(checkpoint.resolve(folder / "convert") / "model", scalar, fresh_head=5)
+        format.load_weights(format.resolve(folder / "convert") / "model", scalar, fresh_head=5)
         return evaluate(scalar, {"tokens": torch.arange(48).view(3, 16)}, 3, lambda values, micro: values)
 
     (values,) = run(alone, 1, 1, 1)

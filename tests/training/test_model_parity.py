@@ -20,14 +20,14 @@ from conversion.weights import EMBEDDING, entries
 from tests.bloom import tiny_bloom
 from tests.distributed import run
 from tests.llama import tiny_llama
-from training import checkpoint
-from training.config import Paths, SFTConfig
+from training.checkpoint import format
+from training.config.shape import Shape
+from training.config.trainers import Paths, SFTConfig
 from training.data.batches import shard
-from training.model.heads import next_token_logprobs
-from training.model.language_model import parts
+from training.models.heads import next_token_logprobs
+from training.models.language_model import parts
 from training.sft import compute
-from training.shape import Shape
-from training.step import Learner, Objective, build_model, evaluate, split
+from training.trainer.step import Learner, Objective, build_model, evaluate, split
 
 VOCAB, LAYERS, ROWS, LENGTH = 200, 5, 8, 16  # the vocabulary is padded to 256: padding must not weigh in any softmax
 MODELS = {"bloom, 8 heads": (tiny_bloom, dict(heads=8, hidden=64)),
@@ -120,7 +120,7 @@ def by_parameter(folder, model) -> dict[str, torch.Tensor]:
 
 def load(folder, config: SFTConfig):
     model = build_model(Shape.read(folder / "hf"), config, "lm")
-    checkpoint.load_weights(checkpoint.resolve(folder / "convert") / "model", model)
+    format.load_weights(format.resolve(folder / "convert") / "model", model)
     return model
 
 

@@ -14,10 +14,10 @@ from benchmarks.multi_gpu_plan import Job, fitting, layout, waves
 from benchmarks.multi_gpu_tables import tables
 from launcher.estimates import iteration_time
 from tests.distributed import run
-from training import pace
+from training.config import cost
 from training.data.packing import Limits, lay_out
-from training.families.bloom import shape as bloom
-from training.step import build_model
+from training.models.bloom.table import shape as bloom
+from training.trainer.step import build_model
 
 CARD = {"name": "H100", "count": 8, "memory_gb": 85.5, "memory_gb_s": 3350}
 
@@ -129,7 +129,7 @@ def test_what_ppo_is_reckoned_with_is_what_it_runs(values, rows):
     config, shape = multi_gpu_plan.ppo_config("1b7", values), multi_gpu_plan.SHAPES["1b7"]
     data = config.data_parallel(4)
     assert iteration_time.iteration(shape, config, 4, multi_gpu_plan.machine(CARD), 4).micro_batch == (rows, 512)
-    least = pace.launched_tokens(shape, config.tensor_parallel, 512, pace.PEAK_TFLOPS[9])
+    least = cost.launched_tokens(shape, config.tensor_parallel, 512, cost.PEAK_TFLOPS[9])
     limits = Limits(512, 128, data, config.micro_batch_tokens // 512, config.pipeline_parallel, least=least)
     assert lay_out([512] * 64, limits)[1:] == (512, rows)
 

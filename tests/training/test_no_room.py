@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from tests.distributed import run
-from training import parallel, ppo, sft
-from training.config import PPOConfig
+from training import ppo, sft
+from training.config.trainers import PPOConfig
+from training.distributed import groups as parallel
 from training.generation.engine import Engine
 from training.main import run_stage
 

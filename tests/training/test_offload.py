@@ -7,7 +7,7 @@ import torch
 
 from tests.distributed import run
 from tests.training.learners import fill, learner, settings, wrong
-from training.offload import Offloaded, host_memory
+from training.optim.offload import Offloaded, host_memory
 
 
 def test_views_see_what_their_storage_held_and_asleep_it_holds_nothing():

@@ -9,9 +9,10 @@ import torch.distributed as dist
 
 from launcher.job.ranks import reserved_port
 from tests.training.learners import settings
-from training import main, parallel
-from training.config import SFTConfig
-from training.settings import ConfigError
+from training import main
+from training.config.schema import ConfigError
+from training.config.trainers import SFTConfig
+from training.distributed import groups as parallel
 
 destroy = dist.destroy_process_group
 

@@ -11,13 +11,14 @@ import torch
 from tensorboard.backend.event_processing import event_accumulator
 
 from tests.distributed import run
-from training import calibration, experience, invariants, ppo
-from training.config import PPOConfig
+from training import ppo
+from training.config.schema import ConfigError, build
+from training.config.trainers import PPOConfig
 from training.data.batches import Example, collate
 from training.data.tokenizer import Tokenizer
-from training.samples import plan
-from training.settings import ConfigError, build
-from training.step import split
+from training.rl import experience, invariants, reward_bias
+from training.rl.minibatches import plan
+from training.trainer.step import split
 
 
 def rows(stage):
@@ -141,7 +142,7 @@ def test_the_reward_model_s_zero_is_arbitrary(small_run, tmp_path):
 def test_a_reward_model_without_a_bias_is_refused(tmp_path):
     (tmp_path / "state.json").write_text("{}")
     with pytest.raises(ConfigError, match="holds no reward_bias: it was made by an earlier version; train the reward model anew"):
-        calibration.stored(tmp_path)
+        reward_bias.stored(tmp_path)
 
 
 def test_the_adaptive_coefficient_waits_for_the_policy(small_run, tmp_path):

@@ -8,16 +8,17 @@ from conversion.tensors import Stored
 from conversion.weights import entries
 from tests.distributed import run
 from tests.training.ppo_reference import Reference
-from training import checkpoint, ppo
-from training.shape import Shape
-from training.step import build_model
+from training import ppo
+from training.checkpoint import format
+from training.config.shape import Shape
+from training.trainer.step import build_model
 
 
 def weights(config, stage, head: str) -> tuple[dict, tuple]:
     """A stage's last checkpoint as Hugging Face names it, and its scalar head."""
     shape = Shape.read(config.paths.model)
     model = build_model(shape, config, head)
-    checkpoint.load_weights(checkpoint.resolve(stage) / "model", model)
+    format.load_weights(format.resolve(stage) / "model", model)
     held = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     body = {}
     for entry in entries(shape):

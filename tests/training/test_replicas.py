@@ -13,13 +13,13 @@ from tests.distributed import run
 from tests.llama import tiny_llama
 from tests.training import generation_models
 from tests.training.test_model_parity import enter, settings
-from training import checkpoint
+from training.checkpoint import format
+from training.config.shape import Shape
 from training.generation.engine import Limits
-from training.generation.replicas import Replicas
 from training.generation.request import Request, Sampling, draws
-from training.generation.reshard import Held, named_weights, plan, rounds
-from training.shape import Shape
-from training.step import build_model
+from training.generation.rollout_workers import Replicas
+from training.generation.weight_sync import Held, named_weights, plan, rounds
+from training.trainer.step import build_model
 
 VOCAB, STEPS = 300, 12
 PROMPTS = [[5, 17, 200], [44, 8, 9, 150, 299, 12, 60], [7], [10, 11, 12, 13, 14], [5, 17, 200]]
@@ -48,7 +48,7 @@ def ours(folder, cases, eos):
         enter(*layout)
         shape = Shape.read(folder / "hf")
         model = build_model(shape, settings(*layout), "lm")
-        checkpoint.load_weights(checkpoint.resolve(folder / "convert") / "model", model)
+        format.load_weights(format.resolve(folder / "convert") / "model", model)
         replicas = Replicas(model, shape, Limits(64, page=4), eos, size)
         greedy = replicas.generate([Request(prompt, Sampling(STEPS, temperature=0)) for prompt in PROMPTS])
         uniforms = draws(1, 3, len(PROMPTS), STEPS)

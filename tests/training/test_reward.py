@@ -11,16 +11,19 @@ from transformers import BloomConfig, BloomForCausalLM
 from tests.distributed import run
 from tests.training.ppo_reference import Scalar
 from tests.training.test_ppo_reference import weights
-from training import calibration, checkpoint, ranking, reward
+from training import reward
+from training.checkpoint import format
 from training.data.tokenizer import Tokenizer
 from training.generation.request import draws
-from training.model.heads import ScalarHead
+from training.models.heads import ScalarHead
+from training.rl import reward_bias
+from training.trainer import reward_metrics
 
 
 def test_calibration_equals_a_loop_over_pairs():
     margins = torch.randn(500, generator=torch.Generator().manual_seed(0)) * 2
-    found = ranking.calibration(ranking.calibration_sums(margins[:200]) + ranking.calibration_sums(margins[200:]))  # as two ranks add up
-    bins = {edge: [] for edge in ranking.CONFIDENCE}
+    found = reward_metrics.calibration(reward_metrics.calibration_sums(margins[:200]) + reward_metrics.calibration_sums(margins[200:]))  # as two ranks add up
+    bins = {edge: [] for edge in reward_metrics.CONFIDENCE}
     for margin in margins.tolist():
         confidence = 1 / (1 + math.exp(-abs(margin)))
         bins[max(edge for edge in bins if edge <= confidence)].append((margin > 0, confidence))
@@ -32,15 +35,15 @@ def test_calibration_equals_a_loop_over_pairs():
 
 def test_interval_of_a_proportion():
     """Wilson's own formula at 8 of 10 (e.g. Brown, Cai and DasGupta 2001): 0.490 to 0.943."""
-    assert ranking.wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert reward_metrics.wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
 
 
 def test_interval_of_a_mean():
     margins = torch.randn(300, generator=torch.Generator().manual_seed(1), dtype=torch.double) + 0.4
     error = margins.std().item() / 300**0.5
-    low, high = ranking.mean_interval(300, margins.sum().item(), margins.square().sum().item())
+    low, high = reward_metrics.mean_interval(300, margins.sum().item(), margins.square().sum().item())
     assert (low, high) == pytest.approx((margins.mean().item() - 1.96 * error, margins.mean().item() + 1.96 * error), abs=1e-4)
-    assert math.isnan(ranking.mean_interval(1, 2.0, 4.0)[0])
+    assert math.isnan(reward_metrics.mean_interval(1, 2.0, 4.0)[0])
 
 
 def new_head() -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,12 +66,12 @@ def test_length_bias_by_hand():
     nan = math.nan
     rewards, lengths = torch.tensor([[2.0, 1.0, 0.0], [5.0, 3.0, 9.0]]), torch.tensor([[4, 6, 2], [8, 8, 99]])
     scores = torch.tensor([[1.0, 0.0, 2.0], [1.0, 1.0, nan]])
-    found = ranking.length_bias(ranking.length_sums(rewards, scores, lengths))
+    found = reward_metrics.length_bias(reward_metrics.length_sums(rewards, scores, lengths))
     # Pairs (better, worse) by length: (4, 6) right, shorter; (2, 4) and (2, 6) wrong, shorter; none longer.
     assert found["heldout_accuracy_shorter"] == pytest.approx(1 / 3) and "heldout_accuracy_longer" not in found
     real = torch.tensor([[2.0, 1.0, 0.0, 5.0, 3.0], [4, 6, 2, 8, 8]])
     assert found["heldout_length_correlation"] == pytest.approx(torch.corrcoef(real)[0, 1].item())
-    flat = ranking.length_bias(ranking.length_sums(torch.ones(1, 2), torch.tensor([[1.0, 0.0]]), torch.tensor([[3, 4]])))
+    flat = reward_metrics.length_bias(reward_metrics.length_sums(torch.ones(1, 2), torch.tensor([[1.0, 0.0]]), torch.tensor([[3, 4]])))
     assert flat["heldout_length_correlation"] == 0.0
 
 
@@ -76,16 +79,16 @@ def test_with_the_stored_bias_the_sft_policy_s_responses_score_zero(small_run, t
     """Scored and, the first of them, sampled again by Hugging Face's models; the same at another layout, and not sampled twice."""
     config = small_run.reward(tmp_path / "one", iterations=2, save_every=1)
     run(reward.run, 1, 1, 1, config)
-    said = json.loads((tmp_path / "one" / calibration.RESPONSES).read_text())["responses"]
+    said = json.loads((tmp_path / "one" / reward_bias.RESPONSES).read_text())["responses"]
     body, head = run(weights, 1, 1, 1, config, config.paths.output, "scalar")[0]
     judge = Scalar(BloomConfig.from_pretrained(small_run.model), body, *head).eval()
     eos = Tokenizer(small_run.model).eos_id
     with torch.no_grad():
         scores = [judge(tokens)[-1].item() for tokens, _ in said if tokens[-1] == eos]
-    bias = calibration.stored(checkpoint.resolve(config.paths.output))
+    bias = reward_bias.stored(format.resolve(config.paths.output))
     assert len(said) == 40 and len(scores) > 30
     assert sum(scores) / len(scores) + bias == pytest.approx(0, abs=1e-4) and abs(bias) > 1e-3
-    assert calibration.stored(checkpoint.resolve(config.paths.output, 1)) != bias
+    assert reward_bias.stored(format.resolve(config.paths.output, 1)) != bias
 
     sft, _ = run(weights, 1, 1, 1, config, config.paths.init, "lm")[0]
     policy = BloomForCausalLM(BloomConfig.from_pretrained(small_run.model)).eval()
@@ -97,13 +100,13 @@ def test_with_the_stored_bias_the_sft_policy_s_responses_score_zero(small_run, t
         drawn = (odds <= (uniforms[: len(odds)] * odds[:, -1])[:, None]).sum(-1)
         assert drawn.tolist() == tokens[start:]
 
-    asked = tmp_path / "two" / calibration.RESPONSES
+    asked = tmp_path / "two" / reward_bias.RESPONSES
     asked.parent.mkdir()
-    asked.write_bytes((tmp_path / "one" / calibration.RESPONSES).read_bytes())
+    asked.write_bytes((tmp_path / "one" / reward_bias.RESPONSES).read_bytes())
     touched = asked.stat().st_mtime_ns
     run(reward.run, 1, 2, 2, small_run.reward(tmp_path / "two", layout=(1, 2), iterations=2, micro_batch_size=1))
     assert asked.stat().st_mtime_ns == touched
-    assert calibration.stored(checkpoint.resolve(tmp_path / "two")) == pytest.approx(bias, rel=1e-3)
+    assert reward_bias.stored(format.resolve(tmp_path / "two")) == pytest.approx(bias, rel=1e-3)
 
 
 @pytest.mark.parametrize(("layout", "values"), [((2, 1, 1), {"sequence_parallel": True}), ((1, 2, 2), {"micro_batch_size": 1})])

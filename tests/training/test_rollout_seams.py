@@ -7,8 +7,8 @@ import torch
 
 from tests.distributed import run
 from training import grpo, ppo
-from training.experience import at_work, score
-from training.samples import epochs, plan
+from training.rl.experience import at_work, score
+from training.rl.minibatches import epochs, plan
 
 
 def rows(stage):

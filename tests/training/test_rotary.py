@@ -3,7 +3,7 @@
 import torch
 from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd as rotate
 
-from training.model import rotary
+from training.models import rotary
 
 THETA, DIM = 100000.0, 64
 CPU = torch.device("cpu")

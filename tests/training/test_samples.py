@@ -8,13 +8,14 @@ import torch
 from tests.distributed import run
 from tests.training.learners import SHAPE
 from tests.training.test_model_parity import enter
-from training import parallel, ppo
-from training.config import PPOConfig, PPOPaths
+from training import ppo
+from training.config.schema import ConfigError
+from training.config.trainers import PPOConfig, PPOPaths
 from training.data.batches import Example, collate
-from training.model.heads import next_token_logprobs
-from training.samples import plan
-from training.settings import ConfigError
-from training.step import Learner, build_model
+from training.distributed import groups
+from training.models.heads import next_token_logprobs
+from training.rl.minibatches import plan
+from training.trainer.step import Learner, build_model
 
 LENGTHS = [5, 40, 9, 12, 33, 7, 11, 38, 6, 8, 24, 10]
 
@@ -48,7 +49,7 @@ def both_ways(config: PPOConfig) -> dict:
         steps = [learner.step(minibatch, ppo.policy_objective(config)) for minibatch in minibatches]
         computed = [sum(micro["tokens"].numel() for micro in minibatch) for minibatch in minibatches]
         seen[name] = logprobs[batch["response_mask"]], steps, computed, [len(minibatch) for minibatch in minibatches], rows
-    return seen | {"rank": parallel.data_rank()}
+    return seen | {"rank": groups.data_rank()}
 
 
 @pytest.mark.parametrize(("layout", "values"), [((1, 1, 1), {}), ((2, 1, 2), {"sequence_parallel": True}),

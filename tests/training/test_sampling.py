@@ -7,7 +7,7 @@ from transformers import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, Top
 
 from tests.distributed import run
 from tests.training.generation_models import NONE, off, shard
-from training.generation import shards, torch_ops
+from training.generation import torch_ops, tp_sampling
 from training.generation.request import draws
 from training.generation.sampling import choose, penalise, truncate
 
@@ -129,7 +129,7 @@ def many_rows() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def chosen_from_shards():
     group = dist.group.WORLD
-    return [shards.choose(torch_ops, shard(logits, group.rank(), group.size()), temperature, uniforms, group)
+    return [tp_sampling.choose(torch_ops, shard(logits, group.rank(), group.size()), temperature, uniforms, group)
             for logits, temperature, uniforms in (hard_rows()[:3], many_rows())]
 
 

@@ -21,12 +21,12 @@ from megatron.core import parallel_state
 
 from tests.distributed import run
 from tests.training.learners import fill, learner, settings, wrong
-from training import checkpoint, checksums, saving, unpickle
-from training.checksums import Damaged
-from training.optimizer import boxes
-from training.parallel import ranks
-from training.saving import SaveFailed, Saver
-from training.settings import ConfigError
+from training.checkpoint import checksums, format, safe_unpickle, writer
+from training.checkpoint.checksums import Damaged
+from training.checkpoint.writer import SaveFailed, Saver
+from training.config.schema import ConfigError
+from training.distributed.groups import ranks
+from training.optim.optimizer import boxes
 
 
 def saved(stage: Path, layout: tuple[int, int, int], *numbers: int, **values) -> None:
@@ -50,7 +50,7 @@ def loaded(stage: Path, layout: tuple[int, int, int], number: int, **values) -> 
 
     def load():
         made = learner(settings(stage, layout[:2], **values))
-        state = checkpoint.load(checkpoint.resolve(stage, number), {"model": made})
+        state = format.load(format.resolve(stage, number), {"model": made})
         assert state["iteration"] == number == made.schedule.num_steps
         assert wrong(made, number) == []
 
@@ -71,7 +71,7 @@ def test_every_element_survives_a_walk_through_layouts(tmp_path):
         config = settings(tmp_path, layout[:2], virtual_pipeline=layout[3])
         made = learner(config)
         if number > 1:
-            assert checkpoint.load(checkpoint.resolve(tmp_path), {"model": made})["iteration"] == number - 1 == made.schedule.num_steps
+            assert format.load(format.resolve(tmp_path), {"model": made})["iteration"] == number - 1 == made.schedule.num_steps
             assert wrong(made, number - 1) == []
         fill(made, number)
         made.schedule.num_steps = number
@@ -96,7 +96,7 @@ def test_boxes_are_the_range_in_order():
 
 def test_staging_keeps_a_place_for_each_tensor_at_one_address_and_none_for_those_that_are_gone():
     """A weight, and its first elements' box of the optimizer's, begin at one address. Replaced buffers would stay pinned for ever."""
-    weight, staging = torch.arange(8.0), saving._Staging()
+    weight, staging = torch.arange(8.0), writer._Staging()
     for _ in range(2):
         assert torch.equal(staging.copy(weight), weight) and torch.equal(staging.copy(weight[:3]), weight[:3])
         staging.drop_unwanted()
@@ -133,9 +133,9 @@ def _attempt(rank: int, folder: str, stage: str, victim: int, nth: int, asynchro
     with ranks(1, 2, 1, init_method=f"file://{folder}/store"):
         config = settings(stage, (1, 2), keep_checkpoints=2, async_save=asynchronous)
         made = learner(config)
-        start = checkpoint.latest(stage) or 0
+        start = format.latest(stage) or 0
         if start:
-            assert checkpoint.load(checkpoint.resolve(stage), {"model": made})["iteration"] == start
+            assert format.load(format.resolve(stage), {"model": made})["iteration"] == start
             assert wrong(made, start) == []
         saver = Saver(stage, {"model": made}, config)
         for number in (start + 1, start + 2):
@@ -176,16 +176,16 @@ def test_kill_9_at_20_random_points_of_a_save(tmp_path):
     assert min(total) > 10
     done = []
     for number in range(20):
-        before = checkpoint.latest(tmp_path)
+        before = format.latest(tmp_path)
         victim = draw.randrange(2)
         nth = total[victim] - 1 - int(total[victim] * draw.random() ** 2)  # towards the end: renaming, ``latest``, deleting
         assert not job(tmp_path, victim, nth, asynchronous=bool(number % 2)), f"call {nth} of {total[victim]} was never made"
-        done.append(checkpoint.latest(tmp_path) - before - 1)
-        checksums.check(checkpoint.resolve(tmp_path))
+        done.append(format.latest(tmp_path) - before - 1)
+        checksums.check(format.resolve(tmp_path))
     assert set(done) == {0, 1}, "some died before their checkpoint was named, some after; the save before the kill is always there"
     assert job(tmp_path, 0, -1, True), "what the kills left behind is in nobody's way"
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
-        checkpoint.folder(tmp_path, number).name for number in checkpoint.iterations(tmp_path)]
+        format.folder(tmp_path, number).name for number in format.iterations(tmp_path)]
 
 
 def test_an_asynchronous_save_holds_the_step_it_was_asked_at(tmp_path):
@@ -201,19 +201,19 @@ def test_an_asynchronous_save_holds_the_step_it_was_asked_at(tmp_path):
         saver.save(1, {})
         fill(made, 99)
         early = saver.poll()
-        assert early == {} and checkpoint.latest(tmp_path) is None
+        assert early == {} and format.latest(tmp_path) is None
         go.set()
         while not (times := saver.poll()):
             fill(made, 98)
-        assert checkpoint.latest(tmp_path) == 1 and saver.poll() == {}
+        assert format.latest(tmp_path) == 1 and saver.poll() == {}
         assert 0 < times["save_stall_s"] < times["save_s"]
         for number in (2, 3):
             fill(made, number)
             made.schedule.num_steps = number
             saver.save(number, {})  # waits for the one before
-        assert checkpoint.latest(tmp_path) == 2
+        assert format.latest(tmp_path) == 2
         saver.wait()
-        assert checkpoint.latest(tmp_path) == 3
+        assert format.latest(tmp_path) == 3
 
     run(train, 1, 2, 1)
     for number in (2, 3):
@@ -244,7 +244,7 @@ def test_a_writer_that_fails_is_an_error_on_every_rank(tmp_path, asynchronous):
     assert first == second
     assert "saving iteration 2 failed on rank 1" in first and "File too large" in first and "model/__1_0.distcp" in first
     assert "iteration 1 is whole" in first
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["iter_0000001"] and checkpoint.latest(tmp_path) == 1
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["iter_0000001"] and format.latest(tmp_path) == 1
     loaded(tmp_path, (1, 1, 1), 1)
 
 
@@ -282,7 +282,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(small_disk, told):
 
 def test_sha256sum_agrees(tmp_path):
     saved(tmp_path, (1, 2, 1), 1)
-    folder = checkpoint.folder(tmp_path, 1)
+    folder = format.folder(tmp_path, 1)
     shown = subprocess.run(["sha256sum", "--strict", "-c", "SHA256"], cwd=folder, capture_output=True, text=True, check=True)
     assert sorted(line.partition(":")[0] for line in shown.stdout.splitlines()) == checksums.files(folder)
     assert {"state.json", "model/.metadata", "model/common.pt", "model/metadata.json", "model/__1_0.distcp"} <= set(checksums.files(folder))
@@ -308,12 +308,12 @@ def flip(path: Path) -> None:
 def test_a_damaged_checkpoint_is_refused_with_its_file(whole, tmp_path, name, harm, message):
     """On both ranks alike, whichever of them read the file; the launcher's check says the same without torch."""
     subprocess.run(["cp", "-r", f"{whole}/.", str(tmp_path)], check=True)
-    folder = checkpoint.folder(tmp_path, 2)
+    folder = format.folder(tmp_path, 2)
     harm(folder / name)
 
     def load():
         with pytest.raises(Damaged) as caught:
-            checkpoint.load(folder, {"model": learner(settings(tmp_path, (1, 2)))})
+            format.load(folder, {"model": learner(settings(tmp_path, (1, 2)))})
         return str(caught.value)
 
     found = set(run(load, 1, 2, 1))
@@ -321,7 +321,7 @@ def test_a_damaged_checkpoint_is_refused_with_its_file(whole, tmp_path, name, ha
     assert "--load-iteration (there are: 1), not from 2" in found.pop()
     with pytest.raises(Damaged, match=message):
         checksums.check(folder)
-    checksums.check(checkpoint.folder(tmp_path, 1))
+    checksums.check(format.folder(tmp_path, 1))
 
 
 @pytest.fixture(scope="module")
@@ -333,7 +333,7 @@ def whole(tmp_path_factory) -> Path:
 
 def test_large_files_can_be_left_to_the_size_check(whole, tmp_path):
     subprocess.run(["cp", "-r", f"{whole}/.", str(tmp_path)], check=True)
-    folder = checkpoint.folder(tmp_path, 2)
+    folder = format.folder(tmp_path, 2)
     flip(folder / "model" / "__0_0.distcp")
     checksums.check(folder, largest=20_000)
     checksums.check(folder, below="other")
@@ -352,7 +352,7 @@ class Evil:
 def test_no_pickle_of_a_checkpoint_runs_code(whole, tmp_path):
     """Neither one in .metadata nor an entry that claims to be bytes, which torch would unpickle, with checksums that agree."""
     subprocess.run(["cp", "-r", f"{whole}/.", str(tmp_path)], check=True)
-    folder, mark = checkpoint.folder(tmp_path, 2), tmp_path / "executed"
+    folder, mark = format.folder(tmp_path, 2), tmp_path / "executed"
     metadata = folder / "model" / ".metadata"
     described = pickle.loads(metadata.read_bytes())
 
@@ -361,7 +361,7 @@ def test_no_pickle_of_a_checkpoint_runs_code(whole, tmp_path):
 
         def load():
             with pytest.raises(Damaged, match=message) as caught:
-                checkpoint.load(folder, {"model": learner(settings(tmp_path))})
+                format.load(folder, {"model": learner(settings(tmp_path))})
             return str(caught.value)
 
         assert str(metadata) in run(load, 1, 1, 1)[0] and not mark.exists()
@@ -377,16 +377,16 @@ def test_no_pickle_of_a_checkpoint_runs_code(whole, tmp_path):
     refuse("BytesStorageMetadata")
     metadata.write_bytes(metadata.read_bytes()[:100])
     refuse("truncated or changed")
-    subprocess.run(["cp", str(checkpoint.folder(tmp_path, 1) / "model" / ".metadata"), str(metadata)], check=True)
+    subprocess.run(["cp", str(format.folder(tmp_path, 1) / "model" / ".metadata"), str(metadata)], check=True)
     metadata = folder / "model" / "common.pt"
     torch.save({"optimizer": Evil(mark)}, metadata)
     refuse("can't be read weights-only")
-    assert unpickle.load((checkpoint.folder(tmp_path, 1) / "model" / ".metadata").open("rb")).state_dict_metadata
+    assert safe_unpickle.load((format.folder(tmp_path, 1) / "model" / ".metadata").open("rb")).state_dict_metadata
 
 
 def test_every_nth_is_kept_for_good(tmp_path):
     saved(tmp_path, (1, 1, 1), 2, 4, 6, 8, 9, 10, save_every=2, keep_every=4, keep_checkpoints=1)
-    assert checkpoint.iterations(tmp_path) == [4, 8, 10]
+    assert format.iterations(tmp_path) == [4, 8, 10]
 
 
 def test_keep_every_must_meet_save_every():
@@ -398,16 +398,16 @@ def test_a_broken_mark_and_stray_folders_are_told(tmp_path):
     for name in ("iter_0000003", "iter_0000004.old", "iter_best", ".iter_0000005.saving"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     (tmp_path / "checkpoints" / "iter_0000003" / "model").mkdir()
-    assert checkpoint.iterations(tmp_path) == [3] and checkpoint.latest(tmp_path) is None
+    assert format.iterations(tmp_path) == [3] and format.latest(tmp_path) is None
     for text in ("", "\n", "seven", "7\n8\n"):
         (tmp_path / "latest").write_text(text)
         with pytest.raises(ConfigError, match=r"latest holds .*, no iteration; present: 3"):
-            checkpoint.resolve(tmp_path)
+            format.resolve(tmp_path)
     (tmp_path / "latest").write_text("7\n")
     with pytest.raises(ConfigError, match="iteration 7 is not there; present: 3"):
-        checkpoint.resolve(tmp_path)
+        format.resolve(tmp_path)
     with pytest.raises(Damaged, match="SHA256 is missing: not a complete checkpoint"):
-        checksums.check(checkpoint.resolve(tmp_path, 3))
+        checksums.check(format.resolve(tmp_path, 3))
 
 
 def test_publishing_an_iteration_again_never_leaves_latest_naming_nothing(tmp_path):
@@ -416,6 +416,6 @@ def test_publishing_an_iteration_again_never_leaves_latest_naming_nothing(tmp_pa
         aside = tmp_path / "checkpoints" / ".iter_0000000.saving"
         aside.mkdir(parents=True)
         (aside / "state.json").write_text(json.dumps(text))
-        checkpoint.publish(tmp_path, aside, 0)
-        assert json.loads((checkpoint.resolve(tmp_path) / "state.json").read_text()) == text
-        checksums.check(checkpoint.resolve(tmp_path))
+        format.publish(tmp_path, aside, 0)
+        assert json.loads((format.resolve(tmp_path) / "state.json").read_text()) == text
+        checksums.check(format.resolve(tmp_path))

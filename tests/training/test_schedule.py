@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from training.config import Paths, SFTConfig
-from training.optimizer import make_schedule
+from training.config.trainers import Paths, SFTConfig
+from training.optim.optimizer import make_schedule
 
 FORMS = {"cosine": lambda done: (1 + math.cos(math.pi * done)) / 2, "linear": lambda done: 1 - done, "constant": lambda done: 1.0}
 """Share of the way from ``min_lr`` to ``lr`` when ``done`` (0..1) of the decay is."""

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from training import hf_folder, tensor_files
-from training.settings import ConfigError
+from training.config.schema import ConfigError
+from training.files import hf_folder, tensor_files
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 

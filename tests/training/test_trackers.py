@@ -9,8 +9,9 @@ import pytest
 
 from tests.distributed import run
 from tests.training.test_samples import settings
-from training import sft, trackers
-from training.settings import ConfigError
+from training import sft
+from training.config.schema import ConfigError
+from training.metrics import trackers
 
 
 @pytest.mark.parametrize(("values", "message"), [

@@ -9,7 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from tests.distributed import run
-from training.model import linear
+from training.models import linear
 
 
 def stack(inputs, weights):

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 import tokenizers
 
-from training.checksums import digest, sync
+from training.checkpoint.checksums import digest, sync
 from training.data import formats
 from training.data.rows import Row
 from training.data.tokenizer import Tokenizer

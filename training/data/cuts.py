@@ -11,10 +11,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from training.config.schema import usage
 from training.data import formats
 from training.data.cache import Tokenised, TokenRows, lengths
 from training.data.examples import comparison_example, sft_example
-from training.settings import usage
 
 MOST_LOOKED = 20_000
 """Rows that are too long and whose replies are compared after the cut; of more, so many, evenly spread."""

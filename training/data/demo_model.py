@@ -13,9 +13,9 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from training.data.config import ModelConfig
-from training.settings import ConfigError
-from training.shape import family
+from training.config.data import ModelConfig
+from training.config.schema import ConfigError
+from training.config.shape import family
 
 SPECIAL = {"unk": "<unk>", "bos": "<s>", "eos": "</s>", "pad": "<pad>"}
 """Name -> text; the ids are 0, 1, 2, 3 in this order, as in BLOOM."""

@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import torch
 
+from training.config.cost import MORE_ROWS, micro_batches
+from training.config.schema import InvariantError
 from training.data.batches import Example
-from training.pace import MORE_ROWS, micro_batches
-from training.settings import InvariantError
 
 EXCHANGES = 4
 """Most exchanges of examples between rows, times the number of rows."""
@@ -48,13 +48,13 @@ class Limits(NamedTuple):
     group: int = 1
     """A rank's micro-batches are a multiple of this (the interleaved schedule takes them so)."""
     least: int = 0
-    """A micro-batch of fewer tokens takes as long as one of these (training.pace.launched_tokens)."""
+    """A micro-batch of fewer tokens takes as long as one of these (training.config.cost.launched_tokens)."""
 
 
 def lay_out(lengths: list[int], limits: Limits) -> Layout:
     """Examples of these ``lengths`` in the rows that take least time: their number, their length and the micro-batches are chosen together.
 
-    A rank's time is reckoned by training.pace.micro_batches; of equals (where all wait for the host) the least padding is taken. For every
+    A rank's time is reckoned by training.config.cost.micro_batches; of equals (where all wait for the host) the least padding is taken. For every
     number of rows the shortest multiple that holds the examples is tried. Rows may be empty where there are fewer examples than ranks.
     Raises InvariantError for a length above the capacity.
 

@@ -15,11 +15,11 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+from training.config.data import DataConfig, ModelConfig
+from training.config.schema import ConfigError, build, usage
 from training.data import formats
-from training.data.config import DataConfig, ModelConfig
 from training.data.rows import Row
 from training.data.source import lines
-from training.settings import ConfigError, build, usage
 
 EXIT_USAGE = 64
 MOST_TEXT = 16 << 20

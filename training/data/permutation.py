@@ -11,7 +11,7 @@ import hashlib
 
 import numpy as np
 
-from training.settings import InvariantError
+from training.config.schema import InvariantError
 
 ROUNDS = 8
 SMALLEST_BITS = 4

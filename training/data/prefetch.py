@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from training.data.batches import Sampler
-from training.parallel import begin_thread
+from training.distributed.groups import begin_thread
 
 Batch = dict[str, torch.Tensor]
 Make = Callable[[list[int]], tuple[list[Batch], dict[str, float]]]

@@ -15,14 +15,14 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from training import checksums
+from training.checkpoint import checksums
+from training.config.data import PrepareConfig
+from training.config.schema import ConfigError, load, usage
 from training.data import formats
 from training.data.cache import cached
-from training.data.config import PrepareConfig
 from training.data.sorting import STAGES, TOKENIZER_ROWS, Writer, from_demo, from_source, names
 from training.data.source import lines
 from training.data.tokenizer import Tokenizer
-from training.settings import ConfigError, load, usage
 
 EXIT_USAGE = 64
 WEIGHTS = (".safetensors", ".bin")

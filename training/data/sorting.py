@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from training import checksums
+from training.checkpoint import checksums
+from training.config.data import DataConfig
 from training.data import demo, dialogue, formats
-from training.data.config import DataConfig
 from training.data.rows import Row
 from training.data.split import HeldOut, Repeats
 

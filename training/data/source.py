@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from training import files
+from training.files import safe_files
 
 EXIT_DATA = 65
 MOST = 16 << 20
@@ -84,8 +84,8 @@ def lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
 
 def _open(path: Path) -> int:
     try:
-        return files.open_regular(path)
-    except files.Unfit:
+        return safe_files.open_regular(path)
+    except safe_files.Unfit:
         kind = "a folder: name the file in it" if path.is_dir() else \
             "a pipe, a socket or a device: rows are read more than once, so write them to a file"
         raise DataError(f"{path} is {kind}; expected a .jsonl or .jsonl.gz file") from None

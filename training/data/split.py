@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from training.data.config import DataConfig
+from training.config.data import DataConfig
 
 BUCKETS = 64
 """Files over which digests are spread; one at a time is sorted in memory (24 bytes a digest)."""

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import tokenizers
 
-from training import hf_folder
-from training.hf_folder import AGAIN, shown
-from training.settings import ConfigError
-from training.special_tokens import Said
+from training.config.schema import ConfigError
+from training.files import hf_folder
+from training.files.hf_folder import AGAIN, shown
+from training.files.special_tokens import Said
 
 FILE = "tokenizer.json"
 PARTS = {"normalizer": None, "pre_tokenizer": None, "post_processor": None, "decoder": None, "truncation": None,

@@ -18,11 +18,11 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from training import hf_folder
+from training.config.schema import ConfigError, usage
 from training.data import dialogue, formats
 from training.data.tokenizer import Tokenizer
-from training.hf_folder import shown
-from training.settings import ConfigError, usage
+from training.files import hf_folder
+from training.files.hf_folder import shown
 
 SAMPLES = (dialogue.HUMAN, dialogue.CUE, f"{dialogue.HUMAN} What is 12 + "
                                          f"345?{dialogue.CUE}", " It's 357, of course; I'll say: 2024-01-02.",

@@ -17,14 +17,14 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from training.generation import shards
-from training.generation.cache import Batch, Slots, token_bytes
-from training.generation.graphs import Graphs, forward
-from training.generation.pages import Pages
+from training.distributed.groups import NoRoom
+from training.generation import tp_sampling
+from training.generation.block_manager import Pages
+from training.generation.cuda_graphs import Graphs, forward
 from training.generation.request import Completion, Request, check
 from training.generation.sampling import penalise
-from training.generation.schedule import Piece, Row, Scheduler
-from training.parallel import NoRoom
+from training.generation.scheduler import Piece, Row, Scheduler
+from training.models.kv_cache import Batch, Slots, token_bytes
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ class Engine:
         logits, temperature, uniforms = decoder.logits(hidden), slots.temperature[index], slots.uniforms[index, slots.step[index]]
         if decoder.group:
             if not truncates and slots.seen is None:
-                return shards.choose(decoder.ops, logits, temperature, uniforms, decoder.group)
+                return tp_sampling.choose(decoder.ops, logits, temperature, uniforms, decoder.group)
             logits = decoder.gather(logits)
         if slots.seen is not None:
             logits = penalise(logits, slots.seen[index], slots.penalty[index])

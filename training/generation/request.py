@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from training.settings import ConfigError
+from training.config.schema import ConfigError
 
 
 @dataclass(frozen=True)

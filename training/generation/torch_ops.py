@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from training.generation.cache import Batch
 from training.generation.sampling import choose, pick, summarise
+from training.models.kv_cache import Batch
 
 __all__ = ["attend", "choose", "pick", "residual_norm", "summarise", "write"]
 

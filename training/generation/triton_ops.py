@@ -10,9 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from training.generation.cache import Batch
+from training.config.schema import InvariantError
 from training.generation.triton_sampling import choose, pick, summarise
-from training.settings import InvariantError
+from training.models.kv_cache import Batch
 
 __all__ = ["attend", "choose", "pick", "residual_norm", "summarise", "write"]
 

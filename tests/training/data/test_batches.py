@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from training.config.schema import ConfigError
 from training.data.batches import (
     Example,
     Sampler,
@@ -22,7 +23,6 @@ from training.data.batches import (
 from training.data.cache import tokenise
 from training.data.permutation import Permutation
 from training.data.rows import Row
-from training.settings import ConfigError
 
 CUE = [101, 102]
 

@@ -16,11 +16,11 @@ import pytest
 
 from benchmarks import data as benchmark
 from tests.distributed import run
-from training import parallel
 from training.data import cache
 from training.data.cache import TokenRows, cached
 from training.data.formats import DataError
 from training.data.tokenizer import Tokenizer
+from training.distributed import groups
 
 ROWS = [{"query": f"Why {n}?", "response": [f" So {n}." * (k + 1) for k in range(2 + n % 3)],
          "score": [k + n / 3 for k in range(2 + n % 3)]} for n in range(50)]
@@ -155,14 +155,14 @@ def _ranks_read(file: Path, folder: Path) -> tuple:
         time.sleep(0.05)
         return cached(file, "sft", tokenizer)
 
-    rows = TokenRows(parallel.on_first(make))
+    rows = TokenRows(groups.on_first(make))
     with pytest.raises(DataError, match="absent.jsonl: can't be read"):
-        parallel.on_first(lambda: cached(file.with_name("absent.jsonl"), "sft", tokenizer))
+        groups.on_first(lambda: cached(file.with_name("absent.jsonl"), "sft", tokenizer))
     return len(made), rows[7], isinstance(rows._ids.base, np.memmap) or rows._ids.base is not None
 
 
 def test_the_first_rank_makes_it_for_all_and_its_errors_are_everyones(tmp_path, demo_run, monkeypatch):
-    monkeypatch.setattr(parallel, "HEARTBEAT", 0.01)  # the others hear several times that it goes on
+    monkeypatch.setattr(groups, "HEARTBEAT", 0.01)  # the others hear several times that it goes on
     found = run(_ranks_read, 1, 1, 3, written(tmp_path, ROWS), demo_run / "model")
     assert [made for made, *_ in found] == [1, 0, 0]
     assert found[0][1] == found[1][1] == found[2][1] and all(mapped for *_, mapped in found)

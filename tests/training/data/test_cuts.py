@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from training.config.data import DataConfig, ModelConfig, PrepareConfig, PreparePaths
 from training.data import cuts, formats, peek
 from training.data.cache import TokenRows, cached, tokenise
-from training.data.config import DataConfig, ModelConfig, PrepareConfig, PreparePaths
 from training.data.prepare import prepare
 from training.data.tokenizer import Tokenizer
 

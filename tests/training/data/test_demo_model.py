@@ -9,10 +9,10 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from training.config.data import ModelConfig
+from training.config.schema import ConfigError
 from training.data import demo_model
-from training.data.config import ModelConfig
 from training.data.tokenizer import Tokenizer
-from training.settings import ConfigError
 
 from .conftest import read
 

@@ -5,11 +5,11 @@ import random
 import pytest
 import torch
 
-from training import pace
+from training.config import cost
 from training.data import packing
 from training.data.batches import Example, collate
 from training.data.packing import Limits, collate_packed, lay_out, spread
-from training.families.bloom import shape as bloom
+from training.models.bloom.table import shape as bloom
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -69,8 +69,8 @@ def test_where_all_wait_for_their_launch_padding_is_still_saved():
 def test_what_a_gpu_computes_while_the_host_launches():
     """By hand: 12 h^2 multiplications a token and layer, 6 FLOP each for forward and backward, and half of the attention's square."""
     small, large = (bloom(24, hidden, hidden // 128, 250880, 1e-5) for hidden in (2048, 4096))
-    assert pace.launched_tokens(small, 2, 512, 989) == int(0.0047 * 0.553 * 989e12 * 2 / (72 * 2048**2 + 6 * 2048 * 512))
-    found = [pace.launched_tokens(shape, tensor, 2048, 989) for shape in (large, small) for tensor in (1, 2)]
+    assert cost.launched_tokens(small, 2, 512, 989) == int(0.0047 * 0.553 * 989e12 * 2 / (72 * 2048**2 + 6 * 2048 * 512))
+    found = [cost.launched_tokens(shape, tensor, 2048, 989) for shape in (large, small) for tensor in (1, 2)]
     assert found == pytest.approx([1342, 4351, 4848, 15714], abs=1)
 
 

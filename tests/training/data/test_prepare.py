@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from training import checksums
+from training.checkpoint import checksums
 
 from .conftest import ROOT, read
 

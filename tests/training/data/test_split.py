@@ -8,8 +8,8 @@ import tracemalloc
 
 import pytest
 
+from training.config.data import DataConfig
 from training.data import split
-from training.data.config import DataConfig
 from training.data.split import HeldOut, Repeats
 
 

@@ -1,0 +1,61 @@
+"""No pickle of a checkpoint may run code.
+
+torch.distributed.checkpoint reads a folder's ``.metadata`` with plain ``pickle.load``, and would ``torch.load`` entries that it calls
+bytes without ``weights_only``. Importing this module gives that reader an allow-list: the classes that describe tensors, and
+nothing else; byte entries are not among them. (``common.pt`` and the tensors themselves are read weights-only by torch.)
+"""
+
+from __future__ import annotations
+
+import pickle
+import types
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint import filesystem
+
+from training.checkpoint.checksums import Damaged
+
+_ALLOWED = {
+    "torch": {"Size", *(name for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype))},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {"ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+                                              "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"},
+    "torch.distributed.checkpoint.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module, name):
+        if name not in _ALLOWED.get(module, ()):
+            raise Damaged(f"it asks for {module}.{name}: no description of tensors needs that, so it is not loaded. Only take "
+                          "checkpoints from Hugging Face files (stage convert) or your own runs")
+        return super().find_class(module, name)
+
+
+def load(file):
+    """``pickle.load`` for a ``.metadata``; raises Damaged, naming the file, for anything but tensors' descriptions or a torn file."""
+    try:
+        return _Unpickler(file).load()
+    except Damaged as error:
+        raise Damaged(f"{file.name}: {error}") from None
+    except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise Damaged(f"{file.name} can't be read ({type(error).__name__}: {error}): truncated or changed") from None
+
+
+def check(paths: Iterable[Path]) -> None:
+    """Raise Damaged, naming the file, where a ``.metadata`` or ``common.pt`` among ``paths`` holds more than tensors and plain values."""
+    for path in paths:
+        if path.name == ".metadata":
+            with open(path, "rb") as file:
+                load(file)
+        elif path.name == "common.pt":
+            try:
+                torch.load(path, map_location="cpu", weights_only=True)
+            except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+                raise Damaged(f"{path} can't be read weights-only: {str(error).splitlines()[0]}") from None
+
+
+filesystem.pickle = types.SimpleNamespace(load=load, dump=pickle.dump)

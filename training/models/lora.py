@@ -1,0 +1,199 @@
+"""Low-rank adapters (Hu et al. 2021) on megatron-core's linear layers: y = W x + (alpha / r) B A x, with W frozen.
+
+A column-parallel layer (qkv, fc1) has A whole on every tensor-parallel rank and its rows of B; a row-parallel one (proj, fc2) its columns
+of A and B whole. So adapters add one message of r numbers a token to a layer, and a merged rank is ``W + (alpha / r) B A`` of its own
+slices. Under sequence parallelism the whole ones see a part of the tokens each: their gradients are summed over tensor-parallel ranks.
+
+Checkpoints hold W, A, B and the scale. Whoever loads weights for another purpose (the next stage, the export) gets the merged W.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    copy_tensor_model_parallel_attributes,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+from training.config.schema import ConfigError
+from training.models.linear import ColumnParallel, RowParallel
+
+MARK = ".lora_"
+"""In the names of all that adapters add to a model."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Adapters as the configuration asks for them."""
+
+    rank: int
+    alpha: float
+    seed: int
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+class Adapted:
+    """What both kinds of adapted layer share; ``config.lora`` says how."""
+
+    axes: dict[str, int]
+    """The axis of each tensor that tensor parallelism splits."""
+
+    def _adapt(self, inputs: int, outputs: int) -> None:
+        """Parameters A (r, inputs) and B (outputs, r) of this rank."""
+        lora, like = self.config.lora, self.weight
+        self.scale, self.adapting = lora.scale, True
+        self.lora_a = torch.nn.Parameter(torch.empty(lora.rank, inputs, dtype=like.dtype, device=like.device))
+        self.lora_b = torch.nn.Parameter(torch.empty(outputs, lora.rank, dtype=like.dtype, device=like.device))
+        self.register_buffer("lora_scale", torch.tensor([self.scale], device=like.device))
+        for name, parameter in (("lora_a", self.lora_a), ("lora_b", self.lora_b)):
+            if name in self.axes:
+                set_tensor_model_parallel_attributes(parameter, True, self.axes[name], 1)
+            else:
+                parameter.sequence_parallel = self.config.sequence_parallel  # megatron-core then sums its gradient over ranks
+
+    def low(self, low: torch.Tensor) -> torch.Tensor:
+        """A x of this rank's part -> what its B takes."""
+        raise NotImplementedError
+
+    def forward(self, input_, *args, **kwargs):
+        output, bias = super().forward(input_, *args, **kwargs)
+        if not self.adapting:
+            return output, bias
+        return output + self.scale * F.linear(self.low(F.linear(input_, self.lora_a)), self.lora_b), bias
+
+    def merged(self) -> torch.Tensor:
+        """This rank's slice of W + (alpha / r) B A, made in fp32; it knows, as W does, which axis is split."""
+        made = merge(self.weight, self.lora_a, self.lora_b, self.scale)
+        copy_tensor_model_parallel_attributes(made, self.weight)
+        return made
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        return make_sharded_tensors_for_checkpoint(self.state_dict(prefix="", keep_vars=True), prefix, self.axes, sharded_offsets,
+                                                   tp_group=self.tp_group, dp_cp_group=metadata["dp_cp_group"])
+
+
+class AdaptedColumn(Adapted, ColumnParallel):
+    axes = {"weight": 0, "bias": 0, "lora_b": 0}
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._adapt(self.input_size, self.output_size_per_partition)
+
+    def low(self, low):
+        if self.sequence_parallel:
+            return tensor_parallel.gather_from_sequence_parallel_region(low, group=self.tp_group)
+        return tensor_parallel.copy_to_tensor_model_parallel_region(low, group=self.tp_group)
+
+
+class AdaptedRow(Adapted, RowParallel):
+    axes = {"weight": 1, "lora_a": 1}
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._adapt(self.input_size_per_partition, self.output_size)
+
+    def low(self, low):
+        if self.sequence_parallel:
+            return tensor_parallel.reduce_scatter_to_sequence_parallel_region(low, group=self.tp_group)
+        return tensor_parallel.reduce_from_tensor_model_parallel_region(low, group=self.tp_group)
+
+
+def linears(lora: Lora | None) -> tuple[type, type]:
+    """The classes of column- and row-parallel layers."""
+    return (AdaptedColumn, AdaptedRow) if lora else (ColumnParallel, RowParallel)
+
+
+def freeze(model: torch.nn.Module) -> None:
+    """Only adapters learn, and a scalar head."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(MARK in f".{name}" or name.startswith("score."))
+
+
+def adapted(model: torch.nn.Module) -> list[tuple[str, int, Adapted]]:
+    """(name within its layer, the layer's number in the whole model from 0, module) of each adapted layer of this rank."""
+    return [(name, number, module) for name, number, module in _linears(model) if isinstance(module, Adapted)]
+
+
+@torch.no_grad()
+def initialise(model: torch.nn.Module) -> None:
+    """A uniform in +-1 / sqrt(inputs) (as peft), B zero: the model begins as it is without adapters. The same on every layout."""
+    for name, number, module in adapted(model):
+        lora = module.config.lora
+        generator = torch.Generator().manual_seed(lora.seed * 1_000_003 + 97 * number + NAMES.index(name))
+        whole = (2 * torch.rand(lora.rank, module.input_size, generator=generator) - 1) / math.sqrt(module.input_size)
+        module.lora_a.copy_(_mine(module, "lora_a", whole))
+        module.lora_b.zero_()
+
+
+NAMES = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2", "mlp.linear_gate_up")
+"""Of every family."""
+
+
+@contextlib.contextmanager
+def without(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The model as it was before its adapters learnt, inside the block: a reference that needs no second copy."""
+    found = [module for _, _, module in adapted(model)]
+    for module in found:
+        module.adapting = False
+    try:
+        yield model
+    finally:
+        for module in found:
+            module.adapting = True
+
+
+def merge(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    """W + scale B A, made in fp32, in W's type."""
+    return (weight.float() + scale * (b.float() @ a.float())).to(weight.dtype)
+
+
+@torch.no_grad()
+def absorb(folder: Path, model: torch.nn.Module) -> None:
+    """Add the adapters in a checkpoint's model folder, if it has any, to this rank's weights, which were loaded from it before.
+
+    Read whole on every rank: adapters are small. The folder's checksums have been verified.
+    """
+    reader = dcp.FileSystemReader(str(folder))
+    held = {key: torch.empty(described.size, dtype=described.properties.dtype)
+            for key, described in reader.read_metadata().state_dict_metadata.items() if MARK in key and not key.startswith("optimizer.")}
+    if not held:
+        return
+    dcp.load(held, storage_reader=reader, no_dist=True)
+    for name, number, module in _linears(model):
+        a, b, scale = (held[f"decoder.layers.{name}.lora_{part}"][number].to(module.weight.device) for part in ("a", "b", "scale"))
+        module.weight.copy_(merge(module.weight, _mine(module, "lora_a", a), _mine(module, "lora_b", b), scale.item()))
+
+
+def check_scale(model: torch.nn.Module) -> None:
+    """ConfigError where a checkpoint that was loaded to go on from has adapters of another scale."""
+    for _, _, module in adapted(model):
+        if abs(module.lora_scale.item() - module.scale) > 1e-6 * module.scale:
+            raise ConfigError(f"lora_alpha / lora_rank = {module.scale:g}, but the checkpoint was made with {module.lora_scale.item():g}; "
+                              "resume with the same values, or start the stage anew")
+
+
+def _linears(model: torch.nn.Module) -> Iterator[tuple[str, int, torch.nn.Module]]:
+    for block in (part for part in model.modules() if hasattr(part, "layer_number") and hasattr(part, "pre_mlp_layernorm")):
+        for name, module in block.named_modules():
+            if name in NAMES:
+                yield name, block.layer_number - 1, module
+
+
+def _mine(module: torch.nn.Module, name: str, whole: torch.Tensor) -> torch.Tensor:
+    """This tensor-parallel rank's slice of a whole A or B."""
+    axis = (AdaptedColumn if isinstance(module, ColumnParallelLinear) else AdaptedRow).axes.get(name)
+    return whole if axis is None else whole.chunk(module.tp_group.size(), axis)[module.tp_group.rank()]

@@ -1,0 +1,40 @@
+"""Rotary embedding (Su et al. 2021): angles by position, in the form that megatron-core's attention rotates queries and keys with.
+
+A score depends on the distance of query and key alone, but sines and cosines of the positions are rounded to the activations' type, so
+positions count from the first token of each document: packing then changes no number.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+
+@functools.lru_cache(maxsize=8)
+def _rates(theta: float, dim: int, device: torch.device) -> torch.Tensor:
+    """Radians a position (dim / 2,), fp32, computed as Hugging Face does."""
+    return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
+
+
+@functools.lru_cache(maxsize=8)
+def _angles(theta: float, dim: int, length: int, device: torch.device) -> torch.Tensor:
+    angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), _rates(theta, dim, device))
+    return torch.cat((angles, angles), -1)
+
+
+def angles(theta: float, dim: int, length: int, positions: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    """(T, B or 1, 1, dim) fp32 radians: the two halves of a head are the pairs' first and second components (not interleaved).
+
+    ``positions`` (B, T) below ``length``; None = 0, 1, ... of each row.
+    """
+    table = _angles(theta, dim, length, device)
+    return table[:, None, None] if positions is None else table[positions.t()][:, :, None]
+
+
+def of_documents(ids: torch.Tensor) -> torch.Tensor:
+    """Position (B, T) of each token in its document; ``ids`` (B, T) as training.models.attention.Documents has them."""
+    place = torch.arange(ids.size(1), device=ids.device).expand_as(ids)
+    starts = torch.ones_like(ids, dtype=torch.bool)
+    starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    return place - torch.where(starts, place, 0).cummax(1).values
