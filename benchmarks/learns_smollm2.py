@@ -39,9 +39,10 @@ import smollm2_result
 from side_by_side import Queue, Unfinished, Work, gpus, heeded
 
 from conversion.config import FOLDERS
-from eval import preference, questions
+from eval import questions
 from eval.errors import DataError
-from eval.jsonl import dump, read
+from eval.files.jsonl import dump, read
+from eval.scores import reward_model
 from launcher.run.folder import Busy
 from training.config.data import DataConfig, ModelConfig
 from training.config.schema import ConfigError
@@ -170,14 +171,14 @@ class Study:
     def rescore(self, name: str) -> list[str] | None:
         """Both reward models on the replies that the policy gave on its way; DPO gives none, its evaluation's stand for its end."""
         stage, evaluated = self.stage(name), self.folder / "evaluation"
-        kept = evaluated / name / "heldout" / f"{name}.jsonl" if stage.name == "dpo" else stage / preference.KEPT
+        kept = evaluated / name / "heldout" / f"{name}.jsonl" if stage.name == "dpo" else stage / reward_model.KEPT
         start, own, judge = evaluated / "sft" / "heldout" / "sft.jsonl", self.exported / "own", self.exported / "judge"
-        if up_to_date(stage / preference.RESCORED, kept, start, own, judge):
+        if up_to_date(stage / reward_model.RESCORED, kept, start, own, judge):
             return None
         if stage.name == "dpo":
             end = int((stage / "latest").read_text())
-            dump(stage / preference.KEPT, [{"iteration": end, "index": row["index"], "response": row["response"]} for row in read(kept)])
-        return [sys.executable, "-m", "eval.preference", str(stage), "--prompts", str(self.folder / name / "data" / "heldout.jsonl"),
+            dump(stage / reward_model.KEPT, [{"iteration": end, "index": row["index"], "response": row["response"]} for row in read(kept)])
+        return [sys.executable, "-m", "eval.scores.reward_model", str(stage), "--prompts", str(self.folder / name / "data" / "heldout.jsonl"),
                 "--prompt-length", "896", "--start", str(start), f"own={own}", f"other={judge}"]
 
     def known(self, output: str, other: str) -> None:

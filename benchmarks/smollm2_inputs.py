@@ -12,7 +12,7 @@ from pathlib import Path
 
 from side_by_side import Work
 
-from eval.jsonl import dump
+from eval.files.jsonl import dump
 from launcher.config.sections import check_sections, layered, near, parse_set
 from launcher.config.stages import PIPELINES, PPO, full_tables
 from launcher.run.folder import Busy, lock, this_process

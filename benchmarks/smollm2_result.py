@@ -11,11 +11,12 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from eval import facts, preference, rewards, runs
+from eval.report import reward_accuracy, run_facts, run_folder
+from eval.scores import reward_model
 
 SFT, TRAINERS = "sft", ("sft", "reward", "rlhf", "grpo", "dpo")
 INTERVALS = ("score", "win_rate", "length_controlled", "kl")
-OWN, JUDGE = preference.PREFIX + "own", preference.PREFIX + "other"
+OWN, JUDGE = reward_model.PREFIX + "own", reward_model.PREFIX + "other"
 COLOURS = {"ppo-seed-0": "#1f5fa8", "ppo-seed-1": "#4f8fd0", "ppo-seed-2": "#8dbbe8", "ppo-kl-low": "#c8471b", "ppo-kl-high": "#7a5195",
            "grpo": "#2f8f5b", "dpo": "#8a8a8a"}
 CURVES = (("reward", "reward on training prompts"), ("kl", "KL to SFT, nats a reply"), ("response_length", "reply length, tokens"),
@@ -27,32 +28,32 @@ def collect(folder: Path, branches: Sequence[str]) -> dict:
     """{"stages": [{"run", "stage", "seconds", "gpu_gb", "iterations"}], "works": {name: seconds}, "language", "preference", "policies":
     {name: {...}}, "coefficients": {branch: {...}}, "curves": {branch: {name: [[iteration, value], ...]}}}."""
     names = [name for name in ("base", "judge", "full", *branches) if (folder / name / "config.json").is_file()]
-    found = {name: runs.collect(folder / name) for name in names}
+    found = {name: run_folder.collect(folder / name) for name in names}
     stages = [{"run": name, "stage": row["name"], "seconds": row["seconds"], "gpu_gb": row["memory_gb"], "iterations": row["iterations"]}
-              for name, run in found.items() for row in facts.stage_rows(run) if row["seconds"] is not None]
+              for name, run in found.items() for row in run_facts.stage_rows(run) if row["seconds"] is not None]
     compared = {f"{name} {stage}": row for name, run in found.items() if name in ("base", "judge", "full", "dpo")
-                for stage, row in rewards.summary({one.name: one.folder for one in run.stages}).items()}
+                for stage, row in reward_accuracy.summary({one.name: one.folder for one in run.stages}).items()}
     policies = _policies(folder, branches)
-    start = runs.lines(folder / "evaluation" / SFT / "heldout" / f"{SFT}.jsonl")
+    start = run_folder.lines(folder / "evaluation" / SFT / "heldout" / f"{SFT}.jsonl")
     curves = {name: _curves(found[name], start) for name in branches if name in found}
     for name in policies.keys() & curves.keys():  # DPO samples nothing while it trains: its KL is its evaluation's, at its end
         if policies[name]["kl"] and (ends := curves[name].get(OWN)):
             curves[name].setdefault("heldout_kl", [[ends[-1][0], policies[name]["kl"]["mean"]]])
     return {"stages": stages, "works": _works(folder / "logs" / "works.jsonl"), "policies": policies, "preference": compared,
-            "language": facts.language_models(found["base"]) if "base" in found else {}, "curves": curves,
+            "language": run_facts.language_models(found["base"]) if "base" in found else {}, "curves": curves,
             "coefficients": {name: _coefficient(found[name], curves[name]) for name in curves}}
 
 
 def _works(path: Path) -> dict[str, float]:
     """Name -> seconds; of a work that was done again, in a moment, what it took when there was something to do."""
     made: dict[str, float] = {}
-    for row in runs.lines(path):
+    for row in run_folder.lines(path):
         if row["done"]:
             made[row["name"]] = max(row["seconds"], made.get(row["name"], 0.0))
     return made
 
 
-def _coefficient(run: runs.Run, curves: Mapping) -> dict[str, float]:
+def _coefficient(run: run_folder.Run, curves: Mapping) -> dict[str, float]:
     """{"kl_coef", "group_std" of GRPO's last third} or {"beta"}: kl_coef x group_std is what weighs on GRPO's unscaled reward."""
     trained = {name: run.config[name] for name in TRAINERS[2:] if name in run.config}
     made = {key: table[key] for table in trained.values() for key in ("kl_coef", "beta") if key in table}
@@ -66,7 +67,7 @@ def said(replies: Sequence[str]) -> dict[str, float]:
     return {"different": len(set(replies)) / len(replies), "sorry": sum("sorry" in text.lower() for text in replies) / len(replies)}
 
 
-def _curves(run: runs.Run, start: Sequence[Mapping]) -> dict[str, list[list[float]]]:
+def _curves(run: run_folder.Run, start: Sequence[Mapping]) -> dict[str, list[list[float]]]:
     """Every number of the policy's trainer, the reward models' scores of its replies, and ``said`` of them; ``start``: SFT's replies."""
     made: dict[str, dict[int, float]] = {}
     for stage in run.stages:
@@ -76,7 +77,7 @@ def _curves(run: runs.Run, start: Sequence[Mapping]) -> dict[str, list[list[floa
                     if isinstance(value, int | float) and name not in ("iteration", "total", "time"):
                         made.setdefault(name, {})[row["iteration"]] = value
             kept = defaultdict(list, {0: [row["response"] for row in start]} if start else {})
-            for row in runs.lines(stage.folder / preference.KEPT):
+            for row in run_folder.lines(stage.folder / reward_model.KEPT):
                 kept[row["iteration"]].append(row["response"])
             for at, replies in kept.items():
                 for name, value in said(replies).items():
@@ -89,7 +90,7 @@ def _policies(folder: Path, branches: Sequence[str]) -> dict[str, dict]:
     "sorry"} from each branch's evaluation."""
     made: dict[str, dict] = {}
     for branch in branches:
-        results = runs.read_json(folder / "evaluation" / branch / "results.json")
+        results = run_folder.read_json(folder / "evaluation" / branch / "results.json")
         for name in (SFT, branch) if results else ():
             made.setdefault(name, {key: results["heldout"].get(key, {}).get(name) for key in INTERVALS}
                             | {source: results["checks"][source].get(name) for source in ("heldout", "questions")}
@@ -98,7 +99,7 @@ def _policies(folder: Path, branches: Sequence[str]) -> dict[str, dict]:
 
 
 def _said_at_the_end(path: Path) -> dict[str, float]:
-    replies = [row["response"] for row in runs.lines(path)]
+    replies = [row["response"] for row in run_folder.lines(path)]
     return {"replies": len(replies), **said(replies)} if replies else {}
 
 

@@ -14,11 +14,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from eval import children, fingerprint
 from eval.config import MTBenchConfig
 from eval.errors import DataError, HarnessError
-from eval.jsonl import write
-from eval.runs import read_json
+from eval.files import fingerprint
+from eval.files.jsonl import write
+from eval.judge import children
+from eval.report.run_folder import read_json
 
 
 def tasks(config: MTBenchConfig) -> list[str]:

@@ -28,7 +28,8 @@ import typing
 import webbrowser
 from pathlib import Path
 
-from eval import chat, config
+from eval import config
+from eval.answers import chat
 from eval.config import MTBenchConfig, MTBenchPaths
 
 GROUPS = (("judge_", "the judge"), ("judge", "the judge"), ("harness_", "lm-evaluation-harness"), ("", "questions and answers"))
@@ -125,7 +126,7 @@ def settings(arguments: list[str]) -> tuple[MTBenchConfig, bool]:
 
 def main(arguments: list[str]) -> int:
     asked, show = settings(arguments)
-    from eval.__main__ import guarded, heed_signals  # late: --help and mistakes need no torch
+    from eval.evaluation import guarded, heed_signals  # late: --help and mistakes need no torch
 
     heed_signals()
     print(f"template: {asked.template!r}, stop: {asked.stop!r}", flush=True)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from eval.errors import DataError
-from eval.jsonl import parse, read
+from eval.files.jsonl import parse, read
 
 CATEGORIES = ("coding", "extraction", "humanities", "math", "reasoning", "roleplay", "stem", "writing")
 """In the order of the table's columns."""

@@ -8,11 +8,15 @@ from pathlib import Path
 
 import torch
 
-from eval import answers, asking, chat, fingerprint, generation, harness, heldout, judge, pairwise, preference, questions, rows, serving
+from eval import harness, questions
+from eval.answers import chat, dialogue, generation, heldout
 from eval.config import MTBenchConfig
 from eval.errors import DataError, JudgeError
-from eval.jsonl import append, dump, recover
-from eval.ranks import Ranks
+from eval.files import fingerprint, rows
+from eval.files.jsonl import append, dump, recover
+from eval.judge import ask_all, local_server, pairwise, single
+from eval.scores import reward_model
+from eval.work_split import Ranks
 
 _SCORER, _JUDGE = "/reward model", "/judge"
 """Beside the models' names, which hold no slash."""
@@ -50,7 +54,7 @@ class Stage:
         self.set = questions.load(settings.questions, settings.references)
         self.prompts = heldout.load(settings.paths.heldout)
         if settings.judge != "none":
-            judge.require(self.set)
+            single.require(self.set)
             if settings.judge_pairwise:
                 pairwise.require(self.set, list(self.folders))
         for name, folder in self.folders.items():
@@ -62,7 +66,7 @@ class Stage:
             generation.require_model(settings.reward_model, "mtbench.reward_model")
         if settings.judge == "local":
             generation.require_model(settings.judge_model, "mtbench.judge_model")
-            ranks.once(lambda: serving.takes_system(settings.judge_model))
+            ranks.once(lambda: local_server.takes_system(settings.judge_model))
         folders = self.folders | {_SCORER: settings.reward_model, _JUDGE: settings.judge_model if settings.judge == "local" else ""}
         marks = ranks.once(lambda: {name: fingerprint.of_model(folder) for name, folder in folders.items() if folder})
         self.scorer, self.judge = marks.pop(_SCORER, ""), marks.pop(_JUDGE, "")
@@ -80,7 +84,7 @@ class Stage:
         """(model_answer rows, held-out rows) of one model, complete and in order; its weights are loaded only if a row is missing."""
         mark, items, ranks = self.fingerprints[name], self.set.questions, self.ranks
         answer_path, reply_path = self.output / "model_answer" / f"{name}.jsonl", self.output / "heldout" / f"{name}.jsonl"
-        answer_keys = {question.question_id: answers.key(mark, self.config, question) for question in items}
+        answer_keys = {question.question_id: dialogue.key(mark, self.config, question) for question in items}
         reply_keys = {(prompt.index, sample): heldout.key(mark, self.config, prompt, sample) for prompt, sample in self.places}
         answer_done = self.progress.counter(f"{name}: questions answered", len(items))
         reply_done = self.progress.counter(f"{name}: held-out replies", len(self.places))
@@ -88,7 +92,7 @@ class Stage:
         def stored() -> tuple[dict, dict]:
             answered = ranks.gather(answer_path, lambda row: (row["question_id"],), rows.ANSWER)
             replied = ranks.gather(reply_path, _by_place, rows.REPLY)
-            return answers.stored(answered, answer_keys), heldout.stored(replied, reply_keys)
+            return dialogue.stored(answered, answer_keys), heldout.stored(replied, reply_keys)
 
         answered, replied = stored()
         answer_done(len(answered))
@@ -97,7 +101,7 @@ class Stage:
         places_left = ranks.mine([(prompt, sample) for prompt, sample in self.places if (prompt.index, sample) not in replied])
         if questions_left or places_left:
             model, tokenizer = generation.load(self.folders[name])
-            answers.answer(model, tokenizer, name, questions_left, answer_keys, self.config, ranks.own(answer_path), answer_done)
+            dialogue.answer(model, tokenizer, name, questions_left, answer_keys, self.config, ranks.own(answer_path), answer_done)
             heldout.reply(model, tokenizer, places_left, reply_keys, self.config, ranks.own(reply_path), reply_done)
             del model
             release()
@@ -140,7 +144,7 @@ class Stage:
         known = stored()
         if mine := self.ranks.mine([row for row in replies if key(row) not in known]):
             limit = self.config.context_length - self.config.heldout_max_new_tokens
-            values = preference.score(folder, [(row["prompt"], row["response"]) for row in mine], limit)
+            values = reward_model.score(folder, [(row["prompt"], row["response"]) for row in mine], limit)
             append(self.ranks.own(path), [{"index": row["index"], "sample": row["sample"], "key": key(row), "score": value}
                                           for row, value in zip(mine, values, strict=True)])
             release()
@@ -158,12 +162,12 @@ class Stage:
         """(judgment rows, pairwise rows, what went wrong: then some rows are missing); all empty without a judge."""
         if self.config.judge == "none":
             return [], [], ""
-        works = asking.ratings(self.config, self.set, made, self.judge)
+        works = ask_all.ratings(self.config, self.set, made, self.judge)
         try:
-            judged = asking.rate(self.config, works, self.set.prompts, self.progress.counter("ratings", sum(len(w.wanted) for w in works)))
+            judged = ask_all.rate(self.config, works, self.set.prompts, self.progress.counter("ratings", sum(len(w.wanted) for w in works)))
             problem = ""
         except JudgeError as error:
-            judged, problem = asking.paid(self.config, works), str(error)
+            judged, problem = ask_all.paid(self.config, works), str(error)
         return judged[0], judged[1] if self.config.judge_pairwise else [], problem
 
     def write_questions(self) -> None:

@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from eval import children
 from eval import rendezvous as evaluation
 from eval.errors import SurroundingsError
+from eval.judge import children
 from tests.launcher.stub_project import ROOT, wait_until
 from training.config.schema import ConfigError
 from training.distributed import rendezvous as training

@@ -280,7 +280,7 @@ def test_what_there_is_is_shown(tmp_path):
 def test_what_weighs_on_grpo_s_reward_is_of_the_last_third_of_its_iterations(tmp_path):
     import smollm2_result
 
-    from eval.runs import Run
+    from eval.report.run_folder import Run
 
     run = Run("grpo", tmp_path, {"grpo": {"kl_coef": 0.4}, "sft": {}})
     for count, mean in ((7, 6.5), (2, 2.0)):

@@ -1,7 +1,7 @@
 """What a stage that fails leaves for the launcher: the class of its error and a message, one file a rank.
 
 ``$CONVOY_WORDS/rank_R.json`` is {"class", "message"}, whole or not there; launcher/job/endings.py names the classes.
-eval/last_words.py writes the same.
+eval/error_report.py writes the same.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def check_template(template: str, folder: Path) -> None:
     if template != "chat":
         return
     try:
-        _asked("mtbench.template", "eval.chat", str(folder))
+        _asked("mtbench.template", "eval.answers.chat", str(folder))
     except ConfigError as error:
         said = str(error).removeprefix("mtbench.template: ")
         raise ConfigError(f'mtbench.template = "chat", but {said}; set mtbench.template to a text with '

@@ -53,7 +53,7 @@ BLAMELESS = {Class.PREEMPTED, Class.NODE_FAILURE, Class.PREFLIGHT}
 SAID = {kind.value: kind for kind in (
     Class.CUDA_OOM, Class.HOST_OOM, Class.NAN, Class.NODE_FAILURE, Class.DISK_FULL, Class.FILE_ERROR, Class.BAD_CONFIG,
     Class.BAD_DATA, Class.REFUSED, Class.UNHEALTHY, Class.JUDGE, Class.HARNESS, Class.TOO_FEW_RATINGS, Class.BUG)}
-"""Classes that a stage may call its own end (training/error_report.py, eval/last_words.py)."""
+"""Classes that a stage may call its own end (training/error_report.py, eval/error_report.py)."""
 CODES = {os.EX_USAGE: Class.BAD_CONFIG, os.EX_DATAERR: Class.BAD_DATA, os.EX_CANTCREAT: Class.FILE_ERROR,
          os.EX_IOERR: Class.DISK_FULL, 76: Class.UNHEALTHY, 4: Class.TOO_FEW_RATINGS}
 """Exit codes of a stage by which it says itself what is wrong."""

@@ -9,7 +9,7 @@ import stat
 import pytest
 from transformers import AutoTokenizer
 
-from eval import generation
+from eval.answers import generation
 from tests.conversion.folders import convert_to, export_from
 from training.config.data import ModelConfig
 from training.config.schema import ConfigError

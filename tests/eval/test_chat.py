@@ -10,7 +10,8 @@ import pytest
 import tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from eval import chat, serve
+from eval.answers import chat
+from eval.judge import serve
 
 PUBLISHED = Path(__file__).parents[2].parent / "shared" / "data" / "chat_templates"
 NO_SYSTEM = ("{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system turn is allowed') }}{% endif %}"

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from eval import asking, questions, scores, winrate
+from eval import questions
+from eval.judge import ask_all
+from eval.scores import ratings, win_rate
 from tests.eval.test_judge import answers, config, good, serve  # noqa: F401  (a fixture)
 from tests.eval.test_pairwise import IDS
 
@@ -31,11 +33,11 @@ def judged(serve, tmp_path):  # noqa: F811
         return good(("[[A]]", "[[C]]")[number % 7] if number % 7 < 2 else "[[A]]" if text.index(preferred) < text.index(other) else "[[B]]")
     made = {name: [row | {"model_id": name} for row in answers(name)["sft"]] for name in ("sft", "rlhf")}
     settings = config(serve(good(), rest=verdict), tmp_path, judge_pairwise=True, judge_repeats=2, judge_model="judge")
-    rows, pairs = asking.rate(settings, asking.ratings(settings, QUESTIONS, made), QUESTIONS.prompts, lambda n: None)
+    rows, pairs = ask_all.rate(settings, ask_all.ratings(settings, QUESTIONS, made), QUESTIONS.prompts, lambda n: None)
     categories = {question.question_id: question.category for question in QUESTIONS.questions}
     lengths = {(name, question, turn): 1 for name in made for question in IDS for turn in (1, 2)}
-    return (tmp_path / "model_judgment", scores.table(rows, categories, ["sft", "rlhf"], 0, 2)["models"],
-            winrate.table(pairs, lengths, IDS, 0)["rlhf"])
+    return (tmp_path / "model_judgment", ratings.table(rows, categories, ["sft", "rlhf"], 0, 2)["models"],
+            win_rate.table(pairs, lengths, IDS, 0)["rlhf"])
 
 
 def lines(path: Path) -> list[dict]:

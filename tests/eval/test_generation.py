@@ -6,10 +6,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from eval import fingerprint, generation, preference
-from eval.answers import dialogue
+from eval.answers import generation
+from eval.answers.dialogue import dialogue
+from eval.answers.generation import Prompt, RowSampler
 from eval.errors import DataError
-from eval.generation import Prompt, RowSampler
+from eval.files import fingerprint
+from eval.scores import reward_model
 
 HH = "\n\nHuman: {question}\n\nAssistant:"
 QUESTIONS = ["What is the colour of the sky?", "Why?", "Is the air blue, or is the light of the sky blue because of the air?"]
@@ -149,7 +151,7 @@ def test_code_in_a_models_folder_is_never_run(folders, tmp_path, capsys):
     generation.load(tmp_path)
     assert "brings code of its own, which is never run: transformers' BloomForCausalLM is used" in capsys.readouterr().out
     (tmp_path / "config.json").write_text(json.dumps(config | {"auto_map": own, "model_type": "own"}))
-    for load in (generation.load, lambda folder: preference.score(folder, [], 9)):
+    for load in (generation.load, lambda folder: reward_model.score(folder, [], 9)):
         with pytest.raises(DataError, match="code in a model's folder is never run"):
             load(tmp_path)
     assert not (tmp_path / "ran").exists()

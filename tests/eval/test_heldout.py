@@ -4,10 +4,11 @@ import random
 import pytest
 import torch
 
-from eval import generation, gold, heldout, intervals
+from eval.answers import generation, heldout
 from eval.config import MTBenchConfig, MTBenchPaths
 from eval.errors import DataError
-from eval.jsonl import recover
+from eval.files.jsonl import recover
+from eval.scores import bootstrap, gold_score
 
 
 def settings(**values) -> MTBenchConfig:
@@ -59,7 +60,7 @@ def test_summary_is_by_prompt_and_paired():
     replies = {"sft": [reply(0, 0, 0.2), reply(0, 1, 0.4), reply(1, 0, 0.6), reply(1, 1, 0.6), reply(2, 0, None)],
                "rlhf": [reply(0, 0, 1.0), reply(0, 1, 1.0), reply(1, 0, 0.8), reply(1, 1, 0.8), reply(2, 0, None)]}
     kls = {"rlhf": [{"index": 0, "sample": 0, "kl": 1.0}, {"index": 0, "sample": 1, "kl": 3.0}, {"index": 1, "sample": 0, "kl": 4.0}]}
-    found = gold.summary(replies, kls, seed=0)
+    found = gold_score.summary(replies, kls, seed=0)
     assert found["gold"]["sft"]["mean"] == pytest.approx(0.45) and found["gold"]["rlhf"]["mean"] == pytest.approx(0.9)
     difference = found["gold_difference"]["rlhf"]
     assert difference["mean"] == pytest.approx(0.45)
@@ -70,7 +71,7 @@ def test_summary_is_by_prompt_and_paired():
 
 def test_without_rubrics_there_is_no_gold():
     replies = {name: [{"index": 0, "sample": 0, "gold": None}] for name in ("sft", "rlhf")}
-    found = gold.summary(replies, {"rlhf": [{"index": 0, "sample": 0, "kl": 1.0}]}, seed=0)
+    found = gold_score.summary(replies, {"rlhf": [{"index": 0, "sample": 0, "kl": 1.0}]}, seed=0)
     assert found["gold"] == {} and found["gold_difference"] == {}
 
 
@@ -93,8 +94,8 @@ def test_bootstrap_is_seeded_and_right_in_size():
     """Against the normal interval of a mean: for 400 values both must agree to a tenth of its width."""
     draw = random.Random(1)
     values = [draw.gauss(2.0, 3.0) for _ in range(400)]
-    found = intervals.mean(values, seed=3)
-    assert found == intervals.mean(values, seed=3) and found != intervals.mean(values, seed=4)
+    found = bootstrap.mean(values, seed=3)
+    assert found == bootstrap.mean(values, seed=3) and found != bootstrap.mean(values, seed=4)
     spread = torch.tensor(values, dtype=torch.float64).std().item() / 20 * 1.96
     assert found.mean == pytest.approx(sum(values) / 400)
     assert found.high - found.mean == pytest.approx(spread, rel=0.1) and found.mean - found.low == pytest.approx(spread, rel=0.1)
@@ -102,7 +103,7 @@ def test_bootstrap_is_seeded_and_right_in_size():
 
 def test_a_paired_difference_of_a_shift_has_no_width():
     values = [1.0, 5.0, 2.0]
-    found = intervals.paired_difference([v + 0.5 for v in values], [1] * 3, values, [1] * 3, seed=0)
+    found = bootstrap.paired_difference([v + 0.5 for v in values], [1] * 3, values, [1] * 3, seed=0)
     assert (found.mean, found.low, found.high) == pytest.approx((0.5, 0.5, 0.5))
 
 

@@ -5,8 +5,10 @@ import os
 
 import pytest
 
-from eval import foreign, report, runs
-from eval.jsonl import dump, write
+from eval.files import foreign
+from eval.files.jsonl import dump, write
+from eval.report import page as report
+from eval.report import run_folder
 from tests.eval.test_report import evaluate, make_run
 
 
@@ -18,7 +20,7 @@ def made(folder) -> str:
 def few_curves(folder):
     """A run with a few panels: each of them costs a twentieth of a second."""
     run = make_run(folder)
-    rows = [{name: row[name] for name in ("iteration", "total", "time", "loss", "kl", "reward")} for row in runs.metrics(run / "dpo")]
+    rows = [{name: row[name] for name in ("iteration", "total", "time", "loss", "kl", "reward")} for row in run_folder.metrics(run / "dpo")]
     dump(run / "dpo/metrics.jsonl", rows)
     return run
 
@@ -63,7 +65,7 @@ def test_values_of_other_types_leave_out_their_part_only(tmp_path, values):
     for file, changed in (("config.json", {"resources": 5, "run": ["x"], "dpo": {"lr": {"a": [[[]]]}}}), ("mtbench/results.json", values),
                           ("dpo/status.json", {"state": {"a": 1}, "iteration": "many"}),
                           ("dpo/DONE.json", {"versions": 7, "outputs": 3, "identity": []})):
-        write(run / file, json.dumps({**runs.read_json(run / file), **changed}))
+        write(run / file, json.dumps({**run_folder.read_json(run / file), **changed}))
     page = made(run)
     assert "dpo, by iteration" in page and "Provenance" in page and "Not all of what the runs left can be read" in page
 
@@ -98,7 +100,7 @@ def test_a_stage_that_is_a_link_out_of_the_run_is_left_out(tmp_path):
     few_curves(tmp_path / "other")
     run = few_curves(tmp_path / "one")
     (run / "linked").symlink_to(tmp_path / "other/dpo")
-    assert "is a link out of the run" in made(run) and "linked" not in [stage.name for stage in runs.collect(run).stages]
+    assert "is a link out of the run" in made(run) and "linked" not in [stage.name for stage in run_folder.collect(run).stages]
 
 
 def test_halves_of_characters_are_replaced(tmp_path):

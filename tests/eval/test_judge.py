@@ -9,12 +9,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from eval import asking, judge, questions, scores
-from eval import endpoint as endpoint_module
-from eval.budget import Budget
+from eval import questions
 from eval.config import MTBenchConfig, MTBenchPaths
-from eval.endpoint import Endpoint
 from eval.errors import JudgeError
+from eval.judge import ask_all, single
+from eval.judge import endpoint as endpoint_module
+from eval.judge.budget import Budget
+from eval.judge.endpoint import Endpoint
+from eval.scores import ratings
 
 KEY = "sk-very-secret"
 KNOWN = "capital of France"
@@ -189,8 +191,8 @@ def answers(text: str = "mine") -> dict[str, list[dict]]:
 def rate(server, output, made, **values):
     counts = []
     settings = config(server, output, **values)
-    works = asking.ratings(settings, QUESTIONS, made)
-    return asking.rate(settings, works, QUESTIONS.prompts, counts.append)[0], counts
+    works = ask_all.ratings(settings, QUESTIONS, made)
+    return ask_all.rate(settings, works, QUESTIONS.prompts, counts.append)[0], counts
 
 
 def test_rows_are_fastchats_and_are_not_asked_for_twice(serve, tmp_path):
@@ -233,12 +235,12 @@ def test_references_are_shown_to_the_judge_where_they_are_needed():
     by_category = {question.category: question for question in QUESTIONS.questions}
     answer = {"model_id": "m", "answer_id": "a", "choices": [{"turns": ["one", "two"]}]}
     math = by_category["math"]
-    request = judge.request(QUESTIONS, math, answer, 2)
+    request = single.request(QUESTIONS, math, answer, 2)
     assert request.prompt_name == "single-math-v1-multi-turn"
     assert all(text in request.user for text in (*math.reference, *math.turns, "one", "two"))
-    first = judge.request(QUESTIONS, math, answer, 1)
+    first = single.request(QUESTIONS, math, answer, 1)
     assert first.prompt_name == "single-math-v1" and math.reference[0] in first.user and math.reference[1] not in first.user
-    assert judge.request(QUESTIONS, by_category["stem"], answer, 1).prompt_name == "single-v1"
+    assert single.request(QUESTIONS, by_category["stem"], answer, 1).prompt_name == "single-v1"
 
 
 def test_tokens_are_the_endpoints_or_estimated_and_the_cost_is_theirs(serve, tmp_path, capsys):
@@ -312,10 +314,10 @@ def test_repeats_are_rows_of_their_own_and_show_the_judges_spread(serve, tmp_pat
     rows, _ = rate(server, tmp_path, answers(), judge_repeats=2, judge_concurrency=1)
     assert len(rows) == 96 and len(server.seen) == 97
     categories = {question.question_id: question.category for question in QUESTIONS.questions}
-    found = scores.table(rows, categories, ["sft"], seed=0, repeats=2)["models"]["sft"]
+    found = ratings.table(rows, categories, ["sft"], seed=0, repeats=2)["models"]["sft"]
     assert found["n_valid"] == found["n_expected"] == 96 and found["micro"]["mean"] == 5
     assert found["spread"] == {"rating_sd": pytest.approx(2**0.5), "averages": [4, 6]}
-    once = scores.table(rows[:48], categories, ["sft"], seed=0)["models"]["sft"]
+    once = ratings.table(rows[:48], categories, ["sft"], seed=0)["models"]["sft"]
     assert once["micro"]["mean"] == 4 and once["spread"] is None
 
 
@@ -332,7 +334,7 @@ def test_the_file_is_left_with_one_row_a_place(serve, tmp_path):
     rate(server, tmp_path, changed)
     left = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(left) == 49 and sum(row["model"] == "someone else's" for row in left) == 1
-    assert len({judge.row_place(row) for row in left}) == 49
+    assert len({single.row_place(row) for row in left}) == 49
     assert len((path.parent / "superseded" / path.name).read_text().splitlines()) == 3
 
 

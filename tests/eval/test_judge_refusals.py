@@ -9,8 +9,11 @@ import threading
 
 import pytest
 
-from eval import asking, judge, questions, scores, tables, transport
+from eval import questions
 from eval.errors import JudgeError
+from eval.judge import ask_all, single, transport
+from eval.report import table
+from eval.scores import ratings
 from tests.eval.test_judge import KEY, KNOWN, QUESTIONS, answers, client, config, good, rate, serve  # noqa: F401
 from tests.eval.test_scores import results
 
@@ -48,10 +51,10 @@ def test_one_refusal_is_one_missing_rating_which_is_named(serve, tmp_path, answe
     assert [(row["question_id"], row["turn"], row["reason"]) for row in rows if row["score"] == -1] == [
         (QUESTIONS.questions[2].question_id, turn, "refused") for turn in (1, 2)
     ]
-    found = scores.table(rows, CATEGORIES, ["sft"], seed=0)
+    found = ratings.table(rows, CATEGORIES, ["sft"], seed=0)
     number = QUESTIONS.questions[2].question_id
     assert found["models"]["sft"]["micro"]["mean"] == 7 and found["models"]["sft"]["invalid"] == {"refused": 2}
-    page = tables.markdown(results(found))
+    page = table.markdown(results(found))
     assert (
         f"2 of 48 ratings are missing from the averages: question {number} turn 1 (refused), question {number} turn 2"
         in page
@@ -78,9 +81,9 @@ def test_thoughts_that_used_up_the_tokens_are_cut_and_the_setting_is_named(serve
     cut = reply("The list `values[1] + values[2]` needs to be", "length")
     server = serve(rest=lambda body: good() if KNOWN in str(body) else cut)
     rows, _ = rate(server, tmp_path, answers())
-    found = scores.table(rows, CATEGORIES, ["sft"], seed=0)
+    found = ratings.table(rows, CATEGORIES, ["sft"], seed=0)
     assert {row["score"] for row in rows} == {-1} and found["models"]["sft"]["invalid"] == {"cut": 48}
-    assert "raise it" in tables.missing(results(found))[0] and "judge_max_tokens" in tables.missing(results(found))[0]
+    assert "raise it" in table.missing(results(found))[0] and "judge_max_tokens" in table.missing(results(found))[0]
     with pytest.raises(JudgeError, match="did not come to a rating .*judge_max_tokens = 2048: raise it"):
         rate(serve(rest=reply(None, "length")), tmp_path / "b", answers())
 
@@ -149,7 +152,7 @@ def test_a_template_that_fails_with_500_is_no_outage_and_an_error_in_a_200_is_qu
 
 def test_a_long_or_strange_name_of_a_judge(serve, tmp_path, capsys):
     deep = "/folder" * 60
-    paths = {judge.judgment_path("x", name) for name in (deep, deep + "/b", "b" + deep, "org/judge")}
+    paths = {single.judgment_path("x", name) for name in (deep, deep + "/b", "b" + deep, "org/judge")}
     assert len(paths) == 4 and all(len(path.name) < 250 for path in paths)
     rows, _ = rate(serve(), tmp_path, {"sft": answers()["sft"][:1]}, judge_model="é" * 300)
     assert len(rows) == 2
@@ -227,13 +230,13 @@ def test_what_a_rating_depends_on_is_in_its_key(serve, tmp_path, monkeypatch):
         and asked_again() == 0
     )
     settings = config(server, tmp_path)
-    keys = {asking.ratings(settings, QUESTIONS, made, mark)[0].wanted[0].key("j") for mark in ("", "a", "b")}
+    keys = {ask_all.ratings(settings, QUESTIONS, made, mark)[0].wanted[0].key("j") for mark in ("", "a", "b")}
     assert len(keys) == 3
     prompts = {name: prompt | {"system_prompt": "Be harsh."} for name, prompt in QUESTIONS.prompts.items()}
-    other = judge.request(
+    other = single.request(
         questions.QuestionSet("", "", QUESTIONS.questions, prompts, {}), QUESTIONS.questions[0], made["sft"][0], 1
     )
-    assert other.asked != judge.request(QUESTIONS, QUESTIONS.questions[0], made["sft"][0], 1).asked
+    assert other.asked != single.request(QUESTIONS, QUESTIONS.questions[0], made["sft"][0], 1).asked
 
 
 def test_this_machine_is_asked_without_a_proxy_and_a_proxy_is_named(serve, tmp_path, monkeypatch):

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from eval import judgment_file
-from eval.jsonl import dump, read
+from eval.files.jsonl import dump, read
+from eval.report import judgment_table
 from tests.eval.test_scores import JUDGMENTS, OFFICIAL
 
 
@@ -39,14 +39,14 @@ RATINGS = [row(question, turn, 6 + turn) for question in range(81, 91) for turn 
 
 def run(path: Path, rows: list[dict], capsys, *more: str) -> tuple[int, str, str]:
     dump(path, rows)
-    code = judgment_file.main([str(path), *more])
+    code = judgment_table.main([str(path), *more])
     return code, *capsys.readouterr()
 
 
 @pytest.mark.skipif(not OFFICIAL.is_dir(), reason=f"{OFFICIAL} is not here")
 def test_the_official_file_prints_the_published_averages(capsys):
     published = json.loads((OFFICIAL / "published_average.json").read_text())
-    assert judgment_file.main([str(OFFICIAL / "gpt-4_single.jsonl"), "--json"]) == 0
+    assert judgment_table.main([str(OFFICIAL / "gpt-4_single.jsonl"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert {name: round(model["micro"]["mean"], 6) for name, model in found["scores"]["models"].items()} == published
 
@@ -139,11 +139,11 @@ def test_a_bad_row_is_named(rows, message, tmp_path, capsys):
 def test_a_bad_file_or_option_is_named(tmp_path, capsys):
     for content, message in ((b"{", "line 1: not JSON"), (b"\xff", "not UTF-8"), (b"[" * 100_000, "brackets too deep")):
         (tmp_path / "x").write_bytes(content)
-        assert judgment_file.main([str(tmp_path / "x")]) == 65 and message in capsys.readouterr().err
-    assert judgment_file.main([str(tmp_path / "none")]) == 65 and "No such file" in capsys.readouterr().err
-    assert judgment_file.main(["/dev/zero"]) == 65 and "it is not a file" in capsys.readouterr().err
+        assert judgment_table.main([str(tmp_path / "x")]) == 65 and message in capsys.readouterr().err
+    assert judgment_table.main([str(tmp_path / "none")]) == 65 and "No such file" in capsys.readouterr().err
+    assert judgment_table.main(["/dev/zero"]) == 65 and "it is not a file" in capsys.readouterr().err
     dump(tmp_path / "x", RATINGS)
     for options in ((), ("--baseline", "none"), ("--seed", "-1"), ("--nonsense",)):
         with pytest.raises(SystemExit) as end:
-            judgment_file.main([*([str(tmp_path / "x")] if options else []), *options])
+            judgment_table.main([*([str(tmp_path / "x")] if options else []), *options])
         assert end.value.code == 2

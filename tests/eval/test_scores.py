@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from eval import scores, tables, verdict
-from eval.jsonl import read
+from eval.files.jsonl import read
+from eval.judge import verdict
 from eval.questions import CATEGORIES
+from eval.report import table
+from eval.scores import ratings as scores
 
 DATA = Path(__file__).parents[3] / "shared/data"
 OFFICIAL, JUDGMENTS = DATA / "mt_bench_official", DATA / "mt_bench_judgments"
@@ -66,11 +68,11 @@ def test_a_table_by_hand():
     assert (difference["wins"], difference["ties"], difference["losses"]) == (1, 1, 1)
     coding = difference["categories"]["coding"]
     assert (coding["mean"], coding["low"], coding["high"]) == (-9, -9, -9)
-    row = tables.rows(found)[2]
+    row = table.rows(found)[2]
     assert row[0].text == "b − a" and row[-1].text == "1 won, 1 tied, 1 lost"
     assert row[1].text == "-9.00" and not row[1].bold    # coding: its interval excludes 0, but it is one question
     assert row[4].text == "+0.50" and not row[4].bold    # math: +1 and 0
-    assert [cell.text for cell in tables.rows(found)[0]] == ["a", "10.00", "-", "-", "5.00", "-", "-", "-", "-", "6.67", "7.50", "6/6"]
+    assert [cell.text for cell in table.rows(found)[0]] == ["a", "10.00", "-", "-", "5.00", "-", "-", "-", "-", "6.67", "7.50", "6/6"]
 
 
 @pytest.mark.parametrize("questions, lower, bold", [(6, 0, True), (5, 0, False), (8, 4, False)])
@@ -80,7 +82,7 @@ def test_bold_is_for_differences_that_are_separated_from_zero(questions, lower, 
     a = judgments("a", dict.fromkeys(places, 5))
     b = judgments("b", {place: 4 if place[0] < lower else 6 for place in places})
     found = scores.table(a + b, dict.fromkeys(range(questions), "math"), ["a", "b"], seed=0)
-    assert tables.rows(found)[2][4].bold is bold and ("**+1.00**" in tables.markdown(results(found))) is bold
+    assert table.rows(found)[2][4].bold is bold and ("**+1.00**" in table.markdown(results(found))) is bold
 
 
 def results(found: dict) -> dict:
@@ -96,9 +98,9 @@ def test_below_the_gate_no_number_and_no_difference():
                                 for question in range(10) for turn in (1, 2)})
         found = scores.table(full + holes, categories, ["a", "b"], seed=0)
         assert found["models"]["b"]["covered"] is covered and ("b" in found["differences"]) is covered
-    assert all(cell.text in ("b", "-", "18/20") for cell in tables.rows(found)[1])
+    assert all(cell.text in ("b", "-", "18/20") for cell in table.rows(found)[1])
     assert found["models"]["a"]["micro"]["mean"] == 5
-    assert len(tables.HEADER) == len(CATEGORIES) + 4 == len(tables.rows(found)[1])
+    assert len(table.HEADER) == len(CATEGORIES) + 4 == len(table.rows(found)[1])
 
 
 def test_a_category_without_a_rating_leaves_no_macro():
@@ -107,5 +109,5 @@ def test_a_category_without_a_rating_leaves_no_macro():
             for number in categories for turn in (1, 2)]
     found = scores.table(rows, categories, ["m"], seed=0)
     assert found["models"]["m"]["covered"] and found["models"]["m"]["macro"] is None
-    shown, = tables.rows(found)
+    shown, = table.rows(found)
     assert shown[-2].text == "-"

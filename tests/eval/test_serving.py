@@ -18,9 +18,10 @@ import pytest
 import torch
 from transformers import BloomConfig, BloomForCausalLM
 
-from eval import asking, children, questions, serve, serving
+from eval import questions
 from eval.config import MTBenchConfig, MTBenchPaths
 from eval.errors import DataError, JudgeError
+from eval.judge import ask_all, children, local_server, serve
 from tests.eval.conftest import tokenizer
 from tests.eval.test_chat import NO_SYSTEM
 from tests.eval.test_judge import answers
@@ -58,25 +59,25 @@ def settings(folder: Path, output: Path, **values) -> MTBenchConfig:
 def test_it_is_served_asked_and_ended(seven, tmp_path, capsys):
     config = settings(seven, tmp_path)
     made = {"sft": answers()["sft"][:4]}
-    rows = asking.rate(config, asking.ratings(config, QUESTIONS, made), QUESTIONS.prompts, lambda n: None)[0]
+    rows = ask_all.rate(config, ask_all.ratings(config, QUESTIONS, made), QUESTIONS.prompts, lambda n: None)[0]
     assert [row["score"] for row in rows] == [7] * 8 and {row["judge_id"] for row in rows} == {str(seven)}
     assert {row["judgment"] for row in rows} == {"[[7]]"} and all(row["tokens_out"] == 2 and row["tokens_in"] > 50 for row in rows)
     said = capsys.readouterr().out
     assert "it answers at http://127.0.0.1:" in said and "system text" not in said
     log = tmp_path / "logs/judge_server.log"
     assert stat.S_IMODE(log.stat().st_mode) == 0o600 and "serving " in log.read_text()
-    assert not [process for process in psutil.Process().children() if "eval.serve" in " ".join(process.cmdline())]
+    assert not [process for process in psutil.Process().children() if "eval.judge.serve" in " ".join(process.cmdline())]
 
 
 def test_the_server_speaks_the_protocol_and_dies_with_its_parent(seven):
-    script = "import subprocess, sys; subprocess.Popen([sys.executable, '-m', 'eval.serve', sys.argv[1], '--port', sys.argv[2], " \
+    script = "import subprocess, sys; subprocess.Popen([sys.executable, '-m', 'eval.judge.serve', sys.argv[1], '--port', sys.argv[2], " \
              "'--end-with-stdin'], stdin=subprocess.PIPE); input()"
-    port = serving.free_port()
+    port = local_server.free_port()
     parent = subprocess.Popen([sys.executable, "-c", script, str(seven), str(port)], stdin=subprocess.PIPE, env=children.environment())
     url = f"http://127.0.0.1:{port}"
     log = seven / "none.log"
     log.touch()
-    assert serving.wait(parent, port, 240, log) == port
+    assert local_server.wait(parent, port, 240, log) == port
     child, = psutil.Process(parent.pid).children()
     models = json.load(urllib.request.urlopen(url + "/v1/models"))
     assert models["data"][0]["id"] == str(seven)
@@ -94,7 +95,7 @@ def test_a_server_that_ends_early_is_quoted(tmp_path):
     broken.mkdir()
     (broken / "config.json").write_text("{}")
     with pytest.raises(JudgeError, match="ended with exit code 1 before it answered; it said last: .*logs/judge_server.log"), \
-            serving.opened(settings(broken, tmp_path)):
+            local_server.opened(settings(broken, tmp_path)):
         pass
 
 
@@ -103,27 +104,27 @@ def test_one_that_never_answers_is_ended(tmp_path):
     log = tmp_path / "log"
     log.write_text("loading weights\n")
     with pytest.raises(JudgeError, match="did not answer within .* it said last: 'loading weights'"):
-        serving.wait(sleeper, 0, 0.3, log)
+        local_server.wait(sleeper, 0, 0.3, log)
     began = time.monotonic()
-    serving.end(sleeper)
+    local_server.end(sleeper)
     assert sleeper.returncode == -15 and time.monotonic() - began < 5
 
 
 def test_the_command_line(seven, tmp_path, monkeypatch):
     """vLLM where it stands beside the interpreter, and only there; our own server else."""
     with pytest.raises(JudgeError, match="no config.json there"):
-        serving.command(settings(tmp_path / "none", tmp_path))
+        local_server.command(settings(tmp_path / "none", tmp_path))
     auto = {**settings(seven, tmp_path).__dict__, "judge_server": "auto", "judge_server_options": "--max-model-len 8192"}
-    arguments, port = serving.command(MTBenchConfig(**auto))
-    assert port == 0 and arguments[4:] == ["eval.serve", str(seven), "--host", "127.0.0.1", "--port", "0", "--end-with-stdin"]
+    arguments, port = local_server.command(MTBenchConfig(**auto))
+    assert port == 0 and arguments[4:] == ["eval.judge.serve", str(seven), "--host", "127.0.0.1", "--port", "0", "--end-with-stdin"]
     with pytest.raises(JudgeError, match="vLLM is not installed beside"):
-        serving.command(MTBenchConfig(**auto | {"judge_server": "vllm"}))
+        local_server.command(MTBenchConfig(**auto | {"judge_server": "vllm"}))
     (tmp_path / "vllm").touch()
     (tmp_path / "site/vllm").mkdir(parents=True)
     (tmp_path / "site/vllm/__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path / "site")
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-    arguments, port = serving.command(MTBenchConfig(**auto))
+    arguments, port = local_server.command(MTBenchConfig(**auto))
     assert port and arguments == [
         str(tmp_path / "vllm"), "serve", str(seven), "--host", "127.0.0.1", "--port", str(port), "--served-model-name", str(seven),
         "--max-model-len", "8192"]
@@ -136,7 +137,7 @@ def test_the_command_line(seven, tmp_path, monkeypatch):
 def test_whatever_the_model_raises_reaches_those_who_wait_and_the_next_batch_is_answered(monkeypatch):
     words = tokenizer()
     batcher = serve.Batcher(types.SimpleNamespace(config=types.SimpleNamespace(seq_length=64)), words)
-    monkeypatch.setattr("eval.generation.generate", lambda *_, **__: {}["no such token"])
+    monkeypatch.setattr("eval.answers.generation.generate", lambda *_, **__: {}["no such token"])
     for _ in range(2):
         with pytest.raises(RuntimeError, match="KeyError: 'no such token'"):
             batcher.reply("a", 4)
@@ -171,22 +172,22 @@ def foreign():
 def test_whoever_took_the_port_first_is_not_asked(seven, tmp_path, monkeypatch):
     """vLLM must be told a port: between the choice and its start another user may listen there."""
     with foreign() as (port, asked):
-        monkeypatch.setattr(serving, "command", lambda config: ([sys.executable, "-c", "import time; time.sleep(60)"], port))
-        monkeypatch.setattr(serving, "POLL_S", 0.05)
+        monkeypatch.setattr(local_server, "command", lambda config: ([sys.executable, "-c", "import time; time.sleep(60)"], port))
+        monkeypatch.setattr(local_server, "POLL_S", 0.05)
         config = settings(seven, tmp_path)
         object.__setattr__(config, "judge_start_minutes", 0.01)
-        with pytest.raises(JudgeError, match="the local judge did not answer within"), serving.opened(config):
+        with pytest.raises(JudgeError, match="the local judge did not answer within"), local_server.opened(config):
             pass
         assert not asked()
 
 
 def test_a_judge_that_is_gone_is_not_believed(seven, tmp_path):
     """Its port may be another's by then."""
-    with serving.opened(settings(seven, tmp_path)) as served:
+    with local_server.opened(settings(seven, tmp_path)) as served:
         served.alive()
         with pytest.raises(urllib.error.HTTPError, match="401"):
             urllib.request.urlopen(urllib.request.Request(served.url + "/chat/completions", b"{}"))
-        child, = [process for process in psutil.Process().children() if "eval.serve" in " ".join(process.cmdline())]
+        child, = [process for process in psutil.Process().children() if "eval.judge.serve" in " ".join(process.cmdline())]
         assert served.key.text not in " ".join(child.cmdline()) and served.key.text not in (tmp_path / "logs/judge_server.log").read_text()
         child.kill()
         child.wait(10)
@@ -202,12 +203,12 @@ def test_a_template_without_a_system_turn_is_known_in_advance(seven, tmp_path, c
     (folder / "chat_template.jinja").write_text(NO_SYSTEM)
     config = settings(folder, tmp_path)
     made = {"sft": answers()["sft"][:1]}
-    rows = asking.rate(config, asking.ratings(config, QUESTIONS, made), QUESTIONS.prompts, lambda n: None)[0]
+    rows = ask_all.rate(config, ask_all.ratings(config, QUESTIONS, made), QUESTIONS.prompts, lambda n: None)[0]
     assert [row["score"] for row in rows] == [7, 7] and rows[0]["adapted"] == ["system text in the user's turn"]
     assert "has no system turn; system text is put into the user's turn" in capsys.readouterr().out
     (folder / "chat_template.jinja").write_text("{{ raise_exception('never') }}")
     with pytest.raises(DataError, match="mtbench.judge_model = .*judge: .*never"):
-        serving.takes_system(str(folder))
+        local_server.takes_system(str(folder))
 
 
 @pytest.mark.parametrize("body", [

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from eval import curves, figures
-from eval.__main__ import main
-from eval.jsonl import dump, read
-from eval.ranks import alone
+from eval.evaluation import main
+from eval.files.jsonl import dump, read
+from eval.report import curves, figures
+from eval.work_split import alone
 from tests.eval.test_judge import good, serve  # noqa: F401  (a fixture)
 
 ROOT = Path(__file__).parents[2]
@@ -155,7 +155,7 @@ def test_a_model_may_be_called_as_another_ones_kl_once_was(done, folders, tmp_pa
 
 def test_a_second_start_makes_nothing_and_writes_the_same_page(done, monkeypatch):
     before = {path: path.read_bytes() for path in done.parent.parent.rglob("*") if path.is_file() and path.name != "metrics.jsonl"}
-    monkeypatch.setattr("eval.generation.load", None)  # a call would fail
+    monkeypatch.setattr("eval.answers.generation.load", None)  # a call would fail
     assert main([str(done)]) == 0
     assert {path: path.read_bytes() for path in before} == before
 
@@ -185,11 +185,11 @@ def test_a_signal_stops_it_with_75_and_the_next_start_ends_where_an_unbroken_run
         assert without_time(config.parent / name) == without_time(done.parent / name)
 
 
-START = "import sys; from eval.__main__ import main; sys.exit(main(sys.argv[1:]))"
+START = "import sys; from eval.evaluation import main; sys.exit(main(sys.argv[1:]))"
 ELSEWHERE = ("""import pathlib
 glob = pathlib.Path.glob
 pathlib.Path.glob = lambda self, pattern: (path for path in glob(self, pattern) if "rank-1" not in str(path))
-""", """from eval import fingerprint
+""", """from eval.files import fingerprint
 fingerprint.of_model = None
 """)
 """On two nodes rank 0's listing of a folder does not show what rank 1 has just written; rank 1 must not hash any model."""
@@ -281,7 +281,7 @@ def test_an_error_on_the_way_is_what_it_is_and_not_the_data_s(folders, tmp_path,
     def fail(*_, **__):
         raise error
 
-    where = "eval.generation.load_tokenizer"
+    where = "eval.answers.generation.load_tokenizer"
     monkeypatch.setattr("eval.questions.load" if isinstance(error, KeyError) else where, fail)
     assert main([str(prepare(tmp_path, folders))]) == code
     assert words()["class"] == kind and str(error) in words()["message"]

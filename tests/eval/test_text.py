@@ -2,8 +2,8 @@
 
 import pytest
 
-from eval.checks import Text, check, distinct, has_role_marker, repeated_share
-from eval.rubric import contains, gold
+from eval.answers.rubric import contains, gold
+from eval.scores.text_checks import Text, check, distinct, has_role_marker, repeated_share
 
 RUBRIC = {"must": ["blue", "rayleigh scattering"], "must_not": ["idiot", "shut up"], "max_words": 6}
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from eval.verdict import first_preference, first_rating, preference, rating
+from eval.judge.verdict import first_preference, first_rating, preference, rating
 from tests.fuzz.damage import within
 
 FORMAT = 'The format says "Rating: [[5]]" for example, and [[1]] is for empty ones.'

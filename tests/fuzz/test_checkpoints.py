@@ -12,7 +12,7 @@ from collections import Counter
 import pytest
 
 from conversion import hf_to_megatron, huggingface, small_files
-from eval import chat, generation
+from eval.answers import chat, generation
 from eval.errors import DataError
 from launcher.checks import weights
 from tests.fuzz.damage import damaged_bytes, damaged_json, damaged_text, peak_mb, within

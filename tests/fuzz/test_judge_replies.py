@@ -10,12 +10,13 @@ import threading
 
 import pytest
 
-from eval import asking, judgment_file
-from eval.budget import Budget
-from eval.endpoint import Endpoint
 from eval.errors import DataError, JudgeError
-from eval.jsonl import parse
-from eval.verdict import preference, rating
+from eval.files.jsonl import parse
+from eval.judge import ask_all
+from eval.judge.budget import Budget
+from eval.judge.endpoint import Endpoint
+from eval.judge.verdict import preference, rating
+from eval.report import judgment_table
 from tests.eval.test_judge import QUESTIONS, Server, answers, config, good
 from tests.eval.test_judgment_file import RATINGS, pair
 from tests.fuzz.damage import damaged_bytes, damaged_json, damaged_text, peak_mb, within
@@ -84,7 +85,7 @@ def _read(endpoint: Endpoint, body: bytes):
     """What ``complete`` does with a reply of status 200, without the network."""
     from unittest import mock
 
-    from eval import transport
+    from eval.judge import transport
 
     with mock.patch.object(transport, "send", lambda *_: transport.Reply(200, "OK", {}, body)):
         return endpoint.complete("", "")
@@ -139,7 +140,7 @@ def test_damaged_judgment_files_are_tables_or_one_line(asked, tmp_path, capsys, 
         lines = [json.dumps(row).encode() if rng.random() < 0.7 else damaged_text(rng, row) for row in rows]
         path.write_bytes(b"\n".join(lines) if rng.random() < 0.8 else damaged_bytes(rng, b"\n".join(lines)))
         with within(30):
-            code = judgment_file.main([str(path)])
+            code = judgment_table.main([str(path)])
         out, said = capsys.readouterr()
         codes[code] += 1
         assert (said.count("\n"), bool(out)) == ((1, False) if code == 65 else (0, True)), number
@@ -153,15 +154,15 @@ def test_damaged_rows_of_an_earlier_start_are_asked_again(asked, tmp_path, monke
     server, made = Server([], good()), {"sft": answers()["sft"][:1]}
     try:
         settings = config(server, tmp_path)
-        works = asking.ratings(settings, QUESTIONS, made)
-        rows = asking.rate(settings, works, QUESTIONS.prompts, lambda n: None)[0]
+        works = ask_all.ratings(settings, QUESTIONS, made)
+        rows = ask_all.rate(settings, works, QUESTIONS.prompts, lambda n: None)[0]
         for number in range(STORED):
             rng = random.Random(number)
             lines = [json.dumps(damaged_json(rng, row) if rng.random() < 0.7 else row, default=str) for row in rows]
             works[0].path.write_text("\n".join(lines) + "\n", errors="replace")
             works[0].superseded.unlink(missing_ok=True)
             with within(30), contextlib.suppress(DataError):
-                found = asking.rate(settings, works, QUESTIONS.prompts, lambda n: None)[0]
+                found = ask_all.rate(settings, works, QUESTIONS.prompts, lambda n: None)[0]
                 assert len(found) == 2 and all(type(row["score"]) in (int, float) for row in found), number
     finally:
         server.server.shutdown()

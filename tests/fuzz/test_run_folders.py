@@ -11,8 +11,8 @@ from collections import Counter
 
 import pytest
 
-from eval import report
 from eval.errors import DataError
+from eval.report import page
 from launcher.config.sections import layered
 from launcher.config.stages import PIPELINES, PPO, full_tables
 from launcher.run import manifest
@@ -146,8 +146,8 @@ def test_status_logs_and_resume(tmp_path, sound, monkeypatch):
 
 def test_the_report_is_made_of_all(tmp_path, sound):
     def made(run, rng):
-        found = report.collect([run])
-        report.write(found, run / "report.html")
+        found = page.collect([run])
+        page.write(found, run / "report.html")
         assert "Provenance" in (run / "report.html").read_text(encoding="utf-8")
 
     outcomes, grown = each(tmp_path, sound, (*FILES, *JUDGED * 2), range(NUMBER, NUMBER + REPORTS), made)

@@ -15,7 +15,7 @@ PACKAGE = "from pkgutil import extend_path\n\n__path__ = extend_path(__path__, _
 PREPARE = """import json, os, sys
 from pathlib import Path
 
-from training import checksums
+from training.checkpoint import checksums
 
 config = json.loads(Path(sys.argv[1]).read_text())
 if Path("bad_data").exists():

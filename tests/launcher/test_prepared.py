@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from eval import facts, runs
+from eval.report import run_facts, run_folder
 from launcher.run.folder import Run, write_json
 from launcher.status import state, table
 from tests.launcher.stub_project import SMALL
@@ -103,7 +103,7 @@ def test_what_was_dropped_and_cut_stands_in_status_and_report(tmp_path):
     seen = state.Look(run, [], data=run.data_summary()["lines"])
     lines = table.data_lines(seen, 60)
     assert lines[0] == "data: 0 of 9 rows dropped: \ufffd[2J" and lines[6].startswith("data: 3 more such lines:")
-    assert facts.data(runs.Run("x", tmp_path, {}))[0] == ("rows", "0 of 9 rows dropped: \x1b[2J")
+    assert run_facts.data(run_folder.Run("x", tmp_path, {}))[0] == ("rows", "0 of 9 rows dropped: \x1b[2J")
     for damaged in ("", "[1]", '{"stages": {}, "lines": [5]}', '{"lines": 7}'):
         (tmp_path / "data" / "summary.json").write_text(damaged)
-        assert run.data_summary() == {} and facts.data(runs.Run("x", tmp_path, {})) == []
+        assert run.data_summary() == {} and run_facts.data(run_folder.Run("x", tmp_path, {})) == []

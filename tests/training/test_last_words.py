@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from eval import last_words as of_eval
+from eval import error_report as of_eval
 from launcher.job.endings import SAID, Class
 from training import error_report
 from training.checkpoint.checksums import Damaged

@@ -12,7 +12,7 @@ from tokenizers import decoders, models, normalizers, processors, trainers
 from transformers import AutoTokenizer
 
 from conversion import classifier
-from eval import generation
+from eval.answers import generation
 from training.data.batches import comparison_example, prompt_tokens, sft_example
 from training.data.cache import TokenRows, cached
 from training.data.tokenizer import Tokenizer

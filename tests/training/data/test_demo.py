@@ -6,7 +6,7 @@ import hashlib
 import random
 from collections import Counter
 
-from eval.rubric import gold, validate
+from eval.answers.rubric import gold, validate
 from training.data import demo
 from training.data.tokenizer import Tokenizer
 
