@@ -1,10 +1,13 @@
-"""Conversion in bounded memory, against copying the same bytes: ``python benchmarks/convert.py FOLDER [--layers 30] [--hidden 4096]``.
+"""Conversion in bounded memory, against copying the same bytes: ``python benchmarks/convert.py
+FOLDER [--layers 30] [--hidden 4096]``.
 
-Makes a BLOOM of random bf16 weights on disk (default: the shape of bloom-7b1, 14.1 GB; three times that is needed), then times, each
-in processes of its own: cp, Hugging Face -> Megatron, Megatron -> Hugging Face, Hugging Face -> Megatron after a kill -9 in the middle,
-and cp again. Before each, all is synced and dropped from the page cache; each ends with its files on disk. Prints one JSON line a
-step: seconds (with the start of Python), GB/s, ratio to the mean of the two copies before and after, and the largest RssAnon of any
-process, sampled every 20 ms. All results are compared by sha256; the folder is removed at the end.
+Makes a BLOOM of random bf16 weights on disk (default: the shape of bloom-7b1, 14.1 GB; three times
+that is needed), then times, each in processes of its own: cp, Hugging Face -> Megatron, Megatron ->
+Hugging Face, Hugging Face -> Megatron after a kill -9 in the middle, and cp again. Before each, all
+is synced and dropped from the page cache; each ends with its files on disk. Prints one JSON line a
+step: seconds (with the start of Python), GB/s, ratio to the mean of the two copies before and
+after, and the largest RssAnon of any process, sampled every 20 ms. All results are compared by
+sha256; the folder is removed at the end.
 """
 
 from __future__ import annotations
@@ -32,10 +35,19 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def make(folder: Path, layers: int, hidden: int, heads: int, vocab: int) -> int:
-    """A Hugging Face folder with random weights (one random block, repeated at shifting places) -> bytes of weights."""
+    """A Hugging Face folder with random weights (one random block, repeated at shifting places) ->
+    bytes of weights."""
     folder.mkdir(parents=True)
-    config = {"architectures": ["BloomForCausalLM"], "model_type": "bloom", "n_layer": layers, "hidden_size": hidden, "n_head": heads,
-              "vocab_size": vocab, "layer_norm_epsilon": 1e-5, "torch_dtype": "bfloat16"}
+    config = {
+        "architectures": ["BloomForCausalLM"],
+        "model_type": "bloom",
+        "n_layer": layers,
+        "hidden_size": hidden,
+        "n_head": heads,
+        "vocab_size": vocab,
+        "layer_norm_epsilon": 1e-5,
+        "torch_dtype": "bfloat16",
+    }
     (folder / "config.json").write_text(json.dumps(config))
     shape = Shape.read(folder)
     table = {name: size for entry in entries(shape) for name, size in entry.parts.items()}
@@ -65,7 +77,8 @@ def anonymous(process: psutil.Process) -> int:
 
 
 def run(command: list[str], kill_after: Path | None = None) -> tuple[float, int]:
-    """(seconds, largest RssAnon of any process) of a command; killed -9 once ``kill_after`` holds half of its files' bytes."""
+    """(seconds, largest RssAnon of any process) of a command; killed -9 once ``kill_after`` holds
+    half of its files' bytes."""
     started, most = time.monotonic(), 0
     process = psutil.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL if kill_after else None)
     while process.poll() is None:
@@ -119,9 +132,20 @@ def measure(hf: Path, stage: Path, back: Path) -> None:
     checkpoint = stage / "checkpoints" / "iter_0000000"
     whole = checksums.read(checkpoint)
     cold(hf.parent)
-    to_hf = [sys.executable, "-m", "conversion.megatron_to_hf", str(checkpoint / "model"), str(back), "--model", str(hf)]
+    to_hf = [
+        sys.executable,
+        "-m",
+        "conversion.megatron_to_hf",
+        str(checkpoint / "model"),
+        str(back),
+        "--model",
+        str(hf),
+    ]
     report("megatron -> hf", *run(to_hf))
-    same("round trip", all(checksums.digest(path) == checksums.digest(back / path.name) for path in hf.glob("*.safetensors")))
+    same(
+        "round trip",
+        all(checksums.digest(path) == checksums.digest(back / path.name) for path in hf.glob("*.safetensors")),
+    )
     shutil.rmtree(back)
     shutil.rmtree(stage)
     run(to_megatron, kill_after=stage)

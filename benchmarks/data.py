@@ -1,12 +1,14 @@
-"""What data costs: rows that are never held in memory, packing, and a step that does not wait for its batch.
+"""What data costs: rows that are never held in memory, packing, and a step that does not wait for
+its batch.
 
     python benchmarks/data.py                        # 10 million generated rows, about 25 minutes, 8 GB in build/data-benchmark (deleted)
     python benchmarks/data.py --rows 2000 --peer 500 # a look, in seconds
     python benchmarks/data.py --hh FILE --tokenizer FOLDER ... # packing of real lengths: Anthropic's harmless-base.test.jsonl.gz
 
-Every part runs in a process of its own; its peak is the kernel's (VmHWM), mapped pages of files included, "anonymous" is what no other
-process shares and no file backs. The peer is what the trainers did before: every row parsed and tokenised into Python's lists, a list as
-the epoch's order; and, where it can be imported (PYTHONPATH), Hugging Face's ``datasets``.
+Every part runs in a process of its own; its peak is the kernel's (VmHWM), mapped pages of files
+included, "anonymous" is what no other process shares and no file backs. The peer is what the
+trainers did before: every row parsed and tokenised into Python's lists, a list as the epoch's
+order; and, where it can be imported (PYTHONPATH), Hugging Face's ``datasets``.
 """
 
 from __future__ import annotations
@@ -32,26 +34,48 @@ from training.data.packing import Limits, collate_packed, lay_out, pack  # noqa:
 from training.data.prefetch import prefetched  # noqa: E402
 from training.data.tokenizer import Tokenizer  # noqa: E402
 
-WORDS = ("how", "can", "a", "red", "fox", "jump", "over", "the", "lazy", "brown", "dog", "and", "why", "did", "it", "run", "my")
+WORDS = (
+    "how",
+    "can",
+    "a",
+    "red",
+    "fox",
+    "jump",
+    "over",
+    "the",
+    "lazy",
+    "brown",
+    "dog",
+    "and",
+    "why",
+    "did",
+    "it",
+    "run",
+    "my",
+)
 BATCH, LENGTH, BATCHES = 64, 2048, 200
 LAYOUTS = ((64, 1, 8, 1), (64, 1, 1, 1), (64, 1, 8, 2), (128, 2, 8, 1), (512, 8, 8, 1), (64, 8, 8, 1))
 """(global batch, data-parallel ranks, micro-batch, pipeline stages)."""
 
 
 def generate(folder: Path, rows: int) -> None:
-    """Comparisons in HH's form with lengths as uneven as HH's, a tenth of them; one in twenty is the row before once more."""
+    """Comparisons in HH's form with lengths as uneven as HH's, a tenth of them; one in twenty is
+    the row before once more."""
     rng, line = random.Random(0), ""
     with open(folder / "source.jsonl", "w", encoding="utf-8") as file:
         for number in range(rows):
             if not line or rng.random() > 0.05:
                 prompt = f"\n\nHuman: {number} {' '.join(rng.choices(WORDS, k=int(rng.lognormvariate(1.2, 0.7)) + 1))}?\n\nAssistant:"
-                chosen, rejected = (f" {' '.join(rng.choices(WORDS, k=int(rng.lognormvariate(1, 0.7)) + 1))} {end}." for end in "ab")
+                chosen, rejected = (
+                    f" {' '.join(rng.choices(WORDS, k=int(rng.lognormvariate(1, 0.7)) + 1))} {end}." for end in "ab"
+                )
                 line = json.dumps({"chosen": prompt + chosen, "rejected": prompt + rejected}) + "\n"
             file.write(line)
 
 
 def measured(part: str, folder: Path, *arguments: str) -> dict:
-    """A part of this script in its own process -> what it printed as JSON, with "seconds", "peak_mb", "anonymous_mb"."""
+    """A part of this script in its own process -> what it printed as JSON, with "seconds",
+    "peak_mb", "anonymous_mb"."""
     command = [sys.executable, __file__, "--part", part, "--folder", str(folder), *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -59,7 +83,10 @@ def measured(part: str, folder: Path, *arguments: str) -> dict:
 
 def memory() -> dict:
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines())
-    return {f"{name}_mb": round(int(status[key].split()[0]) / 1024) for name, key in (("peak", "VmHWM"), ("anonymous", "RssAnon"))}
+    return {
+        f"{name}_mb": round(int(status[key].split()[0]) / 1024)
+        for name, key in (("peak", "VmHWM"), ("anonymous", "RssAnon"))
+    }
 
 
 def part_prepare(folder: Path) -> dict:
@@ -68,12 +95,15 @@ def part_prepare(folder: Path) -> dict:
     from training.data.prepare import prepare
 
     paths = PreparePaths(str(folder / "data"), "")
-    config = PrepareConfig(paths, ModelConfig(checkpoint=str(folder / "model")), DataConfig(source=str(folder / "source.jsonl")))
+    config = PrepareConfig(
+        paths, ModelConfig(checkpoint=str(folder / "model")), DataConfig(source=str(folder / "source.jsonl"))
+    )
     return prepare(config)["files"]
 
 
 def part_read(folder: Path) -> dict:
-    """What each rank of a trainer does: map the rows, draw global batches from all over the epoch, lay them out."""
+    """What each rank of a trainer does: map the rows, draw global batches from all over the epoch,
+    lay them out."""
     tokenizer = Tokenizer(folder / "model")
     began = time.monotonic()
     rows = TokenRows(cached(folder / "data/sft.jsonl", "sft", tokenizer))
@@ -82,7 +112,11 @@ def part_read(folder: Path) -> dict:
     began = time.monotonic()
     for _ in range(BATCHES):
         tokens += len(make(rows, tokenizer, sampler.next_batch())[0][0]["tokens"])
-    return {"rows": len(rows), "open_s": round(opened, 2), "batch_ms": round((time.monotonic() - began) * 1e3 / BATCHES, 2)}
+    return {
+        "rows": len(rows),
+        "open_s": round(opened, 2),
+        "batch_ms": round((time.monotonic() - began) * 1e3 / BATCHES, 2),
+    }
 
 
 def part_list(folder: Path, rows: int) -> dict:
@@ -103,8 +137,12 @@ def part_datasets(folder: Path, rows: int) -> dict:
 
     tokenizer = Tokenizer(folder / "model")
     arrow = str(folder / "arrow")
-    data = datasets.load_dataset("json", data_files=str(folder / "data/sft.jsonl"), split=f"train[:{rows}]", cache_dir=arrow)
-    data = data.map(lambda batch: {name: tokenizer.encode_all(batch[name]) for name in ("prompt", "response")}, batched=True)
+    data = datasets.load_dataset(
+        "json", data_files=str(folder / "data/sft.jsonl"), split=f"train[:{rows}]", cache_dir=arrow
+    )
+    data = data.map(
+        lambda batch: {name: tokenizer.encode_all(batch[name]) for name in ("prompt", "response")}, batched=True
+    )
     began, shuffled = time.monotonic(), data.shuffle(seed=0)
     for first in range(0, BATCHES * BATCH, BATCH):
         shuffled[[at % len(shuffled) for at in range(first, first + BATCH)]]
@@ -120,14 +158,18 @@ def make(rows, tokenizer, indices: list[int]):
 
 
 def part_hidden(folder: Path, step_ms: float) -> dict:
-    """A step of ``step_ms`` that leaves Python alone, as one on a GPU does: how long it waits for its batch with and without the thread."""
+    """A step of ``step_ms`` that leaves Python alone, as one on a GPU does: how long it waits for
+    its batch with and without the thread."""
     tokenizer = Tokenizer(folder / "model")
     rows = TokenRows(cached(folder / "data/sft.jsonl", "sft", tokenizer))
     waits = {}
     for name in ("alone", "ahead"):
         sampler = Sampler(len(rows), BATCH, 0)
-        batches = (prefetched(sampler, lambda at: make(rows, tokenizer, at), 50) if name == "ahead"
-                   else (make(rows, tokenizer, sampler.next_batch()) for _ in range(50)))
+        batches = (
+            prefetched(sampler, lambda at: make(rows, tokenizer, at), 50)
+            if name == "ahead"
+            else (make(rows, tokenizer, sampler.next_batch()) for _ in range(50))
+        )
         waited = []
         for _ in range(50):
             began = time.monotonic()
@@ -145,7 +187,8 @@ def hh_lengths(path: str, tokenizer: str) -> list[int]:
 
 
 def efficiencies(lengths: list[int], batches: int = 200) -> list[tuple]:
-    """(layout, before, now, most that rows x length of these multiples allow) for each of LAYOUTS; 128 is a GPU's multiple."""
+    """(layout, before, now, most that rows x length of these multiples allow) for each of LAYOUTS;
+    128 is a GPU's multiple."""
     found = []
     for batch, ranks, size, pipeline in LAYOUTS:
         rng, held, before, now, most = random.Random(0), 0, 0, 0, 0
@@ -157,7 +200,10 @@ def efficiencies(lengths: list[int], batches: int = 200) -> list[tuple]:
             layout = lay_out(drawn, Limits(LENGTH, 128, ranks, size, pipeline))
             now += len(layout.rows) * layout.length
             fewest = -(-sum(drawn) // (LENGTH * ranks)) * ranks
-            most += min(count * padded_length([max(drawn), -(-sum(drawn) // count)], 128) for count in range(fewest, 4 * fewest, ranks))
+            most += min(
+                count * padded_length([max(drawn), -(-sum(drawn) // count)], 128)
+                for count in range(fewest, 4 * fewest, ranks)
+            )
         found.append(((batch, ranks, size, pipeline), held / before, held / now, held / most))
     return found
 
@@ -196,8 +242,19 @@ def report(options, folder: Path) -> dict:
     if importlib.util.find_spec("datasets"):
         say("datasets", measured("datasets", folder, "--peer", str(options.peer)))
     rng = random.Random(0)
-    lengths = hh_lengths(options.hh, options.tokenizer) if options.hh else [int(rng.lognormvariate(4.82, 0.7)) + 1 for _ in range(2000)]
-    say("lengths", {"mean": round(sum(lengths) / len(lengths)), "median": sorted(lengths)[len(lengths) // 2], "longest": max(lengths)})
+    lengths = (
+        hh_lengths(options.hh, options.tokenizer)
+        if options.hh
+        else [int(rng.lognormvariate(4.82, 0.7)) + 1 for _ in range(2000)]
+    )
+    say(
+        "lengths",
+        {
+            "mean": round(sum(lengths) / len(lengths)),
+            "median": sorted(lengths)[len(lengths) // 2],
+            "longest": max(lengths),
+        },
+    )
     say("unpacked", round(unpacked(lengths), 3))
     for layout, *numbers in efficiencies(lengths, 200 if options.rows > 10_000 else 5):
         say("batch {}, DP {}, micro {}, PP {}".format(*layout), [round(number, 4) for number in numbers])
@@ -208,14 +265,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=10_000_000)
     parser.add_argument("--peer", type=int, default=1_000_000, help="rows that the peers read")
-    parser.add_argument("--hh", default="", help="a real file whose lengths are packed; without it: log-normal ones like HH's")
+    parser.add_argument(
+        "--hh", default="", help="a real file whose lengths are packed; without it: log-normal ones like HH's"
+    )
     parser.add_argument("--tokenizer", default="", help="for --hh: a folder with tokenizer.json")
     parser.add_argument("--folder", type=Path, default=ROOT / "build/data-benchmark")
     parser.add_argument("--part", default="", help=argparse.SUPPRESS)
     parser.add_argument("--step-ms", type=float, default=60, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.part:
-        extra = {"list": (options.peer,), "datasets": (options.peer,), "hidden": (options.step_ms,)}.get(options.part, ())
+        extra = {"list": (options.peer,), "datasets": (options.peer,), "hidden": (options.step_ms,)}.get(
+            options.part, ()
+        )
         began = time.monotonic()
         result = globals()[f"part_{options.part}"](options.folder, *extra)
         print(json.dumps({**result, "seconds": round(time.monotonic() - began, 2), **memory()}))

@@ -1,8 +1,10 @@
-"""How long a person waits for the launcher: ``python benchmarks/launcher.py [times.json]``, on a Slurm of its own (slurm/dev/up).
+"""How long a person waits for the launcher: ``python benchmarks/launcher.py [times.json]``, on a
+Slurm of its own (slurm/dev/up).
 
-Each command is run REPEATS times, and beside it its peer: an empty Python, and Slurm's own ``squeue``. ``status`` looks at a
-run of six queued stages, first alone in the queue, then among 5,000 held jobs. Limits: --help .3 s, status .3 s plus Slurm's own
-answer and 1 s with 5,000 jobs, submit --dry-run .5 s plus Slurm's own answer; exits 1 where the median misses one. Meaningful on an
+Each command is run REPEATS times, and beside it its peer: an empty Python, and Slurm's own
+``squeue``. ``status`` looks at a run of six queued stages, first alone in the queue, then among
+5,000 held jobs. Limits: --help .3 s, status .3 s plus Slurm's own answer and 1 s with 5,000 jobs,
+submit --dry-run .5 s plus Slurm's own answer; exits 1 where the median misses one. Meaningful on an
 idle machine only.
 """
 
@@ -38,7 +40,9 @@ def seconds(command: list[str], environment: dict[str, str], folder: Path) -> fl
 
 
 def measure(environment: dict[str, str], folder: Path) -> list[dict]:
-    """Rows {"what", "seconds", "peer", "peer_seconds", "limit"}; the limit of status is .3 s plus the peer's, which is Slurm's answer."""
+    """Rows {"what", "seconds", "peer", "peer_seconds", "limit"}; the limit of status is .3 s plus
+    the peer's, which is Slurm's answer."""
+
     def run(*command: str) -> None:
         subprocess.run(command, env=environment, cwd=folder, check=True, capture_output=True)
 
@@ -47,8 +51,15 @@ def measure(environment: dict[str, str], folder: Path) -> list[dict]:
 
     def row(what: str, command: list[str], peer: list[str], limit: float, plus: bool = False) -> None:
         mine, theirs = seconds(command, environment, folder), seconds(peer, environment, folder)
-        rows.append({"what": what, "seconds": mine, "peer": " ".join(peer[:1] + peer[1:2]), "peer_seconds": theirs,
-                     "limit": limit + theirs * plus})
+        rows.append(
+            {
+                "what": what,
+                "seconds": mine,
+                "peer": " ".join(peer[:1] + peer[1:2]),
+                "peer_seconds": theirs,
+                "limit": limit + theirs * plus,
+            }
+        )
 
     row("--help", [*LAUNCHER, "--help"], python, 0.3)
     dry_run = [*LAUNCHER, "submit", "full-pipeline", "--dry-run", "--profile"]
@@ -68,18 +79,25 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="convoy-") as folder:
         environment = {**os.environ, "CONVOY_DEV": f"{folder}/cluster", "PYTHONPATH": str(ROOT)}
         try:
-            with open(f"{folder}/up.out", "w+", encoding="utf-8") as out:  # not a pipe: the daemons would keep it open
-                subprocess.run([ROOT / "slurm/dev/up"], env=environment, stdout=out, stderr=subprocess.STDOUT, check=True)
+            # not a pipe: the daemons would keep it open
+            with open(f"{folder}/up.out", "w+", encoding="utf-8") as out:
+                subprocess.run(
+                    [ROOT / "slurm/dev/up"], env=environment, stdout=out, stderr=subprocess.STDOUT, check=True
+                )
                 out.seek(0)
                 environment["SLURM_CONF"] = re.search(r"^export SLURM_CONF=(.*)$", out.read(), re.MULTILINE)[1]
             rows = measure(environment, Path(folder))
         finally:
             subprocess.run([ROOT / "slurm/dev/down", "--wipe"], env=environment, check=False)
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
-          f"load {os.getloadavg()[0]:.1f}; medians of {REPEATS}\n")
+    print(
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
+        f"load {os.getloadavg()[0]:.1f}; medians of {REPEATS}\n"
+    )
     print("| command | seconds | limit | peer | its seconds |\n|---|---|---|---|---|")
     for row in rows:
-        print(f"| {row['what']} | {row['seconds']:.3f} | {row['limit']:.3f} | `{row['peer']}` | {row['peer_seconds']:.3f} |")
+        print(
+            f"| {row['what']} | {row['seconds']:.3f} | {row['limit']:.3f} | `{row['peer']}` | {row['peer_seconds']:.3f} |"
+        )
     if arguments:
         Path(arguments[0]).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     return int(any(row["seconds"] > row["limit"] for row in rows))

@@ -1,10 +1,12 @@
-"""Does the demo learn? The whole chain over several seeds, and its thresholds: ``python benchmarks/learns.py [ppo|dpo|grpo] [seed ...]``.
+"""Does the demo learn? The whole chain over several seeds, and its thresholds: ``python
+benchmarks/learns.py [ppo|dpo|grpo] [seed ...]``.
 
-A seed sets data, model initialisation, data order and sampling. For each: held-out SFT loss against the unigram entropy of the held-out
-responses; the reward model's held-out accuracy with its 95% interval (DPO's: of its implicit rewards); gold score (computed from the
-text, 0..1) of replies sampled at temperature 1 to 256 held-out prompts, of the SFT model and of the trained policy, the paired difference
-with its 95% bootstrap interval, and KL(policy || SFT) per response. Exits 1 where a threshold is missed. About 5 minutes a seed on two
-cores.
+A seed sets data, model initialisation, data order and sampling. For each: held-out SFT loss against
+the unigram entropy of the held-out responses; the reward model's held-out accuracy with its 95%
+interval (DPO's: of its implicit rewards); gold score (computed from the text, 0..1) of replies
+sampled at temperature 1 to 256 held-out prompts, of the SFT model and of the trained policy, the
+paired difference with its 95% bootstrap interval, and KL(policy || SFT) per response. Exits 1 where
+a threshold is missed. About 5 minutes a seed on two cores.
 """
 
 from __future__ import annotations
@@ -17,16 +19,36 @@ from pathlib import Path
 RUNS = Path("runs")
 STAGES = {"ppo": ("reward", "rlhf"), "grpo": ("reward", "grpo"), "dpo": ("dpo", "dpo")}
 """Pipeline -> stages with the preferences' accuracy and with the trained policy."""
-HEAD = ("| seed | SFT held-out loss | unigram entropy | preference accuracy | gold SFT | gold policy | difference | KL |\n"
-        "|---|---|---|---|---|---|---|---|")
+HEAD = (
+    "| seed | SFT held-out loss | unigram entropy | preference accuracy | gold SFT | gold policy | difference | KL |\n"
+    "|---|---|---|---|---|---|---|---|"
+)
 
 
 def chain(pipeline: str, seed: int) -> Path:
-    """Run the chain for a seed (or go on with it) -> its run folder. Raises CalledProcessError where a stage failed."""
+    """Run the chain for a seed (or go on with it) -> its run folder. Raises CalledProcessError
+    where a stage failed."""
     name = f"bloom-tiny-{pipeline}-seed-{seed}"
-    sets = [option for key in sorted({"data", "sft", *STAGES[pipeline], "mtbench"}) for option in ("--set", f"{key}.seed={seed}")]
-    command = [sys.executable, "-m", "launcher", "submit", "full-pipeline", "--recipe", "bloom-tiny", "--profile", "local", "--name", name,
-               "--pipeline", pipeline]
+    sets = [
+        option
+        for key in sorted({"data", "sft", *STAGES[pipeline], "mtbench"})
+        for option in ("--set", f"{key}.seed={seed}")
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "launcher",
+        "submit",
+        "full-pipeline",
+        "--recipe",
+        "bloom-tiny",
+        "--profile",
+        "local",
+        "--name",
+        name,
+        "--pipeline",
+        pipeline,
+    ]
     subprocess.run([*command, *sets, "--wait"], check=True)
     return RUNS / name
 
@@ -44,8 +66,10 @@ def row(pipeline: str, seed: int, run: Path) -> tuple[str, bool]:
     accuracy, low, high = (last(run, judge, f"heldout_accuracy{end}") for end in ("", "_low", "_high"))
     heldout = json.loads((run / "mtbench" / "results.json").read_text(encoding="utf-8"))["heldout"]
     gold, gain, kl = heldout["gold"], heldout["gold_difference"][policy], heldout["kl"][policy]
-    line = (f"| {seed} | {loss:.3f} | {entropy:.2f} | {accuracy:.3f} [{low:.3f}, {high:.3f}] | {gold['sft']['mean']:.3f} "
-            f"| {gold[policy]['mean']:.3f} | {gain['mean']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}] | {kl['mean']:.2f} |")
+    line = (
+        f"| {seed} | {loss:.3f} | {entropy:.2f} | {accuracy:.3f} [{low:.3f}, {high:.3f}] | {gold['sft']['mean']:.3f} "
+        f"| {gold[policy]['mean']:.3f} | {gain['mean']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}] | {kl['mean']:.2f} |"
+    )
     return line, loss < entropy / 2 and (accuracy >= 0.9 if judge == "reward" else low > 0.5) and gain["low"] > 0
 
 

@@ -1,10 +1,13 @@
-"""What can 2,312 real pairs teach a model that knows nothing? ``python benchmarks/learns_hh.py HH_FILE [--tiny] [--set KEY=VALUE ...]``.
+"""What can 2,312 real pairs teach a model that knows nothing? ``python benchmarks/learns_hh.py
+HH_FILE [--tiny] [--set KEY=VALUE ...]``.
 
-The whole chain by the real command line on Anthropic's harmless-base test split: a model of bloom-560m's shape (24 layers, hidden
-1024, 250,880 rows) with random weights and a byte-level BPE trained on the split's own training prompts and replies. Prints held-out
-SFT loss against the unigram entropy, the reward model's held-out accuracy beside its floors ("the shorter reply wins" on the same
-pairs; .623 of TF-IDF with a logistic regression, rlhf.md section 3, on another split), and PPO's curve; keeps run folder and report.
-``--tiny``: two layers and a few steps, to try the script on a CPU. ``--until``: a part of the chain; without it the same command goes on.
+The whole chain by the real command line on Anthropic's harmless-base test split: a model of
+bloom-560m's shape (24 layers, hidden 1024, 250,880 rows) with random weights and a byte-level BPE
+trained on the split's own training prompts and replies. Prints held-out SFT loss against the
+unigram entropy, the reward model's held-out accuracy beside its floors ("the shorter reply wins" on
+the same pairs; .623 of TF-IDF with a logistic regression, rlhf.md section 3, on another split), and
+PPO's curve; keeps run folder and report. ``--tiny``: two layers and a few steps, to try the script
+on a CPU. ``--until``: a part of the chain; without it the same command goes on.
 """
 
 from __future__ import annotations
@@ -22,34 +25,86 @@ RUNS, MODELS = Path("runs"), Path("models")
 SHAPE = ModelConfig(demo_layers=24, demo_hidden=1024, demo_heads=16, demo_vocab=16_384)
 TINY = ModelConfig(demo_layers=2, demo_hidden=64, demo_heads=4, demo_vocab=4_096)
 ROWS = 250_880
-"""Rows of BLOOM's embedding: the tokenizer fills the first ``demo_vocab`` of them, as BLOOM's own leaves the last 200 unused."""
+"""Rows of BLOOM's embedding: the tokenizer fills the first ``demo_vocab`` of them, as BLOOM's own
+leaves the last 200 unused."""
 TRAINERS = ("sft", "reward", "rlhf")
 SETTINGS = {
-    # So short a run is not worth compiling, a minute a stage, nor checkpoints of 18 bytes a parameter, which are hashed again and again.
-    **{f"{stage}.{key}": value for stage in TRAINERS for key, value in (("attention", "sdpa"), ("optimizer_precision", "bf16"))},
+    # So short a run is not worth compiling, a minute a stage, nor checkpoints of 18 bytes a
+    # parameter, which are hashed again and again.
+    **{
+        f"{stage}.{key}": value
+        for stage in TRAINERS
+        for key, value in (("attention", "sdpa"), ("optimizer_precision", "bf16"))
+    },
     **{f"resources.{stage}.gpus_per_node": 1 for stage in TRAINERS},
-    "sft.seq_length": 1024, "sft.micro_batch_size": 16, "sft.global_batch_size": 64, "sft.lr": 3e-4, "sft.warmup_iterations": 20,
-    "sft.iterations": 100, "sft.eval_every": 20, "sft.save_every": 100, "sft.log_every": 20, "sft.sample_every": 0,
-    "reward.seq_length": 1024, "reward.micro_batch_size": 8, "reward.global_batch_size": 32, "reward.lr": 2e-5,
-    "reward.warmup_iterations": 10, "reward.iterations": 60, "reward.eval_every": 20, "reward.save_every": 60, "reward.log_every": 20,
-    "reward.calibration_length": 96, "rlhf.prompt_length": 512, "rlhf.response_length": 96, "rlhf.rollout_batch_size": 128,
-    "rlhf.global_batch_size": 64, "rlhf.micro_batch_tokens": 16384, "rlhf.iterations": 20, "rlhf.lr": 2e-6, "rlhf.value_lr": 1e-5,
-    "rlhf.warmup_iterations": 2, "rlhf.kl_coef": 0.05, "rlhf.eval_every": 10, "rlhf.save_every": 20, "rlhf.log_every": 5,
-    "export.dtype": "bf16", "mtbench.max_new_tokens": 96, "mtbench.heldout_max_new_tokens": 96,
-    "mtbench.context_length": 1024, "mtbench.batch_size": 128, "data.heldout": 0.22, "data.heldout_max": 512,
+    "sft.seq_length": 1024,
+    "sft.micro_batch_size": 16,
+    "sft.global_batch_size": 64,
+    "sft.lr": 3e-4,
+    "sft.warmup_iterations": 20,
+    "sft.iterations": 100,
+    "sft.eval_every": 20,
+    "sft.save_every": 100,
+    "sft.log_every": 20,
+    "sft.sample_every": 0,
+    "reward.seq_length": 1024,
+    "reward.micro_batch_size": 8,
+    "reward.global_batch_size": 32,
+    "reward.lr": 2e-5,
+    "reward.warmup_iterations": 10,
+    "reward.iterations": 60,
+    "reward.eval_every": 20,
+    "reward.save_every": 60,
+    "reward.log_every": 20,
+    "reward.calibration_length": 96,
+    "rlhf.prompt_length": 512,
+    "rlhf.response_length": 96,
+    "rlhf.rollout_batch_size": 128,
+    "rlhf.global_batch_size": 64,
+    "rlhf.micro_batch_tokens": 16384,
+    "rlhf.iterations": 20,
+    "rlhf.lr": 2e-6,
+    "rlhf.value_lr": 1e-5,
+    "rlhf.warmup_iterations": 2,
+    "rlhf.kl_coef": 0.05,
+    "rlhf.eval_every": 10,
+    "rlhf.save_every": 20,
+    "rlhf.log_every": 5,
+    "export.dtype": "bf16",
+    "mtbench.max_new_tokens": 96,
+    "mtbench.heldout_max_new_tokens": 96,
+    "mtbench.context_length": 1024,
+    "mtbench.batch_size": 128,
+    "data.heldout": 0.22,
+    "data.heldout_max": 512,
 }
 TINY_SETTINGS = {
     **{f"{stage}.{key}": "fp32" for stage in TRAINERS for key in ("precision", "optimizer_precision")},
-    "sft.iterations": 4, "reward.iterations": 2, "rlhf.iterations": 2, "sft.warmup_iterations": 1, "reward.warmup_iterations": 1,
-    "rlhf.warmup_iterations": 0, "sft.save_every": 4, "reward.save_every": 2, "rlhf.save_every": 2, "sft.seq_length": 128,
-    "reward.seq_length": 128, "rlhf.prompt_length": 64, "rlhf.response_length": 8, "rlhf.rollout_batch_size": 16,
-    "rlhf.global_batch_size": 16, "mtbench.max_new_tokens": 4, "mtbench.heldout_max_new_tokens": 4,
-    "mtbench.context_length": 128, "data.heldout_max": 8,
+    "sft.iterations": 4,
+    "reward.iterations": 2,
+    "rlhf.iterations": 2,
+    "sft.warmup_iterations": 1,
+    "reward.warmup_iterations": 1,
+    "rlhf.warmup_iterations": 0,
+    "sft.save_every": 4,
+    "reward.save_every": 2,
+    "rlhf.save_every": 2,
+    "sft.seq_length": 128,
+    "reward.seq_length": 128,
+    "rlhf.prompt_length": 64,
+    "rlhf.response_length": 8,
+    "rlhf.rollout_batch_size": 16,
+    "rlhf.global_batch_size": 16,
+    "mtbench.max_new_tokens": 4,
+    "mtbench.heldout_max_new_tokens": 4,
+    "mtbench.context_length": 128,
+    "data.heldout_max": 8,
 }
 
 
 def make_model(folder: Path, source: str, shape: ModelConfig, data: DataConfig, rows: int = ROWS) -> None:
-    """A Hugging Face folder with a tokenizer trained on the training rows of ``source`` and random weights; made once."""
+    """A Hugging Face folder with a tokenizer trained on the training rows of ``source`` and random
+    weights; made once."""
     if folder.exists():
         return
     aside = folder.with_name(f"{folder.name}.writing")
@@ -73,7 +128,8 @@ def table(run: Path) -> str:
     accuracy, low, high = (series(run, "reward", f"heldout_accuracy{end}")[-1][1] for end in ("", "_low", "_high"))
     at, best = min(losses, key=lambda pair: pair[1])
     lines = [
-        "| | |", "|---|---|",
+        "| | |",
+        "|---|---|",
         f"| SFT held-out loss, nats a token: first, best ({at} iterations), last | {losses[0][1]:.3f}, {best:.3f}, {losses[-1][1]:.3f} |",
         f"| unigram entropy of the held-out replies | {entropy:.3f} |",
         f"| reward model, held-out accuracy | {accuracy:.3f} [{low:.3f}, {high:.3f}] |",
@@ -81,7 +137,9 @@ def table(run: Path) -> str:
     ]
     for name in ("reward", "kl", "entropy", "eos_rate", "response_length", "heldout_reward", "heldout_kl"):
         values = series(run, "rlhf", name)
-        lines.append(f"| PPO {name}: first, last of {values[-1][0]} iterations | {values[0][1]:.3f}, {values[-1][1]:.3f} |")
+        lines.append(
+            f"| PPO {name}: first, last of {values[-1][0]} iterations | {values[0][1]:.3f}, {values[-1][1]:.3f} |"
+        )
     return "\n".join(lines)
 
 
@@ -97,11 +155,33 @@ def main() -> int:
     settings = {**SETTINGS, **(TINY_SETTINGS if options.tiny else {})}
     model = MODELS / options.name
     share, most = settings["data.heldout"], settings["data.heldout_max"]
-    make_model(model, options.source, TINY if options.tiny else SHAPE, DataConfig(source=options.source, heldout=share, heldout_max=most))
-    sets = [f"{key}={value}" for key, value in settings.items()] + [f"model.checkpoint={model}", f"data.source={options.source}"]
-    command = [sys.executable, "-m", "launcher", "submit", "full-pipeline", "--recipe", "bloom-560m", "--profile", options.profile,
-               "--name", options.name, "--until", options.until, "--wait",
-               *(word for setting in [*sets, *options.sets] for word in ("--set", setting))]
+    make_model(
+        model,
+        options.source,
+        TINY if options.tiny else SHAPE,
+        DataConfig(source=options.source, heldout=share, heldout_max=most),
+    )
+    sets = [f"{key}={value}" for key, value in settings.items()] + [
+        f"model.checkpoint={model}",
+        f"data.source={options.source}",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "launcher",
+        "submit",
+        "full-pipeline",
+        "--recipe",
+        "bloom-560m",
+        "--profile",
+        options.profile,
+        "--name",
+        options.name,
+        "--until",
+        options.until,
+        "--wait",
+        *(word for setting in [*sets, *options.sets] for word in ("--set", setting)),
+    ]
     subprocess.run(command, check=True)
     if options.until == "mtbench":
         print(table(RUNS / options.name))

@@ -1,21 +1,25 @@
-"""Do the layouts compute what one GPU does, and how fast? ``benchmarks/multi_gpu.sh N [--tiny] [--out FOLDER] [--only REGEX ...]``
+"""Do the layouts compute what one GPU does, and how fast? ``benchmarks/multi_gpu.sh N [--tiny]
+[--out FOLDER] [--only REGEX ...]``
 
 On N GPUs of one machine (a power of two), each part in processes of its own with a time limit:
 
-    gradients  560m and 1b7, one step in fp32: loss and every tensor's gradient at TP, PP, DP, SP (sequence parallel) and VPP
+    gradients  560m and 1b7, one step in fp32: loss and every tensor's gradient at TP, PP, DP, SP
+    (sequence parallel) and VPP
                (interleaved) against one GPU's with nothing compiled
     sft        7b1, optimizer_precision "bf16", packed rows, loss on all tokens: tokens/s, MFU and memory of a step beside
-               launcher/estimates/step_time.py's prediction; rows and recompute are what it finds fastest among what fits by launcher/estimates/memory.py;
-               then the weights' way to each generation layout, in GB/s
+               launcher/estimates/step_time.py's prediction; rows and recompute are what it finds
+               fastest among what fits by launcher/estimates/memory.py; then the weights' way to
+               each generation layout, in GB/s
     halves     sft on N/2 GPUs
     ppo        1b7 + 1b7 by the trainer, generation at another layout than training: its own phase times
     large      the same of 7b1 + 7b1, on 2 GPUs with offload = "all"; on fewer than 8 only if --parts names it
     fails      a rank fails while the others wait in a collective: it says why, and the job ends
     checkpoint 1b7 with its optimizer saved beside training on N GPUs, loaded on N/2 at another layout, every tensor compared
 
-Numbers that are compared share no GPU with others; the gradients' jobs do. Prints JSON lines and tables, and writes both and each
-job's log to FOLDER. A line with "ok": false is a missed tolerance; exit code 1 then, and where a job failed. ``--tiny``: small shapes,
-on the CPU, too, where N ranks are N processes (gloo).
+Numbers that are compared share no GPU with others; the gradients' jobs do. Prints JSON lines and
+tables, and writes both and each job's log to FOLDER. A line with "ok": false is a missed tolerance;
+exit code 1 then, and where a job failed. ``--tiny``: small shapes, on the CPU, too, where N ranks
+are N processes (gloo).
 """
 
 from __future__ import annotations
@@ -57,13 +61,16 @@ class Caught(Log):
             if "begins" in row:
                 self.begun = row["begins"]
             elif "ends" not in row:
-                self.rows.append({"job": self.job.name, "gpus": len(self.job.gpus), "layout": self.job.layouts[self.begun], **row})
+                self.rows.append(
+                    {"job": self.job.name, "gpus": len(self.job.gpus), "layout": self.job.layouts[self.begun], **row}
+                )
                 print(json.dumps(self.rows[-1]), flush=True)
         super().write(tag, text)
 
 
 class Running:
-    """A job's processes, one attempt after the other. They import first, and touch no GPU before ``run`` is called."""
+    """A job's processes, one attempt after the other. They import first, and touch no GPU before
+    ``run`` is called."""
 
     def __init__(self, job: Job, folder: Path, out: Path, cpu: bool):
         self.job, self.folder, self.out, self.cpu, self.rows = job, folder, out, cpu, []
@@ -74,15 +81,21 @@ class Running:
         job, first = self.job, self.left[0][0]
         name = f"{job.name}.{first}".replace(" ", "_")
         environment = {variable: value for variable, value, _ in network.NETWORKS["one-machine"]} | {
-            "NCCL_NVLS_ENABLE": "0", "CUDA_VISIBLE_DEVICES": "" if self.cpu else ",".join(map(str, job.gpus)),
-            "TORCHINDUCTOR_COMPILE_THREADS": "12", "OMP_NUM_THREADS": "1" if self.cpu else "8"}
+            "NCCL_NVLS_ENABLE": "0",
+            "CUDA_VISIBLE_DEVICES": "" if self.cpu else ",".join(map(str, job.gpus)),
+            "TORCHINDUCTOR_COMPILE_THREADS": "12",
+            "OMP_NUM_THREADS": "1" if self.cpu else "8",
+        }
         given = {"part": job.part, "size": job.size, "name": name, "folder": str(self.folder), "layouts": self.left}
         self.go = self.folder / f"{name}.go"
         self.log = Caught(self.out / f"{job.name.replace(' ', '_')}.log").start(job, first)
-        self.ranks = LocalRanks(self.log, [sys.executable, "-u", str(RANK), json.dumps(given)], len(job.gpus), environment)
+        self.ranks = LocalRanks(
+            self.log, [sys.executable, "-u", str(RANK), json.dumps(given)], len(job.gpus), environment
+        )
 
     def run(self, end: float) -> None:
-        """All layouts of the job; one that fails ends the processes, and the rest begin anew without it."""
+        """All layouts of the job; one that fails ends the processes, and the rest begin anew
+        without it."""
         job, began = self.job, time.monotonic()
         end, asked = min(end, began + job.limit), False
         while True:
@@ -90,7 +103,8 @@ class Running:
             while any(process.poll() is None for process in self.ranks.processes):
                 self.ranks.check()
                 if not asked and time.monotonic() > end - STACKS_S:
-                    self.ranks.pass_on(signal.SIGUSR1)  # each rank writes its threads' stacks into the log and goes on
+                    # each rank writes its threads' stacks into the log and goes on
+                    self.ranks.pass_on(signal.SIGUSR1)
                     asked = True
                 if time.monotonic() > end:
                     self.ranks.pass_on(signal.SIGKILL)
@@ -104,8 +118,16 @@ class Running:
             failed, late = self.log.begun, time.monotonic() > end
             error = "its time was over" if late else ended[0].words()[:500]
             told = {"ok": True, "said": error} if job.part == "fails" and ON_PURPOSE in error else {"error": error}
-            self.rows.append({"job": job.name, "part": job.part, "size": job.size, "gpus": len(job.gpus), "layout": job.layouts[failed],
-                              **told})
+            self.rows.append(
+                {
+                    "job": job.name,
+                    "part": job.part,
+                    "size": job.size,
+                    "gpus": len(job.gpus),
+                    "layout": job.layouts[failed],
+                    **told,
+                }
+            )
             print(json.dumps(self.rows[-1]), flush=True)
             self.left = [pair for pair in self.left if pair[0] > failed]
             if late or self.stopped or not self.left:
@@ -155,8 +177,12 @@ def expression(text: str) -> str:
     return text
 
 
-def measure(asked: argparse.Namespace, planned: Waves, card: dict, end: float, scratch: Path, begun: list[Running]) -> list[dict]:
-    """Do all waves of jobs; what was found. ``begun``: gets each job when its processes are there."""
+def measure(
+    asked: argparse.Namespace, planned: Waves, card: dict, end: float, scratch: Path, begun: list[Running]
+) -> list[dict]:
+    """Do all waves of jobs; what was found. ``begun``: gets each job when its processes are
+    there."""
+
     def begin(wave: list[Job]) -> list[Running]:
         first = len(begun)
         for job in wave:
@@ -172,7 +198,8 @@ def measure(asked: argparse.Namespace, planned: Waves, card: dict, end: float, s
         threads += [threading.Thread(target=running.run, args=(end,), daemon=True) for running in started]
         for thread in threads[-len(started) :]:
             thread.start()
-        ready = begin(following) if card["count"] else []  # imports beside the work before; not on a few cores
+        # imports beside the work before; not on a few cores
+        ready = begin(following) if card["count"] else []
         for running in started:
             running.free.wait()
         ready = ready or begin(following)
@@ -188,27 +215,41 @@ def main() -> int:
     parser.add_argument("--gpus", type=int, required=True)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--parts", nargs="+", choices=PARTS, help="without it all, but for large on fewer than 8 GPUs")
-    parser.add_argument("--only", nargs="+", default=[], metavar="REGEX", type=expression,
-                        help="of the parts' jobs and layouts those of whose 'job, layout', as in the log and the tables, one "
-                             "of these matches a part: --only 'sft 4, 0, TP 2 x PP 2' 'ppo 0'")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="REGEX",
+        type=expression,
+        help="of the parts' jobs and layouts those of whose 'job, layout', as in the log and the tables, one "
+        "of these matches a part: --only 'sft 4, 0, TP 2 x PP 2' 'ppo 0'",
+    )
     parser.add_argument("--out", type=Path, default=Path("multi_gpu"))
-    parser.add_argument("--scratch", type=Path, help="where checkpoints and gradients go for a while (44 GB, with large 72)")
+    parser.add_argument(
+        "--scratch", type=Path, help="where checkpoints and gradients go for a while (44 GB, with large 72)"
+    )
     parser.add_argument("--limit", type=float, default=600, help="most seconds in all")
     parser.add_argument("--after", type=Path, help="a file: no GPU is touched before it exists")
     asked = parser.parse_args()
     asked.parts = asked.parts or [part for part in PARTS if part != "large" or asked.gpus >= 8]
     end, card = time.monotonic() + asked.limit, card_here()
     if asked.gpus < 1 or asked.gpus & (asked.gpus - 1) or not asked.tiny and asked.gpus > card["count"]:
-        parser.error(f"--gpus {asked.gpus}: expected a power of two, and no more than the {card['count']} GPUs here (or --tiny)")
+        parser.error(
+            f"--gpus {asked.gpus}: expected a power of two, and no more than the {card['count']} GPUs here (or --tiny)"
+        )
     planned = waves(asked.gpus, asked.tiny, card, asked.parts, asked.only)
     if not planned:
-        parser.error(f"no job of --parts {' '.join(asked.parts)} on {asked.gpus} GPUs has a name that --only "
-                     f"{' '.join(asked.only) or '(not given)'} matches; names stand in the tables and logs")
+        parser.error(
+            f"no job of --parts {' '.join(asked.parts)} on {asked.gpus} GPUs has a name that --only "
+            f"{' '.join(asked.only) or '(not given)'} matches; names stand in the tables and logs"
+        )
     asked.out.mkdir(parents=True, exist_ok=True)
     print(json.dumps({"card": card, "gpus": asked.gpus}), flush=True)
     begun: list[Running] = []
-    with heeded(lambda number: sys.exit(128 + number)), \
-            tempfile.TemporaryDirectory(dir=asked.scratch, ignore_cleanup_errors=True) as scratch:
+    with (
+        heeded(lambda number: sys.exit(128 + number)),
+        tempfile.TemporaryDirectory(dir=asked.scratch, ignore_cleanup_errors=True) as scratch,
+    ):
         try:
             rows = measure(asked, planned, card, end, Path(scratch), begun)
         finally:  # after a signal: before the folder goes, and with it 72 GB

@@ -1,4 +1,5 @@
-"""The parts of benchmarks/multi_gpu.py that compare: a layout's loss and gradients with one GPU's, a checkpoint with what was saved."""
+"""The parts of benchmarks/multi_gpu.py that compare: a layout's loss and gradients with one GPU's,
+a checkpoint with what was saved."""
 
 from __future__ import annotations
 
@@ -26,11 +27,13 @@ from training.trainer.step import Learner, Objective, build_model
 
 ROWS = 8
 LOSS, GRADIENT = 1e-6, 1e-4
-"""Relative, fp32: what another order of sums may change over 24 layers; a gradient's is of the worst tensor (L2)."""
+"""Relative, fp32: what another order of sums may change over 24 layers; a gradient's is of the
+worst tensor (L2)."""
 STATE = "bf16" if CUDA else "fp32"
 """optimizer_precision."""
 LONGEST = 1024
-"""Tokens of a row whose gradients are compared: jobs of other sizes and the compilation of later ones share the GPUs."""
+"""Tokens of a row whose gradients are compared: jobs of other sizes and the compilation of later
+ones share the GPUs."""
 CHUNK = 2**26
 """Elements that are hashed or compared at once."""
 
@@ -43,20 +46,35 @@ def learner(size: str, **values) -> Learner:
 
 
 def gradients(size: str, layout: dict, folder: Path) -> None:
-    """One step in fp32. One rank alone writes its gradients to ``folder``; others compare theirs, each rank the elements whose sums it
-    owns, with the part of the whole tensor."""
+    """One step in fp32. One rank alone writes its gradients to ``folder``; others compare theirs,
+    each rank the elements whose sums it owns, with the part of the whole tensor."""
     values = {"precision": "fp32", "seq_length": min(length(size), LONGEST), **layout}
     made, shape = learner(size, **values), SHAPES[size]
     config = settings(size, micro_batch_size=1, global_batch_size=ROWS, **values)
     optimizer = made.optimizer.chained_optimizers[0]
     optimizer.update = lambda norm: None
-    found = made.step(micro_batches(rows(size, ROWS, longest=config.seq_length), config), Objective(("loss",), sft.compute))
-    names = {parameter: EMBEDDING if name == OUTPUT and shape.tied else name for name, parameter in named_weights(made.model).items()}
-    owned = {names[parameter]: (parameter, ranges["param"].start, ranges["param"].end) for parameter, ranges in optimizer._owned()}
+    found = made.step(
+        micro_batches(rows(size, ROWS, longest=config.seq_length), config), Objective(("loss",), sft.compute)
+    )
+    names = {
+        parameter: EMBEDDING if name == OUTPUT and shape.tied else name
+        for name, parameter in named_weights(made.model).items()
+    }
+    owned = {
+        names[parameter]: (parameter, ranges["param"].start, ranges["param"].end)
+        for parameter, ranges in optimizer._owned()
+    }
     path, numbers = folder / f"{size}.pt", {name: found[name] for name in ("loss", "grad_norm")}
     if dist.get_world_size() == 1:
-        torch.save({"gradients": {name: (parameter.main_grad * optimizer.scale).cpu() for name, (parameter, *_) in owned.items()},
-                    **numbers}, path)
+        torch.save(
+            {
+                "gradients": {
+                    name: (parameter.main_grad * optimizer.scale).cpu() for name, (parameter, *_) in owned.items()
+                },
+                **numbers,
+            },
+            path,
+        )
         say(part="gradients", size=size, ok=True, **numbers)
         return
     theirs = torch.load(path, mmap=True, weights_only=True)
@@ -64,7 +82,9 @@ def gradients(size: str, layout: dict, folder: Path) -> None:
     for name, (parameter, start, end) in owned.items():
         expected = mine(theirs["gradients"][name].to(groups.device()), parameter).reshape(-1)[start:end]
         ours = parameter.main_grad.view(-1)[start:end]
-        for our, their in zip(ours.split(CHUNK), expected.split(CHUNK), strict=True):  # whole in double: 4 GB a tensor of 1b7's head
+        for our, their in zip(
+            ours.split(CHUNK), expected.split(CHUNK), strict=True
+        ):  # whole in double: 4 GB a tensor of 1b7's head
             whole = their.double()
             sums[name] += torch.stack(((our * optimizer.scale - whole).square().sum(), whole.square().sum()))
     total = torch.stack(list(sums.values()))
@@ -72,12 +92,21 @@ def gradients(size: str, layout: dict, folder: Path) -> None:
     errors = dict(zip(sums, (total[:, 0] / total[:, 1]).sqrt().tolist(), strict=True))
     worst = max(errors, key=errors.get)
     loss, norm = (abs(numbers[name] - theirs[name]) / theirs[name] for name in numbers)
-    say(part="gradients", size=size, ok=loss <= LOSS and errors[worst] <= GRADIENT, loss_off=loss, norm_off=norm, worst=errors[worst],
-        of=worst, median=sorted(errors.values())[len(errors) // 2])
+    say(
+        part="gradients",
+        size=size,
+        ok=loss <= LOSS and errors[worst] <= GRADIENT,
+        loss_off=loss,
+        norm_off=norm,
+        worst=errors[worst],
+        of=worst,
+        median=sorted(errors.values())[len(errors) // 2],
+    )
 
 
 def fails(size: str, layout: dict, folder: Path) -> None:
-    """The last rank fails while the others wait for it in a collective; benchmarks/multi_gpu.py says whether it could tell."""
+    """The last rank fails while the others wait for it in a collective; benchmarks/multi_gpu.py
+    says whether it could tell."""
     ones = torch.ones(1, device=groups.device())
     dist.all_reduce(ones)
     if dist.get_rank() == dist.get_world_size() - 1:
@@ -87,7 +116,8 @@ def fails(size: str, layout: dict, folder: Path) -> None:
 
 
 def saved(size: str, layout: dict, folder: Path) -> None:
-    """Steps, then an asynchronous save of weights and optimizer beside others; what was saved is fingerprinted."""
+    """Steps, then an asynchronous save of weights and optimizer beside others; what was saved is
+    fingerprinted."""
     values = {"optimizer_precision": STATE, "async_save": True, "save_every": 1, **layout}
     made, config = learner(size, **values), settings(size, micro_batch_size=1, global_batch_size=ROWS, **values)
     batches, objective = micro_batches(rows(size, ROWS), config), Objective(("loss",), sft.compute)
@@ -108,8 +138,18 @@ def saved(size: str, layout: dict, folder: Path) -> None:
         beside += 1
     if groups.is_main():
         (folder / "fingerprints.json").write_text(json.dumps(prints), encoding="utf-8")
-    say(part="saved", size=size, ok=len(prints) > 0, gb=size_gb, seconds=times["save_s"], stall=times["save_stall_s"], tensors=len(prints),
-        steps=beside, pinned_s=pinned, pinned_steps=steps)
+    say(
+        part="saved",
+        size=size,
+        ok=len(prints) > 0,
+        gb=size_gb,
+        seconds=times["save_s"],
+        stall=times["save_stall_s"],
+        tensors=len(prints),
+        steps=beside,
+        pinned_s=pinned,
+        pinned_steps=steps,
+    )
 
 
 def loaded(size: str, layout: dict, folder: Path) -> None:
@@ -138,8 +178,8 @@ def bytes_saved(made: Learner) -> float:
 
 
 def fingerprints(made: Learner) -> dict[str, int]:
-    """Of each whole tensor: the sum, modulo 2^64, of its elements' bits times a hash of their places. Equal for equal tensors, however
-    they are divided: each rank sums what it owns."""
+    """Of each whole tensor: the sum, modulo 2^64, of its elements' bits times a hash of their
+    places. Equal for equal tensors, however they are divided: each rank sums what it owns."""
     found: dict[str, int] = {}
     for tensor in owned_tensors(made):
         found[tensor.key] = found.get(tensor.key, 0) + _hashed(tensor)
@@ -152,7 +192,8 @@ def fingerprints(made: Learner) -> dict[str, int]:
 def _hashed(tensor: ShardedTensor) -> int:
     values = tensor.data.detach()
     offset = list(tensor.global_offset)
-    sizes = [1] * (len(offset) - values.dim()) + list(values.shape)  # the axis of layers may be missing from the data
+    # the axis of layers may be missing from the data
+    sizes = [1] * (len(offset) - values.dim()) + list(values.shape)
     assert len(sizes) < 3 or len(sizes) == 3 and sizes[0] == 1, f"{tensor.key}: {sizes}"
     layer, (first_row, first_column) = (offset[0], offset[1:]) if len(sizes) == 3 else (0, [*offset, 0][:2])
     values = values.reshape(-1, sizes[-1] if len(sizes) > 1 else 1)

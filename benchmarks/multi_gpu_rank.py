@@ -1,4 +1,5 @@
-"""One rank of a job of benchmarks/multi_gpu.py: its one argument is the job as JSON; rank 0 prints what came out as JSON lines."""
+"""One rank of a job of benchmarks/multi_gpu.py: its one argument is the job as JSON; rank 0 prints
+what came out as JSON lines."""
 
 from __future__ import annotations
 
@@ -20,16 +21,24 @@ from benchmarks import multi_gpu_checks, multi_gpu_speed
 from benchmarks.multi_gpu_common import say
 from training.distributed import groups
 
-PARTS = {"gradients": multi_gpu_checks.gradients, "saved": multi_gpu_checks.saved, "loaded": multi_gpu_checks.loaded,
-         "fails": multi_gpu_checks.fails, "warm": multi_gpu_speed.warm, "sft": multi_gpu_speed.steps, "prepared": multi_gpu_speed.prepared,
-         "ppo": multi_gpu_speed.phases}
+PARTS = {
+    "gradients": multi_gpu_checks.gradients,
+    "saved": multi_gpu_checks.saved,
+    "loaded": multi_gpu_checks.loaded,
+    "fails": multi_gpu_checks.fails,
+    "warm": multi_gpu_speed.warm,
+    "sft": multi_gpu_speed.steps,
+    "prepared": multi_gpu_speed.prepared,
+    "ppo": multi_gpu_speed.phases,
+}
 
 
 def main(job: dict) -> None:
     """All layouts of the job, each in process groups of its own."""
     folder = Path(job["folder"])
     print("all imported", flush=True)
-    while not (folder / f"{job['name']}.go").exists():  # imports are done; the GPUs are still another job's
+    # imports are done; the GPUs are still another job's
+    while not (folder / f"{job['name']}.go").exists():
         time.sleep(0.05)
     for number, layout in job["layouts"]:
         store = f"file://{folder}/{job['name']}.store.{number}"
@@ -45,7 +54,8 @@ def main(job: dict) -> None:
 
 if __name__ == "__main__":
     faulthandler.enable()
-    faulthandler.register(signal.SIGUSR1, all_threads=True)  # asked for before a job is ended whose time is over
+    # asked for before a job is ended whose time is over
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     try:
         main(json.loads(sys.argv[1]))
     except BaseException:  # noqa: BLE001 - told, and then no clean end: the other ranks may wait in a collective for ever

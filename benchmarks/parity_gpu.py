@@ -1,16 +1,19 @@
-"""Is BLOOM on megatron-core right on a GPU, and what does it cost there? ``python benchmarks/parity_gpu.py STEP ... [--folder DIR]``
+"""Is BLOOM on megatron-core right on a GPU, and what does it cost there? ``python
+benchmarks/parity_gpu.py STEP ... [--folder DIR]``
 
     attention   every attention backend that is installed against fp64, forward and backward, plain, padded and packed rows,
-                head dimensions of the published models; then loss and all gradients of a small model against Hugging Face in
-                fp64, for each kind of recompute (3 minutes, most of it compiling)
+                head dimensions of the published models; then loss and all gradients of a small
+                model against Hugging Face in fp64, for each kind of recompute (3 minutes, most of
+                it compiling)
     memory      peak torch.cuda.max_memory_allocated of SFT steps of bloom-560m and bloom-1b7, beside tokens per second (5 minutes)
     make        a random bf16 model of bloom-7b1's shape as a Hugging Face folder below DIR (2 minutes, 14 GB)
     convert     that folder to Megatron, timed beside cp of the same bytes (needs 28 GB more for a while)
     logits      ours in bf16 and fp32, and Hugging Face in bf16, against Hugging Face in fp64 (57 GB on the GPU)
     export      back to Hugging Face, timed, every tensor compared bit for bit; deletes the Megatron checkpoint
 
-Each prints JSON lines; a line with "ok": false is a missed tolerance, and the exit code is 1. ``--small`` takes tiny shapes, for a try
-on a CPU. Steps may run in separate calls; make, convert, logits and export share DIR (default: a fixed folder of the temporary directory).
+Each prints JSON lines; a line with "ok": false is a missed tolerance, and the exit code is 1.
+``--small`` takes tiny shapes, for a try on a CPU. Steps may run in separate calls; make, convert,
+logits and export share DIR (default: a fixed folder of the temporary directory).
 """
 
 from __future__ import annotations
@@ -49,7 +52,8 @@ BIG = dict(vocab_size=250880, hidden_size=4096, n_layer=30, n_head=32)  # bloom-
 SMALL = dict(vocab_size=300, hidden_size=64, n_layer=4, n_head=4)
 SIZES = {"560m": bloom(24, 1024, 16, 250880, 1e-5), "1b7": bloom(24, 2048, 16, 250880, 1e-5)}
 TOLERANCES = {torch.float32: (1e-5, 2e-5), torch.bfloat16: (1e-2, 2e-2)}
-"""Of an attention backend, forward and gradients, relative L2: see training.models.attention_backends."""
+"""Of an attention backend, forward and gradients, relative L2: see
+training.models.attention_backends."""
 missed = []
 
 
@@ -62,13 +66,19 @@ def say(ok: bool | None = None, **values) -> None:
 
 
 def settings(**values) -> SFTConfig:
-    defaults = dict(precision="fp32", micro_batch_size=2, global_batch_size=4, iterations=10, warmup_iterations=0, lr=1e-5)
+    defaults = dict(
+        precision="fp32", micro_batch_size=2, global_batch_size=4, iterations=10, warmup_iterations=0, lr=1e-5
+    )
     return SFTConfig(paths=Paths("", "", "", "", ""), **{**defaults, **values})
 
 
 def attention(folder: Path, small: bool) -> None:
     """The kernels against fp64, then a model against Hugging Face in fp64."""
-    installed = [name for name in ("flash", "te") if attention_backends.available(name)] + (["flex"] if DEVICE == "cuda" else []) + ["sdpa"]
+    installed = (
+        [name for name in ("flash", "te") if attention_backends.available(name)]
+        + (["flex"] if DEVICE == "cuda" else [])
+        + ["sdpa"]
+    )
     shapes = [(2, 128, 3, 16)] if small else [(2, 512, 14, 64), (2, 512, 8, 80), (1, 640, 16, 96), (1, 1024, 32, 128)]
     for name in installed:
         for dtype, (forward, gradient) in TOLERANCES.items():
@@ -78,14 +88,25 @@ def attention(folder: Path, small: bool) -> None:
                 for kind in ("plain", "padded", "packed"):
                     ids = document_ids(kind, rows, length, DEVICE)
                     found = errors(attention_backends.KERNELS[name], ids, rows, length, heads, dim, dtype, DEVICE)
-                    say(found[0] <= forward and found[1] <= gradient, step="attention", backend=name, dtype=str(dtype)[6:], heads=heads,
-                        head_dim=dim, length=length, rows=kind, forward=found[0], gradient=found[1])
+                    say(
+                        found[0] <= forward and found[1] <= gradient,
+                        step="attention",
+                        backend=name,
+                        dtype=str(dtype)[6:],
+                        heads=heads,
+                        head_dim=dim,
+                        length=length,
+                        rows=kind,
+                        forward=found[0],
+                        gradient=found[1],
+                    )
     with tempfile.TemporaryDirectory() as own:
         whole_model(Path(own))
 
 
 def whole_model(folder: Path) -> None:
-    """Loss and every gradient of a small model, padded and packed, in fp32 and bf16, each recompute, against Hugging Face in fp64."""
+    """Loss and every gradient of a small model, padded and packed, in fp32 and bf16, each
+    recompute, against Hugging Face in fp64."""
     shape = dict(vocab_size=1000, hidden_size=256, n_layer=4, n_head=8)
     theirs = random_model(shape, torch.float32, spread=0.15)
     theirs.save_pretrained(folder / "hf")
@@ -94,7 +115,9 @@ def whole_model(folder: Path) -> None:
     tokens = torch.randint(0, 1000, (4, 256), generator=generator)
     for kind in ("padded", "packed"):
         ids = document_ids(kind, 4, 256)
-        mask = torch.nn.functional.pad(ids[:, 1:] == ids[:, :-1], (1, 0))  # the first token of a document has nothing before it
+        mask = torch.nn.functional.pad(
+            ids[:, 1:] == ids[:, :-1], (1, 0)
+        )  # the first token of a document has nothing before it
         exact = theirs.double().to(DEVICE)
         loss, gradients = hugging_face(exact, tokens, ids, mask)
         for dtype, recompute in (("fp32", "none"), ("fp32", "selective"), ("fp32", "full"), ("bf16", "none")):
@@ -102,8 +125,16 @@ def whole_model(folder: Path) -> None:
             found, ours = our_gradients(folder, config, {"tokens": tokens, "response_mask": mask, "documents": ids})
             worst, name = max((relative(ours[name], gradients[name]), name) for name in ours)
             least, most = (1e-5, 5e-5) if dtype == "fp32" else (5e-3, 0.25)
-            say(abs(found - loss) <= least * loss and worst <= most, step="model", dtype=dtype, recompute=recompute, rows=kind,
-                loss=abs(found - loss) / loss, worst_gradient=worst, of=name)
+            say(
+                abs(found - loss) <= least * loss and worst <= most,
+                step="model",
+                dtype=dtype,
+                recompute=recompute,
+                rows=kind,
+                loss=abs(found - loss) / loss,
+                worst_gradient=worst,
+                of=name,
+            )
 
 
 def hugging_face(model, tokens, ids, mask) -> tuple[float, dict]:
@@ -116,11 +147,15 @@ def hugging_face(model, tokens, ids, mask) -> tuple[float, dict]:
             if len(chosen) < 2:
                 continue
             inputs = row[chosen][None].to(DEVICE)
-            logprobs = model(input_ids=inputs).logits[0, :-1].log_softmax(-1).gather(-1, inputs[0, 1:, None]).squeeze(-1)
+            logprobs = (
+                model(input_ids=inputs).logits[0, :-1].log_softmax(-1).gather(-1, inputs[0, 1:, None]).squeeze(-1)
+            )
             loss = -(logprobs * inside[chosen][1:].to(DEVICE)).sum() / mask.sum()
             loss.backward()
             total += loss.item()
-    return total, {name.removeprefix("transformer."): parameter.grad.clone() for name, parameter in model.named_parameters()}
+    return total, {
+        name.removeprefix("transformer."): parameter.grad.clone() for name, parameter in model.named_parameters()
+    }
 
 
 def our_gradients(folder: Path, config: SFTConfig, batch: dict) -> tuple[float, dict]:
@@ -148,7 +183,9 @@ def random_model(shape: dict, dtype: torch.dtype, spread: float = 0.02) -> Bloom
     torch.set_default_dtype(dtype)
     try:
         with torch.device(DEVICE):
-            config = BloomConfig(**shape, initializer_range=spread, hidden_dropout=0.0, attention_dropout=0.0, use_cache=False)
+            config = BloomConfig(
+                **shape, initializer_range=spread, hidden_dropout=0.0, attention_dropout=0.0, use_cache=False
+            )
             model = BloomForCausalLM(config)
     finally:
         torch.set_default_dtype(before)
@@ -160,15 +197,23 @@ def random_model(shape: dict, dtype: torch.dtype, spread: float = 0.02) -> Bloom
 
 
 def memory(folder: Path, small: bool) -> None:
-    """Peak memory of the second SFT step (the first makes Adam's moments) and its speed, TP 1, bf16, row length 2048."""
+    """Peak memory of the second SFT step (the first makes Adam's moments) and its speed, TP 1,
+    bf16, row length 2048."""
     length = 64 if small else 2048
     for size, shape in ({"small": bloom(4, 64, 4, 300, 1e-5)} if small else SIZES).items():
         for rows in (1, 4):
             for recompute in ("none", "selective", "full"):
                 free()
                 config = settings(precision="bf16", recompute=recompute, micro_batch_size=rows, global_batch_size=rows)
-                say(step="memory", model=size, parameters=shape.parameters(), rows=rows, length=length, recompute=recompute,
-                    **one_step(shape, config, rows, length))
+                say(
+                    step="memory",
+                    model=size,
+                    parameters=shape.parameters(),
+                    rows=rows,
+                    length=length,
+                    recompute=recompute,
+                    **one_step(shape, config, rows, length),
+                )
 
 
 def one_step(shape: Shape, config: SFTConfig, rows: int, length: int) -> dict:
@@ -189,7 +234,12 @@ def one_step(shape: Shape, config: SFTConfig, rows: int, length: int) -> dict:
         seconds.append(time.monotonic() - began)
     static = torch.cuda.memory_allocated() if DEVICE == "cuda" else 0
     peak = torch.cuda.max_memory_allocated() if DEVICE == "cuda" else 0
-    return {"peak_gb": peak / 1e9, "static_gb": static / 1e9, "tokens_per_second": rows * length / sorted(seconds)[1], "loss": losses[-1]}
+    return {
+        "peak_gb": peak / 1e9,
+        "static_gb": static / 1e9,
+        "tokens_per_second": rows * length / sorted(seconds)[1],
+        "loss": losses[-1],
+    }
 
 
 def reset_peak() -> None:
@@ -208,8 +258,12 @@ def make(folder: Path, small: bool) -> None:
     began = time.monotonic()
     model = random_model(SMALL if small else BIG, torch.bfloat16)
     model.save_pretrained(folder / "hf", max_shard_size="5GB")
-    say(step="make", parameters=sum(parameter.numel() for parameter in model.parameters()), gigabytes=size(folder / "hf"),
-        seconds=time.monotonic() - began)
+    say(
+        step="make",
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        gigabytes=size(folder / "hf"),
+        seconds=time.monotonic() - began,
+    )
 
 
 def size(folder: Path) -> float:
@@ -229,12 +283,15 @@ def copy(source: Path, target: Path) -> float:
 
 
 def stage(module: str, folder: Path, name: str, **config) -> tuple[float, float]:
-    """Run a conversion stage as a user would -> (seconds, peak resident memory of it and its children, GB; file pages included)."""
+    """Run a conversion stage as a user would -> (seconds, peak resident memory of it and its
+    children, GB; file pages included)."""
     path = folder / f"{name}.json"
     path.write_text(json.dumps(config))
     os.sync()
     began = time.monotonic()
-    subprocess.run([sys.executable, "-m", module, str(path)], check=True, cwd=ROOT, env={**os.environ, "MASTER_PORT": "29501"})
+    subprocess.run(
+        [sys.executable, "-m", module, str(path)], check=True, cwd=ROOT, env={**os.environ, "MASTER_PORT": "29501"}
+    )
     os.sync()
     return time.monotonic() - began, resident_children()
 
@@ -249,7 +306,9 @@ def convert_folder(folder: Path, source: str) -> tuple[float, float]:
     target = folder / "convert"
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
-    return stage("conversion.hf_to_megatron", folder, "convert", paths={"output": str(target), "model": str(folder / source)})
+    return stage(
+        "conversion.hf_to_megatron", folder, "convert", paths={"output": str(target), "model": str(folder / source)}
+    )
 
 
 def convert(folder: Path, small: bool) -> None:
@@ -257,8 +316,15 @@ def convert(folder: Path, small: bool) -> None:
     seconds, resident = convert_folder(folder, "hf")
     again = copy(folder / "hf", folder / "copy")
     fastest, gigabytes = min(cp, again), size(folder / "hf")
-    say(step="convert", gigabytes=gigabytes, seconds=seconds, cp_seconds=[round(cp, 2), round(again, 2)], times_cp=seconds / fastest,
-        gb_per_second=gigabytes / seconds, max_rss_gb=resident)
+    say(
+        step="convert",
+        gigabytes=gigabytes,
+        seconds=seconds,
+        cp_seconds=[round(cp, 2), round(again, 2)],
+        times_cp=seconds / fastest,
+        gb_per_second=gigabytes / seconds,
+        max_rss_gb=resident,
+    )
 
 
 def export(folder: Path, small: bool) -> None:
@@ -271,19 +337,31 @@ def export(folder: Path, small: bool) -> None:
     shutil.rmtree(folder / "convert")  # room on the disk for the copy
     gigabytes = size(target / "sft")
     cp = copy(target / "sft", folder / "copy")
-    say(not wrong, step="export", gigabytes=gigabytes, seconds=seconds, cp_seconds=cp, times_cp=seconds / cp,
-        gb_per_second=gigabytes / seconds, max_rss_gb=resident, tensors=count, different=wrong[:5])
+    say(
+        not wrong,
+        step="export",
+        gigabytes=gigabytes,
+        seconds=seconds,
+        cp_seconds=cp,
+        times_cp=seconds / cp,
+        gb_per_second=gigabytes / seconds,
+        max_rss_gb=resident,
+        tensors=count,
+        different=wrong[:5],
+    )
 
 
 def differences(left: Path, right: Path) -> tuple[list[str], int]:
     """Names whose tensors are not the same bits in both folders, and how many there are."""
+
     def tensors(folder):
         from safetensors import safe_open
 
         found = {}
         for path in sorted(folder.glob("*.safetensors")):
             handle = safe_open(path, "pt")
-            found |= {name.removeprefix("transformer."): (handle, name) for name in handle.keys() if "lm_head" not in name}  # noqa: SIM118
+            names = handle.keys()  # noqa: SIM118 - a handle is no mapping
+            found |= {name.removeprefix("transformer."): (handle, name) for name in names if "lm_head" not in name}
         return found
 
     mine, theirs = tensors(left), tensors(right)
@@ -298,9 +376,10 @@ def differences(left: Path, right: Path) -> tuple[list[str], int]:
 def logits(folder: Path, small: bool) -> None:
     """Logits of 2 rows against Hugging Face in fp64.
 
-    Tolerances: in fp32 2e-5 relative (L2): rounding of 30 layers. In bf16 no absolute number means anything for a random model: we
-    ask that ours is not farther from fp64 than Hugging Face's own bf16 by more than a tenth; the two differ from each other by
-    about the root of the sum of squares, since they round in different places (Hugging Face also rounds ALiBi itself).
+    Tolerances: in fp32 2e-5 relative (L2): rounding of 30 layers. In bf16 no absolute number means
+    anything for a random model: we ask that ours is not farther from fp64 than Hugging Face's own
+    bf16 by more than a tenth; the two differ from each other by about the root of the sum of
+    squares, since they round in different places (Hugging Face also rounds ALiBi itself).
     """
     shape = Shape.read(folder / "hf")
     rows, length = 2, 128 if small else 256
@@ -310,11 +389,22 @@ def logits(folder: Path, small: bool) -> None:
     fp32, bf16, his = relative(single, exact), relative(half, exact), relative(rounded, exact)
 
     def closeness(found):
-        return {"same_argmax": round((found.argmax(-1) == exact.argmax(-1)).float().mean().item(), 4),
-                "largest_difference": round((found.double() - exact).abs().max().item(), 4)}
+        return {
+            "same_argmax": round((found.argmax(-1) == exact.argmax(-1)).float().mean().item(), 4),
+            "largest_difference": round((found.double() - exact).abs().max().item(), 4),
+        }
 
-    say(fp32 <= 2e-5 and bf16 <= 1.1 * his, step="logits", ours_fp32=fp32, ours_bf16=bf16, hf_bf16=his,
-        ours_to_hf_bf16=relative(half, rounded), largest_logit=exact.abs().max().item(), ours=closeness(half), hf=closeness(rounded))
+    say(
+        fp32 <= 2e-5 and bf16 <= 1.1 * his,
+        step="logits",
+        ours_fp32=fp32,
+        ours_bf16=bf16,
+        hf_bf16=his,
+        ours_to_hf_bf16=relative(half, rounded),
+        largest_logit=exact.abs().max().item(),
+        ours=closeness(half),
+        hf=closeness(rounded),
+    )
 
 
 def theirs(folder: Path, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -347,7 +437,14 @@ def main(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
     say(torch=torch.__version__, device=torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu")
-    run = {"attention": attention, "memory": memory, "make": make, "convert": convert, "logits": logits, "export": export}
+    run = {
+        "attention": attention,
+        "memory": memory,
+        "make": make,
+        "convert": convert,
+        "logits": logits,
+        "export": export,
+    }
     with groups.ranks(1, 1, seed=1):
         for step in given.steps:
             began = time.monotonic()

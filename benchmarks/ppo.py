@@ -1,4 +1,5 @@
-"""PPO on one GPU: time of each phase, memory, samples/s. ``python benchmarks/ppo.py [--models 7b1 1b7] [--offload all] [--out FILE]``
+"""PPO on one GPU: time of each phase, memory, samples/s. ``python benchmarks/ppo.py [--models 7b1
+1b7] [--offload all] [--out FILE]``
 
     ours   three iterations of the PPO trainer on random weights: policy and reference the same, reward and value model the same
     trl    TRL's PPO trainer (trl.experimental.ppo, the last release that has it is 1.12) on the same shape, prompts and lengths: ppo_trl.py
@@ -6,9 +7,11 @@
            once, on two streams
     pin    how long does host memory take to be pinned, and how fast are copies?
 
-Prompts of 512 tokens, responses of 512, EOS ignored (ChatLearn's case at sequence 1024), one epoch. Each part of each model has a
-process of its own. Prints JSON lines: an iteration each, with the seconds of its parts and the metrics that must be sane. Peak memory is
-torch's, beside launcher/estimates/memory.py's estimate. ``--small``: tiny shapes, also on a CPU, where numbers mean nothing.
+Prompts of 512 tokens, responses of 512, EOS ignored (ChatLearn's case at sequence 1024), one epoch.
+Each part of each model has a process of its own. Prints JSON lines: an iteration each, with the
+seconds of its parts and the metrics that must be sane. Peak memory is torch's, beside
+launcher/estimates/memory.py's estimate. ``--small``: tiny shapes, also on a CPU, where numbers mean
+nothing.
 """
 
 from __future__ import annotations
@@ -43,19 +46,39 @@ from training.rl.minibatches import Plan
 from training.trainer.step import Learner
 
 WORDS = 2000
-"""Of the tokenizer that the prompts are made with; the model's vocabulary has more rows, which it samples from."""
+"""Of the tokenizer that the prompts are made with; the model's vocabulary has more rows, which it
+samples from."""
 PARTS = ("pin", "ours", "trl", "tail")
 
 
 def folder(shape: Shape, where: Path, prompts: int, length: int) -> None:
     """A model's config.json, a tokenizer of words, and rows of prompts longer than ``length``."""
     generator = torch.Generator().manual_seed(3)
-    config = {"model_type": "bloom", "n_layer": shape.layers, "hidden_size": shape.hidden, "n_head": shape.heads, "vocab_size": shape.vocab,
-              "layer_norm_epsilon": shape.eps}
-    vocab = {word: number for number, word in enumerate(("<unk>", "<s>", "</s>", "<pad>", *(f"w{i}" for i in range(WORDS))))}
-    tokenizer = {"version": "1.0", "added_tokens": [], "normalizer": None, "pre_tokenizer": {"type": "WhitespaceSplit"},
-                 "post_processor": None, "decoder": None, "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"}}
-    for name, content in (("config", config), ("tokenizer", tokenizer), ("tokenizer_config", {"eos_token": "</s>", "pad_token": "<pad>"})):
+    config = {
+        "model_type": "bloom",
+        "n_layer": shape.layers,
+        "hidden_size": shape.hidden,
+        "n_head": shape.heads,
+        "vocab_size": shape.vocab,
+        "layer_norm_epsilon": shape.eps,
+    }
+    vocab = {
+        word: number for number, word in enumerate(("<unk>", "<s>", "</s>", "<pad>", *(f"w{i}" for i in range(WORDS))))
+    }
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "post_processor": None,
+        "decoder": None,
+        "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"},
+    }
+    for name, content in (
+        ("config", config),
+        ("tokenizer", tokenizer),
+        ("tokenizer_config", {"eos_token": "</s>", "pad_token": "<pad>"}),
+    ):
         (where / f"{name}.json").write_text(json.dumps(content))
     words = torch.randint(min(WORDS, shape.vocab - 4), (prompts, length + 8), generator=generator).tolist()
     rows = [json.dumps({"prompt": " ".join(f"w{number}" for number in row)}) + "\n" for row in words]
@@ -64,12 +87,26 @@ def folder(shape: Shape, where: Path, prompts: int, length: int) -> None:
 
 
 def settings(asked, where: Path) -> PPOConfig:
-    paths = PPOPaths(str(where / "out"), str(where), "sft", str(where / "rlhf.jsonl"), str(where / "heldout.jsonl"), "reward")
+    paths = PPOPaths(
+        str(where / "out"), str(where), "sft", str(where / "rlhf.jsonl"), str(where / "heldout.jsonl"), "reward"
+    )
     return PPOConfig(
-        paths=paths, precision="bf16" if CUDA else "fp32", optimizer_precision="bf16" if CUDA else "fp32", prompt_length=asked.length,
-        response_length=asked.length, rollout_batch_size=asked.samples, global_batch_size=asked.minibatch,
-        generation_batch_size=asked.samples, micro_batch_size=asked.rows, iterations=asked.iterations + 1, warmup_iterations=0,
-        offload=asked.offload, lora_rank=asked.lora, recompute=asked.recompute, compile=CUDA)
+        paths=paths,
+        precision="bf16" if CUDA else "fp32",
+        optimizer_precision="bf16" if CUDA else "fp32",
+        prompt_length=asked.length,
+        response_length=asked.length,
+        rollout_batch_size=asked.samples,
+        global_batch_size=asked.minibatch,
+        generation_batch_size=asked.samples,
+        micro_batch_size=asked.rows,
+        iterations=asked.iterations + 1,
+        warmup_iterations=0,
+        offload=asked.offload,
+        lora_rank=asked.lora,
+        recompute=asked.recompute,
+        compile=CUDA,
+    )
 
 
 def random_weights(source: Path, model, fresh_head=None) -> None:
@@ -78,12 +115,15 @@ def random_weights(source: Path, model, fresh_head=None) -> None:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if lora.MARK not in name:
-                weight.normal_(0, 0.02, generator=generator) if weight.dim() > 1 else weight.fill_(float(name.endswith("norm.weight")))
+                weight.normal_(0, 0.02, generator=generator) if weight.dim() > 1 else weight.fill_(
+                    float(name.endswith("norm.weight"))
+                )
     lora.initialise(model)
 
 
 class Watch:
-    """Seconds of what an iteration does, as the stream that computes sees them: copies beside it are free."""
+    """Seconds of what an iteration does, as the stream that computes sees them: copies beside it
+    are free."""
 
     def __init__(self):
         self.seconds: dict[str, float] = {}
@@ -108,7 +148,8 @@ class Watch:
 
 
 class Trainer(ppo.PPO):
-    """No response ends before its full length, and the reward model's scores stand for themselves."""
+    """No response ends before its full length, and the reward model's scores stand for
+    themselves."""
 
     def __init__(self, config: PPOConfig):
         super().__init__(config)
@@ -121,16 +162,30 @@ class Trainer(ppo.PPO):
 def ours(asked) -> None:
     shape = SHAPES[asked.model]
     in_place_of_files = mock.patch.multiple(format, load_weights=random_weights, resolve=lambda *of: Path(of[0]))
-    with tempfile.TemporaryDirectory() as name, in_place_of_files, mock.patch.object(reward_bias, "stored", lambda of: 0.0):
+    with (
+        tempfile.TemporaryDirectory() as name,
+        in_place_of_files,
+        mock.patch.object(reward_bias, "stored", lambda of: 0.0),
+    ):
         folder(shape, Path(name), 4 * asked.samples, asked.length)
         config = settings(asked, Path(name))
         made = memory.estimate(shape, config, 1)
         began = time.monotonic()
         trainer = Trainer(config)
-        models = {id(getattr(model, "model", model)): name for name, model in reversed(vars(trainer.models).items())}  # or Parked.model
+        models = {
+            id(getattr(model, "model", model)): name for name, model in reversed(vars(trainer.models).items())
+        }  # or Parked.model
         kept = ("rollout_batch_size", "global_batch_size", "micro_batch_size", "offload", "lora_rank", "recompute")
-        say("start", {"model": asked.model, "seconds": time.monotonic() - began, "estimate_gb": made.total,
-                      "host_estimate_gb": sum(gb for _, gb in made.host), **{key: getattr(config, key) for key in kept}})
+        say(
+            "start",
+            {
+                "model": asked.model,
+                "seconds": time.monotonic() - began,
+                "estimate_gb": made.total,
+                "host_estimate_gb": sum(gb for _, gb in made.host),
+                **{key: getattr(config, key) for key in kept},
+            },
+        )
         watch = Watch()
         Plan.look = watch.around(Plan.look, lambda plan, model, *_: f"score {models[id(model)]}")
         Learner.step = watch.around(Learner.step, lambda learner, *_: f"train {models[id(learner.model)]}")
@@ -142,18 +197,44 @@ def ours(asked) -> None:
             say("iteration", iteration_of(asked, iteration, time.monotonic() - began, watch.seconds, metrics))
 
 
-SANE = ("reward", "kl", "entropy", "policy_loss", "value_loss", "approx_kl", "clip_fraction", "grad_norm", "value_grad_norm",
-        "explained_variance", "response_length", "skipped_updates", "rollout_tokens_per_second", "seconds_prefill", "cache_gb",
-        "preemptions", "rollout_tail_share", "seconds_generate", "seconds_score", "seconds_update", "peak_gb_generate", "peak_gb_score",
-        "peak_gb_update")
+SANE = (
+    "reward",
+    "kl",
+    "entropy",
+    "policy_loss",
+    "value_loss",
+    "approx_kl",
+    "clip_fraction",
+    "grad_norm",
+    "value_grad_norm",
+    "explained_variance",
+    "response_length",
+    "skipped_updates",
+    "rollout_tokens_per_second",
+    "seconds_prefill",
+    "cache_gb",
+    "preemptions",
+    "rollout_tail_share",
+    "seconds_generate",
+    "seconds_score",
+    "seconds_update",
+    "peak_gb_generate",
+    "peak_gb_score",
+    "peak_gb_update",
+)
 
 
 def iteration_of(asked, iteration: int, seconds: float, parts: dict, metrics: dict) -> dict:
-    return {"model": asked.model, "iteration": iteration, "seconds": round(seconds, 2),
-            "samples_per_second": round(asked.samples / seconds, 3), "offload": asked.offload,
-            "parts": {name: round(value, 2) for name, value in parts.items()},
-            "host_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 1),
-            **{name: float(f"{metrics[name]:.5g}") for name in SANE}}
+    return {
+        "model": asked.model,
+        "iteration": iteration,
+        "seconds": round(seconds, 2),
+        "samples_per_second": round(asked.samples / seconds, 3),
+        "offload": asked.offload,
+        "parts": {name: round(value, 2) for name, value in parts.items()},
+        "host_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 1),
+        **{name: float(f"{metrics[name]:.5g}") for name in SANE},
+    }
 
 
 def tail(asked) -> None:
@@ -182,7 +263,9 @@ def tail(asked) -> None:
         look(model, micro, lambda output, batch: next_token_logprobs(output, batch["tokens"]))
 
     def timed(*works) -> float:
-        """Seconds of the works at once, each in a thread and on a stream of its own (on the CPU: one after the other)."""
+        """Seconds of the works at once, each in a thread and on a stream of its own (on the CPU:
+        one after the other)."""
+
         def run(work):
             torch.cuda.set_device(0)
             with torch.cuda.stream(torch.cuda.Stream()):
@@ -199,8 +282,18 @@ def tail(asked) -> None:
 
     decode(), passes(), timed(decode), timed(passes)
     alone = timed(decode), timed(passes)
-    say("tail", {"model": asked.model, "rows": rows, "steps": engine.stats.steps, "samples_scored": 16 * asked.rows, "decode_s": alone[0],
-                 "scoring_s": alone[1], "both_s": timed(decode, passes)})
+    say(
+        "tail",
+        {
+            "model": asked.model,
+            "rows": rows,
+            "steps": engine.stats.steps,
+            "samples_scored": 16 * asked.rows,
+            "decode_s": alone[0],
+            "scoring_s": alone[1],
+            "both_s": timed(decode, passes),
+        },
+    )
 
 
 def pin(asked) -> None:
@@ -228,7 +321,16 @@ def pin(asked) -> None:
     group.ready()
     group.changed = True
     both = timed(lambda: group.sleep(other))
-    say("pin", {"gb": size / 1e9, "pin_s": pinned, "to_device_gb_per_s": into, "to_host_gb_per_s": out, "each_way_at_once_gb_per_s": both})
+    say(
+        "pin",
+        {
+            "gb": size / 1e9,
+            "pin_s": pinned,
+            "to_device_gb_per_s": into,
+            "to_host_gb_per_s": out,
+            "each_way_at_once_gb_per_s": both,
+        },
+    )
 
 
 def one(asked) -> None:
@@ -267,10 +369,16 @@ def main() -> int:
         one(asked)
         gc.collect()
         return 0
-    options = [word for name in ("offload", "lora", "recompute", "samples", "minibatch", "rows", "length", "iterations")
-               for word in (f"--{name}", str(getattr(asked, name)))]
-    return max(_process(asked, ["--one", *(["--small"] if asked.small else []), "--models", model, "--parts", part, *options])
-               for model in asked.models for part in asked.parts)
+    options = [
+        word
+        for name in ("offload", "lora", "recompute", "samples", "minibatch", "rows", "length", "iterations")
+        for word in (f"--{name}", str(getattr(asked, name)))
+    ]
+    return max(
+        _process(asked, ["--one", *(["--small"] if asked.small else []), "--models", model, "--parts", part, *options])
+        for model in asked.models
+        for part in asked.parts
+    )
 
 
 def _process(asked, arguments: list[str]) -> int:

@@ -1,10 +1,12 @@
 """The peer of ppo.py: TRL's PPO trainer on Hugging Face's BLOOM, the same prompts and lengths.
 
-Settings that are good to it: weights, gradients and both moments in bf16 (8 bytes a parameter; no autocast, which would make fp32
-logits), fused AdamW, gradient checkpointing (its default), one optimizer over policy and value model as TRL has it, as many rows at once as
-its logits allow: it keeps a row of fp32 logits, the whole vocabulary, for every sampled token of a batch, twice for a while (513 MB a
-sample of 512 tokens at 250,880 columns each time). BLOOM has eager attention only. It makes one optimizer step a batch, whatever
-num_mini_batches says, because its gradients are accumulated over all of it.
+Settings that are good to it: weights, gradients and both moments in bf16 (8 bytes a parameter; no
+autocast, which would make fp32 logits), fused AdamW, gradient checkpointing (its default), one
+optimizer over policy and value model as TRL has it, as many rows at once as its logits allow: it
+keeps a row of fp32 logits, the whole vocabulary, for every sampled token of a batch, twice for a
+while (513 MB a sample of 512 tokens at 250,880 columns each time). BLOOM has eager attention only.
+It makes one optimizer step a batch, whatever num_mini_batches says, because its gradients are
+accumulated over all of it.
 """
 
 from __future__ import annotations
@@ -34,25 +36,63 @@ def run(asked, shape: Shape) -> None:
 
         def on_log(self, args, state, control, logs=None, **_):
             now = time.monotonic()
-            kept = {name: float(f"{logs[name]:.5g}") for name in ("objective/kl", "objective/scores", "policy/approxkl_avg", "val/ratio",
-                                                                 "loss/policy_avg", "loss/value_avg", "policy/entropy_avg")}
-            say("trl", {"model": asked.model, "iteration": state.global_step, "seconds": round(now - self.began, 2),
-                        "samples_per_second": round(asked.samples / (now - self.began), 3), "peak_gb": round(peak_gb(), 1), **kept})
+            kept = {
+                name: float(f"{logs[name]:.5g}")
+                for name in (
+                    "objective/kl",
+                    "objective/scores",
+                    "policy/approxkl_avg",
+                    "val/ratio",
+                    "loss/policy_avg",
+                    "loss/value_avg",
+                    "policy/entropy_avg",
+                )
+            }
+            say(
+                "trl",
+                {
+                    "model": asked.model,
+                    "iteration": state.global_step,
+                    "seconds": round(now - self.began, 2),
+                    "samples_per_second": round(asked.samples / (now - self.began), 3),
+                    "peak_gb": round(peak_gb(), 1),
+                    **kept,
+                },
+            )
             self.began = time.monotonic()
 
     with tempfile.TemporaryDirectory() as name:
         folder(shape, Path(name), asked.samples * asked.iterations, asked.length)
-        tokenizer = PreTrainedTokenizerFast(tokenizer_file=f"{name}/tokenizer.json", eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_file=f"{name}/tokenizer.json", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+        )
         prompts = [json.loads(line)["prompt"] for line in (Path(name) / "rlhf.jsonl").read_text().splitlines()]
-        rows = [{"input_ids": tokenizer.encode(prompt)[-asked.length:]} for prompt in prompts]
+        rows = [{"input_ids": tokenizer.encode(prompt)[-asked.length :]} for prompt in prompts]
         policy, reference, value, reward = models(shape)
         config = PPOConfig(
-            output_dir=f"{name}/out", per_device_train_batch_size=asked.rows, gradient_accumulation_steps=asked.samples // asked.rows,
-            num_mini_batches=asked.samples // asked.minibatch, num_ppo_epochs=1, total_episodes=asked.samples * asked.iterations,
-            response_length=asked.length, local_rollout_forward_batch_size=min(asked.samples, 64), num_sample_generations=0,
-            temperature=1.0, learning_rate=2.4e-7, bf16=False, gradient_checkpointing=True, report_to=[], save_strategy="no",
-            logging_steps=1, use_cpu=not CUDA, disable_tqdm=True, optim="adamw_torch_fused" if CUDA else "adamw_torch")
-        trainer = PPOTrainer(config, tokenizer, policy, reference, reward, rows, value, eval_dataset=rows[:1], callbacks=[Clock()])
+            output_dir=f"{name}/out",
+            per_device_train_batch_size=asked.rows,
+            gradient_accumulation_steps=asked.samples // asked.rows,
+            num_mini_batches=asked.samples // asked.minibatch,
+            num_ppo_epochs=1,
+            total_episodes=asked.samples * asked.iterations,
+            response_length=asked.length,
+            local_rollout_forward_batch_size=min(asked.samples, 64),
+            num_sample_generations=0,
+            temperature=1.0,
+            learning_rate=2.4e-7,
+            bf16=False,
+            gradient_checkpointing=True,
+            report_to=[],
+            save_strategy="no",
+            logging_steps=1,
+            use_cpu=not CUDA,
+            disable_tqdm=True,
+            optim="adamw_torch_fused" if CUDA else "adamw_torch",
+        )
+        trainer = PPOTrainer(
+            config, tokenizer, policy, reference, reward, rows, value, eval_dataset=rows[:1], callbacks=[Clock()]
+        )
         trainer.train()
 
 
@@ -60,12 +100,24 @@ def models(shape: Shape) -> list:
     """Policy, reference, value and reward model with random weights, on the device."""
     from transformers import BloomConfig, BloomForCausalLM, BloomForSequenceClassification
 
-    config = BloomConfig(vocab_size=shape.vocab, hidden_size=shape.hidden, n_layer=shape.layers, n_head=shape.heads, num_labels=1,
-                         pad_token_id=3, eos_token_id=None)
+    config = BloomConfig(
+        vocab_size=shape.vocab,
+        hidden_size=shape.hidden,
+        n_layer=shape.layers,
+        n_head=shape.heads,
+        num_labels=1,
+        pad_token_id=3,
+        eos_token_id=None,
+    )
     torch.set_default_dtype(torch.bfloat16 if CUDA else torch.float32)
     made = []
     with torch.device("cuda" if CUDA else "cpu"):
-        for kind in (BloomForCausalLM, BloomForCausalLM, BloomForSequenceClassification, BloomForSequenceClassification):
+        for kind in (
+            BloomForCausalLM,
+            BloomForCausalLM,
+            BloomForSequenceClassification,
+            BloomForSequenceClassification,
+        ):
             torch.manual_seed(1)
             made.append(kind._from_config(config, attn_implementation="eager"))
     torch.set_default_dtype(torch.float32)

@@ -1,4 +1,5 @@
-"""How fast is the rollout engine, and is it right on a GPU? ``python benchmarks/rollout.py STEP ... [--small]``
+"""How fast is the rollout engine, and is it right on a GPU? ``python benchmarks/rollout.py STEP ...
+[--small]``
 
     kernels   attention, norms and sampling against plain torch in fp64
     greedy    200 prompts through a small model in fp32: Hugging Face's tokens?
@@ -8,8 +9,9 @@
     cases     (a) 128 prompts of 256 + 256 new tokens, (b) 512 of these, (c) 512 prompts of 256 with output lengths uniform in 32..512
     peer      Hugging Face's generate on the same shape: case (a)
 
-Weights are random (a step's time does not depend on them), EOS is ignored. Prints JSON lines; a line with "ok": false is a missed
-tolerance, and the exit code is 1. ``--small`` takes tiny shapes, for a try on a CPU.
+Weights are random (a step's time does not depend on them), EOS is ignored. Prints JSON lines; a
+line with "ok": false is a missed tolerance, and the exit code is 1. ``--small`` takes tiny shapes,
+for a try on a CPU.
 """
 
 from __future__ import annotations
@@ -54,11 +56,17 @@ OPS = operations(DEVICE)
 BIG, SMALL = bloom.shape(30, 4096, 32, 250880, 1e-5), bloom.shape(2, 64, 4, 300, 1e-5)
 
 
-def paged(kv_heads: int, group: int, dim: int, page: int, lengths: list[int], counts: list[int] | None, dtype: torch.dtype):
-    """A cache full of random keys and values in shuffled pages, the queries of a batch, and a function that makes the batch."""
+def paged(
+    kv_heads: int, group: int, dim: int, page: int, lengths: list[int], counts: list[int] | None, dtype: torch.dtype
+):
+    """A cache full of random keys and values in shuffled pages, the queries of a batch, and a
+    function that makes the batch."""
     pages = [-(-length // page) for length in lengths]
     cache = torch.randn(2, sum(pages) + 1, kv_heads, page, dim, device=DEVICE).to(dtype)
-    numbers, table = iter((torch.randperm(sum(pages)) + 1).tolist()), torch.zeros(len(lengths), max(pages), dtype=torch.int32)
+    numbers, table = (
+        iter((torch.randperm(sum(pages)) + 1).tolist()),
+        torch.zeros(len(lengths), max(pages), dtype=torch.int32),
+    )
     for row, count in zip(table, pages, strict=True):
         row[:count] = torch.tensor([next(numbers) for _ in range(count)])
     new = counts or [1] * len(lengths)
@@ -82,7 +90,9 @@ def kernels(small: bool) -> None:
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
         for kv_heads, group, dim in heads:
             for kind in ("decode", "prefill"):
-                cache, qkv, batch = paged(kv_heads, group, dim, 32, lengths, counts if kind == "prefill" else None, dtype)
+                cache, qkv, batch = paged(
+                    kv_heads, group, dim, 32, lengths, counts if kind == "prefill" else None, dtype
+                )
                 query, key, value = qkv[:, :, :group], qkv[:, :, group], qkv[:, :, group + 1]
                 OPS.write(cache, key, value, batch())
                 written = cache.clone()
@@ -91,11 +101,21 @@ def kernels(small: bool) -> None:
                 exact = torch_ops.attend(written.double(), query.double(), batch(), slopes, scale)
                 error = relative(OPS.attend(cache, query, batch(), slopes, scale), exact)
                 fine = error <= tolerance and torch.equal(cache, written)
-                say(fine, step="kernels", kernel=kind, dtype=str(dtype)[6:], heads=kv_heads * group, kv_heads=kv_heads, head_dim=dim,
-                    error=error)
+                say(
+                    fine,
+                    step="kernels",
+                    kernel=kind,
+                    dtype=str(dtype)[6:],
+                    heads=kv_heads * group,
+                    kv_heads=kv_heads,
+                    head_dim=dim,
+                    error=error,
+                )
         hidden, delta = torch.randn(2, 7, 4096, device=DEVICE).to(dtype)
         bias, weight, shift = torch.randn(3, 4096, device=DEVICE).to(dtype)
-        exact = torch_ops.residual_norm(hidden.double(), delta.double(), bias.double(), weight.double(), shift.double(), 1e-5)
+        exact = torch_ops.residual_norm(
+            hidden.double(), delta.double(), bias.double(), weight.double(), shift.double(), 1e-5
+        )
         error = relative(OPS.residual_norm(hidden, delta, bias, weight, shift, 1e-5), exact)
         say(error <= tolerance, step="kernels", kernel="residual and norm", dtype=str(dtype)[6:], error=error)
     rows, vocab = (8, 300) if small else (64, 250880)
@@ -105,7 +125,12 @@ def kernels(small: bool) -> None:
         given = [torch.full((rows,), value, device=DEVICE) for value in truncation]
         tokens, logprobs = OPS.choose(logits, heat, uniforms, *given)
         exact, _ = sampling.choose(logits.double(), heat.double(), uniforms.double(), *given)
-        expected = (logits.double() / torch.where(heat == 0, 1, heat)[:, None]).log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
+        expected = (
+            (logits.double() / torch.where(heat == 0, 1, heat)[:, None])
+            .log_softmax(-1)
+            .gather(1, tokens[:, None])
+            .squeeze(1)
+        )
         worst = (logprobs - expected).abs().max().item()
         # A draw within rounding of the border between two tokens may fall to either.
         differ = int((tokens != exact).sum())
@@ -117,12 +142,21 @@ def kernels(small: bool) -> None:
         whole = OPS.choose(logits, heat, uniforms)
         # As above; a rank's chunks begin elsewhere than one GPU's, so that sums round differently.
         differ = int((found[0] != whole[0]).sum())
-        say(wrong == 0 and worst < 1e-4 and differ <= max(1, rows // 16), step="kernels", kernel="sampling", of=f"{ranks} ranks' columns",
-            different=differ, of_rows=rows, logprobs=worst, wrong=wrong)
+        say(
+            wrong == 0 and worst < 1e-4 and differ <= max(1, rows // 16),
+            step="kernels",
+            kernel="sampling",
+            of=f"{ranks} ranks' columns",
+            different=differ,
+            of_rows=rows,
+            logprobs=worst,
+            wrong=wrong,
+        )
 
 
 def greedy(small: bool) -> None:
-    """A random model of each family with a head of its own (a tied one repeats itself), fp32, ragged prompts; Llama's queries grouped."""
+    """A random model of each family with a head of its own (a tied one repeats itself), fp32,
+    ragged prompts; Llama's queries grouped."""
     count, new = (8, 6) if small else (200, 12)
     for family, make in (("bloom", tiny_bloom), ("llama", functools.partial(tiny_llama, groups=2))):
         with tempfile.TemporaryDirectory() as folder:
@@ -143,10 +177,26 @@ def tune(small: bool) -> None:
     for page in (32, 64):
         cache, qkv, batch = paged(32, 1, 128, page, [512] * 128, None, torch.bfloat16)
         where, slopes = batch(), alibi_slopes(32).to(DEVICE)
-        for keys, warps, stages in ((32, 2, 3), (32, 4, 3), (64, 4, 2), (64, 4, 3), (64, 8, 2), (128, 8, 2), (128, 4, 2)):
+        for keys, warps, stages in (
+            (32, 2, 3),
+            (32, 4, 3),
+            (64, 4, 2),
+            (64, 4, 3),
+            (64, 8, 2),
+            (128, 8, 2),
+            (128, 4, 2),
+        ):
             OPS.DECODE = dict(BLOCK_N=keys, num_warps=warps, STAGES=stages)
             ms = milliseconds(lambda: OPS.attend(cache, qkv[:, :, :1], where, slopes, 128**-0.5))  # noqa: B023
-            say(step="tune", page=page, keys=keys, warps=warps, stages=stages, ms=ms, tb_per_second=2 * 128 * 512 * 4096 * 2 / ms / 1e9)
+            say(
+                step="tune",
+                page=page,
+                keys=keys,
+                warps=warps,
+                stages=stages,
+                ms=ms,
+                tb_per_second=2 * 128 * 512 * 4096 * 2 / ms / 1e9,
+            )
 
 
 def milliseconds(function) -> float:
@@ -173,7 +223,9 @@ def bandwidth() -> float:
 def policy(small: bool):
     """A random model in training, bf16 on a GPU, and the engine's decoder on its own weights."""
     shape = SMALL if small else BIG
-    config = SFTConfig(paths=Paths("", "", "", "", ""), precision="bf16" if DEVICE == "cuda" else "fp32", attention="sdpa")
+    config = SFTConfig(
+        paths=Paths("", "", "", "", ""), precision="bf16" if DEVICE == "cuda" else "fp32", attention="sdpa"
+    )
     torch.manual_seed(0)
     model = build_model(shape, config, "lm")
     for name, parameter in model.named_parameters():
@@ -185,16 +237,20 @@ def policy(small: bool):
 def requests(rows: int, prompt: int, outputs: list[int], vocab: int, temperature: float = 1.0) -> list[Request]:
     generator = torch.Generator().manual_seed(1)
     uniforms = draws(1, 0, rows, max(outputs))
-    return [Request(torch.randint(0, vocab, (prompt,), generator=generator).tolist(), Sampling(new, temperature), row)
-            for new, row in zip(outputs, uniforms, strict=True)]
+    return [
+        Request(torch.randint(0, vocab, (prompt,), generator=generator).tolist(), Sampling(new, temperature), row)
+        for new, row in zip(outputs, uniforms, strict=True)
+    ]
 
 
 def agree(small: bool) -> None:
-    """Log-probabilities of sampled tokens by the engine, by the training forward, and by the engine's own forward in fp32.
+    """Log-probabilities of sampled tokens by the engine, by the training forward, and by the
+    engine's own forward in fp32.
 
-    fp32: within 1e-4. bf16: .005 is our goal for a trained model; a random one's logits are all noise of rounding, so what must hold
-    here is that the engine is no farther from fp32 than the training forward is. The head's share of the training forward's error is
-    what the last two show: with logits rounded to bf16, and with a head that rounds nothing.
+    fp32: within 1e-4. bf16: .005 is our goal for a trained model; a random one's logits are all
+    noise of rounding, so what must hold here is that the engine is no farther from fp32 than the
+    training forward is. The head's share of the training forward's error is what the last two show:
+    with logits rounded to bf16, and with a head that rounds nothing.
     """
     shape, model, decoder = policy(small)
     rows, prompt, new = (4, 9, 7) if small else (32, 256, 256)
@@ -209,20 +265,38 @@ def agree(small: bool) -> None:
     def mean(left, right):
         return (left - right).abs().mean().item()
 
-    found = {"engine_to_training": mean(ours, theirs), "engine_to_fp32": mean(ours, exact), "training_to_fp32": mean(theirs, exact),
-             "training_with_bf16_logits_to_fp32": mean(trained(model, tokens, prompt, lambda hidden, weight: (hidden @ weight.t()).float()),
-                                                       exact),
-             "training_with_an_fp32_head_to_fp32": mean(trained(model, tokens, prompt, lambda hidden, weight: hidden.float()
-                                                                @ weight.float().t()), exact)}
-    fine = found["engine_to_fp32"] <= found["training_to_fp32"] if DEVICE == "cuda" else found["engine_to_training"] < 1e-4
-    say(fine, step="agree", tokens=ours.numel(), **found, largest=(ours - theirs).abs().max().item(), signed=(ours - theirs).mean().item())
+    found = {
+        "engine_to_training": mean(ours, theirs),
+        "engine_to_fp32": mean(ours, exact),
+        "training_to_fp32": mean(theirs, exact),
+        "training_with_bf16_logits_to_fp32": mean(
+            trained(model, tokens, prompt, lambda hidden, weight: (hidden @ weight.t()).float()), exact
+        ),
+        "training_with_an_fp32_head_to_fp32": mean(
+            trained(model, tokens, prompt, lambda hidden, weight: hidden.float() @ weight.float().t()), exact
+        ),
+    }
+    fine = (
+        found["engine_to_fp32"] <= found["training_to_fp32"] if DEVICE == "cuda" else found["engine_to_training"] < 1e-4
+    )
+    say(
+        fine,
+        step="agree",
+        tokens=ours.numel(),
+        **found,
+        largest=(ours - theirs).abs().max().item(),
+        signed=(ours - theirs).mean().item(),
+    )
 
 
 def trained(model, tokens: torch.Tensor, prompt: int, product=chunked_logprobs.product) -> torch.Tensor:
-    """(B, T - prompt) the training forward's log-probabilities of ``tokens`` (B, T); ``product``: how its head makes logits."""
+    """(B, T - prompt) the training forward's log-probabilities of ``tokens`` (B, T); ``product``:
+    how its head makes logits."""
     before, chunked_logprobs.product = chunked_logprobs.product, product
     try:
-        logprobs = evaluate(model, {"tokens": tokens}, 4, lambda output, micro: next_token_logprobs(output, micro["tokens"]))
+        logprobs = evaluate(
+            model, {"tokens": tokens}, 4, lambda output, micro: next_token_logprobs(output, micro["tokens"])
+        )
     finally:
         chunked_logprobs.product = before
     return logprobs[:, prompt:].cpu()
@@ -230,22 +304,38 @@ def trained(model, tokens: torch.Tensor, prompt: int, product=chunked_logprobs.p
 
 @torch.no_grad()
 def scores(decoder: Decoder, tokens: torch.Tensor) -> torch.Tensor:
-    """(B, T - 1) log-probability of each of ``tokens`` (B, T) but the first, by the engine's forward pass of all of them at once."""
+    """(B, T - 1) log-probability of each of ``tokens`` (B, T) but the first, by the engine's
+    forward pass of all of them at once."""
     rows, length = tokens.shape
     page, pages = 32, -(-length // 32)
-    cache = torch.zeros(decoder.layers, 2, rows * pages + 1, decoder.kv_heads, page, decoder.head_dim, dtype=decoder.dtype, device=DEVICE)
+    cache = torch.zeros(
+        decoder.layers,
+        2,
+        rows * pages + 1,
+        decoder.kv_heads,
+        page,
+        decoder.head_dim,
+        dtype=decoder.dtype,
+        device=DEVICE,
+    )
     table = (torch.arange(rows * pages, device=DEVICE, dtype=torch.int32) + 1).view(rows, pages)
     lengths, position = torch.full((rows,), length, device=DEVICE), torch.arange(length, device=DEVICE).repeat(rows)
-    starts, owner = torch.arange(rows + 1, device=DEVICE) * length, torch.arange(rows, device=DEVICE).repeat_interleave(length)
+    starts, owner = (
+        torch.arange(rows + 1, device=DEVICE) * length,
+        torch.arange(rows, device=DEVICE).repeat_interleave(length),
+    )
     batch = Batch(table, lengths, position, page, length, starts, [length] * rows, owner)
     hidden = decoder.next_hidden(tokens.to(DEVICE).flatten(), cache, batch).view(rows, length, -1)
-    found = [decoder.logits(row[:-1]).log_softmax(-1).gather(-1, line[1:, None]).squeeze(1)
-             for row, line in zip(hidden, tokens.to(DEVICE), strict=True)]
+    found = [
+        decoder.logits(row[:-1]).log_softmax(-1).gather(-1, line[1:, None]).squeeze(1)
+        for row, line in zip(hidden, tokens.to(DEVICE), strict=True)
+    ]
     return torch.stack(found).cpu()
 
 
 def step(small: bool) -> None:
-    """Median time between two steps of a full batch, all rows at 512 +- 32 tokens; then where the time of a step goes."""
+    """Median time between two steps of a full batch, all rows at 512 +- 32 tokens; then where the
+    time of a step goes."""
     shape, _, decoder = policy(small)
     prompt, new = (12, 8) if small else (480, 64)
     for rows in (4, 8) if small else (128, 256):
@@ -259,21 +349,34 @@ def step(small: bool) -> None:
         ms = 1e3 * apart[len(apart) // 2]
         read = 2 * shape.parameters() + 4 * shape.layers * shape.hidden * rows * (prompt + new // 2)
         floor = 1e3 * read / bandwidth() if DEVICE == "cuda" else 0.0
-        say(step="step", rows=rows, context=prompt + new // 2, ms=ms, tokens_per_second=1e3 * rows / ms, floor_ms=floor,
-            of_floor=floor / ms, slowest=1e3 * apart[-1], seconds=engine.stats.seconds,
-            prefill_tokens_per_second=rows * prompt / engine.stats.prefill_seconds)
+        say(
+            step="step",
+            rows=rows,
+            context=prompt + new // 2,
+            ms=ms,
+            tokens_per_second=1e3 * rows / ms,
+            floor_ms=floor,
+            of_floor=floor / ms,
+            slowest=1e3 * apart[-1],
+            seconds=engine.stats.seconds,
+            prefill_tokens_per_second=rows * prompt / engine.stats.prefill_seconds,
+        )
         if DEVICE == "cuda":
             parts_of_a_step(engine, rows)
         engine.release()
 
 
-GROUPS = {"attention": ("_decode", "_join"), "norms, cache writes, gelu": ("_residual_norm", "_write", "elu", "layer_norm"),
-          "layer products": ("gemm", "nvjet", "cutlass", "splitK", "cublas")}
+GROUPS = {
+    "attention": ("_decode", "_join"),
+    "norms, cache writes, gelu": ("_residual_norm", "_write", "elu", "layer_norm"),
+    "layer products": ("gemm", "nvjet", "cutlass", "splitK", "cublas"),
+}
 """Words in the names of kernels."""
 
 
 def parts_of_a_step(engine: Engine, rows: int) -> None:
-    """Milliseconds of the kernels of a step, by group, at the last state of ``engine``; head and sampling by themselves."""
+    """Milliseconds of the kernels of a step, by group, at the last state of ``engine``; head and
+    sampling by themselves."""
     from torch.profiler import ProfilerActivity, profile
 
     index, slots, calls = torch.arange(rows, device=DEVICE), engine.slots, 8
@@ -281,10 +384,12 @@ def parts_of_a_step(engine: Engine, rows: int) -> None:
     logits = engine.decoder.logits(hidden)
     heat, uniforms = slots.temperature[index], slots.uniforms[index, 0]
     p = torch.full((rows,), 0.9, device=DEVICE)
-    spent = {"head": milliseconds(lambda: engine.decoder.logits(hidden)),
-             "sampling": milliseconds(lambda: OPS.choose(logits, heat, uniforms)),
-             "sampling with top-p": milliseconds(lambda: OPS.choose(logits, heat, uniforms, slots.top_k[index], p)),
-             "graph": milliseconds(lambda: engine.graphs.hidden(index))}
+    spent = {
+        "head": milliseconds(lambda: engine.decoder.logits(hidden)),
+        "sampling": milliseconds(lambda: OPS.choose(logits, heat, uniforms)),
+        "sampling with top-p": milliseconds(lambda: OPS.choose(logits, heat, uniforms, slots.top_k[index], p)),
+        "graph": milliseconds(lambda: engine.graphs.hidden(index)),
+    }
     with profile(activities=[ProfilerActivity.CUDA]) as made:
         for _ in range(calls):
             engine.graphs.hidden(index)
@@ -301,7 +406,9 @@ def parts_of_a_step(engine: Engine, rows: int) -> None:
 def cases(small: bool) -> None:
     shape, _, decoder = policy(small)
     many, prompt, new = (16, 12, 8) if small else (512, 256, 256)
-    spread = torch.randint(4 if small else 32, 2 * new + 1, (many,), generator=torch.Generator().manual_seed(2)).tolist()
+    spread = torch.randint(
+        4 if small else 32, 2 * new + 1, (many,), generator=torch.Generator().manual_seed(2)
+    ).tolist()
     engine = Engine(decoder, Limits(prompt + 2 * new), -1)
     engine.generate(requests(many // 4, prompt, [new // 4] * (many // 4), shape.vocab))  # compiles
     for name, outputs in (("a", [new] * (many // 4)), ("b", [new] * many), ("c", spread)):
@@ -309,9 +416,22 @@ def cases(small: bool) -> None:
         made = engine.generate(requests(len(outputs), prompt, outputs, shape.vocab))
         assert [len(one.tokens) for one in made] == outputs
         stats = engine.stats
-        say(step="cases", case=name, rows=len(outputs), prompt=prompt, new=sum(outputs), tokens_per_second=stats.tokens / stats.seconds,
-            seconds=stats.seconds, prefill=stats.prefill_seconds, decode=stats.decode_seconds, capture=stats.capture_seconds,
-            steps=stats.steps, cache_gb=stats.cache_gb, preemptions=stats.preemptions, tail_share=stats.tail_share)
+        say(
+            step="cases",
+            case=name,
+            rows=len(outputs),
+            prompt=prompt,
+            new=sum(outputs),
+            tokens_per_second=stats.tokens / stats.seconds,
+            seconds=stats.seconds,
+            prefill=stats.prefill_seconds,
+            decode=stats.decode_seconds,
+            capture=stats.capture_seconds,
+            steps=stats.steps,
+            cache_gb=stats.cache_gb,
+            preemptions=stats.preemptions,
+            tail_share=stats.tail_share,
+        )
     engine.release()
 
 
@@ -323,7 +443,9 @@ def peer(small: bool) -> None:
     torch.set_default_dtype(dtype)
     try:
         with torch.device(DEVICE):
-            config = BloomConfig(vocab_size=shape.vocab, hidden_size=shape.hidden, n_layer=shape.layers, n_head=shape.heads)
+            config = BloomConfig(
+                vocab_size=shape.vocab, hidden_size=shape.hidden, n_layer=shape.layers, n_head=shape.heads
+            )
             model = BloomForCausalLM(config).eval()
     finally:
         torch.set_default_dtype(before)
@@ -331,12 +453,27 @@ def peer(small: bool) -> None:
     for steps in (4, new):
         began = time.monotonic()
         with torch.no_grad():
-            made = model.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), do_sample=True, top_k=0, max_new_tokens=steps,
-                                  min_new_tokens=steps, eos_token_id=None, pad_token_id=3)
+            made = model.generate(
+                input_ids=tokens,
+                attention_mask=torch.ones_like(tokens),
+                do_sample=True,
+                top_k=0,
+                max_new_tokens=steps,
+                min_new_tokens=steps,
+                eos_token_id=None,
+                pad_token_id=3,
+            )
         assert made.size(1) == prompt + steps
         seconds = time.monotonic() - began
-    say(step="peer", peer="transformers generate", rows=rows, prompt=prompt, new=rows * new, seconds=seconds,
-        tokens_per_second=rows * new / seconds)
+    say(
+        step="peer",
+        peer="transformers generate",
+        rows=rows,
+        prompt=prompt,
+        new=rows * new,
+        seconds=seconds,
+        tokens_per_second=rows * new / seconds,
+    )
 
 
 def main(arguments: list[str]) -> int:

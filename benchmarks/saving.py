@@ -1,8 +1,11 @@
-"""How long does training stand still for a checkpoint? ``python benchmarks/saving.py [--size 560m|1b7|small] [--folder DIR]``
+"""How long does training stand still for a checkpoint? ``python benchmarks/saving.py [--size
+560m|1b7|small] [--folder DIR]``
 
-One GPU (or the CPU with small), bf16 weights, fp32 masters and both moments, on one disk in one run: torch.save of the same tensors into
-one file with fsync (the peer), our save with the loop waiting, our save beside training steps, and a load with its checksums. Prints
-one JSON line each; exit code 1 where a loaded element differs or the asynchronous save stalled for longer than the waiting one took.
+One GPU (or the CPU with small), bf16 weights, fp32 masters and both moments, on one disk in one
+run: torch.save of the same tensors into one file with fsync (the peer), our save with the loop
+waiting, our save beside training steps, and a load with its checksums. Prints one JSON line each;
+exit code 1 where a loaded element differs or the asynchronous save stalled for longer than the
+waiting one took.
 """
 
 from __future__ import annotations
@@ -30,8 +33,11 @@ from training.models.bloom.table import shape as bloom
 from training.sft import compute
 from training.trainer.step import Learner, Objective, build_model
 
-SHAPES = {"560m": bloom(24, 1024, 16, 250880, 1e-5), "1b7": bloom(24, 2048, 16, 250880, 1e-5),
-          "small": bloom(4, 64, 4, 3000, 1e-5)}
+SHAPES = {
+    "560m": bloom(24, 1024, 16, 250880, 1e-5),
+    "1b7": bloom(24, 2048, 16, 250880, 1e-5),
+    "small": bloom(4, 64, 4, 3000, 1e-5),
+}
 
 
 def timed(what: str, function, **more) -> float:
@@ -69,8 +75,14 @@ def plain(learner: Learner, path: Path) -> None:
 
 
 def run(shape: Shape, folder: Path, precision: str) -> int:
-    config = SFTConfig(paths=Paths(str(folder), "", "", "", ""), micro_batch_size=1, global_batch_size=8, save_every=1, async_save=True,
-                       optimizer_precision=precision)
+    config = SFTConfig(
+        paths=Paths(str(folder), "", "", "", ""),
+        micro_batch_size=1,
+        global_batch_size=8,
+        save_every=1,
+        async_save=True,
+        optimizer_precision=precision,
+    )
     waiting = dataclasses.replace(config, async_save=False)
     learner, objective = make(shape, config), Objective(("loss",), compute)
     length = 2048 if torch.cuda.is_available() else 32
@@ -86,10 +98,16 @@ def run(shape: Shape, folder: Path, precision: str) -> int:
     gigabytes = round(sum(tensor.nbytes for tensor in held(learner).values()) / 1e9, 3)
     timed("torch.save into one file, fsync", lambda: plain(learner, folder / "peer.pt"), gigabytes=gigabytes)
     (folder / "peer.pt").unlink()
-    sync = timed("our save, training waits", lambda: Saver(folder, {"model": learner}, waiting).save(1, {}), gigabytes=gigabytes)
+    sync = timed(
+        "our save, training waits", lambda: Saver(folder, {"model": learner}, waiting).save(1, {}), gigabytes=gigabytes
+    )
     saver, stalls = Saver(folder, {"model": learner}, config), []
     saver.poll()  # as after the first iteration: host memory is pinned beside training from now on
-    timed("eight training steps while host memory is pinned", lambda: [step() for _ in range(8)], alone=round(8 * alone, 3))
+    timed(
+        "eight training steps while host memory is pinned",
+        lambda: [step() for _ in range(8)],
+        alone=round(8 * alone, 3),
+    )
     for number, which in ((2, "first"), (3, "second")):
         before = {name: tensor.cpu().clone() for name, tensor in held(learner).items()} if number == 3 else {}
         stalls.append(timed(f"our save, training goes on, stall of the {which}", partial(saver.save, number, {})))
@@ -98,12 +116,28 @@ def run(shape: Shape, folder: Path, precision: str) -> int:
             step()
             steps += 1
         each = (time.monotonic() - began) / max(steps, 1)
-        print(json.dumps({"what": "its steps meanwhile", "steps": steps, "seconds_a_step": round(each, 3), "alone": round(alone, 3),
-                          **{name: round(value, 3) for name, value in times.items()}}), flush=True)
+        print(
+            json.dumps(
+                {
+                    "what": "its steps meanwhile",
+                    "steps": steps,
+                    "seconds_a_step": round(each, 3),
+                    "alone": round(alone, 3),
+                    **{name: round(value, 3) for name, value in times.items()},
+                }
+            ),
+            flush=True,
+        )
     saver.wait()
-    timed("load, checksums included", lambda: format.load(format.resolve(folder), {"model": learner}), gigabytes=gigabytes)
+    timed(
+        "load, checksums included", lambda: format.load(format.resolve(folder), {"model": learner}), gigabytes=gigabytes
+    )
     wrong = [name for name, tensor in held(learner).items() if not torch.equal(tensor.cpu(), before[name])]
-    print(json.dumps({"what": "elements as they were at the save", "ok": not wrong, "tensors": len(before), "wrong": wrong[:5]}))
+    print(
+        json.dumps(
+            {"what": "elements as they were at the save", "ok": not wrong, "tensors": len(before), "wrong": wrong[:5]}
+        )
+    )
     return int(bool(wrong) or stalls[1] > sync)
 
 

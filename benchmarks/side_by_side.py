@@ -1,4 +1,5 @@
-"""Commands that depend on one another, several at a time, each with a GPU of its own or a share of one."""
+"""Commands that depend on one another, several at a time, each with a GPU of its own or a share of
+one."""
 
 from __future__ import annotations
 
@@ -18,14 +19,17 @@ from launcher.job.ranks import die_with_parent
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """What a person, a batch system and a terminal that is closed say."""
 LATE_S = 5
-"""Seconds between TERM and KILL for what still runs when the queue's time is over: the caller has said how long all may take."""
+"""Seconds between TERM and KILL for what still runs when the queue's time is over: the caller has
+said how long all may take."""
 ASKED_S = 60
-"""The same after a signal. A stage saves at the end of its step and ends at once; of one that needs longer for both what it did since
-its last checkpoint is lost, and the next start goes on from there."""
+"""The same after a signal. A stage saves at the end of its step and ends at once; of one that needs
+longer for both what it did since its last checkpoint is lost, and the next start goes on from
+there."""
 
 
 class Unfinished(RuntimeError):
-    """What a command of a work says that finds what it needs missing: the work has failed, and why is said."""
+    """What a command of a work says that finds what it needs missing: the work has failed, and why
+    is said."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,9 @@ class Work:
     after: tuple[str, ...] = ()
     """Names of what has to have succeeded before."""
     until: float = math.inf
-    """Seconds after the queue's beginning at which the first command is told to end (SIGTERM), which is no failure: the next begins. It
-    says whether there is enough to go on with. A work that would begin later begins with the second command."""
+    """Seconds after the queue's beginning at which the first command is told to end (SIGTERM),
+    which is no failure: the next begins. It says whether there is enough to go on with. A work that
+    would begin later begins with the second command."""
     load: int = 1
     """How much it asks of its GPU, beside the others."""
 
@@ -58,7 +63,8 @@ def gpus() -> list[str]:
 
 @contextlib.contextmanager
 def heeded(told: Callable[[int], object]) -> Iterator[None]:
-    """``told(number)`` is called for each of SIGNALS, but for those that this process was started to ignore (nohup)."""
+    """``told(number)`` is called for each of SIGNALS, but for those that this process was started
+    to ignore (nohup)."""
     before = {number: handler for number in SIGNALS if (handler := signal.getsignal(number)) != signal.SIG_IGN}
     for number in before:
         signal.signal(number, lambda number, _: told(number))
@@ -70,16 +76,25 @@ def heeded(told: Callable[[int], object]) -> Iterator[None]:
 
 
 class Queue:
-    """``run`` does all of ``works``, one at each place, earlier ones first, each on the GPU with the smallest load.
+    """``run`` does all of ``works``, one at each place, earlier ones first, each on the GPU with
+    the smallest load.
 
-    Its programs don't outlive it: one of SIGNALS ends them as the end of its time does (TERM, KILL after ASKED_S or a second signal), and
-    the kernel kills them when this process is killed. What a stage of the launcher did since its last checkpoint is lost then.
+    Its programs don't outlive it: one of SIGNALS ends them as the end of its time does (TERM, KILL
+    after ASKED_S or a second signal), and the kernel kills them when this process is killed. What a
+    stage of the launcher did since its last checkpoint is lost then.
     """
 
     def __init__(self, works: Sequence[Work], places: Sequence[str], logs: Path, seconds: float = math.inf):
-        """``places``: the GPU of each, "" for none. ``seconds``: after so many nothing new begins and what runs is ended. ``logs``: folder
-        of NAME.log, and of works.jsonl: {"name", "seconds", "done"} of each work that ended."""
-        self.works, self.places, self.logs, self.began, self.seconds = list(works), list(places), logs, time.monotonic(), seconds
+        """``places``: the GPU of each, "" for none. ``seconds``: after so many nothing new begins
+        and what runs is ended. ``logs``: folder of NAME.log, and of works.jsonl: {"name",
+        "seconds", "done"} of each work that ended."""
+        self.works, self.places, self.logs, self.began, self.seconds = (
+            list(works),
+            list(places),
+            logs,
+            time.monotonic(),
+            seconds,
+        )
         self.free, self.told = list(range(len(places))), set()
         self.signals: list[int] = []
         """Those that came, in their order."""
@@ -95,22 +110,28 @@ class Queue:
         return self.seconds - (time.monotonic() - self.began)
 
     def run(self) -> dict[str, bool]:
-        """Name -> whether it succeeded; what never began is not there. SystemExit(128 + its number) after one of SIGNALS. Only for the main
-        thread: others can't heed signals."""
+        """Name -> whether it succeeded; what never began is not there. SystemExit(128 + its number)
+        after one of SIGNALS. Only for the main thread: others can't heed signals."""
         self.logs.mkdir(parents=True, exist_ok=True)
-        with heeded(self.signals.append):  # no exception: it could come between a program's start and its being noted
+        # no exception: it could come between a program's start and its being noted
+        with heeded(self.signals.append):
             try:
                 self._until_the_end()
             finally:
                 name = signal.Signals(self.signals[0]).name if self.signals else ""
-                self._end_all(name or ("no time is left" if self.left <= 0 else "the queue has failed"), ASKED_S if name else LATE_S)
+                self._end_all(
+                    name or ("no time is left" if self.left <= 0 else "the queue has failed"),
+                    ASKED_S if name else LATE_S,
+                )
         if self.signals:
             self._say(f"{name}: what ran is ended, the rest is not begun; the same command goes on")
             raise SystemExit(128 + self.signals[0])
         for work in self.works:
             if work.name not in self.ended:
                 missing = [name for name in work.after if not self.ended.get(name)]
-                self._say(f"{work.name}: not begun, {' and '.join(missing)} missing" if missing else f"{work.name}: not begun")
+                self._say(
+                    f"{work.name}: not begun, {' and '.join(missing)} missing" if missing else f"{work.name}: not begun"
+                )
         return self.ended
 
     def _until_the_end(self) -> None:
@@ -123,7 +144,9 @@ class Queue:
             for name, (place, number, process) in list(self.running.items()):
                 if process.poll() is not None:
                     del self.running[name]
-                    self._go_on(self._named(name), place, number + 1 if process.returncode == 0 or name in self.told else -1)
+                    self._go_on(
+                        self._named(name), place, number + 1 if process.returncode == 0 or name in self.told else -1
+                    )
                     self.told.discard(name)
                 elif number == 0 and name not in self.told and time.monotonic() - self.began > self._named(name).until:
                     self._say(f"{name}: told to end")
@@ -131,15 +154,21 @@ class Queue:
                     process.terminate()
 
     def _end_all(self, why: str, grace: float) -> None:
-        """Tell all that runs to end; kill what has not after ``grace`` seconds, or at once where a second signal comes."""
+        """Tell all that runs to end; kill what has not after ``grace`` seconds, or at once where a
+        second signal comes."""
         for name, (_, _, process) in self.running.items():
             self._say(f"{name}: {why}")
             os.killpg(process.pid, signal.SIGTERM)  # a stage saves first
         end = time.monotonic() + grace
-        while time.monotonic() < end and len(self.signals) < 2 and any(process.poll() is None for _, _, process in self.running.values()):
+        while (
+            time.monotonic() < end
+            and len(self.signals) < 2
+            and any(process.poll() is None for _, _, process in self.running.values())
+        ):
             time.sleep(0.05)
         for name, (_, _, process) in self.running.items():
-            with contextlib.suppress(ProcessLookupError):  # also what a program that has ended left behind in its group
+            # also what a program that has ended left behind in its group
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             self._end(name, False)
@@ -147,8 +176,12 @@ class Queue:
 
     def _begin(self) -> None:
         for work in self.works:
-            if self.free and work.name not in self.running and work.name not in self.ended and \
-                    all(self.ended.get(name) for name in work.after):
+            if (
+                self.free
+                and work.name not in self.running
+                and work.name not in self.ended
+                and all(self.ended.get(name) for name in work.after)
+            ):
                 place = min(self.free, key=lambda place: self._load(self.places[place]))
                 self.free.remove(place)
                 self.started[work.name] = time.monotonic()
@@ -176,9 +209,15 @@ class Queue:
         if command is not None:
             environment = os.environ | ({"CUDA_VISIBLE_DEVICES": self.places[place]} if self.places[place] else {})
             with open(self.logs / f"{work.name}.log", "a", encoding="utf-8") as log:
-                process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log,
-                                           stderr=subprocess.STDOUT, start_new_session=True,
-                                           preexec_fn=die_with_parent)
+                process = subprocess.Popen(
+                    command,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    preexec_fn=die_with_parent,
+                )
             self.running[work.name] = (place, number, process)
             self._say(f"{work.name}: {' '.join(map(str, command[1:4]))} (GPU {self.places[place] or '-'})")
             return
@@ -190,5 +229,6 @@ class Queue:
         return next(work for work in self.works if work.name == name)
 
     def _say(self, text: str) -> None:
-        with contextlib.suppress(OSError):  # a terminal that was closed: what runs is ended all the same
+        # a terminal that was closed: what runs is ended all the same
+        with contextlib.suppress(OSError):
             print(f"[{time.monotonic() - self.began:6.1f} s] {text}", flush=True)

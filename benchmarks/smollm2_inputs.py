@@ -1,4 +1,5 @@
-"""What benchmarks/learns_smollm2.py trains on, and what it checks before: a slip of the pen costs no hour of GPUs."""
+"""What benchmarks/learns_smollm2.py trains on, and what it checks before: a slip of the pen costs
+no hour of GPUs."""
 
 from __future__ import annotations
 
@@ -23,8 +24,11 @@ from training.data.rows import Row
 from training.data.split import HeldOut
 
 RECIPE = "smollm2-135m"
-OURS = {"data": "HH_FILE gives its rows, and what is held out of them is the study's", "model": "it is --model",
-        "mtbench": "the study's evaluation is not the launcher's"}
+OURS = {
+    "data": "HH_FILE gives its rows, and what is held out of them is the study's",
+    "model": "it is --model",
+    "mtbench": "the study's evaluation is not the launcher's",
+}
 """Section -> why --set can't change it."""
 SIDES = {"base": 0, "judge": 1, "full": None}
 """File of rows -> which half of the training prompts it has the comparisons of; None: of all."""
@@ -36,22 +40,28 @@ def halves_in(folder: Path) -> dict[str, Path]:
 
 
 def split(data: DataConfig) -> tuple[list[tuple[int, Row]], set[int]]:
-    """(place of its prompt, row) of each comparison of ``data.source``, and the places that are held out. DataError for a source that can't
-    be read."""
+    """(place of its prompt, row) of each comparison of ``data.source``, and the places that are
+    held out. DataError for a source that can't be read."""
     heldout = HeldOut(data)
-    rows = [(heldout.place(row.prompt), row) for row in formats.iterate(data.source, "reward", Counter(), data.skip_bad_rows)]
+    rows = [
+        (heldout.place(row.prompt), row)
+        for row in formats.iterate(data.source, "reward", Counter(), data.skip_bad_rows)
+    ]
     for place, _ in rows:
         heldout.add(place)
     unseen = heldout.chosen()
     if not unseen:
-        raise formats.DataError(f"{data.source}: {len(rows)} comparisons, of {heldout.distinct} prompts; expected two prompts or more")
+        raise formats.DataError(
+            f"{data.source}: {len(rows)} comparisons, of {heldout.distinct} prompts; expected two prompts or more"
+        )
     return rows, unseen
 
 
 def halves(data: DataConfig, folder: Path) -> dict[str, Path]:
-    """Files of one's own rows in ``folder``: "base" and "judge" have the comparisons of one half of the training prompts, of the other half
-    the better replies only, "full" all comparisons; the held-out comparisons are in all three. So SFT's rows are the same bytes. Raises
-    DataError as ``split`` does."""
+    """Files of one's own rows in ``folder``: "base" and "judge" have the comparisons of one half of
+    the training prompts, of the other half the better replies only, "full" all comparisons; the
+    held-out comparisons are in all three. So SFT's rows are the same bytes. Raises DataError as
+    ``split`` does."""
     rows, unseen = split(data)
 
     def written(side: int | None) -> Iterator[dict]:
@@ -81,7 +91,8 @@ def minutes(text: str) -> float:
 
 
 def settings(sets: Sequence[str]) -> dict[str, str]:
-    """Key -> value, as text, of ``--set`` options. ConfigError for one that is malformed, or of a section that isn't passed on."""
+    """Key -> value, as text, of ``--set`` options. ConfigError for one that is malformed, or of a
+    section that isn't passed on."""
     made = {}
     for text in sets:
         tables, where = parse_set(text), f"--set {text}"
@@ -105,7 +116,8 @@ def check_settings(folder: Path, values: dict) -> None:
 
 
 def chosen(works: Sequence[Work], only: str) -> list[Work]:
-    """Those whose names ``only`` lists, and what they need; all if it is empty. ConfigError for a name that is none."""
+    """Those whose names ``only`` lists, and what they need; all if it is empty. ConfigError for a
+    name that is none."""
     if not only:
         return list(works)
     names, wanted = [work.name for work in works], {name.strip() for name in only.split(",")}
@@ -124,7 +136,9 @@ def alone(folder: Path) -> Iterator[None]:
         try:
             stack.enter_context(lock(path))
         except Busy:
-            raise Busy(f"{_holder(path)} works in {folder}: wait for its end, or give another folder with --runs") from None
+            raise Busy(
+                f"{_holder(path)} works in {folder}: wait for its end, or give another folder with --runs"
+            ) from None
         path.write_text(json.dumps({**this_process(), "command": sys.argv}) + "\n", encoding="utf-8")
         yield
 

@@ -1,4 +1,5 @@
-"""What came out of benchmarks/learns_smollm2.py, from its folder: result.json, table.md, result.png. Whatever is absent is left out."""
+"""What came out of benchmarks/learns_smollm2.py, from its folder: result.json, table.md,
+result.png. Whatever is absent is left out."""
 
 from __future__ import annotations
 
@@ -17,35 +18,72 @@ from eval.scores import reward_model
 SFT, TRAINERS = "sft", ("sft", "reward", "rlhf", "grpo", "dpo")
 INTERVALS = ("score", "win_rate", "length_controlled", "kl")
 OWN, JUDGE = reward_model.PREFIX + "own", reward_model.PREFIX + "other"
-COLOURS = {"ppo-seed-0": "#1f5fa8", "ppo-seed-1": "#4f8fd0", "ppo-seed-2": "#8dbbe8", "ppo-kl-low": "#c8471b", "ppo-kl-high": "#7a5195",
-           "grpo": "#2f8f5b", "dpo": "#8a8a8a"}
-CURVES = (("reward", "reward on training prompts"), ("kl", "KL to SFT, nats a reply"), ("response_length", "reply length, tokens"),
-          ("entropy", "entropy, nats a token"), ("eos_rate", "share of replies that end"),
-          ("different", "share of different replies, held-out"), ("sorry", "share of replies that say sorry"))
+COLOURS = {
+    "ppo-seed-0": "#1f5fa8",
+    "ppo-seed-1": "#4f8fd0",
+    "ppo-seed-2": "#8dbbe8",
+    "ppo-kl-low": "#c8471b",
+    "ppo-kl-high": "#7a5195",
+    "grpo": "#2f8f5b",
+    "dpo": "#8a8a8a",
+}
+CURVES = (
+    ("reward", "reward on training prompts"),
+    ("kl", "KL to SFT, nats a reply"),
+    ("response_length", "reply length, tokens"),
+    ("entropy", "entropy, nats a token"),
+    ("eos_rate", "share of replies that end"),
+    ("different", "share of different replies, held-out"),
+    ("sorry", "share of replies that say sorry"),
+)
 
 
 def collect(folder: Path, branches: Sequence[str]) -> dict:
-    """{"stages": [{"run", "stage", "seconds", "gpu_gb", "iterations"}], "works": {name: seconds}, "language", "preference", "policies":
-    {name: {...}}, "coefficients": {branch: {...}}, "curves": {branch: {name: [[iteration, value], ...]}}}."""
+    """{"stages": [{"run", "stage", "seconds", "gpu_gb", "iterations"}], "works": {name: seconds},
+    "language", "preference", "policies": {name: {...}}, "coefficients": {branch: {...}}, "curves":
+    {branch: {name: [[iteration, value], ...]}}}."""
     names = [name for name in ("base", "judge", "full", *branches) if (folder / name / "config.json").is_file()]
     found = {name: run_folder.collect(folder / name) for name in names}
-    stages = [{"run": name, "stage": row["name"], "seconds": row["seconds"], "gpu_gb": row["memory_gb"], "iterations": row["iterations"]}
-              for name, run in found.items() for row in run_facts.stage_rows(run) if row["seconds"] is not None]
-    compared = {f"{name} {stage}": row for name, run in found.items() if name in ("base", "judge", "full", "dpo")
-                for stage, row in reward_accuracy.summary({one.name: one.folder for one in run.stages}).items()}
+    stages = [
+        {
+            "run": name,
+            "stage": row["name"],
+            "seconds": row["seconds"],
+            "gpu_gb": row["memory_gb"],
+            "iterations": row["iterations"],
+        }
+        for name, run in found.items()
+        for row in run_facts.stage_rows(run)
+        if row["seconds"] is not None
+    ]
+    compared = {
+        f"{name} {stage}": row
+        for name, run in found.items()
+        if name in ("base", "judge", "full", "dpo")
+        for stage, row in reward_accuracy.summary({one.name: one.folder for one in run.stages}).items()
+    }
     policies = _policies(folder, branches)
     start = run_folder.lines(folder / "evaluation" / SFT / "heldout" / f"{SFT}.jsonl")
     curves = {name: _curves(found[name], start) for name in branches if name in found}
-    for name in policies.keys() & curves.keys():  # DPO samples nothing while it trains: its KL is its evaluation's, at its end
+    for name in (
+        policies.keys() & curves.keys()
+    ):  # DPO samples nothing while it trains: its KL is its evaluation's, at its end
         if policies[name]["kl"] and (ends := curves[name].get(OWN)):
             curves[name].setdefault("heldout_kl", [[ends[-1][0], policies[name]["kl"]["mean"]]])
-    return {"stages": stages, "works": _works(folder / "logs" / "works.jsonl"), "policies": policies, "preference": compared,
-            "language": run_facts.language_models(found["base"]) if "base" in found else {}, "curves": curves,
-            "coefficients": {name: _coefficient(found[name], curves[name]) for name in curves}}
+    return {
+        "stages": stages,
+        "works": _works(folder / "logs" / "works.jsonl"),
+        "policies": policies,
+        "preference": compared,
+        "language": run_facts.language_models(found["base"]) if "base" in found else {},
+        "curves": curves,
+        "coefficients": {name: _coefficient(found[name], curves[name]) for name in curves},
+    }
 
 
 def _works(path: Path) -> dict[str, float]:
-    """Name -> seconds; of a work that was done again, in a moment, what it took when there was something to do."""
+    """Name -> seconds; of a work that was done again, in a moment, what it took when there was
+    something to do."""
     made: dict[str, float] = {}
     for row in run_folder.lines(path):
         if row["done"]:
@@ -54,21 +92,26 @@ def _works(path: Path) -> dict[str, float]:
 
 
 def _coefficient(run: run_folder.Run, curves: Mapping) -> dict[str, float]:
-    """{"kl_coef", "group_std" of GRPO's last third} or {"beta"}: kl_coef x group_std is what weighs on GRPO's unscaled reward."""
+    """{"kl_coef", "group_std" of GRPO's last third} or {"beta"}: kl_coef x group_std is what weighs
+    on GRPO's unscaled reward."""
     trained = {name: run.config[name] for name in TRAINERS[2:] if name in run.config}
     made = {key: table[key] for table in trained.values() for key in ("kl_coef", "beta") if key in table}
     spread = [value for _, value in curves.get("group_std", [])]
-    last = spread[-max(1, len(spread) // 3):]
+    last = spread[-max(1, len(spread) // 3) :]
     return made | ({"group_std": sum(last) / len(last)} if last else {})
 
 
 def said(replies: Sequence[str]) -> dict[str, float]:
     """What a policy that says one thing to everybody shows."""
-    return {"different": len(set(replies)) / len(replies), "sorry": sum("sorry" in text.lower() for text in replies) / len(replies)}
+    return {
+        "different": len(set(replies)) / len(replies),
+        "sorry": sum("sorry" in text.lower() for text in replies) / len(replies),
+    }
 
 
 def _curves(run: run_folder.Run, start: Sequence[Mapping]) -> dict[str, list[list[float]]]:
-    """Every number of the policy's trainer, the reward models' scores of its replies, and ``said`` of them; ``start``: SFT's replies."""
+    """Every number of the policy's trainer, the reward models' scores of its replies, and ``said``
+    of them; ``start``: SFT's replies."""
     made: dict[str, dict[int, float]] = {}
     for stage in run.stages:
         if stage.name in TRAINERS[2:]:
@@ -86,15 +129,18 @@ def _curves(run: run_folder.Run, start: Sequence[Mapping]) -> dict[str, list[lis
 
 
 def _policies(folder: Path, branches: Sequence[str]) -> dict[str, dict]:
-    """Model -> {"score", "win_rate", "length_controlled", "kl" (intervals), "heldout", "questions" (checks), "replies", "different",
-    "sorry"} from each branch's evaluation."""
+    """Model -> {"score", "win_rate", "length_controlled", "kl" (intervals), "heldout", "questions"
+    (checks), "replies", "different", "sorry"} from each branch's evaluation."""
     made: dict[str, dict] = {}
     for branch in branches:
         results = run_folder.read_json(folder / "evaluation" / branch / "results.json")
         for name in (SFT, branch) if results else ():
-            made.setdefault(name, {key: results["heldout"].get(key, {}).get(name) for key in INTERVALS}
-                            | {source: results["checks"][source].get(name) for source in ("heldout", "questions")}
-                            | _said_at_the_end(folder / "evaluation" / branch / "heldout" / f"{name}.jsonl"))
+            made.setdefault(
+                name,
+                {key: results["heldout"].get(key, {}).get(name) for key in INTERVALS}
+                | {source: results["checks"][source].get(name) for source in ("heldout", "questions")}
+                | _said_at_the_end(folder / "evaluation" / branch / "heldout" / f"{name}.jsonl"),
+            )
     return made
 
 
@@ -108,31 +154,61 @@ def interval(value: Mapping | None, form: str = ".3f") -> str:
 
 
 def tables(result: Mapping) -> str:
-    """Markdown: the stages, the rest of the works, the preference models, the policies, and how they write."""
+    """Markdown: the stages, the rest of the works, the preference models, the policies, and how
+    they write."""
     lines = ["| run | stage | iterations | seconds | GPU, GB |", "|---|---|---|---|---|"]
-    lines += [f"| {row['run']} | {row['stage']} | {row['iterations'] or ''} | {row['seconds']:.0f} | "
-              f"{'' if row['gpu_gb'] is None else format(row['gpu_gb'], '.1f')} |" for row in result["stages"]]
-    lines += [f"| {name.rpartition('-')[0]} | {name.rpartition('-')[2]} | | {seconds:.0f} | |" for name, seconds in result["works"].items()
-              if name.endswith(("-evaluated", "-rescored"))]
+    lines += [
+        f"| {row['run']} | {row['stage']} | {row['iterations'] or ''} | {row['seconds']:.0f} | "
+        f"{'' if row['gpu_gb'] is None else format(row['gpu_gb'], '.1f')} |"
+        for row in result["stages"]
+    ]
+    lines += [
+        f"| {name.rpartition('-')[0]} | {name.rpartition('-')[2]} | | {seconds:.0f} | |"
+        for name, seconds in result["works"].items()
+        if name.endswith(("-evaluated", "-rescored"))
+    ]
     lines += ["", "| held-out pairs | accuracy | shorter wins |", "|---|---|---|"]
-    lines += [f"| {name} | {interval({'mean': row['accuracy'], 'low': row['low'], 'high': row['high']})} | "
-              f"{row['floors'].get('shorter wins', math.nan):.3f} |" for name, row in result["preference"].items()]
-    lines += ["", "| model | KL coefficient | KL to SFT, nats a reply | own reward model: first, last | the judge's score | "
-              "preferred to SFT by the judge | at equal length | tokens | EOS | different replies | say sorry |", "|---" * 11 + "|"]
+    lines += [
+        f"| {name} | {interval({'mean': row['accuracy'], 'low': row['low'], 'high': row['high']})} | "
+        f"{row['floors'].get('shorter wins', math.nan):.3f} |"
+        for name, row in result["preference"].items()
+    ]
+    lines += [
+        "",
+        "| model | KL coefficient | KL to SFT, nats a reply | own reward model: first, last | the judge's score | "
+        "preferred to SFT by the judge | at equal length | tokens | EOS | different replies | say sorry |",
+        "|---" * 11 + "|",
+    ]
     for name, row in result["policies"].items():
         own, checked = result["curves"].get(name, {}).get(OWN, []), row["heldout"]
         ends = f"{own[0][1]:.3f}, {own[-1][1]:.3f}" if own else "-"
-        different = f"{row['different'] * row['replies']:.0f} of {row['replies']} | {row['sorry']:.2f}" if "replies" in row else "- | -"
-        cells = (name, _weight(result["coefficients"].get(name, {})), interval(row["kl"], ".2f"), ends,
-                 *(interval(row[key]) for key in ("score", "win_rate", "length_controlled")), f"{checked['tokens']:.1f}",
-                 f"{checked['eos_rate']:.2f}", different)
+        different = (
+            f"{row['different'] * row['replies']:.0f} of {row['replies']} | {row['sorry']:.2f}"
+            if "replies" in row
+            else "- | -"
+        )
+        cells = (
+            name,
+            _weight(result["coefficients"].get(name, {})),
+            interval(row["kl"], ".2f"),
+            ends,
+            *(interval(row[key]) for key in ("score", "win_rate", "length_controlled")),
+            f"{checked['tokens']:.1f}",
+            f"{checked['eos_rate']:.2f}",
+            different,
+        )
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "| model | repeated 4-grams | distinct-2 | MT-Bench answers: tokens | EOS | empty | repeated 4-grams | distinct-2 |",
-              "|---" * 8 + "|"]
+    lines += [
+        "",
+        "| model | repeated 4-grams | distinct-2 | MT-Bench answers: tokens | EOS | empty | repeated 4-grams | distinct-2 |",
+        "|---" * 8 + "|",
+    ]
     for name, row in result["policies"].items():
         checked, asked = row["heldout"], row["questions"]
-        lines.append(f"| {name} | {checked['repeated_ngrams']:.3f} | {checked['distinct_2']:.2f} | {asked['tokens']:.1f} | "
-                     f"{asked['eos_rate']:.2f} | {asked['empty']:.2f} | {asked['repeated_ngrams']:.3f} | {asked['distinct_2']:.2f} |")
+        lines.append(
+            f"| {name} | {checked['repeated_ngrams']:.3f} | {checked['distinct_2']:.2f} | {asked['tokens']:.1f} | "
+            f"{asked['eos_rate']:.2f} | {asked['empty']:.2f} | {asked['repeated_ngrams']:.3f} | {asked['distinct_2']:.2f} |"
+        )
     missing = [name for name, done in result["done"].items() if not done]
     return "\n".join([*lines, *(["", f"Not done: {', '.join(missing)}."] if missing else [])])
 
@@ -155,8 +231,13 @@ def picture(result: Mapping, path: Path) -> None:
         _frontier(second, curves, JUDGE, colour, label)
         for panel, (key, _) in zip([*bottom, *top], CURVES, strict=True):
             if key in curves:
-                panel.plot(*zip(*curves[key], strict=True), color=colour, linewidth=1.2,
-                           marker="o" if len(curves[key]) < 3 else None, markersize=3)
+                panel.plot(
+                    *zip(*curves[key], strict=True),
+                    color=colour,
+                    linewidth=1.2,
+                    marker="o" if len(curves[key]) < 3 else None,
+                    markersize=3,
+                )
     _titles(first, "own reward model's score, held-out", "KL to SFT, nats a reply")
     _titles(second, "the judge's score of the same replies", "KL to SFT, nats a reply")
     for panel, (_, title) in zip([*bottom, *top], CURVES, strict=True):
@@ -174,7 +255,9 @@ def picture(result: Mapping, path: Path) -> None:
     wins.invert_yaxis()
     _titles(wins, "preferred to SFT by the judge", "share of prompts, 95%; hollow: at equal length")
     if first.lines:
-        figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=8, frameon=False)
+        figure.legend(
+            *first.get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=8, frameon=False
+        )
     figure.savefig(path)
 
 

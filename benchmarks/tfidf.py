@@ -1,8 +1,10 @@
-"""What needs no reward model: ``python benchmarks/tfidf.py HH_FILE``: accuracy of TF-IDF with a logistic regression on the study's pairs.
+"""What needs no reward model: ``python benchmarks/tfidf.py HH_FILE``: accuracy of TF-IDF with a
+logistic regression on the study's pairs.
 
-The floor of benchmarks/learns_smollm2.py's reward models, on the same split (1,769 pairs to learn from, 513 held out): the difference of
-the two replies' unit TF-IDF vectors (words that two replies or more have), L2 penalty of strength 1 / C, as scikit-learn's
-TfidfVectorizer and LogisticRegression do it. One line for each size of n-grams and C, with Wilson's 95% interval.
+The floor of benchmarks/learns_smollm2.py's reward models, on the same split (1,769 pairs to learn
+from, 513 held out): the difference of the two replies' unit TF-IDF vectors (words that two replies
+or more have), L2 penalty of strength 1 / C, as scikit-learn's TfidfVectorizer and
+LogisticRegression do it. One line for each size of n-grams and C, with Wilson's 95% interval.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ def words(text: str, longest: int) -> Iterator[str]:
 
 
 def vectors(learn: list[Pair], longest: int) -> Callable[[list[Pair]], torch.Tensor]:
-    """What gives (pairs, words) of pairs, the better reply's vector less the other's, by the words of ``learn``."""
+    """What gives (pairs, words) of pairs, the better reply's vector less the other's, by the words
+    of ``learn``."""
     replies = [reply for pair in learn for reply in pair]
     having = Counter(word for reply in replies for word in dict.fromkeys(words(reply, longest)))
     number = {word: place for place, word in enumerate(word for word, count in having.items() if count > 1)}
@@ -55,7 +58,8 @@ def vectors(learn: list[Pair], longest: int) -> Callable[[list[Pair]], torch.Ten
 
 
 def fit(x: torch.Tensor, strength: float) -> torch.Tensor:
-    """Weights (words,) of the regression without intercept: a pair and its mirror image say the same."""
+    """Weights (words,) of the regression without intercept: a pair and its mirror image say the
+    same."""
     weights = torch.zeros(x.size(1), requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
 

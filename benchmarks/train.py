@@ -1,9 +1,11 @@
-"""How fast is training beside Hugging Face's BLOOM? ``python benchmarks/train.py [--models 560m 1b7 3b 7b1] [--out FILE]``
+"""How fast is training beside Hugging Face's BLOOM? ``python benchmarks/train.py [--models 560m 1b7
+3b 7b1] [--out FILE]``
 
 One GPU, random bf16 weights, for each model in a process of its own:
 
     theirs    Hugging Face BLOOM as TRL would run it: eager attention (it has no other), gradient checkpointing, torch's fused AdamW on
-              bf16 weights (8 bytes of weights, gradients and moments a parameter), gradients clipped
+              bf16 weights (8 bytes of weights, gradients and moments a parameter), gradients
+              clipped
     ours      the SFT trainer's step, optimizer included: the same tokens, loss on all of them, optimizer_precision "bf16" (12 bytes)
     recompute ours with recompute = "full", for the memory
     packed    ours with rows of documents as long as Anthropic HH's, loss on the last 40% of each, as SFT on real data has it
@@ -11,9 +13,10 @@ One GPU, random bf16 weights, for each model in a process of its own:
     profile   kernels of a step by what they do
     shapes    ours with kernels for any number and length of rows, which packed rows get from their second shape on
 
-Prints JSON lines and a table: tokens/s, MFU (FLOPs a token: 6 (12 h^2 L + V h) + 6 L h s; 989 TFLOP/s, the H100's and H200's peak in
-bf16), peak memory (torch.cuda.max_memory_allocated) beside launcher/estimates/memory.py's estimate, and for ``forward`` the share of a matrix
-product's rate, measured in the same process. ``--small``: tiny shapes, also on a CPU, where numbers mean nothing.
+Prints JSON lines and a table: tokens/s, MFU (FLOPs a token: 6 (12 h^2 L + V h) + 6 L h s; 989
+TFLOP/s, the H100's and H200's peak in bf16), peak memory (torch.cuda.max_memory_allocated) beside
+launcher/estimates/memory.py's estimate, and for ``forward`` the share of a matrix product's rate,
+measured in the same process. ``--small``: tiny shapes, also on a CPU, where numbers mean nothing.
 """
 
 from __future__ import annotations
@@ -45,9 +48,13 @@ from training.models.heads import next_token_logprobs
 from training.trainer.step import Batch, Learner, Objective, build_model, evaluate
 
 CUDA = torch.cuda.is_available()
-SHAPES = {"560m": bloom(24, 1024, 16, 250880, 1e-5), "1b7": bloom(24, 2048, 16, 250880, 1e-5),
-          "3b": bloom(30, 2560, 32, 250880, 1e-5), "7b1": bloom(30, 4096, 32, 250880, 1e-5),
-          "small": bloom(2, 64, 4, 1000, 1e-5)}
+SHAPES = {
+    "560m": bloom(24, 1024, 16, 250880, 1e-5),
+    "1b7": bloom(24, 2048, 16, 250880, 1e-5),
+    "3b": bloom(30, 2560, 32, 250880, 1e-5),
+    "7b1": bloom(30, 4096, 32, 250880, 1e-5),
+    "small": bloom(2, 64, 4, 1000, 1e-5),
+}
 ROWS = {"560m": (16, 8), "1b7": (16, 4), "3b": (8, 4), "7b1": (4, 4), "small": (2, 2)}
 """Rows of a micro-batch: ours, theirs (as many as fit, and no more than help)."""
 GLOBAL_ROWS = {"560m": 32, "1b7": 32, "3b": 32, "7b1": 16, "small": 4}
@@ -61,12 +68,21 @@ CATEGORIES = (  # the first whose pattern a kernel's name has
     ("loss", r"^_statistics|^_to_gradient"),
     ("norms, GELU, residuals", r"triton_|^_gelu"),
     ("embedding", r"embedding|index|scatter|gather"),
-    ("other", r""))
+    ("other", r""),
+)
 
 
 def settings(name: str, **changes) -> SFTConfig:
-    values = dict(precision="bf16" if CUDA else "fp32", optimizer_precision="bf16" if CUDA else "fp32", micro_batch_size=ROWS[name][0],
-                  global_batch_size=GLOBAL_ROWS[name], seq_length=length(name), iterations=100, warmup_iterations=0, lr=1e-5)
+    values = dict(
+        precision="bf16" if CUDA else "fp32",
+        optimizer_precision="bf16" if CUDA else "fp32",
+        micro_batch_size=ROWS[name][0],
+        global_batch_size=GLOBAL_ROWS[name],
+        seq_length=length(name),
+        iterations=100,
+        warmup_iterations=0,
+        lr=1e-5,
+    )
     return SFTConfig(paths=Paths("", "", "", "", ""), **values | changes)
 
 
@@ -75,7 +91,8 @@ def length(name: str) -> int:
 
 
 def flops(shape: Shape, tokens: int, head: bool = True) -> float:
-    """A token's in forward and backward; forward alone is a third. Attention reads half of the square."""
+    """A token's in forward and backward; forward alone is a third. Attention reads half of the
+    square."""
     matrices = 12 * shape.hidden**2 * shape.layers + (shape.vocab * shape.hidden if head else 0)
     return 6 * matrices + 6 * shape.layers * shape.hidden * tokens
 
@@ -115,7 +132,8 @@ def random_tokens(name: str) -> torch.Tensor:
 
 
 def rows_of(name: str, packed: bool) -> Batch:
-    """Whole rows with loss on every token; or documents of 220 tokens on average (log-normal, as HH's), loss on the last 40% of each."""
+    """Whole rows with loss on every token; or documents of 220 tokens on average (log-normal, as
+    HH's), loss on the last 40% of each."""
     tokens = random_tokens(name)
     if not packed:
         return {"tokens": tokens, "response_mask": torch.ones_like(tokens, dtype=torch.bool)}
@@ -124,8 +142,17 @@ def rows_of(name: str, packed: bool) -> Batch:
     for row in range(tokens.size(0)):
         start = number = 0
         while start < tokens.size(1):
-            size = int(torch.randn((), generator=generator).mul(0.7).add(5.15).exp().clamp(8, 2048 if tokens.size(1) > 64 else 30))
-            documents[row, start:start + size], mask[row, start + max(int(0.6 * size), 1):start + size] = number, True
+            size = int(
+                torch.randn((), generator=generator)
+                .mul(0.7)
+                .add(5.15)
+                .exp()
+                .clamp(8, 2048 if tokens.size(1) > 64 else 30)
+            )
+            documents[row, start : start + size], mask[row, start + max(int(0.6 * size), 1) : start + size] = (
+                number,
+                True,
+            )
             start, number = start + size, number + 1
     return {"tokens": tokens, "response_mask": mask, "documents": documents}
 
@@ -135,13 +162,21 @@ def our_model(name: str, config: SFTConfig, head: str = "lm"):
     generator = torch.Generator(device=groups.device()).manual_seed(1)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            parameter.normal_(0, 0.02, generator=generator) if parameter.dim() > 1 else parameter.fill_(float(key.endswith("weight")))
+            parameter.normal_(0, 0.02, generator=generator) if parameter.dim() > 1 else parameter.fill_(
+                float(key.endswith("weight"))
+            )
     return model
 
 
 def speed(name: str, seconds: float, peak: float, tokens: int, **more) -> dict:
-    return {"model": name, "tokens_per_second": round(tokens / seconds), "mfu": round(flops(SHAPES[name], length(name)) * tokens / seconds
-            / PEAK, 4), "step_s": round(seconds, 4), "peak_gb": round(peak, 2), **more}
+    return {
+        "model": name,
+        "tokens_per_second": round(tokens / seconds),
+        "mfu": round(flops(SHAPES[name], length(name)) * tokens / seconds / PEAK, 4),
+        "step_s": round(seconds, 4),
+        "peak_gb": round(peak, 2),
+        **more,
+    }
 
 
 def ours(name: str, packed: bool = False, recompute: str = "none") -> dict:
@@ -150,8 +185,10 @@ def ours(name: str, packed: bool = False, recompute: str = "none") -> dict:
     began = time.monotonic()
     learner = Learner(our_model(name, config), config, config.lr, 100, 0)
     batch = rows_of(name, packed)
-    micro_batches = [{key: values[first:first + config.micro_batch_size] for key, values in batch.items()}
-                     for first in range(0, GLOBAL_ROWS[name], config.micro_batch_size)]
+    micro_batches = [
+        {key: values[first : first + config.micro_batch_size] for key, values in batch.items()}
+        for first in range(0, GLOBAL_ROWS[name], config.micro_batch_size)
+    ]
     objective, losses = Objective(("loss",), sft.compute), []
 
     def step():
@@ -162,9 +199,18 @@ def ours(name: str, packed: bool = False, recompute: str = "none") -> dict:
     clean_peak()
     seconds = timed(step, 1, 3)
     made = memory.estimate(SHAPES[name], config, 1).total - memory.OUTSIDE_GB
-    result = speed(name, seconds, peak_gb(), batch["tokens"].numel(), rows=config.micro_batch_size, global_rows=GLOBAL_ROWS[name],
-                   estimate_gb=round(made, 2), first_step_s=round(first, 1), losses=[round(loss, 3) for loss in losses],
-                   part_with_loss=round(batch["response_mask"].float().mean().item(), 3))
+    result = speed(
+        name,
+        seconds,
+        peak_gb(),
+        batch["tokens"].numel(),
+        rows=config.micro_batch_size,
+        global_rows=GLOBAL_ROWS[name],
+        estimate_gb=round(made, 2),
+        first_step_s=round(first, 1),
+        losses=[round(loss, 3) for loss in losses],
+        part_with_loss=round(batch["response_mask"].float().mean().item(), 3),
+    )
     if packed:
         del result["mfu"]  # short documents and tokens without loss need fewer FLOPs than it counts
     if packed or recompute != "none":
@@ -182,7 +228,9 @@ def theirs(name: str) -> dict:
 
     clean()
     shape, rows = SHAPES[name], ROWS[name][1]
-    config = BloomConfig(vocab_size=shape.vocab, hidden_size=shape.hidden, n_layer=shape.layers, n_head=shape.heads, use_cache=False)
+    config = BloomConfig(
+        vocab_size=shape.vocab, hidden_size=shape.hidden, n_layer=shape.layers, n_head=shape.heads, use_cache=False
+    )
     with torch.device(groups.device()):
         torch.set_default_dtype(torch.bfloat16 if CUDA else torch.float32)
         model = BloomForCausalLM._from_config(config, attn_implementation="eager")
@@ -209,7 +257,8 @@ def theirs(name: str) -> dict:
 
 
 def forward(name: str, head: str) -> dict:
-    """Rows through the model alone: log-probabilities of all tokens ("lm"), or one number a token ("scalar")."""
+    """Rows through the model alone: log-probabilities of all tokens ("lm"), or one number a token
+    ("scalar")."""
     clean()
     config, shape = settings(name), SHAPES[name]
     model = our_model(name, config, head).requires_grad_(False)
@@ -220,8 +269,15 @@ def forward(name: str, head: str) -> dict:
 
     seconds = timed(lambda: evaluate(model, batch, rows, read), 2, 3)
     rate = flops(shape, length(name), head == "lm") / 3 * batch["tokens"].numel() / seconds
-    return {"model": name, "head": head, "tokens_per_second": round(batch["tokens"].numel() / seconds), "tflops": round(rate / 1e12, 1),
-            "of_matrix_product": round(rate / matrix_product(), 3), "peak_gb": round(peak_gb(), 2), "rows": rows}
+    return {
+        "model": name,
+        "head": head,
+        "tokens_per_second": round(batch["tokens"].numel() / seconds),
+        "tflops": round(rate / 1e12, 1),
+        "of_matrix_product": round(rate / matrix_product(), 3),
+        "peak_gb": round(peak_gb(), 2),
+        "rows": rows,
+    }
 
 
 def matrix_product() -> float:
@@ -248,11 +304,21 @@ def profile(name: str, made: dict) -> dict:
             kernels.setdefault(event.name, []).append(event.device_time / 1e3)
     sums = dict.fromkeys([category for category, _ in CATEGORIES], 0.0)
     for kernel, times in kernels.items():
-        sums[next(category for category, pattern in CATEGORIES if re.search(pattern, kernel, re.IGNORECASE))] += sum(times)
-    largest = sorted(((round(sum(times), 2), len(times), kernel[:110]) for kernel, times in kernels.items()), reverse=True)
-    return {"model": name, "step_ms": round(1e3 * seconds, 1), "rows": GLOBAL_ROWS[name],
-            "kernels_ms": {category: round(value, 1) for category, value in sums.items()},
-            "idle_ms": round(1e3 * seconds - sum(sums.values()), 1), "count": sum(map(len, kernels.values())), "largest": largest[:40]}
+        sums[next(category for category, pattern in CATEGORIES if re.search(pattern, kernel, re.IGNORECASE))] += sum(
+            times
+        )
+    largest = sorted(
+        ((round(sum(times), 2), len(times), kernel[:110]) for kernel, times in kernels.items()), reverse=True
+    )
+    return {
+        "model": name,
+        "step_ms": round(1e3 * seconds, 1),
+        "rows": GLOBAL_ROWS[name],
+        "kernels_ms": {category: round(value, 1) for category, value in sums.items()},
+        "idle_ms": round(1e3 * seconds - sum(sums.values()), 1),
+        "count": sum(map(len, kernels.values())),
+        "largest": largest[:40],
+    }
 
 
 def shapes(name: str, made: dict) -> dict:
@@ -271,10 +337,17 @@ def say(part: str, values: dict) -> None:
 def one(name: str, parts: list[str]) -> None:
     """All parts of one model; one that fails does not end the others."""
     kept: dict = {}
-    work = {"ours": lambda: kept.update(ours(name)) or {key: value for key, value in kept.items() if key not in
-                                                        ("learner", "micro_batches", "objective")},
-            "profile": lambda: profile(name, kept), "shapes": lambda: shapes(name, kept), "packed": lambda: ours(name, packed=True),
-            "recompute": lambda: ours(name, recompute="full"), "theirs": lambda: theirs(name)}
+    work = {
+        "ours": lambda: (
+            kept.update(ours(name))
+            or {key: value for key, value in kept.items() if key not in ("learner", "micro_batches", "objective")}
+        ),
+        "profile": lambda: profile(name, kept),
+        "shapes": lambda: shapes(name, kept),
+        "packed": lambda: ours(name, packed=True),
+        "recompute": lambda: ours(name, recompute="full"),
+        "theirs": lambda: theirs(name),
+    }
     with groups.ranks(1, 1, 1):
         for part in sorted(parts, key=["ours", "profile", "shapes", "packed", "forward", "theirs", "recompute"].index):
             if part not in ("ours", "profile", "shapes"):
@@ -308,7 +381,9 @@ def main() -> int:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--out", type=Path, help="JSON lines are added to this file")
     parser.add_argument("--small", action="store_true")
-    parser.add_argument("--logits", choices=("fp32", "bf16"), default="fp32", help="bf16: as they were, to see what fp32 ones cost")
+    parser.add_argument(
+        "--logits", choices=("fp32", "bf16"), default="fp32", help="bf16: as they were, to see what fp32 ones cost"
+    )
     parser.add_argument("--one", action="store_true", help="the one model in this process")
     parser.add_argument("--limit", type=int, default=600, help="most seconds a model")
     asked = parser.parse_args()
@@ -322,8 +397,16 @@ def main() -> int:
         return 0
     rows = []
     for name in models:
-        command = [sys.executable, __file__, "--one", *(["--small"] if asked.small else ["--models", name]), "--parts", *asked.parts,
-                   "--logits", asked.logits]
+        command = [
+            sys.executable,
+            __file__,
+            "--one",
+            *(["--small"] if asked.small else ["--models", name]),
+            "--parts",
+            *asked.parts,
+            "--logits",
+            asked.logits,
+        ]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             alarm = threading.Timer(asked.limit, process.kill)
             alarm.daemon = True  # an interrupt ends this process, too

@@ -1,4 +1,5 @@
-"""The outermost function of the conversions: a stage's config.json, or a person's command line; the same exit codes as any stage."""
+"""The outermost function of the conversions: a stage's config.json, or a person's command line; the
+same exit codes as any stage."""
 
 from __future__ import annotations
 
@@ -15,10 +16,11 @@ from training.config.schema import ConfigError, load
 
 
 def main(kind, stage: Callable, parser: ArgumentParser, from_arguments: Callable[[Namespace], object]) -> int:
-    """``stage(config)`` with the configuration of class ``kind`` from one .json argument, else from ``parser``'s arguments.
+    """``stage(config)`` with the configuration of class ``kind`` from one .json argument, else from
+    ``parser``'s arguments.
 
-    Needs no process group. Returns 0, 75 (a stage that a signal stopped: it goes on where it was), or what
-    training.error_report says of an error; a bug's traceback is printed.
+    Needs no process group. Returns 0, 75 (a stage that a signal stopped: it goes on where it was),
+    or what training.error_report says of an error; a bug's traceback is printed.
     """
     arguments = sys.argv[1:]
     try:
@@ -52,6 +54,7 @@ class Stopped(BaseException):
 
 def obey_signals() -> None:
     """USR1 (time limit ahead) and TERM end the stage with 75: it wants to go on."""
+
     def stop(number: int, _frame) -> None:
         for each in (signal.SIGUSR1, signal.SIGTERM):
             signal.signal(each, signal.SIG_IGN)  # the request is repeated

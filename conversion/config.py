@@ -15,11 +15,13 @@ class ConvertPaths:
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
-    """Section ``convert``: Hugging Face -> Megatron. The checkpoint fits any layout; the one asked for is checked here."""
+    """Section ``convert``: Hugging Face -> Megatron. The checkpoint fits any layout; the one asked
+    for is checked here."""
 
     paths: ConvertPaths
     tensor_parallel: int = 1
-    """Tensor-parallel size that the heads, the feed-forward width and the padded vocabulary must divide by."""
+    """Tensor-parallel size that the heads, the feed-forward width and the padded vocabulary must
+    divide by."""
     pipeline_parallel: int = 1
     """Pipeline-parallel size: at most the number of layers."""
 
@@ -38,10 +40,11 @@ class ExportPaths:
     output: str
     """The stage's folder; one Hugging Face folder a model below it."""
     model: str
-    """Hugging Face folder of the starting model: config, generation config and tokenizer are copied from it."""
+    """Hugging Face folder of the starting model: config, generation config and tokenizer are copied
+    from it."""
     checkpoints: dict
-    """Name of each model to export -> stage folder that holds it, e.g. {"sft": ".../sft", "rlhf": ".../rlhf"}; "reward" and
-    "value" (of rlhf) become sequence classifiers."""
+    """Name of each model to export -> stage folder that holds it, e.g. {"sft": ".../sft", "rlhf":
+    ".../rlhf"}; "reward" and "value" (of rlhf) become sequence classifiers."""
     reward_iteration: int = 0
     """Iteration of the reward model to export; 0 = its last."""
 
@@ -63,6 +66,8 @@ class ExportConfig:
         if unknown:
             raise ValueError(f"paths.checkpoints.{min(unknown)}: expected one of {', '.join(FOLDERS)}")
         if self.dtype not in ("", "bf16", "fp16", "fp32"):
-            raise ValueError(f'dtype = {self.dtype!r}: expected "bf16", "fp16", "fp32" or "" (as the starting checkpoint)')
+            raise ValueError(
+                f'dtype = {self.dtype!r}: expected "bf16", "fp16", "fp32" or "" (as the starting checkpoint)'
+            )
         if not self.max_shard_gb > 0:
             raise ValueError(f"max_shard_gb = {self.max_shard_gb}: expected above 0")

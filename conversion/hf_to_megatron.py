@@ -1,7 +1,9 @@
-"""Hugging Face -> Megatron: ``python -m conversion.hf_to_megatron HF_FOLDER OUTPUT`` (or, as a stage, ``... config.json``).
+"""Hugging Face -> Megatron: ``python -m conversion.hf_to_megatron HF_FOLDER OUTPUT`` (or, as a
+stage, ``... config.json``).
 
-Tensor by tensor from memory-mapped files into one ``torch_dist`` checkpoint, which every TP x PP x DP loads: no model is built
-and no layout is baked in. Tensors keep their data type and their bits. OUTPUT is a stage's folder: a trainer starts from it.
+Tensor by tensor from memory-mapped files into one ``torch_dist`` checkpoint, which every TP x PP x
+DP loads: no model is built and no layout is baked in. Tensors keep their data type and their bits.
+OUTPUT is a stage's folder: a trainer starts from it.
 """
 
 from __future__ import annotations
@@ -49,24 +51,46 @@ def convert(config: ConvertConfig) -> None:
 
 
 def check_tokenizer(folder: Path, rows: int) -> None:
-    """Raises ConfigError for a tokenizer with ids beyond the embedding: under TP they would silently read no row at all."""
+    """Raises ConfigError for a tokenizer with ids beyond the embedding: under TP they would
+    silently read no row at all."""
     Said.read(folder, rows)
     token, number = Tokenizer(folder).highest() if hf_folder.file(folder, "tokenizer.json") else ("", -1)
     if number >= rows:
-        raise ConfigError(f"{folder}: token {shown(repr(token))} of the tokenizer has id {number}, the embedding only {rows} rows; "
-                          "resize the embedding (model.resize_token_embeddings) or use the tokenizer that the model was trained with")
+        raise ConfigError(
+            f"{folder}: token {shown(repr(token))} of the tokenizer has id {number}, the embedding only {rows} rows; "
+            "resize the embedding (model.resize_token_embeddings) or use the tokenizer that the model was trained with"
+        )
 
 
 def arguments() -> ArgumentParser:
-    parser = ArgumentParser("python -m conversion.hf_to_megatron", description="Hugging Face folder -> Megatron checkpoint "
-                            "(torch_dist; any TP x PP x DP loads it). Interrupted? Run the same again.")
-    parser.add_argument("model", help="Hugging Face folder (config.json, *.safetensors or *.bin), or a stage's config.json alone")
-    parser.add_argument("output", help="stage folder to write; the checkpoint goes to OUTPUT/checkpoints/iter_0000000/model")
+    parser = ArgumentParser(
+        "python -m conversion.hf_to_megatron",
+        description="Hugging Face folder -> Megatron checkpoint "
+        "(torch_dist; any TP x PP x DP loads it). Interrupted? Run the same again.",
+    )
+    parser.add_argument(
+        "model", help="Hugging Face folder (config.json, *.safetensors or *.bin), or a stage's config.json alone"
+    )
+    parser.add_argument(
+        "output", help="stage folder to write; the checkpoint goes to OUTPUT/checkpoints/iter_0000000/model"
+    )
     parser.add_argument("--tensor-parallel", type=int, default=1, help="check that this TP fits the model (default 1)")
-    parser.add_argument("--pipeline-parallel", type=int, default=1, help="check that this PP fits the model (default 1)")
+    parser.add_argument(
+        "--pipeline-parallel", type=int, default=1, help="check that this PP fits the model (default 1)"
+    )
     return parser
 
 
 if __name__ == "__main__":
-    sys.exit(main(ConvertConfig, convert, arguments(), lambda given: ConvertConfig(
-        paths=ConvertPaths(given.output, given.model), tensor_parallel=given.tensor_parallel, pipeline_parallel=given.pipeline_parallel)))
+    sys.exit(
+        main(
+            ConvertConfig,
+            convert,
+            arguments(),
+            lambda given: ConvertConfig(
+                paths=ConvertPaths(given.output, given.model),
+                tensor_parallel=given.tensor_parallel,
+                pipeline_parallel=given.pipeline_parallel,
+            ),
+        )
+    )

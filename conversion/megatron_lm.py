@@ -1,9 +1,11 @@
-"""Megatron-LM's classic checkpoints, both ways: ``python -m conversion.megatron_lm read|write ...``.
+"""Megatron-LM's classic checkpoints, both ways: ``python -m conversion.megatron_lm read|write
+...``.
 
-For BLOOM only. Layout: ``latest_checkpointed_iteration.txt`` (a number or "release"), ``iter_0000100/`` or ``release/``, and in it
-one file a rank, ``mp_rank_TT[_PPP]/model_optim_rng.pt``. Two families of names: "legacy" (language_model.encoder.layers.N..., with
-Megatron-DeepSpeed's word_embeddings.norm for BLOOM's embedding layer norm) and "mcore" (decoder.layers.N...). Weights only: pickles run
-no code.
+For BLOOM only. Layout: ``latest_checkpointed_iteration.txt`` (a number or "release"),
+``iter_0000100/`` or ``release/``, and in it one file a rank,
+``mp_rank_TT[_PPP]/model_optim_rng.pt``. Two families of names: "legacy"
+(language_model.encoder.layers.N..., with Megatron-DeepSpeed's word_embeddings.norm for BLOOM's
+embedding layer norm) and "mcore" (decoder.layers.N...). Weights only: pickles run no code.
 """
 
 from __future__ import annotations
@@ -30,9 +32,12 @@ from training.files import tensor_files
 FILE = "model_optim_rng.pt"
 MARK = "latest_checkpointed_iteration.txt"
 VERSION = 3.0
-"""checkpoint_version whose QKV rows are [head, (q, k, v), head_dim], as BLOOM's; before 2.0 they are in other orders."""
-FIX = ('Where you trust it: load it in Megatron-LM\'s environment and save {"model": state["model"], "checkpoint_version": '
-       'state["checkpoint_version"]} in its place')
+"""checkpoint_version whose QKV rows are [head, (q, k, v), head_dim], as BLOOM's; before 2.0 they
+are in other orders."""
+FIX = (
+    'Where you trust it: load it in Megatron-LM\'s environment and save {"model": state["model"], "checkpoint_version": '
+    'state["checkpoint_version"]} in its place'
+)
 _LEGACY_TOP = {
     "word_embeddings.weight": "language_model.embedding.word_embeddings.weight",
     "word_embeddings_layernorm.weight": "language_model.embedding.word_embeddings.norm.weight",
@@ -43,11 +48,15 @@ _LEGACY_TOP = {
 }
 _TIED_COPY = ("word_embeddings_for_head.weight", "output_layer.weight")
 """The embedding's copy on the last pipeline stage of a tied model."""
-# Other spellings of the same tensors, by Megatron-LM's age and by Transformer Engine's fused layers -> ours.
+# Other spellings of the same tensors, by Megatron-LM's age and by Transformer Engine's fused layers
+# -> ours.
 _SPELLINGS = (
     (r"^language_model\.transformer\.", "language_model.encoder."),
     (r"\.layers\.(\d+)\.attention\.", r".layers.\1.self_attention."),
-    (r"^language_model\.embedding\.(word_embeddings_|embedding_)?layernorm\.", "language_model.embedding.word_embeddings.norm."),
+    (
+        r"^language_model\.embedding\.(word_embeddings_|embedding_)?layernorm\.",
+        "language_model.embedding.word_embeddings.norm.",
+    ),
     (r"\.self_attention\.linear_qkv\.layer_norm_(weight|bias)$", r".input_layernorm.\1"),
     (r"\.mlp\.linear_fc1\.layer_norm_(weight|bias)$", r".pre_mlp_layernorm.\1"),
 )
@@ -63,7 +72,8 @@ def name_in(entry: Entry, layer: int | None, family: str) -> str:
 
 
 def ranks(folder: Path) -> dict[tuple[int, int], Path]:
-    """(tensor rank, pipeline rank) -> file, of the iteration that the folder's mark names. Raises ConfigError where one is missing."""
+    """(tensor rank, pipeline rank) -> file, of the iteration that the folder's mark names. Raises
+    ConfigError where one is missing."""
     mark = folder / MARK
     if mark.is_file():
         text = mark.read_text(encoding="utf-8").strip()
@@ -80,7 +90,9 @@ def ranks(folder: Path) -> dict[tuple[int, int], Path]:
     tensor, pipeline = (1 + max(rank[axis] for rank in found) for axis in (0, 1))
     missing = [_folder(t, p, pipeline) for t in range(tensor) for p in range(pipeline) if (t, p) not in found]
     if missing:
-        raise ConfigError(f"{folder}: {', '.join(missing)} is missing of TP {tensor} x PP {pipeline}; copy all ranks' files")
+        raise ConfigError(
+            f"{folder}: {', '.join(missing)} is missing of TP {tensor} x PP {pipeline}; copy all ranks' files"
+        )
     return found
 
 
@@ -95,8 +107,10 @@ def read_rank(path: Path) -> dict[str, torch.Tensor]:
         raise ConfigError(f"{path} is no Megatron-LM checkpoint: it has no 'model'")
     version = loaded.get("checkpoint_version", 0)
     if version < 2:
-        raise ConfigError(f"{path}: checkpoint_version = {version}: its query, key and value rows are in an older order; load and save it "
-                          "once with Megatron-LM (it writes 3.0)")
+        raise ConfigError(
+            f"{path}: checkpoint_version = {version}: its query, key and value rows are in an older order; load and save it "
+            "once with Megatron-LM (it writes 3.0)"
+        )
     flat: dict[str, torch.Tensor] = {}
     _flatten(loaded["model"], "", flat)
     return flat
@@ -114,14 +128,18 @@ def _flatten(node: dict, prefix: str, flat: dict) -> None:
 
 
 def read(folder: str | Path, shape: Shape) -> dict[str, Stored]:
-    """Tensors by Hugging Face name from any TP x PP, padding cut off. Raises ConfigError where they are not exactly those of ``shape``."""
+    """Tensors by Hugging Face name from any TP x PP, padding cut off. Raises ConfigError where they
+    are not exactly those of ``shape``."""
     folder, head = Path(folder), head_of(shape)
     files = ranks(folder)
     tensor, pipeline = (1 + max(rank[axis] for rank in files) for axis in (0, 1))
     loaded = {rank: read_rank(path) for rank, path in files.items()}
     family = "legacy" if any(name.startswith("language_model.") for name in loaded[0, 0]) else "mcore"
-    counts = [1 + max((int(match[1]) for name in loaded[0, p] if (match := re.search(r"\.layers\.(\d+)\.", name))), default=-1)
-              for p in range(pipeline)]
+    counts = [
+        1
+        + max((int(match[1]) for name in loaded[0, p] if (match := re.search(r"\.layers\.(\d+)\.", name))), default=-1)
+        for p in range(pipeline)
+    ]
     table = list(entries(shape, head))
     found: dict[str, Stored] = {}
     for entry in table:
@@ -156,13 +174,28 @@ def _place(entry: Entry, counts: list[int]) -> tuple[int, int | None]:
     return 0, entry.layer
 
 
-def write(output: Path, tensors: dict[str, Stored], made_from: list, shape: Shape, tensor: int, pipeline: int, family: str,
-          iteration: int = 0) -> None:
-    """Write every rank's file and, last, the mark; iteration 0 is "release". Goes on where it was killed."""
+def write(
+    output: Path,
+    tensors: dict[str, Stored],
+    made_from: list,
+    shape: Shape,
+    tensor: int,
+    pipeline: int,
+    family: str,
+    iteration: int = 0,
+) -> None:
+    """Write every rank's file and, last, the mark; iteration 0 is "release". Goes on where it was
+    killed."""
     shape.check_layout(tensor, pipeline)
     if shape.layers % pipeline:
-        raise ConfigError(f"pipeline_parallel = {pipeline} does not divide the model's {shape.layers} layers, which Megatron-LM wants")
-    tree = {(t, p): _rank(tensors, shape, (t, tensor), (p, pipeline), family) for t in range(tensor) for p in range(pipeline)}
+        raise ConfigError(
+            f"pipeline_parallel = {pipeline} does not divide the model's {shape.layers} layers, which Megatron-LM wants"
+        )
+    tree = {
+        (t, p): _rank(tensors, shape, (t, tensor), (p, pipeline), family)
+        for t in range(tensor)
+        for p in range(pipeline)
+    }
     name = f"iter_{iteration:07d}" if iteration else "release"
     target, aside = output / name, output / f".{name}.converting"
     if target.exists():
@@ -173,21 +206,30 @@ def write(output: Path, tensors: dict[str, Stored], made_from: list, shape: Shap
     scratch = min(work.THREADS, len(sizes)) * max(sizes.values())
     with work.folder(aside, made, sum(sizes.values()) + scratch):
         extra = arguments_of(shape, tensor, pipeline, iteration)
-        work.write_files(aside, {file: partial(_write, rank, extra, family) for file, rank in files.items()}, sizes, f"write {name}")
+        work.write_files(
+            aside, {file: partial(_write, rank, extra, family) for file, rank in files.items()}, sizes, f"write {name}"
+        )
         work.clean(aside)
         work.replace(aside, target)
     (output / f"{MARK}.new").write_text(str(iteration or "release"), encoding="utf-8")
     (output / f"{MARK}.new").replace(output / MARK)
 
 
-def _rank(tensors: dict[str, Stored], shape: Shape, tensor: tuple[int, int], pipeline: tuple[int, int],
-          family: str) -> dict[str, Stored]:
+def _rank(
+    tensors: dict[str, Stored], shape: Shape, tensor: tuple[int, int], pipeline: tuple[int, int], family: str
+) -> dict[str, Stored]:
     """Flat name -> this rank's shard; ``tensor`` and ``pipeline`` are (rank, size)."""
     head, per = head_of(shape), shape.layers // pipeline[1]
     first, last = pipeline[0] == 0, pipeline[0] == pipeline[1] - 1
     found = {}
     for entry in entries(shape, head):
-        here = entry.layer // per == pipeline[0] if entry.layer is not None else first if entry.key.startswith("embedding") else last
+        here = (
+            entry.layer // per == pipeline[0]
+            if entry.layer is not None
+            else first
+            if entry.key.startswith("embedding")
+            else last
+        )
         if not here:
             continue
         local = None if entry.layer is None else entry.layer % per
@@ -208,17 +250,31 @@ def _shard(entry: Entry, stored: Stored, shape: Shape, tensor: tuple[int, int]) 
 
 
 def arguments_of(shape: Shape, tensor: int, pipeline: int, iteration: int) -> dict:
-    """What stands beside the weights: the version, and the model in Megatron-LM's own argument names."""
-    args = {"num_layers": shape.layers, "hidden_size": shape.hidden, "ffn_hidden_size": 4 * shape.hidden,
-            "num_attention_heads": shape.heads, "padded_vocab_size": shape.padded_vocab(tensor), "make_vocab_size_divisible_by": 128,
-            "layernorm_epsilon": shape.eps, "norm_epsilon": shape.eps, "normalization": "LayerNorm", "add_bias_linear": True,
-            "position_embedding_type": "alibi", "add_position_embedding": False, "untie_embeddings_and_output_weights": not shape.tied,
-            "tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": pipeline}
+    """What stands beside the weights: the version, and the model in Megatron-LM's own argument
+    names."""
+    args = {
+        "num_layers": shape.layers,
+        "hidden_size": shape.hidden,
+        "ffn_hidden_size": 4 * shape.hidden,
+        "num_attention_heads": shape.heads,
+        "padded_vocab_size": shape.padded_vocab(tensor),
+        "make_vocab_size_divisible_by": 128,
+        "layernorm_epsilon": shape.eps,
+        "norm_epsilon": shape.eps,
+        "normalization": "LayerNorm",
+        "add_bias_linear": True,
+        "position_embedding_type": "alibi",
+        "add_position_embedding": False,
+        "untie_embeddings_and_output_weights": not shape.tied,
+        "tensor_model_parallel_size": tensor,
+        "pipeline_model_parallel_size": pipeline,
+    }
     return {"args": argparse.Namespace(**args), "checkpoint_version": VERSION, "iteration": iteration}
 
 
 def _write(shards: dict[str, Stored], extra: dict, family: str, file, count) -> None:
-    """One rank's file. torch.save wants all its tensors at once: they are laid out as scratch files, so that memory holds none."""
+    """One rank's file. torch.save wants all its tensors at once: they are laid out as scratch
+    files, so that memory holds none."""
     scratch = Path(f"{file.name}.scratch")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
@@ -243,8 +299,11 @@ def _mapped(stored: Stored, path: Path) -> torch.Tensor:
 
 
 def _put(model: dict, name: str, values: torch.Tensor) -> None:
-    """Into the nested dictionaries of the legacy format: its modules nest, the layers' names are flat below "encoder"."""
-    parts = re.fullmatch(r"(language_model)\.(embedding)\.(word_embeddings)\.(.+)|(language_model)\.(encoder)\.(.+)|(.+)\.(weight)", name)
+    """Into the nested dictionaries of the legacy format: its modules nest, the layers' names are
+    flat below "encoder"."""
+    parts = re.fullmatch(
+        r"(language_model)\.(embedding)\.(word_embeddings)\.(.+)|(language_model)\.(encoder)\.(.+)|(.+)\.(weight)", name
+    )
     *nested, last = [part for part in parts.groups() if part]
     nested = ".".join(nested).split(".")
     for part in nested:
@@ -256,8 +315,10 @@ def run(given) -> None:
     model = Path(given.model)
     shape = Shape.read(model)
     if shape.family != "bloom":
-        raise ConfigError(f"{model}: model_type = {shape.family!r}: Megatron-LM's classic layout is written and read for BLOOM only; "
-                          "conversion.hf_to_megatron and conversion.megatron_to_hf take every family")
+        raise ConfigError(
+            f"{model}: model_type = {shape.family!r}: Megatron-LM's classic layout is written and read for BLOOM only; "
+            "conversion.hf_to_megatron and conversion.megatron_to_hf take every family"
+        )
     if given.action == "read":
         tensors = read(given.source, shape)
         dtype = DTYPES[given.dtype] if given.dtype else tensors[embedding_name(shape)].dtype
@@ -270,13 +331,24 @@ def run(given) -> None:
         tensors, made_from = torch_dist.read(source, shape, head_of(shape)), work.described(sorted(source.iterdir()))
     else:
         tensors, made_from = huggingface.read(model, shape)[1], work.described(tensor_files.find(model).files)
-    write(Path(given.output), tensors, made_from, shape, given.tensor_parallel, given.pipeline_parallel, given.names, given.iteration)
+    write(
+        Path(given.output),
+        tensors,
+        made_from,
+        shape,
+        given.tensor_parallel,
+        given.pipeline_parallel,
+        given.names,
+        given.iteration,
+    )
 
 
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m conversion.megatron_lm", description=__doc__.split("\n")[0])
     actions = parser.add_subparsers(dest="action", required=True)
-    into = actions.add_parser("read", help="Megatron-LM -> Hugging Face folder (then conversion.hf_to_megatron for Convoy)")
+    into = actions.add_parser(
+        "read", help="Megatron-LM -> Hugging Face folder (then conversion.hf_to_megatron for Convoy)"
+    )
     into.add_argument("source", help=f"folder with {MARK}, or one iteration's folder")
     into.add_argument("output", help="Hugging Face folder to write")
     into.add_argument("--dtype", choices=list(DTYPES), help="default: as stored")
@@ -289,7 +361,9 @@ def arguments() -> argparse.ArgumentParser:
     out.add_argument("--names", choices=("legacy", "mcore"), default="legacy")
     out.add_argument("--iteration", type=int, default=0, help='default: "release"')
     for action in (into, out):
-        action.add_argument("--model", required=True, help="Hugging Face folder with config.json (and, to read, the tokenizer)")
+        action.add_argument(
+            "--model", required=True, help="Hugging Face folder with config.json (and, to read, the tokenizer)"
+        )
     return parser
 
 

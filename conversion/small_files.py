@@ -22,8 +22,16 @@ from training.files import hf_folder
 from training.files.safe_files import open_regular
 from training.files.special_tokens import Said
 
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-             "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja")
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
 COPIED = ("config.json", "generation_config.json", *TOKENIZER)
 OF_A_CLASSIFIER = ("id2label", "label2id", "num_labels", "problem_type")
 

@@ -1,7 +1,8 @@
 """Tensors that stay on disk: where their pieces lie, and their rows without loading the rest.
 
-Every format that we read (safetensors, .bin, torch_dist, Megatron-LM's .pt) becomes a ``Stored`` a tensor: memory-mapped pieces
-whose pages the kernel may drop again. What is read at a time is a block of rows; nothing as large as a tensor is ever allocated.
+Every format that we read (safetensors, .bin, torch_dist, Megatron-LM's .pt) becomes a ``Stored`` a
+tensor: memory-mapped pieces whose pages the kernel may drop again. What is read at a time is a
+block of rows; nothing as large as a tensor is ever allocated.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ import torch
 from training.config.schema import ConfigError
 from training.models.lora import merge
 
-with warnings.catch_warnings():  # torch says once that it can't know such a buffer to be read-only: nobody writes to ours
+with (
+    warnings.catch_warnings()
+):  # torch says once that it can't know such a buffer to be read-only: nobody writes to ours
     warnings.simplefilter("ignore")
     torch.frombuffer(b"\0", dtype=torch.uint8)
 BLOCK = 1 << 25
@@ -31,7 +34,8 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Piece(NamedTuple):
-    """A block of a larger tensor: its first element's index in that tensor, and its values (memory-mapped)."""
+    """A block of a larger tensor: its first element's index in that tensor, and its values
+    (memory-mapped)."""
 
     offset: tuple[int, ...]
     values: torch.Tensor
@@ -53,7 +57,8 @@ class Rows:
         raise NotImplementedError
 
     def blocks(self, dtype: torch.dtype | None = None) -> Iterator[torch.Tensor]:
-        """The rows in order, at most BLOCK bytes (or one row) at a time, contiguous, as ``dtype``."""
+        """The rows in order, at most BLOCK bytes (or one row) at a time, contiguous, as
+        ``dtype``."""
         step = max(1, BLOCK * self.shape[0] // max(self.nbytes, 1))
         for start in range(0, self.shape[0], step):
             yield self.rows(start, min(step, self.shape[0] - start)).to(dtype or self.dtype).contiguous()
@@ -65,7 +70,8 @@ class Rows:
 
 @dataclass(frozen=True)
 class Woven(Rows):
-    """Several tensors as one: group by group the first part's rows of the group, then the second's, ..."""
+    """Several tensors as one: group by group the first part's rows of the group, then the second's,
+    ..."""
 
     parts: tuple[Rows, ...]
     groups: int
@@ -74,8 +80,10 @@ class Woven(Rows):
     def of(cls, parts: list[Rows], groups: int) -> Woven:
         dtypes = {part.dtype for part in parts}
         if len(dtypes) > 1:
-            raise ConfigError(f"tensors that become one are of types {', '.join(map(str, dtypes))}; "
-                              "save the model in one type (model.to(torch.bfloat16).save_pretrained)")
+            raise ConfigError(
+                f"tensors that become one are of types {', '.join(map(str, dtypes))}; "
+                "save the model in one type (model.to(torch.bfloat16).save_pretrained)"
+            )
         return cls((sum(part.shape[0] for part in parts), *parts[0].shape[1:]), parts[0].dtype, tuple(parts), groups)
 
     def rows(self, start: int, length: int) -> torch.Tensor:
@@ -90,7 +98,8 @@ class Woven(Rows):
 
 @dataclass(frozen=True)
 class Unwoven(Rows):
-    """One part of a tensor that was woven of several: of each of ``groups`` groups ``count`` rows, from ``first`` on."""
+    """One part of a tensor that was woven of several: of each of ``groups`` groups ``count`` rows,
+    from ``first`` on."""
 
     whole: Rows
     groups: int
@@ -110,7 +119,8 @@ class Unwoven(Rows):
 
 @dataclass(frozen=True)
 class Stored(Rows):
-    """A tensor (vector or matrix) of ``shape`` and ``dtype`` that lies in ``pieces``; what none covers is zero (``padded``)."""
+    """A tensor (vector or matrix) of ``shape`` and ``dtype`` that lies in ``pieces``; what none
+    covers is zero (``padded``)."""
 
     pieces: tuple[Piece, ...]
 
@@ -140,8 +150,12 @@ class Stored(Rows):
         for offset, values in self.pieces:
             first, last = max(start, offset[axis]), min(start + length, offset[axis] + values.shape[axis])
             if first < last:
-                found.append(Piece(_moved(offset, axis, max(offset[axis], start) - start - offset[axis]),
-                                   values.narrow(axis, first - offset[axis], last - first)))
+                found.append(
+                    Piece(
+                        _moved(offset, axis, max(offset[axis], start) - start - offset[axis]),
+                        values.narrow(axis, first - offset[axis], last - first),
+                    )
+                )
         shape = list(self.shape)
         shape[axis] = length
         return Stored(tuple(shape), self.dtype, tuple(found))
@@ -168,7 +182,8 @@ class Stored(Rows):
 
 @dataclass(frozen=True)
 class Merged(Stored):
-    """W + scale B A: a matrix with its low-rank adapters (training/models/lora.py), added as its rows are read."""
+    """W + scale B A: a matrix with its low-rank adapters (training/models/lora.py), added as its
+    rows are read."""
 
     a: torch.Tensor
     b: torch.Tensor
@@ -189,8 +204,11 @@ def _moved(offset: tuple[int, ...], axis: int, by: int) -> tuple[int, ...]:
 
 def equal(ours: Rows, theirs: Rows) -> bool:
     """Same shape, data type and bits."""
-    return ours.shape == theirs.shape and ours.dtype == theirs.dtype and all(
-        torch.equal(raw(a), raw(b)) for a, b in zip(ours.blocks(), theirs.blocks(), strict=True))
+    return (
+        ours.shape == theirs.shape
+        and ours.dtype == theirs.dtype
+        and all(torch.equal(raw(a), raw(b)) for a, b in zip(ours.blocks(), theirs.blocks(), strict=True))
+    )
 
 
 def raw(values: torch.Tensor) -> torch.Tensor:
@@ -199,12 +217,14 @@ def raw(values: torch.Tensor) -> torch.Tensor:
 
 
 def mapped(path: str | Path) -> mmap.mmap:
-    """The file, memory-mapped, read-only: a writable private map counts as memory, which the kernel may refuse for large files."""
+    """The file, memory-mapped, read-only: a writable private map counts as memory, which the kernel
+    may refuse for large files."""
     with open(path, "rb") as file:
         if not os.fstat(file.fileno()).st_size:
             raise ConfigError(f"{path} is truncated: it is empty")
         mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    mapping.madvise(mmap.MADV_SEQUENTIAL)  # read ahead in large steps: half of the processor time from a cold disk
+    # read ahead in large steps: half of the processor time from a cold disk
+    mapping.madvise(mmap.MADV_SEQUENTIAL)
     return mapping
 
 

@@ -1,8 +1,9 @@
 """megatron-core's ``torch_dist`` checkpoints, piece by piece and without a process group.
 
-The folder is one of torch.distributed.checkpoint: ``.metadata`` lists every chunk of every tensor with its place in the
-``*.distcp`` files, where each chunk is an ordinary torch.save. megatron-core itself can only read and write whole keys (a key is
-a tensor of all layers: 4 GB for 7b1) and copies them; here a chunk is mapped or written at a time.
+The folder is one of torch.distributed.checkpoint: ``.metadata`` lists every chunk of every tensor
+with its place in the ``*.distcp`` files, where each chunk is an ordinary torch.save. megatron-core
+itself can only read and write whole keys (a key is a tensor of all layers: 4 GB for 7b1) and copies
+them; here a chunk is mapped or written at a time.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ def head_in(folder: Path) -> str:
 
 
 def read(folder: str | Path, shape: Shape, head: str) -> dict[str, Rows]:
-    """Tensors by Hugging Face name, vocabulary padding cut off, low-rank adapters merged. Raises ConfigError where they are not those of
-    ``shape``."""
+    """Tensors by Hugging Face name, vocabulary padding cut off, low-rank adapters merged. Raises
+    ConfigError where they are not those of ``shape``."""
     folder, described = Path(folder), metadata(Path(folder))
     chunks: dict[str, list] = {}
     for place, where in described.storage_data.items():
@@ -77,9 +78,13 @@ def read(folder: str | Path, shape: Shape, head: str) -> dict[str, Rows]:
         if entry.vocabulary and tensor.shape[0] > wanted[0]:
             tensor = tensor.part(0, 0, wanted[0])
         if tensor.shape != wanted:
-            raise ConfigError(f"{folder}: {entry.key} has shape {list(tensor.shape)}, the model's config.json says {list(wanted)}")
+            raise ConfigError(
+                f"{folder}: {entry.key} has shape {list(tensor.shape)}, the model's config.json says {list(wanted)}"
+            )
         if not tensor.complete:
-            raise ConfigError(f"{folder}: a part of {entry.key} is in none of its files: the checkpoint is not complete")
+            raise ConfigError(
+                f"{folder}: a part of {entry.key} is in none of its files: the checkpoint is not complete"
+            )
         if any(key in described.state_dict_metadata for key in adapters(entry)):
             a, b, scale = (held(key, entry.layer).load() for key in adapters(entry))
             tensor = Merged(tensor.shape, tensor.dtype, tensor.pieces, a, b, scale.item())
@@ -88,9 +93,12 @@ def read(folder: str | Path, shape: Shape, head: str) -> dict[str, Rows]:
 
 
 def adapters(entry: Entry) -> tuple[str, ...]:
-    """Keys of A, B and the scale that a layer's matrix may have beside it (training/models/lora.py)."""
+    """Keys of A, B and the scale that a layer's matrix may have beside it
+    (training/models/lora.py)."""
     stem = entry.key.removesuffix(".weight")
-    return () if entry.layer is None or stem == entry.key else tuple(f"{stem}.lora_{part}" for part in ("a", "b", "scale"))
+    return (
+        () if entry.layer is None or stem == entry.key else tuple(f"{stem}.lora_{part}" for part in ("a", "b", "scale"))
+    )
 
 
 def sources(folder: Path, shape: Shape, head: str) -> dict[str, set[str]]:
@@ -103,16 +111,26 @@ def sources(folder: Path, shape: Shape, head: str) -> dict[str, set[str]]:
             first, where = chunk.offsets[0], described.storage_data[MetadataIndex(key, chunk.offsets)].relative_path
             for layer in range(first, first + chunk.sizes[0]) if key in keyed else (None,):
                 places.setdefault((key, layer), set()).add(where)
-    return {name: set().union(*(places.get((key, entry.layer), ()) for key in (entry.key, *adapters(entry))))
-            for entry in entries(shape, head) for name in entry.parts}
+    return {
+        name: set().union(*(places.get((key, entry.layer), ()) for key in (entry.key, *adapters(entry))))
+        for entry in entries(shape, head)
+        for name in entry.parts
+    }
 
 
 def check_unused(folder: Path, described: Metadata, used: set[str], shape: Shape) -> None:
-    """Raises ConfigError for a weight that the table does not name. The optimizer's tensors are not weights."""
-    unknown = [key for key in described.state_dict_metadata if key not in used and not key.startswith(("optimizer.", "chained_"))]
+    """Raises ConfigError for a weight that the table does not name. The optimizer's tensors are not
+    weights."""
+    unknown = [
+        key
+        for key in described.state_dict_metadata
+        if key not in used and not key.startswith(("optimizer.", "chained_"))
+    ]
     if unknown:
-        raise ConfigError(f"{folder}: {unknown[0]} is no tensor of a {shape.family} with this head and would be lost; "
-                          f"unknown: {unknown[:5]}")
+        raise ConfigError(
+            f"{folder}: {unknown[0]} is no tensor of a {shape.family} with this head and would be lost; "
+            f"unknown: {unknown[:5]}"
+        )
 
 
 def _layer(folder: Path, tensor: Stored, key: str, layer: int, layers: int) -> Stored:
@@ -134,7 +152,9 @@ def _stored(folder: Path, described: TensorStorageMetadata, places: list, maps: 
         start, length = _payload(file, where.offset, where.length, folder / where.relative_path)
         shape = sizes[offset]
         if length != torch.Size(shape).numel() * dtype.itemsize:
-            raise ConfigError(f"{folder / where.relative_path}: a chunk of shape {list(shape)} has {length} bytes: damaged")
+            raise ConfigError(
+                f"{folder / where.relative_path}: a chunk of shape {list(shape)} has {length} bytes: damaged"
+            )
         pieces.append(Piece(offset, view(file, dtype, shape, start)))
     return Stored(tuple(described.size), described.properties.dtype, tuple(pieces))
 
@@ -166,7 +186,8 @@ class _Window(io.RawIOBase):
 
 
 def _payload(mapping, start: int, length: int, path: Path) -> tuple[int, int]:
-    """(position in the file, bytes) of the values of the one tensor in the torch.save that lies at ``start``."""
+    """(position in the file, bytes) of the values of the one tensor in the torch.save that lies at
+    ``start``."""
     if start + length > len(mapping):
         raise ConfigError(f"{path} is truncated: {len(mapping):,} bytes, a chunk ends at {start + length:,}")
     try:
@@ -177,7 +198,8 @@ def _payload(mapping, start: int, length: int, path: Path) -> tuple[int, int]:
     data = [info for info in archive.infolist() if "/data/" in info.filename]
     if len(data) != 1 or data[0].compress_type != zipfile.ZIP_STORED or order != [b"little"]:
         raise ConfigError(f"{path}: at byte {start:,} is not one plain tensor")
-    local = start + data[0].header_offset  # a zip's local header: 30 bytes, its name and extra fields, then the values
+    # a zip's local header: 30 bytes, its name and extra fields, then the values
+    local = start + data[0].header_offset
     name, extra = (int.from_bytes(mapping[local + at : local + at + 2], "little") for at in (26, 28))
     return local + 30 + name + extra, data[0].file_size
 
@@ -190,13 +212,16 @@ class Part(NamedTuple):
 
 
 def plan(tensors: dict[str, Rows], shape: Shape, head: str) -> dict[str, list[Part]]:
-    """File name -> tensors in it, in the model's order. Raises ConfigError where layers differ in type: a key has one."""
+    """File name -> tensors in it, in the model's order. Raises ConfigError where layers differ in
+    type: a key has one."""
     parts = [Part(entry, entry.woven(tensors)) for entry in entries(shape, head)]
     types: dict[str, torch.dtype] = {}
     for entry, tensor in parts:
         if types.setdefault(entry.key, tensor.dtype) != tensor.dtype:
-            raise ConfigError(f"{next(iter(entry.parts))} is {tensor.dtype}, in layer 0 it is {types[entry.key]}; "
-                              "save the model in one type (model.to(torch.bfloat16).save_pretrained)")
+            raise ConfigError(
+                f"{next(iter(entry.parts))} is {tensor.dtype}, in layer 0 it is {types[entry.key]}; "
+                "save the model in one type (model.to(torch.bfloat16).save_pretrained)"
+            )
     shards: list[list[Part]] = [[]]
     filled = 0
     for part in parts:
@@ -210,25 +235,39 @@ def plan(tensors: dict[str, Rows], shape: Shape, head: str) -> dict[str, list[Pa
 
 
 def write(parts: list[Part], file: BinaryIO, count) -> list[dict]:
-    """Write the tensors as chunks -> what .metadata will say of them. ``count(bytes)`` is called as they are written."""
+    """Write the tensors as chunks -> what .metadata will say of them. ``count(bytes)`` is called as
+    they are written."""
     placed = []
     for entry, tensor in parts:
         row = 0
         for block in tensor.blocks():
-            # torch.save writes the whole storage: by way of numpy this one is the block alone, and still no copy.
-            values = torch.from_numpy(raw(block).numpy()).view(block.dtype).view((*(1,) * (entry.layer is not None), *block.shape))
+            # torch.save writes the whole storage: by way of numpy this one is the block alone, and
+            # still no copy.
+            values = (
+                torch.from_numpy(raw(block).numpy())
+                .view(block.dtype)
+                .view((*(1,) * (entry.layer is not None), *block.shape))
+            )
             start = file.tell()
             torch.save(values, file)
             lead = () if entry.layer is None else (entry.layer,)
-            placed.append({"key": entry.key, "offset": [*lead, row, *[0] * (block.dim() - 1)], "size": list(values.shape),
-                           "start": start, "length": file.tell() - start})
+            placed.append(
+                {
+                    "key": entry.key,
+                    "offset": [*lead, row, *[0] * (block.dim() - 1)],
+                    "size": list(values.shape),
+                    "start": start,
+                    "length": file.tell() - start,
+                }
+            )
             row += block.shape[0]
             count(block.nbytes)
     return placed
 
 
 def finish(folder: Path, files: dict[str, list[dict]], tensors: dict[str, Rows], shape: Shape, head: str) -> None:
-    """Write ``.metadata`` and the two small files of a megatron-core checkpoint. The same input gives the same bytes."""
+    """Write ``.metadata`` and the two small files of a megatron-core checkpoint. The same input
+    gives the same bytes."""
     described, places = {}, {}
     for entry in entries(shape, head):
         tensor = entry.woven(tensors)
@@ -241,8 +280,15 @@ def finish(folder: Path, files: dict[str, list[dict]], tensors: dict[str, Rows],
             places[MetadataIndex(chunk["key"], offset)] = _StorageInfo(file, chunk["start"], chunk["length"])
     with open(folder / ".metadata", "wb") as file:
         pickle.dump(Metadata(described, None, places, StorageMeta()), file)
-    (folder / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1,
-                                                      "common_backend": "torch", "common_backend_version": 1}), encoding="utf-8")
+    (folder / "metadata.json").write_text(
+        json.dumps(
+            {
+                "sharded_backend": "torch_dist",
+                "sharded_backend_version": 1,
+                "common_backend": "torch",
+                "common_backend_version": 1,
+            }
+        ),
+        encoding="utf-8",
+    )
     torch.save({}, folder / "common.pt")
-
-

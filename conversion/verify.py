@@ -1,8 +1,10 @@
-"""Proof that a Hugging Face folder and a Megatron checkpoint are one model: ``python -m conversion.verify HF_FOLDER CHECKPOINT``.
+"""Proof that a Hugging Face folder and a Megatron checkpoint are one model: ``python -m
+conversion.verify HF_FOLDER CHECKPOINT``.
 
-HF_FOLDER is what was converted, or what was exported. Writes HF_FOLDER/PROOF.json: for each tensor the sha256 of its bytes on both
-sides (the checkpoint's after padding is cut and its type is the folder's), and the largest difference of the logits (or scores) that
-transformers and our model on megatron-core compute for one fixed batch.
+HF_FOLDER is what was converted, or what was exported. Writes HF_FOLDER/PROOF.json: for each tensor
+the sha256 of its bytes on both sides (the checkpoint's after padding is cut and its type is the
+folder's), and the largest difference of the logits (or scores) that transformers and our model on
+megatron-core compute for one fixed batch.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ from training.trainer.step import build_model, evaluate
 ROWS, LENGTH, SEED = 2, 32, 0
 """The fixed batch: random tokens from a seeded generator."""
 TOLERANCE = {"fp32": 1e-5, "bf16": 3e-2}
-"""Largest difference allowed, as a share of the largest logit: fp32 rounding; bf16 has 8 bits, and the two add in another order."""
+"""Largest difference allowed, as a share of the largest logit: fp32 rounding; bf16 has 8 bits, and
+the two add in another order."""
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 
 
@@ -51,15 +54,21 @@ def compare(theirs: dict[str, Rows], ours: dict[str, Rows]) -> dict[str, dict]:
     found = {}
     for name, tensor in theirs.items():
         pair = digest(tensor, tensor.dtype), digest(ours[name], tensor.dtype)
-        found[name] = {"sha256": pair[0]} if pair[0] == pair[1] else {"sha256": pair[0], "checkpoint": pair[1], "differs": True}
+        found[name] = (
+            {"sha256": pair[0]} if pair[0] == pair[1] else {"sha256": pair[0], "checkpoint": pair[1], "differs": True}
+        )
     return found
 
 
 @torch.no_grad()
 def difference(folder: Path, source: Path, shape: Shape, head: str, precision: str) -> dict:
-    """Largest |difference| of transformers' and our outputs, and the largest |output|. Inside ``ranks(1, 1)``."""
+    """Largest |difference| of transformers' and our outputs, and the largest |output|. Inside
+    ``ranks(1, 1)``."""
     tokens = torch.randint(0, shape.vocab, (ROWS, LENGTH), generator=torch.Generator().manual_seed(SEED))
-    kind = getattr(transformers, family(shape.family).HUGGING_FACE + ("ForSequenceClassification" if head == "scalar" else "ForCausalLM"))
+    kind = getattr(
+        transformers,
+        family(shape.family).HUGGING_FACE + ("ForSequenceClassification" if head == "scalar" else "ForCausalLM"),
+    )
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     reference = kind.from_pretrained(folder, dtype=dtype).to(device()).eval()
     if head == "scalar":  # no token of the batch is padding: the score is that of whole rows
@@ -67,14 +76,31 @@ def difference(folder: Path, source: Path, shape: Shape, head: str, precision: s
         tokens[tokens == padding] = (padding + 1) % shape.vocab
     expected = reference(input_ids=tokens.to(device())).logits.float().cpu()
     del reference
-    trainer = SFTConfig(paths=Paths("", "", "", "", ""), precision=precision, micro_batch_size=ROWS, global_batch_size=ROWS)
+    trainer = SFTConfig(
+        paths=Paths("", "", "", "", ""), precision=precision, micro_batch_size=ROWS, global_batch_size=ROWS
+    )
     model = build_model(shape, trainer, "scalar" if head == "scalar" else "lm")
     format.load_weights(source, model)
     kept = []
-    evaluate(model, {"tokens": tokens}, ROWS, lambda output, micro: _keep(kept, output if head == "scalar" else output.logits()))
-    ours = kept[0][:, -1:] + shape.score_bias * classifier.calibration(source) if head == "scalar" else kept[0][..., : shape.vocab]
-    return {"max_difference": (ours - expected).abs().max().item(), "max_value": expected.abs().max().item(), "precision": precision,
-            "rows": ROWS, "tokens": LENGTH, "seed": SEED}
+    evaluate(
+        model,
+        {"tokens": tokens},
+        ROWS,
+        lambda output, micro: _keep(kept, output if head == "scalar" else output.logits()),
+    )
+    ours = (
+        kept[0][:, -1:] + shape.score_bias * classifier.calibration(source)
+        if head == "scalar"
+        else kept[0][..., : shape.vocab]
+    )
+    return {
+        "max_difference": (ours - expected).abs().max().item(),
+        "max_value": expected.abs().max().item(),
+        "precision": precision,
+        "rows": ROWS,
+        "tokens": LENGTH,
+        "seed": SEED,
+    }
 
 
 def _keep(kept: list, output: torch.Tensor) -> torch.Tensor:
@@ -83,7 +109,8 @@ def _keep(kept: list, output: torch.Tensor) -> torch.Tensor:
 
 
 def verify(folder: Path, path: Path, precision: str) -> dict:
-    """Compare and write PROOF.json -> its content. Inside ``ranks(1, 1)``; ``precision`` "none" leaves the logits out."""
+    """Compare and write PROOF.json -> its content. Inside ``ranks(1, 1)``; ``precision`` "none"
+    leaves the logits out."""
     shape = Shape.read(folder)
     head, theirs = huggingface.read(folder, shape)
     source = find_checkpoint(path)
@@ -101,7 +128,9 @@ def verify(folder: Path, path: Path, precision: str) -> dict:
         proof["logits"] = difference(folder, source, shape, head, precision)
         proof["logits"]["tolerance"] = TOLERANCE[precision] * proof["logits"]["max_value"]
         proof["proved"] &= proof["logits"]["max_difference"] <= proof["logits"]["tolerance"]
-    proof["versions"] = {package: importlib.metadata.version(package) for package in ("torch", "megatron-core", "transformers")}
+    proof["versions"] = {
+        package: importlib.metadata.version(package) for package in ("torch", "megatron-core", "transformers")
+    }
     aside = folder / ".PROOF.json.new"
     aside.write_text(json.dumps(proof, indent=1) + "\n", encoding="utf-8")
     aside.replace(folder / "PROOF.json")
@@ -115,19 +144,31 @@ def run(given) -> None:
     with ranks(1, 1, 0, init_method=f"file://{os.path.abspath(folder)}/.verify-{os.getpid()}"):
         proof = verify(folder, Path(given.checkpoint), given.logits)
     count, logits = len(proof["tensors"]), proof.get("logits")
-    said = f"; largest difference of {'scores' if proof['head'] == 'scalar' else 'logits'} {logits['max_difference']:.2g}" if logits else ""
+    said = (
+        f"; largest difference of {'scores' if proof['head'] == 'scalar' else 'logits'} {logits['max_difference']:.2g}"
+        if logits
+        else ""
+    )
     if not proof["proved"]:
         differing = [name for name, row in proof["tensors"].items() if "differs" in row]
-        raise Damaged(f"{folder}: not the same model: {len(differing)} of {count} tensors differ {differing[:3]}{said}; see PROOF.json")
+        raise Damaged(
+            f"{folder}: not the same model: {len(differing)} of {count} tensors differ {differing[:3]}{said}; see PROOF.json"
+        )
     print(f"{folder}: {count} tensors equal, byte for byte{said}; PROOF.json written", flush=True)
 
 
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m conversion.verify", description=__doc__.split("\n")[0])
     parser.add_argument("folder", help="Hugging Face folder: what was converted, or what was exported")
-    parser.add_argument("checkpoint", help="Megatron checkpoint: stage folder (its latest), iter_... folder or model folder")
-    parser.add_argument("--logits", choices=("fp32", "bf16", "none"), default="fp32",
-                        help="compute both models' logits in this precision (memory: both models); none = the tensors alone")
+    parser.add_argument(
+        "checkpoint", help="Megatron checkpoint: stage folder (its latest), iter_... folder or model folder"
+    )
+    parser.add_argument(
+        "--logits",
+        choices=("fp32", "bf16", "none"),
+        default="fp32",
+        help="compute both models' logits in this precision (memory: both models); none = the tensors alone",
+    )
     return parser
 
 

@@ -1,8 +1,10 @@
-"""One table, read in both directions: which tensor of Hugging Face is which of megatron-core. Each family's is in training/models/NAME/table.py.
+"""One table, read in both directions: which tensor of Hugging Face is which of megatron-core. Each
+family's is in training/models/NAME/table.py.
 
-megatron-core stores one key for all layers, with the layer as a first axis. Where it fuses several of Hugging Face's tensors, their rows
-are woven group by group (conversion.tensors.Woven): query, key and value by key-value head, gate and up row by row, so that every
-tensor-parallel rank's rows lie together.
+megatron-core stores one key for all layers, with the layer as a first axis. Where it fuses several
+of Hugging Face's tensors, their rows are woven group by group (conversion.tensors.Woven): query,
+key and value by key-value head, gate and up row by row, so that every tensor-parallel rank's rows
+lie together.
 """
 
 from __future__ import annotations
@@ -16,12 +18,13 @@ from training.config.shape import EMBEDDING, VOCABULARY, Shape, Weight, family
 from training.files.hf_folder import shown
 
 HEADS = {"untied": "lm_head.weight", "scalar": "score.weight"}
-"""Kind of head -> Hugging Face's name of its matrix. A "tied" head is the embedding and has no tensor of its own."""
+"""Kind of head -> Hugging Face's name of its matrix. A "tied" head is the embedding and has no
+tensor of its own."""
 
 
 class Entry(NamedTuple):
-    """One tensor: ``key`` in the Megatron checkpoint (row ``layer`` of it, if any), made of ``parts``: Hugging Face's names, without
-    prefix, and shapes."""
+    """One tensor: ``key`` in the Megatron checkpoint (row ``layer`` of it, if any), made of
+    ``parts``: Hugging Face's names, without prefix, and shapes."""
 
     key: str
     parts: dict[str, tuple[int, ...]]
@@ -53,11 +56,15 @@ class Entry(NamedTuple):
         """Hugging Face's tensors from megatron-core's."""
         if len(self.parts) == 1:
             return {self.name: tensor}
-        return {name: Unwoven.of(tensor, list(self.parts.values()), number, self.weight.groups) for number, name in enumerate(self.parts)}
+        return {
+            name: Unwoven.of(tensor, list(self.parts.values()), number, self.weight.groups)
+            for number, name in enumerate(self.parts)
+        }
 
 
 def entries(shape: Shape, head: str | None = None) -> Iterator[Entry]:
-    """The table for a model, in the model's order. ``head``: "tied", "untied" or "scalar"; None = as config.json says."""
+    """The table for a model, in the model's order. ``head``: "tied", "untied" or "scalar"; None =
+    as config.json says."""
     for weight, layer, parts in shape.weights(head or head_of(shape)):
         yield Entry(weight.key if layer is None else f"decoder.layers.{weight.key}", parts, layer, weight)
 
@@ -79,5 +86,7 @@ def check_names(found: Iterable[str], wanted: Iterable[str], where, shape: Shape
     """Raises ConfigError unless the tensors are exactly the table's."""
     found, wanted = set(found), set(wanted)
     if found != wanted:
-        raise ConfigError(f"{where} does not hold the tensors of a {shape.family} of {shape.layers} layers; "
-                          f"missing: {shown(sorted(wanted - found)[:5], 400)}, unknown: {shown(sorted(found - wanted)[:5], 400)}")
+        raise ConfigError(
+            f"{where} does not hold the tensors of a {shape.family} of {shape.layers} layers; "
+            f"missing: {shown(sorted(wanted - found)[:5], 400)}, unknown: {shown(sorted(found - wanted)[:5], 400)}"
+        )

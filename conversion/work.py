@@ -1,7 +1,9 @@
-"""Writing a folder of large files: in parallel, with progress, restartable, and in place only when it is complete.
+"""Writing a folder of large files: in parallel, with progress, restartable, and in place only when
+it is complete.
 
-Files are written beside the target. Each gets its name only when it is whole and on disk, together with a record of what was
-written; a run that was killed is started again and goes on with the files that are missing. The bytes do not depend on it.
+Files are written beside the target. Each gets its name only when it is whole and on disk, together
+with a record of what was written; a run that was killed is started again and goes on with the files
+that are missing. The bytes do not depend on it.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from training.config.schema import ConfigError
 
 Count = Callable[[int], None]
 Writer = Callable[[BinaryIO, Count], object]
-"""Writes one file from start to end, tells ``Count`` the bytes of weights as they go, returns what is to be known of it (JSON)."""
+"""Writes one file from start to end, tells ``Count`` the bytes of weights as they go, returns what
+is to be known of it (JSON)."""
 RECORDS = ".records"
 MADE_FROM = "conversion.json"
 """What a folder was made from: equal content means that an interrupted conversion may go on."""
@@ -37,10 +40,11 @@ EXTRA = 1.02
 
 @contextlib.contextmanager
 def folder(aside: Path, made_from: dict, size: int) -> Iterator[None]:
-    """``aside`` ready to be written to: empty, or with what an interrupted run of the same conversion left.
+    """``aside`` ready to be written to: empty, or with what an interrupted run of the same
+    conversion left.
 
-    Raises ConfigError where another process writes it now, OSError where less than ``size`` bytes (less those there)
-    are free.
+    Raises ConfigError where another process writes it now, OSError where less than ``size`` bytes
+    (less those there) are free.
     """
     aside.mkdir(parents=True, exist_ok=True)
     with open(aside.with_name(aside.name + ".lock"), "w") as lock:
@@ -78,8 +82,11 @@ class Written(NamedTuple):
     sha256: str
 
 
-def write_files(aside: Path, files: dict[str, Writer], sizes: dict[str, int], title: str, hashed: bool = True) -> dict[str, Written]:
-    """Write those of ``files`` (name below ``aside`` -> writer) that are not there yet. ``sizes``: bytes of weights of each.
+def write_files(
+    aside: Path, files: dict[str, Writer], sizes: dict[str, int], title: str, hashed: bool = True
+) -> dict[str, Written]:
+    """Write those of ``files`` (name below ``aside`` -> writer) that are not there yet. ``sizes``:
+    bytes of weights of each.
 
     Not ``hashed``: their sha256 is left empty.
     """
@@ -93,7 +100,9 @@ def write_files(aside: Path, files: dict[str, Writer], sizes: dict[str, int], ti
             raise InterruptedError("another file could not be written")
         progress.add(size)
 
-    threads = min(THREADS, max(2, len(os.sched_getaffinity(0))))  # two on one core: one computes while the other waits for the disk
+    threads = min(
+        THREADS, max(2, len(os.sched_getaffinity(0)))
+    )  # two on one core: one computes while the other waits for the disk
     with ThreadPoolExecutor(threads) as pool, progress:
         jobs = [pool.submit(_write, aside, name, writer, count, hashed) for name, writer in left.items()]
         try:
@@ -117,7 +126,8 @@ def clean(aside: Path) -> None:
 
 
 def replace(aside: Path, target: Path) -> None:
-    """Make the complete folder ``aside`` the folder ``target``, durably; an old one goes after the new one is in place."""
+    """Make the complete folder ``aside`` the folder ``target``, durably; an old one goes after the
+    new one is in place."""
     for path in [*(path for path in aside.rglob("*") if path.is_file()), aside]:
         sync(path)
     old = target.with_name(f".{target.name}.old")
@@ -135,7 +145,11 @@ def _record(aside: Path, name: str) -> Path:
 
 def _done(aside: Path, name: str) -> bool:
     path, record = aside / name, _record(aside, name)
-    return path.is_file() and record.is_file() and json.loads(record.read_text(encoding="utf-8"))["size"] == path.stat().st_size
+    return (
+        path.is_file()
+        and record.is_file()
+        and json.loads(record.read_text(encoding="utf-8"))["size"] == path.stat().st_size
+    )
 
 
 def _write(aside: Path, name: str, writer: Writer, count: Count, hashed: bool) -> None:
@@ -148,7 +162,9 @@ def _write(aside: Path, name: str, writer: Writer, count: Count, hashed: bool) -
         file.flush()
         os.fsync(file.fileno())
     note = _record(aside, name)
-    text = json.dumps({"size": part.stat().st_size, "sha256": hashing.digest.hexdigest() if hashed else "", "record": record})
+    text = json.dumps(
+        {"size": part.stat().st_size, "sha256": hashing.digest.hexdigest() if hashed else "", "record": record}
+    )
     note.with_suffix(".new").write_text(text, encoding="utf-8")
     note.with_suffix(".new").replace(note)
     part.replace(path)
@@ -167,7 +183,8 @@ class _Hashing:
 
 
 class Progress:
-    """Bytes written, bytes a second and time left: a line that is rewritten on a terminal, else a line every ten seconds."""
+    """Bytes written, bytes a second and time left: a line that is rewritten on a terminal, else a
+    line every ten seconds."""
 
     def __init__(self, title: str, total: int, done: int):
         self.title, self.total, self.done, self.before = title, total, done, done
@@ -194,7 +211,12 @@ class Progress:
             self._show()
 
     def _show(self) -> None:
-        print(f"\r\033[K{self.text()}" if self.live else self.text(), end="" if self.live else "\n", file=sys.stderr, flush=True)
+        print(
+            f"\r\033[K{self.text()}" if self.live else self.text(),
+            end="" if self.live else "\n",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def __enter__(self):
         self.thread.start()

@@ -5,8 +5,9 @@ import sys
 
 
 def without_optimization() -> None:
-    """Under ``python -O`` or ``-OO`` (PYTHONOPTIMIZE=1 or 2) replace a program of this package by the same one without it:
-    transformers can't be loaded without its docstrings. As training.distributed.lazy_inductor does."""
+    """Under ``python -O`` or ``-OO`` (PYTHONOPTIMIZE=1 or 2) replace a program of this package by
+    the same one without it: transformers can't be loaded without its docstrings. As
+    training.distributed.lazy_inductor does."""
     words = sys.orig_argv
     ours = "-m" in words and (*words, "")[words.index("-m") + 1].split(".")[0] == "eval"
     kept = [word for word in words if word not in ("-O", "-OO")]

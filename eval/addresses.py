@@ -1,4 +1,5 @@
-"""Addresses: the secrets that must not stand in one, and whether a proxy lies on the way. Standard library only."""
+"""Addresses: the secrets that must not stand in one, and whether a proxy lies on the way. Standard
+library only."""
 
 from __future__ import annotations
 
@@ -7,10 +8,16 @@ import urllib.parse
 
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]{0,30}://\S*", re.IGNORECASE)
 _BARE_LOGIN = re.compile(r"[^/\s:@]+:[^/\s@]+@[^/\s@]+")
-_SECRET_NAME = re.compile(r"key|token|secret|passw|pwd|auth|credential|bearer|jwt|signature|session|"
-                          r"(^|[^a-z])(sig|sas|pw|pass)([^a-z]|$)", re.IGNORECASE)
-_SECRET_FIELD = re.compile(r"(^|[_-])(api[_-]?key|secret([_-]key)?|password|passwd|authorization|bearer|jwt|credentials?|"
-                           r"(api|auth|access|refresh|id)[_-]?token)$|^(key|token)$", re.IGNORECASE)
+_SECRET_NAME = re.compile(
+    r"key|token|secret|passw|pwd|auth|credential|bearer|jwt|signature|session|"
+    r"(^|[^a-z])(sig|sas|pw|pass)([^a-z]|$)",
+    re.IGNORECASE,
+)
+_SECRET_FIELD = re.compile(
+    r"(^|[_-])(api[_-]?key|secret([_-]key)?|password|passwd|authorization|bearer|jwt|credentials?|"
+    r"(api|auth|access|refresh|id)[_-]?token)$|^(key|token)$",
+    re.IGNORECASE,
+)
 _NOT_SECRET = re.compile(r"keyboard|monkey|author(s|ity)?$|tokenizer|max_.*tokens|.*_tokens$", re.IGNORECASE)
 
 
@@ -26,10 +33,13 @@ def secret(text: str, is_address: bool = False) -> str:
 
 
 def refuse_secret(field: str, text: str, instead: str, is_address: bool = True) -> None:
-    """ValueError where the address holds a secret: it would be written into configurations, logs and reports."""
+    """ValueError where the address holds a secret: it would be written into configurations, logs
+    and reports."""
     if what := secret(text, is_address):
-        raise ValueError(f"{field}: the address holds {what}, which would be written into config.json, logs and the "
-                         f"report; take it out and {instead}")
+        raise ValueError(
+            f"{field}: the address holds {what}, which would be written into config.json, logs and the "
+            f"report; take it out and {instead}"
+        )
 
 
 def _secret(address: str) -> str:
@@ -56,7 +66,8 @@ def is_secret_field(name: str) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Is this the machine itself? In every way to write it: 127.1, ::ffff:127.0.0.1, judge.localhost."""
+    """Is this the machine itself? In every way to write it: 127.1, ::ffff:127.0.0.1,
+    judge.localhost."""
     import ipaddress
     import socket
 
@@ -75,7 +86,8 @@ def is_loopback(host: str) -> bool:
 
 
 def proxy(url: str) -> tuple[str, str]:
-    """(the proxy that requests to ``url`` go through, without its password, its variable); ("", "") for none.
+    """(the proxy that requests to ``url`` go through, without its password, its variable); ("", "")
+    for none.
 
     No proxy is asked for this machine itself, whatever the environment says.
     """

@@ -1,4 +1,5 @@
-"""What an evaluation that fails leaves for the launcher, as training/error_report.py does: class and message."""
+"""What an evaluation that fails leaves for the launcher, as training/error_report.py does: class
+and message."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ import transformers
 from eval.errors import DataError, HarnessError, JudgeError, SurroundingsError
 
 FOLDER = "CONVOY_WORDS"
-"""Environment variable: where ``rank_R.json`` is left, {"class", "message"}; launcher/job/endings.py names the classes."""
+"""Environment variable: where ``rank_R.json`` is left, {"class", "message"};
+launcher/job/endings.py names the classes."""
 BAD_CONFIG, BAD_DATA, JUDGE, HARNESS, TOO_FEW_RATINGS = "bad config", "bad data", "judge", "harness", "too few ratings"
 CODES = {BAD_CONFIG: 64, BAD_DATA: 65, "file error": 73, "disk full": 74, TOO_FEW_RATINGS: 4}
 """Class -> exit code; 1 for the others."""
@@ -26,8 +28,11 @@ OWN = ((DataError, BAD_DATA), (SurroundingsError, BAD_CONFIG), (JudgeError, JUDG
 KINDS = (*OWN, (torch.OutOfMemoryError, "cuda oom"), (MemoryError, "host oom"))
 TORCH = (RuntimeError, getattr(torch, "AcceleratorError", RuntimeError))
 NODE = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ESHUTDOWN, errno.ENODEV, errno.EREMOTEIO)
-NUMBERS = {**dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "disk full"), errno.ENOMEM: "host oom",
-           **dict.fromkeys(NODE, "node failure")}
+NUMBERS = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "disk full"),
+    errno.ENOMEM: "host oom",
+    **dict.fromkeys(NODE, "node failure"),
+}
 
 
 def kind_of(error: BaseException) -> str:
@@ -59,7 +64,8 @@ def _leave(name: str, value: dict) -> None:
         path = Path(folder) / name
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            private = partial(os.open, mode=0o600)  # a message may hold a key, until the launcher has masked it
+            # a message may hold a key, until the launcher has masked it
+            private = partial(os.open, mode=0o600)
             with open(path.with_suffix(".new"), "w", encoding="utf-8", opener=private) as file:
                 json.dump(value, file)
             path.with_suffix(".new").replace(path)

@@ -2,11 +2,13 @@
 
 
 class DataError(ValueError):
-    """Input that can't be used: the message names file, line, value, what was expected and the fix. Exit code 65."""
+    """Input that can't be used: the message names file, line, value, what was expected and the fix.
+    Exit code 65."""
 
 
 class JudgeError(RuntimeError):
-    """The judge can't be used: the message names address, cause and fix, and never holds the key."""
+    """The judge can't be used: the message names address, cause and fix, and never holds the
+    key."""
 
 
 class HarnessError(RuntimeError):
@@ -14,7 +16,8 @@ class HarnessError(RuntimeError):
 
 
 class SurroundingsError(ValueError):
-    """RANK, WORLD_SIZE and their like in the environment fit no start of several ranks. Exit code 64."""
+    """RANK, WORLD_SIZE and their like in the environment fit no start of several ranks. Exit code
+    64."""
 
 
 class Busy(RuntimeError):
@@ -22,4 +25,5 @@ class Busy(RuntimeError):
 
 
 class InvariantError(AssertionError):
-    """What always holds does not: a bug. Unlike ``assert`` it also guards an evaluation under ``python -O``."""
+    """What always holds does not: a bug. Unlike ``assert`` it also guards an evaluation under
+    ``python -O``."""

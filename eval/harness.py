@@ -1,7 +1,9 @@
-"""lm-evaluation-harness on the exported folders, where it is installed (pip install -e .[harness]): benchmarks that need no judge.
+"""lm-evaluation-harness on the exported folders, where it is installed (pip install -e .[harness]):
+benchmarks that need no judge.
 
-It runs as a process of its own, ``python -m lm_eval``, in the folder of the tasks, so that they name local data by paths from there. What
-it finds is kept under harness/ with the key of what it depends on.
+It runs as a process of its own, ``python -m lm_eval``, in the folder of the tasks, so that they
+name local data by paths from there. What it finds is kept under harness/ with the key of what it
+depends on.
 """
 
 from __future__ import annotations
@@ -27,25 +29,33 @@ def tasks(config: MTBenchConfig) -> list[str]:
 
 
 def require(config: MTBenchConfig) -> None:
-    """Raise DataError where the harness is asked for and can't run: before hours of generation, not after."""
+    """Raise DataError where the harness is asked for and can't run: before hours of generation, not
+    after."""
     if not tasks(config):
         return
     if importlib.util.find_spec("lm_eval") is None:
-        raise DataError(f"mtbench.harness_tasks = {config.harness_tasks!r}: lm-evaluation-harness is not installed beside "
-                        f"{sys.executable}; install the extra there: pip install -e '.[harness]'")
+        raise DataError(
+            f"mtbench.harness_tasks = {config.harness_tasks!r}: lm-evaluation-harness is not installed beside "
+            f"{sys.executable}; install the extra there: pip install -e '.[harness]'"
+        )
     if config.harness_folder and not Path(config.harness_folder).is_dir():
-        raise DataError(f"mtbench.harness_folder = {config.harness_folder}: no such folder; expected one with the tasks' YAML files")
+        raise DataError(
+            f"mtbench.harness_folder = {config.harness_folder}: no such folder; expected one with the tasks' YAML files"
+        )
     for name, folder in config.paths.models.items():
         if "," in str(folder) or "=" in str(folder):
             raise DataError(f"paths.models.{name} = {folder}: lm-evaluation-harness can't take a path with ',' or '='")
 
 
 def run(config: MTBenchConfig, fingerprints: dict[str, str]) -> dict[str, dict] | None:
-    """Model -> task -> metric -> {"value", "stderr"}, None where no task is asked for; raises HarnessError with its last words."""
+    """Model -> task -> metric -> {"value", "stderr"}, None where no task is asked for; raises
+    HarnessError with its last words."""
     wanted = tasks(config)
     if not wanted:
         return None
-    return {name: _model(config, name, folder, fingerprints[name], wanted) for name, folder in config.paths.models.items()}
+    return {
+        name: _model(config, name, folder, fingerprints[name], wanted) for name, folder in config.paths.models.items()
+    }
 
 
 def _model(config: MTBenchConfig, name: str, folder: str, mark: str, wanted: list[str]) -> dict:
@@ -58,14 +68,23 @@ def _model(config: MTBenchConfig, name: str, folder: str, mark: str, wanted: lis
     if (known := read_json(kept)).get("key") == key and isinstance(known.get("results"), dict):
         return known["results"]
     raw = output / f"{name}-{key}"
-    done = subprocess.run(command(config, folder, wanted, raw), cwd=folder_of_tasks or None,
-                          env=children.environment(), capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    done = subprocess.run(
+        command(config, folder, wanted, raw),
+        cwd=folder_of_tasks or None,
+        env=children.environment(),
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
     write(output / f"{name}.log", done.stdout + done.stderr)
     files = sorted(raw.rglob("results_*.json"), key=lambda path: path.stat().st_mtime)
     if done.returncode or not files:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["nothing"]
-        raise HarnessError(f"lm_eval of {name}: exit code {done.returncode}, it said last: {lines[-1].strip()[:300]!r} "
-                           f"(all of it: {output / f'{name}.log'})")
+        raise HarnessError(
+            f"lm_eval of {name}: exit code {done.returncode}, it said last: {lines[-1].strip()[:300]!r} "
+            f"(all of it: {output / f'{name}.log'})"
+        )
     results = read(json.loads(files[-1].read_text(encoding="utf-8")))
     write(kept, json.dumps({"key": key, "results": results}, indent=1) + "\n")
     return results
@@ -79,14 +98,30 @@ def _version() -> str:
 
 
 def command(config: MTBenchConfig, folder: str, wanted: list[str], output: Path) -> list[str]:
-    return [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={Path(folder).resolve()}",
-            "--tasks", ",".join(wanted), "--batch_size", str(config.batch_size), "--seed", str(config.seed), "--output_path", str(output),
-            *(["--include_path", "."] if config.harness_folder else []),
-            *(["--limit", str(config.harness_limit)] if config.harness_limit else [])]
+    return [
+        sys.executable,
+        "-m",
+        "lm_eval",
+        "--model",
+        "hf",
+        "--model_args",
+        f"pretrained={Path(folder).resolve()}",
+        "--tasks",
+        ",".join(wanted),
+        "--batch_size",
+        str(config.batch_size),
+        "--seed",
+        str(config.seed),
+        "--output_path",
+        str(output),
+        *(["--include_path", "."] if config.harness_folder else []),
+        *(["--limit", str(config.harness_limit)] if config.harness_limit else []),
+    ]
 
 
 def read(raw: dict) -> dict:
-    """The harness's results ({"acc,none": .., "acc_stderr,none": ..}) by task and metric, with the number of examples."""
+    """The harness's results ({"acc,none": .., "acc_stderr,none": ..}) by task and metric, with the
+    number of examples."""
     found = {}
     for task, values in raw["results"].items():
         metrics = {}
@@ -95,6 +130,8 @@ def read(raw: dict) -> dict:
             if isinstance(value, int | float) and not metric.endswith("_stderr") and kind:
                 error = values.get(f"{metric}_stderr,{kind}")
                 metrics[metric if kind == "none" else f"{metric} ({kind})"] = {
-                    "value": value, "stderr": error if isinstance(error, int | float) else None}
+                    "value": value,
+                    "stderr": error if isinstance(error, int | float) else None,
+                }
         found[task] = {"metrics": metrics, "examples": raw.get("n-samples", {}).get(task, {}).get("effective")}
     return found

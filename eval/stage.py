@@ -1,4 +1,5 @@
-"""The evaluation's work, part by part: each part finds what an earlier start has made and makes the rest."""
+"""The evaluation's work, part by part: each part finds what an earlier start has made and makes the
+rest."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ _SCORER, _JUDGE = "/reward model", "/judge"
 
 
 class Progress:
-    """Counts what is done (answers, replies, KL estimates, ratings) into metrics.jsonl and prints a line each time; rank 0 does so."""
+    """Counts what is done (answers, replies, KL estimates, ratings) into metrics.jsonl and prints a
+    line each time; rank 0 does so."""
 
     def __init__(self, output: str, total: int, speaks: bool):
         self.path, self.total, self.speaks, self.iteration = Path(output) / "metrics.jsonl", total, speaks, 0
@@ -41,14 +43,21 @@ class Progress:
                 self.iteration += n
                 append(self.path, [{"iteration": self.iteration, "total": self.total, "time": time.time()}])
                 print(f"{label}: {finished}/{total}", flush=True)
+
         return done
 
 
 class Stage:
-    """What the parts share: configuration, questions, held-out prompts, models' fingerprints, progress, ranks."""
+    """What the parts share: configuration, questions, held-out prompts, models' fingerprints,
+    progress, ranks."""
 
     def __init__(self, settings: MTBenchConfig, ranks: Ranks):
-        self.config, self.output, self.folders, self.ranks = settings, Path(settings.paths.output), settings.paths.models, ranks
+        self.config, self.output, self.folders, self.ranks = (
+            settings,
+            Path(settings.paths.output),
+            settings.paths.models,
+            ranks,
+        )
         if not self.folders:
             raise DataError("paths.models: no model; expected one or more Hugging Face folders by name")
         self.set = questions.load(settings.questions, settings.references)
@@ -67,7 +76,10 @@ class Stage:
         if settings.judge == "local":
             generation.require_model(settings.judge_model, "mtbench.judge_model")
             ranks.once(lambda: local_server.takes_system(settings.judge_model))
-        folders = self.folders | {_SCORER: settings.reward_model, _JUDGE: settings.judge_model if settings.judge == "local" else ""}
+        folders = self.folders | {
+            _SCORER: settings.reward_model,
+            _JUDGE: settings.judge_model if settings.judge == "local" else "",
+        }
         marks = ranks.once(lambda: {name: fingerprint.of_model(folder) for name, folder in folders.items() if folder})
         self.scorer, self.judge = marks.pop(_SCORER, ""), marks.pop(_JUDGE, "")
         self.fingerprints = marks
@@ -81,11 +93,17 @@ class Stage:
         return models * (items + len(self.places)) + others * len(self.places) + ratings * (self.config.judge != "none")
 
     def answers(self, name: str) -> tuple[list[dict], list[dict]]:
-        """(model_answer rows, held-out rows) of one model, complete and in order; its weights are loaded only if a row is missing."""
+        """(model_answer rows, held-out rows) of one model, complete and in order; its weights are
+        loaded only if a row is missing."""
         mark, items, ranks = self.fingerprints[name], self.set.questions, self.ranks
-        answer_path, reply_path = self.output / "model_answer" / f"{name}.jsonl", self.output / "heldout" / f"{name}.jsonl"
+        answer_path, reply_path = (
+            self.output / "model_answer" / f"{name}.jsonl",
+            self.output / "heldout" / f"{name}.jsonl",
+        )
         answer_keys = {question.question_id: dialogue.key(mark, self.config, question) for question in items}
-        reply_keys = {(prompt.index, sample): heldout.key(mark, self.config, prompt, sample) for prompt, sample in self.places}
+        reply_keys = {
+            (prompt.index, sample): heldout.key(mark, self.config, prompt, sample) for prompt, sample in self.places
+        }
         answer_done = self.progress.counter(f"{name}: questions answered", len(items))
         reply_done = self.progress.counter(f"{name}: held-out replies", len(self.places))
 
@@ -98,10 +116,14 @@ class Stage:
         answer_done(len(answered))
         reply_done(len(replied))
         questions_left = ranks.mine([question for question in items if question.question_id not in answered])
-        places_left = ranks.mine([(prompt, sample) for prompt, sample in self.places if (prompt.index, sample) not in replied])
+        places_left = ranks.mine(
+            [(prompt, sample) for prompt, sample in self.places if (prompt.index, sample) not in replied]
+        )
         if questions_left or places_left:
             model, tokenizer = generation.load(self.folders[name])
-            dialogue.answer(model, tokenizer, name, questions_left, answer_keys, self.config, ranks.own(answer_path), answer_done)
+            dialogue.answer(
+                model, tokenizer, name, questions_left, answer_keys, self.config, ranks.own(answer_path), answer_done
+            )
             heldout.reply(model, tokenizer, places_left, reply_keys, self.config, ranks.own(reply_path), reply_done)
             del model
             release()
@@ -109,7 +131,9 @@ class Stage:
         answered, replied = stored()
         answer_done(len(answered) - mine[0])  # the other ranks'
         reply_done(len(replied) - mine[1])
-        return [answered[question.question_id] for question in items], [replied[prompt.index, sample] for prompt, sample in self.places]
+        return [answered[question.question_id] for question in items], [
+            replied[prompt.index, sample] for prompt, sample in self.places
+        ]
 
     def kl(self, name: str, replies: list[dict]) -> list[dict]:
         """KL rows of one model's replies against the baseline."""
@@ -123,14 +147,18 @@ class Stage:
         done = self.progress.counter(f"{name}: KL to {self.baseline}", len(replies))
         done(len(replies) - len(left))
         if mine := self.ranks.mine(left):
-            append(self.ranks.own(path), heldout.kl_rows(self.folders[name], self.folders[self.baseline], mine, base, self.config))
+            append(
+                self.ranks.own(path),
+                heldout.kl_rows(self.folders[name], self.folders[self.baseline], mine, base, self.config),
+            )
             release()
         known = stored()
         done(len(left))
         return [known[heldout.kl_key(row, base)] for row in replies]
 
     def scores(self, name: str, replies: list[dict]) -> list[dict]:
-        """Rows {"index", "sample", "key", "score"} of one model's replies by the reward model; none without one."""
+        """Rows {"index", "sample", "key", "score"} of one model's replies by the reward model; none
+        without one."""
         folder, path = self.config.reward_model, self.output / "heldout" / "score" / f"{name}.jsonl"
         if not folder:
             return []
@@ -145,36 +173,54 @@ class Stage:
         if mine := self.ranks.mine([row for row in replies if key(row) not in known]):
             limit = self.config.context_length - self.config.heldout_max_new_tokens
             values = reward_model.score(folder, [(row["prompt"], row["response"]) for row in mine], limit)
-            append(self.ranks.own(path), [{"index": row["index"], "sample": row["sample"], "key": key(row), "score": value}
-                                          for row, value in zip(mine, values, strict=True)])
+            append(
+                self.ranks.own(path),
+                [
+                    {"index": row["index"], "sample": row["sample"], "key": key(row), "score": value}
+                    for row, value in zip(mine, values, strict=True)
+                ],
+            )
             release()
         known = stored()
         return [known[key(row)] for row in replies]
 
     def judge_settings(self) -> dict:
-        """What ratings depend on beyond the judge's name: to be equal where two evaluations share a table."""
+        """What ratings depend on beyond the judge's name: to be equal where two evaluations share a
+        table."""
         settings = self.config
         if settings.judge == "none":
             return {}
         return {"max_tokens": settings.judge_max_tokens, "request": settings.request_fields(), "model": self.judge}
 
     def judgments(self, made: dict[str, list[dict]]) -> tuple[list[dict], list[dict], str]:
-        """(judgment rows, pairwise rows, what went wrong: then some rows are missing); all empty without a judge."""
+        """(judgment rows, pairwise rows, what went wrong: then some rows are missing); all empty
+        without a judge."""
         if self.config.judge == "none":
             return [], [], ""
         works = ask_all.ratings(self.config, self.set, made, self.judge)
         try:
-            judged = ask_all.rate(self.config, works, self.set.prompts, self.progress.counter("ratings", sum(len(w.wanted) for w in works)))
+            judged = ask_all.rate(
+                self.config,
+                works,
+                self.set.prompts,
+                self.progress.counter("ratings", sum(len(w.wanted) for w in works)),
+            )
             problem = ""
         except JudgeError as error:
             judged, problem = ask_all.paid(self.config, works), str(error)
         return judged[0], judged[1] if self.config.judge_pairwise else [], problem
 
     def write_questions(self) -> None:
-        """question.jsonl and reference_answer/ beside the answers, as FastChat's tools expect them; the report reads them, too."""
-        dump(self.output / "question.jsonl", [
-            {"question_id": item.question_id, "category": item.category, "turns": list(item.turns)}
-            | ({"reference": list(item.reference)} if item.reference else {}) for item in self.set.questions])
+        """question.jsonl and reference_answer/ beside the answers, as FastChat's tools expect them;
+        the report reads them, too."""
+        dump(
+            self.output / "question.jsonl",
+            [
+                {"question_id": item.question_id, "category": item.category, "turns": list(item.turns)}
+                | ({"reference": list(item.reference)} if item.reference else {})
+                for item in self.set.questions
+            ],
+        )
 
 
 def _by_place(row: dict) -> tuple:

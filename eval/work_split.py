@@ -1,6 +1,8 @@
-"""Work split over processes: each rank makes every n-th of what is missing; rank 0 puts together what they made.
+"""Work split over processes: each rank makes every n-th of what is missing; rank 0 puts together
+what they made.
 
-What is made does not depend on the number of ranks: each row has its own key, random numbers and place in the order.
+What is made does not depend on the number of ranks: each row has its own key, random numbers and
+place in the order.
 """
 
 from __future__ import annotations
@@ -22,12 +24,15 @@ from eval.files.jsonl import dump, last_by, recover
 
 @contextlib.contextmanager
 def alone(output: str | Path) -> Iterator[None]:
-    """Make the output folder and hold it: two starts would write to the same files. Raises DataError and Busy before anything is made."""
+    """Make the output folder and hold it: two starts would write to the same files. Raises
+    DataError and Busy before anything is made."""
     try:
         Path(output).mkdir(parents=True, exist_ok=True)
         folder = os.open(output, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
-        raise DataError(f"paths.output = {output}: {error.strerror}; expected a folder, or a place where one can be made") from None
+        raise DataError(
+            f"paths.output = {output}: {error.strerror}; expected a folder, or a place where one can be made"
+        ) from None
     try:
         if not os.access(output, os.W_OK | os.X_OK):
             raise DataError(f"paths.output = {output}: no permission to write there")
@@ -43,7 +48,8 @@ def alone(output: str | Path) -> Iterator[None]:
 
 
 class Ranks:
-    """Rank and number of ranks from RANK and WORLD_SIZE; alone without them. As a context it holds the connection between them."""
+    """Rank and number of ranks from RANK and WORLD_SIZE; alone without them. As a context it holds
+    the connection between them."""
 
     def __init__(self):
         self.rank, self.world = rendezvous.place()
@@ -58,15 +64,18 @@ class Ranks:
             dist.destroy_process_group()
 
     def mine(self, items: Sequence) -> Sequence:
-        """This rank's share: items alike in length and category lie side by side and go to different ranks."""
-        return items[self.rank::self.world]
+        """This rank's share: items alike in length and category lie side by side and go to
+        different ranks."""
+        return items[self.rank :: self.world]
 
     def own(self, path: Path) -> Path:
-        """Where this rank appends rows that belong to ``path``: two processes never write to one file."""
+        """Where this rank appends rows that belong to ``path``: two processes never write to one
+        file."""
         return path if self.rank == 0 else path.parent / f"rank-{self.rank}" / path.name
 
     def once(self, work: Callable[[], Any]) -> Any:
-        """What ``work()`` gives on rank 0, on every rank; a DataError or Busy of it is every rank's."""
+        """What ``work()`` gives on rank 0, on every rank; a DataError or Busy of it is every
+        rank's."""
         if self.world == 1:
             return work()
         outcome: list = [None, None]
@@ -81,11 +90,12 @@ class Ranks:
         return outcome[0]
 
     def gather(self, path: Path, place: Callable[[dict], tuple], kinds: rows.Kinds) -> list[dict]:
-        """All rows of ``path``, on every rank: rank 0 adds what other ranks have made, also in an earlier start that was
-        cut off, in the order of ``place``. Rows without the fields of ``kinds`` are left out.
+        """All rows of ``path``, on every rank: rank 0 adds what other ranks have made, also in an
+        earlier start that was cut off, in the order of ``place``. Rows without the fields of
+        ``kinds`` are left out.
 
-        Rows travel over the ranks' connection. A rank reads its own file alone: on another node a fresh file may be
-        missing from a cached listing of its folder for half a minute.
+        Rows travel over the ranks' connection. A rank reads its own file alone: on another node a
+        fresh file may be missing from a cached listing of its folder for half a minute.
         """
         own = _rows_or_error(self.own(path)) if self.rank else []
         received = [own]
@@ -97,12 +107,18 @@ class Ranks:
             _remove(self.own(path))
         return all_rows
 
-    def _put_together(self, path: Path, received: list, place: Callable[[dict], tuple], kinds: rows.Kinds) -> list[dict]:
+    def _put_together(
+        self, path: Path, received: list, place: Callable[[dict], tuple], kinds: rows.Kinds
+    ) -> list[dict]:
         for error in received:
             if isinstance(error, DataError):
                 raise error
-        left = [part for part in sorted(path.parent.glob(f"rank-*/{path.name}"))  # of an earlier start with more ranks
-                if part.parent.name[5:].isdigit() and int(part.parent.name[5:]) >= self.world]
+        left = [
+            part
+            # of an earlier start with more ranks
+            for part in sorted(path.parent.glob(f"rank-*/{path.name}"))
+            if part.parent.name[5:].isdigit() and int(part.parent.name[5:]) >= self.world
+        ]
         new = rows.of_kind((row for part in [*map(recover, left), *received] for row in part), kinds)
         found = rows.of_kind(recover(path), kinds)
         if new:

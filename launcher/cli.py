@@ -1,4 +1,5 @@
-"""The command line. Each command only names its options and calls one function; what they need is imported when they run."""
+"""The command line. Each command only names its options and calls one function; what they need is
+imported when they run."""
 
 from __future__ import annotations
 
@@ -19,11 +20,24 @@ STAGE = completion.Names(NAMES)
 
 
 class Commands(click.Group):
-    """Turns the project's errors into click's: a user's mistake exits 2 with its fix, anything else that went wrong exits 1."""
+    """Turns the project's errors into click's: a user's mistake exits 2 with its fix, anything else
+    that went wrong exits 1."""
 
     def list_commands(self, context: click.Context) -> list[str]:
         """In the order in which a person needs them, not of the alphabet."""
-        return ["doctor", "plan", "submit", "render", "status", "watch", "logs", "resume", "cancel", "report", "completion"]
+        return [
+            "doctor",
+            "plan",
+            "submit",
+            "render",
+            "status",
+            "watch",
+            "logs",
+            "resume",
+            "cancel",
+            "report",
+            "completion",
+        ]
 
     def invoke(self, context: click.Context):
         from launcher.run.folder import Busy, Failed
@@ -43,7 +57,8 @@ class Commands(click.Group):
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 def main():
-    """Convoy: RLHF on Slurm. From a Hugging Face checkpoint (BLOOM, Llama) through SFT, reward model and PPO, GRPO or DPO to a report.
+    """Convoy: RLHF on Slurm. From a Hugging Face checkpoint (BLOOM, Llama) through SFT, reward
+    model and PPO, GRPO or DPO to a report.
 
     \b
     What is here:                doctor
@@ -76,29 +91,70 @@ def main():
 
 
 def plan_options(command, tolerant: bool = False):
-    """Options that choose what runs, with what, where; the command gets the checked Plan as ``made``;
-    ``tolerant``: also one with mistakes."""
+    """Options that choose what runs, with what, where; the command gets the checked Plan as
+    ``made``; ``tolerant``: also one with mistakes."""
+
     @click.argument("target", type=TARGETS)
-    @click.option("--pipeline", type=completion.Names(list(PIPELINES)),
-                  help=f"How preferences are learnt.  [default: the run's, else the first that has the stage: {PPO}]")
-    @click.option("--recipe", default="bloom-tiny", show_default=True, shell_complete=completion.recipes,
-                  help="Starting point: a file of launcher/recipes, without .toml.")
-    @click.option("--config", "files", multiple=True, type=click.Path(dir_okay=False, path_type=Path),
-                  help="TOML file whose keys win over the recipe's; may be repeated.")
-    @click.option("--set", "sets", multiple=True, metavar="SECTION.KEY=VALUE", shell_complete=completion.keys,
-                  help="One key, wins over all files; may be repeated.")
+    @click.option(
+        "--pipeline",
+        type=completion.Names(list(PIPELINES)),
+        help=f"How preferences are learnt.  [default: the run's, else the first that has the stage: {PPO}]",
+    )
+    @click.option(
+        "--recipe",
+        default="bloom-tiny",
+        show_default=True,
+        shell_complete=completion.recipes,
+        help="Starting point: a file of launcher/recipes, without .toml.",
+    )
+    @click.option(
+        "--config",
+        "files",
+        multiple=True,
+        type=click.Path(dir_okay=False, path_type=Path),
+        help="TOML file whose keys win over the recipe's; may be repeated.",
+    )
+    @click.option(
+        "--set",
+        "sets",
+        multiple=True,
+        metavar="SECTION.KEY=VALUE",
+        shell_complete=completion.keys,
+        help="One key, wins over all files; may be repeated.",
+    )
     @click.option("--name", help="Name of the run.  [default: the recipe's]")
-    @click.option("--runs", default="runs", show_default=True, type=click.Path(file_okay=False, path_type=Path), help="Folder of all runs.")
-    @click.option("--profile", metavar="NAME|FILE.toml", shell_complete=completion.profiles,
-                  help="Site: local, dev, a100, h200, h800 or a file.  [default: $CONVOY_PROFILE, "
-                       "~/.config/convoy.toml; "
-                       "else local, or dev when its cluster runs; a cluster's login node has none]")
+    @click.option(
+        "--runs",
+        default="runs",
+        show_default=True,
+        type=click.Path(file_okay=False, path_type=Path),
+        help="Folder of all runs.",
+    )
+    @click.option(
+        "--profile",
+        metavar="NAME|FILE.toml",
+        shell_complete=completion.profiles,
+        help="Site: local, dev, a100, h200, h800 or a file.  [default: $CONVOY_PROFILE, "
+        "~/.config/convoy.toml; "
+        "else local, or dev when its cluster runs; a cluster's login node has none]",
+    )
     @click.option("--from", "first", type=STAGE, help=f"First stage of {FULL}; those before it must be DONE.")
     @click.option("--until", "last", type=STAGE, help=f"Last stage of {FULL}.")
-    @click.option("--reuse", metavar="RUN", type=click.Path(path_type=Path), shell_complete=completion.runs,
-                  help="Take stages that RUN has done with the same settings and rows instead of running them.")
-    @click.option("--sweep", "sweeps", multiple=True, metavar="SECTION.KEY=VALUE,VALUE", shell_complete=completion.keys,
-                  help="A run for each value, RUN/0, RUN/1, ...; repeated, for each combination. One job array a stage.")
+    @click.option(
+        "--reuse",
+        metavar="RUN",
+        type=click.Path(path_type=Path),
+        shell_complete=completion.runs,
+        help="Take stages that RUN has done with the same settings and rows instead of running them.",
+    )
+    @click.option(
+        "--sweep",
+        "sweeps",
+        multiple=True,
+        metavar="SECTION.KEY=VALUE,VALUE",
+        shell_complete=completion.keys,
+        help="A run for each value, RUN/0, RUN/1, ...; repeated, for each combination. One job array a stage.",
+    )
     @functools.wraps(command)
     def wrapped(target, pipeline, recipe, files, sets, name, runs, profile, first, last, reuse, sweeps, **rest):
         from launcher.run.folder import named
@@ -108,8 +164,9 @@ def plan_options(command, tolerant: bool = False):
         chosen, reused = sites.choose(profile), named(reuse, runs) if reuse else None
 
         def make(more, name, runs):
-            return create.plan(target, recipe, list(files), [*sets, *more], name, runs, chosen, first, last, pipeline,
-                               reused, tolerant)
+            return create.plan(
+                target, recipe, list(files), [*sets, *more], name, runs, chosen, first, last, pipeline, reused, tolerant
+            )
 
         if not sweeps:
             return command(make([], recipe if name is None else name, runs), **rest)
@@ -117,41 +174,58 @@ def plan_options(command, tolerant: bool = False):
 
         sweep.refuse_set_twice(sweeps, sets)
         return command(sweep.plan(sweeps, make, recipe if name is None else name, runs), **rest)
+
     return wrapped
 
 
 def run_argument(command):
     """Argument RUN: a folder, or a name below runs/; the command gets the opened Run."""
+
     @click.argument("run", type=click.Path(path_type=Path), shell_complete=completion.runs)
     @functools.wraps(command)
     def wrapped(run, **rest):
         from launcher.run.folder import named
 
         return command(named(run, Path("runs")), **rest)
+
     return wrapped
 
 
 def run_or_sweep(command):
-    """Argument RUN: as in ``run_argument``, or the folder or name of a sweep; the command gets the Runs."""
+    """Argument RUN: as in ``run_argument``, or the folder or name of a sweep; the command gets the
+    Runs."""
+
     @click.argument("run", type=click.Path(path_type=Path), shell_complete=completion.runs)
     @functools.wraps(command)
     def wrapped(run, **rest):
         from launcher.run.folder import Runs
 
         return command(Runs.open([run], Path("runs")), **rest)
+
     return wrapped
 
 
 def runs_argument(command):
-    """Arguments RUN...: as RUN; none means all below --runs. The command gets the opened Runs, and whether they were ``named``."""
-    @click.argument("runs", nargs=-1, metavar="[RUN]...", type=click.Path(path_type=Path), shell_complete=completion.runs)
-    @click.option("--runs", "below", default="runs", show_default=True, type=click.Path(file_okay=False, path_type=Path),
-                  help="Folder of all runs.")
+    """Arguments RUN...: as RUN; none means all below --runs. The command gets the opened Runs, and
+    whether they were ``named``."""
+
+    @click.argument(
+        "runs", nargs=-1, metavar="[RUN]...", type=click.Path(path_type=Path), shell_complete=completion.runs
+    )
+    @click.option(
+        "--runs",
+        "below",
+        default="runs",
+        show_default=True,
+        type=click.Path(file_okay=False, path_type=Path),
+        help="Folder of all runs.",
+    )
     @functools.wraps(command)
     def wrapped(runs, below, **rest):
         from launcher.run.folder import Runs
 
         return command(Runs.open(runs, below), **rest)
+
     return wrapped
 
 
@@ -186,10 +260,14 @@ def submit(context, made, wait, dry_run):
 @main.command(short_help="What would run: graph, hours, memory, disk, start.")
 @functools.partial(plan_options, tolerant=True)
 @click.option("--scripts", is_flag=True, help="Print the batch script of each stage, too.")
-@click.option("--suggest", is_flag=True,
-              help="Name what is fastest on paper (launcher/estimates/step_time.py): the layout of sft, the token budget of rlhf.")
+@click.option(
+    "--suggest",
+    is_flag=True,
+    help="Name what is fastest on paper (launcher/estimates/step_time.py): the layout of sft, the token budget of rlhf.",
+)
 def plan(made, scripts, suggest):
-    """Show the graph, GPU-hours, memory of a GPU, disk and possible start, and every mistake that can be found before anything is queued.
+    """Show the graph, GPU-hours, memory of a GPU, disk and possible start, and every mistake that
+    can be found before anything is queued.
 
     \b
       plan full-pipeline
@@ -205,9 +283,14 @@ def plan(made, scripts, suggest):
 
 
 @main.command(short_help="Print the batch scripts.")
-@click.option("--committed", is_flag=True, is_eager=True, expose_value=False,
-              callback=lambda context, _option, asked: _committed(context, asked),
-              help="Write the generic scripts slurm/<stage>.sbatch (for developers; a test holds them equal).")
+@click.option(
+    "--committed",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=lambda context, _option, asked: _committed(context, asked),
+    help="Write the generic scripts slurm/<stage>.sbatch (for developers; a test holds them equal).",
+)
 @plan_options
 def render(made):
     """Print the batch script of each selected stage, as submit would write it.
@@ -227,7 +310,8 @@ def render(made):
 @runs_argument
 @click.option("--json", "as_json", is_flag=True, help="One JSON list, a table a stage; times in seconds since 1970.")
 def status(runs, as_json):
-    """One screen a RUN: where each stage is, how fast, when it ends, what it waits for or how it ended. Without RUN a line for each run.
+    """One screen a RUN: where each stage is, how fast, when it ends, what it waits for or how it
+    ended. Without RUN a line for each run.
 
     \b
       status                              all runs below runs/
@@ -260,7 +344,8 @@ def status(runs, as_json):
 @runs_argument
 @click.pass_context
 def watch(context, runs):
-    """Like status, live until nothing goes on any more; Ctrl-C leaves the run alone. With several runs, or none named, a line a run.
+    """Like status, live until nothing goes on any more; Ctrl-C leaves the run alone. With several
+    runs, or none named, a line a run.
 
     \b
       watch bloom-tiny
@@ -277,13 +362,25 @@ def watch(context, runs):
 @main.command(short_help="All ranks' lines in order of time.")
 @run_argument
 @click.argument("stage", type=completion.Names([*NAMES, "all"]), required=False)
-@click.option("-f", "--follow", is_flag=True, help="Wait for more until the stage has ended; without STAGE through all that follow.")
-@click.option("--rank", "ranks", default="", metavar="RANKS", help="Only these: 3, 0-7,12, launcher (the supervisor), srun, slurm.")
+@click.option(
+    "-f",
+    "--follow",
+    is_flag=True,
+    help="Wait for more until the stage has ended; without STAGE through all that follow.",
+)
+@click.option(
+    "--rank",
+    "ranks",
+    default="",
+    metavar="RANKS",
+    help="Only these: 3, 0-7,12, launcher (the supervisor), srun, slurm.",
+)
 @click.option("--errors", is_flag=True, help="Only lines that look like errors, and whole tracebacks.")
 @click.option("--attempt", default="", metavar="N|all", help="Which attempt.  [default: the newest]")
 @click.option("-n", "--tail", "last", type=click.IntRange(min=1), help="Only so many lines from the end.")
 def logs(run, stage, follow, ranks, errors, attempt, last):
-    """All ranks' lines, the supervisor's and Slurm's, in order of time; [0-499] is a line that all of these ranks wrote.
+    """All ranks' lines, the supervisor's and Slurm's, in order of time; [0-499] is a line that all
+    of these ranks wrote.
 
     \b
       logs bloom-tiny                     the newest attempt of the stage that wrote last
@@ -306,23 +403,51 @@ def logs(run, stage, follow, ranks, errors, attempt, last):
 
 @main.command(short_help="Go on after a failure, a cancel or a crash.")
 @run_or_sweep
-@click.option("--from", "first", type=STAGE, help="This stage begins anew, or at --load-iteration, and all that was built from it.")
+@click.option(
+    "--from",
+    "first",
+    type=STAGE,
+    help="This stage begins anew, or at --load-iteration, and all that was built from it.",
+)
 @click.option("--until", "last", type=STAGE, help="Last stage to run.  [default: as the run was submitted]")
 @click.option("--all", "everything", is_flag=True, help="Run all stages, however the run was submitted.")
-@click.option("--load-iteration", "iteration", type=click.IntRange(min=0),
-              help="Saved iteration to go on from.  [default: the last whole one; its stage: --from, else the first that is not DONE]")
-@click.option("--config", "files", multiple=True, type=click.Path(dir_okay=False, path_type=Path), help="TOML file with changed keys.")
-@click.option("--set", "sets", multiple=True, metavar="SECTION.KEY=VALUE", shell_complete=completion.keys,
-              help="One changed key; may be repeated.")
-@click.option("--profile", metavar="NAME|FILE.toml", shell_complete=completion.profiles, help="Go on at another site, or here: local.")
+@click.option(
+    "--load-iteration",
+    "iteration",
+    type=click.IntRange(min=0),
+    help="Saved iteration to go on from.  [default: the last whole one; its stage: --from, else the first that is not DONE]",
+)
+@click.option(
+    "--config",
+    "files",
+    multiple=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="TOML file with changed keys.",
+)
+@click.option(
+    "--set",
+    "sets",
+    multiple=True,
+    metavar="SECTION.KEY=VALUE",
+    shell_complete=completion.keys,
+    help="One changed key; may be repeated.",
+)
+@click.option(
+    "--profile",
+    metavar="NAME|FILE.toml",
+    shell_complete=completion.profiles,
+    help="Go on at another site, or here: local.",
+)
 @click.option("--take-over", is_flag=True, help="Its host or cluster is gone for good: go on without it.")
 @click.option("--yes", is_flag=True, help="Change the configuration without being asked.")
 @click.option("--wait", is_flag=True, help="Show progress until the end; exit 1 when a stage failed.")
 @click.pass_context
 def resume(context, runs, first, last, everything, iteration, files, sets, profile, take_over, yes, wait):
-    """Go on with a run after a failure, a cancel or a crash: what is DONE is not run again, what is queued not queued twice.
+    """Go on with a run after a failure, a cancel or a crash: what is DONE is not run again, what is
+    queued not queued twice.
 
-    It runs the stages that the run was submitted for; --until or --all changes that. A mistake changes nothing.
+    It runs the stages that the run was submitted for; --until or --all changes that. A mistake
+    changes nothing.
 
     \b
       resume bloom-tiny --wait
@@ -345,7 +470,8 @@ def resume(context, runs, first, last, everything, iteration, files, sets, profi
 @main.command(short_help="Stop a run.")
 @run_or_sweep
 def cancel(runs):
-    """Stop a run: its jobs, retries that wait, its process on this machine. Trainers save first where they get the time.
+    """Stop a run: its jobs, retries that wait, its process on this machine. Trainers save first
+    where they get the time.
 
     \b
       cancel runs/hh
@@ -359,12 +485,19 @@ def cancel(runs):
 
 
 @main.command(short_help="One HTML page about a run, or several side by side.")
-@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path), shell_complete=completion.runs)
-@click.option("--output", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER",
-              help="Where it goes.  [default: the run's folder; of several runs report-A-B beside the first]")
+@click.argument(
+    "runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path), shell_complete=completion.runs
+)
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="FOLDER",
+    help="Where it goes.  [default: the run's folder; of several runs report-A-B beside the first]",
+)
 @click.option("--open", "show", is_flag=True, help="Open it in the browser.")
 def report(runs, output, show):
-    """Make report.html from what the runs' folders hold, finished or not, and print its path. The page loads nothing: send it to anyone.
+    """Make report.html from what the runs' folders hold, finished or not, and print its path. The
+    page loads nothing: send it to anyone.
 
     \b
       report bloom-tiny --open
@@ -381,16 +514,38 @@ def report(runs, output, show):
 
 
 @main.command(short_help="What this site has, and what follows from it.")
-@click.option("--node", "on_node", is_flag=True, help="Look at a compute node, too (one small job): driver, NCCL, Apex, fabric.")
-@click.option("--write", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.toml", help="Write a profile from the findings.")
-@click.option("--partition", help="Partition that the node and the profile are for.  [default: the open one with most GPUs a node]")
-@click.option("--profile", metavar="NAME|FILE.toml", shell_complete=completion.profiles,
-              help="Site whose partition, account, modules and container --node uses.")
-@click.option("--timeout", "timeout_s", default=120, show_default=True, type=click.IntRange(min=1), help="Seconds to wait for a node.")
+@click.option(
+    "--node", "on_node", is_flag=True, help="Look at a compute node, too (one small job): driver, NCCL, Apex, fabric."
+)
+@click.option(
+    "--write",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE.toml",
+    help="Write a profile from the findings.",
+)
+@click.option(
+    "--partition",
+    help="Partition that the node and the profile are for.  [default: the open one with most GPUs a node]",
+)
+@click.option(
+    "--profile",
+    metavar="NAME|FILE.toml",
+    shell_complete=completion.profiles,
+    help="Site whose partition, account, modules and container --node uses.",
+)
+@click.option(
+    "--timeout",
+    "timeout_s",
+    default=120,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Seconds to wait for a node.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Findings, and the profile's keys that follow from them.")
 @click.pass_context
 def doctor(context, on_node, write, partition, profile, timeout_s, as_json):
-    """What this site has, and what follows from it for a run. Exit code 1 when something will not work.
+    """What this site has, and what follows from it for a run. Exit code 1 when something will not
+    work.
 
     \b
       doctor
@@ -408,8 +563,11 @@ def doctor(context, on_node, write, partition, profile, timeout_s, as_json):
     click.echo(json.dumps(doctor.as_json(report), indent=2)) if as_json else doctor.shown(report, failures.console())
     if write:
         doctor.write_profile(report, write)
-        click.echo(f"written: {write}; look it over, then: submit full-pipeline --profile {write}; or for good: "
-                   f"export {sites.VARIABLE}={write.resolve()}", err=True)
+        click.echo(
+            f"written: {write}; look it over, then: submit full-pipeline --profile {write}; or for good: "
+            f"export {sites.VARIABLE}={write.resolve()}",
+            err=True,
+        )
     context.exit(1 if report.bad else 0)
 
 
@@ -424,7 +582,8 @@ def _agree(yes: bool, lines: list[str]) -> bool:
 @main.command(name="completion", short_help="Code for bash, zsh and fish.")
 @click.argument("shell", type=click.Choice(completion.SHELLS))
 def completion_command(shell):
-    """Print the code that makes a shell complete the command convoy: commands, run names, stages, recipes, profiles, keys of --set.
+    """Print the code that makes a shell complete the command convoy: commands, run names, stages,
+    recipes, profiles, keys of --set.
 
     \b
       eval "$(convoy completion bash)"                                  # into ~/.bashrc
@@ -440,7 +599,9 @@ def _compare(sweeps: tuple[Path, ...], as_json: bool) -> None:
     from launcher.submit import sweep
 
     if as_json:
-        click.echo(json.dumps([{"sweep": str(folder), "runs": sweep.comparison(folder)} for folder in sweeps], indent=2))
+        click.echo(
+            json.dumps([{"sweep": str(folder), "runs": sweep.comparison(folder)} for folder in sweeps], indent=2)
+        )
         return
     for folder in sweeps:
         failures.console().print(sweep.table(folder))

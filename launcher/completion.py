@@ -1,4 +1,5 @@
-"""Names that a person types: what is near a wrong one, and their completion in bash, zsh and fish."""
+"""Names that a person types: what is near a wrong one, and their completion in bash, zsh and
+fish."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ PROGRAM, VARIABLE = "convoy", "_CONVOY_COMPLETE"
 
 
 class Names(click.Choice):
-    """One of several names; a mistake is answered with the nearest, or with the stage that does it."""
+    """One of several names; a mistake is answered with the nearest, or with the stage that does
+    it."""
 
     def convert(self, value, parameter, context):
         try:
@@ -59,10 +61,17 @@ def keys(_context, _parameter, incomplete: str) -> list[CompletionItem]:
 
     if "=" in incomplete:
         return []
-    names = [f"{section}.{field.name}" for section, made in SECTIONS.items() if section != "resources"
-             for field in dataclasses.fields(made) if field.name != "paths"]
+    names = [
+        f"{section}.{field.name}"
+        for section, made in SECTIONS.items()
+        if section != "resources"
+        for field in dataclasses.fields(made)
+        if field.name != "paths"
+    ]
     stages = dataclasses.fields(StageResources)
-    names += [f"resources.{stage.name}.{field.name}" for stage in stages for field in dataclasses.fields(type(stage.default))]
+    names += [
+        f"resources.{stage.name}.{field.name}" for stage in stages for field in dataclasses.fields(type(stage.default))
+    ]
     return _begin((f"{name}=" for name in names), incomplete)
 
 

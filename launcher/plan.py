@@ -1,4 +1,5 @@
-"""What ``plan`` shows: the graph, time and GPU-hours, memory of a GPU, disk, when Slurm could start it. Nothing is written or queued."""
+"""What ``plan`` shows: the graph, time and GPU-hours, memory of a GPU, disk, when Slurm could start
+it. Nothing is written or queued."""
 
 from __future__ import annotations
 
@@ -27,11 +28,13 @@ if TYPE_CHECKING:
     from launcher.submit.sweep import Sweep
 
 REFUSED = "allocation failure"
-"""In the words of ``sbatch --test-only``: Slurm has looked at the request and would never run it."""
+"""In the words of ``sbatch --test-only``: Slurm has looked at the request and would never run
+it."""
 
 
 AMBIGUOUS = "node configuration is not available"
-"""It says so of a request that no node fits, and of one whose nodes are all down or drained: that one may be queued."""
+"""It says so of a request that no node fits, and of one whose nodes are all down or drained: that
+one may be queued."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,8 @@ class Start:
 
 
 def ask_slurm(made: create.Plan) -> dict[str, Start]:
-    """Stage -> when it could start if it were queued now. ConfigError, naming all of them, where Slurm would refuse a stage.
+    """Stage -> when it could start if it were queued now. ConfigError, naming all of them, where
+    Slurm would refuse a stage.
 
     {} under a local profile. Where no controller answers, each says so.
     """
@@ -69,8 +73,10 @@ def ask_slurm(made: create.Plan) -> dict[str, Start]:
                 if AMBIGUOUS in str(error) and (away := _nodes_away(made)):
                     found[stage] = Start("", "", f"{away}; with all of them it may fit")
                     continue
-                refused.append(f"{stage}: Slurm would refuse it: {_words(str(error))} (it asks for {_asked(made, stage)}); change "
-                               f"resources.{stage}, or partition, account and limits of profile {made.profile.name}")
+                refused.append(
+                    f"{stage}: Slurm would refuse it: {_words(str(error))} (it asks for {_asked(made, stage)}); change "
+                    f"resources.{stage}, or partition, account and limits of profile {made.profile.name}"
+                )
     if refused:
         raise ConfigError(*refused)
     return found
@@ -87,9 +93,11 @@ def present(made: create.Plan | Sweep, out: Console, scripts: bool = False) -> N
     show(first, starts, out, texts)
     if made is not first:
         number = len(made.plans)
-        out.print(f"a sweep of {number} such runs, {gpu_hours(first) * number:.4g} GPU-hours at most; one job array "
-                  f"a stage, element by "
-                  "element")
+        out.print(
+            f"a sweep of {number} such runs, {gpu_hours(first) * number:.4g} GPU-hours at most; one job array "
+            f"a stage, element by "
+            "element"
+        )
         for index, values in enumerate(made.values):
             words = ", ".join(f"{key}={json.dumps(value)}" for key, value in values.items())
             out.print(f"  {made.folder / str(index)}: {words}", markup=False)
@@ -97,8 +105,9 @@ def present(made: create.Plan | Sweep, out: Console, scripts: bool = False) -> N
 
 
 def suggest(made: create.Plan | Sweep, out: Console) -> None:
-    """Of supervised fine-tuning the layout that launcher/estimates/step_time.py finds fastest for the ranks that are asked for; of stages with rollouts
-    what an iteration takes, and the fastest token budget (launcher/estimates/iteration_time.py)."""
+    """Of supervised fine-tuning the layout that launcher/estimates/step_time.py finds fastest for
+    the ranks that are asked for; of stages with rollouts what an iteration takes, and the fastest
+    token budget (launcher/estimates/iteration_time.py)."""
     made = made if isinstance(made, create.Plan) else made.plans[0]
     for stage in made.stages:
         config = plan_checks.stage_config(made.run.folder, made.tables, made.graph, stage.name)
@@ -125,7 +134,11 @@ def carry_out(made: create.Plan | Sweep, wait: bool, out: Console) -> int:
     if first.profile.scheduler == "slurm" and (reason := commands.unusable()):
         raise commands.SlurmError(f"{reason}: nothing was queued; the same command does it once Slurm answers")
     ask_slurm(first)  # refuses what Slurm would refuse
-    out.print("\n".join([f"profile {first.profile.name}: {first.reason}", *(f"warning: {line}" for line in first.checked.warnings)]))
+    out.print(
+        "\n".join(
+            [f"profile {first.profile.name}: {first.reason}", *(f"warning: {line}" for line in first.checked.warnings)]
+        )
+    )
     if made is first:
         run = create.create(made)
         _say_data(first, run, out)
@@ -148,19 +161,25 @@ def go_on(runs: Runs, wait: bool) -> int:
 
     stages = runs[0].selected()
     if rest := [name for name in runs[0].stages if name not in {stage.name for stage in stages}]:
-        print(f"submitted until {stages[-1].name}: {', '.join(rest)} not started; --until STAGE or --all changes it",
-              flush=True)
+        print(
+            f"submitted until {stages[-1].name}: {', '.join(rest)} not started; --until STAGE or --all changes it",
+            flush=True,
+        )
     return sweep.begin(runs.sweeps[0], stages, wait) if runs.sweeps else start.start(runs[0], stages, wait)
 
 
 def parse_start(text: str) -> Start:
-    """From sbatch's line "sbatch: Job 11 to start at TIME using 2 processors on nodes NODES in partition main"."""
+    """From sbatch's line "sbatch: Job 11 to start at TIME using 2 processors on nodes NODES in
+    partition main"."""
     match = re.search(r"to start at (\S+)(?: .*?on nodes (\S+))?", text)
-    return Start(match[1], match[2] or "") if match else Start("", "", text.strip() or "sbatch --test-only said nothing")
+    return (
+        Start(match[1], match[2] or "") if match else Start("", "", text.strip() or "sbatch --test-only said nothing")
+    )
 
 
 def show(made: create.Plan, starts: dict[str, Start], out: Console, scripts: dict[str, str]) -> None:
-    """Print the plan; ``scripts``, stage -> batch script, come first, so that the summary stays on the screen."""
+    """Print the plan; ``scripts``, stage -> batch script, come first, so that the summary stays on
+    the screen."""
     for stage, text in scripts.items():
         out.print(f"# ---- {stage}.sbatch ----\n{text}", markup=False, highlight=False)
     out.print(Group(_graph(made, starts), *([_memory(made)] if made.checked.estimates else []), *_notes(made, starts)))
@@ -178,9 +197,20 @@ def size(gb: float) -> str:
 
 def _graph(made: create.Plan, starts: dict[str, Start]) -> Table:
     slurm, works = made.profile.scheduler == "slurm", made.checked.work
-    table = Table("stage", "after", "runs", "nodes x ranks", "limit, h", "GPU-hours",
-                  *(["work, h", "requeues"] if works else []), "layout", "writes", *(["could start"] if slurm else []),
-                  title=str(made.run.folder), title_justify="left")
+    table = Table(
+        "stage",
+        "after",
+        "runs",
+        "nodes x ranks",
+        "limit, h",
+        "GPU-hours",
+        *(["work, h", "requeues"] if works else []),
+        "layout",
+        "writes",
+        *(["could start"] if slurm else []),
+        title=str(made.run.folder),
+        title_justify="left",
+    )
     for stage in made.stages:
         asked, config = made.resources(stage), made.tables[stage.name]
         gpus = (asked.nodes + asked.spares) * asked.gpus_per_node
@@ -189,15 +219,26 @@ def _graph(made: create.Plan, starts: dict[str, Start]) -> Table:
         start, disk = [_start(stage.name, made, starts)] if slurm else [], made.checked.disk.get(stage.name)
         work = works.get(stage.name)
         takes = [f"{work.hours:.3g}", str(work.requeues)] if work else [("?" if stage.trainer else ""), ""]
-        table.add_row(stage.name, ", ".join(stage.parents) or "-", stage.module, f"{nodes} x {asked.ranks_per_node}",
-                      f"{asked.minutes / 60:.3g}", f"{gpus * asked.minutes / 60:.4g}", *(takes if works else []), layout,
-                      "?" if disk is None else storage.amount(disk), *start)
+        table.add_row(
+            stage.name,
+            ", ".join(stage.parents) or "-",
+            stage.module,
+            f"{nodes} x {asked.ranks_per_node}",
+            f"{asked.minutes / 60:.3g}",
+            f"{gpus * asked.minutes / 60:.4g}",
+            *(takes if works else []),
+            layout,
+            "?" if disk is None else storage.amount(disk),
+            *start,
+        )
     table.caption = f"{gpu_hours(made):.4g} GPU-hours, one job a stage at its time limit; profile {made.profile.name}: {made.reason}"
     if works:
         whole, names = sum(work.gpu_hours for work in works.values()), ", ".join(works)
-        table.caption = (f"GPU-hours: of one job a stage, at its time limit ({gpu_hours(made):.4g} together). By "
-                         f"the estimate {names} take "
-                         f"{whole:.4g}; profile {made.profile.name}: {made.reason}")
+        table.caption = (
+            f"GPU-hours: of one job a stage, at its time limit ({gpu_hours(made):.4g} together). By "
+            f"the estimate {names} take "
+            f"{whole:.4g}; profile {made.profile.name}: {made.reason}"
+        )
     return table
 
 
@@ -205,8 +246,10 @@ def _layout(config: dict, ranks: int) -> str:
     """E.g. "TP 8 x PP 1 x DP 2, batch 128 = 16 x 8 x 1"."""
     data = max(1, ranks // (config["tensor_parallel"] * config["pipeline_parallel"]))
     steps = config["global_batch_size"] // (config["micro_batch_size"] * data)
-    return (f"TP {config['tensor_parallel']} x PP {config['pipeline_parallel']} x DP {data}, "
-            f"batch {config['global_batch_size']} = {config['micro_batch_size']} x {data} x {steps}")
+    return (
+        f"TP {config['tensor_parallel']} x PP {config['pipeline_parallel']} x DP {data}, "
+        f"batch {config['global_batch_size']} = {config['micro_batch_size']} x {data} x {steps}"
+    )
 
 
 def _start(stage: str, made: create.Plan, starts: dict[str, Start]) -> str:
@@ -218,22 +261,42 @@ def _start(stage: str, made: create.Plan, starts: dict[str, Start]) -> str:
 
 
 def _memory(made: create.Plan) -> Table:
-    table = Table("stage", "model", "GB of each GPU", "of which", title="memory of a GPU, estimated", title_justify="left")
+    table = Table(
+        "stage", "model", "GB of each GPU", "of which", title="memory of a GPU, estimated", title_justify="left"
+    )
     for stage, estimate in made.checked.estimates.items():
         models: dict[str, list[tuple[str, float]]] = {}
         for what, gb in estimate.lines:
             name, _, part = what.partition(": ")
             models.setdefault(name if part else "", []).append((part or what, gb))
         for name, parts in models.items():
-            table.add_row(stage, name or "at work", size(sum(gb for _, gb in parts)),
-                          ", ".join(f"{part} {size(gb)}" for part, gb in parts))
-        table.add_row(stage, "together", size(estimate.total), f"CUDA, NCCL and fragments {memory.OUTSIDE_GB:g} among it",
-                      end_section=not estimate.host)
+            table.add_row(
+                stage,
+                name or "at work",
+                size(sum(gb for _, gb in parts)),
+                ", ".join(f"{part} {size(gb)}" for part, gb in parts),
+            )
+        table.add_row(
+            stage,
+            "together",
+            size(estimate.total),
+            f"CUDA, NCCL and fragments {memory.OUTSIDE_GB:g} among it",
+            end_section=not estimate.host,
+        )
         if estimate.host:
-            table.add_row(stage, "host memory", size(sum(gb for _, gb in estimate.host)), "of each rank, pinned: what waits for its turn",
-                          end_section=True)
+            table.add_row(
+                stage,
+                "host memory",
+                size(sum(gb for _, gb in estimate.host)),
+                "of each rank, pinned: what waits for its turn",
+                end_section=True,
+            )
     limit = made.profile.gpu_memory_gb
-    table.caption = f"a GPU has {limit:g} GB" if limit else f"profile {made.profile.name} does not say what a GPU has: gpu_memory_gb"
+    table.caption = (
+        f"a GPU has {limit:g} GB"
+        if limit
+        else f"profile {made.profile.name} does not say what a GPU has: gpu_memory_gb"
+    )
     return table
 
 
@@ -249,9 +312,13 @@ def _notes(made: create.Plan, starts: dict[str, Start]) -> list[Text]:
     for name, work in checked.work.items():
         if work.requeues:
             limit = getattr(checked.resources, name).minutes / 60
-            notes.append(Text(f"{name}: about {work.hours:.3g} h of work ({work.gpu_hours:.4g} GPU-hours) in jobs "
-                              f"of {limit:.3g} h: "
-                              f"it saves and waits in the queue again {work.requeues} times"))
+            notes.append(
+                Text(
+                    f"{name}: about {work.hours:.3g} h of work ({work.gpu_hours:.4g} GPU-hours) in jobs "
+                    f"of {limit:.3g} h: "
+                    f"it saves and waits in the queue again {work.requeues} times"
+                )
+            )
     notes += [Text(f"warning: {line}", "yellow") for line in checked.warnings]
     return notes
 
@@ -263,9 +330,12 @@ def _asked(made: create.Plan, name: str) -> str:
 
 
 def _nodes_away(made: create.Plan) -> str:
-    """"3 of 4 nodes are down or drained", "" where none is."""
+    """ "3 of 4 nodes are down or drained", "" where none is."""
     partition = [f"--partition={made.profile.partition}"] if made.profile.partition else []
-    states = [line.rstrip("*~#!%$@^-").lower() for line in commands.call("sinfo", "-h", "-N", *partition, "-o", "%T").splitlines()]
+    states = [
+        line.rstrip("*~#!%$@^-").lower()
+        for line in commands.call("sinfo", "-h", "-N", *partition, "-o", "%T").splitlines()
+    ]
     away = sum(not word.startswith(("idle", "mixed", "alloc", "comp")) for word in states)
     return f"{away} of {len(states)} nodes are down, drained or reserved" if away else ""
 

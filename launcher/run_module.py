@@ -1,9 +1,10 @@
-"""``python launcher/run_module.py MODULE ARGUMENT...``: what ``python -m MODULE`` does, with our packages.
+"""``python launcher/run_module.py MODULE ARGUMENT...``: what ``python -m MODULE`` does, with our
+packages.
 
-``python -m`` looks into the current folder first (``-P`` turns that off, from Python 3.11 on only), then
-into PYTHONPATH: a user's own training/ or eval/ there would be taken for ours. All processes that the
-launcher starts are started by this file. Standard library only, and nothing of it before the path is
-settled: this folder has files named like the library's (secrets, profile).
+``python -m`` looks into the current folder first (``-P`` turns that off, from Python 3.11 on only),
+then into PYTHONPATH: a user's own training/ or eval/ there would be taken for ours. All processes
+that the launcher starts are started by this file. Standard library only, and nothing of it before
+the path is settled: this folder has files named like the library's (secrets, profile).
 """
 
 import os
@@ -15,13 +16,14 @@ ROOT = os.path.dirname(os.path.dirname(FILE))
 
 
 def command(module: str, *arguments: str, options: tuple[str, ...] = ()) -> list[str]:
-    """Command line of a module of ours, with this interpreter; ``options`` are the interpreter's."""
+    """Command line of a module of ours, with this interpreter; ``options`` are the
+    interpreter's."""
     return [sys.executable, *options, FILE, module, *arguments]
 
 
 def settled(path: list[str], first: str) -> list[str]:
-    """sys.path without its entry ``first`` (the current folder, or this file's), with our packages found
-    before any of the same name."""
+    """sys.path without its entry ``first`` (the current folder, or this file's), with our packages
+    found before any of the same name."""
     rest = [entry for at, entry in enumerate(path) if at or not _same(entry, first)] if first else path
     others = [entry for entry in rest if not _same(entry, ROOT) and _has_ours(entry)]
     rest = [entry for entry in rest if entry not in others]
@@ -46,7 +48,9 @@ def _same(one: str, other: str) -> bool:
 
 def _has_ours(entry: str) -> bool:
     """Whether a folder of the path has a package or module of one of our names."""
-    return any(os.path.exists(os.path.join(entry, *end)) for name in OURS for end in ((name, "__init__.py"), (f"{name}.py",)))
+    return any(
+        os.path.exists(os.path.join(entry, *end)) for name in OURS for end in ((name, "__init__.py"), (f"{name}.py",))
+    )
 
 
 def main() -> None:

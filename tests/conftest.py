@@ -1,4 +1,5 @@
-"""Shared fixtures. One thread a rank: the machine may have two cores, and sums then have one order."""
+"""Shared fixtures. One thread a rank: the machine may have two cores, and sums then have one
+order."""
 
 import os
 
@@ -17,8 +18,9 @@ def wants_slow(config) -> bool:
 
 
 def pytest_collection_modifyitems(config, items):
-    """Tests marked slow are skipped unless asked for. Under pytest-xdist (--dist loadgroup) tests that share a cluster or a session's
-    fixtures stay on one worker: Slurm's mostly wait, so that the other worker has a core for itself."""
+    """Tests marked slow are skipped unless asked for. Under pytest-xdist (--dist loadgroup) tests
+    that share a cluster or a session's fixtures stay on one worker: Slurm's mostly wait, so that
+    the other worker has a core for itself."""
     for item in items:
         if item.get_closest_marker("slow") and not wants_slow(config):
             item.add_marker(pytest.mark.skip(reason="waits for minutes: --slow"))

@@ -1,4 +1,5 @@
-"""Run a function on several gloo ranks: forked from this process, so that torch is imported once for the whole suite."""
+"""Run a function on several gloo ranks: forked from this process, so that torch is imported once
+for the whole suite."""
 
 from __future__ import annotations
 
@@ -30,13 +31,18 @@ def _rank(rank: int, world: int, folder: str, layout: tuple[int, int], function,
         os._exit(code)
 
 
-def run(function, tensor_parallel: int, pipeline_parallel: int, data_parallel: int, *args, timeout: float = 120) -> list:
-    """``function(*args)`` on every rank of the layout -> the ranks' results. The first failing rank's traceback fails the test."""
+def run(
+    function, tensor_parallel: int, pipeline_parallel: int, data_parallel: int, *args, timeout: float = 120
+) -> list:
+    """``function(*args)`` on every rank of the layout -> the ranks' results. The first failing
+    rank's traceback fails the test."""
     world = tensor_parallel * pipeline_parallel * data_parallel
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         layout = (tensor_parallel, pipeline_parallel)
-        processes = [context.Process(target=_rank, args=(rank, world, folder, layout, function, args)) for rank in range(world)]
+        processes = [
+            context.Process(target=_rank, args=(rank, world, folder, layout, function, args)) for rank in range(world)
+        ]
         for process in processes:
             process.start()
         end = time.monotonic() + timeout

@@ -1,4 +1,5 @@
-"""The whole chain on this machine by its real command line: real preference data, a kill -9 in the middle, resume."""
+"""The whole chain on this machine by its real command line: real preference data, a kill -9 in the
+middle, resume."""
 
 import json
 import os
@@ -14,14 +15,27 @@ ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 HH = SHARED / "hh_harmless" / "harmless-base.test.jsonl.gz"
 STAGES = ["convert", "sft", "reward", "rlhf", "export", "mtbench"]
-SHORT = ["sft.iterations=4", "sft.warmup_iterations=0", "reward.iterations=4", "reward.warmup_iterations=0", "rlhf.warmup_iterations=0",
-         "rlhf.rollout_batch_size=32", "rlhf.global_batch_size=32", "rlhf.micro_batch_size=16", "model.demo_layers=2", "data.heldout_max=8",
-         "mtbench.max_new_tokens=4", "mtbench.heldout_max_new_tokens=4"]
+SHORT = [
+    "sft.iterations=4",
+    "sft.warmup_iterations=0",
+    "reward.iterations=4",
+    "reward.warmup_iterations=0",
+    "rlhf.warmup_iterations=0",
+    "rlhf.rollout_batch_size=32",
+    "rlhf.global_batch_size=32",
+    "rlhf.micro_batch_size=16",
+    "model.demo_layers=2",
+    "data.heldout_max=8",
+    "mtbench.max_new_tokens=4",
+    "mtbench.heldout_max_new_tokens=4",
+]
 
 
 def single(*stages: str) -> list[str]:
     """One rank each."""
-    return [value for stage in stages for value in (f"{stage}.pipeline_parallel=1", f"resources.{stage}.gpus_per_node=1")]
+    return [
+        value for stage in stages for value in (f"{stage}.pipeline_parallel=1", f"resources.{stage}.gpus_per_node=1")
+    ]
 
 
 def convoy(*arguments: str) -> subprocess.CompletedProcess:
@@ -30,8 +44,20 @@ def convoy(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def submit(runs: Path, name: str, *sets: str) -> list[str]:
-    return ["submit", "full-pipeline", "--recipe", "bloom-tiny", "--profile", "local", "--runs", str(runs), "--name", name, "--wait",
-            *(option for value in [*SHORT, *sets] for option in ("--set", value))]
+    return [
+        "submit",
+        "full-pipeline",
+        "--recipe",
+        "bloom-tiny",
+        "--profile",
+        "local",
+        "--runs",
+        str(runs),
+        "--name",
+        name,
+        "--wait",
+        *(option for value in [*SHORT, *sets] for option in ("--set", value)),
+    ]
 
 
 def status(run: Path, stage: str) -> dict:
@@ -40,10 +66,20 @@ def status(run: Path, stage: str) -> dict:
 
 @pytest.mark.skipif(not HH.exists(), reason="real data is not beside the project")
 def test_real_hh_pairs_and_real_questions_go_through_the_same_command(tmp_path):
-    """Anthropic's file as it comes from the Hub, with its odd rows; the real question set from the wheel."""
+    """Anthropic's file as it comes from the Hub, with its odd rows; the real question set from the
+    wheel."""
     wheel = next((SHARED / "mt_bench_questions").glob("*.whl"))
-    done = convoy(*submit(tmp_path, "hh", f"data.source={HH}", f"mtbench.questions={wheel}", "rlhf.iterations=2",
-                          "mtbench.context_length=64", *single("sft", "reward", "rlhf")))
+    done = convoy(
+        *submit(
+            tmp_path,
+            "hh",
+            f"data.source={HH}",
+            f"mtbench.questions={wheel}",
+            "rlhf.iterations=2",
+            "mtbench.context_length=64",
+            *single("sft", "reward", "rlhf"),
+        )
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     run = tmp_path / "hh"
     assert all((run / stage / "DONE.json").exists() for stage in STAGES)
@@ -55,10 +91,22 @@ def test_real_hh_pairs_and_real_questions_go_through_the_same_command(tmp_path):
 
 
 def test_kill_9_of_a_rank_during_ppo_then_resume(tmp_path):
-    """The command fails with the rank named; resume goes on from the last checkpoint and runs no done stage again. The model is a Llama."""
+    """The command fails with the rank named; resume goes on from the last checkpoint and runs no
+    done stage again. The model is a Llama."""
     run = tmp_path / "killed"
-    command = [sys.executable, "-m", "launcher", *submit(tmp_path, "killed", "model.demo_family=llama", "rlhf.iterations=8",
-                                                             "rlhf.save_every=2", *single("sft", "reward"))]
+    command = [
+        sys.executable,
+        "-m",
+        "launcher",
+        *submit(
+            tmp_path,
+            "killed",
+            "model.demo_family=llama",
+            "rlhf.iterations=8",
+            "rlhf.save_every=2",
+            *single("sft", "reward"),
+        ),
+    ]
     first = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
         end = time.monotonic() + 200
@@ -66,7 +114,11 @@ def test_kill_9_of_a_rank_during_ppo_then_resume(tmp_path):
             assert first.poll() is None and time.monotonic() < end, first.communicate()[0]
             time.sleep(0.05)
         config = str(run / "rlhf" / "config.json")
-        ranks = [int(pid.name) for pid in Path("/proc").iterdir() if pid.name.isdigit() and _runs(pid, "training.ppo", config)]
+        ranks = [
+            int(pid.name)
+            for pid in Path("/proc").iterdir()
+            if pid.name.isdigit() and _runs(pid, "training.ppo", config)
+        ]
         assert len(ranks) == 2
         os.kill(max(ranks), signal.SIGKILL)
         output, _ = first.communicate(timeout=60)

@@ -23,7 +23,8 @@ LIGHT = [
     "eval.mtbench",
 ]
 HEAVY = ["training.sft", "eval"]
-"""They import torch: one of each kind; ``test_every_program_has_a_way_to_help`` reads the others."""
+"""They import torch: one of each kind; ``test_every_program_has_a_way_to_help`` reads the
+others."""
 SCRIPTS = ["slurm/dev/up", "slurm/dev/down", "slurm/container/install.sh"]
 
 
@@ -38,7 +39,16 @@ def programs() -> dict[str, str]:
 
 
 def test_every_program_has_a_way_to_help():
-    ways = ("--help", "usage(", "argparse", "run_stage(", "arguments()", "from launcher.cli import", "import main", "import heed_signals, main")
+    ways = (
+        "--help",
+        "usage(",
+        "argparse",
+        "run_stage(",
+        "arguments()",
+        "from launcher.cli import",
+        "import main",
+        "import heed_signals, main",
+    )
     found = programs()
     assert set(found) >= {*LIGHT, *HEAVY} - {"eval"} | {"eval.__main__"}
     assert [name for name, text in found.items() if not any(way in text for way in ways)] == []

@@ -1,9 +1,10 @@
 """Direct preference optimisation (Rafailov et al. 2023): ``python -m training.dpo config.json``.
 
-The reward model's loss over each query's pairs, with the implicit reward beta (log p(reply) - log p_ref(reply)) in place of the
-head's: the policy is its own reward model. The reference is the SFT model with which training begins. Its log-probabilities,
-one number a reply, are computed once, before the first step and with the very model that then learns, and kept in
-``reference.pt``: no second model in memory, no second forward pass in a step, and a resumed run has the same bits.
+The reward model's loss over each query's pairs, with the implicit reward beta (log p(reply) - log
+p_ref(reply)) in place of the head's: the policy is its own reward model. The reference is the SFT
+model with which training begins. Its log-probabilities, one number a reply, are computed once,
+before the first step and with the very model that then learns, and kept in ``reference.pt``: no
+second model in memory, no second forward pass in a step, and a resumed run has the same bits.
 """
 
 from __future__ import annotations
@@ -31,12 +32,21 @@ from training.trainer.reward_metrics import judged
 from training.trainer.setup import Inputs, learn, length_multiple
 from training.trainer.step import Batch, Learner, Objective, evaluate, split
 
-HEADLINE = ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "heldout_accuracy", "heldout_margin", "grad_norm")
+HEADLINE = (
+    "loss",
+    "accuracy",
+    "margin",
+    "chosen_reward",
+    "rejected_reward",
+    "heldout_accuracy",
+    "heldout_margin",
+    "grad_norm",
+)
 
 
 class Comparisons:
-    """All queries that the stage sees: the training rows, then the held-out ones. ``reference`` (queries, K) fp32 holds log p_ref of each
-    reply, NaN where it is not known."""
+    """All queries that the stage sees: the training rows, then the held-out ones. ``reference``
+    (queries, K) fp32 holds log p_ref of each reply, NaN where it is not known."""
 
     def __init__(self, config: DPOConfig, inputs: Inputs):
         self.config, self.inputs, self.trained = config, inputs, len(inputs.rows)
@@ -50,7 +60,8 @@ class Comparisons:
         return self.inputs.rows[index] if index < self.trained else self.inputs.unseen[index - self.trained]
 
     def batch(self, indices: list[int], mine: list[int]) -> tuple[Batch, int]:
-        """The rows of the queries ``mine``, with "reference", padded as all of ``indices`` need it; and the tokens of all of them."""
+        """The rows of the queries ``mine``, with "reference", padded as all of ``indices`` need it;
+        and the tokens of all of them."""
         made = {index: self[index] for index in indices}
         lengths = [len(example.tokens) for comparison in made.values() for example, _ in comparison]
         padded = padded_length(lengths, length_multiple(self.config))
@@ -64,8 +75,11 @@ def reply_logprobs(output: Output, batch: Batch) -> torch.Tensor:
 
 
 def objective(config: DPOConfig, replies: int) -> Objective:
-    pair_loss = (partial(losses.ipo_loss, beta=config.beta) if config.loss == "ipo"
-                 else partial(losses.logistic_loss, label_smoothing=config.label_smoothing))
+    pair_loss = (
+        partial(losses.ipo_loss, beta=config.beta)
+        if config.loss == "ipo"
+        else partial(losses.logistic_loss, label_smoothing=config.label_smoothing)
+    )
 
     def compute(output: Output, batch: Batch):
         """Sum of the queries' losses and number of queries with a pair, as in the reward model."""
@@ -75,28 +89,41 @@ def objective(config: DPOConfig, replies: int) -> Objective:
         pair = (scores[:, :, None] > scores[:, None, :]).float()
         pairs = pair.sum((1, 2)).clamp(min=1)
         chosen, rejected = (pair.sum(2) * rewards).sum(1) / pairs, (pair.sum(1) * rewards).sum(1) / pairs
-        return loss.sum(), valid.sum(), torch.stack([values.sum() for values in (loss, accuracy, margin, chosen, rejected)])
+        return (
+            loss.sum(),
+            valid.sum(),
+            torch.stack([values.sum() for values in (loss, accuracy, margin, chosen, rejected)]),
+        )
 
     return Objective(("loss", "accuracy", "margin", "chosen_reward", "rejected_reward"), compute)
 
 
 def evaluated(learner: Learner, data: Comparisons, indices: list[int]) -> tuple[Batch, torch.Tensor]:
-    """This data-parallel rank's rows of the queries ``indices``, and log p of their replies (rows,), on every pipeline stage."""
+    """This data-parallel rank's rows of the queries ``indices``, and log p of their replies
+    (rows,), on every pipeline stage."""
     batch, _ = data.batch(indices, indices[groups.data_rank() :: groups.data_ranks()] or indices[:1])
-    logprobs = evaluate(learner.wrapped, batch, data.config.micro_batch_size * data.replies,
-                        lambda output, micro: next_token_logprobs(output, micro["tokens"], mask=micro["response_mask"]))
+    logprobs = evaluate(
+        learner.wrapped,
+        batch,
+        data.config.micro_batch_size * data.replies,
+        lambda output, micro: next_token_logprobs(output, micro["tokens"], mask=micro["response_mask"]),
+    )
     return batch, logprobs.cpu().sum(1)
 
 
 def ask_reference(learner: Learner, data: Comparisons) -> None:
-    """Fill ``data.reference`` in for every query that training or evaluation will see, while the learner still is the SFT model.
+    """Fill ``data.reference`` in for every query that training or evaluation will see, while the
+    learner still is the SFT model.
 
     What an earlier attempt has computed is read from ``reference.pt``. A collective.
     """
     config = data.config
     sampler = Sampler(data.trained, config.global_batch_size, config.seed)
-    steps = min(config.iterations, -(-data.trained // config.global_batch_size))  # one epoch has all rows
-    seen = {index for _ in range(steps) for index in sampler.next_batch()} | set(range(data.trained, len(data.reference)))
+    # one epoch has all rows
+    steps = min(config.iterations, -(-data.trained // config.global_batch_size))
+    seen = {index for _ in range(steps) for index in sampler.next_batch()} | set(
+        range(data.trained, len(data.reference))
+    )
     path, made_from = Path(config.paths.output) / "reference.pt", identity(data)
     data.reference = read_reference(path, made_from, data.reference)
 
@@ -105,7 +132,9 @@ def ask_reference(learner: Learner, data: Comparisons) -> None:
         return len(row.prompt) + max(map(len, row.replies))
 
     # Rows of about equal length together: little padding.
-    missing = sorted((index for index in seen if data.reference[index].isnan().any()), key=lambda index: (length(index), index))
+    missing = sorted(
+        (index for index in seen if data.reference[index].isnan().any()), key=lambda index: (length(index), index)
+    )
     if not missing:
         return
     found, ranks = torch.zeros_like(data.reference[missing]), groups.data_ranks()
@@ -124,7 +153,8 @@ def ask_reference(learner: Learner, data: Comparisons) -> None:
 
 
 def identity(data: Comparisons) -> str:
-    """What ``reference.pt`` depends on: the SFT checkpoint's bytes, the rows (their caches' names are hashes) and how they are cut."""
+    """What ``reference.pt`` depends on: the SFT checkpoint's bytes, the rows (their caches' names
+    are hashes) and how they are cut."""
     listed = checksums.read(format.resolve(data.config.paths.init))
     caches = [rows.folder.name for rows in (data.inputs.rows, data.inputs.unseen)]
     config = data.config
@@ -133,7 +163,8 @@ def identity(data: Comparisons) -> str:
 
 
 def read_reference(path: Path, made_from: str, unknown: torch.Tensor) -> torch.Tensor:
-    """What the file holds, on every rank, if it was made from the same; else ``unknown``. Rank 0 reads: all must decide alike."""
+    """What the file holds, on every rank, if it was made from the same; else ``unknown``. Rank 0
+    reads: all must decide alike."""
     if groups.is_main() and path.exists():
         held = torch.load(path, weights_only=True)
         unknown = held["logprobs"] if held["made_from"] == made_from else unknown
@@ -142,15 +173,22 @@ def read_reference(path: Path, made_from: str, unknown: torch.Tensor) -> torch.T
 
 
 def heldout(learner: Learner, data: Comparisons) -> dict[str, float]:
-    """The reward model's numbers, of implicit rewards; and KL(reference || policy) in nats a reply, by k1: in the mean exact where the
-    replies are the reference's own. (mtbench measures KL(policy || reference), on replies that it samples.) A collective."""
+    """The reward model's numbers, of implicit rewards; and KL(reference || policy) in nats a reply,
+    by k1: in the mean exact where the replies are the reference's own. (mtbench measures KL(policy
+    || reference), on replies that it samples.) A collective."""
     indices = list(range(data.trained, len(data.reference)))
     batch, logprobs = evaluated(learner, data, indices)
-    shown = slice(len(indices[groups.data_rank() :: groups.data_ranks()]))  # none where there are more ranks than queries
-    ratio, scores, lengths = (values.view(-1, data.replies)[shown] for values in
-                              (logprobs - batch["reference"], batch["scores"], batch["response_mask"].sum(1)))
+    shown = slice(
+        len(indices[groups.data_rank() :: groups.data_ranks()])
+    )  # none where there are more ranks than queries
+    ratio, scores, lengths = (
+        values.view(-1, data.replies)[shown]
+        for values in (logprobs - batch["reference"], batch["scores"], batch["response_mask"].sum(1))
+    )
     real = ~scores.isnan()
-    drift, count = groups.sum_over_data(torch.stack((-ratio[real].double().sum(), real.double().sum())).to(groups.device())).tolist()
+    drift, count = groups.sum_over_data(
+        torch.stack((-ratio[real].double().sum(), real.double().sum())).to(groups.device())
+    ).tolist()
     return {**judged(data.config.beta * ratio, scores, lengths), "heldout_kl_from_reference": drift / count}
 
 

@@ -1,9 +1,11 @@
 """Group relative policy optimisation (Shao et al. 2024): ``python -m training.grpo config.json``.
 
-PPO without a value model: each prompt gets ``group_size`` samples, and what a sample scored beyond its group's mean is the advantage of
-each of its tokens. The KL penalty to the SFT model stands in the loss (k3) or, with ``kl_in = "reward"``, in the score. Unlike the
-paper's, the loss is one mean over all tokens of a minibatch: in a mean of the samples' means the tokens of long samples count less
-(Yu et al. 2025, section 3.3). Left out: process rewards, and a new reward model or reference on the way.
+PPO without a value model: each prompt gets ``group_size`` samples, and what a sample scored beyond
+its group's mean is the advantage of each of its tokens. The KL penalty to the SFT model stands in
+the loss (k3) or, with ``kl_in = "reward"``, in the score. Unlike the paper's, the loss is one mean
+over all tokens of a minibatch: in a mean of the samples' means the tokens of long samples count
+less (Yu et al. 2025, section 3.3). Left out: process rewards, and a new reward model or reference
+on the way.
 """
 
 from __future__ import annotations
@@ -37,8 +39,9 @@ class GRPO(ppo.PPO):
 
 
 def experience(config: GRPOConfig, rollout: Rollout, scored: Scored, kl_coef: float, reward_bias: float) -> Experience:
-    """Advantages (B, T), the same at each token of a sample, and the report with "group_std", the scores' mean standard deviation within
-    a group, and "groups_alike", the share of groups whose samples all score the same: these teach nothing."""
+    """Advantages (B, T), the same at each token of a sample, and the report with "group_std", the
+    scores' mean standard deviation within a group, and "groups_alike", the share of groups whose
+    samples all score the same: these teach nothing."""
     mask, scores = rollout.batch["response_mask"], final_scores(config, rollout, scored, reward_bias)
     if config.kl_in == "reward" and scored.ref_logprobs is not None:
         scores = scores - kl_coef * (losses.kl_k1(scored.logprobs, scored.ref_logprobs) * mask).sum(1)

@@ -1,7 +1,8 @@
 """The mathematics of SFT, reward model and PPO: pure functions, tensors in, tensors out.
 
-Per-token tensors are (B, T) and aligned with the token they speak of: ``logprobs[:, t]`` = log p(token t | tokens before t),
-``values[:, t]`` = value of the state in which token t was chosen. ``response_mask`` is True at response tokens, EOS included.
+Per-token tensors are (B, T) and aligned with the token they speak of: ``logprobs[:, t]`` = log
+p(token t | tokens before t), ``values[:, t]`` = value of the state in which token t was chosen.
+``response_mask`` is True at response tokens, EOS included.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ def logistic_loss(margin: torch.Tensor, label_smoothing: float = 0.0) -> torch.T
 
 
 def ipo_loss(margin: torch.Tensor, beta: float) -> torch.Tensor:
-    """(h - 1 / (2 beta))^2 with h = ``margin`` / beta, by how much the log ratios of a pair's whole replies differ (Azar et al. 2024,
-    eq. 17): they are to be apart by so much, not by ever more. Any shape.
+    """(h - 1 / (2 beta))^2 with h = ``margin`` / beta, by how much the log ratios of a pair's whole
+    replies differ (Azar et al. 2024, eq. 17): they are to be apart by so much, not by ever more.
+    Any shape.
 
     >>> ipo_loss(torch.tensor([0.0, 0.5, 1.0]), beta=0.5)  # apart by 1 in log ratios is what it asks for
     tensor([1., 0., 1.])
@@ -33,13 +35,17 @@ def ipo_loss(margin: torch.Tensor, beta: float) -> torch.Tensor:
     return (margin / beta - 1 / (2 * beta)) ** 2
 
 
-def pairwise_loss(rewards: torch.Tensor, scores: torch.Tensor, loss: Callable[[torch.Tensor], torch.Tensor] = logistic_loss,
-                  ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def pairwise_loss(
+    rewards: torch.Tensor,
+    scores: torch.Tensor,
+    loss: Callable[[torch.Tensor], torch.Tensor] = logistic_loss,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Ranking loss over the replies to each query: rewards (Q, K), scores (Q, K); higher is better.
 
-    Equal scores form no pair, nor does a score of NaN (a reply that only fills up the row). Returns, each (Q,): the mean of
-    ``loss(r_i - r_j)`` over the query's valid pairs (Ouyang et al. 2022, eq. 1), the pairs' accuracy, their mean margin,
-    and whether the query has a pair at all (where not, the others are 0).
+    Equal scores form no pair, nor does a score of NaN (a reply that only fills up the row).
+    Returns, each (Q,): the mean of ``loss(r_i - r_j)`` over the query's valid pairs (Ouyang et al.
+    2022, eq. 1), the pairs' accuracy, their mean margin, and whether the query has a pair at all
+    (where not, the others are 0).
 
     >>> pairwise_loss(torch.tensor([[2.0, 0.0, 1.0]]), torch.tensor([[5.0, 1.0, 1.0]]))  # pairs: 2 against 0, 2 against 1
     (tensor([0.2201]), tensor([1.]), tensor([1.5000]), tensor([True]))
@@ -55,7 +61,8 @@ def pairwise_loss(rewards: torch.Tensor, scores: torch.Tensor, loss: Callable[[t
 
 
 def kl_k1(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
-    """Per-token log p - log p_ref on p's own samples, any shape: unbiased, may be negative (Schulman 2020, k1).
+    """Per-token log p - log p_ref on p's own samples, any shape: unbiased, may be negative
+    (Schulman 2020, k1).
 
     >>> kl_k1(torch.tensor([0.5]).log(), torch.tensor([0.25]).log())
     tensor([0.6931])
@@ -64,7 +71,8 @@ def kl_k1(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
 
 
 def kl_k3(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
-    """Per-token (r - 1) - log r with r = p_ref / p, any shape: unbiased and never negative (Schulman 2020, k3).
+    """Per-token (r - 1) - log r with r = p_ref / p, any shape: unbiased and never negative
+    (Schulman 2020, k3).
 
     >>> kl_k3(torch.tensor([0.5]).log(), torch.tensor([0.25]).log())  # 0.5 - 1 + log 2
     tensor([0.1931])
@@ -74,8 +82,8 @@ def kl_k3(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
 
 
 def token_rewards(logprobs, ref_logprobs, scores, response_mask, kl_coef: float) -> torch.Tensor:
-    """Rewards (B, T): -kl_coef * k1 at each response token, plus ``scores`` (B,) at the last one (Ouyang et al. 2022, eq. 2).
-    ``logprobs``, ``ref_logprobs``, ``response_mask`` (B, T).
+    """Rewards (B, T): -kl_coef * k1 at each response token, plus ``scores`` (B,) at the last one
+    (Ouyang et al. 2022, eq. 2). ``logprobs``, ``ref_logprobs``, ``response_mask`` (B, T).
 
     >>> token_rewards(torch.tensor([[-1.0, -1.0, -1.0]]), torch.tensor([[-2.0, -2.0, -1.0]]), torch.tensor([5.0]),
     ...               torch.tensor([[False, True, True]]), kl_coef=0.1)[:, 1:]
@@ -86,7 +94,8 @@ def token_rewards(logprobs, ref_logprobs, scores, response_mask, kl_coef: float)
 
 
 def last_token(response_mask: torch.Tensor) -> torch.Tensor:
-    """(B, T) -> (B, 1): the place of each row's last response token, where the score stands (Ouyang et al. 2022, eq. 2).
+    """(B, T) -> (B, 1): the place of each row's last response token, where the score stands (Ouyang
+    et al. 2022, eq. 2).
 
     >>> last_token(torch.tensor([[False, True, True, False]]))
     tensor([[2]])
@@ -95,9 +104,11 @@ def last_token(response_mask: torch.Tensor) -> torch.Tensor:
 
 
 def gae(rewards, values, response_mask, gamma: float, lam: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Generalised advantage estimation (Schulman et al. 2016, eq. 16) over response tokens only -> advantages, returns (B, T).
+    """Generalised advantage estimation (Schulman et al. 2016, eq. 16) over response tokens only ->
+    advantages, returns (B, T).
 
-    The value after the last response token is 0; outside the mask both results are 0. ``rewards``, ``values``, ``response_mask`` (B, T).
+    The value after the last response token is 0; outside the mask both results are 0. ``rewards``,
+    ``values``, ``response_mask`` (B, T).
 
     >>> gae(torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([[9.0, 0.5, 0.5]]), torch.tensor([[False, True, True]]), gamma=1.0, lam=0.5)
     (tensor([[0.0000, 0.2500, 0.5000]]), tensor([[0.0000, 0.7500, 1.0000]]))
@@ -115,8 +126,9 @@ def gae(rewards, values, response_mask, gamma: float, lam: float) -> tuple[torch
 
 
 def whiten(advantages, mean: torch.Tensor, variance: torch.Tensor, response_mask) -> torch.Tensor:
-    """(A - mean) / std at response tokens, 0 elsewhere, (B, T); ``mean`` and ``variance`` () are those of the whole iteration on all ranks
-    (the "advantage normalisation" of Andrychowicz et al. 2021, C67, over the iteration instead of the minibatch).
+    """(A - mean) / std at response tokens, 0 elsewhere, (B, T); ``mean`` and ``variance`` () are
+    those of the whole iteration on all ranks (the "advantage normalisation" of Andrychowicz et al.
+    2021, C67, over the iteration instead of the minibatch).
 
     >>> whiten(torch.tensor([[7.0, 1.0, 3.0]]), torch.tensor(2.0), torch.tensor(1.0), torch.tensor([[False, True, True]]))
     tensor([[ 0., -1.,  1.]])
@@ -125,9 +137,10 @@ def whiten(advantages, mean: torch.Tensor, variance: torch.Tensor, response_mask
 
 
 def group_advantages(scores: torch.Tensor, group_size: int, scale: bool = True) -> torch.Tensor:
-    """Advantage (B,) of each of ``group_size`` adjacent samples to one prompt: score less the group's mean, over the group's standard
-    deviation + 1e-4 (Shao et al. 2024, section 4.1.2). ``scale`` False leaves the division out, which weighs prompts by how much their
-    samples agree (Dr. GRPO: Liu et al. 2025).
+    """Advantage (B,) of each of ``group_size`` adjacent samples to one prompt: score less the
+    group's mean, over the group's standard deviation + 1e-4 (Shao et al. 2024, section 4.1.2).
+    ``scale`` False leaves the division out, which weighs prompts by how much their samples agree
+    (Dr. GRPO: Liu et al. 2025).
 
     >>> group_advantages(torch.tensor([1.0, 3.0, 5.0, 5.0]), 2)
     tensor([-0.7071,  0.7071,  0.0000,  0.0000])
@@ -138,8 +151,9 @@ def group_advantages(scores: torch.Tensor, group_size: int, scale: bool = True) 
 
 
 def importance_weights(old_logprobs, behaviour_logprobs, cap: float) -> torch.Tensor:
-    """min(p_old / p_behaviour, ``cap``), any shape: what a sample drawn from another distribution counts (truncated importance sampling,
-    Ionides 2008; between rollout and training Yao et al. 2025).
+    """min(p_old / p_behaviour, ``cap``), any shape: what a sample drawn from another distribution
+    counts (truncated importance sampling, Ionides 2008; between rollout and training Yao et al.
+    2025).
 
     >>> importance_weights(torch.tensor([0.5, 0.1, 0.8]).log(), torch.tensor([0.25, 0.2, 0.1]).log(), cap=3.0)
     tensor([2.0000, 0.5000, 3.0000])
@@ -147,13 +161,24 @@ def importance_weights(old_logprobs, behaviour_logprobs, cap: float) -> torch.Te
     return (old_logprobs - behaviour_logprobs).exp().clamp(max=cap)
 
 
-def policy_loss(logprobs, old_logprobs, advantages, response_mask, clip: float, dual_clip: float = 0.0, clip_high: float = 0.0,
-                weights: torch.Tensor | None = None):
-    """Sum over response tokens of PPO's clipped objective (Schulman et al. 2017, eq. 7) -> loss, clip fraction sum, approx KL sum.
+def policy_loss(
+    logprobs,
+    old_logprobs,
+    advantages,
+    response_mask,
+    clip: float,
+    dual_clip: float = 0.0,
+    clip_high: float = 0.0,
+    weights: torch.Tensor | None = None,
+):
+    """Sum over response tokens of PPO's clipped objective (Schulman et al. 2017, eq. 7) -> loss,
+    clip fraction sum, approx KL sum.
 
-    All (B, T). ``dual_clip`` c > 1 bounds the loss of a token with negative advantage by -c A (Ye et al. 2020, eq. 5): its ratio may be
-    anything, and the clip above only bounds what is gained; 0 = off. The ratio is clipped to [1 - ``clip``, 1 + ``clip_high``]; 0 = the
-    same as below (Yu et al. 2025, eq. 10). Each token's loss counts ``weights`` (B, T) times. Approx KL is k3 of old against new policy.
+    All (B, T). ``dual_clip`` c > 1 bounds the loss of a token with negative advantage by -c A (Ye
+    et al. 2020, eq. 5): its ratio may be anything, and the clip above only bounds what is gained; 0
+    = off. The ratio is clipped to [1 - ``clip``, 1 + ``clip_high``]; 0 = the same as below (Yu et
+    al. 2025, eq. 10). Each token's loss counts ``weights`` (B, T) times. Approx KL is k3 of old
+    against new policy.
 
     >>> ratio, advantages = torch.tensor([[1.5, 1.5, 8.0]]), torch.tensor([[1.0, -1.0, -1.0]])
     >>> policy_loss(ratio.log(), torch.zeros(1, 3), advantages, torch.ones(1, 3).bool(), clip=0.2)  # -1.2 + 1.5 + 8
@@ -174,8 +199,9 @@ def policy_loss(logprobs, old_logprobs, advantages, response_mask, clip: float, 
 
 
 def value_loss(values, old_values, returns, response_mask, clip: float) -> torch.Tensor:
-    """Sum over response tokens of 0.5 max((V - R)^2, (clip(V, V_old +- clip) - R)^2): the clipped objective's counterpart for values
-    (Schulman et al.'s code, OpenAI baselines' ppo2; Andrychowicz et al. 2021, C12). All (B, T). ``clip`` 0: 0.5 (V - R)^2.
+    """Sum over response tokens of 0.5 max((V - R)^2, (clip(V, V_old +- clip) - R)^2): the clipped
+    objective's counterpart for values (Schulman et al.'s code, OpenAI baselines' ppo2; Andrychowicz
+    et al. 2021, C12). All (B, T). ``clip`` 0: 0.5 (V - R)^2.
 
     >>> value_loss(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5, 0.0]]), torch.tensor([[1.0, 2.0]]), torch.ones(1, 2).bool(), clip=0.1)
     tensor(2.0800)
@@ -187,8 +213,8 @@ def value_loss(values, old_values, returns, response_mask, clip: float) -> torch
 
 
 def adaptive_kl_coef(kl_coef: float, kl: float, target: float, samples: int, horizon: int) -> float:
-    """Next coefficient of the proportional controller (Ziegler et al. 2019, section 2.2); ``kl`` and ``target`` in nats per response,
-    ``samples`` in the iteration, ``horizon`` in samples.
+    """Next coefficient of the proportional controller (Ziegler et al. 2019, section 2.2); ``kl``
+    and ``target`` in nats per response, ``samples`` in the iteration, ``horizon`` in samples.
 
     >>> adaptive_kl_coef(0.1, kl=6.6, target=6.0, samples=100, horizon=1000)  # 10% too much: 1% more
     0.101

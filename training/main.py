@@ -29,25 +29,33 @@ class Interrupted(Together):
 
 
 def run_stage(kind: type[Config], stage: Callable[[Config], None]) -> int:
-    """Run ``stage(config)`` inside its ranks, with the configuration of class ``kind`` that the one argument names.
+    """Run ``stage(config)`` inside its ranks, with the configuration of class ``kind`` that the one
+    argument names.
 
-    Trainers run at their own layout, other stages on one rank. Returns the exit code: 0 done, 64 bad configuration,
-    65 bad data or checkpoint, 73 a file can't be read or written, 74 full disk, 75 wants to go on from what is saved,
-    76 paused or stopped by a health gate, 1 any other error. An error leaves its class in training.error_report.
+    Trainers run at their own layout, other stages on one rank. Returns the exit code: 0 done, 64
+    bad configuration, 65 bad data or checkpoint, 73 a file can't be read or written, 74 full disk,
+    75 wants to go on from what is saved, 76 paused or stopped by a health gate, 1 any other error.
+    An error leaves its class in training.error_report.
     """
     program = sys.modules["__main__"]
     ended = usage(sys.argv[1:], getattr(program.__spec__, "name", "MODULE"), "config.json", program.__doc__)
     if ended is not None:
         return ended
     startup_timer.mark("imports")
-    faulthandler.enable()  # a hung rank that gets an ABRT, and one that crashes in C, says where it is
+    # a hung rank that gets an ABRT, and one that crashes in C, says where it is
+    faulthandler.enable()
     error_report.versions()
     try:
         config = load(kind, sys.argv[1])
         if isinstance(config, TrainerConfig):
             trackers.check(config)
-            layout = ranks(config.tensor_parallel, config.pipeline_parallel, config.seed, virtual_pipeline_size=config.virtual_pipeline,
-                           timeout_minutes=config.collective_minutes)
+            layout = ranks(
+                config.tensor_parallel,
+                config.pipeline_parallel,
+                config.seed,
+                virtual_pipeline_size=config.virtual_pipeline,
+                timeout_minutes=config.collective_minutes,
+            )
         else:
             layout = ranks(1, 1, 0)
         with layout:
@@ -78,7 +86,8 @@ def run_stage(kind: type[Config], stage: Callable[[Config], None]) -> int:
 
 
 def _ended(code: int) -> int:
-    """``code``; but a rank that failed alone ends at once: Python's own end would wait for NCCL's threads, and they for the other ranks."""
+    """``code``; but a rank that failed alone ends at once: Python's own end would wait for NCCL's
+    threads, and they for the other ranks."""
     if dist.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,10 +1,12 @@
-"""PPO with a KL penalty (Ziegler et al. 2019; Ouyang et al. 2022): ``python -m training.ppo config.json``.
+"""PPO with a KL penalty (Ziegler et al. 2019; Ouyang et al. 2022): ``python -m training.ppo
+config.json``.
 
-An iteration: sample responses; log-probabilities of policy and frozen reference, values and rewards by the training forward;
-rewards per token, GAE, whitening over the whole iteration; clipped updates of policy and value, one denominator a minibatch.
-Optional: an entropy bonus, dual clip, an adaptive KL coefficient. Left out: off-policy reuse of samples, top-p and top-k. Every draw
-is seeded by (seed, iteration, row), so in fp32 samples depend neither on layout nor on interruptions. In bf16 the same draw may give
-another token where rounding decides (training.generation.engine).
+An iteration: sample responses; log-probabilities of policy and frozen reference, values and rewards
+by the training forward; rewards per token, GAE, whitening over the whole iteration; clipped updates
+of policy and value, one denominator a minibatch. Optional: an entropy bonus, dual clip, an adaptive
+KL coefficient. Left out: off-policy reuse of samples, top-p and top-k. Every draw is seeded by
+(seed, iteration, row), so in fp32 samples depend neither on layout nor on interruptions. In bf16
+the same draw may give another token where rounding decides (training.generation.engine).
 """
 
 from __future__ import annotations
@@ -51,19 +53,38 @@ from training.trainer.loop import Boundary, at, resume
 from training.trainer.setup import read_inputs
 from training.trainer.step import Batch, Learner, Objective, build_model, on_device
 
-HEADLINE = ("reward", "kl", "heldout_reward", "heldout_kl", "entropy", "eos_rate", "response_length", "clip_fraction",
-            "explained_variance", "grad_norm")
+HEADLINE = (
+    "reward",
+    "kl",
+    "heldout_reward",
+    "heldout_kl",
+    "entropy",
+    "eos_rate",
+    "response_length",
+    "clip_fraction",
+    "explained_variance",
+    "grad_norm",
+)
 """Numbers that the log shows; metrics.jsonl has them all."""
 
 
 def policy_objective(config: RolloutConfig, kl_coef: float = 0.0) -> Objective:
-    """``kl_coef``: weight of the KL to the reference (k3) in the loss, where it does not stand in the reward."""
+    """``kl_coef``: weight of the KL to the reference (k3) in the loss, where it does not stand in
+    the reward."""
 
     def compute(output: Output, batch: Batch):
         mask = batch["response_mask"]
         logprobs, entropy = next_token_logprobs_and_entropy(output, batch["tokens"], config.temperature, mask)
-        surrogate, clipped, approx_kl = losses.policy_loss(logprobs, batch["old_logprobs"], batch["advantages"], mask, config.clip_ratio,
-                                                           config.dual_clip, config.clip_ratio_high, batch.get("importance_weights"))
+        surrogate, clipped, approx_kl = losses.policy_loss(
+            logprobs,
+            batch["old_logprobs"],
+            batch["advantages"],
+            mask,
+            config.clip_ratio,
+            config.dual_clip,
+            config.clip_ratio_high,
+            batch.get("importance_weights"),
+        )
         loss = surrogate - config.entropy_coef * entropy.sum() if config.entropy_coef else surrogate
         if kl_coef:
             loss = loss + kl_coef * (losses.kl_k3(logprobs, batch["ref_logprobs"]) * mask).sum()
@@ -85,21 +106,28 @@ def value_objective(config: PPOConfig, value_bias: float) -> Objective:
 def learn(learner: Learner, batch: Batch, passes: list[Plan], objective: Objective) -> list[dict[str, float]]:
     """A step for each minibatch of ``passes`` over the samples -> each step's metrics."""
     batch = on_device(batch)
-    return [learner.step(rows.micro_batches(batch, number), objective) for rows in passes for number in range(len(rows.minibatches))]
+    return [
+        learner.step(rows.micro_batches(batch, number), objective)
+        for rows in passes
+        for number in range(len(rows.minibatches))
+    ]
 
 
 def summary(steps: list[dict[str, float]]) -> dict[str, float]:
-    """The means of an iteration's steps, of those that are finite; the number of skipped updates."""
+    """The means of an iteration's steps, of those that are finite; the number of skipped
+    updates."""
     made = {}
     for name in steps[0]:
         values = [step[name] for step in steps if math.isfinite(step[name])]
-        made[name] = sum(values) if name.endswith("skipped_updates") else sum(values) / len(values) if values else math.nan
+        made[name] = (
+            sum(values) if name.endswith("skipped_updates") else sum(values) / len(values) if values else math.nan
+        )
     return made
 
 
 def load_models(config: RolloutConfig, shape: Shape) -> Models:
-    """Policy and reference from the SFT model; reward and, of PPO, value from the reward model. With adapters the reference is the
-    policy; without a KL penalty there is none."""
+    """Policy and reference from the SFT model; reward and, of PPO, value from the reward model.
+    With adapters the reference is the policy; without a KL penalty there is none."""
     sft = format.resolve(config.paths.init) / "model"
     reward = format.resolve(config.paths.reward, config.paths.reward_iteration) / "model"
 
@@ -109,15 +137,20 @@ def load_models(config: RolloutConfig, shape: Shape) -> Models:
         return model
 
     def frozen(head: str, source) -> LanguageModel | Parked:
-        # Nobody asks for its gradients, but its weights say that they want some: else its layers would be compiled apart, with the bias
-        # added inside the product, and round otherwise than the policy's. The first KL would not be 0.
+        # Nobody asks for its gradients, but its weights say that they want some: else its layers
+        # would be compiled apart, with the bias added inside the product, and round otherwise than
+        # the policy's. The first KL would not be 0.
         model = make(head, source, dataclasses.replace(config, lora_rank=0))
         return Parked(model) if config.offload != "none" else model
 
     policy = make("lm", sft, config)
     reference = (policy if config.lora_rank else frozen("lm", sft)) if config.kl_coef else None
-    return Models(policy=policy, reference=reference, reward=frozen("scalar", reward),
-                  value=make("scalar", reward, config) if isinstance(config, PPOConfig) else None)
+    return Models(
+        policy=policy,
+        reference=reference,
+        reward=frozen("scalar", reward),
+        value=make("scalar", reward, config) if isinstance(config, PPOConfig) else None,
+    )
 
 
 class PPO:
@@ -131,7 +164,9 @@ class PPO:
         self.policy, self.first_learner = self.learners["policy"], self.learners.get("value", self.learners["policy"])
         self.sampler = Sampler(len(self.rows), config.rollout_batch_size // config.group_size, config.seed)
         limits = Limits(config.prompt_length + config.response_length, config.generation_batch_size, config.cache_share)
-        self.replicas = Replicas(self.models.policy, self.shape, limits, self.tokenizer.eos_id, config.generation_tensor_parallel)
+        self.replicas = Replicas(
+            self.models.policy, self.shape, limits, self.tokenizer.eos_id, config.generation_tensor_parallel
+        )
         self.kl_coef = config.kl_coef
         self.reward_bias = reward_bias.stored(format.resolve(config.paths.reward, config.paths.reward_iteration))
         self.value_bias: float | None = None
@@ -157,10 +192,14 @@ class PPO:
         return experience(self.config, made, scored, self.kl_coef, self.reward_bias, self.value_bias)
 
     def update(self, batch: Batch, passes: list[Plan], learn_policy: bool) -> list[dict[str, float]]:
-        """Each step's metrics. First all of the value model's: neither model's steps depend on the other's, and one is awake at a time."""
+        """Each step's metrics. First all of the value model's: neither model's steps depend on the
+        other's, and one is awake at a time."""
         config = self.config
         made = learn(self.value, batch, passes, value_objective(config, self.value_bias))
-        made = [{name if name == "value_loss" else f"value_{name}": number for name, number in step.items()} for step in made]
+        made = [
+            {name if name == "value_loss" else f"value_{name}": number for name, number in step.items()}
+            for step in made
+        ]
         self.value.sleep(self.policy if learn_policy else None)
         if learn_policy:
             steps = learn(self.policy, batch, passes, policy_objective(config))
@@ -169,14 +208,20 @@ class PPO:
         return made
 
     def state(self) -> dict:
-        return {"sampler": self.sampler.state_dict(), "kl_coef": self.kl_coef, "gates": self.gates.state_dict(),
-                "value_bias": self.value_bias}
+        return {
+            "sampler": self.sampler.state_dict(),
+            "kl_coef": self.kl_coef,
+            "gates": self.gates.state_dict(),
+            "value_bias": self.value_bias,
+        }
 
     def restore(self, state: dict) -> None:
         self.sampler.load_state_dict(state["sampler"])
         self.gates.load_state_dict(state["gates"])
-        self.value_bias = state.get("value_bias", 0.0)  # an earlier version's value model learnt without one
-        if self.config.kl_target:  # else it is the configuration's, which may have been changed for the resume
+        # an earlier version's value model learnt without one
+        self.value_bias = state.get("value_bias", 0.0)
+        # else it is the configuration's, which may have been changed for the resume
+        if self.config.kl_target:
             self.kl_coef = state["kl_coef"]
 
     def iterate(self, iteration: int) -> dict[str, float]:
@@ -200,16 +245,22 @@ class PPO:
             invariants.first_update(config, steps[0], samples.batch)
             self.proven = True
         metrics = {**samples.metrics, **summary(steps), "kl_coef": self.kl_coef, "packing_efficiency": rows.efficiency}
-        if config.kl_target and learn_policy:  # before, the policy has not moved and its KL says nothing
-            self.kl_coef = losses.adaptive_kl_coef(self.kl_coef, metrics["kl"], config.kl_target, config.rollout_batch_size,
-                                                   config.kl_horizon)
+        # before, the policy has not moved and its KL says nothing
+        if config.kl_target and learn_policy:
+            self.kl_coef = losses.adaptive_kl_coef(
+                self.kl_coef, metrics["kl"], config.kl_target, config.rollout_batch_size, config.kl_horizon
+            )
         seen, new = sum(rows.lengths), int(made.batch["response_mask"].sum())
-        return {**metrics, **rollout, "tokens_per_second": new / sum(phases.seconds.values()),
-                **phases.metrics({"generate": new, "score": seen, "update": seen * config.epochs})}
+        return {
+            **metrics,
+            **rollout,
+            "tokens_per_second": new / sum(phases.seconds.values()),
+            **phases.metrics({"generate": new, "score": seen, "update": seen * config.epochs}),
+        }
 
     def heldout(self, iteration: int) -> dict[str, float]:
-        """Reward and, with a reference, KL to it (nats per response) on the held-out prompts, with the same draws at every call.
-        A collective."""
+        """Reward and, with a reference, KL to it (nats per response) on the held-out prompts, with
+        the same draws at every call. A collective."""
         made = self.sample(list(range(len(self.unseen))), self.unseen, 0)
         rows = plan(self.config, self.shape, made.batch["lengths"].tolist(), len(self.unseen))
         if self.config.keep_replies and groups.is_main():
@@ -249,7 +300,9 @@ def run(config: RolloutConfig, trainer: type[PPO] = PPO) -> None:
         warnings, pause = ppo.gates.judge(iteration, values)
         for warning in warnings if groups.is_main() else ():
             print(f"warning: iteration {iteration}: {warning}", flush=True)
-        boundary.end(iteration, values | {"gates_breached": len(warnings)}, partial(ppo.heldout, iteration), ppo.state, pause)
+        boundary.end(
+            iteration, values | {"gates_breached": len(warnings)}, partial(ppo.heldout, iteration), ppo.state, pause
+        )
 
 
 if __name__ == "__main__":

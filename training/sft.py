@@ -1,8 +1,9 @@
 """Supervised fine-tuning: ``python -m training.sft config.json``.
 
-Next-token cross entropy on response tokens only, with one denominator for the whole global batch: a mean of micro-batch
-means would weigh tokens by their batch. With packing a row holds several examples, each a document that sees only itself; without,
-rows are padded on the right, where causal attention needs no mask.
+Next-token cross entropy on response tokens only, with one denominator for the whole global batch: a
+mean of micro-batch means would weigh tokens by their batch. With packing a row holds several
+examples, each a document that sees only itself; without, rows are padded on the right, where causal
+attention needs no mask.
 """
 
 from __future__ import annotations
@@ -28,19 +29,25 @@ from training.trainer.step import Batch, Learner, Objective, evaluate, split
 
 
 def compute(output: Output, batch: Batch):
-    """Sum of -log p over the batch's response tokens, their number, and the sum again for the log."""
+    """Sum of -log p over the batch's response tokens, their number, and the sum again for the
+    log."""
     loss = next_token_nll(output, batch["tokens"], batch["response_mask"])
     return loss, batch["response_mask"].sum(), loss[None]
 
 
-def global_batch(config: SFTConfig, shape: Shape, examples: list[Example], pad_id: int) -> tuple[list[Batch], dict[str, float]]:
-    """A global batch -> this data-parallel rank's micro-batches, and what the log says of it: "tokens", examples' without padding, and
-    "packing_efficiency", their part of all that is computed."""
+def global_batch(
+    config: SFTConfig, shape: Shape, examples: list[Example], pad_id: int
+) -> tuple[list[Batch], dict[str, float]]:
+    """A global batch -> this data-parallel rank's micro-batches, and what the log says of it:
+    "tokens", examples' without padding, and "packing_efficiency", their part of all that is
+    computed."""
     ranks, lengths = groups.data_ranks(), [len(example.tokens) for example in examples]
     layout = lay_out(lengths, limits(config, shape)) if config.packing else None
     if layout and len(layout.rows) < len(examples):
         rows, length, size = layout
-        batch = collate_packed([[examples[index] for index in row] for row in shard(rows, groups.data_rank(), ranks)], pad_id, length)
+        batch = collate_packed(
+            [[examples[index] for index in row] for row in shard(rows, groups.data_rank(), ranks)], pad_id, length
+        )
     else:
         rows, length, size = examples, padded_length(lengths, length_multiple(config)), config.micro_batch_size
         batch = collate(shard(examples, groups.data_rank(), ranks), pad_id, length)
@@ -49,20 +56,34 @@ def global_batch(config: SFTConfig, shape: Shape, examples: list[Example], pad_i
 
 
 def heldout(config: SFTConfig, learner: Learner, examples: list[Example], pad_id: int) -> dict[str, float]:
-    """Loss per response token (nats), perplexity and, as the floor to beat, the tokens' unigram entropy (nats)."""
+    """Loss per response token (nats), perplexity and, as the floor to beat, the tokens' unigram
+    entropy (nats)."""
     mine = examples[groups.data_rank() :: groups.data_ranks()]
     sums = torch.zeros(2, dtype=torch.double)
     if mine:
-        batch = packed(config, mine, pad_id)[0] if config.packing else collate(
-            mine, pad_id, padded_length([len(example.tokens) for example in mine], length_multiple(config)))
-        logprobs = evaluate(learner.wrapped, batch, config.micro_batch_size,
-                            lambda output, micro: next_token_logprobs(output, micro["tokens"], mask=micro["response_mask"]))
+        batch = (
+            packed(config, mine, pad_id)[0]
+            if config.packing
+            else collate(
+                mine, pad_id, padded_length([len(example.tokens) for example in mine], length_multiple(config))
+            )
+        )
+        logprobs = evaluate(
+            learner.wrapped,
+            batch,
+            config.micro_batch_size,
+            lambda output, micro: next_token_logprobs(output, micro["tokens"], mask=micro["response_mask"]),
+        )
         sums = torch.stack((-(logprobs.cpu() * batch["response_mask"]).sum(), batch["response_mask"].sum())).double()
     loss, count = groups.sum_over_data(sums.to(groups.device())).tolist()
     tokens = torch.cat([torch.tensor(example.tokens[example.response_start :]) for example in examples])
     frequency = tokens.bincount().double() / len(tokens)
     entropy = -(frequency[frequency > 0] * frequency[frequency > 0].log()).sum().item()
-    return {"heldout_loss": loss / count, "heldout_perplexity": math.exp(min(loss / count, 700.0)), "unigram_entropy": entropy}
+    return {
+        "heldout_loss": loss / count,
+        "heldout_perplexity": math.exp(min(loss / count, 700.0)),
+        "unigram_entropy": entropy,
+    }
 
 
 def task(config: SFTConfig, inputs: Inputs, learner: Learner) -> Task:
@@ -73,10 +94,14 @@ def task(config: SFTConfig, inputs: Inputs, learner: Learner) -> Task:
         examples = [sft_example(inputs.rows[index], tokenizer, config.seq_length) for index in indices]
         return global_batch(config, inputs.shape, examples, tokenizer.pad_id)
 
-    return Task(Objective(("loss",), compute), micro_batches, lambda: heldout(config, learner, unseen, tokenizer.pad_id),
-                headline=("loss", "heldout_loss", "unigram_entropy", "packing_efficiency", "grad_norm", "lr"),
-                early=EarlyStop(config.patience, config.min_delta, "heldout_loss") if config.patience else None,
-                samples=samples(config, inputs, learner) if config.sample_every else None)
+    return Task(
+        Objective(("loss",), compute),
+        micro_batches,
+        lambda: heldout(config, learner, unseen, tokenizer.pad_id),
+        headline=("loss", "heldout_loss", "unigram_entropy", "packing_efficiency", "grad_norm", "lr"),
+        early=EarlyStop(config.patience, config.min_delta, "heldout_loss") if config.patience else None,
+        samples=samples(config, inputs, learner) if config.sample_every else None,
+    )
 
 
 def samples(config: SFTConfig, inputs: Inputs, learner: Learner) -> sample_text.Samples:

@@ -5,8 +5,8 @@ Python's insides, but not from loops without end, nor from a text as large as th
 is the only way to a template; it gives what transformers' ``apply_chat_template(...,
 tokenize=False)`` gives.
 
-``python -m eval.answers.chat FOLDER``: does the folder's template render a conversation? Exit status 65 and
-one line where not.
+``python -m eval.answers.chat FOLDER``: does the folder's template render a conversation? Exit
+status 65 and one line where not.
 """
 
 from __future__ import annotations
@@ -75,13 +75,19 @@ def read(folder: str | Path) -> tuple[str, dict[str, str]]:
             raise TemplateError(f"{config} holds no JSON object; download it again")
     template = _text(file, TEMPLATE) if file.exists() else values.get("chat_template") or ""
     if isinstance(template, list):
-        named = {each.get("name"): each.get("template") for each in template
-                 if isinstance(each, dict) and isinstance(each.get("name"), str)}
+        named = {
+            each.get("name"): each.get("template")
+            for each in template
+            if isinstance(each, dict) and isinstance(each.get("name"), str)
+        }
         template = named.get("default", "")
     if not isinstance(template, str):
         raise TemplateError(f"{config}: chat_template is {type(template).__name__}; expected a text; correct it")
-    tokens = {name: value.get("content") if isinstance(value, dict) else value for name, value in values.items()
-              if name.endswith("_token")}
+    tokens = {
+        name: value.get("content") if isinstance(value, dict) else value
+        for name, value in values.items()
+        if name.endswith("_token")
+    }
     return template, {name: text for name, text in tokens.items() if isinstance(text, str)}
 
 
@@ -108,8 +114,9 @@ def check(folder: str | Path) -> str:
         except TemplateError as error:
             raise TemplateError(f"{folder}: {error}") from None
         if any(message["content"] not in text for message in messages):
-            raise TemplateError(f"{folder}: the chat template leaves out what was said: {messages} gives "
-                                f"{text[:200]!r}")
+            raise TemplateError(
+                f"{folder}: the chat template leaves out what was said: {messages} gives {text[:200]!r}"
+            )
     return f"{folder}: its chat template renders"
 
 
@@ -160,8 +167,14 @@ class _Worker:
     def _start(self) -> None:
         code = f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r}); from eval.answers.chat import work; work()"
         environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-        self.process = subprocess.Popen([sys.executable, "-c", code], bufsize=0, stdin=subprocess.PIPE, env=environment,
-                                        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            bufsize=0,
+            stdin=subprocess.PIPE,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
         self.owner = os.getpid()
         self._answer(60)  # that it has started: not the template's time
 
@@ -170,8 +183,9 @@ class _Worker:
         poll.register(self.process.stdout, select.POLLIN)
         while not line.endswith(b"\n"):
             if not poll.poll(1000 * max(0.0, deadline - time.monotonic())):
-                raise TemplateError(f"the chat template takes more than {seconds:g} s for one conversation; does it "
-                                    "loop without end?")
+                raise TemplateError(
+                    f"the chat template takes more than {seconds:g} s for one conversation; does it loop without end?"
+                )
             block = self.process.stdout.read(1 << 16)
             if not block:
                 raise OSError("no answer")
@@ -207,8 +221,12 @@ def _rendered(question: dict) -> dict:
     template's."""
     try:
         text = _compiled(question["template"]).render(
-            messages=question["messages"], tools=None, documents=None, add_generation_prompt=question["cue"],
-            **question["tokens"])
+            messages=question["messages"],
+            tools=None,
+            documents=None,
+            add_generation_prompt=question["cue"],
+            **question["tokens"],
+        )
         if len(text) > TEXT:
             return {"error": f"makes {len(text):,} characters of one conversation; expected at most {TEXT:,}"}
         return {"text": text}
@@ -246,7 +264,8 @@ def _compiled(template: str):
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda format: time.strftime(str(format))
@@ -254,8 +273,9 @@ def _compiled(template: str):
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser("python -m eval.answers.chat", description="Does a folder's chat template render a "
-                                                                        "conversation?")
+    parser = argparse.ArgumentParser(
+        "python -m eval.answers.chat", description="Does a folder's chat template render a conversation?"
+    )
     parser.add_argument("folder", help="Hugging Face folder of a model with a chat template")
     try:
         print(check(parser.parse_args(arguments).folder))

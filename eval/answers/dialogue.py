@@ -1,7 +1,7 @@
 """Answers of a model to the question set, both turns, in FastChat's model_answer files.
 
-The prompt is the dialogue format that the model was trained on; turn 2 holds the model's own answer to turn 1. Temperatures by
-category are FastChat's.
+The prompt is the dialogue format that the model was trained on; turn 2 holds the model's own answer
+to turn 1. Temperatures by category are FastChat's.
 """
 
 from __future__ import annotations
@@ -18,8 +18,16 @@ from eval.config import MTBenchConfig
 from eval.files.jsonl import append, last_by
 from eval.questions import Question
 
-TEMPERATURE = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1,
-               "coding": 0.0, "extraction": 0.0, "math": 0.0, "reasoning": 0.0}
+TEMPERATURE = {
+    "writing": 0.7,
+    "roleplay": 0.7,
+    "stem": 0.1,
+    "humanities": 0.1,
+    "coding": 0.0,
+    "extraction": 0.0,
+    "math": 0.0,
+    "reasoning": 0.0,
+}
 
 
 def stops(config: MTBenchConfig) -> tuple[str, ...]:
@@ -28,11 +36,14 @@ def stops(config: MTBenchConfig) -> tuple[str, ...]:
 
 
 def dialogue(turns: Sequence[str], answers: Sequence[str], template: str, tokenizer=None) -> str:
-    """The prompt for the next answer: all questions so far (``turns``) with the answers given to all but the last; ``tokenizer`` is for
-    the template "chat"."""
+    """The prompt for the next answer: all questions so far (``turns``) with the answers given to
+    all but the last; ``tokenizer`` is for the template "chat"."""
     if template == "chat":
-        messages = [{"role": role, "content": text} for pair in zip(turns, [*answers, ""], strict=True)
-                    for role, text in zip(("user", "assistant"), pair, strict=True)]
+        messages = [
+            {"role": role, "content": text}
+            for pair in zip(turns, [*answers, ""], strict=True)
+            for role, text in zip(("user", "assistant"), pair, strict=True)
+        ]
         return chat.render_by(tokenizer, messages[:-1])
     parts = []
     for number, question in enumerate(turns):
@@ -43,9 +54,18 @@ def dialogue(turns: Sequence[str], answers: Sequence[str], template: str, tokeni
 
 
 def key(model: str, config: MTBenchConfig, question: Question) -> str:
-    """Names everything that an answer depends on; ``model`` is the fingerprint. Answers under another key are made again."""
-    parts = [model, question.turns, TEMPERATURE[question.category], config.template, config.stop,
-             config.max_new_tokens, config.context_length, config.seed]
+    """Names everything that an answer depends on; ``model`` is the fingerprint. Answers under
+    another key are made again."""
+    parts = [
+        model,
+        question.turns,
+        TEMPERATURE[question.category],
+        config.template,
+        config.stop,
+        config.max_new_tokens,
+        config.context_length,
+        config.seed,
+    ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -57,25 +77,49 @@ def stored(rows: Sequence[dict], keys: dict[int, str]) -> dict[int, dict]:
 
 def batches(items: Sequence, size: int) -> Iterator[Sequence]:
     for start in range(0, len(items), size):
-        yield items[start:start + size]
+        yield items[start : start + size]
 
 
-def answer(model, tokenizer, name: str, questions: Sequence[Question], keys: dict[int, str], config: MTBenchConfig, path: Path,
-           done: Callable[[int], None]) -> None:
+def answer(
+    model,
+    tokenizer,
+    name: str,
+    questions: Sequence[Question],
+    keys: dict[int, str],
+    config: MTBenchConfig,
+    path: Path,
+    done: Callable[[int], None],
+) -> None:
     """Answer ``questions`` and append a row for each to ``path``; ``done(n)`` after each batch."""
     for batch in batches(questions, config.batch_size):
         replies: list[list[Reply]] = [[] for _ in batch]
         for turn in (1, 2):
-            texts = [dialogue(question.turns[:turn], [reply.text.strip() for reply in given], config.template, tokenizer)
-                     for question, given in zip(batch, replies, strict=True)]
-            prompts = [Prompt(text, TEMPERATURE[question.category], f"question/{question.question_id}/{turn}")
-                       for text, question in zip(texts, batch, strict=True)]
-            made = generation.generate(model, tokenizer, prompts, max_new_tokens=config.max_new_tokens,
-                                       context_length=config.context_length, seed=config.seed, stop=stops(config))
+            texts = [
+                dialogue(question.turns[:turn], [reply.text.strip() for reply in given], config.template, tokenizer)
+                for question, given in zip(batch, replies, strict=True)
+            ]
+            prompts = [
+                Prompt(text, TEMPERATURE[question.category], f"question/{question.question_id}/{turn}")
+                for text, question in zip(texts, batch, strict=True)
+            ]
+            made = generation.generate(
+                model,
+                tokenizer,
+                prompts,
+                max_new_tokens=config.max_new_tokens,
+                context_length=config.context_length,
+                seed=config.seed,
+                stop=stops(config),
+            )
             for given, reply in zip(replies, made, strict=True):
                 given.append(reply)
-        append(path, [_row(name, question, given, keys[question.question_id])
-                      for question, given in zip(batch, replies, strict=True)])
+        append(
+            path,
+            [
+                _row(name, question, given, keys[question.question_id])
+                for question, given in zip(batch, replies, strict=True)
+            ],
+        )
         done(len(batch))
 
 
@@ -83,6 +127,17 @@ def _row(name: str, question: Question, replies: list[Reply], row_key: str) -> d
     """FastChat's schema; "finish" and "tokens" (a turn each) and "key" are ours."""
     turns = [reply.text.strip() for reply in replies]
     answer_id = hashlib.sha256(json.dumps([row_key, turns]).encode()).hexdigest()[:22]
-    choice = {"index": 0, "turns": turns, "finish": [reply.finish for reply in replies], "tokens": [len(reply.tokens) for reply in replies]}
-    return {"question_id": question.question_id, "answer_id": answer_id, "model_id": name, "choices": [choice],
-            "tstamp": time.time(), "key": row_key}
+    choice = {
+        "index": 0,
+        "turns": turns,
+        "finish": [reply.finish for reply in replies],
+        "tokens": [len(reply.tokens) for reply in replies],
+    }
+    return {
+        "question_id": question.question_id,
+        "answer_id": answer_id,
+        "model_id": name,
+        "choices": [choice],
+        "tstamp": time.time(),
+        "key": row_key,
+    }

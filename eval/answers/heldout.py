@@ -1,8 +1,10 @@
-"""Held-out prompts: sampled replies of every model, their gold score, and the distance between the models in nats.
+"""Held-out prompts: sampled replies of every model, their gold score, and the distance between the
+models in nats.
 
-The first model of the configuration is the baseline (SFT); each later one (RLHF) is compared with it, prompt by prompt.
-KL(model || baseline) of a response is estimated on the model's own replies: the sum over the response's tokens, the end-of-sequence
-token included, of log p_model - log p_baseline, both at temperature 1 in float32. Its mean is unbiased; single values may be negative.
+The first model of the configuration is the baseline (SFT); each later one (RLHF) is compared with
+it, prompt by prompt. KL(model || baseline) of a response is estimated on the model's own replies:
+the sum over the response's tokens, the end-of-sequence token included, of log p_model - log
+p_baseline, both at temperature 1 in float32. Its mean is unbiased; single values may be negative.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ class HeldoutPrompt:
 
 
 def load(path: str) -> list[HeldoutPrompt]:
-    """Rows {"prompt", "rubric"?}, none for the path ""; raises DataError naming file, line and field."""
+    """Rows {"prompt", "rubric"?}, none for the path ""; raises DataError naming file, line and
+    field."""
     if not path:
         return []
     prompts = []
@@ -52,8 +55,16 @@ def load(path: str) -> list[HeldoutPrompt]:
 
 def key(model: str, config: MTBenchConfig, prompt: HeldoutPrompt, sample: int) -> str:
     """Names everything that a reply depends on; ``model`` is the fingerprint."""
-    parts = [model, prompt.prompt, prompt.rubric, sample, config.stop,
-             config.heldout_max_new_tokens, config.context_length, config.seed]
+    parts = [
+        model,
+        prompt.prompt,
+        prompt.rubric,
+        sample,
+        config.stop,
+        config.heldout_max_new_tokens,
+        config.context_length,
+        config.seed,
+    ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -63,18 +74,44 @@ def stored(rows: Sequence[dict], keys: dict[tuple[int, int], str]) -> dict[tuple
     return {place: row for place, row in last.items() if keys.get(place) == row["key"]}
 
 
-def reply(model, tokenizer, places: Sequence[tuple[HeldoutPrompt, int]], keys: dict[tuple[int, int], str], config: MTBenchConfig,
-          path: Path, done: Callable[[int], None]) -> None:
-    """Sample a reply for each (prompt, sample) and append its row, gold score included, to ``path``."""
+def reply(
+    model,
+    tokenizer,
+    places: Sequence[tuple[HeldoutPrompt, int]],
+    keys: dict[tuple[int, int], str],
+    config: MTBenchConfig,
+    path: Path,
+    done: Callable[[int], None],
+) -> None:
+    """Sample a reply for each (prompt, sample) and append its row, gold score included, to
+    ``path``."""
     for batch in dialogue.batches(places, config.batch_size):
         prompts = [Prompt(prompt.prompt, 1.0, f"heldout/{prompt.index}/{sample}") for prompt, sample in batch]
-        replies = generation.generate(model, tokenizer, prompts, max_new_tokens=config.heldout_max_new_tokens,
-                                      context_length=config.context_length, seed=config.seed, stop=dialogue.stops(config))
-        append(path, [
-            {"index": prompt.index, "sample": sample, "prompt": prompt.prompt, "response": made.text, "tokens": made.tokens,
-             "finish": made.finish, "gold": None if prompt.rubric is None else rubric.gold(made.text, prompt.rubric),
-             "key": keys[prompt.index, sample]}
-            for (prompt, sample), made in zip(batch, replies, strict=True)])
+        replies = generation.generate(
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens=config.heldout_max_new_tokens,
+            context_length=config.context_length,
+            seed=config.seed,
+            stop=dialogue.stops(config),
+        )
+        append(
+            path,
+            [
+                {
+                    "index": prompt.index,
+                    "sample": sample,
+                    "prompt": prompt.prompt,
+                    "response": made.text,
+                    "tokens": made.tokens,
+                    "finish": made.finish,
+                    "gold": None if prompt.rubric is None else rubric.gold(made.text, prompt.rubric),
+                    "key": keys[prompt.index, sample],
+                }
+                for (prompt, sample), made in zip(batch, replies, strict=True)
+            ],
+        )
         done(len(batch))
 
 
@@ -82,24 +119,25 @@ def reply(model, tokenizer, places: Sequence[tuple[HeldoutPrompt, int]], keys: d
 def response_logprobs(model, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> list[float]:
     """Log-probability of each response after its prompt in nats, summed over its tokens in float64.
 
-    Longest rows first and as many together as ``_LOGITS`` allows; right-padded, which a causal model doesn't see.
+    Longest rows first and as many together as ``_LOGITS`` allows; right-padded, which a causal
+    model doesn't see.
     """
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]) - len(responses[i]))
     sums = [0.0] * len(prompts)
     start = 0
     while start < len(order):
         width = len(prompts[order[start]]) + len(responses[order[start]])
-        rows = order[start:start + max(1, _LOGITS // (width * model.config.vocab_size))]
+        rows = order[start : start + max(1, _LOGITS // (width * model.config.vocab_size))]
         ids = torch.zeros(len(rows), width, dtype=torch.long)
         mask = torch.zeros(len(rows), width, dtype=torch.long)
         for place, row in enumerate(rows):
             joined = prompts[row] + responses[row]
-            ids[place, :len(joined)] = torch.tensor(joined)
-            mask[place, :len(joined)] = 1
+            ids[place, : len(joined)] = torch.tensor(joined)
+            mask[place, : len(joined)] = 1
         logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits
         for place, row in enumerate(rows):
             first, end = len(prompts[row]), len(prompts[row]) + len(responses[row])
-            logprobs = logits[place, first - 1:end - 1].float().log_softmax(-1)
+            logprobs = logits[place, first - 1 : end - 1].float().log_softmax(-1)
             tokens = torch.tensor(responses[row], device=logprobs.device)
             sums[row] = logprobs.gather(1, tokens[:, None]).double().sum().item()
         start += len(rows)
@@ -107,8 +145,8 @@ def response_logprobs(model, prompts: Sequence[list[int]], responses: Sequence[l
 
 
 def kl_rows(folder: str, base_folder: str, rows: Sequence[dict], base: str, config: MTBenchConfig) -> list[dict]:
-    """One row a reply: {"index", "sample", "key", "kl", "tokens"}. ``rows`` are the model's replies, ``base`` the baseline's
-    fingerprint. One model is in memory at a time."""
+    """One row a reply: {"index", "sample", "key", "kl", "tokens"}. ``rows`` are the model's
+    replies, ``base`` the baseline's fingerprint. One model is in memory at a time."""
     limit = config.context_length - config.heldout_max_new_tokens
     responses = [row["tokens"] for row in rows]
     sums = []
@@ -117,8 +155,16 @@ def kl_rows(folder: str, base_folder: str, rows: Sequence[dict], base: str, conf
         prompts = [generation.encode(tokenizer, row["prompt"], limit) for row in rows]
         sums.append(response_logprobs(model, prompts, responses))
         del model
-    return [{"index": row["index"], "sample": row["sample"], "key": kl_key(row, base), "kl": own - other, "tokens": len(row["tokens"])}
-            for row, own, other in zip(rows, *sums, strict=True)]
+    return [
+        {
+            "index": row["index"],
+            "sample": row["sample"],
+            "key": kl_key(row, base),
+            "kl": own - other,
+            "tokens": len(row["tokens"]),
+        }
+        for row, own, other in zip(rows, *sums, strict=True)
+    ]
 
 
 def kl_key(row: dict, base: str) -> str:

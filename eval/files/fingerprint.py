@@ -9,25 +9,59 @@ from pathlib import Path
 
 from eval.errors import DataError
 
-SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf", ".json", ".model", ".jinja", ".txt", ".tiktoken", ".spm", ".vocab", ".msgpack", ".h5")
+SUFFIXES = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".gguf",
+    ".json",
+    ".model",
+    ".jinja",
+    ".txt",
+    ".tiktoken",
+    ".spm",
+    ".vocab",
+    ".msgpack",
+    ".h5",
+)
 """Of files that a model, its tokenizer or its chat template is read from."""
-NOT_READ = ("conversion.json", "DONE.json", "trainer_state.json", "training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt",
-            "all_results.json", "train_results.json", "eval_results.json", "README.txt", "LICENSE.txt")
+NOT_READ = (
+    "conversion.json",
+    "DONE.json",
+    "trainer_state.json",
+    "training_args.bin",
+    "optimizer.bin",
+    "optimizer.pt",
+    "scheduler.pt",
+    "all_results.json",
+    "train_results.json",
+    "eval_results.json",
+    "README.txt",
+    "LICENSE.txt",
+)
 """Files beside a model that say when and how it was made; transformers doesn't load them."""
 FOLDERS = ("additional_chat_templates",)
 _BLOCK = 1 << 24
 
 
 def of_model(folder: str | Path) -> str:
-    """16 hex digits of the sha256 of all that the model depends on: weights, configuration, tokenizer, chat template."""
+    """16 hex digits of the sha256 of all that the model depends on: weights, configuration,
+    tokenizer, chat template."""
     return _of_files(Path(folder), _model_files(Path(folder)))
 
 
 def of_folder(folder: str | Path) -> str:
-    """16 hex digits of the sha256 of all files below ``folder``, hidden ones and Python's caches left out."""
+    """16 hex digits of the sha256 of all files below ``folder``, hidden ones and Python's caches
+    left out."""
     folder = Path(folder)
-    return _of_files(folder, (path for path in folder.rglob("*") if not any(
-        part.startswith(".") or part == "__pycache__" for part in path.relative_to(folder).parts)))
+    return _of_files(
+        folder,
+        (
+            path
+            for path in folder.rglob("*")
+            if not any(part.startswith(".") or part == "__pycache__" for part in path.relative_to(folder).parts)
+        ),
+    )
 
 
 def _model_files(folder: Path) -> Iterator[Path]:

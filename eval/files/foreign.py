@@ -1,5 +1,6 @@
-"""Files and texts that another program or person may have written: read within limits, shown without
-what would steer a terminal. The evaluation's gate; the launcher's is training/files/safe_files.py."""
+"""Files and texts that another program or person may have written: read within limits, shown
+without what would steer a terminal. The evaluation's gate; the launcher's is
+training/files/safe_files.py."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ def plain(text: object) -> str:
 
 
 def read(path: Path, most: int) -> str:
-    """UTF-8 text of a regular file of at most ``most`` bytes, wrong bytes replaced. Raises as ``content`` does."""
+    """UTF-8 text of a regular file of at most ``most`` bytes, wrong bytes replaced. Raises as
+    ``content`` does."""
     return content(path, most).decode("utf-8", errors="replace")
 
 
@@ -42,7 +44,8 @@ def content(path: str | Path, most: int) -> bytes:
 
 
 def parse(text: str):
-    """The value of a JSON text whose strings are whole. Raises ValueError where there is none to read."""
+    """The value of a JSON text whose strings are whole. Raises ValueError where there is none to
+    read."""
     try:
         value = json.loads(text, parse_int=_whole)
         return _mended(value) if "\\ud" in text.lower() else value
@@ -51,7 +54,8 @@ def parse(text: str):
 
 
 def table(path: Path, damaged: list[str] | None = None) -> dict:
-    """The object in a file; {} where there is none, which is noted in ``damaged`` unless it is absent."""
+    """The object in a file; {} where there is none, which is noted in ``damaged`` unless it is
+    absent."""
     try:
         value = parse(read(path, TABLE))
         if not isinstance(value, dict):
@@ -64,11 +68,14 @@ def table(path: Path, damaged: list[str] | None = None) -> dict:
         return {}
 
 
-def rows(path: Path, kinds: Mapping[str, Callable[[object], bool]] | None = None, damaged: list[str] | None = None) -> list[dict]:
-    """Objects of a JSON-lines file, those that have the fields of ``kinds``. Left out are also a last
-    line that a kill tore, and damaged ones, whose number is noted in ``damaged``."""
+def rows(
+    path: Path, kinds: Mapping[str, Callable[[object], bool]] | None = None, damaged: list[str] | None = None
+) -> list[dict]:
+    """Objects of a JSON-lines file, those that have the fields of ``kinds``. Left out are also a
+    last line that a kill tore, and damaged ones, whose number is noted in ``damaged``."""
     try:
-        lines = read(path, ROWS).split("\n")  # splitlines would cut at U+2028, too, which JSON may hold
+        # splitlines would cut at U+2028, too, which JSON may hold
+        lines = read(path, ROWS).split("\n")
     except (FileNotFoundError, NotADirectoryError):
         return []
     except (OSError, ValueError) as error:
@@ -81,7 +88,9 @@ def rows(path: Path, kinds: Mapping[str, Callable[[object], bool]] | None = None
         except ValueError:
             wrong += bool(line.strip()) and place < len(lines) - 1
             continue
-        if not isinstance(row, dict) or not all(fits(row[name], kind) for name, kind in (kinds or {}).items() if name in row):
+        if not isinstance(row, dict) or not all(
+            fits(row[name], kind) for name, kind in (kinds or {}).items() if name in row
+        ):
             wrong += 1
         elif (kinds or {}).keys() <= row.keys():  # else another program's
             found.append(row)
@@ -139,7 +148,8 @@ def _whole(text: str) -> int:
 
 
 def _mended(value):
-    """The value with half characters (a lone \\ud8xx to \\udfxx) replaced: no file of UTF-8 holds them."""
+    """The value with half characters (a lone \\ud8xx to \\udfxx) replaced: no file of UTF-8 holds
+    them."""
     if isinstance(value, str):
         return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if isinstance(value, list):

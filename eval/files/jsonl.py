@@ -1,4 +1,5 @@
-"""JSON lines, read strictly and appended so that a kill never costs more than the line being written."""
+"""JSON lines, read strictly and appended so that a kill never costs more than the line being
+written."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from eval.files import foreign
 
 
 def parse(text: str, source: str) -> list[dict]:
-    """Objects of a JSON-lines text, blank lines skipped; raises DataError naming ``source`` and the line."""
+    """Objects of a JSON-lines text, blank lines skipped; raises DataError naming ``source`` and the
+    line."""
     rows = []
     for number, line in enumerate(text.removeprefix("\ufeff").split("\n"), start=1):
         if not line.strip():
@@ -26,7 +28,9 @@ def parse(text: str, source: str) -> list[dict]:
         if not isinstance(row, dict):
             raise DataError(f"{source}, line {number}: expected an object, got {type(row).__name__}")
         if "\\ud" in line.lower() and not _encodable(row):
-            raise DataError(f"{source}, line {number}: half a character (a lone \\ud8xx to \\udfxx), which no file of UTF-8 can hold")
+            raise DataError(
+                f"{source}, line {number}: half a character (a lone \\ud8xx to \\udfxx), which no file of UTF-8 can hold"
+            )
         rows.append(row)
     return rows
 
@@ -40,8 +44,8 @@ def _encodable(row: dict) -> bool:
 
 
 def read(path: str | Path) -> list[dict]:
-    """Objects of a JSON-lines file; raises DataError where it is missing, no regular file, too large, no UTF-8 or no
-    JSON lines."""
+    """Objects of a JSON-lines file; raises DataError where it is missing, no regular file, too
+    large, no UTF-8 or no JSON lines."""
     try:
         return parse(foreign.content(path, foreign.ROWS).decode(), str(path))
     except OSError as error:
@@ -53,7 +57,8 @@ def read(path: str | Path) -> list[dict]:
 
 
 def recover(path: Path) -> list[dict]:
-    """Rows of a file that this stage appends to: none where it is absent; a torn last line is cut off the file."""
+    """Rows of a file that this stage appends to: none where it is absent; a torn last line is cut
+    off the file."""
     if not path.exists():
         return []
     try:

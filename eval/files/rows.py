@@ -1,4 +1,5 @@
-"""Rows that an earlier start has left, by the kinds of their fields: a damaged one is made again."""
+"""Rows that an earlier start has left, by the kinds of their fields: a damaged one is made
+again."""
 
 from __future__ import annotations
 
@@ -32,8 +33,13 @@ def _is_any_number(value: object) -> bool:
 
 _PLACE = {"index": whole, "sample": whole, "key": text}
 ANSWER: Kinds = {"question_id": whole, "answer_id": text, "key": text, "choices": _choice}
-REPLY: Kinds = _PLACE | {"prompt": text, "response": text, "tokens": _is_list_of_whole, "finish": text,
-                         "gold": lambda value: value is None or number(value)}
+REPLY: Kinds = _PLACE | {
+    "prompt": text,
+    "response": text,
+    "tokens": _is_list_of_whole,
+    "finish": text,
+    "gold": lambda value: value is None or number(value),
+}
 KL: Kinds = _PLACE | {"kl": _is_any_number, "tokens": whole}
 SCORE: Kinds = _PLACE | {"score": _is_any_number}
 JUDGED: Kinds = {"question_id": whole, "turn": whole, "model": text, "judge": _named_judge}

@@ -1,4 +1,5 @@
-"""Asks the judge for what is not in the files yet: budget first, one known item, then many requests at once."""
+"""Asks the judge for what is not in the files yet: budget first, one known item, then many requests
+at once."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ from eval.questions import QuestionSet
 
 @dataclass(frozen=True)
 class Work:
-    """Requests of one kind (``judge.Request`` or ``pairwise.Pair``), and the file with their rows."""
+    """Requests of one kind (``judge.Request`` or ``pairwise.Pair``), and the file with their
+    rows."""
 
     path: Path
     module: object
@@ -30,7 +32,8 @@ class Work:
 
     @property
     def superseded(self) -> Path:
-        """Rows that gave way: not FastChat's to average, but paid for, and taken back where they are asked for again."""
+        """Rows that gave way: not FastChat's to average, but paid for, and taken back where they
+        are asked for again."""
         return self.path.parent / "superseded" / self.path.name
 
     def stored(self) -> dict[tuple, dict]:
@@ -39,9 +42,11 @@ class Work:
         return last_by(rows, self.module.row_key)
 
 
-def ratings(config: MTBenchConfig, question_set: QuestionSet, answers: dict[str, list[dict]],
-            fingerprint: str = "") -> list[Work]:
-    """What the configuration asks of the judge: ratings, and comparisons where ``judge_pairwise`` says so.
+def ratings(
+    config: MTBenchConfig, question_set: QuestionSet, answers: dict[str, list[dict]], fingerprint: str = ""
+) -> list[Work]:
+    """What the configuration asks of the judge: ratings, and comparisons where ``judge_pairwise``
+    says so.
 
     ``fingerprint``: of a local judge's folder.
     """
@@ -54,18 +59,28 @@ def ratings(config: MTBenchConfig, question_set: QuestionSet, answers: dict[str,
     return works
 
 
-def rate(config: MTBenchConfig, works: Sequence[Work], prompts: dict[str, dict], done: Callable[[int], None]) -> list[list[dict]]:
-    """Each work's rows in the order of its requests: stored ones, and new ones appended as they come. Raises JudgeError."""
+def rate(
+    config: MTBenchConfig, works: Sequence[Work], prompts: dict[str, dict], done: Callable[[int], None]
+) -> list[list[dict]]:
+    """Each work's rows in the order of its requests: stored ones, and new ones appended as they
+    come. Raises JudgeError."""
     stored = [work.stored() for work in works]
-    missing = [[item for item in work.wanted if item.key(config.judge_model) not in rows]
-               for work, rows in zip(works, stored, strict=True)]
+    missing = [
+        [item for item in work.wanted if item.key(config.judge_model) not in rows]
+        for work, rows in zip(works, stored, strict=True)
+    ]
     done(sum(len(work.wanted) for work in works) - sum(map(len, missing)))
     if any(missing):
         budget = Budget(config)
         with local_server.opened(config) as served:
-            endpoint = Endpoint(config, served.url, budget, key=served.key, alive=served.alive, merge_system=served.merge_system)
+            endpoint = Endpoint(
+                config, served.url, budget, key=served.key, alive=served.alive, merge_system=served.merge_system
+            )
             try:
-                texts = ["".join(single.known_item(prompts)), *(text for items in missing for item in items for text in item.texts())]
+                texts = [
+                    "".join(single.known_item(prompts)),
+                    *(text for items in missing for item in items for text in item.texts()),
+                ]
                 print(budget.plan(texts, endpoint.url), flush=True)
                 preflight(endpoint, prompts)
                 for work, items, rows in zip(works, missing, stored, strict=True):
@@ -75,31 +90,43 @@ def rate(config: MTBenchConfig, works: Sequence[Work], prompts: dict[str, dict],
                     print(budget.spent(), flush=True)
     for work, rows in zip(works, stored, strict=True):
         _settle(config, work, rows)
-    return [[rows[item.key(config.judge_model)] for item in work.wanted] for work, rows in zip(works, stored, strict=True)]
+    return [
+        [rows[item.key(config.judge_model)] for item in work.wanted] for work, rows in zip(works, stored, strict=True)
+    ]
 
 
 def paid(config: MTBenchConfig, works: Sequence[Work]) -> list[list[dict]]:
-    """Each work's rows that are there, of those it asks for: what a judge that failed has still been paid for."""
+    """Each work's rows that are there, of those it asks for: what a judge that failed has still
+    been paid for."""
     found = [work.stored() for work in works]
-    return [[rows[key] for key in (item.key(config.judge_model) for item in work.wanted) if key in rows]
-            for work, rows in zip(works, found, strict=True)]
+    return [
+        [rows[key] for key in (item.key(config.judge_model) for item in work.wanted) if key in rows]
+        for work, rows in zip(works, found, strict=True)
+    ]
 
 
 def preflight(endpoint: Endpoint, prompts: dict[str, dict]) -> None:
-    """Rate one known item before the many; raises JudgeError where the endpoint can't be used or gives no rating."""
+    """Rate one known item before the many; raises JudgeError where the endpoint can't be used or
+    gives no rating."""
     item = single.known_item(prompts)
     reply = endpoint.complete(*item)
     verdict = rating(reply.text, reply.finish)
     if verdict.reason == "cut":
-        raise JudgeError(f"{endpoint.url}: model {endpoint.config.judge_model!r} did not come to a rating of a known answer within "
-                         f"mtbench.judge_max_tokens = {endpoint.config.judge_max_tokens}: raise it")
+        raise JudgeError(
+            f"{endpoint.url}: model {endpoint.config.judge_model!r} did not come to a rating of a known answer within "
+            f"mtbench.judge_max_tokens = {endpoint.config.judge_max_tokens}: raise it"
+        )
     if verdict.reason:
-        raise JudgeError(f"{endpoint.url}: model {endpoint.config.judge_model!r} gave no rating [[n]] to a known answer, but: "
-                         f"{endpoint.key.redacted(reply.text)[:200]!r}; choose another judge_model")
+        raise JudgeError(
+            f"{endpoint.url}: model {endpoint.config.judge_model!r} gave no rating [[n]] to a known answer, but: "
+            f"{endpoint.key.redacted(reply.text)[:200]!r}; choose another judge_model"
+        )
     endpoint.known_item = item
 
 
-def _ask_all(config: MTBenchConfig, endpoint: Endpoint, work: Work, items: Sequence, rows: dict, done: Callable[[int], None]) -> None:
+def _ask_all(
+    config: MTBenchConfig, endpoint: Endpoint, work: Work, items: Sequence, rows: dict, done: Callable[[int], None]
+) -> None:
     def keep(row: dict) -> None:
         append(work.path, [row])
         rows[work.module.row_key(row)] = row
@@ -122,19 +149,26 @@ def _ask_all(config: MTBenchConfig, endpoint: Endpoint, work: Work, items: Seque
 
 
 def _settle(config: MTBenchConfig, work: Work, stored: dict) -> None:
-    """Leave the rows that were asked for, one a place: FastChat averages all that it finds in the file. Other rows of the same models by
-    this judge (of answers that are no more, of repeats and questions not asked for, repeated lines) go to superseded/, as damaged ones
-    do; other models' stay.
+    """Leave the rows that were asked for, one a place: FastChat averages all that it finds in the
+    file. Other rows of the same models by this judge (of answers that are no more, of repeats and
+    questions not asked for, repeated lines) go to superseded/, as damaged ones do; other models'
+    stay.
     """
     judge_model, module = config.judge_model, work.module
     wanted = {item.key(judge_model) for item in work.wanted}
     models = {module.row_models(stored[key]) for key in wanted}
     rows = recover(work.path)
     last = {module.row_key(row): number for number, row in enumerate(rows) if usable(row, module.ROW)}
-    kept = {number for key, number in last.items()
-            if key in wanted or rows[number]["judge"][0] != judge_model or module.row_models(rows[number]) not in models}
+    kept = {
+        number
+        for key, number in last.items()
+        if key in wanted or rows[number]["judge"][0] != judge_model or module.row_models(rows[number]) not in models
+    }
     back = [stored[key] for key in (item.key(judge_model) for item in work.wanted) if key not in last]
     if len(kept) < len(rows) or back:
         known = set(map(json.dumps, recover(work.superseded)))
-        append(work.superseded, [row for number, row in enumerate(rows) if number not in kept and json.dumps(row) not in known])
+        append(
+            work.superseded,
+            [row for number, row in enumerate(rows) if number not in kept and json.dumps(row) not in known],
+        )
         dump(work.path, [row for number, row in enumerate(rows) if number in kept] + back)

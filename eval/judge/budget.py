@@ -9,13 +9,15 @@ from eval.config import MTBenchConfig
 from eval.errors import JudgeError
 
 CHARACTERS = 4
-"""Characters of a token, roughly, in English; used only where the endpoint does not count tokens itself."""
+"""Characters of a token, roughly, in English; used only where the endpoint does not count tokens
+itself."""
 EXPECTED_TOKENS = 250
 """Length of a judgment that the estimate assumes: GPT-4's to MT-Bench are about this long."""
 
 
 class Budget:
-    """Counts requests and tokens of one start, and refuses the request that would break a limit. Used by many threads."""
+    """Counts requests and tokens of one start, and refuses the request that would break a limit.
+    Used by many threads."""
 
     def __init__(self, config: MTBenchConfig):
         self.config = config
@@ -33,39 +35,53 @@ class Budget:
         return (tokens_in * self.config.judge_price_in + tokens_out * self.config.judge_price_out) / 1e6
 
     def plan(self, prompts: Iterable[str], url: str) -> str:
-        """What the requests with these prompts are expected to need, in a sentence; raises JudgeError where a limit forbids it."""
+        """What the requests with these prompts are expected to need, in a sentence; raises
+        JudgeError where a limit forbids it."""
         lengths = [len(prompt) for prompt in prompts]
-        expected_in, expected_out = sum(lengths) / CHARACTERS, len(lengths) * min(EXPECTED_TOKENS, self.config.judge_max_tokens)
-        text = (f"judge {self.config.judge_model} at {url}: {len(lengths)} requests, about {_thousands(expected_in)} tokens sent and "
-                f"{_thousands(expected_out)} written back, {self._price(self.cost(expected_in, expected_out), 'about ')}"
-                f"; limits: {self._limits()}")
+        expected_in, expected_out = (
+            sum(lengths) / CHARACTERS,
+            len(lengths) * min(EXPECTED_TOKENS, self.config.judge_max_tokens),
+        )
+        text = (
+            f"judge {self.config.judge_model} at {url}: {len(lengths)} requests, about {_thousands(expected_in)} tokens sent and "
+            f"{_thousands(expected_out)} written back, {self._price(self.cost(expected_in, expected_out), 'about ')}"
+            f"; limits: {self._limits()}"
+        )
         if 0 < self.config.judge_max_requests < len(lengths):
-            raise JudgeError(f"{text}. The requests exceed mtbench.judge_max_requests = {self.config.judge_max_requests}: raise it")
+            raise JudgeError(
+                f"{text}. The requests exceed mtbench.judge_max_requests = {self.config.judge_max_requests}: raise it"
+            )
         if 0 < self.config.judge_max_cost < self.cost(expected_in, expected_out):
             raise JudgeError(f"{text}. That exceeds mtbench.judge_max_cost = {self.config.judge_max_cost:g}: raise it")
         return text
 
     def request(self, characters: int) -> tuple[int, int]:
-        """Count a request of this length that is about to be sent; JudgeError instead where it would break a limit, together with those
-        under way. Returns the tokens set aside for it, (in, out), for ``settle``."""
+        """Count a request of this length that is about to be sent; JudgeError instead where it
+        would break a limit, together with those under way. Returns the tokens set aside for it,
+        (in, out), for ``settle``."""
         with self._lock:
             if self.stopped.is_set():
                 raise JudgeError("stopped")
             limit, ceiling = self.config.judge_max_requests, self.config.judge_max_cost
             if limit and self.requests >= limit:
-                raise JudgeError(f"mtbench.judge_max_requests = {limit} is used up; ratings so far are kept: raise it and start again")
+                raise JudgeError(
+                    f"mtbench.judge_max_requests = {limit} is used up; ratings so far are kept: raise it and start again"
+                )
             reserve = characters // CHARACTERS, self._longest
             held_in, held_out = self._reserved
             expected = self.cost(self.tokens_in + held_in + reserve[0], self.tokens_out + held_out + reserve[1])
             if ceiling and expected > ceiling:
-                raise JudgeError(f"mtbench.judge_max_cost = {ceiling:g} {self.config.judge_currency} is used up; ratings so far are kept: "
-                                 "raise it and start again")
+                raise JudgeError(
+                    f"mtbench.judge_max_cost = {ceiling:g} {self.config.judge_currency} is used up; ratings so far are kept: "
+                    "raise it and start again"
+                )
             self.requests += 1
             self._reserve(reserve, 1)
             return reserve
 
     def settle(self, reserve: tuple[int, int], tokens_in: int, tokens_out: int) -> None:
-        """Put what a request has cost in the place of what was set aside for it; (0, 0) for one that was refused."""
+        """Put what a request has cost in the place of what was set aside for it; (0, 0) for one
+        that was refused."""
         with self._lock:
             self._reserve(reserve, -1)
             self.tokens_in += tokens_in
@@ -77,8 +93,10 @@ class Budget:
 
     def spent(self) -> str:
         """What it was, in a sentence."""
-        return (f"judge {self.config.judge_model}: {self.requests} requests, {_thousands(self.tokens_in)} tokens sent and "
-                f"{_thousands(self.tokens_out)} written back, {self._price(self.cost(self.tokens_in, self.tokens_out))}")
+        return (
+            f"judge {self.config.judge_model}: {self.requests} requests, {_thousands(self.tokens_in)} tokens sent and "
+            f"{_thousands(self.tokens_out)} written back, {self._price(self.cost(self.tokens_in, self.tokens_out))}"
+        )
 
     def _price(self, cost: float, about: str = "") -> str:
         if not (self.config.judge_price_in or self.config.judge_price_out):

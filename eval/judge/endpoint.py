@@ -1,4 +1,5 @@
-"""A client of an OpenAI-compatible chat endpoint: what is asked again, what one refusal, what an outage.
+"""A client of an OpenAI-compatible chat endpoint: what is asked again, what one refusal, what an
+outage.
 
 Nothing that it says or keeps holds the key.
 """
@@ -35,12 +36,16 @@ LONGEST_TEXT = 1_000_000
 _TRANSIENT = (408, 409, 425, 429)
 _OF_ONE_REQUEST = (400, 413, 422)
 """Statuses that say that this request can't be answered; another one may."""
-_UNSUPPORTED = re.compile(r"unsupported|not (be )?(supported|allowed|permitted|accepted)|n't support|"
-                          r"does not (support|accept|allow)|unknown|unrecogni[sz]ed|unexpected|extra|only the default|"
-                          r"deprecated|no system|instead", re.IGNORECASE)
+_UNSUPPORTED = re.compile(
+    r"unsupported|not (be )?(supported|allowed|permitted|accepted)|n't support|"
+    r"does not (support|accept|allow)|unknown|unrecogni[sz]ed|unexpected|extra|only the default|"
+    r"deprecated|no system|instead",
+    re.IGNORECASE,
+)
 _TEMPLATE = re.compile(r"jinja|template", re.IGNORECASE)
-_NO_SYSTEM = re.compile(r"system\W+(role|prompt|message|turn|instruction)|role\W+system|no system|roles must alternate",
-                        re.IGNORECASE)
+_NO_SYSTEM = re.compile(
+    r"system\W+(role|prompt|message|turn|instruction)|role\W+system|no system|roles must alternate", re.IGNORECASE
+)
 _MERGED = "system text in the user's turn"
 
 
@@ -62,19 +67,29 @@ class _Refused(Exception):
 
 
 class _Again(Exception):
-    """This attempt failed; the next one may not. ``error``: what it is after the last of ``attempts``."""
+    """This attempt failed; the next one may not. ``error``: what it is after the last of
+    ``attempts``."""
 
-    def __init__(self, problem: str, wait: float | None = None, attempts: int = ATTEMPTS,
-                 error: type[Exception] = JudgeError):
+    def __init__(
+        self, problem: str, wait: float | None = None, attempts: int = ATTEMPTS, error: type[Exception] = JudgeError
+    ):
         super().__init__(problem)
         self.wait, self.attempts, self.error = wait, attempts, error
 
 
 class Endpoint:
-    def __init__(self, config: MTBenchConfig, url: str, budget: Budget,
-                 sleep: Callable[[float], object] | None = None, key: Key | None = None,
-                 alive: Callable[[], object] = lambda: None, merge_system: bool = False):
-        """``url`` is the base address (".../v1"). Raises JudgeError where the file with the key can't be used.
+    def __init__(
+        self,
+        config: MTBenchConfig,
+        url: str,
+        budget: Budget,
+        sleep: Callable[[float], object] | None = None,
+        key: Key | None = None,
+        alive: Callable[[], object] = lambda: None,
+        merge_system: bool = False,
+    ):
+        """``url`` is the base address (".../v1"). Raises JudgeError where the file with the key
+        can't be used.
 
         ``alive`` raises JudgeError where what listens at ``url`` is no longer what was started
         there. ``merge_system``: the judge's template has no system role.
@@ -92,7 +107,8 @@ class Endpoint:
         self.adapted: list[str] = [_MERGED] if merge_system else []
         """What the judge does not take, and what it is asked instead."""
         self.known_item: tuple[str, str] | None = None
-        """Once the judge has rated it: tells a request that is refused from an endpoint that answers nothing."""
+        """Once the judge has rated it: tells a request that is refused from an endpoint that
+        answers nothing."""
 
     def complete(self, system: str, user: str) -> Completion:
         """The judge's reply.
@@ -141,8 +157,15 @@ class Endpoint:
             return completion
         except http.client.InvalidURL as error:
             raise JudgeError(self.key.shown(f"{self.url}: {error}; check judge_url")) from None
-        except (http.client.HTTPException, OSError, ValueError, LookupError, TypeError, AttributeError,
-                RecursionError) as error:
+        except (
+            http.client.HTTPException,
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+        ) as error:
             used = (0, 0) if isinstance(error, urllib.error.URLError) else reserve
             problem, attempts = str(error)[:500] or type(error).__name__, ATTEMPTS
             if isinstance(error, (LookupError, TypeError, AttributeError)):
@@ -165,7 +188,8 @@ class Endpoint:
         return {"Content-Type": "application/json"} | key
 
     def _completion(self, body: bytes, characters: int) -> Completion:
-        """The reply's first choice; TypeError, LookupError or ValueError for what is no chat completion."""
+        """The reply's first choice; TypeError, LookupError or ValueError for what is no chat
+        completion."""
         reply = json.loads(body)
         if "choices" not in reply and "error" in reply:
             raise ValueError(f"an error instead of a completion: {str(reply['error'])[:300]}")
@@ -174,21 +198,26 @@ class Endpoint:
         message, finish = choice["message"], choice.get("finish_reason")
         text = _text(message.get("content"))
         if not text.strip() and finish != "length" or finish == "content_filter":
-            words = self.key.shown(str(message.get("refusal") or finish)[:2**14])[:200]
+            words = self.key.shown(str(message.get("refusal") or finish)[: 2**14])[:200]
             raise _Again(f"{self.where}: the judge wrote nothing ({words})", attempts=EMPTY_ATTEMPTS, error=_Refused)
         usage = reply.get("usage")
-        counted = [usage.get(name) if isinstance(usage, dict) else None
-                   for name in ("prompt_tokens", "completion_tokens")]
-        tokens = [count if type(count) is int and 0 < count < 10**9 else length // CHARACTERS
-                  for count, length in zip(counted, (characters, len(text)), strict=True)]
+        counted = [
+            usage.get(name) if isinstance(usage, dict) else None for name in ("prompt_tokens", "completion_tokens")
+        ]
+        tokens = [
+            count if type(count) is int and 0 < count < 10**9 else length // CHARACTERS
+            for count, length in zip(counted, (characters, len(text)), strict=True)
+        ]
         model = reply.get("model")
         model = model[:200] if isinstance(model, str) and model else self.config.judge_model
         finish = "length" if finish == "length" else "stop"
         return Completion(self.key.clean(text), self.key.clean(model), *tokens, finish)
 
     def _problem(self, reply: transport.Reply) -> Exception:
-        """What a status other than 200 means; the message names the setting that may be at fault."""
-        detail = self.key.shown(reply.body.decode("utf-8", "replace"))[:2**14]  # cut after, not within, a quoted key
+        """What a status other than 200 means; the message names the setting that may be at
+        fault."""
+        # cut after, not within, a quoted key
+        detail = self.key.shown(reply.body.decode("utf-8", "replace"))[: 2**14]
         detail = " ".join(detail.split())[:300]
         reason = " ".join(self.key.shown(reply.reason).split())[:200]
         status = reply.status
@@ -212,12 +241,12 @@ class Endpoint:
             place = _place(reply.headers.get("Location", ""))
             return f"; it redirects to {place}, and a key is not sent on: set judge_url to the address meant"
         if reply.status in _OF_ONE_REQUEST and (named := [name for name in self.fields if name in detail]):
-            return ("; mtbench.judge_request sets or leaves out fields of the request, e.g. "
-                    f"'{{\"{named[0]}\": null}}'")
+            return f"; mtbench.judge_request sets or leaves out fields of the request, e.g. '{{\"{named[0]}\": null}}'"
         return ""
 
     def _adapt(self, detail: str) -> bool:
-        """Leave out, rename or move what the endpoint says that it does not take; was there such a thing?"""
+        """Leave out, rename or move what the endpoint says that it does not take; was there such a
+        thing?"""
         if not _UNSUPPORTED.search(detail) and not _NO_SYSTEM.search(detail):
             return False
         if "max_tokens" in detail and "max_tokens" in self.fields:
@@ -231,13 +260,17 @@ class Endpoint:
         else:
             return False
         self.adapted.append(change)
-        print(f"judge: the endpoint does not take a part of the request; from now on: {change} "
-              "(mtbench.judge_request sets fields for good)", flush=True)
+        print(
+            f"judge: the endpoint does not take a part of the request; from now on: {change} "
+            "(mtbench.judge_request sets fields for good)",
+            flush=True,
+        )
         return True
 
 
 def _completions(url: str) -> str:
-    """Address of the chat completions below a base address, which may have parameters (?api-version=...)."""
+    """Address of the chat completions below a base address, which may have parameters
+    (?api-version=...)."""
     parts = urllib.parse.urlsplit(url)
     path = parts.path.rstrip("/")
     path = path if path.endswith("/chat/completions") else path + "/chat/completions"
@@ -245,7 +278,8 @@ def _completions(url: str) -> str:
 
 
 def _text(content: object) -> str:
-    """A message's content: text, nothing, or a list of parts of which those of type "text" are said."""
+    """A message's content: text, nothing, or a list of parts of which those of type "text" are
+    said."""
     if isinstance(content, list):
         content = "".join(part["text"] for part in content if part.get("type") == "text")
     if not isinstance(content, str | None):
@@ -265,7 +299,8 @@ def _place(location: str) -> str:
 
 
 def _retry_after(headers: Mapping) -> float | None:
-    """Seconds that the header Retry-After asks for, as a number or as a date; None without a usable one."""
+    """Seconds that the header Retry-After asks for, as a number or as a date; None without a usable
+    one."""
     value = headers.get("Retry-After", "").strip()
     try:
         seconds = float(value)

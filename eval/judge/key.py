@@ -1,4 +1,5 @@
-"""The key of a hosted judge: from an environment variable or a private file, and taken out of what is kept."""
+"""The key of a hosted judge: from an environment variable or a private file, and taken out of what
+is kept."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from eval.errors import JudgeError
 from eval.files.foreign import plain
 
 _PLACEHOLDER = 8
-"""Characters; a shorter key (EMPTY, none) is no secret, and its letters may well stand in a judgment."""
+"""Characters; a shorter key (EMPTY, none) is no secret, and its letters may well stand in a
+judgment."""
 _LONGEST = 1 << 14
 """Bytes of a file that may hold a key."""
 
@@ -22,15 +24,18 @@ class Key:
 
     def __init__(self, text: str, place: str):
         self.text, self.place = text, place
-        self._quoted = re.compile("".join(
-            rf"(?:\\{{0,9}}{re.escape(c)}|(?i:\\{{1,9}}u{ord(c):04x}|%{ord(c):02x}))" for c in text))
+        self._quoted = re.compile(
+            "".join(rf"(?:\\{{0,9}}{re.escape(c)}|(?i:\\{{1,9}}u{ord(c):04x}|%{ord(c):02x}))" for c in text)
+        )
 
     def redacted(self, text: str) -> str:
-        """Endpoints quote the key in their messages: as it is, or with JSON's, Python's or an address's escapes."""
+        """Endpoints quote the key in their messages: as it is, or with JSON's, Python's or an
+        address's escapes."""
         return self._quoted.sub("***", text) if self.text else text
 
     def shown(self, text: str) -> str:
-        """Text of the endpoint as it may be printed: without the key, and without what would steer a terminal."""
+        """Text of the endpoint as it may be printed: without the key, and without what would steer
+        a terminal."""
         return plain(self.redacted(text))
 
     def clean(self, text: str) -> str:
@@ -40,17 +45,20 @@ class Key:
 
 
 def read_key(config: MTBenchConfig) -> Key:
-    """The key and where it is from: the file, its owner's alone, or the environment variable, which may be unset.
+    """The key and where it is from: the file, its owner's alone, or the environment variable, which
+    may be unset.
 
-    Raises JudgeError for a key that no HTTP header can hold: the library's own error would quote it.
+    Raises JudgeError for a key that no HTTP header can hold: the library's own error would quote
+    it.
     """
     if not config.judge_key_file:
         key, place = os.environ.get(config.judge_key_variable, "").strip(), config.judge_key_variable
     else:
         key, place = _key_of_file(config.judge_key_file)
     if not all("!" <= character <= "~" for character in key):
-        raise JudgeError(f"{place}: expected the key and nothing else: visible ASCII characters, no space or line "
-                         "break within")
+        raise JudgeError(
+            f"{place}: expected the key and nothing else: visible ASCII characters, no space or line break within"
+        )
     return Key(key, place)
 
 
@@ -58,7 +66,8 @@ def _key_of_file(name: str) -> tuple[str, str]:
     field = f"mtbench.judge_key_file = {name}"
     try:
         path = Path(name).expanduser()
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a pipe must not be waited for
+        # a pipe must not be waited for
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
             mode = os.fstat(file.fileno()).st_mode
             if not stat.S_ISREG(mode):
                 raise JudgeError(f"{field}: not a file; expected one that holds the key and nothing else")

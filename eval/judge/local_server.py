@@ -1,4 +1,5 @@
-"""A judge inside the allocation: its server is started by the stage, waited for until it answers, and ended afterwards.
+"""A judge inside the allocation: its server is started by the stage, waited for until it answers,
+and ended afterwards.
 
 Other people use the node, too. The server is told a key that is made for this start, and nothing is
 sent to a port that another process than the server or its children listens on: whoever took the
@@ -34,7 +35,8 @@ GRACE_S = 20
 POLL_S = 0.2
 HOST = "127.0.0.1"
 KEY_VARIABLES = ("CONVOY_JUDGE_KEY", "VLLM_API_KEY")
-"""Where eval.judge.serve and vLLM look for the key that they ask for: a command line can be read by all users."""
+"""Where eval.judge.serve and vLLM look for the key that they ask for: a command line can be read by
+all users."""
 
 
 class Judge(NamedTuple):
@@ -51,7 +53,8 @@ class Judge(NamedTuple):
 
 @contextlib.contextmanager
 def opened(config: MTBenchConfig) -> Iterator[Judge]:
-    """The judge at ``judge_url``, or a local server for as long as the block. Raises JudgeError and DataError."""
+    """The judge at ``judge_url``, or a local server for as long as the block. Raises JudgeError and
+    DataError."""
     if config.judge != "local":
         yield Judge(config.judge_url)
         return
@@ -62,8 +65,13 @@ def opened(config: MTBenchConfig) -> Iterator[Judge]:
     arguments, port = command(config)
     print(f"judge: starting {shlex.join(arguments)}, its output is in {log}", flush=True)
     with open(os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "a", encoding="utf-8") as output:
-        server = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT,
-                                  env=children.environment() | dict.fromkeys(KEY_VARIABLES, key.text))
+        server = subprocess.Popen(
+            arguments,
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=children.environment() | dict.fromkeys(KEY_VARIABLES, key.text),
+        )
     try:
         began = time.monotonic()
         port = wait(server, port, 60 * config.judge_start_minutes, log)
@@ -75,7 +83,8 @@ def opened(config: MTBenchConfig) -> Iterator[Judge]:
 
 
 def takes_system(folder: str) -> bool:
-    """Can the judge's chat template render a system turn? Raises DataError where it can't render a question, either."""
+    """Can the judge's chat template render a system turn? Raises DataError where it can't render a
+    question, either."""
     try:
         template, tokens = chat.read(folder)
         if not template or chat.takes_system(template, tokens):
@@ -83,31 +92,50 @@ def takes_system(folder: str) -> bool:
         chat.render(template, [chat.USER], tokens)
     except DataError as error:
         raise DataError(f"mtbench.judge_model = {folder}: {error}") from None
-    print(f"judge: the chat template of {folder} has no system turn; system text is put into the user's turn",
-          flush=True)
+    print(
+        f"judge: the chat template of {folder} has no system turn; system text is put into the user's turn", flush=True
+    )
     return False
 
 
 def command(config: MTBenchConfig) -> tuple[list[str], int]:
-    """(command line of the server, the port that it is told; 0: it chooses one); JudgeError where it can't start."""
+    """(command line of the server, the port that it is told; 0: it chooses one); JudgeError where
+    it can't start."""
     folder = Path(config.judge_model)
     if not (folder / "config.json").is_file():
-        raise JudgeError(f'mtbench.judge_model = {config.judge_model}: no config.json there; judge = "local" needs the '
-                         "Hugging Face folder of the judge's model")
+        raise JudgeError(
+            f'mtbench.judge_model = {config.judge_model}: no config.json there; judge = "local" needs the '
+            "Hugging Face folder of the judge's model"
+        )
     vllm = Path(sys.executable).with_name("vllm")
     installed = importlib.util.find_spec("vllm") is not None and vllm.exists()
     if config.judge_server == "vllm" and not installed:
-        raise JudgeError(f'mtbench.judge_server = "vllm": vLLM is not installed beside {sys.executable}; install it '
-                         'there (pip install vllm), or set "transformers"')
+        raise JudgeError(
+            f'mtbench.judge_server = "vllm": vLLM is not installed beside {sys.executable}; install it '
+            'there (pip install vllm), or set "transformers"'
+        )
     if installed and config.judge_server != "transformers":
         port = free_port()
-        return [str(vllm), "serve", config.judge_model, "--host", HOST, "--port", str(port), "--served-model-name",
-                config.judge_model, *shlex.split(config.judge_server_options)], port
-    return children.command("eval.judge.serve", config.judge_model, "--host", HOST, "--port", "0", "--end-with-stdin"), 0
+        return [
+            str(vllm),
+            "serve",
+            config.judge_model,
+            "--host",
+            HOST,
+            "--port",
+            str(port),
+            "--served-model-name",
+            config.judge_model,
+            *shlex.split(config.judge_server_options),
+        ], port
+    return children.command(
+        "eval.judge.serve", config.judge_model, "--host", HOST, "--port", "0", "--end-with-stdin"
+    ), 0
 
 
 def free_port() -> int:
-    """A port that nobody listens on now; who takes it before the server does is not asked (``listening``)."""
+    """A port that nobody listens on now; who takes it before the server does is not asked
+    (``listening``)."""
     with contextlib.closing(socket.socket()) as probe:
         probe.bind((HOST, 0))
         return probe.getsockname()[1]
@@ -120,8 +148,11 @@ def listening(server: subprocess.Popen) -> set[int]:
         parent = psutil.Process(server.pid)
         for process in (parent, *parent.children(recursive=True)):
             with contextlib.suppress(psutil.Error, OSError):
-                found |= {each.laddr.port for each in process.net_connections("tcp4")
-                          if each.status == psutil.CONN_LISTEN and each.laddr.ip in (HOST, "0.0.0.0")}
+                found |= {
+                    each.laddr.port
+                    for each in process.net_connections("tcp4")
+                    if each.status == psutil.CONN_LISTEN and each.laddr.ip in (HOST, "0.0.0.0")
+                }
     return found
 
 
@@ -134,7 +165,8 @@ def require_own(server: subprocess.Popen, port: int, log: Path) -> None:
 
 
 def wait(server: subprocess.Popen, port: int, limit_s: float, log: Path) -> int:
-    """The port at which the server itself answers GET /health with 200, of its ports if ``port`` is 0.
+    """The port at which the server itself answers GET /health with 200, of its ports if ``port`` is
+    0.
 
     Raises JudgeError with the server's last words when it ends before, or with the limit.
     """
@@ -145,8 +177,10 @@ def wait(server: subprocess.Popen, port: int, limit_s: float, log: Path) -> int:
                 if transport.send(f"http://{HOST}:{own}/health", None, {}, 5).status == 200:
                     return own
         if time.monotonic() - began > limit_s:
-            raise JudgeError(f"the local judge did not answer within mtbench.judge_start_minutes = {limit_s / 60:g}; "
-                             f"{last_words(log)}")
+            raise JudgeError(
+                f"the local judge did not answer within mtbench.judge_start_minutes = {limit_s / 60:g}; "
+                f"{last_words(log)}"
+            )
         time.sleep(POLL_S)
     raise JudgeError(f"the local judge ended with exit code {server.returncode} before it answered; {last_words(log)}")
 
@@ -159,7 +193,8 @@ def last_words(log: Path) -> str:
 
 
 def end(server: subprocess.Popen) -> None:
-    """TERM to the server; what has not ended of it and its workers after GRACE_S is killed, by process id."""
+    """TERM to the server; what has not ended of it and its workers after GRACE_S is killed, by
+    process id."""
     family = []
     with contextlib.suppress(psutil.NoSuchProcess):
         family = psutil.Process(server.pid).children(recursive=True)

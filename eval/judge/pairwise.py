@@ -1,4 +1,5 @@
-"""Which of two answers is better: FastChat's pairwise grading, each pair in both orders. Far more sensitive than two single ratings.
+"""Which of two answers is better: FastChat's pairwise grading, each pair in both orders. Far more
+sensitive than two single ratings.
 
 One row holds both orders: in g1 model_1's answer stands first, in g2 model_2's.
 """
@@ -50,17 +51,33 @@ class Pair:
         return [self.system + self.user_1, self.system + self.user_2]
 
     def ask(self, endpoint: Endpoint) -> dict:
-        """The row, in FastChat's schema; "judge_id", "answer_ids", "asked", the tokens, "reason" and "refusal" are ours."""
+        """The row, in FastChat's schema; "judge_id", "answer_ids", "asked", the tokens, "reason"
+        and "refusal" are ours."""
         first, second = endpoint.complete(self.system, self.user_1), endpoint.complete(self.system, self.user_2)
         verdicts = [preference(reply.text, reply.finish) for reply in (first, second)]
         winners = [verdict.value for verdict in verdicts]
-        g1, g2 = ({"A": a, "B": b}.get(winner, winner)
-                  for winner, (a, b) in zip(winners, (("model_1", "model_2"), ("model_2", "model_1")), strict=True))
-        return {"question_id": self.question_id, "model_1": self.model_1, "model_2": self.model_2, "g1_winner": g1, "g2_winner": g2,
-                "judge": [endpoint.config.judge_model, self.prompt_name], "g1_user_prompt": self.user_1, "g1_judgment": first.text,
-                "g2_user_prompt": self.user_2, "g2_judgment": second.text, "turn": self.turn, "tstamp": time.time(),
-                "answer_ids": list(self.answer_ids), "asked": self.asked, **usage(endpoint, first, second),
-                **why((verdict.reason for verdict in verdicts), (first, second))}
+        g1, g2 = (
+            {"A": a, "B": b}.get(winner, winner)
+            for winner, (a, b) in zip(winners, (("model_1", "model_2"), ("model_2", "model_1")), strict=True)
+        )
+        return {
+            "question_id": self.question_id,
+            "model_1": self.model_1,
+            "model_2": self.model_2,
+            "g1_winner": g1,
+            "g2_winner": g2,
+            "judge": [endpoint.config.judge_model, self.prompt_name],
+            "g1_user_prompt": self.user_1,
+            "g1_judgment": first.text,
+            "g2_user_prompt": self.user_2,
+            "g2_judgment": second.text,
+            "turn": self.turn,
+            "tstamp": time.time(),
+            "answer_ids": list(self.answer_ids),
+            "asked": self.asked,
+            **usage(endpoint, first, second),
+            **why((verdict.reason for verdict in verdicts), (first, second)),
+        }
 
 
 ROW, OWN_ROW = rows.COMPARED, rows.PAIR
@@ -85,16 +102,37 @@ def _pair(question_set: QuestionSet, question: Question, one: dict, two: dict, t
 
     def user(first: dict, second: dict) -> str:
         a, b = first["choices"][0]["turns"], second["choices"][0]["turns"]
-        return single.filled(chosen, **fields, answer_a=a[0], answer_b=b[0], answer_a_1=a[0], answer_a_2=a[1], answer_b_1=b[0],
-                            answer_b_2=b[1])
-    return Pair(question.question_id, one["model_id"], two["model_id"], turn, chosen["name"], chosen["system_prompt"],
-                user(one, two), user(two, one), (one["answer_id"], two["answer_id"]), settings)
+        return single.filled(
+            chosen,
+            **fields,
+            answer_a=a[0],
+            answer_b=b[0],
+            answer_a_1=a[0],
+            answer_a_2=a[1],
+            answer_b_1=b[0],
+            answer_b_2=b[1],
+        )
+
+    return Pair(
+        question.question_id,
+        one["model_id"],
+        two["model_id"],
+        turn,
+        chosen["name"],
+        chosen["system_prompt"],
+        user(one, two),
+        user(two, one),
+        (one["answer_id"], two["answer_id"]),
+        settings,
+    )
 
 
 def require(question_set: QuestionSet, models: list[str]) -> None:
     """Raise DataError where nothing can be compared, or a prompt is missing."""
     if len(models) < 2:
-        raise DataError("mtbench.judge_pairwise compares a model with the first one: expected two or more models in paths.models")
+        raise DataError(
+            "mtbench.judge_pairwise compares a model with the first one: expected two or more models in paths.models"
+        )
     nothing = {"model_id": "", "answer_id": "", "choices": [{"turns": ["", ""]}]}
     for question in question_set.questions:
         for turn in TURNS:
@@ -105,5 +143,9 @@ def requests(question_set: QuestionSet, answers: dict[str, list[dict]], settings
     """Each later model (model_1) against the first (model_2), all questions, both turns."""
     by_id = {question.question_id: question for question in question_set.questions}
     baseline = {row["question_id"]: row for row in next(iter(answers.values()))}
-    return [_pair(question_set, by_id[row["question_id"]], row, baseline[row["question_id"]], turn, settings)
-            for given in list(answers.values())[1:] for row in given for turn in TURNS]
+    return [
+        _pair(question_set, by_id[row["question_id"]], row, baseline[row["question_id"]], turn, settings)
+        for given in list(answers.values())[1:]
+        for row in given
+        for turn in TURNS
+    ]

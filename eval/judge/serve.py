@@ -1,8 +1,10 @@
-"""``python -m eval.judge.serve FOLDER --port P``: a small OpenAI-compatible server of one Hugging Face model on loopback, greedy.
+"""``python -m eval.judge.serve FOLDER --port P``: a small OpenAI-compatible server of one Hugging
+Face model on loopback, greedy.
 
-For a judge inside the allocation where vLLM is not installed. What comes in while the model is busy is answered together as the next
-batch. GET /health, GET /v1/models, POST /v1/chat/completions. Where the environment variable CONVOY_JUDGE_KEY is set, requests below
-/v1 must bear it as their key: other users of the machine can reach the port, too.
+For a judge inside the allocation where vLLM is not installed. What comes in while the model is busy
+is answered together as the next batch. GET /health, GET /v1/models, POST /v1/chat/completions.
+Where the environment variable CONVOY_JUDGE_KEY is set, requests below /v1 must bear it as their
+key: other users of the machine can reach the port, too.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ class Batcher:
 
     def __init__(self, model, tokenizer):
         self.model, self.tokenizer = model, tokenizer
-        self.context = getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "seq_length", None) or 8192
+        self.context = (
+            getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "seq_length", None) or 8192
+        )
         self.waiting: queue.SimpleQueue = queue.SimpleQueue()
         threading.Thread(target=self._run, daemon=True).start()
 
@@ -55,11 +59,20 @@ class Batcher:
                 batch.append(self.waiting.get())
             texts, limits, futures = zip(*batch, strict=True)
             try:
-                replies = generation.generate(self.model, self.tokenizer, [Prompt(text, 0.0, "") for text in texts],
-                                              max_new_tokens=max(limits), context_length=sys.maxsize, seed=0, stop=())
+                replies = generation.generate(
+                    self.model,
+                    self.tokenizer,
+                    [Prompt(text, 0.0, "") for text in texts],
+                    max_new_tokens=max(limits),
+                    context_length=sys.maxsize,
+                    seed=0,
+                    stop=(),
+                )
                 for future, reply in zip(futures, replies, strict=True):
                     future.set_result(reply)
-            except Exception as error:  # out of memory, say: those who wait must hear it, whatever it is, and the next batch may fit
+            except (
+                Exception
+            ) as error:  # out of memory, say: those who wait must hear it, whatever it is, and the next batch may fit
                 for future in futures:
                     if not future.done():
                         future.set_exception(RuntimeError(f"{type(error).__name__}: {error}"))
@@ -82,10 +95,15 @@ def wanted(body: bytes) -> tuple[list[dict], int]:
     if not isinstance(asked, dict) or not isinstance(asked.get("messages"), list) or not asked["messages"]:
         raise ValueError('expected an object with "messages"')
     for message in asked["messages"]:
-        if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant") \
-                or not isinstance(message.get("content"), str):
+        if (
+            not isinstance(message, dict)
+            or message.get("role") not in ("system", "user", "assistant")
+            or not isinstance(message.get("content"), str)
+        ):
             raise ValueError('messages: expected {"role": "system", "user" or "assistant", "content": text} each')
-    tokens = next((asked[name] for name in ("max_completion_tokens", "max_tokens") if asked.get(name) is not None), 1024)
+    tokens = next(
+        (asked[name] for name in ("max_completion_tokens", "max_tokens") if asked.get(name) is not None), 1024
+    )
     if type(tokens) is not int or tokens < 1:
         raise ValueError(f"max_tokens = {tokens!r:.80}: expected a whole number above 0")
     return asked["messages"], tokens
@@ -93,6 +111,7 @@ def wanted(body: bytes) -> tuple[list[dict], int]:
 
 def handler(batcher: Batcher, name: str, key: str = "") -> type[BaseHTTPRequestHandler]:
     """``key``: what requests below /v1 must bear; "" for none."""
+
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
         timeout = IDLE_S
@@ -131,11 +150,24 @@ def handler(batcher: Batcher, name: str, key: str = "") -> type[BaseHTTPRequestH
                 return self.send(400, {"error": {"message": f"bad request: {type(error).__name__}: {error}"}})
             except RuntimeError as error:  # the client decides whether to ask again
                 return self.send(500, {"error": {"message": str(error)}})
-            choice = {"index": 0, "message": {"role": "assistant", "content": reply.text},
-                      "finish_reason": "length" if reply.finish == "length" else "stop"}
-            self.send(200, {"object": "chat.completion", "model": name, "choices": [choice],
-                            "usage": {"prompt_tokens": sent, "completion_tokens": len(reply.tokens),
-                                      "total_tokens": sent + len(reply.tokens)}})
+            choice = {
+                "index": 0,
+                "message": {"role": "assistant", "content": reply.text},
+                "finish_reason": "length" if reply.finish == "length" else "stop",
+            }
+            self.send(
+                200,
+                {
+                    "object": "chat.completion",
+                    "model": name,
+                    "choices": [choice],
+                    "usage": {
+                        "prompt_tokens": sent,
+                        "completion_tokens": len(reply.tokens),
+                        "total_tokens": sent + len(reply.tokens),
+                    },
+                },
+            )
 
         def send(self, status: int, value: dict) -> None:
             text = json.dumps(value).encode()
@@ -147,27 +179,38 @@ def handler(batcher: Batcher, name: str, key: str = "") -> type[BaseHTTPRequestH
 
         def log_message(self, *_):
             pass
+
     return Handler
 
 
 def end_with_parent() -> None:
-    """Leave as soon as standard input is closed: whoever started this has ended, however that came about."""
+    """Leave as soon as standard input is closed: whoever started this has ended, however that came
+    about."""
     sys.stdin.buffer.read()
     os._exit(0)
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m eval.judge.serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.judge.serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", help="Hugging Face folder: config.json, tokenizer, weights")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=8000, help="port to listen on; 0: a free one (default: %(default)s)")
-    parser.add_argument("--end-with-stdin", action="store_true", help="end when standard input is closed: it never outlives its parent")
+    parser.add_argument(
+        "--port", type=int, default=8000, help="port to listen on; 0: a free one (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--end-with-stdin", action="store_true", help="end when standard input is closed: it never outlives its parent"
+    )
     asked = parser.parse_args(arguments)
     key = os.environ.pop(KEY_VARIABLE, "")
     batcher = Batcher(*generation.load(asked.folder))
     server = ThreadingHTTPServer((asked.host, asked.port), handler(batcher, asked.folder, key))
     if not key and not is_loopback(asked.host):
-        print(f"warning: whoever reaches {asked.host} can use this server; {KEY_VARIABLE} sets a key that it asks for", flush=True)
+        print(
+            f"warning: whoever reaches {asked.host} can use this server; {KEY_VARIABLE} sets a key that it asks for",
+            flush=True,
+        )
     if asked.end_with_stdin:
         threading.Thread(target=end_with_parent, daemon=True).start()
     print(f"serving {asked.folder} at http://{asked.host}:{server.server_port}/v1", flush=True)

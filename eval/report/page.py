@@ -1,6 +1,8 @@
-"""``python -m eval.report RUN [RUN...]``: one self-contained HTML page about runs or evaluations. It loads nothing from anywhere.
+"""``python -m eval.report RUN [RUN...]``: one self-contained HTML page about runs or evaluations.
+It loads nothing from anywhere.
 
-Made from the files in the runs' folders alone, so it can be made again, of several runs together, and of one that is not finished.
+Made from the files in the runs' folders alone, so it can be made again, of several runs together,
+and of one that is not finished.
 """
 
 from __future__ import annotations
@@ -51,7 +53,11 @@ def minus(text: str) -> str:
 
 
 def interval(value: Mapping | None, form: str = ".2f") -> str:
-    return "–" if value is None else f"{number(value['mean'], form)} [{number(value['low'], form)}, {number(value['high'], form)}]"
+    return (
+        "–"
+        if value is None
+        else f"{number(value['mean'], form)} [{number(value['low'], form)}, {number(value['high'], form)}]"
+    )
 
 
 def duration(seconds: float | None) -> str:
@@ -64,17 +70,21 @@ def duration(seconds: float | None) -> str:
 
 def collect(folders: Sequence[str | Path]) -> dict[str, Run]:
     """Name -> run; raises DataError for a folder without one."""
-    return merge.names([run_folder.collect(folder) for folder in {Path(folder).resolve(): folder for folder in folders}.values()])
+    return merge.names(
+        [run_folder.collect(folder) for folder in {Path(folder).resolve(): folder for folder in folders}.values()]
+    )
 
 
 def evaluations(found: Mapping[str, Run]) -> dict[str, run_folder.Evaluation]:
-    """Run -> its evaluation, for those that have one; models carry their run's name where there are several runs."""
+    """Run -> its evaluation, for those that have one; models carry their run's name where there are
+    several runs."""
     made = {name: run.evaluation for name, run in found.items() if run.evaluation}
     return {name: merge.renamed(name, one) for name, one in made.items()} if len(found) > 1 else made
 
 
 def blocks(judged: Mapping[str, run_folder.Evaluation]) -> tuple[list[dict], list[str]]:
-    """(tables of scores, why there is more than one): one of all runs where they were judged alike, else one a run."""
+    """(tables of scores, why there is more than one): one of all runs where they were judged alike,
+    else one a run."""
     if not judged:
         return [], []
     different = merge.contradictions(judged)
@@ -87,20 +97,42 @@ def blocks(judged: Mapping[str, run_folder.Evaluation]) -> tuple[list[dict], lis
 
 def _block(name: str, results: dict) -> dict:
     scores = results["scores"]
-    rated = {model: {category: cell["mean"] for category, cell in row["categories"].items()}
-             for model, row in scores["models"].items() if row["covered"]} if scores else {}
-    return {"name": name, "results": results, "title": table.title(results), "missing": table.missing(results),
-            "rows": table.rows(scores) if scores else [], "notes": table.notes(results),
-            "pairs": table.pair_rows(results["pairwise"]) if results["pairwise"] else [],
-            "radar": Markup(figures.radar_svg(rated, f"radar{name}")) if rated else None, "models": list(rated)}
+    rated = (
+        {
+            model: {category: cell["mean"] for category, cell in row["categories"].items()}
+            for model, row in scores["models"].items()
+            if row["covered"]
+        }
+        if scores
+        else {}
+    )
+    return {
+        "name": name,
+        "results": results,
+        "title": table.title(results),
+        "missing": table.missing(results),
+        "rows": table.rows(scores) if scores else [],
+        "notes": table.notes(results),
+        "pairs": table.pair_rows(results["pairwise"]) if results["pairwise"] else [],
+        "radar": Markup(figures.radar_svg(rated, f"radar{name}")) if rated else None,
+        "models": list(rated),
+    }
 
 
 def training(found: Mapping[str, Run]) -> list[dict]:
-    """[{"stage", "panels", "others"}] in the order of the first run that has the stage; a stage without a curve is left out."""
-    order = dict.fromkeys(stage.name for run in found.values() for stage in run.stages if not run_folder.is_evaluation(stage.folder))
+    """[{"stage", "panels", "others"}] in the order of the first run that has the stage; a stage
+    without a curve is left out."""
+    order = dict.fromkeys(
+        stage.name for run in found.values() for stage in run.stages if not run_folder.is_evaluation(stage.folder)
+    )
     made = []
     for name in order:
-        rows = {run_name: stage.metrics for run_name, run in found.items() for stage in run.stages if stage.name == name and stage.metrics}
+        rows = {
+            run_name: stage.metrics
+            for run_name, run in found.items()
+            for stage in run.stages
+            if stage.name == name and stage.metrics
+        }
         panels, others = curves.panels(name, rows)
         if panels or others:
             made.append({"stage": name, "panels": panels, "others": others})
@@ -108,8 +140,8 @@ def training(found: Mapping[str, Run]) -> list[dict]:
 
 
 def measured(found: Mapping[str, Run]) -> dict[str, Run]:
-    """The runs, each without the stages that one before it shows already: one taken from another run (``submit --reuse``) has its
-    metrics to the last digit."""
+    """The runs, each without the stages that one before it shows already: one taken from another
+    run (``submit --reuse``) has its metrics to the last digit."""
     seen, made = [], {}
     for name, run in found.items():
         new = [stage for stage in run.stages if not stage.metrics or (stage.name, stage.metrics) not in seen]
@@ -119,7 +151,8 @@ def measured(found: Mapping[str, Run]) -> dict[str, Run]:
 
 
 class Parts:
-    """Makes the parts of a page: one that can't be made, whatever the runs' files hold, is named in its place, and the others stand."""
+    """Makes the parts of a page: one that can't be made, whatever the runs' files hold, is named in
+    its place, and the others stand."""
 
     def __init__(self):
         self.failed: list[str] = []
@@ -129,7 +162,9 @@ class Parts:
         try:
             return function(*arguments)
         except Exception as error:  # noqa: BLE001 - hours of work must not end without a report
-            self.failed.append(f"{title}: left out, the files that it is made from are damaged ({type(error).__name__}: {error})"[:400])
+            self.failed.append(
+                f"{title}: left out, the files that it is made from are damaged ({type(error).__name__}: {error})"[:400]
+            )
             return empty
 
     def guarded(self, title: str, caller: Callable) -> str:
@@ -139,16 +174,30 @@ class Parts:
 
 
 def page(found: Mapping[str, Run]) -> str:
-    """The HTML text; the same input gives the same bytes. What is damaged in the runs' files is named in it."""
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parents[1] / "templates"), autoescape=True, undefined=StrictUndefined,
-                              trim_blocks=True, lstrip_blocks=True)
+    """The HTML text; the same input gives the same bytes. What is damaged in the runs' files is
+    named in it."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parents[1] / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     environment.filters |= {"number": number, "interval": interval, "duration": duration, "minus": minus}
     parts = Parts()
     values = _values(found, parts)
     return environment.get_template("report.html.j2").render(
-        title=", ".join(found), runs=found, header=table.HEADER, note=table.NOTE, pair_header=table.PAIR_HEADER,
-        pair_note=table.PAIR_NOTE, checks_columns=CHECKS, guarded=parts.guarded,
-        damaged=[plain(line) for line in (*(line for run in found.values() for line in run.damaged), *parts.failed)], **values)
+        title=", ".join(found),
+        runs=found,
+        header=table.HEADER,
+        note=table.NOTE,
+        pair_header=table.PAIR_HEADER,
+        pair_note=table.PAIR_NOTE,
+        checks_columns=CHECKS,
+        guarded=parts.guarded,
+        damaged=[plain(line) for line in (*(line for run in found.values() for line in run.damaged), *parts.failed)],
+        **values,
+    )
 
 
 def _values(found: Mapping[str, Run], parts: Parts) -> dict:
@@ -161,43 +210,74 @@ def _values(found: Mapping[str, Run], parts: Parts) -> dict:
     several = len(found) > 1
 
     def labelled(stages: Callable[[Run], Mapping]) -> dict:
-        return {f"{name}, {stage}" if several else stage: row for name, run in own.items() for stage, row in stages(run).items()}
+        return {
+            f"{name}, {stage}" if several else stage: row
+            for name, run in own.items()
+            for stage, row in stages(run).items()
+        }
 
-    preference = make("Reward model", labelled, lambda run: reward_accuracy.summary({stage.name: stage.folder for stage in run.stages}), empty={})
+    preference = make(
+        "Reward model",
+        labelled,
+        lambda run: reward_accuracy.summary({stage.name: stage.folder for stage in run.stages}),
+        empty={},
+    )
     calibrated = {label: row["calibration"] for label, row in preference.items() if row["calibration"]}
     gold = common["heldout"]["gold"] if common else {}
     rates = {name: {stage.name: stage.metrics for stage in run.stages} for name, run in own.items()}
     return {
-        "blocks": made, "different": different, "common": common, "evaluations": judged,
+        "blocks": made,
+        "different": different,
+        "common": common,
+        "evaluations": judged,
         "gold_figure": make("Gold score", lambda: Markup(figures.interval_svg(gold, "gold"))) if gold else None,
-        "frontier": make("Reward against distance", curves.frontiers, rates), "preference": preference,
+        "frontier": make("Reward against distance", curves.frontiers, rates),
+        "preference": preference,
         "language": make("Held-out loss", labelled, run_facts.language_models, empty={}),
-        "calibration": make("Calibration", lambda: Markup(figures.calibration_svg("calibration", calibrated))) if calibrated else None,
-        "calibrated": list(calibrated), "training": make("Training", training, own, empty=[]),
+        "calibration": make("Calibration", lambda: Markup(figures.calibration_svg("calibration", calibrated)))
+        if calibrated
+        else None,
+        "calibrated": list(calibrated),
+        "training": make("Training", training, own, empty=[]),
         "stages": {name: make("Time and memory", run_facts.stage_rows, run, empty=[]) for name, run in found.items()},
         "differences": make("Configuration", run_facts.differences, list(found.values()), empty=[]) if several else [],
         "configuration": [] if several else make("Configuration", _configuration, found, empty=[]),
-        "provenance_rows": {name: make("Provenance", run_facts.provenance, run, empty=[]) for name, run in found.items()},
-        "heldout": make("Samples", answer_browser.heldout, judged, empty=[]), "questions": make("Questions", answer_browser.questions, judged, empty=[]),
-        "unjudged": [name for name in found if name not in judged]}
+        "provenance_rows": {
+            name: make("Provenance", run_facts.provenance, run, empty=[]) for name, run in found.items()
+        },
+        "heldout": make("Samples", answer_browser.heldout, judged, empty=[]),
+        "questions": make("Questions", answer_browser.questions, judged, empty=[]),
+        "unjudged": [name for name in found if name not in judged],
+    }
 
 
 def _configuration(found: Mapping[str, Run]) -> list[tuple[str, str]]:
-    return [(key, run_facts.written(value)) for run in found.values() for key, value in run_facts.flat(run.config).items()]
+    return [
+        (key, run_facts.written(value)) for run in found.values() for key, value in run_facts.flat(run.config).items()
+    ]
 
 
 def write(found: Mapping[str, Run], path: Path) -> None:
-    text = page(found).encode("utf-8", errors="replace").decode()  # half a character is in no file of UTF-8
-    write_text(path, text.replace("\0", "\ufffd"))  # as a browser would show it, but without calling the page broken
+    # half a character is in no file of UTF-8
+    text = page(found).encode("utf-8", errors="replace").decode()
+    # as a browser would show it, but without calling the page broken
+    write_text(path, text.replace("\0", "\ufffd"))
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m eval.report", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or the output of python -m eval.mtbench")
-    parser.add_argument("--output", type=Path, metavar="FOLDER",
-                        help="where report.html goes, of several runs with table.md, table.csv and results.json "
-                             "(default: the run's folder; of several runs report-A-B beside the first)")
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="a run's folder, or the output of python -m eval.mtbench"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="where report.html goes, of several runs with table.md, table.csv and results.json "
+        "(default: the run's folder; of several runs report-A-B beside the first)",
+    )
     asked = parser.parse_args(arguments)
     try:
         found = collect(asked.runs)

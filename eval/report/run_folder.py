@@ -1,6 +1,8 @@
-"""A run's folder as the report reads it. Nothing in it is taken for granted: what is absent or torn is left out.
+"""A run's folder as the report reads it. Nothing in it is taken for granted: what is absent or torn
+is left out.
 
-Which stages there are, their names, their order and what they measured is what the folder says, not what this file knows.
+Which stages there are, their names, their order and what they measured is what the folder says, not
+what this file knows.
 """
 
 from __future__ import annotations
@@ -14,18 +16,61 @@ from eval.files import foreign
 from eval.files.foreign import number, text, texts, whole
 from eval.judge import single
 
-RESULTS = {"questions", "template", "models", "baseline", "seed", "max_new_tokens", "judge", "scores", "pairwise", "heldout", "checks",
-           "reward_model", "harness", "harness_problem", "versions"}
-JUDGE = {"kind", "requested", "returned", "problem", "repeats", "requests", "tokens_in", "tokens_out", "cost", "currency"}
+RESULTS = {
+    "questions",
+    "template",
+    "models",
+    "baseline",
+    "seed",
+    "max_new_tokens",
+    "judge",
+    "scores",
+    "pairwise",
+    "heldout",
+    "checks",
+    "reward_model",
+    "harness",
+    "harness_problem",
+    "versions",
+}
+JUDGE = {
+    "kind",
+    "requested",
+    "returned",
+    "problem",
+    "repeats",
+    "requests",
+    "tokens_in",
+    "tokens_out",
+    "cost",
+    "currency",
+}
 """What results.json holds, and its "judge"."""
 QUESTION = {"question_id": whole, "category": text, "turns": lambda turns: bool(turns) and texts(turns)}
 ANSWER = {"question_id": whole, "answer_id": text, "choices": lambda choices: texts(choices[0]["turns"])}
-REPLY = {"index": whole, "sample": whole, "prompt": text, "response": text, "tokens": lambda tokens: isinstance(tokens, list),
-         "finish": text, "gold": lambda gold: gold is None or number(gold)}
-JUDGMENT = {"question_id": whole, "turn": whole, "score": number, **dict.fromkeys(("model", "judgment", "judge_id", "answer_id"), text)}
-PAIR = {"question_id": whole, "turn": whole, "answer_ids": texts, **dict.fromkeys(
-    ("model_1", "model_2", "g1_winner", "g2_winner", "g1_judgment", "g2_judgment", "judge_id"), text)}
-"""Fields of a row that the report shows, and of what kind they are; rows without them, e.g. of other tools, are left out."""
+REPLY = {
+    "index": whole,
+    "sample": whole,
+    "prompt": text,
+    "response": text,
+    "tokens": lambda tokens: isinstance(tokens, list),
+    "finish": text,
+    "gold": lambda gold: gold is None or number(gold),
+}
+JUDGMENT = {
+    "question_id": whole,
+    "turn": whole,
+    "score": number,
+    **dict.fromkeys(("model", "judgment", "judge_id", "answer_id"), text),
+}
+PAIR = {
+    "question_id": whole,
+    "turn": whole,
+    "answer_ids": texts,
+    **dict.fromkeys(("model_1", "model_2", "g1_winner", "g2_winner", "g1_judgment", "g2_judgment", "judge_id"), text),
+}
+"""Fields of a row that the report shows, and of what kind they are; rows without them, e.g. of
+other tools, are left out."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +151,10 @@ def collect(folder: str | Path) -> Run:
     stages = _stages(folder, damaged)
     if not stages and not config:
         broken = "results.json is damaged: make the evaluation again, its answers are kept"
-        raise DataError(f"{folder}: neither a run (no config.json, no stages) nor an evaluation "
-                        f"({broken if (folder / 'results.json').exists() else 'no results.json'})")
+        raise DataError(
+            f"{folder}: neither a run (no config.json, no stages) nor an evaluation "
+            f"({broken if (folder / 'results.json').exists() else 'no results.json'})"
+        )
     found = [stage.folder for stage in stages if is_evaluation(stage.folder)]
     judged = None
     try:
@@ -128,8 +175,10 @@ def _whole_evaluation(folder: Path, damaged: list[str]) -> Evaluation:
     except DataError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever its files hold, the rest of the run is shown
-        raise DataError(f"{folder / 'results.json'} is damaged: make the evaluation again, its answers are kept "
-                        f"({type(error).__name__}: {error})") from None
+        raise DataError(
+            f"{folder / 'results.json'} is damaged: make the evaluation again, its answers are kept "
+            f"({type(error).__name__}: {error})"
+        ) from None
 
 
 def evaluation(folder: Path, damaged: list[str]) -> Evaluation:
@@ -139,8 +188,10 @@ def evaluation(folder: Path, damaged: list[str]) -> Evaluation:
         raise DataError(f"{folder / 'results.json'} is damaged: make the evaluation again, its answers are kept")
     judged_by = results["judge"] if isinstance(results["judge"], dict) else {}
     if absent := sorted(RESULTS - results.keys()) or sorted(f"judge.{name}" for name in JUDGE - judged_by.keys()):
-        raise DataError(f"{folder / 'results.json'}: no {', '.join(absent)}: made by an older version; run mtbench again, "
-                        "what is made is kept")
+        raise DataError(
+            f"{folder / 'results.json'}: no {', '.join(absent)}: made by an older version; run mtbench again, "
+            "what is made is kept"
+        )
 
     # Absent before there was mtbench.reward_model, the last two for longer.
     results["heldout"] = {"score": {}, "win_rate": {}, "length_controlled": {}, "scored_by": {}} | results["heldout"]
@@ -151,17 +202,30 @@ def evaluation(folder: Path, damaged: list[str]) -> Evaluation:
             return []
         return foreign.rows(path, kinds, damaged)
 
-    answers = {name: sorted(_last(rows(folder / "model_answer" / f"{name}.jsonl", ANSWER), "question_id").values(),
-                            key=lambda row: row["question_id"]) for name in results["models"]}
-    replies = {name: list(_last(rows(folder / "heldout" / f"{name}.jsonl", REPLY), "index", "sample").values())
-               for name in results["models"]}
+    answers = {
+        name: sorted(
+            _last(rows(folder / "model_answer" / f"{name}.jsonl", ANSWER), "question_id").values(),
+            key=lambda row: row["question_id"],
+        )
+        for name in results["models"]
+    }
+    replies = {
+        name: list(_last(rows(folder / "heldout" / f"{name}.jsonl", REPLY), "index", "sample").values())
+        for name in results["models"]
+    }
     made = {row["answer_id"] for given in answers.values() for row in given}
     judged = judged_by["requested"]
     judgments = rows(Path(single.judgment_path(str(folder), judged)), JUDGMENT) if judged else []
     pairs = rows(Path(single.judgment_path(str(folder), judged, "pair")), PAIR) if judged else []
-    return Evaluation(folder, results, rows(folder / "question.jsonl", QUESTION), answers, replies,
-                      [row for row in judgments if row["answer_id"] in made],
-                      [row for row in pairs if set(row["answer_ids"]) <= made])
+    return Evaluation(
+        folder,
+        results,
+        rows(folder / "question.jsonl", QUESTION),
+        answers,
+        replies,
+        [row for row in judgments if row["answer_id"] in made],
+        [row for row in pairs if set(row["answer_ids"]) <= made],
+    )
 
 
 def _last(rows: Sequence[Mapping], *names: str) -> dict:
@@ -172,11 +236,22 @@ def _last(rows: Sequence[Mapping], *names: str) -> dict:
 def _stages(folder: Path, damaged: list[str]) -> list[StageFolder]:
     """Every folder in which a stage has left something, in the order of the first start."""
     events = foreign.rows(folder / "ledger.jsonl", {"event": text}, damaged)
-    order = {name: place for place, name in enumerate(dict.fromkeys(
-        event["stage"] for event in events if event["event"] in ("started", "reused") and text(event.get("stage"))))}
+    order = {
+        name: place
+        for place, name in enumerate(
+            dict.fromkeys(
+                event["stage"]
+                for event in events
+                if event["event"] in ("started", "reused") and text(event.get("stage"))
+            )
+        )
+    }
     names = ("metrics.jsonl", "status.json", "DONE.json", "results.json")
-    places = [path for path in sorted(folder.iterdir()) if path.is_dir() and any((path / name).exists() for name in names)] \
-        if folder.is_dir() else []
+    places = (
+        [path for path in sorted(folder.iterdir()) if path.is_dir() and any((path / name).exists() for name in names)]
+        if folder.is_dir()
+        else []
+    )
     if outside := [path for path in places if not foreign.inside(folder, path)]:
         damaged += [f"{path} is a link out of the run's folder: left out" for path in outside]
     found = [_stage(path, events, damaged) for path in places if path not in outside]
@@ -187,7 +262,9 @@ def _stages(folder: Path, damaged: list[str]) -> list[StageFolder]:
 def _stage(path: Path, events: Sequence[Mapping], damaged: list[str]) -> StageFolder:
     config, status, done = (foreign.table(path / name, damaged) for name in ("config.json", "status.json", "DONE.json"))
     foreign.table(path / "results.json", damaged)
-    measured = foreign.rows(path / "metrics.jsonl", None, damaged) + foreign.rows(path / "rescored.jsonl", None, damaged)
+    measured = foreign.rows(path / "metrics.jsonl", None, damaged) + foreign.rows(
+        path / "rescored.jsonl", None, damaged
+    )
     return StageFolder(path.name, path, measured, config, status, done, _attempts(events, path.name))
 
 
@@ -197,7 +274,9 @@ def _attempts(events: Sequence[Mapping], stage: str) -> list[Attempt]:
     found = []
     for place, event in enumerate(mine):
         if event.get("event") == "started":
-            after = next((later for later in mine[place + 1:] if "class" in later or later.get("event") == "started"), None)
+            after = next(
+                (later for later in mine[place + 1 :] if "class" in later or later.get("event") == "started"), None
+            )
             ended = after["time"] if after and "class" in after else None
             found.append(Attempt(event["time"], ended))
     return found

@@ -1,4 +1,5 @@
-"""``python -m eval.scores FILE [FILE...]``: this program stands above the wings whose modules it joins."""
+"""``python -m eval.scores FILE [FILE...]``: this program stands above the wings whose modules it
+joins."""
 
 import sys
 

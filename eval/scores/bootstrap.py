@@ -1,7 +1,8 @@
-"""Bootstrap confidence intervals over independent units (questions or prompts); pure, NumPy in and out.
+"""Bootstrap confidence intervals over independent units (questions or prompts); pure, NumPy in and
+out.
 
-Percentile bootstrap (Efron & Tibshirani 1993, ch. 13). A unit brings the sum and the number of its observations, so that the
-two ratings of one question are always resampled together.
+Percentile bootstrap (Efron & Tibshirani 1993, ch. 13). A unit brings the sum and the number of its
+observations, so that the two ratings of one question are always resampled together.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ RESAMPLES = 4000
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with its 95% confidence interval; ``units`` is the number of questions or prompts behind it."""
+    """An estimate with its 95% confidence interval; ``units`` is the number of questions or prompts
+    behind it."""
 
     mean: float
     low: float
@@ -27,7 +29,8 @@ class Interval:
 
 
 def _resampled(sums: np.ndarray, counts: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    """(units,), (units,), (resamples, units) -> (resamples,) pooled means; nan where a resample holds no observation."""
+    """(units,), (units,), (resamples, units) -> (resamples,) pooled means; nan where a resample
+    holds no observation."""
     total = counts[draws].sum(axis=1)
     return np.divide(sums[draws].sum(axis=1), total, out=np.full(len(draws), np.nan), where=total > 0)
 
@@ -42,7 +45,8 @@ def _interval(mean: float, resampled: np.ndarray, units: int) -> Interval:
 
 
 def pooled_mean(sums, counts, seed: int) -> Interval:
-    """Mean over all observations of all units; ``sums`` and ``counts`` are (units,). Raises ValueError without observations."""
+    """Mean over all observations of all units; ``sums`` and ``counts`` are (units,). Raises
+    ValueError without observations."""
     sums, counts = np.asarray(sums, dtype=float), np.asarray(counts, dtype=float)
     if counts.sum() == 0:
         raise ValueError("pooled_mean: no observations")
@@ -55,7 +59,8 @@ def mean(values, seed: int) -> Interval:
 
 
 def paired_difference(sums, counts, base_sums, base_counts, seed: int) -> Interval:
-    """Pooled mean minus the base's over the same units, both drawn together; all four are (units,)."""
+    """Pooled mean minus the base's over the same units, both drawn together; all four are
+    (units,)."""
     sums, counts, base_sums, base_counts = (np.asarray(a, dtype=float) for a in (sums, counts, base_sums, base_counts))
     if counts.sum() == 0 or base_counts.sum() == 0:
         raise ValueError("paired_difference: no observations")

@@ -1,11 +1,14 @@
-"""A reward model as the measure of replies: its scores of them, and how often it prefers a model's to the baseline's.
+"""A reward model as the measure of replies: its scores of them, and how often it prefers a model's
+to the baseline's.
 
-It is a sequence classifier with one label (an export's ``reward``). Of a reward model that the policy was not trained on this says
-whether replies got better by the data's preferences; of the policy's own, how far it was optimised. Both over a run's evaluations show
-over-optimisation: ``python -m eval.scores.reward_model RUN/rlhf --prompts RUN/data/heldout.jsonl own=FOLDER other=FOLDER`` scores the replies
-that ``rlhf.keep_replies`` kept, and the report draws the means.
+It is a sequence classifier with one label (an export's ``reward``). Of a reward model that the
+policy was not trained on this says whether replies got better by the data's preferences; of the
+policy's own, how far it was optimised. Both over a run's evaluations show over-optimisation:
+``python -m eval.scores.reward_model RUN/rlhf --prompts RUN/data/heldout.jsonl own=FOLDER
+other=FOLDER`` scores the replies that ``rlhf.keep_replies`` kept, and the report draws the means.
 
-A reply is scored with its end, whether the model reached it or not: a PPO penalty for a missing end is no part of the score.
+A reply is scored with its end, whether the model reached it or not: a PPO penalty for a missing end
+is no part of the score.
 """
 
 from __future__ import annotations
@@ -39,30 +42,47 @@ _REPLY = {"iteration": whole, "index": whole, "response": text}
 
 @torch.no_grad()
 def score(folder: str | Path, pairs: Sequence[tuple[str, str]], limit: int) -> list[float]:
-    """The reward model's score of each (prompt, response), read at the end-of-sequence token. A prompt keeps its last ``limit`` tokens.
-    Raises DataError for a folder that holds no classifier with one label."""
+    """The reward model's score of each (prompt, response), read at the end-of-sequence token. A
+    prompt keeps its last ``limit`` tokens. Raises DataError for a folder that holds no classifier
+    with one label."""
     logging.disable_progress_bar()
     with readable(folder, " as a reward model"):
-        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, local_files_only=True,
-                                                                   trust_remote_code=False)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        )
         tokenizer = load_tokenizer(folder)
     if model.config.num_labels != 1:
-        raise DataError(f"{folder}: {model.config.num_labels} labels; expected a sequence classifier with one, as export makes of a reward "
-                        "model")
-    model, pad, vocabulary = model.to(device()).eval(), model.config.pad_token_id, model.get_input_embeddings().num_embeddings
+        raise DataError(
+            f"{folder}: {model.config.num_labels} labels; expected a sequence classifier with one, as export makes of a reward "
+            "model"
+        )
+    model, pad, vocabulary = (
+        model.to(device()).eval(),
+        model.config.pad_token_id,
+        model.get_input_embeddings().num_embeddings,
+    )
     if type(pad) is not int or not 0 <= pad < vocabulary:
-        raise DataError(f"{folder}/config.json: pad_token_id = {pad}: expected the id of a token, from 0 to {vocabulary - 1}: the score is "
-                        "read at the last token that is no padding")
-    rows = [[*encode(tokenizer, prompt, limit), *encode_reply(tokenizer, response), tokenizer.eos_token_id]
-            for prompt, response in pairs]
+        raise DataError(
+            f"{folder}/config.json: pad_token_id = {pad}: expected the id of a token, from 0 to {vocabulary - 1}: the score is "
+            "read at the last token that is no padding"
+        )
+    rows = [
+        [*encode(tokenizer, prompt, limit), *encode_reply(tokenizer, response), tokenizer.eos_token_id]
+        for prompt, response in pairs
+    ]
     order, scores, start = sorted(range(len(rows)), key=lambda i: -len(rows[i])), [0.0] * len(rows), 0
     with _tensor_cores():
         while start < len(order):
             width = len(rows[order[start]])
-            batch = order[start:start + max(1, TOKENS // width)]
+            batch = order[start : start + max(1, TOKENS // width)]
             ids = torch.tensor([rows[i] + [pad] * (width - len(rows[i])) for i in batch])
             mask = torch.tensor([[1] * len(rows[i]) + [0] * (width - len(rows[i])) for i in batch])
-            values = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits[:, 0].double().tolist()
+            values = (
+                model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device))
+                .logits[:, 0]
+                .double()
+                .tolist()
+            )
             for i, value in zip(batch, values, strict=True):
                 scores[i] = value
             start += len(batch)
@@ -81,23 +101,40 @@ def _tensor_cores():
 
 
 def summary(scored: Mapping[str, Sequence[Mapping]], replies: Mapping[str, Sequence[Mapping]], seed: int) -> dict:
-    """{"score", "win_rate", "length_controlled": {model: Interval}}: mean score, and the share of held-out prompts whose reply scores above
-    the first model's reply to the same prompt (equal: half), all and at equal length (eval.scores.win_rate: a reward model may like short replies,
-    or long ones). ``scored``: model -> rows {"index", "sample", "score"}; ``replies``: model -> rows {"index", "sample", "response"};
-    intervals are over prompts."""
+    """{"score", "win_rate", "length_controlled": {model: Interval}}: mean score, and the share of
+    held-out prompts whose reply scores above the first model's reply to the same prompt (equal:
+    half), all and at equal length (eval.scores.win_rate: a reward model may like short replies, or
+    long ones). ``scored``: model -> rows {"index", "sample", "score"}; ``replies``: model -> rows
+    {"index", "sample", "response"}; intervals are over prompts."""
     if not scored:
         return {"score": {}, "win_rate": {}, "length_controlled": {}}
     baseline, *others = scored
     base = {(row["index"], row["sample"]): row["score"] for row in scored[baseline]}
-    wins = {name: [{**row, "won": _won(row["score"], base[row["index"], row["sample"]])} for row in scored[name]] for name in others}
-    characters = {name: {(row["index"], row["sample"]): len(row["response"]) for row in replies[name]} for name in scored}
-    return {"score": {name: bootstrap.mean(list(gold_score.by_prompt(rows, "score").values()), seed).as_dict() for name, rows in scored.items()},
-            "win_rate": {name: bootstrap.mean(list(gold_score.by_prompt(rows, "won").values()), seed).as_dict() for name, rows in wins.items()},
-            "length_controlled": {name: _at_equal_length(rows, characters[name], characters[baseline], seed)
-                                  for name, rows in wins.items()}}
+    wins = {
+        name: [{**row, "won": _won(row["score"], base[row["index"], row["sample"]])} for row in scored[name]]
+        for name in others
+    }
+    characters = {
+        name: {(row["index"], row["sample"]): len(row["response"]) for row in replies[name]} for name in scored
+    }
+    return {
+        "score": {
+            name: bootstrap.mean(list(gold_score.by_prompt(rows, "score").values()), seed).as_dict()
+            for name, rows in scored.items()
+        },
+        "win_rate": {
+            name: bootstrap.mean(list(gold_score.by_prompt(rows, "won").values()), seed).as_dict()
+            for name, rows in wins.items()
+        },
+        "length_controlled": {
+            name: _at_equal_length(rows, characters[name], characters[baseline], seed) for name, rows in wins.items()
+        },
+    }
 
 
-def _at_equal_length(wins: Sequence[Mapping], mine: Mapping[tuple, int], theirs: Mapping[tuple, int], seed: int) -> dict:
+def _at_equal_length(
+    wins: Sequence[Mapping], mine: Mapping[tuple, int], theirs: Mapping[tuple, int], seed: int
+) -> dict:
     places = [(row["index"], row["sample"]) for row in wins]
     number = {index: place for place, index in enumerate(dict.fromkeys(index for index, _ in places))}
     longer = np.array([mine[place] - theirs[place] for place in places], dtype=float)
@@ -110,15 +147,18 @@ def _won(mine: float, other: float) -> float:
     return 0.5 if mine == other else float(mine > other)
 
 
-def rescore(stage: Path, prompts: Sequence[str], models: Mapping[str, str], limit: int,
-            start: Sequence[Mapping] = ()) -> list[dict]:
-    """Write and return rows {"iteration", "score_NAME": mean of all kept replies, ...} of the stage's kept replies, by iteration;
-    ``start``: rows {"index", "response"} of iteration 0."""
+def rescore(
+    stage: Path, prompts: Sequence[str], models: Mapping[str, str], limit: int, start: Sequence[Mapping] = ()
+) -> list[dict]:
+    """Write and return rows {"iteration", "score_NAME": mean of all kept replies, ...} of the
+    stage's kept replies, by iteration; ``start``: rows {"index", "response"} of iteration 0."""
     kept = [{**row, "iteration": 0} for row in start] + read(stage / KEPT)
     for place, row in enumerate(kept, 1):
         if not usable(row, _REPLY) or not 0 <= row["index"] < len(prompts):
-            raise DataError(f"{stage / KEPT}, or the replies of --start, row {place} of both: {str(row)[:200]}: expected "
-                            f'{{"iteration", "index", "response"}} with an index below the {len(prompts)} prompts')
+            raise DataError(
+                f"{stage / KEPT}, or the replies of --start, row {place} of both: {str(row)[:200]}: expected "
+                f'{{"iteration", "index", "response"}} with an index below the {len(prompts)} prompts'
+            )
     rows = list(last_by(kept, lambda row: (row["iteration"], row["index"])).values())
     pairs = [(prompts[row["index"]], row["response"]) for row in rows]
     made: dict[int, dict] = defaultdict(dict)
@@ -134,14 +174,27 @@ def rescore(stage: Path, prompts: Sequence[str], models: Mapping[str, str], limi
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m eval.scores.reward_model", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.scores.reward_model",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("stage", type=Path, help=f"folder of a trainer's stage, with {KEPT}")
     parser.add_argument("models", nargs="+", metavar="NAME=FOLDER", help="reward models")
     parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="the run's data/heldout.jsonl")
-    parser.add_argument("--start", type=Path, metavar="FILE",
-                        help="the first model's replies, an evaluation's heldout/sft.jsonl: iteration 0")
-    parser.add_argument("--prompt-length", type=int, default=1024, metavar="TOKENS", help="a longer prompt loses its head (default: 1024)")
+    parser.add_argument(
+        "--start",
+        type=Path,
+        metavar="FILE",
+        help="the first model's replies, an evaluation's heldout/sft.jsonl: iteration 0",
+    )
+    parser.add_argument(
+        "--prompt-length",
+        type=int,
+        default=1024,
+        metavar="TOKENS",
+        help="a longer prompt loses its head (default: 1024)",
+    )
     asked = parser.parse_args(arguments)
     if asked.prompt_length < 1:
         parser.error(f"--prompt-length {asked.prompt_length}: expected at least 1")
@@ -150,8 +203,13 @@ def main(arguments: list[str]) -> int:
     except ValueError:
         parser.error("expected NAME=FOLDER")
     try:
-        table = rescore(asked.stage, [prompt.prompt for prompt in heldout.load(str(asked.prompts))], models, asked.prompt_length,
-                        read(asked.start) if asked.start else ())
+        table = rescore(
+            asked.stage,
+            [prompt.prompt for prompt in heldout.load(str(asked.prompts))],
+            models,
+            asked.prompt_length,
+            read(asked.start) if asked.start else (),
+        )
     except DataError as error:
         print(error, file=sys.stderr)
         return 65

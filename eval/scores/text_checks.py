@@ -1,4 +1,5 @@
-"""What a generated text shows without any judge: emptiness, cut ends, repetition, diversity, length, role markers. Pure."""
+"""What a generated text shows without any judge: emptiness, cut ends, repetition, diversity,
+length, role markers. Pure."""
 
 from __future__ import annotations
 
@@ -24,17 +25,19 @@ class Text:
 
 
 def ngrams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
-    return [tuple(words[i:i + n]) for i in range(len(words) - n + 1)]
+    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
 
 
 def repeated_share(text: str) -> float:
-    """Share of the text's word 4-grams that occurred in it before, 0..1; 0 for a text of fewer than four words."""
+    """Share of the text's word 4-grams that occurred in it before, 0..1; 0 for a text of fewer than
+    four words."""
     found = ngrams(text.split(), NGRAM)
     return 1 - len(set(found)) / len(found) if found else 0.0
 
 
 def distinct(texts: Sequence[str], n: int) -> float:
-    """distinct-n (Li et al. 2016): different word n-grams over all n-grams of all texts; 0 where there is none."""
+    """distinct-n (Li et al. 2016): different word n-grams over all n-grams of all texts; 0 where
+    there is none."""
     found = [gram for text in texts for gram in ngrams(text.split(), n)]
     return len(set(found)) / len(found) if found else 0.0
 

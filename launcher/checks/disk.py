@@ -32,8 +32,9 @@ class Room:
 
 
 def checkpoint_gb(config: TrainerConfig, shape: Shape) -> float:
-    """One saved iteration: weights and fp32 master copy, two moments, of each trained model: 14 bytes a parameter under bf16, 16 under
-    fp32 (measured: 8.37 MB for the demo's 523,000 parameters). Of frozen weights, beside low-rank adapters, only themselves."""
+    """One saved iteration: weights and fp32 master copy, two moments, of each trained model: 14
+    bytes a parameter under bf16, 16 under fp32 (measured: 8.37 MB for the demo's 523,000
+    parameters). Of frozen weights, beside low-rank adapters, only themselves."""
     word, parameters = 2 if config.precision == "bf16" else 4, shape.parameters()
     learning = shape.layers * shape.adapters(config.lora_rank) or parameters
     models = 2 if isinstance(config, PPOConfig) else 1
@@ -50,8 +51,11 @@ def checkpoints(config: TrainerConfig) -> int:
     saved, every = saves(config), config.save_every
     if config.keep_checkpoints >= saved:
         return saved
-    older = (saved - config.keep_checkpoints) * every  # the last iteration that is not kept as one of the newest
-    return min(saved, config.keep_checkpoints + (older // math.lcm(every, config.keep_every) if config.keep_every else 0) + 1)
+    # the last iteration that is not kept as one of the newest
+    older = (saved - config.keep_checkpoints) * every
+    return min(
+        saved, config.keep_checkpoints + (older // math.lcm(every, config.keep_every) if config.keep_every else 0) + 1
+    )
 
 
 def saves(config: TrainerConfig) -> int:
@@ -63,11 +67,16 @@ def save_number(config: TrainerConfig, iteration: int) -> int:
     """Which of the saved iterations it is, from 1; 0 where it is not saved."""
     if iteration == config.iterations:
         return saves(config)
-    return iteration // config.save_every if 0 < iteration < config.iterations and iteration % config.save_every == 0 else 0
+    return (
+        iteration // config.save_every
+        if 0 < iteration < config.iterations and iteration % config.save_every == 0
+        else 0
+    )
 
 
 def room(folder: Path) -> Room:
-    """The least of the file system's free space and the user's quotas there. Quotas that can't be asked for are left out."""
+    """The least of the file system's free space and the user's quotas there. Quotas that can't be
+    asked for are left out."""
     while not folder.exists():
         folder = folder.parent
     folder = folder.resolve()
@@ -86,7 +95,11 @@ def _quotas(folder: Path, mount: Path) -> Iterator[tuple[tuple[str, ...], str, C
     yield ("quota", "-w", "-p", "-f", str(mount)), "your quota", parse_quota
     yield ("lfs", "quota", "-q", "-u", getpass.getuser(), str(mount)), "your Lustre quota", parse_quota
     yield ("lfs", "quota", "-q", "-g", group, str(mount)), "your group's Lustre quota", parse_quota
-    if shutil.which("lfs") and (match := re.match(r"\s*(\d+)", _output(("lfs", "project", "-d", str(folder))))) and int(match[1]):
+    if (
+        shutil.which("lfs")
+        and (match := re.match(r"\s*(\d+)", _output(("lfs", "project", "-d", str(folder)))))
+        and int(match[1])
+    ):
         yield ("lfs", "quota", "-q", "-p", match[1], str(mount)), f"the quota of Lustre project {match[1]}", parse_quota
     if shutil.which("mmlsquota") and (device := _device(mount)):
         yield ("mmlsquota", "-Y", device), "your GPFS quotas", parse_mmlsquota
@@ -120,9 +133,11 @@ def parse_mmlsquota(text: str) -> float | None:
 
 
 def parse_quota(text: str) -> float | None:
-    """GB left, from the output of ``quota -w -p`` or ``lfs quota -q``; None where it names no limit.
+    """GB left, from the output of ``quota -w -p`` or ``lfs quota -q``; None where it names no
+    limit.
 
-    Both print ``FILESYSTEM blocks quota limit ...`` in KiB, blocks with a star when they are over the quota, and 0 for no limit.
+    Both print ``FILESYSTEM blocks quota limit ...`` in KiB, blocks with a star when they are over
+    the quota, and 0 for no limit.
     """
     left = []
     for line in text.splitlines():
@@ -135,16 +150,23 @@ def parse_quota(text: str) -> float | None:
 
 
 def check(needs: dict[str, float], folder: Path) -> Room:
-    """The room there is; ConfigError where the stages' checkpoints and models, GB by stage, need more beside what the run has already."""
+    """The room there is; ConfigError where the stages' checkpoints and models, GB by stage, need
+    more beside what the run has already."""
     there = room(folder)
     total = sum(max(0.0, gb - written_gb(folder / stage)) for stage, gb in needs.items())
     if total > there.free_gb:
         largest = max(needs, key=needs.__getitem__)
         each = ", ".join(f"{stage} {amount(gb)}" for stage, gb in needs.items())
-        fix = f"--set {largest}.keep_checkpoints=1 and a larger save_every, or " if largest in ALL and ALL[largest].trainer else ""
-        raise ConfigError(f"the run would write about {amount(total)} (at once: {each}), "
-                          f"but only {amount(there.free_gb)} are {there.where}; "
-                          f"{fix}another place: --runs FOLDER; or remove old runs")
+        fix = (
+            f"--set {largest}.keep_checkpoints=1 and a larger save_every, or "
+            if largest in ALL and ALL[largest].trainer
+            else ""
+        )
+        raise ConfigError(
+            f"the run would write about {amount(total)} (at once: {each}), "
+            f"but only {amount(there.free_gb)} are {there.where}; "
+            f"{fix}another place: --runs FOLDER; or remove old runs"
+        )
     return there
 
 

@@ -1,4 +1,5 @@
-"""Is what the evaluation's judge needs there? Asked before anything is queued: the judge comes after all training."""
+"""Is what the evaluation's judge needs there? Asked before anything is queued: the judge comes
+after all training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What can be known to fail before anything is queued: configuration, layout, memory, inputs, disk, and the site's limits."""
+"""What can be known to fail before anything is queued: configuration, layout, memory, inputs, disk,
+and the site's limits."""
 
 from __future__ import annotations
 
@@ -42,8 +43,9 @@ class Checked:
     """What stands against the plan, where the caller wants to show it all the same."""
 
 
-def check(run: Path, tables: dict, graph: Graph, stages: list[Stage], profile: Profile,
-          tolerant: bool = False) -> Checked:
+def check(
+    run: Path, tables: dict, graph: Graph, stages: list[Stage], profile: Profile, tolerant: bool = False
+) -> Checked:
     """Raise ConfigError with every mistake in what the selected stages would run with, each with
     its fix. ``tolerant``: return them
     with what can be known in spite of them."""
@@ -110,17 +112,20 @@ def _shape(model: ModelConfig, folder: Path) -> Shape:
     if model.checkpoint == "demo":
         return Shape.demo(model)
     if not file(folder, "config.json"):
-        raise ConfigError(f"model.checkpoint = {model.checkpoint!r}: {folder / 'config.json'} does not exist; give the "
-                          "folder of a Hugging Face checkpoint (config.json, tokenizer.json, weights): "
-                          "--set model.checkpoint=FOLDER; its config.json alone suffices for plan's memory and hours")
+        raise ConfigError(
+            f"model.checkpoint = {model.checkpoint!r}: {folder / 'config.json'} does not exist; give the "
+            "folder of a Hugging Face checkpoint (config.json, tokenizer.json, weights): "
+            "--set model.checkpoint=FOLDER; its config.json alone suffices for plan's memory and hours"
+        )
     shape = Shape.read(folder)
     check_language_model(folder, shape)
     return shape
 
 
 def _too_deep(model: ModelConfig, shape: Shape) -> None:
-    raise ConfigError(f"model.checkpoint = {model.checkpoint!r} has {shape.layers} layers; expected at most "
-                      f"{MOST_LAYERS}")
+    raise ConfigError(
+        f"model.checkpoint = {model.checkpoint!r} has {shape.layers} layers; expected at most {MOST_LAYERS}"
+    )
 
 
 def _weights_gb(model: ModelConfig, folder: Path, shape: Shape, source: str) -> tuple[float, list[str]]:
@@ -131,14 +136,18 @@ def _weights_gb(model: ModelConfig, folder: Path, shape: Shape, source: str) -> 
         return 4 * shape.parameters() / storage.GB, []
     if not file(folder, "tokenizer.json"):
         if (folder / "tokenizer.model").is_file():
-            raise ConfigError(f"model.checkpoint = {model.checkpoint!r}: only SentencePiece's tokenizer.model is "
-                              f"there; make its "
-                              f"tokenizer.json once: python -c \"from transformers import LlamaTokenizer as T; "
-                              f"T.from_pretrained('{folder}').save_pretrained('{folder}')\"")
-        raise ConfigError(f"model.checkpoint = {model.checkpoint!r}: {folder / 'tokenizer.json'} does not exist; "
-                          f"give the "
-                          "folder of a Hugging Face checkpoint (config.json, tokenizer.json, weights): "
-                          "--set model.checkpoint=FOLDER")
+            raise ConfigError(
+                f"model.checkpoint = {model.checkpoint!r}: only SentencePiece's tokenizer.model is "
+                f"there; make its "
+                f'tokenizer.json once: python -c "from transformers import LlamaTokenizer as T; '
+                f"T.from_pretrained('{folder}').save_pretrained('{folder}')\""
+            )
+        raise ConfigError(
+            f"model.checkpoint = {model.checkpoint!r}: {folder / 'tokenizer.json'} does not exist; "
+            f"give the "
+            "folder of a Hugging Face checkpoint (config.json, tokenizer.json, weights): "
+            "--set model.checkpoint=FOLDER"
+        )
     Said.read(folder, shape.vocab)
     size, notes = weights.check_checkpoint(folder, shape)
     return size / storage.GB, [*notes, *inputs.check_tokenizer(folder, shape, source)]
@@ -148,11 +157,14 @@ def _data_parallel(stage: str, config, asked) -> int:
     try:
         return config.data_parallel(asked.ranks)
     except ValueError as error:
-        raise ConfigError(f"{stage}: {error} (resources.{stage}: {asked.nodes} nodes x {asked.ranks_per_node} ranks)") from None
+        raise ConfigError(
+            f"{stage}: {error} (resources.{stage}: {asked.nodes} nodes x {asked.ranks_per_node} ranks)"
+        ) from None
 
 
 def _layout(stage: Stage, shape: Shape, config) -> bool:
-    """True. Heads, layers and vocabulary are divided by TP and PP; the vocabulary is padded to fit."""
+    """True. Heads, layers and vocabulary are divided by TP and PP; the vocabulary is padded to
+    fit."""
     try:
         virtual = config.virtual_pipeline if stage.trainer else 1
         shape.check_layout(config.tensor_parallel, config.pipeline_parallel, virtual)
@@ -161,12 +173,15 @@ def _layout(stage: Stage, shape: Shape, config) -> bool:
         if isinstance(config, RolloutConfig) and config.generation_tensor_parallel:
             shape.check_tensor_parallel(config.generation_tensor_parallel, "generation_tensor_parallel")
     except ConfigError as error:
-        raise ConfigError(f"{stage.name}.{error}; with --set {stage.name}.KEY=VALUE, and resources.{stage.name} to match") from None
+        raise ConfigError(
+            f"{stage.name}.{error}; with --set {stage.name}.KEY=VALUE, and resources.{stage.name} to match"
+        ) from None
     return True
 
 
 def _disk_gb(stage: Stage, config, shape: Shape, weights_gb: float) -> float:
-    """Most that a stage has on disk at once: kept checkpoints and the one being written, or the models that it exports."""
+    """Most that a stage has on disk at once: kept checkpoints and the one being written, or the
+    models that it exports."""
     if stage.trainer:
         return storage.checkpoints(config) * storage.checkpoint_gb(config, shape)
     models = len(config.paths.checkpoints) if stage.name == "export" else stage.name == "convert"
@@ -174,19 +189,24 @@ def _disk_gb(stage: Stage, config, shape: Shape, weights_gb: float) -> float:
 
 
 def _reward_iteration(reward: RewardConfig) -> None:
-    """The reward iteration that rlhf asks for must be one that is saved and still kept when the stage ends."""
+    """The reward iteration that rlhf asks for must be one that is saved and still kept when the
+    stage ends."""
     wanted, saved = reward.load_iteration, storage.saves(reward)
     if not wanted:
         return
     number = storage.save_number(reward, wanted)
     if not number:
-        raise ConfigError(f"reward.load_iteration = {wanted} is not saved: reward saves every {reward.save_every} "
-                          f"iterations and the last, {reward.iterations}; use one of these, or 0 for the last")
+        raise ConfigError(
+            f"reward.load_iteration = {wanted} is not saved: reward saves every {reward.save_every} "
+            f"iterations and the last, {reward.iterations}; use one of these, or 0 for the last"
+        )
     kept = reward.keep_every and wanted % reward.keep_every == 0
     if not kept and number <= saved - reward.keep_checkpoints:
-        raise ConfigError(f"reward.load_iteration = {wanted} will be deleted before rlhf starts: the last "
-                          f"{reward.keep_checkpoints} of {saved} checkpoints are kept; "
-                          f"set --set reward.keep_checkpoints={saved - number + 1}")
+        raise ConfigError(
+            f"reward.load_iteration = {wanted} will be deleted before rlhf starts: the last "
+            f"{reward.keep_checkpoints} of {saved} checkpoints are kept; "
+            f"set --set reward.keep_checkpoints={saved - number + 1}"
+        )
 
 
 def check_sources(run: Path, tables: dict) -> Mistakes:
@@ -210,6 +230,8 @@ def check_parents(graph: Graph, stages: list[Stage], done: set[str]) -> None:
     for stage in stages:
         missing = [parent for parent in stage.parents if parent not in coming]
         if missing:
-            raise ConfigError(f"{stage.name} starts from {' and '.join(missing)}, not DONE in this run; "
-                              f"submit full-pipeline --until {stage.name}, or {missing[0]} first (order: {' -> '.join(graph)})")
+            raise ConfigError(
+                f"{stage.name} starts from {' and '.join(missing)}, not DONE in this run; "
+                f"submit full-pipeline --until {stage.name}, or {missing[0]} first (order: {' -> '.join(graph)})"
+            )
         coming.add(stage.name)

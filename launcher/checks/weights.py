@@ -1,7 +1,9 @@
-"""Are the starting checkpoint's weights there, whole, and those of its config.json? Standard library only.
+"""Are the starting checkpoint's weights there, whole, and those of its config.json? Standard
+library only.
 
-Reads headers and indices, and of a tied model's output matrix a MiB: a 7b1 folder takes some milliseconds. conversion/huggingface.py
-asks the same of the tensors when it reads them; of a .bin, which is a pickle, nothing can be known here.
+Reads headers and indices, and of a tied model's output matrix a MiB: a 7b1 folder takes some
+milliseconds. conversion/huggingface.py asks the same of the tensors when it reads them; of a .bin,
+which is a pickle, nothing can be known here.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ OTHERS = "config.json and weights are of different models"
 
 
 def check_checkpoint(folder: Path, shape: Shape) -> tuple[int, list[str]]:
-    """(bytes of the weights, what a person should know of them). ConfigError where a file is missing, truncated or not
-    what the index or config.json says."""
+    """(bytes of the weights, what a person should know of them). ConfigError where a file is
+    missing, truncated or not what the index or config.json says."""
     weights = find(folder)
     tensors: dict[str, Tensor] = {}
     for path in weights.files:
@@ -36,7 +38,9 @@ def check_checkpoint(folder: Path, shape: Shape) -> tuple[int, list[str]]:
         _check_index(path, of_file, weights)
         twice = next((name for name in of_file if name in tensors), None)
         if twice is not None:
-            raise ConfigError(f"model.checkpoint: {path} holds {shown(twice)}, as {tensors[twice].path.name} does; remove the stale shard")
+            raise ConfigError(
+                f"model.checkpoint: {path} holds {shown(twice)}, as {tensors[twice].path.name} does; remove the stale shard"
+            )
         tensors |= of_file
     _check_layers(folder, set(weights.places) or set(tensors), shape)
     if tensors:
@@ -48,22 +52,29 @@ def _check_index(path: Path, tensors: dict[str, Tensor], weights: Weights) -> No
     """ConfigError where the index says that a file holds what it does not."""
     lost = next((name for name, file in weights.places.items() if file == path.name and name not in tensors), None)
     if lost is not None:
-        raise ConfigError(f"model.checkpoint: the index of {path.parent} says that {path.name} holds {shown(lost)}, it does not; index and "
-                          "shards are of different checkpoints: download them again")
+        raise ConfigError(
+            f"model.checkpoint: the index of {path.parent} says that {path.name} holds {shown(lost)}, it does not; index and "
+            "shards are of different checkpoints: download them again"
+        )
 
 
 def _check_pickled(path: Path) -> None:
     """Nothing is unpickled here: that the archive is whole is all that is asked."""
     with open(path, "rb") as file:
         if file.read(8) == b"version ":
-            raise ConfigError(f"model.checkpoint: {path} is a git-LFS pointer, not the weights; fetch them with `git lfs pull`")
+            raise ConfigError(
+                f"model.checkpoint: {path} is a git-LFS pointer, not the weights; fetch them with `git lfs pull`"
+            )
     if not zipfile.is_zipfile(path):
-        raise ConfigError(f"model.checkpoint: {path} is no whole torch archive: truncated, or saved by a torch before 1.6; {AGAIN}, "
-                          "or save it again with save_pretrained(folder, safe_serialization=True)")
+        raise ConfigError(
+            f"model.checkpoint: {path} is no whole torch archive: truncated, or saved by a torch before 1.6; {AGAIN}, "
+            "or save it again with save_pretrained(folder, safe_serialization=True)"
+        )
 
 
 def _check_layers(folder: Path, names: set[str], shape: Shape) -> None:
-    """ConfigError unless the tensors are of exactly the layers that config.json promises; a single .bin does not tell."""
+    """ConfigError unless the tensors are of exactly the layers that config.json promises; a single
+    .bin does not tell."""
     if not names:
         return
     layer = family(shape.family).LAYER
@@ -74,7 +85,9 @@ def _check_layers(folder: Path, names: set[str], shape: Shape) -> None:
         what = f"lack layers {_few(lacking)}" if lacking else f"have layers {_few(more)} beyond them"
         raise ConfigError(f"model.checkpoint: config.json of {folder} says {shape.layers} layers; the weights {what}")
     if not any(name.endswith(_embedding(shape)) for name in names):
-        raise ConfigError(f"model.checkpoint: the weights in {folder} have no {_embedding(shape)}; are they a {shape.family}'s?")
+        raise ConfigError(
+            f"model.checkpoint: the weights in {folder} have no {_embedding(shape)}; are they a {shape.family}'s?"
+        )
 
 
 def _embedding(shape: Shape) -> str:
@@ -84,7 +97,8 @@ def _embedding(shape: Shape) -> str:
 
 
 def _check_tensors(folder: Path, stored: dict[str, Tensor], shape: Shape) -> None:
-    """ConfigError unless names, shapes and types are those of config.json's model: what conversion/huggingface.py reads."""
+    """ConfigError unless names, shapes and types are those of config.json's model: what
+    conversion/huggingface.py reads."""
     prefix = family(shape.family).PREFIX
     tensors: dict[str, tuple[str, Tensor]] = {}
     for name, tensor in stored.items():
@@ -92,7 +106,9 @@ def _check_tensors(folder: Path, stored: dict[str, Tensor], shape: Shape) -> Non
             continue
         short = name.removeprefix(prefix)
         if short in tensors:
-            raise ConfigError(f"model.checkpoint: {folder} holds {shown(short)} twice, with and without the prefix {prefix!r}; remove one")
+            raise ConfigError(
+                f"model.checkpoint: {folder} holds {shown(short)} twice, with and without the prefix {prefix!r}; remove one"
+            )
         tensors[short] = (name, tensor)
     head = "scalar" if SCORE in tensors else "tied" if shape.tied else "untied"
     output = tensors.pop(OUTPUT, None) if head == "tied" else None
@@ -104,33 +120,48 @@ def _check_tensors(folder: Path, stored: dict[str, Tensor], shape: Shape) -> Non
                 _check_tensor(*tensors.pop(short), sizes, types, weight.key, shape)
             elif short != SCORE_BIAS:  # Hugging Face's heads have none: conversion takes 0
                 fix = "; set tie_word_embeddings = true there if it is the embedding" if short == OUTPUT else ""
-                raise ConfigError(f"model.checkpoint: the weights in {folder} lack {short}, which config.json asks for; {OTHERS}{fix}")
+                raise ConfigError(
+                    f"model.checkpoint: the weights in {folder} lack {short}, which config.json asks for; {OTHERS}{fix}"
+                )
     if output and not _alike(output[1], embedding[1]):
-        raise ConfigError(f"model.checkpoint: {folder}: {output[0]} differs from the embedding, but config.json ties them; set "
-                          f"tie_word_embeddings = false there if the head is its own, or remove {output[0]}")
+        raise ConfigError(
+            f"model.checkpoint: {folder}: {output[0]} differs from the embedding, but config.json ties them; set "
+            f"tie_word_embeddings = false there if the head is its own, or remove {output[0]}"
+        )
     if tensors:
         names = [name for name, _ in tensors.values()]
         few = ", ".join(map(shown, names[:5])) + (" ..." if len(names) > 5 else "")
-        raise ConfigError(f"model.checkpoint: the weights in {folder} hold {few}, "
-                          f"no {shape.family}'s of this config.json; {OTHERS}")
+        raise ConfigError(
+            f"model.checkpoint: the weights in {folder} hold {few}, no {shape.family}'s of this config.json; {OTHERS}"
+        )
 
 
-def _check_tensor(name: str, tensor: Tensor, sizes: tuple[int, ...], types: dict[str, str], key: str, shape: Shape) -> None:
-    """ConfigError for other sizes than config.json's, and for another type than a weight's or than ``types`` has for ``key``."""
+def _check_tensor(
+    name: str, tensor: Tensor, sizes: tuple[int, ...], types: dict[str, str], key: str, shape: Shape
+) -> None:
+    """ConfigError for other sizes than config.json's, and for another type than a weight's or than
+    ``types`` has for ``key``."""
     if tensor.sizes != sizes:
-        raise ConfigError(f"model.checkpoint: {tensor.path}: {name} is {list(tensor.sizes)}, config.json says {list(sizes)} "
-                          f"(vocab_size {shape.vocab}, hidden size {shape.hidden}, feed-forward width {shape.ffn}, {shape.heads} heads, "
-                          f"{shape.groups} key-value heads); {OTHERS}: take both from the same repository")
+        raise ConfigError(
+            f"model.checkpoint: {tensor.path}: {name} is {list(tensor.sizes)}, config.json says {list(sizes)} "
+            f"(vocab_size {shape.vocab}, hidden size {shape.hidden}, feed-forward width {shape.ffn}, {shape.heads} heads, "
+            f"{shape.groups} key-value heads); {OTHERS}: take both from the same repository"
+        )
     if tensor.dtype not in FLOATS:
-        raise ConfigError(f"model.checkpoint: {tensor.path}: {name} has type {shown(tensor.dtype)}; weights are {', '.join(FLOATS)} "
-                          "(quantised checkpoints can't be trained: take the original)")
+        raise ConfigError(
+            f"model.checkpoint: {tensor.path}: {name} has type {shown(tensor.dtype)}; weights are {', '.join(FLOATS)} "
+            "(quantised checkpoints can't be trained: take the original)"
+        )
     if types.setdefault(key, tensor.dtype) != tensor.dtype:
-        raise ConfigError(f"model.checkpoint: {tensor.path}: {name} is {tensor.dtype}, its like are {types[key]}; save the model in one "
-                          "type (model.to(torch.bfloat16).save_pretrained)")
+        raise ConfigError(
+            f"model.checkpoint: {tensor.path}: {name} is {tensor.dtype}, its like are {types[key]}; save the model in one "
+            "type (model.to(torch.bfloat16).save_pretrained)"
+        )
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:
-    """The same shape, type and first bytes: an output matrix of its own differs from the embedding in every row."""
+    """The same shape, type and first bytes: an output matrix of its own differs from the embedding
+    in every row."""
     starts = []
     for tensor in (one, other):
         with open(tensor.path, "rb") as file:

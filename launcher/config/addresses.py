@@ -1,4 +1,5 @@
-"""Addresses in a configuration or a profile: none may hold a login, a key or a token. Standard library only.
+"""Addresses in a configuration or a profile: none may hold a login, a key or a token. Standard
+library only.
 
 Both are written into the run's folder, scripts, logs and the report, so this comes before anything
 is written. What counts as a secret: eval/addresses.py.
@@ -21,13 +22,16 @@ INSTEAD = {
 
 
 def refuse_secrets(tables: dict, prefix: str = "") -> None:
-    """ConfigError, which does not quote it, for the first text in ``tables`` with a secret in an address."""
+    """ConfigError, which does not quote it, for the first text in ``tables`` with a secret in an
+    address."""
     for key, text in _texts(tables, prefix):
         name = key.rpartition(".")[2]
         if what := secret(text, is_address=bool(_KEYS_OF_ADDRESSES.search(name))):
             instead = INSTEAD.get(key) or INSTEAD.get(name) or INSTEAD[""]
-            raise ConfigError(f"{key}: the address holds {what}, which would be written into the run's configuration, scripts and "
-                              f"report; take it out and {instead}")
+            raise ConfigError(
+                f"{key}: the address holds {what}, which would be written into the run's configuration, scripts and "
+                f"report; take it out and {instead}"
+            )
 
 
 def _texts(value, key: str) -> Iterator[tuple[str, str]]:

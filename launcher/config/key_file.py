@@ -1,7 +1,9 @@
-"""Keys of a run (W&B, a judge): read from a file that only its owner can read, given to the ranks' environment and to nothing else.
+"""Keys of a run (W&B, a judge): read from a file that only its owner can read, given to the ranks'
+environment and to nothing else.
 
-A profile names the file (``secrets = "~/.config/convoy.env"``). Only its path is ever written: not into a script, a log, a manifest or
-an argument. The file is read on the compute node when the ranks start; it is never run by a shell.
+A profile names the file (``secrets = "~/.config/convoy.env"``). Only its path is ever written: not
+into a script, a log, a manifest or an argument. The file is read on the compute node when the ranks
+start; it is never run by a shell.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ from training.config.schema import ConfigError
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 SHORTEST = 8
 """Characters of the shortest secret: masking a shorter one would blot out half a log."""
-OURS = re.compile(r"(RANK|WORLD_SIZE|LOCAL_RANK|MASTER_ADDR|MASTER_PORT|PATH|LD_PRELOAD|CUDA_VISIBLE_DEVICES|SLURM\w*|SBATCH\w*|SRUN\w*)")
+OURS = re.compile(
+    r"(RANK|WORLD_SIZE|LOCAL_RANK|MASTER_ADDR|MASTER_PORT|PATH|LD_PRELOAD|CUDA_VISIBLE_DEVICES|SLURM\w*|SBATCH\w*|SRUN\w*)"
+)
 MASK = "********"
 ESCAPE = re.compile(r"%[0-9A-F]{2}|(?<=u)[0-9a-f]{4}|(?<=x)[0-9a-f]{2}")
 """Digits of an escape, which programs write in capitals or not."""
@@ -32,13 +36,16 @@ MOST = 1 << 20
 
 
 def read(path: str | Path) -> dict[str, str]:
-    """Variables of the file's ``KEY=VALUE`` lines; blank lines and ``#`` lines are skipped, quotes around a whole value are dropped.
+    """Variables of the file's ``KEY=VALUE`` lines; blank lines and ``#`` lines are skipped, quotes
+    around a whole value are dropped.
 
-    ConfigError for a file that is not there, not the user's own, open to others, or badly written; no message holds a value.
+    ConfigError for a file that is not there, not the user's own, open to others, or badly written;
+    no message holds a value.
     """
     try:
         path = Path(path).expanduser()
-        # The checks are of the file that is read, not of one put in its place; a pipe is not waited for.
+        # The checks are of the file that is read, not of one put in its place; a pipe is not waited
+        # for.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC), encoding="utf-8") as file:
             _check_private(path, os.fstat(file.fileno()))
             content = file.read(MOST + 1)
@@ -51,7 +58,9 @@ def read(path: str | Path) -> dict[str, str]:
         if isinstance(error, ConfigError):
             raise
         why = error.strerror if isinstance(error, OSError) else str(error)
-        raise ConfigError(f"secrets = {str(path)!r}: {why}; make it: install -m 600 /dev/null {path}, then add KEY=VALUE lines") from None
+        raise ConfigError(
+            f"secrets = {str(path)!r}: {why}; make it: install -m 600 /dev/null {path}, then add KEY=VALUE lines"
+        ) from None
     found: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
         if line.strip() and not line.lstrip().startswith("#"):
@@ -61,8 +70,9 @@ def read(path: str | Path) -> dict[str, str]:
 
 
 def mask(text: str, values) -> str:
-    """``text`` with every secret in it replaced, also where it is written as in JSON, Python, a URL, HTML, a shell or base64; ``values``
-    are the secrets (or the mapping that ``read`` returned)."""
+    """``text`` with every secret in it replaced, also where it is written as in JSON, Python, a
+    URL, HTML, a shell or base64; ``values`` are the secrets (or the mapping that ``read``
+    returned)."""
     known = tuple(values.values() if isinstance(values, dict) else values)
     return _pattern(known).sub(MASK, text) if known else text
 
@@ -75,16 +85,25 @@ def _pattern(values: tuple[str, ...]) -> re.Pattern[str]:
 
 
 def forms(value: str) -> set[str]:
-    """The ways in which programs write a value: as it is, escaped for JSON, Python, a URL, HTML or a shell, and in base64, alone or
-    among other bytes (of which only the part is known that no neighbour changes)."""
-    found = {value, json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1], repr(value)[1:-1], ascii(value)[1:-1],
-             html.escape(value), html.escape(value, quote=False), shlex.quote(value).strip("'")}
+    """The ways in which programs write a value: as it is, escaped for JSON, Python, a URL, HTML or
+    a shell, and in base64, alone or among other bytes (of which only the part is known that no
+    neighbour changes)."""
+    found = {
+        value,
+        json.dumps(value)[1:-1],
+        json.dumps(value, ensure_ascii=False)[1:-1],
+        repr(value)[1:-1],
+        ascii(value)[1:-1],
+        html.escape(value),
+        html.escape(value, quote=False),
+        shlex.quote(value).strip("'"),
+    }
     found |= {form.replace("/", "\\/") for form in found}  # as PHP and some JSON writers do
     for quoted in (quote(value), quote(value, safe=""), quote_plus(value)):
         found.add(quoted)
     for before in range(3):
         raw = b"\0" * before + value.encode()
-        part = base64.b64encode(raw)[-(-before * 4 // 3):len(raw) * 4 // 3].decode()
+        part = base64.b64encode(raw)[-(-before * 4 // 3) : len(raw) * 4 // 3].decode()
         found |= {part, part.translate(str.maketrans("+/", "-_"))}
     return {form for form in found if len(form) >= SHORTEST}
 
@@ -98,10 +117,14 @@ def _check_private(path: Path, info: os.stat_result) -> None:
     if not stat.S_ISREG(info.st_mode):
         raise ConfigError(f"secrets = {str(path)!r}: not a file; expected one with KEY=VALUE lines")
     if info.st_uid != os.geteuid():
-        raise ConfigError(f"secrets = {str(path)!r}: belongs to user {info.st_uid}, you are {os.geteuid()}; copy it to a file of yours")
+        raise ConfigError(
+            f"secrets = {str(path)!r}: belongs to user {info.st_uid}, you are {os.geteuid()}; copy it to a file of yours"
+        )
     if mode := stat.S_IMODE(info.st_mode) & 0o077:
-        raise ConfigError(f"secrets = {str(path)!r}: others may use it (mode {stat.S_IMODE(info.st_mode):03o}, {mode:03o} too much): "
-                          f"chmod 600 {path}, and take its keys for known if the machine is shared")
+        raise ConfigError(
+            f"secrets = {str(path)!r}: others may use it (mode {stat.S_IMODE(info.st_mode):03o}, {mode:03o} too much): "
+            f"chmod 600 {path}, and take its keys for known if the machine is shared"
+        )
 
 
 def _parse(line: str, where: str) -> tuple[str, str]:
@@ -115,6 +138,8 @@ def _parse(line: str, where: str) -> tuple[str, str]:
     if OURS.fullmatch(name):
         raise ConfigError(f"{where}: {name} is set by the launcher; remove the line")
     if len(value) < SHORTEST or not value.isprintable():
-        raise ConfigError(f"{where}: the value of {name} has {len(value)} characters; expected {SHORTEST} or more, all printable: a "
-                          "shorter one can't be hidden in logs. What is no secret goes to the profile's table environment")
+        raise ConfigError(
+            f"{where}: the value of {name} has {len(value)} characters; expected {SHORTEST} or more, all printable: a "
+            "shorter one can't be hidden in logs. What is no secret goes to the profile's table environment"
+        )
     return name, value

@@ -1,4 +1,5 @@
-"""A site: what slurm/clusters/<name>.toml may say. Standard library only; ``python -m launcher doctor --write`` makes such a file."""
+"""A site: what slurm/clusters/<name>.toml may say. Standard library only; ``python -m launcher
+doctor --write`` makes such a file."""
 
 from __future__ import annotations
 
@@ -13,12 +14,48 @@ from training.config.schema import build
 RUNTIMES = ("none", "pyxis", "apptainer")
 GPU_OPTIONS = ("gpus-per-node", "gres", "none")
 RENDERED = {
-    "account", "comment", "constraint", "cpus-per-task", "dependency", "error", "exclusive", "gpus-per-node", "gres", "hold", "job-name",
-    "kill-on-invalid-dep", "mem", "nodes", "ntasks", "ntasks-per-node", "open-mode", "output", "partition", "qos", "requeue",
-    "reservation", "signal", "time"}
+    "account",
+    "comment",
+    "constraint",
+    "cpus-per-task",
+    "dependency",
+    "error",
+    "exclusive",
+    "gpus-per-node",
+    "gres",
+    "hold",
+    "job-name",
+    "kill-on-invalid-dep",
+    "mem",
+    "nodes",
+    "ntasks",
+    "ntasks-per-node",
+    "open-mode",
+    "output",
+    "partition",
+    "qos",
+    "requeue",
+    "reservation",
+    "signal",
+    "time",
+}
 """sbatch options that have a key of their own, or that the launcher needs as it sets them."""
-REFUSED = {"array", "chdir", "export", "export-file", "gid", "input", "no-requeue", "parsable", "quiet", "test-only", "uid", "usage",
-           "wait", "wrap"}
+REFUSED = {
+    "array",
+    "chdir",
+    "export",
+    "export-file",
+    "gid",
+    "input",
+    "no-requeue",
+    "parsable",
+    "quiet",
+    "test-only",
+    "uid",
+    "usage",
+    "wait",
+    "wrap",
+}
 """sbatch options that would change what is run, as whom, or what sbatch prints."""
 
 KEYS = re.compile(r"(^|_)(API_?KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
@@ -27,14 +64,17 @@ KEYS = re.compile(r"(^|_)(API_?KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?
 
 @dataclass(frozen=True, kw_only=True)
 class Container:
-    """Table ``[container]`` of a profile: what the ranks run in. Supervise itself runs on the node, outside it."""
+    """Table ``[container]`` of a profile: what the ranks run in. Supervise itself runs on the node,
+    outside it."""
 
     runtime: str = "none"
     """"none", "pyxis" (srun's --container-image, with enroot) or "apptainer"."""
     image: str = ""
-    """pyxis: a .sqsh file or registry reference (nvcr.io#nvidia/pytorch:TAG); apptainer: a .sif file or docker:// reference."""
+    """pyxis: a .sqsh file or registry reference (nvcr.io#nvidia/pytorch:TAG); apptainer: a .sif
+    file or docker:// reference."""
     mounts: list = field(default_factory=list)
-    """Folders that the ranks see, "/data" or "/data:/data:ro"; the working directory of the run is always one."""
+    """Folders that the ranks see, "/data" or "/data:/data:ro"; the working directory of the run is
+    always one."""
     python: str = "python"
     """The interpreter inside the image."""
 
@@ -42,19 +82,24 @@ class Container:
         if self.runtime not in RUNTIMES:
             raise ValueError(f"runtime = {self.runtime!r}: expected one of {', '.join(RUNTIMES)}")
         if self.runtime != "none" and not self.image:
-            raise ValueError(f"image = '': runtime = {self.runtime!r} needs the image that slurm/container makes, a path or a reference")
+            raise ValueError(
+                f"image = '': runtime = {self.runtime!r} needs the image that slurm/container makes, a path or a reference"
+            )
         if not self.python:
             raise ValueError("python = '': expected the interpreter inside the image, e.g. \"python\"")
         for value in (self.image, self.python, *self.mounts):
             _one_line("image, python and mounts", value)
         for mount in self.mounts:
             if not re.fullmatch(r"/[^:,]*(:/[^:,]*(:(ro|rw))?)?", mount):
-                raise ValueError(f"mounts holds {mount!r}: expected an absolute path, SOURCE:TARGET, or SOURCE:TARGET:ro; no commas")
+                raise ValueError(
+                    f"mounts holds {mount!r}: expected an absolute path, SOURCE:TARGET, or SOURCE:TARGET:ro; no commas"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Table ``[machine]`` of a profile: one GPU and what connects it, datasheet rates, one direction, for ``plan --suggest``.
+    """Table ``[machine]`` of a profile: one GPU and what connects it, datasheet rates, one
+    direction, for ``plan --suggest``.
 
     0: what launcher/estimates/step_time.py knows of the profile's network.
     """
@@ -70,7 +115,9 @@ class Machine:
     def __post_init__(self):
         for name, value in vars(self).items():
             if not 0 <= value < math.inf or 0 < value < 0.001:
-                raise ValueError(f"{name} = {value:g}: expected a rate of at least 0.001, or 0 for what is known of the network")
+                raise ValueError(
+                    f"{name} = {value:g}: expected a rate of at least 0.001, or 0 for what is known of the network"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,9 +128,11 @@ class Profile:
     scheduler: str
     """"slurm", or "local": the stages run here, in order."""
     slurm: str = ""
-    """Slurm's version there, e.g. "23.11.4"; found when the chain is submitted where it stands empty. Scripts are rendered for it."""
+    """Slurm's version there, e.g. "23.11.4"; found when the chain is submitted where it stands
+    empty. Scripts are rendered for it."""
     device: str = "cuda"
-    """"cuda", "cpu" (GPUs are hidden from the ranks), or "auto": cuda where this machine has a GPU for each rank."""
+    """"cuda", "cpu" (GPUs are hidden from the ranks), or "auto": cuda where this machine has a GPU
+    for each rank."""
     network: str = "auto"
     """Name of a table in launcher/slurm/network.py."""
     partition: str = ""
@@ -92,15 +141,18 @@ class Profile:
     reservation: str = ""
     constraint: str = ""
     gpu_option: str = "gpus-per-node"
-    """How GPUs are asked for: "gpus-per-node", "gres" (Slurm before 19.05, or select/cons_res), "none" (no GPU GRES: whole nodes)."""
+    """How GPUs are asked for: "gpus-per-node", "gres" (Slurm before 19.05, or select/cons_res),
+    "none" (no GPU GRES: whole nodes)."""
     gpu_type: str = ""
     """Type in the site's GRES, e.g. "a100" of gpu:a100:8; empty takes any."""
     gpus_per_node: int = 8
     """GPUs of a node."""
     gpu_memory_gb: float = 0.0
-    """Memory of a GPU as torch reports it, GB (1e9 bytes), which ``plan`` holds its estimate against; 0 where it isn't known."""
+    """Memory of a GPU as torch reports it, GB (1e9 bytes), which ``plan`` holds its estimate
+    against; 0 where it isn't known."""
     mem_gb: int = 0
-    """Memory of a node, GiB: a part of a node asks for its GPUs' share, a whole one for all; 0 leaves it to the partition's default."""
+    """Memory of a node, GiB: a part of a node asks for its GPUs' share, a whole one for all; 0
+    leaves it to the partition's default."""
     max_nodes: int = 1
     """Most nodes of one job."""
     max_minutes: int = 1440
@@ -108,50 +160,72 @@ class Profile:
     exclusive: bool = False
     """Ask for whole nodes when a stage uses all their GPUs."""
     signal_lead_s: int = 300
-    """Seconds before the time limit at which the job is told to save; at most a quarter of the limit is used."""
+    """Seconds before the time limit at which the job is told to save; at most a quarter of the
+    limit is used."""
     preflight_s: int = 90
     """Seconds for a node's check, else it is a bad one; the checks of its GPUs get twice that."""
     preflight: bool = True
-    """Check the nodes (shared folder, clock, disk, network; GPUs where there are any) before the ranks start: seconds."""
+    """Check the nodes (shared folder, clock, disk, network; GPUs where there are any) before the
+    ranks start: seconds."""
     node_check: str = ""
-    """The site's own check: a shell command run on each node before the ranks; a non-zero exit makes the node a bad one."""
+    """The site's own check: a shell command run on each node before the ranks; a non-zero exit
+    makes the node a bad one."""
     max_attempts: int = 20
-    """Attempts of a stage since it was last submitted or resumed; then it fails instead of queueing itself again."""
+    """Attempts of a stage since it was last submitted or resumed; then it fails instead of queueing
+    itself again."""
     stall_minutes: int = 60
-    """Minutes without a line, a metric or a checkpoint of any rank after which a stage counts as hung and is ended."""
+    """Minutes without a line, a metric or a checkpoint of any rank after which a stage counts as
+    hung and is ended."""
     options: dict = field(default_factory=dict)
-    """More options of sbatch, without dashes: { mail-type = "FAIL", contiguous = true, nice = 100 }."""
+    """More options of sbatch, without dashes: { mail-type = "FAIL", contiguous = true, nice = 100
+    }."""
     setup: list = field(default_factory=list)
     """Shell lines before the stage starts, e.g. "module load cuda/12.4"."""
     modules: list = field(default_factory=list)
     """Modules to load before ``setup``, e.g. ["cuda/12.4", "nccl"]."""
     environment: dict = field(default_factory=dict)
-    """Environment variables of the ranks; they win over the network's table. No keys: they are printed in the log."""
+    """Environment variables of the ranks; they win over the network's table. No keys: they are
+    printed in the log."""
     pass_environment: list = field(default_factory=list)
     """Variables of your shell that jobs get after all: ["SBATCH_ACCOUNT", "SLURM_MPI_*"]."""
     secrets: str = ""
-    """File of KEY=VALUE lines that only you can read (chmod 600); the ranks get them, nothing else does."""
+    """File of KEY=VALUE lines that only you can read (chmod 600); the ranks get them, nothing else
+    does."""
     machine: Machine = field(default_factory=Machine)
     container: Container = field(default_factory=Container)
 
     def __post_init__(self):
         refuse_secrets(vars(self), "profile")
         for name, kind in (("machine", Machine), ("container", Container)):
-            if isinstance(table := getattr(self, name), dict):  # a profile that was read back from a run's config.json
+            # a profile that was read back from a run's config.json
+            if isinstance(table := getattr(self, name), dict):
                 object.__setattr__(self, name, build(kind, table, name))
-        for name, allowed in (("scheduler", ("local", "slurm")), ("device", ("auto", "cpu", "cuda")), ("gpu_option", GPU_OPTIONS)):
+        for name, allowed in (
+            ("scheduler", ("local", "slurm")),
+            ("device", ("auto", "cpu", "cuda")),
+            ("gpu_option", GPU_OPTIONS),
+        ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: expected one of {', '.join(allowed)}")
         self._check_lines()
-        for name, least in (("gpus_per_node", 0), ("mem_gb", 0), ("gpu_memory_gb", 0), ("max_nodes", 1), ("max_minutes", 1),
-                            ("signal_lead_s", 1), ("preflight_s", 10)):
+        for name, least in (
+            ("gpus_per_node", 0),
+            ("mem_gb", 0),
+            ("gpu_memory_gb", 0),
+            ("max_nodes", 1),
+            ("max_minutes", 1),
+            ("signal_lead_s", 1),
+            ("preflight_s", 10),
+        ):
             if not least <= getattr(self, name) < math.inf:  # nan neither
                 raise ValueError(f"{name} = {getattr(self, name)}: expected at least {least}")
         for name, value in self.options.items():
             self._check_option(name, value)
         if self.scheduler == "local" and self.container.runtime != "none":
-            raise ValueError(f'container.runtime = {self.container.runtime!r}: with scheduler = "local" start the launcher itself inside '
-                             'the image: apptainer exec IMAGE python -m launcher ...')
+            raise ValueError(
+                f'container.runtime = {self.container.runtime!r}: with scheduler = "local" start the launcher itself inside '
+                "the image: apptainer exec IMAGE python -m launcher ..."
+            )
 
     def _check_lines(self) -> None:
         """What becomes a line of a script stays one, and no key stands in it."""
@@ -163,19 +237,27 @@ class Profile:
                 raise ValueError(f"environment.{name}: expected a name of letters, digits and '_'")
             _one_line(f"environment.{name}", value)
             if KEYS.search(name):
-                raise ValueError(f"environment.{name}: the profile is stored with each run and its environment printed in the log; put the "
-                                 "line into a file that only you can read, and its path here: secrets = \"~/.config/convoy.env\"")
+                raise ValueError(
+                    f"environment.{name}: the profile is stored with each run and its environment printed in the log; put the "
+                    'line into a file that only you can read, and its path here: secrets = "~/.config/convoy.env"'
+                )
         for line in self.setup:
             for name in filter(KEYS.search, re.findall(r"\b(\w+)=", line)):
-                raise ValueError(f"setup sets {name}: setup is a part of each batch script; put the variable into a file that only "
-                                 "you can read, and its path here: secrets = \"~/.config/convoy.env\"")
+                raise ValueError(
+                    f"setup sets {name}: setup is a part of each batch script; put the variable into a file that only "
+                    'you can read, and its path here: secrets = "~/.config/convoy.env"'
+                )
         for name in self.pass_environment:
             if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*\*?", name):
-                raise ValueError(f"pass_environment holds {name!r}: expected names of variables, e.g. "
-                                 "\"SBATCH_ACCOUNT\"; the last character may be *")
+                raise ValueError(
+                    f"pass_environment holds {name!r}: expected names of variables, e.g. "
+                    '"SBATCH_ACCOUNT"; the last character may be *'
+                )
             if taken := fixed(name):
-                raise ValueError(f"pass_environment holds {name!r}: {taken} would change what the launcher reads from "
-                                 "Slurm, or how ranks meet and end; leave it out")
+                raise ValueError(
+                    f"pass_environment holds {name!r}: {taken} would change what the launcher reads from "
+                    "Slurm, or how ranks meet and end; leave it out"
+                )
         for module in self.modules:
             _one_line("modules", module)
         for name in ("partition", "account", "qos", "reservation", "constraint", "gpu_type", "secrets", "slurm"):
@@ -185,16 +267,26 @@ class Profile:
         if not re.fullmatch(r"[a-z][a-z0-9-]+", name):
             raise ValueError(f"options.{name}: expected a long option of sbatch without its dashes, e.g. mail-type")
         if name in RENDERED:
-            near = {"gres": "gpu_option and gpu_type", "mem": "mem_gb", "signal": "signal_lead_s", "time": "resources.<stage>.minutes",
-                    "nodes": "resources.<stage>.nodes", "cpus-per-task": "resources.<stage>.cpus_per_gpu"}
+            near = {
+                "gres": "gpu_option and gpu_type",
+                "mem": "mem_gb",
+                "signal": "signal_lead_s",
+                "time": "resources.<stage>.minutes",
+                "nodes": "resources.<stage>.nodes",
+                "cpus-per-task": "resources.<stage>.cpus_per_gpu",
+            }
             mine = near[name] if name in near else name if hasattr(self, name) else ""
-            raise ValueError(f"options.{name}: the launcher sets it{f'; use {mine}' if mine else ''}; remove it from options")
+            raise ValueError(
+                f"options.{name}: the launcher sets it{f'; use {mine}' if mine else ''}; remove it from options"
+            )
         if name in REFUSED:
             raise ValueError(f"options.{name}: it would change what the job runs or what sbatch prints; remove it")
         if isinstance(value, bool) and not value:
             raise ValueError(f"options.{name} = false: leave the line out")
         if not isinstance(value, (str, int, bool)) or value == "":
-            raise ValueError(f"options.{name} = {value!r}: expected a string, a number, or true for an option without a value")
+            raise ValueError(
+                f"options.{name} = {value!r}: expected a string, a number, or true for an option without a value"
+            )
         _one_line(f"options.{name}", str(value))
 
     def whole_node(self, gpus: int) -> bool:
@@ -202,7 +294,8 @@ class Profile:
         return bool(gpus) and (self.gpu_option == "none" or (self.exclusive and gpus == self.gpus_per_node))
 
     def share_gib(self, gpus: int) -> int:
-        """GiB of a node's memory that a job with ``gpus`` of its GPUs asks for; 0 where ``mem_gb`` is not said."""
+        """GiB of a node's memory that a job with ``gpus`` of its GPUs asks for; 0 where ``mem_gb``
+        is not said."""
         if not self.mem_gb or self.whole_node(gpus):
             return self.mem_gb
         return max(1, self.mem_gb * max(1, gpus) // max(1, self.gpus_per_node))
@@ -221,6 +314,9 @@ class Profile:
 
 
 def _one_line(name: str, value) -> None:
-    """ValueError unless ``value`` is a string that can stand in one line of a script: a line break would begin a line of its own."""
+    """ValueError unless ``value`` is a string that can stand in one line of a script: a line break
+    would begin a line of its own."""
     if not isinstance(value, str) or not value.isprintable():
-        raise ValueError(f"{name}: {value!r} is no text, or has a line break or another character that can't be printed; remove it")
+        raise ValueError(
+            f"{name}: {value!r} is no text, or has a line break or another character that can't be printed; remove it"
+        )

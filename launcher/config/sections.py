@@ -1,7 +1,8 @@
-"""The run's configuration: defaults < recipe < file < ``--set``, merged once at submit. Standard library only.
+"""The run's configuration: defaults < recipe < file < ``--set``, merged once at submit. Standard
+library only.
 
-The sections ``model`` ... ``mtbench`` are the dataclasses of training, conversion and eval; the section ``resources`` is defined
-here, a site's profile in launcher/config/profile.py.
+The sections ``model`` ... ``mtbench`` are the dataclasses of training, conversion and eval; the
+section ``resources`` is defined here, a site's profile in launcher/config/profile.py.
 """
 
 from __future__ import annotations
@@ -77,9 +78,19 @@ class StageResources:
                 raise ValueError(f"{name}: this stage is one process; set nodes = 1 and gpus_per_node to 0 or 1")
 
 
-SECTIONS = {"model": ModelConfig, "data": DataConfig, "convert": ConvertConfig, "sft": SFTConfig, "reward": RewardConfig,
-            "rlhf": PPOConfig, "dpo": DPOConfig, "grpo": GRPOConfig,
-            "export": ExportConfig, "mtbench": MTBenchConfig, "resources": StageResources}
+SECTIONS = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "convert": ConvertConfig,
+    "sft": SFTConfig,
+    "reward": RewardConfig,
+    "rlhf": PPOConfig,
+    "dpo": DPOConfig,
+    "grpo": GRPOConfig,
+    "export": ExportConfig,
+    "mtbench": MTBenchConfig,
+    "resources": StageResources,
+}
 
 
 def read_toml(path: Path) -> dict:
@@ -95,16 +106,25 @@ def read_toml(path: Path) -> dict:
 
 
 def read_recipe(name: str, profile: Profile | None = None) -> dict:
-    """Tables of launcher/recipes/<name>.toml, with those of its layout for the profile's nodes, if it has one, laid over them.
+    """Tables of launcher/recipes/<name>.toml, with those of its layout for the profile's nodes, if
+    it has one, laid over them.
 
-    A layout fits a profile with as many GPUs a node, each with at least its memory; of several the one with most memory.
+    A layout fits a profile with as many GPUs a node, each with at least its memory; of several the
+    one with most memory.
     """
     known = sorted(path.stem for path in RECIPES.glob("*.toml"))
     if name not in known:
-        raise ConfigError(f"no recipe {name!r}{near(name, known)}; there are: {', '.join(known)} (another file goes to --config)")
+        raise ConfigError(
+            f"no recipe {name!r}{near(name, known)}; there are: {', '.join(known)} (another file goes to --config)"
+        )
     recipe = read_toml(RECIPES / f"{name}.toml")
-    fitting = [layout for layout in recipe.pop("layouts", {}).values()
-               if profile and profile.gpus_per_node == layout["gpus_per_node"] and profile.gpu_memory_gb >= layout["gpu_memory_gb"]]
+    fitting = [
+        layout
+        for layout in recipe.pop("layouts", {}).values()
+        if profile
+        and profile.gpus_per_node == layout["gpus_per_node"]
+        and profile.gpu_memory_gb >= layout["gpu_memory_gb"]
+    ]
     if not fitting:
         return recipe
     chosen = max(fitting, key=lambda layout: layout["gpu_memory_gb"])
@@ -112,7 +132,8 @@ def read_recipe(name: str, profile: Profile | None = None) -> dict:
 
 
 def parse_set(text: str) -> dict:
-    """``sft.lr=1e-5`` -> {"sft": {"lr": 1e-5}}; the value is TOML, or a number without a 0 (``.9``, ``5.``), anything else is a string."""
+    """``sft.lr=1e-5`` -> {"sft": {"lr": 1e-5}}; the value is TOML, or a number without a 0 (``.9``,
+    ``5.``), anything else is a string."""
     key, equals, value = text.partition("=")
     parts = key.strip().split(".")
     if not equals or len(parts) < 2 or not all(parts):
@@ -155,14 +176,18 @@ def check_sections(tables: dict, where: str) -> None:
     for section, values in tables.items():
         if section not in SECTIONS:
             key = next(iter(values), "") if isinstance(values, dict) else ""
-            mistakes.add(f"{where}: no section {section!r}{near(section, SECTIONS, key)}; there are: "
-                         f"{', '.join(SECTIONS)}")
+            mistakes.add(
+                f"{where}: no section {section!r}{near(section, SECTIONS, key)}; there are: {', '.join(SECTIONS)}"
+            )
         elif not isinstance(values, dict):
-            mistakes.add(f"{where}: {section} = {values!r}: expected a table, e.g. [{section}] or --set "
-                         f"{section}.key=value")
+            mistakes.add(
+                f"{where}: {section} = {values!r}: expected a table, e.g. [{section}] or --set {section}.key=value"
+            )
         elif "paths" in values:
-            mistakes.add(f"{where}: {section}.paths is filled by the launcher; remove it (the folder follows from "
-                         f"--runs and --name)")
+            mistakes.add(
+                f"{where}: {section}.paths is filled by the launcher; remove it (the folder follows from "
+                f"--runs and --name)"
+            )
         elif section == "resources":
             for name in sorted(set(values) - set(stages)):
                 hint = near(name, stages).replace("'", "'resources.", 1)
@@ -171,7 +196,8 @@ def check_sections(tables: dict, where: str) -> None:
 
 
 def layered(recipe: str, files: list[Path], sets: list[str], profile: Profile | None = None) -> dict:
-    """Recipe (in its layout for ``profile``) < files < --set, each checked for its sections; the dataclasses add defaults when built."""
+    """Recipe (in its layout for ``profile``) < files < --set, each checked for its sections; the
+    dataclasses add defaults when built."""
     mistakes, layers = Mistakes(), []
     reads = [(lambda: read_recipe(recipe, profile), f"recipe {recipe}")]
     reads += [(functools.partial(read_toml, path), str(path)) for path in files]
@@ -203,13 +229,24 @@ def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
     return lines
 
 
-METHODS = {"ppo": "rlhf", "rl": "rlhf", "rm": "reward", "reward_model": "reward", "finetune": "sft", "finetuning": "sft",
-           "eval": "mtbench", "evaluate": "mtbench", "evaluation": "mtbench", "judge": "mtbench", "conversion": "convert"}
+METHODS = {
+    "ppo": "rlhf",
+    "rl": "rlhf",
+    "rm": "reward",
+    "reward_model": "reward",
+    "finetune": "sft",
+    "finetuning": "sft",
+    "eval": "mtbench",
+    "evaluate": "mtbench",
+    "evaluation": "mtbench",
+    "judge": "mtbench",
+    "conversion": "convert",
+}
 """What else people call a stage -> its name."""
 
 
 def near(word: str, known, key: str = "") -> str:
-    """"; did you mean X?", by what a stage does, else by its spelling; "" where nothing is near.
+    """ "; did you mean X?", by what a stage does, else by its spelling; "" where nothing is near.
     ``key`` of a section goes along."""
     known = list(known)
     by_method = METHODS.get(word.lower())

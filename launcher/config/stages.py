@@ -1,11 +1,12 @@
-"""The chain as a graph, one for each way to learn from preferences: what each stage runs, reads and must leave behind. Pure: it knows no
-Slurm."""
+"""The chain as a graph, one for each way to learn from preferences: what each stage runs, reads and
+must leave behind. Pure: it knows no Slurm."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from launcher.config.sections import SECTIONS, build_plain
@@ -23,7 +24,8 @@ class Stage:
     parents: tuple[str, ...]
     """Stages whose outputs this one reads."""
     outputs: tuple[str, ...]
-    """Globs below the stage's folder, each with at least one file when it is done; {iteration} is the last checkpoint's folder."""
+    """Globs below the stage's folder, each with at least one file when it is done; {iteration} is
+    the last checkpoint's folder."""
     trainer: bool = False
     """Several ranks, checkpoints with an iteration above 0."""
     key_numbers: tuple[str, ...] = ()
@@ -47,20 +49,49 @@ def graph(*trainers: Stage) -> Graph:
     """convert, the trainers, export of every policy among them, evaluation."""
     policies = tuple(stage.name for stage in trainers if stage.policy)
     files = [f"{name}/{file}" for name in policies for file in ("config.json", "*.json", "*.safetensors")]
-    stages = (Stage("convert", "conversion.hf_to_megatron", (), MODEL), *trainers,
-              Stage("export", "conversion.megatron_to_hf", policies, (*files, "*/*.json", "*/*.safetensors")),
-              Stage("mtbench", "eval", ("export",), ("results.json", "table.md", "table.csv", "model_answer/*.jsonl", "../report.html")))
+    stages = (
+        Stage("convert", "conversion.hf_to_megatron", (), MODEL),
+        *trainers,
+        Stage("export", "conversion.megatron_to_hf", policies, (*files, "*/*.json", "*/*.safetensors")),
+        Stage(
+            "mtbench",
+            "eval",
+            ("export",),
+            ("results.json", "table.md", "table.csv", "model_answer/*.jsonl", "../report.html"),
+        ),
+    )
     return {stage.name: stage for stage in stages}
 
 
 SFT = Stage("sft", "training.sft", ("convert",), MODEL, True, ("loss", "heldout_loss"), policy=True)
 REWARD = Stage("reward", "training.reward", ("sft",), MODEL, True, ("loss", "heldout_accuracy"))
 PIPELINES: dict[str, Graph] = {
-    PPO: graph(SFT, REWARD, Stage("rlhf", "training.ppo", ("sft", "reward"),
-                                  ("checkpoints/{iteration}/policy/*", "checkpoints/{iteration}/value/*"), True,
-                                  ("reward", "kl", "eos_rate"), policy=True)),
-    "grpo": graph(SFT, REWARD, Stage("grpo", "training.grpo", ("sft", "reward"), ("checkpoints/{iteration}/policy/*",), True,
-                                     ("reward", "kl", "eos_rate"), policy=True)),
+    PPO: graph(
+        SFT,
+        REWARD,
+        Stage(
+            "rlhf",
+            "training.ppo",
+            ("sft", "reward"),
+            ("checkpoints/{iteration}/policy/*", "checkpoints/{iteration}/value/*"),
+            True,
+            ("reward", "kl", "eos_rate"),
+            policy=True,
+        ),
+    ),
+    "grpo": graph(
+        SFT,
+        REWARD,
+        Stage(
+            "grpo",
+            "training.grpo",
+            ("sft", "reward"),
+            ("checkpoints/{iteration}/policy/*",),
+            True,
+            ("reward", "kl", "eos_rate"),
+            policy=True,
+        ),
+    ),
     "dpo": graph(SFT, Stage("dpo", "training.dpo", ("sft",), MODEL, True, ("loss", "heldout_accuracy"), policy=True)),
 }
 ALL: Graph = {name: stage for made in reversed(PIPELINES.values()) for name, stage in made.items()}
@@ -70,12 +101,15 @@ NAMES = tuple(sorted(ALL, key=lambda name: (name in ("export", "mtbench"), [*PIP
 
 
 def select(made: Graph, target: str, first: str | None, last: str | None) -> list[Stage]:
-    """The stages of ``submit TARGET --from first --until last``, in order; ConfigError where that names none of the pipeline."""
+    """The stages of ``submit TARGET --from first --until last``, in order; ConfigError where that
+    names none of the pipeline."""
     names = list(made)
     for name in (target, first, last):
         if name not in (None, FULL, *names):
             others = " or ".join(f"--pipeline {other}" for other, stages in PIPELINES.items() if name in stages)
-            raise ConfigError(f"{name} is no stage of this pipeline ({' -> '.join(names)}); it is one of {others}, in a run of its own")
+            raise ConfigError(
+                f"{name} is no stage of this pipeline ({' -> '.join(names)}); it is one of {others}, in a run of its own"
+            )
     if target != FULL:
         if first or last:
             raise ConfigError(f"--from and --until choose a part of {FULL}; {target} is a single stage: leave them out")
@@ -83,19 +117,23 @@ def select(made: Graph, target: str, first: str | None, last: str | None) -> lis
     start, end = names.index(first or names[0]), names.index(last or names[-1])
     if start > end:
         raise ConfigError(f"--from {first} comes after --until {last}; the order is {' -> '.join(names)}")
-    return [made[name] for name in names[start:end + 1]]
+    return [made[name] for name in names[start : end + 1]]
 
 
-def remaining(made: Graph, stages: Collection[Stage], identities: dict[str, str], built_from: dict[str, dict[str, str]]) -> list[Stage]:
+def remaining(
+    made: Graph, stages: Collection[Stage], identities: dict[str, str], built_from: dict[str, dict[str, str]]
+) -> list[Stage]:
     """Those of ``stages`` that still have to run, in order.
 
-    ``identities``: stage -> identity of its manifest, for those that have one; ``built_from``: stage -> the parents' identities that
-    its manifest names. A stage is done when it has a manifest, its parents are done, and they are the ones it was built from.
+    ``identities``: stage -> identity of its manifest, for those that have one; ``built_from``:
+    stage -> the parents' identities that its manifest names. A stage is done when it has a
+    manifest, its parents are done, and they are the ones it was built from.
     """
     done = set()
     for stage in made.values():
         if stage.name in identities and all(
-                parent in done and built_from[stage.name].get(parent) == identities[parent] for parent in stage.parents):
+            parent in done and built_from[stage.name].get(parent) == identities[parent] for parent in stage.parents
+        ):
             done.add(stage.name)
     return [stage for stage in stages if stage.name not in done]
 
@@ -113,7 +151,8 @@ def prepare_config(run: Path, tables: dict) -> PrepareConfig:
 
 
 def stage_config(run: Path, tables: dict, made: Graph, name: str):
-    """The stage's own dataclass with its paths; raises ConfigError for a bad key or value in its section."""
+    """The stage's own dataclass with its paths; raises ConfigError for a bad key or value in its
+    section."""
     return build(SECTIONS[name], {**tables[name], "paths": _paths(run, tables, made, name)}, name)
 
 
@@ -123,14 +162,17 @@ def sections(made: Graph) -> list[str]:
 
 
 def full_tables(run: Path, tables: dict, made: Graph) -> dict:
-    """The run's sections with their defaults filled in, as plain tables without paths: what its config.json holds.
+    """The run's sections with their defaults filled in, as plain tables without paths: what its
+    config.json holds.
 
     Sections of other pipelines are checked, too, and left out.
     """
     full, mistakes = {}, Mistakes()
     for section in tables:
-        config = mistakes.of(lambda: build_plain(section, tables[section]) if section not in ALL else  # noqa: B023 - called at once
-                             stage_config(run, tables, made, section))  # noqa: B023
+        if section in ALL:
+            config = mistakes.of(partial(stage_config, run, tables, made, section))
+        else:
+            config = mistakes.of(partial(build_plain, section, tables[section]))
         if config is not None:
             full[section] = {key: value for key, value in dataclasses.asdict(config).items() if key != "paths"}
     mistakes.raise_if_any()
@@ -144,19 +186,43 @@ def _paths(run: Path, tables: dict, made: Graph, name: str) -> dict:
     if name == "convert":
         return own
     if name == "sft":
-        return {**own, "init": str(run / "convert"), "train": str(data / "sft.jsonl"), "heldout": str(data / "sft_heldout.jsonl")}
+        return {
+            **own,
+            "init": str(run / "convert"),
+            "train": str(data / "sft.jsonl"),
+            "heldout": str(data / "sft_heldout.jsonl"),
+        }
     if name in ("reward", "dpo"):
-        return {**own, "init": str(run / "sft"), "train": str(data / "reward.jsonl"), "heldout": str(data / "reward_heldout.jsonl")}
+        return {
+            **own,
+            "init": str(run / "sft"),
+            "train": str(data / "reward.jsonl"),
+            "heldout": str(data / "reward_heldout.jsonl"),
+        }
     scored = name in ("rlhf", "grpo", "export") and "reward" in tables
     iteration = {"reward_iteration": stage_config(run, tables, made, "reward").load_iteration if scored else 0}
     if name in ("rlhf", "grpo"):
-        return {**own, "init": str(run / "sft"), "train": str(data / "rlhf.jsonl"), "heldout": str(data / "heldout.jsonl"),
-                "reward": str(run / "reward"), **iteration}
+        return {
+            **own,
+            "init": str(run / "sft"),
+            "train": str(data / "rlhf.jsonl"),
+            "heldout": str(data / "heldout.jsonl"),
+            "reward": str(run / "reward"),
+            **iteration,
+        }
     models = [stage.name for stage in made.values() if stage.policy]
     if name == "export":
         holders = {**dict(zip(models, models, strict=True)), "reward": "reward", "value": "rlhf"}
-        return {**own, "checkpoints": {model: str(run / stage) for model, stage in holders.items() if stage in made}, **iteration}
+        return {
+            **own,
+            "checkpoints": {model: str(run / stage) for model, stage in holders.items() if stage in made},
+            **iteration,
+        }
     trainers = [stage.name for stage in made.values() if stage.trainer]
-    return {"output": str(run / name), "models": {model: str(run / "export" / model) for model in models},
-            "heldout": str(data / "heldout.jsonl"), "stages": {stage: str(run / stage) for stage in trainers},
-            "report": str(run / "report.html")}
+    return {
+        "output": str(run / name),
+        "models": {model: str(run / "export" / model) for model in models},
+        "heldout": str(data / "heldout.jsonl"),
+        "stages": {stage: str(run / stage) for stage in trainers},
+        "report": str(run / "report.html"),
+    }

@@ -1,4 +1,5 @@
-"""``doctor``: ask the site what it has, say what follows from each finding, and write a profile from them."""
+"""``doctor``: ask the site what it has, say what follows from each finding, and write a profile
+from them."""
 
 from __future__ import annotations
 
@@ -53,16 +54,25 @@ class Report:
 
 
 def examine(partition: str | None, profile: Profile | None, on_node: bool, timeout_s: int) -> Report:
-    """Ask Slurm, look at this machine, and with ``on_node`` at a compute node; ConfigError for a partition that isn't there.
+    """Ask Slurm, look at this machine, and with ``on_node`` at a compute node; ConfigError for a
+    partition that isn't there.
 
-    ``profile``: a site's profile whose partition, account, modules and container the node's job uses.
+    ``profile``: a site's profile whose partition, account, modules and container the node's job
+    uses.
     """
     reason = commands.unusable()
-    found = [Finding("Slurm", "Slurm", "none", _without(reason), "note")] if reason else \
-        ask_slurm(partition or (profile.partition if profile else None))
+    found = (
+        [Finding("Slurm", "Slurm", "none", _without(reason), "note")]
+        if reason
+        else ask_slurm(partition or (profile.partition if profile else None))
+    )
     found += here(Path.cwd(), "" if reason else commands.call("srun", "--help"))
     if on_node:
-        options = {"name": "doctor", "scheduler": "local" if reason else "slurm", **({} if reason else Report(found).settings)}
+        options = {
+            "name": "doctor",
+            "scheduler": "local" if reason else "slurm",
+            **({} if reason else Report(found).settings),
+        }
         found += look_at_node(profile or Profile(**options), timeout_s)
     return Report(found)
 
@@ -76,17 +86,27 @@ def _without(reason: str) -> str:
 
 def ask_slurm(partition: str | None) -> list[Finding]:
     config = slurm_findings.config_of(commands.call("scontrol", "show", "config"))
-    partitions = slurm_findings.partitions_of(commands.call("scontrol", "show", "partition", "-o"),
-                                        commands.call("sinfo", "-h", "-N", "-o", "%N|%P|%G|%m|%c|%T|%f"))
+    partitions = slurm_findings.partitions_of(
+        commands.call("scontrol", "show", "partition", "-o"),
+        commands.call("sinfo", "-h", "-N", "-o", "%N|%P|%G|%m|%c|%T|%f"),
+    )
     chosen = slurm_findings.choose_partition(partitions, partition)
     if partition and chosen is None:
-        raise ConfigError(f"--partition {partition}: no such partition; there are: {', '.join(one.name for one in partitions)}")
+        raise ConfigError(
+            f"--partition {partition}: no such partition; there are: {', '.join(one.name for one in partitions)}"
+        )
     made = slurm_findings.slurm_findings(config, accounts(config))
-    made += slurm_findings.partition_findings(partitions, chosen, "MEMORY" in config.get("SelectTypeParameters", "").upper())
+    made += slurm_findings.partition_findings(
+        partitions, chosen, "MEMORY" in config.get("SelectTypeParameters", "").upper()
+    )
     if chosen and not chosen.gpus:
         made.append(Finding("GPUs", chosen.name, "none", "its nodes have no GPUs: ranks run on the CPU", "note"))
-    if names := re.findall(r"^ReservationName=(\S+)", commands.call("scontrol", "show", "reservation", "-o"), re.MULTILINE):
-        made.append(Finding("Partitions", "reservations", ", ".join(names), 'to use one: reservation = "..." in the profile'))
+    if names := re.findall(
+        r"^ReservationName=(\S+)", commands.call("scontrol", "show", "reservation", "-o"), re.MULTILINE
+    ):
+        made.append(
+            Finding("Partitions", "reservations", ", ".join(names), 'to use one: reservation = "..." in the profile')
+        )
     order = ("Slurm", "GPUs", "Partitions")
     return sorted(made, key=lambda one: order.index(one.section))
 
@@ -105,11 +125,14 @@ def accounts(config: slurm_findings.Known) -> list[str]:
 
 
 def look_at_node(profile: Profile, timeout_s: int) -> list[Finding]:
-    """Run launcher/slurm/node_probe.py on one node, through srun where there is Slurm, and judge what it says."""
+    """Run launcher/slurm/node_probe.py on one node, through srun where there is Slurm, and judge
+    what it says."""
     folder = Path("runs") if Path("runs").is_dir() else Path()
     canary, word = (folder / f".convoy-doctor-{secrets.token_hex(4)}").absolute(), secrets.token_hex(8)
     python = [sys.executable, "-", str(canary), word]
-    command = [*node_srun(profile, timeout_s), *container.inside(profile, python)] if profile.scheduler == "slurm" else python
+    command = (
+        [*node_srun(profile, timeout_s), *container.inside(profile, python)] if profile.scheduler == "slurm" else python
+    )
     write_text(canary, word)
     try:
         with contextlib.ExitStack() as stack:
@@ -118,31 +141,72 @@ def look_at_node(profile: Profile, timeout_s: int) -> list[Finding]:
             code, out, err = run_on_node(command, timeout_s, environment.for_sbatch(profile.passed))
     finally:
         canary.unlink()
-    said = next((line[len(NODE_MARK):] for line in out.splitlines() if line.startswith(NODE_MARK)), None)
+    said = next((line[len(NODE_MARK) :] for line in out.splitlines() if line.startswith(NODE_MARK)), None)
     if said:
         return node_findings.of_node(json.loads(said))
     if code is None or re.search(r"nodes are busy|[Ii]mmediate|timed out|QOS.*[Ll]imit", err):
-        return [Finding("Node", "a node", f"none within {timeout_s} s", "all are busy: try again with --timeout SECONDS, or another "
-                        "--partition; the rest of the findings holds", "note")]
+        return [
+            Finding(
+                "Node",
+                "a node",
+                f"none within {timeout_s} s",
+                "all are busy: try again with --timeout SECONDS, or another "
+                "--partition; the rest of the findings holds",
+                "note",
+            )
+        ]
     last = (err.strip() or out.strip() or "no message").splitlines()[-1]
-    return [Finding("Node", "a node", f"exit code {code}: {last}", "a stage would fail there in the same way: this interpreter "
-                    f"({command[-4]}) or the job's options do not work on that node", "bad")]
+    return [
+        Finding(
+            "Node",
+            "a node",
+            f"exit code {code}: {last}",
+            "a stage would fail there in the same way: this interpreter "
+            f"({command[-4]}) or the job's options do not work on that node",
+            "bad",
+        )
+    ]
 
 
 def node_srun(profile: Profile, timeout_s: int) -> list[str]:
     """srun for one task and one GPU of one node, given up after ``timeout_s`` in the queue."""
-    options = script.site_options(dataclasses.replace(profile, exclusive=False, mem_gb=0), min(1, profile.gpus_per_node))
-    flags = [f"--{key}" if value is True else f"--{key}={value}" for key, value in {**options, **profile.options}.items()]
-    srun = ["srun", "--export=ALL", f"--immediate={timeout_s}", f"--time={JOB_MINUTES}", "--nodes=1", "--ntasks=1",
-            "--job-name=convoy-doctor", *flags, *container.srun_options(profile)]
+    options = script.site_options(
+        dataclasses.replace(profile, exclusive=False, mem_gb=0), min(1, profile.gpus_per_node)
+    )
+    flags = [
+        f"--{key}" if value is True else f"--{key}={value}" for key, value in {**options, **profile.options}.items()
+    ]
+    srun = [
+        "srun",
+        "--export=ALL",
+        f"--immediate={timeout_s}",
+        f"--time={JOB_MINUTES}",
+        "--nodes=1",
+        "--ntasks=1",
+        "--job-name=convoy-doctor",
+        *flags,
+        *container.srun_options(profile),
+    ]
     setup = script.site_setup(profile)
-    return srun if not setup or profile.container.runtime == "pyxis" else [*srun, "bash", "-c", "\n".join([*setup, 'exec "$@"']), "bash"]
+    return (
+        srun
+        if not setup or profile.container.runtime == "pyxis"
+        else [*srun, "bash", "-c", "\n".join([*setup, 'exec "$@"']), "bash"]
+    )
 
 
 def run_on_node(command: list[str], timeout_s: int, environ: dict[str, str]) -> tuple[int | None, str, str]:
-    """(exit code, stdout, stderr); None when it took more than ``timeout_s`` to start and JOB_MINUTES to run."""
-    process = subprocess.Popen(command, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True, errors="replace")
+    """(exit code, stdout, stderr); None when it took more than ``timeout_s`` to start and
+    JOB_MINUTES to run."""
+    process = subprocess.Popen(
+        command,
+        env=environ,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    )
     try:
         out, err = process.communicate(NODE_SCRIPT.read_text(encoding="utf-8"), timeout=timeout_s + JOB_MINUTES * 60)
     except subprocess.TimeoutExpired:
@@ -159,14 +223,18 @@ def run_on_node(command: list[str], timeout_s: int, environ: dict[str, str]) -> 
 def shown(report: Report, console: Console) -> None:
     """One table a section."""
     for section in dict.fromkeys(finding.section for finding in report.findings):
-        table = Table(title=section, title_justify="left", title_style="bold", box=None, padding=(0, 1), show_header=False)
+        table = Table(
+            title=section, title_justify="left", title_style="bold", box=None, padding=(0, 1), show_header=False
+        )
         table.add_column(no_wrap=True)
         table.add_column(overflow="fold", ratio=2)
         table.add_column(overflow="fold", ratio=3)
         for finding in report.findings:
             if finding.section == section:
                 mark = {"bad": "!", "note": "?"}.get(finding.level, " ")
-                table.add_row(Text.assemble((mark, STYLES[finding.level]), f" {finding.name}"), finding.value, finding.follows)
+                table.add_row(
+                    Text.assemble((mark, STYLES[finding.level]), f" {finding.name}"), finding.value, finding.follows
+                )
         console.print(table)
     notes = sum(finding.level == "note" for finding in report.findings)
     console.print(f"\n{len(report.bad)} that will fail (!), {notes} to know (?)", highlight=False)
@@ -177,7 +245,8 @@ def as_json(report: Report) -> dict:
 
 
 def check_writable(path: Path) -> None:
-    """ConfigError for a file that ``write_profile`` would not write, before a node is waited for."""
+    """ConfigError for a file that ``write_profile`` would not write, before a node is waited
+    for."""
     if path.suffix != ".toml":
         raise ConfigError(f"--write {path}: a profile's name ends in .toml; try {path.with_suffix('.toml')}")
     if path.exists():
@@ -191,36 +260,57 @@ def write_profile(report: Report, path: Path) -> None:
     """A profile from the findings; ConfigError where there is no Slurm to write one for."""
     check_writable(path)
     if "partition" not in report.settings:
-        raise ConfigError(f"--write {path}: no Slurm with an open partition was found, so there is nothing to write; the profile local is "
-                          "for this machine")
+        raise ConfigError(
+            f"--write {path}: no Slurm with an open partition was found, so there is nothing to write; the profile local is "
+            "for this machine"
+        )
     write_text(path, profile_text(report))
     sites.load(str(path))
 
 
 def profile_text(report: Report) -> str:
-    """TOML: each key with the finding that it follows from, then the keys that only a person knows, as comments."""
+    """TOML: each key with the finding that it follows from, then the keys that only a person knows,
+    as comments."""
     why = {key: f"{one.section}: {one.name} = {one.value}" for one in report.findings for key in one.settings}
-    settings, lines = report.settings, [
-        "# Written by `python -m launcher doctor --write`; every key is explained in launcher/config/profile.py. Slurm's version is asked anew at "
-        "each submit.", 'scheduler = "slurm"']
+    settings, lines = (
+        report.settings,
+        [
+            "# Written by `python -m launcher doctor --write`; every key is explained in launcher/config/profile.py. Slurm's version is asked anew at "
+            "each submit.",
+            'scheduler = "slurm"',
+        ],
+    )
     for field in dataclasses.fields(Profile):
-        if field.name in settings and field.name != "environment" and (settings[field.name] or field.name not in ("mem_gb", "gpu_type")):
+        if (
+            field.name in settings
+            and field.name != "environment"
+            and (settings[field.name] or field.name not in ("mem_gb", "gpu_type"))
+        ):
             lines.append(f"{field.name} = {_toml(settings[field.name])}  # {_comment(why[field.name])}")
     if "network" not in settings:
         lines.append('network = "auto"  # a table of launcher/slurm/network.py; doctor --node looks at the fabric')
     environment = settings.get("environment", {})
-    lines.append(f"environment = {{{', '.join(f' {key} = {_toml(value)}' for key, value in environment.items())} }}" if environment else
-                 "environment = {}  # variables of the ranks, e.g. { NCCL_SOCKET_IFNAME = \"=ib0\" }; no keys")
-    lines += ["# account = \"\"  qos = \"\"  reservation = \"\"  constraint = \"\"",
-              'modules = []  # e.g. ["cuda/12.4"]', 'setup = []  # shell lines, e.g. ["source .venv/bin/activate"]',
-              '# secrets = "~/.config/convoy.env"  # KEY=VALUE lines, chmod 600: given to the ranks and to nothing else',
-              "# [container]", '# runtime = "pyxis"  # or "apptainer"', '# image = "/shared/images/convoy.sqsh"  # made by slurm/container',
-              '# mounts = ["/shared/models", "/shared/data:/data:ro"]']
+    lines.append(
+        f"environment = {{{', '.join(f' {key} = {_toml(value)}' for key, value in environment.items())} }}"
+        if environment
+        else 'environment = {}  # variables of the ranks, e.g. { NCCL_SOCKET_IFNAME = "=ib0" }; no keys'
+    )
+    lines += [
+        '# account = ""  qos = ""  reservation = ""  constraint = ""',
+        'modules = []  # e.g. ["cuda/12.4"]',
+        'setup = []  # shell lines, e.g. ["source .venv/bin/activate"]',
+        '# secrets = "~/.config/convoy.env"  # KEY=VALUE lines, chmod 600: given to the ranks and to nothing else',
+        "# [container]",
+        '# runtime = "pyxis"  # or "apptainer"',
+        '# image = "/shared/images/convoy.sqsh"  # made by slurm/container',
+        '# mounts = ["/shared/models", "/shared/data:/data:ro"]',
+    ]
     return "\n".join(lines) + "\n"
 
 
 def _toml(value) -> str:
-    return json.dumps(value, ensure_ascii=False)  # TOML's strings, numbers and booleans are written as JSON's
+    # TOML's strings, numbers and booleans are written as JSON's
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _comment(text: str) -> str:

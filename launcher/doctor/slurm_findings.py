@@ -1,7 +1,8 @@
-"""What doctor found about a site's Slurm, and what follows from each: text of Slurm's commands in, findings out. Pure.
+"""What doctor found about a site's Slurm, and what follows from each: text of Slurm's commands in,
+findings out. Pure.
 
-Sources: slurm.conf(5), sbatch(1), Slurm's release notes of 19.05 (--gpus-per-node), 21.08 and 22.05 (srun and --cpus-per-task); the
-endings of preempted and purged jobs were measured on 22.05.
+Sources: slurm.conf(5), sbatch(1), Slurm's release notes of 19.05 (--gpus-per-node), 21.08 and 22.05
+(srun and --cpus-per-task); the endings of preempted and purged jobs were measured on 22.05.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ def config_of(text: str) -> Known:
 
 
 def partitions_of(partitions: str, nodes: str) -> list[Partition]:
-    """``scontrol show partition -o`` and ``sinfo -h -N -o '%N|%P|%G|%m|%c|%T|%f'`` -> partitions, in Slurm's order."""
+    """``scontrol show partition -o`` and ``sinfo -h -N -o '%N|%P|%G|%m|%c|%T|%f'`` -> partitions,
+    in Slurm's order."""
     rows: dict[str, list[list[str]]] = {}
     for line in nodes.splitlines():
         name, partition, *rest = line.split("|")
@@ -88,23 +90,36 @@ def partitions_of(partitions: str, nodes: str) -> list[Partition]:
         kinds = [gpus_of(row[1]) for row in mine]
         kind = max(set(kinds), key=lambda one: (kinds.count(one), one)) if kinds else ("", 0)
         limit, have = values["MaxNodes"], len({row[0] for row in mine})
-        found.append(Partition(
-            values["PartitionName"], values["Default"] == "YES", values["State"] in ("UP", "unknown"),
-            minutes_of(values["MaxTime"]), min(int(limit), have) if limit.isdigit() else have, *kind,
-            min((leading(row[2], 0) for row in mine), default=0) // 1024,
-            values["OverSubscribe"].startswith("EXCLUSIVE"), values["PreemptMode"], values.number("GraceTime", 0),
-            sum(row[4].startswith("idle") for row in mine), values.get("AllowAccounts", "ALL")))
+        found.append(
+            Partition(
+                values["PartitionName"],
+                values["Default"] == "YES",
+                values["State"] in ("UP", "unknown"),
+                minutes_of(values["MaxTime"]),
+                min(int(limit), have) if limit.isdigit() else have,
+                *kind,
+                min((leading(row[2], 0) for row in mine), default=0) // 1024,
+                values["OverSubscribe"].startswith("EXCLUSIVE"),
+                values["PreemptMode"],
+                values.number("GraceTime", 0),
+                sum(row[4].startswith("idle") for row in mine),
+                values.get("AllowAccounts", "ALL"),
+            )
+        )
     return found
 
 
 def gpus_of(gres: str) -> tuple[str, int]:
-    """Type and number of "gpu:a100:8(S:0-1),nic:1"; ("", 0) without GPUs. The numbers of several types are not added: the larger wins."""
-    found = [(kind or "", int(count)) for kind, count in re.findall(r"(?:^|,)gpu(?::([^:,(]+))??:(\d+)(?=[,(]|$)", gres)]
+    """Type and number of "gpu:a100:8(S:0-1),nic:1"; ("", 0) without GPUs. The numbers of several
+    types are not added: the larger wins."""
+    found = [
+        (kind or "", int(count)) for kind, count in re.findall(r"(?:^|,)gpu(?::([^:,(]+))??:(\d+)(?=[,(]|$)", gres)
+    ]
     return max(found, key=lambda one: one[1], default=("", 0))
 
 
 def minutes_of(text: str) -> int:
-    """"1-12:00:00" -> 2160; 0 for UNLIMITED."""
+    """ "1-12:00:00" -> 2160; 0 for UNLIMITED."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", text)
     if not match:
         return 0
@@ -113,7 +128,8 @@ def minutes_of(text: str) -> int:
 
 
 def choose_partition(found: list[Partition], name: str | None) -> Partition | None:
-    """The named one; else of those that are open the one with most GPUs a node, the default before others; None where it isn't there."""
+    """The named one; else of those that are open the one with most GPUs a node, the default before
+    others; None where it isn't there."""
     if name:
         return next((one for one in found if one.name == name), None)
     return max((one for one in found if one.up and one.nodes), key=lambda one: (one.gpus, one.default), default=None)
@@ -131,27 +147,65 @@ def slurm_findings(config: dict[str, str], accounts: list[str]) -> list[Finding]
     else:
         said = "has no --gpus-per-node: the scripts ask by --gres=gpu:N"
     level = "ok" if (major, minor) >= TESTED else "note"
-    return [Finding("Slurm", "version", version, said, level),
-            Finding("Slurm", "cluster", config["ClusterName"], "answers"),
-            *_accounting(config, accounts), *_gpu_option(config), *_requeue(config), *_limits(config)]
+    return [
+        Finding("Slurm", "version", version, said, level),
+        Finding("Slurm", "cluster", config["ClusterName"], "answers"),
+        *_accounting(config, accounts),
+        *_gpu_option(config),
+        *_requeue(config),
+        *_limits(config),
+    ]
 
 
 def _accounting(config: Known, accounts: list[str]) -> list[Finding]:
     if config["AccountingStorageType"].endswith("/none"):
         kept = f"{config.number('MinJobAge', 300)} s (MinJobAge)"
-        return [Finding("Slurm", "accounting", "off", "sacct knows nothing; status asks the run's own files first, then squeue, which "
-                        f"forgets a job {kept} after its end", "note")]
-    found = [Finding("Slurm", "accounting", config["AccountingStorageType"].rpartition("/")[2],
-                     "sacct tells how a job ended that squeue has forgotten")]
+        return [
+            Finding(
+                "Slurm",
+                "accounting",
+                "off",
+                "sacct knows nothing; status asks the run's own files first, then squeue, which "
+                f"forgets a job {kept} after its end",
+                "note",
+            )
+        ]
+    found = [
+        Finding(
+            "Slurm",
+            "accounting",
+            config["AccountingStorageType"].rpartition("/")[2],
+            "sacct tells how a job ended that squeue has forgotten",
+        )
+    ]
     enforced = config["AccountingStorageEnforce"]
     needed = "associations" in enforced or "limits" in enforced or "safe" in enforced
     if len(accounts) == 1:
-        found.append(Finding("Slurm", "account", accounts[0], "your only one: written into the profile", "ok", {"account": accounts[0]}))
+        found.append(
+            Finding(
+                "Slurm",
+                "account",
+                accounts[0],
+                "your only one: written into the profile",
+                "ok",
+                {"account": accounts[0]},
+            )
+        )
     elif accounts:
-        found.append(Finding("Slurm", "accounts", ", ".join(accounts), "choose one: account = \"...\" in the profile", "note"))
+        found.append(
+            Finding("Slurm", "accounts", ", ".join(accounts), 'choose one: account = "..." in the profile', "note")
+        )
     elif needed:
-        found.append(Finding("Slurm", "account", "none", f"you have no association and the site enforces them ({enforced}): every job is "
-                             "refused; ask the site for an account", "bad"))
+        found.append(
+            Finding(
+                "Slurm",
+                "account",
+                "none",
+                f"you have no association and the site enforces them ({enforced}): every job is "
+                "refused; ask the site for an account",
+                "bad",
+            )
+        )
     return found
 
 
@@ -164,11 +218,23 @@ def _gpu_option(config: Known) -> list[Finding]:
         said, option = "GPUs are asked for by --gpus-per-node", "gpus-per-node"
     else:
         said, option = "knows no --gpus-per-node: GPUs are asked for by --gres=gpu:N", "gres"
-    found = [Finding("GPUs", "GresTypes", config["GresTypes"], said, "ok" if tres else "note", {"gpu_option": option}),
-             Finding("GPUs", "SelectType", f"{select}, {detail}", "memory is handed out, too: a part of a node asks for its share (mem_gb)"
-                     if "MEMORY" in detail.upper() else "memory is not handed out: jobs on one node share it")]
+    found = [
+        Finding("GPUs", "GresTypes", config["GresTypes"], said, "ok" if tres else "note", {"gpu_option": option}),
+        Finding(
+            "GPUs",
+            "SelectType",
+            f"{select}, {detail}",
+            "memory is handed out, too: a part of a node asks for its share (mem_gb)"
+            if "MEMORY" in detail.upper()
+            else "memory is not handed out: jobs on one node share it",
+        ),
+    ]
     if select == "linear":
-        found.append(Finding("GPUs", "whole nodes", "always", "a job gets whole nodes: one GPU costs as much as all of them", "note"))
+        found.append(
+            Finding(
+                "GPUs", "whole nodes", "always", "a job gets whole nodes: one GPU costs as much as all of them", "note"
+            )
+        )
     return found
 
 
@@ -179,55 +245,118 @@ def _requeue(config: Known) -> list[Finding]:
     elif "REQUEUE" in mode:
         said, level = "a preempted job is put back into the queue by Slurm and goes on from its last checkpoint", "ok"
     elif "SUSPEND" in mode:
-        said, level = ("a preempted job is suspended on its GPUs; NCCL then times out and the stage fails: keep to a partition that "
-                       "nothing preempts", "bad")
+        said, level = (
+            "a preempted job is suspended on its GPUs; NCCL then times out and the stage fails: keep to a partition that "
+            "nothing preempts",
+            "bad",
+        )
     else:
-        said, level = ("a preempted job is cancelled, and the rest of its chain with it: python -m launcher resume RUN goes on; better a "
-                       "partition that nothing preempts", "note")
+        said, level = (
+            "a preempted job is cancelled, and the rest of its chain with it: python -m launcher resume RUN goes on; better a "
+            "partition that nothing preempts",
+            "note",
+        )
     again = config["JobRequeue"] == "1"
     wait = int(match[1]) if (match := re.search(r"cred_expire=(\d+)", config["AuthInfo"])) else 120
-    return [Finding("Slurm", "preemption", f"{kind}, {mode}", said, level),
-            Finding("Slurm", "JobRequeue", config["JobRequeue"], "jobs may be requeued" if again else
-                    "jobs are not requeued unless they ask: the scripts ask (--requeue); should the site forbid it, a stage ends at its "
-                    "time limit and resume goes on", "ok" if again else "note"),
-            Finding("Slurm", "requeue delay", f"{wait + 1} s", "a stage that saved and requeued itself waits so long before it runs again")]
+    return [
+        Finding("Slurm", "preemption", f"{kind}, {mode}", said, level),
+        Finding(
+            "Slurm",
+            "JobRequeue",
+            config["JobRequeue"],
+            "jobs may be requeued"
+            if again
+            else "jobs are not requeued unless they ask: the scripts ask (--requeue); should the site forbid it, a stage ends at its "
+            "time limit and resume goes on",
+            "ok" if again else "note",
+        ),
+        Finding(
+            "Slurm",
+            "requeue delay",
+            f"{wait + 1} s",
+            "a stage that saved and requeued itself waits so long before it runs again",
+        ),
+    ]
 
 
 def _limits(config: Known) -> list[Finding]:
     size, kill = config.number("MaxArraySize", 1001), config.number("KillWait", 30)
     refuses = config["EnforcePartLimits"] in ("ALL", "ANY", "YES")
     return [
-        Finding("Slurm", "MaxArraySize", str(size), f"a sweep has at most {max(0, size - 1)} elements" if size > 1 else
-                "job arrays are switched off: no sweeps", "ok" if size > 1 else "note"),
-        Finding("Slurm", "KillWait", f"{kill} s", "between TERM and KILL: a checkpoint that takes longer is not finished then; the lead of "
-                "the time limit's signal (signal_lead_s) is what counts"),
-        Finding("Slurm", "EnforcePartLimits", config["EnforcePartLimits"], "a job over its partition's limits is refused at once" if refuses
-                else "a job over its partition's limits is accepted and waits for ever: status says so (PartitionTimeLimit)",
-                "ok" if refuses else "note")]
+        Finding(
+            "Slurm",
+            "MaxArraySize",
+            str(size),
+            f"a sweep has at most {max(0, size - 1)} elements"
+            if size > 1
+            else "job arrays are switched off: no sweeps",
+            "ok" if size > 1 else "note",
+        ),
+        Finding(
+            "Slurm",
+            "KillWait",
+            f"{kill} s",
+            "between TERM and KILL: a checkpoint that takes longer is not finished then; the lead of "
+            "the time limit's signal (signal_lead_s) is what counts",
+        ),
+        Finding(
+            "Slurm",
+            "EnforcePartLimits",
+            config["EnforcePartLimits"],
+            "a job over its partition's limits is refused at once"
+            if refuses
+            else "a job over its partition's limits is accepted and waits for ever: status says so (PartitionTimeLimit)",
+            "ok" if refuses else "note",
+        ),
+    ]
 
 
 def partition_findings(found: list[Partition], chosen: Partition | None, memory: bool) -> list[Finding]:
-    """One a partition; ``chosen`` is the one that a profile would use, with the settings that follow. ``memory``: Slurm hands it out."""
+    """One a partition; ``chosen`` is the one that a profile would use, with the settings that
+    follow. ``memory``: Slurm hands it out."""
     made = []
     for one in found:
-        gpus = f"{one.gpus} {one.gpu_type or 'GPU'}{'s' if one.gpus > 1 and not one.gpu_type else ''} a node" if one.gpus else "no GPUs"
+        gpus = (
+            f"{one.gpus} {one.gpu_type or 'GPU'}{'s' if one.gpus > 1 and not one.gpu_type else ''} a node"
+            if one.gpus
+            else "no GPUs"
+        )
         limit = f"{one.minutes} min" if one.minutes else "no time limit"
         value = f"{'' if one.up else 'CLOSED, '}{one.nodes} nodes, {gpus}, {one.mem_gb} GiB, {limit}, {one.idle} idle"
         said = _preempted(one) if one.up else "takes no jobs"
         if one.accounts != "ALL":
             said += f"; only for accounts {one.accounts}"
-        made.append(Finding("Partitions", one.name, value, said + ("; the profile uses it" if one == chosen else ""),
-                            "ok" if one.up else "note", settings_of(one, memory) if one == chosen else {}))
+        made.append(
+            Finding(
+                "Partitions",
+                one.name,
+                value,
+                said + ("; the profile uses it" if one == chosen else ""),
+                "ok" if one.up else "note",
+                settings_of(one, memory) if one == chosen else {},
+            )
+        )
     if chosen is None:
-        made.append(Finding("Partitions", "usable", "none", "no partition is open and has nodes: nothing can run here now", "bad"))
+        made.append(
+            Finding(
+                "Partitions", "usable", "none", "no partition is open and has nodes: nothing can run here now", "bad"
+            )
+        )
     return made
 
 
 def settings_of(one: Partition, memory: bool) -> dict:
     """Keys of the profile for jobs in this partition."""
-    return {"partition": one.name, "gpu_type": one.gpu_type, "gpus_per_node": one.gpus, "mem_gb": one.mem_gb if memory else 0,
-            "max_nodes": one.nodes, "max_minutes": one.minutes or NO_LIMIT_MINUTES, "exclusive": bool(one.gpus),
-            "device": "cuda" if one.gpus else "cpu"}
+    return {
+        "partition": one.name,
+        "gpu_type": one.gpu_type,
+        "gpus_per_node": one.gpus,
+        "mem_gb": one.mem_gb if memory else 0,
+        "max_nodes": one.nodes,
+        "max_minutes": one.minutes or NO_LIMIT_MINUTES,
+        "exclusive": bool(one.gpus),
+        "device": "cuda" if one.gpus else "cpu",
+    }
 
 
 def _preempted(one: Partition) -> str:

@@ -1,7 +1,9 @@
-"""How long a stage's work takes, on paper, beside the time limit of its job. Pure, standard library only.
+"""How long a stage's work takes, on paper, beside the time limit of its job. Pure, standard library
+only.
 
-By launcher/estimates/step_time.py and launcher/estimates/iteration_time.py: no loading, saving or evaluating, and replies as long as they may be. A reward
-model's step is a forward and backward pass over both replies of a comparison; DPO's has a forward pass of the reference besides.
+By launcher/estimates/step_time.py and launcher/estimates/iteration_time.py: no loading, saving or
+evaluating, and replies as long as they may be. A reward model's step is a forward and backward pass
+over both replies of a comparison; DPO's has a forward pass of the reference besides.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ class Work:
 
 
 def work(stage: str, shape: Shape, config: TrainerConfig, asked: Resources, profile: Profile) -> Work | None:
-    """What a stage takes; None where the site's machine is not known, or the layout does not divide."""
+    """What a stage takes; None where the site's machine is not known, or the layout does not
+    divide."""
     if step_time.unsaid(stage, profile):
         return None
     try:

@@ -1,27 +1,32 @@
-"""Memory of one GPU, estimated before anything is queued: what each model of a stage keeps, and what its worst moment adds.
+"""Memory of one GPU, estimated before anything is queued: what each model of a stage keeps, and
+what its worst moment adds.
 
-The formula, in bytes; P = parameters of this rank, T = tokens of a micro-batch, h = hidden size, t, p, d = TP, PP, DP:
+The formula, in bytes; P = parameters of this rank, T = tokens of a micro-batch, h = hidden size, t,
+p, d = TP, PP, DP:
 
 * a trained model under bf16: weights 2 P, fp32 gradients 4 P, and of the fp32 master weights and Adam's two moments 12 P / d,
-  which the distributed optimizer shards (Rajbhandari et al. 2020, ZeRO stage 1); a frozen model: 2 P. fp32: 4, 4, 8 / d and 4.
-  optimizer_precision "bf16" has 6 P / d instead of 12.
-  With low-rank adapters the model is frozen, and only they have the rest.
+  which the distributed optimizer shards (Rajbhandari et al. 2020, ZeRO stage 1); a frozen model: 2
+  P. fp32: 4, 4, 8 / d and 4. optimizer_precision "bf16" has 6 P / d instead of 12. With low-rank
+  adapters the model is frozen, and only they have the rest.
 * a layer's activations, k = width of all keys, f = of the feed-forward part: T (8 h + (4 h + 4 k + 4 f) / t), for BLOOM T h (8 + 24 / t);
-  with sequence parallelism t divides the first 8 h, too. A gated feed-forward part keeps 8 f. This is Korthikanti et al. 2022
-  (arXiv:2205.05198), equations 2 and 4, without what we do not keep: dropout masks (no dropout) and attention scores (a fused kernel).
-  Selective recompute keeps half of the feed-forward part's; full keeps 2 T h a layer, and one layer's activations at a time. The
+  with sequence parallelism t divides the first 8 h, too. A gated feed-forward part keeps 8 f. This
+  is Korthikanti et al. 2022 (arXiv:2205.05198), equations 2 and 4, without what we do not keep:
+  dropout masks (no dropout) and attention scores (a fused kernel). Selective recompute keeps half
+  of the feed-forward part's; full keeps 2 T h a layer, and one layer's activations at a time. The
   first pipeline stage keeps those of min(p, micro-batches) at once.
 * attention "sdpa" with ALiBi or packed rows: a bias of all pairs, heads / t x length^2 numbers, and of packed rows one more a row.
 * the language model's head: the fp32 logits of a chunk of tokens (training.config.shape.CHUNK_LOGITS).
   Log-probabilities and entropies of all other tokens are numbers (training.models.heads).
 * offload = "frozen": of the frozen models one at a time. offload = "all": beside the trained models' weights the worst of one model's
-  update (its gradients and optimizer among it), both optimizers (one goes while the other comes; a save), a scoring pass, and the
-  rollout. What waits in host memory has its place there all the time.
+  update (its gradients and optimizer among it), both optimizers (one goes while the other comes; a
+  save), a scoring pass, and the rollout. What waits in host memory has its place there all the
+  time.
 * rollout: all layers' weights where generation's layout is not training's, keys and values 4 k / t bytes a token and layer (t: generation's
   TP), and a step's fp32 logits or a prefill's activations.
 
-Held against torch's peak on one H200 by tests/launcher/test_memory.py: our SFT of 560m and 1b7, batch 1 and 4, each recompute, 1 to 3 %
-above the measured; 7b1 and 1b7 of an earlier prototype within 5 %. What the allocator can't reuse is in OUTSIDE_GB.
+Held against torch's peak on one H200 by tests/launcher/test_memory.py: our SFT of 560m and 1b7,
+batch 1 and 4, each recompute, 1 to 3 % above the measured; 7b1 and 1b7 of an earlier prototype
+within 5 %. What the allocator can't reuse is in OUTSIDE_GB.
 """
 
 from __future__ import annotations
@@ -42,11 +47,14 @@ OUTSIDE_GB = 2.5
 FITS = 0.9
 """Of a GPU's memory, what an estimate may be: above, it is warned of."""
 LEAST_ROWS, PREFILL_TOKENS = 8, 8192
-"""Of a rollout: rows whose cache must fit (fewer would be slow), and training.generation.engine.Limits.prefill_tokens."""
+"""Of a rollout: rows whose cache must fit (fewer would be slow), and
+training.generation.engine.Limits.prefill_tokens."""
 OPTIMIZER = {("bf16", "fp32"): 12, ("bf16", "bf16"): 6, ("fp32", "fp32"): 8}
-"""Bytes a parameter, by precision and optimizer_precision: fp32 weights and both moments; training.optim.adamw's; moments alone."""
+"""Bytes a parameter, by precision and optimizer_precision: fp32 weights and both moments;
+training.optim.adamw's; moments alone."""
 REPLIES = 2
-"""Replies to a query that reward and dpo are reckoned with; their rows are micro_batch_size x this."""
+"""Replies to a query that reward and dpo are reckoned with; their rows are micro_batch_size x
+this."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +95,9 @@ class Rank:
         return self.stage == self.config.pipeline_parallel - 1
 
     def layers(self, head: str) -> int:
-        return sum(self.shape.chunk_layers(self.config.pipeline_parallel, self.config.virtual_pipeline, head)[self.stage])
+        return sum(
+            self.shape.chunk_layers(self.config.pipeline_parallel, self.config.virtual_pipeline, head)[self.stage]
+        )
 
     @property
     def embedding(self) -> int:
@@ -100,11 +110,14 @@ class Rank:
         return 2 if self.config.precision == "bf16" else 4
 
     def parameters(self, head: str) -> int:
-        """Of this rank: what tensor parallelism splits is divided, the rest (norms, row-parallel biases) is on every rank."""
+        """Of this rank: what tensor parallelism splits is divided, the rest (norms, row-parallel
+        biases) is on every rank."""
         table, output = self.shape.table, self.last and head == "lm"
 
         def count(weights) -> int:
-            return sum(math.prod(one.size) // (1 if one.split is None else self.config.tensor_parallel) for one in weights)
+            return sum(
+                math.prod(one.size) // (1 if one.split is None else self.config.tensor_parallel) for one in weights
+            )
 
         matrices = (self.first or output) if self.shape.tied else self.first + output
         ends = matrices * self.embedding + self.first * count(table.first[1:]) + self.last * count(table.last)
@@ -120,8 +133,12 @@ class Rank:
         frozen = self.frozen(name, head) if self.config.lora_rank else []
         name, learning = (f"{name} adapters", self.adapters(head)) if frozen else (name, learning)
         held = "16 bits more of the weights" if self.config.optimizer_precision == "bf16" else "fp32 weights"
-        return [*frozen, (f"{name}: weights", self.word * learning / GB), (f"{name}: fp32 gradients", 4 * learning / GB),
-                (f"{name}: {held}, Adam / DP {self.data}", optimizer * learning / self.data / GB)]
+        return [
+            *frozen,
+            (f"{name}: weights", self.word * learning / GB),
+            (f"{name}: fp32 gradients", 4 * learning / GB),
+            (f"{name}: {held}, Adam / DP {self.data}", optimizer * learning / self.data / GB),
+        ]
 
     def frozen(self, name: str, head: str) -> list[tuple[str, float]]:
         return [(f"{name}: weights", self.word * self.parameters(head) / GB)]
@@ -130,12 +147,15 @@ class Rank:
         """GB that forward keeps for backward, of all micro-batches in flight."""
         config, shape, one = self.config, self.shape, tokens * self.shape.hidden * self.word / 2 / GB
         tensor, whole = config.tensor_parallel, config.tensor_parallel if config.sequence_parallel else 1
-        feed_forward = (4 if config.recompute == "selective" else 8) * shape.ffn * (1 if shape.gated else 0.5) / shape.hidden
+        feed_forward = (
+            (4 if config.recompute == "selective" else 8) * shape.ffn * (1 if shape.gated else 0.5) / shape.hidden
+        )
         layer = one * (8 / whole + (4 + 4 * shape.groups / shape.heads + feed_forward) / tensor)
         kept = one * 2 / whole if config.recompute == "full" else layer
         pipeline, virtual = config.pipeline_parallel, config.virtual_pipeline
         flights = min(pipeline - self.stage, micro_batches)
-        if virtual > 1 and self.first:  # Narayanan et al. 2021 (arXiv:2104.04473): interleaving holds a few more
+        # Narayanan et al. 2021 (arXiv:2104.04473): interleaving holds a few more
+        if virtual > 1 and self.first:
             flights *= 1 + (pipeline - 1) / (pipeline * virtual)
         return self.layers(head) * kept * flights + (layer if config.recompute == "full" else 0) + 4 * one / whole
 
@@ -158,7 +178,10 @@ def estimate(shape: Shape, config: TrainerConfig, ranks: int) -> Estimate:
     """The pipeline stage that needs most. Raises ConfigError where the layout does not divide."""
     data = config.data_parallel(ranks)
     stages = [Rank(shape, config, data, stage) for stage in range(config.pipeline_parallel)]
-    return max((_rollouts(rank) if isinstance(config, RolloutConfig) else _trainer(rank) for rank in stages), key=lambda made: made.total)
+    return max(
+        (_rollouts(rank) if isinstance(config, RolloutConfig) else _trainer(rank) for rank in stages),
+        key=lambda made: made.total,
+    )
 
 
 def _trainer(rank: Rank) -> Estimate:
@@ -166,20 +189,30 @@ def _trainer(rank: Rank) -> Estimate:
     micro_batches = config.global_batch_size // (config.micro_batch_size * rank.data)
     head = "scalar" if isinstance(config, RewardConfig) else "lm"
     tokens = config.micro_batch_size * (1 if isinstance(config, SFTConfig) else REPLIES) * config.seq_length
-    lines = [*rank.trained("model", head), ("activations", rank.activations(tokens, micro_batches, head) + rank.bias(tokens))]
+    lines = [
+        *rank.trained("model", head),
+        ("activations", rank.activations(tokens, micro_batches, head) + rank.bias(tokens)),
+    ]
     return Estimate((*lines, *([("logits and loss", rank.head(tokens))] if head == "lm" else [])))
 
 
 def _rollouts(rank: Rank) -> Estimate:
     config = rank.config
-    learners = [rank.trained("policy", "lm"), *([rank.trained("value", "scalar")] if isinstance(config, PPOConfig) else [])]
-    reference = [] if config.lora_rank or not config.kl_coef else rank.frozen("reference", "lm")  # with adapters it is the policy
+    learners = [
+        rank.trained("policy", "lm"),
+        *([rank.trained("value", "scalar")] if isinstance(config, PPOConfig) else []),
+    ]
+    reference = (
+        [] if config.lora_rank or not config.kl_coef else rank.frozen("reference", "lm")
+    )  # with adapters it is the policy
     frozen = [*reference, *rank.frozen("reward", "scalar")]
     length = config.prompt_length + config.response_length
     tokens = config.micro_batch_tokens or config.micro_batch_size * length
     micro_batches = -(-config.global_batch_size * length // (tokens * rank.data))
-    update = [("activations of an update", rank.activations(tokens, micro_batches, "lm") + rank.bias(tokens)),
-              ("logits and loss", rank.head(tokens))]
+    update = [
+        ("activations of an update", rank.activations(tokens, micro_batches, "lm") + rank.bias(tokens)),
+        ("logits and loss", rank.head(tokens)),
+    ]
     score = [max(frozen, key=_gb)] if config.offload != "none" else frozen  # one of them at a time
     if config.offload == "all":
         weights, states = [line for lines in learners for line in lines[:-2]], [lines[-1] for lines in learners]
@@ -201,18 +234,24 @@ def _sum(lines: list[tuple[str, float]]) -> float:
 
 
 def _engine(rank: Rank) -> list[tuple[str, float]]:
-    """What the rollout engine can't do without. Its cache takes what is free beyond that, up to ``cache_share``."""
+    """What the rollout engine can't do without. Its cache takes what is free beyond that, up to
+    ``cache_share``."""
     config, shape = rank.config, rank.shape
     size = config.generation_tensor_parallel or config.tensor_parallel
     rows = min(config.generation_batch_size, config.rollout_batch_size // rank.data)
     least = min(LEAST_ROWS, rows)
     token = 2 * rank.word * shape.layers * shape.groups * shape.head_dim / size
-    moved = config.pipeline_parallel > 1 or size != config.tensor_parallel or config.lora_rank  # adapters are merged into a copy
+    moved = (
+        config.pipeline_parallel > 1 or size != config.tensor_parallel or config.lora_rank
+    )  # adapters are merged into a copy
     weights = [(f"weights for rollouts at TP {size}", rank.word * shape.parameters() / size / GB)] if moved else []
     working = max(8 * rows * shape.vocab, PREFILL_TOKENS * rank.word * (2 * shape.ffn / size + 4 * shape.hidden))
     cache = token * least * (config.prompt_length + config.response_length)
-    return [*weights, (f"keys and values of {least} rows (more where there is room)", cache / GB),
-            ("logits or prefill of a rollout", working / GB)]
+    return [
+        *weights,
+        (f"keys and values of {least} rows (more where there is room)", cache / GB),
+        ("logits or prefill of a rollout", working / GB),
+    ]
 
 
 @dataclass(frozen=True)
@@ -242,6 +281,7 @@ SMALLER = 1000
 
 def _changes(stage: str, shape: Shape, config: TrainerConfig, asked: Resources, profile: Profile):
     """(command line, function that makes the configuration, ranks)."""
+
     def keys(**changes):
         words = " ".join(f"--set {stage}.{key}={str(value).lower()}" for key, value in changes.items())
         return words, lambda: dataclasses.replace(config, **changes)
@@ -251,7 +291,9 @@ def _changes(stage: str, shape: Shape, config: TrainerConfig, asked: Resources, 
         half = max(config.micro_batch_tokens // 2, config.prompt_length + config.response_length)
         yield *keys(micro_batch_tokens=half), asked.ranks
     elif config.micro_batch_size > 1:
-        fewer = next((config.micro_batch_size // by for by in range(2, SMALLER) if config.micro_batch_size % by == 0), 1)
+        fewer = next(
+            (config.micro_batch_size // by for by in range(2, SMALLER) if config.micro_batch_size % by == 0), 1
+        )
         yield *keys(micro_batch_size=fewer), asked.ranks
     if config.precision == "bf16" and config.optimizer_precision != "bf16":
         yield *keys(optimizer_precision="bf16"), asked.ranks
@@ -278,9 +320,13 @@ def _changes(stage: str, shape: Shape, config: TrainerConfig, asked: Resources, 
 
 
 def relief(stage: str, shape: Shape, config: TrainerConfig, asked: Resources, profile: Profile) -> str:
-    """What to do about a stage that ran out of memory: the estimate, and what it would be with other settings."""
+    """What to do about a stage that ran out of memory: the estimate, and what it would be with
+    other settings."""
     made = estimate(shape, config, asked.ranks)
-    ways = [f"{knob.setting} ({made.total - knob.total:.1f} GB less)" for knob in knobs(stage, shape, config, asked, profile)]
+    ways = [
+        f"{knob.setting} ({made.total - knob.total:.1f} GB less)"
+        for knob in knobs(stage, shape, config, asked, profile)
+    ]
     words = f"by estimate it needs {made.total:.1f} GB of each GPU, {made.static:.1f} of them for weights, gradients and optimizer; "
     if made.total <= FITS * profile.gpu_memory_gb:
         words += f"that should fit {profile.gpu_memory_gb:g} GB: is another process on the GPU (nvidia-smi)? If not, "
@@ -288,14 +334,16 @@ def relief(stage: str, shape: Shape, config: TrainerConfig, asked: Resources, pr
 
 
 def check(stage: str, shape: Shape, config: TrainerConfig, asked: Resources, profile: Profile) -> str:
-    """A warning where the estimate comes close to what the profile's GPU has, else ""; ConfigError, with what would free how much,
-    where it is more than 10 % above (the estimate's own error)."""
+    """A warning where the estimate comes close to what the profile's GPU has, else ""; ConfigError,
+    with what would free how much, where it is more than 10 % above (the estimate's own error)."""
     made, gpu_gb = estimate(shape, config, asked.ranks), profile.gpu_memory_gb
     if made.total <= FITS * gpu_gb:
         return ""
     ways = [f"  {knob.total:6.1f} GB with {knob.setting}" for knob in knobs(stage, shape, config, asked, profile)]
-    text = (f"{stage} needs about {made.total:.0f} GB of each GPU, {made.static:.0f} of it for weights, gradients and optimizer; "
-            f"the profile's gpu_memory_gb is {gpu_gb:g}")
+    text = (
+        f"{stage} needs about {made.total:.0f} GB of each GPU, {made.static:.0f} of it for weights, gradients and optimizer; "
+        f"the profile's gpu_memory_gb is {gpu_gb:g}"
+    )
     if made.total > 1.1 * gpu_gb or made.static > gpu_gb:
         raise ConfigError("\n".join([f"{text}; it would run out of memory. What helps:", *ways]))
     return "\n".join([f"{text}: it may not fit. What would help:", *ways])
@@ -311,26 +359,38 @@ def check_evaluation(shape: Shape, config: MTBenchConfig, profile: Profile) -> s
     needs = max(weights, weights / 2 + cache) + OUTSIDE_GB
     if needs <= FITS * profile.gpu_memory_gb:
         return ""
-    text = (f"mtbench needs about {needs:.0f} GB of one GPU (a model's weights in fp32 {weights:.0f} GB; in bf16 "
-            f"with keys and values of "
-            f"{config.batch_size} rows of {config.context_length} tokens {weights / 2 + cache:.0f} GB), and does "
-            f"not divide a model "
-            f"between GPUs; the profile's gpu_memory_gb is {profile.gpu_memory_gb:g}")
+    text = (
+        f"mtbench needs about {needs:.0f} GB of one GPU (a model's weights in fp32 {weights:.0f} GB; in bf16 "
+        f"with keys and values of "
+        f"{config.batch_size} rows of {config.context_length} tokens {weights / 2 + cache:.0f} GB), and does "
+        f"not divide a model "
+        f"between GPUs; the profile's gpu_memory_gb is {profile.gpu_memory_gb:g}"
+    )
     if weights > profile.gpu_memory_gb:
-        raise ConfigError(f"{text}; it would run out of memory after all training: submit the chain with --until "
-                          f"export and evaluate "
-                          "runs/NAME/export elsewhere")
+        raise ConfigError(
+            f"{text}; it would run out of memory after all training: submit the chain with --until "
+            f"export and evaluate "
+            "runs/NAME/export elsewhere"
+        )
     return f"{text}: it may not fit; a smaller mtbench.batch_size or mtbench.context_length needs less"
 
 
 def check_host(stage: str, made: Estimate, asked: Resources, profile: Profile) -> str:
-    """A warning where what waits in pinned host memory comes close to what the job asks of a node, else ""; ConfigError where it is more:
-    Slurm would end the job. All else in host memory (torch, data, a save under way) comes on top and is not reckoned."""
-    waits, has = sum(gb for _, gb in made.host) * asked.ranks_per_node, profile.share_gib(asked.gpus_per_node) * 2**30 / GB
+    """A warning where what waits in pinned host memory comes close to what the job asks of a node,
+    else ""; ConfigError where it is more: Slurm would end the job. All else in host memory (torch,
+    data, a save under way) comes on top and is not reckoned."""
+    waits, has = (
+        sum(gb for _, gb in made.host) * asked.ranks_per_node,
+        profile.share_gib(asked.gpus_per_node) * 2**30 / GB,
+    )
     if not has or waits <= FITS * has:
         return ""
-    text = (f"{stage} keeps {waits:.0f} GB pinned in a node's memory (offload); the job asks for {has:.0f} GB of it, by the profile's "
-            f"mem_gb = {profile.mem_gb} GiB and {asked.gpus_per_node} of {profile.gpus_per_node} GPUs")
+    text = (
+        f"{stage} keeps {waits:.0f} GB pinned in a node's memory (offload); the job asks for {has:.0f} GB of it, by the profile's "
+        f"mem_gb = {profile.mem_gb} GiB and {asked.gpus_per_node} of {profile.gpus_per_node} GPUs"
+    )
     if waits > has:
-        raise ConfigError(f"{text}; the kernel would end it. Ask for more GPUs of a node, or use --set {stage}.offload=frozen or none")
+        raise ConfigError(
+            f"{text}; the kernel would end it. Ask for more GPUs of a node, or use --set {stage}.offload=frozen or none"
+        )
     return f"{text}: it may not fit, with all else that is there"

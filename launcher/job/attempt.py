@@ -1,4 +1,5 @@
-"""One attempt of a stage while its ranks run: when they are told to save, to save and end, or to end."""
+"""One attempt of a stage while its ranks run: when they are told to save, to save and end, or to
+end."""
 
 from __future__ import annotations
 
@@ -19,13 +20,15 @@ from launcher.run.folder import Run
 from launcher.slurm import commands
 
 REPEAT_S = 5
-"""Seconds between repetitions of a request to save: ranks that are still starting do not hear it."""
+"""Seconds between repetitions of a request to save: ranks that are still starting do not hear
+it."""
 LOOK_S = 0.5
 """Seconds between looks at the clock."""
 FILES_S = 2
 """Seconds between looks at files: a sweep's many jobs share a metadata server."""
 LAST_S = 10
-"""Seconds before the end of the job at which ranks that have not saved are killed, so that there is time to queue again."""
+"""Seconds before the end of the job at which ranks that have not saved are killed, so that there is
+time to queue again."""
 FATE_TRIES = 5
 """Questions for the reason of a TERM: the first may die of the same TERM."""
 STACKS_S = 3
@@ -33,9 +36,18 @@ STACKS_S = 3
 
 
 class Attempt:
-    """The ranks of one attempt, and why they were told to end (``asked``) or what Slurm did to their job (``fate``)."""
+    """The ranks of one attempt, and why they were told to end (``asked``) or what Slurm did to
+    their job (``fate``)."""
 
-    def __init__(self, run: Run, stage: Stage, job: int | None, stall_minutes: int, default_lead_s: float, say: Callable[[str], None]):
+    def __init__(
+        self,
+        run: Run,
+        stage: Stage,
+        job: int | None,
+        stall_minutes: int,
+        default_lead_s: float,
+        say: Callable[[str], None],
+    ):
         self.run, self.stage, self.job, self.say = run, stage, job, say
         self.stall_s, self.deadline = 60 * stall_minutes, Deadline(run, stage.name, job, default_lead_s)
         self.ranks: Ranks | None = None
@@ -48,7 +60,8 @@ class Attempt:
         self.killed_at_the_end = False
         self.repeated = self.looked = self.looked_at_files = self.asked_to_save = float("-inf")
         self.save_from: list[int | None] = []
-        """The iteration that was saved last when the file SAVE was seen first; empty without the file."""
+        """The iteration that was saved last when the file SAVE was seen first; empty without the
+        file."""
         self.moved = (None, time.monotonic())
 
     def wait(self, ranks: Ranks) -> list[Ended]:
@@ -56,7 +69,8 @@ class Attempt:
         return ranks.wait(self.tick)
 
     def signalled(self, number: int) -> None:
-        """From a signal handler: USR1 is Slurm's warning before the limit, or a person's; TERM has several reasons."""
+        """From a signal handler: USR1 is Slurm's warning before the limit, or a person's; TERM has
+        several reasons."""
         if number == signal.SIGUSR1:
             self.asked = self.asked or Class.TIME_LIMIT
         elif self.job:
@@ -70,7 +84,8 @@ class Attempt:
         now = time.monotonic()
         if (self.asked or self.terminated) and now - self.repeated > REPEAT_S:
             self.repeated = now
-            self.ask_to_end()  # before Slurm is asked why: a slow controller takes seconds of KillWait
+            # before Slurm is asked why: a slow controller takes seconds of KillWait
+            self.ask_to_end()
         if self.terminated and self.fate is None:
             self.find_fate()
         if now - self.looked_at_files > FILES_S:
@@ -82,9 +97,11 @@ class Attempt:
             self.watch_end()
 
     def ask_to_end(self) -> None:
-        """Trainers save at the end of their step and exit 75; other stages do at once, their work is on the disk."""
+        """Trainers save at the end of their step and exit 75; other stages do at once, their work
+        is on the disk."""
         if self.stage.resumable:
-            # under Slurm slurmd has sent a TERM to the tasks, too, and srun would take one as an order to kill them
+            # under Slurm slurmd has sent a TERM to the tasks, too, and srun would take one as an
+            # order to kill them
             self.ranks.pass_on(signal.SIGTERM if self.asked is Class.CANCELLED else signal.SIGUSR1)
         elif self.asked in (Class.CANCELLED, Class.STOPPED):
             self.ranks.pass_on(signal.SIGTERM)
@@ -98,7 +115,8 @@ class Attempt:
         if not self.stage.trainer or not save.exists():
             self.save_from = []
             return
-        iteration = self.run.iteration(self.stage.name)  # not the files' times: two machines' clocks differ
+        # not the files' times: two machines' clocks differ
+        iteration = self.run.iteration(self.stage.name)
         if self.save_from and iteration != self.save_from[0]:
             self.save_from = []
             with contextlib.suppress(FileNotFoundError):
@@ -116,17 +134,22 @@ class Attempt:
         if remaining is None:
             return
         if remaining < 0 and not self.asked and self.stage.resumable:
-            self.say(f"{self.deadline.left():.0f} s before the end of job {self.job}: the ranks are told to save "
-                     f"(steps and saves so far need {self.deadline.lead_s:.0f} s)")
+            self.say(
+                f"{self.deadline.left():.0f} s before the end of job {self.job}: the ranks are told to save "
+                f"(steps and saves so far need {self.deadline.lead_s:.0f} s)"
+            )
             self.asked = Class.PREEMPTED if self.deadline.facts.preempted else Class.TIME_LIMIT
             self.repeated = float("-inf")
         if self.deadline.left() < LAST_S and not self.killed_at_the_end:
-            self.say(f"{self.deadline.left():.0f} s before the end of job {self.job}: the ranks have not ended, they are killed")
+            self.say(
+                f"{self.deadline.left():.0f} s before the end of job {self.job}: the ranks have not ended, they are killed"
+            )
             self.killed_at_the_end, self.asked = True, self.asked or Class.TIME_LIMIT
             self.ranks.pass_on(signal.SIGKILL)
 
     def watch_stall(self, now: float) -> None:
-        """Kill ranks of which nothing has been heard for too long, after they said where they are."""
+        """Kill ranks of which nothing has been heard for too long, after they said where they
+        are."""
         folder = self.run.stage(self.stage.name)
         seen = tuple(_mtime(folder / name) for name in ("metrics.jsonl", "latest"))
         if seen != self.moved[0]:
@@ -138,12 +161,16 @@ class Attempt:
         elif quiet > self.stall_s:
             self.hung_minutes = self.stall_s // 60
             self.say(f"nothing heard of any rank for {self.hung_minutes} minutes: hung")
-            self.ranks.log.write("launcher", f"no sign of life for {self.hung_minutes} minutes: the ranks say where they are and are ended")
+            self.ranks.log.write(
+                "launcher",
+                f"no sign of life for {self.hung_minutes} minutes: the ranks say where they are and are ended",
+            )
             self.ranks.show_stacks()
 
     def settle_fate(self, ended: list[Ended]) -> None:
-        """Find it once there is no next tick. Slurm may tell the tasks of a preemption before the supervisor. It tells
-        the supervisor nothing where it has lost a node and queued the job again."""
+        """Find it once there is no next tick. Slurm may tell the tasks of a preemption before the
+        supervisor. It tells the supervisor nothing where it has lost a node and queued the job
+        again."""
         lost = self.ranks is not None and self.ranks.log.lost_node()
         told = all(one.code in (SAVED, -signal.SIGTERM, 143) for one in ended)
         unknown = self.fate is None and (self.terminated or (self.asked is None and (told or lost)))

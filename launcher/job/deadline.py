@@ -1,4 +1,5 @@
-"""When a job must save: the end that Slurm has set for it, less what a step and a save have taken so far."""
+"""When a job must save: the end that Slurm has set for it, less what a step and a save have taken
+so far."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ SAVE_FACTOR = 1.5
 ROWS_BYTES = 1 << 18
 """Of the end of metrics.jsonl, so much tells how long a step and a save take."""
 POLL_S = 30
-"""Seconds between questions to Slurm: the end moves with ``scontrol update TimeLimit`` and with preemption."""
+"""Seconds between questions to Slurm: the end moves with ``scontrol update TimeLimit`` and with
+preemption."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,14 @@ def ask(job: int) -> JobFacts:
     """Raises SlurmError where Slurm does not answer."""
     text = commands.call("env", "SLURM_TIME_FORMAT=%s", "scontrol", "show", "job", "-o", commands.own_job(job))
     values = dict(re.findall(r"(\w+)=(\S*)", text))
-    return JobFacts(values["JobState"], values.get("Reason", ""), _epoch(values.get("EndTime")), _epoch(values.get("StartTime")),
-                    int(values.get("Restarts", 0)), _epoch(values.get("PreemptTime")) is not None)
+    return JobFacts(
+        values["JobState"],
+        values.get("Reason", ""),
+        _epoch(values.get("EndTime")),
+        _epoch(values.get("StartTime")),
+        int(values.get("Restarts", 0)),
+        _epoch(values.get("PreemptTime")) is not None,
+    )
 
 
 def _epoch(text: str | None) -> float | None:
@@ -51,12 +59,16 @@ def _epoch(text: str | None) -> float | None:
 def lead(rows: Sequence[dict], starts: Sequence[float], default_s: float, limit_s: float) -> float:
     """Seconds before the end at which to ask for the save, from the stage's metrics ``rows``.
 
-    The ranks save at the end of the step that they are in: the longest step so far (with its evaluation, and the save before it),
-    then the longest save, with margin. ``starts``: when each attempt began; a step is not measured across two of them. What was not
-    measured counts ``default_s``. At most half the limit: a job must also get somewhere.
+    The ranks save at the end of the step that they are in: the longest step so far (with its
+    evaluation, and the save before it), then the longest save, with margin. ``starts``: when each
+    attempt began; a step is not measured across two of them. What was not measured counts
+    ``default_s``. At most half the limit: a job must also get somewhere.
     """
-    steps = [after["time"] - before["time"] for before, after in itertools.pairwise(rows)
-             if not any(before["time"] < start <= after["time"] for start in starts)]
+    steps = [
+        after["time"] - before["time"]
+        for before, after in itertools.pairwise(rows)
+        if not any(before["time"] < start <= after["time"] for start in starts)
+    ]
     saves = [row["save_s"] for row in rows if row.get("save_s")]
     if not steps or not saves:
         return min(default_s, limit_s / 4)
@@ -92,5 +104,14 @@ class Deadline:
         except commands.SlurmError:
             return  # a controller that is down: the end as last heard of
         if self.facts.end and self.facts.start:
-            starts = [event["time"] for event in self.run.ledger() if event["event"] == "started" and event["stage"] == self.stage]
-            self.lead_s = lead(progress.rows(self.run, self.stage, ROWS_BYTES), starts, self.default_s, self.facts.end - self.facts.start)
+            starts = [
+                event["time"]
+                for event in self.run.ledger()
+                if event["event"] == "started" and event["stage"] == self.stage
+            ]
+            self.lead_s = lead(
+                progress.rows(self.run, self.stage, ROWS_BYTES),
+                starts,
+                self.default_s,
+                self.facts.end - self.facts.start,
+            )

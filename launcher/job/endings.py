@@ -1,4 +1,5 @@
-"""The words for how an attempt ended: its class, what the ranks left, the verdict. Pure; see launcher/job/outcome.py."""
+"""The words for how an attempt ended: its class, what the ranks left, the verdict. Pure; see
+launcher/job/outcome.py."""
 
 from __future__ import annotations
 
@@ -50,12 +51,34 @@ AGAIN = {Class.TIME_LIMIT, Class.PREEMPTED, Class.SAVED, Class.NODE_FAILURE, Cla
 BLAMELESS = {Class.PREEMPTED, Class.NODE_FAILURE, Class.PREFLIGHT}
 """Endings that say nothing about the stage: they don't count as attempts without progress."""
 
-SAID = {kind.value: kind for kind in (
-    Class.CUDA_OOM, Class.HOST_OOM, Class.NAN, Class.NODE_FAILURE, Class.DISK_FULL, Class.FILE_ERROR, Class.BAD_CONFIG,
-    Class.BAD_DATA, Class.REFUSED, Class.UNHEALTHY, Class.JUDGE, Class.HARNESS, Class.TOO_FEW_RATINGS, Class.BUG)}
+SAID = {
+    kind.value: kind
+    for kind in (
+        Class.CUDA_OOM,
+        Class.HOST_OOM,
+        Class.NAN,
+        Class.NODE_FAILURE,
+        Class.DISK_FULL,
+        Class.FILE_ERROR,
+        Class.BAD_CONFIG,
+        Class.BAD_DATA,
+        Class.REFUSED,
+        Class.UNHEALTHY,
+        Class.JUDGE,
+        Class.HARNESS,
+        Class.TOO_FEW_RATINGS,
+        Class.BUG,
+    )
+}
 """Classes that a stage may call its own end (training/error_report.py, eval/error_report.py)."""
-CODES = {os.EX_USAGE: Class.BAD_CONFIG, os.EX_DATAERR: Class.BAD_DATA, os.EX_CANTCREAT: Class.FILE_ERROR,
-         os.EX_IOERR: Class.DISK_FULL, 76: Class.UNHEALTHY, 4: Class.TOO_FEW_RATINGS}
+CODES = {
+    os.EX_USAGE: Class.BAD_CONFIG,
+    os.EX_DATAERR: Class.BAD_DATA,
+    os.EX_CANTCREAT: Class.FILE_ERROR,
+    os.EX_IOERR: Class.DISK_FULL,
+    76: Class.UNHEALTHY,
+    4: Class.TOO_FEW_RATINGS,
+}
 """Exit codes of a stage by which it says itself what is wrong."""
 SAVED = os.EX_TEMPFAIL
 """Exit code 75: the stage saved its state and wants to go on."""

@@ -1,7 +1,8 @@
-"""``python -m launcher.job.node_check FOLDER NODES CHECK``: what preflight runs on each node, one process a node. Standard library only.
+"""``python -m launcher.job.node_check FOLDER NODES CHECK``: what preflight runs on each node, one
+process a node. Standard library only.
 
-Prints one JSON line: {"node", "time", "bad": reasons}. The folder is on the file system that the run is on; its file ``canary`` was
-written on the first node a moment ago.
+Prints one JSON line: {"node", "time", "bad": reasons}. The folder is on the file system that the
+run is on; its file ``canary`` was written on the first node a moment ago.
 """
 
 from __future__ import annotations
@@ -21,17 +22,19 @@ from pathlib import Path
 ALL_S = float(os.environ.get("CONVOY_CHECK_S", "90"))
 """Seconds for all checks of a node: the profile's preflight_s."""
 SEE_S = NETWORK_S = ALL_S / 6
-"""Seconds for a file to appear on another node (NFS refreshes caches after 3 to 60 s), or an answer."""
+"""Seconds for a file to appear on another node (NFS refreshes caches after 3 to 60 s), or an
+answer."""
 CHECK_S = ALL_S * 2 / 3
 """Seconds for nvidia-smi, and for the site's own check."""
 TMP_BYTES = 100_000_000
 """Free bytes that a node's temporary folder needs."""
 BUSY_MIB = 2_000
-"""Memory of a GPU in use above which somebody else is on it (the driver itself takes up to about 600 MiB)."""
+"""Memory of a GPU in use above which somebody else is on it (the driver itself takes up to about
+600 MiB)."""
 
 
 def canary(folder: Path, node: str) -> str:
-    """"" when this node sees what the first one wrote, and can write there itself."""
+    """ "" when this node sees what the first one wrote, and can write there itself."""
     wanted, deadline = os.environ["CONVOY_CANARY"], time.monotonic() + SEE_S
     try:
         while not (folder / "canary").exists() or (folder / "canary").read_text() != wanted:
@@ -45,7 +48,7 @@ def canary(folder: Path, node: str) -> str:
 
 
 def disk() -> str:
-    """"" when the node's temporary folder can be used."""
+    """ "" when the node's temporary folder can be used."""
     try:
         with tempfile.NamedTemporaryFile() as file:
             file.write(b"x" * 4096)
@@ -53,11 +56,16 @@ def disk() -> str:
         free = shutil.disk_usage(tempfile.gettempdir()).free
     except OSError as error:
         return f"its temporary folder {tempfile.gettempdir()} can't be written: {error}"
-    return "" if free >= TMP_BYTES else f"{free / 1e6:.0f} MB free in {tempfile.gettempdir()}, {TMP_BYTES / 1e6:.0f} MB needed"
+    return (
+        ""
+        if free >= TMP_BYTES
+        else f"{free / 1e6:.0f} MB free in {tempfile.gettempdir()}, {TMP_BYTES / 1e6:.0f} MB needed"
+    )
 
 
 def network(folder: Path, index: int, nodes: int) -> str:
-    """"" when a sum over all nodes, through the first, comes back within NETWORK_S: a name that resolves, a route, no firewall."""
+    """ "" when a sum over all nodes, through the first, comes back within NETWORK_S: a name that
+    resolves, a route, no firewall."""
     if nodes == 1:
         return ""
     deadline, place = time.monotonic() + NETWORK_S, folder / "listener.json"
@@ -70,7 +78,9 @@ def network(folder: Path, index: int, nodes: int) -> str:
 def _collect(place: Path, nodes: int, deadline: float) -> str:
     with socket.create_server(("", 0)) as server:
         aside = place.with_suffix(".new")
-        aside.write_text(json.dumps([os.environ["CONVOY_ADDRESS"], server.getsockname()[1], os.environ["CONVOY_CANARY"]]))
+        aside.write_text(
+            json.dumps([os.environ["CONVOY_ADDRESS"], server.getsockname()[1], os.environ["CONVOY_CANARY"]])
+        )
         os.replace(aside, place)
         peers, total = [], 0
         while len(peers) < nodes - 1:
@@ -115,11 +125,16 @@ def _send(place: Path, index: int, nodes: int, deadline: float) -> str:
         except OSError as error:
             return f"network: can't reach the first node at {host}: {error}"
     # a peer that never came leaves the sum open: that one is at fault, not this node
-    return "" if not answer or int(answer) == sum(range(1, nodes)) else f"network: the sum over all nodes is {answer.strip()}"
+    return (
+        ""
+        if not answer or int(answer) == sum(range(1, nodes))
+        else f"network: the sum over all nodes is {answer.strip()}"
+    )
 
 
 def gpus(wanted: int) -> str:
-    """"" when the driver shows ``wanted`` GPUs, and this job's are empty and have no memory errors."""
+    """ "" when the driver shows ``wanted`` GPUs, and this job's are empty and have no memory
+    errors."""
     fields = "index,uuid,memory.used,ecc.errors.uncorrected.volatile.total"
     query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     try:
@@ -157,13 +172,16 @@ def own_gpus(rows: list[list[str]], visible: str) -> list[list[str]]:
     """Those of nvidia-smi's ``rows`` (index, uuid, ...) that CUDA_VISIBLE_DEVICES names; all
     where it names none or others."""
     names = [name.strip() for name in visible.split(",") if name.strip()]
-    ours = [row for row in rows
-            if any(name == row[0] or (name.startswith("GPU-") and row[1].startswith(name)) for name in names)]
+    ours = [
+        row
+        for row in rows
+        if any(name == row[0] or (name.startswith("GPU-") and row[1].startswith(name)) for name in names)
+    ]
     return ours if len(ours) == len(names) > 0 else rows
 
 
 def site_check(command: str) -> str:
-    """"" when the site's own command exits 0; else its last line."""
+    """ "" when the site's own command exits 0; else its last line."""
     if not command:
         return ""
     try:
@@ -178,7 +196,12 @@ def main(arguments: list[str]) -> int:
     folder, nodes, wanted = Path(arguments[0]), int(arguments[1]), int(arguments[2])
     node, index = os.environ["SLURMD_NODENAME"], int(os.environ["SLURM_PROCID"])
     now = time.time()
-    bad = [canary(folder, node), disk(), gpus(wanted) if wanted else "", site_check(os.environ.get("CONVOY_NODE_CHECK", ""))]
+    bad = [
+        canary(folder, node),
+        disk(),
+        gpus(wanted) if wanted else "",
+        site_check(os.environ.get("CONVOY_NODE_CHECK", "")),
+    ]
     bad.append(network(folder, index, nodes))
     print(json.dumps({"node": node, "time": now, "bad": [reason for reason in bad if reason]}), flush=True)
     return 0

@@ -1,7 +1,8 @@
 """How an attempt ended, from what is known of it. Pure.
 
-The order of belief: what Slurm did to the job, what the ranks were told to do, what the stage says of itself (its last
-words, then its exit code), and only then the texts of torch, NCCL, srun and Slurm.
+The order of belief: what Slurm did to the job, what the ranks were told to do, what the stage says
+of itself (its last words, then its exit code), and only then the texts of torch, NCCL, srun and
+Slurm.
 """
 
 from __future__ import annotations
@@ -11,25 +12,41 @@ import signal
 
 from launcher.job.endings import CODES, REASONS, SAVED, Class, Ended, Facts, Verdict, shown
 
-SIGNS = tuple((kind, re.compile(pattern)) for kind, pattern in (
-    (Class.CUDA_OOM, r"OutOfMemoryError|CUDA out of memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED|"
-                     r"Cuda failure .*out of memory"),
-    (Class.HOST_OOM, r"oom[-_ ]kill|Out Of Memory$|OOM Killed|^MemoryError|Cannot allocate memory|"
-                     r"can't allocate memory|killed by signal: Killed|insufficient shared memory"),
-    (Class.NAN, r"^FloatingPointError"),
-    (Class.DISK_FULL, r"No space left on device|Disk quota exceeded|File too large|it needs [\d,.]+ GB of disk"),
-    (Class.NODE_FAILURE, r"Node failure on|NODE FAILURE|uncorrectable ECC|fallen off the bus|\bXid\b|"
-                         r"CUDA driver initialization failed|no CUDA-capable device|No CUDA GPUs are available|"
-                         r"device\(s\) is/are busy or unavailable|Driver/library version mismatch|"
-                         r"Task launch for \S+ failed on node|Stale file handle|Transport endpoint is not connected|Input/output error"),
-    (Class.COMMUNICATION, r"Watchdog caught collective operation timeout|Timed out waiting \d+ms|NCCL error|"
-                          r"ncclRemoteError|ncclSystemError|ncclInternalError|DistBackendError|"
-                          r"DistNetworkError|DistStoreError|Connection (closed|reset) by peer|Connection refused|Broken pipe|"
-                          r"[Ss]ocket [Tt]imeout|wait timeout after \d+ms|"
-                          r"[Tt]imed out after \d+ seconds waiting for clients|No route to host|"
-                          r"Temporary failure in name resolution|Name or service not known|Failed to check the \"should dump\" flag"),
-))
-"""What a rank's or srun's last lines show, most specific first. Texts of torch 2.x, NCCL, gloo, glibc, Slurm 22-24."""
+SIGNS = tuple(
+    (kind, re.compile(pattern))
+    for kind, pattern in (
+        (
+            Class.CUDA_OOM,
+            r"OutOfMemoryError|CUDA out of memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED|"
+            r"Cuda failure .*out of memory",
+        ),
+        (
+            Class.HOST_OOM,
+            r"oom[-_ ]kill|Out Of Memory$|OOM Killed|^MemoryError|Cannot allocate memory|"
+            r"can't allocate memory|killed by signal: Killed|insufficient shared memory",
+        ),
+        (Class.NAN, r"^FloatingPointError"),
+        (Class.DISK_FULL, r"No space left on device|Disk quota exceeded|File too large|it needs [\d,.]+ GB of disk"),
+        (
+            Class.NODE_FAILURE,
+            r"Node failure on|NODE FAILURE|uncorrectable ECC|fallen off the bus|\bXid\b|"
+            r"CUDA driver initialization failed|no CUDA-capable device|No CUDA GPUs are available|"
+            r"device\(s\) is/are busy or unavailable|Driver/library version mismatch|"
+            r"Task launch for \S+ failed on node|Stale file handle|Transport endpoint is not connected|Input/output error",
+        ),
+        (
+            Class.COMMUNICATION,
+            r"Watchdog caught collective operation timeout|Timed out waiting \d+ms|NCCL error|"
+            r"ncclRemoteError|ncclSystemError|ncclInternalError|DistBackendError|"
+            r"DistNetworkError|DistStoreError|Connection (closed|reset) by peer|Connection refused|Broken pipe|"
+            r"[Ss]ocket [Tt]imeout|wait timeout after \d+ms|"
+            r"[Tt]imed out after \d+ seconds waiting for clients|No route to host|"
+            r"Temporary failure in name resolution|Name or service not known|Failed to check the \"should dump\" flag",
+        ),
+    )
+)
+"""What a rank's or srun's last lines show, most specific first. Texts of torch 2.x, NCCL, gloo,
+glibc, Slurm 22-24."""
 EXCEPTION = re.compile(r"^(\w[\w.]*(Error|Exception|Interrupt|Exit|Warning|Failed|Refused)\b.*|AssertionError.*)$")
 TORCH = re.compile(r"RuntimeError|torch\.|Dist\w*Error")
 """Exceptions that may tell of a lost connection between ranks."""
@@ -55,7 +72,8 @@ def classify(facts: Facts) -> Verdict:
         cause = f"hung: no line, metric or checkpoint of any rank for {facts.hung_minutes} minutes, killed"
         return Verdict(Class.COMMUNICATION, cause, None, (), code)
     evidence = evident(first, facts.launcher)
-    if evidence is Class.UNHEALTHY:  # also where it was told to save at that moment: a person must look
+    # also where it was told to save at that moment: a person must look
+    if evidence is Class.UNHEALTHY:
         return verdict(Class.UNHEALTHY, first.words())
     if told in (Class.STOPPED, Class.CANCELLED):
         return verdict(told, f"{REASONS[told]}; last checkpoint: {shown(facts.after)}")
@@ -71,9 +89,10 @@ def classify(facts: Facts) -> Verdict:
 def first_failure(ended: list[Ended]) -> Ended:
     """The rank whose failure the others follow from.
 
-    The first to end is often a peer that noticed ("Connection closed by peer"): a rank with a cause of its own comes
-    before it, in the order of their ends. Ranks that srun killed after it did not end by themselves; those of a
-    collective that timed out because one hung look the same when it is that one that is killed.
+    The first to end is often a peer that noticed ("Connection closed by peer"): a rank with a cause
+    of its own comes before it, in the order of their ends. Ranks that srun killed after it did not
+    end by themselves; those of a collective that timed out because one hung look the same when it
+    is that one that is killed.
     """
     late = ended and TIMED_OUT.search(ended[0].line)
 
@@ -86,8 +105,9 @@ def first_failure(ended: list[Ended]) -> Ended:
 
 
 def evident(ended: Ended, launcher) -> Class | None:
-    """What the rank says of itself. Of one that died without words: what its exit code says, then its last word, then
-    its other last lines, then those of srun. None where nothing says anything."""
+    """What the rank says of itself. Of one that died without words: what its exit code says, then
+    its last word, then its other last lines, then those of srun. None where nothing says
+    anything."""
     if ended.said:
         return ended.said.kind or _sign_in((ended.said.message,), Class) or Class.BUG
     if ended.code in CODES:
@@ -95,8 +115,11 @@ def evident(ended: Ended, launcher) -> Class | None:
     exception = EXCEPTION.match(ended.line)
     kinds = set(Class) - ({Class.COMMUNICATION} if exception and not TORCH.match(ended.line) else set())
     others = () if exception else ended.lines  # an exception speaks for itself
-    return (_sign_in((ended.line,), kinds) or _sign_in(others, Class)
-            or _sign_in(launcher, (Class.HOST_OOM, Class.NODE_FAILURE)))
+    return (
+        _sign_in((ended.line,), kinds)
+        or _sign_in(others, Class)
+        or _sign_in(launcher, (Class.HOST_OOM, Class.NODE_FAILURE))
+    )
 
 
 def _sign_in(texts, kinds) -> Class | None:

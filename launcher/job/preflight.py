@@ -1,7 +1,9 @@
-"""Preflight in the allocation: which of its nodes are fit for the ranks. Seconds; a bad node is named, left out, or excluded.
+"""Preflight in the allocation: which of its nodes are fit for the ranks. Seconds; a bad node is
+named, left out, or excluded.
 
-``launcher.job.node_check`` runs on each node (shared folder, clock, disk, network, driver), then, where ranks use GPUs, ``training.distributed.gpu_check``
-on each GPU (memory, matrix product, all-reduce within the node and over all).
+``launcher.job.node_check`` runs on each node (shared folder, clock, disk, network, driver), then,
+where ranks use GPUs, ``training.distributed.gpu_check`` on each GPU (memory, matrix product,
+all-reduce within the node and over all).
 """
 
 from __future__ import annotations
@@ -41,16 +43,20 @@ class Report:
 
 
 def hosts(resources: Resources) -> list[str]:
-    """Nodes of this allocation; SlurmError where there are fewer than the run's resources ask for."""
+    """Nodes of this allocation; SlurmError where there are fewer than the run's resources ask
+    for."""
     found = commands.call("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
     if len(found) < resources.nodes:
-        raise commands.SlurmError(f"this allocation has {len(found)} node(s), the run's resources ask for {resources.nodes}: "
-                               f"sbatch --nodes={resources.nodes} --gpus-per-node={resources.ranks_per_node} ...")
+        raise commands.SlurmError(
+            f"this allocation has {len(found)} node(s), the run's resources ask for {resources.nodes}: "
+            f"sbatch --nodes={resources.nodes} --gpus-per-node={resources.ranks_per_node} ..."
+        )
     return found
 
 
 def address(host: str) -> str:
-    """What other nodes reach ``host`` by: its name, or where that doesn't resolve the address that Slurm itself uses."""
+    """What other nodes reach ``host`` by: its name, or where that doesn't resolve the address that
+    Slurm itself uses."""
     try:
         socket.getaddrinfo(host, None)
         return host
@@ -63,8 +69,15 @@ class CheckFailed(RuntimeError):
     """A check could not run at all: that says nothing about the nodes."""
 
 
-def run(run: Run, stage: Stage, profile: Profile, resources: Resources, nodes: list[str], variables: dict[str, str],
-        log: Log) -> Report:
+def run(
+    run: Run,
+    stage: Stage,
+    profile: Profile,
+    resources: Resources,
+    nodes: list[str],
+    variables: dict[str, str],
+    log: Log,
+) -> Report:
     """Check all ``nodes``. The report has a verdict with fewer good ones than the stage needs, and
     where the check itself failed."""
     try:
@@ -73,8 +86,15 @@ def run(run: Run, stage: Stage, profile: Profile, resources: Resources, nodes: l
         return Report(nodes, verdict=Verdict(Class.CHECK, str(error)))
 
 
-def _run(run: Run, stage: Stage, profile: Profile, resources: Resources, nodes: list[str], variables: dict[str, str],
-         log: Log) -> Report:
+def _run(
+    run: Run,
+    stage: Stage,
+    profile: Profile,
+    resources: Resources,
+    nodes: list[str],
+    variables: dict[str, str],
+    log: Log,
+) -> Report:
     began = time.monotonic()
     if reason := no_room(run, stage):
         return Report([], verdict=Verdict(Class.DISK_FULL, reason))
@@ -99,7 +119,8 @@ def uses_gpus(profile: Profile, variables: dict[str, str]) -> bool:
 
 
 def no_room(run: Run, stage: Stage) -> str:
-    """"" when the run folder's file system has room for one more checkpoint like the last; else what is missing."""
+    """ "" when the run folder's file system has room for one more checkpoint like the last; else
+    what is missing."""
     sizes = []
     for name in (stage.name, *stage.parents):
         last = sorted((run.stage(name) / "checkpoints").glob("iter_*"))[-1:]
@@ -107,8 +128,14 @@ def no_room(run: Run, stage: Stage) -> str:
         if sizes and name == stage.name:
             break
     needed, free = max(sizes, default=0) if stage.checkpoints else 0, shutil.disk_usage(run.folder).free
-    return "" if free > needed else (f"no room for a checkpoint: {free / 1e9:.1f} GB free where {run.folder} is, the last one took "
-                                     f"{needed / 1e9:.1f} GB")
+    return (
+        ""
+        if free > needed
+        else (
+            f"no room for a checkpoint: {free / 1e9:.1f} GB free where {run.folder} is, the last one took "
+            f"{needed / 1e9:.1f} GB"
+        )
+    )
 
 
 def check_nodes(run: Run, stage: Stage, profile: Profile, gpus: int, nodes: list[str], log: Log) -> dict[str, str]:
@@ -117,21 +144,27 @@ def check_nodes(run: Run, stage: Stage, profile: Profile, gpus: int, nodes: list
     shutil.rmtree(folder, ignore_errors=True)
     token = f"{run.id} {stage.name} {log.path.stem} {time.time_ns()}"
     write_text(folder / "canary", token)
-    variables = {"CONVOY_CANARY": token, "CONVOY_ADDRESS": address(nodes[0]), "CONVOY_NODE_CHECK": profile.node_check,
-                 "CONVOY_CHECK_S": str(profile.preflight_s)}
+    variables = {
+        "CONVOY_CANARY": token,
+        "CONVOY_ADDRESS": address(nodes[0]),
+        "CONVOY_NODE_CHECK": profile.node_check,
+        "CONVOY_CHECK_S": str(profile.preflight_s),
+    }
     command = run_module.command("launcher.job.node_check", str(folder), str(len(nodes)), str(gpus))
     sent = time.time()
     answers = step(command, nodes, 1, variables, profile.preflight_s, log, profile)
     rows = {row["node"]: row for row in answers.rows}
     if nodes[0] not in rows and answers.crashed(0):  # where this process itself runs
-        raise CheckFailed(f"the check of the nodes itself failed on {nodes[0]}, where the supervisor runs: "
-                          f"{answers.crashed(0)}")
+        raise CheckFailed(
+            f"the check of the nodes itself failed on {nodes[0]}, where the supervisor runs: {answers.crashed(0)}"
+        )
     bad = {}
     for rank, node in enumerate(nodes):
         if node not in rows:
             crash = answers.crashed(rank)
-            bad[node] = (f"could not run the check: {crash}" if crash else
-                         f"did not answer within {profile.preflight_s} s")
+            bad[node] = (
+                f"could not run the check: {crash}" if crash else f"did not answer within {profile.preflight_s} s"
+            )
             continue
         reasons, skew = rows[node]["bad"], rows[node]["time"] - time.time()
         if not sent - SKEW_S <= rows[node]["time"] <= time.time() + SKEW_S:
@@ -145,7 +178,8 @@ def check_nodes(run: Run, stage: Stage, profile: Profile, gpus: int, nodes: list
 
 
 def blame(nodes: list[str], bad: dict[str, str]) -> dict[str, str]:
-    """Whom the others can't reach is at fault, not they: all report the first node when its network is down."""
+    """Whom the others can't reach is at fault, not they: all report the first node when its network
+    is down."""
     first, others = nodes[0], nodes[1:]
     unreached = [node for node in others if bad.get(node, "").startswith("network:")]
     if others and len(unreached) == len(others) and (len(others) > 1 or first in bad):
@@ -175,23 +209,38 @@ class Answers:
     in_time: bool
 
     def crashed(self, task: int) -> str:
-        """The last words of a task that ended without an answer; "" where srun still waited for it."""
+        """The last words of a task that ended without an answer; "" where srun still waited for
+        it."""
         if not self.in_time and task not in [rank for line in self.lines for rank, code in ends(line) if code > 0]:
             return ""  # the others were killed when the time was up
         told = [line for line in self.lines if not line.startswith("srun: ")] or self.lines
         return told[-1].strip() if told else "no message"
 
 
-def step(command: list[str], nodes: list[str], tasks: int, variables: dict[str, str], seconds: float, log: Log,
-         profile: Profile, options: tuple[str, ...] = ()) -> Answers:
+def step(
+    command: list[str],
+    nodes: list[str],
+    tasks: int,
+    variables: dict[str, str],
+    seconds: float,
+    log: Log,
+    profile: Profile,
+    options: tuple[str, ...] = (),
+) -> Answers:
     """Run ``command`` by srun, ``tasks`` on each node. What is no JSON line goes into the log, too.
 
     The step shares CPUs and GPUs: the ranks can start while one of its tasks hangs on a node.
     """
     shared = () if (0, 0) < profile.version < OVERLAP_SINCE else ("--overlap",)
-    process = subprocess.Popen([*srun(nodes, tasks, "--kill-on-bad-exit=0", *shared, *options), *command],
-                               env={**container.for_step(profile), **variables}, stdin=subprocess.DEVNULL,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    process = subprocess.Popen(
+        [*srun(nodes, tasks, "--kill-on-bad-exit=0", *shared, *options), *command],
+        env={**container.for_step(profile), **variables},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
     in_time = True
     try:
         text, _ = process.communicate(timeout=seconds)
@@ -215,16 +264,25 @@ def step(command: list[str], nodes: list[str], tasks: int, variables: dict[str, 
     return Answers(rows, [line for line in rest if line.strip()], in_time)
 
 
-def check_gpus(profile: Profile, nodes: list[str], gpus: int, variables: dict[str, str],
-               log: Log) -> tuple[dict[str, str], str]:
-    """Run training.distributed.gpu_check on every GPU -> (bad nodes and why, what is wrong between nodes that are good by themselves)."""
+def check_gpus(
+    profile: Profile, nodes: list[str], gpus: int, variables: dict[str, str], log: Log
+) -> tuple[dict[str, str], str]:
+    """Run training.distributed.gpu_check on every GPU -> (bad nodes and why, what is wrong between
+    nodes that are good by themselves)."""
     command = container.inside(profile, run_module.command("training.distributed.gpu_check", options=("-u",)))
     seconds, options = 2 * profile.preflight_s, tuple(container.srun_options(profile, variables))
-    wrapped = ["bash", "-c", 'export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID '
-                             'LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE NODE=$SLURMD_NODENAME; exec "$@"', "rank", *command]
+    wrapped = [
+        "bash",
+        "-c",
+        "export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID "
+        'LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE NODE=$SLURMD_NODENAME; exec "$@"',
+        "rank",
+        *command,
+    ]
 
     def ask(some: list[str]) -> list[dict]:
-        port = 20000 + (int(os.environ["SLURM_JOB_ID"]) + 6000) % 12000  # not the one that the ranks will use
+        # not the one that the ranks will use
+        port = 20000 + (int(os.environ["SLURM_JOB_ID"]) + 6000) % 12000
         shared = container.passed_on(profile, {"MASTER_ADDR": address(some[0]), "MASTER_PORT": str(port), **variables})
         answers = step(wrapped, some, gpus, shared, seconds, log, profile, options)
         if not answers.rows and answers.in_time:
@@ -238,7 +296,8 @@ def check_gpus(profile: Profile, nodes: list[str], gpus: int, variables: dict[st
 
 
 def judge_gpus(rows: list[dict], nodes: list[str], gpus: int, seconds: int) -> tuple[dict[str, str], str]:
-    """Rows of training.distributed.gpu_check -> (bad nodes and why, trouble that shows only between nodes)."""
+    """Rows of training.distributed.gpu_check -> (bad nodes and why, trouble that shows only between
+    nodes)."""
     bad: dict[str, str] = {}
     for row in rows:
         if row["check"] != "all" and row["bad"] and row["node"] not in bad:
@@ -251,14 +310,17 @@ def judge_gpus(rows: list[dict], nodes: list[str], gpus: int, seconds: int) -> t
     speeds = sorted(row["tflops"] for row in rows if row["check"] == "gpu" and not row["bad"])
     for row in rows:
         if row["check"] == "gpu" and not row["bad"] and row["tflops"] < speeds[len(speeds) // 2] / 2:
-            bad.setdefault(row["node"], f"GPU {row['gpu']}: {row['tflops']:.0f} TFLOP/s, the others {speeds[len(speeds) // 2]:.0f}")
+            bad.setdefault(
+                row["node"], f"GPU {row['gpu']}: {row['tflops']:.0f} TFLOP/s, the others {speeds[len(speeds) // 2]:.0f}"
+            )
     passed = sum(row["check"] == "all" and not row["bad"] for row in rows)
     reason = next((row["bad"] for row in rows if row["check"] == "all" and row["bad"]), "no answer")
     return bad, "" if passed == len(nodes) * gpus else f"the all-reduce over {len(nodes)} node(s) failed: {reason}"
 
 
 def halves(nodes: list[str], fine, trouble: str) -> dict[str, str]:
-    """The node that an all-reduce fails with, found by asking pairs; ``fine(nodes)`` runs the checks on some of them."""
+    """The node that an all-reduce fails with, found by asking pairs; ``fine(nodes)`` runs the
+    checks on some of them."""
     pairs = list(zip(nodes[::2], nodes[1::2], strict=False))
     good = [pair for pair in pairs if fine(list(pair))]
     suspects = [node for node in nodes if not any(node in pair for pair in good)]

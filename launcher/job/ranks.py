@@ -1,4 +1,5 @@
-"""Start a stage's ranks, merge what they print into one rank-tagged log, and say in which order they ended, and how."""
+"""Start a stage's ranks, merge what they print into one rank-tagged log, and say in which order
+they ended, and how."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ PR_SET_PDEATHSIG = 1
 GRACE_S = 2
 """Seconds that the other ranks get to say what they saw when one has died; then they are killed."""
 DRAIN_S = 60
-"""Most seconds for reading what ended ranks have still written; GRACE_S without a line end it, too."""
+"""Most seconds for reading what ended ranks have still written; GRACE_S without a line end it,
+too."""
 SAVE_GRACE_S = 60
 """The same when the first one ended because all were to save."""
 PORTS = 50
@@ -41,13 +43,16 @@ LINES = 20
 """Last lines kept of each rank."""
 LONGEST_WORDS = 1 << 16
 """Most bytes of a rank's last words."""
-WRAPPER = ("trap '' USR1 USR2; "  # before the stage has its own handlers, a request to save must not kill it
-           'export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID; exec "$@"')
+WRAPPER = (
+    # before the stage has its own handlers, a request to save must not kill it
+    "trap '' USR1 USR2; export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID; exec \"$@\""
+)
 
 
 @dataclass
 class Log:
-    """The merged log of one attempt; lines are ``time [rank] text``, those of srun ``time [srun] text``, time of this machine."""
+    """The merged log of one attempt; lines are ``time [rank] text``, those of srun ``time [srun]
+    text``, time of this machine."""
 
     path: Path
     secrets: dict = field(default_factory=dict)
@@ -61,7 +66,8 @@ class Log:
 
     def __post_init__(self):
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(self.left, ignore_errors=True)  # of an attempt of the same number, in a folder begun again
+        # of an attempt of the same number, in a folder begun again
+        shutil.rmtree(self.left, ignore_errors=True)
         self.file = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed by wait()
         self.writing = threading.Lock()
 
@@ -74,9 +80,13 @@ class Log:
             text = key_file.mask(text, self.secrets)
             self.heard, now = time.monotonic(), time.time()
             stamp = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.localtime(now))}.{int(now * 1000) % 1000:03d}"
-            with contextlib.suppress(OSError, ValueError):  # a full disk, a closed file: neither may stop the rank nor hide how it ended
+            with contextlib.suppress(
+                OSError, ValueError
+            ):  # a full disk, a closed file: neither may stop the rank nor hide how it ended
                 self.file.write(f"{stamp} [{tag}] {text}\n")
-            text = re.sub(r"^\[rank\d+\]: ?", "", text).strip()  # torch's own tag on the traceback of an uncaught exception
+            text = re.sub(
+                r"^\[rank\d+\]: ?", "", text
+            ).strip()  # torch's own tag on the traceback of an uncaught exception
             if not text.strip(" ^~"):
                 return
             if outcome.EXCEPTION.match(text):
@@ -97,7 +107,8 @@ class Log:
         return Ended(code, rank, self.words.get(rank, lines[-1] if lines else ""), lines, self.last_words(rank))
 
     def last_words(self, rank: int | None) -> Said | None:
-        """What a rank left in its file; where srun does not say which rank failed, the first that left something."""
+        """What a rank left in its file; where srun does not say which rank failed, the first that
+        left something."""
         files = [self.left / f"rank_{rank}.json"] if rank is not None else sorted(self.left.glob("rank_*.json"))
         for file in files:
             with contextlib.suppress(OSError, Unfit, LookupError, TypeError):
@@ -110,7 +121,8 @@ class Log:
 
 
 class Ranks:
-    """The processes of one attempt; ``wait()`` says in which order those ended that did not exit 0."""
+    """The processes of one attempt; ``wait()`` says in which order those ended that did not exit
+    0."""
 
     def __init__(self, log: Log):
         self.log = log
@@ -123,19 +135,31 @@ class Ranks:
                 process.send_signal(number)
 
     def show_stacks(self) -> None:
-        """Ask each rank where it is (ABRT: Python's faulthandler writes all threads' stacks); it ends."""
+        """Ask each rank where it is (ABRT: Python's faulthandler writes all threads' stacks); it
+        ends."""
         self.pass_on(signal.SIGABRT)
 
     def start(self, command: list[str], environ: dict[str, str], **options) -> None:
-        self.processes.append(subprocess.Popen(command, env=environment.direct(environ), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                               stdin=subprocess.DEVNULL, text=True, errors="replace", **options))
+        self.processes.append(
+            subprocess.Popen(
+                command,
+                env=environment.direct(environ),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                text=True,
+                errors="replace",
+                **options,
+            )
+        )
 
     def read(self, function: Callable, *arguments) -> None:
         self.readers.append(threading.Thread(target=function, args=arguments, daemon=True))
         self.readers[-1].start()
 
     def wait(self, tick: Callable[[], None]) -> list[Ended]:
-        """Until all have ended; ``tick`` is called some ten times a second. Empty when all exited 0."""
+        """Until all have ended; ``tick`` is called some ten times a second. Empty when all exited
+        0."""
         while any(process.poll() is None for process in self.processes):
             self.check()
             tick()
@@ -146,7 +170,8 @@ class Ranks:
         return ended
 
     def drain(self) -> None:
-        """Read what the ranks have left in their pipes; not to the end where a helper process of theirs holds one open."""
+        """Read what the ranks have left in their pipes; not to the end where a helper process of
+        theirs holds one open."""
         began = time.monotonic()
         while any(reader.is_alive() for reader in self.readers):
             now = time.monotonic()
@@ -170,8 +195,14 @@ class LocalRanks(Ranks):
         self.deadline: float | None = None
         self.port = reserved_port()
         cores = len(os.sched_getaffinity(0))
-        shared = {**environment.outside(), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
-                  "MASTER_PORT": str(self.port.getsockname()[1]), "OMP_NUM_THREADS": str(max(1, cores // ranks)), **variables}
+        shared = {
+            **environment.outside(),
+            "WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(self.port.getsockname()[1]),
+            "OMP_NUM_THREADS": str(max(1, cores // ranks)),
+            **variables,
+        }
         for rank in range(ranks):
             self.start(command, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, preexec_fn=as_rank)
         for rank in range(ranks):
@@ -184,7 +215,8 @@ class LocalRanks(Ranks):
         self.ends.append((rank, process.wait()))
 
     def check(self) -> None:
-        """When one has failed the others get GRACE_S to end, then are killed: they may be in a collective that never returns."""
+        """When one has failed the others get GRACE_S to end, then are killed: they may be in a
+        collective that never returns."""
         failed = [code for _, code in self.ends if code]
         if failed and self.deadline is None:
             self.deadline = time.monotonic() + (SAVE_GRACE_S if failed[0] == SAVED else GRACE_S)
@@ -201,15 +233,30 @@ class LocalRanks(Ranks):
 class SlurmRanks(Ranks):
     """One srun task a rank, on ``hosts`` of this allocation."""
 
-    def __init__(self, log: Log, command: list[str], hosts: list[str], ranks_per_node: int, variables: dict[str, str],
-                 profile: Profile):
+    def __init__(
+        self,
+        log: Log,
+        command: list[str],
+        hosts: list[str],
+        ranks_per_node: int,
+        variables: dict[str, str],
+        profile: Profile,
+    ):
         super().__init__(log)
         self.ends: list[tuple[int | None, int]] = []
         command = container.inside(profile, command)
-        if "CUDA_VISIBLE_DEVICES" in variables:  # slurmd sets it anew for each task, after srun's environment
+        # slurmd sets it anew for each task, after srun's environment
+        if "CUDA_VISIBLE_DEVICES" in variables:
             command = ["env", f"CUDA_VISIBLE_DEVICES={variables['CUDA_VISIBLE_DEVICES']}", *command]
-        srun = [*step(hosts, ranks_per_node, "--kill-on-bad-exit=1", "--label"),
-                *container.srun_options(profile, variables), "bash", "-c", WRAPPER, "rank", *command]
+        srun = [
+            *step(hosts, ranks_per_node, "--kill-on-bad-exit=1", "--label"),
+            *container.srun_options(profile, variables),
+            "bash",
+            "-c",
+            WRAPPER,
+            "rank",
+            *command,
+        ]
         log.write("launcher", shlex.join(srun))
         self.start(srun, {**container.for_step(profile), **container.passed_on(profile, variables)})
         self.read(self._read)
@@ -228,13 +275,15 @@ class SlurmRanks(Ranks):
 
     def show_stacks(self) -> None:
         # srun itself would die of it
-        with contextlib.suppress(commands.SlurmError):  # a controller that does not answer: they are killed without it
+        # a controller that does not answer: they are killed without it
+        with contextlib.suppress(commands.SlurmError):
             commands.call("scancel", "--signal=ABRT", commands.own_job(int(os.environ["SLURM_JOB_ID"])))
 
     def order(self) -> list[Ended]:
         code = self.processes[0].returncode
         if code == 0 and self.log.lost_node():
-            return [self.log.ended(None, 1)]  # srun gives up the ranks of a node that Slurm calls down, and exits 0
+            # srun gives up the ranks of a node that Slurm calls down, and exits 0
+            return [self.log.ended(None, 1)]
         if code == 0:
             return []
         if self.ends:
@@ -245,11 +294,20 @@ class SlurmRanks(Ranks):
 def step(hosts: list[str], tasks: int, *options: str) -> list[str]:
     """srun for ``tasks`` tasks on each host of this allocation.
 
-    It says what a site or a shell may have set otherwise: tasks get this environment (SBATCH_EXPORT=NONE
-    would empty it), and none is killed some time after the first one's end (slurm.conf: WaitTime).
+    It says what a site or a shell may have set otherwise: tasks get this environment
+    (SBATCH_EXPORT=NONE would empty it), and none is killed some time after the first one's end
+    (slurm.conf: WaitTime).
     """
-    return ["srun", "--export=ALL", "--wait=0", *options, f"--nodes={len(hosts)}", f"--nodelist={','.join(hosts)}",
-            f"--ntasks={len(hosts) * tasks}", f"--ntasks-per-node={tasks}"]
+    return [
+        "srun",
+        "--export=ALL",
+        "--wait=0",
+        *options,
+        f"--nodes={len(hosts)}",
+        f"--nodelist={','.join(hosts)}",
+        f"--ntasks={len(hosts) * tasks}",
+        f"--ntasks-per-node={tasks}",
+    ]
 
 
 WORDS = {signal.strsignal(number): number for number in signal.valid_signals() if signal.strsignal(number)}
@@ -257,16 +315,18 @@ WORDS = {signal.strsignal(number): number for number in signal.valid_signals() i
 
 
 def ends(line: str) -> list[tuple[int, int]]:
-    """(rank, code) of the tasks of whose end a line of srun tells; a signal's number is negative."""
+    """(rank, code) of the tasks of whose end a line of srun tells; a signal's number is
+    negative."""
     told = re.match(r"srun: error: \S+: tasks? ([\d,\-]+)\S*: (?:Exited with exit code (\d+)|(\w[\w ]*))", line)
     if told is None:
         return []
-    code = int(told[2]) if told[2] else -WORDS.get(told[3].strip(), signal.SIGKILL)  # "Out Of Memory" is a kill, too
+    # "Out Of Memory" is a kill, too
+    code = int(told[2]) if told[2] else -WORDS.get(told[3].strip(), signal.SIGKILL)
     return [(rank, code) for rank in _numbers(told[1])]
 
 
 def _numbers(text: str) -> list[int]:
-    """"0-2,5" -> [0, 1, 2, 5]."""
+    """ "0-2,5" -> [0, 1, 2, 5]."""
     found = []
     for part in filter(None, text.split(",")):
         first, _, last = part.partition("-")
@@ -279,7 +339,8 @@ def stage_command(module: str, config: Path) -> list[str]:
 
 
 def die_with_parent() -> None:
-    """In the child, before exec: the kernel kills it when its parent dies, so that no rank writes on without a supervisor."""
+    """In the child, before exec: the kernel kills it when its parent dies, so that no rank writes
+    on without a supervisor."""
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
@@ -291,8 +352,9 @@ def as_rank() -> None:
 
 
 def job_port(job: int, here: bool) -> int:
-    """MASTER_PORT of a job: below the kernel's ephemeral ports, apart for jobs on one node. ``here``: rank 0 will run on this node, so
-    that a port which a stranger holds can be stepped over."""
+    """MASTER_PORT of a job: below the kernel's ephemeral ports, apart for jobs on one node.
+    ``here``: rank 0 will run on this node, so that a port which a stranger holds can be stepped
+    over."""
     wanted = 20000 + job % 12000
     for port in range(wanted, wanted + PORTS if here else wanted):
         with socket.socket() as probe_socket:
@@ -306,8 +368,9 @@ def job_port(job: int, here: bool) -> int:
 
 
 def reserved_port() -> socket.socket:
-    """A socket bound to a free port of loopback. While it is open the kernel gives that port to nobody who
-    asks for any; a server that names it, as torch's rendezvous does, may still listen there."""
+    """A socket bound to a free port of loopback. While it is open the kernel gives that port to
+    nobody who asks for any; a server that names it, as torch's rendezvous does, may still listen
+    there."""
     holder = socket.socket()
     holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     holder.bind(("127.0.0.1", 0))

@@ -1,4 +1,5 @@
-"""Whether a stage may queue itself again, and how: limits, damaged checkpoints, the call to Slurm."""
+"""Whether a stage may queue itself again, and how: limits, damaged checkpoints, the call to
+Slurm."""
 
 from __future__ import annotations
 
@@ -21,8 +22,17 @@ USABLE = re.compile(r"(idle|mix|alloc|comp|resv|reserved|planned)", re.IGNORECAS
 """States of a node, as sinfo names them, in which it runs jobs, now or when it is free."""
 ENDED = 143
 """Exit code after a TERM or STOP: 128 + SIGTERM."""
-NO_WORK = ("config.json", "status.json", "metrics.jsonl", "verified.json", "latest", "SHA256", ".attempt", ".reserve",
-           ".lock")
+NO_WORK = (
+    "config.json",
+    "status.json",
+    "metrics.jsonl",
+    "verified.json",
+    "latest",
+    "SHA256",
+    ".attempt",
+    ".reserve",
+    ".lock",
+)
 """Files of a stage that say nothing about how far it is."""
 BAD_STARTS = 3
 """Preflights in a row that found a bad node: then the fault is no single node's."""
@@ -38,12 +48,23 @@ class History:
     """The ledger's rows of how those before it ended, where another followed."""
 
 
-def decide(verdict: Verdict, history: History, stage: Stage, max_attempts: int, *, moved: bool,
-           before: int | None = None, requeued: bool = False, cancelled: bool = False) -> tuple[str, Verdict]:
-    """What follows an attempt: (the stage's state, the verdict with what speaks against another attempt). Pure.
+def decide(
+    verdict: Verdict,
+    history: History,
+    stage: Stage,
+    max_attempts: int,
+    *,
+    moved: bool,
+    before: int | None = None,
+    requeued: bool = False,
+    cancelled: bool = False,
+) -> tuple[str, Verdict]:
+    """What follows an attempt: (the stage's state, the verdict with what speaks against another
+    attempt). Pure.
 
-    ``moved``: whether this attempt got anything done; ``before``: the checkpoint that it began from; ``requeued``:
-    Slurm has put the job back into the queue itself; ``cancelled``: a person has cancelled the run meanwhile.
+    ``moved``: whether this attempt got anything done; ``before``: the checkpoint that it began
+    from; ``requeued``: Slurm has put the job back into the queue itself; ``cancelled``: a person
+    has cancelled the run meanwhile.
     """
     if verdict.kind is Class.DONE:
         return "done", verdict
@@ -60,14 +81,15 @@ def decide(verdict: Verdict, history: History, stage: Stage, max_attempts: int, 
     return "requeued", replace(verdict, code=SAVED)
 
 
-def _limited(verdict: Verdict, history: History, stage: Stage, max_attempts: int, moved: bool,
-             before: int | None) -> Verdict:
+def _limited(
+    verdict: Verdict, history: History, stage: Stage, max_attempts: int, moved: bool, before: int | None
+) -> Verdict:
     """The verdict itself where another attempt may follow; else one that says why none does."""
     if history.attempts >= max_attempts:
         limit = f"that was attempt {history.attempts} of at most {max_attempts} (profile: max_attempts)"
         return replace(verdict, final=True, cause=f"{verdict.cause}; {limit}")
     if verdict.kind is Class.PREFLIGHT:
-        row = [end["class"] for end in history.ends[1 - BAD_STARTS:]]
+        row = [end["class"] for end in history.ends[1 - BAD_STARTS :]]
         return replace(verdict, final=row == [Class.PREFLIGHT.value] * (BAD_STARTS - 1))
     if verdict.kind is Class.TIME_LIMIT and not stage.resumable:
         return replace(verdict, final=True, cause=f"{verdict.cause}; this stage saves nothing on its way")
@@ -76,7 +98,9 @@ def _limited(verdict: Verdict, history: History, stage: Stage, max_attempts: int
         return verdict
     trained = "ended before a first checkpoint" if before is None else f"began and ended at iteration {before}"
     where = trained if stage.trainer else "got nothing done"
-    return replace(verdict, kind=Class.NO_PROGRESS, cause=f"no progress: two attempts {where}; the last one: {verdict.cause}")
+    return replace(
+        verdict, kind=Class.NO_PROGRESS, cause=f"no progress: two attempts {where}; the last one: {verdict.cause}"
+    )
 
 
 def has_moved(end: dict) -> bool:
@@ -86,7 +110,8 @@ def has_moved(end: dict) -> bool:
 
 BLAMELESS_VALUES = {kind.value for kind in BLAMELESS}
 REQUEUED, VANISHED = "requeued", "vanished"
-"""Events of the ledger: an attempt ended and the stage was queued again; its supervisor died with it."""
+"""Events of the ledger: an attempt ended and the stage was queued again; its supervisor died with
+it."""
 
 
 def history_of(ledger: list[dict], stage: str) -> History:
@@ -102,7 +127,8 @@ def history_of(ledger: list[dict], stage: str) -> History:
 
 
 def work_done(run: Run, stage: Stage) -> int:
-    """How far a stage is: a trainer's last checkpoint; of others the bytes that they have finished."""
+    """How far a stage is: a trainer's last checkpoint; of others the bytes that they have
+    finished."""
     if stage.trainer:
         return run.iteration(stage.name) or 0
     total = 0
@@ -117,7 +143,8 @@ def work_done(run: Run, stage: Stage) -> int:
 
 
 def set_aside(run: Run, stage: Stage, good: int | None, bad: dict[int, str]) -> None:
-    """Move damaged checkpoints to checkpoints.aside and make the newest whole one ``latest``; nothing is deleted."""
+    """Move damaged checkpoints to checkpoints.aside and make the newest whole one ``latest``;
+    nothing is deleted."""
     folder = run.stage(stage.name)
     aside = folder / "checkpoints.aside"
     aside.mkdir(exist_ok=True)
@@ -135,8 +162,8 @@ def set_aside(run: Run, stage: Stage, good: int | None, bad: dict[int, str]) -> 
 
 
 def back_to_queue(job: int, exclude: list[str], needed: int, say: Callable[[str], None]) -> None:
-    """Put this job, of ``needed`` nodes, back into the queue; Slurm ends it and starts it again under the
-    same id, without the nodes ``exclude`` where the partition has enough others.
+    """Put this job, of ``needed`` nodes, back into the queue; Slurm ends it and starts it again
+    under the same id, without the nodes ``exclude`` where the partition has enough others.
 
     Raises SlurmError where Slurm refuses, or does not answer for RETRY_S.
     """
@@ -149,8 +176,8 @@ def back_to_queue(job: int, exclude: list[str], needed: int, say: Callable[[str]
 def exclusion(job: int, bad: list[str], needed: int, say: Callable[[str], None]) -> list[str]:
     """The job's new list of excluded nodes: those that it has excluded so far, and ``bad``.
 
-    Empty, which changes nothing, where fewer than ``needed`` usable nodes would be left: the job would
-    wait for ever.
+    Empty, which changes nothing, where fewer than ``needed`` usable nodes would be left: the job
+    would wait for ever.
     """
     try:
         values = dict(re.findall(r"(\w+)=(\S*)", commands.call("scontrol", "show", "job", "-o", commands.own_job(job))))
@@ -162,8 +189,10 @@ def exclusion(job: int, bad: list[str], needed: int, say: Callable[[str], None])
         return []
     usable = {name for name, state in (row.split("|") for row in rows if row.count("|") == 1) if USABLE.match(state)}
     if len(usable - nodes) < needed:
-        say(f"{', '.join(bad)} stay(s) among the job's nodes: without, partition {partition} has {len(usable - nodes)} "
-            f"usable node(s), and the job needs {needed}")
+        say(
+            f"{', '.join(bad)} stay(s) among the job's nodes: without, partition {partition} has {len(usable - nodes)} "
+            f"usable node(s), and the job needs {needed}"
+        )
         return []
     return sorted(nodes)
 

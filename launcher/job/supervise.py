@@ -1,8 +1,8 @@
 """``python -m launcher.job.supervise RUN STAGE``: run one stage inside its job, outside its ranks.
 
-Checks the parents' manifests, the stage's own last checkpoint and the nodes, starts the ranks, tells them to save in time, and turns
-how they ended into DONE.json, another attempt, or a failure with its cause. The exit code is the stage's: 0 done, 75 queued
-again, others failed.
+Checks the parents' manifests, the stage's own last checkpoint and the nodes, starts the ranks,
+tells them to save in time, and turns how they ended into DONE.json, another attempt, or a failure
+with its cause. The exit code is the stage's: 0 done, 75 queued again, others failed.
 """
 
 from __future__ import annotations
@@ -37,9 +37,11 @@ from training.config.shape import Shape
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 RESERVE_BYTES = 256 * 1024
-"""Size of a file that is given up at the end, so that the last words find room on a disk that the stage has filled."""
+"""Size of a file that is given up at the end, so that the last words find room on a disk that the
+stage has filled."""
 LOCK_S = 900
-"""Seconds for which a job waits for an earlier one of the same stage that its node or controller has forgotten to end."""
+"""Seconds for which a job waits for an earlier one of the same stage that its node or controller
+has forgotten to end."""
 
 
 class Supervisor:
@@ -60,7 +62,8 @@ class Supervisor:
         return Attempt(self.run, self.stage, self.job, self.profile.stall_minutes, lead_s, say)
 
     def main(self) -> int:
-        """Attempts until the stage is done, has failed or waits in the queue again; returns the exit code."""
+        """Attempts until the stage is done, has failed or waits in the queue again; returns the
+        exit code."""
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.on_signal)
         if self.job in self.run.disowned():
@@ -96,8 +99,12 @@ class Supervisor:
         kind = Class.DISK_FULL if number in FULL else Class.FILE_ERROR if number else Class.BUG
         log = f"slurm-{commands.own_job(self.job)}.out" if self.job else "supervise.log"
         path = self.run.stage(self.stage.name) / "logs" / log
-        return Verdict(kind, f"the supervisor: {' '.join(lines[-1].split())}; its log: {path}",
-                       lines=tuple(lines[-LINES:]), code=os.EX_IOERR if kind is Class.DISK_FULL else 1)
+        return Verdict(
+            kind,
+            f"the supervisor: {' '.join(lines[-1].split())}; its log: {path}",
+            lines=tuple(lines[-LINES:]),
+            code=os.EX_IOERR if kind is Class.DISK_FULL else 1,
+        )
 
     def keep_reserves(self) -> None:
         """Files that are given up where the disk is full, so that the last words find room."""
@@ -106,41 +113,68 @@ class Supervisor:
                 path.write_bytes(b"." * RESERVE_BYTES)
 
     def is_done(self) -> bool:
-        """True when there is nothing to do; raises Refused when the parents changed since this stage was done."""
+        """True when there is nothing to do; raises Refused when the parents changed since this
+        stage was done."""
         if not (self.run.stage(self.stage.name) / "DONE.json").exists():
             return False
         if manifest.left(self.run, [self.stage]):
-            raise Refused(f"{self.stage.name} was done from other parents than there are now; "
-                          f"python -m launcher resume {self.run.folder} moves it aside and runs it again")
+            raise Refused(
+                f"{self.stage.name} was done from other parents than there are now; "
+                f"python -m launcher resume {self.run.folder} moves it aside and runs it again"
+            )
         say(f"{self.stage.name} is already done: nothing to do")
         return True
 
     def settle_unfinished(self) -> None:
-        """An attempt that was killed with its supervisor (node, kill -9, KillWait) could not say so; its end is noted now."""
+        """An attempt that was killed with its supervisor (node, kill -9, KillWait) could not say
+        so; its end is noted now."""
         status = self.run.status(self.stage.name)
-        known = {event["attempt"] for event in self.run.ledger() if event.get("stage") == self.stage.name and event["event"] != "started"
-                 and "attempt" in event}
+        known = {
+            event["attempt"]
+            for event in self.run.ledger()
+            if event.get("stage") == self.stage.name and event["event"] != "started" and "attempt" in event
+        }
         if not status["attempt"] or status["attempt"] in known:
             return
         again = self.job is not None and self.job == status.get("job")
         kind = status.get("class") or (Class.NODE_FAILURE.value if again else Class.KILLED.value)
         known = f"{status['cause']}; " if status.get("cause") else ""
         cause = f"{known}its supervisor was killed with it{f'; Slurm queued job {self.job} again' if again else ''}"
-        self.run.record(VANISHED, stage=self.stage.name, attempt=status["attempt"], job=status.get("job"),
-                        began=status.get("began"), iteration=self.run.iteration(self.stage.name), cause=cause,
-                        **{"class": kind})
+        self.run.record(
+            VANISHED,
+            stage=self.stage.name,
+            attempt=status["attempt"],
+            job=status.get("job"),
+            began=status.get("began"),
+            iteration=self.run.iteration(self.stage.name),
+            cause=cause,
+            **{"class": kind},
+        )
 
     def one_attempt(self) -> Verdict:
         """Check what the ranks need, run them once, say how they ended."""
         name, folder = self.stage.name, self.run.stage(self.stage.name)
         self.keep_reserves()
         self.number, self.began = self.number + 1, time.time()
-        write_text(folder / ".attempt", f"{self.number}\n")  # ranks of an earlier attempt that still live save no more
+        # ranks of an earlier attempt that still live save no more
+        write_text(folder / ".attempt", f"{self.number}\n")
         self.drop_damaged()
         self.before, self.done_before = self.run.iteration(name), requeue.work_done(self.run, self.stage)
         identity = {"attempt": self.number, "job": self.job, **this_process()}
-        self.run.write_status(name, state="running", cause="", started=self.began, ended=None, iteration=self.before, began=self.before,
-                              rank=None, lines=[], advice="", **identity, **{"class": ""})
+        self.run.write_status(
+            name,
+            state="running",
+            cause="",
+            started=self.began,
+            ended=None,
+            iteration=self.before,
+            began=self.before,
+            rank=None,
+            lines=[],
+            advice="",
+            **identity,
+            **{"class": ""},
+        )
         self.run.record("started", stage=name, iteration=self.before, **identity)
         if (self.run.folder / "STOP").exists():
             return Verdict(Class.STOPPED, "the file STOP is in the run folder: nothing was started", code=ENDED)
@@ -148,19 +182,27 @@ class Supervisor:
             manifest.verify(self.run, self.run.stages[parent], name)
         keys = key_file.read(self.profile.secrets) if self.profile.secrets else {}
         log = Log(folder / "logs" / f"attempt_{self.number}.log", keys)
-        say(f"{name} attempt {self.number}: {self.resources.nodes} node(s) x {self.resources.ranks_per_node} rank(s), log {log.path}")
+        say(
+            f"{name} attempt {self.number}: {self.resources.nodes} node(s) x {self.resources.ranks_per_node} rank(s), log {log.path}"
+        )
         lines = network.environment(self.config["profile"], self.resources.ranks_per_node)
         for variable, value, reason in lines:
             log.write("launcher", f"{variable}={value}  # {reason}")
-        environment = {**self.caches(), **{variable: value for variable, value, _ in lines}, **keys,
-                       "CONVOY_ATTEMPT": str(self.number), "CONVOY_WORDS": str(log.left.absolute())}
+        environment = {
+            **self.caches(),
+            **{variable: value for variable, value, _ in lines},
+            **keys,
+            "CONVOY_ATTEMPT": str(self.number),
+            "CONVOY_WORDS": str(log.left.absolute()),
+        }
         command = stage_command(self.stage.module, folder / "config.json")
         if not self.job:
             return self.judge(LocalRanks(log, command, self.resources.ranks, environment))
         hosts = preflight.hosts(self.resources)
         if self.profile.preflight:
             report = preflight.run(self.run, self.stage, self.profile, self.resources, hosts, environment, log)
-            if (report.bad or report.verdict) and not self.goes_on():  # the checks were cut off: no node is to blame
+            # the checks were cut off: no node is to blame
+            if (report.bad or report.verdict) and not self.goes_on():
                 return self.interrupted()
             for node, reason in report.bad.items():
                 say(f"bad node {node}: {reason}")
@@ -168,19 +210,25 @@ class Supervisor:
             if report.verdict:
                 return report.verdict
             hosts = report.good
-        hosts = hosts[:self.resources.nodes]
+        hosts = hosts[: self.resources.nodes]
         environment = {"MASTER_ADDR": preflight.address(hosts[0]), **environment}
         environment["MASTER_PORT"] = str(job_port(self.job, os.environ.get("SLURMD_NODENAME") == hosts[0]))
         return self.judge(SlurmRanks(log, command, hosts, self.resources.ranks_per_node, environment, self.profile))
 
     def caches(self) -> dict[str, str]:
-        """Where compiled kernels are kept: in the run folder, for the next attempt and the next stage, on all nodes alike (torch and Triton
-        write aside and rename); where the job's surroundings or the profile's ``environment`` say, if they do."""
+        """Where compiled kernels are kept: in the run folder, for the next attempt and the next
+        stage, on all nodes alike (torch and Triton write aside and rename); where the job's
+        surroundings or the profile's ``environment`` say, if they do."""
         folders = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
-        return {name: str(self.run.folder.absolute() / "compiled" / folder) for name, folder in folders.items() if name not in os.environ}
+        return {
+            name: str(self.run.folder.absolute() / "compiled" / folder)
+            for name, folder in folders.items()
+            if name not in os.environ
+        }
 
     def goes_on(self) -> bool:
-        """Whether this job still runs, and nobody has told it to end; Slurm may end a step a moment before it tells us."""
+        """Whether this job still runs, and nobody has told it to end; Slurm may end a step a moment
+        before it tells us."""
         try:
             self.attempt.terminated |= deadline.ask(self.job).state != "RUNNING"
         except commands.SlurmError:
@@ -191,7 +239,9 @@ class Supervisor:
         """Told to end before there was a rank."""
         self.attempt.settle_fate([])
         kind = self.attempt.fate.kind if self.attempt.fate else self.attempt.asked or Class.CANCELLED
-        return Verdict(kind, f"{REASONS[kind]} before its ranks started; last checkpoint: {shown(self.before)}", code=ENDED)
+        return Verdict(
+            kind, f"{REASONS[kind]} before its ranks started; last checkpoint: {shown(self.before)}", code=ENDED
+        )
 
     def judge(self, ranks: LocalRanks | SlurmRanks) -> Verdict:
         """Wait for the ranks; what became of them."""
@@ -224,7 +274,8 @@ class Supervisor:
         return replace(verdict, relief=ways)
 
     def drop_damaged(self) -> None:
-        """Go on from the newest checkpoint that is whole; newer ones that are not are moved aside."""
+        """Go on from the newest checkpoint that is whole; newer ones that are not are moved
+        aside."""
         good, bad = checkpoints.newest_intact(self.run, self.stage.name) if self.stage.trainer else (None, {})
         if bad:
             requeue.set_aside(self.run, self.stage, good, bad)
@@ -232,12 +283,21 @@ class Supervisor:
                 say(f"checkpoint {iteration} is damaged and moved aside: {reason}")
 
     def follow(self, verdict: Verdict) -> tuple[str, int]:
-        """Done, once more, or failed: (state, exit code); written to status and ledger, and done."""
+        """Done, once more, or failed: (state, exit code); written to status and ledger, and
+        done."""
         by_slurm = self.attempt.fate is not None and self.attempt.fate.requeued
         cancelled = self.job is not None and self.run.cancelled_since(self.began, self.job)
         history = requeue.history_of(self.run.ledger(), self.stage.name)
-        state, verdict = requeue.decide(verdict, history, self.stage, self.profile.max_attempts, moved=self.moved(),
-                                        before=self.before, requeued=by_slurm, cancelled=cancelled)
+        state, verdict = requeue.decide(
+            verdict,
+            history,
+            self.stage,
+            self.profile.max_attempts,
+            moved=self.moved(),
+            before=self.before,
+            requeued=by_slurm,
+            cancelled=cancelled,
+        )
         code = self.end(state, verdict)  # written first: Slurm ends this job at once
         if state == "requeued" and self.job and not by_slurm:
             try:
@@ -255,11 +315,22 @@ class Supervisor:
     def end(self, state: str, verdict: Verdict) -> int:
         """Write how the attempt ended; the exit code."""
         name = self.stage.name
-        shared = {"cause": verdict.cause, "iteration": self.run.iteration(name), "attempt": self.number,
-                  "job": self.job, "class": verdict.kind.value}
+        shared = {
+            "cause": verdict.cause,
+            "iteration": self.run.iteration(name),
+            "attempt": self.number,
+            "job": self.job,
+            "class": verdict.kind.value,
+        }
         advice = "" if state in ("done", "requeued") else verdict.advice(name)
-        status = {"state": state, "ended": time.time(), "advice": advice, "rank": verdict.rank,
-                  "lines": list(verdict.lines), **shared}
+        status = {
+            "state": state,
+            "ended": time.time(),
+            "advice": advice,
+            "rank": verdict.rank,
+            "lines": list(verdict.lines),
+            **shared,
+        }
         moved = self.moved()
         self.written(lambda: self.run.write_status(name, **status))
         self.written(lambda: self.run.record(state, stage=name, began=self.before, moved=moved, **shared))
@@ -279,13 +350,21 @@ class Supervisor:
                     path and path.unlink()
 
     def claim_job(self) -> None:
-        """Mark this job as ours in the queue: one submitted by hand from slurm/<stage>.sbatch does not carry the run's id yet."""
+        """Mark this job as ours in the queue: one submitted by hand from slurm/<stage>.sbatch does
+        not carry the run's id yet."""
         name = f"{self.run.id}.{self.stage.name}"
         if "sweep" in self.config["run"] or os.environ.get("SLURM_JOB_NAME") == name:
-            return  # it carries the run's id already, or its array's, and its comment the submission's token
+            # it carries the run's id already, or its array's, and its comment the submission's
+            # token
+            return
         try:
-            commands.call("scontrol", "update", f"jobid={self.job}", f"name={name}",
-                       f"comment={commands.comment(self.run.id, self.stage.name)}")
+            commands.call(
+                "scontrol",
+                "update",
+                f"jobid={self.job}",
+                f"name={name}",
+                f"comment={commands.comment(self.run.id, self.stage.name)}",
+            )
         except commands.SlurmError as error:
             say(f"could not mark job {self.job} as this run's ({error}); status will not find it in the queue")
 
@@ -298,13 +377,15 @@ class Supervisor:
 def say(text: str) -> None:
     now = time.time()
     stamp = f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(now))}.{int(now * 1000) % 1000:03d}"
-    with contextlib.suppress(OSError, RuntimeError):  # the log's disk is full; a signal came in the middle of a line
+    # the log's disk is full; a signal came in the middle of a line
+    with contextlib.suppress(OSError, RuntimeError):
         print(f"{stamp} {text}", flush=True)
 
 
 @contextlib.contextmanager
 def lock_when_free(path: Path, seconds: float):
-    """``lock(path)``, waiting for its holder for so long: an orphan of a lost slurmd or controller may be about to finish."""
+    """``lock(path)``, waiting for its holder for so long: an orphan of a lost slurmd or controller
+    may be about to finish."""
     deadline_s, told = time.monotonic() + seconds, False
     with contextlib.ExitStack() as stack:
         while True:
@@ -326,7 +407,9 @@ def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         return usage(arguments, "launcher.job.supervise", "RUN STAGE", __doc__)
     if len(arguments) != 2 or arguments[1] not in NAMES:
-        print(f"usage: python -m launcher.job.supervise RUN STAGE, with STAGE one of {', '.join(NAMES)}", file=sys.stderr)
+        print(
+            f"usage: python -m launcher.job.supervise RUN STAGE, with STAGE one of {', '.join(NAMES)}", file=sys.stderr
+        )
         return os.EX_USAGE
     name = arguments[1]
     try:

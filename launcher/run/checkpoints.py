@@ -1,4 +1,5 @@
-"""Is a checkpoint still what its ranks saved? Asked with the checksums that it carries (training/checkpoint/checksums.py)."""
+"""Is a checkpoint still what its ranks saved? Asked with the checksums that it carries
+(training/checkpoint/checksums.py)."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from training.checkpoint.checksums import NAME, Damaged, check
 
 
 def damage(folder: Path) -> str:
-    """What is wrong with an iteration's folder, in words; "" when it is whole, or has no checksums to tell by. Reads every byte."""
+    """What is wrong with an iteration's folder, in words; "" when it is whole, or has no checksums
+    to tell by. Reads every byte."""
     if not folder.is_dir() or not any(folder.iterdir()):
         return f"{folder} is missing or empty"
     if not (folder / NAME).is_file():
@@ -22,7 +24,8 @@ def damage(folder: Path) -> str:
 
 
 def newest_intact(run: Run, stage: str) -> tuple[int | None, dict[int, str]]:
-    """The newest iteration, at most ``latest``, that is whole (None without one), and those above it with what is wrong with them."""
+    """The newest iteration, at most ``latest``, that is whole (None without one), and those above
+    it with what is wrong with them."""
     latest, bad = run.iteration(stage), {}
     if latest is None:
         return None, bad

@@ -1,4 +1,5 @@
-"""The run folder: merged config, append-only ledger, status of each stage. Every write is atomic or fsynced."""
+"""The run folder: merged config, append-only ledger, status of each stage. Every write is atomic or
+fsynced."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ SWEEP = "sweep.json"
 
 
 class Failed(RuntimeError):
-    """Something outside the user's command line went wrong; the message says what and where to look."""
+    """Something outside the user's command line went wrong; the message says what and where to
+    look."""
 
 
 class Busy(RuntimeError):
@@ -42,7 +44,11 @@ def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     # a link of this name would have another file written
-    with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "w", encoding="utf-8") as file:
+    with open(
+        os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666),
+        "w",
+        encoding="utf-8",
+    ) as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -55,7 +61,8 @@ def hash_of(value) -> str:
 
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
-"""What flock says on a file system without locks: Lustre mounted without -o flock, NFS without its lock service."""
+"""What flock says on a file system without locks: Lustre mounted without -o flock, NFS without its
+lock service."""
 LEDGER_S = 10
 """Seconds that a line of the ledger waits for another host's; then it is written all the same."""
 
@@ -66,7 +73,9 @@ def lock(path: Path):
     another process holds it, and
     ConfigError on a file system that has no locks."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666), "r+b") as file:
+    with open(
+        os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666), "r+b"
+    ) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -74,17 +83,20 @@ def lock(path: Path):
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
-            raise ConfigError(f"{path}: its file system has no locks (flock: {error.strerror}), and without them "
-                              f"two commands could start "
-                              "one stage twice; keep runs on another one (--runs FOLDER), or ask the site to mount "
-                              "it with locks "
-                              "(Lustre: -o flock; NFS: its lock service). python -m launcher doctor --node tests a "
-                              "folder") from None
+            raise ConfigError(
+                f"{path}: its file system has no locks (flock: {error.strerror}), and without them "
+                f"two commands could start "
+                "one stage twice; keep runs on another one (--runs FOLDER), or ask the site to mount "
+                "it with locks "
+                "(Lustre: -o flock; NFS: its lock service). python -m launcher doctor --node tests a "
+                "folder"
+            ) from None
         yield
 
 
 def wait_for_lock(descriptor: int, seconds: float) -> None:
-    """Take the lock of an open file, or go on without it after ``seconds``, or where there are no locks."""
+    """Take the lock of an open file, or go on without it after ``seconds``, or where there are no
+    locks."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         try:
@@ -96,7 +108,8 @@ def wait_for_lock(descriptor: int, seconds: float) -> None:
 
 
 def process_start(pid: int) -> int | None:
-    """Start time of a process in clock ticks since boot (field 22 of /proc/PID/stat); None when it has ended or is a zombie."""
+    """Start time of a process in clock ticks since boot (field 22 of /proc/PID/stat); None when it
+    has ended or is a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
@@ -131,11 +144,14 @@ class Run:
         return run
 
     def check_here(self) -> None:
-        """ConfigError unless the paths in this run's files, relative to where it was submitted, mean the same from here."""
+        """ConfigError unless the paths in this run's files, relative to where it was submitted,
+        mean the same from here."""
         written = Path(self.config["run"].get("folder", self.folder))
         if written.resolve() != self.folder.resolve():
-            raise ConfigError(f"the files of this run name it {written}, which from {Path.cwd()} is another folder: "
-                              f"run the command from the directory in which {written} is {self.folder.resolve()}")
+            raise ConfigError(
+                f"the files of this run name it {written}, which from {Path.cwd()} is another folder: "
+                f"run the command from the directory in which {written} is {self.folder.resolve()}"
+            )
 
     @property
     def pipeline(self) -> str:
@@ -149,7 +165,9 @@ class Run:
     def stage_named(self, name: str) -> Stage:
         """ConfigError where the run's pipeline has no such stage."""
         if name not in self.stages:
-            raise ConfigError(f"{self.folder} has no stage {name}: its pipeline is {self.pipeline} ({' -> '.join(self.stages)})")
+            raise ConfigError(
+                f"{self.folder} has no stage {name}: its pipeline is {self.pipeline} ({' -> '.join(self.stages)})"
+            )
         return self.stages[name]
 
     def selected(self) -> list[Stage]:
@@ -175,22 +193,28 @@ class Run:
         else:
             why = ""
         if wrong := records.wrong_in_config(values, PIPELINES):
-            raise ConfigError(f"{self.config_file} is not a run's configuration: it is torn, or another tool's{why or f' ({wrong})'}; "
-                              f"name a run's folder, or start the run anew")
+            raise ConfigError(
+                f"{self.config_file} is not a run's configuration: it is torn, or another tool's{why or f' ({wrong})'}; "
+                f"name a run's folder, or start the run anew"
+            )
         return values
 
     @property
     def tables(self) -> dict[str, dict]:
-        """The sections of config.json that this pipeline reads; ConfigError where one is missing or no table."""
+        """The sections of config.json that this pipeline reads; ConfigError where one is missing or
+        no table."""
         values = self.config
         for section in sections(self.stages):
             if not isinstance(values.get(section), dict):
-                raise ConfigError(f"{self.config_file} has no table {section}: it is damaged, or of another tool; start the run anew")
+                raise ConfigError(
+                    f"{self.config_file} has no table {section}: it is damaged, or of another tool; start the run anew"
+                )
         return {section: values[section] for section in sections(self.stages)}
 
     @property
     def profile(self) -> Profile:
-        """The site's profile as the run was submitted with it; ConfigError where config.json is damaged."""
+        """The site's profile as the run was submitted with it; ConfigError where config.json is
+        damaged."""
         return build(Profile, self.config["profile"], f"{self.config_file}: profile")
 
     @property
@@ -201,7 +225,8 @@ class Run:
         return self.folder / name
 
     def lock(self):
-        """Held by whoever starts stages: the local runner as long as it runs, a Slurm submission while it queues."""
+        """Held by whoever starts stages: the local runner as long as it runs, a Slurm submission
+        while it queues."""
         return lock(self.folder / ".lock")
 
     def record(self, event: str, **fields) -> None:
@@ -211,21 +236,24 @@ class Run:
         try:
             wait_for_lock(descriptor, LEDGER_S)  # O_APPEND is not atomic between two NFS clients
             size = os.fstat(descriptor).st_size
-            torn = size and os.pread(descriptor, 1, size - 1) != b"\n"  # a crash in the middle of the line before
+            # a crash in the middle of the line before
+            torn = size and os.pread(descriptor, 1, size - 1) != b"\n"
             os.write(descriptor, b"\n" * bool(torn) + line.encode())
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
 
     def ledger(self) -> list[dict]:
-        """All events in order; a half-written or damaged line (a full disk, a crash) is left out."""
+        """All events in order; a half-written or damaged line (a full disk, a crash) is left
+        out."""
         try:
             return records.events(read_bytes(self.folder / "ledger.jsonl").decode(errors="replace"))
         except FileNotFoundError:
             return []
 
     def status(self, stage: str) -> dict:
-        """status.json of a stage; one that never ran is {"state": "pending", "attempt": 0}, one whose file is damaged has failed."""
+        """status.json of a stage; one that never ran is {"state": "pending", "attempt": 0}, one
+        whose file is damaged has failed."""
         path = self.stage(stage) / "status.json"
         try:
             return records.status(read_json(path), path)
@@ -233,10 +261,16 @@ class Run:
             return {"state": "pending", "attempt": 0}
         except Unfit as error:
             attempts = [event.get("attempt") or 0 for event in self.ledger() if event.get("stage") == stage]
-            return {"state": "failed", "attempt": max(attempts, default=0), "job": None, "cause": f"{error}; the ledger and logs are kept"}
+            return {
+                "state": "failed",
+                "attempt": max(attempts, default=0),
+                "job": None,
+                "cause": f"{error}; the ledger and logs are kept",
+            }
 
     def data_summary(self) -> dict:
-        """{"stages": the lengths that rows are cut to, "lines": what is dropped and cut of them}; {} where that isn't known."""
+        """{"stages": the lengths that rows are cut to, "lines": what is dropped and cut of them};
+        {} where that isn't known."""
         try:
             table = read_table(self.folder / "data" / SUMMARY)
         except OSError:
@@ -249,7 +283,8 @@ class Run:
         write_json(self.stage(stage) / "status.json", {**known, **fields})
 
     def iteration(self, stage: str) -> int | None:
-        """Iteration of the stage's last complete checkpoint (its file ``latest``); None without one."""
+        """Iteration of the stage's last complete checkpoint (its file ``latest``); None without
+        one."""
         try:
             text = read_text(self.stage(stage) / "latest", 1 << 10).strip()
         except (FileNotFoundError, NotADirectoryError, Unfit):
@@ -262,25 +297,31 @@ class Run:
         return sorted(int(number) for number in numbers if number.isascii() and number.isdigit() and len(number) < 16)
 
     def runner(self) -> dict | None:
-        """The local runner that works on this run now: {"pid", "pid_start", "host", "stages"}; None when there is none."""
+        """The local runner that works on this run now: {"pid", "pid_start", "host", "stages"}; None
+        when there is none."""
         events = [event for event in self.ledger() if event["event"] in ("runner", "runner ended", "taken over")]
         return events[-1] if events and events[-1]["event"] == "runner" and is_alive(events[-1]) else None
 
     def uses_slurm(self) -> bool:
-        """Whether the queue may hold a job of this run: it is to run there, or ``resume --take-over`` did not declare all its jobs dead."""
+        """Whether the queue may hold a job of this run: it is to run there, or ``resume
+        --take-over`` did not declare all its jobs dead."""
         if self.config["profile"]["scheduler"] == "slurm":
             return True
         events, gone = self.ledger(), self.disowned()
         return any(event["job"] not in gone for event in events if event.get("job"))
 
     def disowned(self) -> set[int]:
-        """Jobs that ``resume --take-over`` declared dead: should Slurm start one after all, it must not touch the run."""
+        """Jobs that ``resume --take-over`` declared dead: should Slurm start one after all, it must
+        not touch the run."""
         return {job for event in self.ledger() if event["event"] == "taken over" for job in event.get("jobs") or []}
 
     def cancelled_since(self, when: float, job: int) -> bool:
-        """Whether ``cancel`` was told to stop this job after ``when``: it must not queue itself again."""
-        return any(event["event"] == "cancelled" and event["time"] >= when and job in dict(event.get("jobs") or {}).values()
-                   for event in self.ledger())
+        """Whether ``cancel`` was told to stop this job after ``when``: it must not queue itself
+        again."""
+        return any(
+            event["event"] == "cancelled" and event["time"] >= when and job in dict(event.get("jobs") or {}).values()
+            for event in self.ledger()
+        )
 
     def changed(self) -> float:
         """When something last happened to the run, seconds since 1970."""
@@ -317,7 +358,9 @@ def sweep_of(folder: Path) -> dict:
     try:
         return records.sweep(read_table(folder / SWEEP), folder / SWEEP)
     except Unfit as error:
-        raise ConfigError(f"{error}: this is no sweep's folder, or its sweep.json is damaged; the same submit writes it again") from None
+        raise ConfigError(
+            f"{error}: this is no sweep's folder, or its sweep.json is damaged; the same submit writes it again"
+        ) from None
 
 
 class Runs(list):
@@ -331,18 +374,27 @@ class Runs(list):
 
     @classmethod
     def open(cls, paths: Collection[Path], below: Path) -> Runs:
-        """The runs of ``paths`` (folders, or names below ``below``; a sweep's stands for its elements), without any all below
-        ``below``, the last active one first; ConfigError where there is none."""
+        """The runs of ``paths`` (folders, or names below ``below``; a sweep's stands for its
+        elements), without any all below ``below``, the last active one first; ConfigError where
+        there is none."""
         if paths:
-            folders = [path if any((path / name).exists() for name in ("config.json", SWEEP)) or len(path.parts) > 1 else below / path
-                       for path in paths]
+            folders = [
+                path
+                if any((path / name).exists() for name in ("config.json", SWEEP)) or len(path.parts) > 1
+                else below / path
+                for path in paths
+            ]
             sweeps = tuple(folder for folder in folders if (folder / SWEEP).is_file())
-            made = cls(run for folder in folders for run in (elements(folder) if folder in sweeps else [Run.open(folder)]))
+            made = cls(
+                run for folder in folders for run in (elements(folder) if folder in sweeps else [Run.open(folder)])
+            )
             made.named, made.sweeps = True, sweeps
             if not made:
-                raise ConfigError(f"{', '.join(map(str, sweeps))}: none of its runs was written; the same submit "
-                                  f"command as before writes "
-                                  "them")
+                raise ConfigError(
+                    f"{', '.join(map(str, sweeps))}: none of its runs was written; the same submit "
+                    f"command as before writes "
+                    "them"
+                )
             return made
         found, strangers = [], []
         for path in sorted([*below.glob("*/config.json"), *below.glob(f"*/{SWEEP}")]):
@@ -352,9 +404,16 @@ class Runs(list):
             except (ConfigError, OSError) as error:
                 strangers.append(f"{path.parent} is left out: {error}")
         if not found:
-            raise ConfigError("\n".join([*strangers, f"no run in {below}; start one: python -m launcher submit "
-                                                     f"full-pipeline; or say where "
-                                         "they are: --runs DIR"]))
+            raise ConfigError(
+                "\n".join(
+                    [
+                        *strangers,
+                        f"no run in {below}; start one: python -m launcher submit "
+                        f"full-pipeline; or say where "
+                        "they are: --runs DIR",
+                    ]
+                )
+            )
         made = cls(run for _, run in sorted(found, key=lambda pair: pair[0], reverse=True))
         made.strangers = tuple(strangers)
         return made

@@ -1,8 +1,9 @@
 """DONE.json: what a finished stage left behind, and the child's check of it before any rank starts.
 
-A child reads every byte of its parents' outputs, several files at a time: a size or a date says nothing about a flipped bit. Only
-later attempts of the same child skip files that were not touched since (size, inode, times of the last change of content and of
-anything else, which no program can set back): ``verified.json`` in the child's folder remembers them.
+A child reads every byte of its parents' outputs, several files at a time: a size or a date says
+nothing about a flipped bit. Only later attempts of the same child skip files that were not touched
+since (size, inode, times of the last change of content and of anything else, which no program can
+set back): ``verified.json`` in the child's folder remembers them.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class DamagedOutput(Refused):
 
 
 def make(run: Run, stage: Stage, attempt: int, started: float, left: Path | None = None) -> dict:
-    """The manifest of a stage whose ranks all exited 0; raises Refused where an output is missing or nothing was trained.
+    """The manifest of a stage whose ranks all exited 0; raises Refused where an output is missing
+    or nothing was trained.
 
     ``left``: where its first rank left its versions.
     """
@@ -38,7 +40,9 @@ def make(run: Run, stage: Stage, attempt: int, started: float, left: Path | None
     if stage.checkpoints and iteration is None:
         raise Refused(f"{stage.name} exited 0 but left no file `latest`: it saved no checkpoint")
     if stage.trainer and iteration == 0:
-        raise Refused(f"{stage.name} exited 0 at iteration 0: it trained nothing (see counts.json in {run.folder / 'data'} for empty data)")
+        raise Refused(
+            f"{stage.name} exited 0 at iteration 0: it trained nothing (see counts.json in {run.folder / 'data'} for empty data)"
+        )
     wanted = read_table(run.stage(stage.name) / "config.json")["iterations"] if stage.trainer else iteration
     chosen = _chosen(run, stage, wanted)
     if iteration != (chosen["iteration"] if chosen else wanted):
@@ -46,30 +50,44 @@ def make(run: Run, stage: Stage, attempt: int, started: float, left: Path | None
     files = _outputs(run, stage, iteration)
     sums = _sums(stage, files)
     identity = {
-        "stage": stage.name, "iteration": iteration, "config_hash": config_hash(run, stage.name),
+        "stage": stage.name,
+        "iteration": iteration,
+        "config_hash": config_hash(run, stage.name),
         "parents": {parent: read(run, parent)["identity"] for parent in stage.parents},
-        "outputs": {str(path.relative_to(run.folder)): {"size": path.stat().st_size, "sha256": sums[path]} for path in files}}
-    return {"identity": hash_of(identity), **identity, "run": run.id, "attempt": attempt,
-            "started": started, "ended": time.time(), "versions": versions(run, left),
-            **({"chosen": chosen} if chosen else {})}
+        "outputs": {
+            str(path.relative_to(run.folder)): {"size": path.stat().st_size, "sha256": sums[path]} for path in files
+        },
+    }
+    return {
+        "identity": hash_of(identity),
+        **identity,
+        "run": run.id,
+        "attempt": attempt,
+        "started": started,
+        "ended": time.time(),
+        "versions": versions(run, left),
+        **({"chosen": chosen} if chosen else {}),
+    }
 
 
 def _sums(stage: Stage, outputs: list[Path]) -> dict[Path, str]:
-    """sha256 of each output, each read once. Raises Refused where a checkpoint is not what its SHA256 says: a bit
-    that flipped after the save would be certified."""
+    """sha256 of each output, each read once. Raises Refused where a checkpoint is not what its
+    SHA256 says: a bit that flipped after the save would be certified."""
     sums: dict[Path, str] = {}
     for folder in {path.parent for path in outputs if path.name == NAME}:
         try:
             sums |= {folder / name: found for name, found in check(folder).items()}
         except Damaged as error:
-            raise DamagedOutput(f"{stage.name} can't be called done: {error.what}; "
-                                "resume goes on from the checkpoint before it") from None
+            raise DamagedOutput(
+                f"{stage.name} can't be called done: {error.what}; resume goes on from the checkpoint before it"
+            ) from None
     return sums | digests("", [path for path in outputs if path not in sums])
 
 
 def _chosen(run: Run, stage: Stage, wanted: int | None) -> dict | None:
-    """What a trainer with early stop said when it ended (training/trainer/early_stopping.py): patience had run out, or all iterations were run, and an
-    earlier checkpoint than the last is the result. None where it said nothing, as one that died does."""
+    """What a trainer with early stop said when it ended (training/trainer/early_stopping.py):
+    patience had run out, or all iterations were run, and an earlier checkpoint than the last is the
+    result. None where it said nothing, as one that died does."""
     path = run.stage(stage.name) / "chosen.json"
     if not stage.trainer or not path.exists():
         return None
@@ -88,7 +106,8 @@ def write(run: Run, stage: Stage, manifest: dict) -> None:
 
 
 def read(run: Run, stage: str) -> dict:
-    """A stage's manifest; raises Refused where there is none, it can't be read or it holds what none of ours does."""
+    """A stage's manifest; raises Refused where there is none, it can't be read or it holds what
+    none of ours does."""
     path = run.stage(stage) / "DONE.json"
     try:
         return records.manifest(read_table(path), path)
@@ -99,7 +118,8 @@ def read(run: Run, stage: str) -> dict:
 
 
 def outputs(run: Run, manifest: dict) -> dict[Path, dict]:
-    """Path -> {"size", "sha256"} of what a manifest lists; raises Refused for a name that is not below the run's folder."""
+    """Path -> {"size", "sha256"} of what a manifest lists; raises Refused for a name that is not
+    below the run's folder."""
     try:
         return {within(run.folder, name): expected for name, expected in manifest["outputs"].items()}
     except Unfit as error:
@@ -107,9 +127,11 @@ def outputs(run: Run, manifest: dict) -> dict[Path, dict]:
 
 
 def verify(run: Run, stage: Stage, child: str | None = None) -> None:
-    """Raise Refused with the reason unless the stage is done and its outputs are what its manifest says.
+    """Raise Refused with the reason unless the stage is done and its outputs are what its manifest
+    says.
 
-    ``child``: the stage that is to use them; its verified.json spares files that an earlier attempt of it has read.
+    ``child``: the stage that is to use them; its verified.json spares files that an earlier attempt
+    of it has read.
     """
     manifest = read(run, stage.name)
     if manifest["run"] != run.id:
@@ -125,7 +147,9 @@ def verify(run: Run, stage: Stage, child: str | None = None) -> None:
         if not path.is_file():
             raise Refused(f"{stage.name} is marked done but {path} is missing")
         if path.stat().st_size != expected["size"]:
-            raise Refused(f"{path} has {path.stat().st_size} bytes, its manifest says {expected['size']}: truncated or overwritten")
+            raise Refused(
+                f"{path} has {path.stat().st_size} bytes, its manifest says {expected['size']}: truncated or overwritten"
+            )
     _check_content(run, manifest, run.stage(child) / "verified.json" if child else None)
 
 
@@ -134,12 +158,15 @@ IDENTITY = ("stage", "iteration", "config_hash", "parents", "outputs")
 
 
 def _check_parents(run: Run, stage: Stage, manifest: dict) -> None:
-    """Raise Refused where the stage was made from other parents than those that are there: the chain would mix two runs."""
+    """Raise Refused where the stage was made from other parents than those that are there: the
+    chain would mix two runs."""
     for parent in stage.parents:
         now = read(run, parent)["identity"]
         if manifest["parents"].get(parent) != now:
-            raise Refused(f"{stage.name} was made from another {parent} than the one that is there now; "
-                          f"python -m launcher resume {run.folder} moves it aside and runs it again")
+            raise Refused(
+                f"{stage.name} was made from another {parent} than the one that is there now; "
+                f"python -m launcher resume {run.folder} moves it aside and runs it again"
+            )
 
 
 def _check_content(run: Run, manifest: dict, memory: Path | None) -> None:
@@ -162,11 +189,16 @@ def left(run: Run, stages: list[Stage]) -> list[Stage]:
     for name, stage in run.stages.items():
         if (run.stage(name) / "DONE.json").exists():
             manifest = read(run, name)
-            # What is made from a checkpoint is made again where it was lost; a lost checkpoint is the child's to refuse, by name.
+            # What is made from a checkpoint is made again where it was lost; a lost checkpoint is
+            # the child's to refuse, by name.
             if stage.checkpoints or all(path.is_file() for path in outputs(run, manifest)):
                 manifests[name] = manifest
-    return remaining(run.stages, stages, {name: manifest["identity"] for name, manifest in manifests.items()},
-                     {name: manifest["parents"] for name, manifest in manifests.items()})
+    return remaining(
+        run.stages,
+        stages,
+        {name: manifest["identity"] for name, manifest in manifests.items()},
+        {name: manifest["parents"] for name, manifest in manifests.items()},
+    )
 
 
 def config_hash(run: Run, stage: str) -> str:
@@ -179,8 +211,8 @@ VERSIONS, MOST_VERSIONS = "versions.json", 20
 def versions(run: Run, left: Path | None = None) -> dict[str, str]:
     """Versions of what computed the outputs, as the stage's first rank said them.
 
-    Where it said nothing they are read from this interpreter's packages: importing torch would cost seconds. A
-    container does not use these: then only its image is named.
+    Where it said nothing they are read from this interpreter's packages: importing torch would cost
+    seconds. A container does not use these: then only its image is named.
     """
     import importlib.metadata  # late: 40 ms, and status needs this file
 
@@ -205,12 +237,18 @@ def _said(path: Path) -> dict[str, str]:
 
 
 def commit(root: Path) -> dict[str, str]:
-    """{"commit": the checkout's commit, "-dirty" where files differ from it}; {} where the code is installed without its repository."""
+    """{"commit": the checkout's commit, "-dirty" where files differ from it}; {} where the code is
+    installed without its repository."""
     if not (root / ".git").exists():  # else git would name a repository around the installation
         return {}
     try:
-        done = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-                              capture_output=True, text=True, check=False, timeout=10)
+        done = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=10,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return {}
     return {"commit": done.stdout.strip()} if done.returncode == 0 else {}
@@ -233,5 +271,7 @@ def _outputs(run: Run, stage: Stage, iteration: int | None) -> list[Path]:
     if stage.checkpoints:
         found.add(folder / "latest")
         for number in iterations:
-            found.update(path for path in (folder / "checkpoints" / iteration_folder(number or 0)).rglob("*") if path.is_file())
+            found.update(
+                path for path in (folder / "checkpoints" / iteration_folder(number or 0)).rglob("*") if path.is_file()
+            )
     return sorted(found)

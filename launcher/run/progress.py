@@ -41,8 +41,10 @@ def read(run: Run, stage: Stage, since: float) -> Progress:
         return made
     last = found[-1]
     made.iteration, made.logged = last["iteration"], last["time"]
-    made.total, made.tokens_per_s = (last[name] if records.fits(last.get(name), kind) else None
-                                     for name, kind in (("total", records.whole), ("tokens_per_second", records.number)))
+    made.total, made.tokens_per_s = (
+        last[name] if records.fits(last.get(name), kind) else None
+        for name, kind in (("total", records.whole), ("tokens_per_second", records.number))
+    )
     for name in stage.key_numbers:
         values = [row[name] for row in found if isinstance(row.get(name), int | float)]
         if values:
@@ -56,14 +58,15 @@ def read(run: Run, stage: Stage, since: float) -> Progress:
 
 
 def rows(run: Run, stage: str, most: int = TAIL_BYTES) -> list[dict]:
-    """The whole rows in the last ``most`` bytes of metrics.jsonl, each with a number as its iteration and a time; one that a full disk
-    or a crash tore, or that a trainer does not write, is passed over."""
+    """The whole rows in the last ``most`` bytes of metrics.jsonl, each with a number as its
+    iteration and a time; one that a full disk or a crash tore, or that a trainer does not write, is
+    passed over."""
     try:
         content, complete = read_tail(run.stage(stage) / "metrics.jsonl", most)
     except (FileNotFoundError, NotADirectoryError, Unfit):
         return []
     found = []
-    for line in content.decode(errors="replace").split("\n")[0 if complete else 1:-1]:
+    for line in content.decode(errors="replace").split("\n")[0 if complete else 1 : -1]:
         with contextlib.suppress(Unfit):
             row = parse(line, stage)
             if isinstance(row, dict) and all(records.fits(row.get(name), kind) for name, kind in COLUMNS.items()):

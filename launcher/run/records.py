@@ -1,4 +1,5 @@
-"""What a run's own files hold, as far as it is what the launcher writes: a torn, damaged or foreign value is left out. Pure."""
+"""What a run's own files hold, as far as it is what the launcher writes: a torn, damaged or foreign
+value is left out. Pure."""
 
 from __future__ import annotations
 
@@ -34,38 +35,83 @@ def texts(value: object) -> bool:
 
 
 def _jobs(value: object) -> bool:
-    return all(map(whole, value.values() if isinstance(value, dict) else value)) if isinstance(value, dict | list) else False
+    return (
+        all(map(whole, value.values() if isinstance(value, dict) else value))
+        if isinstance(value, dict | list)
+        else False
+    )
 
 
 SHARED: dict[str, Callable[[object], bool]] = {
-    "stage": text, "job": whole, "attempt": whole, "pid": whole, "pid_start": whole, "host": text, "iteration": whole, "class": text,
-    "cause": text, "began": whole}
+    "stage": text,
+    "job": whole,
+    "attempt": whole,
+    "pid": whole,
+    "pid_start": whole,
+    "host": text,
+    "iteration": whole,
+    "class": text,
+    "cause": text,
+    "began": whole,
+}
 """Field of a record -> whether its value is of the kind that we write; None is of every kind."""
-EVENT = {**SHARED, "event": text, "time": moment, "stages": texts, "jobs": _jobs, "token": text, "node": text, "reason": text,
-         "element": whole}
-STATUS = {**SHARED, "state": STATES.__contains__, "started": moment, "ended": moment, "updated": moment, "advice": text, "rank": whole,
-          "lines": texts, "run": text}
-NEEDED = {"runner": ("pid", "host", "stages"), "submitting": ("token", "stages"), "committed": ("token",), "submitted": ("stage", "job"),
-          "started": ("stage",), "requeued": ("stage",), "done": ("stage", "attempt"), "bad node": ("node",)}
+EVENT = {
+    **SHARED,
+    "event": text,
+    "time": moment,
+    "stages": texts,
+    "jobs": _jobs,
+    "token": text,
+    "node": text,
+    "reason": text,
+    "element": whole,
+}
+STATUS = {
+    **SHARED,
+    "state": STATES.__contains__,
+    "started": moment,
+    "ended": moment,
+    "updated": moment,
+    "advice": text,
+    "rank": whole,
+    "lines": texts,
+    "run": text,
+}
+NEEDED = {
+    "runner": ("pid", "host", "stages"),
+    "submitting": ("token", "stages"),
+    "committed": ("token",),
+    "submitted": ("stage", "job"),
+    "started": ("stage",),
+    "requeued": ("stage",),
+    "done": ("stage", "attempt"),
+    "bad node": ("node",),
+}
 """Event -> fields without which it says nothing."""
 
 
 def events(content: str) -> list[dict]:
-    """The events of a ledger, in order; a line that is torn, or that no launcher writes, is left out."""
+    """The events of a ledger, in order; a line that is torn, or that no launcher writes, is left
+    out."""
     found = []
     for line in content.split("\n")[:-1]:
         try:
             event = parse(line, "a line")
         except Unfit:
             continue
-        if isinstance(event, dict) and _fits(event, EVENT) and None not in (event.get("event"), event.get("time")) and \
-                all(event.get(name) is not None for name in NEEDED.get(event["event"], ())):
+        if (
+            isinstance(event, dict)
+            and _fits(event, EVENT)
+            and None not in (event.get("event"), event.get("time"))
+            and all(event.get(name) is not None for name in NEEDED.get(event["event"], ()))
+        ):
             found.append(event)
     return found
 
 
 def status(value: object, source: object) -> dict:
-    """What a status.json held; raises Unfit, naming ``source``, where it is not what a supervisor writes."""
+    """What a status.json held; raises Unfit, naming ``source``, where it is not what a supervisor
+    writes."""
     if not isinstance(value, dict):
         raise Unfit(f"{source}: expected an object, got {type(value).__name__}")
     wrong = sorted(name for name, kind in STATUS.items() if value.get(name) is not None and not fits(value[name], kind))
@@ -74,11 +120,15 @@ def status(value: object, source: object) -> dict:
         raise Unfit(f"{source}: {name} = {value.get(name)!r:.60} is nothing that a supervisor writes")
     if value["state"] == "running" and not value.get("job") and None in (value.get("pid"), value.get("host")):
         raise Unfit(f"{source}: running, but it names neither a job nor a process")
-    return {**value, **{name: value.get(name) or empty for name, empty in (("attempt", 0), ("job", None), ("cause", ""))}}
+    return {
+        **value,
+        **{name: value.get(name) or empty for name, empty in (("attempt", 0), ("job", None), ("cause", ""))},
+    }
 
 
 def wrong_in_config(values: dict, pipelines: Collection[str]) -> str:
-    """What of a config.json is not as submit writes it, in words; "" where all that is asked of every run is."""
+    """What of a config.json is not as submit writes it, in words; "" where all that is asked of
+    every run is."""
     for section in ("run", "profile"):
         if not isinstance(values.get(section), dict):
             return f"no table {section}"
@@ -96,22 +146,35 @@ def wrong_in_config(values: dict, pipelines: Collection[str]) -> str:
 
 
 def sweep(values: dict, source: object) -> dict:
-    """What a sweep.json held; raises Unfit, naming ``source``, where it is not what submit writes."""
+    """What a sweep.json held; raises Unfit, naming ``source``, where it is not what submit
+    writes."""
     rows = values.get("values")
-    if not text(values.get("id")) or not isinstance(rows, list) or not rows or not all(
-            isinstance(row, dict) and row and row.keys() == rows[0].keys() for row in rows):
+    if (
+        not text(values.get("id"))
+        or not isinstance(rows, list)
+        or not rows
+        or not all(isinstance(row, dict) and row and row.keys() == rows[0].keys() for row in rows)
+    ):
         raise Unfit(f"{source}: expected id and values, a table of keys for each run")
     return values
 
 
 def manifest(values: dict, source: object) -> dict:
-    """What a DONE.json held; raises Unfit, naming ``source``, where it is not what the launcher writes. Its names are not checked."""
+    """What a DONE.json held; raises Unfit, naming ``source``, where it is not what the launcher
+    writes. Its names are not checked."""
     parents, outputs = values.get("parents"), values.get("outputs")
     wrong = [name for name in ("identity", "stage", "run", "config_hash") if not text(values.get(name))]
     wrong += [] if values.get("iteration") is None or fits(values["iteration"], whole) else ["iteration"]
     wrong += [] if isinstance(parents, dict) and all(map(text, parents.values())) else ["parents"]
-    wrong += [] if isinstance(outputs, dict) and all(
-        isinstance(row, dict) and fits(row.get("size"), whole) and text(row.get("sha256")) for row in outputs.values()) else ["outputs"]
+    wrong += (
+        []
+        if isinstance(outputs, dict)
+        and all(
+            isinstance(row, dict) and fits(row.get("size"), whole) and text(row.get("sha256"))
+            for row in outputs.values()
+        )
+        else ["outputs"]
+    )
     if wrong:
         raise Unfit(f"{source} is not what a finished stage leaves: {wrong[0]} = {values.get(wrong[0])!r:.60}")
     return values

@@ -29,29 +29,41 @@ class Site:
     accounting: bool
 
 
-def call(*command: str, timeout_s: float = TIMEOUT_S, environ: dict[str, str] | None = None,
-         with_errors: bool = False) -> str:
+def call(
+    *command: str, timeout_s: float = TIMEOUT_S, environ: dict[str, str] | None = None, with_errors: bool = False
+) -> str:
     """Standard output of a Slurm command (and its standard error, ``with_errors``); SlurmError with
     its standard error where it fails.
 
-    ``environ``: what sbatch hands on to a job (environment.for_sbatch); other commands get what they
-    need to reach the controller.
+    ``environ``: what sbatch hands on to a job (environment.for_sbatch); other commands get what
+    they need to reach the controller.
     """
     own = environment.outside() if environ is None else environ
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=timeout_s, check=False,
-                              stdin=subprocess.DEVNULL, env={**own, **READABLE})
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout_s,
+            check=False,
+            stdin=subprocess.DEVNULL,
+            env={**own, **READABLE},
+        )
     except FileNotFoundError:
         raise SlurmError(f"{command[0]} is not on PATH; is this a login node?") from None
     except subprocess.TimeoutExpired:
-        raise SlurmError(f"{command[0]} did not answer in {timeout_s:g} s: the controller is down or unreachable") from None
+        raise SlurmError(
+            f"{command[0]} did not answer in {timeout_s:g} s: the controller is down or unreachable"
+        ) from None
     if done.returncode:
         raise SlurmError(f"{command[0]}: {done.stderr.strip() or done.stdout.strip()}")
     return done.stdout + done.stderr if with_errors else done.stdout
 
 
 def ping(timeout_s: float = TIMEOUT_S) -> None:
-    """Raise SlurmError at once where no controller answers: scontrol tells it in milliseconds, its other commands take 9 s."""
+    """Raise SlurmError at once where no controller answers: scontrol tells it in milliseconds, its
+    other commands take 9 s."""
     try:
         call("scontrol", "ping", timeout_s=timeout_s)
     except SlurmError as error:
@@ -75,7 +87,8 @@ def unusable() -> str:
 
 
 def login_node(reason: str) -> bool:
-    """Whether this is a machine of a cluster, whose controller may be down; ``reason``: what ``unusable`` said.
+    """Whether this is a machine of a cluster, whose controller may be down; ``reason``: what
+    ``unusable`` said.
 
     Slurm's programs may be installed where no cluster is: they then have no configuration.
     """
@@ -86,8 +99,11 @@ def site() -> Site:
     """Version, cluster name and whether sacct works."""
     config = call("scontrol", "show", "config")
     values = dict(re.findall(r"^(\S+)\s*=\s(.*?)\s*$", config, re.MULTILINE))
-    return Site(values.get("SLURM_VERSION", ""), values.get("ClusterName", ""),
-                values.get("AccountingStorageType", "") != "accounting_storage/none")
+    return Site(
+        values.get("SLURM_VERSION", ""),
+        values.get("ClusterName", ""),
+        values.get("AccountingStorageType", "") != "accounting_storage/none",
+    )
 
 
 def user() -> str:
@@ -100,12 +116,13 @@ def user() -> str:
 
 
 def own_job(job: int) -> str:
-    """What scontrol and scancel call the job that this process runs in: to them the id of a job array's last element is the whole
-    array."""
+    """What scontrol and scancel call the job that this process runs in: to them the id of a job
+    array's last element is the whole array."""
     element = os.environ.get("SLURM_ARRAY_TASK_ID")
     return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{element}" if element else str(job)
 
 
 def comment(run_id: str, stage: str) -> str:
-    """What marks a job as this stage of this run: ids are handed out again after a controller crash, this is not."""
+    """What marks a job as this stage of this run: ids are handed out again after a controller
+    crash, this is not."""
     return f"convoy run={run_id} stage={stage}"

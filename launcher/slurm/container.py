@@ -1,6 +1,8 @@
-"""Ranks in a container: what is added to srun (pyxis, with enroot) or put before the command (Apptainer). Pure text.
+"""Ranks in a container: what is added to srun (pyxis, with enroot) or put before the command
+(Apptainer). Pure text.
 
-The batch script and supervise run on the node itself; they need Slurm's commands, which an image does not have.
+The batch script and supervise run on the node itself; they need Slurm's commands, which an image
+does not have.
 """
 
 from __future__ import annotations
@@ -17,26 +19,33 @@ from training.config.schema import ConfigError
 def srun_options(profile: Profile, environment=()) -> list[str]:
     """Options of srun for the profile's container; none without pyxis.
 
-    ``environment``: names of variables whose value outside wins over the image's own: pyxis keeps the image's where both
-    have one, and NGC images set several NCCL variables.
+    ``environment``: names of variables whose value outside wins over the image's own: pyxis keeps
+    the image's where both have one, and NGC images set several NCCL variables.
     """
     box = profile.container
     if box.runtime != "pyxis":
         return []
     here = os.getcwd()
     mounts = ",".join(_pair(mount) for mount in [here, *box.mounts])
-    options = [f"--container-image={box.image}", f"--container-mounts={mounts}", f"--container-workdir={here}", "--no-container-mount-home",
-               "--no-container-entrypoint"]
+    options = [
+        f"--container-image={box.image}",
+        f"--container-mounts={mounts}",
+        f"--container-workdir={here}",
+        "--no-container-mount-home",
+        "--no-container-entrypoint",
+    ]
     return [*options, f"--container-env={','.join(environment)}"] if environment else options
 
 
 def inside(profile: Profile, command: list[str]) -> list[str]:
-    """``command`` (its first word is the interpreter out here) as each task starts it: in the image, with the image's interpreter."""
+    """``command`` (its first word is the interpreter out here) as each task starts it: in the
+    image, with the image's interpreter."""
     box = profile.container
     if box.runtime == "none":
         return command
     command = [box.python, *command[1:]]
-    if run_module.FILE in command and not _seen(profile, Path(run_module.FILE)):  # the image has our packages itself
+    # the image has our packages itself
+    if run_module.FILE in command and not _seen(profile, Path(run_module.FILE)):
         command[command.index(run_module.FILE)] = "-m"
     if box.runtime == "pyxis":
         return command
@@ -47,7 +56,8 @@ def inside(profile: Profile, command: list[str]) -> list[str]:
 
 
 def for_step(profile: Profile) -> dict[str, str]:
-    """environment.for_step, without what would send the image's interpreter to the node's library."""
+    """environment.for_step, without what would send the image's interpreter to the node's
+    library."""
     environ = environment.for_step(profile.passed)
     if profile.container.runtime != "none" and "PYTHONHOME" not in profile.passed:
         environ.pop("PYTHONHOME", None)
@@ -55,23 +65,25 @@ def for_step(profile: Profile) -> dict[str, str]:
 
 
 def passed_on(profile: Profile, variables: dict[str, str]) -> dict[str, str]:
-    """``variables`` and, for Apptainer, each of them once more as APPTAINERENV_NAME: it then wins over the
-    image's own value."""
+    """``variables`` and, for Apptainer, each of them once more as APPTAINERENV_NAME: it then wins
+    over the image's own value."""
     if profile.container.runtime != "apptainer":
         return variables
     return {**variables, **{f"APPTAINERENV_{name}": value for name, value in variables.items()}}
 
 
 def check_seen(profile: Profile, paths: dict[str, Path]) -> None:
-    """ConfigError where one of ``paths`` (what it is -> where) is neither in the working directory nor below a mount: the ranks would not
-    find it. A link counts for where it leads."""
+    """ConfigError where one of ``paths`` (what it is -> where) is neither in the working directory
+    nor below a mount: the ranks would not find it. A link counts for where it leads."""
     if profile.container.runtime == "none":
         return
     for what, path in paths.items():
         for place in (path.absolute(), path.resolve()):
             if not _seen(profile, place):
-                raise ConfigError(f"{what} = {str(path)!r}: {place} is not seen from inside the container of profile {profile.name}; "
-                                  f'add it, or a folder above it, to its [container] mounts, e.g. mounts = ["{place.parent}"]')
+                raise ConfigError(
+                    f"{what} = {str(path)!r}: {place} is not seen from inside the container of profile {profile.name}; "
+                    f'add it, or a folder above it, to its [container] mounts, e.g. mounts = ["{place.parent}"]'
+                )
 
 
 def _seen(profile: Profile, place: Path) -> bool:

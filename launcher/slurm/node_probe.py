@@ -1,5 +1,6 @@
-"""What this node has, as one JSON object on standard output. Standard library only, and no import of ours: ``doctor --node`` sends this
-file through srun to the standard input of a compute node's interpreter, which need not see our folders or have our packages.
+"""What this node has, as one JSON object on standard output. Standard library only, and no import
+of ours: ``doctor --node`` sends this file through srun to the standard input of a compute node's
+interpreter, which need not see our folders or have our packages.
 
     python launcher/slurm/node_probe.py [CANARY WORD]
 
@@ -36,18 +37,31 @@ def main(arguments: list[str]) -> dict:
     low, high = (int(number) for number in Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
     return {
         "host": os.environ["SLURMD_NODENAME"] if "SLURMD_NODENAME" in os.environ else socket.gethostname(),
-        "python": sys.executable, "python_version": platform.python_version(), "time": time.time(),
-        "gpus": gpus(), "driver": driver(), "torch": torch(), "apex": apex(), "adapters": adapters(),
+        "python": sys.executable,
+        "python_version": platform.python_version(),
+        "time": time.time(),
+        "gpus": gpus(),
+        "driver": driver(),
+        "torch": torch(),
+        "apex": apex(),
+        "adapters": adapters(),
         "packages": {name: version for name in PACKAGES if (version := version_of(name))},
-        "address": address(), "interfaces": interfaces(), "ports": [low, high],
-        "memory_gb": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**30, "cores": len(os.sched_getaffinity(0)),
-        "locked_memory": resource.getrlimit(resource.RLIMIT_MEMLOCK)[1], "shm_gb": shutil.disk_usage("/dev/shm").total // 2**30,
+        "address": address(),
+        "interfaces": interfaces(),
+        "ports": [low, high],
+        "memory_gb": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**30,
+        "cores": len(os.sched_getaffinity(0)),
+        "locked_memory": resource.getrlimit(resource.RLIMIT_MEMLOCK)[1],
+        "shm_gb": shutil.disk_usage("/dev/shm").total // 2**30,
         "programs": {name: path for name in ("enroot", "apptainer", "singularity") if (path := shutil.which(name))},
-        "canary": None if not arguments else canary(*arguments), "lock": None if not arguments else lock(arguments[0])}
+        "canary": None if not arguments else canary(*arguments),
+        "lock": None if not arguments else lock(arguments[0]),
+    }
 
 
 def lock(path: str) -> str:
-    """Whether the lock that the login node holds on ``path`` is seen here: "held", "free", or why it can't be told."""
+    """Whether the lock that the login node holds on ``path`` is seen here: "held", "free", or why
+    it can't be told."""
     try:
         with open(path, "a", encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -59,9 +73,11 @@ def lock(path: str) -> str:
 
 
 def apex(find=importlib.util.find_spec, distribution=importlib.metadata.metadata) -> dict:
-    """Which ``apex`` would be imported: {"kind": "absent" | "nvidia" | "other", "where", "version", "extensions"}.
+    """Which ``apex`` would be imported: {"kind": "absent" | "nvidia" | "other", "where", "version",
+    "extensions"}.
 
-    Decided by its files and metadata, never by importing it: the project of this name on PyPI is a web toolkit for Pyramid.
+    Decided by its files and metadata, never by importing it: the project of this name on PyPI is a
+    web toolkit for Pyramid.
     """
     spec = find("apex")
     if spec is None:
@@ -74,16 +90,29 @@ def apex(find=importlib.util.find_spec, distribution=importlib.metadata.metadata
         version, summary = "", ""
     ours = any((where / name).is_file() for name in ("optimizers/fused_adam.py", "normalization/fused_layer_norm.py"))
     found = [name for name in APEX_EXTENSIONS if ours and find(name)]
-    return {"kind": "nvidia" if ours else "other", "where": str(where), "version": version, "summary": summary, "extensions": found}
+    return {
+        "kind": "nvidia" if ours else "other",
+        "where": str(where),
+        "version": version,
+        "summary": summary,
+        "extensions": found,
+    }
 
 
 def adapters(root: Path = Path("/sys/class/infiniband")) -> list[dict]:
-    """RDMA adapters: [{"name": "mlx5_0", "layer": "InfiniBand" | "Ethernet", "gbps": 200, "active": True}], by name."""
+    """RDMA adapters: [{"name": "mlx5_0", "layer": "InfiniBand" | "Ethernet", "gbps": 200, "active":
+    True}], by name."""
     found = []
     for port in sorted(root.glob("*/ports/1")) if root.is_dir() else []:
         layer, rate, state = (_line(port / name) for name in ("link_layer", "rate", "state"))
-        found.append({"name": port.parent.parent.name, "layer": layer, "gbps": int(float(rate.split()[0])) if rate else 0,
-                      "active": "ACTIVE" in state})
+        found.append(
+            {
+                "name": port.parent.parent.name,
+                "layer": layer,
+                "gbps": int(float(rate.split()[0])) if rate else 0,
+                "active": "ACTIVE" in state,
+            }
+        )
     return found
 
 
@@ -118,11 +147,22 @@ def gpus() -> list[dict]:
 def gpu_rows(text: str, visible: str) -> list[dict]:
     rows = [[part.strip() for part in line.split(",")] for line in text.splitlines() if line.count(",") == 5]
     names = [name.strip() for name in visible.split(",") if name.strip()]
-    ours = [row for row in rows
-            if any(name == row[0] or (name.startswith("GPU-") and row[1].startswith(name)) for name in names)]
+    ours = [
+        row
+        for row in rows
+        if any(name == row[0] or (name.startswith("GPU-") and row[1].startswith(name)) for name in names)
+    ]
     ours = ours if len(ours) == len(names) > 0 else rows
-    return [{"name": row[2], "memory_gb": round(_number(row[3]) / 1024), "mig": row[4] == "Enabled",
-             "used_mb": _number(row[5]), "ours": row in ours} for row in rows]
+    return [
+        {
+            "name": row[2],
+            "memory_gb": round(_number(row[3]) / 1024),
+            "mig": row[4] == "Enabled",
+            "used_mb": _number(row[5]),
+            "ours": row in ours,
+        }
+        for row in rows
+    ]
 
 
 def _number(text: str) -> int:
@@ -137,14 +177,21 @@ def driver() -> str:
 
 
 def torch() -> dict:
-    """What torch says of itself and its GPUs, from a process of its own; {"error": ...} where its import fails."""
+    """What torch says of itself and its GPUs, from a process of its own; {"error": ...} where its
+    import fails."""
     if importlib.util.find_spec("torch") is None:
         return {"error": "not installed"}
     try:
-        done = subprocess.run([sys.executable, "-c", TORCH], capture_output=True, text=True, timeout=TORCH_S, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", TORCH], capture_output=True, text=True, timeout=TORCH_S, check=False
+        )
     except subprocess.TimeoutExpired:
         return {"error": f"import took more than {TORCH_S} s"}
-    return json.loads(done.stdout) if done.returncode == 0 else {"error": (done.stderr.strip() or "no message").splitlines()[-1]}
+    return (
+        json.loads(done.stdout)
+        if done.returncode == 0
+        else {"error": (done.stderr.strip() or "no message").splitlines()[-1]}
+    )
 
 
 def version_of(name: str) -> str:
@@ -155,7 +202,7 @@ def version_of(name: str) -> str:
 
 
 def canary(path: str, word: str) -> str:
-    """"seen" where this node reads what the login node wrote; else why not."""
+    """ "seen" where this node reads what the login node wrote; else why not."""
     try:
         return "seen" if Path(path).read_text() == word else "another file of this name is here"
     except OSError as error:

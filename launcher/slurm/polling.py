@@ -14,7 +14,8 @@ from launcher.slurm.queue import Job
 ASK_S, ACCOUNTING_S = 10, 4
 """Seconds that the queue, and the accounting, may take to answer; then the files tell alone."""
 DELAYS_S = (3, 30, 60)
-"""Seconds until the next question: after news, as a job takes a moment to begin and to end; then; and from then on."""
+"""Seconds until the next question: after news, as a job takes a moment to begin and to end; then;
+and from then on."""
 SILENT_DELAYS_S = (10, 30, 60)
 """The same while Slurm does not answer."""
 
@@ -26,7 +27,8 @@ Jobs = dict[str, dict[str, Job]]
 
 
 class Queue:
-    """The jobs of some runs as Slurm told them last. One object a command: it remembers when it asked.
+    """The jobs of some runs as Slurm told them last. One object a command: it remembers when it
+    asked.
 
     ``clock`` gives seconds.
     """
@@ -40,8 +42,9 @@ class Queue:
     def of(self, runs: list[Run], news: Hashable, forgotten: Callable[[Jobs], dict[Run, set[str]]]) -> Jobs:
         """Run id -> stage -> job; where it isn't time to ask, what was told last.
 
-        ``news`` differs from the last call's where the files tell something new. ``forgotten(jobs)`` names the stages
-        that the accounting is to be asked for. ``trouble`` then says why Slurm could not be asked, "" where it was.
+        ``news`` differs from the last call's where the files tell something new.
+        ``forgotten(jobs)`` names the stages that the accounting is to be asked for. ``trouble``
+        then says why Slurm could not be asked, "" where it was.
         """
         if not runs:
             return {}
@@ -57,7 +60,8 @@ class Queue:
         first, silent = self.asked == float("-inf"), bool(self.trouble)
         before, self.asked = self.jobs, self.clock()
         try:
-            # the cheap ping tells at once of a controller that is down, where squeue would try for 10 s
+            # the cheap ping tells at once of a controller that is down, where squeue would try for
+            # 10 s
             self.jobs, self.trouble = queue.of_runs(runs, ASK_S, ping=first or silent), ""
         except commands.SlurmError as error:
             self.jobs, self.trouble = {}, str(error)
@@ -73,7 +77,8 @@ class Queue:
 
 
 def pauses(first_s: float, most_s: float) -> Iterator[float]:
-    """Seconds between questions about something that is about to happen: each time twice as long."""
+    """Seconds between questions about something that is about to happen: each time twice as
+    long."""
     while True:
         yield first_s
         first_s = min(2 * first_s, most_s)

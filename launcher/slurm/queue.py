@@ -1,6 +1,8 @@
-"""The jobs of runs as Slurm tells them: one squeue for any number of runs, sacct for what squeue has forgotten, and reasons in words.
+"""The jobs of runs as Slurm tells them: one squeue for any number of runs, sacct for what squeue
+has forgotten, and reasons in words.
 
-A job belongs to a run by its name or comment, which carry the run's id: job ids are handed out again after a controller crash.
+A job belongs to a run by its name or comment, which carry the run's id: job ids are handed out
+again after a controller crash.
 """
 
 from __future__ import annotations
@@ -16,7 +18,18 @@ from datetime import datetime
 from launcher.run.folder import Run
 from launcher.slurm import commands
 
-ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED", "REVOKED"}
+ENDED = {
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "BOOT_FAIL",
+    "DEADLINE",
+    "PREEMPTED",
+    "REVOKED",
+}
 FIELDS = "%A|%F|%K|%T|%r|%E|%S|%N|%j|%k"
 REASONS = {
     "None": "just queued",
@@ -45,10 +58,12 @@ REASONS = {
     "Dependency": "waits for {parents}",
     "DependencyNeverSatisfied": "its parent failed, so it will never start; queue it again: python -m launcher resume {run}",
 }
-FAMILIES = (("QOS", "a limit of your QOS is reached ({reason}): it starts when other jobs of it end"),
-            ("Assoc", "a limit of your account is reached ({reason}): it starts when other jobs of it end"),
-            ("Max", "a limit of your account is reached ({reason}): it starts when other jobs of it end"),
-            ("BurstBuffer", "its burst buffer is being staged ({reason})"))
+FAMILIES = (
+    ("QOS", "a limit of your QOS is reached ({reason}): it starts when other jobs of it end"),
+    ("Assoc", "a limit of your account is reached ({reason}): it starts when other jobs of it end"),
+    ("Max", "a limit of your account is reached ({reason}): it starts when other jobs of it end"),
+    ("BurstBuffer", "its burst buffer is being staged ({reason})"),
+)
 ENDINGS = {
     "COMPLETED": "Slurm calls it completed, but it left no DONE.json",
     "FAILED": "it failed before it could say why",
@@ -91,7 +106,8 @@ class Job:
 
     @property
     def stuck(self) -> bool:
-        """Whether a parent's failure keeps it from ever starting, also when that parent has succeeded since."""
+        """Whether a parent's failure keeps it from ever starting, also when that parent has
+        succeeded since."""
         return self.pending and (self.reason == "DependencyNeverSatisfied" or "(failed)" in self.dependency)
 
     @property
@@ -100,13 +116,16 @@ class Job:
         return ENDINGS.get(self.state, f"Slurm says {self.state}")
 
     def waits(self, parents: str, run: str) -> str:
-        """Why a pending job waits, in words; ``parents`` are the stages that it needs and that are not done."""
+        """Why a pending job waits, in words; ``parents`` are the stages that it needs and that are
+        not done."""
         if self.stuck:
             return REASONS["DependencyNeverSatisfied"].format(run=run)
         word = self.reason.partition(",")[0].strip()
         # Slurm 22.05 prints "launch failed requeued held"
         word = next((name for name in (word, word.replace(" ", "_")) if name in REASONS), word)
-        words = REASONS.get(word) or next((text for start, text in FAMILIES if word.startswith(start)), word or "Slurm gives no reason")
+        words = REASONS.get(word) or next(
+            (text for start, text in FAMILIES if word.startswith(start)), word or "Slurm gives no reason"
+        )
         if word == "Dependency" and not parents:
             return f"its parents are done; Slurm has still to see it ({self.dependency})"
         made = words.format(id=self.handle, parents=parents, run=run, reason=self.reason)
@@ -115,7 +134,8 @@ class Job:
 
 
 def of_run(run: Run) -> dict[str, Job]:
-    """Stage -> its job, alive or recently ended, of one run. Raises SlurmError where the queue can't be asked."""
+    """Stage -> its job, alive or recently ended, of one run. Raises SlurmError where the queue
+    can't be asked."""
     return of_runs([run])[run.id]
 
 
@@ -134,18 +154,27 @@ def of_runs(runs: Iterable[Run], timeout_s: float = commands.TIMEOUT_S, ping: bo
 
 
 def parse(text: str, run_id: str, index: int | None = None) -> dict[str, Job]:
-    """Stage -> job of one run in squeue's text; the live one, else the newest. ``index``: its element of a sweep's array."""
+    """Stage -> job of one run in squeue's text; the live one, else the newest. ``index``: its
+    element of a sweep's array."""
     found: dict[str, Job] = {}
     for line in text.splitlines():
         if run_id not in line:  # cheap: thousands of lines may be strangers
             continue
         number, array, indices, state, reason, dependency, start, nodes, name, comment = line.split("|", 9)
-        match = (re.fullmatch(rf"{re.escape(run_id)}\.(\w+)", name) or
-                 re.fullmatch(rf"convoy run={re.escape(run_id)} (?:submission=\w+ )?stage=(\w+)(?: .*)?", comment.strip()))
+        match = re.fullmatch(rf"{re.escape(run_id)}\.(\w+)", name) or re.fullmatch(
+            rf"convoy run={re.escape(run_id)} (?:submission=\w+ )?stage=(\w+)(?: .*)?", comment.strip()
+        )
         if not match or (index is not None and not _contains(indices, index)):
             continue
-        job = Job(int(number), state, reason, "" if dependency == "(null)" else dependency, _when(start), nodes,
-                  "" if index is None else f"{array}_{index}")
+        job = Job(
+            int(number),
+            state,
+            reason,
+            "" if dependency == "(null)" else dependency,
+            _when(start),
+            nodes,
+            "" if index is None else f"{array}_{index}",
+        )
         stage = match[1]
         if stage not in found or (job.alive, job.id) > (found[stage].alive, found[stage].id):
             found[stage] = job
@@ -157,22 +186,40 @@ MOST_NAMES = 500
 
 
 def accounted(wanted: dict[Run, set[str]], timeout_s: float = commands.TIMEOUT_S) -> dict[str, dict[str, Job]]:
-    """Run id -> stage -> its last job in the accounting; empty where there is none, it lags, or there is no sacct.
+    """Run id -> stage -> its last job in the accounting; empty where there is none, it lags, or
+    there is no sacct.
 
-    No row is no news: a new job is unknown for up to a second, and any job for a while after slurmdbd was restarted.
+    No row is no news: a new job is unknown for up to a second, and any job for a while after
+    slurmdbd was restarted.
     """
     # an element of a sweep is "<sweep>.<stage>" with its index behind the array's id
-    names = {(f"{_name(run)[0]}.{stage}", _name(run)[1]): (run.id, stage)
-             for run, stages in wanted.items() for stage in stages}
+    names = {
+        (f"{_name(run)[0]}.{stage}", _name(run)[1]): (run.id, stage)
+        for run, stages in wanted.items()
+        for stage in stages
+    }
     first = min((event["time"] for run in wanted for event in run.ledger()[:1]), default=time.time())
     since = datetime.fromtimestamp(first - 86_400).strftime("%Y-%m-%d")
     owners, asked = ",".join(sorted({owner(run) for run in wanted})), sorted({name for name, _ in names})
     last: dict[str, dict[str, Job]] = {run.id: {} for run in wanted}
     try:
-        texts = [commands.call("sacct", "-n", "-P", "-X", "-S", since, "-u", owners,
-                            f"--name={','.join(asked[at:at + MOST_NAMES])}",
-                            "-o", "JobIDRaw,JobID,JobName,State,Start,NodeList", timeout_s=timeout_s)
-                 for at in range(0, len(asked), MOST_NAMES)]
+        texts = [
+            commands.call(
+                "sacct",
+                "-n",
+                "-P",
+                "-X",
+                "-S",
+                since,
+                "-u",
+                owners,
+                f"--name={','.join(asked[at : at + MOST_NAMES])}",
+                "-o",
+                "JobIDRaw,JobID,JobName,State,Start,NodeList",
+                timeout_s=timeout_s,
+            )
+            for at in range(0, len(asked), MOST_NAMES)
+        ]
     except commands.SlurmError:
         return last
     for line in "\n".join(texts).splitlines():
@@ -181,8 +228,14 @@ def accounted(wanted: dict[Run, set[str]], timeout_s: float = commands.TIMEOUT_S
         key = (name, int(index) if element and index.isdigit() else None)
         if key in names and number.isdigit():
             run_id, stage = names[key]
-            job = Job(int(number), state.split()[0], starts=_when(start), nodes=nodes, source="sacct",  # "CANCELLED by 0"
-                      element=shown if element else "")
+            job = Job(
+                int(number),
+                state.split()[0],
+                starts=_when(start),
+                nodes=nodes,
+                source="sacct",  # "CANCELLED by 0"
+                element=shown if element else "",
+            )
             if stage not in last[run_id] or job.id >= last[run_id][stage].id:
                 last[run_id][stage] = job
     return last
@@ -198,7 +251,8 @@ def owner(run: Run) -> str:
 
 
 def _name(run: Run) -> tuple[str, int | None]:
-    """What its jobs are named by: its id; for an element of a sweep the sweep's id and the element's index."""
+    """What its jobs are named by: its id; for an element of a sweep the sweep's id and the
+    element's index."""
     sweep = run.config["run"].get("sweep")
     return (sweep["id"], sweep["index"]) if sweep else (run.id, None)
 

@@ -1,4 +1,5 @@
-"""JobRequest -> script text (pure, through submitit) -> sbatch. The only file that touches submitit."""
+"""JobRequest -> script text (pure, through submitit) -> sbatch. The only file that touches
+submitit."""
 
 from __future__ import annotations
 
@@ -15,11 +16,17 @@ from launcher.slurm import commands
 from training.config.schema import ConfigError
 
 SETUP = ("set -euo pipefail",)
-EXPORT_CPUS = 'export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"  # since 22.05 srun gives each task one core unless told'
+EXPORT_CPUS = (
+    'export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"  # since 22.05 srun gives each task one core unless told'
+)
 SRUN_CPUS_SINCE, GPUS_PER_NODE_SINCE = (22, 5), (19, 5)
-FIND_MODULE = ('command -v module >/dev/null || for file in /etc/profile.d/{modules,lmod,z00_lmod}.sh; do [ -r "$file" ] && . "$file"; done'
-               "  # a batch shell is no login shell")
-NEEDS_RUN = ': "${RUN:?which run? RUN=runs/<name> sbatch [--nodes=N ...] slurm/%s.sbatch, from the root of the project}"'
+FIND_MODULE = (
+    'command -v module >/dev/null || for file in /etc/profile.d/{modules,lmod,z00_lmod}.sh; do [ -r "$file" ] && . "$file"; done'
+    "  # a batch shell is no login shell"
+)
+NEEDS_RUN = (
+    ': "${RUN:?which run? RUN=runs/<name> sbatch [--nodes=N ...] slurm/%s.sbatch, from the root of the project}"'
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,38 +44,69 @@ class JobRequest:
 
 
 def stage_request(run: Run, stage: Stage, resources: Resources, profile: Profile) -> JobRequest:
-    """The job of one stage of one run; paths are as the run names them, so it is submitted from where the run was made."""
+    """The job of one stage of one run; paths are as the run names them, so it is submitted from
+    where the run was made."""
     folder = Path(run.config["run"]["folder"])
     return JobRequest(
-        name=f"{run.id}.{stage.name}", comment=commands.comment(run.id, stage.name), resources=resources, profile=profile,
+        name=f"{run.id}.{stage.name}",
+        comment=commands.comment(run.id, stage.name),
+        resources=resources,
+        profile=profile,
         output=f"{str(folder).replace('%', '%%')}/{stage.name}/logs/slurm-%j.out",
-        command=shlex.join([*supervise_here(), str(folder), stage.name]))
+        command=shlex.join([*supervise_here(), str(folder), stage.name]),
+    )
 
 
 def committed_request(stage: Stage, resources: Resources) -> JobRequest:
-    """The job of slurm/<stage>.sbatch: any run, named by RUN; partition, account and sizes come from sbatch's own options."""
+    """The job of slurm/<stage>.sbatch: any run, named by RUN; partition, account and sizes come
+    from sbatch's own options."""
     return JobRequest(
-        name=f"convoy-{stage.name}", comment=f"convoy stage={stage.name}", resources=resources,
-        profile=Profile(name="committed", scheduler="slurm", max_nodes=resources.nodes), output="slurm-%x-%j.out",
-        command=f'"${{CONVOY_PYTHON:-python}}" -m launcher.job.supervise "$RUN" {stage.name}', setup=(NEEDS_RUN % stage.name,))
+        name=f"convoy-{stage.name}",
+        comment=f"convoy stage={stage.name}",
+        resources=resources,
+        profile=Profile(name="committed", scheduler="slurm", max_nodes=resources.nodes),
+        output="slurm-%x-%j.out",
+        command=f'"${{CONVOY_PYTHON:-python}}" -m launcher.job.supervise "$RUN" {stage.name}',
+        setup=(NEEDS_RUN % stage.name,),
+    )
 
 
 def script(request: JobRequest) -> str:
-    """The text of the batch script: parameters, set-up, and one ``exec`` as its last line, so that its exit code is the stage's own."""
+    """The text of the batch script: parameters, set-up, and one ``exec`` as its last line, so that
+    its exit code is the stage's own."""
     from submitit.slurm.slurm import _make_sbatch_string  # late: --help must not wait for it
 
     profile, resources = request.profile, request.resources
-    values = {**site_options(profile, resources.gpus_per_node), **profile.options, "comment": request.comment, "output": request.output,
-              "requeue": True, "kill-on-invalid-dep": "yes", "signal": f"B:USR1@{min(profile.signal_lead_s, resources.minutes * 15)}"}
+    values = {
+        **site_options(profile, resources.gpus_per_node),
+        **profile.options,
+        "comment": request.comment,
+        "output": request.output,
+        "requeue": True,
+        "kill-on-invalid-dep": "yes",
+        "signal": f"B:USR1@{min(profile.signal_lead_s, resources.minutes * 15)}",
+    }
     for key, value in {**values, "job name": request.name}.items():
-        if not str(value).isprintable():  # a line break would end the #SBATCH line and start one of its own
-            raise ConfigError(f"{key} = {value!r} has a line break or another character that can't be printed; remove it")
+        # a line break would end the #SBATCH line and start one of its own
+        if not str(value).isprintable():
+            raise ConfigError(
+                f"{key} = {value!r} has a line break or another character that can't be printed; remove it"
+            )
     cpus = [] if (0, 0) < profile.version < SRUN_CPUS_SINCE else [EXPORT_CPUS]
     text = _make_sbatch_string(
-        command=f"exec {request.command}", folder="unused", job_name=request.name, wckey=None,
-        time=resources.minutes, nodes=resources.nodes + resources.spares, ntasks_per_node=resources.ranks_per_node,
-        cpus_per_task=resources.cpus_per_gpu, stderr_to_stdout=True, use_srun=False,
-        setup=[*SETUP, *request.setup, *site_setup(profile), *cpus], additional_parameters=values)
+        command=f"exec {request.command}",
+        folder="unused",
+        job_name=request.name,
+        wckey=None,
+        time=resources.minutes,
+        nodes=resources.nodes + resources.spares,
+        ntasks_per_node=resources.ranks_per_node,
+        cpus_per_task=resources.cpus_per_gpu,
+        stderr_to_stdout=True,
+        use_srun=False,
+        setup=[*SETUP, *request.setup, *site_setup(profile), *cpus],
+        additional_parameters=values,
+    )
     return _printable(text.rstrip("\n") + "\n")
 
 
@@ -77,28 +115,37 @@ def _printable(text: str) -> str:
     or a reader sees it differently."""
     for number, line in enumerate(text.split("\n"), 1):
         if not line.replace("\t", " ").isprintable():
-            raise ConfigError(f"line {number} of the batch script has a character that can't be printed: {line!r}; "
-                              f"remove it from the "
-                              "profile's setup and modules, the paths, or what is swept")
+            raise ConfigError(
+                f"line {number} of the batch script has a character that can't be printed: {line!r}; "
+                f"remove it from the "
+                "profile's setup and modules, the paths, or what is swept"
+            )
     return text
 
 
 def site_options(profile: Profile, gpus: int) -> dict[str, str | int | bool]:
-    """Options for where a job goes and what it takes of each node, as this site and its version of Slurm ask for it."""
-    values = {key: value for key in ("partition", "account", "qos", "reservation", "constraint") if (value := getattr(profile, key))}
+    """Options for where a job goes and what it takes of each node, as this site and its version of
+    Slurm ask for it."""
+    values = {
+        key: value
+        for key in ("partition", "account", "qos", "reservation", "constraint")
+        if (value := getattr(profile, key))
+    }
     if gpus and profile.gpu_option != "none":
         wanted = f"{profile.gpu_type}:{gpus}" if profile.gpu_type else gpus
         old = profile.gpu_option == "gres" or (0, 0) < profile.version < GPUS_PER_NODE_SINCE
         values |= {"gres": f"gpu:{wanted}"} if old else {"gpus-per-node": wanted}
     if profile.whole_node(gpus):
-        values |= {"exclusive": True, "mem": "0"}  # --exclusive alone gives all cores, but only the default memory
+        # --exclusive alone gives all cores, but only the default memory
+        values |= {"exclusive": True, "mem": "0"}
     elif profile.mem_gb:
         values["mem"] = f"{profile.share_gib(gpus)}G"
     return values
 
 
 def site_setup(profile: Profile) -> list[str]:
-    """The profile's shell lines. ``set -u`` rests meanwhile: modules and activate scripts read variables that nobody has set."""
+    """The profile's shell lines. ``set -u`` rests meanwhile: modules and activate scripts read
+    variables that nobody has set."""
     lines = [f"module load {shlex.join(profile.modules)}"] if profile.modules else []
     lines = [*([FIND_MODULE] if lines else []), *lines, *profile.setup]
     return ["set +u", *lines, "set -u"] if lines else []
@@ -115,7 +162,7 @@ def release(handles: list[str]) -> None:
 
 
 def supervise_here() -> list[str]:
-    """This interpreter and our supervisor: paths relative where they lie below the working directory, so
-    that scripts survive a move of the project."""
+    """This interpreter and our supervisor: paths relative where they lie below the working
+    directory, so that scripts survive a move of the project."""
     here = os.getcwd() + os.sep
     return [word.removeprefix(here) for word in run_module.command("launcher.job.supervise")]

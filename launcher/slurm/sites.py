@@ -22,7 +22,8 @@ VARIABLE = "CONVOY_PROFILE"
 
 
 def slurm_folder() -> Path:
-    """The folder slurm/: beside the packages in a source tree; below share/convoy where a wheel was installed."""
+    """The folder slurm/: beside the packages in a source tree; below share/convoy where a wheel was
+    installed."""
     beside = Path(__file__).resolve().parents[2]
     installed = [Path(sysconfig.get_path("data", scheme)) for scheme in (sysconfig.get_default_scheme(), "posix_user")]
     places = [beside / "slurm", *(folder / "share" / "convoy" / "slurm" for folder in (beside, *installed))]
@@ -33,14 +34,17 @@ CLUSTERS = slurm_folder() / "clusters"
 
 
 def load(name: str) -> Profile:
-    """The profile of a file when ``name`` ends in .toml, else of ./slurm/clusters or of the installed ones; ConfigError with the fix."""
+    """The profile of a file when ``name`` ends in .toml, else of ./slurm/clusters or of the
+    installed ones; ConfigError with the fix."""
     folders = dict.fromkeys([Path("slurm/clusters").absolute(), CLUSTERS.absolute()])
     places = [Path(name).expanduser()] if name.endswith(".toml") else [folder / f"{name}.toml" for folder in folders]
     path = next((place for place in places if place.is_file()), None)
     if path is None:
         known = ", ".join(sorted({file.stem for folder in folders for file in folder.glob("*.toml")}))
-        raise ConfigError(f"--profile {name}: no file {places[0]}; there are: {known}; a site of your own goes by its path, mine.toml "
-                          "(python -m launcher doctor --write mine.toml makes one)")
+        raise ConfigError(
+            f"--profile {name}: no file {places[0]}; there are: {known}; a site of your own goes by its path, mine.toml "
+            "(python -m launcher doctor --write mine.toml makes one)"
+        )
     profile = build(Profile, {"name": path.stem, **read_toml(path)}, f"profile {path.stem}")
     if profile.network not in NETWORKS:
         raise ConfigError(f"{path}: network = {profile.network!r}: expected one of {', '.join(NETWORKS)}")
@@ -75,7 +79,8 @@ def choose(name: str | None) -> tuple[Profile, str]:
         f"--profile FILE.toml "
         f"(python -m launcher doctor --write FILE.toml makes one); or on this machine: --profile local. To be asked "
         f"no more: "
-        f"export {VARIABLE}=FILE.toml, or the line profile = \"FILE.toml\" in {config_file()}")
+        f'export {VARIABLE}=FILE.toml, or the line profile = "FILE.toml" in {config_file()}'
+    )
 
 
 def config_file() -> Path:
@@ -100,7 +105,8 @@ def remembered() -> tuple[str, str]:
 
 
 def _versioned(profile: Profile) -> Profile:
-    """With the version of the Slurm that is here, where the profile names none: scripts are rendered for it."""
+    """With the version of the Slurm that is here, where the profile names none: scripts are
+    rendered for it."""
     if profile.scheduler != "slurm" or profile.slurm or commands.unusable():
         return profile
     return dataclasses.replace(profile, slurm=commands.site().version)
@@ -108,12 +114,19 @@ def _versioned(profile: Profile) -> Profile:
 
 def check_fits(profile: Profile, stage: str, asked: Resources) -> None:
     """ConfigError when the site can't give what the stage asks for."""
-    for have, limit, key in ((asked.gpus_per_node, profile.gpus_per_node, "gpus_per_node"), (asked.nodes, profile.max_nodes, "nodes"),
-                             (asked.minutes, profile.max_minutes, "minutes")):
+    for have, limit, key in (
+        (asked.gpus_per_node, profile.gpus_per_node, "gpus_per_node"),
+        (asked.nodes, profile.max_nodes, "nodes"),
+        (asked.minutes, profile.max_minutes, "minutes"),
+    ):
         if have > limit:
-            raise ConfigError(f"resources.{stage}.{key} = {have}: profile {profile.name} gives at most {limit}; "
-                              f"set --set resources.{stage}.{key}={limit} or less, or another --profile")
+            raise ConfigError(
+                f"resources.{stage}.{key} = {have}: profile {profile.name} gives at most {limit}; "
+                f"set --set resources.{stage}.{key}={limit} or less, or another --profile"
+            )
     if asked.nodes + asked.spares > profile.max_nodes:
         left = profile.max_nodes - asked.nodes
-        raise ConfigError(f"resources.{stage}.spares = {asked.spares}: with {asked.nodes} nodes that is more than the {profile.max_nodes} "
-                          f"that profile {profile.name} gives; set --set resources.{stage}.spares={left} or less")
+        raise ConfigError(
+            f"resources.{stage}.spares = {asked.spares}: with {asked.nodes} nodes that is more than the {profile.max_nodes} "
+            f"that profile {profile.name} gives; set --set resources.{stage}.spares={left} or less"
+        )

@@ -1,11 +1,11 @@
 """Queue a chain so that all of it is queued or nothing is, whoever dies half-way.
 
-Every job carries the submission's token in its comment, and those that wait for no other of the chain are held. The ledger
-says "submitting" before the first sbatch and "committed" when all are in; only then are they released, and it says "queued". A
-guard, a process of its own, settles what a killed submitter or a silent controller leaves: committed -> released, else
-cancelled. Should the guard die too, the next command on the run does it (``settle``).
-A release whose answer is lost may have happened: once a job of a committed chain may run, none is
-cancelled.
+Every job carries the submission's token in its comment, and those that wait for no other of the
+chain are held. The ledger says "submitting" before the first sbatch and "committed" when all are
+in; only then are they released, and it says "queued". A guard, a process of its own, settles what a
+killed submitter or a silent controller leaves: committed -> released, else cancelled. Should the
+guard die too, the next command on the run does it (``settle``). A release whose answer is lost may
+have happened: once a job of a committed chain may run, none is cancelled.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from training.config.schema import usage
 LOCK_S = 60
 """Seconds that a command waits for another one on the same run to finish its submission."""
 GUARD_S = 3600
-"""Seconds for which the guard asks a controller that does not answer; then the jobs stay held until the next command."""
+"""Seconds for which the guard asks a controller that does not answer; then the jobs stay held until
+the next command."""
 ASK_EVERY_S = 1.0
 DONE = b"done"
 
@@ -47,24 +48,28 @@ class Step:
     """The run's id, or the sweep's: what the job's name and comment say."""
     script: Path
     parents: tuple[str, ...] = ()
-    """Stages whose outputs this one reads; those of this submission, and those in ``waits``, become its dependency."""
+    """Stages whose outputs this one reads; those of this submission, and those in ``waits``, become
+    its dependency."""
     waits: tuple[tuple[str, int], ...] = ()
-    """(stage, job) of parents that the queue shows under this run's comment. Only these, never an old id: to Slurm an id that it no
-    longer knows is a satisfied dependency."""
+    """(stage, job) of parents that the queue shows under this run's comment. Only these, never an
+    old id: to Slurm an id that it no longer knows is a satisfied dependency."""
     dependency: str = "afterok"
     """"afterok", or for arrays "aftercorr": each element waits for its own."""
     array: str = ""
     """Elements of a job array, e.g. "0-3"."""
     without: tuple[str, ...] = ()
-    """Variables that sbatch must not see: it would store the keys of a secrets file in the controller's state."""
+    """Variables that sbatch must not see: it would store the keys of a secrets file in the
+    controller's state."""
     passed: tuple[str, ...] = ()
     """The profile's ``pass_environment``."""
 
 
 def submit(book: Run, steps: list[Step]) -> dict[str, int]:
-    """Queue the steps, in order, all or none; stage -> job id. ``book`` keeps the ledger; its lock is held by the caller.
+    """Queue the steps, in order, all or none; stage -> job id. ``book`` keeps the ledger; its lock
+    is held by the caller.
 
-    Raises SlurmError or OSError after withdrawing what was queued; where Slurm does not let it, the guard goes on trying.
+    Raises SlurmError or OSError after withdrawing what was queued; where Slurm does not let it, the
+    guard goes on trying.
     """
     settle(book)
     token, made, held = secrets.token_hex(4), {}, []
@@ -84,10 +89,14 @@ def submit(book: Run, steps: list[Step]) -> dict[str, int]:
                 settle(book, str(error) or "interrupted")
             except (commands.SlurmError, OSError):
                 committed = _open(book, "committed", token)
-                what = ("all of it is queued and goes on, and process {} releases what is still held" if committed else
-                        "what was queued is held, and process {} withdraws it").format(guard.pid)
-                raise commands.SlurmError(f"{error}; {what} as soon as Slurm answers (so does the next command on "
-                                       f"{book.folder})") from None
+                what = (
+                    "all of it is queued and goes on, and process {} releases what is still held"
+                    if committed
+                    else "what was queued is held, and process {} withdraws it"
+                ).format(guard.pid)
+                raise commands.SlurmError(
+                    f"{error}; {what} as soon as Slurm answers (so does the next command on {book.folder})"
+                ) from None
             if _open(book, "queued", token):
                 return made  # the release was refused first and accepted then
             raise
@@ -99,7 +108,8 @@ def submit(book: Run, steps: list[Step]) -> dict[str, int]:
 
 
 def settle(book: Run, cause: str = "the command that submitted it was stopped half-way") -> None:
-    """Bring the last submission of ``book`` to an end if it has none: release it when all of it is in, else cancel its jobs.
+    """Bring the last submission of ``book`` to an end if it has none: release it when all of it is
+    in, else cancel its jobs.
 
     Repeating it changes nothing. Raises SlurmError while Slurm does not answer.
     """
@@ -130,7 +140,8 @@ def tokened(token: str) -> list[Queued]:
 
 
 def _go_forward(book: Run, committed: dict) -> None:
-    """Release what is still held of a committed submission, unless the controller has lost a part of it.
+    """Release what is still held of a committed submission, unless the controller has lost a part
+    of it.
 
     It saves its state up to 5 s late, and an id that it forgot is a satisfied dependency to it. A
     stage that the queue does not show any more may also have ended; then the chain has begun.
@@ -153,7 +164,8 @@ def _begun(book: Run, token: str) -> bool:
 
 @contextlib.contextmanager
 def patient(take: Callable[[], AbstractContextManager]) -> Iterator[None]:
-    """Hold the lock that ``take()`` gives, waiting up to LOCK_S where another command holds it; then Busy as it comes."""
+    """Hold the lock that ``take()`` gives, waiting up to LOCK_S where another command holds it;
+    then Busy as it comes."""
     deadline = time.monotonic() + LOCK_S
     with contextlib.ExitStack() as stack:
         while True:
@@ -197,8 +209,9 @@ def _queued_as(step: Step, token: str, printed: str) -> int:
     """The id as the queue shows it: the job carries this submission's token."""
     ids = [one.job for one in tokened(token) if one.stage == step.stage]
     if not ids:
-        raise commands.SlurmError(f"sbatch printed {printed.strip()[-400:]!r} where a job id was expected, and the queue "
-                               "shows no such job")
+        raise commands.SlurmError(
+            f"sbatch printed {printed.strip()[-400:]!r} where a job id was expected, and the queue shows no such job"
+        )
     return int(ids[0])
 
 
@@ -209,7 +222,8 @@ def _finish(book: Run, token: str, held: list[str]) -> None:
 
 
 def _withdraw(book: Run, token: str, cause: str) -> None:
-    """Cancel every job of the submission, asked for by token: the one whose sbatch never answered, too."""
+    """Cancel every job of the submission, asked for by token: the one whose sbatch never answered,
+    too."""
     gone: dict[str, int] = {}
     deadline, waits = time.monotonic() + commands.TIMEOUT_S, pauses(0.5, 4)
     while alive := {one.stage: one.job for one in tokened(token) if one.state not in ENDED}:
@@ -235,16 +249,25 @@ def _open(book: Run, event: str, token: str) -> bool:
 
 
 def _stages(book: Run, token: str) -> list[str]:
-    return next(event["stages"] for event in book.ledger() if event["event"] == "submitting" and event["token"] == token)
+    return next(
+        event["stages"] for event in book.ledger() if event["event"] == "submitting" and event["token"] == token
+    )
 
 
 @contextlib.contextmanager
 def _guarded(book: Run) -> Iterator[subprocess.Popen]:
-    """A process that settles the submission unless it is told that all is well before this end of its pipe closes."""
+    """A process that settles the submission unless it is told that all is well before this end of
+    its pipe closes."""
     with open(book.folder / "submit.log", "a", encoding="utf-8") as log:
-        guard = subprocess.Popen(run_module.command("launcher.slurm.transaction", str(book.folder)), env=environment.outside(),
-                                 stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-                                 bufsize=0)
+        guard = subprocess.Popen(
+            run_module.command("launcher.slurm.transaction", str(book.folder)),
+            env=environment.outside(),
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            bufsize=0,
+        )
     try:
         yield guard
     finally:

@@ -12,7 +12,8 @@ from launcher.status.terminal import PIPE_WIDTH, columns_of, plain
 
 
 class Plain(Console):
-    """Shows text of others as it stands: "[red]" is no colour, an escape no command of the terminal."""
+    """Shows text of others as it stands: "[red]" is no colour, an escape no command of the
+    terminal."""
 
     def __init__(self):
         super().__init__(highlight=False, soft_wrap=True, markup=False, emoji=False)
@@ -30,13 +31,16 @@ def console() -> Console:
 
 
 def failures(seen: Look, stages: list[str]) -> list[str]:
-    """For each stage that did not end well: its cause, what to do about it, and where its log is."""
+    """For each stage that did not end well: its cause, what to do about it, and where its log
+    is."""
     run, said = seen.run, []
     for row in seen.stages:
         if row.stage in stages and row.state in state.BAD:
             logs = attempts(run, row.stage)
             advice = f"  do: {row.advice}\n" if row.advice else ""
-            said.append(f"{row.stage} {row.word}: {row.why}\n{advice}  log: "
-                        f"{logs[-1] if logs else run.stage(row.stage) / 'logs'}\n"
-                        f"  then: python -m launcher resume {run.folder}")
+            said.append(
+                f"{row.stage} {row.word}: {row.why}\n{advice}  log: "
+                f"{logs[-1] if logs else run.stage(row.stage) / 'logs'}\n"
+                f"  then: python -m launcher resume {run.folder}"
+            )
     return said

@@ -32,7 +32,8 @@ class Group:
 
 
 class Groups:
-    """Puts identical lines of several ranks together. Every line is told once, and each rank's lines keep their order."""
+    """Puts identical lines of several ranks together. Every line is told once, and each rank's
+    lines keep their order."""
 
     def __init__(self):
         self.waiting: deque[Group] = deque()
@@ -45,7 +46,11 @@ class Groups:
         yield from self._until(line)
         who, what = (line.stage, line.tag), (line.stage, line.text)
         group = self.by_text.get(what)
-        if group is None or self.last.get(who, -1) >= group.number or not (line.tag.isdigit() and group.tags[0].isdigit()):
+        if (
+            group is None
+            or self.last.get(who, -1) >= group.number
+            or not (line.tag.isdigit() and group.tags[0].isdigit())
+        ):
             self.count += 1
             group = self.by_text[what] = Group(line, self.count, [])
             self.waiting.append(group)
@@ -58,7 +63,9 @@ class Groups:
 
     def _until(self, line: Line) -> Iterator[Group]:
         now = _seconds(line.stamp)
-        while self.waiting and (len(self.waiting) > MOST_GROUPS or not 0 <= now - _seconds(self.waiting[0].line.stamp) < TOGETHER_S):
+        while self.waiting and (
+            len(self.waiting) > MOST_GROUPS or not 0 <= now - _seconds(self.waiting[0].line.stamp) < TOGETHER_S
+        ):
             yield self._first()
 
     def _first(self) -> Group:

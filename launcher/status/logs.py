@@ -1,7 +1,9 @@
-"""The merged log of a run: the lines of all ranks, of srun and of the supervisor by time, each said once for all ranks that said it.
+"""The merged log of a run: the lines of all ranks, of srun and of the supervisor by time, each said
+once for all ranks that said it.
 
-A stage writes ``logs/attempt_N.log`` (lines ``2026-11-23T14:02:11.123 [rank] text``, launcher/job/ranks.py); what the supervisor and
-Slurm say of its jobs stands in ``logs/supervise.log`` and ``logs/slurm-*.out``. All times are of the machines of the supervisors.
+A stage writes ``logs/attempt_N.log`` (lines ``2026-11-23T14:02:11.123 [rank] text``,
+launcher/job/ranks.py); what the supervisor and Slurm say of its jobs stands in
+``logs/supervise.log`` and ``logs/slurm-*.out``. All times are of the machines of the supervisors.
 """
 
 from __future__ import annotations
@@ -32,10 +34,14 @@ TAIL_BYTES, MOST_TAIL_BYTES = 1 << 16, 1 << 24
 """Of the end of each log so much is read for the last lines at first, and at most."""
 LONGEST, CHUNK = 1 << 20, 1 << 23
 """Most bytes of a line that are kept together, and of a log that are taken in at once."""
-ERROR = re.compile(r"error|exception|traceback|fatal|critical|\bkilled\b|out of memory|oom|segmentation fault|core dumped|abort|NCCL WARN|"
-                   r"CANCELLED AT|FAILURE|\bnan\b|assert|signal \d+|SIG[A-Z]{3,4}\b", re.IGNORECASE)
+ERROR = re.compile(
+    r"error|exception|traceback|fatal|critical|\bkilled\b|out of memory|oom|segmentation fault|core dumped|abort|NCCL WARN|"
+    r"CANCELLED AT|FAILURE|\bnan\b|assert|signal \d+|SIG[A-Z]{3,4}\b",
+    re.IGNORECASE,
+)
 SETTING = re.compile(r"[A-Z][A-Z0-9_]*=\S* +# ")
-"""A variable with its reason, as the supervisor prints them: TORCH_NCCL_ASYNC_ERROR_HANDLING is no error."""
+"""A variable with its reason, as the supervisor prints them: TORCH_NCCL_ASYNC_ERROR_HANDLING is no
+error."""
 
 
 def attempts(run: Run, stage: str) -> list[Path]:
@@ -45,7 +51,9 @@ def attempts(run: Run, stage: str) -> list[Path]:
 
 def newest_stage(run: Run) -> str:
     """The stage whose log was written last; ConfigError when none has begun."""
-    written = {name: paths[-1].stat().st_mtime for name in run.stages if (paths := attempts(run, name) or _others(run, name))}
+    written = {
+        name: paths[-1].stat().st_mtime for name in run.stages if (paths := attempts(run, name) or _others(run, name))
+    }
     if not written:
         raise ConfigError(f"no stage of {run.folder} has written a log yet; status {run.folder} says what it waits for")
     return max(written, key=lambda name: written[name])
@@ -81,25 +89,35 @@ class Choice:
 
 
 def show(run: Run, stage: str | None, attempt: str = "", choice: Choice | None = None, last: int = 0) -> Iterator[str]:
-    """Lines to print of one stage, of the newest one (None) or of "all"; ``attempt``: "" the newest, a number, or "all"; ``last``: only
-    so many from the end. ConfigError where there is none yet, or no such attempt."""
+    """Lines to print of one stage, of the newest one (None) or of "all"; ``attempt``: "" the
+    newest, a number, or "all"; ``last``: only so many from the end. ConfigError where there is none
+    yet, or no such attempt."""
     names = list(run.stages) if stage == "all" else [stage or newest_stage(run)]
     if stage != "all":
         _check(run, names[0], attempt)
     choice = choice or Choice()
-    groups = _tail(run, names, attempt, choice, last) if last else collapsed(filter(choice.wants, _lines_of(run, names, attempt, Spans())))
+    groups = (
+        _tail(run, names, attempt, choice, last)
+        if last
+        else collapsed(filter(choice.wants, _lines_of(run, names, attempt, Spans())))
+    )
     yield from (text_of(group, stage == "all") for group in groups)
 
 
 def follow(run: Run, stage: str | None, choice: Choice | None = None, last: int = 0) -> Iterator[str]:
-    """Lines of a stage's newest attempt and those still to come, until the stage has ended. Without a stage (or for "all"): of the
-    newest one (of all), then of those that follow, until the run has ended."""
+    """Lines of a stage's newest attempt and those still to come, until the stage has ended. Without
+    a stage (or for "all"): of the newest one (of all), then of those that follow, until the run has
+    ended."""
     several, choice, groups = stage in (None, "all"), choice or Choice(), Groups()
     begun = [name for name in run.stages if attempts(run, name) or _others(run, name)]
     names = [stage] if not several else begun if stage == "all" else [newest_stage(run)] if begun else []
     tails = Tails(run, list(run.stages) if several else [stage])
     spans = Spans(ends=tails.skip())
-    old = _tail(run, names, "", choice, last, spans) if last else collapsed(filter(choice.wants, _lines_of(run, names, "", spans)))
+    old = (
+        _tail(run, names, "", choice, last, spans)
+        if last
+        else collapsed(filter(choice.wants, _lines_of(run, names, "", spans)))
+    )
     yield from (text_of(group, several) for group in old)
     for lines in tails.follow(None if several else stage):
         said = [group for line in lines if choice.wants(line) for group in groups.add(line)]
@@ -110,23 +128,29 @@ def follow(run: Run, stage: str | None, choice: Choice | None = None, last: int 
 
 @dataclass
 class Spans:
-    """Which bytes of each log are read: all, or from the end only so many that the last lines are among them."""
+    """Which bytes of each log are read: all, or from the end only so many that the last lines are
+    among them."""
 
     ends: dict[Path, int] | None = None
-    """Path -> where its reading ends; files that are not in it are not read. None: all files, to their ends."""
+    """Path -> where its reading ends; files that are not in it are not read. None: all files, to
+    their ends."""
     window: int = 0
     """Bytes before the end; 0: all."""
     begun: dict[Path, str] = field(default_factory=dict)
-    """Path -> stamp of the first line that was read, for those that were not read from their beginning."""
+    """Path -> stamp of the first line that was read, for those that were not read from their
+    beginning."""
 
     def of(self, path: Path) -> tuple[int, int]:
         end = path.stat().st_size if self.ends is None else self.ends.get(path, 0)
         return (max(0, end - self.window) if self.window else 0), end
 
 
-def _tail(run: Run, names: list[str], attempt: str, choice: Choice, last: int, spans: Spans | None = None) -> list[Group]:
-    """The last groups of these stages' lines, read from the ends of their files: what stands before costs nothing. Only a choice of
-    ranks or errors that has too few lines near the end reads all."""
+def _tail(
+    run: Run, names: list[str], attempt: str, choice: Choice, last: int, spans: Spans | None = None
+) -> list[Group]:
+    """The last groups of these stages' lines, read from the ends of their files: what stands before
+    costs nothing. Only a choice of ranks or errors that has too few lines near the end reads
+    all."""
     ends, window = spans.ends if spans else None, TAIL_BYTES
     while True:
         near = Spans(ends, window)
@@ -154,7 +178,8 @@ def _lines_of(run: Run, names: list[str], attempt: str, spans: Spans) -> Iterato
 
 
 def text_of(group: Group, several: bool) -> str:
-    """``11-23 14:02:11 [0-499] text``; with ``several`` stages the stage stands before the ranks."""
+    """``11-23 14:02:11 [0-499] text``; with ``several`` stages the stage stands before the
+    ranks."""
     line = group.line
     when = f"{line.stamp[5:10]} {line.stamp[11:19]} " if line.stamp else ""
     return plain(f"{when}{f'{line.stage} ' if several else ''}[{ranges(group.tags)}] {line.text}")
@@ -178,12 +203,15 @@ class Tails:
         return dict(self.at)
 
     def follow(self, stage: str | None) -> Iterator[list[Line]]:
-        """What is new, again and again, empty when nothing is; until ``stage`` (None: the run) has ended and all of it was read."""
+        """What is new, again and again, empty when nothing is; until ``stage`` (None: the run) has
+        ended and all of it was read."""
         looked, size, ended, queue = 0.0, -1, False, Queue()
         while True:
             ledger = self.run.folder / "ledger.jsonl"
             now = ledger.stat().st_size if ledger.exists() else 0
-            if now != size or time.monotonic() > looked + LOOK_S:  # ends stand in the ledger; of some only the queue knows
+            if (
+                now != size or time.monotonic() > looked + LOOK_S
+            ):  # ends stand in the ledger; of some only the queue knows
                 seen = state.look_at([self.run], queue)[0]
                 rows = [row for row in seen.stages if stage in (None, row.stage)]
                 ended, looked, size = not any(row.state in state.ACTIVE for row in rows), time.monotonic(), now
@@ -195,7 +223,8 @@ class Tails:
                 time.sleep(POLL_S)
 
     def new(self, whole: bool = True) -> list[Line]:
-        """Lines since the last call, by time; with ``whole`` a line still being written is left for the next."""
+        """Lines since the last call, by time; with ``whole`` a line still being written is left for
+        the next."""
         found = []
         for stage, path in self._files():
             try:
@@ -205,7 +234,7 @@ class Tails:
             except Unfit:
                 continue
             if whole and (b"\n" in data or len(data) < CHUNK):
-                data = data[:data.rfind(b"\n") + 1]
+                data = data[: data.rfind(b"\n") + 1]
             self.at[path] = self.at.get(path, 0) + len(data)
             for text in _split(data.decode(errors="replace")):
                 line = parse(text, stage, _tag(path), self.stamp.get(path, ""))
@@ -214,11 +243,14 @@ class Tails:
         return sorted(found, key=lambda line: line.stamp)
 
     def _files(self) -> list[tuple[str, Path]]:
-        return [(stage, path) for stage in self.stages for path in (*attempts(self.run, stage), *_others(self.run, stage))]
+        return [
+            (stage, path) for stage in self.stages for path in (*attempts(self.run, stage), *_others(self.run, stage))
+        ]
 
 
 def parse(text: str, stage: str, tag: str, before: str) -> Line:
-    """One line of a file whose untagged lines are ``tag``'s and whose line before had the stamp ``before``."""
+    """One line of a file whose untagged lines are ``tag``'s and whose line before had the stamp
+    ``before``."""
     stamped = STAMPED.match(text)
     stamp, text = (stamped[1].replace(" ", "T"), stamped[2]) if stamped else (before, text)
     tagged = TAGGED.match(text) if not tag else None
@@ -228,7 +260,8 @@ def parse(text: str, stage: str, tag: str, before: str) -> Line:
 
 
 def _stage_lines(run: Run, stage: str, attempt: str, spans: Spans) -> Iterator[Line]:
-    """Lines of the chosen attempts of a stage by time; the supervisor's lines belong to the attempt in whose time they were written."""
+    """Lines of the chosen attempts of a stage by time; the supervisor's lines belong to the attempt
+    in whose time they were written."""
     paths = attempts(run, stage)
     begins = [_begin(run, stage, path) for path in paths]
     chosen = [path for path in paths if attempt in ("all", str(_number(path))) or (not attempt and path == paths[-1])]
@@ -245,8 +278,11 @@ def _stage_lines(run: Run, stage: str, attempt: str, spans: Spans) -> Iterator[L
 
 def _begin(run: Run, stage: str, path: Path) -> str:
     """When an attempt began: the ledger says it, else its first line."""
-    times = [event["time"] for event in run.ledger() if event["event"] == "started" and event.get("stage") == stage
-             and event.get("attempt") == _number(path)]
+    times = [
+        event["time"]
+        for event in run.ledger()
+        if event["event"] == "started" and event.get("stage") == stage and event.get("attempt") == _number(path)
+    ]
     if times:
         return datetime.fromtimestamp(times[-1]).isoformat(timespec="milliseconds")
     return next(_lines(path, stage, Spans()), Line("9", stage, "", "")).stamp
@@ -285,7 +321,7 @@ def _others(run: Run, stage: str) -> list[Path]:
 
 
 def _tag(path: Path) -> str:
-    """"" where each line says its rank itself."""
+    """ "" where each line says its rank itself."""
     return "" if path.name.startswith("attempt_") else "launcher"
 
 
@@ -303,8 +339,10 @@ def _tags(text: str) -> frozenset[str]:
         elif part.strip() in ("launcher", "srun", "slurm"):
             found.add(part.strip())
         else:
-            raise ConfigError(f"--rank {text}: {part!r} is no rank; expected numbers, ranges such as 0-7, launcher, srun or slurm, "
-                              "with commas between")
+            raise ConfigError(
+                f"--rank {text}: {part!r} is no rank; expected numbers, ranges such as 0-7, launcher, srun or slurm, "
+                "with commas between"
+            )
     return frozenset(found)
 
 
@@ -314,4 +352,6 @@ def _check(run: Run, stage: str, attempt: str) -> None:
     if not numbers and not _others(run, stage):
         raise ConfigError(f"{stage} of {run.folder} has written no log yet; status {run.folder} says what it waits for")
     if attempt not in ("", "all") and (not attempt.isdigit() or int(attempt) not in numbers):
-        raise ConfigError(f"--attempt {attempt}: {stage} of {run.folder} has attempts {', '.join(map(str, numbers))}; or all")
+        raise ConfigError(
+            f"--attempt {attempt}: {stage} of {run.folder} has attempts {', '.join(map(str, numbers))}; or all"
+        )

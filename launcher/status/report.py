@@ -1,4 +1,5 @@
-"""The report of one or several runs, made by ``python -m eval.report`` in a process of its own: it needs what is never imported here."""
+"""The report of one or several runs, made by ``python -m eval.report`` in a process of its own: it
+needs what is never imported here."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ from training.config.schema import ConfigError
 
 
 def make(paths: Sequence[Path], output: Path | None) -> Path:
-    """Path of the written report.html, of runs and of folders of ``python -m eval.mtbench``; a note for each run that isn't finished goes
-    to stderr. ConfigError where a path is neither."""
+    """Path of the written report.html, of runs and of folders of ``python -m eval.mtbench``; a note
+    for each run that isn't finished goes to stderr. ConfigError where a path is neither."""
     evaluations = [path for path in paths if (path / "results.json").is_file() and not (path / "config.json").is_file()]
     named = [path for path in paths if path not in evaluations]
     runs = Runs.open(named, Path("runs")) if named else []
@@ -29,12 +30,17 @@ def make(paths: Sequence[Path], output: Path | None) -> Path:
         run, waiting = one.run, [row for row in one.stages if row.state != "done"]
         if waiting:
             why = f" ({waiting[0].why})" if waiting[0].why else ""
-            say(f"{run.folder} is not finished: {waiting[0].stage} is {waiting[0].state}{why}; the report shows what there is", err=True)
+            say(
+                f"{run.folder} is not finished: {waiting[0].stage} is {waiting[0].state}{why}; the report shows what there is",
+                err=True,
+            )
     folders = [*(run.folder for run in runs), *evaluations]
     command = run_module.command("eval.report", *map(str, folders), *(["--output", str(output)] if output else []))
     done = subprocess.run(command, env=environment.outside(), capture_output=True, text=True, check=False)
     if done.returncode == os.EX_DATAERR:
         raise ConfigError(done.stderr.strip())
     if done.returncode:
-        raise Failed(f"the report: exit code {done.returncode}: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
+        raise Failed(
+            f"the report: exit code {done.returncode}: {(done.stderr.strip() or 'no message').splitlines()[-1]}"
+        )
     return Path(done.stdout.strip().splitlines()[-1])

@@ -1,5 +1,5 @@
-"""What each stage of a run is doing. Order of truth: DONE.json and ledger, status.json, the queue by name and comment, the accounting;
-never a bare id."""
+"""What each stage of a run is doing. Order of truth: DONE.json and ledger, status.json, the queue
+by name and comment, the accounting; never a bare id."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from training.config.schema import ConfigError
 from training.files.safe_files import Unfit, read_tail
 
 SILENT_S = 120
-"""A running trainer that logged nothing for so long, and for five iterations' time, is pointed out."""
+"""A running trainer that logged nothing for so long, and for five iterations' time, is pointed
+out."""
 LAST_LINES = 8
 OUTPUT_BYTES = 1 << 16
 """Of the end of a job's own output, so much is read."""
@@ -53,9 +54,8 @@ class StageState:
     lines: list[str] = field(default_factory=list)
     """The last lines of that rank."""
     previous: dict | None = None
-    """Why the stage was queued again, while it waits and while the next attempt runs: {"attempt", "class", "cause",
-    "iteration", "time"} of the last attempt that ended."""
-
+    """Why the stage was queued again, while it waits and while the next attempt runs: {"attempt",
+    "class", "cause", "iteration", "time"} of the last attempt that ended."""
 
     @property
     def word(self) -> str:
@@ -91,16 +91,22 @@ def look_at(runs: list[Run], queue: Queue | None = None, broken: list[str] | Non
     """One look at each of the runs; ``queue``, of a command that looks again and again, knows
     when Slurm is to be asked.
 
-    There is one question to the queue for all, and one to the accounting where the queue has forgotten.
-    A run whose files can't be understood is left out and named in ``broken``; without such a list it is a ConfigError.
+    There is one question to the queue for all, and one to the accounting where the queue has
+    forgotten. A run whose files can't be understood is left out and named in ``broken``; without
+    such a list it is a ConfigError.
     """
     queue, trying = queue or Queue(), Trying(broken)
     files = {run: one for run in runs if (one := trying.of(run, lambda: Files(run)))}  # noqa: B023 - called at once
     asked = [run for run, one in files.items() if one.slurm]
-    known = queue.of(asked, tuple(files[run].news for run in asked), lambda jobs: {
-        run: names for run in asked if (names := files[run].forgotten(jobs.get(run.id, {})))})
-    seen = [trying.of(run, lambda: _look(one, known.get(run.id, {}), plain(queue.trouble) if one.slurm else ""))  # noqa: B023
-            for run, one in files.items()]
+    known = queue.of(
+        asked,
+        tuple(files[run].news for run in asked),
+        lambda jobs: {run: names for run in asked if (names := files[run].forgotten(jobs.get(run.id, {})))},
+    )
+    seen = [
+        trying.of(run, lambda: _look(one, known.get(run.id, {}), plain(queue.trouble) if one.slurm else ""))  # noqa: B023
+        for run, one in files.items()
+    ]
     return [one for one in seen if one]
 
 
@@ -126,18 +132,25 @@ class Trying:
 
 def _look(files: Files, known: dict[str, Job], trouble: str) -> Look:
     run = files.run
-    return Look(run, [_state(files, stage, known.get(name), trouble) for name, stage in run.stages.items()], trouble,
-                (run.folder / "STOP").exists(), run.data_summary().get("lines", []))
+    return Look(
+        run,
+        [_state(files, stage, known.get(name), trouble) for name, stage in run.stages.items()],
+        trouble,
+        (run.folder / "STOP").exists(),
+        run.data_summary().get("lines", []),
+    )
 
 
 def states(run: Run) -> tuple[list[StageState], str]:
-    """The state of every stage, and why the queue could not be asked ("" when it was, or when none is needed)."""
+    """The state of every stage, and why the queue could not be asked ("" when it was, or when none
+    is needed)."""
     found = look(run)
     return found.stages, found.trouble
 
 
 def overall(found: Iterable[StageState]) -> str:
-    """"done", "failed" (one failed, was cancelled, stopped or lost), "idle" (some are left and nobody works on them) or "running"."""
+    """ "done", "failed" (one failed, was cancelled, stopped or lost), "idle" (some are left and
+    nobody works on them) or "running"."""
     kinds = {state.state for state in found}
     if kinds == {"done"}:
         return "done"
@@ -152,7 +165,8 @@ def busy(run: Run) -> list[str]:
 
 
 def as_json(seen: Iterable[Look]) -> list[dict]:
-    """One table a stage, each with its run's name and id; times are seconds since 1970, ``trouble`` is why the queue wasn't asked."""
+    """One table a stage, each with its run's name and id; times are seconds since 1970, ``trouble``
+    is why the queue wasn't asked."""
     made = []
     for one in seen:
         shared = {"run": one.run.folder.name, "id": one.run.id, "folder": str(one.run.folder), "trouble": one.trouble}
@@ -186,31 +200,54 @@ class Files:
 
     def last_event(self, stage: str) -> dict | None:
         """The last ledger event of a stage that says where it stands."""
-        return next((event for event in reversed(self.ledger) if event.get("stage") == stage and event["event"] in STANDING), None)
+        return next(
+            (event for event in reversed(self.ledger) if event.get("stage") == stage and event["event"] in STANDING),
+            None,
+        )
 
     def forgotten(self, known: dict[str, Job]) -> set[str]:
         """Stages that the files believe to be with Slurm while squeue shows no job of them."""
-        return {name for name in self.left if name not in known and
-                (self.status[name]["state"] in ("running", "requeued") and self.status[name].get("job") or
-                 (last := self.last_event(name)) and last["event"] == "submitted")}
+        return {
+            name
+            for name in self.left
+            if name not in known
+            and (
+                self.status[name]["state"] in ("running", "requeued")
+                and self.status[name].get("job")
+                or (last := self.last_event(name))
+                and last["event"] == "submitted"
+            )
+        }
 
 
 WORDS = ("why", "nodes", "kind", "advice")
 """Of a StageState, what others wrote a part of."""
-STANDING = ("submitted", "started", "requeued", "done", "failed", "cancelled", "stopped", "rewound",
-            "set aside")
+STANDING = ("submitted", "started", "requeued", "done", "failed", "cancelled", "stopped", "rewound", "set aside")
 
 
 def _state(files: Files, stage: Stage, job: Job | None, trouble: str) -> StageState:
     name, status = stage.name, files.status[stage.name]
     if job and job.id in files.disowned:
         job = None
-    made = StageState(name, "", attempt=status["attempt"], job=job.id if job else status.get("job"), started=status.get("started"),
-                      ended=status.get("ended"), progress=progress.read(files.run, stage, status.get("started") or 0))
+    made = StageState(
+        name,
+        "",
+        attempt=status["attempt"],
+        job=job.id if job else status.get("job"),
+        started=status.get("started"),
+        ended=status.get("ended"),
+        progress=progress.read(files.run, stage, status.get("started") or 0),
+    )
     made.state, made.why = ("done", "") if name not in files.left else _undone(files, stage, job, trouble)
     if made.state in BAD and made.why != status.get("cause") and job and not job.alive:
-        made.lines = _output(files.run, name, job.handle)[-LAST_LINES:]  # what status.json tells is of an attempt before
-        made.kind = slurm_action.STATES[job.state].value if job.state in slurm_action.STATES and job.state != "CANCELLED" else ""
+        made.lines = _output(files.run, name, job.handle)[
+            -LAST_LINES:
+        ]  # what status.json tells is of an attempt before
+        made.kind = (
+            slurm_action.STATES[job.state].value
+            if job.state in slurm_action.STATES and job.state != "CANCELLED"
+            else ""
+        )
         made.advice = UNSTARTED if made.lines and job.state == "FAILED" else advice.of(made.kind, name)
     elif made.state in BAD:
         made.kind, made.advice = status.get("class") or "", status.get("advice") or ""
@@ -248,14 +285,19 @@ def _undone(files: Files, stage: Stage, job: Job | None, trouble: str) -> tuple[
     if job and not job.alive and not (again and last.get("job", 0) > job.id):
         return _ended_unstarted(files, stage.name, job, parents)
     if status["state"] == "requeued" and not again:
-        return _unseen(files, stage.name, status, job, trouble) if status["job"] else ("failed", f"{status['cause']}, but nobody does it")
+        return (
+            _unseen(files, stage.name, status, job, trouble)
+            if status["job"]
+            else ("failed", f"{status['cause']}, but nobody does it")
+        )
     if last and last["event"] == "submitted" and last["job"] not in files.disowned:
         return _unseen(files, stage.name, last, job, trouble)
     return "not submitted", ""
 
 
 def _previous(files: Files, stage: str) -> dict | None:
-    """How the last attempt ended after which the stage was queued again, since it was last submitted or resumed."""
+    """How the last attempt ended after which the stage was queued again, since it was last
+    submitted or resumed."""
     status, ends = files.status[stage], requeue.history_of(files.ledger, stage).ends
     if status["state"] == "requeued" and not (ends and ends[-1].get("attempt") == status["attempt"]):
         ends = (status,)  # Slurm killed the supervisor before it could write into the ledger
@@ -279,7 +321,10 @@ def _silent(files: Files, stage: str, status: dict, job: Job | None, trouble: st
         return "running", ""
     else:
         how = f"process {status['pid']} is gone" + _last_output(files.run, stage, "")
-    return "failed", f"ended without a last word: {how}; python -m launcher resume {files.run.folder} goes on from its last checkpoint"
+    return (
+        "failed",
+        f"ended without a last word: {how}; python -m launcher resume {files.run.folder} goes on from its last checkpoint",
+    )
 
 
 def _ended_unstarted(files: Files, stage: str, job: Job, parents: str) -> tuple[str, str]:
@@ -299,14 +344,19 @@ def _unseen(files: Files, stage: str, last: dict, job: Job | None, trouble: str)
     if files.run.cancelled_since(last.get("time", 0), last["job"]):
         return "cancelled", f"job {last['job']} was cancelled with the run (python -m launcher cancel)"
     if job:
-        return "lost", (f"job {job.id} is not in the queue, though sacct still says {job.state}; "
-                        f"queue it again: python -m launcher resume {files.run.folder}")
-    return "lost", (f"job {last['job']} is not in the queue any more{_last_output(files.run, stage, str(last['job']))}; "
-                    f"queue it again: python -m launcher resume {files.run.folder}")
+        return "lost", (
+            f"job {job.id} is not in the queue, though sacct still says {job.state}; "
+            f"queue it again: python -m launcher resume {files.run.folder}"
+        )
+    return "lost", (
+        f"job {last['job']} is not in the queue any more{_last_output(files.run, stage, str(last['job']))}; "
+        f"queue it again: python -m launcher resume {files.run.folder}"
+    )
 
 
 def _last_output(run: Run, stage: str, job: str) -> str:
-    """What the job's own output ends with: the last word of a supervisor that could not write status.json, or of Slurm."""
+    """What the job's own output ends with: the last word of a supervisor that could not write
+    status.json, or of Slurm."""
     lines = _output(run, stage, job)
     return f" ({_log(run, stage, job)} ends: {lines[-1].strip()})" if lines else ""
 
@@ -316,7 +366,8 @@ def _log(run: Run, stage: str, job: str) -> Path:
 
 
 def _output(run: Run, stage: str, job: str) -> list[str]:
-    """The lines of the supervisor's own output that are not empty; ``job``: an id, an array's element, "" locally."""
+    """The lines of the supervisor's own output that are not empty; ``job``: an id, an array's
+    element, "" locally."""
     try:
         lines = read_tail(_log(run, stage, job), OUTPUT_BYTES)[0].decode(errors="replace").split("\n")
     except (FileNotFoundError, NotADirectoryError, Unfit):

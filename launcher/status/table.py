@@ -1,4 +1,5 @@
-"""What status and watch show, as lines of text for a given width: one screen a run, or one line a run. Pure: no terminal, no clock."""
+"""What status and watch show, as lines of text for a given width: one screen a run, or one line a
+run. Pure: no terminal, no clock."""
 
 from __future__ import annotations
 
@@ -12,7 +13,13 @@ from launcher.status import state
 from launcher.status.state import Look, StageState
 from launcher.status.terminal import plain
 
-COLOURS = {"done": "green", "running": "cyan", "pending": "yellow", "requeued": "yellow", **dict.fromkeys(state.BAD, "red")}
+COLOURS = {
+    "done": "green",
+    "running": "cyan",
+    "pending": "yellow",
+    "requeued": "yellow",
+    **dict.fromkeys(state.BAD, "red"),
+}
 WIDE = 120
 """Columns from which on a bar and the numbers have room beside the rest."""
 BAR = 20
@@ -25,7 +32,8 @@ DROP = ("bar", "try", "tokens/s", "job", "saved")
 
 
 def run_lines(seen: Look, width: int, now: float) -> list[str]:
-    """The screen of one run: a row a stage, and below it why it waits or how it ended, each within ``width`` columns."""
+    """The screen of one run: a row a stage, and below it why it waits or how it ended, each within
+    ``width`` columns."""
     config = seen.run.config["run"]
     about = plain(f"id {config['id']}, profile {config['profile']}")
     lines = [click.style(plain(seen.run.folder), bold=True) + f"  {word(seen)}  {about}"]
@@ -45,7 +53,10 @@ def run_lines(seen: Look, width: int, now: float) -> list[str]:
 def data_lines(seen: Look, width: int) -> list[str]:
     """What was dropped and cut of the rows that the run trains on."""
     more = len(seen.data) - DATA_LINES
-    said = [*seen.data[:DATA_LINES], *([f"{more} more such lines: {seen.run.folder / 'data' / SUMMARY}"] if more > 0 else [])]
+    said = [
+        *seen.data[:DATA_LINES],
+        *([f"{more} more such lines: {seen.run.folder / 'data' / SUMMARY}"] if more > 0 else []),
+    ]
     return [line for text in said for line in wrap(f"data: {plain(text)}", width, "")]
 
 
@@ -59,8 +70,15 @@ def runs_lines(all_seen: list[Look], width: int, now: float) -> list[str]:
         if seen.overall == "done":
             said = [f"ended {span(now - row.ended)} ago" if row.ended else "", numbers_of_all(seen)]
         why = "; ".join(part for part in said if part)
-        table.append({"run": name_of(seen.run), "state": click.style(word(seen), COLOURS.get(row.state)), "stage": row.stage,
-                      **{name: shown[name] for name in ("iteration", "speed", "left", "saved")}, "": why})
+        table.append(
+            {
+                "run": name_of(seen.run),
+                "state": click.style(word(seen), COLOURS.get(row.state)),
+                "stage": row.stage,
+                **{name: shown[name] for name in ("iteration", "speed", "left", "saved")},
+                "": why,
+            }
+        )
     lines = [crop(line, width) for line in columns(table, width)]
     lines[0] = click.style(lines[0], dim=True)
     return [*dict.fromkeys(line for seen in all_seen for line in unanswered(seen, width)), *lines]
@@ -74,27 +92,43 @@ def name_of(run) -> str:
 def cells(row: StageState, width: int, now: float) -> dict[str, str]:
     """Column -> text of one stage."""
     far = row.progress
-    made = {"stage": row.stage, "state": click.style(row.word, COLOURS.get(row.state)),
-            "iteration": "" if far.iteration is None else f"{far.iteration}/{far.total}"}
+    made = {
+        "stage": row.stage,
+        "state": click.style(row.word, COLOURS.get(row.state)),
+        "iteration": "" if far.iteration is None else f"{far.iteration}/{far.total}",
+    }
     if width >= WIDE:
         made["bar"] = bar(far.iteration, far.total) if row.state in state.ACTIVE or row.state in state.BAD else ""
-    made |= {"speed": speed(far.speed), "tokens/s": "" if far.tokens_per_s is None else f"{far.tokens_per_s:,.0f}",
-             "left": clock(far.eta_s), "saved": saved(row, now), "job": str(row.job or ""),
-             "try": str(row.attempt) if row.attempt > 1 else ""}
+    made |= {
+        "speed": speed(far.speed),
+        "tokens/s": "" if far.tokens_per_s is None else f"{far.tokens_per_s:,.0f}",
+        "left": clock(far.eta_s),
+        "saved": saved(row, now),
+        "job": str(row.job or ""),
+        "try": str(row.attempt) if row.attempt > 1 else "",
+    }
     if width >= WIDE:
         made["numbers"] = numbers(row)
     return made
 
 
 def columns(table: list[dict[str, str]], width: int) -> list[str]:
-    """Header and rows, aligned; empty columns are left out, and those of DROP while it is too wide (``width`` 0: never)."""
-    names = [name for name in table[0] if name in ("stage", "state", "") or any(row[name] for row in table)] if table else []
+    """Header and rows, aligned; empty columns are left out, and those of DROP while it is too wide
+    (``width`` 0: never)."""
+    names = (
+        [name for name in table[0] if name in ("stage", "state", "") or any(row[name] for row in table)]
+        if table
+        else []
+    )
     size = {name: max(len(click.unstyle(text)) for text in (name, *(row[name] for row in table))) for name in names}
     for name in DROP:
         if width and sum(size[each] + 2 for each in names if each) - 2 > width and name in names:
             names.remove(name)
     rows = [{name: name for name in names}, *table]
-    return ["  ".join(row[name] + " " * (size[name] - len(click.unstyle(row[name]))) for name in names).rstrip() for row in rows]
+    return [
+        "  ".join(row[name] + " " * (size[name] - len(click.unstyle(row[name]))) for name in names).rstrip()
+        for row in rows
+    ]
 
 
 def notes(seen: Look, row: StageState, width: int, now: float) -> list[str]:
@@ -102,8 +136,17 @@ def notes(seen: Look, row: StageState, width: int, now: float) -> list[str]:
     made = []
     if width < WIDE and row.state != "not submitted":
         made.append(numbers(row))
-    made.append("; ".join(part for part in (f"{row.kind}: {row.why}" if row.kind and row.state in state.BAD else row.why,
-                                            start(row, now), f"on {row.nodes}" if row.nodes else "") if part))
+    made.append(
+        "; ".join(
+            part
+            for part in (
+                f"{row.kind}: {row.why}" if row.kind and row.state in state.BAD else row.why,
+                start(row, now),
+                f"on {row.nodes}" if row.nodes else "",
+            )
+            if part
+        )
+    )
     made.append(previous(row))
     lines = [line for text in made if text for line in wrap(text, width)]
     if row.state not in state.BAD:
@@ -133,8 +176,12 @@ def unanswered(seen: Look, width: int) -> list[str]:
 def trouble(seen: Look, width: int) -> list[str]:
     if not seen.stop:
         return unanswered(seen, width)
-    return [*unanswered(seen, width),
-            *wrap("the file STOP is in the run folder: what runs saves and ends, nothing starts; resume removes it", width, "")]
+    return [
+        *unanswered(seen, width),
+        *wrap(
+            "the file STOP is in the run folder: what runs saves and ends, nothing starts; resume removes it", width, ""
+        ),
+    ]
 
 
 def word(seen: Look) -> str:
@@ -143,7 +190,8 @@ def word(seen: Look) -> str:
 
 
 def current(seen: Look) -> StageState:
-    """The stage that tells where a run is: what went wrong, else what runs, else what waits, else the last that is done."""
+    """The stage that tells where a run is: what went wrong, else what runs, else what waits, else
+    the last that is done."""
     for wanted in (("failed", "lost"), ("stopped",), ("cancelled",), ("running",), ("requeued",), ("pending",)):
         for row in seen.stages:
             if row.state in wanted:
@@ -165,7 +213,11 @@ def saved(row: StageState, now: float) -> str:
     far = row.progress
     if far.saved is None:
         return ""
-    return str(far.saved) if row.state == "done" or far.saved_at is None else f"{far.saved}, {span(now - far.saved_at)} ago"
+    return (
+        str(far.saved)
+        if row.state == "done" or far.saved_at is None
+        else f"{far.saved}, {span(now - far.saved_at)} ago"
+    )
 
 
 def numbers(row: StageState) -> str:
@@ -208,7 +260,9 @@ def span(seconds: float) -> str:
 
 
 def wrap(text: str, width: int, indent: str = "    ") -> list[str]:
-    return textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False) or [indent]
+    return textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False) or [
+        indent
+    ]
 
 
 def crop(text: str, width: int) -> str:

@@ -1,4 +1,5 @@
-"""The terminal: text of other programs and people, which may hold what would steer it; and how wide the output is."""
+"""The terminal: text of other programs and people, which may hold what would steer it; and how wide
+the output is."""
 
 from __future__ import annotations
 
@@ -12,13 +13,16 @@ import click
 PIPE_WIDTH = 200
 """Columns where the output is a file or a pipe."""
 LEAST_WIDTH, UNKNOWN_WIDTH, UNKNOWN_ROWS = 20, 80, 24
-"""Columns below which nothing can be read, and the size of a terminal that does not know its own."""
+"""Columns below which nothing can be read, and the size of a terminal that does not know its
+own."""
 UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
-"""Controls (ESC and its 8-bit forms among them), marks that turn the direction of writing, halves of characters; not tab and line end."""
+"""Controls (ESC and its 8-bit forms among them), marks that turn the direction of writing, halves
+of characters; not tab and line end."""
 
 
 def plain(text: object) -> str:
-    """The text with each of UNSEEN replaced: it moves no cursor, sets no title, hides and reverses nothing."""
+    """The text with each of UNSEEN replaced: it moves no cursor, sets no title, hides and reverses
+    nothing."""
     return UNSEEN.sub("\ufffd", str(text))
 
 
@@ -28,7 +32,8 @@ def say(text: object, err: bool = False) -> None:
 
 
 def width() -> int:
-    """Columns for what is printed: never fewer than LEAST_WIDTH, whatever the terminal or COLUMNS say."""
+    """Columns for what is printed: never fewer than LEAST_WIDTH, whatever the terminal or COLUMNS
+    say."""
     return (
         columns_of(shutil.get_terminal_size((PIPE_WIDTH, UNKNOWN_ROWS)).columns) if sys.stdout.isatty() else PIPE_WIDTH
     )

@@ -1,4 +1,5 @@
-"""A view that lives: redrawn on the terminal's other screen until its runs have ended; plain lines where the output is no terminal."""
+"""A view that lives: redrawn on the terminal's other screen until its runs have ended; plain lines
+where the output is no terminal."""
 
 from __future__ import annotations
 
@@ -21,8 +22,8 @@ from training.config.schema import ConfigError
 PLAIN_EVERY_S = 10
 """Seconds between plain lines of one running stage."""
 LOOK_EVERY_S, A_LOOK = 1.0, 25
-"""Seconds between looks at the files of so many runs (more have proportionally longer: file servers serve others, too);
-launcher/slurm/polling.py knows when Slurm is asked."""
+"""Seconds between looks at the files of so many runs (more have proportionally longer: file servers
+serve others, too); launcher/slurm/polling.py knows when Slurm is asked."""
 WORST_S = 10
 """Seconds after which an error that stays ends ``watch``."""
 LATE_S = 5
@@ -39,8 +40,10 @@ class Terminal:
         self.lines: list[str] = []
 
     def __enter__(self):
-        self.handlers = {signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number)),
-                         signal.SIGTSTP: signal.signal(signal.SIGTSTP, self._pause)}
+        self.handlers = {
+            signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number)),
+            signal.SIGTSTP: signal.signal(signal.SIGTSTP, self._pause),
+        }
         self._write(OPEN)
         return self
 
@@ -59,7 +62,7 @@ class Terminal:
         self.lines = lines(terminal.columns_of(self.size.columns))
         shown, rows = self.lines, self.size.lines or terminal.UNKNOWN_ROWS
         if len(shown) > rows:
-            shown = [*shown[:rows - 1], f"... {len(self.lines) - rows + 1} more lines; a higher window shows them"]
+            shown = [*shown[: rows - 1], f"... {len(self.lines) - rows + 1} more lines; a higher window shows them"]
         self._write("\x1b[H" + "\r\n".join(f"{line}\x1b[K" for line in shown) + "\x1b[J")
 
     def _pause(self, number: int, _frame) -> None:
@@ -81,7 +84,8 @@ def pause(runs: list[Run]) -> float:
 
 
 class Looking(threading.Thread):
-    """Looks at runs again and again beside the screen: a controller that takes its time must not freeze it."""
+    """Looks at runs again and again beside the screen: a controller that takes its time must not
+    freeze it."""
 
     def __init__(self, runs: list[Run]):
         super().__init__(daemon=True)
@@ -102,22 +106,25 @@ class Looking(threading.Thread):
             self.enough.wait(pause(self.runs))
 
     def check(self) -> None:
-        """Raise what keeps it from looking, once that has lasted for WORST_S, or since the first look."""
+        """Raise what keeps it from looking, once that has lasted for WORST_S, or since the first
+        look."""
         error = self.error
         if error and (not self.seen or time.monotonic() > self.at + WORST_S):
             if isinstance(error, (OSError, ConfigError)):
                 raise error
-            raise Failed(f"{', '.join(str(run.folder) for run in self.runs)} can't be read: {type(error).__name__}: "
-                         f"{error}") from error
+            raise Failed(
+                f"{', '.join(str(run.folder) for run in self.runs)} can't be read: {type(error).__name__}: {error}"
+            ) from error
 
 
 def watch(runs: list[Run]) -> int:
-    """Show the runs until none goes on. Exit code: 0 all done, 1 some are not, 130 after Ctrl-C, which leaves them alone."""
+    """Show the runs until none goes on. Exit code: 0 all done, 1 some are not, 130 after Ctrl-C,
+    which leaves them alone."""
     looking = Looking(runs)
     looking.start()
     shown = Lines(runs) if not sys.stdout.isatty() else None
     try:
-        with (Terminal() if shown is None else contextlib.nullcontext()) as picture_of:
+        with Terminal() if shown is None else contextlib.nullcontext() as picture_of:
             drawn = 0.0
             while not (looking.seen or looking.broken) or any(seen.overall == "running" for seen in looking.seen):
                 looking.check()
@@ -138,7 +145,8 @@ def watch(runs: list[Run]) -> int:
 
 
 def picture(looking: Looking, columns: int) -> list[str]:
-    """What watch shows: the screen of the only run, or a line a run, and how old it is where the answer is late."""
+    """What watch shows: the screen of the only run, or a line a run, and how old it is where the
+    answer is late."""
     now, age = time.time(), time.monotonic() - looking.at
     late = f", as of {table.span(age)} ago" if age > LATE_S + pause(looking.runs) else ""
     footer = f"{time.strftime('%H:%M:%S')}{late}  Ctrl-C leaves; the run goes on"
@@ -175,16 +183,28 @@ class Lines:
     def _line(self, run: Run, row: StageState) -> None:
         key, now = (run.id, row.stage), (row.state, row.progress.iteration)
         before = self.said.get(key, ("not submitted", None))
-        if now[0] == before[0] and (now == before or row.state != "running" or time.monotonic() < self.at[key] + PLAIN_EVERY_S):
+        if now[0] == before[0] and (
+            now == before or row.state != "running" or time.monotonic() < self.at[key] + PLAIN_EVERY_S
+        ):
             return
         self.said[key], self.at[key] = now, time.monotonic()
         count = table.cells(row, 0, time.time())["iteration"]
         left = f"{table.clock(row.progress.eta_s)} left" if row.progress.eta_s is not None else ""
         why = f"{row.kind}: {row.why}" if row.kind else row.why
         name = table.plain(run.folder.name) if self.several else ""
-        parts = [time.strftime("%H:%M:%S"), name, f"{row.stage:8}", f"{row.word:9}", count,
-                 table.numbers(row), table.speed(row.progress.speed), left, why, table.start(row, time.time()),
-                 table.previous(row) if row.state != before[0] else ""]
+        parts = [
+            time.strftime("%H:%M:%S"),
+            name,
+            f"{row.stage:8}",
+            f"{row.word:9}",
+            count,
+            table.numbers(row),
+            table.speed(row.progress.speed),
+            left,
+            why,
+            table.start(row, time.time()),
+            table.previous(row) if row.state != before[0] else "",
+        ]
         click.echo("  ".join(part for part in parts if part))
 
 
@@ -212,7 +232,8 @@ class Watch:
             click.echo("\n".join(many(self.seen, terminal.width(), time.time())))
 
     def tick(self, force: bool = False) -> list[str]:
-        """Look again when it is time; the selection's overall state in each run, [] between looks."""
+        """Look again when it is time; the selection's overall state in each run, [] between
+        looks."""
         if not force and time.monotonic() < self.next:
             if self.terminal and self.seen and self.terminal.resized():
                 self.terminal.draw(self._picture)

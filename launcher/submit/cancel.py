@@ -1,4 +1,5 @@
-"""Stop everything of runs: their local runners, their jobs, and the retry that one of them may be about to queue."""
+"""Stop everything of runs: their local runners, their jobs, and the retry that one of them may be
+about to queue."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ itself again in between."""
 PAUSES_S = (1, 16)
 """Seconds between questions to the queue meanwhile: the first, and the longest."""
 LOOK_S = 0.5
-"""Seconds between looks at the files: where all stages have said their last word, the queue is asked at once."""
+"""Seconds between looks at the files: where all stages have said their last word, the queue is
+asked at once."""
 
 Jobs = dict[tuple[Run, str], jobs.Job]
 """(run, stage) -> its live job."""
@@ -30,8 +32,9 @@ Jobs = dict[tuple[Run, str], jobs.Job]
 def cancel(runs: list[Run]) -> dict[Run, str]:
     """Stop the runs, wait until nothing of them is left, and say in words what each was.
 
-    Raises ConfigError where a runner is on another host (then nothing was stopped), SlurmError where the controller does not
-    answer (then nothing of Slurm's was stopped), Failed where Slurm does not end a job in CANCEL_S.
+    Raises ConfigError where a runner is on another host (then nothing was stopped), SlurmError
+    where the controller does not answer (then nothing of Slurm's was stopped), Failed where Slurm
+    does not end a job in CANCEL_S.
     """
     for run in runs:
         if (runner := run.runner()) and not local.here(runner):
@@ -145,7 +148,8 @@ def _insist(alive: Jobs) -> None:
 
 
 def _wait(seconds: float, alive: Jobs) -> None:
-    """Rest so long, or until the stages' files tell that all have ended: Slurm then needs a moment."""
+    """Rest so long, or until the stages' files tell that all have ended: Slurm then needs a
+    moment."""
     ending = time.monotonic() + seconds
     running = [key for key, job in alive.items() if not job.pending]
     while (now := time.monotonic()) < ending:

@@ -1,4 +1,5 @@
-"""A changed configuration of a run: what is asked for, what follows from it for each stage, and how it is written."""
+"""A changed configuration of a run: what is asked for, what follows from it for each stage, and how
+it is written."""
 
 from __future__ import annotations
 
@@ -94,7 +95,8 @@ def selected(run: Run, wish: Wish) -> list[Stage]:
 
 
 def unfinished(run: Run) -> list[Stage]:
-    """Stages that are not done; all, where a manifest is damaged: ``heal`` mends it when the checks are through."""
+    """Stages that are not done; all, where a manifest is damaged: ``heal`` mends it when the checks
+    are through."""
     try:
         return manifest.left(run, list(run.stages.values()))
     except manifest.Refused:

@@ -64,21 +64,40 @@ class Draft(Run):
         return self.made.written()
 
 
-def plan(target: str, recipe: str, files: list[Path], sets: list[str], name: str | None, runs: Path,
-         chosen: tuple[Profile, str], first: str | None, last: str | None, pipeline: str | None = None,
-         reused: Run | None = None, tolerant: bool = False) -> Plan:
+def plan(
+    target: str,
+    recipe: str,
+    files: list[Path],
+    sets: list[str],
+    name: str | None,
+    runs: Path,
+    chosen: tuple[Profile, str],
+    first: str | None,
+    last: str | None,
+    pipeline: str | None = None,
+    reused: Run | None = None,
+    tolerant: bool = False,
+) -> Plan:
     """Merge and check; ConfigError for every mistake that can be seen now. ``pipeline`` None: the
     run's, else the first with TARGET.
     ``tolerant``: a plan can be shown in spite of those in ``checked.mistakes``."""
     name = recipe if name is None else name
     if not NAME.fullmatch(name):
-        raise ConfigError(f"--name {name!r}: a run's name has letters, digits, '.', '_' and '-' only, begins with a letter or digit "
-                          "and is at most 61 long")
+        raise ConfigError(
+            f"--name {name!r}: a run's name has letters, digits, '.', '_' and '-' only, begins with a letter or digit "
+            "and is at most 61 long"
+        )
     run = Run(runs / name)
     if pipeline is None:
-        pipeline = run.pipeline if run.config_file.exists() else next(key for key, each in PIPELINES.items() if target in (FULL, *each))
+        pipeline = (
+            run.pipeline
+            if run.config_file.exists()
+            else next(key for key, each in PIPELINES.items() if target in (FULL, *each))
+        )
     if run.config_file.exists() and _begun(run) and pipeline != run.pipeline:
-        raise ConfigError(f"{run.folder} was submitted with --pipeline {run.pipeline}; give {pipeline} its own run with --name")
+        raise ConfigError(
+            f"{run.folder} was submitted with --pipeline {run.pipeline}; give {pipeline} its own run with --name"
+        )
     graph = PIPELINES[pipeline]
     stages = select(graph, target, first, last)
     _check_sets(sets, pipeline)
@@ -97,8 +116,15 @@ def plan(target: str, recipe: str, files: list[Path], sets: list[str], name: str
         raise ConfigError(*parents.messages)
     checked.mistakes.extend(parents.messages)
     known = run.config_file.exists()
-    identity = {"name": name, "id": run.id if known else f"{name}-{secrets.token_hex(4)}", "recipe": recipe, "profile": chosen[0].name,
-                "pipeline": pipeline, "folder": str(run.folder), "selected": [stage.name for stage in stages]}
+    identity = {
+        "name": name,
+        "id": run.id if known else f"{name}-{secrets.token_hex(4)}",
+        "recipe": recipe,
+        "profile": chosen[0].name,
+        "pipeline": pipeline,
+        "folder": str(run.folder),
+        "selected": [stage.name for stage in stages],
+    }
     return Plan(run, tables, recipe, stages, *chosen, checked, identity, reused)
 
 
@@ -132,13 +158,16 @@ def prepare_first(made: Plan) -> None:
 
 
 def _examined(made: Plan) -> list[str]:
-    """The stages that are taken from another run; ConfigError for all that stands against the plan."""
+    """The stages that are taken from another run; ConfigError for all that stands against the
+    plan."""
     run, draft = made.run, Draft(made)
     if run.config_file.exists():
         if run.config["run"]["profile"] != made.profile.name and (busy := state.busy(run)):
-            raise ConfigError(f"{', '.join(busy)} of {run.folder} is running or queued with profile "
-                              f"{run.config['run']['profile']}; "
-                              f"stop it first: python -m launcher cancel {run.folder}")
+            raise ConfigError(
+                f"{', '.join(busy)} of {run.folder} is running or queued with profile "
+                f"{run.config['run']['profile']}; "
+                f"stop it first: python -m launcher cancel {run.folder}"
+            )
         if _begun(run):
             _check_same(run, made.tables, made.profile)
     prepared.prepare(draft)
@@ -170,13 +199,18 @@ def _write(made: Plan, taken: list[str]) -> Run:
 
 
 def write_stage_config(run: Run, name: str) -> None:
-    write_json(run.stage(name) / "config.json", dataclasses.asdict(stage_config(run.folder, run.config, run.stages, name)))
+    write_json(
+        run.stage(name) / "config.json", dataclasses.asdict(stage_config(run.folder, run.config, run.stages, name))
+    )
 
 
 def render_all(made: Plan) -> dict[str, str]:
     """Stage -> text of its batch script, as it will be queued; writes nothing."""
     run = Draft(made)
-    return {stage.name: script.script(script.stage_request(run, stage, made.resources(stage), made.profile)) for stage in made.stages}
+    return {
+        stage.name: script.script(script.stage_request(run, stage, made.resources(stage), made.profile))
+        for stage in made.stages
+    }
 
 
 def render_committed(folder: Path) -> list[Path]:
@@ -190,7 +224,9 @@ def render_committed(folder: Path) -> list[Path]:
 
 def committed_scripts() -> dict[str, str]:
     resources = build_plain("resources", layered("bloom-1b7", [], [])["resources"])
-    return {name: script.script(script.committed_request(stage, getattr(resources, name))) for name, stage in ALL.items()}
+    return {
+        name: script.script(script.committed_request(stage, getattr(resources, name))) for name, stage in ALL.items()
+    }
 
 
 def _begun(run: Run) -> bool:
@@ -199,28 +235,42 @@ def _begun(run: Run) -> bool:
 
 
 def _check_sets(sets: list[str], pipeline: str) -> None:
-    """ConfigError for a --set that nothing of this pipeline reads. (A recipe or file may serve several.)"""
+    """ConfigError for a --set that nothing of this pipeline reads. (A recipe or file may serve
+    several.)"""
     for text in sets:
         words = text.partition("=")[0].strip().split(".")
         stage = words[1] if words[0] == "resources" and len(words) > 1 else words[0]
         if stage in ALL and stage not in PIPELINES[pipeline]:
             right = next(name for name, graph in PIPELINES.items() if stage in graph)
-            raise ConfigError(f"--set {text}: pipeline {pipeline} has no stage {stage} ({' -> '.join(PIPELINES[pipeline])}); "
-                              f"leave it out, or add --pipeline {right}")
+            raise ConfigError(
+                f"--set {text}: pipeline {pipeline} has no stage {stage} ({' -> '.join(PIPELINES[pipeline])}); "
+                f"leave it out, or add --pipeline {right}"
+            )
 
 
 def _check_same(run: Run, tables: dict, profile: Profile) -> None:
-    """ConfigError where a section differs that something was made from. Resources, the evaluation (which keeps the answers that it
-    has) and stages that have not begun may change, unless they are queued: their jobs are what they were."""
+    """ConfigError where a section differs that something was made from. Resources, the evaluation
+    (which keeps the answers that it has) and stages that have not begun may change, unless they are
+    queued: their jobs are what they were."""
     known = sections(run.stages)
-    made = [name for name in known if name not in ("resources", "mtbench") and (name not in run.stages or run.status(name)["attempt"])]
+    made = [
+        name
+        for name in known
+        if name not in ("resources", "mtbench") and (name not in run.stages or run.status(name)["attempt"])
+    ]
     changed = differences({name: run.config[name] for name in made}, {name: tables[name] for name in made})
     if changed:
-        raise ConfigError(f"{run.folder} was submitted with another configuration:\n  " + "\n  ".join(changed) +
-                          f"\ngive the new one its own run with --name, or go on with the old one: python -m launcher resume {run.folder}")
+        raise ConfigError(
+            f"{run.folder} was submitted with another configuration:\n  "
+            + "\n  ".join(changed)
+            + f"\ngive the new one its own run with --name, or go on with the old one: python -m launcher resume {run.folder}"
+        )
     run.check_here()
     old = {"profile": run.config["profile"], **{name: run.config[name] for name in known}}
     changed = differences(old, {"profile": dataclasses.asdict(profile), **{name: tables[name] for name in known}})
     if changed and (busy := state.busy(run)):
-        raise ConfigError(f"{', '.join(busy)} of {run.folder} is running or queued with another configuration:\n  " + "\n  ".join(changed) +
-                          f"\nstop it first (python -m launcher cancel {run.folder}), or give the new one its own run with --name")
+        raise ConfigError(
+            f"{', '.join(busy)} of {run.folder} is running or queued with another configuration:\n  "
+            + "\n  ".join(changed)
+            + f"\nstop it first (python -m launcher cancel {run.folder}), or give the new one its own run with --name"
+        )

@@ -16,9 +16,11 @@ from launcher.submit.rewind import descendants, move_stale_aside
 
 
 def queue(run: Run, stages: list[Stage]) -> dict[str, int | str]:
-    """Queue what is neither done nor queued already, all or none; stage -> id of the new jobs ("12[3]" for an element of a sweep).
+    """Queue what is neither done nor queued already, all or none; stage -> id of the new jobs
+    ("12[3]" for an element of a sweep).
 
-    Two commands at once queue it once: the second waits for the first. What an earlier one left half queued is settled before.
+    Two commands at once queue it once: the second waits for the first. What an earlier one left
+    half queued is settled before.
     """
     if "sweep" in run.config["run"]:
         from launcher.submit import sweep  # late: it builds on this file
@@ -32,10 +34,13 @@ def queue(run: Run, stages: list[Stage]) -> dict[str, int | str]:
         keys = key_file.names(profile)
         steps = []
         for stage in chain:
-            script = _write(run, stage, sbatch.script(sbatch.stage_request(run, stage, getattr(resources, stage.name), profile)))
+            script = _write(
+                run, stage, sbatch.script(sbatch.stage_request(run, stage, getattr(resources, stage.name), profile))
+            )
             waits = tuple((parent, alive[parent].id) for parent in stage.parents if parent in alive)
-            steps.append(transaction.Step(stage.name, run.id, script, stage.parents, waits, without=keys,
-                                         passed=profile.passed))
+            steps.append(
+                transaction.Step(stage.name, run.id, script, stage.parents, waits, without=keys, passed=profile.passed)
+            )
         return transaction.submit(run, steps) if steps else {}
 
 
@@ -43,15 +48,25 @@ def missing(run: Run, stages: list[Stage], known: dict[str, jobs.Job]) -> tuple[
     """Those of ``stages`` that have to be queued, in order, and the live jobs of the others;
     ``known``: all that the queue shows.
 
-    A job whose stage has failed is ending, and jobs that wait for it will be cancelled by Slurm within a second: they
-    are cancelled now and replaced, as is one that can never start. One that is only held is let go.
+    A job whose stage has failed is ending, and jobs that wait for it will be cancelled by Slurm
+    within a second: they are cancelled now and replaced, as is one that can never start. One that
+    is only held is let go.
     """
     left, gone = {stage.name for stage in manifest.left(run, list(run.stages.values()))}, run.disowned()
-    alive = {name: job for name, job in known.items()
-             if job.alive and name in left and job.id not in gone and not _ending(run, name, job)}
-    todo = {stage.name for stage in stages if stage.name in left and (stage.name not in alive or alive[stage.name].stuck)}
+    alive = {
+        name: job
+        for name, job in known.items()
+        if job.alive and name in left and job.id not in gone and not _ending(run, name, job)
+    }
+    todo = {
+        stage.name for stage in stages if stage.name in left and (stage.name not in alive or alive[stage.name].stuck)
+    }
     for name in list(todo):
-        todo |= {stage.name for stage in descendants(run, run.stages[name]) if stage.name in alive and alive[stage.name].pending}
+        todo |= {
+            stage.name
+            for stage in descendants(run, run.stages[name])
+            if stage.name in alive and alive[stage.name].pending
+        }
     replaced = [alive.pop(name).handle for name in todo & set(alive)]
     if replaced:
         sbatch.cancel(replaced)
@@ -59,17 +74,26 @@ def missing(run: Run, stages: list[Stage], known: dict[str, jobs.Job]) -> tuple[
     if held:  # a controller that crashed may have forgotten that we released it
         sbatch.release(held)
     chain = [stage for stage in run.stages.values() if stage.name in todo]
-    lacking = [parent for stage in chain for parent in stage.parents if parent in left and parent not in todo and parent not in alive]
+    lacking = [
+        parent
+        for stage in chain
+        for parent in stage.parents
+        if parent in left and parent not in todo and parent not in alive
+    ]
     if lacking:
-        raise Failed(f"{lacking[0]} of {run.folder} is neither done nor queued; queue it and what follows with: "
-                     f"python -m launcher resume {run.folder}")
+        raise Failed(
+            f"{lacking[0]} of {run.folder} is neither done nor queued; queue it and what follows with: "
+            f"python -m launcher resume {run.folder}"
+        )
     return chain, alive
 
 
 def _write(run: Run, stage: Stage, text: str) -> Path:
     path = run.stage(stage.name) / f"{stage.name}.sbatch"
     write_text(path, text)
-    (run.stage(stage.name) / "logs").mkdir(exist_ok=True)  # Slurm ends a job without a word when it can't open its output
+    (run.stage(stage.name) / "logs").mkdir(
+        exist_ok=True
+    )  # Slurm ends a job without a word when it can't open its output
     return path
 
 

@@ -1,4 +1,5 @@
-"""The chain without Slurm: each stage's supervisor here, in order, in the foreground or as a background process."""
+"""The chain without Slurm: each stage's supervisor here, in order, in the foreground or as a
+background process."""
 
 from __future__ import annotations
 
@@ -26,9 +27,11 @@ STOP_S = 90
 
 
 def run_stages(run: Run, stages: list[Stage], tick: Callable[[], None] = lambda: None) -> int:
-    """Run the stages in order until one fails; exit code of the last. ``tick`` is called several times a second.
+    """Run the stages in order until one fails; exit code of the last. ``tick`` is called several
+    times a second.
 
-    Raises Busy where another runner holds the run, KeyboardInterrupt after a Ctrl-C or TERM, when the running stage has saved and ended.
+    Raises Busy where another runner holds the run, KeyboardInterrupt after a Ctrl-C or TERM, when
+    the running stage has saved and ended.
     """
     with run.lock():
         stages = manifest.left(run, stages)  # another runner may have worked until now
@@ -42,7 +45,8 @@ def run_stages(run: Run, stages: list[Stage], tick: Callable[[], None] = lambda:
                 if code:
                     return code
         finally:
-            with contextlib.suppress(OSError):  # a full disk: that the process is gone says the same
+            # a full disk: that the process is gone says the same
+            with contextlib.suppress(OSError):
                 run.record("runner ended")
     return 0
 
@@ -56,8 +60,14 @@ def start_in_background(run: Run, stages: list[Stage]) -> int:
     before = len(run.ledger())
     with open(path, "a", encoding="utf-8") as log:
         command = run_module.command("launcher.submit.local", str(run.folder), *(stage.name for stage in stages))
-        process = subprocess.Popen(command, env=environment.outside(), stdin=subprocess.DEVNULL, stdout=log,
-                                   stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            env=environment.outside(),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
     while not any(event["event"] == "runner" and event["pid"] == process.pid for event in run.ledger()[before:]):
         if process.poll() is not None:
             if process.returncode == os.EX_TEMPFAIL:
@@ -70,7 +80,8 @@ def start_in_background(run: Run, stages: list[Stage]) -> int:
 
 
 def cancel(run: Run) -> bool:
-    """Stop the run's local runner: TERM, then after STOP_S kill; False where none runs. ConfigError where it runs on another host."""
+    """Stop the run's local runner: TERM, then after STOP_S kill; False where none runs. ConfigError
+    where it runs on another host."""
     runner = run.runner()
     if runner is None:
         return False
@@ -82,13 +93,16 @@ def cancel(run: Run) -> bool:
 
 def elsewhere(run: Run, runner: dict) -> str:
     """What to do where the run's runner is on another host."""
-    return (f"{run.folder} is worked on by process {runner['pid']} on {runner['host']}: run the command there; if "
-            f"that host "
-            f"is gone for good: python -m launcher resume {run.folder} --take-over")
+    return (
+        f"{run.folder} is worked on by process {runner['pid']} on {runner['host']}: run the command there; if "
+        f"that host "
+        f"is gone for good: python -m launcher resume {run.folder} --take-over"
+    )
 
 
 def here(record: dict) -> bool:
-    """Whether a process of ``this_process()`` is of this host: the same pid elsewhere is somebody else's."""
+    """Whether a process of ``this_process()`` is of this host: the same pid elsewhere is somebody
+    else's."""
     return record["host"] == socket.gethostname()
 
 
@@ -109,8 +123,15 @@ def _supervised(run: Run, stage: Stage, tick: Callable[[], None]) -> int:
     with open(path, "a", encoding="utf-8") as log:
         # its own session: a Ctrl-C reaches only this process, which then asks the stage to save
         command = run_module.command("launcher.job.supervise", str(run.folder), stage.name)
-        process = subprocess.Popen(command, env=environment.outside(), stdin=subprocess.DEVNULL, stdout=log,
-                                   stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=die_with_parent)
+        process = subprocess.Popen(
+            command,
+            env=environment.outside(),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=die_with_parent,
+        )
     try:
         while process.poll() is None:
             tick()
@@ -126,17 +147,32 @@ def _supervised(run: Run, stage: Stage, tick: Callable[[], None]) -> int:
 
 
 def _report_silent_end(run: Run, stage: Stage, code: int, began: float, path: Path) -> None:
-    """Say in status.json how the supervisor ended, where it has not come to say so itself: an import that
-    fails, a configuration of another version."""
+    """Say in status.json how the supervisor ended, where it has not come to say so itself: an
+    import that fails, a configuration of another version."""
     status = run.status(stage.name)
     if status.get("updated", 0) >= began or (status["state"] == "running" and is_alive(status)):
         return
     lines = [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()]
     last = lines[-1].strip() if lines else "no message"
-    shared = {"cause": f"its supervisor ended with {describe(code)} before the stage began: {last}", "class": "bug",
-              "attempt": status["attempt"], "job": None, "iteration": run.iteration(stage.name)}
-    run.write_status(stage.name, state="failed", started=began, began=None, ended=time.time(), rank=None,
-                     lines=lines[-20:], advice=f"all it said: {path}", **shared, **this_process())
+    shared = {
+        "cause": f"its supervisor ended with {describe(code)} before the stage began: {last}",
+        "class": "bug",
+        "attempt": status["attempt"],
+        "job": None,
+        "iteration": run.iteration(stage.name),
+    }
+    run.write_status(
+        stage.name,
+        state="failed",
+        started=began,
+        began=None,
+        ended=time.time(),
+        rank=None,
+        lines=lines[-20:],
+        advice=f"all it said: {path}",
+        **shared,
+        **this_process(),
+    )
     run.record("failed", stage=stage.name, began=None, **shared)
 
 

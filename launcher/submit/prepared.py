@@ -1,10 +1,10 @@
 """The rows that a run trains on: prepared once, from input files that are known by their content.
 
 ``data/DONE.json`` of a run says what its rows were made from: the configuration's hash, and the
-sha256 of each file of rows, of all its bytes: two that differ in one row give other rows. Weights are
-known by their length and blocks of them.
-Size, inode and times spare the reading of a file that was not written since. So an unchanged file
-of ten million rows costs one look, and one that was written is read once before it is compared.
+sha256 of each file of rows, of all its bytes: two that differ in one row give other rows. Weights
+are known by their length and blocks of them. Size, inode and times spare the reading of a file that
+was not written since. So an unchanged file of ten million rows costs one look, and one that was
+written is read once before it is compared.
 """
 
 from __future__ import annotations
@@ -46,9 +46,11 @@ def prepare(run: Run, keep: bool = False, anew: Collection[str] = ()) -> list[st
         if changed and (used := _users(run, changed, anew)):
             if not keep or not whole:
                 raise ConfigError(_refusal(run, changed, used))
-            return [f"{', '.join(changed)} changed after {', '.join(used)} had used what was there before: "
-                    "the run goes on with that; to train on the new: "
-                    f"python -m launcher resume {run.folder} --from {used[0]}, or a run with another --name"]
+            return [
+                f"{', '.join(changed)} changed after {', '.join(used)} had used what was there before: "
+                "the run goes on with that; to train on the new: "
+                f"python -m launcher resume {run.folder} --from {used[0]}, or a run with another --name"
+            ]
     counts = _prepare(run, config)
     files = {path.name: path.stat().st_size for path in sorted((run.folder / "data").glob("*.jsonl"))}
     write_json(marker, {"config_hash": hash_of(config), "inputs": counts["inputs"], "files": files})
@@ -62,7 +64,8 @@ def check(run: Run) -> None:
 
 
 def check_rows(run: Run, stages: list[Stage]) -> None:
-    """ConfigError where a stage would find no row: not every source has replies, or two to compare."""
+    """ConfigError where a stage would find no row: not every source has replies, or two to
+    compare."""
     counts = read_counts(run)
     rows = counts["files"]
     unread = [name.removeprefix("not read: ") for name in counts["read"] if name.startswith("not read: ")]
@@ -72,9 +75,11 @@ def check_rows(run: Run, stages: list[Stage]) -> None:
             name = Path(getattr(paths, key)).name
             if not rows[name]:
                 also = f"; nothing reads {', '.join(unread)}" if unread else ""
-                raise ConfigError(f"data.source = {run.config['data']['source']!r} gives {name}, which the {stage.name} "
-                                  "stage reads, no row; sft needs rows with a reply, reward and dpo rows with two or "
-                                  f"more to compare{also}; submit a part of the chain with --until, or give another source")
+                raise ConfigError(
+                    f"data.source = {run.config['data']['source']!r} gives {name}, which the {stage.name} "
+                    "stage reads, no row; sft needs rows with a reply, reward and dpo rows with two or "
+                    f"more to compare{also}; submit a part of the chain with --until, or give another source"
+                )
 
 
 def summarise(run: Run, stages: dict[str, tuple[str, str, int]]) -> list[str]:
@@ -122,7 +127,8 @@ def _prepare(run: Run, config: dict) -> dict:
 
 
 def _old(run: Run) -> dict | None:
-    """What the rows that are there were made from; None where no preparation has come to its end."""
+    """What the rows that are there were made from; None where no preparation has come to its
+    end."""
     try:
         old = read_table(run.folder / "data" / "DONE.json")
         for known in old["inputs"].values():
@@ -145,8 +151,11 @@ def _changed(old: dict) -> list[str]:
     """Inputs whose content is not what the rows were made from, as "data.source = 'rows.jsonl'".
     One that is gone is not looked at: its rows are there."""
     try:
-        return [f"{key} = {known['path']!r}" for key, known in old["inputs"].items()
-                if os.path.exists(known["path"]) and not (os.path.isfile(known["path"]) and same(known["path"], known))]
+        return [
+            f"{key} = {known['path']!r}"
+            for key, known in old["inputs"].items()
+            if os.path.exists(known["path"]) and not (os.path.isfile(known["path"]) and same(known["path"], known))
+        ]
     except OSError as error:
         raise ConfigError(f"{error.filename}: can't be read: {error.strerror}") from None
 
@@ -162,8 +171,10 @@ def _users(run: Run, changed: list[str], anew: Collection[str] = ()) -> list[str
 
 
 def _refusal(run: Run, changed: list[str], used: list[str]) -> str:
-    return (f"{', '.join(changed)} changed after {', '.join(used)} of {run.folder} had begun "
-            "with what was there before. "
-            "Give the new content its own run with --name, train on it from the start "
-            f"(python -m launcher resume {run.folder} --from {used[0]}), or go on with the old "
-            f"(python -m launcher resume {run.folder})")
+    return (
+        f"{', '.join(changed)} changed after {', '.join(used)} of {run.folder} had begun "
+        "with what was there before. "
+        "Give the new content its own run with --name, train on it from the start "
+        f"(python -m launcher resume {run.folder} --from {used[0]}), or go on with the old "
+        f"(python -m launcher resume {run.folder})"
+    )

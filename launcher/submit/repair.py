@@ -1,4 +1,5 @@
-"""Mend what a crash, a lost file or a vanished host left of a run, so that it can go on; and say what was mended."""
+"""Mend what a crash, a lost file or a vanished host left of a run, so that it can go on; and say
+what was mended."""
 
 from __future__ import annotations
 
@@ -46,11 +47,13 @@ def check_orphans(seen: state.Look) -> None:
         deadline = time.monotonic() + ORPHAN_S
         while _held(run, row.stage):
             if time.monotonic() > deadline:
-                raise ConfigError(f"Slurm has forgotten job {status['job']}, but its processes still work on "
-                                  f"{row.stage} of {run.folder} "
-                                  f"(supervisor: process {status['pid']} on {status['host']}); let them end, or end "
-                                  f"them there: "
-                                  f"kill {status['pid']}; then resume again")
+                raise ConfigError(
+                    f"Slurm has forgotten job {status['job']}, but its processes still work on "
+                    f"{row.stage} of {run.folder} "
+                    f"(supervisor: process {status['pid']} on {status['host']}); let them end, or end "
+                    f"them there: "
+                    f"kill {status['pid']}; then resume again"
+                )
             time.sleep(0.1)
 
 
@@ -73,51 +76,82 @@ def gone(run: Run) -> Gone | None:
     they can be seen alive."""
     runner = run.runner()
     if runner and local.here(runner):
-        raise ConfigError(f"--take-over: process {runner['pid']} on this host works on {run.folder}; stop it: "
-                          f"python -m launcher cancel {run.folder}")
+        raise ConfigError(
+            f"--take-over: process {runner['pid']} on this host works on {run.folder}; stop it: "
+            f"python -m launcher cancel {run.folder}"
+        )
     dead = _silent_jobs(run) if run.uses_slurm() else {}
     if not runner and not dead:
         return None
     quiet = time.time() - _last_write(run)
     if quiet < ALIVE_S:
-        raise ConfigError(f"--take-over: {run.folder} was written to {quiet:.0f} s ago: who works on it is alive; if you are sure that it "
-                          f"is not, try again in {ALIVE_S} s")
+        raise ConfigError(
+            f"--take-over: {run.folder} was written to {quiet:.0f} s ago: who works on it is alive; if you are sure that it "
+            f"is not, try again in {ALIVE_S} s"
+        )
     return Gone(runner, dead)
 
 
 def take_over(run: Run, who: Gone) -> list[str]:
-    """Declare them dead. Should one of these jobs start after all, its supervisor ends it at once."""
+    """Declare them dead. Should one of these jobs start after all, its supervisor ends it at
+    once."""
     runner = who.runner
-    run.record("taken over", host=runner and runner["host"], pid=runner and runner["pid"], jobs=list(who.jobs.values()),
-               by=getpass.getuser())
+    run.record(
+        "taken over",
+        host=runner and runner["host"],
+        pid=runner and runner["pid"],
+        jobs=list(who.jobs.values()),
+        by=getpass.getuser(),
+    )
     for name in run.stages:
         if run.status(name)["state"] in ("running", "requeued"):
-            run.write_status(name, state="failed", cause=f"declared dead by resume --take-over: {who}", ended=time.time(),
-                             **{"class": "node failure"})
+            run.write_status(
+                name,
+                state="failed",
+                cause=f"declared dead by resume --take-over: {who}",
+                ended=time.time(),
+                **{"class": "node failure"},
+            )
         for path in (run.stage(name) / ".lock", run.folder / ".lock"):
-            with contextlib.suppress(FileNotFoundError):  # a file server may hold a dead host's lock for long
+            # a file server may hold a dead host's lock for long
+            with contextlib.suppress(FileNotFoundError):
                 os.replace(path, path.with_name(".lock.taken"))
     return [f"taken over from {who}"]
 
 
 def _silent_jobs(run: Run) -> dict[str, int]:
-    """Stage -> last job of each stage that may be with Slurm, where Slurm does not answer; ConfigError where it shows live ones."""
+    """Stage -> last job of each stage that may be with Slurm, where Slurm does not answer;
+    ConfigError where it shows live ones."""
     try:
         alive = {name: job for name, job in queue.of_run(run).items() if job.alive}
     except commands.SlurmError:
         events = [event for event in run.ledger() if event["event"] == "submitted"]
         gone = run.disowned()
-        return {event["stage"]: event["job"] for event in events if event["job"] not in gone and not _is_done(run, event["stage"])}
+        return {
+            event["stage"]: event["job"]
+            for event in events
+            if event["job"] not in gone and not _is_done(run, event["stage"])
+        }
     if alive:
-        raise ConfigError(f"--take-over: Slurm answers and has {', '.join(f'job {job.handle} ({name})' for name, job in alive.items())}; "
-                          f"stop them: python -m launcher cancel {run.folder}")
+        raise ConfigError(
+            f"--take-over: Slurm answers and has {', '.join(f'job {job.handle} ({name})' for name, job in alive.items())}; "
+            f"stop them: python -m launcher cancel {run.folder}"
+        )
     return {}
 
 
 def _last_write(run: Run) -> float:
     """When a stage that is not done wrote last."""
-    paths = [path for name in run.stages if not _is_done(run, name) for path in
-             (run.stage(name) / "metrics.jsonl", run.stage(name) / "latest", *(run.stage(name) / "logs").glob("*"))]
+    paths = [
+        path
+        for name in run.stages
+        if not _is_done(run, name)
+        for path in (
+            run.stage(name) / "metrics.jsonl",
+            run.stage(name) / "latest",
+            *(run.stage(name) / "logs").glob("*"),
+        )
+    ]
     return max((path.stat().st_mtime for path in paths if path.exists()), default=0.0)
 
 
@@ -146,7 +180,8 @@ def _unreadable(run: Run, stage: Stage) -> list[str]:
 
 
 def _lost_manifest(run: Run, stage: Stage) -> list[str]:
-    """A stage that was done and whose outputs are whole gets its DONE.json again, so that what was made from it stays valid."""
+    """A stage that was done and whose outputs are whole gets its DONE.json again, so that what was
+    made from it stays valid."""
     last = state.Files(run).last_event(stage.name)
     if _is_done(run, stage.name) or last is None or last["event"] != "done":
         return []
@@ -160,7 +195,8 @@ def _lost_manifest(run: Run, stage: Stage) -> list[str]:
 
 
 def _refused_parents(run: Run) -> list[str]:
-    """A child that refused to start from a parent's outputs: the parent is not done any more if they are still not what they were."""
+    """A child that refused to start from a parent's outputs: the parent is not done any more if
+    they are still not what they were."""
     said = []
     for stage in manifest.left(run, list(run.stages.values())):
         if run.status(stage.name).get("class") != "refused":

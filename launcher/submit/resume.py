@@ -1,4 +1,5 @@
-"""Going on with a run. ``examine`` checks all that was asked for and writes nothing; ``carry_out`` then does it."""
+"""Going on with a run. ``examine`` checks all that was asked for and writes nothing; ``carry_out``
+then does it."""
 
 from __future__ import annotations
 
@@ -36,10 +37,11 @@ class Steps:
 
 
 def take_up(runs: list[Run], wish: Wish, agree: Callable[[list[str]], bool]) -> list[str]:
-    """Make the runs ready to go on, and say what was done to them. ``agree`` is asked before a configuration changes.
+    """Make the runs ready to go on, and say what was done to them. ``agree`` is asked before a
+    configuration changes.
 
-    Nothing is written before all runs have passed all checks. Raises ConfigError where what is wished can't be,
-    SlurmError where the queue would have to be asked and does not answer.
+    Nothing is written before all runs have passed all checks. Raises ConfigError where what is
+    wished can't be, SlurmError where the queue would have to be asked and does not answer.
     """
     for run in runs:
         run.check_here()
@@ -116,7 +118,8 @@ def _plan(steps: Steps) -> create.Plan:
 
 
 def _prepare(steps: Steps) -> None:
-    """Prepare the data as the new configuration wants it: bad data is found while nothing else is written."""
+    """Prepare the data as the new configuration wants it: bad data is found while nothing else is
+    written."""
     with transaction.patient(lambda: lock(steps.run.folder / ".prepare.lock")):
         prepared.prepare(create.Draft(_plan(steps)), keep=True, anew=_anew(steps))
 

@@ -1,8 +1,10 @@
-"""Finished stages of another run in place of one's own: ``submit --reuse RUN``, for branches that start from one SFT or reward model.
+"""Finished stages of another run in place of one's own: ``submit --reuse RUN``, for branches that
+start from one SFT or reward model.
 
-A stage is taken where its section is the same, its training and held-out rows and the starting model are the same bytes, and all its
-parents were taken. What its manifest lists is checked byte for byte, then linked (copied onto another file system); its numbers come
-along, its logs stay where they are. The new run has a manifest of its own, which names the run that it comes from.
+A stage is taken where its section is the same, its training and held-out rows and the starting
+model are the same bytes, and all its parents were taken. What its manifest lists is checked byte
+for byte, then linked (copied onto another file system); its numbers come along, its logs stay where
+they are. The new run has a manifest of its own, which names the run that it comes from.
 """
 
 from __future__ import annotations
@@ -20,18 +22,26 @@ from training.config.schema import ConfigError
 
 
 def candidates(source: Run, run: Path, tables: dict, graph: Graph) -> list[str]:
-    """Stages whose configuration is the one of ``source``, where they are done, as far as can be known before the data is prepared.
-    ConfigError, with the keys that differ, where there is none."""
+    """Stages whose configuration is the one of ``source``, where they are done, as far as can be
+    known before the data is prepared. ConfigError, with the keys that differ, where there is
+    none."""
     source.check_here()
     left = {stage.name for stage in manifest.left(source, list(source.stages.values()))}
     found: list[str] = []
     for name, stage in graph.items():
-        if stage.checkpoints and name not in left and source.stages.get(name) == stage and set(stage.parents) <= set(found) and \
-                _settings(source.folder, source.config, source.stages, name) == _settings(run, tables, graph, name):
+        if (
+            stage.checkpoints
+            and name not in left
+            and source.stages.get(name) == stage
+            and set(stage.parents) <= set(found)
+            and _settings(source.folder, source.config, source.stages, name) == _settings(run, tables, graph, name)
+        ):
             found.append(name)
     if not found:
-        raise ConfigError(f"--reuse {source.folder}: no stage of it is both done and configured as here; `report` of two runs shows what "
-                          "differs in their configurations")
+        raise ConfigError(
+            f"--reuse {source.folder}: no stage of it is both done and configured as here; `report` of two runs shows what "
+            "differs in their configurations"
+        )
     return found
 
 
@@ -62,9 +72,12 @@ def _settings(folder: Path, tables: dict, graph: Graph, name: str) -> dict:
 
 
 def _same_inputs(run: Run, source: Run, stage: Stage) -> bool:
-    """Whether the stage reads the same bytes in both: the rows of a trainer, the model of the conversion."""
+    """Whether the stage reads the same bytes in both: the rows of a trainer, the model of the
+    conversion."""
     if not stage.trainer:
-        return _bytes(Path(model_folder(run.folder, run.config))) == _bytes(Path(model_folder(source.folder, source.config)))
+        return _bytes(Path(model_folder(run.folder, run.config))) == _bytes(
+            Path(model_folder(source.folder, source.config))
+        )
     here, there = (stage_config(one.folder, one.config, one.stages, stage.name).paths for one in (run, source))
     return all(_bytes(Path(getattr(here, key))) == _bytes(Path(getattr(there, key))) for key in ("train", "heldout"))
 
@@ -88,14 +101,36 @@ def _link(run: Run, source: Run, stage: Stage) -> None:
         except OSError:  # another user's, another file system, or one without links
             shutil.copy2(path, target)
     for path in there.iterdir():
-        if path.is_file() and not path.is_symlink() and path.name not in ("config.json", "status.json", "verified.json", "latest") and \
-                not path.name.startswith("DONE.json"):
+        if (
+            path.is_file()
+            and not path.is_symlink()
+            and path.name not in ("config.json", "status.json", "verified.json", "latest")
+            and not path.name.startswith("DONE.json")
+        ):
             shutil.copy2(path, here / path.name)
     status = source.status(stage.name)
     run.record("reused", stage=stage.name, run_reused=source.id, folder=str(source.folder))
-    run.write_status(stage.name, state="done", attempt=1, iteration=old["iteration"], job=None,
-                     **{key: status.get(key) for key in ("started", "ended")})
-    identity = {**{key: old[key] for key in manifest.IDENTITY}, "config_hash": manifest.config_hash(run, stage.name),
-                "parents": {parent: manifest.read(run, parent)["identity"] for parent in stage.parents}}
-    manifest.write(run, stage, {**old, "identity": hash_of(identity), **identity, "run": run.id,
-                                "reused": {"run": source.id, "folder": str(source.folder), "identity": old["identity"]}})
+    run.write_status(
+        stage.name,
+        state="done",
+        attempt=1,
+        iteration=old["iteration"],
+        job=None,
+        **{key: status.get(key) for key in ("started", "ended")},
+    )
+    identity = {
+        **{key: old[key] for key in manifest.IDENTITY},
+        "config_hash": manifest.config_hash(run, stage.name),
+        "parents": {parent: manifest.read(run, parent)["identity"] for parent in stage.parents},
+    }
+    manifest.write(
+        run,
+        stage,
+        {
+            **old,
+            "identity": hash_of(identity),
+            **identity,
+            "run": run.id,
+            "reused": {"run": source.id, "folder": str(source.folder), "identity": old["identity"]},
+        },
+    )

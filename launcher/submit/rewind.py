@@ -16,11 +16,12 @@ ASIDE = "checkpoints.aside"
 
 
 def rewind(run: Run, stage: Stage, iteration: int | None) -> list[str]:
-    """Make ``stage`` run again: anew, or from ``iteration``; what was built from it is moved aside whole.
+    """Make ``stage`` run again: anew, or from ``iteration``; what was built from it is moved aside
+    whole.
 
-    Returns what was done, in words. The checkpoint becomes the stage's ``latest`` and newer ones are moved to
-    checkpoints.aside, so that a later attempt of the same stage goes on from where it is then, not from this
-    iteration once more. The caller has asked ``check_iteration``.
+    Returns what was done, in words. The checkpoint becomes the stage's ``latest`` and newer ones
+    are moved to checkpoints.aside, so that a later attempt of the same stage goes on from where it
+    is then, not from this iteration once more. The caller has asked ``check_iteration``.
     """
     folder, said = run.stage(stage.name), []
     run.record("rewound", stage=stage.name, iteration=iteration)
@@ -42,7 +43,8 @@ def rewind(run: Run, stage: Stage, iteration: int | None) -> list[str]:
 
 
 def renew_descendants(run: Run, stage: Stage) -> list[str]:
-    """What was built from a stage begins anew, since that stage is not done any more; what was done, in words."""
+    """What was built from a stage begins anew, since that stage is not done any more; what was
+    done, in words."""
     return [
         f"{later.name} was made from {stage.name}: it begins anew; what it had is in {begin_again(run, later)}"
         for later in descendants(run, stage)
@@ -51,7 +53,8 @@ def renew_descendants(run: Run, stage: Stage) -> list[str]:
 
 
 def check_iteration(run: Run, stage: Stage, iteration: int) -> None:
-    """ConfigError, with the iterations that there are, unless the stage has this checkpoint whole."""
+    """ConfigError, with the iterations that there are, unless the stage has this checkpoint
+    whole."""
     present = run.checkpoint_iterations(stage.name)
     shown = ", ".join(map(str, present)) or "none"
     if iteration not in present:
@@ -81,7 +84,8 @@ def put_aside(run: Run, stage: str, iteration: int) -> Path:
 
 
 def move_stale_aside(run: Run, todo: list[Stage]) -> None:
-    """A stage that has to run although it has a manifest was built from parents that are no more: it begins anew."""
+    """A stage that has to run although it has a manifest was built from parents that are no more:
+    it begins anew."""
     for stage in todo:
         if (run.stage(stage.name) / "DONE.json").exists():
             begin_again(run, stage)

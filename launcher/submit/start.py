@@ -16,7 +16,8 @@ from launcher.submit import enqueue, local
 
 
 def start(run: Run, stages: list[Stage], wait: bool) -> int:
-    """Run or queue those of ``stages`` that are not done; the exit code of the command: with ``wait`` 1 when one failed."""
+    """Run or queue those of ``stages`` that are not done; the exit code of the command: with
+    ``wait`` 1 when one failed."""
     out, names = console(), [stage.name for stage in stages]
     slurm = run.config["profile"]["scheduler"] == "slurm"
     if not manifest.left(run, stages):
@@ -31,8 +32,9 @@ def start(run: Run, stages: list[Stage], wait: bool) -> int:
         try:
             if wait:
                 return run_here(run, stages)
-            out.print(f"started in the background: process "
-                      f"{local.start_in_background(run, manifest.left(run, stages))}")
+            out.print(
+                f"started in the background: process {local.start_in_background(run, manifest.left(run, stages))}"
+            )
         except Busy:  # two commands at once: the other one was first
             worker = first_worker(run)
     if worker:
@@ -45,7 +47,8 @@ def start(run: Run, stages: list[Stage], wait: bool) -> int:
 
 
 def first_worker(run: Run) -> str:
-    """Who was first, in words: it takes the lock a moment before it writes who it is. Busy where it does not."""
+    """Who was first, in words: it takes the lock a moment before it writes who it is. Busy where it
+    does not."""
     for _ in range(100):
         if worker := other_worker(run, slurm=False):
             return worker
@@ -58,7 +61,8 @@ IDLE = -1
 
 
 def other_worker(run: Run, slurm: bool) -> str:
-    """Who else works on the run, in words, so that nothing must be started: a local runner, or Slurm jobs when it is to run here."""
+    """Who else works on the run, in words, so that nothing must be started: a local runner, or
+    Slurm jobs when it is to run here."""
     if runner := run.runner():
         return f"a local runner (process {runner['pid']} on {runner['host']})"
     if not slurm and run.uses_slurm():

@@ -1,7 +1,9 @@
-"""A sweep: one run for each combination of values, ``runs/<sweep>/<index>``, queued as one job array a stage.
+"""A sweep: one run for each combination of values, ``runs/<sweep>/<index>``, queued as one job
+array a stage.
 
-The array's index is the run's folder; each element waits for its own parent only (aftercorr), so that one that fails stops no
-other. ``sweep.json`` in the sweep's folder says which index has which values. Without Slurm the elements run here, one after the other.
+The array's index is the run's folder; each element waits for its own parent only (aftercorr), so
+that one that fails stops no other. ``sweep.json`` in the sweep's folder says which index has which
+values. Without Slurm the elements run here, one after the other.
 """
 
 from __future__ import annotations
@@ -64,14 +66,17 @@ class Sweep:
 
 
 def plan(texts: list[str], make: Callable[[list[str], str, Path], submit.Plan], name: str, runs: Path) -> Sweep:
-    """``texts`` are the values of --sweep; ``make(sets, name, runs)`` plans one run. ConfigError for every mistake."""
+    """``texts`` are the values of --sweep; ``make(sets, name, runs)`` plans one run. ConfigError
+    for every mistake."""
     folder, values = runs / name, combinations(texts)
     if (folder / "config.json").exists():
         raise ConfigError(f"{folder} is a run, not a sweep; give the sweep another --name")
     known = read(folder) if (folder / SWEEP).exists() else None
     if known and known["values"] != values:
-        raise ConfigError(f"{folder} was submitted with another sweep: {_words(known['values'])}; "
-                          "give the new one another --name, or repeat the old one's --sweep")
+        raise ConfigError(
+            f"{folder} was submitted with another sweep: {_words(known['values'])}; "
+            "give the new one another --name, or repeat the old one's --sweep"
+        )
     identity = known["id"] if known else f"{name}-{secrets.token_hex(4)}"
     plans = []
     for index, chosen in enumerate(values):
@@ -90,22 +95,30 @@ def plan(texts: list[str], make: Callable[[list[str], str, Path], submit.Plan], 
 
 def scripts(made: Sweep) -> dict[str, str]:
     """Stage -> text of its array's batch script, as it will be queued; writes nothing."""
-    held = [Member(index, submit.Draft(one), values) for index, (one, values) in enumerate(zip(made.plans, made.values, strict=True))]
+    held = [
+        Member(index, submit.Draft(one), values)
+        for index, (one, values) in enumerate(zip(made.plans, made.values, strict=True))
+    ]
     return {stage.name: script(made.folder, made.identity, stage, held) for stage in made.plans[0].stages}
 
 
 def combinations(texts: list[str]) -> list[dict]:
-    """``["sft.lr=1e-5,2e-5", "rlhf.kl_coef=0.01,0.05"]`` -> four tables key -> value, the last key changing fastest."""
+    """``["sft.lr=1e-5,2e-5", "rlhf.kl_coef=0.01,0.05"]`` -> four tables key -> value, the last key
+    changing fastest."""
     axes: dict[str, list] = {}
     for text in texts:
         key, equals, rest = text.partition("=")
         section = key.strip().partition(".")[0]
         values = _values(key, rest) if equals else []
         if len(values) < 2 or len({json.dumps(value) for value in values}) < len(values):
-            raise ConfigError(f"--sweep {text}: expected section.key=VALUE,VALUE with two or more different values, "
-                              "e.g. --sweep sft.lr=1e-5,2e-5")
+            raise ConfigError(
+                f"--sweep {text}: expected section.key=VALUE,VALUE with two or more different values, "
+                "e.g. --sweep sft.lr=1e-5,2e-5"
+            )
         if section in SAME_FOR_ALL:
-            raise ConfigError(f"--sweep {text}: all elements of a job array share section {section}; make runs of their own, by --name")
+            raise ConfigError(
+                f"--sweep {text}: all elements of a job array share section {section}; make runs of their own, by --name"
+            )
         if key.strip() in axes:
             raise ConfigError(f"--sweep {text}: {key.strip()} is swept twice; give all its values at once")
         axes[key.strip()] = values
@@ -115,14 +128,16 @@ def combinations(texts: list[str]) -> list[dict]:
 
 
 def refuse_set_twice(sweeps: Sequence[str], sets: Sequence[str]) -> None:
-    """ConfigError for a key that both ``--sweep`` and ``--set`` give: one of them would be ignored."""
+    """ConfigError for a key that both ``--sweep`` and ``--set`` give: one of them would be
+    ignored."""
     swept, fixed = ({text.partition("=")[0].strip() for text in texts} for texts in (sweeps, sets))
     for key in sorted(swept & fixed):
         raise ConfigError(f"{key} stands in --sweep and in --set; give it once: --sweep has the values of the runs")
 
 
 def create(made: Sweep) -> Path:
-    """Write the sweep's folder and those of its runs; data that is the same for all is prepared once. Repeating it changes nothing."""
+    """Write the sweep's folder and those of its runs; data that is the same for all is prepared
+    once. Repeating it changes nothing."""
     made.folder.mkdir(parents=True, exist_ok=True)
     with transaction.patient(Run(made.folder).lock):
         for one in made.plans:
@@ -146,26 +161,38 @@ def members(folder: Path) -> list[Member]:
 
 
 def begin(folder: Path, stages: list[Stage], wait: bool) -> int:
-    """Run or queue what is left of every element; the command's exit code: with ``wait`` 1 when one failed."""
+    """Run or queue what is left of every element; the command's exit code: with ``wait`` 1 when one
+    failed."""
     out, found = start.console(), members(folder)
     if not any(manifest.left(member.run, stages) for member in found):
         out.print(f"{folder}: {', '.join(stage.name for stage in stages)} of all runs done: nothing left to do")
         return 0
     if found[0].run.config["profile"]["scheduler"] != "slurm":
         if busy := [member.run for member in found if member.run.runner()]:
-            out.print(f"{busy[0].folder} is being worked on by {start.other_worker(busy[0], False)}: nothing new is "
-                      f"started")
+            out.print(
+                f"{busy[0].folder} is being worked on by {start.other_worker(busy[0], False)}: nothing new is started"
+            )
             return start.wait_for([member.run for member in found], [stage.name for stage in stages]) if wait else 0
         if wait:
             return run_here(folder, stages)
         command = run_module.command("launcher.submit.sweep", str(folder), *(stage.name for stage in stages))
         with open(folder / "runner.log", "a", encoding="utf-8") as log:
-            process = subprocess.Popen(command, env=environment.outside(), stdin=subprocess.DEVNULL, stdout=log,
-                                       stderr=subprocess.STDOUT, start_new_session=True)
+            process = subprocess.Popen(
+                command,
+                env=environment.outside(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
         out.print(f"started in the background: process {process.pid}, one element after the other")
     else:
         made = queue(folder, stages)
-        out.print("queued: " + ", ".join(f"{stage} {job}" for stage, job in made) if made else "everything that is left is queued already")
+        out.print(
+            "queued: " + ", ".join(f"{stage} {job}" for stage, job in made)
+            if made
+            else "everything that is left is queued already"
+        )
         if wait:
             return start.wait_for([member.run for member in found], [stage.name for stage in stages])
     out.print(f"python -m launcher status {folder} compares them, cancel stops them")
@@ -189,7 +216,8 @@ def run_here(folder: Path, stages: list[Stage]) -> int:
 
 
 def queue(folder: Path, stages: list[Stage], only: int | None = None) -> list[tuple[str, str]]:
-    """Queue what is neither done nor queued, of element ``only`` or of all: those with the same stages left make one array a stage.
+    """Queue what is neither done nor queued, of element ``only`` or of all: those with the same
+    stages left make one array a stage.
 
     Returns (stage, "job[elements]") of each array.
     """
@@ -202,7 +230,12 @@ def queue(folder: Path, stages: list[Stage], only: int | None = None) -> list[tu
         for member in chosen:
             todo, alive = enqueue.missing(member.run, stages, known[member.run.id])
             move_stale_aside(member.run, todo)
-            waits = {parent: int(alive[parent].element.partition("_")[0]) for stage in todo for parent in stage.parents if parent in alive}
+            waits = {
+                parent: int(alive[parent].element.partition("_")[0])
+                for stage in todo
+                for parent in stage.parents
+                if parent in alive
+            }
             groups.setdefault((tuple(stage.name for stage in todo), tuple(waits.items())), []).append(member)
         for number, ((names, waits), held) in enumerate(groups.items()):
             if names:
@@ -211,7 +244,9 @@ def queue(folder: Path, stages: list[Stage], only: int | None = None) -> list[tu
     return said
 
 
-def _queue_group(book: Run, mark: str, stages: list[Stage], waits: dict[str, int], held: list[Member]) -> list[tuple[str, str]]:
+def _queue_group(
+    book: Run, mark: str, stages: list[Stage], waits: dict[str, int], held: list[Member]
+) -> list[tuple[str, str]]:
     identity, array = read(book.folder)["id"], ",".join(str(member.index) for member in held)
     steps, profile = [], held[0].run.profile
     keys, passed = passwords.names(profile), profile.passed
@@ -221,8 +256,9 @@ def _queue_group(book: Run, mark: str, stages: list[Stage], waits: dict[str, int
         for member in held:
             (member.run.stage(stage.name) / "logs").mkdir(parents=True, exist_ok=True)
         before = tuple((parent, waits[parent]) for parent in stage.parents if parent in waits)
-        steps.append(transaction.Step(stage.name, identity, path, stage.parents, before, "aftercorr", array, keys,
-                                     passed))
+        steps.append(
+            transaction.Step(stage.name, identity, path, stage.parents, before, "aftercorr", array, keys, passed)
+        )
     made = transaction.submit(book, steps)
     for member, stage in itertools.product(held, stages):
         member.run.record("submitted", stage=stage.name, job=made[stage.name], element=member.index, after=[])
@@ -233,31 +269,52 @@ def script(folder: Path, identity: str, stage: Stage, held: list[Member]) -> str
     """The batch script of a stage's array: index -> run folder in plain sight."""
     config = held[0].run.config
     resources = getattr(build_plain("resources", config["resources"]), stage.name)
-    cases = [f"  {member.index}) run={shlex.quote(str(folder / str(member.index)))} ;;  # {_words([member.values])}" for member in held]
+    cases = [
+        f"  {member.index}) run={shlex.quote(str(folder / str(member.index)))} ;;  # {_words([member.values])}"
+        for member in held
+    ]
     cases += ['  *) echo "element $SLURM_ARRAY_TASK_ID is none of this sweep" >&2; exit 64 ;;']
     site, supervise = held[0].run.profile, sbatch.supervise_here()
-    return sbatch.script(sbatch.JobRequest(
-        name=f"{identity}.{stage.name}", comment=commands.comment(identity, stage.name), resources=resources, profile=site,
-        output=f"{str(folder).replace('%', '%%')}/%a/{stage.name}/logs/slurm-%A_%a.out",
-        setup=('case "$SLURM_ARRAY_TASK_ID" in', *cases, "esac"), command=f'{shlex.join(supervise)} "$run" {stage.name}'))
+    return sbatch.script(
+        sbatch.JobRequest(
+            name=f"{identity}.{stage.name}",
+            comment=commands.comment(identity, stage.name),
+            resources=resources,
+            profile=site,
+            output=f"{str(folder).replace('%', '%%')}/%a/{stage.name}/logs/slurm-%A_%a.out",
+            setup=('case "$SLURM_ARRAY_TASK_ID" in', *cases, "esac"),
+            command=f'{shlex.join(supervise)} "$run" {stage.name}',
+        )
+    )
 
 
 def comparison(folder: Path) -> list[dict]:
-    """A table a run: {"element", "folder", "values", "state", "stage", "why", "numbers": {"sft.loss": 1.2, ...}}."""
+    """A table a run: {"element", "folder", "values", "state", "stage", "why", "numbers":
+    {"sft.loss": 1.2, ...}}."""
     found = members(folder)
     made = []
     for member, seen in zip(found, state.look_at([member.run for member in found]), strict=True):
         at = next((row for row in seen.stages if row.state != "done"), seen.stages[-1])
         at = next((row for row in seen.stages if row.state in (*state.BAD, "running")), at)
         numbers = {f"{row.stage}.{name}": value for row in seen.stages for name, value in row.progress.numbers.items()}
-        made.append({"element": member.index, "folder": str(member.run.folder), "values": member.values,
-                     "state": screen.word(seen),
-                     "stage": at.stage, "iteration": at.progress.iteration, "why": at.why, "numbers": numbers})
+        made.append(
+            {
+                "element": member.index,
+                "folder": str(member.run.folder),
+                "values": member.values,
+                "state": screen.word(seen),
+                "stage": at.stage,
+                "iteration": at.progress.iteration,
+                "why": at.why,
+                "numbers": numbers,
+            }
+        )
     return made
 
 
 def table(folder: Path):
-    """``comparison`` as a rich table: a row a run, a column a swept key and a number of the stages that are swept or come later."""
+    """``comparison`` as a rich table: a row a run, a column a swept key and a number of the stages
+    that are swept or come later."""
     from rich.table import Table
 
     rows = comparison(folder)
@@ -267,7 +324,15 @@ def table(folder: Path):
     for row in rows:
         numbers = [f"{row['numbers'][name]:.4g}" if name in row["numbers"] else "" for name in names]
         at = "" if row["iteration"] is None else str(row["iteration"])
-        made.add_row(row["folder"], *(f"{row['values'][key]}" for key in keys), row["state"], row["stage"], at, *numbers, row["why"])
+        made.add_row(
+            row["folder"],
+            *(f"{row['values'][key]}" for key in keys),
+            row["state"],
+            row["stage"],
+            at,
+            *numbers,
+            row["why"],
+        )
     return made
 
 

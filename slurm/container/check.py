@@ -1,6 +1,8 @@
-"""python slurm/container/check.py {engine,apex,all}, from the project's root: is what is installed here fit for an image? Exit 0 or 1.
+"""python slurm/container/check.py {engine,apex,all}, from the project's root: is what is installed
+here fit for an image? Exit 0 or 1.
 
-The judgement is doctor's, so an image that passes is one that ``doctor --node`` finds nothing bad in. Apex is not imported.
+The judgement is doctor's, so an image that passes is one that ``doctor --node`` finds nothing bad
+in. Apex is not imported.
 """
 
 import sys
@@ -13,7 +15,8 @@ from launcher.slurm import node_probe
 
 
 def problems(what: str, seen: dict) -> list[str]:
-    """What stands against ``what``: Transformer Engine ("engine"), "apex", or everything that doctor calls bad and the absence of both."""
+    """What stands against ``what``: Transformer Engine ("engine"), "apex", or everything that
+    doctor calls bad and the absence of both."""
     found = []
     for finding in node_findings.of_node(seen):
         part = {"Transformer Engine": "engine", "apex": "apex"}.get(finding.name, "")

@@ -55,14 +55,19 @@ def test_not_a_bloom_missing_shard_truncated_wrong_type_wrong_shape(tmp_path):
     refused(tmp_path, "model_type = 'gpt2'; expected one of bloom, llama")
     fresh().unlink()
     refused(tmp_path, "safe_serialization=True")
-    (hf / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"transformer.ln_f.bias": "gone.safetensors"}}))
+    (hf / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"transformer.ln_f.bias": "gone.safetensors"}})
+    )
     refused(tmp_path, "gone.safetensors is missing, model.safetensors.index.json names it")
     (hf / "model.safetensors.index.json").write_text("{}")
     refused(tmp_path, "is no index of shards")
     file = fresh()
     content = file.read_bytes()
     file.write_bytes(content[:-1])
-    refused(tmp_path, f"truncated or damaged: {len(content) - 1:,} bytes, its header says {len(content):,}; download it again")
+    refused(
+        tmp_path,
+        f"truncated or damaged: {len(content) - 1:,} bytes, its header says {len(content):,}; download it again",
+    )
     file.write_bytes(content[:100])
     refused(tmp_path, "truncated or no safetensors file: 100 bytes")
     file.write_bytes(b"")
@@ -75,7 +80,13 @@ def test_not_a_bloom_missing_shard_truncated_wrong_type_wrong_shape(tmp_path):
     refused(tmp_path, "has type I8; weights are BF16, F16 or F32")
     save_file({name: tensor.half() if ".h.1." in name else tensor for name, tensor in original.items()}, file)
     refused(tmp_path, "h.1.input_layernorm.weight is torch.float16, in layer 0 it is torch.float32")
-    save_file({name: tensor[:1] if name.endswith("h.1.mlp.dense_h_to_4h.bias") else tensor for name, tensor in original.items()}, file)
+    save_file(
+        {
+            name: tensor[:1] if name.endswith("h.1.mlp.dense_h_to_4h.bias") else tensor
+            for name, tensor in original.items()
+        },
+        file,
+    )
     refused(tmp_path, r"h.1.mlp.dense_h_to_4h.bias has shape \[1\], config.json says \[256\]")
     fresh()
     change(hf, vocab_size=299)
@@ -84,7 +95,9 @@ def test_not_a_bloom_missing_shard_truncated_wrong_type_wrong_shape(tmp_path):
 
 def test_layouts_that_do_not_fit_and_a_wrong_tokenizer(tmp_path):
     tiny_bloom(tmp_path / "hf", heads=6, hidden=48, layers=2, vocab=4)
-    with pytest.raises(ConfigError, match="tensor_parallel = 4 does not divide the model's 6 attention heads; choose one of 1, 2, 3, 6"):
+    with pytest.raises(
+        ConfigError, match="tensor_parallel = 4 does not divide the model's 6 attention heads; choose one of 1, 2, 3, 6"
+    ):
         convert_to(tmp_path, tensor_parallel=4)
     with pytest.raises(ConfigError, match="pipeline_parallel = 3 is more than the model's 2 layers"):
         convert_to(tmp_path, pipeline_parallel=3)
@@ -97,7 +110,9 @@ def test_no_space_is_known_before_anything_is_written(tmp_path):
     """The model is a file with holes, twice as large as the room on the disk."""
     rows = 2 * shutil.disk_usage(tmp_path).free // 128
     sparse_bloom(tmp_path / "hf", rows)
-    with pytest.raises(OSError, match=f"{rows * 128 * work.EXTRA / 1e9:,.2f} GB are needed, .* are free; make room or write to"):
+    with pytest.raises(
+        OSError, match=f"{rows * 128 * work.EXTRA / 1e9:,.2f} GB are needed, .* are free; make room or write to"
+    ):
         convert_to(tmp_path)
     assert not list((tmp_path / "convert").rglob("*.distcp*"))
 
@@ -125,7 +140,10 @@ def test_legacy_bin_files_are_read_weights_only(tmp_path):
     convert_to(tmp_path)
     assert (export_from(tmp_path) / "model.safetensors").read_bytes() == expected
     hostile = {**state, "x": Evil(tmp_path / "ran")}
-    for content, match in ((hostile, r"asks to load more than tensors \(posix.mkdir\).* is not loaded"), ([1, 2], "holds list")):
+    for content, match in (
+        (hostile, r"asks to load more than tensors \(posix.mkdir\).* is not loaded"),
+        ([1, 2], "holds list"),
+    ):
         shutil.rmtree(tmp_path / "convert", ignore_errors=True)
         torch.save(content, tmp_path / "hf" / "pytorch_model-00001-of-00002.bin")
         refused(tmp_path, match)
@@ -149,7 +167,13 @@ def test_a_megatron_checkpoint_that_is_cut_or_hostile_is_refused(tmp_path):
     data.write_bytes(b"")
     with pytest.raises(Damaged, match="__0_0.distcp.* does not have the sha256"):
         export_from(tmp_path)
-    for at in (0, 60, len(whole) // 2, len(whole) - 30, len(whole) - 300):  # zip headers, values, the directory at the end
+    for at in (
+        0,
+        60,
+        len(whole) // 2,
+        len(whole) - 30,
+        len(whole) - 300,
+    ):  # zip headers, values, the directory at the end
         data.write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :])
         with pytest.raises(Damaged, match="__0_0.distcp.* does not have the sha256"):
             export_from(tmp_path)
@@ -161,11 +185,18 @@ def test_a_megatron_checkpoint_that_is_cut_or_hostile_is_refused(tmp_path):
         data.write_bytes(whole)
         torch_dist.read(model, bloom.shape(3, shape.hidden, shape.heads, shape.vocab, shape.eps), "tied")
     described = torch_dist.metadata(model)
-    described.state_dict_metadata["decoder.layers.extra"] = described.state_dict_metadata["decoder.final_layernorm.bias"]
+    described.state_dict_metadata["decoder.layers.extra"] = described.state_dict_metadata[
+        "decoder.final_layernorm.bias"
+    ]
     (model / ".metadata").write_bytes(pickle.dumps(described))
-    with pytest.raises(ConfigError, match="decoder.layers.extra is no tensor of a bloom with this head and would be lost"):
+    with pytest.raises(
+        ConfigError, match="decoder.layers.extra is no tensor of a bloom with this head and would be lost"
+    ):
         torch_dist.read(model, shape, "tied")
-    del described.state_dict_metadata["decoder.final_layernorm.bias"], described.state_dict_metadata["decoder.layers.extra"]
+    del (
+        described.state_dict_metadata["decoder.final_layernorm.bias"],
+        described.state_dict_metadata["decoder.layers.extra"],
+    )
     (model / ".metadata").write_bytes(pickle.dumps(described))
     with pytest.raises(ConfigError, match="decoder.final_layernorm.bias is missing; is it a checkpoint of this model"):
         torch_dist.read(model, shape, "tied")

@@ -1,4 +1,5 @@
-"""Tied and untied output matrices, and scalar heads as Hugging Face's sequence classifiers that score equally."""
+"""Tied and untied output matrices, and scalar heads as Hugging Face's sequence classifiers that
+score equally."""
 
 import json
 import subprocess
@@ -12,7 +13,15 @@ from transformers import AutoModelForSequenceClassification, BloomConfig, BloomF
 from conversion import verify
 from conversion.classifier import folded
 from tests.bloom import tiny_bloom
-from tests.conversion.folders import REWARD_BIAS, VALUE_BIAS, convert_to, export_from, save_model, trainer, write_tokenizer
+from tests.conversion.folders import (
+    REWARD_BIAS,
+    VALUE_BIAS,
+    convert_to,
+    export_from,
+    save_model,
+    trainer,
+    write_tokenizer,
+)
 from tests.distributed import run
 from tests.llama import tiny_llama
 from training.checkpoint import format
@@ -26,7 +35,9 @@ VOCAB = 301
 
 def untied_bloom(folder):
     torch.manual_seed(3)
-    config = BloomConfig(vocab_size=VOCAB, hidden_size=48, n_layer=2, n_head=6, initializer_range=0.15, tie_word_embeddings=False)
+    config = BloomConfig(
+        vocab_size=VOCAB, hidden_size=48, n_layer=2, n_head=6, initializer_range=0.15, tie_word_embeddings=False
+    )
     model = BloomForCausalLM(config).eval()
     model.save_pretrained(folder)
     return model
@@ -46,7 +57,8 @@ def logits(folder, tokens, tensor, pipeline):
 
 
 def test_an_untied_head_goes_both_ways_and_gives_hugging_faces_logits(tmp_path):
-    """Also at TP 2 x PP 2: the head is padded like the embedding, and it is not the embedding that multiplies."""
+    """Also at TP 2 x PP 2: the head is padded like the embedding, and it is not the embedding that
+    multiplies."""
     model = untied_bloom(tmp_path / "hf")
     assert Shape.read(tmp_path / "hf").parameters() == sum(parameter.numel() for parameter in model.parameters())
     convert_to(tmp_path)
@@ -75,11 +87,17 @@ def scores(folder, batch, source):
     return read_last(evaluate(model, batch, 2, lambda values, micro: values), batch)
 
 
-@pytest.mark.parametrize(("make", "dtype", "name", "stage", "inner"), [
-    (tiny_bloom, "fp32", "value", "rlhf", "value"), (tiny_bloom, "bf16", "reward", "reward", "model"),
-    (tiny_llama, "fp32", "value", "rlhf", "value")])
+@pytest.mark.parametrize(
+    ("make", "dtype", "name", "stage", "inner"),
+    [
+        (tiny_bloom, "fp32", "value", "rlhf", "value"),
+        (tiny_bloom, "bf16", "reward", "reward", "model"),
+        (tiny_llama, "fp32", "value", "rlhf", "value"),
+    ],
+)
 def test_a_scalar_head_scores_equally_as_a_sequence_classifier(tmp_path, make, dtype, name, stage, inner):
-    """Saved at TP 2 x PP 2, with a bias (BLOOM), rows padded on the right; AutoModel finds the class and the last real token."""
+    """Saved at TP 2 x PP 2, with a bias (BLOOM), rows padded on the right; AutoModel finds the
+    class and the last real token."""
     model = make(tmp_path / "hf", layers=2, vocab=VOCAB)
     if dtype == "bf16":
         model.bfloat16().save_pretrained(tmp_path / "hf")
@@ -90,14 +108,20 @@ def test_a_scalar_head_scores_equally_as_a_sequence_classifier(tmp_path, make, d
     lengths = torch.tensor([3, 11, 7, 12])
     tokens = torch.randint(3, VOCAB, (4, 12), generator=torch.Generator().manual_seed(2))
     tokens = tokens.masked_fill(torch.arange(12) >= lengths[:, None], 2)
-    theirs, loading = AutoModelForSequenceClassification.from_pretrained(target, dtype=torch.float32, output_loading_info=True)
+    theirs, loading = AutoModelForSequenceClassification.from_pretrained(
+        target, dtype=torch.float32, output_loading_info=True
+    )
     assert type(theirs).__name__ == type(model).__name__.replace("CausalLM", "SequenceClassification")
     assert theirs.config.pad_token_id == 2
     assert not loading["missing_keys"] and not loading["unexpected_keys"]
     with torch.no_grad():
         found = theirs(tokens).logits.squeeze(-1)
-    ours = run(scores, 1, 1, 1, tmp_path, {"tokens": tokens, "lengths": lengths}, format.resolve(tmp_path / stage) / inner)[0]
-    if make is tiny_bloom:  # Llama's classifier can't hold what is to be added: the SFT policy's responses score 0 with it
+    ours = run(
+        scores, 1, 1, 1, tmp_path, {"tokens": tokens, "lengths": lengths}, format.resolve(tmp_path / stage) / inner
+    )[0]
+    if (
+        make is tiny_bloom
+    ):  # Llama's classifier can't hold what is to be added: the SFT policy's responses score 0 with it
         ours = ours + {"reward": REWARD_BIAS, "rlhf": VALUE_BIAS}[stage]
     # In bf16 the head's weights are rounded, too (an fp32 run's; a bf16 run's are bf16 already).
     assert torch.allclose(found, ours, atol=1e-5 if dtype == "fp32" else 2e-2)
@@ -106,7 +130,8 @@ def test_a_scalar_head_scores_equally_as_a_sequence_classifier(tmp_path, make, d
 
 
 def test_folding_a_bias_loses_nothing_in_bf16():
-    """Plain rounding of the moved bias would miss by 1e-3; errors carried on leave less than 1e-6."""
+    """Plain rounding of the moved bias would miss by 1e-3; errors carried on leave less than
+    1e-6."""
     generator = torch.Generator().manual_seed(0)
     weight = (torch.randn(1024, generator=generator) / 32).bfloat16()
     shift = torch.randn(1024, generator=generator).bfloat16()
@@ -130,9 +155,20 @@ def test_verify_writes_the_proof_and_sees_one_changed_bit(tmp_path):
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    command = [sys.executable, "-m", "conversion.verify", str(tmp_path / "hf"), str(tmp_path / "convert"), "--logits", "none"]
+    command = [
+        sys.executable,
+        "-m",
+        "conversion.verify",
+        str(tmp_path / "hf"),
+        str(tmp_path / "convert"),
+        "--logits",
+        "none",
+    ]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ended.returncode == 65 and "not the same model: 1 of 29 tensors differ ['word_embeddings_layernorm.weight']" in ended.stderr
+    assert (
+        ended.returncode == 65
+        and "not the same model: 1 of 29 tensors differ ['word_embeddings_layernorm.weight']" in ended.stderr
+    )
     proof = json.loads((tmp_path / "hf" / "PROOF.json").read_text())
     differing = [name for name, row in proof["tensors"].items() if "differs" in row]
     assert not proof["proved"] and differing == ["word_embeddings_layernorm.weight"]

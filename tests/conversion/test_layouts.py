@@ -31,8 +31,9 @@ from training.models.bloom import table as bloom
 
 @pytest.mark.parametrize(("tensor", "pipeline"), [(2, 2), (1, 3)])
 def test_what_megatron_core_saved_at_a_layout_comes_back_byte_for_byte(tmp_path, tensor, pipeline, monkeypatch):
-    """megatron-core loads our checkpoint (a tensor in many chunks, as large ones are) at this layout and saves it itself, padded
-    (301 rows to 512), split along both axes; 3 stages do not divide 4 layers."""
+    """megatron-core loads our checkpoint (a tensor in many chunks, as large ones are) at this
+    layout and saves it itself, padded (301 rows to 512), split along both axes; 3 stages do not
+    divide 4 layers."""
     monkeypatch.setattr(tensors, "BLOCK", 4096)
     tiny_bloom(tmp_path / "hf", hidden=48, heads=6, vocab=301)
     convert_to(tmp_path)
@@ -44,7 +45,8 @@ def test_what_megatron_core_saved_at_a_layout_comes_back_byte_for_byte(tmp_path,
 
 
 def test_blocks_of_a_tensor_in_pieces_are_its_rows():
-    """Blocks smaller than the tensor, pieces of a 2 x 2 grid, a part across all four, zero rows below."""
+    """Blocks smaller than the tensor, pieces of a 2 x 2 grid, a part across all four, zero rows
+    below."""
     whole = torch.arange(24.0).view(6, 4)
     grid = [Piece((row, column), whole[row : row + 3, column : column + 2]) for row in (0, 3) for column in (0, 2)]
     tensor = Stored((6, 4), torch.float32, tuple(grid))
@@ -61,10 +63,13 @@ def content(folder: Path) -> dict[str, str]:
 
 
 def test_a_killed_conversion_goes_on_and_leaves_the_same_bytes(tmp_path, monkeypatch):
-    """kill -9 in the middle of the second of several files; the first is not written again, and nothing is left over."""
+    """kill -9 in the middle of the second of several files; the first is not written again, and
+    nothing is left over."""
     tiny_bloom(tmp_path / "hf", hidden=256, layers=6, vocab=2000)
     monkeypatch.setattr(torch_dist, "FILE_BYTES", 1 << 21)
-    whole, killed = (ConvertConfig(paths=ConvertPaths(str(tmp_path / name), str(tmp_path / "hf"))) for name in ("whole", "killed"))
+    whole, killed = (
+        ConvertConfig(paths=ConvertPaths(str(tmp_path / name), str(tmp_path / "hf"))) for name in ("whole", "killed")
+    )
     convert(whole)
     save = torch.save
     with monkeypatch.context() as slowly:
@@ -88,7 +93,8 @@ def test_a_killed_conversion_goes_on_and_leaves_the_same_bytes(tmp_path, monkeyp
 
 
 def test_a_full_disk_in_the_middle_of_an_export(tmp_path, monkeypatch, capsys):
-    """No file may grow beyond 50 kB: exit code 74, the old folder stays. The next start keeps the first file and ends with all."""
+    """No file may grow beyond 50 kB: exit code 74, the old folder stays. The next start keeps the
+    first file and ends with all."""
     tiny_bloom(tmp_path / "hf", layers=2, vocab=100)
     convert_to(tmp_path)
     old = (export_from(tmp_path) / "model.safetensors").read_bytes()
@@ -115,7 +121,9 @@ def test_a_full_disk_in_the_middle_of_an_export(tmp_path, monkeypatch, capsys):
     assert (target / first.name).stat().st_mtime_ns == written and not (target / "model.safetensors").exists()
     assert [path.name for path in (tmp_path / "export").glob("*sft*")] == ["sft"]
     tensors = {name: tensor for file in target.glob("*.safetensors") for name, tensor in load_file(file).items()}
-    assert all(torch.equal(tensors[name], tensor) for name, tensor in load_file(tmp_path / "hf" / "model.safetensors").items())
+    assert all(
+        torch.equal(tensors[name], tensor) for name, tensor in load_file(tmp_path / "hf" / "model.safetensors").items()
+    )
 
 
 def test_a_conversion_that_is_told_to_save_keeps_its_files_and_goes_on(tmp_path, monkeypatch, capsys):
@@ -183,7 +191,10 @@ def test_progress_tells_bytes_per_second_and_what_was_there():
     progress = work.Progress("convert", 4 * 10**9, 10**9)
     progress.started -= 10
     progress.add(10**9)
-    assert progress.text() == f"convert {'━' * 12}{'─' * 12}  50%  2.00 of 4.00 GB  100 MB/s  20 s left, 1.00 GB were there"
+    assert (
+        progress.text()
+        == f"convert {'━' * 12}{'─' * 12}  50%  2.00 of 4.00 GB  100 MB/s  20 s left, 1.00 GB were there"
+    )
 
 
 def test_what_was_begun_from_other_files_is_not_gone_on_with(tmp_path):
@@ -201,5 +212,7 @@ def test_files_hold_whole_tensors_and_a_key_has_one_type(monkeypatch):
     monkeypatch.setattr(torch_dist, "FILE_BYTES", 80)
     files = torch_dist.plan(table, shape, "tied")
     assert [len(parts) for parts in files.values()] == [5, 5, 5, 5, 5, 4]
-    with pytest.raises(ConfigError, match="h.1.mlp.dense_4h_to_h.bias is torch.float16, in layer 0 it is torch.float32"):
+    with pytest.raises(
+        ConfigError, match="h.1.mlp.dense_4h_to_h.bias is torch.float16, in layer 0 it is torch.float32"
+    ):
         torch_dist.plan(table | {"h.1.mlp.dense_4h_to_h.bias": Stored.whole(torch.zeros(4).half())}, shape, "tied")

@@ -1,4 +1,5 @@
-"""Hugging Face -> Megatron -> Hugging Face: every byte of the weights, whatever the shards; and errors for what is not in the table."""
+"""Hugging Face -> Megatron -> Hugging Face: every byte of the weights, whatever the shards; and
+errors for what is not in the table."""
 
 import json
 import shutil
@@ -17,12 +18,19 @@ from training.config.shape import Shape
 from training.models.bloom import table
 
 
-@pytest.mark.parametrize(("make", "heads", "dtype", "tied"), [
-    (tiny_bloom, 8, torch.float32, False), (tiny_bloom, 6, torch.bfloat16, False), (tiny_bloom, 12, torch.float16, True),
-    (tiny_llama, 6, torch.bfloat16, False), (tiny_llama, 8, torch.float32, True)])
+@pytest.mark.parametrize(
+    ("make", "heads", "dtype", "tied"),
+    [
+        (tiny_bloom, 8, torch.float32, False),
+        (tiny_bloom, 6, torch.bfloat16, False),
+        (tiny_bloom, 12, torch.float16, True),
+        (tiny_llama, 6, torch.bfloat16, False),
+        (tiny_llama, 8, torch.float32, True),
+    ],
+)
 def test_weights_come_back_byte_for_byte(tmp_path, monkeypatch, make, heads, dtype, tied):
-    """Odd vocabulary (padded by the trainers), head counts that are no power of two, the published files' types, a stored tied head; in
-    blocks that end within groups of what is woven together."""
+    """Odd vocabulary (padded by the trainers), head counts that are no power of two, the published
+    files' types, a stored tied head; in blocks that end within groups of what is woven together."""
     monkeypatch.setattr(tensors, "BLOCK", 48 * 5 * dtype.itemsize)
     model = make(tmp_path / "hf", heads=heads, hidden=48, vocab=301)
     model.to(dtype).save_pretrained(tmp_path / "hf")
@@ -53,19 +61,26 @@ def test_shards_in_and_out(tmp_path, make):
     index = json.loads((target / "model.safetensors.index.json").read_text())
     files = sorted(target.glob("model-*.safetensors"))
     assert len(files) > 2 and {file.name for file in files} == set(index["weight_map"].values())
-    assert index["metadata"]["total_size"] == sum(tensor.nbytes for file in files for tensor in load_file(file).values())
+    assert index["metadata"]["total_size"] == sum(
+        tensor.nbytes for file in files for tensor in load_file(file).values()
+    )
     theirs, ours = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (tmp_path / "hf", target))
     assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
 
 
 def test_every_bf16_there_is_keeps_its_bits(tmp_path):
-    """All 65536 patterns: NaNs with their payload, -0, numbers below the normal ones. Both into the checkpoint and out."""
+    """All 65536 patterns: NaNs with their payload, -0, numbers below the normal ones. Both into the
+    checkpoint and out."""
     model = tiny_bloom(tmp_path / "hf", layers=1, vocab=1024).bfloat16()
     with torch.no_grad():
-        model.transformer.word_embeddings.weight.copy_(torch.arange(65536).sub(32768).short().view(torch.bfloat16).view(1024, 64))
+        model.transformer.word_embeddings.weight.copy_(
+            torch.arange(65536).sub(32768).short().view(torch.bfloat16).view(1024, 64)
+        )
     model.save_pretrained(tmp_path / "hf")
     convert_to(tmp_path)
-    assert (export_from(tmp_path) / "model.safetensors").read_bytes() == (tmp_path / "hf" / "model.safetensors").read_bytes()
+    assert (export_from(tmp_path) / "model.safetensors").read_bytes() == (
+        tmp_path / "hf" / "model.safetensors"
+    ).read_bytes()
 
 
 def test_published_names_without_prefix_and_the_tokenizer_go_through(tmp_path):
@@ -98,16 +113,24 @@ def test_converting_again_replaces(tmp_path):
 
 
 def test_query_key_and_value_stand_by_key_value_head_and_gate_and_up_alternate(tmp_path):
-    """What the trainer loads, written out: a wrong order that goes both ways would come back byte for byte."""
+    """What the trainer loads, written out: a wrong order that goes both ways would come back byte
+    for byte."""
     state = tiny_llama(tmp_path / "hf", heads=6, groups=2, hidden=48, layers=1).model.layers[0].state_dict()
     convert_to(tmp_path)
     saved = torch_dist.metadata(tmp_path / "convert/checkpoints/iter_0000000/model").state_dict_metadata
     assert tuple(saved["decoder.layers.self_attention.linear_qkv.weight"].size) == (1, 80, 48)
     shape = Shape.read(tmp_path / "hf")
-    made = {entry.parameter: entry.woven({f"layers.0.{name}": tensors.Stored.whole(value) for name, value in state.items()}).load()
-            for entry in entries(shape) if entry.layer is not None}
+    made = {
+        entry.parameter: entry.woven(
+            {f"layers.0.{name}": tensors.Stored.whole(value) for name, value in state.items()}
+        ).load()
+        for entry in entries(shape)
+        if entry.layer is not None
+    }
     query, key, value = (state[f"self_attn.{name}_proj.weight"] for name in "qkv")
     groups = [query[:24], key[:8], value[:8], query[24:], key[8:], value[8:]]
     assert torch.equal(made["decoder.layers.0.self_attention.linear_qkv.weight"], torch.cat(groups))
     both = made["decoder.layers.0.mlp.linear_gate_up.weight"]
-    assert torch.equal(both[0::2], state["mlp.gate_proj.weight"]) and torch.equal(both[1::2], state["mlp.up_proj.weight"])
+    assert torch.equal(both[0::2], state["mlp.gate_proj.weight"]) and torch.equal(
+        both[1::2], state["mlp.up_proj.weight"]
+    )

@@ -22,7 +22,12 @@ TEXT = "\n\nHuman: What is 12 plus 345?\n\nAssistant: It's 357, of course. I'll 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    demo_model.write(folder, [TEXT] * 50, ModelConfig(demo_family="llama", demo_vocab=300, demo_layers=2, demo_hidden=48, demo_heads=6), 0)
+    demo_model.write(
+        folder,
+        [TEXT] * 50,
+        ModelConfig(demo_family="llama", demo_vocab=300, demo_layers=2, demo_hidden=48, demo_heads=6),
+        0,
+    )
     return folder
 
 
@@ -44,15 +49,27 @@ def read(folder, name):
 
 def test_a_sound_folder_keeps_its_bytes(tmp_path, original):
     target = exported(tmp_path, original)
-    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+    for name in (
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+    ):
         assert (target / name).read_bytes() == (original / name).read_bytes()
 
 
-@pytest.mark.parametrize("config, generating, ends", [
-    (1, 1, 2), ([1, 0], None, 2), (1, [2, 0], [2, 0]), ([2, 1], 2, 2), (None, [1, 2], [1, 2])])
+@pytest.mark.parametrize(
+    "config, generating, ends",
+    [(1, 1, 2), ([1, 0], None, 2), (1, [2, 0], [2, 0]), ([2, 1], 2, 2), (None, [1, 2], [1, 2])],
+)
 def test_every_file_names_the_end_that_was_trained(tmp_path, original, config, generating, ends):
-    target = exported(tmp_path, original, config={"eos_token_id": config, "pad_token_id": 0},
-                      generation_config={"eos_token_id": generating})
+    target = exported(
+        tmp_path,
+        original,
+        config={"eos_token_id": config, "pad_token_id": 0},
+        generation_config={"eos_token_id": generating},
+    )
     assert Tokenizer(target).eos_id == 2
     assert read(target, "config")["eos_token_id"] == read(target, "generation_config")["eos_token_id"] == ends
     assert read(target, "config")["pad_token_id"] == read(target, "generation_config")["pad_token_id"] == 3
@@ -61,9 +78,17 @@ def test_every_file_names_the_end_that_was_trained(tmp_path, original, config, g
 
 
 def test_a_policy_is_called_a_language_model_and_brings_no_code(tmp_path, original):
-    change = {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "x"}, "label2id": {"x": 0}, "num_labels": 1,
-              "problem_type": "regression", "auto_map": {"AutoModel": "evil.Model"}}
-    target = exported(tmp_path, original, config=change, tokenizer_config={"auto_map": {"AutoTokenizer": ["evil.Words", None]}})
+    change = {
+        "architectures": ["LlamaForSequenceClassification"],
+        "id2label": {"0": "x"},
+        "label2id": {"x": 0},
+        "num_labels": 1,
+        "problem_type": "regression",
+        "auto_map": {"AutoModel": "evil.Model"},
+    }
+    target = exported(
+        tmp_path, original, config=change, tokenizer_config={"auto_map": {"AutoTokenizer": ["evil.Words", None]}}
+    )
     assert read(target, "config") == read(original, "config")
     assert "auto_map" not in read(target, "tokenizer_config")
 
@@ -86,7 +111,9 @@ def test_what_links_lead_to_is_not_copied_and_modes_stay_narrow(tmp_path, origin
     key.write_text("a key")
     with pytest.raises(ConfigError, match="merges.txt is a link to .*id_rsa, outside the folder"):
         exported(tmp_path, original, change=lambda folder: (folder / "merges.txt").symlink_to(key))
-    assert "a key" not in "".join(path.read_text("latin-1") for path in (tmp_path / "export").rglob("*") if path.is_file())
+    assert "a key" not in "".join(
+        path.read_text("latin-1") for path in (tmp_path / "export").rglob("*") if path.is_file()
+    )
     shutil.rmtree(tmp_path / "hf")
     shutil.rmtree(tmp_path / "convert")
     before = os.umask(0o022)

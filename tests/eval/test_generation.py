@@ -14,7 +14,11 @@ from eval.files import fingerprint
 from eval.scores import reward_model
 
 HH = "\n\nHuman: {question}\n\nAssistant:"
-QUESTIONS = ["What is the colour of the sky?", "Why?", "Is the air blue, or is the light of the sky blue because of the air?"]
+QUESTIONS = [
+    "What is the colour of the sky?",
+    "Why?",
+    "Is the air blue, or is the light of the sky blue because of the air?",
+]
 
 
 def prompts(temperature: float) -> list[Prompt]:
@@ -27,15 +31,22 @@ def loaded(folders):
 
 
 def replies(loaded, given, new=24, context=256, **settings):
-    return generation.generate(*loaded, given, max_new_tokens=new, context_length=context, seed=0, **{"stop": ("\n\nHuman:",), **settings})
+    return generation.generate(
+        *loaded, given, max_new_tokens=new, context_length=context, seed=0, **{"stop": ("\n\nHuman:",), **settings}
+    )
 
 
 def test_greedy_batch_equals_hugging_face_one_by_one(folders, loaded):
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folders["sft"]), AutoTokenizer.from_pretrained(folders["sft"])
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folders["sft"]),
+        AutoTokenizer.from_pretrained(folders["sft"]),
+    )
     for prompt, reply in zip(prompts(0), replies(loaded, prompts(0)), strict=True):
         ids = tokenizer(prompt.text, return_tensors="pt")["input_ids"]
-        alone = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False, pad_token_id=3)
-        expected = alone[0, ids.shape[1]:].tolist()
+        alone = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False, pad_token_id=3
+        )
+        expected = alone[0, ids.shape[1] :].tolist()
         assert reply.tokens == expected
         assert reply.finish == ("eos" if 2 in expected else "length")
 
@@ -61,7 +72,8 @@ def test_the_key_names_the_random_numbers():
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_the_sampler_draws_from_the_tempered_softmax(temperature):
-    """Evenly spaced numbers must land on each token as often as its probability says, to one part in their count."""
+    """Evenly spaced numbers must land on each token as often as its probability says, to one part
+    in their count."""
     logits = torch.tensor([1.0, -2.0, 0.5, 3.0, float("-inf")])
     count = 10_000
     grid = (torch.arange(count, dtype=torch.float64) + 0.5) / count
@@ -71,7 +83,8 @@ def test_the_sampler_draws_from_the_tempered_softmax(temperature):
 
 
 def test_eos_ends_a_row_and_is_not_in_its_text(loaded):
-    """The most likely first token is made the end-of-sequence token: greedy replies are then that token alone."""
+    """The most likely first token is made the end-of-sequence token: greedy replies are then that
+    token alone."""
     first = replies(loaded, prompts(0)[:1])[0].tokens[0]
     model, tokenizer = loaded
     eos = tokenizer.eos_token
@@ -84,14 +97,15 @@ def test_eos_ends_a_row_and_is_not_in_its_text(loaded):
 
 
 def test_a_stop_string_ends_the_row_and_is_cut_off(loaded):
-    """Any text the model makes can be the stop string; the row that makes it ends there and the others go on."""
+    """Any text the model makes can be the stop string; the row that makes it ends there and the
+    others go on."""
     whole = replies(loaded, prompts(1))
     stop = re.search("[a-z]{4}", whole[0].text)[0]
     cut = replies(loaded, prompts(1), stop=(stop,))
     assert stop in whole[0].text and cut[0].finish == "stop"
     for before, after in zip(whole, cut, strict=True):
         assert after.text == before.text.split(stop)[0]
-        assert after.tokens == before.tokens[:len(after.tokens)]
+        assert after.tokens == before.tokens[: len(after.tokens)]
         assert (after.finish == "stop") == (stop in before.text)
 
 
@@ -101,7 +115,9 @@ def test_a_long_prompt_loses_its_head_and_keeps_the_cue(loaded):
     ids = generation.encode(tokenizer, long, 20)
     assert len(ids) == 20 and tokenizer.decode(ids).endswith("end?\n\nAssistant:")
     short = tokenizer.decode(ids)
-    assert replies(loaded, [Prompt(long, 0, "a")], new=8, context=28) == replies(loaded, [Prompt(short, 0, "a")], new=8, context=28)
+    assert replies(loaded, [Prompt(long, 0, "a")], new=8, context=28) == replies(
+        loaded, [Prompt(short, 0, "a")], new=8, context=28
+    )
 
 
 def test_dialogue_of_two_turns():
@@ -120,7 +136,14 @@ def test_the_fingerprint_follows_all_that_is_read_and_nothing_else(folders, tmp_
     assert fingerprint.of_model(tmp_path) == mark
     seen = {mark}
     (tmp_path / "additional_chat_templates").mkdir()
-    for name in ("chat_template.jinja", "merges.txt", "vocab.json", "tokenizer.model", "x.tiktoken", "additional_chat_templates/b.jinja"):
+    for name in (
+        "chat_template.jinja",
+        "merges.txt",
+        "vocab.json",
+        "tokenizer.model",
+        "x.tiktoken",
+        "additional_chat_templates/b.jinja",
+    ):
         (tmp_path / name).write_text("changed")
         seen.add(fingerprint.of_model(tmp_path))
     assert len(seen) == 7
@@ -141,15 +164,22 @@ def test_a_folder_of_tasks_is_known_by_its_files(tmp_path):
 
 
 def test_code_in_a_models_folder_is_never_run(folders, tmp_path, capsys):
-    """An architecture of the folder's own is refused without a question; beside one that transformers has, it is left alone."""
+    """An architecture of the folder's own is refused without a question; beside one that
+    transformers has, it is left alone."""
     for file in folders["sft"].iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\nclass OwnConfig: pass\n")
     config = json.loads((tmp_path / "config.json").read_text())
-    own = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own", "AutoModelForSequenceClassification": "own.Own"}
+    own = {
+        "AutoConfig": "own.OwnConfig",
+        "AutoModelForCausalLM": "own.Own",
+        "AutoModelForSequenceClassification": "own.Own",
+    }
     (tmp_path / "config.json").write_text(json.dumps(config | {"auto_map": own}))
     generation.load(tmp_path)
-    assert "brings code of its own, which is never run: transformers' BloomForCausalLM is used" in capsys.readouterr().out
+    assert (
+        "brings code of its own, which is never run: transformers' BloomForCausalLM is used" in capsys.readouterr().out
+    )
     (tmp_path / "config.json").write_text(json.dumps(config | {"auto_map": own, "model_type": "own"}))
     for load in (generation.load, lambda folder: reward_model.score(folder, [], 9)):
         with pytest.raises(DataError, match="code in a model's folder is never run"):

@@ -18,8 +18,16 @@ def settings(**values) -> MTBenchConfig:
 
 def rows() -> list[dict]:
     draw = random.Random(0)
-    return [{"index": i, "sample": 0, "key": str(i), "prompt": f"\n\nHuman: {'why ' * i}?\n\nAssistant:",
-             "tokens": [draw.randrange(4, 260) for _ in range(1 + i)] + [2]} for i in range(5)]
+    return [
+        {
+            "index": i,
+            "sample": 0,
+            "key": str(i),
+            "prompt": f"\n\nHuman: {'why ' * i}?\n\nAssistant:",
+            "tokens": [draw.randrange(4, 260) for _ in range(1 + i)] + [2],
+        }
+        for i in range(5)
+    ]
 
 
 def test_kl_of_a_model_with_itself_is_exactly_zero(folders):
@@ -29,7 +37,8 @@ def test_kl_of_a_model_with_itself_is_exactly_zero(folders):
 
 
 def test_kl_equals_a_token_by_token_computation(folders):
-    """Each token alone: a forward pass without padding on everything before it, and the log of a softmax in float64."""
+    """Each token alone: a forward pass without padding on everything before it, and the log of a
+    softmax in float64."""
     found = heldout.kl_rows(folders["rlhf"], folders["sft"], rows(), "base", settings())
     models = [generation.load(folders[name]) for name in ("rlhf", "sft")]
     for row, kl in zip(rows(), found, strict=True):
@@ -54,17 +63,31 @@ def test_logprobs_do_not_depend_on_the_batch(folders, monkeypatch):
 
 
 def test_summary_is_by_prompt_and_paired():
-    """Two samples a prompt: sft .2/.4 and .6, rlhf 1 and .8; means .45 and .9, difference .45, by hand."""
+    """Two samples a prompt: sft .2/.4 and .6, rlhf 1 and .8; means .45 and .9, difference .45, by
+    hand."""
+
     def reply(index, sample, gold):
         return {"index": index, "sample": sample, "gold": gold}
-    replies = {"sft": [reply(0, 0, 0.2), reply(0, 1, 0.4), reply(1, 0, 0.6), reply(1, 1, 0.6), reply(2, 0, None)],
-               "rlhf": [reply(0, 0, 1.0), reply(0, 1, 1.0), reply(1, 0, 0.8), reply(1, 1, 0.8), reply(2, 0, None)]}
-    kls = {"rlhf": [{"index": 0, "sample": 0, "kl": 1.0}, {"index": 0, "sample": 1, "kl": 3.0}, {"index": 1, "sample": 0, "kl": 4.0}]}
+
+    replies = {
+        "sft": [reply(0, 0, 0.2), reply(0, 1, 0.4), reply(1, 0, 0.6), reply(1, 1, 0.6), reply(2, 0, None)],
+        "rlhf": [reply(0, 0, 1.0), reply(0, 1, 1.0), reply(1, 0, 0.8), reply(1, 1, 0.8), reply(2, 0, None)],
+    }
+    kls = {
+        "rlhf": [
+            {"index": 0, "sample": 0, "kl": 1.0},
+            {"index": 0, "sample": 1, "kl": 3.0},
+            {"index": 1, "sample": 0, "kl": 4.0},
+        ]
+    }
     found = gold_score.summary(replies, kls, seed=0)
     assert found["gold"]["sft"]["mean"] == pytest.approx(0.45) and found["gold"]["rlhf"]["mean"] == pytest.approx(0.9)
     difference = found["gold_difference"]["rlhf"]
     assert difference["mean"] == pytest.approx(0.45)
-    assert (difference["low"], difference["high"]) == (pytest.approx(0.2), pytest.approx(0.7))  # the two prompts' own differences
+    assert (difference["low"], difference["high"]) == (
+        pytest.approx(0.2),
+        pytest.approx(0.7),
+    )  # the two prompts' own differences
     assert found["kl"]["rlhf"]["mean"] == pytest.approx(3.0) and found["kl"]["rlhf"]["units"] == 2
     assert found["prompts"] == 3 and found["baseline"] == "sft" and "sft" not in found["kl"]
 
@@ -75,13 +98,19 @@ def test_without_rubrics_there_is_no_gold():
     assert found["gold"] == {} and found["gold_difference"] == {}
 
 
-@pytest.mark.parametrize("line, message", [
-    ('{"prompt": 3}', "row 1: prompt = 3: expected a non-empty string"),
-    ('{"prompt": "a", "rubric": {"must": []}}', "rubric ="),
-    ('{"prompt": "a", "rubric": {"must": [], "must_not": [], "max_words": "3"}}', "rubric.max_words = '3': expected int"),
-    ('{"prompt": "a"', "line 1: not JSON"),
-    ("", "no rows"),
-])
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ('{"prompt": 3}', "row 1: prompt = 3: expected a non-empty string"),
+        ('{"prompt": "a", "rubric": {"must": []}}', "rubric ="),
+        (
+            '{"prompt": "a", "rubric": {"must": [], "must_not": [], "max_words": "3"}}',
+            "rubric.max_words = '3': expected int",
+        ),
+        ('{"prompt": "a"', "line 1: not JSON"),
+        ("", "no rows"),
+    ],
+)
 def test_bad_rows_are_named(tmp_path, line, message):
     path = tmp_path / "heldout.jsonl"
     path.write_text(line + "\n")
@@ -91,14 +120,17 @@ def test_bad_rows_are_named(tmp_path, line, message):
 
 
 def test_bootstrap_is_seeded_and_right_in_size():
-    """Against the normal interval of a mean: for 400 values both must agree to a tenth of its width."""
+    """Against the normal interval of a mean: for 400 values both must agree to a tenth of its
+    width."""
     draw = random.Random(1)
     values = [draw.gauss(2.0, 3.0) for _ in range(400)]
     found = bootstrap.mean(values, seed=3)
     assert found == bootstrap.mean(values, seed=3) and found != bootstrap.mean(values, seed=4)
     spread = torch.tensor(values, dtype=torch.float64).std().item() / 20 * 1.96
     assert found.mean == pytest.approx(sum(values) / 400)
-    assert found.high - found.mean == pytest.approx(spread, rel=0.1) and found.mean - found.low == pytest.approx(spread, rel=0.1)
+    assert found.high - found.mean == pytest.approx(spread, rel=0.1) and found.mean - found.low == pytest.approx(
+        spread, rel=0.1
+    )
 
 
 def test_a_paired_difference_of_a_shift_has_no_width():
@@ -109,7 +141,12 @@ def test_a_paired_difference_of_a_shift_has_no_width():
 
 def test_rows_are_found_by_key(tmp_path):
     path = tmp_path / "replies.jsonl"
-    lines = [{"index": 0, "sample": 0, "key": "old"}, {"index": 0, "sample": 0, "key": "new"}, {"index": 1, "sample": 0, "key": "old"}]
+    lines = [
+        {"index": 0, "sample": 0, "key": "old"},
+        {"index": 0, "sample": 0, "key": "new"},
+        {"index": 1, "sample": 0, "key": "old"},
+    ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"index": 2, "sam')
     assert heldout.stored(recover(path), {(0, 0): "new", (1, 0): "new", (2, 0): "new"}) == {(0, 0): lines[1]}
-    assert path.read_text().endswith('"old"}\n')  # the torn line is gone, the next append starts on a line of its own
+    # the torn line is gone, the next append starts on a line of its own
+    assert path.read_text().endswith('"old"}\n')

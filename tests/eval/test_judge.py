@@ -28,8 +28,9 @@ def good(text: str = "Fine. Rating: [[7]]", model: str = "judge-0613") -> tuple:
 
 
 class Server:
-    """Answers each request with the next of ``script`` (status, headers, body), then with ``rest``, which may be a function of the
-    request's body; keeps what it was asked. The status 0 stands for a second of silence."""
+    """Answers each request with the next of ``script`` (status, headers, body), then with ``rest``,
+    which may be a function of the request's body; keeps what it was asked. The status 0 stands for
+    a second of silence."""
 
     def __init__(self, script: list, rest: tuple):
         self.script, self.rest, self.seen = list(script), rest, []
@@ -71,6 +72,7 @@ def serve(monkeypatch):
     def start(*script, rest=None):
         servers.append(Server(list(script), rest or good()))
         return servers[-1]
+
     yield start
     for server in servers:
         server.server.shutdown()
@@ -94,7 +96,9 @@ def test_a_rating_comes_with_the_model_that_gave_it(serve):
 def test_retry_after_is_obeyed_and_capped(serve):
     waits = []
     date = email.utils.formatdate(time.time() + 30, usegmt=True)
-    server = serve((429, {"Retry-After": "3"}, ""), (503, {"Retry-After": date}, ""), (429, {"Retry-After": "99999"}, ""))
+    server = serve(
+        (429, {"Retry-After": "3"}, ""), (503, {"Retry-After": date}, ""), (429, {"Retry-After": "99999"}, "")
+    )
     assert client(server, waits).complete("", "")[1] == "judge-0613"
     assert waits[0] == 3 and 25 < waits[1] <= 30 and waits[2] == endpoint_module.LONGEST_WAIT and len(server.seen) == 4
 
@@ -106,10 +110,17 @@ def test_without_retry_after_the_waits_grow(serve):
     assert all(2**i / 2 <= wait <= 2**i for i, wait in enumerate(waits)) and len(waits) == 4
 
 
-@pytest.mark.parametrize("broken", [
-    (200, {}, "{not json"), (200, {"Content-Length": "500"}, '{"choices": ['), (200, {}, "{}"), (200, {}, "[]"),
-    (200, {}, '{"choices": []}'), good(text=None),
-])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        (200, {}, "{not json"),
+        (200, {"Content-Length": "500"}, '{"choices": ['),
+        (200, {}, "{}"),
+        (200, {}, "[]"),
+        (200, {}, '{"choices": []}'),
+        good(text=None),
+    ],
+)
 def test_a_broken_reply_is_asked_for_again(serve, broken):
     waits = []
     server = serve(broken)
@@ -124,19 +135,33 @@ def test_silence_is_a_time_out_and_asked_again(serve):
     assert asking_it.complete("", "").text.endswith("[[7]]") and len(waits) == 2 and len(server.seen) == 3
 
 
-@pytest.mark.parametrize("text, score", [
-    ("[10]", 10), ("[[7.5]]", 7.5), ("[[3]], or rather [[8]]", 8), ("[2] of [[9]]", 9), ("eight of ten", -1), ("", -1), ("[[11]]", 11),
-])
+@pytest.mark.parametrize(
+    "text, score",
+    [
+        ("[10]", 10),
+        ("[[7.5]]", 7.5),
+        ("[[3]], or rather [[8]]", 8),
+        ("[2] of [[9]]", 9),
+        ("eight of ten", -1),
+        ("", -1),
+        ("[[11]]", 11),
+    ],
+)
 def test_what_the_judge_wrote_is_what_is_scored(serve, tmp_path, text, score):
     server = serve(rest=lambda body: good() if KNOWN in str(body) else good(text))
     rows, _ = rate(server, tmp_path, {"sft": answers()["sft"][:1]})
     assert [row["score"] for row in rows] == [score, score] and {row["judgment"] for row in rows} == {text}
 
 
-@pytest.mark.parametrize("status, hint", [
-    (400, "HTTP 400"), (401, "check the key in JUDGE_KEY"), (403, "check the key in JUDGE_KEY"),
-    (404, "check judge_url and judge_model = 'judge'"),
-])
+@pytest.mark.parametrize(
+    "status, hint",
+    [
+        (400, "HTTP 400"),
+        (401, "check the key in JUDGE_KEY"),
+        (403, "check the key in JUDGE_KEY"),
+        (404, "check judge_url and judge_model = 'judge'"),
+    ],
+)
 def test_fatal_at_once_with_address_and_variable_and_never_the_key(serve, status, hint):
     waits = []
     server = serve((status, {}, f"Incorrect API key provided: {KEY}"))
@@ -179,13 +204,27 @@ QUESTIONS = questions.load("embedded")
 
 def config(server, output, **values) -> MTBenchConfig:
     paths = MTBenchPaths(output=str(output), models={}, heldout="", stages={}, report="")
-    return MTBenchConfig(paths=paths, judge="openai", judge_url=server.url, judge_key_variable="JUDGE_KEY",
-                         **{"judge_model": "org/judge", **values})
+    return MTBenchConfig(
+        paths=paths,
+        judge="openai",
+        judge_url=server.url,
+        judge_key_variable="JUDGE_KEY",
+        **{"judge_model": "org/judge", **values},
+    )
 
 
 def answers(text: str = "mine") -> dict[str, list[dict]]:
-    return {"sft": [{"question_id": question.question_id, "model_id": "sft", "answer_id": f"{text}{question.question_id}",
-                     "choices": [{"index": 0, "turns": [f"{text} {{1}}", f"{text} 2"]}]} for question in QUESTIONS.questions]}
+    return {
+        "sft": [
+            {
+                "question_id": question.question_id,
+                "model_id": "sft",
+                "answer_id": f"{text}{question.question_id}",
+                "choices": [{"index": 0, "turns": [f"{text} {{1}}", f"{text} 2"]}],
+            }
+            for question in QUESTIONS.questions
+        ]
+    }
 
 
 def rate(server, output, made, **values):
@@ -199,7 +238,9 @@ def test_rows_are_fastchats_and_are_not_asked_for_twice(serve, tmp_path):
     server = serve(good("[[8]]"), good("no rating here"), rest=good("Rating: [[9]]"))
     rows, _ = rate(server, tmp_path, answers(), judge_concurrency=1)
     assert len(server.seen) == 1 + 48 and len(rows) == 48
-    stored = [json.loads(line) for line in (tmp_path / "model_judgment/org_judge_single.jsonl").read_text().splitlines()]
+    stored = [
+        json.loads(line) for line in (tmp_path / "model_judgment/org_judge_single.jsonl").read_text().splitlines()
+    ]
     assert sorted(row["score"] for row in stored) == [-1] + [9] * 47
     first = next(row for row in stored if row["question_id"] == 1 and row["turn"] == 2)
     assert set(first) >= {"question_id", "model", "judge", "user_prompt", "judgment", "score", "turn", "tstamp"}
@@ -239,7 +280,11 @@ def test_references_are_shown_to_the_judge_where_they_are_needed():
     assert request.prompt_name == "single-math-v1-multi-turn"
     assert all(text in request.user for text in (*math.reference, *math.turns, "one", "two"))
     first = single.request(QUESTIONS, math, answer, 1)
-    assert first.prompt_name == "single-math-v1" and math.reference[0] in first.user and math.reference[1] not in first.user
+    assert (
+        first.prompt_name == "single-math-v1"
+        and math.reference[0] in first.user
+        and math.reference[1] not in first.user
+    )
     assert single.request(QUESTIONS, by_category["stem"], answer, 1).prompt_name == "single-v1"
 
 
@@ -249,16 +294,28 @@ def test_tokens_are_the_endpoints_or_estimated_and_the_cost_is_theirs(serve, tmp
     rows, _ = rate(server, tmp_path, {"sft": answers()["sft"][:2]}, judge_price_in=10.0, judge_price_out=30.0)
     assert {(row["tokens_in"], row["tokens_out"]) for row in rows} == {(900, 50)}
     before, after = capsys.readouterr().out.splitlines()
-    assert before.startswith(f"judge org/judge at {server.url}/chat/completions: 5 requests, about ") and "limits: none" in before
-    assert after == "judge org/judge: 5 requests, 4k tokens sent and 250 written back, 0.05 USD"  # 5 x (900 x 10 + 50 x 30) / 1e6
+    assert (
+        before.startswith(f"judge org/judge at {server.url}/chat/completions: 5 requests, about ")
+        and "limits: none" in before
+    )
+    assert (
+        after == "judge org/judge: 5 requests, 4k tokens sent and 250 written back, 0.05 USD"
+    )  # 5 x (900 x 10 + 50 x 30) / 1e6
     made = client(serve(), []).complete("a" * 40, "b" * 40)
     assert (made.tokens_in, made.tokens_out) == (20, len("Fine. Rating: [[7]]") // 4)
 
 
-@pytest.mark.parametrize("limits, message, asked", [
-    ({"judge_max_requests": 48}, "49 requests.*exceed mtbench.judge_max_requests = 48: raise it", 0),  # the known item is one more
-    ({"judge_max_cost": 0.001, "judge_price_out": 30.0}, "exceeds mtbench.judge_max_cost = 0.001: raise it", 0),
-])
+@pytest.mark.parametrize(
+    "limits, message, asked",
+    [
+        (
+            {"judge_max_requests": 48},
+            "49 requests.*exceed mtbench.judge_max_requests = 48: raise it",
+            0,
+        ),  # the known item is one more
+        ({"judge_max_cost": 0.001, "judge_price_out": 30.0}, "exceeds mtbench.judge_max_cost = 0.001: raise it", 0),
+    ],
+)
 def test_limits_are_kept(serve, tmp_path, limits, message, asked):
     server = serve()
     with pytest.raises(JudgeError, match=message):
@@ -278,7 +335,8 @@ def test_requests_as_planned_are_enough_and_one_asked_again_is_too_many(serve, t
 
 @pytest.mark.parametrize("concurrency", [1, 8])
 def test_a_cost_limit_stops_what_the_estimate_let_through(serve, tmp_path, concurrency):
-    """Judgments of 100,000 tokens at 1 a million: the tenth reaches 1, also where many are under way at once."""
+    """Judgments of 100,000 tokens at 1 a million: the tenth reaches 1, also where many are under
+    way at once."""
     body = json.loads(good()[2]) | {"usage": {"prompt_tokens": 1, "completion_tokens": 100_000}}
     server = serve(rest=(200, {}, json.dumps(body)))
     with pytest.raises(JudgeError, match="judge_max_cost = 1 USD is used up"):
@@ -303,13 +361,15 @@ def test_the_key_may_come_from_a_file_of_its_owner_alone(serve, tmp_path, monkey
 
 
 def test_repeats_are_rows_of_their_own_and_show_the_judges_spread(serve, tmp_path):
-    """The judge says 4, then 6, of everything: a rating's deviation from its answer's mean is sqrt(2), and the averages are 4 and 6."""
+    """The judge says 4, then 6, of everything: a rating's deviation from its answer's mean is
+    sqrt(2), and the averages are 4 and 6."""
     asked = []
 
     def moody(body: dict) -> tuple:
         text = body["messages"][1]["content"]
         asked.append(text)
         return good(f"[[{4 if asked.count(text) == 1 else 6}]]")
+
     server = serve(good(), rest=moody)
     rows, _ = rate(server, tmp_path, answers(), judge_repeats=2, judge_concurrency=1)
     assert len(rows) == 96 and len(server.seen) == 97
@@ -322,7 +382,8 @@ def test_repeats_are_rows_of_their_own_and_show_the_judges_spread(serve, tmp_pat
 
 
 def test_the_file_is_left_with_one_row_a_place(serve, tmp_path):
-    """FastChat averages every line: ratings of an answer that was made again, and repeated lines, are moved aside; other models' stay."""
+    """FastChat averages every line: ratings of an answer that was made again, and repeated lines,
+    are moved aside; other models' stay."""
     server = serve()
     rate(server, tmp_path, answers())
     path = tmp_path / "model_judgment/org_judge_single.jsonl"
@@ -356,10 +417,15 @@ def test_a_key_that_no_header_can_hold_is_refused_unquoted(serve, tmp_path, monk
 
 
 def test_what_the_endpoint_says_never_holds_the_key(serve, tmp_path, monkeypatch):
-    """In the reason, across the place where a long body is cut, with escapes, in the judgment and in the model's name."""
+    """In the reason, across the place where a long body is cut, with escapes, in the judgment and
+    in the model's name."""
     key = 'sk-"very/secret'
     monkeypatch.setenv("JUDGE_KEY", key + "\n")  # as $(cat file) in some shells leaves it
-    escaped = [json.dumps(key)[1:-1], json.dumps(key)[1:-1].replace("/", "\\/"), "".join(f"\\u{ord(c):04X}" for c in key)]
+    escaped = [
+        json.dumps(key)[1:-1],
+        json.dumps(key)[1:-1].replace("/", "\\/"),
+        "".join(f"\\u{ord(c):04X}" for c in key),
+    ]
     for body in [*escaped, "x" * 290 + key, " " * 65530 + key]:
         server = serve(rest=(400, {}, body))
         with pytest.raises(JudgeError) as error:
@@ -369,7 +435,9 @@ def test_what_the_endpoint_says_never_holds_the_key(serve, tmp_path, monkeypatch
     with pytest.raises(JudgeError, match=r"HTTP 400 \*\*\*") as error:
         client(server, []).complete("", "")
     assert "sk-" not in str(error.value)
-    rows, _ = rate(serve(good(), rest=good(f"You sent {key}. [[5]]", model=key)), tmp_path, {"sft": answers()["sft"][:1]})
+    rows, _ = rate(
+        serve(good(), rest=good(f"You sent {key}. [[5]]", model=key)), tmp_path, {"sft": answers()["sft"][:1]}
+    )
     assert [row["score"] for row in rows] == [5, 5] and {row["judge_id"] for row in rows} == {"***"}
     assert not any("secret" in path.read_text() for path in tmp_path.rglob("*.jsonl"))
     with pytest.raises(JudgeError, match="no rating") as error:
@@ -377,7 +445,9 @@ def test_what_the_endpoint_says_never_holds_the_key(serve, tmp_path, monkeypatch
     assert "secret" not in str(error.value)
 
 
-@pytest.mark.parametrize("text, kept", [("\ud800 [[7]]", "\ufffd [[7]]"), ("[[" + "9" * 5000 + "]]", ""), ("[[" + "9" * 400 + ".0]]", "")])
+@pytest.mark.parametrize(
+    "text, kept", [("\ud800 [[7]]", "\ufffd [[7]]"), ("[[" + "9" * 5000 + "]]", ""), ("[[" + "9" * 400 + ".0]]", "")]
+)
 def test_a_strange_judgment_is_a_row_all_the_same(serve, tmp_path, text, kept):
     rows, _ = rate(serve(good(), rest=good(text)), tmp_path, {"sft": answers()["sft"][:1]})
     assert [row["score"] for row in rows] == [7 if kept else -1] * 2 and rows[0]["judgment"] == (kept or text)
@@ -385,7 +455,9 @@ def test_a_strange_judgment_is_a_row_all_the_same(serve, tmp_path, text, kept):
     assert again == rows
 
 
-@pytest.mark.parametrize("usage", [[1], "many", {"prompt_tokens": -5, "completion_tokens": "9"}, {"prompt_tokens": 10**400}])
+@pytest.mark.parametrize(
+    "usage", [[1], "many", {"prompt_tokens": -5, "completion_tokens": "9"}, {"prompt_tokens": 10**400}]
+)
 def test_strange_token_counts_are_estimated_and_deep_nesting_is_a_broken_reply(serve, usage):
     body = json.dumps(json.loads(good()[2]) | {"usage": usage})
     waits = []
@@ -394,7 +466,8 @@ def test_strange_token_counts_are_estimated_and_deep_nesting_is_a_broken_reply(s
 
 
 def test_the_file_holds_what_this_start_asked_for_and_what_was_paid_is_not_paid_again(serve, tmp_path):
-    """Fewer repeats and questions leave no other rows for FastChat to average; asked for again, they are taken back."""
+    """Fewer repeats and questions leave no other rows for FastChat to average; asked for again,
+    they are taken back."""
     server = serve()
     path = tmp_path / "model_judgment/org_judge_single.jsonl"
     for repeats, questions_asked in ((2, 2), (1, 2), (2, 1), (2, 2)):

@@ -1,4 +1,5 @@
-"""What a judge does not take or does not answer: one refusal is one missing rating, an outage is an error."""
+"""What a judge does not take or does not answer: one refusal is one missing rating, an outage is an
+error."""
 
 # ruff: noqa: F811
 
@@ -61,7 +62,8 @@ def test_one_refusal_is_one_missing_rating_which_is_named(serve, tmp_path, answe
     )
     assert "46/48" in page and "The judge refused: http://" in page
     asked = len(server.seen)
-    assert rate(server, tmp_path, answers())[0] == rows and len(server.seen) == asked  # paid for, and not asked again
+    # paid for, and not asked again
+    assert rate(server, tmp_path, answers())[0] == rows and len(server.seen) == asked
 
 
 def test_a_judge_that_refuses_all_from_some_moment_on_is_an_outage(serve, tmp_path):
@@ -137,8 +139,13 @@ def test_a_field_that_the_judge_does_not_take_is_left_out_and_that_is_said(
 
 
 def test_a_template_that_fails_with_500_is_no_outage_and_an_error_in_a_200_is_quoted(serve, tmp_path):
-    server = serve(rest=lambda body: (500, {}, "jinja2 TemplateError: System role not supported")
-                   if "system" in str(body["messages"][0]) else good())
+    server = serve(
+        rest=lambda body: (
+            (500, {}, "jinja2 TemplateError: System role not supported")
+            if "system" in str(body["messages"][0])
+            else good()
+        )
+    )
     assert {row["score"] for row in rate(server, tmp_path, answers())[0]} == {7}
     server = serve(rest=(500, {}, "TemplateError: no chat template"))
     with pytest.raises(JudgeError, match="HTTP 500 .*no chat template"):
@@ -166,7 +173,11 @@ def test_a_long_or_strange_name_of_a_judge(serve, tmp_path, capsys):
 
 def test_an_address_may_have_parameters_and_the_whole_path(serve):
     server = serve()
-    for address in ("/v1?api-version=2024", "/v1/chat/completions?api-version=2024", "/v1/chat/completions/?api-version=2024"):
+    for address in (
+        "/v1?api-version=2024",
+        "/v1/chat/completions?api-version=2024",
+        "/v1/chat/completions/?api-version=2024",
+    ):
         server.url = server.url.partition("/v1")[0] + address
         client(server, []).complete("", "")
     assert {path for path, _, _ in server.seen} == {"/v1/chat/completions?api-version=2024"}
@@ -186,7 +197,9 @@ def test_fields_of_the_request_are_set_and_an_error_says_how(serve, tmp_path):
         JudgeError, match="""HTTP 400 .*judge_request sets or leaves out .* '{"temperature": null}'.*must be 0.3"""
     ):
         rate(server, tmp_path / "b", answers())
-    config(server, tmp_path, judge_request='{"stop_token_ids": [1], "prompt_cache_key": "a", "thinking_token_budget": 5}')
+    config(
+        server, tmp_path, judge_request='{"stop_token_ids": [1], "prompt_cache_key": "a", "thinking_token_budget": 5}'
+    )
     for bad in (
         "{",
         "[]",
@@ -202,7 +215,8 @@ def test_fields_of_the_request_are_set_and_an_error_says_how(serve, tmp_path):
 
 
 def test_what_a_rating_depends_on_is_in_its_key(serve, tmp_path, monkeypatch):
-    """Changed references, judge prompts, fields of the request or a local judge's content: what they touch is asked again."""
+    """Changed references, judge prompts, fields of the request or a local judge's content: what
+    they touch is asked again."""
     server = serve()
     made = answers()
     rate(server, tmp_path, made)

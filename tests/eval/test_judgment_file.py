@@ -106,7 +106,8 @@ def test_categories_are_those_of_the_set(tmp_path, capsys):
         code == 65
         and "question 1 is not in MT-Bench (81 to 160); name the set that was judged: --questions FOLDER" in said
     )
-    assert run(folder / "x.jsonl", rows, capsys, "--questions", "embedded")[0] == 4  # 2 of its 24 questions
+    # 2 of its 24 questions
+    assert run(folder / "x.jsonl", rows, capsys, "--questions", "embedded")[0] == 4
     dump(
         tmp_path / "out/question.jsonl",
         [{"question_id": number, "category": "math", "turns": ["a", "b"]} for number in (1, 2)],

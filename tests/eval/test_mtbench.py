@@ -15,41 +15,82 @@ from training.data.dialogue import CUE, HUMAN
 
 def test_two_folders_a_judge_and_a_table(folders, tmp_path, serve, capsys):  # noqa: F811
     server = serve(rest=lambda body: good("[[B]]" if "[[A]]" in body["messages"][0]["content"] else "[[8]]"))
-    code = mtbench.main([f"before={folders['sft']}", f"after={folders['rlhf']}", "--output", str(tmp_path / "out"), "--max-new-tokens", "4",
-                         "--judge", "openai", "--judge-url", server.url, "--judge-model", "j", "--judge-pairwise"])
+    code = mtbench.main(
+        [
+            f"before={folders['sft']}",
+            f"after={folders['rlhf']}",
+            "--output",
+            str(tmp_path / "out"),
+            "--max-new-tokens",
+            "4",
+            "--judge",
+            "openai",
+            "--judge-url",
+            server.url,
+            "--judge-model",
+            "j",
+            "--judge-pairwise",
+        ]
+    )
     out = capsys.readouterr().out
     assert code == 0 and "template: '\\n\\nHuman: {question}" in out
     assert "| before | 8.00 [8.00, 8.00] |" in out and "| after | before |" in out
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
-        "question.jsonl", "model_answer", "model_judgment", "metrics.jsonl", "results.json", "table.md", "table.csv", "report.html"}
+        "question.jsonl",
+        "model_answer",
+        "model_judgment",
+        "metrics.jsonl",
+        "results.json",
+        "table.md",
+        "table.csv",
+        "report.html",
+    }
     found = json.loads((tmp_path / "out/results.json").read_text())
     assert found["heldout"]["gold"] == {} and found["heldout"]["kl"] == {} and found["pairwise"]["after"]["ties"] == 48
 
 
 def test_a_chat_template_is_used_where_there_is_one(folders, tmp_path):
     words = tokenizer()
-    words.chat_template = ("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-                           "{% if add_generation_prompt %}<assistant>{% endif %}")
+    words.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
     words.save_pretrained(tmp_path)
     from eval.answers.dialogue import dialogue
 
     assert dialogue(["a", "b"], ["first"], "chat", words) == "<user>a<assistant>first<user>b<assistant>"
     assert mtbench.settings([str(tmp_path)])[0].template == "chat" and mtbench.settings([str(tmp_path)])[0].stop == ""
     plain = mtbench.settings([str(folders["sft"])])[0]
-    assert (plain.template, plain.stop) == (MTBenchConfig.template, MTBenchConfig.stop) == (HUMAN + " {question}" + CUE, HUMAN)
+    assert (
+        (plain.template, plain.stop)
+        == (MTBenchConfig.template, MTBenchConfig.stop)
+        == (HUMAN + " {question}" + CUE, HUMAN)
+    )
     assert mtbench.settings([str(tmp_path), "--template", r"Q: {question}\nA:"])[0].template == "Q: {question}\nA:"
     foreign = mtbench.settings([str(tmp_path), "--template", r"Süß 问: {question}\n答:", "--stop", r"\n问"])[0]
     assert (foreign.template, foreign.stop) == ("Süß 问: {question}\n答:", "\n问")
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["a", "b/a"], "two models are called a: a and b/a; name them: first=a second=b/a"), (["x/y=b"], "x/y=b: expected a folder"),
-    (["a", "--judge", "gpt"], "judge = 'gpt': expected one of none, openai, local"),
-    (["a", "--judge", "openai"], "set judge_url"), (["a", "--template", "no question"], "expected \"chat\" or a text with {question}"),
-    (["a", "--judge-max-cost", "5"], "set judge_price_in and judge_price_out"), (["a", "--batch-sise", "5"], "unrecognized arguments"),
-    (["a", "--judge-url", "http://x/v1", "--judge-pairwise"], "--judge-url, --judge-pairwise without a judge: add --judge openai"),
-    *((["a", "--judge", "openai", "--judge-url", url], "not an address") for url in ("http://", "http://x:y/v1", "http://x y/v1", "http://[/")),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["a", "b/a"], "two models are called a: a and b/a; name them: first=a second=b/a"),
+        (["x/y=b"], "x/y=b: expected a folder"),
+        (["a", "--judge", "gpt"], "judge = 'gpt': expected one of none, openai, local"),
+        (["a", "--judge", "openai"], "set judge_url"),
+        (["a", "--template", "no question"], 'expected "chat" or a text with {question}'),
+        (["a", "--judge-max-cost", "5"], "set judge_price_in and judge_price_out"),
+        (["a", "--batch-sise", "5"], "unrecognized arguments"),
+        (
+            ["a", "--judge-url", "http://x/v1", "--judge-pairwise"],
+            "--judge-url, --judge-pairwise without a judge: add --judge openai",
+        ),
+        *(
+            (["a", "--judge", "openai", "--judge-url", url], "not an address")
+            for url in ("http://", "http://x:y/v1", "http://x y/v1", "http://[/")
+        ),
+    ],
+)
 def test_mistakes_are_named_before_anything_is_loaded(capsys, arguments, message):
     with pytest.raises(SystemExit) as end:
         mtbench.main(arguments)
@@ -79,10 +120,15 @@ def test_every_option_is_explained_where_its_field_is():
     assert all("--" + name.replace("_", "-") in page for name in fields) and "Exit codes" in page
 
 
-@pytest.mark.parametrize("file, content, message", [
-    ("config.json", b"5", "its config.json names no model_type"), ("config.json", b'{"model_type": "no-such"}', "can't load it: "),
-    ("model.safetensors", b"\x08\0\0\0\0\0\0\0{}", "can't load it: SafetensorError"), ("tokenizer.json", b"{}", "can't load it: "),
-])
+@pytest.mark.parametrize(
+    "file, content, message",
+    [
+        ("config.json", b"5", "its config.json names no model_type"),
+        ("config.json", b'{"model_type": "no-such"}', "can't load it: "),
+        ("model.safetensors", b"\x08\0\0\0\0\0\0\0{}", "can't load it: SafetensorError"),
+        ("tokenizer.json", b"{}", "can't load it: "),
+    ],
+)
 def test_a_damaged_model_folder_is_named(tmp_path, folders, capsys, file, content, message):
     shutil.copytree(folders["sft"], tmp_path / "m")
     (tmp_path / "m" / file).write_bytes(content)

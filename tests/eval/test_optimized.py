@@ -1,4 +1,5 @@
-"""PYTHONOPTIMIZE and python -O change nothing: guards stay, transformers loads, --help has its text."""
+"""PYTHONOPTIMIZE and python -O change nothing: guards stay, transformers loads, --help has its
+text."""
 
 import ast
 import os
@@ -27,13 +28,20 @@ for guard in (lambda: samples_are_whole(batch, [1], torch.tensor([True]), 2), la
 
 def run(level: str, *arguments: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONOPTIMIZE": level}
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
 
 
 def test_no_guard_is_an_assert():
     """``python -O`` leaves asserts out."""
-    found = [f"{path.relative_to(ROOT)}:{node.lineno}" for package in PACKAGES for path in (ROOT / package).rglob("*.py")
-             for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Assert)]
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Assert)
+    ]
     assert not found
 
 
@@ -52,5 +60,7 @@ def test_a_piece_of_the_chain_runs_at_the_highest_level(folders, tmp_path):
     """Conversion and evaluation as they are typed by hand."""
     done = run("2", "-m", "conversion.hf_to_megatron", str(folders["sft"]), str(tmp_path / "convert"))
     assert done.returncode == 0 and (tmp_path / "convert/latest").read_text() == "0\n", done.stderr
-    done = run("2", "-m", "eval.mtbench", f"sft={folders['sft']}", "--output", str(tmp_path / "out"), "--max-new-tokens", "2")
+    done = run(
+        "2", "-m", "eval.mtbench", f"sft={folders['sft']}", "--output", str(tmp_path / "out"), "--max-new-tokens", "2"
+    )
     assert done.returncode == 0 and (tmp_path / "out/report.html").is_file(), done.stderr

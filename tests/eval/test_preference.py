@@ -1,4 +1,5 @@
-"""A reward model as the measure of replies: its scores against a plain computation, win rates by hand."""
+"""A reward model as the measure of replies: its scores against a plain computation, win rates by
+hand."""
 
 import json
 import math
@@ -13,11 +14,16 @@ from eval.errors import DataError
 from eval.scores import reward_model
 from tests.eval.conftest import tokenizer
 
-PAIRS = [("\n\nHuman: Why?\n\nAssistant:", " Because."), ("\n\nHuman: What is it?\n\nAssistant:", " It is blue light."), ("A", "")]
+PAIRS = [
+    ("\n\nHuman: Why?\n\nAssistant:", " Because."),
+    ("\n\nHuman: What is it?\n\nAssistant:", " It is blue light."),
+    ("A", ""),
+]
 
 
 def test_scores_are_the_head_s_at_the_end_of_the_reply(judge, monkeypatch):
-    """One at a time, without padding, by the body's last hidden state; the prompt loses its head beyond the limit."""
+    """One at a time, without padding, by the body's last hidden state; the prompt loses its head
+    beyond the limit."""
     monkeypatch.setattr(reward_model, "TOKENS", 40)  # several batches
     model, words = BloomForSequenceClassification.from_pretrained(judge).eval(), tokenizer()
     for limit in (100, 4):
@@ -40,16 +46,21 @@ def test_win_rate_by_hand():
     assert made["score"]["sft"]["mean"] == 2.5 and set(made["win_rate"]) == {"a", "b"}
     assert made["win_rate"]["a"]["mean"] == (1 + 0.5 + 0 + 1) / 4 and made["win_rate"]["a"]["units"] == 4
     assert made["win_rate"]["b"] == {"mean": 0, "low": 0, "high": 0, "units": 4}
-    assert made["length_controlled"]["a"]["mean"] == pytest.approx(5 / 8) and made["length_controlled"]["b"]["mean"] == 0
+    assert (
+        made["length_controlled"]["a"]["mean"] == pytest.approx(5 / 8) and made["length_controlled"]["b"]["mean"] == 0
+    )
     assert reward_model.summary({}, {}, seed=0) == {"score": {}, "win_rate": {}, "length_controlled": {}}
 
 
 def test_a_judge_that_likes_only_shortness_prefers_nobody_at_equal_length():
-    """It prefers the shorter reply with a probability that rises with the difference, and the model's replies are mostly shorter."""
+    """It prefers the shorter reply with a probability that rises with the difference, and the
+    model's replies are mostly shorter."""
     draw, scored, replies = random.Random(0), {"sft": [], "rlhf": []}, {"sft": [], "rlhf": []}
     for index in range(600):
         longer = draw.randint(-60, 20)
-        won = draw.random() < 1 / (1 + math.exp(1.5 * math.tanh(longer / 23.7)))  # the standard deviation of -60 to 20 is 23.4
+        won = draw.random() < 1 / (
+            1 + math.exp(1.5 * math.tanh(longer / 23.7))
+        )  # the standard deviation of -60 to 20 is 23.4
         for name, score, length in (("sft", 0.0, 70), ("rlhf", 1.0 if won else -1.0, 70 + longer)):
             scored[name].append({"index": index, "sample": 0, "score": score})
             replies[name].append({"index": index, "sample": 0, "response": "x" * length})
@@ -59,9 +70,18 @@ def test_a_judge_that_likes_only_shortness_prefers_nobody_at_equal_length():
 
 
 def test_kept_replies_are_scored_by_iteration(judge, tmp_path, capsys):
-    """The last line of a reply counts; the first model's replies are iteration 0; bad arguments are named."""
-    rows = [{"iteration": at, "index": index, "response": reply} for at, index, reply in
-            ((4, 0, " torn by a crash"), (4, 0, " Because."), (4, 1, " It is blue light."), (8, 0, " air"), (8, 1, " air"))]
+    """The last line of a reply counts; the first model's replies are iteration 0; bad arguments are
+    named."""
+    rows = [
+        {"iteration": at, "index": index, "response": reply}
+        for at, index, reply in (
+            (4, 0, " torn by a crash"),
+            (4, 0, " Because."),
+            (4, 1, " It is blue light."),
+            (8, 0, " air"),
+            (8, 1, " air"),
+        )
+    ]
     (tmp_path / "replies.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     prompts, start = tmp_path / "heldout.jsonl", tmp_path / "sft.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt, _ in PAIRS))

@@ -21,7 +21,10 @@ def test_the_embedded_set_is_ours_and_complete():
     assert found.label == "Convoy questions"
     assert Counter(question.category for question in found.questions) == dict.fromkeys(CATEGORIES, 3)
     assert sorted(found.prompts) == sorted(
-        f"{name}{turn}" for name in ("pair-math-v1", "pair-v2", "single-math-v1", "single-v1") for turn in ("", "-multi-turn"))
+        f"{name}{turn}"
+        for name in ("pair-math-v1", "pair-v2", "single-math-v1", "single-v1")
+        for turn in ("", "-multi-turn")
+    )
     single.require(found)
     pairwise.require(found, ["a", "b"])
     assert "MT-Bench" not in (questions.EMBEDDED / "question.jsonl").read_text()
@@ -52,16 +55,25 @@ def test_a_fastchat_folder(tmp_path, inner):
     assert questions.load(str(tmp_path / inner)).label == "modified MT-Bench"
 
 
-@pytest.mark.parametrize("row, message", [
-    ({"question_id": 1, "category": "poetry", "turns": ["a", "b"]}, "category = 'poetry': expected one of coding"),
-    ({"question_id": 1, "category": "math", "turns": ["a"]}, "expected two non-empty strings"),
-    ({"question_id": 1, "turns": ["a", "b"]}, "has no 'category'"),
-    ({"question_id": 1, "category": "math", "turns": ["a", "b"], "reference": ["a"]}, "expected two strings, one a turn"),
-    ({"question_id": 1, "category": "math", "turns": ["a", "b"], "reference": 5}, "expected two strings, one a turn"),
-    ({"question_id": "1", "category": "math", "turns": ["a", "b"]}, "question_id = '1': expected a whole number"),
-    ({"question_id": [1], "category": "math", "turns": ["a", "b"]}, "question_id = [1]: expected a whole number"),
-    ({"question_id": 1, "category": "math", "turns": ["\ud800", "b"]}, "line 1: half a character"),
-])
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"question_id": 1, "category": "poetry", "turns": ["a", "b"]}, "category = 'poetry': expected one of coding"),
+        ({"question_id": 1, "category": "math", "turns": ["a"]}, "expected two non-empty strings"),
+        ({"question_id": 1, "turns": ["a", "b"]}, "has no 'category'"),
+        (
+            {"question_id": 1, "category": "math", "turns": ["a", "b"], "reference": ["a"]},
+            "expected two strings, one a turn",
+        ),
+        (
+            {"question_id": 1, "category": "math", "turns": ["a", "b"], "reference": 5},
+            "expected two strings, one a turn",
+        ),
+        ({"question_id": "1", "category": "math", "turns": ["a", "b"]}, "question_id = '1': expected a whole number"),
+        ({"question_id": [1], "category": "math", "turns": ["a", "b"]}, "question_id = [1]: expected a whole number"),
+        ({"question_id": 1, "category": "math", "turns": ["\ud800", "b"]}, "line 1: half a character"),
+    ],
+)
 def test_bad_questions_are_named(tmp_path, row, message):
     (tmp_path / "question.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(DataError, match="question.jsonl") as error:
@@ -76,13 +88,21 @@ def test_lines_that_python_cannot_read_are_named(tmp_path, line):
         questions.load(str(tmp_path))
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"name": None}, "name = None: expected text"), ({"system_prompt": 3}, "system_prompt = 3: expected text"),
-    ({"prompt_template": "{"}, "judge prompt single-v1: prompt_template"), ({"prompt_template": "{nobody}"}, "KeyError"),
-    ({"prompt_template": "{0}"}, "judge prompt single-v1"), ({"name": "another"}, "no judge prompt single-v1"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"name": None}, "name = None: expected text"),
+        ({"system_prompt": 3}, "system_prompt = 3: expected text"),
+        ({"prompt_template": "{"}, "judge prompt single-v1: prompt_template"),
+        ({"prompt_template": "{nobody}"}, "KeyError"),
+        ({"prompt_template": "{0}"}, "judge prompt single-v1"),
+        ({"name": "another"}, "no judge prompt single-v1"),
+    ],
+)
 def test_bad_judge_prompts_are_named_before_the_work(tmp_path, change, message):
-    (tmp_path / "question.jsonl").write_text('\ufeff{"question_id": 1, "category": "stem", "turns": ["a", "b"]}\n', encoding="utf-8")
+    (tmp_path / "question.jsonl").write_text(
+        '\ufeff{"question_id": 1, "category": "stem", "turns": ["a", "b"]}\n', encoding="utf-8"
+    )
     rows = [json.loads(line) for line in (questions.EMBEDDED / "judge_prompts.jsonl").read_text().splitlines()]
     changed = [row | change if row["name"] == "single-v1" else row for row in rows]
     (tmp_path / "judge_prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed))
@@ -111,7 +131,7 @@ def test_a_damaged_wheel_is_named(tmp_path):
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as wheel:
         wheel.writestr(inside, "a" * 1000)
     content = bytearray(path.read_bytes())
-    content[30 + len(inside):30 + len(inside) + 8] = b"\xff" * 8
+    content[30 + len(inside) : 30 + len(inside) + 8] = b"\xff" * 8
     path.write_bytes(bytes(content))
     with pytest.raises(DataError, match="bad.whl: can't be read"):
         questions.load(str(path))
@@ -142,13 +162,21 @@ def test_an_installed_instructlab_is_found_and_its_absence_named(tmp_path, monke
 
 @needs_wheel
 def test_corrected_references_replace_the_sets_and_are_printed(tmp_path):
-    """The name stays MT-Bench's: questions and prompts are; every title says whose references they are."""
+    """The name stays MT-Bench's: questions and prompts are; every title says whose references they
+    are."""
     corrected = tmp_path / "corrected.jsonl"
     corrected.write_text(json.dumps({"question_id": 111, "choices": [{"turns": ["area 3", "area 9"]}]}) + "\n")
     found, plain = questions.load(str(WHEEL), str(corrected)), questions.load(str(WHEEL))
     assert found.label == "MT-Bench" and (plain.references, found.references) == ("gpt-4", "gpt-4, 1 corrected")
     assert "corrected references" in found.sha256
-    changed = [one.question_id for one, other in zip(found.questions, plain.questions, strict=True) if one.reference != other.reference]
-    assert changed == [111] and next(one for one in found.questions if one.question_id == 111).reference == ("area 3", "area 9")
+    changed = [
+        one.question_id
+        for one, other in zip(found.questions, plain.questions, strict=True)
+        if one.reference != other.reference
+    ]
+    assert changed == [111] and next(one for one in found.questions if one.question_id == 111).reference == (
+        "area 3",
+        "area 9",
+    )
     with pytest.raises(DataError, match="nowhere.jsonl"):
         questions.load(str(WHEEL), str(tmp_path / "nowhere.jsonl"))

@@ -1,4 +1,5 @@
-"""The report of whole, half and strange runs; what it says of several; and the page itself in a real browser."""
+"""The report of whole, half and strange runs; what it says of several; and the page itself in a
+real browser."""
 
 import html
 import json
@@ -18,29 +19,87 @@ from eval.scores import gold_score, ratings, text_checks, win_rate
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 CATEGORIES = ("math", "math", "coding", "writing", "stem", "stem")
-QUESTIONS = [{"question_id": number, "category": category, "turns": [f"question {number}" + " needle" * (number == 3), "and then?"],
-              "reference": ["so", "and so"]} for number, category in enumerate(CATEGORIES, start=1)]
+QUESTIONS = [
+    {
+        "question_id": number,
+        "category": category,
+        "turns": [f"question {number}" + " needle" * (number == 3), "and then?"],
+        "reference": ["so", "and so"],
+    }
+    for number, category in enumerate(CATEGORIES, start=1)
+]
 IDS = [row["question_id"] for row in QUESTIONS]
 
 
 def evaluate(folder: Path, plus: int = 2, judged_by: str = "j", models: tuple = ("sft", "dpo")) -> None:
-    """An evaluation of two models, the second rated ``plus`` points higher, made by the same functions as the stage's."""
+    """An evaluation of two models, the second rated ``plus`` points higher, made by the same
+    functions as the stage's."""
     made, replies, rows, pairs = {}, {}, [], []
     for place, name in enumerate(models):
-        made[name] = [{"question_id": number, "answer_id": f"{name}{number}", "model_id": name, "choices": [
-            {"index": 0, "turns": [f"{name} says <b>{number}</b> " * (place + 1), ""], "finish": ["eos", "length"], "tokens": [5, 1]}]}
-            for number in IDS]
-        replies[name] = [{"index": i, "sample": 0, "prompt": f"\n\nHuman: {i}?\n\nAssistant:", "response": " yes", "tokens": [1, 2],
-                          "finish": "eos", "gold": (i + place) / 4} for i in range(3)]
-        rows += [{"question_id": number, "model": name, "judge": ["j", "single-v1"], "user_prompt": "",
-                  "judgment": f"[[{3 + place * plus}]]", "score": 3 + place * plus, "turn": turn, "tstamp": 0,
-                  "answer_id": f"{name}{number}", "judge_id": judged_by}
-                 for number in IDS for turn in (1, 2)]
+        made[name] = [
+            {
+                "question_id": number,
+                "answer_id": f"{name}{number}",
+                "model_id": name,
+                "choices": [
+                    {
+                        "index": 0,
+                        "turns": [f"{name} says <b>{number}</b> " * (place + 1), ""],
+                        "finish": ["eos", "length"],
+                        "tokens": [5, 1],
+                    }
+                ],
+            }
+            for number in IDS
+        ]
+        replies[name] = [
+            {
+                "index": i,
+                "sample": 0,
+                "prompt": f"\n\nHuman: {i}?\n\nAssistant:",
+                "response": " yes",
+                "tokens": [1, 2],
+                "finish": "eos",
+                "gold": (i + place) / 4,
+            }
+            for i in range(3)
+        ]
+        rows += [
+            {
+                "question_id": number,
+                "model": name,
+                "judge": ["j", "single-v1"],
+                "user_prompt": "",
+                "judgment": f"[[{3 + place * plus}]]",
+                "score": 3 + place * plus,
+                "turn": turn,
+                "tstamp": 0,
+                "answer_id": f"{name}{number}",
+                "judge_id": judged_by,
+            }
+            for number in IDS
+            for turn in (1, 2)
+        ]
     for number in IDS:
-        pairs += [{"question_id": number, "model_1": models[1], "model_2": models[0], "g1_winner": "model_1", "g2_winner": "model_1",
-                   "judge": ["j", "pair-v2"], "g1_user_prompt": "", "g1_judgment": "[[A]]", "g2_user_prompt": "", "g2_judgment": "[[B]]",
-                   "turn": turn, "tstamp": 0, "answer_ids": [f"{models[1]}{number}", f"{models[0]}{number}"], "judge_id": judged_by}
-                  for turn in (1, 2)]
+        pairs += [
+            {
+                "question_id": number,
+                "model_1": models[1],
+                "model_2": models[0],
+                "g1_winner": "model_1",
+                "g2_winner": "model_1",
+                "judge": ["j", "pair-v2"],
+                "g1_user_prompt": "",
+                "g1_judgment": "[[A]]",
+                "g2_user_prompt": "",
+                "g2_judgment": "[[B]]",
+                "turn": turn,
+                "tstamp": 0,
+                "answer_ids": [f"{models[1]}{number}", f"{models[0]}{number}"],
+                "judge_id": judged_by,
+            }
+            for turn in (1, 2)
+        ]
     for name in models:
         dump(folder / "model_answer" / f"{name}.jsonl", made[name])
         dump(folder / "heldout" / f"{name}.jsonl", replies[name])
@@ -49,41 +108,127 @@ def evaluate(folder: Path, plus: int = 2, judged_by: str = "j", models: tuple = 
     dump(folder / "question.jsonl", QUESTIONS)
     lengths = {(name, row["question_id"], turn): 1 for name in models for row in made[name] for turn in (1, 2)}
     kls = {models[1]: [{"index": i, "sample": 0, "kl": 0.5} for i in range(3)]}
-    write(folder / "results.json", json.dumps({
-        "questions": {"label": "MT-Bench", "source": "x", "count": 6, "references": "gpt-4", "sha256": {"question.jsonl": "ab" * 32}},
-        "template": "{question}", "stop": "", "models": dict.fromkeys(models, "0123456789abcdef"), "baseline": models[0], "seed": 0,
-        "max_new_tokens": 9,
-        "judge": {"kind": "openai", "requested": "j", "returned": [judged_by], "problem": "", "repeats": 1, "requests": 36,
-                  "tokens_in": 10, "tokens_out": 5, "cost": 0.25, "currency": "EUR"},
-        "scores": ratings.table(rows, {row["question_id"]: row["category"] for row in QUESTIONS}, models, 0),
-        "pairwise": win_rate.table(pairs, lengths, IDS, 0), "heldout": gold_score.summary(replies, kls, 0),
-        "checks": {"questions": {name: text_checks.check(text_checks.of_answers(given)) for name, given in made.items()}, "heldout": {}},
-        "reward_model": {}, "harness": {name: {"arc_tiny": {"metrics": {"acc": {"value": 0.25, "stderr": 0.1}}, "examples": 4}}
-                                        for name in models}, "harness_problem": "", "versions": {"python": "3"}}))
+    write(
+        folder / "results.json",
+        json.dumps(
+            {
+                "questions": {
+                    "label": "MT-Bench",
+                    "source": "x",
+                    "count": 6,
+                    "references": "gpt-4",
+                    "sha256": {"question.jsonl": "ab" * 32},
+                },
+                "template": "{question}",
+                "stop": "",
+                "models": dict.fromkeys(models, "0123456789abcdef"),
+                "baseline": models[0],
+                "seed": 0,
+                "max_new_tokens": 9,
+                "judge": {
+                    "kind": "openai",
+                    "requested": "j",
+                    "returned": [judged_by],
+                    "problem": "",
+                    "repeats": 1,
+                    "requests": 36,
+                    "tokens_in": 10,
+                    "tokens_out": 5,
+                    "cost": 0.25,
+                    "currency": "EUR",
+                },
+                "scores": ratings.table(rows, {row["question_id"]: row["category"] for row in QUESTIONS}, models, 0),
+                "pairwise": win_rate.table(pairs, lengths, IDS, 0),
+                "heldout": gold_score.summary(replies, kls, 0),
+                "checks": {
+                    "questions": {
+                        name: text_checks.check(text_checks.of_answers(given)) for name, given in made.items()
+                    },
+                    "heldout": {},
+                },
+                "reward_model": {},
+                "harness": {
+                    name: {"arc_tiny": {"metrics": {"acc": {"value": 0.25, "stderr": 0.1}}, "examples": 4}}
+                    for name in models
+                },
+                "harness_problem": "",
+                "versions": {"python": "3"},
+            }
+        ),
+    )
 
 
 def make_run(folder: Path, lr: float = 1e-3, **values) -> Path:
-    """A run with stages that nobody has heard of: "warm-up", and "dpo" where another chain has "rlhf"."""
+    """A run with stages that nobody has heard of: "warm-up", and "dpo" where another chain has
+    "rlhf"."""
     resources = {"dpo": {"nodes": 2, "gpus_per_node": 4}}
-    write(folder / "config.json", json.dumps({"run": {"name": folder.name, "id": folder.name + "-1", "recipe": "r", "profile": "p"},
-                                              "dpo": {"lr": lr, "beta": 0.1}, "resources": resources}))
-    events = [{"time": 10, "event": "started", "stage": "warm-up"}, {"time": 15, "event": "done", "stage": "warm-up", "class": "done"},
-              {"time": 20, "event": "started", "stage": "dpo"}, {"time": 50, "event": "requeued", "stage": "dpo", "class": "time limit"},
-              {"time": 60, "event": "submitted", "stage": "dpo"}, {"time": 100, "event": "started", "stage": "dpo"},
-              {"time": 160, "event": "done", "stage": "dpo", "class": "done"}, {"time": 170, "event": "started", "stage": "mtbench"}]
+    write(
+        folder / "config.json",
+        json.dumps(
+            {
+                "run": {"name": folder.name, "id": folder.name + "-1", "recipe": "r", "profile": "p"},
+                "dpo": {"lr": lr, "beta": 0.1},
+                "resources": resources,
+            }
+        ),
+    )
+    events = [
+        {"time": 10, "event": "started", "stage": "warm-up"},
+        {"time": 15, "event": "done", "stage": "warm-up", "class": "done"},
+        {"time": 20, "event": "started", "stage": "dpo"},
+        {"time": 50, "event": "requeued", "stage": "dpo", "class": "time limit"},
+        {"time": 60, "event": "submitted", "stage": "dpo"},
+        {"time": 100, "event": "started", "stage": "dpo"},
+        {"time": 160, "event": "done", "stage": "dpo", "class": "done"},
+        {"time": 170, "event": "started", "stage": "mtbench"},
+    ]
     dump(folder / "ledger.jsonl", events)
-    dump(folder / "warm-up/metrics.jsonl", [{"iteration": i, "total": 3, "time": i, "temperature_of_the_room": 20 + i} for i in (1, 2, 3)])
-    rows = [{"iteration": i, "total": 3, "time": i, "loss": 1 / i, "lr": lr, "kl": i / 10, "reward": float(i), "heldout_kl": i / 5,
-             "heldout_reward": i / 2, "seconds_forward": 2.0, "seconds_update": float(i), "tokens_per_second": 100.0 * i,
-             "peak_gb_update": 3.0 + i, "tokens_per_second_update": 9.0 * i, "odd_number": i,
-             "heldout_accuracy": 0.8, "heldout_accuracy_low": 0.7, "heldout_accuracy_high": 0.9, "longer_wins": 0.75, "shorter_wins": 0.25,
-             "heldout_accuracy_at_0.5": 0.6, "heldout_accuracy_at_0.9": 0.9} for i in (1, 2, 3)]
+    dump(
+        folder / "warm-up/metrics.jsonl",
+        [{"iteration": i, "total": 3, "time": i, "temperature_of_the_room": 20 + i} for i in (1, 2, 3)],
+    )
+    rows = [
+        {
+            "iteration": i,
+            "total": 3,
+            "time": i,
+            "loss": 1 / i,
+            "lr": lr,
+            "kl": i / 10,
+            "reward": float(i),
+            "heldout_kl": i / 5,
+            "heldout_reward": i / 2,
+            "seconds_forward": 2.0,
+            "seconds_update": float(i),
+            "tokens_per_second": 100.0 * i,
+            "peak_gb_update": 3.0 + i,
+            "tokens_per_second_update": 9.0 * i,
+            "odd_number": i,
+            "heldout_accuracy": 0.8,
+            "heldout_accuracy_low": 0.7,
+            "heldout_accuracy_high": 0.9,
+            "longer_wins": 0.75,
+            "shorter_wins": 0.25,
+            "heldout_accuracy_at_0.5": 0.6,
+            "heldout_accuracy_at_0.9": 0.9,
+        }
+        for i in (1, 2, 3)
+    ]
     dump(folder / "dpo/metrics.jsonl", rows)
     with open(folder / "dpo/metrics.jsonl", "a") as file:
         file.write('{"iteration": 4, "lo')
     write(folder / "dpo/status.json", json.dumps({"state": "done", "iteration": 3}))
-    write(folder / "dpo/DONE.json", json.dumps({"identity": "feed" * 16, "config_hash": "c0de" * 16, "outputs": {"a": {}},
-                                                "versions": {"torch": "2", "commit": "abc123"}}))
+    write(
+        folder / "dpo/DONE.json",
+        json.dumps(
+            {
+                "identity": "feed" * 16,
+                "config_hash": "c0de" * 16,
+                "outputs": {"a": {}},
+                "versions": {"torch": "2", "commit": "abc123"},
+            }
+        ),
+    )
     evaluate(folder / "mtbench", **values)
     return folder
 
@@ -102,9 +247,24 @@ def test_stages_and_their_numbers_are_what_the_folder_says(tmp_path):
     assert {"Loss, nats", "KL to the reference, nats a response", "Seconds of a phase", "Tokens a second"} <= titles
     assert "odd number" in others and not any("low" in title or " at " in title for title in others)
     text = text_of({"one": run})
-    for expected in ("warm-up, by iteration", "temperature of the room", "dpo, by iteration", "MT-Bench, sft → dpo", "3.00 → 5.00",
-                     "commit abc123", "manifest feedfeedfeed", "1 min 30 s", "arc_tiny", "0.2500", "36 judgments", "0.25 EUR",
-                     "dpo says <b>1</b>", "cut at the limit", "Reward against distance", "dpo.beta"):
+    for expected in (
+        "warm-up, by iteration",
+        "temperature of the room",
+        "dpo, by iteration",
+        "MT-Bench, sft → dpo",
+        "3.00 → 5.00",
+        "commit abc123",
+        "manifest feedfeedfeed",
+        "1 min 30 s",
+        "arc_tiny",
+        "0.2500",
+        "36 judgments",
+        "0.25 EUR",
+        "dpo says <b>1</b>",
+        "cut at the limit",
+        "Reward against distance",
+        "dpo.beta",
+    ):
         assert expected in text, expected
 
 
@@ -123,19 +283,31 @@ def test_a_run_that_has_just_begun_and_a_folder_that_is_none(tmp_path):
 
 
 def test_time_and_memory_by_hand(tmp_path):
-    """warm-up 5 s; dpo 30 + 60 s on 2 x 4 ranks = 0.2 rank hours, seconds 2 and (1 + 2 + 3) / 3 an iteration, tokens' median 200."""
+    """warm-up 5 s; dpo 30 + 60 s on 2 x 4 ranks = 0.2 rank hours, seconds 2 and (1 + 2 + 3) / 3 an
+    iteration, tokens' median 200."""
     rows = {row["name"]: row for row in run_facts.stage_rows(run_folder.collect(make_run(tmp_path / "one")))}
     assert rows["warm-up"]["seconds"] == 5 and rows["mtbench"]["seconds"] is None and rows["warm-up"]["ranks"] is None
     dpo = rows["dpo"]
     assert (dpo["seconds"], dpo["attempts"], dpo["ranks"], dpo["rank_hours"]) == (90, 2, 8, 0.2)
-    assert dpo["phases"] == {"forward": {"seconds": 2.0, "tokens_per_second": None, "memory_gb": None},
-                             "update": {"seconds": 2.0, "tokens_per_second": 18.0, "memory_gb": 6.0}}
+    assert dpo["phases"] == {
+        "forward": {"seconds": 2.0, "tokens_per_second": None, "memory_gb": None},
+        "update": {"seconds": 2.0, "tokens_per_second": 18.0, "memory_gb": 6.0},
+    }
     assert dpo["memory_gb"] == 6.0 and dpo["tokens_per_second"] == 200
 
 
 def test_accuracy_is_held_against_every_floor():
-    row = {"iteration": 5, "heldout_accuracy": 0.8, "heldout_accuracy_low": 0.74, "heldout_accuracy_high": 0.85, "shorter_wins": 0.7}
-    assert reward_accuracy.of_rows([row])["above"] and reward_accuracy.of_rows([row])["floors"] == {"chance": 0.5, "shorter wins": 0.7}
+    row = {
+        "iteration": 5,
+        "heldout_accuracy": 0.8,
+        "heldout_accuracy_low": 0.74,
+        "heldout_accuracy_high": 0.85,
+        "shorter_wins": 0.7,
+    }
+    assert reward_accuracy.of_rows([row])["above"] and reward_accuracy.of_rows([row])["floors"] == {
+        "chance": 0.5,
+        "shorter wins": 0.7,
+    }
     assert not reward_accuracy.of_rows([row | {"longer_wins": 0.75}])["above"]
     assert reward_accuracy.of_rows([{"iteration": 1, "loss": 2.0}]) is None
 
@@ -147,14 +319,25 @@ def test_runs_judged_alike_stand_in_one_table(tmp_path, capsys):
     assert folder.name == "report-one-two"
     written = json.loads((folder / "results.json").read_text())
     table = written["scores"]
-    assert set(written["heldout"]["gold"]) == set(written["checks"]["questions"]) == set(written["harness"]) == set(table["models"])
+    assert (
+        set(written["heldout"]["gold"])
+        == set(written["checks"]["questions"])
+        == set(written["harness"])
+        == set(table["models"])
+    )
     assert {name: row["micro"]["mean"] for name, row in table["models"].items()} == {
-        "one/sft": 3, "one/dpo": 5, "two/sft": 3, "two/dpo": 7}
+        "one/sft": 3,
+        "one/dpo": 5,
+        "two/sft": 3,
+        "two/dpo": 7,
+    }
     assert table["differences"]["two/dpo"]["micro"]["mean"] == 4 and table["baseline"] == "one/sft"
     assert "two/dpo − one/sft,+4.00" in (folder / "table.csv").read_text()
     found = report.collect([one, two])
     assert run_facts.differences(list(found.values())) == [("dpo.lr", ["0.001", "0.0005"])]
-    lacking = run_folder.Run("three", tmp_path, {name: value for name, value in found["one"].config.items() if name != "dpo"})
+    lacking = run_folder.Run(
+        "three", tmp_path, {name: value for name, value in found["one"].config.items() if name != "dpo"}
+    )
     assert run_facts.differences([found["one"], lacking]) == [("dpo", ["2 keys", "-"])]
     text = text_of(found)
     assert "what differs" in text and "0.0005" in text and "0.50 EUR" in text and "two, held out" in text
@@ -162,7 +345,8 @@ def test_runs_judged_alike_stand_in_one_table(tmp_path, capsys):
 
 
 def test_a_stage_taken_from_another_run_is_shown_once(tmp_path):
-    """With --reuse a run has another one's stage, its metrics among it; nothing of it is counted a second time."""
+    """With --reuse a run has another one's stage, its metrics among it; nothing of it is counted a
+    second time."""
     one, two = make_run(tmp_path / "one"), make_run(tmp_path / "two", lr=5e-4)
     shutil.rmtree(two / "warm-up")
     shutil.copytree(one / "warm-up", two / "warm-up")
@@ -181,7 +365,9 @@ def test_runs_judged_differently_do_not(tmp_path):
     found = report.collect([make_run(tmp_path / "a/x"), make_run(tmp_path / "b/x", judged_by="another")])
     assert list(found) == ["a/x", "b/x"]
     made, different = report.blocks(report.evaluations(found))
-    assert [block["name"] for block in made] == ["a/x", "b/x"] and different == ["judge returned differs: a/x: ['j']; b/x: ['another']"]
+    assert [block["name"] for block in made] == ["a/x", "b/x"] and different == [
+        "judge returned differs: a/x: ['j']; b/x: ['another']"
+    ]
     assert "These runs were judged differently" in text_of(found)
 
 
@@ -190,11 +376,18 @@ def test_the_browser_shows_ratings_verdicts_and_how_far_models_are_apart(tmp_pat
     found = answer_browser.questions(report.evaluations(report.collect([tmp_path])))
     assert [entry["id"] for entry in found] == IDS and found[0]["apart"] == 2
     turn = found[0]["turns"][0]
-    assert turn["reference"] == "so" and [row["score"] for row in turn["answers"]["dpo"]["ratings"]] == [5] and len(turn["verdicts"]) == 1
+    assert (
+        turn["reference"] == "so"
+        and [row["score"] for row in turn["answers"]["dpo"]["ratings"]] == [5]
+        and len(turn["verdicts"]) == 1
+    )
     stale = single.judgment_path(str(tmp_path), "j")
     dump(stale, [row | {"answer_id": "of another answer"} for row in run_folder.lines(stale)])
     assert answer_browser.questions(report.evaluations(report.collect([tmp_path])))[0]["apart"] is None
-    assert pairwise.row_place(run_folder.lines(single.judgment_path(str(tmp_path), "j", "pair"))[0])[1:3] == ("dpo", "sft")
+    assert pairwise.row_place(run_folder.lines(single.judgment_path(str(tmp_path), "j", "pair"))[0])[1:3] == (
+        "dpo",
+        "sft",
+    )
 
 
 PARENT = """<body><iframe src="page.html" style="width:390px;height:800px"></iframe>
@@ -206,24 +399,50 @@ addEventListener("message", event => { document.getElementById("out").textConten
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (apt-get install chromium)")
 @pytest.mark.parametrize("dark", [False, True])
 def test_in_a_browser_nothing_leaves_the_page_and_nobody_stumbles(tmp_path, dark):
-    """On a phone's and a desk's width: no console message, no request, and page_checks.js finds nothing."""
+    """On a phone's and a desk's width: no console message, no request, and page_checks.js finds
+    nothing."""
     page = report.page(report.collect([make_run(tmp_path / "one"), make_run(tmp_path / "two", plus=3)]))
     script = (Path(__file__).parent / "page_checks.js").read_text()
     write(tmp_path / "page.html", page.replace("</body>", f"<script>{{\n{script}\n}}</script></body>"))
     write(tmp_path / "parent.html", PARENT)
     done = subprocess.run(
-        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--dump-dom",
-         f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--virtual-time-budget=20000", "--window-size=1700,900",
-         f"--log-net-log={tmp_path / 'net.json'}", f"--blink-settings=preferredColorScheme={0 if dark else 1}",
-         (tmp_path / "parent.html").as_uri()],
-        capture_output=True, text=True, timeout=120, check=True)
+        [
+            CHROMIUM,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--no-first-run",
+            "--dump-dom",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--enable-logging=stderr",
+            "--virtual-time-budget=20000",
+            "--window-size=1700,900",
+            f"--log-net-log={tmp_path / 'net.json'}",
+            f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+            (tmp_path / "parent.html").as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     assert console == []
-    said = [json.loads(line) for line in html.unescape(done.stdout.split('<pre id="out">')[1].split("</pre>")[0]).splitlines()]
-    assert [(one["found"], one["dark"]) for one in said] == [([], dark)] * 2 and {one["width"] for one in said} == {390, 1280}
+    said = [
+        json.loads(line)
+        for line in html.unescape(done.stdout.split('<pre id="out">')[1].split("</pre>")[0]).splitlines()
+    ]
+    assert [(one["found"], one["dark"]) for one in said] == [([], dark)] * 2 and {one["width"] for one in said} == {
+        390,
+        1280,
+    }
     net = (tmp_path / "net.json").read_text().splitlines()
-    assert any('"initiator":' in line for line in net)  # the browser's own requests: its updates, the time
-    assert not [line for line in net if '"initiator":' in line and "file://" in line and re.search('"url":"(http|ws)', line)]
+    # the browser's own requests: its updates, the time
+    assert any('"initiator":' in line for line in net)
+    assert not [
+        line for line in net if '"initiator":' in line and "file://" in line and re.search('"url":"(http|ws)', line)
+    ]
 
 
 def test_a_row_may_hold_any_line_separator_of_unicode(tmp_path):
@@ -235,8 +454,10 @@ def test_a_row_may_hold_any_line_separator_of_unicode(tmp_path):
 def test_results_of_an_older_version_are_named(tmp_path, capsys):
     evaluate(tmp_path)
     results = run_folder.read_json(tmp_path / "results.json")
-    for old, absent in (({k: v for k, v in results.items() if k != "pairwise"}, "no pairwise: "),
-                        (results | {"judge": {"requested": "j"}}, "no judge.cost, judge.currency")):
+    for old, absent in (
+        ({k: v for k, v in results.items() if k != "pairwise"}, "no pairwise: "),
+        (results | {"judge": {"requested": "j"}}, "no judge.cost, judge.currency"),
+    ):
         write(tmp_path / "results.json", json.dumps(old))
         assert report.main([str(tmp_path)]) == 65
         said = capsys.readouterr().err
@@ -269,10 +490,17 @@ def test_scores_by_different_reward_models_are_marked(tmp_path):
 def test_rows_of_other_tools_are_left_out(tmp_path):
     evaluate(tmp_path)
     before = report.page(report.collect([tmp_path]))
-    for path in ("question.jsonl", "model_answer/sft.jsonl", "heldout/sft.jsonl",
-                 *(f"model_judgment/j_{kind}.jsonl" for kind in ("single", "pair"))):
+    for path in (
+        "question.jsonl",
+        "model_answer/sft.jsonl",
+        "heldout/sft.jsonl",
+        *(f"model_judgment/j_{kind}.jsonl" for kind in ("single", "pair")),
+    ):
         rows = run_folder.lines(tmp_path / path)
-        dump(tmp_path / path, [{"question_id": 1, "answer_id": "sft1", "index": 0, "sample": 0, "turn": 1, "model": "sft"}, *rows, {}])
+        dump(
+            tmp_path / path,
+            [{"question_id": 1, "answer_id": "sft1", "index": 0, "sample": 0, "turn": 1, "model": "sft"}, *rows, {}],
+        )
     assert report.page(report.collect([tmp_path])) == before
 
 

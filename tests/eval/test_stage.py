@@ -25,23 +25,50 @@ ROOT = Path(__file__).parents[2]
 
 
 def prepare(folder: Path, models: dict, **values) -> Path:
-    """A run folder with four held-out prompts and the three trainers' metrics; returns the stage's config.json."""
+    """A run folder with four held-out prompts and the three trainers' metrics; returns the stage's
+    config.json."""
     run = folder / "nice <run>"
     for stage in ("sft", "reward", "rlhf", "mtbench"):
         (run / stage).mkdir(parents=True)
     rubric = {"must": ["a"], "must_not": ["the"], "max_words": 9}
-    (run / "heldout.jsonl").write_text("".join(json.dumps(
-        {"prompt": f"\n\nHuman: <script>alert({i})</script> & why?\n\nAssistant:", "rubric": rubric}) + "\n" for i in range(4)))
-    metrics = {"sft": {"loss": 2.5, "heldout_loss": 2.25, "unigram_entropy": 4.5}, "rlhf": {"reward": 1.0, "kl": 2.0, "eos_rate": 0.5},
-               "reward": {"accuracy": 0.9, "heldout_accuracy": 0.875, "heldout_accuracy_low": 0.81, "heldout_accuracy_high": 0.92,
-                          "heldout_margin": 1.5, "shorter_wins": 0.5625}}
+    (run / "heldout.jsonl").write_text(
+        "".join(
+            json.dumps({"prompt": f"\n\nHuman: <script>alert({i})</script> & why?\n\nAssistant:", "rubric": rubric})
+            + "\n"
+            for i in range(4)
+        )
+    )
+    metrics = {
+        "sft": {"loss": 2.5, "heldout_loss": 2.25, "unigram_entropy": 4.5},
+        "rlhf": {"reward": 1.0, "kl": 2.0, "eos_rate": 0.5},
+        "reward": {
+            "accuracy": 0.9,
+            "heldout_accuracy": 0.875,
+            "heldout_accuracy_low": 0.81,
+            "heldout_accuracy_high": 0.92,
+            "heldout_margin": 1.5,
+            "shorter_wins": 0.5625,
+        },
+    }
     for stage, row in metrics.items():
         lines = [{"iteration": i, "total": 2, "time": 0.0} | row for i in (1, 2)]
-        (run / stage / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"iteration": 3, "lo')
-    config = {"paths": {"output": str(run / "mtbench"), "models": {name: str(path) for name, path in models.items()},
-                        "heldout": str(run / "heldout.jsonl"), "stages": {stage: str(run / stage) for stage in metrics},
-                        "report": str(run / "report.html")},
-              "max_new_tokens": 6, "heldout_max_new_tokens": 6, "batch_size": 8, "judge_key_variable": "JUDGE_KEY", **values}
+        (run / stage / "metrics.jsonl").write_text(
+            "".join(json.dumps(line) + "\n" for line in lines) + '{"iteration": 3, "lo'
+        )
+    config = {
+        "paths": {
+            "output": str(run / "mtbench"),
+            "models": {name: str(path) for name, path in models.items()},
+            "heldout": str(run / "heldout.jsonl"),
+            "stages": {stage: str(run / stage) for stage in metrics},
+            "report": str(run / "report.html"),
+        },
+        "max_new_tokens": 6,
+        "heldout_max_new_tokens": 6,
+        "batch_size": 8,
+        "judge_key_variable": "JUDGE_KEY",
+        **values,
+    }
     path = run / "mtbench" / "config.json"
     path.write_text(json.dumps(config))
     return path
@@ -55,7 +82,8 @@ def done(folders, judge, tmp_path_factory) -> Path:
 
 
 def reuse(done: Path, config: Path) -> str:
-    """Copy what the models of ``done`` have said beside ``config``; returns the path of ``config`` for ``main``."""
+    """Copy what the models of ``done`` have said beside ``config``; returns the path of ``config``
+    for ``main``."""
     for name in ("model_answer", "heldout"):
         shutil.copytree(done.parent / name, config.parent / name)
     return str(config)
@@ -69,7 +97,10 @@ def test_answers_are_in_fastchats_schema(done):
     for name in ("sft", "rlhf"):
         rows = read(done.parent / "model_answer" / f"{name}.jsonl")
         assert [row["question_id"] for row in rows] == list(range(1, 25))
-        assert all(set(row) >= {"question_id", "answer_id", "model_id", "choices", "tstamp"} and row["model_id"] == name for row in rows)
+        assert all(
+            set(row) >= {"question_id", "answer_id", "model_id", "choices", "tstamp"} and row["model_id"] == name
+            for row in rows
+        )
         assert all(row["choices"][0]["index"] == 0 and len(row["choices"][0]["turns"]) == 2 for row in rows)
 
 
@@ -84,13 +115,25 @@ def test_results_hold_the_numbers(done):
     kl = [row["kl"] for row in read(done.parent / "heldout/kl/rlhf.jsonl")]
     assert found["heldout"]["kl"]["rlhf"]["mean"] == pytest.approx(sum(kl) / 4)
     gold = {name: [row["gold"] for row in read(done.parent / f"heldout/{name}.jsonl")] for name in ("sft", "rlhf")}
-    assert found["heldout"]["gold_difference"]["rlhf"]["mean"] == pytest.approx((sum(gold["rlhf"]) - sum(gold["sft"])) / 4)
-    score = {name: {row["index"]: row["score"] for row in read(done.parent / f"heldout/score/{name}.jsonl")} for name in gold}
-    won = [(score["rlhf"][index] > score["sft"][index]) + (score["rlhf"][index] == score["sft"][index]) / 2 for index in range(4)]
+    assert found["heldout"]["gold_difference"]["rlhf"]["mean"] == pytest.approx(
+        (sum(gold["rlhf"]) - sum(gold["sft"])) / 4
+    )
+    score = {
+        name: {row["index"]: row["score"] for row in read(done.parent / f"heldout/score/{name}.jsonl")} for name in gold
+    }
+    won = [
+        (score["rlhf"][index] > score["sft"][index]) + (score["rlhf"][index] == score["sft"][index]) / 2
+        for index in range(4)
+    ]
     assert found["heldout"]["score"]["sft"]["mean"] == pytest.approx(sum(score["sft"].values()) / 4)
-    assert found["heldout"]["win_rate"]["rlhf"]["mean"] == sum(won) / 4 and set(found["heldout"]["win_rate"]) == {"rlhf"}
+    assert found["heldout"]["win_rate"]["rlhf"]["mean"] == sum(won) / 4 and set(found["heldout"]["win_rate"]) == {
+        "rlhf"
+    }
     assert 0 <= found["heldout"]["length_controlled"]["rlhf"]["mean"] <= 1
-    assert len(set(found["heldout"]["scored_by"].values())) == 1 and set(found["heldout"]["scored_by"]) == {"sft", "rlhf"}
+    assert len(set(found["heldout"]["scored_by"].values())) == 1 and set(found["heldout"]["scored_by"]) == {
+        "sft",
+        "rlhf",
+    }
     assert "By the reward model of the evaluation" in (done.parents[1] / "report.html").read_text()
     assert found["reward_model"]["reward"]["accuracy"] == 0.875 and found["reward_model"]["reward"]["iteration"] == 2
     assert found["checks"]["questions"]["sft"]["texts"] == 48 and found["scores"] is None
@@ -101,7 +144,8 @@ def test_without_a_judge_the_table_is_what_is_missing_and_no_number(done):
     assert "Convoy questions · judge: none" in table and "no score" in table and "mtbench.judge_url" in table
     assert re.findall(r"\d+\.\d+", table) == [] and "MT-Bench" not in table
     assert (done.parent / "table.csv").read_text().splitlines() == [
-        "Model,Coding,Extraction,Humanities,Math,Reasoning,Roleplay,STEM,Writing,Avg,Macro,Valid"]
+        "Model,Coding,Extraction,Humanities,Math,Reasoning,Roleplay,STEM,Writing,Avg,Macro,Valid"
+    ]
 
 
 class Page(html.parser.HTMLParser):
@@ -121,7 +165,11 @@ def test_the_report_is_one_page_that_loads_nothing(done):
     source = (done.parent.parent / "report.html").read_text()
     page = Page()
     page.feed(source)
-    links = [value for name, value in page.attributes if name in ("src", "href", "xlink:href", "srcset", "action", "data", "poster")]
+    links = [
+        value
+        for name, value in page.attributes
+        if name in ("src", "href", "xlink:href", "srcset", "action", "data", "poster")
+    ]
     assert links and all(link.startswith("#") for link in links)
     assert "@import" not in source and all(place.startswith("#") for place in re.findall(r"url\(([^)]*)\)", source))
     assert not page.tags & {"link", "iframe", "img", "object", "embed", "base"}
@@ -133,10 +181,24 @@ def test_the_report_escapes_and_says_what_there_is(done):
     source = (done.parent.parent / "report.html").read_text()
     page = Page()
     page.feed(source)
-    assert "<script>alert(0)</script> & why?" in page.text and "&lt;script&gt;alert(0)" in source and "nice &lt;run&gt;" in source
+    assert (
+        "<script>alert(0)</script> & why?" in page.text
+        and "&lt;script&gt;alert(0)" in source
+        and "nice &lt;run&gt;" in source
+    )
     assert "No judge has rated the answers" in page.text and "MT-Bench" not in page.text
-    for text in ("87.5%", "81.0%, 92.0%", "56.2%", "2.250", "4.500", "KL(rlhf ‖ sft)", "Loss, nats",
-                 "Margin, chosen less rejected", "KL to the reference, nats a response", "Shares of responses"):
+    for text in (
+        "87.5%",
+        "81.0%, 92.0%",
+        "56.2%",
+        "2.250",
+        "4.500",
+        "KL(rlhf ‖ sft)",
+        "Loss, nats",
+        "Margin, chosen less rejected",
+        "KL to the reference, nats a response",
+        "Shares of responses",
+    ):
         assert text in page.text, text
     assert 'class="radar"' not in source
 
@@ -147,14 +209,21 @@ def test_a_model_may_be_called_as_another_ones_kl_once_was(done, folders, tmp_pa
     reuse(done, config)
     for name in ("model_answer", "heldout"):
         rows = read(config.parent / name / "rlhf.jsonl")
-        dump(config.parent / name / "rlhf_kl.jsonl", [row | ({"model_id": "rlhf_kl"} if "model_id" in row else {}) for row in rows])
+        dump(
+            config.parent / name / "rlhf_kl.jsonl",
+            [row | ({"model_id": "rlhf_kl"} if "model_id" in row else {}) for row in rows],
+        )
     assert main([str(config)]) == 0
     found = json.loads((config.parent / "results.json").read_text())["heldout"]["kl"]
     assert found["rlhf"] == found["rlhf_kl"] and len(read(config.parent / "heldout/rlhf_kl.jsonl")) == 4
 
 
 def test_a_second_start_makes_nothing_and_writes_the_same_page(done, monkeypatch):
-    before = {path: path.read_bytes() for path in done.parent.parent.rglob("*") if path.is_file() and path.name != "metrics.jsonl"}
+    before = {
+        path: path.read_bytes()
+        for path in done.parent.parent.rglob("*")
+        if path.is_file() and path.name != "metrics.jsonl"
+    }
     monkeypatch.setattr("eval.answers.generation.load", None)  # a call would fail
     assert main([str(done)]) == 0
     assert {path: path.read_bytes() for path in before} == before
@@ -166,14 +235,22 @@ def test_only_what_is_missing_or_torn_is_made_again(done, folders, tmp_path):
     torn = config.parent / "model_answer/rlhf.jsonl"
     torn.write_bytes(torn.read_bytes()[:-20])
     assert main([str(config)]) == 0
-    assert without_time(config.parent / "model_answer/rlhf.jsonl") == without_time(done.parent / "model_answer/rlhf.jsonl")
-    assert (config.parent / "model_answer/sft.jsonl").read_bytes() == (done.parent / "model_answer/sft.jsonl").read_bytes()
+    assert without_time(config.parent / "model_answer/rlhf.jsonl") == without_time(
+        done.parent / "model_answer/rlhf.jsonl"
+    )
+    assert (config.parent / "model_answer/sft.jsonl").read_bytes() == (
+        done.parent / "model_answer/sft.jsonl"
+    ).read_bytes()
 
 
 def test_a_signal_stops_it_with_75_and_the_next_start_ends_where_an_unbroken_run_would(done, folders, tmp_path):
     config = prepare(tmp_path, folders, batch_size=1)
-    process = subprocess.Popen([sys.executable, "-m", "eval", str(config)], cwd=ROOT, stdout=subprocess.DEVNULL,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(
+        [sys.executable, "-m", "eval", str(config)],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     progress = config.parent / "metrics.jsonl"
     deadline = time.monotonic() + 60
     while not progress.exists() and time.monotonic() < deadline:
@@ -186,32 +263,51 @@ def test_a_signal_stops_it_with_75_and_the_next_start_ends_where_an_unbroken_run
 
 
 START = "import sys; from eval.evaluation import main; sys.exit(main(sys.argv[1:]))"
-ELSEWHERE = ("""import pathlib
+ELSEWHERE = (
+    """import pathlib
 glob = pathlib.Path.glob
 pathlib.Path.glob = lambda self, pattern: (path for path in glob(self, pattern) if "rank-1" not in str(path))
-""", """from eval.files import fingerprint
+""",
+    """from eval.files import fingerprint
 fingerprint.of_model = None
-""")
-"""On two nodes rank 0's listing of a folder does not show what rank 1 has just written; rank 1 must not hash any model."""
+""",
+)
+"""On two nodes rank 0's listing of a folder does not show what rank 1 has just written; rank 1 must
+not hash any model."""
 
 
 def test_two_ranks_make_what_one_makes(done, folders, judge, tmp_path):
-    """From what an earlier start on other ranks has left, too: a part file is taken over, and gone in the end."""
+    """From what an earlier start on other ranks has left, too: a part file is taken over, and gone
+    in the end."""
     config = prepare(tmp_path, folders, reward_model=str(judge))
     rows = read(done.parent / "model_answer/sft.jsonl")
     dump(config.parent / "model_answer/rank-5/sft.jsonl", rows[7:9])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    common = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    ranks = [subprocess.Popen([sys.executable, "-c", ELSEWHERE[rank] + START, str(config)], cwd=ROOT, text=True,
-                              env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE)
-             for rank in (0, 1)]
+    common = os.environ | {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", ELSEWHERE[rank] + START, str(config)],
+            cwd=ROOT,
+            text=True,
+            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+        )
+        for rank in (0, 1)
+    ]
     said = [rank.communicate(timeout=280)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0]
     for name in ("model_answer/sft", "model_answer/rlhf", "heldout/sft", "heldout/rlhf"):
         assert without_time(config.parent / f"{name}.jsonl") == without_time(done.parent / f"{name}.jsonl")
-    assert not list(config.parent.rglob("rank-*")) and "questions answered: 24/24" in said[0] and "answered" not in said[1]
+    assert (
+        not list(config.parent.rglob("rank-*")) and "questions answered: 24/24" in said[0] and "answered" not in said[1]
+    )
     for name, field in (("kl/rlhf", "kl"), ("score/rlhf", "score")):
         mine, alone = (read(place.parent / f"heldout/{name}.jsonl") for place in (config, done))
         assert [row[field] for row in mine] == pytest.approx([row[field] for row in alone], abs=1e-5)
@@ -227,7 +323,10 @@ def test_judged_from_end_to_end(done, folders, tmp_path, serve, capsys):  # noqa
     assert found["scores"]["models"]["sft"]["micro"]["mean"] == 6 and found["judge"]["returned"] == ["judge-0613"]
     page = Page()
     page.feed((config.parents[1] / "report.html").read_text())
-    assert "Convoy questions · judge: judge-0613 · references: own" in page.text and "valid ratings: sft 48/48; rlhf 48/48" in page.text
+    assert (
+        "Convoy questions · judge: judge-0613 · references: own" in page.text
+        and "valid ratings: sft 48/48; rlhf 48/48" in page.text
+    )
     assert "6.00" in page.text and "0 won, 24 tied, 0 lost" in page.text and "Roleplay" in page.text
     assert read(config.parent / "metrics.jsonl")[-1]["iteration"] == 2 * (24 + 4 + 48) + 4
     assert "ratings: 96/96" in capsys.readouterr().out
@@ -244,21 +343,32 @@ def test_the_coverage_gate_is_exit_4_and_a_refused_key_exit_1(done, folders, tmp
     server = serve(good(), rest=good("no rating"))
     config = prepare(tmp_path / "gate", folders, judge="openai", judge_url=server.url)
     assert main([reuse(done, config)]) == 4 and words()["class"] == "too few ratings"
-    assert "sft: no average, because 0 of 48 ratings are valid (48 unparsed)" in (config.parent / "table.md").read_text()
+    assert (
+        "sft: no average, because 0 of 48 ratings are valid (48 unparsed)" in (config.parent / "table.md").read_text()
+    )
     server = serve(*[good()] * 6, rest=(401, {}, ""))
-    config = prepare(tmp_path / "key", folders, judge="openai", judge_url=server.url, judge_concurrency=1, judge_price_out=1.0)
+    config = prepare(
+        tmp_path / "key", folders, judge="openai", judge_url=server.url, judge_concurrency=1, judge_price_out=1.0
+    )
     assert main([reuse(done, config)]) == 1 and words()["class"] == "judge"
     found = json.loads((config.parent / "results.json").read_text())
-    assert found["judge"]["requests"] == 5 and found["judge"]["cost"] > 0 and found["scores"] is None  # paid for, but no average
+    assert (
+        found["judge"]["requests"] == 5 and found["judge"]["cost"] > 0 and found["scores"] is None
+    )  # paid for, but no average
     assert "check the key in JUDGE_KEY" in capsys.readouterr().err
     assert "could not be used" in (config.parents[1] / "report.html").read_text()
 
 
-@pytest.mark.parametrize("change, code, message", [
-    ({"judge": "gpt"}, 64, "judge = 'gpt'"), ({"context_length": 5}, 64, "context_length = 5"), ({"nonsense": 1}, 64, "nonsense"),
-    ({"judge": "openai", "judge_url": "ftp://x"}, 64, "judge_url = 'ftp://x'"),
-    ({"questions": "nowhere"}, 65, 'mtbench.questions = "nowhere"'),
-])
+@pytest.mark.parametrize(
+    "change, code, message",
+    [
+        ({"judge": "gpt"}, 64, "judge = 'gpt'"),
+        ({"context_length": 5}, 64, "context_length = 5"),
+        ({"nonsense": 1}, 64, "nonsense"),
+        ({"judge": "openai", "judge_url": "ftp://x"}, 64, "judge_url = 'ftp://x'"),
+        ({"questions": "nowhere"}, 65, 'mtbench.questions = "nowhere"'),
+    ],
+)
 def test_bad_input_is_named(folders, tmp_path, capsys, change, code, message, words):
     assert main([str(prepare(tmp_path, folders, **change))]) == code
     assert words()["class"] == {64: "bad config", 65: "bad data"}[code] and message in words()["message"]
@@ -271,13 +381,22 @@ def test_a_model_that_is_not_there_is_named(folders, tmp_path, capsys):
     assert main([]) == 64
 
 
-@pytest.mark.parametrize("error, kind, code", [
-    (KeyError("categories"), "bug", 1), (ImportError("no BloomForCausalLM"), "bug", 1),
-    (OSError(errno.ENOSPC, "No space left on device"), "disk full", 74), (OSError(errno.EIO, "Input/output error"), "node failure", 1),
-    (PermissionError(errno.EACCES, "Permission denied"), "file error", 73), (ValueError("no Args in the docstring"), "bad data", 65),
-])
-def test_an_error_on_the_way_is_what_it_is_and_not_the_data_s(folders, tmp_path, monkeypatch, capsys, words, error, kind, code):
+@pytest.mark.parametrize(
+    "error, kind, code",
+    [
+        (KeyError("categories"), "bug", 1),
+        (ImportError("no BloomForCausalLM"), "bug", 1),
+        (OSError(errno.ENOSPC, "No space left on device"), "disk full", 74),
+        (OSError(errno.EIO, "Input/output error"), "node failure", 1),
+        (PermissionError(errno.EACCES, "Permission denied"), "file error", 73),
+        (ValueError("no Args in the docstring"), "bad data", 65),
+    ],
+)
+def test_an_error_on_the_way_is_what_it_is_and_not_the_data_s(
+    folders, tmp_path, monkeypatch, capsys, words, error, kind, code
+):
     """Where the model is loaded, only what the folder may be at fault for is bad data."""
+
     def fail(*_, **__):
         raise error
 
@@ -288,7 +407,9 @@ def test_an_error_on_the_way_is_what_it_is_and_not_the_data_s(folders, tmp_path,
     assert ("Traceback" in capsys.readouterr().err) == (code != 65)
 
 
-def test_a_second_start_in_a_folder_waits_its_turn_and_an_impossible_folder_is_named(done, folders, tmp_path, capsys, words):
+def test_a_second_start_in_a_folder_waits_its_turn_and_an_impossible_folder_is_named(
+    done, folders, tmp_path, capsys, words
+):
     with alone(done.parent):
         assert main([str(done)]) == 75 and "another start is at work" in words()["message"]
         assert f"another start is at work in {done.parent}" in capsys.readouterr().err
@@ -302,7 +423,10 @@ def test_a_second_start_in_a_folder_waits_its_turn_and_an_impossible_folder_is_n
 
 
 def test_figures_are_the_same_bytes_again_and_curves_keep_the_last_value():
-    rows = [{"iteration": i, "loss": 1.0 / i} for i in range(1, 1000)] + [{"iteration": 1, "loss": 7.0}, {"iteration": 2, "loss": None}]
+    rows = [{"iteration": i, "loss": 1.0 / i} for i in range(1, 1000)] + [
+        {"iteration": 1, "loss": 7.0},
+        {"iteration": 2, "loss": None},
+    ]
     assert curves.panels("sft", {"run": rows}) == curves.panels("sft", {"run": rows})
     x, y = figures.curve(rows, "loss")
     assert len(x) <= figures.POINTS and x[0] == 2.5 and y[0] == pytest.approx((7 + 1 / 2 + 1 / 3 + 1 / 4) / 4)

@@ -1,4 +1,5 @@
-"""A judge's reply: its last statement after its thoughts counts, and FastChat's first mark stays FastChat's."""
+"""A judge's reply: its last statement after its thoughts counts, and FastChat's first mark stays
+FastChat's."""
 
 import pytest
 

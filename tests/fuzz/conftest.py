@@ -1,4 +1,5 @@
-"""``python -m pytest tests/fuzz -q -n 0`` ends with how often each fuzzer tried a damaged input: a folder counts once for each reader."""
+"""``python -m pytest tests/fuzz -q -n 0`` ends with how often each fuzzer tried a damaged input: a
+folder counts once for each reader."""
 
 from tests.fuzz.damage import COUNTS
 

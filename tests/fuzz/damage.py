@@ -1,10 +1,11 @@
-"""Damaged JSON and bytes for the fuzzers of tests/fuzz: seeded, so that a number names an input. Standard library only.
+"""Damaged JSON and bytes for the fuzzers of tests/fuzz: seeded, so that a number names an input.
+Standard library only.
 
-    for number in range(1000):
-        rng = random.Random(number)
-        path.write_bytes(damaged_text(rng, value))      # JSON that no json.dumps writes, too
-        with within(5):                                 # a hang becomes an error
-            take_in(path)                               # must end, or raise the error of bad input
+for number in range(1000):
+    rng = random.Random(number)
+    path.write_bytes(damaged_text(rng, value))      # JSON that no json.dumps writes, too
+    with within(5):                                 # a hang becomes an error
+        take_in(path)                               # must end, or raise the error of bad input
 """
 
 from __future__ import annotations
@@ -21,17 +22,76 @@ from collections.abc import Iterator
 
 DEEP = 100_000
 """Levels of nesting that no parser with a stack survives."""
-VALUES = (None, True, False, 0, -1, 1, 1.5, -0.0, 2**31, 2**63, 2**64, 10**400, 1e308,
-          float("nan"), float("inf"), -float("inf"),
-          "", " ", "x", "0", "null", "nan", "../../x", "/etc/passwd", "a/b", "a\0b",
-          "\ud800", "\x1b[2J\x1b]0;x\7", "\u202e\u0301",
-          "<script>", "{{ 1 }}", "{% for i in range(9) %}", "a" * 5000, "9" * 5000,
-          [], [1], ["a"], [None], [[[]]], [[], {}],
-          {}, {"a": 1}, {"content": 5}, {"content": "x"}, {"": None})
-"""What a value is replaced by: other types, numbers beyond every range, names of other places, text that is none."""
-TOKENS = (b"NaN", b"-Infinity", b"1e999999", b"-", b"9" * 5000, b'"', b"'", b"{", b"]",
-          b",,", b"\\u", b"\\ud800", b"\0", b"\xff",
-          b"\xef\xbb\xbf", b"\xe2\x80\xa8", b"//", b"null", b"\x1b[31m")
+VALUES = (
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    1.5,
+    -0.0,
+    2**31,
+    2**63,
+    2**64,
+    10**400,
+    1e308,
+    float("nan"),
+    float("inf"),
+    -float("inf"),
+    "",
+    " ",
+    "x",
+    "0",
+    "null",
+    "nan",
+    "../../x",
+    "/etc/passwd",
+    "a/b",
+    "a\0b",
+    "\ud800",
+    "\x1b[2J\x1b]0;x\7",
+    "\u202e\u0301",
+    "<script>",
+    "{{ 1 }}",
+    "{% for i in range(9) %}",
+    "a" * 5000,
+    "9" * 5000,
+    [],
+    [1],
+    ["a"],
+    [None],
+    [[[]]],
+    [[], {}],
+    {},
+    {"a": 1},
+    {"content": 5},
+    {"content": "x"},
+    {"": None},
+)
+"""What a value is replaced by: other types, numbers beyond every range, names of other places, text
+that is none."""
+TOKENS = (
+    b"NaN",
+    b"-Infinity",
+    b"1e999999",
+    b"-",
+    b"9" * 5000,
+    b'"',
+    b"'",
+    b"{",
+    b"]",
+    b",,",
+    b"\\u",
+    b"\\ud800",
+    b"\0",
+    b"\xff",
+    b"\xef\xbb\xbf",
+    b"\xe2\x80\xa8",
+    b"//",
+    b"null",
+    b"\x1b[31m",
+)
 """What is put between a text's bytes."""
 
 
@@ -44,10 +104,12 @@ def damaged_json(rng: random.Random, value):
 
 
 def damaged_text(rng: random.Random, value) -> bytes:
-    """A file that should hold ``value``: mostly JSON with damaged values, else a text that is damaged or no JSON."""
+    """A file that should hold ``value``: mostly JSON with damaged values, else a text that is
+    damaged or no JSON."""
     kind = rng.random()
     text = json.dumps(damaged_json(rng, value) if kind < 0.85 else value).encode()
-    if kind < 0.05 and isinstance(value, dict) and value and text[:2] == b'{"':  # a key that is there twice
+    # a key that is there twice
+    if kind < 0.05 and isinstance(value, dict) and value and text[:2] == b'{"':
         text = b"{" + json.dumps({rng.choice(list(value)): rng.choice(VALUES)}).encode()[1:-1] + b", " + text[1:]
     if kind >= 0.75:
         text = damaged_bytes(rng, text)
@@ -55,15 +117,28 @@ def damaged_text(rng: random.Random, value) -> bytes:
 
 
 def damaged_bytes(rng: random.Random, data: bytes) -> bytes:
-    """``data`` cut off, emptied, with bytes changed, lines doubled or lost, something put in, or nested too deeply."""
+    """``data`` cut off, emptied, with bytes changed, lines doubled or lost, something put in, or
+    nested too deeply."""
     kind, at = rng.randrange(10), rng.randrange(len(data) + 1)
     if kind == 0:
         return data[:at]
     if kind == 1:
         return data[at:]
     if kind == 2:
-        return rng.choice((b"", b" ", b"\n", b"null", b"[]", b"{}", b'"x"', b"0", b"\0" * 100,
-                           b"version https://git-lfs.github.com/x"))
+        return rng.choice(
+            (
+                b"",
+                b" ",
+                b"\n",
+                b"null",
+                b"[]",
+                b"{}",
+                b'"x"',
+                b"0",
+                b"\0" * 100,
+                b"version https://git-lfs.github.com/x",
+            )
+        )
     if kind == 3:
         return _nested(rng)
     if kind == 4:
@@ -75,7 +150,7 @@ def damaged_bytes(rng: random.Random, data: bytes) -> bytes:
         end = min(len(data), at + rng.randint(1, 200))
         return data[:end] + data[at:]
     if kind == 6:
-        return data[:at] + data[at + rng.randint(1, 200):]
+        return data[:at] + data[at + rng.randint(1, 200) :]
     if kind == 7:
         lines = data.split(b"\n")
         rng.shuffle(lines)
@@ -86,12 +161,14 @@ def damaged_bytes(rng: random.Random, data: bytes) -> bytes:
 
 
 COUNTS: Counter[str] = Counter()
-"""File of a fuzzer -> damaged inputs that it has tried in this process (tests/fuzz/conftest.py prints them)."""
+"""File of a fuzzer -> damaged inputs that it has tried in this process (tests/fuzz/conftest.py
+prints them)."""
 
 
 @contextlib.contextmanager
 def within(seconds: float) -> Iterator[None]:
     """TimeoutError where the block, one damaged input, takes longer; for the main thread."""
+
     def end(*_):
         raise TimeoutError(f"still at it after {seconds} s")
 
@@ -148,7 +225,8 @@ def _double(parent: dict | list, key) -> None:
 
 
 def _places(value, most: int = 40) -> Iterator[tuple]:
-    """(dict or list, key) of every value inside ``value``; of a long list or table its first ``most``."""
+    """(dict or list, key) of every value inside ``value``; of a long list or table its first
+    ``most``."""
     if isinstance(value, (dict, list)):
         keys = list(value)[:most] if isinstance(value, dict) else range(min(len(value), most))
         for key in keys:

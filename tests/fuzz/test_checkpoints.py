@@ -25,8 +25,15 @@ from training.files.special_tokens import Said
 
 TEXT = "\n\nHuman: What is 12 plus 345?\n\nAssistant: It's 357, of course. I'll say it's so! 2024-01-02\n"
 INDEX = "model.safetensors.index.json"
-FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-         "special_tokens_map.json", INDEX, "model.safetensors")
+FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    INDEX,
+    "model.safetensors",
+)
 NUMBER, BY_TRANSFORMERS = 2500, 60
 """Damaged folders; and how many of them transformers loads, too (each takes it .1 s)."""
 SECONDS, MB, LINE = 5, 150, 1500
@@ -49,7 +56,7 @@ def sound(tmp_path_factory):
 def header_of(folder):
     raw = (folder / "model.safetensors").read_bytes()
     length = struct.unpack("<Q", raw[:8])[0]
-    return json.loads(raw[8:8 + length]), raw[8 + length:]
+    return json.loads(raw[8 : 8 + length]), raw[8 + length :]
 
 
 def damage(rng, folder, name):
@@ -79,8 +86,8 @@ def restore(folder, original, names):
 
 
 def take_in(folder):
-    """All that plan and the stages do with a folder's files before the weights themselves are read.
-    """
+    """All that plan and the stages do with a folder's files before the weights themselves are
+    read."""
     shape = Shape.read(folder)
     check_language_model(folder, shape)
     Said.read(folder, shape.vocab)
@@ -103,8 +110,8 @@ def each_alone(folder):
 
 
 def refusal(folder, attempt, what):
-    """The error's text, "" where there was none. Fails for another error, and for more than a line.
-    """
+    """The error's text, "" where there was none. Fails for another error, and for more than a
+    line."""
     try:
         with within(SECONDS):
             attempt()

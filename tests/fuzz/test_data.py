@@ -1,4 +1,5 @@
-"""Damaged data files: each is read, or refused in one line that names the file; no traceback, no hang, no growth of memory."""
+"""Damaged data files: each is read, or refused in one line that names the file; no traceback, no
+hang, no growth of memory."""
 
 from __future__ import annotations
 
@@ -26,20 +27,27 @@ CUE = "\n\nAssistant:"
 def rows(number: int) -> list[dict]:
     """One row of each format."""
     ask, say, no = f"Where does otter {number} live?", f"In lake {number}.", "Nobody knows."
-    user, assistant, worse = ({"role": role, "content": text} for role, text in (
-        ("user", ask), ("assistant", say), ("assistant", no)))
+    user, assistant, worse = (
+        {"role": role, "content": text} for role, text in (("user", ask), ("assistant", say), ("assistant", no))
+    )
     system, more = {"role": "system", "content": "Be kind."}, {"role": "user", "content": "And in winter?"}
     return [
-        {"prompt": ask, "response": say}, {"query": ask, "response": [say, no], "score": [1, 0.5]}, {"prompt": ask},
+        {"prompt": ask, "response": say},
+        {"query": ask, "response": [say, no], "score": [1, 0.5]},
+        {"prompt": ask},
         {"chosen": f"\n\nHuman: {ask}{CUE} {say}", "rejected": f"\n\nHuman: {ask}{CUE} {no}"},
-        {"prompt": ask, "chosen": say, "rejected": no}, {"prompt": [user], "chosen": [assistant], "rejected": [worse]},
-        {"prompt": ask, "completion": say, "label": True}, {"messages": [system, user, assistant, more, worse]},
+        {"prompt": ask, "chosen": say, "rejected": no},
+        {"prompt": [user], "chosen": [assistant], "rejected": [worse]},
+        {"prompt": ask, "completion": say, "label": True},
+        {"messages": [system, user, assistant, more, worse]},
         {"chosen": [system, user, assistant], "rejected": [system, user, worse]},
-        {"prompt": [user], "completion": [assistant, more, worse]}]
+        {"prompt": [user], "completion": [assistant, more, worse]},
+    ]
 
 
 def damaged_file(rng: random.Random, seed: int) -> bytes:
-    """Some good rows among which one is damaged, or a file whose bytes are; one in four compressed, before or after."""
+    """Some good rows among which one is damaged, or a file whose bytes are; one in four compressed,
+    before or after."""
     good = [row for number in range(rng.randint(1, 4)) for row in rng.sample(rows(number), rng.randint(1, 6))]
     kind = rng.random()
     texts = [json.dumps(row, ensure_ascii=rng.random() < 0.5).encode("utf-8", "surrogatepass") for row in good]
@@ -57,7 +65,11 @@ def damaged_file(rng: random.Random, seed: int) -> bytes:
 
 
 def settings(path, skip: bool, model: dict) -> str:
-    stages = {"sft": ("sft", "seq_length", 24), "reward": ("reward", "seq_length", 24), "rlhf": ("rlhf", "prompt_length", 16)}
+    stages = {
+        "sft": ("sft", "seq_length", 24),
+        "reward": ("reward", "seq_length", 24),
+        "rlhf": ("rlhf", "prompt_length", 16),
+    }
     return json.dumps({"data": asdict(DataConfig(str(path), skip_bad_rows=skip)), "model": model, "stages": stages})
 
 
@@ -75,7 +87,10 @@ def test_a_damaged_file_is_read_or_refused_in_one_line(tmp_path, record_property
         codes[code] += 1
         words = errors.getvalue()
         assert code in (0, 64, 65) and (code == 0) == (not words), (seed, code, words)
-        assert code == 0 or words.count("\n") == 1 and (str(path) in words or "model." in words or "data." in words), (seed, words)
+        assert code == 0 or words.count("\n") == 1 and (str(path) in words or "model." in words or "data." in words), (
+            seed,
+            words,
+        )
         assert out.getvalue() or code, seed
         if seed == NUMBER // 10:
             before = peak_mb()

@@ -1,5 +1,6 @@
-"""Damaged judge replies, answers to HTTP requests and judgment files: a completion, a rating or one line that says what is
-wrong; never a traceback, a wait or memory that grows. CONVOY_FUZZ multiplies the number of inputs."""
+"""Damaged judge replies, answers to HTTP requests and judgment files: a completion, a rating or one
+line that says what is wrong; never a traceback, a wait or memory that grows. CONVOY_FUZZ multiplies
+the number of inputs."""
 
 import contextlib
 import json
@@ -46,7 +47,8 @@ REPLY = {
 
 @pytest.fixture
 def asked(tmp_path, monkeypatch):
-    """An endpoint at an address that nobody listens at, without waits; the test fails where memory grew."""
+    """An endpoint at an address that nobody listens at, without waits; the test fails where memory
+    grew."""
     monkeypatch.delenv("JUDGE_KEY", raising=False)
     settings = config(type("At", (), {"url": "http://127.0.0.1:9/v1"}), tmp_path)
     endpoint = Endpoint(settings, settings.judge_url, Budget(settings), sleep=lambda seconds: None)
@@ -93,7 +95,8 @@ def _read(endpoint: Endpoint, body: bytes):
 
 @contextlib.contextmanager
 def raw_server():
-    """(address, list of answers): sends the last of the list, byte for byte, whatever it is asked, and closes."""
+    """(address, list of answers): sends the last of the list, byte for byte, whatever it is asked,
+    and closes."""
     answer, listener = [b""], socket.create_server(("127.0.0.1", 0))
 
     def run():
@@ -116,8 +119,17 @@ def raw_server():
 
 def test_damaged_answers_to_a_request_are_completions_or_errors(asked):
     body = json.dumps(REPLY).encode()
-    head = b"\r\n".join((b"HTTP/1.1 %d OK", b"Content-Type: application/json", b"Retry-After: %s",
-                         b"Location: http://u:p@h/?key=s", b"Content-Length: %d", b"", b""))
+    head = b"\r\n".join(
+        (
+            b"HTTP/1.1 %d OK",
+            b"Content-Type: application/json",
+            b"Retry-After: %s",
+            b"Location: http://u:p@h/?key=s",
+            b"Content-Length: %d",
+            b"",
+            b"",
+        )
+    )
     with raw_server() as (asked.url, answer):
         for number in range(CONNECTIONS):
             rng = random.Random(number)

@@ -1,4 +1,5 @@
-"""Damaged profiles, configuration files, --set and --sweep: each is taken in, or refused in words that name it. No traceback, no hang."""
+"""Damaged profiles, configuration files, --set and --sweep: each is taken in, or refused in words
+that name it. No traceback, no hang."""
 
 import dataclasses
 import json
@@ -28,7 +29,11 @@ def toml(value) -> str:
 
 
 def document(tables) -> bytes:
-    lines = [f"{json.dumps(str(key))} = {toml(value)}" for key, value in tables.items()] if isinstance(tables, dict) else [toml(tables)]
+    lines = (
+        [f"{json.dumps(str(key))} = {toml(value)}" for key, value in tables.items()]
+        if isinstance(tables, dict)
+        else [toml(tables)]
+    )
     return ("\n".join(lines) + "\n").encode("utf-8", "surrogatepass")
 
 
@@ -62,7 +67,12 @@ def test_profiles(tmp_path):
 
 
 def test_configuration_files(tmp_path):
-    names, outcomes, before, path = sorted(file.stem for file in RECIPES.glob("*.toml")), Counter(), peak_mb(), tmp_path / "more.toml"
+    names, outcomes, before, path = (
+        sorted(file.stem for file in RECIPES.glob("*.toml")),
+        Counter(),
+        peak_mb(),
+        tmp_path / "more.toml",
+    )
     for number in range(RECIPES_READ):
         rng = random.Random(number)
         tables = layered(rng.choice(names), [], [])

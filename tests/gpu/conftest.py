@@ -1,4 +1,5 @@
-"""What needs a GPU: ``make gpu-test``. Where there is none that command tries what a CPU can, on tiny shapes; other runs skip it."""
+"""What needs a GPU: ``make gpu-test``. Where there is none that command tries what a CPU can, on
+tiny shapes; other runs skip it."""
 
 import os
 
@@ -16,7 +17,8 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def one_rank(tmp_path_factory):
-    """The process group of one rank, in this process: a child of a process that has used CUDA can't use it."""
+    """The process group of one rank, in this process: a child of a process that has used CUDA can't
+    use it."""
     from training.distributed import groups
 
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")

@@ -1,4 +1,5 @@
-"""The checks of benchmarks/check.py and benchmarks/rollout.py: fast paths against plain ones, at the sizes that a GPU is used for."""
+"""The checks of benchmarks/check.py and benchmarks/rollout.py: fast paths against plain ones, at
+the sizes that a GPU is used for."""
 
 import pytest
 

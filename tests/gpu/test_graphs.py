@@ -43,8 +43,10 @@ def asked():
     from training.generation.request import Request, Sampling, draws
 
     uniforms = draws(1, 0, COUNT, NEW)
-    return [Request(prompt, Sampling(1 + number % NEW, 1.0 if number % 3 else 0.0), uniforms[number])
-            for number, prompt in enumerate(prompts(COUNT, 1000, 40))]
+    return [
+        Request(prompt, Sampling(1 + number % NEW, 1.0 if number % 3 else 0.0), uniforms[number])
+        for number, prompt in enumerate(prompts(COUNT, 1000, 40))
+    ]
 
 
 def test_graphs_give_what_single_launches_give(decoder):

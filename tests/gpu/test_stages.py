@@ -1,4 +1,5 @@
-"""Every trainer on the device, from data to the last checkpoint: bf16 and Triton's kernels on a GPU, tiny in fp32 on a CPU."""
+"""Every trainer on the device, from data to the last checkpoint: bf16 and Triton's kernels on a
+GPU, tiny in fp32 on a CPU."""
 
 import json
 import math

@@ -1,4 +1,5 @@
-"""AdamW's kernel against the same step in plain torch: the same bits, but for the last one of a weight."""
+"""AdamW's kernel against the same step in plain torch: the same bits, but for the last one of a
+weight."""
 
 import pytest
 import torch
@@ -19,14 +20,25 @@ def test_three_steps(first, dtype):
         states.append([weight, remainder, torch.zeros_like(weight), torch.zeros_like(weight)])
     for step in range(1, 4):
         grad = (torch.randn(count, generator=generator) * 0.1).to(DEVICE, dtype)
-        rest = (torch.tensor(0.7, device=DEVICE), 1e-3 / (1 - 0.9**step), 0.9, 0.999, 1e-8, 1 - 1e-4, (1 - 0.999**step) ** -0.5,
-                adamw.mixed(adamw.mixed(step) + 5), first)
+        rest = (
+            torch.tensor(0.7, device=DEVICE),
+            1e-3 / (1 - 0.9**step),
+            0.9,
+            0.999,
+            1e-8,
+            1 - 1e-4,
+            (1 - 0.999**step) ** -0.5,
+            adamw.mixed(adamw.mixed(step) + 5),
+            first,
+        )
         adamw.update_(*states[0], grad, *rest)
         adamw._on_gpu(*states[1], grad, *rest)
         plain, kernel = (adamw.joined(*state[:2]) for state in states)
         assert not torch.equal(plain, start) and torch.allclose(kernel, plain, rtol=2e-7, atol=1e-8)
-        moments, squares = (zip(*(state[2:] for state in states), strict=True))
-        assert torch.allclose(*(values.float() for values in moments), rtol=2**-7)  # the interpreter cuts digits off; a GPU rounds
+        moments, squares = zip(*(state[2:] for state in states), strict=True)
+        assert torch.allclose(
+            *(values.float() for values in moments), rtol=2**-7
+        )  # the interpreter cuts digits off; a GPU rounds
         assert INTERPRETED or share_alike(*moments) >= 0.998
         assert share_alike(*squares) >= 0.998  # a stochastic rounding may fall to the other side
         states[1] = [values.clone() for values in states[0]]

@@ -15,10 +15,14 @@ def close(found: torch.Tensor, exact: torch.Tensor, tolerance: float = 1e-6) -> 
 
 
 def paged(kv_heads: int, group: int, dim: int, page: int, lengths: list[int], counts: list[int] | None):
-    """A layer's cache with shuffled pages, the new tokens' (query, key, value), and a function that makes their batch."""
+    """A layer's cache with shuffled pages, the new tokens' (query, key, value), and a function that
+    makes their batch."""
     pages = [-(-length // page) for length in lengths]
     cache = torch.randn(2, sum(pages) + 1, kv_heads, page, dim, device=DEVICE)
-    numbers, table = iter((torch.randperm(sum(pages)) + 1).tolist()), torch.zeros(len(lengths), max(pages) + 1, dtype=torch.int32)
+    numbers, table = (
+        iter((torch.randperm(sum(pages)) + 1).tolist()),
+        torch.zeros(len(lengths), max(pages) + 1, dtype=torch.int32),
+    )
     for row, count in zip(table, pages, strict=True):
         row[:count] = torch.tensor([next(numbers) for _ in range(count)])
     new = counts or [1] * len(lengths)
@@ -35,9 +39,16 @@ def paged(kv_heads: int, group: int, dim: int, page: int, lengths: list[int], co
 
 
 @pytest.mark.parametrize("programs", [1, 1024], ids=["one part", "split contexts"])
-@pytest.mark.parametrize(("kv_heads", "group", "dim", "page", "lengths", "counts", "alibi"), [
-    (3, 1, 16, 4, [1, 5, 70, 130], None, True), (2, 1, 20, 8, [33, 64], None, False), (2, 3, 16, 4, [1, 5, 70], None, True),
-    (3, 1, 16, 4, [9, 70, 130, 1], [9, 66, 3, 1], True), (2, 2, 20, 16, [9, 70], [9, 10], False)])
+@pytest.mark.parametrize(
+    ("kv_heads", "group", "dim", "page", "lengths", "counts", "alibi"),
+    [
+        (3, 1, 16, 4, [1, 5, 70, 130], None, True),
+        (2, 1, 20, 8, [33, 64], None, False),
+        (2, 3, 16, 4, [1, 5, 70], None, True),
+        (3, 1, 16, 4, [9, 70, 130, 1], [9, 66, 3, 1], True),
+        (2, 2, 20, 16, [9, 70], [9, 10], False),
+    ],
+)
 def test_attention_over_pages(monkeypatch, programs, kv_heads, group, dim, page, lengths, counts, alibi):
     torch.manual_seed(0)
     monkeypatch.setattr(triton_ops, "PROGRAMS", programs)
@@ -67,7 +78,8 @@ def test_residual_and_norm(given):
 
 @pytest.mark.parametrize("kind", ["all", "top-k", "top-p", "both", "holes"])
 def test_sampling(monkeypatch, kind):
-    """The torch version's tokens, draws at both ends and greedy rows among them; columns beyond the vocabulary hold garbage."""
+    """The torch version's tokens, draws at both ends and greedy rows among them; columns beyond the
+    vocabulary hold garbage."""
     torch.manual_seed(0)
     monkeypatch.setattr(triton_sampling, "CHUNK", 64)
     rows = 8

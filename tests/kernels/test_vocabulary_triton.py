@@ -11,7 +11,8 @@ ROWS = 37
 
 
 def logits_and_targets(columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """fp32 logits up to 40; some targets are on other ranks, below this rank's columns and above."""
+    """fp32 logits up to 40; some targets are on other ranks, below this rank's columns and
+    above."""
     generator = torch.Generator().manual_seed(columns)
     target = torch.randint(0, columns, (ROWS,), generator=generator)
     target[1], target[2], target[3], target[4] = -5, columns, 0, columns - 1

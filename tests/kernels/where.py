@@ -1,4 +1,5 @@
-"""Where Triton's kernels run: compiled on a GPU, or in Triton's interpreter (see test_interpreter.py). Import this before a kernel."""
+"""Where Triton's kernels run: compiled on a GPU, or in Triton's interpreter (see
+test_interpreter.py). Import this before a kernel."""
 
 import importlib.util
 import os

@@ -1,4 +1,5 @@
-"""A project folder whose stage modules are stubs: the launcher runs there unchanged, with the commands that a user types."""
+"""A project folder whose stage modules are stubs: the launcher runs there unchanged, with the
+commands that a user types."""
 
 from __future__ import annotations
 
@@ -11,7 +12,9 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
-PACKAGE = "from pkgutil import extend_path\n\n__path__ = extend_path(__path__, __name__)  # the real config.py lies behind\n"
+PACKAGE = (
+    "from pkgutil import extend_path\n\n__path__ = extend_path(__path__, __name__)  # the real config.py lies behind\n"
+)
 PREPARE = """import json, os, sys
 from pathlib import Path
 
@@ -31,9 +34,16 @@ read = {"rows": 9, "not read: field 'answer'": 9}
 (Path(sys.argv[1]).parent / "counts.json").write_text(json.dumps({"inputs": inputs, "read": read, "files": files}))
 print("data: stub")
 """
+
+
 def small(*trainers: str) -> list[str]:
     """Options that make their stages short."""
-    return [option for stage in trainers for key in ("iterations=3", "warmup_iterations=0") for option in ("--set", f"{stage}.{key}")]
+    return [
+        option
+        for stage in trainers
+        for key in ("iterations=3", "warmup_iterations=0")
+        for option in ("--set", f"{stage}.{key}")
+    ]
 
 
 SMALL = small("sft", "reward", "rlhf")
@@ -44,15 +54,28 @@ class Project:
 
     def __init__(self, folder: Path, environment: dict[str, str] | None = None):
         self.folder, self.run = folder, folder / "runs" / "demo"
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "TORCHINDUCTOR", "TRITON"))}
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("SLURM", "TORCHINDUCTOR", "TRITON"))
+        }
         self.environment = {**kept, "PYTHONPATH": str(ROOT), **(environment or {})}
-        (folder / "launcher").symlink_to(ROOT / "launcher")  # as in a checkout: what lies beside it are our packages
+        # as in a checkout: what lies beside it are our packages
+        (folder / "launcher").symlink_to(ROOT / "launcher")
         stub = Path(__file__).with_name("stub_stage.py")
         for package in ("training", "training/data", "conversion", "eval"):
             (folder / package).mkdir(parents=True)
             (folder / package / "__init__.py").write_text(PACKAGE)
-        for module in ("training/sft", "training/reward", "training/ppo", "training/dpo", "training/grpo", "conversion/hf_to_megatron",
-                       "conversion/megatron_to_hf", "eval/__main__"):
+        for module in (
+            "training/sft",
+            "training/reward",
+            "training/ppo",
+            "training/dpo",
+            "training/grpo",
+            "conversion/hf_to_megatron",
+            "conversion/megatron_to_hf",
+            "eval/__main__",
+        ):
             shutil.copy(stub, folder / f"{module}.py")
         (folder / "training/data/prepare.py").write_text(PREPARE)
 
@@ -64,14 +87,28 @@ class Project:
 
     def convoy(self, *arguments: str, timeout: float = 60) -> subprocess.CompletedProcess:
         """Run one command to its end."""
-        return subprocess.run(self.command(*arguments), cwd=self.folder, env=self.environment, capture_output=True, text=True,
-                              timeout=timeout)
+        return subprocess.run(
+            self.command(*arguments),
+            cwd=self.folder,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
 
     def start(self, *arguments: str) -> subprocess.Popen:
-        return subprocess.Popen(self.command(*arguments), cwd=self.folder, env=self.environment, stdout=subprocess.PIPE,
-                                stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen(
+            self.command(*arguments),
+            cwd=self.folder,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
 
-    def submit(self, *arguments: str, target: str = "full-pipeline", profile: str = "local") -> subprocess.CompletedProcess:
+    def submit(
+        self, *arguments: str, target: str = "full-pipeline", profile: str = "local"
+    ) -> subprocess.CompletedProcess:
         return self.convoy("submit", target, "--name", "demo", "--profile", profile, *SMALL, *arguments)
 
     def states(self) -> dict[str, dict]:

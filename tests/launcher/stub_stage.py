@@ -1,5 +1,6 @@
-"""A stage program for tests of the launcher, standard library only: it keeps a stage's contract (checkpoints, latest, metrics.jsonl, exit
-codes, signals) and misbehaves as ``behaviour.json`` in the working directory says:
+"""A stage program for tests of the launcher, standard library only: it keeps a stage's contract
+(checkpoints, latest, metrics.jsonl, exit codes, signals) and misbehaves as ``behaviour.json`` in
+the working directory says:
 
   fail_at N      raise at iteration N on rank ``rank`` (default 0), until the file ``mended`` exists;
                  with ``fail_in NAME`` only in the run of this name
@@ -20,8 +21,9 @@ codes, signals) and misbehaves as ``behaviour.json`` in the working directory sa
   items N        files that a stage without iterations makes, each in step_s seconds; a later attempt makes the rest
   words [C, M]   leave class C and message M as last words and end with exit code 1
 
-Iterations that a checkpoint holds are noted in ``executed.jsonl`` of the working directory, outside the run, so that a test can tell
-whether one was lost or run twice. Rank 0 listens on MASTER_PORT as a real one does.
+Iterations that a checkpoint holds are noted in ``executed.jsonl`` of the working directory, outside
+the run, so that a test can tell whether one was lost or run twice. Rank 0 listens on MASTER_PORT as
+a real one does.
 """
 
 import hashlib
@@ -49,7 +51,8 @@ def save(output: Path, iteration: int, models: list[str], padding: int = 0) -> N
     folder, text = output / "checkpoints" / f"iter_{iteration:07d}", f"{output.name} {iteration}{' ' * padding}"
     newest = output / ".attempt"
     if newest.exists() and newest.read_text().strip() != os.environ["CONVOY_ATTEMPT"]:
-        raise OSError(f"attempt {newest.read_text().strip()} has begun")  # as training.checkpoint.format.publish
+        # as training.checkpoint.format.publish
+        raise OSError(f"attempt {newest.read_text().strip()} has begun")
     for model in models:
         write(folder / model / "weights", text)
     digest = hashlib.sha256(text.encode()).hexdigest()
@@ -59,8 +62,13 @@ def save(output: Path, iteration: int, models: list[str], padding: int = 0) -> N
 
 def note(output: Path, iterations: list[int]) -> None:
     with open("executed.jsonl", "a") as file:
-        file.write("".join(json.dumps({"run": output.parent.name, "stage": output.name, "iteration": number, "pid": os.getpid()}) + "\n"
-                           for number in iterations))
+        file.write(
+            "".join(
+                json.dumps({"run": output.parent.name, "stage": output.name, "iteration": number, "pid": os.getpid()})
+                + "\n"
+                for number in iterations
+            )
+        )
 
 
 def pause(rank: int) -> None:
@@ -105,8 +113,10 @@ def hang(output: Path, behaviour: dict, mine: bool) -> None:
         marker.unlink()
         seconds = behaviour.get("timeout_s", 2)
         time.sleep(seconds)
-        raise RuntimeError(f"[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting {seconds * 1000}ms for "
-                           "recv operation to complete")
+        raise RuntimeError(
+            f"[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting {seconds * 1000}ms for "
+            "recv operation to complete"
+        )
 
 
 def fill(output: Path) -> None:
@@ -137,7 +147,10 @@ def train(output: Path, total: int, rank: int, behaviour: dict) -> None:
         told[:] = [number for number in told if number != signal.SIGUSR2]
         if rank == 0:
             with open(output / "metrics.jsonl", "a") as file:
-                file.write(json.dumps({"iteration": iteration, "total": total, "time": time.time(), "loss": 1 / iteration}) + "\n")
+                file.write(
+                    json.dumps({"iteration": iteration, "total": total, "time": time.time(), "loss": 1 / iteration})
+                    + "\n"
+                )
             if stop or asked or iteration == total or iteration % behaviour.get("save_every", 1) == 0:
                 big = behaviour.get("big_at") == iteration and not Path("mended").exists()
                 if big:
@@ -170,9 +183,21 @@ def main() -> None:
     output = Path(config["paths"]["output"])
     behaviours = json.loads(Path("behaviour.json").read_text()) if Path("behaviour.json").exists() else {}
     behaviour, rank = behaviours.get(output.name, {}), int(os.environ["RANK"])
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES", "SLURMD_NODENAME",
-             "SLURM_CPUS_PER_TASK", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
-    write(output / f"rank_{rank}.json", json.dumps({"pid": os.getpid(), **{name: os.environ.get(name) for name in names}}))
+    names = (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "CUDA_VISIBLE_DEVICES",
+        "SLURMD_NODENAME",
+        "SLURM_CPUS_PER_TASK",
+        "TORCHINDUCTOR_CACHE_DIR",
+        "TRITON_CACHE_DIR",
+    )
+    write(
+        output / f"rank_{rank}.json", json.dumps({"pid": os.getpid(), **{name: os.environ.get(name) for name in names}})
+    )
     print(f"{output.name} rank {rank} of {os.environ['WORLD_SIZE']}")
     if "say" in behaviour:
         print(f"{behaviour['say']} is {os.environ.get(behaviour['say'])}")

@@ -1,4 +1,5 @@
-"""Attempts with real processes and no Slurm: early signals, hung ranks, operator files, damaged checkpoints, contracts between stages."""
+"""Attempts with real processes and no Slurm: early signals, hung ranks, operator files, damaged
+checkpoints, contracts between stages."""
 
 import collections
 import hashlib
@@ -58,7 +59,11 @@ def test_ranks_of_which_nothing_is_heard_say_where_they_are_and_are_ended(tmp_pa
     ended = made.wait(ranks)
     assert time.monotonic() - began < 15
     verdict = classify(Facts("sft", ended, hung_minutes=60))
-    assert verdict.kind is Class.COMMUNICATION and verdict.again and "no line, metric or checkpoint of any rank" in verdict.cause
+    assert (
+        verdict.kind is Class.COMMUNICATION
+        and verdict.again
+        and "no line, metric or checkpoint of any rank" in verdict.cause
+    )
     log = (tmp_path / "sft/log").read_text()
     assert "waits_for_a_peer" in log and "[0]" in log and "[1]" in log
 
@@ -72,7 +77,12 @@ def test_a_request_to_save_during_the_imports_kills_nobody_and_is_repeated(tmp_p
 
 def test_secrets_are_masked_in_the_log(tmp_path):
     log = Log(tmp_path / "log", {"KEY": "sk-very-secret"})
-    ranks = LocalRanks(log, [sys.executable, "-c", "import os; raise ValueError('no ' + os.environ['KEY'])"], 1, {"KEY": "sk-very-secret"})
+    ranks = LocalRanks(
+        log,
+        [sys.executable, "-c", "import os; raise ValueError('no ' + os.environ['KEY'])"],
+        1,
+        {"KEY": "sk-very-secret"},
+    )
     ended = ranks.wait(lambda: None)
     assert ended[0].line == "ValueError: no ********"
     assert "sk-very-secret" not in (tmp_path / "log").read_text()
@@ -89,7 +99,6 @@ def sums(folder) -> None:
     (folder / "SHA256").write_text("".join(lines))
 
 
-
 def test_a_stage_that_stopped_early_is_done_at_its_best_and_one_that_died_is_not(project):
     """Iterations 1 to 3 are saved; 2 was the best."""
     assert project.submit("--wait", "--until", "sft").returncode == 0
@@ -97,9 +106,13 @@ def test_a_stage_that_stopped_early_is_done_at_its_best_and_one_that_died_is_not
     (stage / "latest").write_text("2\n")
     with pytest.raises(Refused, match="sft exited 0 at iteration 2 of 3: it did not finish"):
         manifest.make(run, ALL["sft"], 1, 0.0)
-    for said, done in (({"misses": 1, "patience": 1, "ended": 3}, True), ({"misses": 0, "patience": 1, "ended": 3}, True),
-                       ({"misses": 1, "patience": 1, "ended": 2}, True), ({"misses": 0, "patience": 1, "ended": 2}, False),
-                       ({"misses": 1, "patience": 1, "ended": 3, "iteration": 1}, False)):
+    for said, done in (
+        ({"misses": 1, "patience": 1, "ended": 3}, True),
+        ({"misses": 0, "patience": 1, "ended": 3}, True),
+        ({"misses": 1, "patience": 1, "ended": 2}, True),
+        ({"misses": 0, "patience": 1, "ended": 2}, False),
+        ({"misses": 1, "patience": 1, "ended": 3, "iteration": 1}, False),
+    ):
         said = {"iteration": 2, **said}
         (stage / "chosen.json").write_text(json.dumps(said))
         if not done:
@@ -108,7 +121,9 @@ def test_a_stage_that_stopped_early_is_done_at_its_best_and_one_that_died_is_not
             continue
         made = manifest.make(run, ALL["sft"], 1, 0.0)
         assert made["iteration"] == 2 and made["chosen"] == said
-        assert any("iter_0000002" in name for name in made["outputs"]) and not any("iter_0000003" in name for name in made["outputs"])
+        assert any("iter_0000002" in name for name in made["outputs"]) and not any(
+            "iter_0000003" in name for name in made["outputs"]
+        )
         manifest.write(run, ALL["sft"], made)
         manifest.verify(run, ALL["sft"])
 
@@ -138,9 +153,16 @@ def test_each_output_is_read_once_when_a_stage_is_called_done(project, monkeypat
     assert read == collections.Counter(str(project.run / name) for name in outputs) and len(read) == 3
 
 
-@pytest.mark.parametrize("ended, kind, words", [
-    ("PREEMPTED", "preempted", "it was preempted before it could save"), ("NODE_FAIL", "node failure", "its node failed"),
-    ("TIMEOUT", "time limit", "time limit"), ("OUT_OF_MEMORY", "host oom", "memory"), ("FAILED", "", "failed")])
+@pytest.mark.parametrize(
+    "ended, kind, words",
+    [
+        ("PREEMPTED", "preempted", "it was preempted before it could save"),
+        ("NODE_FAIL", "node failure", "its node failed"),
+        ("TIMEOUT", "time limit", "time limit"),
+        ("OUT_OF_MEMORY", "host oom", "memory"),
+        ("FAILED", "", "failed"),
+    ],
+)
 def test_a_job_that_slurm_ended_with_its_supervisor_is_called_what_slurm_calls_it(project, ended, kind, words):
     assert project.submit("--wait", "--until", "convert").returncode == 0
     run = Run(project.run)
@@ -154,7 +176,9 @@ def test_versions_are_those_of_the_ranks_and_never_the_host_s_for_a_container(pr
     run, left = Run(project.run), tmp_path / "versions.json"
     assert manifest.versions(run)["python"] == platform.python_version() and "torch" in manifest.versions(run)
     left.write_text(json.dumps({"python": "3.12.3", "torch": "2.9.0a0+nv25.10"}))
-    assert manifest.versions(run, left)["torch"] == "2.9.0a0+nv25.10" and "transformers" not in manifest.versions(run, left)
+    assert manifest.versions(run, left)["torch"] == "2.9.0a0+nv25.10" and "transformers" not in manifest.versions(
+        run, left
+    )
     config = project.json("config.json")
     config["profile"]["container"] = {"runtime": "pyxis", "image": "site+convoy+1.sqsh"}
     (project.run / "config.json").write_text(json.dumps(config))
@@ -167,8 +191,13 @@ def test_versions_are_those_of_the_ranks_and_never_the_host_s_for_a_container(pr
 def test_a_stage_that_begins_while_stop_is_there_starts_nothing(project):
     assert project.submit("--wait", "--until", "convert").returncode == 0
     (project.run / "STOP").touch()
-    ended = subprocess.run([sys.executable, "-m", "launcher.job.supervise", "runs/demo", "sft"], cwd=project.folder, env=project.environment,
-                           capture_output=True, text=True)
+    ended = subprocess.run(
+        [sys.executable, "-m", "launcher.job.supervise", "runs/demo", "sft"],
+        cwd=project.folder,
+        env=project.environment,
+        capture_output=True,
+        text=True,
+    )
     assert ended.returncode == 143, ended.stdout
     assert project.json("sft/status.json")["state"] == "stopped" and not (project.run / "sft/rank_0.json").exists()
     assert "file STOP" in project.json("sft/status.json")["cause"]
@@ -190,8 +219,11 @@ def test_contracts_between_stages(project):
 
     path = project.run / "reward/DONE.json"
     whole = path.read_text()
-    for harm, reason in (({"iteration": 0}, "marked done at iteration 0"), ({"iteration": 2}, "was changed by hand"),
-                         ({"run": "other"}, "is of run other")):
+    for harm, reason in (
+        ({"iteration": 0}, "marked done at iteration 0"),
+        ({"iteration": 2}, "was changed by hand"),
+        ({"run": "other"}, "is of run other"),
+    ):
         path.write_text(json.dumps(json.loads(whole) | harm))
         with pytest.raises(Refused, match=reason):
             manifest.verify(run, ALL["reward"])
@@ -210,8 +242,13 @@ def test_a_job_that_was_declared_dead_leaves_the_run_as_it_is(project):
     assert project.submit("--wait", "--until", "convert").returncode == 0
     Run(project.run).record("taken over", jobs=[77])
     before = {path: path.read_bytes() for path in project.run.rglob("*.json*")}
-    ended = subprocess.run(run_module.command("launcher.job.supervise", "runs/demo", "sft"), cwd=project.folder,
-                           env={**project.environment, "SLURM_JOB_ID": "77"}, capture_output=True, text=True)
+    ended = subprocess.run(
+        run_module.command("launcher.job.supervise", "runs/demo", "sft"),
+        cwd=project.folder,
+        env={**project.environment, "SLURM_JOB_ID": "77"},
+        capture_output=True,
+        text=True,
+    )
     assert ended.returncode == 1 and "job 77 was declared dead" in ended.stdout, ended.stdout + ended.stderr
     assert {path: path.read_bytes() for path in project.run.rglob("*.json*")} == before
 

@@ -49,12 +49,16 @@ def test_a_lost_report_is_made_again_by_the_same_command(project):
     (project.run / "report.html").unlink()
     again = project.submit("--wait")
     assert again.returncode == 0 and (project.run / "report.html").exists()
-    assert [event["stage"] for event in project.ledger("started")][-1] == "mtbench" and len(project.ledger("started")) == 7
+    assert [event["stage"] for event in project.ledger("started")][-1] == "mtbench" and len(
+        project.ledger("started")
+    ) == 7
 
 
 def test_a_judge_may_be_named_later_and_only_the_evaluation_runs_again(project):
     project.submit("--wait")
-    again = project.submit("--wait", "--set", "mtbench.judge=openai", "--set", "mtbench.judge_url=http://127.0.0.1:9/v1")
+    again = project.submit(
+        "--wait", "--set", "mtbench.judge=openai", "--set", "mtbench.judge_url=http://127.0.0.1:9/v1"
+    )
     assert again.returncode == 0, again.stdout + again.stderr
     assert [event["stage"] for event in project.ledger("started")][6:] == ["mtbench"]
     assert json.loads((project.run / "mtbench" / "config.json").read_text())["judge"] == "openai"

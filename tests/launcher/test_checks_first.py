@@ -15,7 +15,8 @@ SITE = 'scheduler = "slurm"\nmax_nodes = 4\n'
 
 
 def content(project) -> dict[str, bytes]:
-    """Every file of all runs but locks, which are empty, and the log of a preparation that failed."""
+    """Every file of all runs but locks, which are empty, and the log of a preparation that
+    failed."""
     return {
         str(path): path.read_bytes()
         for path in (project.folder / "runs").rglob("*")
@@ -66,7 +67,8 @@ def test_a_refused_resume_changes_nothing(project):
 
 
 def test_a_refused_submit_changes_nothing(project):
-    """A new run that is refused is none; of another one neither configuration nor results change."""
+    """A new run that is refused is none; of another one neither configuration nor results
+    change."""
     (project.folder / "bad_data").touch()
     sweep = ["submit", "full-pipeline", "--name", "lr", "--profile", "local", "--sweep", "data.seed=1,2", *SMALL]
     for refused in (project.submit(), project.convoy(*sweep)):
@@ -127,7 +129,9 @@ def test_resume_goes_as_far_as_the_run_was_submitted_for(project):
     assert (project.run / "rlhf.1/DONE.json").exists(), longer.stdout + longer.stderr
 
 
-@pytest.mark.parametrize("asked, selected", [(None, 6), (["sft"], 2), (["mtbench"], 6), (["reward", "gone"], 3), (["gone"], 6), ([], 6)])
+@pytest.mark.parametrize(
+    "asked, selected", [(None, 6), (["sft"], 2), (["mtbench"], 6), (["reward", "gone"], 3), (["gone"], 6), ([], 6)]
+)
 def test_a_run_names_its_stages_and_what_they_need(tmp_path, asked, selected):
     about = {"id": "x-1", "profile": "local", "selected": asked}
     (tmp_path / "config.json").write_text(json.dumps({"run": about, "profile": {"scheduler": "local"}}))

@@ -13,10 +13,28 @@ from launcher.slurm import network
 from tests.launcher.stub_project import ROOT, Project
 
 COMMANDS = ["doctor", "plan", "submit", "render", "status", "watch", "logs", "resume", "cancel", "report", "completion"]
-ALLOWED = {"click", "conversion.config", "eval.addresses", "eval.config", "launcher", "rich", "submitit",
-           "tomli", "tomllib", "training.checkpoint.checksums", "training.config.trainers", "training.config.data",
-           "training.files.safe_files", "training.files.hf_folder", "training.config.cost", "training.config.schema", "training.config.shape",
-           "training.files.special_tokens", "training.files.tensor_files", "training.config.trainer_config"}
+ALLOWED = {
+    "click",
+    "conversion.config",
+    "eval.addresses",
+    "eval.config",
+    "launcher",
+    "rich",
+    "submitit",
+    "tomli",
+    "tomllib",
+    "training.checkpoint.checksums",
+    "training.config.trainers",
+    "training.config.data",
+    "training.files.safe_files",
+    "training.files.hf_folder",
+    "training.config.cost",
+    "training.config.schema",
+    "training.config.shape",
+    "training.files.special_tokens",
+    "training.files.tensor_files",
+    "training.config.trainer_config",
+}
 
 
 def test_the_commands_are_these():
@@ -32,14 +50,17 @@ def test_help_of_each_command_has_an_example(name):
     assert any(line.strip().startswith((name, "xdg-open", "eval")) for line in words.splitlines()), shown.output
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["status", "absent"], "runs/absent is not a run"),
-    (["submit", "full-pipeline", "--profile", "nowhere"], "--profile nowhere"),
-    (["submit", "full-pipeline", "--profile", "local", "--name", "../x"], "letters, digits"),
-    (["submit", "full-pipeline", "--profile", "local", "--set", "sft.lrr=1"], "did you mean sft.lr"),
-    (["submit", "sft", "--profile", "local"], "convert, not DONE"),
-    (["submit", "everything"], "is not one of"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["status", "absent"], "runs/absent is not a run"),
+        (["submit", "full-pipeline", "--profile", "nowhere"], "--profile nowhere"),
+        (["submit", "full-pipeline", "--profile", "local", "--name", "../x"], "letters, digits"),
+        (["submit", "full-pipeline", "--profile", "local", "--set", "sft.lrr=1"], "did you mean sft.lr"),
+        (["submit", "sft", "--profile", "local"], "convert, not DONE"),
+        (["submit", "everything"], "is not one of"),
+    ],
+)
 def test_a_mistake_exits_2_with_its_fix(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shown = CliRunner().invoke(cli.main, arguments)
@@ -49,13 +70,22 @@ def test_a_mistake_exits_2_with_its_fix(arguments, message, tmp_path, monkeypatc
 
 def test_import_of_the_command_line_is_light():
     code = "import sys, launcher.cli; print(sorted({'torch', 'transformers', 'submitit', 'rich', 'megatron'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert (
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        == "[]\n"
+    )
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "launcher").glob("*.py")), ids=lambda path: path.stem)
 def test_launcher_imports_only_what_it_may(path):
     for node in ast.walk(ast.parse(path.read_text())):
-        names = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        names = (
+            [node.module]
+            if isinstance(node, ast.ImportFrom)
+            else [a.name for a in node.names]
+            if isinstance(node, ast.Import)
+            else []
+        )
         for name in names:
             top = name.partition(".")[0]
             assert top in sys.stdlib_module_names or name in ALLOWED or top in ALLOWED, f"{path.name} imports {name}"
@@ -63,7 +93,9 @@ def test_launcher_imports_only_what_it_may(path):
 
 
 def test_program_is_named_as_it_was_called():
-    shown = subprocess.run([sys.executable, "-m", "launcher", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    shown = subprocess.run(
+        [sys.executable, "-m", "launcher", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert shown.stdout.startswith("Usage: python -m launcher [OPTIONS] COMMAND")
 
 
@@ -76,14 +108,21 @@ def test_each_variable_has_a_reason(name):
 def test_profile_s_environment_wins_and_the_cpu_hides_the_gpus(monkeypatch, tmp_path):
     profile = {"name": "mine", "network": "h800-roce", "device": "cuda", "environment": {"NCCL_IB_TC": "106"}}
     made = {name: (value, reason) for name, value, reason in network.environment(profile, 8)}
-    assert made["NCCL_IB_TC"] == ("106", "profile mine") and made["NCCL_IB_GID_INDEX"][0] == "3" and "CUDA_VISIBLE_DEVICES" not in made
+    assert (
+        made["NCCL_IB_TC"] == ("106", "profile mine")
+        and made["NCCL_IB_GID_INDEX"][0] == "3"
+        and "CUDA_VISIBLE_DEVICES" not in made
+    )
     made = {name: value for name, value, _ in network.environment({**profile, "device": "cpu"}, 8)}
     assert made["CUDA_VISIBLE_DEVICES"] == ""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     (tmp_path / "nvidia0").touch()
     (tmp_path / "nvidiactl").touch()
     monkeypatch.setattr(network, "DEVICES", tmp_path)
-    auto = [{name: value for name, value, _ in network.environment({**profile, "device": "auto"}, ranks)} for ranks in (1, 2)]
+    auto = [
+        {name: value for name, value, _ in network.environment({**profile, "device": "auto"}, ranks)}
+        for ranks in (1, 2)
+    ]
     assert "CUDA_VISIBLE_DEVICES" not in auto[0] and auto[1]["CUDA_VISIBLE_DEVICES"] == ""
     (tmp_path / "nvidia0").unlink()  # a GPU that Slurm only pretends
     assert network.environment({**profile, "device": "auto"}, 1)[-1][:2] == ("CUDA_VISIBLE_DEVICES", "")
@@ -96,19 +135,27 @@ def completions(monkeypatch, words: str) -> list[str]:
     monkeypatch.setenv("COMP_WORDS", " ".join(typed))
     monkeypatch.setenv("COMP_CWORD", typed[-1])
     shown = CliRunner().invoke(cli.main, [], prog_name="convoy", complete_var="_CONVOY_COMPLETE")
-    return [line.partition(",")[2].partition("\t")[0] for line in shown.output.splitlines() if line.startswith("plain,")]
+    return [
+        line.partition(",")[2].partition("\t")[0] for line in shown.output.splitlines() if line.startswith("plain,")
+    ]
 
 
-@pytest.mark.parametrize("words, offered", [
-    ("sta", ["status"]),
-    ("submit rl", ["rlhf"]),
-    ("status h", ["hh", "hh-2"]),
-    ("logs hh re", ["reward"]),
-    ("submit full-pipeline --recipe bloom-7", ["bloom-7b1"]),
-    ("submit full-pipeline --profile a1", ["a100"]),
-    ("submit full-pipeline --set rlhf.kl_", ["rlhf.kl_coef=", "rlhf.kl_horizon=", "rlhf.kl_max=", "rlhf.kl_target="]),
-    ("plan full-pipeline --set resources.sft.n", ["resources.sft.nodes="]),
-])
+@pytest.mark.parametrize(
+    "words, offered",
+    [
+        ("sta", ["status"]),
+        ("submit rl", ["rlhf"]),
+        ("status h", ["hh", "hh-2"]),
+        ("logs hh re", ["reward"]),
+        ("submit full-pipeline --recipe bloom-7", ["bloom-7b1"]),
+        ("submit full-pipeline --profile a1", ["a100"]),
+        (
+            "submit full-pipeline --set rlhf.kl_",
+            ["rlhf.kl_coef=", "rlhf.kl_horizon=", "rlhf.kl_max=", "rlhf.kl_target="],
+        ),
+        ("plan full-pipeline --set resources.sft.n", ["resources.sft.nodes="]),
+    ],
+)
 def test_tab_completes(words, offered, tmp_path, monkeypatch):
     for name in ("runs/hh/config.json", "runs/hh-2/sweep.json"):
         (tmp_path / name).parent.mkdir(parents=True)
@@ -137,8 +184,16 @@ def test_logs_into_head_ends_quietly(tmp_path):
     project = Project(tmp_path)
     project.behave(sft={"lines": 5_000})
     assert project.submit("--wait", "--until", "sft").returncode == 0
-    shown = subprocess.run(f"{shlex.join(project.command('logs', 'demo', 'sft'))} | head -1", shell=True, cwd=tmp_path, check=False,
-                           env=project.environment, capture_output=True, text=True, timeout=60)
+    shown = subprocess.run(
+        f"{shlex.join(project.command('logs', 'demo', 'sft'))} | head -1",
+        shell=True,
+        cwd=tmp_path,
+        check=False,
+        env=project.environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert shown.stderr == "" and len(shown.stdout.splitlines()) == 1
 
 

@@ -5,7 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from launcher.config.sections import RECIPES, SECTIONS, Profile, build_plain, differences, layered, merge, parse_set, read_recipe
+from launcher.config.sections import (
+    RECIPES,
+    SECTIONS,
+    Profile,
+    build_plain,
+    differences,
+    layered,
+    merge,
+    parse_set,
+    read_recipe,
+)
 from launcher.config.stages import ALL, PIPELINES, full_tables, stage_config
 from training.config.schema import ConfigError
 from training.config.trainers import SFTConfig
@@ -32,10 +42,20 @@ def test_one_key_of_a_stage_s_resources_leaves_its_others():
     assert made == {"nodes": 1, "gpus_per_node": 0, "minutes": 7, "cpus_per_gpu": 1, "spares": 0}
 
 
-@pytest.mark.parametrize("text, value", [("sft.lr=1e-5", 1e-5), ("sft.lr=.9", 0.9), ("sft.lr=-5.e-3", -5e-3), ("data.source=.", "."),
-                                         ("sft.sequence_parallel=true", True),
-                                         ("model.checkpoint=models/bloom", "models/bloom"),
-                                         ('data.source="a = b"', "a = b"), ("data.source=1\nx = 2", "1\nx = 2"), ("data.source=", "")])
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("sft.lr=1e-5", 1e-5),
+        ("sft.lr=.9", 0.9),
+        ("sft.lr=-5.e-3", -5e-3),
+        ("data.source=.", "."),
+        ("sft.sequence_parallel=true", True),
+        ("model.checkpoint=models/bloom", "models/bloom"),
+        ('data.source="a = b"', "a = b"),
+        ("data.source=1\nx = 2", "1\nx = 2"),
+        ("data.source=", ""),
+    ],
+)
 def test_values_are_toml_and_bare_words_are_strings(text, value):
     section, key = text.partition("=")[0].split(".")
     assert parse_set(text) == {section: {key: value}}
@@ -54,16 +74,19 @@ def test_unknown_key_in_every_section_names_the_nearest(section):
         tables(f"{section}.{key}x=1")
 
 
-@pytest.mark.parametrize("setting, message", [
-    ("stf.lr=1", "no section 'stf'; did you mean 'sft.lr'"),
-    ("resources.sft.node=2", r"resources\.sft\.node: no such key; did you mean resources\.sft\.nodes"),
-    ("resources.rhlf.nodes=2", r"did you mean 'resources\.rlhf'"),
-    ("sft.lr=fast", "sft.lr = 'fast': expected float, got str"),
-    ("sft.iterations=0", "sft.iterations = 0: expected at least 1"),
-    ("resources.sft.nodes=0", r"resources\.sft\.nodes = 0: expected at least 1"),
-    ("resources.export.nodes=2", "export: this stage is one process"),
-    ("sft.paths.output=x", "sft.paths is filled by the launcher"),
-])
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ("stf.lr=1", "no section 'stf'; did you mean 'sft.lr'"),
+        ("resources.sft.node=2", r"resources\.sft\.node: no such key; did you mean resources\.sft\.nodes"),
+        ("resources.rhlf.nodes=2", r"did you mean 'resources\.rlhf'"),
+        ("sft.lr=fast", "sft.lr = 'fast': expected float, got str"),
+        ("sft.iterations=0", "sft.iterations = 0: expected at least 1"),
+        ("resources.sft.nodes=0", r"resources\.sft\.nodes = 0: expected at least 1"),
+        ("resources.export.nodes=2", "export: this stage is one process"),
+        ("sft.paths.output=x", "sft.paths is filled by the launcher"),
+    ],
+)
 def test_a_mistake_is_named_with_its_fix(setting, message):
     with pytest.raises(ConfigError, match=message):
         tables(setting)
@@ -72,9 +95,11 @@ def test_a_mistake_is_named_with_its_fix(setting, message):
 def test_file_and_recipe_mistakes_name_the_file(tmp_path):
     bad = tmp_path / "bad.toml"
     bad.write_text("[sft\n")
-    for call, message in ((lambda: tables(files=[bad]), "bad.toml: not TOML"),
-                          (lambda: tables(files=[tmp_path / "no.toml"]), "no such file"),
-                          (lambda: tables(recipe="bloom-tinny"), "did you mean 'bloom-tiny'")):
+    for call, message in (
+        (lambda: tables(files=[bad]), "bad.toml: not TOML"),
+        (lambda: tables(files=[tmp_path / "no.toml"]), "no such file"),
+        (lambda: tables(recipe="bloom-tinny"), "did you mean 'bloom-tiny'"),
+    ):
         with pytest.raises(ConfigError, match=message):
             call()
 
@@ -104,26 +129,42 @@ def test_profile_values_are_checked():
         Profile(name="x", scheduler="slurm", environment={"NCCL_IB_TC": 1})
 
 
-@pytest.mark.parametrize("setting, message", [
-    ("ppo.kl_coef=1", "no section 'ppo'; did you mean 'rlhf.kl_coef'"),
-    ("rm.lr=1", "did you mean 'reward.lr'"),
-    ("evaluation.judge=none", "did you mean 'mtbench.judge'"),
-    ("resources.PPO.nodes=2", "did you mean 'resources.rlhf'"),
-])
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ("ppo.kl_coef=1", "no section 'ppo'; did you mean 'rlhf.kl_coef'"),
+        ("rm.lr=1", "did you mean 'reward.lr'"),
+        ("evaluation.judge=none", "did you mean 'mtbench.judge'"),
+        ("resources.PPO.nodes=2", "did you mean 'resources.rlhf'"),
+    ],
+)
 def test_a_stage_is_known_by_its_method_too(setting, message):
     with pytest.raises(ConfigError, match=message):
         tables(setting)
 
 
 def test_all_mistakes_of_all_sections_are_said_at_once():
-    sets = ("sft.lr=x", "sft.iterations=-1", "sft.micro_batch_size=0", "rlhf.kl_coef=-1", "rlhf.lr=-1", "rlhf.bogu=1", "data.seed=x",
-            "mtbench.judge=foo", "mtbench.judge_repeats=0", "resources.sft.nodes=0", "resources.sft.minutes=-3")
+    sets = (
+        "sft.lr=x",
+        "sft.iterations=-1",
+        "sft.micro_batch_size=0",
+        "rlhf.kl_coef=-1",
+        "rlhf.lr=-1",
+        "rlhf.bogu=1",
+        "data.seed=x",
+        "mtbench.judge=foo",
+        "mtbench.judge_repeats=0",
+        "resources.sft.nodes=0",
+        "resources.sft.minutes=-3",
+    )
     with pytest.raises(ConfigError) as caught:
         tables(*sets)
     assert len(caught.value.messages) == len(sets), caught.value
     for text in sets:
         key = text.partition("=")[0]
-        assert any(message.startswith(f"{key}{':' if key.endswith('bogu') else ' = '}") for message in caught.value.messages), key
+        assert any(
+            message.startswith(f"{key}{':' if key.endswith('bogu') else ' = '}") for message in caught.value.messages
+        ), key
     assert str(caught.value).startswith(f"{len(sets)} mistakes:\n1. ")
     with pytest.raises(ConfigError) as caught:
         tables("ppo.lr=1", "sft", "sft.paths.output=x")

@@ -1,4 +1,5 @@
-"""Endings from what ranks, torch, NCCL, gloo, the kernel and Slurm really print; deadlines and limits from numbers. Nothing runs here."""
+"""Endings from what ranks, torch, NCCL, gloo, the kernel and Slurm really print; deadlines and
+limits from numbers. Nothing runs here."""
 
 import contextlib
 import dataclasses
@@ -20,18 +21,30 @@ from launcher.job.slurm_action import Fate, fate_of
 from launcher.run import progress
 from launcher.run.folder import Run
 
-CUDA = ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 29.76 GiB. GPU 0 has a total capacity of 79.11 GiB of which 12.73 "
-        "GiB is free. Including non-PyTorch memory, this process has 66.38 GiB memory in use.")
-WATCHDOG = ("[E321 02:07:08.408271257 ProcessGroupNCCL.cpp:607] [Rank 0] Watchdog caught collective operation timeout: WorkNCCL("
-            "SeqNum=1580, OpType=ALLREDUCE, NumelIn=466119168, NumelOut=466119168, Timeout(ms)=600000) ran for 600060 milliseconds before "
-            "timing out.")
+CUDA = (
+    "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 29.76 GiB. GPU 0 has a total capacity of 79.11 GiB of which 12.73 "
+    "GiB is free. Including non-PyTorch memory, this process has 66.38 GiB memory in use."
+)
+WATCHDOG = (
+    "[E321 02:07:08.408271257 ProcessGroupNCCL.cpp:607] [Rank 0] Watchdog caught collective operation timeout: WorkNCCL("
+    "SeqNum=1580, OpType=ALLREDUCE, NumelIn=466119168, NumelOut=466119168, Timeout(ms)=600000) ran for 600060 milliseconds before "
+    "timing out."
+)
 ABORT = "what():  [PG ID 0 PG GUID 0(default_pg) Rank 0] Process group watchdog thread terminated with exception"
-CLOSED = "RuntimeError: [../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:26441"
-GLOO = ("RuntimeError: [../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation to "
-        "complete")
-REMOTE = ("torch.distributed.DistBackendError: NCCL error in: ../torch/csrc/distributed/c10d/NCCLUtils.hpp:268, remote process exited or "
-          "there was a network error, NCCL version 2.21.5")
-OOM_STEP = "slurmstepd: error: Detected 1 oom_kill event in StepId=11300781.0. Some of the step tasks have been OOM Killed."
+CLOSED = (
+    "RuntimeError: [../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:26441"
+)
+GLOO = (
+    "RuntimeError: [../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation to "
+    "complete"
+)
+REMOTE = (
+    "torch.distributed.DistBackendError: NCCL error in: ../torch/csrc/distributed/c10d/NCCLUtils.hpp:268, remote process exited or "
+    "there was a network error, NCCL version 2.21.5"
+)
+OOM_STEP = (
+    "slurmstepd: error: Detected 1 oom_kill event in StepId=11300781.0. Some of the step tasks have been OOM Killed."
+)
 ECC = "RuntimeError: CUDA error: uncorrectable ECC error encountered"
 FULL = "OSError: [Errno 28] No space left on device: 'runs/hh/sft/checkpoints/.iter_0000100.saving/model/__0_0.distcp'"
 STEP = "slurmstepd-n1: error: *** STEP 7.0 ON n1 CANCELLED AT 2026-11-23T23:29:46 DUE TO {} ***"
@@ -41,44 +54,107 @@ def rank(code, line, number=0, lines=()):
     return Ended(code, number, line, (*lines, line))
 
 
-@pytest.mark.parametrize("ended, launcher, kind", [
-    ([rank(1, CUDA)], [], Class.CUDA_OOM),
-    ([rank(1, "torch.cuda.OutOfMemoryError: CUDA out of memory. Tried to allocate 1.70 GiB.")], [], Class.CUDA_OOM),
-    ([rank(1, "RuntimeError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")], [], Class.CUDA_OOM),
-    ([rank(-9, "iteration 7/10")], [OOM_STEP, "srun: error: nid001277: tasks 1-3: Out Of Memory"], Class.HOST_OOM),
-    ([rank(1, "MemoryError")], [], Class.HOST_OOM),
-    ([rank(1, "RuntimeError: [enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8e9 "
-              "bytes. Error code 12 (Cannot allocate memory)")], [], Class.HOST_OOM),
-    ([rank(1, "FloatingPointError: iteration 7: not finite: {'loss': nan}")], [], Class.NAN),
-    ([rank(-6, ABORT, lines=[WATCHDOG, "terminate called after throwing an instance of 'c10::DistBackendError'"])], [],
-     Class.COMMUNICATION),
-    ([rank(1, GLOO)], [], Class.COMMUNICATION),
-    ([rank(1, REMOTE)], [], Class.COMMUNICATION),
-    ([rank(1, "torch.distributed.DistStoreError: Timed out after 601 seconds waiting for clients. 3/4 clients joined.")], [],
-     Class.COMMUNICATION),
-    ([rank(1, "torch.distributed.DistNetworkError: The client socket has failed to connect to any network address of (n7, 20017). The IPv4 "
-              "network addresses of (n7, 20017) cannot be retrieved (gai error: -2 - Name or service not known).")], [],
-     Class.COMMUNICATION),
-    ([rank(1, ECC)], [], Class.NODE_FAILURE),
-    ([rank(1, "RuntimeError: No CUDA GPUs are available")], [], Class.NODE_FAILURE),
-    ([Ended(143)], ["srun: error: Node failure on n4", "srun: Job step aborted: Waiting up to 5 seconds for job step to finish."],
-     Class.NODE_FAILURE),
-    ([rank(1, FULL)], [], Class.DISK_FULL),
-    ([rank(74, "error: saving iteration 4 failed on rank 0: [Errno 122] Disk quota exceeded")], [], Class.DISK_FULL),
-    ([rank(76, "error: paused by a health gate: KL to the reference, nats per response = 120, kl_max = 100, 20 iterations in a row; "
-               "iteration 30 is saved, and resume goes on from it")], [], Class.UNHEALTHY),
-    ([rank(64, "error: sft.lr = -1: expected above 0")], [], Class.BAD_CONFIG),
-    ([rank(65, "error: rows.jsonl line 7: field prompt is missing")], [], Class.BAD_DATA),
-    ([rank(73, "error: saving iteration 4 failed on rank 0: [Errno 13] Permission denied: 'sft/checkpoints'")], [],
-     Class.FILE_ERROR),
-    ([rank(4, "sft: no average, because 3 of 160 ratings are valid")], [], Class.TOO_FEW_RATINGS),
-    ([rank(1, "urllib.error.URLError: <urlopen error [Errno 111] Connection refused>")], [], Class.BUG),
-    ([rank(1, "requests.exceptions.ConnectionError: api.wandb.ai: Name or service not known")], [], Class.BUG),
-    ([rank(-9, "iteration 7/10")], [], Class.KILLED),
-    ([rank(-11, "Current thread 0x00007f (most recent call first):")], [], Class.BUG),
-    ([rank(1, "KeyError: 'prompt'", lines=["urllib3: Connection refused, tried again"])], [], Class.BUG),
-    ([rank(3, "")], [], Class.BUG),
-])
+@pytest.mark.parametrize(
+    "ended, launcher, kind",
+    [
+        ([rank(1, CUDA)], [], Class.CUDA_OOM),
+        ([rank(1, "torch.cuda.OutOfMemoryError: CUDA out of memory. Tried to allocate 1.70 GiB.")], [], Class.CUDA_OOM),
+        (
+            [rank(1, "RuntimeError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")],
+            [],
+            Class.CUDA_OOM,
+        ),
+        ([rank(-9, "iteration 7/10")], [OOM_STEP, "srun: error: nid001277: tasks 1-3: Out Of Memory"], Class.HOST_OOM),
+        ([rank(1, "MemoryError")], [], Class.HOST_OOM),
+        (
+            [
+                rank(
+                    1,
+                    "RuntimeError: [enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8e9 "
+                    "bytes. Error code 12 (Cannot allocate memory)",
+                )
+            ],
+            [],
+            Class.HOST_OOM,
+        ),
+        ([rank(1, "FloatingPointError: iteration 7: not finite: {'loss': nan}")], [], Class.NAN),
+        (
+            [
+                rank(
+                    -6,
+                    ABORT,
+                    lines=[WATCHDOG, "terminate called after throwing an instance of 'c10::DistBackendError'"],
+                )
+            ],
+            [],
+            Class.COMMUNICATION,
+        ),
+        ([rank(1, GLOO)], [], Class.COMMUNICATION),
+        ([rank(1, REMOTE)], [], Class.COMMUNICATION),
+        (
+            [
+                rank(
+                    1,
+                    "torch.distributed.DistStoreError: Timed out after 601 seconds waiting for clients. 3/4 clients joined.",
+                )
+            ],
+            [],
+            Class.COMMUNICATION,
+        ),
+        (
+            [
+                rank(
+                    1,
+                    "torch.distributed.DistNetworkError: The client socket has failed to connect to any network address of (n7, 20017). The IPv4 "
+                    "network addresses of (n7, 20017) cannot be retrieved (gai error: -2 - Name or service not known).",
+                )
+            ],
+            [],
+            Class.COMMUNICATION,
+        ),
+        ([rank(1, ECC)], [], Class.NODE_FAILURE),
+        ([rank(1, "RuntimeError: No CUDA GPUs are available")], [], Class.NODE_FAILURE),
+        (
+            [Ended(143)],
+            [
+                "srun: error: Node failure on n4",
+                "srun: Job step aborted: Waiting up to 5 seconds for job step to finish.",
+            ],
+            Class.NODE_FAILURE,
+        ),
+        ([rank(1, FULL)], [], Class.DISK_FULL),
+        (
+            [rank(74, "error: saving iteration 4 failed on rank 0: [Errno 122] Disk quota exceeded")],
+            [],
+            Class.DISK_FULL,
+        ),
+        (
+            [
+                rank(
+                    76,
+                    "error: paused by a health gate: KL to the reference, nats per response = 120, kl_max = 100, 20 iterations in a row; "
+                    "iteration 30 is saved, and resume goes on from it",
+                )
+            ],
+            [],
+            Class.UNHEALTHY,
+        ),
+        ([rank(64, "error: sft.lr = -1: expected above 0")], [], Class.BAD_CONFIG),
+        ([rank(65, "error: rows.jsonl line 7: field prompt is missing")], [], Class.BAD_DATA),
+        (
+            [rank(73, "error: saving iteration 4 failed on rank 0: [Errno 13] Permission denied: 'sft/checkpoints'")],
+            [],
+            Class.FILE_ERROR,
+        ),
+        ([rank(4, "sft: no average, because 3 of 160 ratings are valid")], [], Class.TOO_FEW_RATINGS),
+        ([rank(1, "urllib.error.URLError: <urlopen error [Errno 111] Connection refused>")], [], Class.BUG),
+        ([rank(1, "requests.exceptions.ConnectionError: api.wandb.ai: Name or service not known")], [], Class.BUG),
+        ([rank(-9, "iteration 7/10")], [], Class.KILLED),
+        ([rank(-11, "Current thread 0x00007f (most recent call first):")], [], Class.BUG),
+        ([rank(1, "KeyError: 'prompt'", lines=["urllib3: Connection refused, tried again"])], [], Class.BUG),
+        ([rank(3, "")], [], Class.BUG),
+    ],
+)
 def test_class_of_real_last_words(ended, launcher, kind):
     verdict = classify(Facts("sft", ended, launcher, before=1, after=4))
     assert verdict.kind is kind
@@ -92,7 +168,9 @@ def test_the_rank_with_a_cause_of_its_own_comes_before_those_that_noticed():
     ended = [rank(1, CLOSED, 2), rank(-15, "iteration 3/10", 0), rank(1, CUDA, 5), rank(1, CLOSED, 1)]
     verdict = classify(Facts("rlhf", ended))
     assert (verdict.kind, verdict.rank) == (Class.CUDA_OOM, 5)
-    assert verdict.cause.startswith("rank 5: exit code 1: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 29.76 GiB")
+    assert verdict.cause.startswith(
+        "rank 5: exit code 1: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 29.76 GiB"
+    )
     assert "rlhf.micro_batch_size" in verdict.advice("rlhf")
     alone = classify(Facts("rlhf", [rank(1, CLOSED, 2), rank(1, GLOO, 0)]))
     assert (alone.kind, alone.rank) == (Class.COMMUNICATION, 2)
@@ -109,14 +187,29 @@ def test_memory_that_ran_out_is_told_in_the_words_of_the_kernel():
     assert "rank 3: killed by SIGKILL" in verdict.cause and "oom_kill event" in verdict.cause
 
 
-@pytest.mark.parametrize("words, kind", [("PREEMPTION", Class.PREEMPTED), ("TIME LIMIT", Class.TIME_LIMIT),
-                                         ("NODE FAILURE, SEE SLURMCTLD LOG FOR DETAILS", Class.NODE_FAILURE)])
+@pytest.mark.parametrize(
+    "words, kind",
+    [
+        ("PREEMPTION", Class.PREEMPTED),
+        ("TIME LIMIT", Class.TIME_LIMIT),
+        ("NODE FAILURE, SEE SLURMCTLD LOG FOR DETAILS", Class.NODE_FAILURE),
+    ],
+)
 def test_what_slurm_did_comes_before_what_the_ranks_saw(words, kind):
     lines = [STEP.format(words)]
     fate = fate_of(None, 0, lines).kind
-    lost = classify(Facts("sft", [rank(-15, "iteration 7/10"), rank(1, CLOSED, 1)], lines, fate=fate, before=0, after=5))
-    assert lost.kind is kind and lost.again and "ended without saving" in lost.cause and "last checkpoint: iteration 5" in lost.cause
-    kept = classify(Facts("sft", [rank(75, "stopped by a signal; iteration 7 is saved")], lines, fate=fate, before=0, after=7))
+    lost = classify(
+        Facts("sft", [rank(-15, "iteration 7/10"), rank(1, CLOSED, 1)], lines, fate=fate, before=0, after=5)
+    )
+    assert (
+        lost.kind is kind
+        and lost.again
+        and "ended without saving" in lost.cause
+        and "last checkpoint: iteration 5" in lost.cause
+    )
+    kept = classify(
+        Facts("sft", [rank(75, "stopped by a signal; iteration 7 is saved")], lines, fate=fate, before=0, after=7)
+    )
     assert kept.kind is kind and "; saved iteration 7" in kept.cause
 
 
@@ -138,9 +231,14 @@ def test_every_ending_but_done_says_what_to_do():
 
 
 def test_lead_is_the_longest_step_and_save_with_margin():
-    """30 s steps; the save after iteration 2 took 200 s, so that row 3 came 230 s after row 2. The queue between 3 and 4 is no step."""
-    rows = [{"iteration": 1, "time": 1000.0}, {"iteration": 2, "time": 1030.0}, {"iteration": 3, "time": 1260.0, "save_s": 200.0},
-            {"iteration": 4, "time": 9000.0}]
+    """30 s steps; the save after iteration 2 took 200 s, so that row 3 came 230 s after row 2. The
+    queue between 3 and 4 is no step."""
+    rows = [
+        {"iteration": 1, "time": 1000.0},
+        {"iteration": 2, "time": 1030.0},
+        {"iteration": 3, "time": 1260.0, "save_s": 200.0},
+        {"iteration": 4, "time": 9000.0},
+    ]
     wanted = 230 + deadline.SAVE_FACTOR * 200 + deadline.MARGIN_S
     assert deadline.lead(rows, [900.0, 8900.0], 300, 7200) == wanted
     assert deadline.lead(rows, [900.0, 8900.0], 300, 600) == 300, "half of a short limit"
@@ -149,20 +247,24 @@ def test_lead_is_the_longest_step_and_save_with_margin():
 
 
 def follow(*ends, attempts=2, max_attempts=20, kind=Class.COMMUNICATION, stage=ALL["sft"], moved=False, **options):
-    """What follows one more attempt of ``kind`` that began at 5, after earlier ends (class, began, iteration)."""
+    """What follows one more attempt of ``kind`` that began at 5, after earlier ends (class, began,
+    iteration)."""
     rows = tuple({"class": name, "began": began, "iteration": after} for name, began, after in ends)
     history = requeue.History(attempts, rows)
     return requeue.decide(Verdict(kind, GLOO), history, stage, max_attempts, moved=moved, before=5, **options)
 
 
-@pytest.mark.parametrize("ends, moved, kind", [
-    ([], False, Class.COMMUNICATION),
-    ([("communication timeout", 3, 5)], False, Class.COMMUNICATION),
-    ([("communication timeout", 5, 5)], False, Class.NO_PROGRESS),
-    ([("communication timeout", 5, 5)], True, Class.COMMUNICATION),
-    ([("preempted", 5, 5)], False, Class.COMMUNICATION),
-    ([("time limit", None, None), ("preempted", 5, 5)], False, Class.NO_PROGRESS),
-])
+@pytest.mark.parametrize(
+    "ends, moved, kind",
+    [
+        ([], False, Class.COMMUNICATION),
+        ([("communication timeout", 3, 5)], False, Class.COMMUNICATION),
+        ([("communication timeout", 5, 5)], False, Class.NO_PROGRESS),
+        ([("communication timeout", 5, 5)], True, Class.COMMUNICATION),
+        ([("preempted", 5, 5)], False, Class.COMMUNICATION),
+        ([("time limit", None, None), ("preempted", 5, 5)], False, Class.NO_PROGRESS),
+    ],
+)
 def test_two_attempts_without_progress_are_enough(ends, moved, kind):
     state, verdict = follow(*ends, moved=moved)
     assert verdict.kind is kind and state == ("failed" if kind is Class.NO_PROGRESS else "requeued")
@@ -172,15 +274,20 @@ def test_two_attempts_without_progress_are_enough(ends, moved, kind):
 def test_attempts_have_a_limit_that_a_resume_resets(tmp_path):
     state, verdict = follow(attempts=5, max_attempts=5, moved=True)
     assert state == "failed" and "attempt 5 of at most 5 (profile: max_attempts)" in verdict.cause
-    rows = [{"event": "started", "stage": "sft"}, {"event": "requeued", "stage": "sft", "class": "preempted"},
-            {"event": "started", "stage": "sft"}, {"event": "vanished", "stage": "sft", "class": "node failure"}]
+    rows = [
+        {"event": "started", "stage": "sft"},
+        {"event": "requeued", "stage": "sft", "class": "preempted"},
+        {"event": "started", "stage": "sft"},
+        {"event": "vanished", "stage": "sft", "class": "node failure"},
+    ]
     assert requeue.history_of(rows, "sft") == requeue.History(2, (rows[1], rows[3]))
     assert requeue.history_of([*rows, {"event": "submitted", "stage": "sft"}], "sft") == requeue.History()
 
 
 @pytest.mark.parametrize("stage", ALL.values(), ids=ALL)
 def test_every_stage_is_queued_again_at_its_time_limit(stage):
-    """Each saves what it has done on USR1; a stage that would not says why it isn't queued again."""
+    """Each saves what it has done on USR1; a stage that would not says why it isn't queued
+    again."""
     assert follow(kind=Class.TIME_LIMIT, stage=stage)[0] == "requeued"
     state, verdict = follow(kind=Class.TIME_LIMIT, stage=dataclasses.replace(stage, resumable=False))
     assert state == "failed" and "saves nothing on its way" in verdict.cause
@@ -198,22 +305,25 @@ def job(state="RUNNING", reason="None", restarts=0, preempted=False):
     return JobFacts(state, reason, None, None, restarts, preempted)
 
 
-@pytest.mark.parametrize("facts, terminated, fate", [
-    (job("COMPLETING", restarts=1), True, Fate(Class.PREEMPTED, True)),
-    (job("PENDING", restarts=1), False, Fate(Class.NODE_FAILURE, True)),
-    (job(), True, Fate(Class.PREEMPTED)),
-    (job(preempted=True), False, Fate(Class.PREEMPTED)),
-    (job(), False, None),
-    (job("PREEMPTED", preempted=True), True, Fate(Class.PREEMPTED)),
-    (job("COMPLETING", preempted=True), True, Fate(Class.PREEMPTED)),
-    (job("NODE_FAIL"), True, Fate(Class.NODE_FAILURE)),
-    (job("COMPLETING", "NodeDown"), True, Fate(Class.NODE_FAILURE)),
-    (job("COMPLETING", "TimeLimit"), True, Fate(Class.TIME_LIMIT)),
-    (job("TIMEOUT"), False, Fate(Class.TIME_LIMIT)),
-    (job("CANCELLED"), False, Fate(Class.CANCELLED)),
-    (job("COMPLETING"), True, Fate(Class.CANCELLED)),
-    (job("COMPLETING"), False, None),
-])
+@pytest.mark.parametrize(
+    "facts, terminated, fate",
+    [
+        (job("COMPLETING", restarts=1), True, Fate(Class.PREEMPTED, True)),
+        (job("PENDING", restarts=1), False, Fate(Class.NODE_FAILURE, True)),
+        (job(), True, Fate(Class.PREEMPTED)),
+        (job(preempted=True), False, Fate(Class.PREEMPTED)),
+        (job(), False, None),
+        (job("PREEMPTED", preempted=True), True, Fate(Class.PREEMPTED)),
+        (job("COMPLETING", preempted=True), True, Fate(Class.PREEMPTED)),
+        (job("NODE_FAIL"), True, Fate(Class.NODE_FAILURE)),
+        (job("COMPLETING", "NodeDown"), True, Fate(Class.NODE_FAILURE)),
+        (job("COMPLETING", "TimeLimit"), True, Fate(Class.TIME_LIMIT)),
+        (job("TIMEOUT"), False, Fate(Class.TIME_LIMIT)),
+        (job("CANCELLED"), False, Fate(Class.CANCELLED)),
+        (job("COMPLETING"), True, Fate(Class.CANCELLED)),
+        (job("COMPLETING"), False, None),
+    ],
+)
 def test_what_slurm_did_to_the_job(facts, terminated, fate):
     assert fate_of(facts, 0, terminated=terminated) == fate
 
@@ -230,16 +340,19 @@ def said(kind, message="", code=1):
     return Ended(code, 0, "the last line", ("the last line",), Said(kind, message))
 
 
-@pytest.mark.parametrize("words, kind", [
-    (said(Class.JUDGE, "http://x: <urlopen error [Errno 111] Connection refused>; gave up"), Class.JUDGE),
-    (said(Class.REFUSED, "iter_0000100/model/__0_0.distcp does not have the sha256", 65), Class.REFUSED),
-    (said(Class.BUG, "OSError: Name or service not known"), Class.BUG),
-    (said(Class.FILE_ERROR, "[Errno 13] Permission denied", 74), Class.FILE_ERROR),
-    (said(None, "RuntimeError: something that torch says"), Class.BUG),
-    (said(None, CUDA), Class.CUDA_OOM),
-    (said(None, GLOO), Class.COMMUNICATION),
-    (said(Class.NAN, "FloatingPointError: not finite", -9), Class.NAN),
-])
+@pytest.mark.parametrize(
+    "words, kind",
+    [
+        (said(Class.JUDGE, "http://x: <urlopen error [Errno 111] Connection refused>; gave up"), Class.JUDGE),
+        (said(Class.REFUSED, "iter_0000100/model/__0_0.distcp does not have the sha256", 65), Class.REFUSED),
+        (said(Class.BUG, "OSError: Name or service not known"), Class.BUG),
+        (said(Class.FILE_ERROR, "[Errno 13] Permission denied", 74), Class.FILE_ERROR),
+        (said(None, "RuntimeError: something that torch says"), Class.BUG),
+        (said(None, CUDA), Class.CUDA_OOM),
+        (said(None, GLOO), Class.COMMUNICATION),
+        (said(Class.NAN, "FloatingPointError: not finite", -9), Class.NAN),
+    ],
+)
 def test_what_the_stage_says_of_itself_is_believed_first(words, kind):
     """Also before its exit code and before texts that elsewhere mean something else."""
     verdict = classify(Facts("mtbench", [words], ["srun: error: n1: Connection refused"]))
@@ -249,6 +362,7 @@ def test_what_the_stage_says_of_itself_is_believed_first(words, kind):
 
 def test_advice_names_only_keys_that_the_stage_has():
     """For every stage and every class that it can end with."""
+
     def keys(cls) -> set[str]:
         return {field.name for field in dataclasses.fields(cls)}
 
@@ -256,7 +370,8 @@ def test_advice_names_only_keys_that_the_stage_has():
     for name, stage in ALL.items():
         for kind in ADVICE:
             if (kind in ("judge", "harness", "too few ratings") and name != "mtbench") or (
-                    kind == "health gate" and not stage.trainer):
+                kind == "health gate" and not stage.trainer
+            ):
                 continue
             for section, key in re.findall(r"(?<![\w.])((?:resources\.)?[a-z]+)\.([a-z_]+)\b", advice.of(kind, name)):
                 if section.startswith("resources."):
@@ -269,17 +384,21 @@ def test_advice_names_only_keys_that_the_stage_has():
     assert named > 60
 
 
-@pytest.mark.parametrize("text, wanted, visible, reason", [
-    ("0, GPU-a, 4, 0\n1, GPU-b, 4, 0\n", 2, "0,1", ""),
-    ("0, GPU-a, 4, [N/A]\n1, GPU-b, 560, [N/A]\n", 2, "0,1", ""),
-    ("0, GPU-a, 4, 0\n", 2, "0", "1 GPU(s) visible, 2 asked for"),
-    ("0, GPU-a, 4, 0\n1, GPU-b, 40960, 0\n", 2, "0,1", "GPU 1 is not empty: 40960 MiB in use"),
-    ("0, GPU-a, 4, 0\n1, GPU-b, 4, 2\n", 2, "", "GPU 1 has 2 uncorrected memory errors"),
-    ("0, GPU-a, 4, 0\n1, GPU-b, 4, 0\n2, GPU-c, 41000, 0\n", 2, "0,1", ""),  # another job's: no cgroup hides it
-    ("0, GPU-a, 4, 0\n1, GPU-b, 4, 0\n2, GPU-c, 41000, 0\n", 2, "GPU-a,GPU-b", ""),
-    ("0, GPU-a, 4, 0\n1, GPU-b, 4, 0\n2, GPU-c, 41000, 0\n", 2, "1,2", "GPU 2 is not empty: 41000 MiB in use"),
-    ("0, GPU-a, 4, 0\n1, GPU-b, 4, 0\n2, GPU-c, 41000, 0\n", 2, "", ""),
-])
+@pytest.mark.parametrize(
+    "text, wanted, visible, reason",
+    [
+        ("0, GPU-a, 4, 0\n1, GPU-b, 4, 0\n", 2, "0,1", ""),
+        ("0, GPU-a, 4, [N/A]\n1, GPU-b, 560, [N/A]\n", 2, "0,1", ""),
+        ("0, GPU-a, 4, 0\n", 2, "0", "1 GPU(s) visible, 2 asked for"),
+        ("0, GPU-a, 4, 0\n1, GPU-b, 40960, 0\n", 2, "0,1", "GPU 1 is not empty: 40960 MiB in use"),
+        ("0, GPU-a, 4, 0\n1, GPU-b, 4, 2\n", 2, "", "GPU 1 has 2 uncorrected memory errors"),
+        # another job's: no cgroup hides it
+        ("0, GPU-a, 4, 0\n1, GPU-b, 4, 0\n2, GPU-c, 41000, 0\n", 2, "0,1", ""),
+        ("0, GPU-a, 4, 0\n1, GPU-b, 4, 0\n2, GPU-c, 41000, 0\n", 2, "GPU-a,GPU-b", ""),
+        ("0, GPU-a, 4, 0\n1, GPU-b, 4, 0\n2, GPU-c, 41000, 0\n", 2, "1,2", "GPU 2 is not empty: 41000 MiB in use"),
+        ("0, GPU-a, 4, 0\n1, GPU-b, 4, 0\n2, GPU-c, 41000, 0\n", 2, "", ""),
+    ],
+)
 def test_rows_of_nvidia_smi(text, wanted, visible, reason):
     assert node_check.judge_gpus(text, wanted, visible) == reason
 
@@ -294,7 +413,10 @@ def test_health_names_the_node_of_a_gpu_that_is_wrong_slow_or_silent():
 
     nodes = ["n1", "n2"]
     assert preflight.judge_gpus(rows("n1") + rows("n2"), nodes, 2, 180) == ({}, "")
-    wrong = [row | {"bad": "its matrix product is wrong"} if row["gpu"] == 1 and row["check"] == "gpu" else row for row in rows("n2")]
+    wrong = [
+        row | {"bad": "its matrix product is wrong"} if row["gpu"] == 1 and row["check"] == "gpu" else row
+        for row in rows("n2")
+    ]
     assert preflight.judge_gpus(rows("n1") + wrong, nodes, 2, 180)[0] == {"n2": "GPU 1: its matrix product is wrong"}
     slow = [row | {"tflops": 90.0} if row["gpu"] == 0 and row["check"] == "gpu" else row for row in rows("n2")]
     assert preflight.judge_gpus(rows("n1") + slow, nodes, 2, 180)[0] == {"n2": "GPU 0: 90 TFLOP/s, the others 600"}
@@ -303,7 +425,9 @@ def test_health_names_the_node_of_a_gpu_that_is_wrong_slow_or_silent():
     assert preflight.judge_gpus(between, nodes, 2, 180) == ({}, "the all-reduce over 2 node(s) failed: timed out")
 
 
-@pytest.mark.parametrize("broken, found", [({"n3"}, {"n3"}), ({"n1"}, {"n1"}), ({"n5"}, {"n5"}), ({"n2", "n4"}, {"n2", "n4"})])
+@pytest.mark.parametrize(
+    "broken, found", [({"n3"}, {"n3"}), ({"n1"}, {"n1"}), ({"n5"}, {"n5"}), ({"n2", "n4"}, {"n2", "n4"})]
+)
 def test_pairs_find_the_node_that_an_all_reduce_fails_with(broken, found):
     nodes = ["n1", "n2", "n3", "n4", "n5", "n6"] if len(broken) == 1 else ["n1", "n2", "n3", "n4", "n5", "n6", "n7"]
     assert set(preflight.halves(nodes, lambda some: not broken & set(some), "timed out")) == found
@@ -311,37 +435,64 @@ def test_pairs_find_the_node_that_an_all_reduce_fails_with(broken, found):
 
 def test_nodes_that_nobody_can_reach_are_blamed_not_the_others():
     unreached = "network: can't reach the first node at n1: timed out"
-    assert preflight.blame(["n1", "n2", "n3"], {"n2": unreached, "n3": unreached}) == {"n1": "network: no other node can reach it"}
+    assert preflight.blame(["n1", "n2", "n3"], {"n2": unreached, "n3": unreached}) == {
+        "n1": "network: no other node can reach it"
+    }
     assert preflight.blame(["n1", "n2", "n3"], {"n3": unreached}) == {"n3": unreached}
     silent = {"n1": "did not answer within 90 s", "n2": "network: the first node told nobody where it listens"}
     assert preflight.blame(["n1", "n2"], silent) == {"n1": "did not answer within 90 s"}
 
 
-@pytest.mark.parametrize("lines, expected", [
-    (["srun: error: n2: task 3: Exited with exit code 9", "srun: error: n1: task 0: Exited with exit code 1"], [(3, 9), (0, 1)]),
-    (["srun: error: n1: tasks 0-1,3: Exited with exit code 75"], [(0, 75), (1, 75), (3, 75)]),
-    (["srun: error: n1: task 1: Killed", "srun: error: n1: task 0: Terminated"], [(1, -9), (0, -15)]),
-    (["srun: error: n1: task 1: Segmentation fault (core dumped)"], [(1, -11)]),
-    (["srun: error: nid001277: tasks 1-2: Out Of Memory"], [(1, -9), (2, -9)]),
-    (["srun: Job step aborted: Waiting up to 32 seconds for job step to finish."], []),
-])
+@pytest.mark.parametrize(
+    "lines, expected",
+    [
+        (
+            ["srun: error: n2: task 3: Exited with exit code 9", "srun: error: n1: task 0: Exited with exit code 1"],
+            [(3, 9), (0, 1)],
+        ),
+        (["srun: error: n1: tasks 0-1,3: Exited with exit code 75"], [(0, 75), (1, 75), (3, 75)]),
+        (["srun: error: n1: task 1: Killed", "srun: error: n1: task 0: Terminated"], [(1, -9), (0, -15)]),
+        (["srun: error: n1: task 1: Segmentation fault (core dumped)"], [(1, -11)]),
+        (["srun: error: nid001277: tasks 1-2: Out Of Memory"], [(1, -9), (2, -9)]),
+        (["srun: Job step aborted: Waiting up to 32 seconds for job step to finish."], []),
+    ],
+)
 def test_ends_in_the_words_of_srun(lines, expected):
     assert [found for line in lines for found in ends(line)] == expected
 
 
 def test_last_word_of_a_rank_is_its_exception(tmp_path):
     log = Log(tmp_path / "log")
-    for text in ("iteration 3", "Traceback (most recent call last):", '  File "x.py"', "torch.OutOfMemoryError: tried 2 GiB", "bye"):
+    for text in (
+        "iteration 3",
+        "Traceback (most recent call last):",
+        '  File "x.py"',
+        "torch.OutOfMemoryError: tried 2 GiB",
+        "bye",
+    ):
         log.write(1, text)
-    for text in ("[rank2]: Traceback", "[rank2]:     assert loss > 0", "[rank2]:            ^^^^^^^^", "[rank2]: AssertionError"):
+    for text in (
+        "[rank2]: Traceback",
+        "[rank2]:     assert loss > 0",
+        "[rank2]:            ^^^^^^^^",
+        "[rank2]: AssertionError",
+    ):
         log.write(2, text)
     assert log.ended(1, 1).words() == "rank 1: exit code 1: torch.OutOfMemoryError: tried 2 GiB"
-    assert log.ended(1, 1).lines == ("iteration 3", "Traceback (most recent call last):", 'File "x.py"',
-                                     "torch.OutOfMemoryError: tried 2 GiB", "bye")
+    assert log.ended(1, 1).lines == (
+        "iteration 3",
+        "Traceback (most recent call last):",
+        'File "x.py"',
+        "torch.OutOfMemoryError: tried 2 GiB",
+        "bye",
+    )
     assert log.ended(2, 1).line == "AssertionError at `assert loss > 0`"
     log.close()
     stamped = (tmp_path / "log").read_text().splitlines()
-    assert [line.partition(" ")[2] for line in stamped[:2]] == ["[1] iteration 3", "[1] Traceback (most recent call last):"]
+    assert [line.partition(" ")[2] for line in stamped[:2]] == [
+        "[1] iteration 3",
+        "[1] Traceback (most recent call last):",
+    ]
 
 
 def test_a_port_that_a_stranger_holds_is_stepped_over():
@@ -361,5 +512,7 @@ def test_a_port_that_a_stranger_holds_is_stepped_over():
 def test_a_row_of_metrics_that_is_half_written_is_passed_over(tmp_path):
     (tmp_path / "sft").mkdir()
     rows = [{"iteration": 1, "time": 5.0}, {"iteration": 2, "time": 6.0}]
-    (tmp_path / "sft/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"iteration": 3, "ti')
+    (tmp_path / "sft/metrics.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows) + '{"iteration": 3, "ti'
+    )
     assert progress.rows(Run(tmp_path), "sft", deadline.ROWS_BYTES) == rows

@@ -1,4 +1,5 @@
-"""What the last stages need is looked for before the first begins; hours of work beside the limits of jobs."""
+"""What the last stages need is looked for before the first begins; hours of work beside the limits
+of jobs."""
 
 import dataclasses
 import json

@@ -1,4 +1,5 @@
-"""The local profile with stub stages: order, endings and their causes, resume, cancel. Real processes, real signals."""
+"""The local profile with stub stages: order, endings and their causes, resume, cancel. Real
+processes, real signals."""
 
 import hashlib
 import json
@@ -34,10 +35,16 @@ def test_chain_runs_in_order_and_leaves_manifests(project):
     assert both.returncode == 0 and "demo, apart" in (project.folder / "both/report.html").read_text(), both.stderr
 
 
-@pytest.mark.parametrize(("pipeline", "order"), [("dpo", ["convert", "sft", "dpo", "export", "mtbench"]),
-                                                 ("grpo", ["convert", "sft", "reward", "grpo", "export", "mtbench"])])
+@pytest.mark.parametrize(
+    ("pipeline", "order"),
+    [
+        ("dpo", ["convert", "sft", "dpo", "export", "mtbench"]),
+        ("grpo", ["convert", "sft", "reward", "grpo", "export", "mtbench"]),
+    ],
+)
 def test_another_pipeline_is_another_graph(project, pipeline, order):
-    """From submit to resume a run knows the stages of its own pipeline only, without being told again which it is."""
+    """From submit to resume a run knows the stages of its own pipeline only, without being told
+    again which it is."""
     command = ["submit", "full-pipeline", "--name", "demo", "--profile", "local", "--wait", *small(*order[1:-2])]
     done = project.convoy(*command, "--pipeline", pipeline)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -45,12 +52,18 @@ def test_another_pipeline_is_another_graph(project, pipeline, order):
     assert list(project.json("mtbench/config.json")["paths"]["models"]) == ["sft", pipeline]
     assert project.convoy(*command).returncode == 0 and len(project.ledger("started")) == len(order)
     again = project.convoy("resume", "demo", "--from", pipeline, "--wait")
-    assert again.returncode == 0 and [event["stage"] for event in project.ledger("started")][len(order):] == [pipeline, "export", "mtbench"]
-    for arguments, words in ((["resume", "demo", "--from", "rlhf"], f"has no stage rlhf: its pipeline is {pipeline} (convert -> sft"),
-                             ([*command, "--pipeline", "ppo"], f"--pipeline {pipeline}; give ppo its own run with --name"),
-                             ([*command, "--set", "rlhf.lr=1"], f"--set rlhf.lr=1: pipeline {pipeline} has no stage rlhf"),
-                             ([*command, "--until", "rlhf"], "rlhf is no stage of this pipeline"),
-                             (["submit", "rlhf", "--name", "demo"], "it is one of --pipeline ppo, in a run of its own")):
+    assert again.returncode == 0 and [event["stage"] for event in project.ledger("started")][len(order) :] == [
+        pipeline,
+        "export",
+        "mtbench",
+    ]
+    for arguments, words in (
+        (["resume", "demo", "--from", "rlhf"], f"has no stage rlhf: its pipeline is {pipeline} (convert -> sft"),
+        ([*command, "--pipeline", "ppo"], f"--pipeline {pipeline}; give ppo its own run with --name"),
+        ([*command, "--set", "rlhf.lr=1"], f"--set rlhf.lr=1: pipeline {pipeline} has no stage rlhf"),
+        ([*command, "--until", "rlhf"], "rlhf is no stage of this pipeline"),
+        (["submit", "rlhf", "--name", "demo"], "it is one of --pipeline ppo, in a run of its own"),
+    ):
         refused = project.convoy(*arguments)
         assert refused.returncode == 2 and words in " ".join(refused.stderr.split()), refused.stderr
 
@@ -58,10 +71,15 @@ def test_another_pipeline_is_another_graph(project, pipeline, order):
 def test_ranks_get_the_five_variables_and_their_lines_are_tagged(project):
     project.submit("--wait", "--until", "sft")
     ranks = [project.json(f"sft/rank_{rank}.json") for rank in (0, 1)]
-    assert [(rank["RANK"], rank["LOCAL_RANK"], rank["WORLD_SIZE"]) for rank in ranks] == [("0", "0", "2"), ("1", "1", "2")]
+    assert [(rank["RANK"], rank["LOCAL_RANK"], rank["WORLD_SIZE"]) for rank in ranks] == [
+        ("0", "0", "2"),
+        ("1", "1", "2"),
+    ]
     assert ranks[0]["MASTER_ADDR"] == "127.0.0.1" and ranks[0]["MASTER_PORT"] == ranks[1]["MASTER_PORT"]
     stamp = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}"
-    assert all(re.search(rf"^{stamp} \[{rank}\] sft rank {rank} of 2$", project.log("sft"), re.MULTILINE) for rank in (0, 1))
+    assert all(
+        re.search(rf"^{stamp} \[{rank}\] sft rank {rank} of 2$", project.log("sft"), re.MULTILINE) for rank in (0, 1)
+    )
 
 
 def test_same_submit_twice_starts_nothing_twice(project):
@@ -122,8 +140,19 @@ def test_first_failing_rank_is_the_cause_and_the_chain_stops(project):
 
 def test_killed_rank_then_resume_goes_on_without_running_done_stages_again(project):
     project.behave(rlhf={"step_s": 0.3})
-    running = project.start("submit", "full-pipeline", "--name", "demo", "--profile", "local", "--wait", "--set", "rlhf.iterations=8",
-                            "--set", "rlhf.warmup_iterations=0")
+    running = project.start(
+        "submit",
+        "full-pipeline",
+        "--name",
+        "demo",
+        "--profile",
+        "local",
+        "--wait",
+        "--set",
+        "rlhf.iterations=8",
+        "--set",
+        "rlhf.warmup_iterations=0",
+    )
     wait_until(lambda: (project.run / "rlhf/latest").exists(), 90, "first checkpoint of rlhf")
     os.kill(project.json("rlhf/rank_1.json")["pid"], signal.SIGKILL)
     output, _ = running.communicate(timeout=30)
@@ -136,7 +165,8 @@ def test_killed_rank_then_resume_goes_on_without_running_done_stages_again(proje
 
 
 def test_exit_75_with_progress_starts_again(project):
-    """Its kernels are kept in the run folder, one for all ranks, attempts and stages, but where the site has a place of its own."""
+    """Its kernels are kept in the run folder, one for all ranks, attempts and stages, but where the
+    site has a place of its own."""
     site = 'scheduler = "local"\ndevice = "cpu"\nenvironment = { TRITON_CACHE_DIR = "/site/triton" }\n'
     (project.folder / "site.toml").write_text(site)
     project.behave(sft={"pause_at": 2})
@@ -157,7 +187,9 @@ def test_two_attempts_without_progress_fail(project):
     assert status["class"] == "no progress" and f"\n  do: {status['advice']}\n  log: " in failed.stdout
 
 
-@pytest.mark.parametrize("behaviour, cause", [({"omit": True}, "saved no checkpoint"), ({"exit": 64}, "exit code 64: error: told to end")])
+@pytest.mark.parametrize(
+    "behaviour, cause", [({"omit": True}, "saved no checkpoint"), ({"exit": 64}, "exit code 64: error: told to end")]
+)
 def test_exit_without_output_fails_and_names_it(project, behaviour, cause):
     project.behave(sft=behaviour)
     failed = project.submit("--wait")
@@ -165,11 +197,16 @@ def test_exit_without_output_fails_and_names_it(project, behaviour, cause):
 
 
 def test_a_health_gate_s_pause_waits_for_a_person(project):
-    """Exit 76: shown with its cause and what to do, never queued again by itself; resume goes on from the checkpoint."""
+    """Exit 76: shown with its cause and what to do, never queued again by itself; resume goes on
+    from the checkpoint."""
     project.behave(sft={"exit_at": 3, "code": 76})
     failed = project.submit("--wait", "--until", "sft")
     status = project.json("sft/status.json")
-    assert failed.returncode == 1 and (status["state"], status["class"], status["attempt"]) == ("failed", "health gate", 1)
+    assert failed.returncode == 1 and (status["state"], status["class"], status["attempt"]) == (
+        "failed",
+        "health gate",
+        1,
+    )
     assert "sft paused: " in failed.stdout and "exit code 76" in failed.stdout
     assert "resume goes on from the last checkpoint" in status["advice"]
     assert status["iteration"] and project.convoy("resume", "demo", "--wait").returncode == 0
@@ -194,17 +231,25 @@ def test_missing_export_is_named(project):
 WEIGHTS = "sft/checkpoints/iter_0000003/model/weights"
 
 
-@pytest.mark.parametrize("harm, reason", [
-    (lambda run: (run / WEIGHTS).write_text("sft"), "has 3 bytes, its manifest says 5: truncated"),
-    (lambda run: (run / WEIGHTS).write_text("sft 4"), "does not have the sha256"),
-    (lambda run: (run / WEIGHTS).unlink(), "is missing"),
-    (lambda run: (run / "sft/config.json").write_text("{}"), "another config.json"),
-])
+@pytest.mark.parametrize(
+    "harm, reason",
+    [
+        (lambda run: (run / WEIGHTS).write_text("sft"), "has 3 bytes, its manifest says 5: truncated"),
+        (lambda run: (run / WEIGHTS).write_text("sft 4"), "does not have the sha256"),
+        (lambda run: (run / WEIGHTS).unlink(), "is missing"),
+        (lambda run: (run / "sft/config.json").write_text("{}"), "another config.json"),
+    ],
+)
 def test_child_refuses_a_harmed_parent_before_its_ranks_start(project, harm, reason):
     project.submit("--wait", "--until", "sft")
     harm(project.run)
-    refused = subprocess.run([sys.executable, "-m", "launcher.job.supervise", "runs/demo", "reward"], cwd=project.folder,
-                             env=project.environment, capture_output=True, text=True)
+    refused = subprocess.run(
+        [sys.executable, "-m", "launcher.job.supervise", "runs/demo", "reward"],
+        cwd=project.folder,
+        env=project.environment,
+        capture_output=True,
+        text=True,
+    )
     assert refused.returncode == 1 and reason in refused.stdout
     assert project.states()["reward"]["state"] == "failed"
     assert not (project.run / "reward/rank_0.json").exists()
@@ -221,7 +266,7 @@ def test_a_stage_built_from_a_parent_that_changed_runs_again_from_nothing(projec
     project.submit("--wait")
     resumed = project.convoy("resume", "demo", "--from", "sft", "--load-iteration", "2", "--wait")
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    started = [(event["stage"], event["iteration"]) for event in project.ledger("started")][len(ORDER):]
+    started = [(event["stage"], event["iteration"]) for event in project.ledger("started")][len(ORDER) :]
     assert started == [("sft", 2), ("reward", None), ("rlhf", None), ("export", None), ("mtbench", None)]
     assert (project.run / "sft/DONE.json.1").exists() and (project.run / "rlhf.1/DONE.json").exists()
     assert (project.run / "sft/checkpoints.aside/iter_0000003").is_dir(), "nothing is deleted"
@@ -236,7 +281,9 @@ def test_resume_of_an_absent_iteration_lists_those_present(project):
 
 def test_ctrl_c_saves_and_leaves_no_process(project):
     project.behave(sft={"step_s": 0.2})
-    running = project.start("submit", "full-pipeline", "--name", "demo", "--profile", "local", "--wait", "--set", "sft.iterations=500")
+    running = project.start(
+        "submit", "full-pipeline", "--name", "demo", "--profile", "local", "--wait", "--set", "sft.iterations=500"
+    )
     wait_until(lambda: (project.run / "sft/latest").exists(), 30, "first checkpoint")
     running.send_signal(signal.SIGINT)
     output, _ = running.communicate(timeout=20)
@@ -252,7 +299,11 @@ def test_background_run_is_seen_and_cancelled_and_a_second_runner_refused(projec
     assert started.returncode == 0 and "background" in started.stdout
     wait_until(lambda: (project.run / "sft/latest").exists(), 30, "first checkpoint")
     states = project.states()
-    assert (states["sft"]["state"], states["reward"]["state"], states["reward"]["why"]) == ("running", "pending", "waits for sft")
+    assert (states["sft"]["state"], states["reward"]["state"], states["reward"]["why"]) == (
+        "running",
+        "pending",
+        "waits for sft",
+    )
     assert states["sft"]["total"] == 500
     assert "nothing new is started" in project.convoy(*submit).stdout
     assert project.convoy("cancel", "demo").returncode == 0
@@ -263,7 +314,9 @@ def test_background_run_is_seen_and_cancelled_and_a_second_runner_refused(projec
 
 def test_kill_9_of_the_supervisor_takes_its_ranks_along_and_status_says_so(project):
     project.behave(sft={"step_s": 0.2})
-    running = project.start("submit", "full-pipeline", "--name", "demo", "--profile", "local", "--wait", "--set", "sft.iterations=500")
+    running = project.start(
+        "submit", "full-pipeline", "--name", "demo", "--profile", "local", "--wait", "--set", "sft.iterations=500"
+    )
     wait_until(lambda: (project.run / "sft/latest").exists(), 30, "first checkpoint")
     os.kill(project.json("sft/status.json")["pid"], signal.SIGKILL)
     output, _ = running.communicate(timeout=20)
@@ -274,7 +327,11 @@ def test_kill_9_of_the_supervisor_takes_its_ranks_along_and_status_says_so(proje
     project.behave(sft={"exit": 64})  # the next attempt ends at once
     assert project.convoy("resume", "demo", "--wait").returncode
     (end,) = project.ledger("vanished")
-    assert (end["attempt"], end["class"], end["iteration"]) == (1, "killed", saved) and "its supervisor was killed" in end["cause"]
+    assert (end["attempt"], end["class"], end["iteration"]) == (
+        1,
+        "killed",
+        saved,
+    ) and "its supervisor was killed" in end["cause"]
     assert project.ledger("requeued") == [], "nothing queued it again"
 
 
@@ -304,14 +361,23 @@ def test_dry_run_writes_nothing(project):
 def test_config_of_each_stage_is_its_dataclass_with_paths(project):
     project.submit("--wait", "--until", "convert")
     rlhf = project.json("rlhf/config.json")
-    assert rlhf["paths"] == {"output": "runs/demo/rlhf", "model": "runs/demo/model", "init": "runs/demo/sft", "reward": "runs/demo/reward",
-                             "reward_iteration": 0, "train": "runs/demo/data/rlhf.jsonl", "heldout": "runs/demo/data/heldout.jsonl"}
+    assert rlhf["paths"] == {
+        "output": "runs/demo/rlhf",
+        "model": "runs/demo/model",
+        "init": "runs/demo/sft",
+        "reward": "runs/demo/reward",
+        "reward_iteration": 0,
+        "train": "runs/demo/data/rlhf.jsonl",
+        "heldout": "runs/demo/data/heldout.jsonl",
+    }
     assert json.loads((project.run / "config.json").read_text())["sft"]["iterations"] == 3
 
 
 def test_a_manifest_names_the_commit_of_a_checkout_and_no_other(tmp_path):
     if (ROOT / ".git").exists():
-        head = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+        head = subprocess.run(
+            ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True
+        ).stdout.strip()
         assert manifest.commit(ROOT).get("commit", "").removesuffix("-dirty") == head
     assert manifest.commit(tmp_path) == {} == manifest.commit(ROOT / "launcher")
 
@@ -330,8 +396,14 @@ def test_a_disk_that_is_full_to_the_last_byte_is_named(project):
     """The last words find room in what was kept for them; after making room resume goes on."""
     project.behave(sft={"fill_at": 2})
     (project.folder / "runs").mkdir(exist_ok=True)
-    done = subprocess.run(["unshare", "-m", "sh", "-c", FULL_DISK, sys.executable, *SMALL], cwd=project.folder,
-                          env=project.environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", FULL_DISK, sys.executable, *SMALL],
+        cwd=project.folder,
+        env=project.environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     if done.returncode == 77 or "unshare" in done.stderr:
         pytest.skip(f"no mount here: {done.stderr}")
     row = next(row for row in json.loads((project.folder / "states.json").read_text()) if row["stage"] == "sft")

@@ -21,8 +21,10 @@ def place(tmp_path, monkeypatch):
 
 def run_nodes(folder, indices, nodes, apart_s=0) -> dict[int, str]:
     found = {}
-    threads = [threading.Thread(target=lambda index=index: found.update({index: node_check.network(folder, index, nodes)}))
-               for index in indices]
+    threads = [
+        threading.Thread(target=lambda index=index: found.update({index: node_check.network(folder, index, nodes)}))
+        for index in indices
+    ]
     for thread in threads:
         thread.start()
         time.sleep(apart_s)
@@ -54,15 +56,26 @@ def test_a_node_that_dies_in_the_middle_is_not_blamed_on_the_first(place):
 
 def test_a_crash_of_the_check_is_told_from_silence():
     killed = ["srun: Job step aborted: Waiting up to 5 seconds", "srun: error: n1: task 0: Killed"]
-    crashed = ["Traceback (most recent call last):", "ImportError: no libpython", "srun: error: n2: task 1: Exited with exit code 1"]
+    crashed = [
+        "Traceback (most recent call last):",
+        "ImportError: no libpython",
+        "srun: error: n2: task 1: Exited with exit code 1",
+    ]
     timed_out = preflight.Answers([], [*crashed, *killed], in_time=False)
-    assert (timed_out.crashed(0), timed_out.crashed(2)) == ("", "") and timed_out.crashed(1) == "ImportError: no libpython"
+    assert (timed_out.crashed(0), timed_out.crashed(2)) == ("", "") and timed_out.crashed(
+        1
+    ) == "ImportError: no libpython"
     assert preflight.Answers([], crashed, in_time=True).crashed(0) == "ImportError: no libpython"
-    assert preflight.Answers([], ["srun: error: Unable to create step"], in_time=True).crashed(0).endswith("create step")
+    assert (
+        preflight.Answers([], ["srun: error: Unable to create step"], in_time=True).crashed(0).endswith("create step")
+    )
 
 
 def test_gpus_that_do_not_say_their_memory_and_those_of_other_jobs():
     text = "0, GPU-a, NVIDIA GB10, [N/A], [N/A], [N/A]\n1, GPU-b, NVIDIA GB10, 81920, Enabled, 70000\n"
     rows = gpu_rows(text, "0")
-    assert [(row["memory_gb"], row["mig"], row["used_mb"], row["ours"]) for row in rows] == [(0, False, 0, True), (80, True, 70000, False)]
+    assert [(row["memory_gb"], row["mig"], row["used_mb"], row["ours"]) for row in rows] == [
+        (0, False, 0, True),
+        (80, True, 70000, False),
+    ]
     assert all(row["ours"] for row in gpu_rows(text, ""))

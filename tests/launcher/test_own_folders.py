@@ -1,4 +1,5 @@
-"""A user's own training/, eval/ or secrets.py where the command is typed, or on PYTHONPATH, are not ours."""
+"""A user's own training/, eval/ or secrets.py where the command is typed, or on PYTHONPATH, are not
+ours."""
 
 import os
 import subprocess
@@ -14,7 +15,8 @@ TRAP = "raise SystemExit('the user\\'s own package was imported')\n"
 
 @pytest.fixture
 def crowded(tmp_path):
-    """A folder with packages of our names, and modules named like the library's and like what we import."""
+    """A folder with packages of our names, and modules named like the library's and like what we
+    import."""
     for package in ("training", "training/data", "conversion", "eval", "click"):
         (tmp_path / package).mkdir()
         (tmp_path / package / "__init__.py").write_text(TRAP)
@@ -24,7 +26,9 @@ def crowded(tmp_path):
 
 
 def run(command, folder, **environ):
-    return subprocess.run(command, cwd=folder, env={**os.environ, **environ}, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        command, cwd=folder, env={**os.environ, **environ}, capture_output=True, text=True, timeout=120
+    )
 
 
 @pytest.mark.parametrize("environ", [{}, {"PYTHONPATH": "."}, {"PYTHONPATH": f".:{ROOT}"}, {"PYTHONSAFEPATH": "1"}])
@@ -61,7 +65,9 @@ if "launcher.job.supervise" in sys.orig_argv:
     assert project.submit("--wait", "--until", "convert").returncode == 1
     row = project.states()["convert"]
     assert row["state"] == "failed", row
-    assert row["why"].startswith("its supervisor ended with exit code 1 before the stage began: ImportError: libcuda"), row
+    assert row["why"].startswith(
+        "its supervisor ended with exit code 1 before the stage began: ImportError: libcuda"
+    ), row
     (tmp_path / "sitecustomize.py").unlink()
     assert project.convoy("resume", "demo", "--wait").returncode == 0
     assert project.states()["convert"]["state"] == "done"
@@ -71,6 +77,12 @@ def test_a_current_folder_that_was_removed_ends_in_a_line(tmp_path):
     gone = tmp_path / "gone"
     gone.mkdir()
     command = f'rmdir "{gone}" && exec "{sys.executable}" -m launcher status'
-    ended = subprocess.run(["bash", "-c", command], cwd=gone, capture_output=True, text=True, timeout=60,
-                           env={**os.environ, "PYTHONPATH": str(ROOT)})
+    ended = subprocess.run(
+        ["bash", "-c", command],
+        cwd=gone,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert ended.returncode and "Traceback" not in ended.stderr and ended.stderr.startswith("Error: "), ended

@@ -21,8 +21,10 @@ def test_parents_come_before_their_children():
         assert sorted(order, key=NAMES.index) == order
 
 
-@pytest.mark.parametrize("first, last, expected", [(None, None, ORDER), ("reward", None, ORDER[2:]), (None, "sft", ORDER[:2]),
-                                                   ("sft", "sft", ["sft"])])
+@pytest.mark.parametrize(
+    "first, last, expected",
+    [(None, None, ORDER), ("reward", None, ORDER[2:]), (None, "sft", ORDER[:2]), ("sft", "sft", ["sft"])],
+)
 def test_from_and_until_cut_the_chain(first, last, expected):
     assert names(select(PPO, FULL, first, last)) == expected
 
@@ -32,8 +34,11 @@ def test_contradicting_selections_are_refused():
         select(PPO, FULL, "rlhf", "sft")
     with pytest.raises(ConfigError, match="sft is a single stage"):
         select(PPO, "sft", None, "rlhf")
-    with pytest.raises(ConfigError, match="rlhf is no stage of this pipeline .convert -> sft -> dpo -> export -> mtbench.; it is one of "
-                                          "--pipeline ppo, in a run of its own"):
+    with pytest.raises(
+        ConfigError,
+        match="rlhf is no stage of this pipeline .convert -> sft -> dpo -> export -> mtbench.; it is one of "
+        "--pipeline ppo, in a run of its own",
+    ):
         select(PIPELINES["dpo"], FULL, "rlhf", None)
 
 

@@ -1,4 +1,5 @@
-"""What plan shows, as text; the parts of a sweep that need no Slurm; the script of an array in full."""
+"""What plan shows, as text; the parts of a sweep that need no Slurm; the script of an array in
+full."""
 
 import json
 import os
@@ -43,23 +44,39 @@ def nowhere(tmp_path, monkeypatch):
     return tmp_path
 
 
-def planned(nowhere, *sets, recipe="bloom-tiny", profile=HERE, target="full-pipeline", first=None, last=None) -> create.Plan:
-    return create.plan(target, recipe, [], list(sets), "x", nowhere.relative_to(nowhere) / "runs", (profile, "as asked"), first, last)
+def planned(
+    nowhere, *sets, recipe="bloom-tiny", profile=HERE, target="full-pipeline", first=None, last=None
+) -> create.Plan:
+    return create.plan(
+        target, recipe, [], list(sets), "x", nowhere.relative_to(nowhere) / "runs", (profile, "as asked"), first, last
+    )
 
 
 def shown(made, **more) -> str:
     """What is printed, without the lines of tables."""
     out = Console(width=220, record=True, file=open("/dev/null", "w"))  # noqa: SIM115 - nothing is written
     plan.show(made, more.get("starts", {}), out, more.get("scripts", {}))
-    lines = [line.strip("┃│ ").replace("┃", "│") for line in out.export_text().splitlines() if not set(line) & set("┏┡└├")]
+    lines = [
+        line.strip("┃│ ").replace("┃", "│") for line in out.export_text().splitlines() if not set(line) & set("┏┡└├")
+    ]
     return "".join(" | ".join(cell.strip() for cell in line.split("│")) + "\n" for line in lines)
 
 
 def test_graph_with_gpu_hours_layout_and_disk(nowhere):
     sets = ["model.demo_heads=8", "model.demo_hidden=256", "rlhf.rollout_batch_size=128", "resources.sft.spares=1"]
     for stage, batch, minutes in (("sft", 8, 240), ("reward", 4, 720), ("rlhf", 2, 1440)):
-        sets += [f"{stage}.{key}" for key in ("tensor_parallel=4", "pipeline_parallel=1", f"micro_batch_size={batch}",
-                                              "global_batch_size=128", "iterations=300", "save_every=100", "keep_checkpoints=2")]
+        sets += [
+            f"{stage}.{key}"
+            for key in (
+                "tensor_parallel=4",
+                "pipeline_parallel=1",
+                f"micro_batch_size={batch}",
+                "global_batch_size=128",
+                "iterations=300",
+                "save_every=100",
+                "keep_checkpoints=2",
+            )
+        ]
         sets += [f"resources.{stage}.gpus_per_node=8", f"resources.{stage}.minutes={minutes}"]
     made = planned(nowhere, *sets, last="rlhf")
     made.stages.pop(0)
@@ -70,7 +87,12 @@ def test_memory_names_each_model_and_its_parts(nowhere):
     said = shown(planned(nowhere, "model.demo_hidden=768", "model.demo_vocab=250880"))
     for model in ("policy", "value", "reference", "reward"):
         assert f"rlhf | {model} | " in said
-    assert "fp32 gradients" in said and "logits and loss" in said and "disk: about" in said and "data: generated demo data" in said
+    assert (
+        "fp32 gradients" in said
+        and "logits and loss" in said
+        and "disk: about" in said
+        and "data: generated demo data" in said
+    )
 
 
 def test_starts_are_slurm_s_for_the_first_stage_and_after_its_parents_for_the_others(nowhere):
@@ -98,16 +120,23 @@ def test_combinations_of_a_sweep():
 
 def test_a_sweep_over_texts_with_line_breaks_commas_and_marks_is_one_line_each(nowhere):
     """The default template's form; as a comment of the script it would end the line and be run."""
-    texts = ["\n\nHuman: {question}\n\nAssistant:", 'Q, "x": {question}\ttouch harmed', "\u00fc \U0001f600 $(touch "
-                                                                                        "harmed) {question}"]
+    texts = [
+        "\n\nHuman: {question}\n\nAssistant:",
+        'Q, "x": {question}\ttouch harmed',
+        "\u00fc \U0001f600 $(touch harmed) {question}",
+    ]
     swept = f"mtbench.template={','.join(sweep.in_toml(text) for text in texts)}"
     assert [one["mtbench.template"] for one in sweep.combinations([swept])] == texts
     site = (Profile(name="site", scheduler="slurm"), "as asked")
-    made = sweep.plan([swept], lambda sets, name, runs: create.plan("full-pipeline", "bloom-tiny", [], sets, name, runs, site, None, None),
-                      "lr", nowhere.relative_to(nowhere) / "runs")
+    made = sweep.plan(
+        [swept],
+        lambda sets, name, runs: create.plan("full-pipeline", "bloom-tiny", [], sets, name, runs, site, None, None),
+        "lr",
+        nowhere.relative_to(nowhere) / "runs",
+    )
     assert [one.tables["mtbench"]["template"] for one in made.plans] == texts
     script = sweep.scripts(made)["mtbench"]
-    case = script[script.index("case "):script.index("esac") + 5]
+    case = script[script.index("case ") : script.index("esac") + 5]
     for index in range(3):
         command = ["bash", "-c", f"SLURM_ARRAY_TASK_ID={index}\n{case}\necho $run"]
         done = subprocess.run(command, capture_output=True, text=True, cwd=nowhere)
@@ -118,19 +147,26 @@ def test_a_sweep_over_texts_with_line_breaks_commas_and_marks_is_one_line_each(n
 @pytest.mark.parametrize("character", ["\x1b", "\r", "\x0b", "\u2028", "\x00"])
 def test_a_script_with_a_character_that_hides_or_ends_a_line_is_refused(nowhere, character):
     made = planned(nowhere, profile=Profile(name="site", scheduler="slurm", setup=[f"true {character} false"]))
-    with pytest.raises(ConfigError, match="line [0-9]+ of the batch script has a character that can't be "
-                                          "printed|line break"):
+    with pytest.raises(
+        ConfigError, match="line [0-9]+ of the batch script has a character that can't be printed|line break"
+    ):
         plan.scripts_of(made)
 
 
-@pytest.mark.parametrize("texts, message", [
-    (["sft.lr"], "expected section.key=VALUE,VALUE"),
-    (["sft.lr=1e-5"], "two or more different values"),
-    (["sft.lr=1e-5,0.00001"], "two or more different values"),
-    (["resources.sft.nodes=1,2"], "share section resources"),
-    (["sft.lr=1,2", "sft.lr=3,4"], "sft.lr is swept twice"),
-    (["sft.seed=" + ",".join(map(str, range(40))), "rlhf.seed=" + ",".join(map(str, range(40)))], "1600 combinations; at most 1000"),
-])
+@pytest.mark.parametrize(
+    "texts, message",
+    [
+        (["sft.lr"], "expected section.key=VALUE,VALUE"),
+        (["sft.lr=1e-5"], "two or more different values"),
+        (["sft.lr=1e-5,0.00001"], "two or more different values"),
+        (["resources.sft.nodes=1,2"], "share section resources"),
+        (["sft.lr=1,2", "sft.lr=3,4"], "sft.lr is swept twice"),
+        (
+            ["sft.seed=" + ",".join(map(str, range(40))), "rlhf.seed=" + ",".join(map(str, range(40)))],
+            "1600 combinations; at most 1000",
+        ),
+    ],
+)
 def test_sweep_that_is_none(texts, message):
     with pytest.raises(ConfigError, match=message):
         sweep.combinations(texts)
@@ -138,27 +174,55 @@ def test_sweep_that_is_none(texts, message):
 
 def test_script_of_an_array_shows_which_index_is_which_run(nowhere):
     def make(sets, name, runs):
-        return create.plan("sft", "bloom-tiny", [], sets, name, runs, (Profile(name="site", scheduler="slurm"), "as asked"), None, None)
+        return create.plan(
+            "sft", "bloom-tiny", [], sets, name, runs, (Profile(name="site", scheduler="slurm"), "as asked"), None, None
+        )
 
     (nowhere / "runs").mkdir()
     with pytest.raises(ConfigError, match="sft starts from convert, not DONE"):
         sweep.plan(["sft.lr=1e-5,2e-5"], make, "lr", nowhere / "runs")
 
     def whole(sets, name, runs):
-        return create.plan("full-pipeline", "bloom-tiny", [], sets, name, runs, (Profile(name="site", scheduler="slurm"), "as asked"), None,
-                           "sft")
+        return create.plan(
+            "full-pipeline",
+            "bloom-tiny",
+            [],
+            sets,
+            name,
+            runs,
+            (Profile(name="site", scheduler="slurm"), "as asked"),
+            None,
+            "sft",
+        )
 
-    made = sweep.plan(["sft.lr=1e-5,2e-5", "rlhf.kl_coef=0.01,0.05"], whole, "lr", nowhere.relative_to(nowhere) / "runs")
+    made = sweep.plan(
+        ["sft.lr=1e-5,2e-5", "rlhf.kl_coef=0.01,0.05"], whole, "lr", nowhere.relative_to(nowhere) / "runs"
+    )
     texts = sweep.scripts(made)
     assert list(texts) == ["convert", "sft"] and CASES in texts["sft"]
     assert "#SBATCH --output=runs/lr/%a/sft/logs/slurm-%A_%a.out\n" in texts["sft"]
     assert texts["sft"].splitlines()[-1].endswith('run_module.py launcher.job.supervise "$run" sft')
-    assert made.plans[3].identity["id"] == f"{made.identity}.3" and made.plans[3].identity["sweep"] == {"id": made.identity, "index": 3}
+    assert made.plans[3].identity["id"] == f"{made.identity}.3" and made.plans[3].identity["sweep"] == {
+        "id": made.identity,
+        "index": 3,
+    }
 
 
 def test_sweep_here_runs_one_element_after_the_other_and_prepares_the_data_once(project):
     project.behave(sft={"fail_in": "0", "fail_at": 2})
-    arguments = ["submit", "full-pipeline", "--name", "lr", "--profile", "local", "--until", "sft", "--sweep", "sft.lr=1e-5,2e-5", *SMALL]
+    arguments = [
+        "submit",
+        "full-pipeline",
+        "--name",
+        "lr",
+        "--profile",
+        "local",
+        "--until",
+        "sft",
+        "--sweep",
+        "sft.lr=1e-5,2e-5",
+        *SMALL,
+    ]
     done = project.convoy(*arguments, "--wait")
     assert done.returncode == 1, done.stdout + done.stderr
     assert (project.folder / "prepared").read_text() == "once\n"
@@ -173,9 +237,16 @@ def test_sweep_here_runs_one_element_after_the_other_and_prepares_the_data_once(
 
 def test_what_a_sweep_has_on_the_disk_is_not_asked_for_again(nowhere, monkeypatch):
     """The same command once more, when the elements' checkpoints are written and little is free."""
+
     def again():
-        return sweep.plan(["sft.lr=1e-5,2e-5"], lambda sets, name, runs: create.plan(
-            "full-pipeline", "bloom-tiny", [], sets, name, runs, (HERE, "as asked"), None, None), "lr", Path("runs"))
+        return sweep.plan(
+            ["sft.lr=1e-5,2e-5"],
+            lambda sets, name, runs: create.plan(
+                "full-pipeline", "bloom-tiny", [], sets, name, runs, (HERE, "as asked"), None, None
+            ),
+            "lr",
+            Path("runs"),
+        )
 
     needed = sum(sum(one.checked.disk.values()) for one in again().plans)
     monkeypatch.setattr(disk, "room", lambda folder: disk.Room(0.9 * needed, "free"))

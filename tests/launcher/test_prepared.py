@@ -1,4 +1,5 @@
-"""The rows that a run trains on are those of its input files as they are, or the command says that they are not."""
+"""The rows that a run trains on are those of its input files as they are, or the command says that
+they are not."""
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ ROW = '{"prompt": "Where does otter %d live?", "chosen": "In the %s.", "rejected
 @pytest.fixture
 def rows(project):
     """Writes the data file of the project: rows whose replies say ``place``."""
+
     def write(place: str) -> Path:
         path = project.folder / "rows.jsonl"
         path.write_text("".join(ROW % (number, place) for number in range(30)))
@@ -45,7 +47,8 @@ def test_a_file_that_was_edited_is_prepared_again_before_a_stage_has_used_it(pro
     rows("pond")  # as long as before
     assert submit(project, "--until", "convert").returncode == 0 and prepared(project) == 2
     marker = project.run / "data" / "DONE.json"
-    marker.write_text(json.dumps({"config_hash": 1, "inputs": [], "files": 5}))  # damaged: made again
+    # damaged: made again
+    marker.write_text(json.dumps({"config_hash": 1, "inputs": [], "files": 5}))
     assert submit(project, "--until", "convert").returncode == 0 and prepared(project) == 3
 
 
@@ -53,12 +56,27 @@ def test_other_rows_than_a_stage_has_used_are_refused_or_named(project, rows):
     assert submit(project, "--until", "sft").returncode == 0
     rows("pond")
     for command in ("plan", "submit"):
-        refused = project.convoy(command, "full-pipeline", "--name", "demo", "--profile", "local", *SMALL, "--set",
-                                 "data.source=rows.jsonl", "--set", "model.demo_vocab=270")
+        refused = project.convoy(
+            command,
+            "full-pipeline",
+            "--name",
+            "demo",
+            "--profile",
+            "local",
+            *SMALL,
+            "--set",
+            "data.source=rows.jsonl",
+            "--set",
+            "model.demo_vocab=270",
+        )
         words = refused.stderr
-        assert refused.returncode == 2 and "data.source = 'rows.jsonl' changed after sft" in words and "--name" in words, words
+        assert (
+            refused.returncode == 2 and "data.source = 'rows.jsonl' changed after sft" in words and "--name" in words
+        ), words
     done = project.convoy("resume", "demo", "--wait")
-    assert done.returncode == 0 and "goes on with that" in done.stdout and prepared(project) == 1, done.stdout + done.stderr
+    assert done.returncode == 0 and "goes on with that" in done.stdout and prepared(project) == 1, (
+        done.stdout + done.stderr
+    )
     anew = project.convoy("resume", "demo", "--from", "sft", "--yes", "--wait")
     assert anew.returncode == 0 and prepared(project) == 2, anew.stdout + anew.stderr
     (project.folder / "rows.jsonl").unlink()  # its rows are there
@@ -99,7 +117,10 @@ def test_a_file_without_usable_rows_can_be_corrected(project, rows):
 def test_what_was_dropped_and_cut_stands_in_status_and_report(tmp_path):
     run = Run(tmp_path)
     write_json(tmp_path / "config.json", {"run": {"id": "x", "profile": "local"}})
-    write_json(tmp_path / "data" / "summary.json", {"stages": {}, "lines": [f"{n} of 9 rows dropped: \x1b[2J" for n in range(9)]})
+    write_json(
+        tmp_path / "data" / "summary.json",
+        {"stages": {}, "lines": [f"{n} of 9 rows dropped: \x1b[2J" for n in range(9)]},
+    )
     seen = state.Look(run, [], data=run.data_summary()["lines"])
     lines = table.data_lines(seen, 60)
     assert lines[0] == "data: 0 of 9 rows dropped: \ufffd[2J" and lines[6].startswith("data: 3 more such lines:")

@@ -1,4 +1,5 @@
-"""A site's profile: what it may say, containers as text, secrets files, and where profiles are found."""
+"""A site's profile: what it may say, containers as text, secrets files, and where profiles are
+found."""
 
 import base64
 import html
@@ -23,28 +24,37 @@ def profile(**values) -> Profile:
     return build(Profile, {"name": "site", "scheduler": "slurm", **values}, "profile site")
 
 
-@pytest.mark.parametrize("values, message", [
-    ({"options": {"signal": "USR2@60"}}, r"options\.signal: the launcher sets it; use signal_lead_s"),
-    ({"options": {"account": "x"}}, r"options\.account: the launcher sets it; use account"),
-    ({"options": {"wrap": "id"}}, r"options\.wrap: it would change what the job runs"),
-    ({"options": {"export": "NONE"}}, "would change what the job runs"),
-    ({"options": {"-p": "x"}}, "expected a long option of sbatch without its dashes"),
-    ({"options": {"a b": "x"}}, "expected a long option"),
-    ({"options": {"nice": 1.5}}, "expected a string, a number, or true"),
-    ({"options": {"contiguous": False}}, "leave the line out"),
-    ({"environment": {"WANDB_API_KEY": "x"}}, r"environment\.WANDB_API_KEY.*secrets = "),
-    ({"environment": {"A B": "x"}}, "letters, digits"),
-    ({"environment": {"A": "x\ny"}}, "line break"),
-    ({"setup": ["export OPENAI_API_KEY=sk-1"]}, "setup sets OPENAI_API_KEY.*secrets = "),
-    ({"container": {"runtime": "docker"}}, "expected one of none, pyxis, apptainer"),
-    ({"container": {"runtime": "pyxis"}}, "needs the image"),
-    ({"container": {"runtime": "pyxis", "image": "x", "mounts": ["data"]}}, "expected an absolute path"),
-    ({"container": {"runtime": "pyxis", "image": "x", "mounts": ["/a,/etc:/etc"]}}, "no commas"),
-    ({"container": {"runtime": "pyxis", "image": "x\n--export=ALL"}}, "line break"),
-    ({"container": {"runtim": "pyxis"}}, r"container\.runtim: no such key; did you mean profile site\.container\.runtime"),
-    ({"scheduler": "local", "container": {"runtime": "apptainer", "image": "x.sif"}}, "start the launcher itself inside"),
-    ({"max_nodes": 0}, "max_nodes = 0: expected at least 1"),
-])
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"options": {"signal": "USR2@60"}}, r"options\.signal: the launcher sets it; use signal_lead_s"),
+        ({"options": {"account": "x"}}, r"options\.account: the launcher sets it; use account"),
+        ({"options": {"wrap": "id"}}, r"options\.wrap: it would change what the job runs"),
+        ({"options": {"export": "NONE"}}, "would change what the job runs"),
+        ({"options": {"-p": "x"}}, "expected a long option of sbatch without its dashes"),
+        ({"options": {"a b": "x"}}, "expected a long option"),
+        ({"options": {"nice": 1.5}}, "expected a string, a number, or true"),
+        ({"options": {"contiguous": False}}, "leave the line out"),
+        ({"environment": {"WANDB_API_KEY": "x"}}, r"environment\.WANDB_API_KEY.*secrets = "),
+        ({"environment": {"A B": "x"}}, "letters, digits"),
+        ({"environment": {"A": "x\ny"}}, "line break"),
+        ({"setup": ["export OPENAI_API_KEY=sk-1"]}, "setup sets OPENAI_API_KEY.*secrets = "),
+        ({"container": {"runtime": "docker"}}, "expected one of none, pyxis, apptainer"),
+        ({"container": {"runtime": "pyxis"}}, "needs the image"),
+        ({"container": {"runtime": "pyxis", "image": "x", "mounts": ["data"]}}, "expected an absolute path"),
+        ({"container": {"runtime": "pyxis", "image": "x", "mounts": ["/a,/etc:/etc"]}}, "no commas"),
+        ({"container": {"runtime": "pyxis", "image": "x\n--export=ALL"}}, "line break"),
+        (
+            {"container": {"runtim": "pyxis"}},
+            r"container\.runtim: no such key; did you mean profile site\.container\.runtime",
+        ),
+        (
+            {"scheduler": "local", "container": {"runtime": "apptainer", "image": "x.sif"}},
+            "start the launcher itself inside",
+        ),
+        ({"max_nodes": 0}, "max_nodes = 0: expected at least 1"),
+    ],
+)
 def test_a_mistake_in_a_profile_says_its_fix(values, message):
     with pytest.raises(ConfigError, match=message):
         profile(**values)
@@ -58,11 +68,17 @@ def test_spares_count_against_the_site_s_nodes():
 
 def test_pyxis_gets_mounts_and_the_image_s_python(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    site = profile(container={"runtime": "pyxis", "image": "/images/convoy.sqsh", "mounts": ["/models", "/data:/data:ro"]})
+    site = profile(
+        container={"runtime": "pyxis", "image": "/images/convoy.sqsh", "mounts": ["/models", "/data:/data:ro"]}
+    )
     assert container.srun_options(site, ["NCCL_DEBUG", "MASTER_PORT"]) == [
-        "--container-image=/images/convoy.sqsh", f"--container-mounts={tmp_path}:{tmp_path},/models:/models,/data:/data:ro",
-        f"--container-workdir={tmp_path}", "--no-container-mount-home", "--no-container-entrypoint",
-        "--container-env=NCCL_DEBUG,MASTER_PORT"]
+        "--container-image=/images/convoy.sqsh",
+        f"--container-mounts={tmp_path}:{tmp_path},/models:/models,/data:/data:ro",
+        f"--container-workdir={tmp_path}",
+        "--no-container-mount-home",
+        "--no-container-entrypoint",
+        "--container-env=NCCL_DEBUG,MASTER_PORT",
+    ]
     assert container.inside(site, ["/venv/bin/python", "-m", "training.sft"]) == ["python", "-m", "training.sft"]
 
 
@@ -72,8 +88,21 @@ def test_apptainer_wraps_the_command_and_its_environment_wins(tmp_path, monkeypa
     site = profile(container=box)
     assert container.srun_options(site) == []
     assert container.inside(site, ["python", "-m", "training.sft"]) == [
-        "apptainer", "exec", "--nv", "--no-home", "--bind", f"{tmp_path}:{tmp_path}", "--bind", "/data:/data:ro", "--pwd", str(tmp_path),
-        "convoy.sif", "/opt/python", "-m", "training.sft"]
+        "apptainer",
+        "exec",
+        "--nv",
+        "--no-home",
+        "--bind",
+        f"{tmp_path}:{tmp_path}",
+        "--bind",
+        "/data:/data:ro",
+        "--pwd",
+        str(tmp_path),
+        "convoy.sif",
+        "/opt/python",
+        "-m",
+        "training.sft",
+    ]
     assert "--nv" not in container.inside(profile(container=box, device="cpu"), ["python"])
     assert container.passed_on(site, {"A": "b"}) == {"A": "b", "APPTAINERENV_A": "b"}
 
@@ -82,7 +111,9 @@ def test_what_the_container_does_not_see_is_named_with_its_mount(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link").symlink_to("/models/bloom")
     site = profile(container={"runtime": "apptainer", "image": "x.sif", "mounts": ["/data:/data:ro", "/scratch:/work"]})
-    container.check_seen(site, {"--runs": Path("runs/x"), "model.checkpoint": Path("/data/bloom"), "questions": Path("/work/x")})
+    container.check_seen(
+        site, {"--runs": Path("runs/x"), "model.checkpoint": Path("/data/bloom"), "questions": Path("/work/x")}
+    )
     for path in ("/models/bloom", "/scratch/x", "../elsewhere", "link"):
         with pytest.raises(ConfigError, match=f"model.checkpoint = '{path}': .* is not seen from inside.*mounts = "):
             container.check_seen(site, {"model.checkpoint": Path(path)})
@@ -99,6 +130,7 @@ def test_a_profile_survives_the_run_s_config_json():
 
 # ---- secrets ----
 
+
 def env_file(folder, text, mode=0o600):
     path = folder / "keys.env"
     path.write_text(text)
@@ -107,23 +139,28 @@ def env_file(folder, text, mode=0o600):
 
 
 def test_secrets_are_read_and_masked(tmp_path):
-    path = env_file(tmp_path, "# W&B\n\nWANDB_API_KEY=0123456789abcdef\nexport JUDGE_KEY='sk-a=b c#d'\nQUOTED=\"12345678\"\n")
+    path = env_file(
+        tmp_path, "# W&B\n\nWANDB_API_KEY=0123456789abcdef\nexport JUDGE_KEY='sk-a=b c#d'\nQUOTED=\"12345678\"\n"
+    )
     keys = key_file.read(path)
     assert keys == {"WANDB_API_KEY": "0123456789abcdef", "JUDGE_KEY": "sk-a=b c#d", "QUOTED": "12345678"}
     assert key_file.mask("key 0123456789abcdef, sk-a=b c#d!", keys) == "key ********, ********!"
     assert key_file.names(profile(secrets=str(path))) == tuple(keys) and key_file.names(profile()) == ()
 
 
-@pytest.mark.parametrize("text, mode, message", [
-    ("A=hunter2hunter2", 0o644, "mode 644.*chmod 600"),
-    ("A=hunter2hunter2", 0o620, "mode 620"),
-    ("hunter2hunter2", 0o600, "line 1: expected KEY=VALUE"),
-    ("\nA-B=hunter2hunter2", 0o600, "line 2: expected KEY=VALUE"),
-    ("PATH=hunter2hunter2", 0o600, "PATH is set by the launcher"),
-    ("SLURM_JOB_ID=hunter2hunter2", 0o600, "is set by the launcher"),
-    ("A=hunter2", 0o600, "value of A has 7 characters"),
-    ("A=hunter2hunter2\x07", 0o600, "all printable"),
-])
+@pytest.mark.parametrize(
+    "text, mode, message",
+    [
+        ("A=hunter2hunter2", 0o644, "mode 644.*chmod 600"),
+        ("A=hunter2hunter2", 0o620, "mode 620"),
+        ("hunter2hunter2", 0o600, "line 1: expected KEY=VALUE"),
+        ("\nA-B=hunter2hunter2", 0o600, "line 2: expected KEY=VALUE"),
+        ("PATH=hunter2hunter2", 0o600, "PATH is set by the launcher"),
+        ("SLURM_JOB_ID=hunter2hunter2", 0o600, "is set by the launcher"),
+        ("A=hunter2", 0o600, "value of A has 7 characters"),
+        ("A=hunter2hunter2\x07", 0o600, "all printable"),
+    ],
+)
 def test_a_bad_secrets_file_is_refused_without_its_values(tmp_path, text, mode, message):
     with pytest.raises(ConfigError, match=message) as caught:
         key_file.read(env_file(tmp_path, text, mode))
@@ -145,14 +182,25 @@ def test_a_pipe_is_not_waited_for(tmp_path):
 
 @pytest.mark.parametrize("key", ["p+ss/w0rd&<é'\"\\ 1", "0123456789abcdef", "a%b c=d?e#fgh"])
 def test_a_key_is_masked_however_it_is_written(key):
-    written = [key, json.dumps({"key": key}), json.dumps(key, ensure_ascii=False), repr([key]), ascii(key), urllib.parse.quote(key),
-               urllib.parse.quote_plus(key), urllib.parse.urlencode({"k": key}), html.escape(key), json.dumps(key).replace("/", "\\/"),
-               urllib.parse.quote(key, safe="").replace("%2B", "%2b").replace("%2F", "%2f")]
+    written = [
+        key,
+        json.dumps({"key": key}),
+        json.dumps(key, ensure_ascii=False),
+        repr([key]),
+        ascii(key),
+        urllib.parse.quote(key),
+        urllib.parse.quote_plus(key),
+        urllib.parse.urlencode({"k": key}),
+        html.escape(key),
+        json.dumps(key).replace("/", "\\/"),
+        urllib.parse.quote(key, safe="").replace("%2B", "%2b").replace("%2F", "%2f"),
+    ]
     for text in written:
         masked = key_file.mask(f"a {text} b", [key])
         assert key_file.MASK in masked and len(masked) < len(f"a {text} b") + 12
         assert not any(form in masked for form in key_file.forms(key)), (text, masked)
-    for before in ("", "u:", "user:", "x"):  # of base64, a few characters at its edges hold bits of the neighbours
+    # of base64, a few characters at its edges hold bits of the neighbours
+    for before in ("", "u:", "user:", "x"):
         encoded = base64.b64encode(f"{before}{key}:after".encode()).decode()
         masked = key_file.mask(encoded, [key])
         assert key_file.MASK in masked and len(masked.replace(key_file.MASK, "")) < len(encoded) - len(key)
@@ -175,6 +223,7 @@ def test_profile_with_a_bad_secrets_file_is_refused_when_it_is_loaded(tmp_path):
 
 # ---- network ----
 
+
 def test_every_variable_has_a_reason_and_every_site_of_the_issue_a_table():
     assert {"auto", "a100-hdr-infiniband", "h800-roce", "h800-ndr-infiniband"} <= set(network.NETWORKS)
     for name, lines in network.NETWORKS.items():
@@ -183,8 +232,10 @@ def test_every_variable_has_a_reason_and_every_site_of_the_issue_a_table():
 
 
 def test_auto_leaves_slow_adapters_out_and_the_profile_wins():
-    found = [{"name": f"mlx5_{n}", "layer": "InfiniBand", "gbps": gbps, "active": active}
-             for n, (gbps, active) in enumerate([(400, True), (400, True), (100, True), (400, False)])]
+    found = [
+        {"name": f"mlx5_{n}", "layer": "InfiniBand", "gbps": gbps, "active": active}
+        for n, (gbps, active) in enumerate([(400, True), (400, True), (100, True), (400, False)])
+    ]
     lines = {variable: value for variable, value, _ in network.fabric(found)}
     assert lines["NCCL_IB_HCA"] == "=mlx5_0,mlx5_1" and lines["NCCL_IB_TIMEOUT"] == "22"
     assert network.fabric(found[3:]) == [] and "NCCL_IB_HCA" not in {name for name, _, _ in network.fabric(found[:2])}
@@ -193,6 +244,7 @@ def test_auto_leaves_slow_adapters_out_and_the_profile_wins():
 
 
 # ---- where profiles are ----
+
 
 def test_a_profile_is_found_by_path_by_name_here_and_by_name_installed(tmp_path, monkeypatch):
     (tmp_path / "slurm/clusters").mkdir(parents=True)
@@ -205,11 +257,17 @@ def test_a_profile_is_found_by_path_by_name_here_and_by_name_installed(tmp_path,
 
 
 def test_an_installed_wheel_finds_its_profiles(tmp_path):
-    """What pip makes of a wheel: packages in one folder, slurm/ below share/convoy of the prefix; no source tree in sight."""
+    """What pip makes of a wheel: packages in one folder, slurm/ below share/convoy of the prefix;
+    no source tree in sight."""
     site, share = tmp_path / "site", tmp_path / "site/share/convoy"
     for package in ("launcher", "training", "conversion", "eval"):
         shutil.copytree(ROOT / package, site / package, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "slurm", share / "slurm", ignore=shutil.ignore_patterns("dev", "container"))
-    done = subprocess.run([sys.executable, "-c", "from launcher.slurm import sites; print(sites.load('h800').network, sites.CLUSTERS)"],
-                          cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", "from launcher.slurm import sites; print(sites.load('h800').network, sites.CLUSTERS)"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+    )
     assert done.stdout == f"h800-roce {share}/slurm/clusters\n", done.stderr

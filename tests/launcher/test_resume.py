@@ -1,4 +1,5 @@
-"""What ``resume`` mends, changes and refuses, with stub stages and the commands that a user types."""
+"""What ``resume`` mends, changes and refuses, with stub stages and the commands that a user
+types."""
 
 import hashlib
 import json
@@ -62,7 +63,10 @@ def test_from_begins_a_stage_anew_and_keeps_what_was_there(project):
     again = project.convoy("resume", "demo", "--from", "rlhf", "--wait")
     assert again.returncode == 0 and "rlhf begins anew; what it had is in runs/demo/rlhf.1" in again.stdout
     assert [(event["stage"], event["iteration"]) for event in project.ledger("started")][6:] == [
-        ("rlhf", None), ("export", None), ("mtbench", None)]
+        ("rlhf", None),
+        ("export", None),
+        ("mtbench", None),
+    ]
     assert (project.run / "rlhf.1/DONE.json").exists()
 
 
@@ -110,14 +114,19 @@ def test_a_runner_on_a_vanished_host_is_taken_over_once_it_is_silent(project):
     run.record("runner", stages=ORDER[1:], **ghost)
     run.write_status("sft", state="running", attempt=1, cause="", job=None, started=time.time(), ended=None, **ghost)
     (project.run / "sft/metrics.jsonl").write_text("")
-    assert "being worked on by a local runner (process 4242 on gone-17)" in project.convoy("resume", "demo", "--all").stdout
+    assert (
+        "being worked on by a local runner (process 4242 on gone-17)"
+        in project.convoy("resume", "demo", "--all").stdout
+    )
     early = project.convoy("resume", "demo", "--take-over")
     assert early.returncode == 2 and "was written to" in early.stderr
     refused = project.convoy("cancel", "demo")
     assert refused.returncode == 2 and "resume runs/demo --take-over" in refused.stderr
     age(project, 300)
     taken = project.convoy("resume", "demo", "--take-over", "--all", "--wait")
-    assert taken.returncode == 0 and "taken over from process 4242 on gone-17" in taken.stdout, taken.stdout + taken.stderr
+    assert taken.returncode == 0 and "taken over from process 4242 on gone-17" in taken.stdout, (
+        taken.stdout + taken.stderr
+    )
     assert project.ledger("taken over")[0]["host"] == "gone-17"
 
 
@@ -128,19 +137,26 @@ def test_a_runner_on_this_host_is_not_taken_over(project):
     refused = project.convoy("resume", "demo", "--take-over")
     assert refused.returncode == 2 and "on this host works on" in refused.stderr
     said = project.convoy("cancel", "demo")
-    assert said.returncode == 0 and "stopped the local runner" in said.stdout and "sft was running at iteration" in said.stdout
+    assert (
+        said.returncode == 0
+        and "stopped the local runner" in said.stdout
+        and "sft was running at iteration" in said.stdout
+    )
     assert f"on {socket.gethostname()}" not in said.stdout
 
 
 def test_a_run_of_a_cluster_that_is_gone_goes_on_here_and_its_jobs_are_disowned(project):
-    """Nobody listens at the port of its controller; where Slurm is not installed its commands are not there at all."""
+    """Nobody listens at the port of its controller; where Slurm is not installed its commands are
+    not there at all."""
     project.submit("--wait", "--until", "convert")
     config = project.json("config.json")
     config["profile"]["scheduler"] = "slurm"
     (project.run / "config.json").write_text(json.dumps(config))
     Run(project.run).record("submitted", stage="sft", job=77, after=[])
-    (project.folder / "gone.conf").write_text("ClusterName=gone\nSlurmctldHost=localhost(127.0.0.1)\nSlurmctldPort=1\n"
-                                              "AuthType=auth/none\nNodeName=localhost\n")
+    (project.folder / "gone.conf").write_text(
+        "ClusterName=gone\nSlurmctldHost=localhost(127.0.0.1)\nSlurmctldPort=1\n"
+        "AuthType=auth/none\nNodeName=localhost\n"
+    )
     project.environment["SLURM_CONF"] = str(project.folder / "gone.conf")
     age(project, 300)
     stuck = project.convoy("resume", "demo")
@@ -160,7 +176,14 @@ def test_status_of_all_runs_is_a_line_each_and_json_a_table_a_stage(project):
     both = json.loads(project.convoy("status", "demo", "other", "--json").stdout)
     assert len(both) == 12 and {row["run"] for row in both} == {"demo", "other"}
     sft = next(row for row in both if (row["run"], row["stage"]) == ("demo", "sft"))
-    assert (sft["state"], sft["iteration"], sft["total"], sft["saved"], sft["class"], sft["trouble"]) == ("done", 3, 3, 3, "", "")
+    assert (sft["state"], sft["iteration"], sft["total"], sft["saved"], sft["class"], sft["trouble"]) == (
+        "done",
+        3,
+        3,
+        3,
+        "",
+        "",
+    )
     none = project.convoy("status", "--runs", "nowhere")
     assert none.returncode == 2 and "no run in nowhere" in none.stderr
 

@@ -1,4 +1,5 @@
-"""Rendered scripts as text: the committed ones, one site's golden text, and values that try to break out."""
+"""Rendered scripts as text: the committed ones, one site's golden text, and values that try to
+break out."""
 
 import subprocess
 
@@ -84,11 +85,21 @@ exec .venv/bin/python launcher/run_module.py launcher.job.supervise runs/hh rlhf
 
 
 def request(**changes) -> JobRequest:
-    profile = {"name": "site", "scheduler": "slurm", "partition": "a100", "account": "nlp", "exclusive": True,
-               "setup": ["module load cuda/12.4"]}
-    fields = {"name": "hh-1.rlhf", "comment": "convoy run=hh-1 stage=rlhf", "output": "runs/hh/rlhf/logs/slurm-%j.out",
-              "command": ".venv/bin/python launcher/run_module.py launcher.job.supervise runs/hh rlhf",
-              "resources": Resources(nodes=2, gpus_per_node=8, minutes=720)}
+    profile = {
+        "name": "site",
+        "scheduler": "slurm",
+        "partition": "a100",
+        "account": "nlp",
+        "exclusive": True,
+        "setup": ["module load cuda/12.4"],
+    }
+    fields = {
+        "name": "hh-1.rlhf",
+        "comment": "convoy run=hh-1 stage=rlhf",
+        "output": "runs/hh/rlhf/logs/slurm-%j.out",
+        "command": ".venv/bin/python launcher/run_module.py launcher.job.supervise runs/hh rlhf",
+        "resources": Resources(nodes=2, gpus_per_node=8, minutes=720),
+    }
     profile.update(changes.pop("profile", {}))
     return JobRequest(**{**fields, **changes}, profile=Profile(**profile))
 
@@ -98,18 +109,38 @@ def test_golden_script_of_a_site():
 
 
 def test_golden_script_of_an_old_slurm_with_spares_for_a_part_of_each_node():
-    """20.11 with select/cons_res: --gres instead of --gpus-per-node, and srun still inherits the cores of a task."""
-    profile = {"partition": "", "account": "", "setup": [], "slurm": "20.11.9", "gpu_option": "gres", "gpu_type": "a100", "mem_gb": 1000,
-               "qos": "long", "reservation": "course", "constraint": "a100&ib", "modules": ["cuda/12.4", "odd name"], "signal_lead_s": 90,
-               "options": {"mail-type": "FAIL", "spread-job": True}}
+    """20.11 with select/cons_res: --gres instead of --gpus-per-node, and srun still inherits the cores of a
+    task."""
+    profile = {
+        "partition": "",
+        "account": "",
+        "setup": [],
+        "slurm": "20.11.9",
+        "gpu_option": "gres",
+        "gpu_type": "a100",
+        "mem_gb": 1000,
+        "qos": "long",
+        "reservation": "course",
+        "constraint": "a100&ib",
+        "modules": ["cuda/12.4", "odd name"],
+        "signal_lead_s": 90,
+        "options": {"mail-type": "FAIL", "spread-job": True},
+    }
     text = script(request(resources=Resources(nodes=2, spares=1, gpus_per_node=2, minutes=60), profile=profile))
     assert text == PART_OF_A_NODE
     subprocess.run(["bash", "-n"], input=text, text=True, check=True)
 
 
-@pytest.mark.parametrize("version, exported, option", [("18.08.9", False, "--gres=gpu:8"), ("21.08.8", False, "--gpus-per-node=8"),
-                                                       ("22.05.8", True, "--gpus-per-node=8"), ("25.11.0", True, "--gpus-per-node=8"),
-                                                       ("", True, "--gpus-per-node=8")])
+@pytest.mark.parametrize(
+    "version, exported, option",
+    [
+        ("18.08.9", False, "--gres=gpu:8"),
+        ("21.08.8", False, "--gpus-per-node=8"),
+        ("22.05.8", True, "--gpus-per-node=8"),
+        ("25.11.0", True, "--gpus-per-node=8"),
+        ("", True, "--gpus-per-node=8"),
+    ],
+)
 def test_scripts_follow_the_version_found(version, exported, option):
     text = script(request(profile={"slurm": version}))
     assert ("SRUN_CPUS_PER_TASK" in text) is exported and f"#SBATCH {option}\n" in text
@@ -121,7 +152,8 @@ def test_without_a_gpu_gres_nodes_are_whole():
 
 
 def test_modules_load_where_the_shell_has_no_module_command_and_unset_variables(tmp_path):
-    """A batch shell that is no login shell, with ``set -u`` on: the real bash runs what is rendered."""
+    """A batch shell that is no login shell, with ``set -u`` on: the real bash runs what is
+    rendered."""
     profile = {"setup": ['echo "$NOBODY_SET_THIS"'], "modules": ["cuda/12.4"]}
     made = script(request(profile=profile, command="env")).replace("/etc/profile.d", str(tmp_path))
     (tmp_path / "lmod.sh").write_text('module() { export "LOADED=$*"; }\n')
@@ -130,8 +162,12 @@ def test_modules_load_where_the_shell_has_no_module_command_and_unset_variables(
 
 
 def test_a_module_that_can_t_be_loaded_ends_the_job(tmp_path):
-    made = script(request(profile={"setup": [], "modules": ["no/such"]}, command="touch reached")).replace("/etc/profile.d", str(tmp_path))
-    done = subprocess.run(["bash", "-c", made], cwd=tmp_path, env={"PATH": "/bin:/usr/bin"}, capture_output=True, text=True)
+    made = script(request(profile={"setup": [], "modules": ["no/such"]}, command="touch reached")).replace(
+        "/etc/profile.d", str(tmp_path)
+    )
+    done = subprocess.run(
+        ["bash", "-c", made], cwd=tmp_path, env={"PATH": "/bin:/usr/bin"}, capture_output=True, text=True
+    )
     assert done.returncode != 0 and "module" in done.stderr and not (tmp_path / "reached").exists()
 
 
@@ -152,10 +188,18 @@ def test_committed_scripts_are_bash_and_end_in_exec(path):
     assert refused.returncode != 0 and "RUN=runs/<name> sbatch" in refused.stderr
 
 
-@pytest.mark.parametrize("changes", [{"name": "x\n#SBATCH --uid=0"}, {"comment": "a\rb"},
-                                     {"profile": {"partition": "a\n#SBATCH --wrap=id"}}, {"profile": {"account": "a\x00"}},
-                                     {"profile": {"reservation": "r\n#SBATCH --wrap=id"}}, {"profile": {"options": {"nice": "1\n"}}},
-                                     {"profile": {"modules": ["cuda\nid"]}}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"name": "x\n#SBATCH --uid=0"},
+        {"comment": "a\rb"},
+        {"profile": {"partition": "a\n#SBATCH --wrap=id"}},
+        {"profile": {"account": "a\x00"}},
+        {"profile": {"reservation": "r\n#SBATCH --wrap=id"}},
+        {"profile": {"options": {"nice": "1\n"}}},
+        {"profile": {"modules": ["cuda\nid"]}},
+    ],
+)
 def test_a_line_break_in_a_value_is_refused(changes):
     with pytest.raises(ValueError, match="line break"):
         script(request(**changes))
@@ -163,8 +207,12 @@ def test_a_line_break_in_a_value_is_refused(changes):
 
 @pytest.mark.parametrize("value", ["it's", 'a"b', "$(id)", "`id`", "a b", "-x; rm"])
 def test_odd_values_stay_one_word_for_the_shell(value):
-    line = next(line for line in script(request(profile={"qos": value})).splitlines() if line.startswith("#SBATCH --qos="))
-    shown = subprocess.run(["bash", "-c", f"printf %s {line.removeprefix('#SBATCH ')}"], capture_output=True, text=True, check=True).stdout
+    line = next(
+        line for line in script(request(profile={"qos": value})).splitlines() if line.startswith("#SBATCH --qos=")
+    )
+    shown = subprocess.run(
+        ["bash", "-c", f"printf %s {line.removeprefix('#SBATCH ')}"], capture_output=True, text=True, check=True
+    ).stdout
     assert shown == f"--qos={value}"
 
 

@@ -1,4 +1,5 @@
-"""Reading progress, the queue's text, reasons and the ledger; when Slurm is asked, by scripts in its place."""
+"""Reading progress, the queue's text, reasons and the ledger; when Slurm is asked, by scripts in
+its place."""
 
 import json
 import os
@@ -28,11 +29,17 @@ QUEUE = """\
 
 def test_jobs_are_matched_by_the_whole_run_id_and_the_live_one_wins():
     found = jobs.parse(QUEUE, "hh-1")
-    assert {stage: (job.id, job.alive) for stage, job in found.items()} == {"convert": (11, False), "sft": (15, True), "rlhf": (16, False)}
+    assert {stage: (job.id, job.alive) for stage, job in found.items()} == {
+        "convert": (11, False),
+        "sft": (15, True),
+        "rlhf": (16, False),
+    }
 
 
-@pytest.mark.parametrize("index, expected", [(0, (21, "RUNNING", "20_0")), (2, (20, "PENDING", "20_2")), (7, (20, "PENDING", "20_7")),
-                                             (5, None)])
+@pytest.mark.parametrize(
+    "index, expected",
+    [(0, (21, "RUNNING", "20_0")), (2, (20, "PENDING", "20_2")), (7, (20, "PENDING", "20_7")), (5, None)],
+)
 def test_an_element_of_a_sweep_finds_its_job_in_the_array(index, expected):
     text = """\
 20|20|1-3,7%2|PENDING|JobArrayTaskLimit|(null)|N/A||lr-9.sft|convoy run=lr-9 stage=sft
@@ -42,35 +49,54 @@ def test_an_element_of_a_sweep_finds_its_job_in_the_array(index, expected):
     assert (found and (found.id, found.state, found.handle)) == expected
 
 
-@pytest.mark.parametrize("job, words", [
-    (Job(5, "PENDING", "Priority"), "jobs of higher priority come first"),
-    (Job(5, "PENDING", "JobHeldUser"), "let it go: scontrol release 5"),
-    (Job(5, "PENDING", "Dependency", "afterok:4(unfulfilled)"), "waits for sft, reward"),
-    (Job(5, "PENDING", "Dependency", "afterok:4(failed)"), "its parent failed, so it will never start"),
-    (Job(5, "PENDING", "DependencyNeverSatisfied"), "python -m launcher resume runs/hh"),
-    (Job(5, "PENDING", "QOSGrpGRES"), "a limit of your QOS is reached (QOSGrpGRES)"),
-    (Job(5, "PENDING", "AssocMaxJobsLimit"), "a limit of your account is reached (AssocMaxJobsLimit)"),
-    (Job(5, "PENDING", "ReqNodeNotAvail, UnavailableNodes:n[1-2]"), "down, drained or reserved (UnavailableNodes:n[1-2])"),
-    (Job(5, "PENDING", "SomethingNew"), "SomethingNew"),
-])
+@pytest.mark.parametrize(
+    "job, words",
+    [
+        (Job(5, "PENDING", "Priority"), "jobs of higher priority come first"),
+        (Job(5, "PENDING", "JobHeldUser"), "let it go: scontrol release 5"),
+        (Job(5, "PENDING", "Dependency", "afterok:4(unfulfilled)"), "waits for sft, reward"),
+        (Job(5, "PENDING", "Dependency", "afterok:4(failed)"), "its parent failed, so it will never start"),
+        (Job(5, "PENDING", "DependencyNeverSatisfied"), "python -m launcher resume runs/hh"),
+        (Job(5, "PENDING", "QOSGrpGRES"), "a limit of your QOS is reached (QOSGrpGRES)"),
+        (Job(5, "PENDING", "AssocMaxJobsLimit"), "a limit of your account is reached (AssocMaxJobsLimit)"),
+        (
+            Job(5, "PENDING", "ReqNodeNotAvail, UnavailableNodes:n[1-2]"),
+            "down, drained or reserved (UnavailableNodes:n[1-2])",
+        ),
+        (Job(5, "PENDING", "SomethingNew"), "SomethingNew"),
+    ],
+)
 def test_why_a_job_waits_is_said_in_words(job, words):
     assert words in job.waits("sft, reward", "runs/hh")
 
 
 def test_progress_reads_the_last_rows_and_the_time_left(tmp_path):
-    rows = [{"iteration": n, "total": 100, "time": 1000.0 + 2 * n, "loss": 1 / n, "tokens_per_second": 10.0 * n} for n in range(1, 41)]
+    rows = [
+        {"iteration": n, "total": 100, "time": 1000.0 + 2 * n, "loss": 1 / n, "tokens_per_second": 10.0 * n}
+        for n in range(1, 41)
+    ]
     rows[9]["heldout_loss"] = 2.5
     (tmp_path / "sft").mkdir()
-    (tmp_path / "sft/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + 'torn\n{"iteration": 41, "to')
+    (tmp_path / "sft/metrics.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows) + 'torn\n{"iteration": 41, "to'
+    )
     (tmp_path / "sft/latest").write_text("30\n")
     far = progress.read(Run(tmp_path), ALL["sft"], since=1000.0)
-    assert (far.iteration, far.total, far.speed, far.tokens_per_s, far.saved) == (40, 100, pytest.approx(0.5), 400.0, 30)
+    assert (far.iteration, far.total, far.speed, far.tokens_per_s, far.saved) == (
+        40,
+        100,
+        pytest.approx(0.5),
+        400.0,
+        30,
+    )
     assert far.eta_s == pytest.approx(120.0) and far.numbers == {"loss": 1 / 40, "heldout_loss": 2.5}
 
 
 def test_speed_and_time_left_count_this_attempt_only(tmp_path):
     (tmp_path / "sft").mkdir()
-    rows = [{"iteration": iteration, "total": 10, "time": seconds} for iteration, seconds in ((1, 0), (2, 5000), (4, 5010))]
+    rows = [
+        {"iteration": iteration, "total": 10, "time": seconds} for iteration, seconds in ((1, 0), (2, 5000), (4, 5010))
+    ]
     (tmp_path / "sft/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     far = progress.read(Run(tmp_path), ALL["sft"], since=4990)
     assert (far.speed, far.eta_s) == (pytest.approx(0.2), pytest.approx(30))
@@ -81,14 +107,24 @@ def test_time_left(seconds, text):
     assert clock(seconds) == text
 
 
-@pytest.mark.parametrize("seconds, text", [(-3, "0 s"), (99, "99 s"), (600, "10 min"), (9000, "2.5 h"), (200_000, "2 days")])
+@pytest.mark.parametrize(
+    "seconds, text", [(-3, "0 s"), (99, "99 s"), (600, "10 min"), (9000, "2.5 h"), (200_000, "2 days")]
+)
 def test_ages(seconds, text):
     assert span(seconds) == text
 
 
-@pytest.mark.parametrize("kinds, expected", [(["done", "done"], "done"), (["done", "running"], "running"), (["done", "lost"], "failed"),
-                                             (["done", "stopped"], "failed"), (["pending", "failed"], "failed"),
-                                             (["not submitted", "done"], "idle")])
+@pytest.mark.parametrize(
+    "kinds, expected",
+    [
+        (["done", "done"], "done"),
+        (["done", "running"], "running"),
+        (["done", "lost"], "failed"),
+        (["done", "stopped"], "failed"),
+        (["pending", "failed"], "failed"),
+        (["not submitted", "done"], "idle"),
+    ],
+)
 def test_overall(kinds, expected):
     assert overall([StageState("sft", kind) for kind in kinds]) == expected
 
@@ -121,6 +157,7 @@ def slurm_of_text(tmp_path, monkeypatch):
             (tmp_path / name).write_text(f'#!/bin/bash\necho "{name} $*" >> {log}\n{last}\n')
             (tmp_path / name).chmod(0o755)
         return calls
+
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     return answer
 
@@ -128,7 +165,9 @@ def slurm_of_text(tmp_path, monkeypatch):
 def slurm_run(folder, **about) -> Run:
     folder.mkdir(parents=True)
     identity = {"id": folder.name, "folder": str(folder), "profile": "site", **about}
-    (folder / "config.json").write_text(json.dumps({"run": identity, "profile": {"name": "site", "scheduler": "slurm"}}))
+    (folder / "config.json").write_text(
+        json.dumps({"run": identity, "profile": {"name": "site", "scheduler": "slurm"}})
+    )
     return Run(folder)
 
 
@@ -152,13 +191,18 @@ def test_a_controller_that_is_down_is_pinged_ever_more_rarely_and_asked_again_wh
 
 
 def test_the_accounting_tells_of_an_element_of_a_sweep_what_its_array_was(tmp_path, slurm_of_text):
-    runs = [slurm_run(tmp_path / f"runs/lr/{index}", sweep={"id": "lr-9", "index": index}, id=f"lr-9.{index}") for index in range(3)]
-    slurm_of_text(sacct="12|10_0|lr-9.sft|COMPLETED|2026-11-01T10:00:00|n1\n13|10_1|lr-9.sft|FAILED|2026-11-01T10:00:00|n1\n"
-                        "14|10_2|lr-9.sft|CANCELLED by 0|Unknown|None assigned\n99|99|other.sft|FAILED|Unknown|n1")
+    runs = [
+        slurm_run(tmp_path / f"runs/lr/{index}", sweep={"id": "lr-9", "index": index}, id=f"lr-9.{index}")
+        for index in range(3)
+    ]
+    slurm_of_text(
+        sacct="12|10_0|lr-9.sft|COMPLETED|2026-11-01T10:00:00|n1\n13|10_1|lr-9.sft|FAILED|2026-11-01T10:00:00|n1\n"
+        "14|10_2|lr-9.sft|CANCELLED by 0|Unknown|None assigned\n99|99|other.sft|FAILED|Unknown|n1"
+    )
     told = jobs.accounted({run: {"sft"} for run in runs})
     assert [told[run.id]["sft"].state for run in runs] == ["COMPLETED", "FAILED", "CANCELLED"]
     assert told["lr-9.1"]["sft"].handle == "10_1"
-    call, = slurm_of_text(sacct="")
+    (call,) = slurm_of_text(sacct="")
     assert "--name=lr-9.sft " in call
 
 

@@ -40,7 +40,8 @@ def test_foreign_folders_are_named_and_the_runs_are_shown(project):
     assert shown.returncode == 0 and "demo" in shown.stdout, shown.stderr
     watched = project.convoy("watch", timeout=20)
     assert watched.returncode == 1 and "convert   done" in watched.stdout, "stages are left"
-    for folder in set(FOREIGN) - {"half"}:  # a sweep that was killed while it was written has no run yet
+    # a sweep that was killed while it was written has no run yet
+    for folder in set(FOREIGN) - {"half"}:
         assert f"runs/{folder} is left out: " in shown.stderr and f"runs/{folder} is left out: " in watched.stderr
     for folder in ("model", "half"):
         alone = project.convoy("watch", folder, timeout=20)
@@ -77,7 +78,8 @@ def test_a_damaged_file_of_a_run_is_no_traceback(tmp_path, path, text):
 
 
 def test_where_to_run_is_asked_on_a_login_node_and_can_be_remembered(project):
-    """The controller named here never answers; that it is named at all makes this a machine of a cluster."""
+    """The controller named here never answers; that it is named at all makes this a machine of a
+    cluster."""
     if not shutil.which("sbatch"):
         pytest.skip("Slurm is not installed")
     (project.folder / "gone.conf").write_text(GONE)

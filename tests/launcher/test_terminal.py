@@ -1,4 +1,5 @@
-"""What others wrote (a rank's line, a cause, a name) steers no terminal: tried on a real one, in status, watch, logs and errors."""
+"""What others wrote (a rank's line, a cause, a name) steers no terminal: tried on a real one, in
+status, watch, logs and errors."""
 
 import fcntl
 import json
@@ -25,8 +26,14 @@ def on_a_terminal(*arguments: str, cwd) -> tuple[int, str]:
     """(exit code, all that a terminal of 100 columns got)."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
-    process = subprocess.Popen([sys.executable, "-m", "launcher", *arguments], cwd=cwd, stdin=theirs, stdout=theirs, stderr=theirs,
-                               env={**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm-256color", "PYTHONIOENCODING": "utf-8"})
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launcher", *arguments],
+        cwd=cwd,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm-256color", "PYTHONIOENCODING": "utf-8"},
+    )
     os.close(theirs)
     said = b""
     while True:
@@ -45,9 +52,23 @@ def on_a_terminal(*arguments: str, cwd) -> tuple[int, str]:
 def evil(tmp_path):
     """runs/hh, whose files hold EVIL wherever a text may stand."""
     run = tmp_path / "runs" / "hh"
-    write_json(run / "config.json", {"run": {"id": f"hh{EVIL}", "profile": EVIL, "folder": "runs/hh"}, "profile": {"scheduler": "local"}})
-    write_json(run / "sft/status.json", {"state": "failed", "attempt": 1, "job": None, "cause": f"why {EVIL}", "class": EVIL, "rank": 0,
-                                         "advice": EVIL, "lines": [f"last words {EVIL}", EVIL]})
+    write_json(
+        run / "config.json",
+        {"run": {"id": f"hh{EVIL}", "profile": EVIL, "folder": "runs/hh"}, "profile": {"scheduler": "local"}},
+    )
+    write_json(
+        run / "sft/status.json",
+        {
+            "state": "failed",
+            "attempt": 1,
+            "job": None,
+            "cause": f"why {EVIL}",
+            "class": EVIL,
+            "rank": 0,
+            "advice": EVIL,
+            "lines": [f"last words {EVIL}", EVIL],
+        },
+    )
     log = run / "sft/logs/attempt_1.log"
     log.parent.mkdir()
     log.write_text(f"2026-11-23T14:00:00.000 [0] a line {EVIL}\nno stamp {EVIL}\n")
@@ -55,10 +76,19 @@ def evil(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("arguments, word", [
-    (("status", "hh"), "why"), (("status",), "why"), (("watch", "hh"), "why"), (("logs", "hh"), "a line"),
-    (("logs", "hh", "-n", "1"), "no stamp"),
-    (("resume", "hh", "--from", "convert"), "hh"), (("status", f"runs/{EVIL}"), "is not a run"), (("report", f"{EVIL}"), "is not a run")])
+@pytest.mark.parametrize(
+    "arguments, word",
+    [
+        (("status", "hh"), "why"),
+        (("status",), "why"),
+        (("watch", "hh"), "why"),
+        (("logs", "hh"), "a line"),
+        (("logs", "hh", "-n", "1"), "no stamp"),
+        (("resume", "hh", "--from", "convert"), "hh"),
+        (("status", f"runs/{EVIL}"), "is not a run"),
+        (("report", f"{EVIL}"), "is not a run"),
+    ],
+)
 def test_no_command_lets_it_through(evil, arguments, word):
     _, said = on_a_terminal(*arguments, cwd=evil)
     rest = OURS.sub("", said).replace("\r\n", "\n")

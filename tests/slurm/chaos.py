@@ -1,7 +1,9 @@
-"""``python -m tests.slurm.chaos``: inject every fault into real chains on a real Slurm, and print what came of it.
+"""``python -m tests.slurm.chaos``: inject every fault into real chains on a real Slurm, and print
+what came of it.
 
-Scenarios are in tests/slurm/faults; those that leave the cluster whole share one, the others have a small one of their own. They run side
-by side: most of their time is waiting. Exit code 1 when one did not end as it should.
+Scenarios are in tests/slurm/faults; those that leave the cluster whole share one, the others have a
+small one of their own. They run side by side: most of their time is waiting. Exit code 1 when one
+did not end as it should.
 """
 
 from __future__ import annotations
@@ -39,7 +41,11 @@ class Row:
 
     def cells(self) -> tuple[str, str, str]:
         noticed = "-" if self.noticed_s is None else f"{self.noticed_s:.1f} s"
-        return self.scenario.fault, noticed, self.outcome if self.kind == "passed" else f"{self.kind.upper()}: {self.outcome}"
+        return (
+            self.scenario.fault,
+            noticed,
+            self.outcome if self.kind == "passed" else f"{self.kind.upper()}: {self.outcome}",
+        )
 
 
 class Chaos:
@@ -110,7 +116,8 @@ def in_readme(text: str) -> tuple[int, int]:
 
 
 def updated(text: str, rows: list[Row]) -> str:
-    """README.md with the rows of faults that passed just now, beside those of the faults that did not run."""
+    """README.md with the rows of faults that passed just now, beside those of the faults that did
+    not run."""
     start, end = in_readme(text)
     known = {line.split(" | ")[0].removeprefix("| "): line for line in text[start:end].split("\n")[2:]}
     for row in rows:
@@ -124,7 +131,9 @@ def updated(text: str, rows: list[Row]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.slurm.chaos", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--only", action="append", choices=sorted(SCENARIOS), metavar="NAME", help="this scenario; may be repeated")
+    parser.add_argument(
+        "--only", action="append", choices=sorted(SCENARIOS), metavar="NAME", help="this scenario; may be repeated"
+    )
     parser.add_argument("--slow", action="store_true", help="also those that wait for a true time limit (4 minutes)")
     parser.add_argument("--markdown", action="store_true", help="the table as Markdown")
     parser.add_argument("--readme", action="store_true", help="write what passed into README.md's table")

@@ -1,4 +1,5 @@
-"""A real Slurm cluster of a test's own, started by slurm/dev/up as a user would, in a folder that is removed at the end."""
+"""A real Slurm cluster of a test's own, started by slurm/dev/up as a user would, in a folder that
+is removed at the end."""
 
 from __future__ import annotations
 
@@ -20,12 +21,16 @@ def missing(*programs: str) -> list[str]:
 
 
 class Cluster:
-    """``with Cluster(NODES=1) as cluster``: options are those of slurm/dev/up, without CONVOY_DEV_."""
+    """``with Cluster(NODES=1) as cluster``: options are those of slurm/dev/up, without
+    CONVOY_DEV_."""
 
     def __init__(self, **options):
         self.folder = Path(tempfile.mkdtemp(prefix="convoy-"))
         asked = {"KILL_WAIT": 3, **options}
-        self.options = {"CONVOY_DEV": str(self.folder), **{f"CONVOY_DEV_{name}": str(value) for name, value in asked.items()}}
+        self.options = {
+            "CONVOY_DEV": str(self.folder),
+            **{f"CONVOY_DEV_{name}": str(value) for name, value in asked.items()},
+        }
 
     def __enter__(self) -> Cluster:
         try:
@@ -36,14 +41,25 @@ class Cluster:
         return self
 
     def __exit__(self, *_ended) -> None:
-        subprocess.run([ROOT / "slurm/dev/down", "--wipe"], env={**os.environ, **self.options}, stderr=subprocess.DEVNULL, timeout=60)
+        subprocess.run(
+            [ROOT / "slurm/dev/down", "--wipe"],
+            env={**os.environ, **self.options},
+            stderr=subprocess.DEVNULL,
+            timeout=60,
+        )
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def start(self) -> None:
         """Start what does not run; again after a daemon was killed."""
-        with open(self.folder / "up.out", "w+") as out:  # not a pipe: a daemon that kept it open would hang the test
-            started = subprocess.run([ROOT / "slurm/dev/up"], env={**os.environ, **self.options}, stdout=out, stderr=subprocess.STDOUT,
-                                     timeout=120)
+        # not a pipe: a daemon that kept it open would hang the test
+        with open(self.folder / "up.out", "w+") as out:
+            started = subprocess.run(
+                [ROOT / "slurm/dev/up"],
+                env={**os.environ, **self.options},
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                timeout=120,
+            )
             out.seek(0)
             said = out.read()
         assert started.returncode == 0, said
@@ -51,7 +67,9 @@ class Cluster:
 
     def call(self, *command: str) -> str:
         """Standard output of a Slurm command on this cluster."""
-        done = subprocess.run(command, env={**os.environ, **self.environment}, capture_output=True, text=True, timeout=30)
+        done = subprocess.run(
+            command, env={**os.environ, **self.environment}, capture_output=True, text=True, timeout=30
+        )
         assert done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout
 

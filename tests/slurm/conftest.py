@@ -1,4 +1,5 @@
-"""One real Slurm cluster for the whole session, in a folder of its own, started by slurm/dev/up as a user would."""
+"""One real Slurm cluster for the whole session, in a folder of its own, started by slurm/dev/up as
+a user would."""
 
 from __future__ import annotations
 
@@ -29,16 +30,19 @@ def slurm(slurm_installed):
 @pytest.fixture
 def queue(slurm):
     """Call a Slurm command on the session's cluster -> its standard output."""
+
     def call(*command: str) -> str:
         done = subprocess.run(command, env={**os.environ, **slurm}, capture_output=True, text=True, timeout=30)
         assert done.returncode == 0, done.stderr
         return done.stdout
+
     return call
 
 
 @pytest.fixture
 def project(slurm, queue, tmp_path):
-    """A project with stub stages whose commands reach the session's cluster; its jobs are cancelled at the end."""
+    """A project with stub stages whose commands reach the session's cluster; its jobs are cancelled
+    at the end."""
     made = Project(tmp_path, slurm)
     yield made
     if (made.run / "config.json").exists():

@@ -1,4 +1,5 @@
-"""How often commands ask Slurm, counted by wrappers of its commands: a centre's controller serves everybody."""
+"""How often commands ask Slurm, counted by wrappers of its commands: a centre's controller serves
+everybody."""
 
 import os
 import shutil

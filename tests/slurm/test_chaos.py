@@ -1,4 +1,5 @@
-"""Every fault of tests/slurm/faults on a real Slurm. All selected ones are started side by side; each test waits for its own."""
+"""Every fault of tests/slurm/faults on a real Slurm. All selected ones are started side by side;
+each test waits for its own."""
 
 import pytest
 
@@ -10,13 +11,18 @@ SLOW = (pytest.mark.slow, pytest.mark.timeout(600))
 
 @pytest.fixture(scope="session")
 def chaos(request, slurm_installed):
-    asked = [item for item in request.session.items if "chaos" in getattr(item, "fixturenames", ()) and not item.get_closest_marker("skip")]
+    asked = [
+        item
+        for item in request.session.items
+        if "chaos" in getattr(item, "fixturenames", ()) and not item.get_closest_marker("skip")
+    ]
     with Chaos([item.callspec.params["name"] for item in asked]) as running:
         yield running
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW) if scenario.slow else name
-                                  for name, scenario in SCENARIOS.items()])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=SLOW) if scenario.slow else name for name, scenario in SCENARIOS.items()]
+)
 def test_nothing_is_lost_or_run_twice(name, chaos):
     row = chaos.rows[name].result()
     if row.kind == "skipped":

@@ -1,4 +1,5 @@
-"""doctor on a real Slurm: what it finds there, a compute node through srun, a profile that then runs a chain."""
+"""doctor on a real Slurm: what it finds there, a compute node through srun, a profile that then
+runs a chain."""
 
 import json
 
@@ -30,7 +31,8 @@ def test_findings_are_what_the_cluster_says(project, queue):
 
 
 def test_a_node_is_looked_at_and_the_written_profile_runs_a_stage(project, queue):
-    """The job goes where --partition says; the profile that is written loads, and a stage runs with it."""
+    """The job goes where --partition says; the profile that is written loads, and a stage runs with
+    it."""
     done = project.convoy("doctor", "--node", "--partition", "urgent", "--write", "mine.toml", timeout=240)
     assert done.returncode == 0 and "Node 127.0.1." in done.stdout, done.stdout + done.stderr
     assert "the node reads what was just written here" in done.stdout and "0.16.1" in done.stdout
@@ -48,9 +50,13 @@ def test_a_node_that_does_not_come_is_said_and_its_request_taken_back(project, q
     all_nodes = ("--exclusive", "--nodes=4", "--partition=urgent", "--output=/dev/null", "--wrap=sleep 60")
     blocker = queue("sbatch", "--parsable", *all_nodes).strip()
     try:
-        wait_until(lambda: queue("squeue", "-h", "-j", blocker, "-o", "%T").strip() == "RUNNING", 20, "the job on all nodes")
+        wait_until(
+            lambda: queue("squeue", "-h", "-j", blocker, "-o", "%T").strip() == "RUNNING", 20, "the job on all nodes"
+        )
         found, _ = doctor(project, "--node", "--timeout", "1")
-        assert "none within 1 s" in found["Node", "a node"]["value"] and "--timeout" in found["Node", "a node"]["follows"]
+        assert (
+            "none within 1 s" in found["Node", "a node"]["value"] and "--timeout" in found["Node", "a node"]["follows"]
+        )
         assert not queue("squeue", "-h", "-n", "convoy-doctor", "-o", "%A").split()
     finally:
         queue("scancel", blocker)

@@ -1,4 +1,5 @@
-"""Chains of stub stages on a real Slurm: order, endings, requeue, resume, jobs by hand. Nothing here is a mock."""
+"""Chains of stub stages on a real Slurm: order, endings, requeue, resume, jobs by hand. Nothing
+here is a mock."""
 
 import json
 import subprocess
@@ -12,7 +13,8 @@ ORDER = ["convert", "sft", "reward", "rlhf", "export", "mtbench"]
 
 
 def jobs(queue, project) -> dict[str, list[str]]:
-    """Stage -> [id, state, reason, dependency] of the newest job that carries this run's id in its comment."""
+    """Stage -> [id, state, reason, dependency] of the newest job that carries this run's id in its
+    comment."""
     identity = project.json("config.json")["run"]["id"]
     found = {}
     for line in queue("squeue", "-h", "-t", "all", "-o", "%A|%T|%r|%E|%j|%k").splitlines():
@@ -37,7 +39,9 @@ def test_chain_of_six_jobs_runs_by_afterok(project, queue):
     queued = jobs(queue, project)
     assert list(sorted(queued, key=ORDER.index)) == ORDER
     assert queued["rlhf"][1:3] == ["PENDING", "Dependency"]
-    assert {part.split("(")[0] for part in queued["rlhf"][3].split(",")} == {f"afterok:{queued[parent][0]}" for parent in ("sft", "reward")}
+    assert {part.split("(")[0] for part in queued["rlhf"][3].split(",")} == {
+        f"afterok:{queued[parent][0]}" for parent in ("sft", "reward")
+    }
     waited = submit(project, "--set", "resources.rlhf.nodes=2", "--wait")
     assert "queued already" in waited.stdout
     assert [event["stage"] for event in project.ledger("done")] == ORDER
@@ -52,7 +56,8 @@ def test_chain_of_six_jobs_runs_by_afterok(project, queue):
 
 
 def test_status_says_why_a_stage_was_queued_again(project, queue):
-    """While it waits, and while the next attempt runs; as text, as JSON and on one line among all runs."""
+    """While it waits, and while the next attempt runs; as text, as JSON and on one line among all
+    runs."""
     project.behave(sft={"step_s": 0.3})
     submit(project, "--until", "sft", "--set", "sft.iterations=60")
     latest = project.run / "sft/latest"
@@ -65,8 +70,13 @@ def test_status_says_why_a_stage_was_queued_again(project, queue):
     for state in ("requeued", "running"):
         wait_until(lambda wanted=state: project.states()["sft"]["state"] == wanted, 60, state)
         row = project.states()["sft"]
-        assert {**row["previous"], "time": 0} == {"attempt": 1, "class": "time limit", "cause": cause, "iteration": saved,
-                                                  "time": 0}
+        assert {**row["previous"], "time": 0} == {
+            "attempt": 1,
+            "class": "time limit",
+            "cause": cause,
+            "iteration": saved,
+            "time": 0,
+        }
         assert words in " ".join(project.convoy("status", "demo").stdout.split()), state
         assert words in project.convoy("status").stdout
     project.convoy("cancel", "demo")
@@ -84,7 +94,7 @@ def test_failing_stage_cancels_its_children_and_resume_chains_only_what_is_left(
     (project.folder / "mended").touch()
     resumed = project.convoy("resume", "demo", "--wait", timeout=90)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    again = project.ledger("submitted")[len(ORDER):]
+    again = project.ledger("submitted")[len(ORDER) :]
     assert [event["stage"] for event in again] == ORDER[1:]
     assert again[0]["after"] == [], "convert is DONE: no dependency on its old job"
     assert [event["stage"] for event in project.ledger("started")].count("convert") == 1
@@ -93,7 +103,11 @@ def test_failing_stage_cancels_its_children_and_resume_chains_only_what_is_left(
 def test_resume_right_after_a_failure_replaces_children_that_slurm_has_not_cancelled_yet(project, queue):
     project.behave(sft={"exit": 3})
     submit(project)
-    wait_until(lambda: (project.run / "sft/status.json").exists() and project.json("sft/status.json")["state"] == "failed", 30, "failure")
+    wait_until(
+        lambda: (project.run / "sft/status.json").exists() and project.json("sft/status.json")["state"] == "failed",
+        30,
+        "failure",
+    )
     project.behave()
     resumed = project.convoy("resume", "demo", "--wait", timeout=90)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
@@ -143,10 +157,12 @@ def test_cancel_leaves_nothing_in_the_queue(project, queue):
 
 
 def test_purged_id_is_never_a_dependency(project, queue):
-    """To Slurm an unknown id is a satisfied dependency: a child of a failed, purged parent would run."""
+    """To Slurm an unknown id is a satisfied dependency: a child of a failed, purged parent would
+    run."""
     submit(project, "--until", "convert")
     wait_until(lambda: project.states()["convert"]["state"] == "done", 30, "convert")
-    with open(project.run / "ledger.jsonl", "a") as file:  # a job that failed long ago, or whose controller lost it
+    # a job that failed long ago, or whose controller lost it
+    with open(project.run / "ledger.jsonl", "a") as file:
         file.write(json.dumps({"time": 1, "event": "submitted", "stage": "sft", "job": 999999, "after": []}) + "\n")
     assert project.states()["sft"]["state"] == "lost"
     refused = project.submit(target="reward", profile="dev")
@@ -159,12 +175,20 @@ def test_purged_id_is_never_a_dependency(project, queue):
 
 
 def test_more_nodes_than_slurm_has_is_refused_before_anything_is_queued(project, queue):
-    """The profile's own limit is raised, so that only Slurm knows; what happens half-way is in test_submission.py."""
+    """The profile's own limit is raised, so that only Slurm knows; what happens half-way is in
+    test_submission.py."""
     profile = project.folder / "wide.toml"
     text = (ROOT / "slurm/clusters/dev.toml").read_text()
     profile.write_text(text.replace("max_nodes = 4", "max_nodes = 400"))
-    refused = project.submit("--set", "resources.rlhf.nodes=300", "--set", "rlhf.global_batch_size=9600", "--set",
-                             "rlhf.rollout_batch_size=9600", profile=str(profile))
+    refused = project.submit(
+        "--set",
+        "resources.rlhf.nodes=300",
+        "--set",
+        "rlhf.global_batch_size=9600",
+        "--set",
+        "rlhf.rollout_batch_size=9600",
+        profile=str(profile),
+    )
     assert refused.returncode == 2, refused.stderr
     assert "rlhf: Slurm would refuse it: " in refused.stderr and "300 nodes x 2 GPUs" in refused.stderr
     assert not project.run.exists()
@@ -174,8 +198,14 @@ def test_committed_script_runs_by_hand_and_status_finds_its_job(project, queue):
     assert project.submit("--wait", "--until", "reward").returncode == 0
     project.behave(rlhf={"step_s": 0.5})
     environment = {**project.environment, "RUN": "runs/demo", "CONVOY_PYTHON": sys.executable}
-    done = subprocess.run(["sbatch", "--parsable", str(ROOT / "slurm/rlhf.sbatch")], cwd=project.folder, env=environment,
-                          capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["sbatch", "--parsable", str(ROOT / "slurm/rlhf.sbatch")],
+        cwd=project.folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     wait_until(lambda: project.states()["rlhf"]["state"] == "running", 20, "start")
     assert project.states()["rlhf"]["job"] == int(done.stdout)
     assert jobs(queue, project)["rlhf"][0] == done.stdout.strip()
@@ -186,9 +216,18 @@ def test_committed_script_runs_by_hand_and_status_finds_its_job(project, queue):
 def test_by_hand_with_too_few_nodes_says_how_many(project, queue):
     assert project.submit("--wait", "--until", "reward", "--set", "resources.rlhf.nodes=2").returncode == 0
     environment = {**project.environment, "RUN": "runs/demo", "CONVOY_PYTHON": sys.executable}
-    subprocess.run(["sbatch", str(ROOT / "slurm/rlhf.sbatch")], cwd=project.folder, env=environment, capture_output=True, check=True)
+    subprocess.run(
+        ["sbatch", str(ROOT / "slurm/rlhf.sbatch")],
+        cwd=project.folder,
+        env=environment,
+        capture_output=True,
+        check=True,
+    )
     wait_until(lambda: project.states()["rlhf"]["state"] == "failed", 20, "refusal")
-    assert "has 1 node(s), the run's resources ask for 2: sbatch --nodes=2 --gpus-per-node=2" in project.states()["rlhf"]["why"]
+    assert (
+        "has 1 node(s), the run's resources ask for 2: sbatch --nodes=2 --gpus-per-node=2"
+        in project.states()["rlhf"]["why"]
+    )
 
 
 def test_task_gets_the_cores_that_were_asked_for(project, queue):
@@ -202,8 +241,14 @@ def test_odd_values_reach_slurm_as_they_are(queue, tmp_path, value):
     from launcher.config.sections import Profile, Resources
     from launcher.slurm.script import JobRequest, script
 
-    request = JobRequest(name=value, comment=value, command="true", output=str(tmp_path / "out"), resources=Resources(gpus_per_node=0),
-                         profile=Profile(name="test", scheduler="slurm"))
+    request = JobRequest(
+        name=value,
+        comment=value,
+        command="true",
+        output=str(tmp_path / "out"),
+        resources=Resources(gpus_per_node=0),
+        profile=Profile(name="test", scheduler="slurm"),
+    )
     (tmp_path / "x.sbatch").write_text(script(request))
     number = queue("sbatch", "--parsable", f"--chdir={tmp_path}", str(tmp_path / "x.sbatch")).strip()
     wait_until(lambda: queue("squeue", "-h", "-t", "all", "-j", number, "-o", "%T").strip() == "COMPLETED", 20, "end")

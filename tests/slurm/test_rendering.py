@@ -1,4 +1,5 @@
-"""What is rendered for a site, read by the real sbatch: accepted as it is, and allocated as it was meant."""
+"""What is rendered for a site, read by the real sbatch: accepted as it is, and allocated as it was
+meant."""
 
 import pytest
 
@@ -8,9 +9,14 @@ from launcher.slurm.script import JobRequest, script
 
 def queued(queue, tmp_path, gpus=2, spares=0, **profile) -> dict[str, str]:
     """``scontrol show job`` of a held job of 2 nodes with this profile."""
-    request = JobRequest(name="x", comment="x", command="true", output=str(tmp_path / "out"),
-                         resources=Resources(nodes=2, spares=spares, gpus_per_node=gpus),
-                         profile=Profile(name="test", scheduler="slurm", slurm="22.05.8", **profile))
+    request = JobRequest(
+        name="x",
+        comment="x",
+        command="true",
+        output=str(tmp_path / "out"),
+        resources=Resources(nodes=2, spares=spares, gpus_per_node=gpus),
+        profile=Profile(name="test", scheduler="slurm", slurm="22.05.8", **profile),
+    )
     (tmp_path / "x.sbatch").write_text(script(request))
     number = queue("sbatch", "--parsable", "--hold", str(tmp_path / "x.sbatch")).strip()
     try:
@@ -22,7 +28,12 @@ def queued(queue, tmp_path, gpus=2, spares=0, **profile) -> dict[str, str]:
 def test_a_part_of_a_node_with_spares_and_more_options(queue, tmp_path):
     job = queued(queue, tmp_path, spares=1, mem_gb=400, partition="low", options={"nice": 50, "mail-type": "FAIL"})
     assert (job["NumNodes"], job["MinMemoryNode"], job["Partition"]) == ("3-3", "100G", "low")
-    assert job["TresPerNode"] == "gres:gpu:2" and job["OverSubscribe"] == "OK" and job["Requeue"] == "1" and job["Nice"] == "50"
+    assert (
+        job["TresPerNode"] == "gres:gpu:2"
+        and job["OverSubscribe"] == "OK"
+        and job["Requeue"] == "1"
+        and job["Nice"] == "50"
+    )
 
 
 def test_whole_nodes_get_all_memory(queue, tmp_path):

@@ -1,4 +1,5 @@
-"""A real chain with a key that the ranks print: it reaches them, and nothing else that the run or Slurm writes, nor any command line."""
+"""A real chain with a key that the ranks print: it reaches them, and nothing else that the run or
+Slurm writes, nor any command line."""
 
 import contextlib
 import stat
@@ -35,7 +36,8 @@ def test_a_key_reaches_the_ranks_and_nothing_else(project, slurm, tmp_path_facto
     keys.chmod(0o600)
     site = project.folder / "mine.toml"
     site.write_text((ROOT / "slurm/clusters/dev.toml").read_text() + f'secrets = "{keys}"\n')
-    project.environment[NAME] = KEY  # in the submitter's shell as well, which sbatch would store with the job
+    # in the submitter's shell as well, which sbatch would store with the job
+    project.environment[NAME] = KEY
     project.behave(sft={"say": NAME, "step_s": 0.3}, reward={"say": NAME, "exit": 3})
     arguments = ["full-pipeline", "--until", "reward", "--name", "demo", "--profile", str(site), *SMALL]
 
@@ -48,14 +50,22 @@ def test_a_key_reaches_the_ranks_and_nothing_else(project, slurm, tmp_path_facto
     submitted = project.convoy("submit", *arguments)
     assert submitted.returncode == 0, submitted.stderr
     ranks, shown, stored, deadline = 0, set(), set(), time.monotonic() + 60
-    while project.run.joinpath("reward/status.json").exists() is False or project.json("reward/status.json")["state"] != "failed":
+    while (
+        project.run.joinpath("reward/status.json").exists() is False
+        or project.json("reward/status.json")["state"] != "failed"
+    ):
         assert time.monotonic() < deadline, project.states()
         lines = command_lines()
         ranks = max(ranks, sum("run_module.py training.sft" in line for line in lines))
         shown |= {line for line in lines if KEY in line}
         stored |= set(holding(Path(slurm["SLURM_CONF"]).parent))
         time.sleep(0.05)
-    for command in (["status", "demo"], ["status", "demo", "--json"], ["logs", "demo", "sft"], ["logs", "demo", "reward"]):
+    for command in (
+        ["status", "demo"],
+        ["status", "demo", "--json"],
+        ["logs", "demo", "sft"],
+        ["logs", "demo", "reward"],
+    ):
         done = project.convoy(*command)
         said += done.stdout + done.stderr
 

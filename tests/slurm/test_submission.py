@@ -1,4 +1,5 @@
-"""All of a chain is queued or nothing, whoever dies half-way; the same submit twice queues once. Real Slurm; only the deaths are made."""
+"""All of a chain is queued or nothing, whoever dies half-way; the same submit twice queues once.
+Real Slurm; only the deaths are made."""
 
 import os
 import re
@@ -15,9 +16,11 @@ KILL_SUBMITTER = "kill -9 $PPID"
 KILL_GUARD_TOO = "kill -9 $(pgrep -P $PPID -f launcher.slurm.transaction) $PPID"
 
 
-def booby_trap(project: Project, program: str, call: int, before: str = "true", after: str = "true", word: str = "") -> None:
-    """The ``call``-th use of a Slurm command by the submitter (with ``word`` in it) has the shell run ``before`` and ``after``
-    around the real one."""
+def booby_trap(
+    project: Project, program: str, call: int, before: str = "true", after: str = "true", word: str = ""
+) -> None:
+    """The ``call``-th use of a Slurm command by the submitter (with ``word`` in it) has the shell
+    run ``before`` and ``after`` around the real one."""
     folder = project.folder / "bin"
     folder.mkdir(exist_ok=True)
     real = shutil.which(program)
@@ -40,8 +43,11 @@ def alive(queue, project) -> dict[str, list[str]]:
     return {stage: job for stage, job in jobs(queue, project).items() if job[1] in ("PENDING", "RUNNING", "COMPLETING")}
 
 
-@pytest.mark.parametrize("call, before, after", [(1, "true", KILL_SUBMITTER), (4, KILL_SUBMITTER + "; exit 1", "true"),
-                                                 (6, "true", KILL_SUBMITTER)], ids=["first", "before-the-4th", "last"])
+@pytest.mark.parametrize(
+    "call, before, after",
+    [(1, "true", KILL_SUBMITTER), (4, KILL_SUBMITTER + "; exit 1", "true"), (6, "true", KILL_SUBMITTER)],
+    ids=["first", "before-the-4th", "last"],
+)
 def test_submitter_killed_half_way_leaves_nothing_queued(project, queue, call, before, after):
     booby_trap(project, "sbatch", call, before, after)
     assert project.submit(profile="dev").returncode == -signal.SIGKILL
@@ -92,7 +98,8 @@ def test_three_submits_at_once_queue_one_chain(project, queue):
 
 
 def test_controller_that_dies_between_two_jobs(tmp_path):
-    """Stopped in order, so that it keeps its state: one killed within 5 s of an sbatch forgets the jobs by itself."""
+    """Stopped in order, so that it keeps its state: one killed within 5 s of an sbatch forgets the
+    jobs by itself."""
     with Cluster() as cluster:
         project = Project(tmp_path, cluster.environment)
         booby_trap(project, "sbatch", 3, before=f"kill -TERM {cluster.pid('slurmctld')}; sleep 1")
@@ -113,25 +120,32 @@ def test_controller_that_is_down_is_named_as_the_cause_and_nothing_is_written(tm
         assert failed.returncode == 1 and "is DOWN): nothing was queued" in failed.stderr, failed.stderr
         assert "would refuse" not in failed.stderr and not project.run.exists()
         shown = project.convoy("plan", "full-pipeline", "--profile", "dev")
-        assert shown.returncode == 0 and "start: sbatch is here, but no cluster answers" in shown.stdout, shown.stdout + shown.stderr
+        assert shown.returncode == 0 and "start: sbatch is here, but no cluster answers" in shown.stdout, (
+            shown.stdout + shown.stderr
+        )
         assert "is DOWN); ask again when it does" in project.convoy("doctor").stdout
 
 
 def test_another_configuration_of_what_is_queued_is_refused(project):
-    """The jobs that wait are what they were: neither their resources nor a stage that has not begun may change under them."""
+    """The jobs that wait are what they were: neither their resources nor a stage that has not begun
+    may change under them."""
     project.behave(convert={"step_s": 5})
     assert project.submit(profile="dev").returncode == 0
     before = (project.run / "config.json").read_bytes()
     for change, line in (("rlhf.lr=0.5", "rlhf.lr: "), ("resources.sft.nodes=2", "resources.sft.nodes: 1 -> 2")):
         refused = project.submit("--set", change, profile="dev")
-        assert refused.returncode == 2 and "queued with another configuration" in refused.stderr, refused.stdout + refused.stderr
+        assert refused.returncode == 2 and "queued with another configuration" in refused.stderr, (
+            refused.stdout + refused.stderr
+        )
         assert line in refused.stderr and "launcher cancel runs/demo" in refused.stderr
     assert (project.run / "config.json").read_bytes() == before
     project.convoy("cancel", "demo")
 
 
 def test_what_slurm_would_refuse_is_said_before_a_run_folder_exists(project):
-    refused = project.submit("--set", "resources.sft.cpus_per_gpu=1000", "--set", "resources.rlhf.cpus_per_gpu=1000", profile="dev")
+    refused = project.submit(
+        "--set", "resources.sft.cpus_per_gpu=1000", "--set", "resources.rlhf.cpus_per_gpu=1000", profile="dev"
+    )
     assert refused.returncode == 2, refused.stdout + refused.stderr
     assert refused.stderr.count("Slurm would refuse it:") == 2 and "change resources.sft" in refused.stderr
     assert not project.run.exists()
@@ -152,7 +166,9 @@ def test_a_cluster_whose_nodes_are_drained_is_no_mistake(tmp_path):
         project = Project(tmp_path, cluster.environment)
         cluster.call("scontrol", "update", "nodename=ALL", "state=drain", "reason=service")
         planned = project.convoy("plan", "full-pipeline", "--name", "demo")
-        assert planned.returncode == 0 and "4 of 4 nodes are down, drained or reserved" in planned.stdout, planned.stderr
+        assert planned.returncode == 0 and "4 of 4 nodes are down, drained or reserved" in planned.stdout, (
+            planned.stderr
+        )
         submitted = project.submit(profile="dev")
         assert submitted.returncode == 0 and len(project.ledger("submitted")) == 6, submitted.stderr
 
@@ -160,7 +176,10 @@ def test_a_cluster_whose_nodes_are_drained_is_no_mistake(tmp_path):
 def test_what_slurm_would_refuse_of_a_change_is_said_before_the_run_changes(project):
     assert project.submit("--until", "convert", "--wait", profile="dev").returncode == 0
     before = {path: path.read_bytes() for path in project.run.rglob("*.json*")}
-    for arguments in (["--set", "resources.sft.cpus_per_gpu=1000"], ["--from", "convert", "--set", "resources.convert.cpus_per_gpu=1000"]):
+    for arguments in (
+        ["--set", "resources.sft.cpus_per_gpu=1000"],
+        ["--from", "convert", "--set", "resources.convert.cpus_per_gpu=1000"],
+    ):
         refused = project.convoy("resume", "demo", "--all", "--yes", *arguments)
         assert refused.returncode == 2 and "Slurm would refuse it:" in refused.stderr, refused.stdout + refused.stderr
         assert {path: path.read_bytes() for path in project.run.rglob("*.json*")} == before

@@ -1,4 +1,5 @@
-"""What supervise does inside real jobs: preflight, spares, deadlines, preemption, operator files, hung ranks. The stages are stubs."""
+"""What supervise does inside real jobs: preflight, spares, deadlines, preemption, operator files,
+hung ranks. The stages are stubs."""
 
 import json
 import sys
@@ -19,7 +20,11 @@ from tests.launcher.stub_project import ROOT, wait_until
 def site(project, **lines) -> str:
     """A profile like dev with these lines in it -> its path."""
     path = project.folder / "site.toml"
-    kept = [line for line in (ROOT / "slurm/clusters/dev.toml").read_text().splitlines() if line.partition(" =")[0] not in lines]
+    kept = [
+        line
+        for line in (ROOT / "slurm/clusters/dev.toml").read_text().splitlines()
+        if line.partition(" =")[0] not in lines
+    ]
     path.write_text("\n".join([*kept, *(f"{name} = {json.dumps(value)}" for name, value in lines.items()), ""]))
     return str(path)
 
@@ -36,7 +41,11 @@ def status(project, stage="sft") -> dict:
 
 def until(project, *states, stage="sft", seconds=60) -> dict:
     """Wait until the stage is in one of the states -> its status."""
-    wait_until(lambda: status(project, stage)["state"] in states, seconds, f"{stage} {' or '.join(states)}: {status(project, stage)}")
+    wait_until(
+        lambda: status(project, stage)["state"] in states,
+        seconds,
+        f"{stage} {' or '.join(states)}: {status(project, stage)}",
+    )
     return status(project, stage)
 
 
@@ -47,7 +56,11 @@ def saved(project) -> int:
 
 def running(project, iteration=1) -> str:
     """Wait until the sft of the run has saved this iteration -> its job."""
-    wait_until(lambda: saved(project) >= iteration and status(project)["state"] == "running", 40, f"iteration {iteration} of sft")
+    wait_until(
+        lambda: saved(project) >= iteration and status(project)["state"] == "running",
+        40,
+        f"iteration {iteration} of sft",
+    )
     return str(status(project)["job"])
 
 
@@ -70,8 +83,15 @@ NODE_CHECK = 'grep -qx "$SLURMD_NODENAME" bad_nodes && { echo "fan 3 has stopped
 
 def test_a_bad_node_is_left_out_for_a_spare(project, queue):
     (project.folder / "bad_nodes").write_text("127.0.1.1\n")
-    submit(project, "--set", "resources.sft.nodes=2", "--set", "resources.sft.spares=1", profile=site(project, node_check=NODE_CHECK),
-           until="sft")
+    submit(
+        project,
+        "--set",
+        "resources.sft.nodes=2",
+        "--set",
+        "resources.sft.spares=1",
+        profile=site(project, node_check=NODE_CHECK),
+        until="sft",
+    )
     assert until(project, "done", "failed")["state"] == "done"
     used = [project.json(f"sft/rank_{rank}.json") for rank in range(4)]
     assert {rank["SLURMD_NODENAME"] for rank in used} == {"127.0.1.2", "127.0.1.3"}
@@ -104,7 +124,8 @@ def test_a_job_that_is_cancelled_during_its_preflight_blames_no_node(project, qu
 
 
 def test_preemption_saves_and_goes_on_where_it_was(project, queue):
-    """PreemptMode=REQUEUE without GraceTime: TERM to all, and Slurm queues the job again whatever happens."""
+    """PreemptMode=REQUEUE without GraceTime: TERM to all, and Slurm queues the job again whatever
+    happens."""
     project.behave(sft={"step_s": 0.2})
     submit(project, profile=site(project), iterations=30)
     number = running(project, 3)
@@ -135,9 +156,13 @@ def test_stop_saves_ends_and_is_not_queued_again(project, queue):
     number = running(project, 2)
     (project.run / "STOP").touch()
     ended = until(project, "stopped", seconds=20)
-    assert ended["class"] == "stopped" and ended["cause"] == f"told to stop (file STOP); saved iteration {saved(project)}"
+    assert (
+        ended["class"] == "stopped" and ended["cause"] == f"told to stop (file STOP); saved iteration {saved(project)}"
+    )
     assert "resume removes the file STOP" in ended["advice"]
-    wait_until(lambda: queue("squeue", "-h", "-t", "all", "-j", number, "-o", "%T").strip() == "FAILED", 20, "the job's end")
+    wait_until(
+        lambda: queue("squeue", "-h", "-t", "all", "-j", number, "-o", "%T").strip() == "FAILED", 20, "the job's end"
+    )
     assert not (project.run / "reward/rank_0.json").exists(), "its children must not run"
 
 
@@ -170,8 +195,11 @@ time.sleep(60)
 """
 
 
-def test_the_deadline_is_the_end_that_slurm_has_set_less_what_a_step_and_a_save_took(queue, slurm, tmp_path, monkeypatch):
-    """A job of 10 minutes; steps and saves so far took 280 s together. The ranks are processes of this machine."""
+def test_the_deadline_is_the_end_that_slurm_has_set_less_what_a_step_and_a_save_took(
+    queue, slurm, tmp_path, monkeypatch
+):
+    """A job of 10 minutes; steps and saves so far took 280 s together. The ranks are processes of
+    this machine."""
     monkeypatch.setenv("SLURM_CONF", slurm["SLURM_CONF"])
     job = int(queue("sbatch", "--parsable", "--time=10", "--output=/dev/null", "--wrap=sleep 600"))
     run = Run(tmp_path)
@@ -191,7 +219,8 @@ def test_the_deadline_is_the_end_that_slurm_has_set_less_what_a_step_and_a_save_
         assert made.deadline.remaining() == pytest.approx(180, abs=5), "a limit that a person has moved"
         queue("scontrol", "update", f"jobid={job}", "timelimit=20")
         made.deadline.refresh()
-        made.deadline.facts = replace(made.deadline.facts, end=time.time() + lead - 1)  # 15 minutes later
+        # 15 minutes later
+        made.deadline.facts = replace(made.deadline.facts, end=time.time() + lead - 1)
         monkeypatch.setattr("launcher.job.attempt.REPEAT_S", 0.2)
         ranks = LocalRanks(Log(tmp_path / "log"), [sys.executable, "-c", RANK], 2, {})
         ended = made.wait(ranks)

@@ -1,4 +1,5 @@
-"""A sweep as job arrays on a real Slurm: element by element, one folder each, one failing element stops no other."""
+"""A sweep as job arrays on a real Slurm: element by element, one folder each, one failing element
+stops no other."""
 
 import json
 
@@ -31,11 +32,17 @@ def test_one_array_a_stage_and_each_element_waits_for_its_own_parent_only(projec
     assert len({line.split()[0] for line in arrays(queue, project)}) == 3 and len(arrays(queue, project)) == 6
     again = project.convoy(*SWEEP, "--profile", "dev")
     assert "queued already" in again.stdout and len(arrays(queue, project)) == 6
-    wait_until(lambda: [row["state"] for row in comparison(project)] == ["idle", "failed"], 60, "element 0 done with reward")
+    wait_until(
+        lambda: [row["state"] for row in comparison(project)] == ["idle", "failed"], 60, "element 0 done with reward"
+    )
     assert [json.loads((run_of(project, at) / "sft/config.json").read_text())["lr"] for at in range(2)] == [1e-5, 2e-5]
     assert [(run_of(project, at) / "reward/DONE.json").exists() for at in range(2)] == [True, False]
     rows = comparison(project)
-    assert rows[1]["stage"] == "sft" and "loss is nan at iteration 2" in rows[1]["why"] and "sft.loss" in rows[0]["numbers"]
+    assert (
+        rows[1]["stage"] == "sft"
+        and "loss is nan at iteration 2" in rows[1]["why"]
+        and "sft.loss" in rows[0]["numbers"]
+    )
     shown = project.convoy("status", "lr").stdout
     assert "runs/lr/1" in shown and "2e-05" in shown
     (project.folder / "mended").touch()
@@ -43,16 +50,25 @@ def test_one_array_a_stage_and_each_element_waits_for_its_own_parent_only(projec
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     wait_until(lambda: [row["state"] for row in comparison(project)] == ["done"] * 2, 90, "all stages of all elements")
     starts = [json.loads(line) for line in (run_of(project, 0) / "ledger.jsonl").read_text().splitlines()]
-    assert sum(event["event"] == "started" and event["stage"] == "sft" for event in starts) == 1, "what is done runs once"
+    assert sum(event["event"] == "started" and event["stage"] == "sft" for event in starts) == 1, (
+        "what is done runs once"
+    )
 
 
 def test_a_requeued_element_comes_back_alone_and_cancel_leaves_nothing(project, queue):
     project.behave(sft={"pause_at": 2, "step_s": 0.1}, reward={"step_s": 5})
     assert project.convoy(*SWEEP, "--profile", "dev").returncode == 0
-    wait_until(lambda: all((run_of(project, at) / "reward/status.json").exists() for at in range(2)), 60, "every element's second stage")
+    wait_until(
+        lambda: all((run_of(project, at) / "reward/status.json").exists() for at in range(2)),
+        60,
+        "every element's second stage",
+    )
     for at in range(2):
         events = [json.loads(line) for line in (run_of(project, at) / "ledger.jsonl").read_text().splitlines()]
-        assert [event["iteration"] for event in events if event["event"] == "started" and event["stage"] == "sft"] == [None, 2]
+        assert [event["iteration"] for event in events if event["event"] == "started" and event["stage"] == "sft"] == [
+            None,
+            2,
+        ]
     cancelled = project.convoy("cancel", "lr")
     assert cancelled.returncode == 0, cancelled.stderr
     assert {line.split()[2] for line in arrays(queue, project)} <= {"COMPLETED", "CANCELLED"}

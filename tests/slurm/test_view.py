@@ -1,4 +1,5 @@
-"""What status, watch, logs and cancel tell of real jobs: thousands beside them, a purged one, a controller that is down, Ctrl-C."""
+"""What status, watch, logs and cancel tell of real jobs: thousands beside them, a purged one, a
+controller that is down, Ctrl-C."""
 
 import fcntl
 import json
@@ -49,10 +50,18 @@ def test_status_beside_5000_held_jobs_and_with_the_controller_down(own, chain):
         began = time.monotonic()
         down = chain.convoy("status", "demo")
         took = time.monotonic() - began
-        assert down.returncode == 0 and "Slurm can't be asked: Slurmctld(primary)" in down.stdout and "is DOWN" in down.stdout
+        assert (
+            down.returncode == 0
+            and "Slurm can't be asked: Slurmctld(primary)" in down.stdout
+            and "is DOWN" in down.stdout
+        )
         assert "as last heard of" in down.stdout and took < 4, f"{took:.2f} s: squeue alone would take 9"
         refused = chain.convoy("cancel", "demo")
-        assert refused.returncode == 1 and "the jobs of sft, reward, rlhf" in refused.stderr and "touch runs/demo/STOP" in refused.stderr
+        assert (
+            refused.returncode == 1
+            and "the jobs of sft, reward, rlhf" in refused.stderr
+            and "touch runs/demo/STOP" in refused.stderr
+        )
     finally:
         own.start()
         own.call("scancel", "--user", str(os.getuid()), "--name", "held.sh")
@@ -63,7 +72,9 @@ def test_what_slurm_has_forgotten_is_told_by_the_files_and_resume_chains_it_anew
     assert "sft was running at iteration" in said.stdout and "reward was pending (waits for sft)" in said.stdout
     wait_until(lambda: not own.call("squeue", "-h", "-t", "all").strip(), 40, "purge of the jobs")
     rows = chain.states()
-    assert (rows["sft"]["state"], rows["sft"]["class"]) == ("cancelled", "cancelled") and rows["convert"]["state"] == "done"
+    assert (rows["sft"]["state"], rows["sft"]["class"]) == ("cancelled", "cancelled") and rows["convert"][
+        "state"
+    ] == "done"
     assert rows["reward"]["state"] == "cancelled" and "was cancelled with the run" in rows["reward"]["why"]
     chain.behave()
     resumed = chain.convoy("resume", "demo", "--set", "sft.iterations=20", "--yes")
@@ -121,27 +132,35 @@ def test_logs_follow_the_run_through_its_stages(own, tmp_path):
     shown = project.convoy("logs", "demo", "-f")
     assert shown.returncode == 0
     lines = shown.stdout.splitlines()
-    assert any("sft [0] sft rank 0 of 2" in line for line in lines) and any("[launcher] sft done" in line for line in lines)
+    assert any("sft [0] sft rank 0 of 2" in line for line in lines) and any(
+        "[launcher] sft done" in line for line in lines
+    )
     stamps = [line[:14] for line in project.convoy("logs", "demo", "all").stdout.splitlines()]
     assert stamps == sorted(stamps)
 
 
 def test_batch_script_that_fails_before_its_stage_begins_is_told_by_its_output(own, tmp_path):
     project = Project(tmp_path, own.environment)
-    (tmp_path / "mine.toml").write_text('scheduler = "slurm"\ndevice = "cpu"\npartition = "main"\ngpus_per_node = 2\nmax_nodes = 2\n'
-                                        'setup = ["echo no such module: cuda/99 >&2", "echo see module avail >&2", "false"]\n')
+    (tmp_path / "mine.toml").write_text(
+        'scheduler = "slurm"\ndevice = "cpu"\npartition = "main"\ngpus_per_node = 2\nmax_nodes = 2\n'
+        'setup = ["echo no such module: cuda/99 >&2", "echo see module avail >&2", "false"]\n'
+    )
     assert project.submit(profile="mine.toml").returncode == 0
     wait_until(lambda: project.states()["convert"]["state"] not in ("pending", "running"), 30, "end of convert")
     shown, row = project.convoy("status", "demo").stdout, project.states()["convert"]
     assert row["state"] in ("failed", "lost") and ".out ends: see module avail)" in row["why"], row
-    assert row["state"] == "lost" or "| no such module: cuda/99" in shown and "setup or container of the profile" in shown, shown
+    assert (
+        row["state"] == "lost" or "| no such module: cuda/99" in shown and "setup or container of the profile" in shown
+    ), shown
     said = project.convoy("logs", "demo")
     assert said.returncode == 0 and "[slurm] no such module: cuda/99" in said.stdout, said.stderr
     project.convoy("cancel", "demo")
 
 
 def test_start_estimate_and_reasons_come_from_the_queue(own, tmp_path):
-    blocker = own.call("sbatch", "--parsable", "--nodes=2", "--exclusive", "--time=5", "--output=/dev/null", "--wrap", "sleep 60").strip()
+    blocker = own.call(
+        "sbatch", "--parsable", "--nodes=2", "--exclusive", "--time=5", "--output=/dev/null", "--wrap", "sleep 60"
+    ).strip()
     project = Project(tmp_path, own.environment)
     try:
         assert project.convoy("submit", "full-pipeline", "--name", "demo", "--profile", "dev", *SMALL).returncode == 0

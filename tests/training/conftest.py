@@ -1,4 +1,5 @@
-"""A small prepared run for the trainers' tests: demo data, a two-layer BLOOM or Llama with six heads, its Megatron checkpoint."""
+"""A small prepared run for the trainers' tests: demo data, a two-layer BLOOM or Llama with six
+heads, its Megatron checkpoint."""
 
 from __future__ import annotations
 
@@ -17,8 +18,16 @@ from training.data.prepare import prepare
 
 def trainer(layout: tuple[int, int], iterations: int, **values) -> dict:
     """Arguments of a small fp32 trainer with the layout (tensor, pipeline)."""
-    small = dict(precision="fp32", iterations=iterations, micro_batch_size=2, global_batch_size=8, lr=1e-3, warmup_iterations=0,
-                 eval_every=1000, save_every=1000)
+    small = dict(
+        precision="fp32",
+        iterations=iterations,
+        micro_batch_size=2,
+        global_batch_size=8,
+        lr=1e-3,
+        warmup_iterations=0,
+        eval_every=1000,
+        save_every=1000,
+    )
     return {**small, "tensor_parallel": layout[0], "pipeline_parallel": layout[1], **values}
 
 
@@ -37,21 +46,47 @@ class Run:
         return SFTConfig(paths=paths, **trainer(layout, iterations, **({"seq_length": 80} | values)))
 
     def reward(self, output: Path, layout=(1, 1), iterations=2, **values) -> RewardConfig:
-        paths = Paths(str(output), self.model, str(self.folder / "sft"), self.data("reward"), self.data("reward_heldout"))
-        return RewardConfig(paths=paths, seq_length=80, **trainer(layout, iterations, **({"calibration_samples": 40} | values)))
+        paths = Paths(
+            str(output), self.model, str(self.folder / "sft"), self.data("reward"), self.data("reward_heldout")
+        )
+        return RewardConfig(
+            paths=paths, seq_length=80, **trainer(layout, iterations, **({"calibration_samples": 40} | values))
+        )
 
     def dpo(self, output: Path, layout=(1, 1), iterations=2, **values) -> DPOConfig:
-        paths = Paths(str(output), self.model, str(self.folder / "sft"), self.data("reward"), self.data("reward_heldout"))
+        paths = Paths(
+            str(output), self.model, str(self.folder / "sft"), self.data("reward"), self.data("reward_heldout")
+        )
         return DPOConfig(paths=paths, **trainer(layout, iterations, **({"seq_length": 80} | values)))
 
     def grpo(self, output: Path, layout=(1, 1), iterations=2, **values) -> GRPOConfig:
-        small = dict(prompt_length=48, response_length=8, rollout_batch_size=16, generation_batch_size=8, group_size=4, clip_grad=1.0)
+        small = dict(
+            prompt_length=48,
+            response_length=8,
+            rollout_batch_size=16,
+            generation_batch_size=8,
+            group_size=4,
+            clip_grad=1.0,
+        )
         return GRPOConfig(paths=self.ppo(output).paths, **trainer(layout, iterations, **(small | values)))
 
     def ppo(self, output: Path, layout=(1, 1), iterations=2, **values) -> PPOConfig:
-        paths = PPOPaths(str(output), self.model, str(self.folder / "sft"), self.data("rlhf"), self.data("heldout"),
-                         str(self.folder / "reward"))
-        small = dict(prompt_length=48, response_length=8, rollout_batch_size=16, generation_batch_size=8, value_lr=1e-3, clip_grad=1.0)
+        paths = PPOPaths(
+            str(output),
+            self.model,
+            str(self.folder / "sft"),
+            self.data("rlhf"),
+            self.data("heldout"),
+            str(self.folder / "reward"),
+        )
+        small = dict(
+            prompt_length=48,
+            response_length=8,
+            rollout_batch_size=16,
+            generation_batch_size=8,
+            value_lr=1e-3,
+            clip_grad=1.0,
+        )
         return PPOConfig(paths=paths, **trainer(layout, iterations, **(small | values)))
 
 

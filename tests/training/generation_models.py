@@ -1,4 +1,5 @@
-"""What the tests of the rollout engine share: small models, their weights by megatron-core's names, engines on one process."""
+"""What the tests of the rollout engine share: small models, their weights by megatron-core's names,
+engines on one process."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ from training.models.decoder import Decoder
 NONE = float("-inf")
 
 
-def decoder(folder: Path, model: BloomForCausalLM | LlamaForCausalLM, ops=torch_ops, dtype=torch.float32, device="cpu") -> Decoder:
+def decoder(
+    folder: Path, model: BloomForCausalLM | LlamaForCausalLM, ops=torch_ops, dtype=torch.float32, device="cpu"
+) -> Decoder:
     """The engine's forward pass on a Hugging Face model's own tensors."""
     shape = Shape.read(folder)
     state = {name: tensor.to(device, dtype) for name, tensor in model.state_dict().items()}
@@ -32,19 +35,25 @@ def decoder(folder: Path, model: BloomForCausalLM | LlamaForCausalLM, ops=torch_
 
 
 def shard(logits: torch.Tensor, rank: int, ranks: int) -> torch.Tensor:
-    """A rank's columns (B, C) of ``logits`` (B, V), as its Decoder.logits gives them: the vocabulary padded to multiples of 128."""
+    """A rank's columns (B, C) of ``logits`` (B, V), as its Decoder.logits gives them: the
+    vocabulary padded to multiples of 128."""
     columns = -(-logits.size(1) // (VOCAB_MULTIPLE * ranks)) * VOCAB_MULTIPLE
     padded = F.pad(logits, (0, columns * ranks - logits.size(1)), value=NONE)
     return padded[:, rank * columns : (rank + 1) * columns].contiguous()
 
 
 def pick_from_shards(ops, logits: torch.Tensor, ranks: int, temperature: torch.Tensor, uniforms: torch.Tensor):
-    """training.generation.tp_sampling.choose without its messages, all ranks' parts here: tokens and log-probabilities (B,)."""
+    """training.generation.tp_sampling.choose without its messages, all ranks' parts here: tokens
+    and log-probabilities (B,)."""
     parts = [shard(logits, rank, ranks) for rank in range(ranks)]
     sums = [ops.summarise(part, temperature) for part in parts]
     highest, total = (torch.cat([one[which] for one in sums], 1) for which in (0, 1))
-    columns = torch.stack([ops.pick(part, temperature, uniforms, highest, total, best, rank * best.size(1))
-                           for rank, (part, (_, _, best)) in enumerate(zip(parts, sums, strict=True))])
+    columns = torch.stack(
+        [
+            ops.pick(part, temperature, uniforms, highest, total, best, rank * best.size(1))
+            for rank, (part, (_, _, best)) in enumerate(zip(parts, sums, strict=True))
+        ]
+    )
     mine = columns >= 0
     assert (mine.sum(0) == 1).all(), "one rank picks"
     first = torch.arange(ranks, device=logits.device)[:, None] * parts[0].size(1)
@@ -53,11 +62,19 @@ def pick_from_shards(ops, logits: torch.Tensor, ranks: int, temperature: torch.T
     return tokens, sampling.logprob(scaled, highest, total)
 
 
-def off(tokens: torch.Tensor, logprobs: torch.Tensor, logits: torch.Tensor, temperature: torch.Tensor, uniforms: torch.Tensor,
-        near: float = 1e-6) -> tuple[int, float]:
-    """In fp64: rows whose token is not what ``logits`` (B, V) and draw ask for, and the log-probabilities' largest error.
+def off(
+    tokens: torch.Tensor,
+    logprobs: torch.Tensor,
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    uniforms: torch.Tensor,
+    near: float = 1e-6,
+) -> tuple[int, float]:
+    """In fp64: rows whose token is not what ``logits`` (B, V) and draw ask for, and the
+    log-probabilities' largest error.
 
-    A draw that is ``near`` the border between two tokens may fall to either. Greedy: the first of equals.
+    A draw that is ``near`` the border between two tokens may fall to either. Greedy: the first of
+    equals.
     """
     exact = (logits.double() / sampling.heat(temperature)[:, None]).log_softmax(-1)
     chosen = exact.gather(1, tokens[:, None]).squeeze(1)
@@ -78,13 +95,29 @@ def greedy(model: BloomForCausalLM, prompt: list[int], steps: int, eos: int | No
     """Hugging Face's greedy response to one prompt alone, its EOS included."""
     tokens = torch.tensor([prompt], device=model.device)
     with torch.no_grad():
-        made = model.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=steps,
-                              eos_token_id=eos, pad_token_id=3, use_cache=True, **options)
-    return made[0, len(prompt):].tolist()
+        made = model.generate(
+            input_ids=tokens,
+            attention_mask=torch.ones_like(tokens),
+            do_sample=False,
+            max_new_tokens=steps,
+            eos_token_id=eos,
+            pad_token_id=3,
+            use_cache=True,
+            **options,
+        )
+    return made[0, len(prompt) :].tolist()
 
 
-def generate(made: Decoder, asked: list[list[int]], sampling: Sampling, eos: int = -1, uniforms=None, late: bool = False, decode=None,
-             **limits) -> tuple[list, Engine]:
+def generate(
+    made: Decoder,
+    asked: list[list[int]],
+    sampling: Sampling,
+    eos: int = -1,
+    uniforms=None,
+    late: bool = False,
+    decode=None,
+    **limits,
+) -> tuple[list, Engine]:
     engine = Engine(made, Limits(**{"context": 64, **limits}), eos, decode, late)
     rows = [None] * len(asked) if uniforms is None else uniforms
     return engine.generate([Request(prompt, sampling, row) for prompt, row in zip(asked, rows, strict=True)]), engine

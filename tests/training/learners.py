@@ -1,4 +1,5 @@
-"""Learners without a run folder, for tests of checkpoints: their contents are numbers that any layout can check."""
+"""Learners without a run folder, for tests of checkpoints: their contents are numbers that any
+layout can check."""
 
 from __future__ import annotations
 
@@ -16,8 +17,15 @@ SHAPE = table.shape(layers=4, hidden=48, heads=6, vocab=300, eps=1e-5)
 
 
 def settings(stage, layout=(1, 1), **values) -> SFTConfig:
-    small = dict(precision="bf16", iterations=100, micro_batch_size=1, global_batch_size=8, warmup_iterations=0, save_every=1)
-    return SFTConfig(paths=Paths(str(stage), "", "", "", ""), tensor_parallel=layout[0], pipeline_parallel=layout[1], **(small | values))
+    small = dict(
+        precision="bf16", iterations=100, micro_batch_size=1, global_batch_size=8, warmup_iterations=0, save_every=1
+    )
+    return SFTConfig(
+        paths=Paths(str(stage), "", "", "", ""),
+        tensor_parallel=layout[0],
+        pipeline_parallel=layout[1],
+        **(small | values),
+    )
 
 
 def learner(config: SFTConfig, shape: Shape = SHAPE) -> Learner:
@@ -39,7 +47,8 @@ def held(made: Learner) -> list:
 
 
 def expected(tensor, iteration: int) -> torch.Tensor:
-    """What element (i, j, ...) of tensor ``key`` of a whole model holds at ``iteration``: a hash of its place, exact in bf16."""
+    """What element (i, j, ...) of tensor ``key`` of a whole model holds at ``iteration``: a hash of
+    its place, exact in bf16."""
     kind = {"optimizer.state.param": 1, "optimizer.state.exp_avg_sq": 3, "optimizer.state.exp_avg": 2}
     salt = next((number for prefix, number in kind.items() if tensor.key.startswith(prefix + ".")), 0) + len(tensor.key)
     values = torch.full(tensor.data.shape, (7 * iteration + salt) % 101)
@@ -63,7 +72,9 @@ def fill(made: Learner, iteration: int) -> None:
 
 def wrong(made: Learner, iteration: int) -> list[str]:
     """Names of this rank's tensors that do not hold what ``fill`` gave them at ``iteration``."""
-    return [tensor.key for tensor in held(made) if not torch.equal(tensor.data.detach().cpu(), expected(tensor, iteration))]
+    return [
+        tensor.key for tensor in held(made) if not torch.equal(tensor.data.detach().cpu(), expected(tensor, iteration))
+    ]
 
 
 __all__ = ["SHAPE", "boxes", "expected", "fill", "held", "learner", "settings", "wrong"]

@@ -1,4 +1,5 @@
-"""The optimizer with 6 bytes of state a parameter: what it keeps exactly, what it rounds, and that it learns like fp32 AdamW."""
+"""The optimizer with 6 bytes of state a parameter: what it keeps exactly, what it rounds, and that
+it learns like fp32 AdamW."""
 
 import pytest
 import torch
@@ -38,14 +39,16 @@ def test_stochastic_rounding_is_right_on_average_and_the_same_again():
     rounded = round_stochastically(values, 7, 0)
     assert set(rounded.float().tolist()) == {1.0, 1.0078125}
     assert rounded.float().mean().item() == pytest.approx(value, abs=5 / 128 * (0.21 / draws) ** 0.5)
-    assert torch.equal(rounded, round_stochastically(values, 7, 0)) and not torch.equal(rounded, round_stochastically(values, 8, 0))
+    assert torch.equal(rounded, round_stochastically(values, 7, 0)) and not torch.equal(
+        rounded, round_stochastically(values, 8, 0)
+    )
     parts = [round_stochastically(values[:1000], 7, 0), round_stochastically(values[1000:], 7, 1000)]
     assert torch.equal(rounded, torch.cat(parts))  # any division over ranks draws the same
 
 
 def test_four_hundred_steps_follow_fp32_adamw():
-    """A regression with noisy gradients, beta2 = 0.999: the second moment moves by less than bf16's spacing in most steps. Rounded to
-    nearest it is off by twice the bound."""
+    """A regression with noisy gradients, beta2 = 0.999: the second moment moves by less than bf16's
+    spacing in most steps. Rounded to nearest it is off by twice the bound."""
     generator = torch.Generator().manual_seed(0)
     inputs, target = torch.randn(2000, 64, generator=generator), torch.randn(64, generator=generator)
     start = torch.zeros(64).bfloat16()
@@ -60,10 +63,13 @@ def test_four_hundred_steps_follow_fp32_adamw():
         rows = slice(5 * step, 5 * step + 5)
         theirs.grad, mine.decoupled_grad = (
             factor * inputs[rows].T @ (inputs[rows] @ (weight.detach().float() - target))
-            for weight, factor in ((theirs, 0.2), (mine, 0.4)))
+            for weight, factor in ((theirs, 0.2), (mine, 0.4))
+        )
         ours.step()
         split.step()
-        losses.append([(inputs @ (weight - target)).square().mean().item() for weight in (theirs.detach(), mine.float())])
+        losses.append(
+            [(inputs @ (weight - target)).square().mean().item() for weight in (theirs.detach(), mine.float())]
+        )
     fp32, bf16 = torch.tensor(losses)[-100:].mean(0).tolist()
     assert bf16 == pytest.approx(fp32, rel=0.05), (fp32, bf16)
     state = split.state[mine]
@@ -73,13 +79,14 @@ def test_four_hundred_steps_follow_fp32_adamw():
 
 
 def go_on(folder, steps: int, load: int, layout=(1, 1)):
-    """Train a small model for ``steps`` on two ranks, from the checkpoint of iteration ``load`` if above 0; save the last -> this rank's
-    tensors as a checkpoint has them."""
+    """Train a small model for ``steps`` on two ranks, from the checkpoint of iteration ``load`` if
+    above 0; save the last -> this rank's tensors as a checkpoint has them."""
     config = settings(folder, layout, optimizer_precision="bf16", micro_batch_size=2, weight_decay=0.1)
     model = build_model(SHAPE, config, "lm")
     with torch.no_grad():
         for weight in model.parameters():
-            generator = torch.Generator().manual_seed(weight.numel())  # the same for a tied embedding's copies
+            # the same for a tied embedding's copies
+            generator = torch.Generator().manual_seed(weight.numel())
             weight.copy_(torch.randn(weight.shape, generator=generator) * 0.05 + (weight.dim() == 1))
     made = Learner(model, config, 1e-3, 100, 0)
     if load:
@@ -87,8 +94,10 @@ def go_on(folder, steps: int, load: int, layout=(1, 1)):
     for step in range(load, steps):
         rows = torch.randint(0, 300, (4, 16), generator=torch.Generator().manual_seed(step))
         mine = shard(list(range(4)), groups.data_rank(), groups.data_ranks())
-        made.step(split({"tokens": rows[mine], "response_mask": torch.ones(len(mine), 16, dtype=torch.bool)}, 2),
-                  Objective(("loss",), sft.compute))
+        made.step(
+            split({"tokens": rows[mine], "response_mask": torch.ones(len(mine), 16, dtype=torch.bool)}, 2),
+            Objective(("loss",), sft.compute),
+        )
     saver = Saver(folder, {"model": made}, config)
     saver.save(steps, {"wall_seconds": 0.0})
     saver.wait()
@@ -96,7 +105,8 @@ def go_on(folder, steps: int, load: int, layout=(1, 1)):
 
 
 def test_a_tied_embedding_s_two_copies_stay_equal(tmp_path):
-    """On the first and on the last pipeline stage, weight and state; a checkpoint has one of them."""
+    """On the first and on the last pipeline stage, weight and state; a checkpoint has one of
+    them."""
     first, last = run(go_on, 1, 2, 1, tmp_path, 3, 0, (1, 2))
     names = [key for key in first if "word_embeddings" in key]
     assert len(names) == 4, names
@@ -119,7 +129,9 @@ def test_a_resumed_run_goes_on_bit_for_bit_and_other_layouts_load_it(tmp_path):
             format.load(format.resolve(tmp_path / "walk"), {"model": made})
             assert wrong(made, number - 1) == []
         fill(made, number)
-        saver = Saver(tmp_path / "walk", {"model": made}, settings(tmp_path / "walk", layout, optimizer_precision="bf16"))
+        saver = Saver(
+            tmp_path / "walk", {"model": made}, settings(tmp_path / "walk", layout, optimizer_precision="bf16")
+        )
         saver.save(number, {})
         saver.wait()
 

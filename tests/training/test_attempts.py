@@ -1,4 +1,5 @@
-"""Ranks of an attempt that the launcher has given up for lost must not write among a newer one's checkpoints."""
+"""Ranks of an attempt that the launcher has given up for lost must not write among a newer one's
+checkpoints."""
 
 import pytest
 

@@ -1,4 +1,5 @@
-"""The benchmarks of training run, at a size where their numbers mean nothing; on a GPU they say how fast and how right we are."""
+"""The benchmarks of training run, at a size where their numbers mean nothing; on a GPU they say how
+fast and how right we are."""
 
 import json
 import os
@@ -14,8 +15,13 @@ ROOT = Path(__file__).parents[2]
 
 
 def lines(script: str, *arguments: str) -> list[dict]:
-    made = subprocess.run([sys.executable, ROOT / "benchmarks" / script, *arguments], capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "MASTER_PORT": "29471", "OMP_NUM_THREADS": "1"})
+    made = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / script, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "MASTER_PORT": "29471", "OMP_NUM_THREADS": "1"},
+    )
     assert made.returncode == 0, made.stderr[-2000:]
     return [json.loads(line) for line in made.stdout.splitlines() if line.startswith("{")]
 
@@ -24,7 +30,9 @@ def test_training_beside_hugging_face_and_the_fast_paths_beside_the_plain_ones()
     found = lines("train.py", "--small", "--one", "--parts", "ours", "shapes", "packed", "forward", "theirs")
     assert [row["part"] for row in found] == ["ours", "shapes", "packed", "forward", "forward", "theirs"]
     ours, theirs = found[0]["losses"], found[-1]["losses"]
-    assert ours[-1] < ours[0] and theirs[-1] < theirs[0] and abs(ours[0] - theirs[0]) < 0.3, "the same tokens, other random weights"
+    assert ours[-1] < ours[0] and theirs[-1] < theirs[0] and abs(ours[0] - theirs[0]) < 0.3, (
+        "the same tokens, other random weights"
+    )
     checks = lines("check.py", "--rows", "packed")
     assert all(row["ok"] for row in checks)
     assert {row["check"] for row in checks} == {"head", "gelu", "optimizer kernel", "optimizer", "layers"}
@@ -34,7 +42,10 @@ def test_ppo_s_iterations_and_their_parts():
     start, first = lines("ppo.py", "--small", "--one", "--parts", "ours", "--iterations", "1")
     assert start["part"] == "start" and first["iteration"] == 1 and first["kl"] == first["clip_fraction"] == 0
     assert set(first["parts"]) == {f"score {name}" for name in ("value", "reference", "policy", "reward")} | {
-        "train value", "train policy", "swap"}
+        "train value",
+        "train policy",
+        "swap",
+    }
 
 
 @pytest.mark.parametrize("script", [ppo, train])

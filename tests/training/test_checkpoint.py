@@ -1,4 +1,5 @@
-"""Checkpoints are complete or not there; a killed and resumed run is the uninterrupted one, bit for bit."""
+"""Checkpoints are complete or not there; a killed and resumed run is the uninterrupted one, bit for
+bit."""
 
 import errno
 import hashlib
@@ -48,7 +49,10 @@ def tensors(stage: Path, iteration: int, model: str) -> dict[str, str]:
         state = dist_checkpointing.load_plain_tensors(str(folder))
         found = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
         assert any(key.startswith("optimizer.state.exp_avg") for key in found)
-        return {key: hashlib.sha256(value.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest() for key, value in found.items()}
+        return {
+            key: hashlib.sha256(value.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+            for key, value in found.items()
+        }
 
     return run(read, 1, 1, 1)[0]
 
@@ -70,7 +74,9 @@ def test_only_the_newest_are_kept(small_run, tmp_path):
     run(sft.run, 1, 1, 1, small_run.sft(tmp_path, iterations=5, save_every=1, keep_checkpoints=2))
     assert format.iterations(tmp_path) == [4, 5]
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [0 < row["save_stall_s"] <= row["save_s"] if "save_s" in row else None for row in rows] == [None] + [True] * 4
+    assert [0 < row["save_stall_s"] <= row["save_s"] if "save_s" in row else None for row in rows] == [None] + [
+        True
+    ] * 4
 
 
 def test_a_checkpoint_that_a_signal_asked_for_pushes_out_no_regular_one(small_run, tmp_path, monkeypatch):
@@ -94,18 +100,28 @@ PPO = dict(rollout_batch_size=8, global_batch_size=4, response_length=4, kl_targ
 """Two updates an iteration; the controller moves, and so do the gates' counts."""
 
 
-@pytest.mark.parametrize(("stage", "layout", "values", "family"), [
-    ("sft", (2, 1, 2), {}, "llama"), ("reward", (2, 2, 1), {}, "llama"), ("dpo", (1, 1, 2), {"lora_rank": 4}, "bloom"),
-    ("grpo", (1, 1, 2), PPO | {"group_size": 2}, "bloom"),
-    ("ppo", (1, 2, 1), PPO | {"micro_batch_tokens": 80, "offload": "all"}, "bloom"),
-    ("ppo", (2, 1, 2), PPO | {"value_warmup": 4, "lora_rank": 4}, "llama")])
+@pytest.mark.parametrize(
+    ("stage", "layout", "values", "family"),
+    [
+        ("sft", (2, 1, 2), {}, "llama"),
+        ("reward", (2, 2, 1), {}, "llama"),
+        ("dpo", (1, 1, 2), {"lora_rank": 4}, "bloom"),
+        ("grpo", (1, 1, 2), PPO | {"group_size": 2}, "bloom"),
+        ("ppo", (1, 2, 1), PPO | {"micro_batch_tokens": 80, "offload": "all"}, "bloom"),
+        ("ppo", (2, 1, 2), PPO | {"value_warmup": 4, "lora_rank": 4}, "llama"),
+    ],
+)
 def test_resumed_equals_uninterrupted_bit_for_bit(small_run, llama_run, tmp_path, stage, layout, values, family):
-    """8 iterations straight = killed by SIGKILL at a random moment behind iteration 3, resumed: weights, optimizer, state and metrics.
-    Without pipeline the second saves asynchronously."""
+    """8 iterations straight = killed by SIGKILL at a random moment behind iteration 3, resumed:
+    weights, optimizer, state and metrics. Without pipeline the second saves asynchronously."""
     made = {"bloom": small_run, "llama": llama_run}[family]
-    make, trainer, learners = {"sft": (made.sft, sft, ["model"]), "reward": (made.reward, reward, ["model"]),
-                               "dpo": (made.dpo, dpo, ["model"]), "ppo": (made.ppo, ppo, ["policy", "value"]),
-                               "grpo": (made.grpo, grpo, ["policy"])}[stage]
+    make, trainer, learners = {
+        "sft": (made.sft, sft, ["model"]),
+        "reward": (made.reward, reward, ["model"]),
+        "dpo": (made.dpo, dpo, ["model"]),
+        "ppo": (made.ppo, ppo, ["policy", "value"]),
+        "grpo": (made.grpo, grpo, ["policy"]),
+    }[stage]
     settings = dict(layout=layout[:2], iterations=8, **values)
     run(trainer.run, *layout, make(tmp_path / "straight", **settings))
     resumed = make(tmp_path / "resumed", **settings, save_every=3, async_save=layout[1] == 1)
@@ -115,7 +131,9 @@ def test_resumed_equals_uninterrupted_bit_for_bit(small_run, llama_run, tmp_path
     run(trainer.run, *layout, resumed)
     assert metrics(tmp_path / "resumed") == metrics(tmp_path / "straight")
     assert len(metrics(tmp_path / "straight")) == 8
-    states = [json.loads((format.folder(tmp_path / name, 8) / "state.json").read_text()) for name in ("resumed", "straight")]
+    states = [
+        json.loads((format.folder(tmp_path / name, 8) / "state.json").read_text()) for name in ("resumed", "straight")
+    ]
     assert all(state.pop("wall_seconds") > 0 for state in states) and states[0] == states[1]
     if stage in ("ppo", "grpo"):
         assert states[0]["kl_coef"] != make(tmp_path, **settings).kl_coef
@@ -125,7 +143,9 @@ def test_resumed_equals_uninterrupted_bit_for_bit(small_run, llama_run, tmp_path
 
 def test_a_resume_takes_the_rates_and_the_kl_coefficient_of_the_configuration(small_run, tmp_path):
     """``resume --set ppo.lr=...``: what the checkpoint holds of them are the old ones."""
-    old = dict(rollout_batch_size=8, response_length=4, iterations=4, lr=1e-4, value_lr=2e-4, kl_coef=0.1, schedule="linear")
+    old = dict(
+        rollout_batch_size=8, response_length=4, iterations=4, lr=1e-4, value_lr=2e-4, kl_coef=0.1, schedule="linear"
+    )
     new = old | {"lr": 1e-3, "value_lr": 4e-3, "min_lr": 1e-5, "kl_coef": 0.5}
     run(ppo.run, 1, 1, 1, small_run.ppo(tmp_path / "new", **new))
     run(ppo.run, 1, 1, 1, small_run.ppo(tmp_path / "old", **old, save_every=2))
@@ -133,15 +153,25 @@ def test_a_resume_takes_the_rates_and_the_kl_coefficient_of_the_configuration(sm
     (tmp_path / "old" / "latest").write_text("2")
     run(ppo.run, 1, 1, 1, small_run.ppo(tmp_path / "old", **new))
     for name in ("lr", "value_lr", "kl_coef"):
-        resumed, straight = ([json.loads(row)[name] for row in (tmp_path / stage / "metrics.jsonl").read_text().splitlines()]
-                             for stage in ("old", "new"))
+        resumed, straight = (
+            [json.loads(row)[name] for row in (tmp_path / stage / "metrics.jsonl").read_text().splitlines()]
+            for stage in ("old", "new")
+        )
         assert resumed[:2] != straight[:2] and resumed[2:] == straight[2:], name
 
 
 def test_a_policy_that_has_made_no_step_is_saved_and_resumed(small_run, tmp_path):
-    """With the small optimizer; test_resumed_equals_uninterrupted_bit_for_bit does it with fp32's."""
-    settings = dict(rollout_batch_size=8, response_length=4, iterations=3, value_warmup=2, precision="bf16", optimizer_precision="bf16",
-                    keep_checkpoints=3)
+    """With the small optimizer; test_resumed_equals_uninterrupted_bit_for_bit does it with
+    fp32's."""
+    settings = dict(
+        rollout_batch_size=8,
+        response_length=4,
+        iterations=3,
+        value_warmup=2,
+        precision="bf16",
+        optimizer_precision="bf16",
+        keep_checkpoints=3,
+    )
     run(ppo.run, 1, 1, 1, small_run.ppo(tmp_path / "straight", **settings))
     run(ppo.run, 1, 1, 1, small_run.ppo(tmp_path / "resumed", **settings, save_every=1))
     for iteration in (2, 3):
@@ -167,7 +197,8 @@ def test_a_run_that_began_before_values_had_a_bias_goes_on_without_one(small_run
 
 
 def kill_after_3(trainer, config, seed: str) -> None:
-    """The trainer; one rank is killed at a moment between the checkpoint of iteration 3 and, at the speed of the second, the end of 7."""
+    """The trainer; one rank is killed at a moment between the checkpoint of iteration 3 and, at the
+    speed of the second, the end of 7."""
     draw, end, ends = random.Random(seed), Boundary.end, []
     victim, iterations = draw.randrange(dist.get_world_size()), draw.uniform(0, 4)
 
@@ -191,7 +222,9 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("again", [False, True], ids=["a new iteration", "an iteration that is there"])
 def test_a_kill_before_any_step_of_publishing_leaves_a_whole_checkpoint(tmp_path, monkeypatch, again):
-    """Random kills (test_saving) rarely hit the microseconds between two renames; here every one is a place to die."""
+    """Random kills (test_saving) rarely hit the microseconds between two renames; here every one is
+    a place to die."""
+
     def save(stage, iteration, text):
         aside = format.folder(stage, iteration).with_name(".saving")
         aside.mkdir(parents=True)
@@ -205,6 +238,7 @@ def test_a_kill_before_any_step_of_publishing_leaves_a_whole_checkpoint(tmp_path
             if left < 0:
                 raise Killed
             return function(*args, **kwargs)
+
         return call
 
     survived, place = False, 0
@@ -212,8 +246,13 @@ def test_a_kill_before_any_step_of_publishing_leaves_a_whole_checkpoint(tmp_path
         stage, left, place = tmp_path / str(place), place, place + 1
         save(stage, 1, "old")
         with monkeypatch.context() as patch:
-            for owner, name in ((os, "replace"), (format, "sync"), (format.shutil, "rmtree"), (Path, "unlink"),
-                                (Path, "write_text")):
+            for owner, name in (
+                (os, "replace"),
+                (format, "sync"),
+                (format.shutil, "rmtree"),
+                (Path, "unlink"),
+                (Path, "write_text"),
+            ):
                 patch.setattr(owner, name, dying(getattr(owner, name)))
             aside = format.folder(stage, 1 if again else 2).with_name(".saving")
             aside.mkdir()
@@ -253,9 +292,12 @@ def stop_after(trainer, config, iteration):
 
 @pytest.mark.parametrize("stage", ["sft", "ppo"])
 def test_resume_at_another_layout_goes_on_with_equal_losses(small_run, tmp_path, stage):
-    """Saved at TP 2 x PP 1, resumed at TP 1 x PP 2 x DP 2: the rest of the losses equal to rounding, Adam's moments included."""
-    make, trainer, names, values = {"sft": (small_run.sft, sft, ("loss", "grad_norm"), {}), "ppo": (
-        small_run.ppo, ppo, ("policy_loss", "value_loss", "grad_norm", "kl", "reward", "kl_coef"), PPO)}[stage]
+    """Saved at TP 2 x PP 1, resumed at TP 1 x PP 2 x DP 2: the rest of the losses equal to
+    rounding, Adam's moments included."""
+    make, trainer, names, values = {
+        "sft": (small_run.sft, sft, ("loss", "grad_norm"), {}),
+        "ppo": (small_run.ppo, ppo, ("policy_loss", "value_loss", "grad_norm", "kl", "reward", "kl_coef"), PPO),
+    }[stage]
     settings = dict(iterations=4, save_every=2, **values)
     run(trainer.run, 1, 1, 1, make(tmp_path / "straight", **settings))
     run(stop_after, 2, 1, 1, trainer, make(tmp_path / "moved", layout=(2, 1), **settings), 2)
@@ -263,7 +305,9 @@ def test_resume_at_another_layout_goes_on_with_equal_losses(small_run, tmp_path,
     for ours, expected in zip(metrics(tmp_path / "moved"), metrics(tmp_path / "straight"), strict=True):
         for name in names:
             tolerance = 1e-5 if name == "loss" else 1e-4 if stage == "sft" else 1e-3
-            assert ours[name] == pytest.approx(expected[name], rel=tolerance, abs=2e-5 if stage == "ppo" else None), name
+            assert ours[name] == pytest.approx(expected[name], rel=tolerance, abs=2e-5 if stage == "ppo" else None), (
+                name
+            )
 
 
 def test_a_checkpoint_is_read_again_only_when_it_was_touched(small_run, tmp_path, monkeypatch):
@@ -290,22 +334,28 @@ def test_what_decides_a_checkpoint_s_tensors_can_t_be_changed_half_way(small_run
     """Other adapters or another optimizer: an error that names key and values, not a tensor's."""
     settings = dict(iterations=2, precision="bf16")
     run(stop_after, 1, 1, 1, sft, small_run.sft(tmp_path, **settings, lora_rank=4, save_every=1), 1)
-    for change, words in (({"lora_rank": 8}, "lora_rank = 8, but .*iter_0000001 was made with lora_rank = 4"), ({}, "lora_rank = 0, but"),
-                          ({"lora_rank": 4, "optimizer_precision": "bf16"}, "optimizer_precision = 'bf16', but .* = 'fp32'"),
-                          ({"lora_rank": 4, "precision": "fp32"}, "precision = 'fp32', but .* was made with precision = 'bf16'")):
+    for change, words in (
+        ({"lora_rank": 8}, "lora_rank = 8, but .*iter_0000001 was made with lora_rank = 4"),
+        ({}, "lora_rank = 0, but"),
+        ({"lora_rank": 4, "optimizer_precision": "bf16"}, "optimizer_precision = 'bf16', but .* = 'fp32'"),
+        ({"lora_rank": 4, "precision": "fp32"}, "precision = 'fp32', but .* was made with precision = 'bf16'"),
+    ):
         with pytest.raises(AssertionError, match=f"ConfigError: {words}"):
             run(sft.run, 1, 1, 1, small_run.sft(tmp_path, **settings | change))
 
 
 def test_another_family_s_model_is_refused_by_its_name(small_run, llama_run, tmp_path):
     run(stop_after, 1, 1, 1, sft, small_run.sft(tmp_path, iterations=2, save_every=1), 1)
-    with pytest.raises(AssertionError, match="ConfigError: model_type = 'llama', but .*iter_0000001 was made with model_type = 'bloom'"):
+    with pytest.raises(
+        AssertionError, match="ConfigError: model_type = 'llama', but .*iter_0000001 was made with model_type = 'bloom'"
+    ):
         run(sft.run, 1, 1, 1, llama_run.sft(tmp_path, iterations=2))
 
 
 @pytest.mark.parametrize("saved", [[1], [1, 2]])
 def test_checkpoints_without_latest_are_not_overwritten_from_scratch(small_run, tmp_path, saved):
-    """A copy of the folder without that file, or someone's rm: the error says what to do, and that works."""
+    """A copy of the folder without that file, or someone's rm: the error says what to do, and that
+    works."""
     config = small_run.sft(tmp_path, iterations=3, save_every=1, keep_checkpoints=5)
     run(stop_after, 1, 1, 1, sft, config, saved[-1])
     (tmp_path / "latest").unlink()
@@ -333,18 +383,29 @@ def test_a_finished_stage_has_nothing_left_to_do(small_run, tmp_path, capfd):
     assert "nothing left to do" in capfd.readouterr().out and metrics(tmp_path) == before
 
 
-@pytest.mark.parametrize(("code", "message", "kind"), [
-    (65, r"model/__0_0\.distcp .* does not have the sha256", "refused"),
-    (74, "failed on rank 0: .*File too large", "disk full"),
-    (73, "failed on rank 0: .*Permission denied", "file error")])
+@pytest.mark.parametrize(
+    ("code", "message", "kind"),
+    [
+        (65, r"model/__0_0\.distcp .* does not have the sha256", "refused"),
+        (74, "failed on rank 0: .*File too large", "disk full"),
+        (73, "failed on rank 0: .*Permission denied", "file error"),
+    ],
+)
 def test_exit_code_tells_a_damaged_checkpoint_from_a_failed_save(small_run, tmp_path, capfd, code, message, kind):
-    """One line, not a traceback; the checkpoint before is named. The last words are those of the exit code."""
+    """One line, not a traceback; the checkpoint before is named. The last words are those of the
+    exit code."""
     run(sft.run, 1, 1, 1, small_run.sft(tmp_path, iterations=2))
     config = small_run.sft(tmp_path, iterations=3)
     (tmp_path / "config.json").write_text(json.dumps(asdict(config)))
 
     def stage():
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(21000 + os.getpid() % 9000))
+        os.environ.update(
+            RANK="0",
+            WORLD_SIZE="1",
+            LOCAL_RANK="0",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(21000 + os.getpid() % 9000),
+        )
         os.environ["CONVOY_WORDS"] = str(tmp_path / "errors")
         sys.argv = ["sft", str(tmp_path / "config.json")]
         if code == 73:
@@ -362,7 +423,9 @@ def test_exit_code_tells_a_damaged_checkpoint_from_a_failed_save(small_run, tmp_
     process.start()
     process.join(60)
     shown = capfd.readouterr().err
-    assert process.exitcode == code and re.search(f"^error: .*{message}", shown, re.MULTILINE) and "Traceback" not in shown, shown
+    assert (
+        process.exitcode == code and re.search(f"^error: .*{message}", shown, re.MULTILINE) and "Traceback" not in shown
+    ), shown
     assert format.latest(tmp_path) == 2
     words = json.loads((tmp_path / "errors/rank_0.json").read_text())
     assert words["class"] == kind and re.search(message, words["message"])
@@ -378,15 +441,29 @@ def start(module: str, config, world: int) -> list[subprocess.Popen]:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(asdict(config)))
     port = str(20000 + os.getpid() % 10000)
-    return [subprocess.Popen([sys.executable, "-W", "ignore", "-m", module, str(folder / "config.json")], stdout=subprocess.PIPE,
-                             stderr=subprocess.STDOUT, text=True,
-                             env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
-                                  "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"})
-            for rank in range(world)]
+    return [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", module, str(folder / "config.json")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={
+                **os.environ,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+                "GLOO_SOCKET_IFNAME": "lo",
+            },
+        )
+        for rank in range(world)
+    ]
 
 
 def test_term_saves_at_the_step_boundary_and_asks_to_go_on(small_run, tmp_path):
-    """TERM at one rank: both save the same iteration, wait until it is written, and exit 75 (EX_TEMPFAIL)."""
+    """TERM at one rank: both save the same iteration, wait until it is written, and exit 75
+    (EX_TEMPFAIL)."""
     ranks = start("training.sft", small_run.sft(tmp_path, layout=(1, 2), iterations=5000, async_save=True), 2)
     try:
         end = time.monotonic() + 90

@@ -28,7 +28,8 @@ def data(small_run, name: str) -> list[dict]:
 
 
 def plain(config: DPOConfig, sft: dict) -> list[dict]:
-    """The stage once more: one process, one unpadded reply at a time, a frozen second model, one pair after the other."""
+    """The stage once more: one process, one unpadded reply at a time, a frozen second model, one
+    pair after the other."""
     shape = BloomConfig.from_pretrained(config.paths.model)
     policy, frozen = BloomForCausalLM(shape).eval(), BloomForCausalLM(shape).eval()
     for model in (policy, frozen):
@@ -38,12 +39,14 @@ def plain(config: DPOConfig, sft: dict) -> list[dict]:
     with open(config.paths.train) as file:
         data = [json.loads(line) for line in file]
     sampler, made = Sampler(len(data), config.global_batch_size, config.seed), []
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, betas=(config.adam_beta1, config.adam_beta2), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=config.lr, betas=(config.adam_beta1, config.adam_beta2), weight_decay=0.0
+    )
 
     def logprob(model, example):
         odds = model(torch.tensor([example.tokens])).logits[0, :-1].log_softmax(-1)
         chosen = odds[torch.arange(len(odds)), torch.tensor(example.tokens[1:])]
-        return chosen[example.response_start - 1:].sum()
+        return chosen[example.response_start - 1 :].sum()
 
     for _ in range(config.iterations):
         queries = []
@@ -52,16 +55,28 @@ def plain(config: DPOConfig, sft: dict) -> list[dict]:
             replies = comparison_example(row, tokenizer, config.seq_length)
             with torch.no_grad():
                 reference = [logprob(frozen, example) for example, _ in replies]
-            ratios = [(logprob(policy, example) - base, score) for (example, score), base in zip(replies, reference, strict=True)]
+            ratios = [
+                (logprob(policy, example) - base, score)
+                for (example, score), base in zip(replies, reference, strict=True)
+            ]
             pairs = [(first, second) for first, better in ratios for second, worse in ratios if better > worse]
             margins = torch.stack([config.beta * (first - second) for first, second in pairs])
             if config.loss == "ipo":
                 loss = ((margins / config.beta - 0.5 / config.beta) ** 2).mean()
             else:
-                loss = -((1 - config.label_smoothing) * F.logsigmoid(margins) + config.label_smoothing * F.logsigmoid(-margins)).mean()
-            queries.append({"loss": loss, "accuracy": (margins > 0).float().mean(), "margin": margins.mean(),
-                            "chosen_reward": config.beta * torch.stack([first for first, _ in pairs]).mean(),
-                            "rejected_reward": config.beta * torch.stack([second for _, second in pairs]).mean()})
+                loss = -(
+                    (1 - config.label_smoothing) * F.logsigmoid(margins)
+                    + config.label_smoothing * F.logsigmoid(-margins)
+                ).mean()
+            queries.append(
+                {
+                    "loss": loss,
+                    "accuracy": (margins > 0).float().mean(),
+                    "margin": margins.mean(),
+                    "chosen_reward": config.beta * torch.stack([first for first, _ in pairs]).mean(),
+                    "rejected_reward": config.beta * torch.stack([second for _, second in pairs]).mean(),
+                }
+            )
         means = {name: torch.stack([query[name] for query in queries]).mean() for name in queries[0]}
         optimizer.zero_grad()
         means["loss"].backward()
@@ -100,14 +115,23 @@ def reference_rows(small_run, tmp_path_factory):
     return rows(stage)
 
 
-@pytest.mark.parametrize(("layout", "values"), [((2, 1, 1), {}), ((1, 2, 2), {"micro_batch_size": 1}),
-                                                ((2, 2, 1), {"sequence_parallel": True})])
+@pytest.mark.parametrize(
+    ("layout", "values"),
+    [((2, 1, 1), {}), ((1, 2, 2), {"micro_batch_size": 1}), ((2, 2, 1), {"sequence_parallel": True})],
+)
 def test_every_layout_gives_the_same_numbers(small_run, reference_rows, tmp_path, layout, values):
     run(dpo.run, *layout, small_run.dpo(tmp_path, layout=layout[:2], iterations=3, **values))
     for ours, expected in zip(rows(tmp_path), reference_rows, strict=True):
-        names = [name for name in expected if name.startswith("heldout")] + ["loss", "accuracy", "margin", "chosen_reward", "grad_norm"]
+        names = [name for name in expected if name.startswith("heldout")] + [
+            "loss",
+            "accuracy",
+            "margin",
+            "chosen_reward",
+            "grad_norm",
+        ]
         if expected is reference_rows[0]:
-            names.remove("accuracy")  # the policy is the reference: margins are rounding errors, of either sign
+            # the policy is the reference: margins are rounding errors, of either sign
+            names.remove("accuracy")
         for name in names:
             assert ours[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-4), name
 
@@ -121,11 +145,15 @@ def test_it_begins_as_its_own_reference(reference_rows):
 
 
 def test_the_reference_is_asked_once_and_only_for_what_is_seen(small_run, tmp_path, capfd):
-    """Two iterations of 8 queries and the 16 held-out ones; two more ask for 16 more; another SFT model asks anew."""
+    """Two iterations of 8 queries and the 16 held-out ones; two more ask for 16 more; another SFT
+    model asks anew."""
     run(dpo.run, 1, 1, 1, small_run.dpo(tmp_path, iterations=2))
     held = torch.load(tmp_path / "reference.pt", weights_only=True)["logprobs"]
     count = len(data(small_run, "reward_heldout"))
-    assert f"log-probabilities of {16 + count} queries' replies" in capfd.readouterr().out and (~held.isnan().any(1)).sum() == 16 + count
+    assert (
+        f"log-probabilities of {16 + count} queries' replies" in capfd.readouterr().out
+        and (~held.isnan().any(1)).sum() == 16 + count
+    )
     run(dpo.run, 1, 1, 1, small_run.dpo(tmp_path, iterations=4))
     assert "log-probabilities of 16 queries' replies" in capfd.readouterr().out
     again = torch.load(tmp_path / "reference.pt", weights_only=True)["logprobs"]
@@ -141,10 +169,15 @@ def test_losses_by_hand():
     assert losses.logistic_loss(torch.tensor([0.0])).item() == pytest.approx(0.693147)
 
 
-@pytest.mark.parametrize(("values", "message"), [
-    ({"loss": "hinge"}, "dpo.loss = 'hinge': expected one of sigmoid, ipo"), ({"beta": 0.0}, "dpo.beta = 0.0: expected a number above 0"),
-    ({"loss": "ipo", "label_smoothing": 0.1}, 'dpo.label_smoothing = 0.1: "ipo" has none'),
-    ({"label_smoothing": 0.5}, "dpo.label_smoothing = 0.5: expected at least 0 and below 0.5")])
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"loss": "hinge"}, "dpo.loss = 'hinge': expected one of sigmoid, ipo"),
+        ({"beta": 0.0}, "dpo.beta = 0.0: expected a number above 0"),
+        ({"loss": "ipo", "label_smoothing": 0.1}, 'dpo.label_smoothing = 0.1: "ipo" has none'),
+        ({"label_smoothing": 0.5}, "dpo.label_smoothing = 0.5: expected at least 0 and below 0.5"),
+    ],
+)
 def test_bad_values_say_what_was_expected(values, message):
     with pytest.raises(ConfigError, match=message):
         build(DPOConfig, {"paths": dict.fromkeys(("output", "model", "init", "train", "heldout"), ""), **values}, "dpo")

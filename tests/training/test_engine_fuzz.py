@@ -1,5 +1,6 @@
-"""The engine's bookkeeping against a loop over one request: a model whose logits are a hash of what it finds in the cache's pages, for
-random prompts, groups, limits, stops and sampling, in random caches. A page, a draw or a token of another row changes every later one."""
+"""The engine's bookkeeping against a loop over one request: a model whose logits are a hash of what
+it finds in the cache's pages, for random prompts, groups, limits, stops and sampling, in random
+caches. A page, a draw or a token of another row changes every later one."""
 
 import random
 from types import SimpleNamespace
@@ -55,19 +56,32 @@ def alone(request: Request) -> tuple[list[int], str]:
         seen = torch.zeros(1, VOCAB, dtype=torch.bool)
         seen[0, whole] = True
         logits = penalise(logits_after(whole)[None], seen, torch.tensor([asked.repetition_penalty]))
-        token, _ = choose(logits, torch.tensor([asked.temperature]), request.uniforms[len(tokens)][None],
-                          torch.tensor([asked.top_k]), torch.tensor([asked.top_p]))
+        token, _ = choose(
+            logits,
+            torch.tensor([asked.temperature]),
+            request.uniforms[len(tokens)][None],
+            torch.tensor([asked.top_k]),
+            torch.tensor([asked.top_p]),
+        )
         tokens.append(int(token))
         if tokens[-1] == EOS:
             return tokens, "eos"
-        if any(tuple(tokens[-len(stop) :]) == stop for stop in asked.stop) or any(words in text(tokens) for words in asked.stop_strings):
+        if any(tuple(tokens[-len(stop) :]) == stop for stop in asked.stop) or any(
+            words in text(tokens) for words in asked.stop_strings
+        ):
             return tokens, "stop"
     return tokens, "length"
 
 
 def requests(dice: random.Random, seed: int) -> list[Request]:
-    """Groups of samples of a prompt, neighbours or not, some with other limits; now and then a prompt far longer than the others."""
-    count, longest, most, group = dice.choice((1, 5, 12, 30)), dice.choice((1, 10, 40)), dice.choice((1, 4, 12, 40)), dice.choice((1, 1, 4))
+    """Groups of samples of a prompt, neighbours or not, some with other limits; now and then a
+    prompt far longer than the others."""
+    count, longest, most, group = (
+        dice.choice((1, 5, 12, 30)),
+        dice.choice((1, 10, 40)),
+        dice.choice((1, 4, 12, 40)),
+        dice.choice((1, 1, 4)),
+    )
     prompts = [[dice.randrange(VOCAB) for _ in range(dice.randint(1, longest))] for _ in range(-(-count // group))]
     order = [prompts[number // group] for number in range(count)]
     if dice.random() < 0.3:
@@ -76,9 +90,15 @@ def requests(dice: random.Random, seed: int) -> list[Request]:
         order[dice.randrange(count)] = [dice.randrange(VOCAB) for _ in range(90)]
     alike, uniforms, made = dice.random() < 0.5, draws(seed, 0, count, most), []
     for prompt, row in zip(order, uniforms, strict=True):
-        sampling = Sampling(most if alike else dice.choice((0, 1, dice.randint(0, most), most)), dice.choice((0, 0.7, 1.0)),
-                            dice.choice((0, 0, 3)), dice.choice((1.0, 1.0, 0.8)), dice.choice((1.0, 1.0, 1.3)),
-                            dice.choice(((), ((5,), (1, 2)))), dice.choice(((), ("cd", "a"))))
+        sampling = Sampling(
+            most if alike else dice.choice((0, 1, dice.randint(0, most), most)),
+            dice.choice((0, 0.7, 1.0)),
+            dice.choice((0, 0, 3)),
+            dice.choice((1.0, 1.0, 0.8)),
+            dice.choice((1.0, 1.0, 1.3)),
+            dice.choice(((), ((5,), (1, 2)))),
+            dice.choice(((), ("cd", "a"))),
+        )
         made.append(Request(prompt, sampling, row))
     return made
 
@@ -91,17 +111,30 @@ def test_every_response_is_its_request_s_alone_and_every_page_comes_back(monkeyp
         asked = requests(dice, seed)
         expected = [alone(request) for request in asked]
         for _ in range(2):
-            page, rash = dice.choice((1, 4, 7, 32)), dice.random() < 0.4  # rash: admission that expects no growth
+            # rash: admission that expects no growth
+            page, rash = dice.choice((1, 4, 7, 32)), dice.random() < 0.4
             least = max(-(-(len(one.prompt) + one.sampling.max_new_tokens) // page) for one in asked)
-            limits = Limits(130, dice.choice((1, 3, 512)), cache_tokens=dice.choice((0, page * (least + dice.choice((0, 1, 3, 10))))),
-                            expected=dice.choice((0.0, 0.1, 1.0)), page=page, prefill_tokens=dice.choice((1, 13, 8192)),
-                            prefill_least=dice.choice((0, 20, 1024)))
+            limits = Limits(
+                130,
+                dice.choice((1, 3, 512)),
+                cache_tokens=dice.choice((0, page * (least + dice.choice((0, 1, 3, 10))))),
+                expected=dice.choice((0.0, 0.1, 1.0)),
+                page=page,
+                prefill_tokens=dice.choice((1, 13, 8192)),
+                prefill_least=dice.choice((0, 20, 1024)),
+            )
             monkeypatch.setattr(Scheduler, "_peak", (lambda self, future: 0) if rash else peak)
             schedulers.clear()
             engine = Engine(Recorder(), limits, EOS, text, late=dice.random() < 0.5)
             assert [(one.tokens, one.reason) for one in engine.generate(asked)] == expected, (seed, limits)
             for scheduler in schedulers[-1:]:
-                assert len(scheduler.pages.unused) == scheduler.pages.count and not any(scheduler.pages.holders), (seed, limits)
-                assert not scheduler.prefixes and sorted(scheduler.slots) == list(range(len(scheduler.slots))), (seed, limits)
+                assert len(scheduler.pages.unused) == scheduler.pages.count and not any(scheduler.pages.holders), (
+                    seed,
+                    limits,
+                )
+                assert not scheduler.prefixes and sorted(scheduler.slots) == list(range(len(scheduler.slots))), (
+                    seed,
+                    limits,
+                )
             preemptions += engine.stats.preemptions
     assert preemptions > 10

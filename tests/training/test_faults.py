@@ -1,4 +1,5 @@
-"""Faults that have spoilt others' PPO runs, put into the real trainer: each is caught by the check that training/rl/health_gates.py's table names."""
+"""Faults that have spoilt others' PPO runs, put into the real trainer: each is caught by the check
+that training/rl/health_gates.py's table names."""
 
 import re
 from dataclasses import replace
@@ -69,7 +70,9 @@ def iterations(config, fault) -> tuple[str, list[str]]:
     return "", warnings
 
 
-@pytest.mark.parametrize("fault", [None, *FAULTS, moving_reference], ids=lambda fault: fault.__name__ if fault else "none")
+@pytest.mark.parametrize(
+    "fault", [None, *FAULTS, moving_reference], ids=lambda fault: fault.__name__ if fault else "none"
+)
 def test_a_fault_is_caught_in_the_first_iterations(small_run, tmp_path, fault):
     """Without a fault nothing is said. The log's message names what is wrong."""
     config = small_run.ppo(tmp_path, response_length=16, global_batch_size=16, gate_after=0)

@@ -9,9 +9,28 @@ from training.files import safe_files
 from training.files.safe_files import Unfit, within
 
 
-@pytest.mark.parametrize("name", [
-    "", ".", "..", "../x", "a/../../x", "a/..", "/etc/passwd", "a\0b", "a\nb", "a\x1b[2Jb", "\u202ea", "x" * 2000, "\ud800",
-    None, 5, ["a"], {"a": 1}])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        ".",
+        "..",
+        "../x",
+        "a/../../x",
+        "a/..",
+        "/etc/passwd",
+        "a\0b",
+        "a\nb",
+        "a\x1b[2Jb",
+        "\u202ea",
+        "x" * 2000,
+        "\ud800",
+        None,
+        5,
+        ["a"],
+        {"a": 1},
+    ],
+)
 def test_a_name_that_is_not_below_the_folder_is_refused(tmp_path, name):
     with pytest.raises(Unfit):
         within(tmp_path, name)
@@ -48,7 +67,9 @@ def test_only_regular_files_of_a_size_are_read(tmp_path):
     assert safe_files.read_tail(tmp_path / "large", 1000) == (b"0" * 1000, True)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, '{"a":' * 100_000, "9" * 5000, '{"a": 1' + "0" * 400 + "}", "\ufeff{}"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[" * 100_000, '{"a":' * 100_000, "9" * 5000, '{"a": 1' + "0" * 400 + "}", "\ufeff{}"]
+)
 def test_text_that_is_no_json_we_write_is_named(tmp_path, text):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(Unfit, match=f"{tmp_path}/x.json is not JSON"):

@@ -24,18 +24,32 @@ from training.models.heads import next_token_logprobs
 from training.rl.health_gates import YOUNG, Gates, Guard, Unhealthy
 from training.trainer.step import Learner, Objective, build_model, split
 
-HEALTHY = {"kl": 1.0, "kl_k3": 1.0, "eos_rate": 0.9, "explained_variance": 0.3, "value_offset": -9.0,
-           "reward_length_correlation": 0.5, "entropy": 0.4}
+HEALTHY = {
+    "kl": 1.0,
+    "kl_k3": 1.0,
+    "eos_rate": 0.9,
+    "explained_variance": 0.3,
+    "value_offset": -9.0,
+    "reward_length_correlation": 0.5,
+    "entropy": 0.4,
+}
 
 
-@pytest.mark.parametrize(("metric", "value", "words"), [
-    ("kl", 101.0, "KL to the reference, nats per response = 101, kl_max = 100"), ("kl", math.nan, "kl_max"),
-    ("eos_rate", 0.0, "eos_rate_min"),
-    ("explained_variance", -1001.0, "explained_variance_min"),
-    ("value_offset", -10.5, "|mean of return - value| = 10.5, value_offset_max = 10"), ("value_offset", math.nan, "value_offset_max"),
-    ("reward_length_correlation", 0.99, "length_correlation_max"),
-    ("entropy", 0.009, "entropy, nats per token = 0.009, entropy_min = 0.01"), ("kl_k3", 0.0, "the KL to the reference is exactly 0"),
-    ("token_mult_prob_error", 1.2, "mean of exp |log p - log p_rollout| = 1.2, mult_prob_error_max = 1.1")])
+@pytest.mark.parametrize(
+    ("metric", "value", "words"),
+    [
+        ("kl", 101.0, "KL to the reference, nats per response = 101, kl_max = 100"),
+        ("kl", math.nan, "kl_max"),
+        ("eos_rate", 0.0, "eos_rate_min"),
+        ("explained_variance", -1001.0, "explained_variance_min"),
+        ("value_offset", -10.5, "|mean of return - value| = 10.5, value_offset_max = 10"),
+        ("value_offset", math.nan, "value_offset_max"),
+        ("reward_length_correlation", 0.99, "length_correlation_max"),
+        ("entropy", 0.009, "entropy, nats per token = 0.009, entropy_min = 0.01"),
+        ("kl_k3", 0.0, "the KL to the reference is exactly 0"),
+        ("token_mult_prob_error", 1.2, "mean of exp |log p - log p_rollout| = 1.2, mult_prob_error_max = 1.1"),
+    ],
+)
 def test_a_gate_warns_then_pauses_then_stops(metric, value, words):
     gates = Gates(ppo_settings(gate_after=2, gate_pause=3, gate_stop=5, value_warmup=1))
     bad = HEALTHY | {metric: value}
@@ -70,20 +84,31 @@ def test_spikes_and_nan_are_skipped_then_stop():
     assert guard.admits({"loss": 1.0}, 1.0) and guard.admits({"loss": 1.0}, 50.0), "too early to call it a spike"
     for _ in range(YOUNG):
         assert guard.admits({"loss": 1.0}, 1.0)
-    assert guard.mean == pytest.approx(0.98 ** (YOUNG + 1) + 50 * 0.02 * 0.98**YOUNG + 1 - 0.98**YOUNG), "the first, then a decaying mean"
+    assert guard.mean == pytest.approx(0.98 ** (YOUNG + 1) + 50 * 0.02 * 0.98**YOUNG + 1 - 0.98**YOUNG), (
+        "the first, then a decaying mean"
+    )
     for loss, norm in ((1.0, 500.0), (math.nan, 1.0)):
         assert not guard.admits({"loss": loss}, norm)
     again = Guard(guard.trainer)
     again.load_state_dict(json.loads(json.dumps(guard.state_dict())))
     assert guard.admits({"loss": 1.0}, 1.0) and guard.skipped == 0
-    with pytest.raises(FloatingPointError, match=r"not finite: \{'loss': 1.0, 'grad_norm': inf\}; 3 updates in a row \(skip_updates = 2\)"):
+    with pytest.raises(
+        FloatingPointError,
+        match=r"not finite: \{'loss': 1.0, 'grad_norm': inf\}; 3 updates in a row \(skip_updates = 2\)",
+    ):
         again.admits({"loss": 1.0}, math.inf)
 
 
 def trace(learner: Learner) -> str:
     """sha256 of weights, optimizer and schedule of this rank."""
-    groups = [{name: value for name, value in group.items() if name != "params"} for group in learner.optimizer.param_groups]
-    counts = [float(state["step"]) for state in learner.optimizer.chained_optimizers[0].optimizer.state.values() if "step" in state]
+    groups = [
+        {name: value for name, value in group.items() if name != "params"} for group in learner.optimizer.param_groups
+    ]
+    counts = [
+        float(state["step"])
+        for state in learner.optimizer.chained_optimizers[0].optimizer.state.values()
+        if "step" in state
+    ]
     digest = hashlib.sha256(repr((learner.schedule.num_steps, groups, counts)).encode())
     for tensor in held(learner):
         digest.update(tensor.data.detach().contiguous().view(torch.uint8).numpy().tobytes())
@@ -91,28 +116,40 @@ def trace(learner: Learner) -> str:
 
 
 def steps(config: PPOConfig, bad: str) -> tuple[list[str], list[float]]:
-    """A good step, a bad one, a good one -> this rank's trace after each, and the numbers of skipped updates."""
+    """A good step, a bad one, a good one -> this rank's trace after each, and the numbers of
+    skipped updates."""
     model = build_model(SHAPE, config, "lm")
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
     learner = Learner(model, config, 1e-3, 10, 0)
     generator = torch.Generator().manual_seed(1)
-    batch = split(collate([Example(torch.randint(0, 300, (16,), generator=generator).tolist(), 4) for _ in range(2)], 0, 16), 1)
+    batch = split(
+        collate([Example(torch.randint(0, 300, (16,), generator=generator).tolist(), 4) for _ in range(2)], 0, 16), 1
+    )
 
     def objective(kind: str) -> Objective:
         def compute(output, micro):
             loss = -next_token_logprobs(output, micro["tokens"], mask=micro["response_mask"]).sum()
             worst = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
-            factor = {"gradient": 1e30, "loss": math.nan}[kind] if kind and worst else 1.0  # 1e30: the norm's square overflows
+            factor = (
+                {"gradient": 1e30, "loss": math.nan}[kind] if kind and worst else 1.0
+            )  # 1e30: the norm's square overflows
             return loss * factor, micro["response_mask"].sum(), loss[None] * (factor if kind == "loss" else 1.0)
+
         return Objective(("loss",), compute)
 
     made = [(learner.step(batch, objective(kind))["skipped_updates"], trace(learner)) for kind in ("", bad, "")]
     return [hashed for _, hashed in made], [skipped for skipped, _ in made]
 
 
-@pytest.mark.parametrize(("layout", "values", "bad"), [((1, 1, 2), {}, "loss"), ((2, 2, 1), {"sequence_parallel": True}, "gradient"),
-                                                       ((1, 2, 1), {"precision": "bf16", "optimizer_precision": "bf16"}, "loss")])
+@pytest.mark.parametrize(
+    ("layout", "values", "bad"),
+    [
+        ((1, 1, 2), {}, "loss"),
+        ((2, 2, 1), {"sequence_parallel": True}, "gradient"),
+        ((1, 2, 1), {"precision": "bf16", "optimizer_precision": "bf16"}, "loss"),
+    ],
+)
 def test_a_skipped_update_changes_nothing_on_any_rank(layout, values, bad):
     """The last rank alone sees the bad number; all leave out the same update, bit for bit."""
     config = ppo_settings(tensor_parallel=layout[0], pipeline_parallel=layout[1], **values)
@@ -129,12 +166,24 @@ def stage(config: str) -> None:
 
 
 def test_a_pause_is_saved_ends_with_76_and_goes_on(small_run, tmp_path, capfd):
-    """One update a rollout of two tokens: no response ends. Iterations 1 and 2 warn, 2 pauses; resumed, 3 is warned of and 4 stops."""
-    config = small_run.ppo(tmp_path, iterations=6, response_length=2, rollout_batch_size=8, gate_after=0, gate_pause=2, gate_stop=4,
-                           eos_rate_min=1.0, explained_variance_min=-1e9)
+    """One update a rollout of two tokens: no response ends. Iterations 1 and 2 warn, 2 pauses;
+    resumed, 3 is warned of and 4 stops."""
+    config = small_run.ppo(
+        tmp_path,
+        iterations=6,
+        response_length=2,
+        rollout_batch_size=8,
+        gate_after=0,
+        gate_pause=2,
+        gate_stop=4,
+        eos_rate_min=1.0,
+        explained_variance_min=-1e9,
+    )
     (tmp_path / "config.json").write_text(json.dumps(asdict(config)))
-    for said, saved in (("paused by a health gate: .*eos_rate_min = 1, 2 iterations in a row; iteration 2 is saved", 2),
-                        ("stopped by a health gate at iteration 4: .*not saved", 2)):
+    for said, saved in (
+        ("paused by a health gate: .*eos_rate_min = 1, 2 iterations in a row; iteration 2 is saved", 2),
+        ("stopped by a health gate at iteration 4: .*not saved", 2),
+    ):
         process = multiprocessing.get_context("fork").Process(target=stage, args=(str(tmp_path / "config.json"),))
         process.start()
         process.join(60)
@@ -142,4 +191,8 @@ def test_a_pause_is_saved_ends_with_76_and_goes_on(small_run, tmp_path, capfd):
         assert process.exitcode == 76 and re.search(f"^error: {said}", shown.err, re.MULTILINE), shown.err
         assert "warning: iteration" in shown.out
         assert format.latest(tmp_path) == saved
-    assert [json.loads(line)["gates_breached"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 1, 1]
+    assert [json.loads(line)["gates_breached"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
+        1,
+        1,
+        1,
+    ]

@@ -19,5 +19,7 @@ def gradients(function, *given):
 def test_its_gradients_are_those_of_torchs_gelu(shape):
     torch.manual_seed(0)
     given = torch.randn(shape) * 3, torch.randn(shape[-1])
-    for found, exact in zip(gradients(gelu, *given), gradients(lambda x, bias: F.gelu(x + bias, approximate="tanh"), *given), strict=True):
+    for found, exact in zip(
+        gradients(gelu, *given), gradients(lambda x, bias: F.gelu(x + bias, approximate="tanh"), *given), strict=True
+    ):
         assert torch.allclose(found, exact, rtol=1e-12, atol=1e-12)

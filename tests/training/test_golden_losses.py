@@ -1,7 +1,8 @@
-"""Twenty steps of each trainer on a tiny model against the numbers in golden/: a refactor that changes all layouts alike is seen here.
+"""Twenty steps of each trainer on a tiny model against the numbers in golden/: a refactor that
+changes all layouts alike is seen here.
 
-``CONVOY_GOLDEN=exact`` compares every digit, on the kind of CPU that wrote the files; without it another CPU's rounding passes.
-Metrics that came later than the files are not compared.
+``CONVOY_GOLDEN=exact`` compares every digit, on the kind of CPU that wrote the files; without it
+another CPU's rounding passes. Metrics that came later than the files are not compared.
 ``CONVOY_GOLDEN=write`` rewrites the files: say in the commit why the numbers changed.
 """
 
@@ -28,7 +29,10 @@ MEASURED = ("seconds", "per_second", "memory", "_gb", "time", "mfu", "wait", "ut
 def numbers(folder: Path) -> list[dict[str, float]]:
     """The rows of metrics.jsonl without what a clock or the device says."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in sorted(row.items()) if not any(part in name for part in MEASURED)} for row in rows]
+    return [
+        {name: value for name, value in sorted(row.items()) if not any(part in name for part in MEASURED)}
+        for row in rows
+    ]
 
 
 @pytest.mark.parametrize("stage", TRAINERS)

@@ -24,13 +24,18 @@ class GroupReference(Reference):
     def judged(self, rows: list[Row]) -> dict[str, float]:
         config, means, spreads = self.config, self.scored(rows), []
         for first in range(0, len(rows), config.group_size):
-            group = rows[first:first + config.group_size]
-            scores = [row.score - (config.kl_coef * (row.logprobs - row.reference).sum().item() if config.kl_in == "reward" else 0.0)
-                      for row in group]
+            group = rows[first : first + config.group_size]
+            scores = [
+                row.score
+                - (config.kl_coef * (row.logprobs - row.reference).sum().item() if config.kl_in == "reward" else 0.0)
+                for row in group
+            ]
             spreads.append(statistics.stdev(scores))
             for row, score in zip(group, scores, strict=True):
                 above = score - statistics.mean(scores)
-                row.advantages = torch.full((len(row.logprobs),), above / (spreads[-1] + 1e-4) if config.scale_advantages else above)
+                row.advantages = torch.full(
+                    (len(row.logprobs),), above / (spreads[-1] + 1e-4) if config.scale_advantages else above
+                )
         return {**means, "group_std": statistics.mean(spreads)}
 
     def update(self, rows: list[Row], total: int) -> dict[str, float]:
@@ -39,7 +44,7 @@ class GroupReference(Reference):
         loss = penalty = entropy = clipped = 0.0
         for row in rows:
             odds = self.logits(self.policy, row).log_softmax(-1)
-            now = odds[torch.arange(len(row.logprobs)), torch.tensor(row.tokens[row.start:])]
+            now = odds[torch.arange(len(row.logprobs)), torch.tensor(row.tokens[row.start :])]
             ratio = (now - row.logprobs).exp()
             near = ratio.clamp(1 - config.clip_ratio, 1 + config.clip_ratio_high)
             loss = loss - torch.minimum(ratio * row.advantages, near * row.advantages).sum() / count
@@ -51,10 +56,16 @@ class GroupReference(Reference):
         return {"policy_loss": loss.item(), "entropy": entropy, "clip_fraction": clipped, "grad_norm": norm}
 
 
-@pytest.mark.parametrize(("layout", "values"), [((1, 2, 1), {"kl_coef": 0.5, "micro_batch_tokens": 150}),
-                                                ((2, 1, 2), {"kl_coef": 0.5, "kl_in": "reward", "scale_advantages": False})])
+@pytest.mark.parametrize(
+    ("layout", "values"),
+    [
+        ((1, 2, 1), {"kl_coef": 0.5, "micro_batch_tokens": 150}),
+        ((2, 1, 2), {"kl_coef": 0.5, "kl_in": "reward", "scale_advantages": False}),
+    ],
+)
 def test_two_iterations_equal_plain_torch_with_hugging_face(small_run, tmp_path, layout, values):
-    """Samples exactly; the rest to 1e-5 in the first iteration and, after four updates, to 2e-4 in the second."""
+    """Samples exactly; the rest to 1e-5 in the first iteration and, after four updates, to 2e-4 in
+    the second."""
     settings = dict(iterations=2, epochs=2, response_length=16, clip_ratio=0.05, clip_ratio_high=0.08, **values)
     config = small_run.grpo(tmp_path, **settings)
     run(grpo.run, *layout, small_run.grpo(tmp_path, layout=layout[:2], **settings))
@@ -64,7 +75,9 @@ def test_two_iterations_equal_plain_torch_with_hugging_face(small_run, tmp_path,
     for ours, tolerance, iteration in zip(rows(tmp_path), (1e-5, 2e-4), (1, 2), strict=True):
         for name, value in reference.iterate(iteration).items():
             assert ours[name] == pytest.approx(value, rel=tolerance, abs=tolerance * 0.2), (iteration, name)
-    assert abs(ours["kl"]) > 0.01 and ours["clip_fraction"] > 0 and ours["group_std"] > 0, "the second iteration's policy has moved"
+    assert abs(ours["kl"]) > 0.01 and ours["clip_fraction"] > 0 and ours["group_std"] > 0, (
+        "the second iteration's policy has moved"
+    )
     assert "value_loss" not in ours and "explained_variance" not in ours
 
 
@@ -73,13 +86,23 @@ def test_adapters_learn_and_no_value_model_is_kept(small_run, tmp_path):
     run(grpo.run, 1, 1, 1, small_run.grpo(tmp_path, iterations=3, lora_rank=4, lr=1e-2, offload="all"))
     made = rows(tmp_path)
     assert made[0]["kl"] == 0 and made[2]["kl_k3"] > 1e-4
-    assert sorted(path.name for path in (tmp_path / "checkpoints" / "iter_0000003").iterdir()) == ["SHA256", "policy", "state.json"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints" / "iter_0000003").iterdir()) == [
+        "SHA256",
+        "policy",
+        "state.json",
+    ]
 
 
-@pytest.mark.parametrize(("values", "message"), [
-    ({"group_size": 1}, "grpo.group_size = 1: expected at least 2"), ({"kl_in": "score"}, "expected one of loss, reward"),
-    ({"group_size": 3}, "grpo.rollout_batch_size = 1024 is not a multiple of group_size = 3"),
-    ({"value_lr": 1e-5}, "grpo.value_lr: no such key"), ({"gamma": 0.9}, "grpo.gamma: no such key")])
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"group_size": 1}, "grpo.group_size = 1: expected at least 2"),
+        ({"kl_in": "score"}, "expected one of loss, reward"),
+        ({"group_size": 3}, "grpo.rollout_batch_size = 1024 is not a multiple of group_size = 3"),
+        ({"value_lr": 1e-5}, "grpo.value_lr: no such key"),
+        ({"gamma": 0.9}, "grpo.gamma: no such key"),
+    ],
+)
 def test_bad_values_say_what_was_expected(values, message):
     paths = dict.fromkeys(("output", "model", "init", "train", "heldout", "reward"), "")
     with pytest.raises(ConfigError, match=message):

@@ -1,4 +1,5 @@
-"""The class that a stage calls its own error: by its type and number, never by its text. eval says the same."""
+"""The class that a stage calls its own error: by its type and number, never by its text. eval says
+the same."""
 
 import errno
 import json
@@ -20,17 +21,27 @@ from training.data.formats import DataError
 REFUSED = urllib.error.URLError(ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"))
 
 
-@pytest.mark.parametrize("error, kind", [
-    (OSError(errno.ENOSPC, "full"), Class.DISK_FULL), (OSError(errno.EDQUOT, "full"), Class.DISK_FULL),
-    (OSError(errno.EFBIG, "full"), Class.DISK_FULL), (OSError(errno.EIO, "io"), Class.NODE_FAILURE),
-    (OSError(errno.ESTALE, "stale"), Class.NODE_FAILURE), (PermissionError(errno.EACCES, "no"), Class.FILE_ERROR),
-    (OSError(errno.EROFS, "read-only"), Class.FILE_ERROR), (FileNotFoundError(errno.ENOENT, "none"), Class.FILE_ERROR),
-    (OSError(errno.ENOMEM, "no memory"), Class.HOST_OOM), (MemoryError(), Class.HOST_OOM),
-    (REFUSED, Class.BUG), (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), Class.BUG),
-    (TimeoutError("timed out"), Class.BUG), (KeyError("No space left on device"), Class.BUG),
-    (InvariantError("ratio"), Class.BUG),
-    (torch.OutOfMemoryError("CUDA out of memory"), Class.CUDA_OOM),
-])
+@pytest.mark.parametrize(
+    "error, kind",
+    [
+        (OSError(errno.ENOSPC, "full"), Class.DISK_FULL),
+        (OSError(errno.EDQUOT, "full"), Class.DISK_FULL),
+        (OSError(errno.EFBIG, "full"), Class.DISK_FULL),
+        (OSError(errno.EIO, "io"), Class.NODE_FAILURE),
+        (OSError(errno.ESTALE, "stale"), Class.NODE_FAILURE),
+        (PermissionError(errno.EACCES, "no"), Class.FILE_ERROR),
+        (OSError(errno.EROFS, "read-only"), Class.FILE_ERROR),
+        (FileNotFoundError(errno.ENOENT, "none"), Class.FILE_ERROR),
+        (OSError(errno.ENOMEM, "no memory"), Class.HOST_OOM),
+        (MemoryError(), Class.HOST_OOM),
+        (REFUSED, Class.BUG),
+        (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), Class.BUG),
+        (TimeoutError("timed out"), Class.BUG),
+        (KeyError("No space left on device"), Class.BUG),
+        (InvariantError("ratio"), Class.BUG),
+        (torch.OutOfMemoryError("CUDA out of memory"), Class.CUDA_OOM),
+    ],
+)
 def test_an_error_s_class(error, kind):
     for module in (error_report, of_eval):
         assert module.kind_of(error) == kind.value and SAID[kind.value] is kind
@@ -41,11 +52,17 @@ def test_what_torch_says_in_its_text_alone_is_left_to_the_launcher(error):
     assert error_report.kind_of(error) == of_eval.kind_of(error) == ""
 
 
-@pytest.mark.parametrize("error, kind, code", [
-    (ConfigError("sft.lr = -1"), Class.BAD_CONFIG, 64), (DataError("rows.jsonl line 7"), Class.BAD_DATA, 65),
-    (Damaged("iter_1", "resume"), Class.REFUSED, 65), (FloatingPointError("not finite"), Class.NAN, 1),
-    (PermissionError(errno.EACCES, "no"), Class.FILE_ERROR, 73), (OSError(errno.ENOSPC, "full"), Class.DISK_FULL, 74),
-])
+@pytest.mark.parametrize(
+    "error, kind, code",
+    [
+        (ConfigError("sft.lr = -1"), Class.BAD_CONFIG, 64),
+        (DataError("rows.jsonl line 7"), Class.BAD_DATA, 65),
+        (Damaged("iter_1", "resume"), Class.REFUSED, 65),
+        (FloatingPointError("not finite"), Class.NAN, 1),
+        (PermissionError(errno.EACCES, "no"), Class.FILE_ERROR, 73),
+        (OSError(errno.ENOSPC, "full"), Class.DISK_FULL, 74),
+    ],
+)
 def test_words_and_exit_code(error, kind, code, tmp_path, monkeypatch):
     assert error_report.of(error) == code, "by hand nothing is written"
     monkeypatch.setenv("CONVOY_WORDS", str(tmp_path / "attempt_1.errors"))

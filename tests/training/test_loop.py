@@ -1,4 +1,5 @@
-"""Step boundaries: requests by signal that every rank obeys at the same step, and numbers that are not finite."""
+"""Step boundaries: requests by signal that every rank obeys at the same step, and numbers that are
+not finite."""
 
 import json
 import os
@@ -16,7 +17,8 @@ from training.trainer.step import Learner
 
 
 def ask_and_agree() -> list[tuple[bool, bool]]:
-    """(stopping, saving) at four boundaries: nothing; USR2 on rank 1; after the save; TERM on rank 0."""
+    """(stopping, saving) at four boundaries: nothing; USR2 on rank 1; after the save; TERM on rank
+    0."""
     stop, seen = StopRequest(), []
     for rank, number in ((None, 0), (1, signal.SIGUSR2), (None, 0), (0, signal.SIGTERM)):
         if dist.get_rank() == rank:
@@ -32,7 +34,8 @@ def test_a_signal_to_one_rank_is_obeyed_by_all_at_the_same_step():
 
 
 def test_usr2_saves_and_goes_on(small_run, tmp_path, monkeypatch):
-    """Sent while iteration 2 is logged: 3 is saved although save_every is 10, and the next row says how long that took."""
+    """Sent while iteration 2 is logged: 3 is saved although save_every is 10, and the next row says
+    how long that took."""
     log = Metrics.log
 
     def logged(self, iteration, *args, **values):
@@ -70,7 +73,13 @@ def test_weights_that_are_not_finite_are_never_saved(small_run, tmp_path, monkey
 
 
 def test_a_loss_that_is_not_finite_ends_every_rank_with_the_iteration(small_run, tmp_path):
-    said = run(train_to_nan, 1, 2, 1, small_run.sft(tmp_path, layout=(1, 2), iterations=3, save_every=1, lr=1e30, skip_updates=0))
+    said = run(
+        train_to_nan,
+        1,
+        2,
+        1,
+        small_run.sft(tmp_path, layout=(1, 2), iterations=3, save_every=1, lr=1e30, skip_updates=0),
+    )
     assert said[0] == said[1] and said[0].startswith("iteration 2: not finite: {'loss': nan")
     assert format.latest(tmp_path) == 1
 

@@ -1,4 +1,5 @@
-"""Adapters beside plain torch on Hugging Face's model; over layouts; merged by the export and by the next stage; as its own reference."""
+"""Adapters beside plain torch on Hugging Face's model; over layouts; merged by the export and by
+the next stage; as its own reference."""
 
 import json
 
@@ -31,8 +32,22 @@ def rows(stage) -> list[dict]:
 
 
 def settings(small_run, output, layout=(1, 1), **values):
-    return small_run.sft(output, layout=layout, **(dict(iterations=4, eval_every=4, lora_rank=RANK, lora_alpha=ALPHA, lr=2e-2,
-                                                        schedule="constant", weight_decay=0.1) | values))
+    return small_run.sft(
+        output,
+        layout=layout,
+        **(
+            dict(
+                iterations=4,
+                eval_every=4,
+                lora_rank=RANK,
+                lora_alpha=ALPHA,
+                lr=2e-2,
+                schedule="constant",
+                weight_decay=0.1,
+            )
+            | values
+        ),
+    )
 
 
 class LowRank(torch.nn.Module):
@@ -57,8 +72,13 @@ def adapters(config) -> dict:
 def named(config, model) -> dict:
     """Hugging Face's name -> A and B."""
     names = {entry.parameter: entry.name.removesuffix(".weight") for entry in entries(Shape.read(config.paths.model))}
-    return {names[f"decoder.layers.{number}.{name}.weight"]: (module.lora_a.detach().clone(), module.lora_b.detach().clone())
-            for name, number, module in lora.adapted(model)}
+    return {
+        names[f"decoder.layers.{number}.{name}.weight"]: (
+            module.lora_a.detach().clone(),
+            module.lora_b.detach().clone(),
+        )
+        for name, number, module in lora.adapted(model)
+    }
 
 
 def plain(config, start: dict, added: dict) -> tuple[list[dict], BloomForCausalLM]:
@@ -72,7 +92,9 @@ def plain(config, start: dict, added: dict) -> tuple[list[dict], BloomForCausalL
         owner = model.transformer.get_submodule(parent)
         setattr(owner, child, LowRank(getattr(owner, child), a, b))
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(learning, lr=config.lr, betas=(config.adam_beta1, config.adam_beta2), weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(
+        learning, lr=config.lr, betas=(config.adam_beta1, config.adam_beta2), weight_decay=config.weight_decay
+    )
     with open(config.paths.train) as file:
         data = tokenise([parse(json.loads(line)) for line in file], "sft", tokenizer := Tokenizer(config.paths.model))
     sampler, made = Sampler(len(data), config.global_batch_size, config.seed), []
@@ -80,7 +102,9 @@ def plain(config, start: dict, added: dict) -> tuple[list[dict], BloomForCausalL
         losses = []
         for example in (sft_example(data[index], tokenizer, config.seq_length) for index in sampler.next_batch()):
             odds = model(torch.tensor([example.tokens])).logits[0, :-1].log_softmax(-1)
-            losses.append(-odds[torch.arange(len(odds)), torch.tensor(example.tokens[1:])][example.response_start - 1:])
+            losses.append(
+                -odds[torch.arange(len(odds)), torch.tensor(example.tokens[1:])][example.response_start - 1 :]
+            )
         loss = torch.cat(losses).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -97,9 +121,16 @@ def expected(small_run, tmp_path_factory):
     return plain(config, start, run(adapters, 1, 1, 1, config)[0])
 
 
-@pytest.mark.parametrize(("layout", "values"), [
-    ((1, 1, 1), {}), ((2, 1, 1), {}), ((1, 2, 2), {"micro_batch_size": 1, "recompute": "full"}),
-    ((2, 2, 1), {"sequence_parallel": True, "recompute": "selective"}), ((2, 1, 1), {"sequence_parallel": True, "recompute": "full"})])
+@pytest.mark.parametrize(
+    ("layout", "values"),
+    [
+        ((1, 1, 1), {}),
+        ((2, 1, 1), {}),
+        ((1, 2, 2), {"micro_batch_size": 1, "recompute": "full"}),
+        ((2, 2, 1), {"sequence_parallel": True, "recompute": "selective"}),
+        ((2, 1, 1), {"sequence_parallel": True, "recompute": "full"}),
+    ],
+)
 def test_training_equals_plain_torch_on_every_layout(small_run, expected, tmp_path, layout, values):
     run(sft.run, *layout, settings(small_run, tmp_path, layout=layout[:2], **values))
     for number, (ours, theirs) in enumerate(zip(rows(tmp_path), expected[0], strict=True)):
@@ -108,7 +139,8 @@ def test_training_equals_plain_torch_on_every_layout(small_run, expected, tmp_pa
 
 
 def look(config, folder, merged: bool):
-    """Logits of the stage's model: with its adapters, or loaded as the next stage loads it, which has none; and without the adapters."""
+    """Logits of the stage's model: with its adapters, or loaded as the next stage loads it, which
+    has none; and without the adapters."""
     shape = Shape.read(config.paths.model)
     model = build_model(shape, config, "lm").eval()
     tokens = torch.arange(5, 25)[None]
@@ -133,7 +165,8 @@ def look(config, folder, merged: bool):
 
 @pytest.mark.parametrize("family", ["bloom", "llama"])
 def test_merged_by_export_and_by_the_next_stage(small_run, llama_run, expected, tmp_path, family):
-    """Trained at TP 2; the Hugging Face folder, the next stage's model at TP 2, and plain torch's model (of BLOOM) give the same logits."""
+    """Trained at TP 2; the Hugging Face folder, the next stage's model at TP 2, and plain torch's
+    model (of BLOOM) give the same logits."""
     made = {"bloom": small_run, "llama": llama_run}[family]
     config = settings(made, tmp_path / "sft", layout=(2, 1))
     run(sft.run, 2, 1, 1, config)
@@ -144,24 +177,34 @@ def test_merged_by_export_and_by_the_next_stage(small_run, llama_run, expected, 
         if family == "bloom":
             assert torch.allclose(adapted, expected[1](torch.arange(5, 25)[None]).logits, atol=5e-3)
         first, second = run(look, 2, 1, 1, made.sft(tmp_path, layout=(2, 1)), folder, True)
-        merged = torch.cat((first, second), -1)[..., :adapted.size(-1)]
+        merged = torch.cat((first, second), -1)[..., : adapted.size(-1)]
         assert torch.allclose(merged, adapted, atol=2e-5)
         export(ExportConfig(paths=ExportPaths(str(tmp_path), made.model, {"sft": str(tmp_path / "sft")}), dtype="fp32"))
         exported = AutoModelForCausalLM.from_pretrained(tmp_path / "sft", dtype=torch.float32).eval()
-        assert torch.allclose(exported(torch.arange(5, 25)[None]).logits, adapted[..., :exported.config.vocab_size], atol=2e-5)
+        assert torch.allclose(
+            exported(torch.arange(5, 25)[None]).logits, adapted[..., : exported.config.vocab_size], atol=2e-5
+        )
 
 
 def held(config) -> tuple[int, int, int, int]:
-    """Elements that learn, of their gradients, of the optimizer's master weights and moments, of the whole model."""
+    """Elements that learn, of their gradients, of the optimizer's master weights and moments, of
+    the whole model."""
     model = build_model(Shape.read(config.paths.model), config, "scalar")
     format.load_weights(format.resolve(config.paths.init) / "model", model, fresh_head=1)
     learner = Learner(model, config, config.lr, 1, 0)
     learner.optimizer.chained_optimizers[0]._init_optimizer_states_with_dummy_values()
-    states = [value for state in learner.optimizer.chained_optimizers[0].optimizer.state.values() for value in state.values()
-              if isinstance(value, torch.Tensor) and value.dim()]
-    return (sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
-            sum(buffer.numel for buffer in learner.wrapped[0].buffers), sum(value.numel() for value in states),
-            sum(parameter.numel() for parameter in model.parameters()))
+    states = [
+        value
+        for state in learner.optimizer.chained_optimizers[0].optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor) and value.dim()
+    ]
+    return (
+        sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        sum(buffer.numel for buffer in learner.wrapped[0].buffers),
+        sum(value.numel() for value in states),
+        sum(parameter.numel() for parameter in model.parameters()),
+    )
 
 
 def test_the_optimizer_holds_adapters_and_the_scalar_head_only(small_run, tmp_path):
@@ -174,9 +217,14 @@ def test_the_optimizer_holds_adapters_and_the_scalar_head_only(small_run, tmp_pa
 
 
 def test_ppo_of_adapters_is_its_own_reference(small_run, tmp_path):
-    """KL exactly 0 before the first update, not after it; the same numbers on two layouts; the frozen weights have not moved."""
+    """KL exactly 0 before the first update, not after it; the same numbers on two layouts; the
+    frozen weights have not moved."""
     for name, layout in (("one", (1, 1, 1)), ("four", (2, 2, 1))):
-        run(ppo.run, *layout, small_run.ppo(tmp_path / name, layout=layout[:2], iterations=3, lora_rank=4, lr=5e-3, value_lr=5e-3))
+        run(
+            ppo.run,
+            *layout,
+            small_run.ppo(tmp_path / name, layout=layout[:2], iterations=3, lora_rank=4, lr=5e-3, value_lr=5e-3),
+        )
     one, four = rows(tmp_path / "one"), rows(tmp_path / "four")
     assert one[0]["kl"] == 0 and one[2]["kl_k3"] > 1e-4 and one[2]["value_loss"] != one[1]["value_loss"]
     for name in ("kl", "reward", "policy_loss", "value_loss", "grad_norm", "value_grad_norm"):
@@ -199,7 +247,8 @@ def drawn(config) -> tuple[torch.Tensor, dict]:
 
 
 def test_logits_equal_peft_s(small_run, tmp_path):
-    """Where peft is installed (make peers): the same A and B give the same logits, merged or not."""
+    """Where peft is installed (make peers): the same A and B give the same logits, merged or
+    not."""
     peft = pytest.importorskip("peft", reason="needs peft: make peers")
     config = settings(small_run, tmp_path)
     base, _ = run(weights, 1, 1, 1, small_run.sft(tmp_path), config.paths.init, "lm")[0]

@@ -14,7 +14,9 @@ from training import losses
 def test_pairwise_loss_equals_a_loop_over_pairs():
     torch.manual_seed(0)
     rewards = torch.randn(5, 4, dtype=torch.double)
-    scores = torch.tensor([[3, 1, 2, 2], [1, 1, 1, 1], [0, math.nan, 5, math.nan], [1, 2, 3, 4], [4, 4, 1, 1]], dtype=torch.double)
+    scores = torch.tensor(
+        [[3, 1, 2, 2], [1, 1, 1, 1], [0, math.nan, 5, math.nan], [1, 2, 3, 4], [4, 4, 1, 1]], dtype=torch.double
+    )
     loss, accuracy, margin, valid = losses.pairwise_loss(rewards, scores)
     for query in range(5):
         pairs = [(i, j) for i in range(4) for j in range(4) if scores[query, i] > scores[query, j]]
@@ -27,7 +29,8 @@ def test_pairwise_loss_equals_a_loop_over_pairs():
 
 
 def test_gae_equals_a_hand_computed_case():
-    # One response of three tokens at positions 1..3; gamma .9, lambda .5; last value bootstraps to 0.
+    # One response of three tokens at positions 1..3; gamma .9, lambda .5; last value bootstraps to
+    # 0.
     rewards, values = torch.tensor([[9.0, 1.0, 0.0, 2.0, 9.0]]), torch.tensor([[9.0, 0.5, 0.4, 0.2, 9.0]])
     mask = torch.tensor([[False, True, True, True, False]])
     advantages, returns = losses.gae(rewards, values, mask, 0.9, 0.5)
@@ -43,7 +46,9 @@ def test_gae_does_not_depend_on_padding():
     rewards, values = torch.randn(3, 6), torch.randn(3, 6)
     mask = torch.tensor([[0, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1], [1, 0, 0, 0, 0, 0]]).bool()
     short = losses.gae(rewards, values, mask, 1.0, 0.95)
-    wide = losses.gae(*(F.pad(x, (0, 4), value=v) for x, v in ((rewards, 7.0), (values, 7.0), (mask, False))), 1.0, 0.95)
+    wide = losses.gae(
+        *(F.pad(x, (0, 4), value=v) for x, v in ((rewards, 7.0), (values, 7.0), (mask, False))), 1.0, 0.95
+    )
     for a, b in zip(short, wide, strict=True):
         assert torch.equal(a, b[:, :6]) and not b[:, 6:].any()
 
@@ -86,7 +91,9 @@ def test_policy_loss_equals_the_formula_token_by_token(dual):
 
 def test_value_loss_is_the_worse_of_clipped_and_unclipped():
     mask = torch.tensor([[True, True, False]])
-    loss = losses.value_loss(torch.tensor([[1.0, 0.05, 9.0]]), torch.zeros(1, 3), torch.tensor([[1.0, 0.0, 0.0]]), mask, clip=0.1)
+    loss = losses.value_loss(
+        torch.tensor([[1.0, 0.05, 9.0]]), torch.zeros(1, 3), torch.tensor([[1.0, 0.0, 0.0]]), mask, clip=0.1
+    )
     assert loss.item() == pytest.approx(0.5 * (0.9**2 + 0.05**2))
 
 
@@ -99,15 +106,23 @@ def test_kl_estimators_agree_with_the_exact_divergence_in_the_mean():
     assert (losses.kl_k3(p, q) >= 0).all()
 
 
-@pytest.mark.parametrize("name", [name for name, found in vars(losses).items() if getattr(found, "__module__", "") == losses.__name__])
+@pytest.mark.parametrize(
+    "name", [name for name, found in vars(losses).items() if getattr(found, "__module__", "") == losses.__name__]
+)
 def test_each_function_s_worked_example(name):
     """Shapes, source and an example with numbers are in the docstring; the example is run."""
     text = getattr(losses, name).__doc__
-    assert re.search(r"\(.*\d{4}|baselines", text) and re.search(r"\(B, T\)|\(B,\)|\(Q, K\)|any shape|nats", text, re.IGNORECASE)
-    (example,) = doctest.DocTestFinder(recurse=False).find(getattr(losses, name), name, losses, globs=dict(vars(losses)))
+    assert re.search(r"\(.*\d{4}|baselines", text) and re.search(
+        r"\(B, T\)|\(B,\)|\(Q, K\)|any shape|nats", text, re.IGNORECASE
+    )
+    (example,) = doctest.DocTestFinder(recurse=False).find(
+        getattr(losses, name), name, losses, globs=dict(vars(losses))
+    )
     assert example.examples and doctest.DocTestRunner().run(example).failed == 0
 
 
-@pytest.mark.parametrize(("kl", "expected"), [(6.0, 0.1), (60.0, 0.1 * (1 + 0.2 * 64 / 1000)), (0.0, 0.1 * (1 - 0.2 * 64 / 1000))])
+@pytest.mark.parametrize(
+    ("kl", "expected"), [(6.0, 0.1), (60.0, 0.1 * (1 + 0.2 * 64 / 1000)), (0.0, 0.1 * (1 - 0.2 * 64 / 1000))]
+)
 def test_adaptive_kl_moves_by_at_most_a_fifth_a_horizon(kl, expected):
     assert losses.adaptive_kl_coef(0.1, kl, 6.0, 64, 1000) == pytest.approx(expected)

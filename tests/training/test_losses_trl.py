@@ -1,4 +1,5 @@
-"""losses.py beside the functions of TRL 0.11.4, whose trainers have them all as methods; skipped where it is not installed."""
+"""losses.py beside the functions of TRL 0.11.4, whose trainers have them all as methods; skipped
+where it is not installed."""
 
 import sys
 from functools import partial
@@ -19,8 +20,16 @@ try:
 except RuntimeError:  # how TRL's lazy modules say that something of theirs is missing
     pytest.skip(NEEDS, allow_module_level=True)
 
-CONFIG = SimpleNamespace(gamma=0.97, lam=0.9, whiten_rewards=False, cliprange=0.2, cliprange_value=0.3, vf_coef=0.0, ratio_threshold=1e9,
-                         kl_penalty="kl")
+CONFIG = SimpleNamespace(
+    gamma=0.97,
+    lam=0.9,
+    whiten_rewards=False,
+    cliprange=0.2,
+    cliprange_value=0.3,
+    vf_coef=0.0,
+    ratio_threshold=1e9,
+    kl_penalty="kl",
+)
 """What TRL's methods read of ``self.config``."""
 
 
@@ -49,8 +58,17 @@ def test_clipped_losses(case):
     mask, draw = case
     old, old_values, advantages, returns = draw(), draw(), draw(), draw()
     new, values = old + 0.3 * draw(), old_values + 0.5 * draw()
-    theirs = PPOTrainer.loss(SimpleNamespace(config=CONFIG), old, old_values, torch.zeros(4, 9, 2), values, new, mask.float(), advantages,
-                             returns)
+    theirs = PPOTrainer.loss(
+        SimpleNamespace(config=CONFIG),
+        old,
+        old_values,
+        torch.zeros(4, 9, 2),
+        values,
+        new,
+        mask.float(),
+        advantages,
+        returns,
+    )
     stats = theirs[-1]
     count = mask.sum()
     loss, clipped, _ = losses.policy_loss(new, old, advantages, mask, CONFIG.cliprange)
@@ -83,7 +101,11 @@ def test_reward_loss():
     def model(input_ids, **_):
         return {"logits": input_ids}
 
-    inputs = {f"{name}_{side}": rewards[:, i:i + 1] for i, side in enumerate(("chosen", "rejected")) for name in ("input_ids",)}
+    inputs = {
+        f"{name}_{side}": rewards[:, i : i + 1]
+        for i, side in enumerate(("chosen", "rejected"))
+        for name in ("input_ids",)
+    }
     inputs |= {f"attention_mask_{side}": torch.ones(6, 1) for side in ("chosen", "rejected")}
     trainer = SimpleNamespace(use_reward_data_collator=True, args=SimpleNamespace(center_rewards_coefficient=None))
     theirs = RewardTrainer.compute_loss(trainer, model, inputs)
@@ -93,17 +115,32 @@ def test_reward_loss():
 
 @pytest.mark.parametrize(("kind", "smoothing"), [("sigmoid", 0.0), ("sigmoid", 0.2), ("ipo", 0.0)])
 def test_dpo_losses(monkeypatch, kind, smoothing):
-    """TRL's module asks for a name that transformers 5 has dropped, and takes llm_blender for installed."""
-    monkeypatch.setattr("transformers.models.auto.modeling_auto.MODEL_FOR_VISION_2_SEQ_MAPPING_NAMES", {}, raising=False)
+    """TRL's module asks for a name that transformers 5 has dropped, and takes llm_blender for
+    installed."""
+    monkeypatch.setattr(
+        "transformers.models.auto.modeling_auto.MODEL_FOR_VISION_2_SEQ_MAPPING_NAMES", {}, raising=False
+    )
     monkeypatch.setitem(sys.modules, "llm_blender", ModuleType("llm_blender"))
     from trl.trainer.dpo_trainer import DPOTrainer
 
     generator = torch.Generator().manual_seed(7)
     chosen, rejected, ref_chosen, ref_rejected = 3 * torch.randn(4, 9, generator=generator)
-    trainer = SimpleNamespace(accelerator=SimpleNamespace(device="cpu"), reference_free=False, f_divergence_type="reverse_kl", beta=0.3,
-                              label_smoothing=smoothing, loss_type=kind)
+    trainer = SimpleNamespace(
+        accelerator=SimpleNamespace(device="cpu"),
+        reference_free=False,
+        f_divergence_type="reverse_kl",
+        beta=0.3,
+        label_smoothing=smoothing,
+        loss_type=kind,
+    )
     theirs, chosen_rewards, rejected_rewards = DPOTrainer.dpo_loss(trainer, chosen, rejected, ref_chosen, ref_rejected)
     rewards = 0.3 * torch.stack((chosen - ref_chosen, rejected - ref_rejected), 1)
-    pair_loss = partial(losses.ipo_loss, beta=0.3) if kind == "ipo" else partial(losses.logistic_loss, label_smoothing=smoothing)
+    pair_loss = (
+        partial(losses.ipo_loss, beta=0.3)
+        if kind == "ipo"
+        else partial(losses.logistic_loss, label_smoothing=smoothing)
+    )
     ours, _, margin, _ = losses.pairwise_loss(rewards, torch.tensor([[1.0, 0.0]]).expand(9, 2), pair_loss)
-    assert torch.allclose(ours, theirs, rtol=1e-5) and torch.allclose(margin, chosen_rewards - rejected_rewards, atol=1e-6)
+    assert torch.allclose(ours, theirs, rtol=1e-5) and torch.allclose(
+        margin, chosen_rewards - rejected_rewards, atol=1e-6
+    )

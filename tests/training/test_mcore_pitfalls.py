@@ -1,4 +1,5 @@
-"""What goes wrong with megatron-core 0.16.1 without an error; the pitfalls that the parity and resume tests do not name."""
+"""What goes wrong with megatron-core 0.16.1 without an error; the pitfalls that the parity and
+resume tests do not name."""
 
 import configparser
 import multiprocessing
@@ -20,7 +21,16 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_cpu_shim_restores_everything():
-    names = ["current_device", "synchronize", "manual_seed", "get_rng_state", "set_rng_state", "Stream", "Event", "stream"]
+    names = [
+        "current_device",
+        "synchronize",
+        "manual_seed",
+        "get_rng_state",
+        "set_rng_state",
+        "Stream",
+        "Event",
+        "stream",
+    ]
     before = [getattr(torch.cuda, name) for name in names]
     with cpu_backend.mcore_on_cpu():
         assert torch.cuda.current_device() == torch.device("cpu")
@@ -44,11 +54,13 @@ def draw():
 
 
 def test_seeds_take_effect_on_the_cpu():
-    """Without CUDA torch.cuda.manual_seed is queued for ever: ranks would silently share, or not share, their randomness."""
+    """Without CUDA torch.cuda.manual_seed is queued for ever: ranks would silently share, or not
+    share, their randomness."""
     first, again = run(draw, 2, 1, 2), run(draw, 2, 1, 2)
     assert first == again
     by_rank = {rank: {forked for r, forked, _ in first if r == rank} for rank in (0, 1)}
-    assert len(by_rank[0]) == len(by_rank[1]) == 1 and by_rank[0] != by_rank[1]  # differs over TP, equal over DP
+    # differs over TP, equal over DP
+    assert len(by_rank[0]) == len(by_rank[1]) == 1 and by_rank[0] != by_rank[1]
     assert len({default for *_, default in first}) == 1
 
 
@@ -60,11 +72,16 @@ def parameters(folder, settings):
 
 
 def test_every_parameter_says_how_it_is_split(small_run, tmp_path):
-    """Gradient norms count a shard as a copy, and sequence parallelism skips a reduction, where a flag is missing."""
+    """Gradient norms count a shard as a copy, and sequence parallelism skips a reduction, where a
+    flag is missing."""
     settings = small_run.sft(tmp_path, layout=(2, 1), sequence_parallel=True)
     for names, shards, replicated in run(parameters, 2, 1, 1, small_run.model, settings):
-        split = {name for name in names if any(part in name for part in ("word_embeddings", "linear_qkv", "linear_fc1"))
-                 or name.endswith(("linear_proj.weight", "linear_fc2.weight"))}
+        split = {
+            name
+            for name in names
+            if any(part in name for part in ("word_embeddings", "linear_qkv", "linear_fc1"))
+            or name.endswith(("linear_proj.weight", "linear_fc2.weight"))
+        }
         assert shards == split
         assert replicated == names - split
 
@@ -81,12 +98,14 @@ def decay(folder, settings):
 
 
 def test_biases_and_norms_do_not_decay_and_the_schedule_ends_near_zero(small_run, tmp_path):
-    """megatron-core's optimizer applies the exclusion only through its scheduler; and no step may run at rate 0."""
+    """megatron-core's optimizer applies the exclusion only through its scheduler; and no step may
+    run at rate 0."""
     settings = small_run.sft(tmp_path, iterations=10, weight_decay=0.1, warmup_iterations=2, lr=1.0, schedule="linear")
     ((groups, rates),) = run(decay, 1, 1, 1, small_run.model, settings)
     assert groups == {1.0: 0.1, 0.0: 0.0}
     assert rates[:2] == pytest.approx([0.5, 1.0]) and max(rates) == 1.0
-    assert rates[2:] == pytest.approx([1 - step / 9 for step in range(1, 9)])  # after 8 more ticks 1/9 is left: never 0
+    # after 8 more ticks 1/9 is left: never 0
+    assert rates[2:] == pytest.approx([1 - step / 9 for step in range(1, 9)])
 
 
 def test_the_fused_flags_that_change_the_gelu_formula_are_off(small_run, tmp_path):
@@ -95,13 +114,19 @@ def test_the_fused_flags_that_change_the_gelu_formula_are_off(small_run, tmp_pat
     def flags():
         config = transformer_config(Shape.read(small_run.model), small_run.sft(tmp_path))
         assert isinstance(config, TransformerConfig)
-        return config.bias_activation_fusion, config.activation_func.keywords, config.hidden_dropout, config.attention_dropout
+        return (
+            config.bias_activation_fusion,
+            config.activation_func.keywords,
+            config.hidden_dropout,
+            config.attention_dropout,
+        )
 
     assert run(flags, 1, 1, 1) == [(False, {"approximate": "tanh"}, 0.0, 0.0)]
 
 
 def test_saving_starts_no_helper_that_outlives_it(small_run, tmp_path):
     """megatron-core's first save spawns a manager process a rank, which a kill leaves behind."""
+
     def save(settings: PPOConfig):
         from training import sft
 

@@ -1,8 +1,10 @@
-"""The parity matrix: BLOOM and Llama on megatron-core against Hugging Face in double precision, every layout over {1, 2}.
+"""The parity matrix: BLOOM and Llama on megatron-core against Hugging Face in double precision,
+every layout over {1, 2}.
 
-TP x PP x parts a stage x sequence parallelism x DP (18 layouts), padded rows of 1 to 16 tokens and packed rows, five layers, so
-that no pipeline divides them evenly; no, selective and full recompute in turn. Every layout of one or two ranks sees all of MODELS,
-the others one of these in turn. The ranks of a world are forked once for all its layouts.
+TP x PP x parts a stage x sequence parallelism x DP (18 layouts), padded rows of 1 to 16 tokens and
+packed rows, five layers, so that no pipeline divides them evenly; no, selective and full recompute
+in turn. Every layout of one or two ranks sees all of MODELS, the others one of these in turn. The
+ranks of a world are forked once for all its layouts.
 """
 
 import itertools
@@ -29,35 +31,58 @@ from training.models.language_model import parts
 from training.sft import compute
 from training.trainer.step import Learner, Objective, build_model, evaluate, split
 
-VOCAB, LAYERS, ROWS, LENGTH = 200, 5, 8, 16  # the vocabulary is padded to 256: padding must not weigh in any softmax
-MODELS = {"bloom, 8 heads": (tiny_bloom, dict(heads=8, hidden=64)),
-          "bloom": (tiny_bloom, dict(heads=12, hidden=96)),
-          "bloom, 14 heads, untied": (tiny_bloom, dict(heads=14, hidden=112, tied=False)),
-          "llama": (tiny_llama, dict(heads=8, groups=2, hidden=64)),
-          "llama, 3 heads a group, untied": (tiny_llama, dict(heads=6, groups=2, hidden=48, tied=False))}
-LAYOUTS = [(tensor, pipeline, virtual, sequence, data) for tensor, pipeline, virtual, sequence, data
-           in itertools.product((1, 2), (1, 2), (1, 2), (False, True), (1, 2))
-           if (virtual == 1 or pipeline == 2) and (tensor == 2 or not sequence)]
+# the vocabulary is padded to 256: padding must not weigh in any softmax
+VOCAB, LAYERS, ROWS, LENGTH = 200, 5, 8, 16
+MODELS = {
+    "bloom, 8 heads": (tiny_bloom, dict(heads=8, hidden=64)),
+    "bloom": (tiny_bloom, dict(heads=12, hidden=96)),
+    "bloom, 14 heads, untied": (tiny_bloom, dict(heads=14, hidden=112, tied=False)),
+    "llama": (tiny_llama, dict(heads=8, groups=2, hidden=64)),
+    "llama, 3 heads a group, untied": (tiny_llama, dict(heads=6, groups=2, hidden=48, tied=False)),
+}
+LAYOUTS = [
+    (tensor, pipeline, virtual, sequence, data)
+    for tensor, pipeline, virtual, sequence, data in itertools.product((1, 2), (1, 2), (1, 2), (False, True), (1, 2))
+    if (virtual == 1 or pipeline == 2) and (tensor == 2 or not sequence)
+]
 TOLERANCE = 1e-5
 RECOMPUTE = ("none", "selective", "full")
 
 
 def settings(tensor=1, pipeline=1, virtual=1, sequence=False, **values) -> SFTConfig:
-    defaults = dict(precision="fp32", tensor_parallel=tensor, pipeline_parallel=pipeline, virtual_pipeline=virtual,
-                    sequence_parallel=sequence, micro_batch_size=2, global_batch_size=ROWS, iterations=20, warmup_iterations=0,
-                    lr=1e-3, weight_decay=0.1, clip_grad=0.5, schedule="constant", adam_beta2=0.95)
+    defaults = dict(
+        precision="fp32",
+        tensor_parallel=tensor,
+        pipeline_parallel=pipeline,
+        virtual_pipeline=virtual,
+        sequence_parallel=sequence,
+        micro_batch_size=2,
+        global_batch_size=ROWS,
+        iterations=20,
+        warmup_iterations=0,
+        lr=1e-3,
+        weight_decay=0.1,
+        clip_grad=0.5,
+        schedule="constant",
+        adam_beta2=0.95,
+    )
     return SFTConfig(paths=Paths("", "", "", "", ""), **{**defaults, **values})
 
 
 def batch(kind: str, seed: int = 0) -> dict:
-    """"padded": rows of 1, 2, 3, 5, 8, 11, 14 and 16 tokens; "packed": rows full of documents of 1 to 16 tokens."""
+    """ "padded": rows of 1, 2, 3, 5, 8, 11, 14 and 16 tokens; "packed": rows full of documents of 1
+    to 16 tokens."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, VOCAB, (ROWS, LENGTH), generator=generator)
     position = torch.arange(LENGTH)
     if kind == "padded":
         lengths = torch.tensor([5, 1, 16, 2, 8, 3, 14, 11]).roll(seed)
         starts = torch.randint(1, 4, (ROWS, 1), generator=generator)
-        return {"tokens": tokens, "response_mask": (position >= starts) & (position < lengths[:, None]), "lengths": lengths}
+        return {
+            "tokens": tokens,
+            "response_mask": (position >= starts) & (position < lengths[:, None]),
+            "lengths": lengths,
+        }
     cuts = torch.rand(ROWS, LENGTH, generator=generator) < torch.linspace(0, 0.5, ROWS)[:, None]
     cuts[:, 0] = False
     learned = (torch.rand(ROWS, LENGTH, generator=generator) < 0.7) & ~cuts & (position > 0)
@@ -75,7 +100,8 @@ def documents(rows: dict):
 
 
 def hugging_face(model, rows: dict):
-    """Mean loss over the batch and logits (rows, length, VOCAB), each document through the model alone: no mask, no padding."""
+    """Mean loss over the batch and logits (rows, length, VOCAB), each document through the model
+    alone: no mask, no padding."""
     logits = torch.full((ROWS, LENGTH, VOCAB), torch.nan, dtype=next(model.parameters()).dtype)
     total = 0.0
     for row, inside in documents(rows):
@@ -89,7 +115,8 @@ def hugging_face(model, rows: dict):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Name -> (folder with hf/ and convert/, and for each kind of batch: loss, logits, gradients by megatron-core's name in fp64)."""
+    """Name -> (folder with hf/ and convert/, and for each kind of batch: loss, logits, gradients by
+    megatron-core's name in fp64)."""
     made = {}
     for name, (make, values) in MODELS.items():
         folder = tmp_path_factory.mktemp(name.split(",")[0])
@@ -111,11 +138,18 @@ def models(tmp_path_factory):
 
 
 def by_parameter(folder, model) -> dict[str, torch.Tensor]:
-    """Gradients of a Hugging Face model by megatron-core's names: several tensors as the one that they are woven into, by hand."""
+    """Gradients of a Hugging Face model by megatron-core's names: several tensors as the one that
+    they are woven into, by hand."""
     shape = Shape.read(folder / "hf")
-    found = {name.removeprefix(f"{model.base_model_prefix}."): parameter.grad for name, parameter in model.named_parameters()}
-    return {entry.parameter: torch.cat([found[name].view(entry.weight.groups, -1, *size[1:]) for name, size in entry.parts.items()], 1)
-            .flatten(0, 1) for entry in entries(shape)}
+    found = {
+        name.removeprefix(f"{model.base_model_prefix}."): parameter.grad for name, parameter in model.named_parameters()
+    }
+    return {
+        entry.parameter: torch.cat(
+            [found[name].view(entry.weight.groups, -1, *size[1:]) for name, size in entry.parts.items()], 1
+        ).flatten(0, 1)
+        for entry in entries(shape)
+    }
 
 
 def load(folder, config: SFTConfig):
@@ -138,12 +172,15 @@ def named(model):
             pieces = name.split(".")
             if "layers" in pieces:  # local to the part -> global
                 pieces[2] = str(part.decoder.layers[int(pieces[2])].layer_number - 1)
-            copied = name == "output_layer.weight" and part.share_embeddings_and_output_weights  # on the last stage: the embedding's copy
+            copied = (
+                name == "output_layer.weight" and part.share_embeddings_and_output_weights
+            )  # on the last stage: the embedding's copy
             yield EMBEDDING if copied else ".".join(pieces), parameter
 
 
 def whole_gradients(learner: Learner) -> None:
-    """The distributed optimizer leaves each data-parallel rank its shard of the reduced gradients: put them together again."""
+    """The distributed optimizer leaves each data-parallel rank its shard of the reduced gradients:
+    put them together again."""
     group = parallel_state.get_data_parallel_group()
     for part in learner.wrapped:
         for bucket in (bucket for groups in part.bucket_groups for bucket in groups.buckets):
@@ -165,7 +202,8 @@ def logits_error(model, rows: dict, expected: torch.Tensor, size: int) -> float:
     if not gathered:
         return 0.0
     difference = (torch.cat(gathered)[:ROWS] - expected).abs()
-    return (difference.nan_to_num(0.0).max() / expected.nan_to_num(0.0).abs().max()).item()  # NaN: positions of padding
+    # NaN: positions of padding
+    return (difference.nan_to_num(0.0).max() / expected.nan_to_num(0.0).abs().max()).item()
 
 
 def models_of(layout) -> list[str]:
@@ -175,13 +213,15 @@ def models_of(layout) -> list[str]:
 
 
 def layout_errors(models, layout) -> tuple[dict, set]:
-    """What this rank finds: the worst error of each kind, relative to the largest entry, and the (model, parameter) it has seen."""
+    """What this rank finds: the worst error of each kind, relative to the largest entry, and the
+    (model, parameter) it has seen."""
     tensor, pipeline, virtual, sequence, data = layout
     enter(tensor, pipeline, virtual)
     worst, seen = {"logits": 0.0, "loss": 0.0, "gradient": 0.0}, set()
     for which in models_of(layout):
         folder, expected = models[which]
-        size = ROWS // (2 * data)  # two micro-batches: the interleaved schedule wants a multiple of the stages
+        # two micro-batches: the interleaved schedule wants a multiple of the stages
+        size = ROWS // (2 * data)
         recompute = RECOMPUTE[(LAYOUTS.index(layout) // 2 + list(MODELS).index(which)) % len(RECOMPUTE)]
         config = settings(tensor, pipeline, virtual, sequence, micro_batch_size=size, recompute=recompute)
         learner = Learner(load(folder, config), config, config.lr, 20, 0)
@@ -190,11 +230,15 @@ def layout_errors(models, layout) -> tuple[dict, set]:
             rows = batch(kind)
             worst["logits"] = max(worst["logits"], logits_error(learner.wrapped, rows, logits, size))
             mine = torch.tensor(shard(list(range(ROWS)), parallel_state.get_data_parallel_rank(), data))
-            found = learner.step(split({name: values[mine] for name, values in rows.items()}, size), Objective(("loss",), compute))
+            found = learner.step(
+                split({name: values[mine] for name, values in rows.items()}, size), Objective(("loss",), compute)
+            )
             worst["loss"] = max(worst["loss"], abs(found["loss"] - loss) / loss)
             whole_gradients(learner)
             for name, parameter in named(learner.model):
-                error = gradient_error(parameter, gradients[name], tensor, learner.optimizer.chained_optimizers[0].scale)
+                error = gradient_error(
+                    parameter, gradients[name], tensor, learner.optimizer.chained_optimizers[0].scale
+                )
                 assert error <= TOLERANCE, f"{name}: {error}, {kind}, {layout}, {folder}"
                 worst["gradient"] = max(worst["gradient"], error)
                 seen.add((which, name))
@@ -211,13 +255,16 @@ def gradient_error(parameter, target: torch.Tensor, tensor: int, scale: torch.Te
 
 
 def test_logits_loss_and_every_gradient_equal_hugging_face_on_every_layout(models):
-    """One denominator over ragged micro-batches, all reductions done: data-parallel, tied embedding, sequence-parallel norms."""
+    """One denominator over ragged micro-batches, all reductions done: data-parallel, tied
+    embedding, sequence-parallel norms."""
     assert len(LAYOUTS) == 18
     by_world = {}
     for layout in LAYOUTS:
         by_world.setdefault(layout[0] * layout[1] * layout[4], []).append(layout)
     for world, layouts in by_world.items():
-        results = run(lambda layouts: [layout_errors(models, layout) for layout in layouts], 1, 1, world, layouts, timeout=240)
+        results = run(
+            lambda layouts: [layout_errors(models, layout) for layout in layouts], 1, 1, world, layouts, timeout=240
+        )
         for number, layout in enumerate(layouts):
             expected = {(which, name) for which in models_of(layout) for name in models[which][1]["padded"][2]}
             assert set().union(*(rank[number][1] for rank in results)) == expected
@@ -231,12 +278,17 @@ STEPS = 20
 
 @pytest.fixture(scope="module")
 def plain_torch(models) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of 20 steps of a loop that anyone would write: transformers, AdamW, clipping; padded and packed in turn."""
+    """(loss, gradient norm) of 20 steps of a loop that anyone would write: transformers, AdamW,
+    clipping; padded and packed in turn."""
     folder, _ = models["bloom"]
     model = BloomForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32).train()
     groups = [[p for p in model.parameters() if (p.dim() > 1) == matrices] for matrices in (True, False)]
-    optimizer = torch.optim.AdamW([dict(params=groups[0], weight_decay=0.1), dict(params=groups[1], weight_decay=0.0)], lr=1e-3,
-                                  betas=(0.9, 0.95), eps=1e-8)
+    optimizer = torch.optim.AdamW(
+        [dict(params=groups[0], weight_decay=0.1), dict(params=groups[1], weight_decay=0.0)],
+        lr=1e-3,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+    )
     history = []
     for step in range(STEPS):
         optimizer.zero_grad()
@@ -256,18 +308,24 @@ def trajectory(folder, layout) -> list[tuple[float, float]]:
     mine, history = torch.tensor(shard(list(range(ROWS)), parallel_state.get_data_parallel_rank(), data)), []
     for step in range(STEPS):
         rows = batch(("padded", "packed")[step % 2], step)
-        found = learner.step(split({name: values[mine] for name, values in rows.items()}, size), Objective(("loss",), compute))
+        found = learner.step(
+            split({name: values[mine] for name, values in rows.items()}, size), Objective(("loss",), compute)
+        )
         history.append((found["loss"], found["grad_norm"]))
     return history
 
 
-@pytest.mark.parametrize("layout", [(2, 1, 1, True, 1), (1, 2, 2, False, 1), (1, 1, 1, False, 2), (2, 2, 1, False, 1)],
-                         ids=["TP 2, sequence", "PP 2, 2 parts", "DP 2", "TP 2 x PP 2"])
+@pytest.mark.parametrize(
+    "layout",
+    [(2, 1, 1, True, 1), (1, 2, 2, False, 1), (1, 1, 1, False, 2), (2, 2, 1, False, 1)],
+    ids=["TP 2, sequence", "PP 2, 2 parts", "DP 2", "TP 2 x PP 2"],
+)
 def test_twenty_steps_equal_plain_torch_with_hugging_face(models, plain_torch, layout):
     """Losses within 1e-5, gradient norms within 1e-4 (both relative), while the loss falls.
 
-    It fails for wrong decay groups, a gradient norm that counts shards wrongly (28% at TP 2), a missing reduction. Rounding grows over
-    the steps: keys' biases have no true gradient, and Adam makes steps of its noise.
+    It fails for wrong decay groups, a gradient norm that counts shards wrongly (28% at TP 2), a
+    missing reduction. Rounding grows over the steps: keys' biases have no true gradient, and Adam
+    makes steps of its noise.
     """
     folder, _ = models["bloom"]
     assert min(loss for loss, _ in plain_torch) < 0.9 * plain_torch[0][0]

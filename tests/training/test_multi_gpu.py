@@ -1,4 +1,5 @@
-"""Several ranks without GPUs: benchmarks/multi_gpu.sh's parts on gloo, its plan, and layers of tensor parallelism as one graph."""
+"""Several ranks without GPUs: benchmarks/multi_gpu.sh's parts on gloo, its plan, and layers of
+tensor parallelism as one graph."""
 
 import json
 import math
@@ -40,11 +41,23 @@ def test_every_part_runs_on_gloo_and_finds_layouts_equal(tmp_path, capfd, monkey
     run(multi_gpu_checks.saved, 2, 1, 1, "tiny", layout(2), tmp_path)
     run(multi_gpu_checks.loaded, 1, 1, 1, "tiny", layout(), tmp_path)
     found = said(capfd)
-    assert [row["part"] for row in found] == [*["gradients"] * 3, "warm", "sft", "reshard", "reshard", "prepared",
-                                              "ppo warms up", "ppo warms up", "ppo", "saved", "loaded"]
+    assert [row["part"] for row in found] == [
+        *["gradients"] * 3,
+        "warm",
+        "sft",
+        "reshard",
+        "reshard",
+        "prepared",
+        "ppo warms up",
+        "ppo warms up",
+        "ppo",
+        "saved",
+        "loaded",
+    ]
     assert all(row["ok"] for row in found), found
     assert found[1]["worst"] < 5e-6 and found[2]["worst"] < 5e-6 and found[-1]["tensors"] == 4 * 17
-    # From PP 2 to TP 1 a rank receives what it has not, and the round's larger message is what its link carries.
+    # From PP 2 to TP 1 a rank receives what it has not, and the round's larger message is what its
+    # link carries.
     alone = next(row for row in found if row["part"] == "reshard")
     assert alone["generation"] == 1 and alone["memory_gb"] > 3 * alone["gb"] and alone["link_gb"] >= alone["gb"] > 0
     # A gradient or an element that is off is seen.
@@ -90,10 +103,15 @@ def test_a_job_whose_time_is_over_says_where_each_rank_is(tmp_path, monkeypatch)
     assert "multi_gpu_rank.py" in log.read_text()
 
 
-@pytest.mark.parametrize(("words", "says"), [
-    ("0 --tiny", "--gpus 0: expected a power of two"), ("2 --tiny --only (", "'\\(' is no regular expression"),
-    ("2 --tiny --only zzzz", "no job of --parts .* on 2 GPUs has a name that --only zzzz matches"),
-    ("1 --tiny --parts large", "no job of --parts large on 1 GPUs")])
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("0 --tiny", "--gpus 0: expected a power of two"),
+        ("2 --tiny --only (", "'\\(' is no regular expression"),
+        ("2 --tiny --only zzzz", "no job of --parts .* on 2 GPUs has a name that --only zzzz matches"),
+        ("1 --tiny --parts large", "no job of --parts large on 1 GPUs"),
+    ],
+)
 def test_what_cannot_be_run_is_said_before_anything_is(words, says, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["multi_gpu.py", "--gpus", *words.split()])
@@ -124,8 +142,9 @@ def test_what_is_timed_shares_no_gpu(gpus):
 
 @pytest.mark.parametrize(("values", "rows"), [(layout(2, 2), 32), (layout(1, 2), 11), (layout(), 16)])
 def test_what_ppo_is_reckoned_with_is_what_it_runs(values, rows):
-    """Rows of a micro-batch by the model, and by the trainer's packing, for replies of full length on four H100. Three times 11 rows: one
-    is empty, and the bubble is shorter than with twice 16."""
+    """Rows of a micro-batch by the model, and by the trainer's packing, for replies of full length
+    on four H100. Three times 11 rows: one is empty, and the bubble is shorter than with twice
+    16."""
     config, shape = multi_gpu_plan.ppo_config("1b7", values), multi_gpu_plan.SHAPES["1b7"]
     data = config.data_parallel(4)
     assert iteration_time.iteration(shape, config, 4, multi_gpu_plan.machine(CARD), 4).micro_batch == (rows, 512)
@@ -136,7 +155,9 @@ def test_what_ppo_is_reckoned_with_is_what_it_runs(values, rows):
 
 def test_single_jobs_and_layouts_can_be_chosen():
     only = ["560m, PP 2 x DP 2", "ppo 1", "sft 2.*not compiled"]
-    found = {job.name: len(job.layouts) for wave in waves(4, False, CARD, list(multi_gpu_plan.PARTS), only) for job in wave}
+    found = {
+        job.name: len(job.layouts) for wave in waves(4, False, CARD, list(multi_gpu_plan.PARTS), only) for job in wave
+    }
     assert found == {"one GPU 560m": 1, "prepare 1b7": 1, "gradients 560m": 1, "warm 0": 1, "ppo 1": 1, "sft 2, 2": 1}
 
 
@@ -148,12 +169,17 @@ def test_what_does_not_fit_is_left_out_and_the_fastest_that_fits_is_taken():
 
 
 def one_graph(sequence_parallel: bool) -> tuple[int, list[float]]:
-    """Graphs of a layer at TP 2, compiled, and how far its results and gradients are from the uncompiled layer's."""
+    """Graphs of a layer at TP 2, compiled, and how far its results and gradients are from the
+    uncompiled layer's."""
     shape = bloom(2, 64, 4, 300, 1e-5)
-    model = build_model(shape, multi_gpu_common.settings("tiny", tensor_parallel=2, sequence_parallel=sequence_parallel), "lm")
+    model = build_model(
+        shape, multi_gpu_common.settings("tiny", tensor_parallel=2, sequence_parallel=sequence_parallel), "lm"
+    )
     multi_gpu_common.fill(model, shape)
     layer, graphs, found = model.decoder.layers[0], [], []
-    layer.self_attention.core_attention.slopes = None  # SDPA reads them on the host, which only the CPU's attention does
+    layer.self_attention.core_attention.slopes = (
+        None  # SDPA reads them on the host, which only the CPU's attention does
+    )
     torch.manual_seed(3 + sequence_parallel * torch.distributed.get_rank())
     hidden = torch.randn(16 if sequence_parallel else 32, 1, 64, requires_grad=True)
 

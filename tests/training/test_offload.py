@@ -1,4 +1,5 @@
-"""Tensors that wait in host memory: what they hold comes back, their views stay theirs, and the memory is really given back."""
+"""Tensors that wait in host memory: what they hold comes back, their views stay theirs, and the
+memory is really given back."""
 
 from types import SimpleNamespace
 
@@ -46,16 +47,20 @@ def test_one_goes_while_the_other_comes():
 
 
 def test_memory_that_can_t_be_pinned_is_named_as_the_host_s(monkeypatch):
-    runtime = SimpleNamespace(cudaHostRegister=lambda *_: 2, cudaError=SimpleNamespace(success=0))  # 2: "out of memory"
+    # 2: "out of memory"
+    runtime = SimpleNamespace(cudaHostRegister=lambda *_: 2, cudaError=SimpleNamespace(success=0))
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(MemoryError, match=r"^0\.1 GB of host memory can't be pinned \(CUDA says 2\): .* \(ulimit -l\), or set offload"):
+    with pytest.raises(
+        MemoryError, match=r"^0\.1 GB of host memory can't be pinned \(CUDA says 2\): .* \(ulimit -l\), or set offload"
+    ):
         host_memory(10**8)
 
 
 @pytest.mark.parametrize(("optimizer_precision", "size"), [("bf16", 6), ("fp32", 12)])
 def test_a_learner_that_sleeps_keeps_its_weights_and_nothing_else(optimizer_precision, size):
-    """``size``: bytes a parameter of the optimizer while it is read. Gradients have memory in steps only."""
+    """``size``: bytes a parameter of the optimizer while it is read. Gradients have memory in steps
+    only."""
 
     def bytes_a_parameter():
         made = learner(settings("", optimizer_precision=optimizer_precision))

@@ -24,8 +24,11 @@ def destroy_together(*groups):
 
 
 def rank(number: int, port: int, folder, errors: list[BaseException | None]) -> None:
-    """A stage on two ranks in which each raises its error, or waits in a collective for the others."""
-    os.environ.update(RANK=str(number), WORLD_SIZE="2", LOCAL_RANK=str(number), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    """A stage on two ranks in which each raises its error, or waits in a collective for the
+    others."""
+    os.environ.update(
+        RANK=str(number), WORLD_SIZE="2", LOCAL_RANK=str(number), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
     dist.destroy_process_group = destroy_together
     main.load = lambda *_: settings(folder, (1, 2))
     sys.argv, sys.stderr = ["stage", "config.json"], open(folder / f"{number}.log", "w")  # noqa: SIM115 - until the process ends
@@ -38,15 +41,21 @@ def rank(number: int, port: int, folder, errors: list[BaseException | None]) -> 
     os._exit(main.run_stage(SFTConfig, stage))
 
 
-@pytest.mark.parametrize("errors, codes", [
-    ([None, RuntimeError("out of memory")], [None, 1]),
-    ([None, ConfigError("lr: expected a number")], [None, parallel.EX_USAGE]),
-    ([main.Interrupted("saved")] * 2, [parallel.EX_TEMPFAIL] * 2),
-])
+@pytest.mark.parametrize(
+    "errors, codes",
+    [
+        ([None, RuntimeError("out of memory")], [None, 1]),
+        ([None, ConfigError("lr: expected a number")], [None, parallel.EX_USAGE]),
+        ([main.Interrupted("saved")] * 2, [parallel.EX_TEMPFAIL] * 2),
+    ],
+)
 def test_a_rank_that_fails_alone_waits_for_nobody(tmp_path, errors, codes):
     holder = reserved_port()
     port = holder.getsockname()[1]
-    processes = [multiprocessing.get_context("fork").Process(target=rank, args=(number, port, tmp_path, errors)) for number in range(2)]
+    processes = [
+        multiprocessing.get_context("fork").Process(target=rank, args=(number, port, tmp_path, errors))
+        for number in range(2)
+    ]
     for process in processes:
         process.start()
     for process, code in zip(reversed(processes), reversed(codes), strict=True):
@@ -54,7 +63,8 @@ def test_a_rank_that_fails_alone_waits_for_nobody(tmp_path, errors, codes):
     ended = [process.exitcode for process in processes]
     for process in processes:
         process.kill()
-    assert ended[1] == codes[1] and ended[0] in (codes[0], 1)  # gloo tells the other one; NCCL does not
+    # gloo tells the other one; NCCL does not
+    assert ended[1] == codes[1] and ended[0] in (codes[0], 1)
     if errors[0] is None:
         assert str(errors[1]) in (tmp_path / "1.log").read_text()
 

@@ -29,10 +29,20 @@ def weights(config, stage, head: str) -> tuple[dict, tuple]:
 
 @pytest.mark.parametrize("family", ["bloom", "llama"])
 def test_two_iterations_equal_plain_torch_with_hugging_face(small_run, llama_run, tmp_path, family):
-    """Samples exactly; rewards, KL, losses, norms and entropy to 1e-5 in the first iteration and, after eight updates of each model
-    (two epochs of two minibatches), to 2e-4 in the second: it sees every sign, mask, shift, denominator, moment and rate."""
-    settings = dict(iterations=2, epochs=2, kl_coef=0.1, response_length=16, temperature=0.8, value_clip=0.02, clip_ratio=0.05,
-                    dual_clip=1.02, entropy_coef=0.02)
+    """Samples exactly; rewards, KL, losses, norms and entropy to 1e-5 in the first iteration and,
+    after eight updates of each model (two epochs of two minibatches), to 2e-4 in the second: it
+    sees every sign, mask, shift, denominator, moment and rate."""
+    settings = dict(
+        iterations=2,
+        epochs=2,
+        kl_coef=0.1,
+        response_length=16,
+        temperature=0.8,
+        value_clip=0.02,
+        clip_ratio=0.05,
+        dual_clip=1.02,
+        entropy_coef=0.02,
+    )
     made = {"bloom": small_run, "llama": llama_run}[family]
     config = made.ppo(tmp_path, **settings)
     run(ppo.run, 1, 2, 1, made.ppo(tmp_path, layout=(1, 2), micro_batch_tokens=150, **settings))
@@ -44,5 +54,8 @@ def test_two_iterations_equal_plain_torch_with_hugging_face(small_run, llama_run
         expected = reference.iterate(iteration)
         assert expected["eos_rate"] > 0 and expected["value_loss"] > 0
         for name, value in expected.items():
-            assert ours[iteration - 1][name] == pytest.approx(value, rel=tolerance, abs=tolerance * 0.1), (iteration, name)
+            assert ours[iteration - 1][name] == pytest.approx(value, rel=tolerance, abs=tolerance * 0.1), (
+                iteration,
+                name,
+            )
     assert expected["kl"] > 0.01 and expected["clip_fraction"] > 0, "the second iteration's policy has moved"

@@ -1,4 +1,5 @@
-"""Generation by a model in training on every layout: weights moved, requests divided, tokens those of Hugging Face one prompt at a time."""
+"""Generation by a model in training on every layout: weights moved, requests divided, tokens those
+of Hugging Face one prompt at a time."""
 
 import importlib.util
 from pathlib import Path
@@ -25,9 +26,14 @@ VOCAB, STEPS = 300, 12
 PROMPTS = [[5, 17, 200], [44, 8, 9, 150, 299, 12, 60], [7], [10, 11, 12, 13, 14], [5, 17, 200]]
 
 
-@pytest.fixture(scope="module", params=[(tiny_bloom, {"tied": True}), (tiny_llama, {"tied": False, "groups": 4})], ids=["bloom", "llama"])
+@pytest.fixture(
+    scope="module",
+    params=[(tiny_bloom, {"tied": True}), (tiny_llama, {"tied": False, "groups": 4})],
+    ids=["bloom", "llama"],
+)
 def small(request, tmp_path_factory):
-    """Five layers, eight heads: (folder with hf/ and convert/, responses of Hugging Face to PROMPTS, an EOS that ends one early)."""
+    """Five layers, eight heads: (folder with hf/ and convert/, responses of Hugging Face to
+    PROMPTS, an EOS that ends one early)."""
     folder, (make, options) = tmp_path_factory.mktemp("small"), request.param
     model = make(folder / "hf", heads=8, hidden=48, layers=5, vocab=VOCAB, **options)
     run(convert, 1, 1, 1, ConvertConfig(paths=ConvertPaths(str(folder / "convert"), str(folder / "hf"))))
@@ -39,9 +45,11 @@ def small(request, tmp_path_factory):
 
 
 def ours(folder, cases, eos):
-    """Of each case ((TP, PP, parts a stage), generation ranks): greedy and sampled responses to PROMPTS, the report, views of weights.
+    """Of each case ((TP, PP, parts a stage), generation ranks): greedy and sampled responses to
+    PROMPTS, the report, views of weights.
 
-    Among the sampled: one that truncates, for fewer steps than the others go on without it. Last, where nothing moves, a penalised one.
+    Among the sampled: one that truncates, for fewer steps than the others go on without it. Last,
+    where nothing moves, a penalised one.
     """
     found = []
     for layout, size in cases:
@@ -62,13 +70,17 @@ def ours(folder, cases, eos):
     return found
 
 
-CASES = {1: [((1, 1, 1), 1)], 2: [((2, 1, 1), 2), ((2, 1, 1), 1), ((1, 2, 1), 1), ((1, 2, 1), 2), ((1, 2, 2), 1)],
-         4: [((2, 2, 1), 1), ((2, 2, 1), 2), ((2, 2, 1), 4), ((2, 1, 1), 1)]}
+CASES = {
+    1: [((1, 1, 1), 1)],
+    2: [((2, 1, 1), 2), ((2, 1, 1), 1), ((1, 2, 1), 1), ((1, 2, 1), 2), ((1, 2, 2), 1)],
+    4: [((2, 2, 1), 1), ((2, 2, 1), 2), ((2, 2, 1), 4), ((2, 1, 1), 1)],
+}
 """By world size; the last is TP 2 x DP 2."""
 
 
 def test_every_layout_generates_what_one_rank_and_hugging_face_do(small):
-    """Greedy: Hugging Face's tokens. Sampled: the same draws, the same tokens. Where layouts agree nothing is copied."""
+    """Greedy: Hugging Face's tokens. Sampled: the same draws, the same tokens. Where layouts agree
+    nothing is copied."""
     folder, expected, eos = small
     alone = run(ours, 1, 1, 1, folder, CASES[1], eos)[0][0][1]
     for world, cases in CASES.items():
@@ -85,10 +97,15 @@ def test_every_layout_generates_what_one_rank_and_hugging_face_do(small):
 
 
 def test_every_pipeline_stage_sends_in_every_round():
-    """Three stages of two layers to three ranks that want all: two rounds of six messages, not six of two through one rank's links."""
-    held = [{f"decoder.layers.{2 * stage + number}.weight": Held((4, 4), None) for number in range(2)} for stage in range(3)]
+    """Three stages of two layers to three ranks that want all: two rounds of six messages, not six
+    of two through one rank's links."""
+    held = [
+        {f"decoder.layers.{2 * stage + number}.weight": Held((4, 4), None) for number in range(2)} for stage in range(3)
+    ]
     found = rounds(plan(held, 1, 1, None)[0], 1)
-    assert [sorted((move.of, move.to) for move in one) for one in found] == [[(0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1)]] * 2
+    assert [sorted((move.of, move.to) for move in one) for one in found] == [
+        [(0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1)]
+    ] * 2
 
 
 def test_a_generation_size_that_does_not_divide_the_model_s_ranks_is_refused(small):

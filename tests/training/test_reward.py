@@ -22,7 +22,9 @@ from training.trainer import reward_metrics
 
 def test_calibration_equals_a_loop_over_pairs():
     margins = torch.randn(500, generator=torch.Generator().manual_seed(0)) * 2
-    found = reward_metrics.calibration(reward_metrics.calibration_sums(margins[:200]) + reward_metrics.calibration_sums(margins[200:]))  # as two ranks add up
+    found = reward_metrics.calibration(
+        reward_metrics.calibration_sums(margins[:200]) + reward_metrics.calibration_sums(margins[200:])
+    )  # as two ranks add up
     bins = {edge: [] for edge in reward_metrics.CONFIDENCE}
     for margin in margins.tolist():
         confidence = 1 / (1 + math.exp(-abs(margin)))
@@ -42,7 +44,9 @@ def test_interval_of_a_mean():
     margins = torch.randn(300, generator=torch.Generator().manual_seed(1), dtype=torch.double) + 0.4
     error = margins.std().item() / 300**0.5
     low, high = reward_metrics.mean_interval(300, margins.sum().item(), margins.square().sum().item())
-    assert (low, high) == pytest.approx((margins.mean().item() - 1.96 * error, margins.mean().item() + 1.96 * error), abs=1e-4)
+    assert (low, high) == pytest.approx(
+        (margins.mean().item() - 1.96 * error, margins.mean().item() + 1.96 * error), abs=1e-4
+    )
     assert math.isnan(reward_metrics.mean_interval(1, 2.0, 4.0)[0])
 
 
@@ -58,7 +62,9 @@ def test_a_new_head_is_drawn_from_the_stated_distribution():
     (weight, bias), other = run(new_head, 1, 1, 2)
     assert torch.equal(weight, other[0]) and bias.tolist() == [0.0]
     assert weight.std().item() == pytest.approx(8193**-0.5, rel=0.03) and abs(weight.mean().item()) < 4 / 8193
-    assert 0.65 < (weight.abs() < 8193**-0.5).double().mean().item() < 0.72  # normal: 0.683; uniform of this deviation: 0.577
+    assert (
+        0.65 < (weight.abs() < 8193**-0.5).double().mean().item() < 0.72
+    )  # normal: 0.683; uniform of this deviation: 0.577
 
 
 def test_length_bias_by_hand():
@@ -67,16 +73,20 @@ def test_length_bias_by_hand():
     rewards, lengths = torch.tensor([[2.0, 1.0, 0.0], [5.0, 3.0, 9.0]]), torch.tensor([[4, 6, 2], [8, 8, 99]])
     scores = torch.tensor([[1.0, 0.0, 2.0], [1.0, 1.0, nan]])
     found = reward_metrics.length_bias(reward_metrics.length_sums(rewards, scores, lengths))
-    # Pairs (better, worse) by length: (4, 6) right, shorter; (2, 4) and (2, 6) wrong, shorter; none longer.
+    # Pairs (better, worse) by length: (4, 6) right, shorter; (2, 4) and (2, 6) wrong, shorter; none
+    # longer.
     assert found["heldout_accuracy_shorter"] == pytest.approx(1 / 3) and "heldout_accuracy_longer" not in found
     real = torch.tensor([[2.0, 1.0, 0.0, 5.0, 3.0], [4, 6, 2, 8, 8]])
     assert found["heldout_length_correlation"] == pytest.approx(torch.corrcoef(real)[0, 1].item())
-    flat = reward_metrics.length_bias(reward_metrics.length_sums(torch.ones(1, 2), torch.tensor([[1.0, 0.0]]), torch.tensor([[3, 4]])))
+    flat = reward_metrics.length_bias(
+        reward_metrics.length_sums(torch.ones(1, 2), torch.tensor([[1.0, 0.0]]), torch.tensor([[3, 4]]))
+    )
     assert flat["heldout_length_correlation"] == 0.0
 
 
 def test_with_the_stored_bias_the_sft_policy_s_responses_score_zero(small_run, tmp_path):
-    """Scored and, the first of them, sampled again by Hugging Face's models; the same at another layout, and not sampled twice."""
+    """Scored and, the first of them, sampled again by Hugging Face's models; the same at another
+    layout, and not sampled twice."""
     config = small_run.reward(tmp_path / "one", iterations=2, save_every=1)
     run(reward.run, 1, 1, 1, config)
     said = json.loads((tmp_path / "one" / reward_bias.RESPONSES).read_text())["responses"]
@@ -109,9 +119,12 @@ def test_with_the_stored_bias_the_sft_policy_s_responses_score_zero(small_run, t
     assert reward_bias.stored(format.resolve(tmp_path / "two")) == pytest.approx(bias, rel=1e-3)
 
 
-@pytest.mark.parametrize(("layout", "values"), [((2, 1, 1), {"sequence_parallel": True}), ((1, 2, 2), {"micro_batch_size": 1})])
+@pytest.mark.parametrize(
+    ("layout", "values"), [((2, 1, 1), {"sequence_parallel": True}), ((1, 2, 2), {"micro_batch_size": 1})]
+)
 def test_packed_training_equals_unpacked_training(small_run, tmp_path, layout, values):
-    """Two, three or four replies to a query, some with equal scores; rows of a seq_length that holds one reply, not all of a query's."""
+    """Two, three or four replies to a query, some with equal scores; rows of a seq_length that
+    holds one reply, not all of a query's."""
     with open(small_run.data("reward")) as file:
         lines = [json.loads(line) for line in file][:48]
     for number, line in enumerate(lines):
@@ -127,7 +140,9 @@ def test_packed_training_equals_unpacked_training(small_run, tmp_path, layout, v
         object.__setattr__(config, "seq_length", 48)
         object.__setattr__(config.paths, "train", str(train))
         run(reward.run, *layout, config)
-        found[packing] = [json.loads(line) for line in (tmp_path / str(packing) / "metrics.jsonl").read_text().splitlines()]
+        found[packing] = [
+            json.loads(line) for line in (tmp_path / str(packing) / "metrics.jsonl").read_text().splitlines()
+        ]
     for packed, alone in zip(found[True], found[False], strict=True):
         for name, tolerance in (("loss", 1e-5), ("margin", 1e-4), ("accuracy", 1e-5), ("grad_norm", 1e-4)):
             assert packed[name] == pytest.approx(alone[name], rel=tolerance, abs=1e-6), name
@@ -138,7 +153,10 @@ def test_packed_training_equals_unpacked_training(small_run, tmp_path, layout, v
 def test_heldout_numbers_are_the_same_on_two_data_parallel_ranks(small_run, tmp_path):
     for data in (1, 2):
         run(reward.run, 1, 1, data, small_run.reward(tmp_path / str(data), iterations=2, eval_every=2))
-    one, two = ([json.loads(line) for line in (tmp_path / str(data) / "metrics.jsonl").read_text().splitlines()][-1] for data in (1, 2))
+    one, two = (
+        [json.loads(line) for line in (tmp_path / str(data) / "metrics.jsonl").read_text().splitlines()][-1]
+        for data in (1, 2)
+    )
     names = [name for name in one if name.startswith("heldout_") or name == "shorter_wins"]
     assert "heldout_calibration_error" in names and "heldout_accuracy_at_0.5" in names
     assert one["heldout_margin_low"] < one["heldout_margin"] < one["heldout_margin_high"]

@@ -1,4 +1,5 @@
-"""Where parts of PPO and GRPO meet: passes over the samples, the models that are asked, equal samples."""
+"""Where parts of PPO and GRPO meet: passes over the samples, the models that are asked, equal
+samples."""
 
 import json
 
@@ -26,14 +27,18 @@ def minibatches(config) -> list[list[set[int]]]:
 def test_each_later_pass_has_minibatches_of_its_own(small_run, tmp_path, tokens):
     config = small_run.ppo(tmp_path, epochs=3, micro_batch_tokens=tokens, prompt_length=40, response_length=8)
     first, second, third = run(minibatches, 1, 1, 1, config)[0]
-    assert first == [set(range(8)), set(range(8, 16))], "the first in the samples' order: a minibatch of GRPO has whole groups"
+    assert first == [set(range(8)), set(range(8, 16))], (
+        "the first in the samples' order: a minibatch of GRPO has whole groups"
+    )
     assert all(sorted(sum(map(sorted, one), [])) == list(range(16)) for one in (second, third))
     assert first != second != third != first
     assert run(minibatches, 1, 1, 1, config)[0] == [first, second, third], "a resumed run's are the same"
 
 
-@pytest.mark.parametrize(("trainer", "values"), [("ppo", {}), ("ppo", {"lora_rank": 2}), ("grpo", {"kl_in": "reward"}),
-                                                 ("grpo", {"offload": "all"})])
+@pytest.mark.parametrize(
+    ("trainer", "values"),
+    [("ppo", {}), ("ppo", {"lora_rank": 2}), ("grpo", {"kl_in": "reward"}), ("grpo", {"offload": "all"})],
+)
 def test_without_a_kl_penalty_there_is_no_reference(small_run, tmp_path, trainer, values):
     """Neither in memory nor in the numbers, and the gates do without."""
     config = getattr(small_run, trainer)(tmp_path, iterations=2, kl_coef=0.0, eval_every=1, gate_after=0, **values)
@@ -53,6 +58,7 @@ def asked(config) -> dict[str, int]:
     def count(name):
         def seen(*_):
             counts[name] += 1
+
         return seen
 
     for name in counts:
@@ -68,15 +74,21 @@ def test_an_evaluation_does_not_ask_the_value_model(small_run, tmp_path):
 
 
 def collapsed(config) -> tuple[torch.Tensor, torch.Tensor]:
-    """(Tokens, scores) by a reward model that rounds a sample otherwise at each place, as a GPU's kernels in bf16 do."""
+    """(Tokens, scores) by a reward model that rounds a sample otherwise at each place, as a GPU's
+    kernels in bf16 do."""
     trainer, generator = grpo.GRPO(config), torch.Generator().manual_seed(0)
-    trainer.models.reward.register_forward_hook(lambda *given: given[-1] + 1e-2 * torch.rand(given[-1].shape, generator=generator))
+    trainer.models.reward.register_forward_hook(
+        lambda *given: given[-1] + 1e-2 * torch.rand(given[-1].shape, generator=generator)
+    )
     batch = trainer.sample([number // config.group_size for number in range(16)], trainer.rows, 1).batch
-    return batch["tokens"], score(config, trainer.models, batch, plan(config, trainer.shape, batch["lengths"].tolist(), 8)).scores
+    return batch["tokens"], score(
+        config, trainer.models, batch, plan(config, trainer.shape, batch["lengths"].tolist(), 8)
+    ).scores
 
 
 def test_equal_samples_of_a_group_score_the_same(small_run, tmp_path):
-    """A policy that has collapsed: at this temperature all samples of a prompt are one, and their advantages would be made of noise."""
+    """A policy that has collapsed: at this temperature all samples of a prompt are one, and their
+    advantages would be made of noise."""
     config = small_run.grpo(tmp_path, iterations=1, temperature=1e-6, response_length=7, micro_batch_tokens=200)
     tokens, scores = (values.view(4, 4, -1) for values in run(collapsed, 1, 1, 1, config)[0])
     assert torch.equal(tokens, tokens[:, :1].expand_as(tokens)) and torch.equal(scores, scores[:, :1].expand_as(scores))

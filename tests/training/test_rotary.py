@@ -17,16 +17,23 @@ def test_positions_count_from_each_document():
 
 
 def scores(offset: int, dtype: torch.dtype) -> torch.Tensor:
-    """q . k of 128 tokens that stand from ``offset`` on, (128, 128) fp64, rotated as megatron-core does in ``dtype``."""
-    query, key = (torch.randn(128, 1, 1, DIM, generator=torch.Generator().manual_seed(seed)).to(dtype) for seed in (0, 1))
+    """q . k of 128 tokens that stand from ``offset`` on, (128, 128) fp64, rotated as megatron-core
+    does in ``dtype``."""
+    query, key = (
+        torch.randn(128, 1, 1, DIM, generator=torch.Generator().manual_seed(seed)).to(dtype) for seed in (0, 1)
+    )
     angles = rotary.angles(THETA, DIM, offset + 128, torch.arange(offset, offset + 128)[None], CPU)
-    query, key = (rotate(x, angles.to(torch.float64) if dtype == torch.float64 else angles)[:, 0, 0].double() for x in (query, key))
+    query, key = (
+        rotate(x, angles.to(torch.float64) if dtype == torch.float64 else angles)[:, 0, 0].double()
+        for x in (query, key)
+    )
     return query @ key.T
 
 
 def test_a_score_depends_on_the_distance_alone_but_for_rounding():
-    """Packing needs no reset but for rounding: 5e-5 at 8,000 tokens, that of the fp32 angles; in bf16 half a percent wherever a row stands,
-    as much as rounding sines and cosines costs anyway. With the reset a packed row's angles are the very same numbers."""
+    """Packing needs no reset but for rounding: 5e-5 at 8,000 tokens, that of the fp32 angles; in
+    bf16 half a percent wherever a row stands, as much as rounding sines and cosines costs anyway.
+    With the reset a packed row's angles are the very same numbers."""
     exact = scores(0, torch.float64)
 
     def error(offset, dtype):

@@ -1,4 +1,5 @@
-"""Sampling from logits: the distribution, its truncations and the repetition penalty against Hugging Face's, log-probabilities."""
+"""Sampling from logits: the distribution, its truncations and the repetition penalty against
+Hugging Face's, log-probabilities."""
 
 import pytest
 import torch
@@ -20,11 +21,18 @@ def pick(logits, uniforms, temperature=1.0, top_k=0, top_p=1.0):
     return choose(logits, torch.full((rows,), temperature), uniforms, *truncation)
 
 
-@pytest.mark.parametrize(("temperature", "top_k", "top_p", "alive"), [
-    (0.7, 0, 1.0, 16), (1.0, 6, 1.0, 6), (1.3, 0, 0.7, 6), (0.9, 9, 0.8, 5),
-])
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p", "alive"),
+    [
+        (0.7, 0, 1.0, 16),
+        (1.0, 6, 1.0, 6),
+        (1.3, 0, 0.7, 6),
+        (0.9, 9, 0.8, 5),
+    ],
+)
 def test_sampling_follows_the_distribution(temperature, top_k, top_p, alive):
-    """Pearson's chi-square of 20,000 draws against Hugging Face's warped softmax; at most the 99.9% point of its degrees of freedom."""
+    """Pearson's chi-square of 20,000 draws against Hugging Face's warped softmax; at most the 99.9%
+    point of its degrees of freedom."""
     logits = torch.linspace(-2, 2, 16)[torch.randperm(16, generator=torch.Generator().manual_seed(1))]
     warped = (logits / temperature)[None]
     if top_k:
@@ -73,7 +81,9 @@ def test_the_repetition_penalty_is_hugging_face_s():
     logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(0))
     tokens = torch.tensor([[1, 5, 5, 7], [0, 2, 4, 19], [3, 3, 3, 3]])
     seen = torch.zeros(3, 20, dtype=torch.bool).scatter_(1, tokens, True)
-    assert torch.equal(penalise(logits, seen, torch.full((3,), 1.3)), RepetitionPenaltyLogitsProcessor(1.3)(tokens, logits))
+    assert torch.equal(
+        penalise(logits, seen, torch.full((3,), 1.3)), RepetitionPenaltyLogitsProcessor(1.3)(tokens, logits)
+    )
 
 
 def test_greedy_takes_the_first_of_equals_and_its_probability_at_temperature_one():
@@ -99,22 +109,41 @@ VOCAB = 700
 
 
 def hard_rows() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(logits, temperatures, uniforms, the only right token or -1) of rows that ranks could choose differently for."""
+    """(logits, temperatures, uniforms, the only right token or -1) of rows that ranks could choose
+    differently for."""
     flat = torch.full((VOCAB,), NONE)
     flat[:512] = 0  # each weighs 1/512: sums are exact
     low, high = flat.clone(), flat.clone()
     low[250:512], high[:600] = NONE, NONE  # a whole rank's columns weigh nothing
     high[600:] = 0
-    far, peaks, holes = torch.full((VOCAB,), -1e4), torch.randn(VOCAB, generator=torch.Generator().manual_seed(4)), flat.clone()
+    far, peaks, holes = (
+        torch.full((VOCAB,), -1e4),
+        torch.randn(VOCAB, generator=torch.Generator().manual_seed(4)),
+        flat.clone(),
+    )
     far[[300, 650]] = 1e4
     peaks[[255, 256, 384, 699]] = 9.0
     holes[[0, 255, 256, 257, 383, 384, 511]] = NONE
     last = 1 - 2**-24
-    rows = [(flat, 1.0, k / 512, k) for k in (0, 1, 255, 256, 257, 383, 384, 385, 511)]  # a draw on an edge goes to what follows it
+    rows = [
+        (flat, 1.0, k / 512, k) for k in (0, 1, 255, 256, 257, 383, 384, 385, 511)
+    ]  # a draw on an edge goes to what follows it
     rows += [(flat, 1.0, k / 512 - 2**-24, k - 1) for k in (1, 256, 257, 384, 385, 511)] + [(flat, 1.0, last, 511)]
     rows += [(low, 1.0, u, -1) for u in (0.0, 0.5, last)] + [(high, 0.7, 0.0, 600), (high, 0.7, last, 699)]
-    rows += [(far, 1.0, 0.0, 300), (far, 1.0, 0.49, 300), (far, 1.0, 0.51, 650), (far, 1.0, last, 650), (far, 0.0, 0.9, 300)]
-    rows += [(peaks, 0.0, 0.99, 255), (high, 0.0, 0.3, 600), (flat, 0.0, 0.0, 0), (holes, 1.0, 0.0, 1), (holes, 1.0, last, 510)]
+    rows += [
+        (far, 1.0, 0.0, 300),
+        (far, 1.0, 0.49, 300),
+        (far, 1.0, 0.51, 650),
+        (far, 1.0, last, 650),
+        (far, 0.0, 0.9, 300),
+    ]
+    rows += [
+        (peaks, 0.0, 0.99, 255),
+        (high, 0.0, 0.3, 600),
+        (flat, 0.0, 0.0, 0),
+        (holes, 1.0, 0.0, 1),
+        (holes, 1.0, last, 510),
+    ]
     logits, temperature, uniforms, right = zip(*rows, strict=True)
     return torch.stack(logits), torch.tensor(temperature), torch.tensor(uniforms), torch.tensor(right)
 
@@ -129,15 +158,21 @@ def many_rows() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def chosen_from_shards():
     group = dist.group.WORLD
-    return [tp_sampling.choose(torch_ops, shard(logits, group.rank(), group.size()), temperature, uniforms, group)
-            for logits, temperature, uniforms in (hard_rows()[:3], many_rows())]
+    return [
+        tp_sampling.choose(torch_ops, shard(logits, group.rank(), group.size()), temperature, uniforms, group)
+        for logits, temperature, uniforms in (hard_rows()[:3], many_rows())
+    ]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_ranks_with_some_columns_each_choose_what_one_with_all_does(ranks):
     first, *others = run(chosen_from_shards, 1, 1, ranks)
     for other in others:
-        assert all(torch.equal(x, y) for mine, theirs in zip(first, other, strict=True) for x, y in zip(mine, theirs, strict=True))
+        assert all(
+            torch.equal(x, y)
+            for mine, theirs in zip(first, other, strict=True)
+            for x, y in zip(mine, theirs, strict=True)
+        )
     *given, right = hard_rows()
     tokens, logprobs = first[0]
     assert torch.equal(tokens[right >= 0], right[right >= 0])

@@ -1,4 +1,5 @@
-"""A checkpoint is whole or not there, at whatever moment its writers die; it loads at any layout; a damaged one is refused by name."""
+"""A checkpoint is whole or not there, at whatever moment its writers die; it loads at any layout; a
+damaged one is refused by name."""
 
 import io
 import itertools
@@ -57,13 +58,25 @@ def loaded(stage: Path, layout: tuple[int, int, int], number: int, **values) -> 
     run(load, *layout)
 
 
-LAYOUTS = [(1, 1, 1, 1), (2, 1, 1, 1), (1, 2, 2, 1), (3, 1, 1, 1), (1, 2, 1, 2), (1, 4, 1, 1), (2, 2, 1, 2), (1, 1, 3, 1), (2, 1, 2, 1),
-           (1, 3, 1, 1)]
-"""TP x PP x DP and parts of a stage (interleaved schedule); three stages for four layers: an uneven split."""
+LAYOUTS = [
+    (1, 1, 1, 1),
+    (2, 1, 1, 1),
+    (1, 2, 2, 1),
+    (3, 1, 1, 1),
+    (1, 2, 1, 2),
+    (1, 4, 1, 1),
+    (2, 2, 1, 2),
+    (1, 1, 3, 1),
+    (2, 1, 2, 1),
+    (1, 3, 1, 1),
+]
+"""TP x PP x DP and parts of a stage (interleaved schedule); three stages for four layers: an uneven
+split."""
 
 
 def test_every_element_survives_a_walk_through_layouts(tmp_path):
-    """Each layout loads what the one before saved, and saves: bf16 weights, fp32 masters and both moments, padding zero."""
+    """Each layout loads what the one before saved, and saves: bf16 weights, fp32 masters and both
+    moments, padding zero."""
 
     def move(layout, number):
         parallel_state.destroy_model_parallel()
@@ -71,7 +84,11 @@ def test_every_element_survives_a_walk_through_layouts(tmp_path):
         config = settings(tmp_path, layout[:2], virtual_pipeline=layout[3])
         made = learner(config)
         if number > 1:
-            assert format.load(format.resolve(tmp_path), {"model": made})["iteration"] == number - 1 == made.schedule.num_steps
+            assert (
+                format.load(format.resolve(tmp_path), {"model": made})["iteration"]
+                == number - 1
+                == made.schedule.num_steps
+            )
             assert wrong(made, number - 1) == []
         fill(made, number)
         made.schedule.num_steps = number
@@ -88,14 +105,17 @@ def test_boxes_are_the_range_in_order():
         start = draw.randint(0, math.prod(shape))
         stop = draw.randint(start, math.prod(shape))
         index = torch.arange(math.prod(shape)).view(shape)
-        found = [index[tuple(slice(o, o + s) for o, s in zip(offset, size, strict=True))].reshape(-1)
-                 for offset, size in boxes(shape, start, stop)]
+        found = [
+            index[tuple(slice(o, o + s) for o, s in zip(offset, size, strict=True))].reshape(-1)
+            for offset, size in boxes(shape, start, stop)
+        ]
         assert torch.cat([*found, torch.empty(0, dtype=torch.long)]).tolist() == list(range(start, stop))
         assert len(found) <= 2 * len(shape) - 1
 
 
 def test_staging_keeps_a_place_for_each_tensor_at_one_address_and_none_for_those_that_are_gone():
-    """A weight, and its first elements' box of the optimizer's, begin at one address. Replaced buffers would stay pinned for ever."""
+    """A weight, and its first elements' box of the optimizer's, begin at one address. Replaced
+    buffers would stay pinned for ever."""
     weight, staging = torch.arange(8.0), writer._Staging()
     for _ in range(2):
         assert torch.equal(staging.copy(weight), weight) and torch.equal(staging.copy(weight[:3]), weight[:3])
@@ -112,12 +132,14 @@ def test_staging_keeps_a_place_for_each_tensor_at_one_address_and_none_for_those
 
 FILE_CALLS = {"open", "write", "fsync", "replace", "rename", "mkdir", "unlink", "rmdir", "close"}
 RAW_WRITES = 100
-"""Of the tensors' writes (97 % of all calls) one in so many is a point, so that naming, renaming and deleting get most of them."""
+"""Of the tensors' writes (97 % of all calls) one in so many is a point, so that naming, renaming
+and deleting get most of them."""
 
 
 def _attempt(rank: int, folder: str, stage: str, victim: int, nth: int, asynchronous: bool) -> None:
-    """One rank of a job: load what ``latest`` names, check it, save once, save again; ``victim`` dies at its ``nth`` call to the
-    file system in that second save, whichever thread makes it (RAW_WRITES)."""
+    """One rank of a job: load what ``latest`` names, check it, save once, save again; ``victim``
+    dies at its ``nth`` call to the file system in that second save, whichever thread makes it
+    (RAW_WRITES)."""
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
     calls, writes = itertools.count(), itertools.count()
@@ -152,10 +174,14 @@ def _attempt(rank: int, folder: str, stage: str, victim: int, nth: int, asynchro
 
 
 def job(stage: Path, victim: int, nth: int, asynchronous: bool) -> list[int]:
-    """Both ranks in processes of their own; the first to die takes the other with it -> file-system calls of each, if all went well."""
+    """Both ranks in processes of their own; the first to die takes the other with it -> file-system
+    calls of each, if all went well."""
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
-        processes = [context.Process(target=_attempt, args=(rank, folder, str(stage), victim, nth, asynchronous)) for rank in range(2)]
+        processes = [
+            context.Process(target=_attempt, args=(rank, folder, str(stage), victim, nth, asynchronous))
+            for rank in range(2)
+        ]
         for process in processes:
             process.start()
         multiprocessing.connection.wait([process.sentinel for process in processes], timeout=60)
@@ -178,18 +204,26 @@ def test_kill_9_at_20_random_points_of_a_save(tmp_path):
     for number in range(20):
         before = format.latest(tmp_path)
         victim = draw.randrange(2)
-        nth = total[victim] - 1 - int(total[victim] * draw.random() ** 2)  # towards the end: renaming, ``latest``, deleting
-        assert not job(tmp_path, victim, nth, asynchronous=bool(number % 2)), f"call {nth} of {total[victim]} was never made"
+        nth = (
+            total[victim] - 1 - int(total[victim] * draw.random() ** 2)
+        )  # towards the end: renaming, ``latest``, deleting
+        assert not job(tmp_path, victim, nth, asynchronous=bool(number % 2)), (
+            f"call {nth} of {total[victim]} was never made"
+        )
         done.append(format.latest(tmp_path) - before - 1)
         checksums.check(format.resolve(tmp_path))
-    assert set(done) == {0, 1}, "some died before their checkpoint was named, some after; the save before the kill is always there"
+    assert set(done) == {0, 1}, (
+        "some died before their checkpoint was named, some after; the save before the kill is always there"
+    )
     assert job(tmp_path, 0, -1, True), "what the kills left behind is in nobody's way"
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
-        format.folder(tmp_path, number).name for number in format.iterations(tmp_path)]
+        format.folder(tmp_path, number).name for number in format.iterations(tmp_path)
+    ]
 
 
 def test_an_asynchronous_save_holds_the_step_it_was_asked_at(tmp_path):
-    """Training goes on and overwrites every tensor before a byte is written; a later boundary publishes; times are told once."""
+    """Training goes on and overwrites every tensor before a byte is written; a later boundary
+    publishes; times are told once."""
 
     def train():
         config = settings(tmp_path, (1, 2), async_save=True)
@@ -222,7 +256,8 @@ def test_an_asynchronous_save_holds_the_step_it_was_asked_at(tmp_path):
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_writer_that_fails_is_an_error_on_every_rank(tmp_path, asynchronous):
-    """The operating system refuses bytes of rank 1's second file: rank, file and cause in one message; the checkpoint before is whole."""
+    """The operating system refuses bytes of rank 1's second file: rank, file and cause in one
+    message; the checkpoint before is whole."""
     saved(tmp_path, (1, 2, 1), 1)
 
     def save():
@@ -242,9 +277,13 @@ def test_a_writer_that_fails_is_an_error_on_every_rank(tmp_path, asynchronous):
 
     first, second = run(save, 1, 2, 1)
     assert first == second
-    assert "saving iteration 2 failed on rank 1" in first and "File too large" in first and "model/__1_0.distcp" in first
+    assert (
+        "saving iteration 2 failed on rank 1" in first and "File too large" in first and "model/__1_0.distcp" in first
+    )
     assert "iteration 1 is whole" in first
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["iter_0000001"] and format.latest(tmp_path) == 1
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["iter_0000001"] and format.latest(
+        tmp_path
+    ) == 1
     loaded(tmp_path, (1, 1, 1), 1)
 
 
@@ -253,7 +292,9 @@ def small_disk(tmp_path):
     """A file system of 3 MB: two checkpoints of the small model do not fit."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "convoy-test", str(folder)], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "convoy-test", str(folder)], capture_output=True
+    ).returncode:
         pytest.skip("mounting a small file system needs root")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
@@ -283,9 +324,13 @@ def test_a_full_disk_leaves_the_checkpoint_before(small_disk, told):
 def test_sha256sum_agrees(tmp_path):
     saved(tmp_path, (1, 2, 1), 1)
     folder = format.folder(tmp_path, 1)
-    shown = subprocess.run(["sha256sum", "--strict", "-c", "SHA256"], cwd=folder, capture_output=True, text=True, check=True)
+    shown = subprocess.run(
+        ["sha256sum", "--strict", "-c", "SHA256"], cwd=folder, capture_output=True, text=True, check=True
+    )
     assert sorted(line.partition(":")[0] for line in shown.stdout.splitlines()) == checksums.files(folder)
-    assert {"state.json", "model/.metadata", "model/common.pt", "model/metadata.json", "model/__1_0.distcp"} <= set(checksums.files(folder))
+    assert {"state.json", "model/.metadata", "model/common.pt", "model/metadata.json", "model/__1_0.distcp"} <= set(
+        checksums.files(folder)
+    )
 
 
 def truncate(path: Path) -> None:
@@ -298,15 +343,23 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize(("name", "harm", "message"), [
-    ("model/__0_0.distcp", flip, "does not have the sha256"), ("model/__1_0.distcp", truncate, "does not have the sha256"),
-    ("model/.metadata", truncate, "does not have the sha256"), ("state.json", flip, "does not have the sha256"),
-    ("model/__0_0.distcp", Path.unlink, "is missing"), ("SHA256", Path.unlink, "is missing: not a complete checkpoint"),
-    ("SHA256", truncate, "truncated or overwritten"), ("SHA256", lambda path: path.write_text(""), "truncated or overwritten"),
-    ("SHA256", lambda path: path.write_text("0" * 64 + "  ../../secret\n"), "not below"),
-])
+@pytest.mark.parametrize(
+    ("name", "harm", "message"),
+    [
+        ("model/__0_0.distcp", flip, "does not have the sha256"),
+        ("model/__1_0.distcp", truncate, "does not have the sha256"),
+        ("model/.metadata", truncate, "does not have the sha256"),
+        ("state.json", flip, "does not have the sha256"),
+        ("model/__0_0.distcp", Path.unlink, "is missing"),
+        ("SHA256", Path.unlink, "is missing: not a complete checkpoint"),
+        ("SHA256", truncate, "truncated or overwritten"),
+        ("SHA256", lambda path: path.write_text(""), "truncated or overwritten"),
+        ("SHA256", lambda path: path.write_text("0" * 64 + "  ../../secret\n"), "not below"),
+    ],
+)
 def test_a_damaged_checkpoint_is_refused_with_its_file(whole, tmp_path, name, harm, message):
-    """On both ranks alike, whichever of them read the file; the launcher's check says the same without torch."""
+    """On both ranks alike, whichever of them read the file; the launcher's check says the same
+    without torch."""
     subprocess.run(["cp", "-r", f"{whole}/.", str(tmp_path)], check=True)
     folder = format.folder(tmp_path, 2)
     harm(folder / name)
@@ -350,7 +403,8 @@ class Evil:
 
 
 def test_no_pickle_of_a_checkpoint_runs_code(whole, tmp_path):
-    """Neither one in .metadata nor an entry that claims to be bytes, which torch would unpickle, with checksums that agree."""
+    """Neither one in .metadata nor an entry that claims to be bytes, which torch would unpickle,
+    with checksums that agree."""
     subprocess.run(["cp", "-r", f"{whole}/.", str(tmp_path)], check=True)
     folder, mark = format.folder(tmp_path, 2), tmp_path / "executed"
     metadata = folder / "model" / ".metadata"
@@ -372,7 +426,9 @@ def test_no_pickle_of_a_checkpoint_runs_code(whole, tmp_path):
     metadata.write_bytes(pickle.dumps(described))
     refuse(r"posix\.mkdir")
     described.storage_meta = None
-    described.state_dict_metadata["embedding.word_embeddings.weight"] = torch.distributed.checkpoint.metadata.BytesStorageMetadata()
+    described.state_dict_metadata["embedding.word_embeddings.weight"] = (
+        torch.distributed.checkpoint.metadata.BytesStorageMetadata()
+    )
     metadata.write_bytes(pickle.dumps(described))
     refuse("BytesStorageMetadata")
     metadata.write_bytes(metadata.read_bytes()[:100])

@@ -8,14 +8,19 @@ import torch
 from training.config.trainers import Paths, SFTConfig
 from training.optim.optimizer import make_schedule
 
-FORMS = {"cosine": lambda done: (1 + math.cos(math.pi * done)) / 2, "linear": lambda done: 1 - done, "constant": lambda done: 1.0}
+FORMS = {
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+    "linear": lambda done: 1 - done,
+    "constant": lambda done: 1.0,
+}
 """Share of the way from ``min_lr`` to ``lr`` when ``done`` (0..1) of the decay is."""
 
 
 @pytest.mark.parametrize("schedule", FORMS)
 @pytest.mark.parametrize(("steps", "warmup", "lowest"), [(20, 5, 0.0), (20, 0, 2e-4), (3, 2, 0.0)])
 def test_rates_are_those_of_the_closed_form(schedule, steps, warmup, lowest):
-    """Step k of n uses the rate after k ticks of n + 1: no step is at 0, where nothing is learned, neither the first nor the last."""
+    """Step k of n uses the rate after k ticks of n + 1: no step is at 0, where nothing is learned,
+    neither the first nor the last."""
     config = SFTConfig(paths=Paths("", "", "", "", ""), schedule=schedule, lr=1e-3, min_lr=lowest, warmup_iterations=0)
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=0.0)
     made = make_schedule(optimizer, config, 1e-3, steps, warmup)

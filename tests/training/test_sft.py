@@ -20,10 +20,13 @@ def rows(stage) -> list[dict]:
     return [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize(("layout", "values"), [((1, 1, 1), {}), ((2, 2, 1), {"sequence_parallel": True}),
-                                                ((1, 2, 2), {"micro_batch_size": 1})])
+@pytest.mark.parametrize(
+    ("layout", "values"),
+    [((1, 1, 1), {}), ((2, 2, 1), {"sequence_parallel": True}), ((1, 2, 2), {"micro_batch_size": 1})],
+)
 def test_packed_training_equals_unpacked_training(small_run, tmp_path, layout, values):
-    """Four steps: loss, gradient norm and, since weights follow from them, the held-out loss at the end; fp32 rounding."""
+    """Four steps: loss, gradient norm and, since weights follow from them, the held-out loss at the
+    end; fp32 rounding."""
     settings = dict(layout=layout[:2], iterations=4, eval_every=4, seq_length=96, global_batch_size=16, **values)
     for packing in (True, False):
         run(sft.run, *layout, small_run.sft(tmp_path / str(packing), packing=packing, **settings))
@@ -37,8 +40,8 @@ def test_packed_training_equals_unpacked_training(small_run, tmp_path, layout, v
 
 
 def test_the_loss_is_that_of_hugging_face_with_labels(small_run, tmp_path):
-    """``model(labels=...)`` on the same examples, prompt and padding at -100: the first step's loss (packed, two ranks) and the held-out
-    one. Rows, ids and EOS are made anew here."""
+    """``model(labels=...)`` on the same examples, prompt and padding at -100: the first step's loss
+    (packed, two ranks) and the held-out one. Rows, ids and EOS are made anew here."""
     config = small_run.sft(tmp_path, iterations=1, lr=1e-30, seq_length=96, global_batch_size=16)
     config = replace(config, paths=replace(config.paths, init=str(small_run.folder / "sft")))
     run(sft.run, 1, 2, 1, replace(config, pipeline_parallel=2))
@@ -50,11 +53,20 @@ def test_the_loss_is_that_of_hugging_face_with_labels(small_run, tmp_path):
     def loss(lines: list[str]) -> float:
         tokens, labels = [], []
         for row in map(json.loads, lines):
-            prompt, reply = tokenizer.encode(row["prompt"]).ids, [*tokenizer.encode(row["response"]).ids, model.config.eos_token_id]
+            prompt, reply = (
+                tokenizer.encode(row["prompt"]).ids,
+                [*tokenizer.encode(row["response"]).ids, model.config.eos_token_id],
+            )
             tokens.append(torch.tensor(prompt + reply))
             labels.append(torch.tensor([-100] * len(prompt) + reply))
-        ids, targets, kept = (pad_sequence(rows, batch_first=True, padding_value=fill) for rows, fill in (
-            (tokens, model.config.pad_token_id), (labels, -100), ([torch.ones_like(row) for row in tokens], 0)))
+        ids, targets, kept = (
+            pad_sequence(rows, batch_first=True, padding_value=fill)
+            for rows, fill in (
+                (tokens, model.config.pad_token_id),
+                (labels, -100),
+                ([torch.ones_like(row) for row in tokens], 0),
+            )
+        )
         with torch.no_grad():
             return model(input_ids=ids, attention_mask=kept, labels=targets).loss.item()
 

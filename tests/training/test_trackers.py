@@ -1,4 +1,5 @@
-"""W&B offline and MLflow in a folder, the real packages where they are installed; what is refused without them."""
+"""W&B offline and MLflow in a folder, the real packages where they are installed; what is refused
+without them."""
 
 import importlib.util
 import json
@@ -14,12 +15,16 @@ from training.config.schema import ConfigError
 from training.metrics import trackers
 
 
-@pytest.mark.parametrize(("values", "message"), [
-    ({"wandb": "online"}, "wandb = .online. needs WANDB_API_KEY in the environment"),
-    ({"mlflow": "http://me:secret@host:5000"}, "mlflow: a user name or password in the address"),
-    ({"mlflow": "http://token@host:5000"}, "mlflow: a user name or password in the address"),
-    ({"wandb": "offline"}, "wandb = 'offline': the package is not installed .*; python -m pip install wandb, or"),
-    ({"mlflow": "/tmp/x"}, "python -m pip install mlflow-skinny, or")])
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"wandb": "online"}, "wandb = .online. needs WANDB_API_KEY in the environment"),
+        ({"mlflow": "http://me:secret@host:5000"}, "mlflow: a user name or password in the address"),
+        ({"mlflow": "http://token@host:5000"}, "mlflow: a user name or password in the address"),
+        ({"wandb": "offline"}, "wandb = 'offline': the package is not installed .*; python -m pip install wandb, or"),
+        ({"mlflow": "/tmp/x"}, "python -m pip install mlflow-skinny, or"),
+    ],
+)
 def test_a_tracker_that_can_t_work_is_refused_before_training(values, message, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     missing = "not installed" in message or "pip install" in message
@@ -31,7 +36,11 @@ def test_a_tracker_that_can_t_work_is_refused_before_training(values, message, m
 
 
 def test_this_machine_is_excepted_from_the_sites_proxy(monkeypatch):
-    for before, after in (("", "localhost,127.0.0.1,::1"), ("a.site, localhost", "a.site,localhost,127.0.0.1,::1"), ("*", "*")):
+    for before, after in (
+        ("", "localhost,127.0.0.1,::1"),
+        ("a.site, localhost", "a.site,localhost,127.0.0.1,::1"),
+        ("*", "*"),
+    ):
         monkeypatch.delenv("no_proxy", raising=False)
         monkeypatch.setenv("NO_PROXY", before)
         trackers.reach_loopback_directly()
@@ -39,7 +48,10 @@ def test_this_machine_is_excepted_from_the_sites_proxy(monkeypatch):
     monkeypatch.setenv("http_proxy", "http://me:geheim@proxy:3128")
     monkeypatch.setenv("no_proxy", "near")
     said = trackers._proxy(settings(mlflow="http://far:5000"), "mlflow")
-    assert "the proxy http://proxy:3128 of http_proxy" in said and trackers._proxy(settings(mlflow="http://near:5000"), "mlflow") == ""
+    assert (
+        "the proxy http://proxy:3128 of http_proxy" in said
+        and trackers._proxy(settings(mlflow="http://near:5000"), "mlflow") == ""
+    )
 
 
 def test_nothing_is_asked_for_nothing_is_imported(tmp_path):
@@ -47,7 +59,6 @@ def test_nothing_is_asked_for_nothing_is_imported(tmp_path):
     config = replace(config, paths=replace(config.paths, output=str(tmp_path)))
     trackers.check(config)
     assert trackers.start(config) == [] and not list(tmp_path.iterdir())
-
 
 
 def losses(stage) -> list[float]:
@@ -58,7 +69,10 @@ def test_mlflow_has_the_numbers_of_both_attempts_in_one_run(small_run, tmp_path,
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE", raising=False)
     run(sft.run, 1, 1, 1, small_run.sft(tmp_path / "refused", iterations=1, mlflow=f"file://{tmp_path}/store"))
-    assert "warning: mlflow does not answer, the run goes on without it: The filesystem tracking backend" in capfd.readouterr().out
+    assert (
+        "warning: mlflow does not answer, the run goes on without it: The filesystem tracking backend"
+        in capfd.readouterr().out
+    )
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     stage, store = tmp_path / "sft", f"file://{tmp_path}/store"
     for iterations in (2, 4):

@@ -1,6 +1,8 @@
-"""``SHA256``: the checksums of a checkpoint's files, in sha256sum's format. Standard library only; the launcher uses it, too.
+"""``SHA256``: the checksums of a checkpoint's files, in sha256sum's format. Standard library only;
+the launcher uses it, too.
 
-Every ``iter_0000100/`` holds one, written last, so ``cd iter_0000100 && sha256sum -c SHA256`` checks it by hand.
+Every ``iter_0000100/`` holds one, written last, so ``cd iter_0000100 && sha256sum -c SHA256``
+checks it by hand.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ _LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 
 
 class Damaged(ValueError):  # noqa: N818 - what is wrong with the checkpoint
-    """A checkpoint that must not be used; the message names the file and what to do, ``what`` only the first."""
+    """A checkpoint that must not be used; the message names the file and what to do, ``what`` only
+    the first."""
 
     def __init__(self, what: str, fix: str = ""):
         super().__init__(f"{what}. {fix}" if fix else what)
@@ -44,14 +47,16 @@ def touched(path: str | Path) -> list[int]:
 
 
 def mark(path: str | Path, weights: bool = False) -> dict:
-    """What ``same`` tells a file by: its sha256, and what changes when it is written. Of ``weights``
-    it is the sha256 of their ends and of blocks between: others differ everywhere, and they are large."""
+    """What ``same`` tells a file by: its sha256, and what changes when it is written. Of
+    ``weights`` it is the sha256 of their ends and of blocks between: others differ everywhere, and
+    they are large."""
     before = touched(path)
     return {"sampled": sampled(path), "touched": before} if weights else {"sha256": digest(path), "touched": before}
 
 
 def sampled(path: str | Path, blocks: int = 64, size: int = 1 << 16) -> str:
-    """sha256 of a file's length and of ``blocks`` evenly spread blocks of ``size`` bytes, its ends among them."""
+    """sha256 of a file's length and of ``blocks`` evenly spread blocks of ``size`` bytes, its ends
+    among them."""
     length = os.stat(path).st_size
     made = hashlib.sha256(str(length).encode())
     with open(path, "rb") as file:
@@ -77,7 +82,8 @@ def files(folder: str | Path) -> list[str]:
 
 
 def digests(folder: str | Path, names: Collection[Name]) -> dict[Name, str]:
-    """sha256 of each of the files ``names`` of ``folder`` ("": of paths as they are), several at a time."""
+    """sha256 of each of the files ``names`` of ``folder`` ("": of paths as they are), several at a
+    time."""
     from concurrent.futures import ThreadPoolExecutor  # late: the launcher's commands are quick
 
     with ThreadPoolExecutor(min(16, len(os.sched_getaffinity(0)))) as pool:
@@ -85,7 +91,8 @@ def digests(folder: str | Path, names: Collection[Name]) -> dict[Name, str]:
 
 
 def write(folder: str | Path, known: dict[str, str] | None = None) -> None:
-    """Write ``folder``/SHA256, durably: digests in ``known`` are taken as they are, other files are read."""
+    """Write ``folder``/SHA256, durably: digests in ``known`` are taken as they are, other files are
+    read."""
     known = known or {}
     made = {**known, **digests(folder, [name for name in files(folder) if name not in known])}
     with open(Path(folder, NAME), "w", encoding="utf-8") as file:
@@ -95,14 +102,17 @@ def write(folder: str | Path, known: dict[str, str] | None = None) -> None:
 
 
 def read(folder: str | Path) -> dict[str, str]:
-    """File name -> digest as SHA256 lists them. Raises Damaged where it is missing, empty or not in its format."""
+    """File name -> digest as SHA256 lists them. Raises Damaged where it is missing, empty or not in
+    its format."""
     path = Path(folder, NAME)
     try:
         text = read_text(path)
     except FileNotFoundError:
         older = f"cd {folder} && find . -type f -printf '%P\\0' | xargs -0 sha256sum > /tmp/{NAME} && mv /tmp/{NAME} ."
-        raise Damaged(f"{path} is missing: not a complete checkpoint",
-                      f"{_fix(folder)}. If it is whole and only older than checksums: {older}") from None
+        raise Damaged(
+            f"{path} is missing: not a complete checkpoint",
+            f"{_fix(folder)}. If it is whole and only older than checksums: {older}",
+        ) from None
     except Unfit as error:
         raise Damaged(str(error), _fix(folder)) from None
     matches = [_LINE.fullmatch(line) for line in text.splitlines()]
@@ -116,9 +126,11 @@ def read(folder: str | Path) -> dict[str, str]:
 
 
 def check(folder: str | Path, below: str = "", largest: int | None = None) -> dict[str, str]:
-    """Digests of the files that SHA256 lists; raises Damaged, naming the file, where one is gone or changed.
+    """Digests of the files that SHA256 lists; raises Damaged, naming the file, where one is gone or
+    changed.
 
-    ``below`` limits the check to a sub-folder ("policy"); ``largest`` (bytes) to files up to that size: of others only presence is checked.
+    ``below`` limits the check to a sub-folder ("policy"); ``largest`` (bytes) to files up to that
+    size: of others only presence is checked.
     """
     listed = select(read(folder), below)
     sizes = present(folder, listed)
@@ -142,19 +154,26 @@ def present(folder: str | Path, listed: Collection[str]) -> dict[str, int]:
 
 
 def compare(folder: str | Path, listed: dict[str, str], names: Collection[str]) -> dict[str, str]:
-    """Raise Damaged for the first of ``names`` whose content is not what ``listed`` says; their digests."""
+    """Raise Damaged for the first of ``names`` whose content is not what ``listed`` says; their
+    digests."""
     content = digests(folder, names)
     for name, found in content.items():
         if found != listed[name]:
             path = Path(folder, name)
-            raise Damaged(f"{path} ({path.stat().st_size:,} bytes) does not have the sha256 that {NAME} lists: truncated or changed",
-                          _fix(folder))
+            raise Damaged(
+                f"{path} ({path.stat().st_size:,} bytes) does not have the sha256 that {NAME} lists: truncated or changed",
+                _fix(folder),
+            )
     return content
 
 
 def _fix(folder: str | Path) -> str:
     number = Path(folder).name.removeprefix("iter_").lstrip("0") or "0"
-    others = sorted(int(path.name[5:]) for path in Path(folder).parent.glob("iter_*") if path.name[5:].isdigit() and path != Path(folder))
+    others = sorted(
+        int(path.name[5:])
+        for path in Path(folder).parent.glob("iter_*")
+        if path.name[5:].isdigit() and path != Path(folder)
+    )
     if not others:
         return f"It can't be used; remove {folder}"
     return f"It can't be used; resume from another with --load-iteration (there are: {', '.join(map(str, others))}), not from {number}"

@@ -1,9 +1,11 @@
-"""Checkpoints: complete or not there. ``<stage>/checkpoints/iter_0000100/<model>/`` is a megatron-core ``torch_dist`` folder.
+"""Checkpoints: complete or not there. ``<stage>/checkpoints/iter_0000100/<model>/`` is a
+megatron-core ``torch_dist`` folder.
 
-A checkpoint is written beside its place (training/checkpoint/writer.py), fsynced, renamed, and only then named by ``<stage>/latest``. It
-holds weights and optimizer of every trained model, in state.json all else that the loop reads, and in SHA256 the checksums,
-which every load checks first. No random state is kept: dropout is off and every draw is seeded by (seed, iteration). The
-layout is free: any TP x PP x DP loads it.
+A checkpoint is written beside its place (training/checkpoint/writer.py), fsynced, renamed, and only
+then named by ``<stage>/latest``. It holds weights and optimizer of every trained model, in
+state.json all else that the loop reads, and in SHA256 the checksums, which every load checks first.
+No random state is kept: dropout is off and every draw is seeded by (seed, iteration). The layout is
+free: any TP x PP x DP loads it.
 """
 
 from __future__ import annotations
@@ -30,20 +32,24 @@ def folder(stage: str | Path, iteration: int) -> Path:
 
 
 def iterations(stage: str | Path) -> list[int]:
-    """Iterations saved in a stage's folder, ascending; folders of other names (iter_0000100.old) are no checkpoints."""
+    """Iterations saved in a stage's folder, ascending; folders of other names (iter_0000100.old)
+    are no checkpoints."""
     names = (path.name.removeprefix("iter_") for path in (Path(stage) / "checkpoints").glob("iter_*"))
     return sorted(int(name) for name in names if name.isdigit())
 
 
 def latest(stage: str | Path) -> int | None:
-    """The iteration that ``latest`` names, or None where there is no such file. Raises ConfigError where it holds no number."""
+    """The iteration that ``latest`` names, or None where there is no such file. Raises ConfigError
+    where it holds no number."""
     path = Path(stage) / "latest"
     if not path.is_file():
         return None
     text = path.read_text(encoding="utf-8", errors="replace").strip()
     if not text.isdigit():
-        raise ConfigError(f"{path} holds {text[:40]!r}, no iteration; {_present(stage)}: write one of them into it, or resume with "
-                          "--load-iteration")
+        raise ConfigError(
+            f"{path} holds {text[:40]!r}, no iteration; {_present(stage)}: write one of them into it, or resume with "
+            "--load-iteration"
+        )
     return int(text)
 
 
@@ -52,7 +58,9 @@ def resolve(stage: str | Path, iteration: int = 0) -> Path:
     present = iterations(stage)
     wanted = iteration or latest(stage)
     if wanted not in present:
-        raise ConfigError(f"{stage}: checkpoint of iteration {'(last)' if wanted is None else wanted} is not there; {_present(stage)}")
+        raise ConfigError(
+            f"{stage}: checkpoint of iteration {'(last)' if wanted is None else wanted} is not there; {_present(stage)}"
+        )
     return folder(stage, wanted)
 
 
@@ -61,9 +69,11 @@ def _present(stage: str | Path) -> str:
 
 
 def publish(stage: str | Path, aside: Path, iteration: int, digests: dict[str, str] | None = None) -> None:
-    """Make the complete checkpoint ``aside`` the stage's iteration, durably: checksums, fsync, rename, ``latest``.
+    """Make the complete checkpoint ``aside`` the stage's iteration, durably: checksums, fsync,
+    rename, ``latest``.
 
-    ``digests``: sha256 by file name below ``aside`` where they are known; other files are read again.
+    ``digests``: sha256 by file name below ``aside`` where they are known; other files are read
+    again.
     """
     _check_attempt(Path(stage))
     target, mark = folder(stage, iteration), Path(stage) / "latest"
@@ -72,7 +82,8 @@ def publish(stage: str | Path, aside: Path, iteration: int, digests: dict[str, s
         sync(path)
     _write(mark.with_suffix(PENDING), f"{iteration}\n")
     if target.exists():
-        if latest(stage) == iteration:  # a kill between here and the end must not leave ``latest`` naming nothing
+        # a kill between here and the end must not leave ``latest`` naming nothing
+        if latest(stage) == iteration:
             mark.unlink()
         _remove(target)
     os.replace(aside, target)
@@ -86,17 +97,25 @@ PENDING = ".pending"
 
 
 def begin_from(stage: str | Path) -> int | None:
-    """The iteration to go on from, None where nothing is saved. Where a kill came between a checkpoint's rename and ``latest``'s, the
-    latter is made up for; for one rank. Raises ConfigError where there are checkpoints and ``latest`` is gone: which of them is meant
-    can't be known, and a start from scratch would overwrite them."""
+    """The iteration to go on from, None where nothing is saved. Where a kill came between a
+    checkpoint's rename and ``latest``'s, the latter is made up for; for one rank. Raises
+    ConfigError where there are checkpoints and ``latest`` is gone: which of them is meant can't be
+    known, and a start from scratch would overwrite them."""
     mark, present = Path(stage) / "latest", iterations(stage)
     pending = mark.with_suffix(PENDING)
-    if not mark.exists() and pending.is_file() and (text := pending.read_text(encoding="utf-8").strip()).isdigit() and int(text) in present:
+    if (
+        not mark.exists()
+        and pending.is_file()
+        and (text := pending.read_text(encoding="utf-8").strip()).isdigit()
+        and int(text) in present
+    ):
         os.replace(pending, mark)
     if (iteration := latest(stage)) is None and present:
-        raise ConfigError(f"{mark} is missing, but {_present(stage)}; a start from scratch would overwrite them. To go on, write one "
-                          f"of them into it (echo {present[-1]} > {mark}); to start anew, take another --name, or move "
-                          f"{mark.with_name('checkpoints')} away")
+        raise ConfigError(
+            f"{mark} is missing, but {_present(stage)}; a start from scratch would overwrite them. To go on, write one "
+            f"of them into it (echo {present[-1]} > {mark}); to start anew, take another --name, or move "
+            f"{mark.with_name('checkpoints')} away"
+        )
     return iteration
 
 
@@ -114,8 +133,9 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def _check_attempt(stage: Path) -> None:
-    """OSError when the launcher has begun a newer attempt of this stage, whose number stands in ``.attempt``: a node that Slurm took for
-    lost may compute on, and must not write among the newer attempt's checkpoints."""
+    """OSError when the launcher has begun a newer attempt of this stage, whose number stands in
+    ``.attempt``: a node that Slurm took for lost may compute on, and must not write among the newer
+    attempt's checkpoints."""
     mine, newest = os.environ.get("CONVOY_ATTEMPT"), stage / ".attempt"
     if mine and newest.exists() and (now := newest.read_text(encoding="utf-8").strip()) != mine:
         raise OSError(f"attempt {now} of {stage.name} has begun: attempt {mine} saves no more")
@@ -124,11 +144,16 @@ def _check_attempt(stage: Path) -> None:
 def prune(stage: str | Path, iteration: int, trainer: TrainerConfig, best: int = 0) -> None:
     """Delete old checkpoints after ``iteration`` was saved.
 
-    Kept are this one, ``best`` (0: none), the ``keep_checkpoints`` newest of those at a multiple of ``save_every`` (one that a signal
-    asked for pushes out none that a later stage may ask for by number), and all at a multiple of ``keep_every``.
+    Kept are this one, ``best`` (0: none), the ``keep_checkpoints`` newest of those at a multiple of
+    ``save_every`` (one that a signal asked for pushes out none that a later stage may ask for by
+    number), and all at a multiple of ``keep_every``.
     """
     present = iterations(stage)
-    kept = {iteration, best, *[number for number in present if number % trainer.save_every == 0][-trainer.keep_checkpoints :]}
+    kept = {
+        iteration,
+        best,
+        *[number for number in present if number % trainer.save_every == 0][-trainer.keep_checkpoints :],
+    }
     if trainer.keep_every:
         kept |= {number for number in present if number % trainer.keep_every == 0}
     for old in set(present) - kept:
@@ -142,19 +167,23 @@ def clear(stage: str | Path) -> None:
 
 
 _READ: dict[Path, tuple] = {}
-"""Files whose content this process has found to be right, with what every write to them changes and the digest: PPO's models come in pairs
-from one checkpoint."""
+"""Files whose content this process has found to be right, with what every write to them changes and
+the digest: PPO's models come in pairs from one checkpoint."""
 
 
 def verify(checkpoint: Path, below: str = "") -> None:
-    """Raise Damaged, the same on every rank, unless the files of ``checkpoint`` (or of its sub-folder) have their checksums and no
-    pickle among them names anything but tensors. Collective; each rank reads a part of the bytes, and none twice that has not been touched.
+    """Raise Damaged, the same on every rank, unless the files of ``checkpoint`` (or of its
+    sub-folder) have their checksums and no pickle among them names anything but tensors.
+    Collective; each rank reads a part of the bytes, and none twice that has not been touched.
     """
+
     def bytes_agree() -> None:
         listed = checksums.select(checksums.read(checkpoint), below)
         mine = _share(checksums.present(checkpoint, listed), dist.get_rank(), dist.get_world_size())
         found = {name: (listed[name], *_touched(checkpoint / name)) for name in mine}
-        checksums.compare(checkpoint, listed, [name for name in mine if _READ.get((checkpoint / name).absolute()) != found[name]])
+        checksums.compare(
+            checkpoint, listed, [name for name in mine if _READ.get((checkpoint / name).absolute()) != found[name]]
+        )
         _READ.update({(checkpoint / name).absolute(): what for name, what in found.items()})
 
     def pickles_are_harmless() -> None:
@@ -181,7 +210,8 @@ def _touched(path: Path) -> tuple[int, ...]:
 
 
 def _share(sizes: dict[str, int], rank: int, ranks: int) -> list[str]:
-    """The files that ``rank`` checks: largest first, each to the rank with the fewest bytes so far."""
+    """The files that ``rank`` checks: largest first, each to the rank with the fewest bytes so
+    far."""
     loads, mine = [0] * ranks, []
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
         chosen = loads.index(min(loads))
@@ -192,15 +222,18 @@ def _share(sizes: dict[str, int], rank: int, ranks: int) -> list[str]:
 
 
 def sharded(learner: Learner, is_loading: bool) -> dict:
-    """What a checkpoint folder holds of a learner, as megatron-core describes it: this rank's part."""
+    """What a checkpoint folder holds of a learner, as megatron-core describes it: this rank's
+    part."""
     weights = learner.model.sharded_state_dict()
     return {"model": weights, "optimizer": learner.optimizer.sharded_state_dict(weights, is_loading=is_loading)}
 
 
 def load(path: Path, learners: dict[str, Learner]) -> dict:
-    """Restore weights, optimizer and schedule of all ``learners`` from a checkpoint folder -> its state. Collective.
+    """Restore weights, optimizer and schedule of all ``learners`` from a checkpoint folder -> its
+    state. Collective.
 
-    Raises Damaged where a file is missing, truncated or changed, ConfigError where the configuration asks for other tensors.
+    Raises Damaged where a file is missing, truncated or changed, ConfigError where the
+    configuration asks for other tensors.
     """
     verify(path)
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
@@ -215,7 +248,8 @@ def load(path: Path, learners: dict[str, Learner]) -> dict:
 
 
 def made_with(trainer: TrainerConfig, model: LanguageModel) -> dict[str, int | str]:
-    """What decides which tensors a checkpoint has to go on from, and what they mean: it can't be changed half way."""
+    """What decides which tensors a checkpoint has to go on from, and what they mean: it can't be
+    changed half way."""
     keys = {name: getattr(trainer, name) for name in ("lora_rank", "optimizer_precision", "precision")}
     return {"model_type": parts(model)[0].shape.family, **keys}
 
@@ -224,28 +258,37 @@ def _check_same(path: Path, learner: Learner, state: dict) -> None:
     held = state.get("made_with", {})  # an earlier version's says nothing, or less
     for name, value in made_with(learner.guard.trainer, learner.model).items():
         if name in held and held[name] != value:
-            raise ConfigError(f"{name} = {value!r}, but {path} was made with {name} = {held[name]!r}; resume with that, or start the stage "
-                              "anew")
+            raise ConfigError(
+                f"{name} = {value!r}, but {path} was made with {name} = {held[name]!r}; resume with that, or start the stage "
+                "anew"
+            )
 
 
 def load_weights(path: Path, model: LanguageModel, fresh_head: int | None = None) -> None:
-    """Weights alone, from a checkpoint's model folder (".../iter_0000100/model"), before a Learner is made. Collective.
+    """Weights alone, from a checkpoint's model folder (".../iter_0000100/model"), before a Learner
+    is made. Collective.
 
-    Adapters in it are merged into the weights; those of ``model`` begin anew.
-    ``fresh_head``: seed of a new scalar head that the checkpoint does not hold. Raises Damaged as ``load`` does.
+    Adapters in it are merged into the weights; those of ``model`` begin anew. ``fresh_head``: seed
+    of a new scalar head that the checkpoint does not hold. Raises Damaged as ``load`` does.
     """
     verify(path.parent, path.name)
     wanted = {key: value for key, value in model.sharded_state_dict().items() if lora.MARK not in key}
     if fresh_head is not None:
         wanted = {key: value for key, value in wanted.items() if not _of_head(key)}
-    # Nested, because the loaded dictionary also holds what the checkpoint has beside tensors (the optimizer's groups).
+    # Nested, because the loaded dictionary also holds what the checkpoint has beside tensors (the
+    # optimizer's groups).
     loaded = dist_checkpointing.load({"model": wanted}, str(path))["model"]
     missing, unexpected = model.load_state_dict(loaded, strict=False)
-    missing = [key for key in missing if not key.endswith("_extra_state") and lora.MARK not in key
-               and not (fresh_head is not None and _of_head(key))]
+    missing = [
+        key
+        for key in missing
+        if not key.endswith("_extra_state") and lora.MARK not in key and not (fresh_head is not None and _of_head(key))
+    ]
     if missing or unexpected:
-        raise ConfigError(f"{path} holds another model than this one: missing {missing}, unexpected {unexpected}; "
-                          "start from a checkpoint of the model in config.json")
+        raise ConfigError(
+            f"{path} holds another model than this one: missing {missing}, unexpected {unexpected}; "
+            "start from a checkpoint of the model in config.json"
+        )
     lora.absorb(path, model)
     lora.initialise(model)
     if fresh_head is not None and model.post_process:

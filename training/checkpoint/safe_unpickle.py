@@ -1,8 +1,9 @@
 """No pickle of a checkpoint may run code.
 
-torch.distributed.checkpoint reads a folder's ``.metadata`` with plain ``pickle.load``, and would ``torch.load`` entries that it calls
-bytes without ``weights_only``. Importing this module gives that reader an allow-list: the classes that describe tensors, and
-nothing else; byte entries are not among them. (``common.pt`` and the tensors themselves are read weights-only by torch.)
+torch.distributed.checkpoint reads a folder's ``.metadata`` with plain ``pickle.load``, and would
+``torch.load`` entries that it calls bytes without ``weights_only``. Importing this module gives
+that reader an allow-list: the classes that describe tensors, and nothing else; byte entries are not
+among them. (``common.pt`` and the tensors themselves are read weights-only by torch.)
 """
 
 from __future__ import annotations
@@ -21,8 +22,15 @@ _ALLOWED = {
     "torch": {"Size", *(name for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype))},
     "torch.serialization": {"_get_layout"},
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.distributed.checkpoint.metadata": {"ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
-                                              "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"},
+    "torch.distributed.checkpoint.metadata": {
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
     "torch.distributed.checkpoint.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
 }
 
@@ -30,13 +38,16 @@ _ALLOWED = {
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module, name):
         if name not in _ALLOWED.get(module, ()):
-            raise Damaged(f"it asks for {module}.{name}: no description of tensors needs that, so it is not loaded. Only take "
-                          "checkpoints from Hugging Face files (stage convert) or your own runs")
+            raise Damaged(
+                f"it asks for {module}.{name}: no description of tensors needs that, so it is not loaded. Only take "
+                "checkpoints from Hugging Face files (stage convert) or your own runs"
+            )
         return super().find_class(module, name)
 
 
 def load(file):
-    """``pickle.load`` for a ``.metadata``; raises Damaged, naming the file, for anything but tensors' descriptions or a torn file."""
+    """``pickle.load`` for a ``.metadata``; raises Damaged, naming the file, for anything but
+    tensors' descriptions or a torn file."""
     try:
         return _Unpickler(file).load()
     except Damaged as error:
@@ -46,7 +57,8 @@ def load(file):
 
 
 def check(paths: Iterable[Path]) -> None:
-    """Raise Damaged, naming the file, where a ``.metadata`` or ``common.pt`` among ``paths`` holds more than tensors and plain values."""
+    """Raise Damaged, naming the file, where a ``.metadata`` or ``common.pt`` among ``paths`` holds
+    more than tensors and plain values."""
     for path in paths:
         if path.name == ".metadata":
             with open(path, "rb") as file:

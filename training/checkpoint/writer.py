@@ -1,12 +1,14 @@
 """Writing checkpoints, while training waits or while it goes on.
 
-A save has three parts: plan (what each rank owns), write (each rank its own files, no communication), publish (at a step
-boundary: every rank has written, rank 0 adds descriptions and checksums, renames the folder, moves ``latest``). With
-``async_save`` the loop waits for the plan and a copy of the tensors in host memory; threads write; a later boundary publishes.
+A save has three parts: plan (what each rank owns), write (each rank its own files, no
+communication), publish (at a step boundary: every rank has written, rank 0 adds descriptions and
+checksums, renames the folder, moves ``latest``). With ``async_save`` the loop waits for the plan
+and a copy of the tensors in host memory; threads write; a later boundary publishes.
 
-Threads, and not megatron-core's forked writers: a fork of a process with CUDA, NCCL and gloo threads copies their locks in any
-state; a killed rank's forks live on and write into a folder that the next attempt uses; and one that dies (out of memory)
-leaves its parent waiting for ever. Writing and hashing release Python's lock, so threads cost the loop little.
+Threads, and not megatron-core's forked writers: a fork of a process with CUDA, NCCL and gloo
+threads copies their locks in any state; a killed rank's forks live on and write into a folder that
+the next attempt uses; and one that dies (out of memory) leaves its parent waiting for ever. Writing
+and hashing release Python's lock, so threads cost the loop little.
 """
 
 from __future__ import annotations
@@ -44,8 +46,8 @@ WRITERS = 2
 
 
 class SaveFailed(groups.Together):
-    """A checkpoint could not be written; earlier ones are whole. The message names rank, file, cause and fix;
-    ``kind`` is the class of the error."""
+    """A checkpoint could not be written; earlier ones are whole. The message names rank, file,
+    cause and fix; ``kind`` is the class of the error."""
 
     def __init__(self, message: str, kind: str):
         super().__init__(message)
@@ -69,7 +71,8 @@ class _Save:
 
 
 class Saver:
-    """Saves one stage's learners. Every method is a collective: call it on all ranks at the same step."""
+    """Saves one stage's learners. Every method is a collective: call it on all ranks at the same
+    step."""
 
     def __init__(self, stage: str | Path, learners: dict[str, Learner], trainer: TrainerConfig):
         self.stage, self.learners, self.trainer = Path(stage), learners, trainer
@@ -82,16 +85,20 @@ class Saver:
         self.times: dict[str, float] = {}
 
     def save(self, iteration: int, state: dict, best: int = 0) -> None:
-        """Write one checkpoint of all learners and ``state`` (JSON); returns when it is published or, with async_save, copied. That of the
-        iteration ``best`` is kept.
+        """Write one checkpoint of all learners and ``state`` (JSON); returns when it is published
+        or, with async_save, copied. That of the iteration ``best`` is kept.
 
-        Raises SaveFailed on every rank where one can't write; nothing is left of the failed save then.
+        Raises SaveFailed on every rank where one can't write; nothing is left of the failed save
+        then.
         """
         self.wait()
         began = time.monotonic()
         target = format.folder(self.stage, iteration)
-        made = {"iteration": iteration, "made_with": format.made_with(self.trainer, next(iter(self.learners.values())).model),
-                "optimizer_steps": {name: learner.schedule.num_steps for name, learner in self.learners.items()}}
+        made = {
+            "iteration": iteration,
+            "made_with": format.made_with(self.trainer, next(iter(self.learners.values())).model),
+            "optimizer_steps": {name: learner.schedule.num_steps for name, learner in self.learners.items()},
+        }
         current = _Save(iteration, {**made, **state}, target.with_name(f".{target.name}.saving"), began, best)
         owned = {name: format.sharded(learner, is_loading=False) for name, learner in self.learners.items()}
         self._prepare(current, owned)
@@ -109,15 +116,21 @@ class Saver:
             self.wait()
 
     def poll(self) -> dict[str, float]:
-        """Publish a save that all ranks have written -> seconds of a save finished since the last call (metrics), once.
+        """Publish a save that all ranks have written -> seconds of a save finished since the last
+        call (metrics), once.
 
-        ``save_s``: from its start until it is published; ``save_stall_s``: of these, seconds that training stood still.
+        ``save_s``: from its start until it is published; ``save_stall_s``: of these, seconds that
+        training stood still.
         """
         if self.trainer.async_save and torch.cuda.is_available() and not self.allocating:
-            # Beside training, and after its first step, which makes the optimizer's state: pinning takes 0.6 s a GB.
+            # Beside training, and after its first step, which makes the optimizer's state: pinning
+            # takes 0.6 s a GB.
             owned = [format.sharded(learner, is_loading=False) for learner in self.learners.values()]
-            mine = [tensor.data for tensor in nested_values(owned)
-                    if isinstance(tensor, ShardedTensor) and is_main_replica(tensor.replica_id)]
+            mine = [
+                tensor.data
+                for tensor in nested_values(owned)
+                if isinstance(tensor, ShardedTensor) and is_main_replica(tensor.replica_id)
+            ]
             self.allocating = ThreadPoolExecutor(1, "pin", groups.begin_thread()).submit(self.staging.prepare, mine)
         if self.current:
             waiting = torch.tensor(float(not self.current.written.done()))
@@ -130,7 +143,8 @@ class Saver:
         return times
 
     def wait(self) -> None:
-        """Publish what is being saved, if anything; returns when it is done and old checkpoints are deleted."""
+        """Publish what is being saved, if anything; returns when it is done and old checkpoints are
+        deleted."""
         if self.current:
             self._finish()
         if self.cleaning:
@@ -143,12 +157,16 @@ class Saver:
         self._agree(current)
         for (request, answers), written in zip(current.requests, results, strict=True):
             answers.put(written)
-            for finalize in request.finalize_fns:  # rank 0 collects all ranks' results and writes .metadata, then metadata.json
+            for (
+                finalize
+            ) in request.finalize_fns:  # rank 0 collects all ranks' results and writes .metadata, then metadata.json
                 finalize()
         everyone = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
         dist.gather_object(digests, everyone)
         if everyone:
-            self._attempt(current, self._publish, current, {name: made for rank in everyone for name, made in rank.items()})
+            self._attempt(
+                current, self._publish, current, {name: made for rank in everyone for name, made in rank.items()}
+            )
         self._agree(current)
         ended = time.monotonic()
         self.times["save_s"] = ended - current.started
@@ -158,9 +176,14 @@ class Saver:
         self.times["save_stall_s"] = self.times.get("save_stall_s", 0.0) + seconds
 
     def _prepare(self, current: _Save, owned: dict[str, dict]) -> None:
-        """Make the folders; refuse before anything is written where the file system lacks the room."""
-        mine = (tensor for tensors in owned.values() for tensor in nested_values(tensors)
-                if isinstance(tensor, ShardedTensor) and is_main_replica(tensor.replica_id))
+        """Make the folders; refuse before anything is written where the file system lacks the
+        room."""
+        mine = (
+            tensor
+            for tensors in owned.values()
+            for tensor in nested_values(tensors)
+            if isinstance(tensor, ShardedTensor) and is_main_replica(tensor.replica_id)
+        )
         needed = torch.tensor(float(sum(tensor.data.nbytes for tensor in mine)), dtype=torch.double)
         dist.all_reduce(needed)
         if dist.get_rank() == 0:
@@ -176,10 +199,13 @@ class Saver:
             raise OSError(errno.ENOSPC, f"No space left on device: it needs {needed / 1e9:,.3f} GB")
 
     def _plan(self, folder: Path, tensors: dict) -> tuple[AsyncRequest, queue.Queue]:
-        """megatron-core's request for one learner, and the queue in which it expects this rank's results."""
+        """megatron-core's request for one learner, and the queue in which it expects this rank's
+        results."""
         # Its own queue is a spawned manager process (seconds, 350 MB, left behind by a kill).
         filesystem_async._results_queue = answers = queue.Queue()
-        return dist_checkpointing.save(tensors, str(folder), async_sharded_save=True, validate_access_integrity=not self.checked), answers
+        return dist_checkpointing.save(
+            tensors, str(folder), async_sharded_save=True, validate_access_integrity=not self.checked
+        ), answers
 
     def _publish(self, current: _Save, digests: dict[str, str]) -> None:
         (current.aside / "state.json").write_text(json.dumps(current.state, indent=1), encoding="utf-8")
@@ -187,7 +213,8 @@ class Saver:
         self.cleaning = self.pool.submit(format.prune, self.stage, current.iteration, self.trainer, current.best)
 
     def _attempt(self, current: _Save, function, *args):
-        """``function(*args)``; a failure is kept for ``_agree``, so that no rank waits for one that has left."""
+        """``function(*args)``; a failure is kept for ``_agree``, so that no rank waits for one that
+        has left."""
         try:
             return function(*args)
         except (OSError, RuntimeError) as error:
@@ -197,30 +224,38 @@ class Saver:
         return None
 
     def _agree(self, current: _Save) -> None:
-        """Raise SaveFailed on all ranks where ``current.error`` is set on one, with the first such rank's cause."""
+        """Raise SaveFailed on all ranks where ``current.error`` is set on one, with the first such
+        rank's cause."""
         errors = [None] * dist.get_world_size()
         dist.all_gather_object(errors, (current.error, current.kind))
         failed = [(rank, error, kind) for rank, (error, kind) in enumerate(errors) if error]
         if not failed:
             return
-        if dist.get_rank() == 0:  # every rank's threads have ended: nothing is written there any more
+        # every rank's threads have ended: nothing is written there any more
+        if dist.get_rank() == 0:
             shutil.rmtree(current.aside, ignore_errors=True)
         last = format.latest(self.stage)
         kept = "nothing is saved yet" if last is None else f"iteration {last} is whole and what a resume starts from"
         rank, cause, kind = failed[0]
-        raise SaveFailed(f"saving iteration {current.iteration} failed on rank {rank}: {cause}; {kept}; make room or mend the file system, "
-                         "then resume", kind)
+        raise SaveFailed(
+            f"saving iteration {current.iteration} failed on rank {rank}: {cause}; {kept}; make room or mend the file system, "
+            "then resume",
+            kind,
+        )
 
 
 class _Staging:
-    """Host memory for the tensors of an asynchronous save, kept for the next one; pinned where they come from a GPU.
+    """Host memory for the tensors of an asynchronous save, kept for the next one; pinned where they
+    come from a GPU.
 
-    Made by cudaHostRegister from memory of the right size: torch's own allocator of pinned memory rounds up to a power of two.
+    Made by cudaHostRegister from memory of the right size: torch's own allocator of pinned memory
+    rounds up to a power of two.
     """
 
     def __init__(self):
         self.buffers: dict[tuple[int, int], torch.Tensor] = {}
-        """By address and bytes of the tensor that it is for: a weight and a part of it may begin at one address."""
+        """By address and bytes of the tensor that it is for: a weight and a part of it may begin at
+        one address."""
         self.wanted: set[tuple[int, int]] = set()
         """Of the save that is being made."""
 
@@ -238,7 +273,8 @@ class _Staging:
         self.wanted.add(key)
         held = self.buffers.get(key)
         if held is None:
-            held = torch.zeros(tensor.nbytes, dtype=torch.uint8)  # touched: pages that exist are pinned quickly
+            # touched: pages that exist are pinned quickly
+            held = torch.zeros(tensor.nbytes, dtype=torch.uint8)
             if tensor.is_cuda and tensor.nbytes:
                 torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(held.data_ptr(), held.nbytes, 0))
             self.buffers[key] = held
@@ -267,14 +303,17 @@ def _buckets(request: AsyncRequest, staging: _Staging | None) -> list[tuple[Path
     for name, _, (objects, tensors) in request.async_fn_args[1] if request.async_fn else ():
         if objects:
             raise InvariantError(f"{name}: objects would be pickled: {[item.index for item, _ in objects]}")
-        made.append((Path(name), [(item, staging.copy(tensor) if staging else tensor.detach()) for item, tensor in tensors]))
+        made.append(
+            (Path(name), [(item, staging.copy(tensor) if staging else tensor.detach()) for item, tensor in tensors])
+        )
     if staging and torch.cuda.is_available():
         torch.cuda.synchronize()
     return made
 
 
 def _write(models: list[list[tuple[Path, list]]]) -> tuple[list[dict], dict[str, str]]:
-    """Write all files -> for each model {number of the file: torch's write results}, and every file's sha256 by "model/file"."""
+    """Write all files -> for each model {number of the file: torch's write results}, and every
+    file's sha256 by "model/file"."""
     digests: dict[str, str] = {}
     with ThreadPoolExecutor(WRITERS, "write", groups.begin_thread()) as pool:
         pending = [[pool.submit(_write_file, path, items) for path, items in buckets] for buckets in models]
@@ -286,11 +325,16 @@ def _write(models: list[list[tuple[Path, list]]]) -> tuple[list[dict], dict[str,
 
 
 def _write_file(path: Path, items: list) -> tuple[list, str, str]:
-    """One ``.distcp`` file, on disk when this returns -> torch's write results, its name "model/file", its sha256."""
+    """One ``.distcp`` file, on disk when this returns -> torch's write results, its name
+    "model/file", its sha256."""
     with _HashedFile(path) as stream:
         try:
-            results = [_write_item(_StorageWriterTransforms(), stream, _alone(tensor), item, path.name, SerializationFormat.TORCH_SAVE)
-                       for item, tensor in items]
+            results = [
+                _write_item(
+                    _StorageWriterTransforms(), stream, _alone(tensor), item, path.name, SerializationFormat.TORCH_SAVE
+                )
+                for item, tensor in items
+            ]
         except RuntimeError as error:  # torch says "file write failed" where the operating system said why
             raise stream.failure or error from error
         os.fsync(stream.file.fileno())
@@ -303,7 +347,8 @@ def _alone(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class _HashedFile:
-    """A file that hashes what is written, so that what a disk gives back later is compared with what memory held."""
+    """A file that hashes what is written, so that what a disk gives back later is compared with
+    what memory held."""
 
     def __init__(self, path: Path):
         self.file = open(path, "wb", buffering=0)  # noqa: SIM115 - this object is the context manager

@@ -1,6 +1,8 @@
-"""What a layer of a micro-batch takes: the GPU's time to compute it, or the host's to launch it, whichever is longer. Pure, stdlib only.
+"""What a layer of a micro-batch takes: the GPU's time to compute it, or the host's to launch it,
+whichever is longer. Pure, stdlib only.
 
-The one home of these measurements: launcher/estimates/step_time.py predicts steps with them, and trainers divide packed rows by them.
+The one home of these measurements: launcher/estimates/step_time.py predicts steps with them, and
+trainers divide packed rows by them.
 """
 
 from __future__ import annotations
@@ -9,18 +11,22 @@ from training.config.shape import Shape
 from training.config.trainers import TrainerConfig
 
 UTILISATION = {1024: 0.453, 2048: 0.553, 2560: 0.527, 4096: 0.589}
-"""Share of the peak in forward and backward, by hidden size: one H200, sequence 2048, no recompute (benchmarks/train.py)."""
+"""Share of the peak in forward and backward, by hidden size: one H200, sequence 2048, no recompute
+(benchmarks/train.py)."""
 PEAK_TFLOPS = {8: 312.0, 9: 989.0}
-"""bf16 of an A100 and of an H100 or H200, by the major number of their compute capability (datasheets)."""
+"""bf16 of an A100 and of an H100 or H200, by the major number of their compute capability
+(datasheets)."""
 LAUNCH_S = {False: 0.0029, True: 0.0047}
-"""Seconds that the host takes for a layer of a micro-batch, forward and backward, however little it computes; True: with messages of tensor
-parallelism. The first is of 1b7's updates at 4,096 tokens and PP 2 on two H100 (2.1 of it backward; an H200's host took no more than 2),
-the second of 7b1's steps at 2,048 tokens, TP 2 x PP 2, on four H100."""
+"""Seconds that the host takes for a layer of a micro-batch, forward and backward, however little it
+computes; True: with messages of tensor parallelism. The first is of 1b7's updates at 4,096 tokens
+and PP 2 on two H100 (2.1 of it backward; an H200's host took no more than 2), the second of 7b1's
+steps at 2,048 tokens, TP 2 x PP 2, on four H100."""
 FORWARD = {False: 1 / 4, True: 1 / 3}
-"""Of LAUNCH_S without a backward pass: at most .73 ms in the scoring of the first, 1.6 in that of 1b7 at 2,048 tokens, TP 2 x PP 2."""
+"""Of LAUNCH_S without a backward pass: at most .73 ms in the scoring of the first, 1.6 in that of
+1b7 at 2,048 tokens, TP 2 x PP 2."""
 OVERHEAD = 16
-"""Tokens that could be computed in the time that a micro-batch takes beside its layers: a guess, small on purpose, so that of rows that are
-equally full the fewest micro-batches are taken."""
+"""Tokens that could be computed in the time that a micro-batch takes beside its layers: a guess,
+small on purpose, so that of rows that are equally full the fewest micro-batches are taken."""
 
 MORE_ROWS = 3
 """Packing tries up to so many times the fewest rows."""
@@ -38,15 +44,17 @@ def utilisation(hidden: int) -> float:
 
 
 def flops_per_token(shape: Shape, length: int) -> tuple[float, float]:
-    """Forward and backward of (one layer, the head): 6 x parameters of the matrices, and attention over half of the square."""
+    """Forward and backward of (one layer, the head): 6 x parameters of the matrices, and attention
+    over half of the square."""
     return 6 * shape.layer_multiplications + 6 * shape.hidden * length, 6 * shape.vocab * shape.hidden
 
 
 def launched_tokens(shape: Shape, tensor_parallel: int, length: int, tflops: float) -> int:
-    """Tokens of a micro-batch, in rows of ``length``, whose layers a GPU of ``tflops`` computes while the host launches them: a smaller one
-    takes as long.
+    """Tokens of a micro-batch, in rows of ``length``, whose layers a GPU of ``tflops`` computes
+    while the host launches them: a smaller one takes as long.
 
-    bloom-7b1 on an H100, in rows of 2,048 tokens: 1,342 (TP 1) and 4,351 (TP 2); bloom-1b7: 4,848 and 15,714.
+    bloom-7b1 on an H100, in rows of 2,048 tokens: 1,342 (TP 1) and 4,351 (TP 2); bloom-1b7: 4,848
+    and 15,714.
     """
     layer, _ = flops_per_token(shape, length)
     rate = utilisation(shape.hidden) * tflops * 1e12 * tensor_parallel
@@ -54,19 +62,27 @@ def launched_tokens(shape: Shape, tensor_parallel: int, length: int, tflops: flo
 
 
 def group(config: TrainerConfig) -> int:
-    """What the number of a rank's micro-batches is a multiple of: the interleaved schedule takes them in groups of the pipeline's size."""
+    """What the number of a rank's micro-batches is a multiple of: the interleaved schedule takes
+    them in groups of the pipeline's size."""
     return config.pipeline_parallel if config.virtual_pipeline > 1 else 1
 
 
-def micro_batches(rows: int, length: int, most: int, stages: int = 1, group: int = 1, least: int = 0) -> tuple[float, int]:
-    """(Time of a rank's ``rows`` of ``length`` in tokens, rows of a micro-batch) for the best division into micro-batches.
+def micro_batches(
+    rows: int, length: int, most: int, stages: int = 1, group: int = 1, least: int = 0
+) -> tuple[float, int]:
+    """(Time of a rank's ``rows`` of ``length`` in tokens, rows of a micro-batch) for the best
+    division into micro-batches.
 
-    The time is (micro-batches + stages - 1) x (tokens of a micro-batch, at least ``least``, + OVERHEAD): a pipeline's bubble and the
-    launching of kernels in one number. ``most``: rows of a micro-batch; ``group``: their number is a multiple of it. (inf, 0) where
-    no size divides the rows so.
+    The time is (micro-batches + stages - 1) x (tokens of a micro-batch, at least ``least``, +
+    OVERHEAD): a pipeline's bubble and the launching of kernels in one number. ``most``: rows of a
+    micro-batch; ``group``: their number is a multiple of it. (inf, 0) where no size divides the
+    rows so.
 
     >>> micro_batches(64, 512, 32, stages=2), micro_batches(64, 512, 32, stages=2, least=17400)
     ((34320, 1), (52248, 32))
     """
     sizes = [size for size in range(1, min(most, rows) + 1) if rows % size == 0 and rows // size % group == 0]
-    return min((((rows // size + stages - 1) * (max(size * length, least) + OVERHEAD), size) for size in sizes), default=(float("inf"), 0))
+    return min(
+        (((rows // size + stages - 1) * (max(size * length, least) + OVERHEAD), size) for size in sizes),
+        default=(float("inf"), 0),
+    )

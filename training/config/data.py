@@ -1,4 +1,5 @@
-"""Configuration of the data's preparation: sections ``model`` and ``data``. Standard library only; the trainers' is training/config/trainers.py."""
+"""Configuration of the data's preparation: sections ``model`` and ``data``. Standard library only;
+the trainers' is training/config/trainers.py."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ class ModelConfig:
     """Section ``model``: the Hugging Face checkpoint that the chain starts from."""
 
     checkpoint: str = "demo"
-    """Folder with config.json, weights and tokenizer, or "demo": a tiny random model made on the spot."""
+    """Folder with config.json, weights and tokenizer, or "demo": a tiny random model made on the
+    spot."""
     demo_family: str = "bloom"
     """Family of the demo model: "bloom" or "llama"."""
     demo_layers: int = 4
@@ -36,7 +38,8 @@ class DataConfig:
     """Section ``data``: where prompts, replies and comparisons come from."""
 
     source: str = "demo"
-    """"demo" (generated), or a .jsonl / .jsonl.gz file: Anthropic HH, TRL's formats, chat messages or our own."""
+    """"demo" (generated), or a .jsonl / .jsonl.gz file: Anthropic HH, TRL's formats, chat messages
+    or our own."""
     seed: int = 0
     """Seed of the generator and of the split."""
     heldout: float = 0.05
@@ -55,14 +58,17 @@ class DataConfig:
 @dataclass(frozen=True)
 class PreparePaths:
     output: str
-    """Folder for the prepared files: sft.jsonl, sft_heldout.jsonl, reward.jsonl, reward_heldout.jsonl, rlhf.jsonl, heldout.jsonl."""
+    """Folder for the prepared files: sft.jsonl, sft_heldout.jsonl, reward.jsonl,
+    reward_heldout.jsonl, rlhf.jsonl, heldout.jsonl."""
     model: str
-    """Folder for the demo's Hugging Face checkpoint (written only when model.checkpoint is "demo")."""
+    """Folder for the demo's Hugging Face checkpoint (written only when model.checkpoint is
+    "demo")."""
 
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """What ``python -m training.data.prepare`` reads: not a stage, it runs on the login node before anything is queued."""
+    """What ``python -m training.data.prepare`` reads: not a stage, it runs on the login node before
+    anything is queued."""
 
     paths: PreparePaths
     model: ModelConfig

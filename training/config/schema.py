@@ -1,4 +1,5 @@
-"""How a stage's dataclass is made from a table: unknown keys, wrong types and contradictions name the key, its value and the fix.
+"""How a stage's dataclass is made from a table: unknown keys, wrong types and contradictions name
+the key, its value and the fix.
 
 Standard library only.
 """
@@ -56,7 +57,8 @@ class Mistakes:
 
 
 class InvariantError(AssertionError):
-    """What always holds does not: a bug. Unlike ``assert`` it also guards a run under ``python -O``."""
+    """What always holds does not: a bug. Unlike ``assert`` it also guards a run under ``python
+    -O``."""
 
 
 def at_least(config, smallest: int, *names: str) -> None:
@@ -89,9 +91,11 @@ def one_of(config, name: str, allowed: tuple[str, ...]) -> None:
 
 
 def build(cls, values: dict, where: str):
-    """Make ``cls`` from a mapping (nested dataclasses from nested mappings); ``where`` is the section in messages.
+    """Make ``cls`` from a mapping (nested dataclasses from nested mappings); ``where`` is the
+    section in messages.
 
-    Raises ConfigError for all unknown keys (with the nearest valid one), wrong types, missing keys and contradictions.
+    Raises ConfigError for all unknown keys (with the nearest valid one), wrong types, missing keys
+    and contradictions.
     """
     types = typing.get_type_hints(cls)
     known = {f.name: f for f in dataclasses.fields(cls)}
@@ -105,8 +109,11 @@ def build(cls, values: dict, where: str):
         made = mistakes.of(lambda: _value(types[key], value, f"{where}.{key}"))  # noqa: B023 - called at once
         if len(mistakes.messages) == count:
             fitting[key] = made
-    missing = [f.name for f in known.values() if f.name not in values
-               and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+    missing = [
+        f.name
+        for f in known.values()
+        if f.name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
     if missing:
         mistakes.add(f"{where}: missing {', '.join(missing)}")
     built = _contradictions(cls, fitting, set(values) & set(known) - set(fitting), where, mistakes)
@@ -117,8 +124,9 @@ def build(cls, values: dict, where: str):
 def _contradictions(cls, values: dict, wrong: set[str], where: str, mistakes: Mistakes):
     """``cls(**values)``; what its checks refuse goes to ``mistakes``.
 
-    They stop at the first: its key is then left out, so that its default stands in, and they are asked again. What
-    speaks of a key that was left out, or is ``wrong`` already, may be a consequence, and is not said.
+    They stop at the first: its key is then left out, so that its default stands in, and they are
+    asked again. What speaks of a key that was left out, or is ``wrong`` already, may be a
+    consequence, and is not said.
     """
     while True:
         try:
@@ -152,11 +160,14 @@ def _value(kind, value, where: str):
 
 
 def load(cls, path: str | Path):
-    """The stage's configuration from its one argument, a JSON file. ConfigError names the file where it is none."""
+    """The stage's configuration from its one argument, a JSON file. ConfigError names the file
+    where it is none."""
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; expected a stage's config.json, e.g. runs/NAME/sft/config.json") from None
+        raise ConfigError(
+            f"{path}: {error.strerror}; expected a stage's config.json, e.g. runs/NAME/sft/config.json"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not JSON: {error}; expected a stage's config.json, as submit writes it") from None
     if not isinstance(values, dict):

@@ -1,4 +1,5 @@
-"""The model's shape, as Hugging Face's config.json states it, and which layouts it fits. Standard library only."""
+"""The model's shape, as Hugging Face's config.json states it, and which layouts it fits. Standard
+library only."""
 
 from __future__ import annotations
 
@@ -15,13 +16,16 @@ from training.config.schema import ConfigError, InvariantError
 from training.files.hf_folder import shown
 
 VOCAB_MULTIPLE = 128
-"""The embedding's rows are padded to a multiple of this times the tensor-parallel size (tensor cores, equal shards)."""
+"""The embedding's rows are padded to a multiple of this times the tensor-parallel size (tensor
+cores, equal shards)."""
 CHUNK_LOGITS = 2**29
-"""Most logits of a rank that exist at once in training: 2 GiB in fp32, 2,139 tokens of BLOOM without tensor parallelism."""
+"""Most logits of a rank that exist at once in training: 2 GiB in fp32, 2,139 tokens of BLOOM
+without tensor parallelism."""
 
 
 FAMILIES = ("bloom", "llama")
-"""config.json's ``model_type`` of what can be trained: each has a folder in training/models: table, module, decoder."""
+"""config.json's ``model_type`` of what can be trained: each has a folder in training/models: table,
+module, decoder."""
 EMBEDDING, OUTPUT, SCORE = "embedding.word_embeddings.weight", "output_layer.weight", "score.linear.weight"
 """megatron-core's keys of every family's embedding, output matrix and scalar head."""
 VOCABULARY = (EMBEDDING, OUTPUT)
@@ -35,8 +39,8 @@ class Weight:
     key: str
     """Its name in the model, for a layer's tensor within the layer."""
     parts: dict[str, tuple[int, ...]]
-    """Hugging Face's names, without prefix and layer, and shapes. Several are woven into one: its rows are, group by group, the first
-    part's rows of the group, then the second's, ..."""
+    """Hugging Face's names, without prefix and layer, and shapes. Several are woven into one: its
+    rows are, group by group, the first part's rows of the group, then the second's, ..."""
     split: int | None = None
     """The axis that tensor parallelism splits; None = the same on every rank."""
     groups: int = 1
@@ -87,7 +91,8 @@ class Shape:
 
     @classmethod
     def read(cls, folder: str | Path) -> Shape:
-        """Raises ConfigError where the folder is of no known family or of a model that we do not compute exactly."""
+        """Raises ConfigError where the folder is of no known family or of a model that we do not
+        compute exactly."""
         config = ConfigFile.read(Path(folder) / "config.json")
         name = config.values.get("model_type")
         if not isinstance(name, str) or name not in FAMILIES:
@@ -105,7 +110,8 @@ class Shape:
         return family(self.family).table(self)
 
     def weights(self, head: str) -> Iterator[tuple[Weight, int | None, dict[str, tuple[int, ...]]]]:
-        """Every tensor in the model's order: (what it is, its layer if any, Hugging Face's names without prefix and shapes)."""
+        """Every tensor in the model's order: (what it is, its layer if any, Hugging Face's names
+        without prefix and shapes)."""
         table, name = self.table, family(self.family).LAYER
         yield from ((weight, None, weight.parts) for weight in table.first)
         for layer in range(self.layers):
@@ -114,7 +120,8 @@ class Shape:
         yield from ((weight, None, weight.parts) for weight in (*table.last, *self.top(head)))
 
     def top(self, head: str) -> tuple[Weight, ...]:
-        """What stands on top of the transformer. ``head``: "tied" (the embedding again: no tensor), "untied" or "scalar"."""
+        """What stands on top of the transformer. ``head``: "tied" (the embedding again: no tensor),
+        "untied" or "scalar"."""
         if head == "untied":
             return (Weight(OUTPUT, {"lm_head.weight": (self.vocab, self.hidden)}, 0),)
         if head == "scalar":
@@ -133,47 +140,67 @@ class Shape:
 
     @property
     def score_bias(self) -> bool:
-        """Has a scalar head a bias? Hugging Face's have none: only where the last norm has a bias can one be exported
-        (conversion/classifier.py)."""
+        """Has a scalar head a bias? Hugging Face's have none: only where the last norm has a bias
+        can one be exported (conversion/classifier.py)."""
         return len(self.table.last) > 1
 
     def check_tensor_parallel(self, size: int, name: str = "tensor_parallel") -> None:
         """Raises ConfigError where ``size`` ranks can't share a layer; ``name``: the setting."""
         if self.heads % size:
             fits = ", ".join(str(n) for n in range(1, self.heads + 1) if self.heads % n == 0)
-            raise ConfigError(f"{name} = {size} does not divide the model's {self.heads} attention heads; choose one of {fits}")
+            raise ConfigError(
+                f"{name} = {size} does not divide the model's {self.heads} attention heads; choose one of {fits}"
+            )
         if self.groups % size:
             fits = ", ".join(str(n) for n in range(1, self.groups + 1) if self.groups % n == 0 and self.heads % n == 0)
-            raise ConfigError(f"{name} = {size} does not divide the model's {self.groups} key-value heads; choose one of {fits}")
+            raise ConfigError(
+                f"{name} = {size} does not divide the model's {self.groups} key-value heads; choose one of {fits}"
+            )
         if self.ffn % size:
-            raise ConfigError(f"{name} = {size} does not divide the model's feed-forward width {self.ffn}; choose one that does")
+            raise ConfigError(
+                f"{name} = {size} does not divide the model's feed-forward width {self.ffn}; choose one that does"
+            )
 
-    def check_layout(self, tensor_parallel_size: int, pipeline_parallel_size: int, virtual_pipeline_size: int = 1) -> None:
-        """Raises ConfigError where the model can't be divided so; the message says which layouts exist."""
+    def check_layout(
+        self, tensor_parallel_size: int, pipeline_parallel_size: int, virtual_pipeline_size: int = 1
+    ) -> None:
+        """Raises ConfigError where the model can't be divided so; the message says which layouts
+        exist."""
         self.check_tensor_parallel(tensor_parallel_size)
         if virtual_pipeline_size > 1 and pipeline_parallel_size == 1:
-            raise ConfigError(f"virtual_pipeline = {virtual_pipeline_size} needs pipeline_parallel > 1; set virtual_pipeline = 1")
+            raise ConfigError(
+                f"virtual_pipeline = {virtual_pipeline_size} needs pipeline_parallel > 1; set virtual_pipeline = 1"
+            )
         chunks = pipeline_parallel_size * virtual_pipeline_size
         if chunks > self.layers:
             what, fix = f"pipeline_parallel = {pipeline_parallel_size}", f"choose any from 1 to {self.layers}"
             if virtual_pipeline_size > 1:
                 most = self.layers // pipeline_parallel_size
                 what = f"{what} x virtual_pipeline = {virtual_pipeline_size} makes {chunks} parts, which"
-                fix = f"choose a virtual_pipeline from 1 to {most}" if most else f"choose a pipeline_parallel from 1 to {self.layers}"
+                fix = (
+                    f"choose a virtual_pipeline from 1 to {most}"
+                    if most
+                    else f"choose a pipeline_parallel from 1 to {self.layers}"
+                )
             raise ConfigError(f"{what} is more than the model's {self.layers} layers; {fix} (parts need not be equal)")
 
     def check_length(self, name: str, tokens: int) -> None:
-        """Raises ConfigError where rows of ``tokens`` are longer than the model's positions reach; ``name``: the setting."""
+        """Raises ConfigError where rows of ``tokens`` are longer than the model's positions reach;
+        ``name``: the setting."""
         if self.positions and tokens > self.positions:
-            raise ConfigError(f"{name} = {tokens} is more than the model's max_position_embeddings = {self.positions}, and a rotary "
-                              "embedding knows no more positions; set at most that")
+            raise ConfigError(
+                f"{name} = {tokens} is more than the model's max_position_embeddings = {self.positions}, and a rotary "
+                "embedding knows no more positions; set at most that"
+            )
 
     def stage_layers(self, stages: int, head: str = "lm", least: int = 1) -> list[int]:
-        """Layers of each pipeline stage: the split whose slowest stage is fastest, with at least ``least`` layers a stage.
+        """Layers of each pipeline stage: the split whose slowest stage is fastest, with at least
+        ``least`` layers a stage.
 
-        A stage's time is its layers' plus, on the last stage of a language model, the output matrix's, in layers: its multiplications
-        against a layer's (BLOOM: V / 12 H, 5 layers of bloom-7b1, 20 of bloom-560m). The input embedding costs no time
-        but the first stage's memory: what does not divide evenly goes to the stages after the first.
+        A stage's time is its layers' plus, on the last stage of a language model, the output
+        matrix's, in layers: its multiplications against a layer's (BLOOM: V / 12 H, 5 layers of
+        bloom-7b1, 20 of bloom-560m). The input embedding costs no time but the first stage's
+        memory: what does not divide evenly goes to the stages after the first.
         """
         if stages == 1:
             return [self.layers]
@@ -189,11 +216,16 @@ class Shape:
         each, more = divmod(self.layers - best[1], stages - 1)
         return [each + (stage >= stages - 1 - more) for stage in range(stages - 1)] + [best[1]]
 
-    def chunk_layers(self, pipeline_parallel_size: int, virtual_pipeline_size: int = 1, head: str = "lm") -> list[list[int]]:
-        """Layers of each part of each pipeline stage. In the model's order: part 0 of every stage, then part 1 of every stage, ..."""
+    def chunk_layers(
+        self, pipeline_parallel_size: int, virtual_pipeline_size: int = 1, head: str = "lm"
+    ) -> list[list[int]]:
+        """Layers of each part of each pipeline stage. In the model's order: part 0 of every stage,
+        then part 1 of every stage, ..."""
         parts = virtual_pipeline_size
-        return [[layers // parts + (part < layers % parts) for part in range(parts)]
-                for layers in self.stage_layers(pipeline_parallel_size, head, parts)]
+        return [
+            [layers // parts + (part < layers % parts) for part in range(parts)]
+            for layers in self.stage_layers(pipeline_parallel_size, head, parts)
+        ]
 
     @property
     def layer_multiplications(self) -> int:
@@ -201,16 +233,20 @@ class Shape:
         return sum(math.prod(weight.size) for weight in self.table.layer if len(weight.size) == 2)
 
     def parameters(self) -> int:
-        """Parameters of the language model; a tied output matrix is the embedding. Vocabulary padding is not counted."""
+        """Parameters of the language model; a tied output matrix is the embedding. Vocabulary
+        padding is not counted."""
         table, top = self.table, self.top("tied" if self.tied else "untied")
         return sum(math.prod(weight.size) for weight in (*table.first, *self.layers * table.layer, *table.last, *top))
 
     def adapters(self, rank: int, tensor_parallel_size: int = 1) -> int:
-        """Parameters of one layer's low-rank adapters on a tensor-parallel rank: of what is split by rows A (rank, columns) is whole there,
-        of what is split by columns B (rows, rank)."""
+        """Parameters of one layer's low-rank adapters on a tensor-parallel rank: of what is split
+        by rows A (rank, columns) is whole there, of what is split by columns B (rows, rank)."""
         matrices = [weight for weight in self.table.layer if len(weight.size) == 2]
-        return rank * sum(size // (tensor_parallel_size if weight.split == axis else 1)
-                          for weight in matrices for axis, size in enumerate(weight.size))
+        return rank * sum(
+            size // (tensor_parallel_size if weight.split == axis else 1)
+            for weight in matrices
+            for axis, size in enumerate(weight.size)
+        )
 
     def padded_vocab(self, tensor_parallel_size: int) -> int:
         multiple = VOCAB_MULTIPLE * tensor_parallel_size
@@ -218,17 +254,21 @@ class Shape:
 
 
 def check_language_model(folder: str | Path, shape: Shape) -> None:
-    """Raises ConfigError where config.json is of a model with another head than a language model's: a chain starts from one."""
+    """Raises ConfigError where config.json is of a model with another head than a language model's:
+    a chain starts from one."""
     path, values = Path(folder) / "config.json", ConfigFile.read(Path(folder) / "config.json").values
     named, prefix = values.get("architectures"), family(shape.family).HUGGING_FACE
     allowed = [f"{prefix}ForCausalLM", f"{prefix}Model"]
     if named is None or named == []:
         return
     if not isinstance(named, list) or not all(name in allowed for name in named):
-        raise ConfigError(f"{path}: architectures = {shown(named)}: expected {allowed[0]}: a chain starts from a language model, "
-                          "not from a classifier or another task's model; give the model that it was made from")
+        raise ConfigError(
+            f"{path}: architectures = {shown(named)}: expected {allowed[0]}: a chain starts from a language model, "
+            "not from a classifier or another task's model; give the model that it was made from"
+        )
 
 
 def family(name: str) -> ModuleType:
-    """A family's file, training/models/NAME/table.py: ``read``, ``table``, ``demo`` and Hugging Face's names."""
+    """A family's file, training/models/NAME/table.py: ``read``, ``table``, ``demo`` and Hugging
+    Face's names."""
     return importlib.import_module(f"training.models.{name}.table")

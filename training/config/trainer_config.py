@@ -1,4 +1,5 @@
-"""What the configurations of all training stages have in common; standard library only. Each stage's own: training.config.trainers."""
+"""What the configurations of all training stages have in common; standard library only. Each
+stage's own: training.config.trainers."""
 
 from __future__ import annotations
 
@@ -38,31 +39,39 @@ class TrainerConfig:
     precision: str = "bf16"
     """"bf16" (fp32 master weights, fp32 gradient reduction) or "fp32"."""
     optimizer_precision: str = "fp32"
-    """"fp32" (weights and Adam's moments: 18 bytes a parameter under bf16) or "bf16" (12: weights still exact, moments rounded)."""
+    """"fp32" (weights and Adam's moments: 18 bytes a parameter under bf16) or "bf16" (12: weights
+    still exact, moments rounded)."""
     tensor_parallel: int = 1
     """Ranks that share each layer."""
     pipeline_parallel: int = 1
     """Ranks that share the stack of layers; it need not divide them."""
     virtual_pipeline: int = 1
-    """Parts of the stack that each pipeline rank holds (interleaved schedule: smaller bubbles, more messages); 1 = one."""
+    """Parts of the stack that each pipeline rank holds (interleaved schedule: smaller bubbles, more
+    messages); 1 = one."""
     sequence_parallel: bool = False
     """Split activations along the sequence between tensor-parallel ranks."""
     context_parallel: int = 1
     """Not supported beyond 1: the key exists to say so."""
     recompute: str = "none"
-    """Activations made again in the backward pass: "none", "selective" (attention scores, GELU: little time) or "full" (each layer)."""
+    """Activations made again in the backward pass: "none", "selective" (attention scores, GELU:
+    little time) or "full" (each layer)."""
     attention: str = "auto"
-    """"auto" ("flex" on a GPU, else "sdpa"), "flex" (FlexAttention), "sdpa" (torch), "flash" (flash-attn) or "te" (Transformer Engine)."""
+    """"auto" ("flex" on a GPU, else "sdpa"), "flex" (FlexAttention), "sdpa" (torch), "flash"
+    (flash-attn) or "te" (Transformer Engine)."""
     fused: str = "torch"
-    """Norms and AdamW: "torch" (in compiled layers; what was measured), "te" (Transformer Engine) or "apex" (neither ever run)."""
+    """Norms and AdamW: "torch" (in compiled layers; what was measured), "te" (Transformer Engine)
+    or "apex" (neither ever run)."""
     lora_rank: int = 0
-    """Rank of low-rank adapters (Hu et al. 2021) on every linear layer: they alone learn, and a scalar head; 0 = all weights do."""
+    """Rank of low-rank adapters (Hu et al. 2021) on every linear layer: they alone learn, and a
+    scalar head; 0 = all weights do."""
     lora_alpha: float = 16.0
     """Adapters' products count alpha / rank times."""
     compile: bool = True
-    """Compile each layer into a few fused kernels: on a GPU, not with "sdpa"; takes most of a minute once."""
+    """Compile each layer into a few fused kernels: on a GPU, not with "sdpa"; takes most of a
+    minute once."""
     collective_minutes: int = 60
-    """Minutes that a rank waits for the others before it ends with an error; a whole rollout may lie between two of their meetings."""
+    """Minutes that a rank waits for the others before it ends with an error; a whole rollout may
+    lie between two of their meetings."""
     iterations: int
     """Optimizer steps (rlhf: rollouts)."""
     micro_batch_size: int
@@ -85,9 +94,11 @@ class TrainerConfig:
     clip_grad: float = 1.0
     """Largest gradient norm."""
     grad_spike: float = 100.0
-    """A gradient norm of more than so many times its running mean is a spike: that update is left out; 0 = off."""
+    """A gradient norm of more than so many times its running mean is a spike: that update is left
+    out; 0 = off."""
     skip_updates: int = 3
-    """Updates in a row that may be left out (loss or gradient not finite, or a spike) before the stage stops; 0 = none."""
+    """Updates in a row that may be left out (loss or gradient not finite, or a spike) before the
+    stage stops; 0 = none."""
     save_every: int = 100
     """Iterations between checkpoints; the last is always saved."""
     keep_checkpoints: int = 2
@@ -95,15 +106,18 @@ class TrainerConfig:
     keep_every: int = 0
     """Checkpoints at multiples of this many iterations are never deleted; 0 = none."""
     async_save: bool = False
-    """Write checkpoints while training goes on; each node needs host memory for a copy of what its ranks write."""
+    """Write checkpoints while training goes on; each node needs host memory for a copy of what its
+    ranks write."""
     eval_every: int = 100
     """Iterations between evaluations on the held-out rows; the last is always evaluated."""
     log_every: int = 10
     """Iterations between lines of the log."""
     wandb: str = "off"
-    """Weights & Biases beside metrics.jsonl: "off", "offline" (files, for ``wandb sync``) or "online" (needs WANDB_API_KEY)."""
+    """Weights & Biases beside metrics.jsonl: "off", "offline" (files, for ``wandb sync``) or
+    "online" (needs WANDB_API_KEY)."""
     mlflow: str = ""
-    """MLflow's tracking address ("http://host:5000", "file:///folder") beside metrics.jsonl; "" = none."""
+    """MLflow's tracking address ("http://host:5000", "file:///folder") beside metrics.jsonl; "" =
+    none."""
     tracking_project: str = "convoy"
     """W&B's project, MLflow's experiment."""
 
@@ -119,31 +133,65 @@ class TrainerConfig:
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: expected at least 0 and below 1")
-        at_least(self, 1, "iterations", "micro_batch_size", "global_batch_size", "tensor_parallel", "pipeline_parallel",
-                  "virtual_pipeline", "save_every", "keep_checkpoints", "eval_every", "log_every",
-                  "collective_minutes")
-        at_least(self, 0, "keep_every", "skip_updates", "grad_spike", "lora_rank", "min_lr", "weight_decay", "warmup_iterations")
+        at_least(
+            self,
+            1,
+            "iterations",
+            "micro_batch_size",
+            "global_batch_size",
+            "tensor_parallel",
+            "pipeline_parallel",
+            "virtual_pipeline",
+            "save_every",
+            "keep_checkpoints",
+            "eval_every",
+            "log_every",
+            "collective_minutes",
+        )
+        at_least(
+            self,
+            0,
+            "keep_every",
+            "skip_updates",
+            "grad_spike",
+            "lora_rank",
+            "min_lr",
+            "weight_decay",
+            "warmup_iterations",
+        )
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr = {self.min_lr}: expected at most lr = {self.lr}")
         if self.keep_every % self.save_every:
-            raise ValueError(f"keep_every = {self.keep_every} is not a multiple of save_every = {self.save_every}: "
-                             "nothing is saved there")
+            raise ValueError(
+                f"keep_every = {self.keep_every} is not a multiple of save_every = {self.save_every}: "
+                "nothing is saved there"
+            )
         if self.global_batch_size % self.micro_batch_size:
-            raise ValueError(f"global_batch_size = {self.global_batch_size} is not a multiple of "
-                             f"micro_batch_size = {self.micro_batch_size}")
+            raise ValueError(
+                f"global_batch_size = {self.global_batch_size} is not a multiple of "
+                f"micro_batch_size = {self.micro_batch_size}"
+            )
         if self.warmup_iterations >= self.iterations and self.warmup_iterations:
-            raise ValueError(f"warmup_iterations = {self.warmup_iterations}: expected fewer than iterations = {self.iterations}")
+            raise ValueError(
+                f"warmup_iterations = {self.warmup_iterations}: expected fewer than iterations = {self.iterations}"
+            )
         if self.optimizer_precision == "bf16" and self.fused != "torch":
-            raise ValueError(f'optimizer_precision = "bf16" is an AdamW of its own; set fused = "torch", not "{self.fused}"')
+            raise ValueError(
+                f'optimizer_precision = "bf16" is an AdamW of its own; set fused = "torch", not "{self.fused}"'
+            )
         if self.optimizer_precision == "bf16" and self.precision != "bf16":
             raise ValueError(f'optimizer_precision = "bf16" needs precision = "bf16", not "{self.precision}"')
         if self.sequence_parallel and self.tensor_parallel == 1:
             raise ValueError("sequence_parallel = true needs tensor_parallel > 1; set sequence_parallel = false")
         if self.context_parallel != 1:
-            raise ValueError(f"context_parallel = {self.context_parallel}: attention is not divided along the sequence; set it to 1. "
-                             'For long rows use tensor_parallel with sequence_parallel = true, or recompute = "full"')
+            raise ValueError(
+                f"context_parallel = {self.context_parallel}: attention is not divided along the sequence; set it to 1. "
+                'For long rows use tensor_parallel with sequence_parallel = true, or recompute = "full"'
+            )
         if self.virtual_pipeline > 1 and self.pipeline_parallel == 1:
-            raise ValueError(f"virtual_pipeline = {self.virtual_pipeline} needs pipeline_parallel > 1; set virtual_pipeline = 1")
+            raise ValueError(
+                f"virtual_pipeline = {self.virtual_pipeline} needs pipeline_parallel > 1; set virtual_pipeline = 1"
+            )
 
     LENGTH = "seq_length"
     """What ``longest_row`` is made of."""
@@ -154,23 +202,31 @@ class TrainerConfig:
         return self.seq_length
 
     def model_copies(self, world_size: int) -> int:
-        """Data-parallel size for ``world_size`` ranks; raises ConfigError where TP x PP does not divide them."""
+        """Data-parallel size for ``world_size`` ranks; raises ConfigError where TP x PP does not
+        divide them."""
         model_ranks = self.tensor_parallel * self.pipeline_parallel
         if world_size % model_ranks:
-            raise ConfigError(f"{world_size} ranks can't be divided into tensor_parallel {self.tensor_parallel} x "
-                             f"pipeline_parallel {self.pipeline_parallel} = {model_ranks}; use a multiple of {model_ranks} ranks")
+            raise ConfigError(
+                f"{world_size} ranks can't be divided into tensor_parallel {self.tensor_parallel} x "
+                f"pipeline_parallel {self.pipeline_parallel} = {model_ranks}; use a multiple of {model_ranks} ranks"
+            )
         return world_size // model_ranks
 
     def data_parallel(self, world_size: int) -> int:
-        """Data-parallel size for ``world_size`` ranks; raises ConfigError where the numbers do not divide."""
+        """Data-parallel size for ``world_size`` ranks; raises ConfigError where the numbers do not
+        divide."""
         data_ranks = self.model_copies(world_size)
         if self.global_batch_size % (self.micro_batch_size * data_ranks):
-            raise ConfigError(f"global_batch_size = {self.global_batch_size} is not a multiple of micro_batch_size {self.micro_batch_size} "
-                             f"x {data_ranks} data-parallel ranks")
+            raise ConfigError(
+                f"global_batch_size = {self.global_batch_size} is not a multiple of micro_batch_size {self.micro_batch_size} "
+                f"x {data_ranks} data-parallel ranks"
+            )
         micro_batches = self.global_batch_size // (self.micro_batch_size * data_ranks)
         if self.virtual_pipeline > 1 and micro_batches % self.pipeline_parallel:
-            raise ConfigError(f"virtual_pipeline = {self.virtual_pipeline}: the interleaved schedule takes micro-batches in groups of "
-                              f"pipeline_parallel = {self.pipeline_parallel}, but global_batch_size {self.global_batch_size} / "
-                              f"micro_batch_size {self.micro_batch_size} / {data_ranks} data-parallel ranks = {micro_batches}; "
-                              "change one of them or set virtual_pipeline = 1")
+            raise ConfigError(
+                f"virtual_pipeline = {self.virtual_pipeline}: the interleaved schedule takes micro-batches in groups of "
+                f"pipeline_parallel = {self.pipeline_parallel}, but global_batch_size {self.global_batch_size} / "
+                f"micro_batch_size {self.micro_batch_size} / {data_ranks} data-parallel ranks = {micro_batches}; "
+                "change one of them or set virtual_pipeline = 1"
+            )
         return data_ranks

@@ -1,4 +1,5 @@
-"""From examples (training/data/examples.py) to tensors: padded batches, and the order of the rows."""
+"""From examples (training/data/examples.py) to tensors: padded batches, and the order of the
+rows."""
 
 from __future__ import annotations
 
@@ -14,39 +15,44 @@ from training.data.permutation import Permutation
 
 
 def padded_length(lengths: list[int], multiple: int) -> int:
-    """The longest of ``lengths``, rounded up. Give it the lengths of the *global* batch: pipeline stages and data-parallel ranks
-    must agree on the shape of every micro-batch."""
+    """The longest of ``lengths``, rounded up. Give it the lengths of the *global* batch: pipeline
+    stages and data-parallel ranks must agree on the shape of every micro-batch."""
     return -(-max(lengths) // multiple) * multiple
 
 
 def collate(examples: list[Example], pad_id: int, length: int) -> dict[str, torch.Tensor]:
-    """Right-padded batch: ``tokens`` (B, length) int64; ``response_mask`` (B, length) bool, True at the reply's ids with its EOS;
-    ``lengths`` (B,) int64, real ids of each row."""
+    """Right-padded batch: ``tokens`` (B, length) int64; ``response_mask`` (B, length) bool, True at
+    the reply's ids with its EOS; ``lengths`` (B,) int64, real ids of each row."""
     lengths = torch.tensor([len(example.tokens) for example in examples])
     if int(lengths.max()) > length:
         raise InvariantError(f"a row of {int(lengths.max())} tokens in a batch of length {length}")
     tokens = torch.full((len(examples), length), pad_id)
     for row, example in zip(tokens, examples, strict=True):
-        row[:len(example.tokens)] = torch.tensor(example.tokens)
-    starts = torch.tensor([max(example.response_start, 1) for example in examples])  # nothing predicts a row's first id
+        row[: len(example.tokens)] = torch.tensor(example.tokens)
+    # nothing predicts a row's first id
+    starts = torch.tensor([max(example.response_start, 1) for example in examples])
     position = torch.arange(length)
     response_mask = (position >= starts[:, None]) & (position < lengths[:, None])
     return {"tokens": tokens, "response_mask": response_mask, "lengths": lengths}
 
 
 class Sampler:
-    """Row indices of one global batch after the other: a seeded permutation an epoch, the same for any number of ranks.
+    """Row indices of one global batch after the other: a seeded permutation an epoch, the same for
+    any number of ranks.
 
-    What an epoch leaves over is the start of the batch that the next epoch fills: every row is seen once an epoch. Its memory does not
-    depend on the number of rows.
+    What an epoch leaves over is the start of the batch that the next epoch fills: every row is seen
+    once an epoch. Its memory does not depend on the number of rows.
     """
 
     ORDER = "feistel-1"
-    """Name of the rule that makes an order from seed and epoch; another rule would give a resumed run other rows."""
+    """Name of the rule that makes an order from seed and epoch; another rule would give a resumed
+    run other rows."""
 
     def __init__(self, n_rows: int, global_batch_size: int, seed: int):
         if n_rows < 1:
-            raise ConfigError(f"{n_rows} training rows: expected at least 1; look at counts.json beside the data for what was dropped")
+            raise ConfigError(
+                f"{n_rows} training rows: expected at least 1; look at counts.json beside the data for what was dropped"
+            )
         self.n_rows, self.global_batch_size, self.seed = n_rows, global_batch_size, seed
         self.epoch, self.offset = 0, 0
 
@@ -65,14 +71,19 @@ class Sampler:
         return {"epoch": self.epoch, "offset": self.offset, "seed": self.seed, "rows": self.n_rows, "order": self.ORDER}
 
     def load_state_dict(self, state: dict[str, int | str]) -> None:
-        """Goes on where ``state`` was taken. Raises ConfigError where data, seed or the rule of the order are other ones."""
+        """Goes on where ``state`` was taken. Raises ConfigError where data, seed or the rule of the
+        order are other ones."""
         if state.get("order") != self.ORDER:
-            raise ConfigError(f"this checkpoint's rows stand in the order {state.get('order', 'of version 0.1.0')!r}, this version's in "
-                              f"{self.ORDER!r}: finish the stage with the version that began it, or start the stage anew")
+            raise ConfigError(
+                f"this checkpoint's rows stand in the order {state.get('order', 'of version 0.1.0')!r}, this version's in "
+                f"{self.ORDER!r}: finish the stage with the version that began it, or start the stage anew"
+            )
         for name, value in (("seed", self.seed), ("rows", self.n_rows)):
             if state[name] != value:
-                raise ConfigError(f"{name} = {value}, but the checkpoint was made with {name} = {state[name]}; "
-                                  "resume with the same data and seed, or start the stage anew")
+                raise ConfigError(
+                    f"{name} = {value}, but the checkpoint was made with {name} = {state[name]}; "
+                    "resume with the same data and seed, or start the stage anew"
+                )
         self.epoch, self.offset = state["epoch"], state["offset"]
 
 
@@ -81,4 +92,4 @@ def shard(indices: list[int], rank: int, ranks: int) -> list[int]:
     if len(indices) % ranks:
         raise InvariantError(f"a global batch of {len(indices)} for {ranks} data-parallel ranks")
     size = len(indices) // ranks
-    return indices[rank * size:(rank + 1) * size]
+    return indices[rank * size : (rank + 1) * size]

@@ -1,9 +1,12 @@
-"""Rows as token ids on disk: made once from a file of rows, then read by all ranks of a node through the same pages of memory.
+"""Rows as token ids on disk: made once from a file of rows, then read by all ranks of a node
+through the same pages of memory.
 
-``sft.jsonl.tokens/KEY/`` beside ``sft.jsonl`` holds flat arrays: ``ids`` of every piece (a prompt, then its replies) end to end, ``pieces``
-and ``rows`` (int64: where each piece's ids and each row's pieces end), ``scores`` (float64, one a reply where there are any), and
-about.json. A prompt has its BOS; the text is neither cut nor given an EOS, so that one cache serves every length. KEY is the sha256 of
-what it was made from: source, tokenizer, kind of row. It is written aside, fsynced and renamed: a folder that has its name is whole.
+``sft.jsonl.tokens/KEY/`` beside ``sft.jsonl`` holds flat arrays: ``ids`` of every piece (a prompt,
+then its replies) end to end, ``pieces`` and ``rows`` (int64: where each piece's ids and each row's
+pieces end), ``scores`` (float64, one a reply where there are any), and about.json. A prompt has its
+BOS; the text is neither cut nor given an EOS, so that one cache serves every length. KEY is the
+sha256 of what it was made from: source, tokenizer, kind of row. It is written aside, fsynced and
+renamed: a folder that has its name is whole.
 """
 
 from __future__ import annotations
@@ -33,7 +36,8 @@ FORMAT = 2
 ROWS_AT_ONCE = 4096
 """Rows that are tokenised together: enough for all cores, little memory."""
 ARRAYS = {"ids": "", "pieces": "<i8", "rows": "<i8", "scores": "<f8"}
-"""Arrays and their types; that of ``ids`` is as wide as the vocabulary needs and stands in about.json."""
+"""Arrays and their types; that of ``ids`` is as wide as the vocabulary needs and stands in
+about.json."""
 
 
 class Tokenised(NamedTuple):
@@ -49,22 +53,28 @@ class Tokenised(NamedTuple):
 
 
 def tokenise(rows: Sequence[Row], stage: str, tokenizer: Tokenizer) -> list[Tokenised]:
-    """What ``stage`` reads of ``rows``. Prompt and reply are tokenised apart, so that the loss mask can't be off by one merge."""
+    """What ``stage`` reads of ``rows``. Prompt and reply are tokenised apart, so that the loss mask
+    can't be off by one merge."""
     replies = [row.responses if stage == "reward" else (row.best,) if stage == "sft" else () for row in rows]
     prompts = tokenizer.encode_prompts([row.prompt for row in rows])
     ids = iter(tokenizer.encode_replies([text for its in replies for text in its]))
-    return [Tokenised(prompt, [next(ids) for _ in its], list(row.scores) if stage == "reward" else [], len(tokenizer.bos))
-            for row, prompt, its in zip(rows, prompts, replies, strict=True)]
+    return [
+        Tokenised(prompt, [next(ids) for _ in its], list(row.scores) if stage == "reward" else [], len(tokenizer.bos))
+        for row, prompt, its in zip(rows, prompts, replies, strict=True)
+    ]
 
 
 class TokenRows(Sequence):
-    """The rows of a whole cache; nothing is read before it is asked for. Forked and pickled readers map the same files."""
+    """The rows of a whole cache; nothing is read before it is asked for. Forked and pickled readers
+    map the same files."""
 
     def __init__(self, folder: Path):
         self.folder, self.about = folder, json.loads((folder / "about.json").read_text(encoding="utf-8"))
         self.most_replies: int = self.about["most_replies"]
         """Replies of the row that has most."""
-        self._ids, self._pieces, self._rows, self._scores = (_mapped(folder / name, self.about["types"][name]) for name in ARRAYS)
+        self._ids, self._pieces, self._rows, self._scores = (
+            _mapped(folder / name, self.about["types"][name]) for name in ARRAYS
+        )
 
     def __len__(self) -> int:
         return self.about["rows"]
@@ -73,12 +83,12 @@ class TokenRows(Sequence):
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)} in {self.folder}")
         first, last = (int(self._rows[index - 1]) if index else 0), int(self._rows[index])
-        ends = self._pieces[max(first - 1, 0):last].tolist()
+        ends = self._pieces[max(first - 1, 0) : last].tolist()
         starts = ends[:-1] if first else [0, *ends[:-1]]
         ends = ends[1:] if first else ends
         prompt, *replies = (self._ids[start:end].tolist() for start, end in zip(starts, ends, strict=True))
         # Every row before has one prompt: what is left of its pieces are replies.
-        scores = self._scores[first - index:last - index - 1].tolist() if len(self._scores) else []
+        scores = self._scores[first - index : last - index - 1].tolist() if len(self._scores) else []
         return Tokenised(prompt, replies, scores, self.about["opening"])
 
     def longer_than(self, tokens: int) -> int:
@@ -116,9 +126,11 @@ def _mapped(path: Path, kind: str) -> np.ndarray:
 
 
 def cached(path: str | Path, stage: str, tokenizer: Tokenizer) -> Path:
-    """The cache's folder, made if it is not there. Raises DataError where ``path`` has a bad row or none that ``stage`` can use.
+    """The cache's folder, made if it is not there. Raises DataError where ``path`` has a bad row or
+    none that ``stage`` can use.
 
-    Safe against itself: of several processes one makes it and the others wait for it; what a killed one left is removed.
+    Safe against itself: of several processes one makes it and the others wait for it; what a killed
+    one left is removed.
     """
     source = Path(path)
     key = _key(source, stage, tokenizer)
@@ -131,7 +143,8 @@ def cached(path: str | Path, stage: str, tokenizer: Tokenizer) -> Path:
         if _whole(target):
             return target
         for old in folder.iterdir():
-            if old.is_dir() and (alone or old.name == target.name):  # of another source or tokenizer, or half-written
+            # of another source or tokenizer, or half-written
+            if old.is_dir() and (alone or old.name == target.name):
                 shutil.rmtree(old)
         aside = folder / f".writing-{uuid.uuid4().hex}"
         aside.mkdir()  # open to others as the user's umask says, which mkdtemp does not ask
@@ -143,7 +156,9 @@ def cached(path: str | Path, stage: str, tokenizer: Tokenizer) -> Path:
         finally:
             shutil.rmtree(aside, ignore_errors=True)
     if not _whole(target):
-        raise OSError(f"{target}: written, but not there; is the file system full, or the folder written by another host?")
+        raise OSError(
+            f"{target}: written, but not there; is the file system full, or the folder written by another host?"
+        )
     return target
 
 
@@ -152,11 +167,14 @@ def _key(source: Path, stage: str, tokenizer: Tokenizer) -> str:
         digests = [digest(source), digest(tokenizer.file)]
     except OSError as error:
         raise formats.DataError(f"{source}: can't be read: {error}") from None
-    return hashlib.sha256(json.dumps([FORMAT, stage, tokenizers.__version__, tokenizer.bos, *digests]).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps([FORMAT, stage, tokenizers.__version__, tokenizer.bos, *digests]).encode()
+    ).hexdigest()
 
 
 def _whole(folder: Path) -> bool:
-    """Whether the cache is there with all its bytes: what was renamed is complete, but a disk or a copy may have lost some."""
+    """Whether the cache is there with all its bytes: what was renamed is complete, but a disk or a
+    copy may have lost some."""
     try:
         sizes = json.loads((folder / "about.json").read_text(encoding="utf-8"))["bytes"]
         return set(sizes) == set(ARRAYS) and all((folder / name).stat().st_size == size for name, size in sizes.items())
@@ -166,7 +184,8 @@ def _whole(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[bool]:
-    """Hold the folder's lock; False where the file system has no locks. The kernel lets go of a killed process's."""
+    """Hold the folder's lock; False where the file system has no locks. The kernel lets go of a
+    killed process's."""
     with open(folder / ".lock", "a", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -195,8 +214,17 @@ def _write(source: Path, stage: str, tokenizer: Tokenizer, aside: Path, key: str
             most_replies = max(most_replies, *(len(row.replies) for row in chunk))
     if not rows:
         raise formats.DataError(f"{source}: no usable row for {stage}{formats.because(counts)}")
-    about = {"format": FORMAT, "key": key, "source": source.name, "stage": stage, "rows": rows, "most_replies": most_replies,
-             "opening": len(tokenizer.bos), "types": types, "bytes": {name: (aside / name).stat().st_size for name in ARRAYS}}
+    about = {
+        "format": FORMAT,
+        "key": key,
+        "source": source.name,
+        "stage": stage,
+        "rows": rows,
+        "most_replies": most_replies,
+        "opening": len(tokenizer.bos),
+        "types": types,
+        "bytes": {name: (aside / name).stat().st_size for name in ARRAYS},
+    }
     (aside / "about.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     for path in [*aside.iterdir(), aside]:
         sync(path)

@@ -1,7 +1,8 @@
 """What a trainer's length leaves of its rows, in numbers and in words.
 
 ``python -m training.data.cuts DATA STAGES``: of the prepared folder DATA, whose caches are there, a
-line for all that is dropped or cut. STAGES: JSON of {stage: [kind of row, key of the length, length]}.
+line for all that is dropped or cut. STAGES: JSON of {stage: [kind of row, key of the length,
+length]}.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from training.data.cache import Tokenised, TokenRows, lengths
 from training.data.examples import comparison_example, sft_example
 
 MOST_LOOKED = 20_000
-"""Rows that are too long and whose replies are compared after the cut; of more, so many, evenly spread."""
+"""Rows that are too long and whose replies are compared after the cut; of more, so many, evenly
+spread."""
 
 
 class _End:
@@ -33,7 +35,7 @@ def count(rows: Sequence[Tokenised], kind: str, length: int) -> dict[str, int]:
         longer = rows.longer(length).tolist()
     else:
         longer = [index for index, row in enumerate(rows) if lengths(row, kind) > length]
-    looked = longer[::-(-len(longer) // MOST_LOOKED)] if longer and kind != "rlhf" else []
+    looked = longer[:: -(-len(longer) // MOST_LOOKED)] if longer and kind != "rlhf" else []
     unended = alike = 0
     for index in looked:
         row = rows[index]
@@ -57,13 +59,15 @@ def words(name: str, length: int, counts: dict[str, int]) -> str:
     if counts["unended"]:
         parts.append(f"{counts['unended']:,}{about} lose the end of a reply")
     if counts["alike"]:
-        parts.append(f"the replies of {counts['alike']:,}{about} are then the same, "
-                     "so that nothing is learnt from them")
+        parts.append(
+            f"the replies of {counts['alike']:,}{about} are then the same, so that nothing is learnt from them"
+        )
     return ", ".join(parts)
 
 
 def lines(folder: Path, stages: dict[str, tuple[str, str, int]]) -> list[str]:
-    """What was dropped of the rows of a prepared folder, and what the stages cut of them, a line each."""
+    """What was dropped of the rows of a prepared folder, and what the stages cut of them, a line
+    each."""
     found = formats.dropped(json.loads((folder / "counts.json").read_text(encoding="utf-8"))["read"])
     for stage, (kind, key, length) in stages.items():
         caches = list((folder / f"{kind}.jsonl.tokens").glob("*/about.json"))

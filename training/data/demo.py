@@ -1,11 +1,15 @@
-"""The demo's data, made here from a seed: dialogues in Anthropic HH's form over eight kinds of small tasks.
+"""The demo's data, made here from a seed: dialogues in Anthropic HH's form over eight kinds of
+small tasks.
 
-A good reply is right, polite and short. A bad one is wrong, rude, rambling, off the point, or a mixture. What is good can be
-computed from the text: each prompt has a rubric, and in every comparison the better reply has the higher gold score:
+A good reply is right, polite and short. A bad one is wrong, rude, rambling, off the point, or a
+mixture. What is good can be computed from the text: each prompt has a rubric, and in every
+comparison the better reply has the higher gold score:
 
-    gold = 0.6 (says what it must) + 0.2 (says nothing that it must not) + 0.2 (at most ``MAX_WORDS`` words); 0 for an empty reply
+    gold = 0.6 (says what it must) + 0.2 (says nothing that it must not) + 0.2 (at most
+    ``MAX_WORDS`` words); 0 for an empty reply
 
-Demonstrations for SFT are of mixed quality on purpose, so that reinforcement learning has something to improve.
+Demonstrations for SFT are of mixed quality on purpose, so that reinforcement learning has something
+to improve.
 """
 
 from __future__ import annotations
@@ -21,13 +25,16 @@ MAX_WORDS = 7
 QUALITY = {"good": 42, "wrong": 10, "offtopic": 14, "wrong rude": 6, "rude": 12, "rambling": 10, "offtopic rambling": 6}
 """Kind of reply -> its share of the SFT demonstrations, in percent."""
 BAD = {"wrong": 40, "offtopic": 16, "wrong rude": 10, "rude": 14, "rambling": 12, "offtopic rambling": 8}
-"""Kind of the worse reply -> its share of the comparisons, in percent; many are wrong only, which is the hardest to tell."""
+"""Kind of the worse reply -> its share of the comparisons, in percent; many are wrong only, which
+is the hardest to tell."""
 BETTER = {"good": 70, "rude": 15, "rambling": 15}
-"""Kind of the better reply -> its share, in percent: a right answer beats every wrong one, even where its form is bad."""
+"""Kind of the better reply -> its share, in percent: a right answer beats every wrong one, even
+where its form is bad."""
 
 
 class Task(NamedTuple):
-    """One kind of question: ways to ask it, the answer as a sentence, and the answer to each item."""
+    """One kind of question: ways to ask it, the answer as a sentence, and the answer to each
+    item."""
 
     name: str
     questions: tuple[str, ...]
@@ -53,26 +60,69 @@ def _pairs(text: str) -> dict[str, str]:
 
 
 TASKS = (
-    Task("colour", ("What colour is {}?", "Which colour is {}?", "Tell me the colour of {}.", "Name the colour of {}."),
-         "The colour is {}.",
-         _pairs("grass-green snow-white coal-black blood-red sky-blue mud-brown milk-white tar-black lime-green")),
-    Task("opposite", ("What is the opposite of {}?", "Tell me the opposite of {}.", "Name the opposite of {}.",
-                      "What is the reverse of {}?"),
-         "The opposite is {}.", _pairs("hot-cold big-small up-down day-night old-new wet-dry fast-slow left-right rich-poor")),
-    Task("capital", ("What is the capital of {}?", "Tell me the capital of {}.", "Name the capital of {}.",
-                     "Which city is the capital of {}?"),
-         "The capital is {}.",
-         _pairs("France-Paris Italy-Rome Spain-Madrid Peru-Lima Japan-Tokyo Egypt-Cairo Cuba-Havana Iran-Tehran Kenya-Nairobi")),
-    Task("sound", ("What does a {} say?", "Tell me what a {} says.", "Name the sound of a {}.", "Which sound does a {} make?"),
-         "It says {}.", _pairs("dog-woof cow-moo cat-meow duck-quack pig-oink bee-buzz lion-roar sheep-baa snake-hiss")),
-    Task("sum", ("What is {}?", "Tell me the sum {}.", "How much is {}?", "Name the sum {}."), "The sum is {}.",
-         {f"{a} plus {b}": str(a + b) for a, b in ((1, 1), (1, 2), (2, 2), (2, 3), (3, 3), (4, 3), (4, 4), (5, 1), (5, 4))}),
-    Task("kind", ("What kind of thing is a {}?", "Tell me what a {} is.", "What is a {}?", "Name the kind of a {}."), "It is a kind of {}.",
-         _pairs("plum-fruit pear-fruit rose-flower tulip-flower bee-insect wasp-insect saw-tool spade-tool trout-fish")),
-    Task("plural", ("What is the plural of {}?", "Tell me the plural of {}.", "Name the plural of {}.", "How do I say many {}?"),
-         "The plural is {}.", _pairs("man-men mouse-mice foot-feet goose-geese tooth-teeth ox-oxen child-children leaf-leaves box-boxes")),
-    Task("repeat", ("Say the word {}.", "Repeat the word {}.", "Tell me the word {}.", "Please say {}."), "The word is {}.",
-         {word: word for word in ("moon", "lamp", "bread", "door", "chair", "hill", "rain", "shoe", "glass")}),
+    Task(
+        "colour",
+        ("What colour is {}?", "Which colour is {}?", "Tell me the colour of {}.", "Name the colour of {}."),
+        "The colour is {}.",
+        _pairs("grass-green snow-white coal-black blood-red sky-blue mud-brown milk-white tar-black lime-green"),
+    ),
+    Task(
+        "opposite",
+        (
+            "What is the opposite of {}?",
+            "Tell me the opposite of {}.",
+            "Name the opposite of {}.",
+            "What is the reverse of {}?",
+        ),
+        "The opposite is {}.",
+        _pairs("hot-cold big-small up-down day-night old-new wet-dry fast-slow left-right rich-poor"),
+    ),
+    Task(
+        "capital",
+        (
+            "What is the capital of {}?",
+            "Tell me the capital of {}.",
+            "Name the capital of {}.",
+            "Which city is the capital of {}?",
+        ),
+        "The capital is {}.",
+        _pairs(
+            "France-Paris Italy-Rome Spain-Madrid Peru-Lima Japan-Tokyo Egypt-Cairo Cuba-Havana Iran-Tehran Kenya-Nairobi"
+        ),
+    ),
+    Task(
+        "sound",
+        ("What does a {} say?", "Tell me what a {} says.", "Name the sound of a {}.", "Which sound does a {} make?"),
+        "It says {}.",
+        _pairs("dog-woof cow-moo cat-meow duck-quack pig-oink bee-buzz lion-roar sheep-baa snake-hiss"),
+    ),
+    Task(
+        "sum",
+        ("What is {}?", "Tell me the sum {}.", "How much is {}?", "Name the sum {}."),
+        "The sum is {}.",
+        {
+            f"{a} plus {b}": str(a + b)
+            for a, b in ((1, 1), (1, 2), (2, 2), (2, 3), (3, 3), (4, 3), (4, 4), (5, 1), (5, 4))
+        },
+    ),
+    Task(
+        "kind",
+        ("What kind of thing is a {}?", "Tell me what a {} is.", "What is a {}?", "Name the kind of a {}."),
+        "It is a kind of {}.",
+        _pairs("plum-fruit pear-fruit rose-flower tulip-flower bee-insect wasp-insect saw-tool spade-tool trout-fish"),
+    ),
+    Task(
+        "plural",
+        ("What is the plural of {}?", "Tell me the plural of {}.", "Name the plural of {}.", "How do I say many {}?"),
+        "The plural is {}.",
+        _pairs("man-men mouse-mice foot-feet goose-geese tooth-teeth ox-oxen child-children leaf-leaves box-boxes"),
+    ),
+    Task(
+        "repeat",
+        ("Say the word {}.", "Repeat the word {}.", "Tell me the word {}.", "Please say {}."),
+        "The word is {}.",
+        {word: word for word in ("moon", "lamp", "bread", "door", "chair", "hill", "rain", "shoe", "glass")},
+    ),
 )
 OPENINGS = ("", "Hi. ", "Hello. ", "Please help me. ", "I want to know. ", f"Hi.{CUE} Hello.{HUMAN} ")
 CLOSINGS = ("", " Thank you.", " Be brief.")
@@ -136,7 +186,8 @@ def comparison(question: Question, rng: random.Random) -> dict:
 
 
 def rows(heldout_prompts: set[str], seed: int) -> dict[str, list[dict]]:
-    """File name -> its rows. ``heldout_prompts`` are in no training file; each has one row in each held-out file."""
+    """File name -> its rows. ``heldout_prompts`` are in no training file; each has one row in each
+    held-out file."""
     rng = random.Random(f"demo rows {seed}")
     training = [q for q in questions() if q.prompt not in heldout_prompts]
     heldout = [q for q in questions() if q.prompt in heldout_prompts]

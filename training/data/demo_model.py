@@ -1,7 +1,9 @@
-"""The demo's starting model: a Hugging Face folder that looks like ``bigscience/bloom-7b1``'s, only tiny and untrained.
+"""The demo's starting model: a Hugging Face folder that looks like ``bigscience/bloom-7b1``'s, only
+tiny and untrained.
 
-Same files, same names of configuration keys and of tensors, a byte-level BPE with BLOOM's pre-tokenizer: what the chain reads here
-is what it reads from the real checkpoint. The bytes depend on the text, the shape and the seed only.
+Same files, same names of configuration keys and of tensors, a byte-level BPE with BLOOM's
+pre-tokenizer: what the chain reads here is what it reads from the real checkpoint. The bytes depend
+on the text, the shape and the seed only.
 """
 
 from __future__ import annotations
@@ -20,21 +22,27 @@ from training.config.shape import family
 SPECIAL = {"unk": "<unk>", "bos": "<s>", "eos": "</s>", "pad": "<pad>"}
 """Name -> text; the ids are 0, 1, 2, 3 in this order, as in BLOOM."""
 SPLIT = " ?[^(\\s|[.,!?…。，、।۔،])]+"
-"""BLOOM's pre-tokenizer: words with the space before them; white space and sentence punctuation stand alone."""
+"""BLOOM's pre-tokenizer: words with the space before them; white space and sentence punctuation
+stand alone."""
 
 
 def write(folder: Path, texts: Iterable[str], model: ModelConfig, seed: int, rows: int = 0) -> None:
-    """Write tokenizer (trained on ``texts``), configuration and random weights into ``folder``, which exists.
+    """Write tokenizer (trained on ``texts``), configuration and random weights into ``folder``,
+    which exists.
 
-    ``rows``: rows of the embedding where it shall have more than the tokenizer has tokens, as BLOOM's own has.
+    ``rows``: rows of the embedding where it shall have more than the tokenizer has tokens, as
+    BLOOM's own has.
 
     Raises ConfigError where the texts can't fill ``model.demo_vocab`` rows.
     """
     write_tokenizer(folder, texts, model)
     config = family(model.demo_family).demo(model) | ({"vocab_size": rows} if rows else {})
     _write(folder / "config.json", config)
-    _write(folder / "generation_config.json", {"_from_model_config": True}
-           | {f"{name}_token_id": config[f"{name}_token_id"] for name in ("bos", "eos", "pad")})
+    _write(
+        folder / "generation_config.json",
+        {"_from_model_config": True}
+        | {f"{name}_token_id": config[f"{name}_token_id"] for name in ("bos", "eos", "pad")},
+    )
     _write_weights(folder, config, seed)
 
 
@@ -51,22 +59,32 @@ def write_tokenizer(folder: Path, texts: Iterable[str], model: ModelConfig) -> N
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> tokenizers.Tokenizer:
     """Byte-level BPE of exactly ``vocabulary`` rows: 4 special tokens, 256 bytes, merges."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(tokenizers.Regex(SPLIT), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=list(SPECIAL.values()), show_progress=False,
-                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=list(SPECIAL.values()),
+        show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
     tokenizer.train_from_iterator(texts, trainer)
     if tokenizer.get_vocab_size() != vocabulary:
-        raise ConfigError(f"model.demo_vocab = {vocabulary}: the text gives {tokenizer.get_vocab_size()} tokens "
-                          f"(260 without any merge); set model.demo_vocab to at least 261 and at most that")
+        raise ConfigError(
+            f"model.demo_vocab = {vocabulary}: the text gives {tokenizer.get_vocab_size()} tokens "
+            f"(260 without any merge); set model.demo_vocab to at least 261 and at most that"
+        )
     return tokenizer
 
 
 def _write_weights(folder: Path, config: dict, seed: int) -> None:
-    """model.safetensors in fp32, named as in the published files (BLOOM's: ``h.0...`` without ``transformer.``), no tied lm_head."""
+    """model.safetensors in fp32, named as in the published files (BLOOM's: ``h.0...`` without
+    ``transformer.``), no tied lm_head."""
     import torch
     from safetensors.torch import save
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -1,4 +1,5 @@
-"""Anthropic HH's dialogue text: ``"\\n\\nHuman: ...\\n\\nAssistant:"``, then a reply that begins with one space. Pure, stdlib only."""
+"""Anthropic HH's dialogue text: ``"\\n\\nHuman: ...\\n\\nAssistant:"``, then a reply that begins with one space. Pure, stdlib
+only."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ _SPEAKERS = {"user": HUMAN, "human": HUMAN, "assistant": CUE}
 
 
 def as_prompt(question: str) -> str:
-    """The dialogue text of ``question``; a text that already is a dialogue only gets the cue at its very end."""
+    """The dialogue text of ``question``; a text that already is a dialogue only gets the cue at its
+    very end."""
     text = question.rstrip()
     if text.endswith(CUE.strip()) and HUMAN in text:
         return text
@@ -27,13 +29,15 @@ def as_reply(text: str) -> str:
 
 
 def split(dialogue: str) -> tuple[str, str] | None:
-    """(prompt, reply): the prompt reaches up to and including the last cue. None where there is no cue."""
+    """(prompt, reply): the prompt reaches up to and including the last cue. None where there is no
+    cue."""
     head, cue, reply = dialogue.rpartition(CUE)
     return (head + cue, as_reply(reply)) if cue else None
 
 
 def from_messages(messages: list[tuple[str, str]]) -> str:
-    """Dialogue text of (role, content) turns; a system turn is put in front of the next turn's own words.
+    """Dialogue text of (role, content) turns; a system turn is put in front of the next turn's own
+    words.
 
     Raises KeyError for a role that HH has no speaker for.
     """
@@ -64,7 +68,8 @@ def has_marker(text: str) -> bool:
 
 
 def oddities(prompt: str) -> list[str]:
-    """What is unusual about a prompt that is used all the same, e.g. two turns of one speaker in a row."""
+    """What is unusual about a prompt that is used all the same, e.g. two turns of one speaker in a
+    row."""
     speakers = _TURN.findall(prompt)
     found = []
     if any(one == two for one, two in zip(speakers, speakers[1:], strict=False)):

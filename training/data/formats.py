@@ -1,7 +1,9 @@
-"""Reads files of training rows, .jsonl and .jsonl.gz, of any of the formats in training/data/rows.py.
+"""Reads files of training rows, .jsonl and .jsonl.gz, of any of the formats in
+training/data/rows.py.
 
-A row that can't be read is an error that names file, line and field; a row that can be read but not used (HH has such) is counted by
-reason, and so is a field that nothing reads, by its name: it may be the replies under a name that only its owner knows.
+A row that can't be read is an error that names file, line and field; a row that can be read but not
+used (HH has such) is counted by reason, and so is a field that nothing reads, by its name: it may
+be the replies under a name that only its owner knows.
 """
 
 from __future__ import annotations
@@ -18,7 +20,11 @@ from training.data.rows import COMPARISONS, FORMATS, Row, parse, unread
 from training.data.source import DataError, lines
 from training.data.turns import BadRow, Unusable, short
 
-NEEDS = {"rlhf": (0, "a prompt", FORMATS), "sft": (1, "a response", FORMATS), "reward": (2, "two replies to compare", COMPARISONS)}
+NEEDS = {
+    "rlhf": (0, "a prompt", FORMATS),
+    "sft": (1, "a response", FORMATS),
+    "reward": (2, "two replies to compare", COMPARISONS),
+}
 """Stage -> (fewest replies to a prompt, in words, formats that have them)."""
 MOST_NAMES = 50
 """Fields that nothing reads are counted by name up to so many entries of the counts."""
@@ -31,12 +37,14 @@ def as_native(row: Row, stage: str) -> dict:
     return {"prompt": row.prompt} | ({"response": row.best} if stage == "sft" else {})
 
 
-def iterate(path: str | Path, stage: str, counts: Counter, skip_bad_rows: bool = False,
-            most: int | None = None) -> Iterator[Row]:
+def iterate(
+    path: str | Path, stage: str, counts: Counter, skip_bad_rows: bool = False, most: int | None = None
+) -> Iterator[Row]:
     """Usable rows of a file, in its order, of its first ``most`` where that is given.
 
-    ``counts`` gets "rows" read, "dropped: REASON" and "not read: field NAME".
-    Raises DataError for a malformed row (counted instead if ``skip_bad_rows``) and for one that lacks what the stage needs.
+    ``counts`` gets "rows" read, "dropped: REASON" and "not read: field NAME". Raises DataError for
+    a malformed row (counted instead if ``skip_bad_rows``) and for one that lacks what the stage
+    needs.
     """
     fewest, need, expected = NEEDS[stage]
     good = False
@@ -56,8 +64,10 @@ def iterate(path: str | Path, stage: str, counts: Counter, skip_bad_rows: bool =
             continue
         good = True
         if len(row.responses) < fewest:
-            raise DataError(f"{path}:{number}: this row has {len(row.responses)} replies, but the {stage} stage needs {need}: "
-                            f"give {expected}")
+            raise DataError(
+                f"{path}:{number}: this row has {len(row.responses)} replies, but the {stage} stage needs {need}: "
+                f"give {expected}"
+            )
         for name in unread(fields):
             name = f"not read: field {short(name)}"
             counts[name if name in counts or len(counts) < MOST_NAMES else "not read: other fields"] += 1
@@ -79,7 +89,8 @@ def _object(line: bytes) -> dict:
 
 
 def _fields(pairs: list[tuple[str, object]]) -> dict:
-    """An object of JSON, none of whose names stands twice: which of the two is meant, the file does not say."""
+    """An object of JSON, none of whose names stands twice: which of the two is meant, the file does
+    not say."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
         names = [name for name, _ in pairs]
@@ -89,11 +100,13 @@ def _fields(pairs: list[tuple[str, object]]) -> dict:
 
 
 class Echoes:
-    """Rows with a reply that begins with its own prompt. Of a few they are answers that repeat the question, and stay; of more than a
-    tenth the file has its prompts in its replies, and a model would learn to say each question twice."""
+    """Rows with a reply that begins with its own prompt. Of a few they are answers that repeat the
+    question, and stay; of more than a tenth the file has its prompts in its replies, and a model
+    would learn to say each question twice."""
 
     SHARE, SHORTEST, SHORT_SHARE = 0.1, 12, 0.5
-    """Share of the rows from which on it is the file; characters of a prompt that no reply repeats by chance; share with shorter ones."""
+    """Share of the rows from which on it is the file; characters of a prompt that no reply repeats
+    by chance; share with shorter ones."""
 
     def __init__(self):
         self.rows = self.echoes = self.short = 0
@@ -104,7 +117,8 @@ class Echoes:
         self.rows += bool(row.responses)
         question = dialogue.question(row.prompt)
         if len(question) < 2 or not any(
-                len(reply) > len(question) and reply.lstrip().startswith(question) for reply in row.responses):
+            len(reply) > len(question) and reply.lstrip().startswith(question) for reply in row.responses
+        ):
             return False
         self.example = self.example or short(question)
         if len(question) < self.SHORTEST:
@@ -117,9 +131,11 @@ class Echoes:
         """DataError where they are more than the odd one."""
         every = self.echoes + self.short
         if self.echoes > max(1, self.SHARE * self.rows) or every > max(1, self.SHORT_SHARE * self.rows):
-            raise DataError(f"{path}: in {every:,} of {self.rows:,} rows a reply begins with its own prompt "
-                            f"(e.g. {self.example}), so each question would be learnt as a part of its answer; "
-                            "remove the prompt from the replies")
+            raise DataError(
+                f"{path}: in {every:,} of {self.rows:,} rows a reply begins with its own prompt "
+                f"(e.g. {self.example}), so each question would be learnt as a part of its answer; "
+                "remove the prompt from the replies"
+            )
 
 
 def unusual(row: Row, echoes: Echoes) -> list[str]:
@@ -130,11 +146,16 @@ def unusual(row: Row, echoes: Echoes) -> list[str]:
 
 def because(counts: Counter) -> str:
     """Why nothing was left, in words: ": 3 rows read; dropped: 3 empty reply"."""
-    reasons = [f"{number} {name.removeprefix('dropped: ')}" for name, number in counts.items() if name.startswith("dropped: ")]
+    reasons = [
+        f"{number} {name.removeprefix('dropped: ')}" for name, number in counts.items() if name.startswith("dropped: ")
+    ]
     return f": {counts['rows']} rows read; dropped: {', '.join(reasons)}" if reasons else ": the file is empty"
 
 
 def dropped(read: dict[str, int]) -> list[str]:
     """A line for each reason why rows are not used, or are used although they are unusual."""
-    return [f"{number:,} of {read['rows']:,} rows {name}" for name, number in read.items()
-            if name.startswith(("dropped: ", "kept: ", "repeated: ", "left out: "))]
+    return [
+        f"{number:,} of {read['rows']:,} rows {name}"
+        for name, number in read.items()
+        if name.startswith(("dropped: ", "kept: ", "repeated: ", "left out: "))
+    ]

@@ -1,8 +1,9 @@
 """Several examples in one row, so that no step computes padding.
 
-What is packed is one global batch: it holds the same examples with or without packing, hence the same loss, the same order of
-the data and the same state to resume from; only the rows differ. (Packing a whole epoch ahead fills rows a little better, but
-makes the number of examples in a step depend on their lengths, and with it the meaning of learning rate and batch size.)
+What is packed is one global batch: it holds the same examples with or without packing, hence the
+same loss, the same order of the data and the same state to resume from; only the rows differ.
+(Packing a whole epoch ahead fills rows a little better, but makes the number of examples in a step
+depend on their lengths, and with it the meaning of learning rate and batch size.)
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ class Layout(NamedTuple):
     """How a global batch is laid out."""
 
     rows: list[list[int]]
-    """Examples' indices, row by row; the same number of rows for each data-parallel rank, in its order."""
+    """Examples' indices, row by row; the same number of rows for each data-parallel rank, in its
+    order."""
     length: int
     """Tokens of every row, padding included."""
     micro_batch_size: int
@@ -48,15 +50,18 @@ class Limits(NamedTuple):
     group: int = 1
     """A rank's micro-batches are a multiple of this (the interleaved schedule takes them so)."""
     least: int = 0
-    """A micro-batch of fewer tokens takes as long as one of these (training.config.cost.launched_tokens)."""
+    """A micro-batch of fewer tokens takes as long as one of these
+    (training.config.cost.launched_tokens)."""
 
 
 def lay_out(lengths: list[int], limits: Limits) -> Layout:
-    """Examples of these ``lengths`` in the rows that take least time: their number, their length and the micro-batches are chosen together.
+    """Examples of these ``lengths`` in the rows that take least time: their number, their length
+    and the micro-batches are chosen together.
 
-    A rank's time is reckoned by training.config.cost.micro_batches; of equals (where all wait for the host) the least padding is taken. For every
-    number of rows the shortest multiple that holds the examples is tried. Rows may be empty where there are fewer examples than ranks.
-    Raises InvariantError for a length above the capacity.
+    A rank's time is reckoned by training.config.cost.micro_batches; of equals (where all wait for
+    the host) the least padding is taken. For every number of rows the shortest multiple that holds
+    the examples is tried. Rows may be empty where there are fewer examples than ranks. Raises
+    InvariantError for a length above the capacity.
 
     >>> lay_out([5, 4, 3, 3, 1], Limits(capacity=8, multiple=1, ranks=1, micro_batch_size=2))
     Layout(rows=[[0, 3], [1, 2, 4]], length=8, micro_batch_size=2)
@@ -73,8 +78,9 @@ def lay_out(lengths: list[int], limits: Limits) -> Layout:
         if best and count > MORE_ROWS * fewest:
             break
         for length in range(_up(max(longest, -(-total // count)), limits.multiple), highest + 1, limits.multiple):
-            seconds, size = micro_batches(count // limits.ranks, length, limits.micro_batch_size, limits.pipeline, limits.group,
-                                          limits.least)
+            seconds, size = micro_batches(
+                count // limits.ranks, length, limits.micro_batch_size, limits.pipeline, limits.group, limits.least
+            )
             if (seconds, count * length) >= least:
                 break
             capacity = min(length, limits.capacity)
@@ -87,9 +93,11 @@ def lay_out(lengths: list[int], limits: Limits) -> Layout:
 
 
 def pack(lengths: list[int], capacity: int, unit: int) -> list[list[int]]:
-    """Indices of ``lengths`` in as few rows of at most ``capacity`` tokens as a multiple of ``unit`` allows, rows of about equal length.
+    """Indices of ``lengths`` in as few rows of at most ``capacity`` tokens as a multiple of
+    ``unit`` allows, rows of about equal length.
 
-    Rows may be empty where there are fewer examples than rows. Raises InvariantError for a length above ``capacity``.
+    Rows may be empty where there are fewer examples than rows. Raises InvariantError for a length
+    above ``capacity``.
 
     >>> pack([5, 4, 3, 3, 1], capacity=8, unit=2)
     [[0, 3], [1, 2, 4]]
@@ -107,16 +115,19 @@ def _up(number: int, multiple: int) -> int:
 
 
 def _too_few(ordered: list[int], count: int, capacity: int) -> bool:
-    """Whether ``count`` rows can't hold the ``ordered`` lengths for sure: of lengths above 1 / (k + 1) of a row k fit one. Without this
-    question a batch of 1,024 examples a little longer than half a row takes seconds."""
+    """Whether ``count`` rows can't hold the ``ordered`` lengths for sure: of lengths above 1 / (k +
+    1) of a row k fit one. Without this question a batch of 1,024 examples a little longer than half
+    a row takes seconds."""
     return any(len(ordered) - bisect_right(ordered, capacity // (k + 1)) > k * count for k in (1, 2, 3, 4))
 
 
 def spread(lengths: list[int], count: int, capacity: int) -> list[list[int]] | None:
-    """Indices of ``lengths`` in ``count`` rows of at most ``capacity`` tokens; None where that was not found.
+    """Indices of ``lengths`` in ``count`` rows of at most ``capacity`` tokens; None where that was
+    not found.
 
-    Longest first into the shortest row (LPT, Graham 1969); then, while the longest row is too long, it exchanges an example for a shorter
-    one, or none, of the shortest row with which that makes the two most alike.
+    Longest first into the shortest row (LPT, Graham 1969); then, while the longest row is too long,
+    it exchanges an example for a shorter one, or none, of the shortest row with which that makes
+    the two most alike.
     """
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     rows: list[list[int]] = [[] for _ in range(count)]
@@ -137,11 +148,16 @@ def spread(lengths: list[int], count: int, capacity: int) -> list[list[int]] | N
 
 
 def _exchange(rows: list[list[int]], filled: list[int], lengths: list[int], longest: int) -> bool:
-    """One exchange between the longest row and the shortest with which it helps, in place; False where it helps with none."""
+    """One exchange between the longest row and the shortest with which it helps, in place; False
+    where it helps with none."""
     for other in sorted(range(len(rows)), key=filled.__getitem__):
         gap = filled[longest] - filled[other]
-        moves = [(abs(gap - 2 * (lengths[one] - length)), one, two) for one in rows[longest]
-                 for two, length in [(None, 0), *((two, lengths[two]) for two in rows[other])] if 0 < lengths[one] - length < gap]
+        moves = [
+            (abs(gap - 2 * (lengths[one] - length)), one, two)
+            for one in rows[longest]
+            for two, length in [(None, 0), *((two, lengths[two]) for two in rows[other])]
+            if 0 < lengths[one] - length < gap
+        ]
         if moves:
             _, one, two = min(moves, key=lambda move: move[0])
             rows[longest].remove(one)
@@ -157,8 +173,9 @@ def _exchange(rows: list[list[int]], filled: list[int], lengths: list[int], long
 
 
 def collate_packed(rows: list[list[Example]], pad_id: int, length: int) -> dict[str, torch.Tensor]:
-    """``tokens`` (B, length) int64; ``documents`` (B, length) int64, the number of a token's example within its row, padding a document
-    of its own; ``response_mask`` (B, length) bool, True at the replies' ids with their EOS."""
+    """``tokens`` (B, length) int64; ``documents`` (B, length) int64, the number of a token's
+    example within its row, padding a document of its own; ``response_mask`` (B, length) bool, True
+    at the replies' ids with their EOS."""
     tokens = torch.full((len(rows), length), pad_id)
     documents = torch.zeros(len(rows), length, dtype=torch.long)
     response_mask = torch.zeros(len(rows), length, dtype=torch.bool)
@@ -170,8 +187,9 @@ def collate_packed(rows: list[list[Example]], pad_id: int, length: int) -> dict[
                 raise InvariantError(f"a row of at least {end} tokens in a batch of length {length}")
             tokens[row, start:end] = torch.tensor(example.tokens)
             documents[row, start:end] = number
-            # The first token of a document is not predicted: what stands before it belongs to another.
-            response_mask[row, start + max(example.response_start, 1):end] = True
+            # The first token of a document is not predicted: what stands before it belongs to
+            # another.
+            response_mask[row, start + max(example.response_start, 1) : end] = True
             start = end
         documents[row, start:] = len(examples)
     return {"tokens": tokens, "documents": documents, "response_mask": response_mask}

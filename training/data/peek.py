@@ -1,4 +1,5 @@
-"""``python -m training.data.peek FILE ROWS [SETTINGS]``: can the first rows be trained on, and what is left of them?
+"""``python -m training.data.peek FILE ROWS [SETTINGS]``: can the first rows be trained on, and what
+is left of them?
 
 SETTINGS: JSON of {"data": section data, "model": section model, "stages": {stage: [kind of row,
 setting, length]}}. Of a file with at most ROWS rows all is done that the preparation will do, in a
@@ -65,7 +66,9 @@ def look(file: str, most: int, settings: dict) -> list[str]:
 
 def _sentence(counts: Counter, rows: list[Row], whole: bool) -> str:
     unused, pairs = counts["rows"] - len(rows), sum(len(row.responses) > 1 for row in rows)
-    words = [f"{unused:,} of them are not used"] * bool(unused) + [f"{pairs or 'none'} can be compared"] * (pairs < len(rows))
+    words = [f"{unused:,} of them are not used"] * bool(unused) + [f"{pairs or 'none'} can be compared"] * (
+        pairs < len(rows)
+    )
     if names := [name.removeprefix("not read: ") for name in counts if name.startswith("not read: ")]:
         words.append(f"nothing reads {', '.join(names)}")
     which = f"all {counts['rows']:,} rows" if whole else f"the first {counts['rows']:,} rows (a sample: more follow)"
@@ -73,7 +76,8 @@ def _sentence(counts: Counter, rows: list[Row], whole: bool) -> str:
 
 
 def prepared(settings: dict) -> list[str]:
-    """What the preparation says of all rows: the same code, without its caches. Raises DataError and ConfigError as it does."""
+    """What the preparation says of all rows: the same code, without its caches. Raises DataError
+    and ConfigError as it does."""
     from training.data import cache, cuts, sorting
 
     with tempfile.TemporaryDirectory() as folder, sorting.Writer(Path(folder) / "data") as writer:
@@ -85,13 +89,16 @@ def prepared(settings: dict) -> list[str]:
         tokenizer = _tokenizer(settings["model"], (row["prompt"] + row["response"] for row in writer.rows("sft.jsonl")))
         for stage, (kind, key, length) in settings["stages"].items():
             writer.flush()
-            rows = cache.tokenise(list(formats.iterate(writer.aside / sorting.names(kind)[0], kind, Counter())), kind, tokenizer)
+            rows = cache.tokenise(
+                list(formats.iterate(writer.aside / sorting.names(kind)[0], kind, Counter())), kind, tokenizer
+            )
             warnings.append(cuts.words(f"{stage}.{key}", length, cuts.count(rows, kind, length)))
     return [line for line in warnings if line]
 
 
 def sampled(rows: list[Row], settings: dict) -> list[str]:
-    """What is cut of the first rows. Of the demo's model nothing can be said: its vocabulary is made of all."""
+    """What is cut of the first rows. Of the demo's model nothing can be said: its vocabulary is
+    made of all."""
     if settings["model"]["checkpoint"] == "demo":
         return []
     from training.data import cache, cuts
@@ -110,7 +117,9 @@ def _tokenizer(model: dict, texts):
     if model["checkpoint"] != "demo":
         return Tokenizer(model["checkpoint"])
     with tempfile.TemporaryDirectory() as folder:
-        demo_model.write_tokenizer(Path(folder), itertools.islice(texts, sorting.TOKENIZER_ROWS), build(ModelConfig, model, "model"))
+        demo_model.write_tokenizer(
+            Path(folder), itertools.islice(texts, sorting.TOKENIZER_ROWS), build(ModelConfig, model, "model")
+        )
         return Tokenizer(folder)
 
 

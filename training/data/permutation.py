@@ -1,8 +1,10 @@
-"""A seeded permutation of 0..n-1 that is computed where it is asked for: no list of n numbers is made, whatever n is.
+"""A seeded permutation of 0..n-1 that is computed where it is asked for: no list of n numbers is
+made, whatever n is.
 
-A balanced Feistel network (Luby and Rackoff 1988) permutes the numbers of 2b bits; one that falls outside 0..n-1 is permuted again until
-it does not ("cycle walking", Black and Rogaway 2002), fewer than four times on average. Ours, so that no library's new version changes
-the order of a run that is resumed.
+A balanced Feistel network (Luby and Rackoff 1988) permutes the numbers of 2b bits; one that falls
+outside 0..n-1 is permuted again until it does not ("cycle walking", Black and Rogaway 2002), fewer
+than four times on average. Ours, so that no library's new version changes the order of a run that
+is resumed.
 """
 
 from __future__ import annotations
@@ -15,11 +17,13 @@ from training.config.schema import InvariantError
 
 ROUNDS = 8
 SMALLEST_BITS = 4
-"""Of half a number: with fewer, so few round functions exist that some orders of a handful of rows never come."""
+"""Of half a number: with fewer, so few round functions exist that some orders of a handful of rows
+never come."""
 
 
 class Permutation:
-    """``Permutation(n, name)[indices]``: where each of ``indices`` (int64, 0..n-1) goes; ``name`` tells one permutation from another."""
+    """``Permutation(n, name)[indices]``: where each of ``indices`` (int64, 0..n-1) goes; ``name``
+    tells one permutation from another."""
 
     def __init__(self, n: int, name: str):
         self.n, self.bits = n, max(SMALLEST_BITS, ((n - 1).bit_length() + 1) // 2)
@@ -43,7 +47,8 @@ class Permutation:
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser (Steele et al. 2014): every bit of the result depends on every bit of the value; wraps around."""
+    """splitmix64's finaliser (Steele et al. 2014): every bit of the result depends on every bit of
+    the value; wraps around."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))

@@ -13,7 +13,8 @@ from training.distributed.groups import begin_thread
 
 Batch = dict[str, torch.Tensor]
 Make = Callable[[list[int]], tuple[list[Batch], dict[str, float]]]
-"""Row indices of a global batch -> this data-parallel rank's micro-batches, and numbers on the whole batch for the log."""
+"""Row indices of a global batch -> this data-parallel rank's micro-batches, and numbers on the
+whole batch for the log."""
 
 
 class Ready(NamedTuple):
@@ -23,15 +24,19 @@ class Ready(NamedTuple):
     """In pinned memory where there is a GPU, so that copies to it don't wait."""
     said: dict[str, float]
     state: dict
-    """The sampler's after this batch: what a checkpoint of this step holds, however far ahead the sampler is."""
+    """The sampler's after this batch: what a checkpoint of this step holds, however far ahead the
+    sampler is."""
 
 
 def prefetched(sampler: Sampler, make: Make, steps: int) -> Iterator[Ready]:
-    """``steps`` global batches in the sampler's order, each made by another thread while the one before it is in use.
+    """``steps`` global batches in the sampler's order, each made by another thread while the one
+    before it is in use.
 
-    ``make`` runs there: it must not talk to other ranks, nor count on ``mcore_on_cpu``, which holds for one thread. Its exceptions are
-    raised here. Close the iterator, or let it end, to end the thread.
+    ``make`` runs there: it must not talk to other ranks, nor count on ``mcore_on_cpu``, which holds
+    for one thread. Its exceptions are raised here. Close the iterator, or let it end, to end the
+    thread.
     """
+
     def ahead() -> Ready:
         micro_batches, said = make(sampler.next_batch())
         if torch.cuda.is_available():

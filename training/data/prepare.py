@@ -1,8 +1,11 @@
-"""``python -m training.data.prepare config.json``: from one source of data to every file that the stages train on.
+"""``python -m training.data.prepare config.json``: from one source of data to every file that the
+stages train on.
 
-From comparisons come the better replies (SFT), the comparisons themselves (reward), the prompts (RLHF), and held-out prompts that
-no stage trains on; from rows with one reply, such as chat messages, all but comparisons. Runs on the login node before anything is
-queued. The same input and seed give the same bytes. Exit status: 64 for a bad configuration, 65 for bad data, with one line on stderr.
+From comparisons come the better replies (SFT), the comparisons themselves (reward), the prompts
+(RLHF), and held-out prompts that no stage trains on; from rows with one reply, such as chat
+messages, all but comparisons. Runs on the login node before anything is queued. The same input and
+seed give the same bytes. Exit status: 64 for a bad configuration, 65 for bad data, with one line on
+stderr.
 """
 
 from __future__ import annotations
@@ -29,8 +32,10 @@ WEIGHTS = (".safetensors", ".bin")
 
 
 def write_demo_model(config: PrepareConfig, sft_rows: Iterable[dict]) -> None:
-    """The demo's Hugging Face folder, with a tokenizer trained on the SFT rows; complete, or not there."""
-    from training.data import demo_model  # needs torch and transformers, which other models' preparation does without
+    """The demo's Hugging Face folder, with a tokenizer trained on the SFT rows; complete, or not
+    there."""
+    # needs torch and transformers, which other models' preparation does without
+    from training.data import demo_model
 
     folder = Path(config.paths.model)
     aside = folder.with_name(f".{folder.name}.writing")
@@ -44,7 +49,8 @@ def write_demo_model(config: PrepareConfig, sft_rows: Iterable[dict]) -> None:
 
 
 def prepare(config: PrepareConfig) -> dict:
-    """Write everything, tokenised too; returns the counts: {"source", "read": {...}, "files": {name: rows}}."""
+    """Write everything, tokenised too; returns the counts: {"source", "read": {...}, "files":
+    {name: rows}}."""
     folder, own = Path(config.paths.output), config.model.checkpoint == "demo"
     with Writer(folder) as writer:
         inputs = _inputs(config)
@@ -53,8 +59,12 @@ def prepare(config: PrepareConfig) -> dict:
             write_demo_model(config, writer.rows("sft.jsonl"))
         tokenizer = Tokenizer(config.paths.model if own else config.model.checkpoint)
         for key, known in inputs.items():
-            if checksums.touched(known["path"]) != known["touched"]:  # it is read twice, and its sha256 is to be what was read
-                raise formats.DataError(f"{key} = {known['path']!r} was written while it was read; wait until it is complete")
+            if (
+                checksums.touched(known["path"]) != known["touched"]
+            ):  # it is read twice, and its sha256 is to be what was read
+                raise formats.DataError(
+                    f"{key} = {known['path']!r} was written while it was read; wait until it is complete"
+                )
         counts = {"source": config.data.source, "read": read, "files": dict(writer.counts), "inputs": inputs}
         writer.publish(counts)
     for stage in STAGES:  # here, and not by the stage: its GPUs would wait for it
@@ -65,7 +75,8 @@ def prepare(config: PrepareConfig) -> dict:
 
 
 def _inputs(config: PrepareConfig) -> dict[str, dict]:
-    """What the run is made from -> its file, and what its content is known by: the rows' by key, the model's by name."""
+    """What the run is made from -> its file, and what its content is known by: the rows' by key,
+    the model's by name."""
     paths = {}
     if config.data.source != "demo":
         paths["data.source"] = config.data.source

@@ -1,6 +1,8 @@
-"""A JSON object -> a ``Row``: our three formats, Anthropic HH, TRL's (text or lists of messages) and chat messages.
+"""A JSON object -> a ``Row``: our three formats, Anthropic HH, TRL's (text or lists of messages)
+and chat messages.
 
-Every row, whatever its format, becomes a prompt with the replies to it, best first known by score. Pure, stdlib only.
+Every row, whatever its format, becomes a prompt with the replies to it, best first known by score.
+Pure, stdlib only.
 """
 
 from __future__ import annotations
@@ -16,16 +18,26 @@ from training.data.turns import BadRow, Unusable, short, string
 COMPARISONS = 'Anthropic HH {"chosen", "rejected"}, TRL {"prompt", "chosen", "rejected"} or {"query", "response": [...], "score": [...]}'
 FORMATS = f'{{"prompt", "response"}}, TRL {{"prompt", "completion"}}, {{"messages"}}, {COMPARISONS}'
 REPLIES = ("response", "completion", "chosen", "rejected", "messages")
-"""Fields that hold what is said to a prompt: one that is nearly called so is one that is misspelt."""
-READ = (("chosen", "rejected", "prompt"), ("messages",), ("completion", "prompt", "query", "label"),
-        ("response", "prompt", "query", "score"))
+"""Fields that hold what is said to a prompt: one that is nearly called so is one that is
+misspelt."""
+READ = (
+    ("chosen", "rejected", "prompt"),
+    ("messages",),
+    ("completion", "prompt", "query", "label"),
+    ("response", "prompt", "query", "score"),
+)
 """Fields of each format; one that has the first is of it."""
 
 
 SINGLE = (("completion", (str, list)), ("response", str), ("messages", list))
-"""Fields with one reply, and their kinds: label = false says of it that it is bad, which leaves nothing to compare it with."""
-JUDGED = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("rating_chosen", "rating_rejected"),
-          ("chosen_rating", "rejected_rating"))
+"""Fields with one reply, and their kinds: label = false says of it that it is bad, which leaves
+nothing to compare it with."""
+JUDGED = (
+    ("score_chosen", "score_rejected"),
+    ("chosen_score", "rejected_score"),
+    ("rating_chosen", "rating_rejected"),
+    ("chosen_rating", "rejected_rating"),
+)
 """What public sets of pairs call the scores of their two replies."""
 
 
@@ -45,7 +57,8 @@ class Row(NamedTuple):
 
 
 def parse(row: dict) -> Row:
-    """The format is known by the fields. Raises BadRow (malformed) or Unusable (well-formed, but not for training)."""
+    """The format is known by the fields. Raises BadRow (malformed) or Unusable (well-formed, but
+    not for training)."""
     if "chosen" in row or "rejected" in row:
         for field in ("chosen", "rejected"):
             if field not in row:
@@ -59,7 +72,9 @@ def parse(row: dict) -> Row:
         return _chat(row)
     prompt = "prompt" if "prompt" in row else "query"
     if "query" in row and row["query"] != row[prompt]:
-        raise BadRow(f"query: {short(row['query'])}: another text than prompt's {short(row[prompt])}; expected one of the two fields")
+        raise BadRow(
+            f"query: {short(row['query'])}: another text than prompt's {short(row[prompt])}; expected one of the two fields"
+        )
     if prompt not in row:
         raise BadRow(f"prompt: missing; the fields are {', '.join(row) or 'none'}; expected {FORMATS}")
     if "completion" in row:
@@ -70,8 +85,10 @@ def parse(row: dict) -> Row:
         return _usable(Row(_text(row, prompt), (_text(row, "response"),), (0.0,)))
     for name in row:
         if near := _misspelt(name):
-            raise BadRow(f"{name}: no field of any format, so that the row has a prompt and no reply; did you mean {near}? If not, "
-                         "give it another name")
+            raise BadRow(
+                f"{name}: no field of any format, so that the row has a prompt and no reply; did you mean {near}? If not, "
+                "give it another name"
+            )
     return _usable(Row(_prompt(row, []) if isinstance(row[prompt], list) else _text(row, prompt)))
 
 
@@ -122,7 +139,8 @@ def _completion(row: dict, prompt: str) -> Row:
 
 
 def _said(row: dict, field: str) -> tuple[turns.Turns, str]:
-    """(turns before the reply, the reply) of a field that holds the reply's text, or messages of which the last is the reply."""
+    """(turns before the reply, the reply) of a field that holds the reply's text, or messages of
+    which the last is the reply."""
     if not isinstance(row[field], list):
         return [], dialogue.as_reply(_text(row, field))
     said = turns.read(row[field], field, last="assistant", opens=False)
@@ -130,28 +148,38 @@ def _said(row: dict, field: str) -> tuple[turns.Turns, str]:
 
 
 def _prompt(row: dict, earlier: turns.Turns) -> str:
-    """The prompt of a row of TRL's: the field "prompt", if there is one, and the turns that the replies bring before their last one, which
-    may be the whole conversation anew."""
+    """The prompt of a row of TRL's: the field "prompt", if there is one, and the turns that the
+    replies bring before their last one, which may be the whole conversation anew."""
     given = row.get("prompt", [])
     if isinstance(given, list):
         given = turns.read(given, "prompt", last="user") if "prompt" in row else []
-        return _dialogue(earlier if earlier[:len(given)] == given else given + earlier, "prompt and the turns before the reply")
+        return _dialogue(
+            earlier if earlier[: len(given)] == given else given + earlier, "prompt and the turns before the reply"
+        )
     text, first = _text(row, "prompt"), dialogue.as_prompt(_text(row, "prompt"))
     if not earlier or not text.strip():
         return first if text.strip() else ""
     if earlier[0][0] == "assistant":  # they go on from the prompt
-        return first + _dialogue([("user", text), *earlier], "prompt and the turns before the reply").partition(dialogue.CUE)[2]
+        return (
+            first
+            + _dialogue([("user", text), *earlier], "prompt and the turns before the reply").partition(dialogue.CUE)[2]
+        )
     whole = _dialogue(earlier, "turns before the reply")
     if first != whole and ("user", text.strip()) not in [(role, content.strip()) for role, content in earlier]:
-        raise BadRow(f"prompt: {short(text)}: none of the messages before the reply; leave out the field, or the messages")
+        raise BadRow(
+            f"prompt: {short(text)}: none of the messages before the reply; leave out the field, or the messages"
+        )
     return whole
 
 
 def _dialogue(conversation: turns.Turns, field: str) -> str:
-    """The prompt that a conversation is, up to and including the cue; BadRow unless the user's turn is the last."""
+    """The prompt that a conversation is, up to and including the cue; BadRow unless the user's turn
+    is the last."""
     turns.check_order(conversation, field)
     if conversation[-1][0] != "user":
-        raise BadRow(f"{field}[{len(conversation) - 1}].role: {conversation[-1][0]!r}: expected a user's message before the reply")
+        raise BadRow(
+            f"{field}[{len(conversation) - 1}].role: {conversation[-1][0]!r}: expected a user's message before the reply"
+        )
     return dialogue.from_messages(conversation) + dialogue.CUE
 
 
@@ -169,7 +197,9 @@ def _comparison(row: dict, prompt: str) -> Row:
     if not isinstance(responses, list):
         raise BadRow(f"response: {short(responses)}: expected a list of strings")
     responses = [string(response, f"response[{at}]") for at, response in enumerate(responses)]
-    if not isinstance(scores, list) or not all(type(s) in (int, float) and abs(s) <= sys.float_info.max for s in scores):
+    if not isinstance(scores, list) or not all(
+        type(s) in (int, float) and abs(s) <= sys.float_info.max for s in scores
+    ):
         raise BadRow(f"score: {short(scores)}: expected a list of finite numbers")
     if len(responses) < 2 or len(responses) != len(scores):
         raise BadRow(f"score: {len(scores)} scores for {len(responses)} responses; expected one each and at least 2")
@@ -177,15 +207,18 @@ def _comparison(row: dict, prompt: str) -> Row:
 
 
 def _without_prompts(row: Row) -> Row:
-    """Replies that are the whole dialogue lose the prompt that they begin with: its role marks leave no doubt."""
+    """Replies that are the whole dialogue lose the prompt that they begin with: its role marks
+    leave no doubt."""
     prompt = row.prompt.strip()
     if dialogue.HUMAN.strip() not in prompt or not prompt.endswith(dialogue.CUE.strip()):
         return row
     replies = [reply.strip() for reply in row.responses]
     if not any(reply.startswith(prompt) for reply in replies):
         return row
-    return row._replace(responses=tuple(dialogue.as_reply(reply.removeprefix(prompt)) for reply in replies),
-                        notes=("prompt cut from the replies that began with it",))
+    return row._replace(
+        responses=tuple(dialogue.as_reply(reply.removeprefix(prompt)) for reply in replies),
+        notes=("prompt cut from the replies that began with it",),
+    )
 
 
 def _usable(row: Row) -> Row:

@@ -1,4 +1,5 @@
-"""From one source of rows to the files of the stages: which row is good for which, which prompts are held out, what repeats."""
+"""From one source of rows to the files of the stages: which row is good for which, which prompts
+are held out, what repeats."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ Counts = dict[str, int]
 
 
 class Writer:
-    """The files of a folder, written aside row by row; ``publish`` puts them in place. ``counts``: rows of each."""
+    """The files of a folder, written aside row by row; ``publish`` puts them in place. ``counts``:
+    rows of each."""
 
     def __init__(self, folder: Path):
         self.folder, self.aside, self.counts = folder, folder / ".preparing", {}
@@ -53,7 +55,8 @@ class Writer:
             file.flush()
 
     def publish(self, counts: dict) -> None:
-        """Every file gets its name when it is on the disk; counts.json, which says how many rows each has, is the last."""
+        """Every file gets its name when it is on the disk; counts.json, which says how many rows
+        each has, is the last."""
         self.open("counts.json")
         self._files["counts.json"].write(json.dumps(counts, indent=2, ensure_ascii=False) + "\n")
         for name, file in self._files.items():
@@ -88,11 +91,13 @@ def from_demo(data: DataConfig, writer: Writer) -> Counts:
 
 
 def from_source(data: DataConfig, writer: Writer) -> Counts:
-    """Writes what the rows of a file are good for: every prompt to RLHF, its best reply, if it has one, to SFT, all of them, if there are
-    two, to the reward model; counts of what was read, dropped and repeated. Reads the file twice and keeps no row in memory.
+    """Writes what the rows of a file are good for: every prompt to RLHF, its best reply, if it has
+    one, to SFT, all of them, if there are two, to the reward model; counts of what was read,
+    dropped and repeated. Reads the file twice and keeps no row in memory.
 
-    Held out is each stage's share of its own prompts, from all stages: of a few comparisons among many plain prompts some are, too.
-    Raises DataError for a bad row, for no usable row, and for fewer than 2 prompts.
+    Held out is each stage's share of its own prompts, from all stages: of a few comparisons among
+    many plain prompts some are, too. Raises DataError for a bad row, for no usable row, and for
+    fewer than 2 prompts.
     """
     counts: Counter = Counter()
     heldout = {stage: HeldOut(data) for stage in STAGES}
@@ -109,7 +114,9 @@ def from_source(data: DataConfig, writer: Writer) -> Counts:
     if not distinct:
         raise formats.DataError(f"{data.source}: no usable row{formats.because(counts)}")
     if distinct < 2:
-        raise formats.DataError(f"{data.source}: 1 distinct prompt; expected at least 2: one to train on, one to hold out")
+        raise formats.DataError(
+            f"{data.source}: 1 distinct prompt; expected at least 2: one to train on, one to hold out"
+        )
     chosen, again = set(), {stage: iter(found.flags()) for stage, found in repeats.items()}
     for held in heldout.values():
         chosen |= held.chosen()
@@ -137,8 +144,11 @@ def names(stage: str) -> tuple[str, str]:
 
 
 def without_rows(source: str, stage: str, name: str, read: Counts) -> str:
-    """That a stage would find no row in a file, in words: not every source has replies, or two to compare."""
+    """That a stage would find no row in a file, in words: not every source has replies, or two to
+    compare."""
     unread = [field.removeprefix("not read: ") for field in read if field.startswith("not read: ")]
-    return (f"data.source = {source!r} gives {name}, which the {stage} stage reads, no row; sft needs rows with a reply, "
-            f"reward and dpo rows with two or more to compare{'; nothing reads ' + ', '.join(unread) if unread else ''}; "
-            "submit a part of the chain with --until, or give another source")
+    return (
+        f"data.source = {source!r} gives {name}, which the {stage} stage reads, no row; sft needs rows with a reply, "
+        f"reward and dpo rows with two or more to compare{'; nothing reads ' + ', '.join(unread) if unread else ''}; "
+        "submit a part of the chain with --until, or give another source"
+    )

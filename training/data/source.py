@@ -27,16 +27,21 @@ EMPTY = 10_000
 HEAD = 4096
 BOM = b"\xef\xbb\xbf"
 GZIP = b"\x1f\x8b"
-_PANDAS = ("rows are lines of JSON, made of it by: python -c \"import pandas; "
-           "pandas.{read}({file!r}{more}).to_json({lines!r}, orient='records', lines=True)\"")
+_PANDAS = (
+    'rows are lines of JSON, made of it by: python -c "import pandas; '
+    "pandas.{read}({file!r}{more}).to_json({lines!r}, orient='records', lines=True)\""
+)
 _UNPACK = "unpack it: {command} {file} > {lines}"
 FORMATS: tuple[tuple[bytes, str, str], ...] = (
     (b"version https://git-lfs", "a git-LFS pointer, not the data itself", "fetch it with `git lfs pull`"),
     (b"PAR1", "a Parquet file", _PANDAS.replace("{read}", "read_parquet").replace("{more}", "")),
     (b"ARROW1", "an Arrow (Feather) file", _PANDAS.replace("{read}", "read_feather").replace("{more}", "")),
-    (b"\xff\xff\xff\xff", "an Arrow stream, as `datasets` saves it",
-     "rows are lines of JSON, made of it by: "
-     "python -c \"import datasets; datasets.Dataset.from_file({file!r}).to_json({lines!r})\""),
+    (
+        b"\xff\xff\xff\xff",
+        "an Arrow stream, as `datasets` saves it",
+        "rows are lines of JSON, made of it by: "
+        'python -c "import datasets; datasets.Dataset.from_file({file!r}).to_json({lines!r})"',
+    ),
     (b"ORC", "an ORC file", _PANDAS.replace("{read}", "read_orc").replace("{more}", "")),
     (b"Obj\x01", "an Avro file", "convert it to JSON lines: fastavro {file} > {lines}"),
     (b"PK\x03\x04", "a zip archive", _UNPACK.replace("{command}", "unzip -p")),
@@ -50,13 +55,16 @@ FORMATS: tuple[tuple[bytes, str, str], ...] = (
     (b"\x93NUMPY", "a NumPy array", "give the text, as lines of JSON"),
     (b"SQLite format 3", "an SQLite database", "convert a table to lines of JSON"),
     (b"%PDF", "a PDF", "give the text, as lines of JSON"),
-    (b"\x80\x02", "a pickle", "convert it to lines of JSON"), (b"\x80\x03", "a pickle", "convert it to lines of JSON"),
-    (b"\x80\x04", "a pickle", "convert it to lines of JSON"), (b"\x80\x05", "a pickle", "convert it to lines of JSON"),
+    (b"\x80\x02", "a pickle", "convert it to lines of JSON"),
+    (b"\x80\x03", "a pickle", "convert it to lines of JSON"),
+    (b"\x80\x04", "a pickle", "convert it to lines of JSON"),
+    (b"\x80\x05", "a pickle", "convert it to lines of JSON"),
     (b"\xff\xfe", "text in UTF-16", "convert it: iconv -f UTF-16 -t UTF-8 {file} > {lines}"),
     (b"\xfe\xff", "text in UTF-16", "convert it: iconv -f UTF-16 -t UTF-8 {file} > {lines}"),
     (b"\x00\x00\xfe\xff", "text in UTF-32", "convert it: iconv -f UTF-32 -t UTF-8 {file} > {lines}"),
 )
-"""First bytes, what a file is that begins with them, and what to do. (UTF-32LE begins as UTF-16LE does.)"""
+"""First bytes, what a file is that begins with them, and what to do. (UTF-32LE begins as UTF-16LE
+does.)"""
 
 
 class DataError(ValueError):
@@ -86,8 +94,11 @@ def _open(path: Path) -> int:
     try:
         return safe_files.open_regular(path)
     except safe_files.Unfit:
-        kind = "a folder: name the file in it" if path.is_dir() else \
-            "a pipe, a socket or a device: rows are read more than once, so write them to a file"
+        kind = (
+            "a folder: name the file in it"
+            if path.is_dir()
+            else "a pipe, a socket or a device: rows are read more than once, so write them to a file"
+        )
         raise DataError(f"{path} is {kind}; expected a .jsonl or .jsonl.gz file") from None
 
 
@@ -104,9 +115,11 @@ def _limited(path: Path, file: BinaryIO, packed: BinaryIO | None) -> Iterator[tu
             raise DataError(f"{path}:{number}: a line of more than {MOST >> 20} MiB; expected one row on each line")
         if packed and size > check:
             if size > RATIO * packed.tell():
-                raise DataError(f"{path}: unpacks to more than {RATIO} times its size within the first {number:,} "
-                                "lines, as no text does; if it is right all the same, unpack it: "
-                                f"gzip -dc {path} > {path.with_suffix('')}")
+                raise DataError(
+                    f"{path}: unpacks to more than {RATIO} times its size within the first {number:,} "
+                    "lines, as no text does; if it is right all the same, unpack it: "
+                    f"gzip -dc {path} > {path.with_suffix('')}"
+                )
             check += FREE
         if line.strip():
             empty = 0
@@ -118,7 +131,8 @@ def _limited(path: Path, file: BinaryIO, packed: BinaryIO | None) -> Iterator[tu
 
 
 def named(path: Path, head: bytes) -> str:
-    """What a file is whose first bytes are ``head``, and what to do; "" where it may hold lines of JSON."""
+    """What a file is whose first bytes are ``head``, and what to do; "" where it may hold lines of
+    JSON."""
     name, to = str(path), _as_lines(path)
     words = {"{file!r}": repr(name), "{lines!r}": repr(to), "{file}": shlex.quote(name), "{lines}": shlex.quote(to)}
 
@@ -147,8 +161,10 @@ def _text_format(head: bytes) -> tuple[str, str] | None:
     if head.startswith(b"<"):
         return "a web page or XML", "fetch the file itself (a link that needs a login gives the login's page)"
     if head.startswith(b"["):
-        return "a JSON array", ("each row is a line of its own: python -c \"import json; "
-                                "[print(json.dumps(row)) for row in json.load(open({file!r}))]\" > {lines}")
+        return "a JSON array", (
+            'each row is a line of its own: python -c "import json; '
+            '[print(json.dumps(row)) for row in json.load(open({file!r}))]" > {lines}'
+        )
     if first == b"{":
         return "JSON that is spread over several lines", "each row is a line of its own: jq -c . {file} > {lines}"
     marked = b'",' in first if first.startswith(b'"') else b"," in first or b"\t" in first
@@ -166,4 +182,3 @@ def _as_lines(path: Path) -> str:
 
 def _reason(error: Exception) -> str:
     return getattr(error, "strerror", "") or str(error) or type(error).__name__
-

@@ -1,6 +1,8 @@
-"""What preparation has to know of all rows before it writes one: which prompts are held out, and which rows repeat another.
+"""What preparation has to know of all rows before it writes one: which prompts are held out, and
+which rows repeat another.
 
-Both are fed row by row and keep no row: a file of ten million costs what one of ten thousand does, but for one byte a row.
+Both are fed row by row and keep no row: a file of ten million costs what one of ten thousand does,
+but for one byte a row.
 """
 
 from __future__ import annotations
@@ -26,11 +28,12 @@ def same_prompt(prompt: str) -> str:
 
 
 class HeldOut:
-    """Which of a stage's prompts no stage trains on: ``data.heldout`` of the distinct ones, at least 1 of two, at most ``heldout_max``, the
-    first in an order drawn by the seed from each prompt's own text, so that other rows of a source don't change it.
+    """Which of a stage's prompts no stage trains on: ``data.heldout`` of the distinct ones, at
+    least 1 of two, at most ``heldout_max``, the first in an order drawn by the seed from each
+    prompt's own text, so that other rows of a source don't change it.
 
-    Of n distinct prompts only as many are kept as can matter: the first ``heldout_max`` of the order, and the count up to where
-    ``heldout_max`` is what holds.
+    Of n distinct prompts only as many are kept as can matter: the first ``heldout_max`` of the
+    order, and the count up to where ``heldout_max`` is what holds.
     """
 
     def __init__(self, data: DataConfig):
@@ -71,7 +74,8 @@ class HeldOut:
 
 
 class Repeats:
-    """Which rows of a stage have stood there before. Rows are told apart by 128 bits of a hash; the digests wait on the disk."""
+    """Which rows of a stage have stood there before. Rows are told apart by 128 bits of a hash; the
+    digests wait on the disk."""
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)

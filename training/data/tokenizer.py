@@ -1,4 +1,5 @@
-"""The tokenizer of a Hugging Face folder through ``tokenizers`` alone: transformers would add seconds to every rank's start."""
+"""The tokenizer of a Hugging Face folder through ``tokenizers`` alone: transformers would add
+seconds to every rank's start."""
 
 from __future__ import annotations
 
@@ -14,8 +15,16 @@ from training.files.hf_folder import AGAIN, shown
 from training.files.special_tokens import Said
 
 FILE = "tokenizer.json"
-PARTS = {"normalizer": None, "pre_tokenizer": None, "post_processor": None, "decoder": None, "truncation": None,
-         "padding": None, "added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}
+PARTS = {
+    "normalizer": None,
+    "pre_tokenizer": None,
+    "post_processor": None,
+    "decoder": None,
+    "truncation": None,
+    "padding": None,
+    "added_tokens": [],
+    "model": {"type": "BPE", "vocab": {}, "merges": []},
+}
 """Parts of tokenizer.json, and what says nothing in their place."""
 
 
@@ -23,8 +32,8 @@ class Tokenizer:
     """Text <-> ids as tokenizer.json has it; training/data/trial.py compares transformers'.
 
     ``eos_id`` ends a reply. ``pad_id`` fills rows up, where nothing reads it: the folder's padding
-    token, which may be EOS, or EOS where it names none.
-    Raises ConfigError for a folder without tokenizer.json, with one that ``tokenizers`` can't load, or without an EOS.
+    token, which may be EOS, or EOS where it names none. Raises ConfigError for a folder without
+    tokenizer.json, with one that ``tokenizers`` can't load, or without an EOS.
     """
 
     def __init__(self, folder: str | Path):
@@ -47,8 +56,11 @@ class Tokenizer:
 
     @property
     def filler(self) -> str:
-        """A special token that pads behind EOS and can be told from it: PAD, else one that ends no text."""
-        special = [token.content for _, token in sorted(self._tokenizer.get_added_tokens_decoder().items()) if token.special]
+        """A special token that pads behind EOS and can be told from it: PAD, else one that ends no
+        text."""
+        special = [
+            token.content for _, token in sorted(self._tokenizer.get_added_tokens_decoder().items()) if token.special
+        ]
         ids = [self.pad_id, *self.bos, *(self._tokenizer.token_to_id(text) for text in special), self.size - 1]
         return self._tokenizer.id_to_token(next(number for number in ids if number != self.eos_id))
 
@@ -66,13 +78,16 @@ class Tokenizer:
         return [ids if ids[:count] == self.bos else self.bos + ids for ids in self.encode_all(prompts)]
 
     def encode_replies(self, replies: list[str]) -> list[list[int]]:
-        """Ids of texts that go on from a prompt: as inside a text, without a space of their own before them."""
+        """Ids of texts that go on from a prompt: as inside a text, without a space of their own
+        before them."""
         if not self._anchor:
             return self.encode_all(replies)
         before = self.encode(self._anchor)
         joined = self.encode_all([self._anchor + reply for reply in replies])
-        return [ids[len(before):] if ids[:len(before)] == before else self.encode(reply)
-                for ids, reply in zip(joined, replies, strict=True)]
+        return [
+            ids[len(before) :] if ids[: len(before)] == before else self.encode(reply)
+            for ids, reply in zip(joined, replies, strict=True)
+        ]
 
     def decode(self, ids: list[int]) -> str:
         """Text of ``ids`` without the special tokens among them."""
@@ -80,16 +95,24 @@ class Tokenizer:
 
     def _opening(self) -> list[int]:
         encoding = self._tokenizer.encode("a", add_special_tokens=True)
-        return [number for number, _ in itertools.takewhile(
-            lambda pair: pair[1], zip(encoding.ids, encoding.special_tokens_mask, strict=True))]
+        return [
+            number
+            for number, _ in itertools.takewhile(
+                lambda pair: pair[1], zip(encoding.ids, encoding.special_tokens_mask, strict=True)
+            )
+        ]
 
     def _before_replies(self) -> str:
-        """Text before which a reply is tokenised, and which is then cut off; "" where that changes nothing. SentencePiece's
-        normalizers put a space before each text, so a reply that was tokenised apart would begin with two."""
+        """Text before which a reply is tokenised, and which is then cut off; "" where that changes
+        nothing. SentencePiece's normalizers put a space before each text, so a reply that was
+        tokenised apart would begin with two."""
         for anchor in ("\n", ":", "."):
-            before, pairs = self.encode(anchor), [(self.encode(anchor + text), self.encode(text)) for text in (" a", "a")]
-            if all(joined[:len(before)] == before for joined, _ in pairs):
-                return anchor if any(joined[len(before):] != apart for joined, apart in pairs) else ""
+            before, pairs = (
+                self.encode(anchor),
+                [(self.encode(anchor + text), self.encode(text)) for text in (" a", "a")],
+            )
+            if all(joined[: len(before)] == before for joined, _ in pairs):
+                return anchor if any(joined[len(before) :] != apart for joined, apart in pairs) else ""
         return ""
 
     def highest(self) -> tuple[str, int]:
@@ -99,27 +122,34 @@ class Tokenizer:
 
 
 def load(folder: Path) -> tokenizers.Tokenizer:
-    """tokenizer.json as ``tokenizers`` has it. Raises ConfigError, naming the part that this version can't load."""
+    """tokenizer.json as ``tokenizers`` has it. Raises ConfigError, naming the part that this
+    version can't load."""
     text = hf_folder.read_text(folder, FILE)
     if text is None:
-        raise ConfigError(f"model.checkpoint = {str(folder)!r}: no tokenizer.json in it; save the model's fast "
-                          "tokenizer there: AutoTokenizer.from_pretrained(...).save_pretrained(folder)")
+        raise ConfigError(
+            f"model.checkpoint = {str(folder)!r}: no tokenizer.json in it; save the model's fast "
+            "tokenizer there: AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
+        )
     tokenizer = _loaded(text)
     if isinstance(tokenizer, tokenizers.Tokenizer):
         return tokenizer
     table = hf_folder.parse(text, folder / FILE)
-    sound_without = (name for name, nothing in PARTS.items()
-                     if not isinstance(_loaded(json.dumps(table | {name: nothing})), str))
+    sound_without = (
+        name for name, nothing in PARTS.items() if not isinstance(_loaded(json.dumps(table | {name: nothing})), str)
+    )
     part = next(sound_without, "")
     kind = table[part].get("type") if isinstance(table.get(part), dict) else None
     where = f": {part}{f' of type {shown(repr(kind))}' if kind else ''}" if part else ""
-    raise ConfigError(f"model.checkpoint: {folder / FILE}{where} can't be loaded by tokenizers "
-                      f"{tokenizers.__version__} ({tokenizer}): damaged ({AGAIN}), or of a newer version (pip install "
-                      "--upgrade tokenizers transformers)")
+    raise ConfigError(
+        f"model.checkpoint: {folder / FILE}{where} can't be loaded by tokenizers "
+        f"{tokenizers.__version__} ({tokenizer}): damaged ({AGAIN}), or of a newer version (pip install "
+        "--upgrade tokenizers transformers)"
+    )
 
 
 def _loaded(text: str) -> tokenizers.Tokenizer | str:
-    """The tokenizer, or in one line why ``tokenizers`` can't load it. Its panics are no ``Exception``."""
+    """The tokenizer, or in one line why ``tokenizers`` can't load it. Its panics are no
+    ``Exception``."""
     try:
         return tokenizers.Tokenizer.from_str(text)
     except (KeyboardInterrupt, SystemExit):

@@ -24,10 +24,15 @@ from training.data.tokenizer import Tokenizer
 from training.files import hf_folder
 from training.files.hf_folder import shown
 
-SAMPLES = (dialogue.HUMAN, dialogue.CUE, f"{dialogue.HUMAN} What is 12 + "
-                                         f"345?{dialogue.CUE}", " It's 357, of course; I'll say: 2024-01-02.",
-           "a  b\t c\n\n d   \n", "Größe, naïve café, 東京, привет, 😀",
-           "def f(x):\n    return x ** 2  # {'a': [1]}\n")
+SAMPLES = (
+    dialogue.HUMAN,
+    dialogue.CUE,
+    f"{dialogue.HUMAN} What is 12 + 345?{dialogue.CUE}",
+    " It's 357, of course; I'll say: 2024-01-02.",
+    "a  b\t c\n\n d   \n",
+    "Größe, naïve café, 東京, привет, 😀",
+    "def f(x):\n    return x ** 2  # {'a': [1]}\n",
+)
 ROWS, LONGEST = 100, 4000
 """Rows of the data that are compared, and characters of each text."""
 PLAIN = "PreTrainedTokenizerFast"
@@ -62,13 +67,17 @@ def differing(folder: Path, samples: Iterable[str], plain: bool) -> str:
         for text in samples:
             ids, others = ours.encode(text), theirs(text, add_special_tokens=False)["input_ids"]
             if ids != others:
-                return (f"gives other ids by {type(theirs).__name__} for {shown(repr(text), 60)}: "
-                        f"{_around(others, ids)}, tokenizer.json says {_around(ids, others)}")
+                return (
+                    f"gives other ids by {type(theirs).__name__} for {shown(repr(text), 60)}: "
+                    f"{_around(others, ids)}, tokenizer.json says {_around(ids, others)}"
+                )
         begun = theirs("a")["input_ids"]
-        if begun[:len(ours.bos) + 1] != ours.bos + ours.encode("a")[:1]:
-            return (f"begins a text with {begun[:2]} by {type(theirs).__name__}, with "
-                    f"{ours.bos + ours.encode('a')[:1]} by tokenizer.json's post_processor: add_bos_token of "
-                    "tokenizer_config.json says otherwise")
+        if begun[: len(ours.bos) + 1] != ours.bos + ours.encode("a")[:1]:
+            return (
+                f"begins a text with {begun[:2]} by {type(theirs).__name__}, with "
+                f"{ours.bos + ours.encode('a')[:1]} by tokenizer.json's post_processor: add_bos_token of "
+                "tokenizer_config.json says otherwise"
+            )
         for name, number in (("eos", ours.eos_id), ("pad", ours.pad_id)):
             other = getattr(theirs, f"{name}_token_id")
             if other != number and name in ours.said.texts:
@@ -88,14 +97,20 @@ def check(folder: Path, rows: int, source: str) -> list[str]:
     samples = texts(source)
     notes = check_files(Tokenizer(folder), folder, rows, samples)
     if problem := _unread(folder):
-        raise ConfigError(f"model.checkpoint: {folder}/{problem}; the evaluation loads it, and what is exported: "
-                          "correct the file, or download it again")
+        raise ConfigError(
+            f"model.checkpoint: {folder}/{problem}; the evaluation loads it, and what is exported: "
+            "correct the file, or download it again"
+        )
     if problem := differing(folder, samples, plain=True):
-        raise ConfigError(f"model.checkpoint: the tokenizer of {folder} {problem}; the evaluation would use that: save "
-                          "it again with AutoTokenizer.from_pretrained(...).save_pretrained(folder)")
+        raise ConfigError(
+            f"model.checkpoint: the tokenizer of {folder} {problem}; the evaluation would use that: save "
+            "it again with AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
+        )
     if problem := differing(folder, samples, plain=False):
-        notes.append(f"{folder}: AutoTokenizer {problem}; training and evaluation go by tokenizer.json, and the export "
-                     f"will name the class {PLAIN}, so that AutoTokenizer does, too")
+        notes.append(
+            f"{folder}: AutoTokenizer {problem}; training and evaluation go by tokenizer.json, and the export "
+            f"will name the class {PLAIN}, so that AutoTokenizer does, too"
+        )
     return notes
 
 
@@ -117,12 +132,16 @@ def check_files(tokenizer: Tokenizer, folder: Path, rows: int, samples: list[str
     """``check`` without transformers."""
     token, number = tokenizer.highest()
     if number < 0:
-        raise ConfigError(f"model.checkpoint: {tokenizer.file} has no vocabulary; download it again, or save the fast "
-                          "tokenizer there with AutoTokenizer.from_pretrained(...).save_pretrained(folder)")
+        raise ConfigError(
+            f"model.checkpoint: {tokenizer.file} has no vocabulary; download it again, or save the fast "
+            "tokenizer there with AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
+        )
     if number >= rows:
-        raise ConfigError(f"model.checkpoint: token {shown(repr(token))} of {tokenizer.file} has id {number}, the "
-                          f"embedding has {rows} rows (vocab_size); the tokenizer is another model's, or the "
-                          "embedding was not resized after tokens were added")
+        raise ConfigError(
+            f"model.checkpoint: token {shown(repr(token))} of {tokenizer.file} has id {number}, the "
+            f"embedding has {rows} rows (vocab_size); the tokenizer is another model's, or the "
+            "embedding was not resized after tokens were added"
+        )
     return [*tokenizer.said.notes(tokenizer.eos_id), *_joins(tokenizer, samples), *_foreign_code(folder)]
 
 
@@ -132,23 +151,31 @@ def _joins(tokenizer: Tokenizer, samples: list[str]) -> list[str]:
     text = tokenizer.decode(tokenizer.encode(prompt) + tokenizer.encode_replies([reply])[0])
     if text.strip() == (prompt + reply).strip():
         return []
-    return [f"{tokenizer.file}: a prompt and its reply, tokenised apart as training does, read "
-            f"{shown(repr(text), 160)}; expected {shown(repr(prompt + reply), 160)}: does the tokenizer change white "
-            "space or letters?"]
+    return [
+        f"{tokenizer.file}: a prompt and its reply, tokenised apart as training does, read "
+        f"{shown(repr(text), 160)}; expected {shown(repr(prompt + reply), 160)}: does the tokenizer change white "
+        "space or letters?"
+    ]
 
 
 def _foreign_code(folder: Path) -> list[str]:
-    names = [name for name in ("config.json", "tokenizer_config.json")
-             if (hf_folder.json_object(folder, name) or {}).get("auto_map")]
-    return [f"{folder / name}: auto_map names code of the model's own; it is not run (trust_remote_code is always "
-            "off), and the export leaves it out" for name in names]
+    names = [
+        name
+        for name in ("config.json", "tokenizer_config.json")
+        if (hf_folder.json_object(folder, name) or {}).get("auto_map")
+    ]
+    return [
+        f"{folder / name}: auto_map names code of the model's own; it is not run (trust_remote_code is always "
+        "off), and the export leaves it out"
+        for name in names
+    ]
 
 
 def _around(ids: list[int], others: list[int]) -> list[int]:
     """The ids from where they differ, four of them."""
     differing_at = (at for at, (one, other) in enumerate(zip(ids, others, strict=False)) if one != other)
     first = next(differing_at, min(len(ids), len(others)))
-    return ids[first:first + 4]
+    return ids[first : first + 4]
 
 
 def main(arguments: list[str]) -> int:

@@ -40,8 +40,10 @@ def read(messages, field: str, last: str, opens: bool = True) -> Turns:
             raise BadRow(f"{field}[{at}].role: {short(role)}: expected system, user or assistant")
         for name in CALLS:
             if message.get(name):
-                raise BadRow(f"{field}[{at}].{name}: {short(message[name])}: a tool's call has no place in dialogue text; "
-                             "leave the conversation out, or write the call into the content")
+                raise BadRow(
+                    f"{field}[{at}].{name}: {short(message[name])}: a tool's call has no place in dialogue text; "
+                    "leave the conversation out, or write the call into the content"
+                )
         turns.append((ROLES[role], string(message["content"], f"{field}[{at}].content")))
     if turns[-1][0] != last:
         raise BadRow(f"{field}[{len(turns) - 1}].role: {turns[-1][0]!r}: expected the last message to be the {last}'s")
@@ -52,15 +54,20 @@ def read(messages, field: str, last: str, opens: bool = True) -> Turns:
 
 
 def check_order(turns: Turns, field: str, opens: bool = True) -> None:
-    """BadRow where ``turns`` stand in another order than this module's. Unusable for an empty one before the last."""
+    """BadRow where ``turns`` stand in another order than this module's. Unusable for an empty one
+    before the last."""
     before = "system" if opens else ""
     for at, (role, content) in enumerate(turns):
         if role == "system" and at:
-            raise BadRow(f"{field}[{at}].role: 'system': expected only as the first message; "
-                         "put its words there, or into a user's")
+            raise BadRow(
+                f"{field}[{at}].role: 'system': expected only as the first message; "
+                "put its words there, or into a user's"
+            )
         if role == before and at:
-            raise BadRow(f"{field}[{at}].role: {role!r} follows another {role!r}: expected user and assistant in turn; "
-                         "join the two messages, or give the reply that is missing between them")
+            raise BadRow(
+                f"{field}[{at}].role: {role!r} follows another {role!r}: expected user and assistant in turn; "
+                "join the two messages, or give the reply that is missing between them"
+            )
         if role == "assistant" and before == "system":
             raise BadRow(f"{field}[{at}].role: 'assistant': expected a user's message before it")
         if at < len(turns) - 1 and role != "system" and not content.strip():

@@ -1,8 +1,10 @@
-"""Let megatron-core run in CPU processes (tests, the demo, a laptop). Never entered where CUDA exists.
+"""Let megatron-core run in CPU processes (tests, the demo, a laptop). Never entered where CUDA
+exists.
 
-megatron-core 0.16.1 has no CPU path: it takes its device from ``torch.cuda.current_device()``, writes ``device="cuda"`` into
-tensor factories, keeps dropout state in the CUDA generator, orders work with CUDA streams and recognises parameters by their
-CUDA type names. ``mcore_on_cpu()`` answers these questions from the CPU for the code inside the block, on this thread.
+megatron-core 0.16.1 has no CPU path: it takes its device from ``torch.cuda.current_device()``,
+writes ``device="cuda"`` into tensor factories, keeps dropout state in the CUDA generator, orders
+work with CUDA streams and recognises parameters by their CUDA type names. ``mcore_on_cpu()``
+answers these questions from the CPU for the code inside the block, on this thread.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ class _CudaMeansCpu(TorchFunctionMode):
         if func is torch.Tensor.cuda:
             return args[0]
         result = func(*args, **kwargs)
-        if func is torch.Tensor.type and isinstance(result, str):  # optimizers test for 'torch.cuda.FloatTensor'
+        # optimizers test for 'torch.cuda.FloatTensor'
+        if func is torch.Tensor.type and isinstance(result, str):
             return result.replace("torch.", "torch.cuda.", 1)
         return result
 
@@ -60,7 +63,8 @@ def _replacements():
         (torch.cuda, "current_stream", _InOrder),
         (torch.cuda, "default_stream", _InOrder),
         (torch.cuda, "stream", lambda stream: contextlib.nullcontext()),
-        # Without CUDA these four are queued for ever instead of failing: seeds would be ignored silently.
+        # Without CUDA these four are queued for ever instead of failing: seeds would be ignored
+        # silently.
         (torch.cuda, "manual_seed", torch.default_generator.manual_seed),
         (torch.cuda, "get_rng_state", lambda device=None: torch.get_rng_state()),
         (torch.cuda, "set_rng_state", lambda state, device=None: torch.set_rng_state(state)),
@@ -76,7 +80,8 @@ def _not_about_our_generator(record: logging.LogRecord) -> bool:
 
 @contextlib.contextmanager
 def mcore_on_cpu():
-    """Redirect megatron-core's CUDA calls to the CPU; everything is restored on exit. Raises RuntimeError where CUDA exists."""
+    """Redirect megatron-core's CUDA calls to the CPU; everything is restored on exit. Raises
+    RuntimeError where CUDA exists."""
     if torch.cuda.is_available():
         raise RuntimeError("mcore_on_cpu() on a machine with CUDA")
     logger = logging.getLogger("megatron.core.tensor_parallel.random")
@@ -86,6 +91,7 @@ def mcore_on_cpu():
             setattr(owner, name, value)
         logger.addFilter(_not_about_our_generator)
         stack.callback(logger.removeFilter, _not_about_our_generator)
-        stack.enter_context(torch.compiler.set_stance("force_eager"))  # megatron-core's jit_fuser is torch.compile
+        # megatron-core's jit_fuser is torch.compile
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_CudaMeansCpu())
         yield

@@ -1,8 +1,10 @@
-"""``python -m training.distributed.gpu_check``: is this GPU fit, and do all of them reach each other? One process a GPU, before a stage starts.
+"""``python -m training.distributed.gpu_check``: is this GPU fit, and do all of them reach each
+other? One process a GPU, before a stage starts.
 
-Reads RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, NODE, MASTER_ADDR, MASTER_PORT. Prints one JSON line for each check that it
-gets to: {"node", "gpu", "check", "bad"}, with ``bad`` "" when all is well: "gpu" (memory is free, a matrix product is exact; with
-"tflops"), "node" (a sum over the node's GPUs), "all" (a sum over all). A process that hangs says nothing: its caller has a timeout.
+Reads RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, NODE, MASTER_ADDR, MASTER_PORT. Prints one
+JSON line for each check that it gets to: {"node", "gpu", "check", "bad"}, with ``bad`` "" when all
+is well: "gpu" (memory is free, a matrix product is exact; with "tflops"), "node" (a sum over the
+node's GPUs), "all" (a sum over all). A process that hangs says nothing: its caller has a timeout.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ PRODUCTS = 20
 """Matrix products that are timed."""
 TIMEOUT_S = 60
 USED_SHARE = 0.05
-"""Share of a GPU's memory that may be in use before we are on it (driver, MPS); above it somebody else computes there."""
+"""Share of a GPU's memory that may be in use before we are on it (driver, MPS); above it somebody
+else computes there."""
 ELEMENTS = 1 << 24
 """Numbers in the sums: 64 MB, enough for every link to carry some."""
 
@@ -30,8 +33,8 @@ ELEMENTS = 1 << 24
 def check_gpu(local_rank: int) -> tuple[str, float]:
     """What is wrong with this GPU ("" = nothing), and its speed in TFLOP/s.
 
-    The product of matrices of small whole numbers is exact in bfloat16 with fp32 sums, so A(Bx) = (AB)x must hold to the last bit
-    (Freivalds 1977).
+    The product of matrices of small whole numbers is exact in bfloat16 with fp32 sums, so A(Bx) =
+    (AB)x must hold to the last bit (Freivalds 1977).
     """
     if local_rank >= torch.cuda.device_count():
         return f"only {torch.cuda.device_count()} GPU(s) are visible", 0.0
@@ -56,11 +59,17 @@ def check_gpu(local_rank: int) -> tuple[str, float]:
 
 
 def check_sum(rank: int, world: int, address: str, port: int) -> str:
-    """"" when an all-reduce over ``world`` processes gives the right sum within TIMEOUT_S."""
+    """ "" when an all-reduce over ``world`` processes gives the right sum within TIMEOUT_S."""
     device = torch.device("cuda", torch.cuda.current_device())
     try:
-        dist.init_process_group("nccl", init_method=f"tcp://{address}:{port}", rank=rank, world_size=world, device_id=device,
-                                timeout=timedelta(seconds=TIMEOUT_S))
+        dist.init_process_group(
+            "nccl",
+            init_method=f"tcp://{address}:{port}",
+            rank=rank,
+            world_size=world,
+            device_id=device,
+            timeout=timedelta(seconds=TIMEOUT_S),
+        )
         values = torch.full((ELEMENTS,), float(rank + 1), device=device)
         work = dist.all_reduce(values, async_op=True)
         if not work.wait(timedelta(seconds=TIMEOUT_S)):

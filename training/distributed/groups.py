@@ -1,6 +1,7 @@
 """Processes, devices and groups: what a rank is, and how ranks agree.
 
-Ranks read RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, and nothing else of their surroundings.
+Ranks read RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, and nothing else of their
+surroundings.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from training.distributed.cpu_backend import mcore_on_cpu
 HEARTBEAT = 10.0
 T = TypeVar("T")
 EX_USAGE, EX_TEMPFAIL = 64, 75
-"""Exit codes of a stage: bad configuration, "saved and wants to go on". Others: training.error_report.CODES."""
+"""Exit codes of a stage: bad configuration, "saved and wants to go on". Others:
+training.error_report.CODES."""
 
 
 def device() -> torch.device:
@@ -37,19 +39,29 @@ class Together(RuntimeError):  # noqa: N818 - what its kinds are called
 
 
 class NoRoom(Together):
-    """The rollout engine's cache does not fit now. Another process, whose memory is whole, may have room."""
+    """The rollout engine's cache does not fit now. Another process, whose memory is whole, may have
+    room."""
 
 
 @contextlib.contextmanager
-def ranks(tensor_parallel_size: int, pipeline_parallel_size: int, seed: int, init_method: str = "env://", virtual_pipeline_size: int = 1,
-          timeout_minutes: int = 60):
-    """Join the process group and build megatron-core's groups (order tp-dp-pp); leave them cleanly at the end.
+def ranks(
+    tensor_parallel_size: int,
+    pipeline_parallel_size: int,
+    seed: int,
+    init_method: str = "env://",
+    virtual_pipeline_size: int = 1,
+    timeout_minutes: int = 60,
+):
+    """Join the process group and build megatron-core's groups (order tp-dp-pp); leave them cleanly
+    at the end.
 
     ``timeout_minutes``: how long a rank waits for the others in a collective, of any group.
 
-    On CUDA collectives of GPU tensors run on NCCL, of CPU tensors on gloo; without CUDA all is gloo under ``mcore_on_cpu``.
-    One of several ranks that fails alone leaves its groups standing: NCCL destroys a communicator on all of its ranks at once, and the
-    others wait in a collective, so that this one would hang before it has said why it failed. Such a process must end (training.main).
+    On CUDA collectives of GPU tensors run on NCCL, of CPU tensors on gloo; without CUDA all is gloo
+    under ``mcore_on_cpu``. One of several ranks that fails alone leaves its groups standing: NCCL
+    destroys a communicator on all of its ranks at once, and the others wait in a collective, so
+    that this one would hang before it has said why it failed. Such a process must end
+    (training.main).
     """
     with contextlib.ExitStack() as outside, contextlib.ExitStack() as stack:
         if torch.cuda.is_available():
@@ -62,12 +74,18 @@ def ranks(tensor_parallel_size: int, pipeline_parallel_size: int, seed: int, ini
         if init_method == "env://":
             rendezvous.join(backend, *rendezvous.place(), timeout)
         else:
-            dist.init_process_group(backend, init_method=init_method, timeout=timeout,
-                                    rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
+            dist.init_process_group(
+                backend,
+                init_method=init_method,
+                timeout=timeout,
+                rank=int(os.environ["RANK"]),
+                world_size=int(os.environ["WORLD_SIZE"]),
+            )
         stack.callback(dist.destroy_process_group)
         interleaved = virtual_pipeline_size if virtual_pipeline_size > 1 else None
-        parallel_state.initialize_model_parallel(tensor_parallel_size, pipeline_parallel_size, interleaved,
-                                                 distributed_timeout_minutes=timeout_minutes)
+        parallel_state.initialize_model_parallel(
+            tensor_parallel_size, pipeline_parallel_size, interleaved, distributed_timeout_minutes=timeout_minutes
+        )
         stack.callback(parallel_state.destroy_model_parallel)
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
         try:
@@ -79,7 +97,8 @@ def ranks(tensor_parallel_size: int, pipeline_parallel_size: int, seed: int, ini
 
 
 def begin_thread() -> Callable[[], None]:
-    """What a new thread of this rank has to call first: its GPU would be GPU 0, where pinning memory would open a context."""
+    """What a new thread of this rank has to call first: its GPU would be GPU 0, where pinning
+    memory would open a context."""
     if not torch.cuda.is_available():
         return lambda: None
     return functools.partial(torch.cuda.set_device, torch.cuda.current_device())
@@ -111,7 +130,11 @@ def sum_over_data(values: torch.Tensor) -> torch.Tensor:
 def from_last_stage(values: torch.Tensor) -> torch.Tensor:
     """Overwrite ``values`` on every pipeline stage with the last stage's, in place."""
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-        dist.broadcast(values, parallel_state.get_pipeline_model_parallel_last_rank(), parallel_state.get_pipeline_model_parallel_group())
+        dist.broadcast(
+            values,
+            parallel_state.get_pipeline_model_parallel_last_rank(),
+            parallel_state.get_pipeline_model_parallel_group(),
+        )
     return values
 
 
@@ -130,8 +153,9 @@ def first_problem(problem: str) -> str:
 
 
 def on_first(work: Callable[[], T]) -> T:
-    """``work()`` on rank 0, its result or its exception on every rank. A collective, however long the work takes: the others hear every
-    HEARTBEAT seconds that it goes on, so that nothing times out. What is sent is pickled."""
+    """``work()`` on rank 0, its result or its exception on every rank. A collective, however long
+    the work takes: the others hear every HEARTBEAT seconds that it goes on, so that nothing times
+    out. What is sent is pickled."""
     done, result, error = torch.zeros(1), None, None
     if dist.get_rank() == 0:
         with ThreadPoolExecutor(1) as thread:
@@ -151,8 +175,8 @@ def on_first(work: Callable[[], T]) -> T:
 
 
 def ignore_requests() -> None:
-    """What asks a rank to save is repeated: it must not kill one that has saved and is leaving, whose handlers
-    Python takes down before the process ends."""
+    """What asks a rank to save is repeated: it must not kill one that has saved and is leaving,
+    whose handlers Python takes down before the process ends."""
     for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
@@ -160,7 +184,8 @@ def ignore_requests() -> None:
 class StopRequest:
     """What signals ask of a trainer: USR1 or TERM to save and stop, USR2 to save and go on.
 
-    One rank that is signalled is enough: ranks agree at step boundaries, so that all save the same step.
+    One rank that is signalled is enough: ranks agree at step boundaries, so that all save the same
+    step.
     """
 
     def __init__(self):
@@ -178,7 +203,8 @@ class StopRequest:
         self.asked = True
 
     def agreed(self) -> bool:
-        """True on all ranks as soon as one was told to stop. A collective: call it on every rank at the same step."""
+        """True on all ranks as soon as one was told to stop. A collective: call it on every rank at
+        the same step."""
         flags = torch.tensor([float(self.raised), float(self.asked)])
         dist.all_reduce(flags, dist.ReduceOp.MAX)
         stopping, self.saving = (bool(flag) for flag in flags.tolist())

@@ -1,9 +1,10 @@
-"""Start as we are tested: megatron-core's import without torch's compiler on machines without CUDA, and no ``python -O``.
-Standard library only.
+"""Start as we are tested: megatron-core's import without torch's compiler on machines without CUDA,
+and no ``python -O``. Standard library only.
 
-megatron-core decorates its fusions with ``torch.compile`` while it is imported, which loads dynamo and inductor: 3.4 of the 7.9 s that a
-process of a stage needs to start on two cores, for functions that are never called there. Its own switch,
-``megatron.core.jit.disable_jit_fuser``, has to be thrown after that module is loaded and before the next one is.
+megatron-core decorates its fusions with ``torch.compile`` while it is imported, which loads dynamo
+and inductor: 3.4 of the 7.9 s that a process of a stage needs to start on two cores, for functions
+that are never called there. Its own switch, ``megatron.core.jit.disable_jit_fuser``, has to be
+thrown after that module is loaded and before the next one is.
 """
 
 from __future__ import annotations
@@ -43,12 +44,18 @@ def without_compiler() -> None:
 
 
 def without_optimization() -> None:
-    """Under ``python -O`` or ``-OO`` (PYTHONOPTIMIZE=1 or 2) replace one of our programs by the same one without it.
+    """Under ``python -O`` or ``-OO`` (PYTHONOPTIMIZE=1 or 2) replace one of our programs by the
+    same one without it.
 
-    transformers needs its docstrings, so do our ``--help`` texts, and megatron-core's asserts guard a run. eval has this too.
+    transformers needs its docstrings, so do our ``--help`` texts, and megatron-core's asserts guard
+    a run. eval has this too.
     """
     words = sys.orig_argv
-    ours = (*words, "")[words.index("-m") + 1].split(".")[0] in PROGRAMS if "-m" in words else sys.argv[0].endswith("/convoy")
+    ours = (
+        (*words, "")[words.index("-m") + 1].split(".")[0] in PROGRAMS
+        if "-m" in words
+        else sys.argv[0].endswith("/convoy")
+    )
     kept = [word for word in words if word not in ("-O", "-OO")]
     if sys.flags.optimize and ours and (len(kept) < len(words) or "PYTHONOPTIMIZE" in os.environ):
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONOPTIMIZE"}

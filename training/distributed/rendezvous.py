@@ -1,8 +1,9 @@
-"""How ranks find each other: RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, which the launcher or torchrun sets.
+"""How ranks find each other: RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, which the launcher or
+torchrun sets.
 
-They may also be left over in a shell, where nobody else comes. So what is impossible is refused, and the
-wait for the others has an end. eval/rendezvous.py does the same for the evaluation, which imports
-nothing of ours.
+They may also be left over in a shell, where nobody else comes. So what is impossible is refused,
+and the wait for the others has an end. eval/rendezvous.py does the same for the evaluation, which
+imports nothing of ours.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ import torch.distributed as dist
 from training.config.schema import ConfigError
 
 LIMITS_S = {"CONVOY_ATTEMPT": 1800, "TORCHELASTIC_RUN_ID": 600, "": 60}
-"""Seconds to wait for the other ranks: started by the launcher, by torchrun, by whom we don't know."""
+"""Seconds to wait for the other ranks: started by the launcher, by torchrun, by whom we don't
+know."""
 LEFT_OVER = "a single process is started without them: env -u RANK -u WORLD_SIZE -u LOCAL_RANK python -m ..."
 
 
 def place() -> tuple[int, int]:
-    """(rank, number of ranks); alone where WORLD_SIZE is 1 or unset. ConfigError for what can't be."""
+    """(rank, number of ranks); alone where WORLD_SIZE is 1 or unset. ConfigError for what can't
+    be."""
     environ = os.environ
     if environ.get("WORLD_SIZE", "1").strip() in ("", "1"):
         return 0, 1
@@ -41,25 +44,31 @@ def place() -> tuple[int, int]:
 
 
 def join(backend: str, rank: int, world: int, timeout: datetime.timedelta) -> None:
-    """The process group of all ranks. ConfigError where the others don't come in time, unless the launcher
-    started this one: then torch's own error, by which the launcher knows the class. ``timeout`` is that
-    of collectives."""
+    """The process group of all ranks. ConfigError where the others don't come in time, unless the
+    launcher started this one: then torch's own error, by which the launcher knows the class.
+    ``timeout`` is that of collectives."""
     if world == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return
     mark = next(name for name in LIMITS_S if not name or name in os.environ)
     limit, where = LIMITS_S[mark], f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     if not mark:
-        print(f"rank {rank} of {world}, as RANK and WORLD_SIZE in the environment say: waits at most {limit} s for the "
-              f"others at {where}; {LEFT_OVER}", file=sys.stderr, flush=True)
+        print(
+            f"rank {rank} of {world}, as RANK and WORLD_SIZE in the environment say: waits at most {limit} s for the "
+            f"others at {where}; {LEFT_OVER}",
+            file=sys.stderr,
+            flush=True,
+        )
     try:
         with _interruptible():
             store, _, _ = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=limit)))
     except (dist.DistError, OSError, ValueError) as error:
         if mark == "CONVOY_ATTEMPT":
             raise
-        raise ConfigError(f"rank {rank} of {world}: the others did not come to {where} within {limit} s ({error}); "
-                          f"start all {world}, by torchrun for example; {LEFT_OVER}") from None
+        raise ConfigError(
+            f"rank {rank} of {world}: the others did not come to {where} within {limit} s ({error}); "
+            f"start all {world}, by torchrun for example; {LEFT_OVER}"
+        ) from None
     store.set_timeout(timeout)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
 

@@ -16,8 +16,14 @@ from training.config.schema import ConfigError
 from training.files import safe_files
 
 MB = 2**20
-SIZES = {"tokenizer.json": 64 * MB, "tokenizer.model": 64 * MB, "vocab.json": 32 * MB, "merges.txt": 32 * MB,
-         "model.safetensors.index.json": 64 * MB, "pytorch_model.bin.index.json": 64 * MB}
+SIZES = {
+    "tokenizer.json": 64 * MB,
+    "tokenizer.model": 64 * MB,
+    "vocab.json": 32 * MB,
+    "merges.txt": 32 * MB,
+    "model.safetensors.index.json": 64 * MB,
+    "pytorch_model.bin.index.json": 64 * MB,
+}
 """Bytes of the largest file of a name that is read; the largest tokenizer.json known has 33 MiB."""
 SIZE = 8 * MB
 """Of the other files."""
@@ -37,17 +43,20 @@ def file(folder: str | Path, name: str, links: bool = False) -> Path | None:
         kind = os.stat(path).st_mode
     except FileNotFoundError:
         if path.is_symlink():
-            raise ConfigError(f"model.checkpoint: {path} is a link to {_shown_link(path)}, which is not there; "
-                              f"{AGAIN}") from None
+            raise ConfigError(
+                f"model.checkpoint: {path} is a link to {_shown_link(path)}, which is not there; {AGAIN}"
+            ) from None
         return None
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.checkpoint: {path} can't be read ({getattr(error, 'strerror', error)})") from None
     if not stat.S_ISREG(kind):
         raise ConfigError(f"model.checkpoint: {path} is no file (a folder, a pipe or a device); {AGAIN}")
     if not links and not _within(path.resolve(), Path(folder)):
-        raise ConfigError(f"model.checkpoint: {path} is a link to {_shown_link(path)}, outside the folder: an export "
-                          "would copy that file; if it is what you want, put the file itself there: cp "
-                          f"--remove-destination $(realpath {name}) {name}")
+        raise ConfigError(
+            f"model.checkpoint: {path} is a link to {_shown_link(path)}, outside the folder: an export "
+            "would copy that file; if it is what you want, put the file itself there: cp "
+            f"--remove-destination $(realpath {name}) {name}"
+        )
     return path
 
 
@@ -90,8 +99,9 @@ def parse(text: str, path: Path) -> dict:
     try:
         values = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"model.checkpoint: {path} can't be read as JSON ({shown(str(error), 120)}); "
-                          f"{AGAIN}") from None
+        raise ConfigError(
+            f"model.checkpoint: {path} can't be read as JSON ({shown(str(error), 120)}); {AGAIN}"
+        ) from None
     if not isinstance(values, dict):
         raise ConfigError(f"model.checkpoint: {path} holds no JSON object but {shown(values)}; {AGAIN}")
     return values
@@ -113,8 +123,8 @@ def shown(value, most: int = 80) -> str:
         text = value if isinstance(value, str) else repr(value)
     except (ValueError, RecursionError):  # a whole number of more digits than Python writes, or deep nesting
         return f"a {type(value).__name__} too large to show"
-    if not text[:most + 1].isprintable():
-        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:most + 1])
+    if not text[: most + 1].isprintable():
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: most + 1])
     return text if len(text) <= most else text[:most] + "..."
 
 
@@ -130,8 +140,8 @@ def _unique(pairs: list[tuple]) -> dict:
 
 
 def _within(path: Path, folder: Path) -> bool:
-    """Does ``path``, resolved, lie in the folder, or among the blobs of the hub's cache around it?
-    """
+    """Does ``path``, resolved, lie in the folder, or among the blobs of the hub's cache around
+    it?"""
     real = folder.resolve()
     if path.is_relative_to(real):
         return True

@@ -1,5 +1,6 @@
-"""Names that stand in a file, and files that another program or person may have written: where they may
-lie, of what kind, how large. Standard library only; the launcher and the conversion use it, too."""
+"""Names that stand in a file, and files that another program or person may have written: where they
+may lie, of what kind, how large. Standard library only; the launcher and the conversion use it,
+too."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ class Unfit(OSError):  # noqa: N818 - what is wrong with the file
 
 
 def within(folder: str | Path, name: object) -> Path:
-    """``folder``/``name`` for a ``name`` that a file gave. Raises Unfit unless it is a relative path
-    without "..", and the place that it leads to, links followed, is below ``folder``."""
+    """``folder``/``name`` for a ``name`` that a file gave. Raises Unfit unless it is a relative
+    path without "..", and the place that it leads to, links followed, is below ``folder``."""
     if not isinstance(name, str) or not 0 < len(name) <= LONGEST or not name.isprintable():
         raise Unfit(f"{name!r:.80} is no name of a file below {folder}")
     path = Path(name)
@@ -39,8 +40,8 @@ def within(folder: str | Path, name: object) -> Path:
 
 
 def open_regular(path: str | Path) -> int:
-    """A descriptor to read a file by. Raises Unfit for a pipe, a device, a socket or a folder, which
-    is neither waited for nor read; other OSErrors as ``os.open`` does."""
+    """A descriptor to read a file by. Raises Unfit for a pipe, a device, a socket or a folder,
+    which is neither waited for nor read; other OSErrors as ``os.open`` does."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     except OSError as error:
@@ -54,8 +55,8 @@ def open_regular(path: str | Path) -> int:
 
 
 def read_bytes(path: str | Path, most: int = MOST) -> bytes:
-    """Content of a regular file of at most ``most`` bytes. Raises Unfit for another, OSError where it
-    can't be read."""
+    """Content of a regular file of at most ``most`` bytes. Raises Unfit for another, OSError where
+    it can't be read."""
     with open(open_regular(path), "rb") as file:
         content = file.read(most + 1)
     if len(content) > most:

@@ -17,8 +17,18 @@ from training.files.hf_folder import AGAIN, shown
 
 CONFIGS = ("config.json", "generation_config.json")
 NAMES = ("eos", "pad", "bos")
-LIKE_IDS = ("eos_token_id", "pad_token_id", "bos_token_id", "unk_token_id", "sep_token_id", "cls_token_id",
-            "mask_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
+LIKE_IDS = (
+    "eos_token_id",
+    "pad_token_id",
+    "bos_token_id",
+    "unk_token_id",
+    "sep_token_id",
+    "cls_token_id",
+    "mask_token_id",
+    "decoder_start_token_id",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+)
 
 
 @dataclass(frozen=True)
@@ -44,24 +54,31 @@ class Said:
         if name in self.texts:
             number = ids(self.texts[name])
             if number is None:
-                raise ConfigError(f"model.checkpoint: {self.folder}: {name}_token = {shown(repr(self.texts[name]))} of "
-                                  "the tokenizer's files is not in tokenizer.json; name one that is, or add it there")
+                raise ConfigError(
+                    f"model.checkpoint: {self.folder}: {name}_token = {shown(repr(self.texts[name]))} of "
+                    "the tokenizer's files is not in tokenizer.json; name one that is, or add it there"
+                )
             return number
         numbers = self.numbers["config.json"].get(name)
         if not numbers and default is not None:
             return default
         if not numbers:
-            raise ConfigError(f'model.checkpoint: {self.folder} names no {name} token; name one that tokenizer.json '
-                              f'has, as "{name}_token" in tokenizer_config.json')
+            raise ConfigError(
+                f"model.checkpoint: {self.folder} names no {name} token; name one that tokenizer.json "
+                f'has, as "{name}_token" in tokenizer_config.json'
+            )
         return numbers[0]
 
     def notes(self, eos: int) -> list[str]:
         """Where config.json or generation_config.json does not name ``eos`` among the ends: what an
         export will do."""
-        return [f"{self.folder / file}: eos_token_id = {shown(_single(ends))}, but the tokenizer ends a text with "
-                f"{eos}: training ends replies with {eos}, and the export's files will say "
-                "so" for file, said in self.numbers.items()
-                if (ends := said.get("eos")) and eos not in ends]
+        return [
+            f"{self.folder / file}: eos_token_id = {shown(_single(ends))}, but the tokenizer ends a text with "
+            f"{eos}: training ends replies with {eos}, and the export's files will say "
+            "so"
+            for file, said in self.numbers.items()
+            if (ends := said.get("eos")) and eos not in ends
+        ]
 
     def ends(self, eos: int) -> int | list[int]:
         """eos_token_id of an export: ``eos``, with the further ends that were named with it."""
@@ -80,19 +97,23 @@ def _texts(folder: Path) -> dict[str, str]:
             if token is None:
                 continue
             if not hf_folder.is_text(text) or not text:
-                raise ConfigError(f"model.checkpoint: {folder / file}: {name}_token = {shown(token)}: expected a text, "
-                                  f"or an object with a text as its content; correct it, or {AGAIN}")
+                raise ConfigError(
+                    f"model.checkpoint: {folder / file}: {name}_token = {shown(token)}: expected a text, "
+                    f"or an object with a text as its content; correct it, or {AGAIN}"
+                )
             if name == "eos" and texts.get(name, text) != text:
-                raise ConfigError(f"model.checkpoint: {folder / file}: eos_token = {shown(repr(text))}, "
-                                  f"tokenizer_config.json says {shown(repr(texts[name]))}; keep the one that the "
-                                  "model was trained with")
+                raise ConfigError(
+                    f"model.checkpoint: {folder / file}: eos_token = {shown(repr(text))}, "
+                    f"tokenizer_config.json says {shown(repr(texts[name]))}; keep the one that the "
+                    "model was trained with"
+                )
             texts.setdefault(name, text)
     return texts
 
 
 def _numbers(folder: Path, file: str, rows: int) -> dict[str, list[int]]:
-    """Raises ConfigError for ids that the embedding has no row for, or that are no whole numbers.
-    """
+    """Raises ConfigError for ids that the embedding has no row for, or that are no whole
+    numbers."""
     values, numbers = hf_folder.json_object(folder, file) or {}, {}
     for key in LIKE_IDS:
         value = values.get(key)
@@ -101,8 +122,10 @@ def _numbers(folder: Path, file: str, rows: int) -> dict[str, list[int]]:
         ids = value if isinstance(value, list) and key in ("eos_token_id", "forced_eos_token_id") else [value]
         if not ids or not all(type(number) is int and 0 <= number < (rows or 2**31) for number in ids):
             most = f"below vocab_size, {rows}" if rows else "of a token"
-            raise ConfigError(f"model.checkpoint: {folder / file}: {key} = {shown(value)}: expected a whole number "
-                              f"from 0, {most}; set it to the id of a token that tokenizer.json has, or to null")
+            raise ConfigError(
+                f"model.checkpoint: {folder / file}: {key} = {shown(value)}: expected a whole number "
+                f"from 0, {most}; set it to the id of a token that tokenizer.json has, or to null"
+            )
         if key.removesuffix("_token_id") in NAMES:
             numbers[key.removesuffix("_token_id")] = list(dict.fromkeys(ids))
     return numbers

@@ -15,9 +15,23 @@ from training.config.schema import ConfigError
 from training.files import hf_folder
 from training.files.hf_folder import AGAIN, shown
 
-BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2,
-         "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1,
-         "F8_E4M3": 1, "F8_E5M2": 1}
+BYTES = {
+    "F64": 8,
+    "I64": 8,
+    "U64": 8,
+    "F32": 4,
+    "I32": 4,
+    "U32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I16": 2,
+    "U16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+}
 """Bytes of an element, by safetensors' names of data types."""
 SAFETENSORS, BIN = "model.safetensors", "pytorch_model.bin"
 KINDS = ((SAFETENSORS, f"{SAFETENSORS}.index.json"), (BIN, f"{BIN}.index.json"))
@@ -55,26 +69,32 @@ def find(folder: str | Path) -> Weights:
     """
     folder = Path(folder)
     if hf_folder.file(folder, "adapter_config.json", links=True):
-        raise ConfigError(f"model.checkpoint: {folder} holds an adapter (adapter_config.json), which transformers "
-                          "would add to the weights and training would not; merge it first (peft: "
-                          "model.merge_and_unload().save_pretrained(...)), or remove it")
+        raise ConfigError(
+            f"model.checkpoint: {folder} holds an adapter (adapter_config.json), which transformers "
+            "would add to the weights and training would not; merge it first (peft: "
+            "model.merge_and_unload().save_pretrained(...)), or remove it"
+        )
     for number, (single, index) in enumerate(KINDS):
         whole, table = hf_folder.file(folder, single, links=True), hf_folder.file(folder, index)
         if not whole and not table:
             continue
         places = _places(folder, index) if table else {}
         if whole and table and set(places.values()) != {single}:
-            raise ConfigError(f"model.checkpoint: {folder} holds two sets of weights: {single}, which transformers "
-                              f"loads, and the shards of {index}; remove the set that is not the model's")
+            raise ConfigError(
+                f"model.checkpoint: {folder} holds two sets of weights: {single}, which transformers "
+                f"loads, and the shards of {index}; remove the set that is not the model's"
+            )
         names = sorted(set(places.values())) or [single]
         files = [_shard(folder, name, index, names) for name in names]
         notes = [f"{path} is a link to {path.resolve()}" for path in files if hf_folder.outside(folder, path)]
         if not number and any((folder / other).exists() for other in KINDS[1]):
             notes.append(f"{folder} holds {BIN} beside {SAFETENSORS}: nothing reads it")
         return Weights(files, places, notes)
-    raise ConfigError(f"model.checkpoint: no weights in {folder}: expected {SAFETENSORS}, or {BIN}, or several of "
-                      "either with their .index.json; download the whole repository of the model, or save it with "
-                      "model.save_pretrained(folder, safe_serialization=True)")
+    raise ConfigError(
+        f"model.checkpoint: no weights in {folder}: expected {SAFETENSORS}, or {BIN}, or several of "
+        "either with their .index.json; download the whole repository of the model, or save it with "
+        "model.save_pretrained(folder, safe_serialization=True)"
+    )
 
 
 def _places(folder: Path, index: str) -> dict[str, str]:
@@ -83,70 +103,87 @@ def _places(folder: Path, index: str) -> dict[str, str]:
     table = (hf_folder.json_object(folder, index) or {}).get("weight_map")
     ending = Path(index.removesuffix(".index.json")).suffix
     if not isinstance(table, dict) or not table:
-        raise ConfigError(f"model.checkpoint: {folder / index} has no weight_map from tensors to files: it is no index "
-                          f"of shards; {AGAIN}")
+        raise ConfigError(
+            f"model.checkpoint: {folder / index} has no weight_map from tensors to files: it is no index "
+            f"of shards; {AGAIN}"
+        )
     for tensor, name in table.items():
         plain = isinstance(name, str) and name.isprintable() and len(name) < 256 and "/" not in name
         if not plain or not name.endswith(ending):
-            raise ConfigError(f"model.checkpoint: {folder / index}: weight_map says that {shown(tensor)} is in "
-                              f"{shown(repr(name))}; expected the name of a file of the folder that ends with "
-                              f"{ending}; {AGAIN}")
+            raise ConfigError(
+                f"model.checkpoint: {folder / index}: weight_map says that {shown(tensor)} is in "
+                f"{shown(repr(name))}; expected the name of a file of the folder that ends with "
+                f"{ending}; {AGAIN}"
+            )
     return table
 
 
 def _shard(folder: Path, name: str, index: str, names: list[str]) -> Path:
     path = hf_folder.file(folder, name, links=True)
     if path is None:
-        raise ConfigError(f"model.checkpoint: {folder}/{shown(name)} is missing, {index} names it (shard "
-                          f"{names.index(name) + 1} of {len(names)}); {AGAIN}")
+        raise ConfigError(
+            f"model.checkpoint: {folder}/{shown(name)} is missing, {index} names it (shard "
+            f"{names.index(name) + 1} of {len(names)}); {AGAIN}"
+        )
     return path
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
-    """A safetensors file's tensors by name. Raises ConfigError unless header and length are sound.
-    """
+    """A safetensors file's tensors by name. Raises ConfigError unless header and length are
+    sound."""
     with open(path, "rb") as file:
         size, start = path.stat().st_size, file.read(8)
         if start == b"version ":
-            raise ConfigError(f"model.checkpoint: {path} is a git-LFS pointer, not the weights; fetch them with `git "
-                              "lfs pull`")
+            raise ConfigError(
+                f"model.checkpoint: {path} is a git-LFS pointer, not the weights; fetch them with `git lfs pull`"
+            )
         length = int.from_bytes(start, "little")
         if len(start) < 8 or not 2 <= length <= size - 8:
             needed = f", its header alone needs {8 + length:,}" if len(start) == 8 else ""
-            raise ConfigError(f"model.checkpoint: {path} is truncated or no safetensors file: {size:,} bytes{needed}; "
-                              f"{AGAIN}")
+            raise ConfigError(
+                f"model.checkpoint: {path} is truncated or no safetensors file: {size:,} bytes{needed}; {AGAIN}"
+            )
         if length > HEADER_MAX:
-            raise ConfigError(f"model.checkpoint: {path}: its header has {length:,} bytes, expected at most "
-                              f"{HEADER_MAX:,}; {AGAIN}")
+            raise ConfigError(
+                f"model.checkpoint: {path}: its header has {length:,} bytes, expected at most {HEADER_MAX:,}; {AGAIN}"
+            )
         content = file.read(length)
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"model.checkpoint: the header of {path} can't be read (not UTF-8 at byte "
-                          f"{8 + error.start}); {AGAIN}") from None
+        raise ConfigError(
+            f"model.checkpoint: the header of {path} can't be read (not UTF-8 at byte {8 + error.start}); {AGAIN}"
+        ) from None
     entries = hf_folder.parse(text, path.with_name(f"{path.name} (its header)"))
     notes = entries.pop("__metadata__", {})
     if not isinstance(notes, dict) or not all(isinstance(value, str) for value in notes.values()):
-        raise ConfigError(f"model.checkpoint: the header of {path} can't be read (__metadata__ is no table of texts); "
-                          f"{AGAIN}")
+        raise ConfigError(
+            f"model.checkpoint: the header of {path} can't be read (__metadata__ is no table of texts); {AGAIN}"
+        )
     tensors = {name: _tensor(path, name, entry, 8 + length) for name, entry in entries.items()}
     end = 8 + length
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].bytes)):
         if tensor.start != end:
-            raise ConfigError(f"model.checkpoint: {path}: {shown(name)} begins at byte {tensor.start - 8 - length:,} "
-                              f"of the data, expected {end - 8 - length:,}: tensors overlap or leave holes; {AGAIN}")
+            raise ConfigError(
+                f"model.checkpoint: {path}: {shown(name)} begins at byte {tensor.start - 8 - length:,} "
+                f"of the data, expected {end - 8 - length:,}: tensors overlap or leave holes; {AGAIN}"
+            )
         end += tensor.bytes
     if size != end:
-        raise ConfigError(f"model.checkpoint: {path} is truncated or damaged: {size:,} bytes, its header says {end:,}; "
-                          f"{AGAIN}")
+        raise ConfigError(
+            f"model.checkpoint: {path} is truncated or damaged: {size:,} bytes, its header says {end:,}; {AGAIN}"
+        )
     return tensors
 
 
 def _tensor(path: Path, name: str, entry, data: int) -> Tensor:
     """Of one entry of a header whose data begin at byte ``data``."""
+
     def wrong(what: str, expected: str) -> ConfigError:
-        return ConfigError(f"model.checkpoint: the header of {path} can't be read ({shown(name)}: {what}; expected "
-                           f"{expected}); {AGAIN}")
+        return ConfigError(
+            f"model.checkpoint: the header of {path} can't be read ({shown(name)}: {what}; expected "
+            f"{expected}); {AGAIN}"
+        )
 
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise wrong(shown(entry), "dtype, shape and data_offsets")
@@ -159,8 +196,10 @@ def _tensor(path: Path, name: str, entry, data: int) -> Tensor:
         raise wrong(f"data_offsets {shown(offsets)}", "two whole numbers, first byte and end")
     size = offsets[1] - offsets[0]
     if dtype in BYTES and size != math.prod(sizes) * BYTES[dtype]:
-        raise ConfigError(f"model.checkpoint: {path}: {shown(name)} is {dtype} {sizes} but has {size} bytes; the file "
-                          f"is damaged: {AGAIN}")
+        raise ConfigError(
+            f"model.checkpoint: {path}: {shown(name)} is {dtype} {sizes} but has {size} bytes; the file "
+            f"is damaged: {AGAIN}"
+        )
     return Tensor(path, dtype, tuple(sizes), data + offsets[0], size)
 
 

@@ -1,4 +1,5 @@
-"""Pages of the key-value cache: who holds which, how many hold it. Numbers only; the tensors are in cache.py."""
+"""Pages of the key-value cache: who holds which, how many hold it. Numbers only; the tensors are in
+cache.py."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ from training.config.schema import InvariantError
 
 
 class Pages:
-    """Page numbers 1..count with reference counts. Page 0 is nobody's: rows that only fill up a batch write there."""
+    """Page numbers 1..count with reference counts. Page 0 is nobody's: rows that only fill up a
+    batch write there."""
 
     def __init__(self, count: int, size: int):
         self.count, self.size = count, size

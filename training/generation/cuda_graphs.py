@@ -1,4 +1,5 @@
-"""Decode steps as CUDA graphs: hundreds of small kernels start as one, for a few batch sizes, each captured when it is first needed."""
+"""Decode steps as CUDA graphs: hundreds of small kernels start as one, for a few batch sizes, each
+captured when it is first needed."""
 
 from __future__ import annotations
 
@@ -10,9 +11,11 @@ from training.models.kv_cache import Batch, Slots
 
 
 def padded_rows(rows: int) -> int:
-    """The batch size that a step of ``rows`` is filled up to: 1, 8, then multiples of 32, from 128 on of 64.
+    """The batch size that a step of ``rows`` is filled up to: 1, 8, then multiples of 32, from 128
+    on of 64.
 
-    Up to 128 rows a step's matrix products take as long as reading the weights; each size costs a capture.
+    Up to 128 rows a step's matrix products take as long as reading the weights; each size costs a
+    capture.
     """
     if rows <= 8:
         return 1 if rows == 1 else 8
@@ -21,7 +24,8 @@ def padded_rows(rows: int) -> int:
 
 
 class Graphs:
-    """The decoder's forward pass for the rows in given slots. Rows that fill up stand in nobody's slot and write to nobody's page."""
+    """The decoder's forward pass for the rows in given slots. Rows that fill up stand in nobody's
+    slot and write to nobody's page."""
 
     def __init__(self, decoder, cache: torch.Tensor, slots: Slots, page: int, longest: int):
         self.decoder, self.cache, self.slots, self.page, self.longest = decoder, cache, slots, page, longest
@@ -34,7 +38,8 @@ class Graphs:
         self.stream = torch.cuda.Stream()
 
     def hidden(self, index: torch.Tensor) -> torch.Tensor:
-        """Last hidden states (B, H) of the rows in slots ``index`` (B,); good until the next call."""
+        """Last hidden states (B, H) of the rows in slots ``index`` (B,); good until the next
+        call."""
         rows = len(index)
         size = padded_rows(rows)
         if size not in self.made:
@@ -52,7 +57,8 @@ class Graphs:
         self._forward(size)  # compiles kernels, which a capture must not
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        # Not torch.cuda.graph: it also collects garbage and empties the allocator's cache, each time.
+        # Not torch.cuda.graph: it also collects garbage and empties the allocator's cache, each
+        # time.
         with torch.cuda.stream(self.stream):
             # "thread_local": threads that write a checkpoint or watch NCCL may go on calling CUDA.
             graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
@@ -67,7 +73,8 @@ class Graphs:
 
 
 def forward(decoder, cache: torch.Tensor, slots: Slots, index: torch.Tensor, page: int, longest: int) -> torch.Tensor:
-    """One decode step up to the last hidden states (B, H): each row's last token, at its place. ``longest``: no row is longer."""
+    """One decode step up to the last hidden states (B, H): each row's last token, at its place.
+    ``longest``: no row is longer."""
     position = slots.position[index]
     batch = Batch(slots.table[index], position + 1, position, page, longest)
     return decoder.next_hidden(slots.last[index], cache, batch)

@@ -1,10 +1,13 @@
-"""The rollout engine: continuous batching over a paged key-value cache, in the trainer's own process.
+"""The rollout engine: continuous batching over a paged key-value cache, in the trainer's own
+process.
 
-Each turn of the loop admits waiting rows, computes a chunk of their prompts into the cache and makes one decode step of all ready
-rows. A prompt's last token is left to the first decode step, so that prefill needs no logits and only decode steps sample. On a GPU
-the results of a step are read while the next one runs: the host never makes it wait, and an ended row costs one step too many.
-A response depends on its request alone (prompt, sampling, uniforms): in fp32 not on batch, order, cache size or preemption. In
-bf16 they decide which kernels compute and so how a logit is rounded: a draw near the border of two tokens may fall to either.
+Each turn of the loop admits waiting rows, computes a chunk of their prompts into the cache and
+makes one decode step of all ready rows. A prompt's last token is left to the first decode step, so
+that prefill needs no logits and only decode steps sample. On a GPU the results of a step are read
+while the next one runs: the host never makes it wait, and an ended row costs one step too many. A
+response depends on its request alone (prompt, sampling, uniforms): in fp32 not on batch, order,
+cache size or preemption. In bf16 they decide which kernels compute and so how a logit is rounded: a
+draw near the border of two tokens may fall to either.
 """
 
 from __future__ import annotations
@@ -40,13 +43,15 @@ class Limits:
     cache_tokens: int = 0
     """Most tokens that the cache holds; 0 = as many as memory and rows allow."""
     expected: float = 1.0
-    """Of its longest response a row is expected to need this share until some rows have ended; too little costs preemptions."""
+    """Of its longest response a row is expected to need this share until some rows have ended; too
+    little costs preemptions."""
     page: int = 32
     """Tokens of a page."""
     prefill_tokens: int = 8192
     """Most prompt tokens of one forward pass."""
     prefill_least: int = 1024
-    """While rows run, new ones wait until so many tokens come together (or none else wait): small forward passes cost as much."""
+    """While rows run, new ones wait until so many tokens come together (or none else wait): small
+    forward passes cost as much."""
 
 
 @dataclass
@@ -81,13 +86,22 @@ class _Flight:
 
 
 class Engine:
-    """``decoder``: the model's forward pass on its weights (Decoder). ``decode``: ids -> text, for stop strings.
+    """``decoder``: the model's forward pass on its weights (Decoder). ``decode``: ids -> text, for
+    stop strings.
 
-    ``late``: read a step's results while the next one runs (default: on CUDA). Collective over the decoder's tensor-parallel group: every
-    rank gives the same requests and gets the same completions.
+    ``late``: read a step's results while the next one runs (default: on CUDA). Collective over the
+    decoder's tensor-parallel group: every rank gives the same requests and gets the same
+    completions.
     """
 
-    def __init__(self, decoder, limits: Limits, eos_id: int, decode: Callable[[list[int]], str] | None = None, late: bool | None = None):
+    def __init__(
+        self,
+        decoder,
+        limits: Limits,
+        eos_id: int,
+        decode: Callable[[list[int]], str] | None = None,
+        late: bool | None = None,
+    ):
         self.decoder, self.limits, self.eos_id, self.decode = decoder, limits, eos_id, decode
         self.device = decoder.device
         self.late = self.device.type == "cuda" if late is None else late
@@ -98,13 +112,15 @@ class Engine:
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """A completion for each request, in order. Raises, before anything runs, ConfigError where one can't be served, NoRoom where the
-        cache has no room for it."""
+        """A completion for each request, in order. Raises, before anything runs, ConfigError where
+        one can't be served, NoRoom where the cache has no room for it."""
         check(requests, self.decoder.vocab, self.limits.context, self.decode is not None)
         self.stats = Stats()
         if not any(request.sampling.max_new_tokens for request in requests):
             return [Completion([], [], "length") for _ in requests]
-        scheduler = Scheduler(requests, self._prepare(requests), min(self.limits.rows, len(requests)), self.limits.expected)
+        scheduler = Scheduler(
+            requests, self._prepare(requests), min(self.limits.rows, len(requests)), self.limits.expected
+        )
         self._run(scheduler)
         return [Completion(row.tokens, row.logprobs, row.reason) for row in scheduler.rows]
 
@@ -113,7 +129,8 @@ class Engine:
         self.cache = self.graphs = None
 
     def _prepare(self, requests: Sequence[Request]) -> Pages:
-        """Cache and slots for those of ``requests`` that want tokens, as large as they need or memory allows."""
+        """Cache and slots for those of ``requests`` that want tokens, as large as they need or
+        memory allows."""
         limits, decoder = self.limits, self.decoder
         numbers = [number for number, request in enumerate(requests) if request.sampling.max_new_tokens]
         requests = [requests[number] for number in numbers]
@@ -123,21 +140,30 @@ class Engine:
         pages = min(sum(sorted(longest)[-rows:]), self._affordable(page_bytes, rows))
         if max(longest) > pages:
             number = numbers[longest.index(max(longest))]
-            raise NoRoom(f"request {number} needs {max(longest)} pages of {limits.page} tokens, the cache has room for {pages} "
-                         f"({pages * page_bytes / 1e9:.2f} GB); free GPU memory, raise cache_share or cache_tokens, or ask for less")
+            raise NoRoom(
+                f"request {number} needs {max(longest)} pages of {limits.page} tokens, the cache has room for {pages} "
+                f"({pages * page_bytes / 1e9:.2f} GB); free GPU memory, raise cache_share or cache_tokens, or ask for less"
+            )
         shape = (decoder.layers, 2, pages + 1, decoder.kv_heads, limits.page, decoder.head_dim)
         if self.cache is None or self.cache.size(2) < pages + 1:
             self.cache = None
             self.cache = torch.zeros(shape, dtype=decoder.dtype, device=self.device)
-        self.slots = Slots(rows, max(longest), max(request.sampling.max_new_tokens for request in requests), decoder.vocab,
-                           any(request.sampling.repetition_penalty != 1 for request in requests), self.device)
+        self.slots = Slots(
+            rows,
+            max(longest),
+            max(request.sampling.max_new_tokens for request in requests),
+            decoder.vocab,
+            any(request.sampling.repetition_penalty != 1 for request in requests),
+            self.device,
+        )
         if self.device.type == "cuda":
             self.graphs = Graphs(decoder, self.cache, self.slots, limits.page, limits.context)
         self.stats.cache_gb = self.cache.numel() * self.cache.element_size() / 1e9
         return Pages(pages, limits.page)
 
     def _affordable(self, page_bytes: int, rows: int) -> int:
-        """Pages that fit, the same number on all ranks of the group; page 0, a prefill and a step's logits (twice, fp32) are taken off."""
+        """Pages that fit, the same number on all ranks of the group; page 0, a prefill and a step's
+        logits (twice, fp32) are taken off."""
         pages = self.limits.cache_tokens // self.limits.page if self.limits.cache_tokens else 1 << 40
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -192,8 +218,16 @@ class Engine:
             starts.append(starts[-1] + piece.count)
         lengths = [piece.first + piece.count for piece in pieces]
         table = slots.table[put([piece.row.slot for piece in pieces], torch.int64)]
-        batch = Batch(table, put(lengths, torch.int64), position, self.limits.page, max(lengths), put(starts, torch.int64),
-                      [piece.count for piece in pieces], owner)
+        batch = Batch(
+            table,
+            put(lengths, torch.int64),
+            position,
+            self.limits.page,
+            max(lengths),
+            put(starts, torch.int64),
+            [piece.count for piece in pieces],
+            owner,
+        )
         self.decoder.fill(tokens, self.cache, batch)
 
     def _decode(self, scheduler: Scheduler, rows: list[Row]) -> _Flight:
@@ -212,14 +246,21 @@ class Engine:
         self.stats.steps += 1
         if self.device.type != "cuda":
             return _Flight(rows, tokens, logprobs)
-        flight = _Flight(rows, tokens.to("cpu", non_blocking=True), logprobs.to("cpu", non_blocking=True), torch.cuda.Event())
+        flight = _Flight(
+            rows, tokens.to("cpu", non_blocking=True), logprobs.to("cpu", non_blocking=True), torch.cuda.Event()
+        )
         flight.done.record()
         return flight
 
     def _sample(self, hidden: torch.Tensor, index: torch.Tensor, truncates: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens (B,) and log-probabilities (B,) that follow ``hidden`` (B, H) of the rows in slots ``index`` (B,)."""
+        """Tokens (B,) and log-probabilities (B,) that follow ``hidden`` (B, H) of the rows in slots
+        ``index`` (B,)."""
         slots, decoder = self.slots, self.decoder
-        logits, temperature, uniforms = decoder.logits(hidden), slots.temperature[index], slots.uniforms[index, slots.step[index]]
+        logits, temperature, uniforms = (
+            decoder.logits(hidden),
+            slots.temperature[index],
+            slots.uniforms[index, slots.step[index]],
+        )
         if decoder.group:
             if not truncates and slots.seen is None:
                 return tp_sampling.choose(decoder.ops, logits, temperature, uniforms, decoder.group)
@@ -264,7 +305,8 @@ class Engine:
         if any(len(stop) <= len(tokens) and tuple(tokens[-len(stop) :]) == stop for stop in sampling.stop):
             return "stop"
         if sampling.stop_strings:
-            # A token is a byte or more: a stop text can't reach back farther than its bytes, and one cut character more.
+            # A token is a byte or more: a stop text can't reach back farther than its bytes, and
+            # one cut character more.
             tail = self.decode(tokens[-max(len(text.encode()) for text in sampling.stop_strings) - 4 :])
             if any(text in tail for text in sampling.stop_strings):
                 return "stop"

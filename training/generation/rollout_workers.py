@@ -1,4 +1,5 @@
-"""The engine on the trainer's ranks: weights moved in, requests divided over replicas, completions on every rank of the model."""
+"""The engine on the trainer's ranks: weights moved in, requests divided over replicas, completions
+on every rank of the model."""
 
 from __future__ import annotations
 
@@ -37,8 +38,9 @@ def operations(device_type: str):
 
 
 def _completions(engine: Engine, requests: list[Request]) -> tuple[list[Completion], str]:
-    """What the engine makes of ``requests``, and "" or why it has no room for them. It is asked twice: between two phases of training the
-    allocator may hold memory in pieces. All ranks of a replica see the same."""
+    """What the engine makes of ``requests``, and "" or why it has no room for them. It is asked
+    twice: between two phases of training the allocator may hold memory in pieces. All ranks of a
+    replica see the same."""
     # Ranks that share layers can't tell each other that one of them ran out of memory half way.
     errors = (NoRoom,) if engine.decoder.group else (NoRoom, torch.OutOfMemoryError)
     problem = ""
@@ -60,14 +62,23 @@ def _free() -> None:
 
 
 class Replicas:
-    """Generation by a model that is being trained, over ``tensor_parallel`` ranks each (0: as in training); PP is always 1.
+    """Generation by a model that is being trained, over ``tensor_parallel`` ranks each (0: as in
+    training); PP is always 1.
 
-    A model-parallel group of TP x PP ranks makes TP x PP / ``tensor_parallel`` replicas, which divide its requests. Making one is
-    collective over all ranks. ``decode``: ids -> text, for stop strings.
+    A model-parallel group of TP x PP ranks makes TP x PP / ``tensor_parallel`` replicas, which
+    divide its requests. Making one is collective over all ranks. ``decode``: ids -> text, for stop
+    strings.
     """
 
-    def __init__(self, model: LanguageModel | Interleaved, shape: Shape, limits: Limits, eos_id: int, tensor_parallel: int = 0,
-                 decode: Callable[[list[int]], str] | None = None):
+    def __init__(
+        self,
+        model: LanguageModel | Interleaved,
+        shape: Shape,
+        limits: Limits,
+        eos_id: int,
+        tensor_parallel: int = 0,
+        decode: Callable[[list[int]], str] | None = None,
+    ):
         self.shape, self.limits, self.eos_id, self.decode = shape, limits, eos_id, decode
         self.size = tensor_parallel or parallel_state.get_tensor_model_parallel_world_size()
         self.resharder = Resharder(model, shape, self.size)
@@ -76,10 +87,13 @@ class Replicas:
         """Of the last call: see ``_measured``."""
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """Completions in the requests' order, on every rank of the model-parallel group, each of which gives the same requests. A
-        collective over all ranks; raises NoRoom on all where one has no memory for a cache."""
+        """Completions in the requests' order, on every rank of the model-parallel group, each of
+        which gives the same requests. A collective over all ranks; raises NoRoom on all where one
+        has no memory for a cache."""
         began = time.monotonic()
-        decoder = family(self.shape).Decoder(self.shape, self.resharder.weights(), operations(groups.device().type), self.resharder.group)
+        decoder = family(self.shape).Decoder(
+            self.shape, self.resharder.weights(), operations(groups.device().type), self.resharder.group
+        )
         reshard_seconds = time.monotonic() - began
         engine = Engine(decoder, self.limits, self.eos_id, self.decode)
         mine = self._assigned(requests)[self.resharder.member // self.size]
@@ -106,10 +120,17 @@ class Replicas:
         return assigned
 
     def _measured(self, stats: list, reshard_seconds: float) -> dict[str, float]:
-        """Of this model-parallel group's replicas: tokens of all; times of the one that took longest; ``reshard_gb``, memory of weights
-        that were moved; ``rollout_tail_share``, the share of the time in which less than a quarter of the rows were alive."""
+        """Of this model-parallel group's replicas: tokens of all; times of the one that took
+        longest; ``reshard_gb``, memory of weights that were moved; ``rollout_tail_share``, the
+        share of the time in which less than a quarter of the rows were alive."""
         longest = max(stats, key=lambda one: one.seconds)
-        return {"rollout_tokens_per_second": sum(one.tokens for one in stats) / max(longest.seconds, 1e-9),
-                "seconds_prefill": longest.prefill_seconds, "seconds_decode": longest.decode_seconds, "seconds_reshard": reshard_seconds,
-                "reshard_gb": self.resharder.extra_bytes / 1e9, "cache_gb": longest.cache_gb,
-                "preemptions": float(sum(one.preemptions for one in stats)), "rollout_tail_share": longest.tail_share}
+        return {
+            "rollout_tokens_per_second": sum(one.tokens for one in stats) / max(longest.seconds, 1e-9),
+            "seconds_prefill": longest.prefill_seconds,
+            "seconds_decode": longest.decode_seconds,
+            "seconds_reshard": reshard_seconds,
+            "reshard_gb": self.resharder.extra_bytes / 1e9,
+            "cache_gb": longest.cache_gb,
+            "preemptions": float(sum(one.preemptions for one in stats)),
+            "rollout_tail_share": longest.tail_share,
+        }

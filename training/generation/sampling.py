@@ -1,4 +1,5 @@
-"""From logits to tokens, in plain torch: what the CPU runs, and what the GPU's kernels (triton_sampling.py) are held against."""
+"""From logits to tokens, in plain torch: what the CPU runs, and what the GPU's kernels
+(triton_sampling.py) are held against."""
 
 from __future__ import annotations
 
@@ -6,12 +7,18 @@ import torch
 import torch.nn.functional as F
 
 
-def choose(logits: torch.Tensor, temperature: torch.Tensor, uniforms: torch.Tensor, top_k: torch.Tensor | None = None,
-           top_p: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def choose(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    uniforms: torch.Tensor,
+    top_k: torch.Tensor | None = None,
+    top_p: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Next tokens (B,) int64 and their log-probabilities (B,) fp32 from ``logits`` (B, V) fp32.
 
-    ``temperature``, ``uniforms`` in [0, 1), ``top_k`` and ``top_p``: (B,) each; temperature 0 = greedy. Sampling is by the inverse
-    of the cumulative distribution, so that a row's token depends on its own logits and draw alone.
+    ``temperature``, ``uniforms`` in [0, 1), ``top_k`` and ``top_p``: (B,) each; temperature 0 =
+    greedy. Sampling is by the inverse of the cumulative distribution, so that a row's token depends
+    on its own logits and draw alone.
     """
     greedy = temperature == 0
     scaled = logits / heat(temperature)[:, None]
@@ -30,20 +37,29 @@ def heat(temperature: torch.Tensor) -> torch.Tensor:
 
 
 def summarise(logits: torch.Tensor, temperature: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What ``pick`` has to know of each chunk of ``logits`` (B, C), some columns of a vocabulary: its largest scaled logit, the sum of
-    exp(scaled - largest), and its first largest column among these C; (B, chunks) each. Here a chunk is all C columns."""
+    """What ``pick`` has to know of each chunk of ``logits`` (B, C), some columns of a vocabulary:
+    its largest scaled logit, the sum of exp(scaled - largest), and its first largest column among
+    these C; (B, chunks) each. Here a chunk is all C columns."""
     scaled = logits / heat(temperature)[:, None]
     highest = scaled.amax(-1, keepdim=True)
     anchor = torch.where(highest == float("-inf"), 0.0, highest)  # a chunk of -inf alone weighs 0
     return highest, (scaled - anchor).exp().sum(-1, keepdim=True), logits.argmax(-1, keepdim=True)
 
 
-def pick(logits: torch.Tensor, temperature: torch.Tensor, uniforms: torch.Tensor, highest: torch.Tensor, total: torch.Tensor,
-         best: torch.Tensor, first: int) -> torch.Tensor:
+def pick(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    uniforms: torch.Tensor,
+    highest: torch.Tensor,
+    total: torch.Tensor,
+    best: torch.Tensor,
+    first: int,
+) -> torch.Tensor:
     """The chosen column (B,) int64 of ``logits`` (B, C), -1 where it is none of these.
 
-    ``highest``, ``total`` (B, chunks): ``summarise``'s of the whole vocabulary, which alone decide in which chunk the choice falls;
-    ``best``: of these C columns, whose first chunk is the whole's number ``first``.
+    ``highest``, ``total`` (B, chunks): ``summarise``'s of the whole vocabulary, which alone decide
+    in which chunk the choice falls; ``best``: of these C columns, whose first chunk is the whole's
+    number ``first``.
     """
     peak = highest.amax(-1, keepdim=True)
     weights = total * (highest - peak).exp()
@@ -53,8 +69,9 @@ def pick(logits: torch.Tensor, temperature: torch.Tensor, uniforms: torch.Tensor
     chunk = torch.where(temperature[:, None] == 0, highest.argmax(-1, keepdim=True), chunk)
     inside = (logits / heat(temperature)[:, None] - peak).exp()
     running = F.pad(cumulative, (1, 0)).gather(-1, chunk) + inside.cumsum(-1)
-    # The threshold is not below what stands before the chunk: the column found is one where the sum rises. But rounding may leave the
-    # chunk's last sum below the threshold: the last column with any probability is the limit.
+    # The threshold is not below what stands before the chunk: the column found is one where the sum
+    # rises. But rounding may leave the chunk's last sum below the threshold: the last column with
+    # any probability is the limit.
     last = torch.where(inside > 0, torch.arange(inside.size(1), device=inside.device), 0).amax(-1, keepdim=True)
     column = torch.searchsorted(running, threshold, right=True).minimum(last)
     column = torch.where(temperature[:, None] == 0, best, column)
@@ -62,8 +79,8 @@ def pick(logits: torch.Tensor, temperature: torch.Tensor, uniforms: torch.Tensor
 
 
 def logprob(scaled: torch.Tensor, highest: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
-    """Of scaled logits (B,) among all that ``highest`` and ``total`` (B, chunks) sum up. Only differences of logits are made: large ones
-    cost no digits."""
+    """Of scaled logits (B,) among all that ``highest`` and ``total`` (B, chunks) sum up. Only
+    differences of logits are made: large ones cost no digits."""
     peak = highest.amax(-1)
     return (scaled - peak) - (total * (highest - peak[:, None]).exp()).sum(-1).log()
 
@@ -71,13 +88,15 @@ def logprob(scaled: torch.Tensor, highest: torch.Tensor, total: torch.Tensor) ->
 def truncate(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
     """``logits`` (B, V) with -inf outside top-k (0 = all), then outside top-p of what is left.
 
-    A token stays while those strictly more likely number fewer than k and weigh less than p: equals stay or go together.
+    A token stays while those strictly more likely number fewer than k and weigh less than p: equals
+    stay or go together.
     """
     ordered = logits.sort(-1, descending=True).values
     last = torch.where(top_k > 0, top_k, logits.size(-1)).clamp(max=logits.size(-1)).long() - 1
     ordered = ordered.masked_fill(ordered < ordered.gather(-1, last[:, None]), float("-inf"))
     probabilities = ordered.softmax(-1)
-    above = probabilities.cumsum(-1) - probabilities  # of equals the first has the smallest sum: if one stays, all do
+    # of equals the first has the smallest sum: if one stays, all do
+    above = probabilities.cumsum(-1) - probabilities
     inside = (above < top_p[:, None]) | (top_p[:, None] >= 1)
     inside &= ordered > float("-inf")
     inside[:, 0] = True
@@ -86,6 +105,7 @@ def truncate(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> 
 
 
 def penalise(logits: torch.Tensor, seen: torch.Tensor, penalty: torch.Tensor) -> torch.Tensor:
-    """The repetition penalty (B,) on the ``logits`` (B, V) of tokens that were ``seen`` (B, V) bool."""
+    """The repetition penalty (B,) on the ``logits`` (B, V) of tokens that were ``seen`` (B, V)
+    bool."""
     changed = torch.where(logits > 0, logits / penalty[:, None], logits * penalty[:, None])
     return torch.where(seen, changed, logits)

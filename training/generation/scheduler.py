@@ -1,8 +1,10 @@
-"""Which rows run: admission, chunks of prefill, decode steps, preemption. Pure bookkeeping, no tensors.
+"""Which rows run: admission, chunks of prefill, decode steps, preemption. Pure bookkeeping, no
+tensors.
 
-Rows are admitted while the cache can be expected to hold what they and the running ones will grow to before they end: the expectation is
-each row's longest response until some have ended, then what those needed. Where it was too low, the youngest row gives its pages back and
-is computed again later, from its prompt and the tokens it has: nothing overflows, and the oldest row always goes on.
+Rows are admitted while the cache can be expected to hold what they and the running ones will grow
+to before they end: the expectation is each row's longest response until some have ended, then what
+those needed. Where it was too low, the youngest row gives its pages back and is computed again
+later, from its prompt and the tokens it has: nothing overflows, and the oldest row always goes on.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from training.generation.request import Request
 
 
 class Row:
-    """A request on its way. Its last token is never in the cache: the next decode step computes and follows it."""
+    """A request on its way. Its last token is never in the cache: the next decode step computes and
+    follows it."""
 
     def __init__(self, number: int, request: Request):
         self.number, self.request = number, request
@@ -64,7 +67,8 @@ class Piece(NamedTuple):
 
 
 class Scheduler:
-    """``expected``: share of its longest response that a row is expected to need before any has ended."""
+    """``expected``: share of its longest response that a row is expected to need before any has
+    ended."""
 
     def __init__(self, requests: Sequence[Request], pages: Pages, slots: int, expected: float = 1.0):
         self.pages, self.slots, self.expected = pages, list(range(slots - 1, -1, -1)), expected
@@ -85,7 +89,8 @@ class Scheduler:
         """A row was preempted and none has ended since: nobody is admitted."""
 
     def admit(self, least_tokens: int = 0) -> list[Row]:
-        """Rows that begin now. While others run, fewer than ``least_tokens`` tokens to compute wait for more: small prefills are slow."""
+        """Rows that begin now. While others run, fewer than ``least_tokens`` tokens to compute wait
+        for more: small prefills are slow."""
         if not self.waiting or not self.slots or (self.full and self.running):
             return []
         chosen, tokens, most = [], 0, sum(map(self._most, self.running))
@@ -112,7 +117,8 @@ class Scheduler:
         return chosen
 
     def _future(self, row: Row) -> tuple[int, int]:
-        """Steps that a row is expected to go on, and its tokens now, without those in shared pages."""
+        """Steps that a row is expected to go on, and its tokens now, without those in shared
+        pages."""
         share = min(1.0, 1.1 * self.ended_tokens / self.ended_longest) if self.ended_longest else self.expected
         shared = self._whole(row) * self.pages.size if row.prompt in self.repeated else 0
         return int(share * (row.longest - row.length)), row.length - shared
@@ -122,11 +128,14 @@ class Scheduler:
         return self.pages.for_tokens(row.longest) - (self._whole(row) if row.prompt in self.repeated else 0)
 
     def _peak(self, future: list[tuple[int, int]]) -> int:
-        """Most pages that rows will hold at once: rows grow until they end, and the total is highest when one of them does.
+        """Most pages that rows will hold at once: rows grow until they end, and the total is
+        highest when one of them does.
 
-        ``future``: (steps left, tokens) of each row, those that go on longest first. When the k-th ends, k rows hold all their tokens
-        and as many more as it had steps left (the "past-future" admission of LightLLM, Gong et al. 2025). A page a row is added: the last
-        one is half empty on average, but not for all rows at once, and a preemption costs more than the rows that wait for half a page.
+        ``future``: (steps left, tokens) of each row, those that go on longest first. When the k-th
+        ends, k rows hold all their tokens and as many more as it had steps left (the "past-future"
+        admission of LightLLM, Gong et al. 2025). A page a row is added: the last one is half empty
+        on average, but not for all rows at once, and a preemption costs more than the rows that
+        wait for half a page.
         """
         tokens = peak = 0
         for count, (left, length) in enumerate(future, 1):
@@ -135,7 +144,8 @@ class Scheduler:
         return peak
 
     def _whole(self, row: Row) -> int:
-        """Pages that the row's prompt fills, its last token left out: that one is computed for each sample."""
+        """Pages that the row's prompt fills, its last token left out: that one is computed for each
+        sample."""
         return (len(row.prompt) - 1) // self.pages.size
 
     def _begin(self, row: Row) -> None:
@@ -193,8 +203,10 @@ class Scheduler:
         """The youngest row back to the head of the queue. All results must have come back."""
         row = self.running[-1]
         if len(self.running) < 2 or row.launched != len(row.tokens):
-            raise InvariantError(f"row {row.number} can't give way: {row.launched} of {len(row.tokens)} tokens are back, "
-                                 f"{len(self.running)} rows run")
+            raise InvariantError(
+                f"row {row.number} can't give way: {row.launched} of {len(row.tokens)} tokens are back, "
+                f"{len(self.running)} rows run"
+            )
         self._leave(row)
         row.cached = 0
         self.waiting.appendleft(row)

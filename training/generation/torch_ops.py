@@ -1,4 +1,5 @@
-"""The engine's operations in plain torch: what the CPU runs, and the reference of the GPU's kernels (triton_ops.py)."""
+"""The engine's operations in plain torch: what the CPU runs, and the reference of the GPU's kernels
+(triton_ops.py)."""
 
 from __future__ import annotations
 
@@ -12,13 +13,15 @@ __all__ = ["attend", "choose", "pick", "residual_norm", "summarise", "write"]
 
 
 def residual_norm(hidden, delta, bias, weight, norm_bias, eps: float) -> torch.Tensor:
-    """``hidden`` (T, H) fp32 += ``delta`` (T, H) + ``bias`` (H,) in place (None: nothing); its norm (T, H) in the weight's type: a layer
-    norm, without ``norm_bias`` an RMSNorm."""
+    """``hidden`` (T, H) fp32 += ``delta`` (T, H) + ``bias`` (H,) in place (None: nothing); its norm
+    (T, H) in the weight's type: a layer norm, without ``norm_bias`` an RMSNorm."""
     if delta is not None:
         hidden += delta if bias is None else delta.to(hidden.dtype) + bias
     if norm_bias is None:
         return F.rms_norm(hidden, hidden.shape[-1:], weight.to(hidden.dtype), eps).to(weight.dtype)
-    return F.layer_norm(hidden, hidden.shape[-1:], weight.to(hidden.dtype), norm_bias.to(hidden.dtype), eps).to(weight.dtype)
+    return F.layer_norm(hidden, hidden.shape[-1:], weight.to(hidden.dtype), norm_bias.to(hidden.dtype), eps).to(
+        weight.dtype
+    )
 
 
 def write(cache: torch.Tensor, key: torch.Tensor, value: torch.Tensor, batch: Batch) -> None:
@@ -27,15 +30,20 @@ def write(cache: torch.Tensor, key: torch.Tensor, value: torch.Tensor, batch: Ba
     cache[1][batch.pages, :, batch.offsets] = value
 
 
-def attend(cache: torch.Tensor, query: torch.Tensor, batch: Batch, slopes: torch.Tensor | None, scale: float) -> torch.Tensor:
-    """Causal attention of ``query`` (T, kv_heads, group, D) over a layer's cache -> (T, kv_heads * group * D).
+def attend(
+    cache: torch.Tensor, query: torch.Tensor, batch: Batch, slopes: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    """Causal attention of ``query`` (T, kv_heads, group, D) over a layer's cache -> (T, kv_heads *
+    group * D).
 
     ``slopes`` (kv_heads * group,) fp32 of ALiBi, or None. Head h reads key-value head h // group.
     """
     total, kv_heads, group, dim = query.shape
     sequences, page = len(batch.lengths), cache.size(3)
     used = -(-batch.longest // page)
-    index = batch.table[:, :used].long()[:, None, :] * kv_heads + torch.arange(kv_heads, device=query.device)[None, :, None]
+    index = (
+        batch.table[:, :used].long()[:, None, :] * kv_heads + torch.arange(kv_heads, device=query.device)[None, :, None]
+    )
     keys, values = (part.flatten(0, 1)[index].view(sequences, kv_heads, used * page, dim) for part in cache)
     if "bias" not in batch.derived:
         batch.derived["bias"] = _bias(batch, used * page, slopes, query.dtype)
@@ -63,7 +71,8 @@ def _places(batch: Batch, total: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _bias(batch: Batch, keys: int, slopes: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """(S, heads or 1, longest query, keys): slope * (key - query), -inf for later keys; queries of padding see as much as the last."""
+    """(S, heads or 1, longest query, keys): slope * (key - query), -inf for later keys; queries of
+    padding see as much as the last."""
     new = batch.starts.diff() if batch.starts is not None else torch.ones_like(batch.lengths)
     query = (batch.lengths - new)[:, None] + torch.arange(batch.longest_query, device=new.device)
     query = torch.minimum(query, batch.lengths[:, None] - 1)

@@ -1,7 +1,9 @@
-"""The engine's operations as Triton kernels, the same functions as torch_ops.py. CUDA; tests run them in Triton's interpreter.
+"""The engine's operations as Triton kernels, the same functions as torch_ops.py. CUDA; tests run
+them in Triton's interpreter.
 
-Decode attention is flash-decoding (Dao et al. 2023): where rows are few, a row's context is split over several programs whose partial
-softmaxes a second kernel joins. It is bound by memory: keys and values are read once, a page's head at a time.
+Decode attention is flash-decoding (Dao et al. 2023): where rows are few, a row's context is split
+over several programs whose partial softmaxes a second kernel joins. It is bound by memory: keys and
+values are read once, a page's head at a time.
 """
 
 from __future__ import annotations
@@ -18,15 +20,28 @@ __all__ = ["attend", "choose", "pick", "residual_norm", "summarise", "write"]
 
 LOG2E = 1.4426950408889634
 DECODE = dict(BLOCK_N=64, num_warps=4, STAGES=3)
-"""Keys a turn, warps and turns in flight of the decode kernel: measured on an H200 (benchmarks/README.md)."""
+"""Keys a turn, warps and turns in flight of the decode kernel: measured on an H200
+(benchmarks/README.md)."""
 PREFILL = dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2)
 PROGRAMS = 1024
 """Decode programs that fill a GPU; with fewer, contexts are split."""
 
 
 @triton.jit
-def _residual_norm(hidden, delta, bias, weight, norm_bias, out, width, eps, HAS_DELTA: tl.constexpr, HAS_BIAS: tl.constexpr,
-                   CENTRED: tl.constexpr, BLOCK: tl.constexpr):
+def _residual_norm(
+    hidden,
+    delta,
+    bias,
+    weight,
+    norm_bias,
+    out,
+    width,
+    eps,
+    HAS_DELTA: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    CENTRED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64) * width
     at = tl.arange(0, BLOCK)
     inside = at < width
@@ -46,26 +61,57 @@ def _residual_norm(hidden, delta, bias, weight, norm_bias, out, width, eps, HAS_
 
 
 def residual_norm(hidden, delta, bias, weight, norm_bias, eps: float) -> torch.Tensor:
-    """``hidden`` (T, H) fp32 += ``delta`` + ``bias`` in place; its norm (without ``norm_bias``: RMS) in the weight's type, made in fp32."""
+    """``hidden`` (T, H) fp32 += ``delta`` + ``bias`` in place; its norm (without ``norm_bias``:
+    RMS) in the weight's type, made in fp32."""
     rows, width = hidden.shape
     out = torch.empty(rows, width, dtype=weight.dtype, device=hidden.device)
     block = triton.next_power_of_2(width)
-    _residual_norm[(rows,)](hidden, delta, bias, weight, norm_bias, out, width, eps, delta is not None, bias is not None,
-                            norm_bias is not None, block,
-                            num_warps=min(max(block // 512, 1), 16))
+    _residual_norm[(rows,)](
+        hidden,
+        delta,
+        bias,
+        weight,
+        norm_bias,
+        out,
+        width,
+        eps,
+        delta is not None,
+        bias is not None,
+        norm_bias is not None,
+        block,
+        num_warps=min(max(block // 512, 1), 16),
+    )
     return out
 
 
 @triton.jit
-def _write(cache, key, value, pages, offsets, key_token, key_head, value_token, value_head, page_stride, value_offset,
-           DIM: tl.constexpr, PAGE: tl.constexpr, HEADS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr):
+def _write(
+    cache,
+    key,
+    value,
+    pages,
+    offsets,
+    key_token,
+    key_head,
+    value_token,
+    value_head,
+    page_stride,
+    value_offset,
+    DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
     dim = tl.arange(0, BLOCK_D)[None, :]
     inside = (head < HEADS) & (dim < DIM)
     target = tl.load(pages + token) * page_stride + (head * PAGE + tl.load(offsets + token)) * DIM + dim
     tl.store(cache + target, tl.load(key + token * key_token + head * key_head + dim, inside), inside)
-    tl.store(cache + value_offset + target, tl.load(value + token * value_token + head * value_head + dim, inside), inside)
+    tl.store(
+        cache + value_offset + target, tl.load(value + token * value_token + head * value_head + dim, inside), inside
+    )
 
 
 def write(cache: torch.Tensor, key: torch.Tensor, value: torch.Tensor, batch: Batch) -> None:
@@ -75,19 +121,56 @@ def write(cache: torch.Tensor, key: torch.Tensor, value: torch.Tensor, batch: Ba
         raise InvariantError(f"keys and values have strides {key.stride(2)} and {value.stride(2)} along D, expected 1")
     block_h = min(triton.next_power_of_2(heads), 8)
     _write[(tokens, triton.cdiv(heads, block_h))](
-        cache, key, value, batch.pages, batch.offsets, *key.stride()[:2], *value.stride()[:2], cache.stride(1), cache.stride(0), dim,
-        cache.size(3), heads, block_h, triton.next_power_of_2(dim), num_warps=4)
+        cache,
+        key,
+        value,
+        batch.pages,
+        batch.offsets,
+        *key.stride()[:2],
+        *value.stride()[:2],
+        cache.stride(1),
+        cache.stride(0),
+        dim,
+        cache.size(3),
+        heads,
+        block_h,
+        triton.next_power_of_2(dim),
+        num_warps=4,
+    )
 
 
 @triton.jit
-def _decode(query, cache, table, lengths, slopes, out, partial, scale, token_stride, head_stride, group_stride, page_stride, value_offset,
-            table_stride, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, SPLITS: tl.constexpr,
-            ALIBI: tl.constexpr, IEEE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-            STAGES: tl.constexpr):
+def _decode(
+    query,
+    cache,
+    table,
+    lengths,
+    slopes,
+    out,
+    partial,
+    scale,
+    token_stride,
+    head_stride,
+    group_stride,
+    page_stride,
+    value_offset,
+    table_stride,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    ALIBI: tl.constexpr,
+    IEEE: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     """One row, one key-value head, one part of the context. Scores are in base 2.
 
-    The product's 16 lines are the heads of a group. With one head a group 15 are empty, and still as fast as sums without tensor cores:
-    reading keys and values takes the time.
+    The product's 16 lines are the heads of a group. With one head a group 15 are empty, and still
+    as fast as sums without tensor cores: reading keys and values takes the time.
     """
     head, row, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     length = tl.load(lengths + row).to(tl.int32)
@@ -95,7 +178,9 @@ def _decode(query, cache, table, lengths, slopes, out, partial, scale, token_str
     first, last = split * turns * BLOCK_N, tl.minimum((split + 1) * turns * BLOCK_N, length)
     member, dim, key = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
     inside = (member[:, None] < GROUP) & (dim[None, :] < DIM)
-    q = tl.load(query + row * token_stride + head * head_stride + member[:, None] * group_stride + dim[None, :], inside, 0.0)
+    q = tl.load(
+        query + row * token_stride + head * head_stride + member[:, None] * group_stride + dim[None, :], inside, 0.0
+    )
     slope = tl.zeros((BLOCK_G,), tl.float32)
     if ALIBI:
         slope += tl.load(slopes + head * GROUP + member, member < GROUP, 0.0)
@@ -145,9 +230,32 @@ def _join(partial, out, DIM: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.con
 
 
 @triton.jit
-def _prefill(query, cache, table, lengths, starts, blocks, slopes, out, scale, token_stride, head_stride, group_stride, page_stride,
-             value_offset, table_stride, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr,
-             ALIBI: tl.constexpr, IEEE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+def _prefill(
+    query,
+    cache,
+    table,
+    lengths,
+    starts,
+    blocks,
+    slopes,
+    out,
+    scale,
+    token_stride,
+    head_stride,
+    group_stride,
+    page_stride,
+    value_offset,
+    table_stride,
+    GROUP: tl.constexpr,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    ALIBI: tl.constexpr,
+    IEEE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """BLOCK_M new tokens of one sequence, one head, over all keys up to each token."""
     head = tl.program_id(1)
     sequence = tl.load(blocks + tl.program_id(0) * 2).to(tl.int64)
@@ -158,8 +266,15 @@ def _prefill(query, cache, table, lengths, starts, blocks, slopes, out, scale, t
     position = length - new + line  # of each query in its sequence
     inside = (line < new)[:, None] & (dim[None, :] < DIM)
     token = first + line
-    q = tl.load(query + token[:, None] * token_stride + (head // GROUP) * head_stride + (head % GROUP) * group_stride + dim[None, :],
-                inside, 0.0)
+    q = tl.load(
+        query
+        + token[:, None] * token_stride
+        + (head // GROUP) * head_stride
+        + (head % GROUP) * group_stride
+        + dim[None, :],
+        inside,
+        0.0,
+    )
     slope = 0.0
     if ALIBI:
         slope = tl.load(slopes + head) * 1.4426950408889634
@@ -187,8 +302,11 @@ def _prefill(query, cache, table, lengths, starts, blocks, slopes, out, scale, t
     tl.store(out + place[:, None] * DIM + dim[None, :], (sums / total[:, None]).to(out.dtype.element_ty), inside)
 
 
-def attend(cache: torch.Tensor, query: torch.Tensor, batch: Batch, slopes: torch.Tensor | None, scale: float) -> torch.Tensor:
-    """Causal attention of ``query`` (T, kv_heads, group, D) over a layer's cache -> (T, kv_heads * group * D); see torch_ops.attend."""
+def attend(
+    cache: torch.Tensor, query: torch.Tensor, batch: Batch, slopes: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    """Causal attention of ``query`` (T, kv_heads, group, D) over a layer's cache -> (T, kv_heads *
+    group * D); see torch_ops.attend."""
     tokens, kv_heads, group, dim = query.shape
     if query.stride(3) != 1 or batch.table.stride(1) != 1:
         raise InvariantError(f"strides {query.stride(3)} (query) and {batch.table.stride(1)} (page table), expected 1")
@@ -199,20 +317,56 @@ def attend(cache: torch.Tensor, query: torch.Tensor, batch: Batch, slopes: torch
         splits = _splits(tokens * kv_heads)
         partial = torch.empty(tokens, kv_heads * group, splits, dim + 2, device=query.device) if splits > 1 else out
         _decode[(kv_heads, tokens, splits)](
-            query, cache, batch.table, batch.lengths, slopes, out, partial, scale * LOG2E, *strides, kv_heads, group, dim, page, splits,
-            slopes is not None, query.dtype == torch.float32, BLOCK_G=max(16, triton.next_power_of_2(group)), BLOCK_D=block_d, **DECODE)
+            query,
+            cache,
+            batch.table,
+            batch.lengths,
+            slopes,
+            out,
+            partial,
+            scale * LOG2E,
+            *strides,
+            kv_heads,
+            group,
+            dim,
+            page,
+            splits,
+            slopes is not None,
+            query.dtype == torch.float32,
+            BLOCK_G=max(16, triton.next_power_of_2(group)),
+            BLOCK_D=block_d,
+            **DECODE,
+        )
         if splits > 1:
             _join[(tokens * kv_heads * group,)](partial, out, dim, splits, block_d, num_warps=2)
         return out
     blocks = _query_blocks(batch)
     _prefill[(len(blocks), kv_heads * group)](
-        query, cache, batch.table, batch.lengths, batch.starts, blocks, slopes, out, scale * LOG2E, *strides, group, kv_heads * group, dim,
-        page, slopes is not None, query.dtype == torch.float32, BLOCK_D=block_d, **PREFILL)
+        query,
+        cache,
+        batch.table,
+        batch.lengths,
+        batch.starts,
+        blocks,
+        slopes,
+        out,
+        scale * LOG2E,
+        *strides,
+        group,
+        kv_heads * group,
+        dim,
+        page,
+        slopes is not None,
+        query.dtype == torch.float32,
+        BLOCK_D=block_d,
+        **PREFILL,
+    )
     return out
 
 
 def _splits(programs: int) -> int:
-    """Parts of a context, so many that the GPU is full: 1, 4 or 16 (each number is a kernel to compile)."""
+    """Parts of a context, so many that the GPU is full: 1, 4 or 16 (each number is a kernel to
+    compile)."""
     return next((splits for splits in (1, 4) if splits * programs >= PROGRAMS), 16)
 
 
@@ -222,5 +376,7 @@ def _query_blocks(batch: Batch) -> torch.Tensor:
         size = PREFILL["BLOCK_M"]
         pairs = [(sequence, first) for sequence, count in enumerate(batch.counts) for first in range(0, count, size)]
         host = torch.tensor(pairs, dtype=torch.int32)
-        batch.derived["blocks"] = host.pin_memory().to(batch.table.device, non_blocking=True) if batch.table.is_cuda else host
+        batch.derived["blocks"] = (
+            host.pin_memory().to(batch.table.device, non_blocking=True) if batch.table.is_cuda else host
+        )
     return batch.derived["blocks"]

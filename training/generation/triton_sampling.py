@@ -1,7 +1,9 @@
-"""Sampling on the GPU without sorting the vocabulary: logits are read once, in chunks, for maximum, sum and the most likely token.
+"""Sampling on the GPU without sorting the vocabulary: logits are read once, in chunks, for maximum,
+sum and the most likely token.
 
-The draw then falls into one chunk, which is read again. Top-k and top-p look for the smallest logit that stays, by searching the
-bits of fp32 numbers: exact, eight or nine readings of the logits for each, and only where a row asks for them.
+The draw then falls into one chunk, which is read again. Top-k and top-p look for the smallest logit
+that stays, by searching the bits of fp32 numbers: exact, eight or nine readings of the logits for
+each, and only where a row asks for them.
 """
 
 from __future__ import annotations
@@ -16,8 +18,11 @@ CHUNK = 4096
 
 
 @triton.jit
-def _summarise(logits, temperature, floor, highest, total, best, vocab, stride, chunks, FLOOR: tl.constexpr, CHUNK: tl.constexpr):
-    """One row, one chunk: its largest scaled logit, the sum of exp(logit - largest) over logits >= ``floor``, its first largest column."""
+def _summarise(
+    logits, temperature, floor, highest, total, best, vocab, stride, chunks, FLOOR: tl.constexpr, CHUNK: tl.constexpr
+):
+    """One row, one chunk: its largest scaled logit, the sum of exp(logit - largest) over logits >=
+    ``floor``, its first largest column."""
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = chunk * CHUNK + tl.arange(0, CHUNK)
     heat = tl.load(temperature + row)
@@ -33,13 +38,33 @@ def _summarise(logits, temperature, floor, highest, total, best, vocab, stride, 
     tl.store(best + row * chunks + chunk, column)
 
 
-# "first" is not specialised: ranks differ in nothing else, and must run the same code, down to the order in which it sums.
+# "first" is not specialised: ranks differ in nothing else, and must run the same code, down to the
+# order in which it sums.
 @triton.jit(do_not_specialize=["first"])
-def _pick(logits, temperature, uniforms, floor, highest, total, best, token, lse, vocab, stride, chunks, own, first, FLOOR: tl.constexpr,
-          CHUNK: tl.constexpr, BLOCK_C: tl.constexpr):
-    """One row: the chunk that the draw falls into, the column there, and (unless None) the logarithm of the sum of all.
+def _pick(
+    logits,
+    temperature,
+    uniforms,
+    floor,
+    highest,
+    total,
+    best,
+    token,
+    lse,
+    vocab,
+    stride,
+    chunks,
+    own,
+    first,
+    FLOOR: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One row: the chunk that the draw falls into, the column there, and (unless None) the
+    logarithm of the sum of all.
 
-    ``logits`` are the columns of ``own`` of the ``chunks``, from number ``first`` on: -1 where the chunk is another's.
+    ``logits`` are the columns of ``own`` of the ``chunks``, from number ``first`` on: -1 where the
+    chunk is another's.
     """
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, BLOCK_C)
@@ -88,7 +113,8 @@ def _ordered(x):
 
 @triton.jit
 def _beyond(logits, thresholds, least, peak, heat, vocab, COUNT: tl.constexpr, CHUNK: tl.constexpr):
-    """(16,) of a row: how many logits >= each threshold (COUNT), or the weight of those above it; only logits >= ``least`` take part."""
+    """(16,) of a row: how many logits >= each threshold (COUNT), or the weight of those above it;
+    only logits >= ``least`` take part."""
     thresholds = tl.maximum(thresholds, -2147483647).to(tl.int32)
     found = tl.zeros((16, CHUNK), tl.float32)
     for start in range(0, vocab, CHUNK):
@@ -107,8 +133,9 @@ def _beyond(logits, thresholds, least, peak, heat, vocab, COUNT: tl.constexpr, C
 def _floor(logits, temperature, top_k, top_p, out, vocab, stride, CHUNK: tl.constexpr):
     """One row: the smallest logit that top-k, then top-p, let stay.
 
-    top-k: the largest t with count(x >= t) >= k. top-p: the smallest t with weight(x > t) < p of what top-k left. Each turn reads the
-    logits once and tries 16 values, which leave a seventeenth of the interval.
+    top-k: the largest t with count(x >= t) >= k. top-p: the smallest t with weight(x > t) < p of
+    what top-k left. Each turn reads the logits once and tries 16 values, which leave a seventeenth
+    of the interval.
     """
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
@@ -132,7 +159,9 @@ def _floor(logits, temperature, top_k, top_p, out, vocab, stride, CHUNK: tl.cons
             high = next_high
     floor = least
     if p < 1:
-        everything = tl.max(_beyond(logits, tl.full((16,), -2147483648, tl.int64), least, peak, heat, vocab, False, CHUNK), 0)
+        everything = tl.max(
+            _beyond(logits, tl.full((16,), -2147483648, tl.int64), least, peak, heat, vocab, False, CHUNK), 0
+        )
         low, floor = least - 1, top
         while floor - low > 1:  # weight(x > floor) < p <= weight(x > low), or low stands before all
             tried = low + ((floor - low) * (number + 1)) // 17
@@ -145,14 +174,22 @@ def _floor(logits, temperature, top_k, top_p, out, vocab, stride, CHUNK: tl.cons
     tl.store(out + row, tl.where((k > 0) | (p < 1), bits.to(tl.float32, bitcast=True), float("-inf")))
 
 
-def choose(logits: torch.Tensor, temperature: torch.Tensor, uniforms: torch.Tensor, top_k: torch.Tensor | None = None,
-           top_p: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Next tokens (B,) int64 and their log-probabilities (B,) fp32 from ``logits`` (B, V) fp32: see training.generation.sampling.choose."""
+def choose(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    uniforms: torch.Tensor,
+    top_k: torch.Tensor | None = None,
+    top_p: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Next tokens (B,) int64 and their log-probabilities (B,) fp32 from ``logits`` (B, V) fp32: see
+    training.generation.sampling.choose."""
     floor = None
     if top_k is not None:
         rows, vocab = logits.shape
         floor = torch.empty(rows, device=logits.device)
-        _floor[(rows,)](logits, temperature, top_k, top_p, floor, vocab, logits.stride(0), min(CHUNK, 2048), num_warps=16)
+        _floor[(rows,)](
+            logits, temperature, top_k, top_p, floor, vocab, logits.stride(0), min(CHUNK, 2048), num_warps=16
+        )
         highest, total, _ = summarise(logits, temperature)
         lse_all = torch.logsumexp(highest + total.log(), -1)
     lse = torch.empty(len(logits), device=logits.device)
@@ -162,22 +199,63 @@ def choose(logits: torch.Tensor, temperature: torch.Tensor, uniforms: torch.Tens
 
 
 def summarise(logits: torch.Tensor, temperature: torch.Tensor, floor: torch.Tensor | None = None):
-    """As training.generation.sampling.summarise; chunks of CHUNK columns, the last may be short. ``floor`` (B,): only logits from it on."""
+    """As training.generation.sampling.summarise; chunks of CHUNK columns, the last may be short.
+    ``floor`` (B,): only logits from it on."""
     rows, vocab = logits.shape
     chunks = triton.cdiv(vocab, CHUNK)
     highest, total = (torch.empty(rows, chunks, device=logits.device) for _ in range(2))
     best = torch.empty(rows, chunks, dtype=torch.int32, device=logits.device)
-    _summarise[(rows, chunks)](logits, temperature, floor, highest, total, best, vocab, logits.stride(0), chunks, floor is not None, CHUNK,
-                               num_warps=4)
+    _summarise[(rows, chunks)](
+        logits,
+        temperature,
+        floor,
+        highest,
+        total,
+        best,
+        vocab,
+        logits.stride(0),
+        chunks,
+        floor is not None,
+        CHUNK,
+        num_warps=4,
+    )
     return highest, total, best
 
 
-def pick(logits: torch.Tensor, temperature: torch.Tensor, uniforms: torch.Tensor, highest: torch.Tensor, total: torch.Tensor,
-         best: torch.Tensor, first: int = 0, floor: torch.Tensor | None = None, lse: torch.Tensor | None = None) -> torch.Tensor:
-    """As training.generation.sampling.pick. ``lse`` (B,) is filled with the logarithm of the sum of all exp(scaled logits)."""
+def pick(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    uniforms: torch.Tensor,
+    highest: torch.Tensor,
+    total: torch.Tensor,
+    best: torch.Tensor,
+    first: int = 0,
+    floor: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """As training.generation.sampling.pick. ``lse`` (B,) is filled with the logarithm of the sum of
+    all exp(scaled logits)."""
     rows, vocab = logits.shape
     chunks = highest.size(1)
     column = torch.empty(rows, dtype=torch.int64, device=logits.device)
-    _pick[(rows,)](logits, temperature, uniforms, floor, highest, total, best, column, lse, vocab, logits.stride(0), chunks, best.size(1),
-                   first, floor is not None, CHUNK, triton.next_power_of_2(chunks), num_warps=4)
+    _pick[(rows,)](
+        logits,
+        temperature,
+        uniforms,
+        floor,
+        highest,
+        total,
+        best,
+        column,
+        lse,
+        vocab,
+        logits.stride(0),
+        chunks,
+        best.size(1),
+        first,
+        floor is not None,
+        CHUNK,
+        triton.next_power_of_2(chunks),
+        num_warps=4,
+    )
     return column

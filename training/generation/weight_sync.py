@@ -1,8 +1,10 @@
-"""Weights from the training layout (TP x PP, interleaved or not) to the generation's own tensor-parallel size, all layers on each rank.
+"""Weights from the training layout (TP x PP, interleaved or not) to the generation's own
+tensor-parallel size, all layers on each rank.
 
-Everything stays within a model-parallel group: it holds the model once. Where a rank already has what it needs, that is a view of the
-training weights; only the rest is received, a layer of every pipeline stage at a time, so that all stages send at once. (megatron-core's
-``swap_model_weights`` takes no interleaved pipeline, fails on tied embeddings from PP 1, and wants a second model.)
+Everything stays within a model-parallel group: it holds the model once. Where a rank already has
+what it needs, that is a view of the training weights; only the rest is received, a layer of every
+pipeline stage at a time, so that all stages send at once. (megatron-core's ``swap_model_weights``
+takes no interleaved pipeline, fails on tied embeddings from PP 1, and wants a second model.)
 """
 
 from __future__ import annotations
@@ -24,14 +26,16 @@ VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
 class Held(NamedTuple):
-    """A tensor as a rank holds it: local shape and the dimension that is divided over tensor-parallel ranks, None if it is whole."""
+    """A tensor as a rank holds it: local shape and the dimension that is divided over
+    tensor-parallel ranks, None if it is whole."""
 
     shape: tuple[int, ...]
     dim: int | None
 
 
 class Move(NamedTuple):
-    """[source, source + count) of member ``of``'s tensor ``name`` along ``dim`` -> [target, target + count) of member ``to``'s."""
+    """[source, source + count) of member ``of``'s tensor ``name`` along ``dim`` -> [target, target
+    + count) of member ``to``'s."""
 
     name: str
     of: int
@@ -43,11 +47,14 @@ class Move(NamedTuple):
 
 
 def named_weights(model: LanguageModel | Interleaved) -> dict[str, torch.nn.Parameter]:
-    """This rank's parameters, layers numbered as in the whole model; low-rank adapters merged, for as long as the caller keeps them."""
+    """This rank's parameters, layers numbered as in the whole model; low-rank adapters merged, for
+    as long as the caller keeps them."""
     found = {}
     for part in parts(model):
         numbers = {str(local): layer.layer_number - 1 for local, layer in enumerate(part.decoder.layers)}
-        merged = {f"decoder.layers.{number}.{name}.weight": layer.merged() for name, number, layer in lora.adapted(part)}
+        merged = {
+            f"decoder.layers.{number}.{name}.weight": layer.merged() for name, number, layer in lora.adapted(part)
+        }
         for name, parameter in part.named_parameters():
             if lora.MARK in name:
                 continue
@@ -63,9 +70,11 @@ Shapes = dict[str, list[tuple[int, ...]]]
 
 
 def plan(held: list[dict[str, Held]], training_size: int, size: int, shape: Shape) -> tuple[list[Move], Shapes]:
-    """What moves between the members of a model-parallel group, and the shape of each tensor on each member afterwards.
+    """What moves between the members of a model-parallel group, and the shape of each tensor on
+    each member afterwards.
 
-    ``held``: what each member has, members in the order of (pipeline stage, tensor rank); generation rank = member % ``size``.
+    ``held``: what each member has, members in the order of (pipeline stage, tensor rank);
+    generation rank = member % ``size``.
     """
     names = list(dict.fromkeys(name for one in held for name in one))
     moves, shapes = [], {}
@@ -89,7 +98,8 @@ def plan(held: list[dict[str, Held]], training_size: int, size: int, shape: Shap
 
 
 def rounds(moves: list[Move], training_size: int) -> list[list[Move]]:
-    """The moves between members in the order that all of them follow: a layer of every pipeline stage, then the next of each."""
+    """The moves between members in the order that all of them follow: a layer of every pipeline
+    stage, then the next of each."""
     numbers: dict[str, int] = {}
     counts: collections.Counter[int] = collections.Counter()
     found: dict[int, list[Move]] = {}
@@ -103,7 +113,8 @@ def rounds(moves: list[Move], training_size: int) -> list[list[Move]]:
 
 
 class Resharder:
-    """Gives a rank its slice of the whole model for generation over ``size`` ranks. Making one is collective over all ranks."""
+    """Gives a rank its slice of the whole model for generation over ``size`` ranks. Making one is
+    collective over all ranks."""
 
     def __init__(self, model: LanguageModel | Interleaved, shape: Shape, size: int):
         self.model = model
@@ -113,9 +124,16 @@ class Resharder:
         training_size = parallel_state.get_tensor_model_parallel_world_size()
         shape.check_tensor_parallel(size, "generation_tensor_parallel")
         self.group = generation_group(self.members, size)
-        self.skipped = ("output_layer.weight",) if shape.tied else ()  # the last stage's copy of the embedding
-        here = {name: Held(tuple(parameter.shape), parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None)
-                for name, parameter in named_weights(model).items() if name not in self.skipped}
+        # the last stage's copy of the embedding
+        self.skipped = ("output_layer.weight",) if shape.tied else ()
+        here = {
+            name: Held(
+                tuple(parameter.shape),
+                parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None,
+            )
+            for name, parameter in named_weights(model).items()
+            if name not in self.skipped
+        }
         held: list = [None] * len(self.members)
         dist.all_gather_object(held, here, group=self.model_group)
         moves, shapes = plan(held, training_size, size, shape)
@@ -124,11 +142,13 @@ class Resharder:
         mine = [[move for move in one if self.member in (move.of, move.to)] for one in rounds(moves, training_size)]
         self.rounds = [one for one in mine if one]
         self.extra_bytes = 0
-        """Memory that the last ``weights()`` took beside the training weights: what was received, and what adapters were merged into."""
+        """Memory that the last ``weights()`` took beside the training weights: what was received,
+        and what adapters were merged into."""
 
     @torch.no_grad()
     def weights(self) -> dict[str, torch.Tensor]:
-        """Name -> tensor, on the device of the training weights. Collective over the model-parallel group."""
+        """Name -> tensor, on the device of the training weights. Collective over the model-parallel
+        group."""
         have, made = named_weights(self.model), {}
         for move in self.kept:
             slice_ = _slice(have, move)
@@ -140,8 +160,11 @@ class Resharder:
             make = torch.zeros if name in VOCABULARY else torch.empty
             made[name] = make(shape, dtype=example.dtype, device=example.device)
         shared = {parameter.untyped_storage().data_ptr() for parameter in self.model.parameters()}
-        self.extra_bytes = sum(tensor.numel() * tensor.element_size() for tensor in made.values()
-                               if tensor.untyped_storage().data_ptr() not in shared)
+        self.extra_bytes = sum(
+            tensor.numel() * tensor.element_size()
+            for tensor in made.values()
+            if tensor.untyped_storage().data_ptr() not in shared
+        )
         for move in self.kept:
             if move.name in missing:
                 made[move.name].narrow(move.dim, move.target, move.count).copy_(_slice(have, move))
@@ -150,7 +173,8 @@ class Resharder:
         return made
 
     def _exchange(self, moves: list[Move], have, made) -> None:
-        """One message for each pair of ranks, in the group of those that exchange anything: NCCL wants all of a group in its first call."""
+        """One message for each pair of ranks, in the group of those that exchange anything: NCCL
+        wants all of a group in its first call."""
         pairs: dict[tuple[int, int], list[Move]] = {}
         for move in moves:
             pairs.setdefault((move.of, move.to), []).append(move)
@@ -176,16 +200,21 @@ def _slice(have: dict[str, torch.nn.Parameter], move: Move) -> torch.Tensor:
 
 
 def generation_group(members: list[int], size: int):
-    """The process group of this rank's ``size`` generation ranks, neighbours in the model-parallel group; None for one. Collective."""
+    """The process group of this rank's ``size`` generation ranks, neighbours in the model-parallel
+    group; None for one. Collective."""
     if len(members) % size:
-        raise ConfigError(f"generation_tensor_parallel = {size} does not divide the {len(members)} ranks of tensor_parallel x "
-                          "pipeline_parallel; set it to 0 (as in training) or to a divisor")
+        raise ConfigError(
+            f"generation_tensor_parallel = {size} does not divide the {len(members)} ranks of tensor_parallel x "
+            "pipeline_parallel; set it to 0 (as in training) or to a divisor"
+        )
     if size == 1:
         return None
     everyone: list = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, members)
     mine = None
-    for ranks in dict.fromkeys(tuple(group[first : first + size]) for group in everyone for first in range(0, len(group), size)):
+    for ranks in dict.fromkeys(
+        tuple(group[first : first + size]) for group in everyone for first in range(0, len(group), size)
+    ):
         group = dist.new_group(list(ranks))
         if dist.get_rank() in ranks:
             mine = group

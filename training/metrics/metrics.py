@@ -1,4 +1,5 @@
-"""Numbers of a run: one JSON line a logged iteration, TensorBoard events, and one plain line in the log."""
+"""Numbers of a run: one JSON line a logged iteration, TensorBoard events, and one plain line in the
+log."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ class Metrics:
 
     ``mirrors``: trackers (training.metrics.trackers) that get the same numbers.
 
-    On resume, rows beyond the resumed iteration are dropped first, so that the file reads as if nothing had happened.
+    On resume, rows beyond the resumed iteration are dropped first, so that the file reads as if
+    nothing had happened.
     """
 
     def __init__(self, stage: str | Path, total: int, resumed: int = 0, mirrors: Sequence = ()):
@@ -37,7 +39,8 @@ class Metrics:
         return [line for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
 
     def log(self, iteration: int, headline: tuple[str, ...] = (), **values: float) -> None:
-        """Append a row for ``iteration`` (from 1); the values named in ``headline`` are also printed, in one line."""
+        """Append a row for ``iteration`` (from 1); the values named in ``headline`` are also
+        printed, in one line."""
         row = {"iteration": iteration, "total": self.total, "time": round(time.time(), 3)}
         row.update({name: value if math.isfinite(value) else None for name, value in values.items()})
         self.file.write(json.dumps(row) + "\n")
@@ -67,10 +70,14 @@ class Metrics:
 
 def as_markdown(said: list[tuple[str, str]]) -> str:
     """For TensorBoard: each prompt and its reply, line ends kept."""
-    return "\n\n---\n\n".join("\n".join(f"    {line}" for line in f"{prompt}⟶{reply}".splitlines()) for prompt, reply in said)
+    return "\n\n---\n\n".join(
+        "\n".join(f"    {line}" for line in f"{prompt}⟶{reply}".splitlines()) for prompt, reply in said
+    )
 
 
 def as_lines(said: list[tuple[str, str]], longest: int = 300) -> str:
     """For the log: a line each, the end of a long prompt and the start of a long reply."""
-    return "\n".join(f"  sample: {('...' + prompt[-longest:] if len(prompt) > longest else prompt)!r} -> {reply[:longest]!r}"
-                     for prompt, reply in said)
+    return "\n".join(
+        f"  sample: {('...' + prompt[-longest:] if len(prompt) > longest else prompt)!r} -> {reply[:longest]!r}"
+        for prompt, reply in said
+    )

@@ -28,10 +28,15 @@ class Phases:
         self.seconds[name], self.peaks[name] = time.monotonic() - began, peak_gb()
 
     def metrics(self, tokens: dict[str, float]) -> dict[str, float]:
-        """``tokens``: of each phase over all ranks -> seconds_NAME, tokens_per_second_NAME and peak_gb_NAME. A collective."""
+        """``tokens``: of each phase over all ranks -> seconds_NAME, tokens_per_second_NAME and
+        peak_gb_NAME. A collective."""
         made: dict[str, float] = {}
         for (name, seconds), peak in zip(self.seconds.items(), highest(list(self.peaks.values())), strict=True):
-            made |= {f"seconds_{name}": seconds, f"tokens_per_second_{name}": tokens[name] / seconds, f"peak_gb_{name}": peak}
+            made |= {
+                f"seconds_{name}": seconds,
+                f"tokens_per_second_{name}": tokens[name] / seconds,
+                f"peak_gb_{name}": peak,
+            }
         return made
 
 
@@ -43,11 +48,14 @@ def highest(values: list[float]) -> list[float]:
 
 
 def reset_peak() -> None:
-    """Begin a new peak: torch's on the GPU, else this process's resident memory as Linux counts it."""
+    """Begin a new peak: torch's on the GPU, else this process's resident memory as Linux counts
+    it."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     else:
-        with contextlib.suppress(OSError):  # not every container lets a process write there: the peak is then that of its whole life
+        with contextlib.suppress(
+            OSError
+        ):  # not every container lets a process write there: the peak is then that of its whole life
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 

@@ -1,4 +1,5 @@
-"""Where the time goes from the start of a process to the end of its first iteration. Imports the standard library only."""
+"""Where the time goes from the start of a process to the end of its first iteration. Imports the
+standard library only."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from pathlib import Path
 
 
 def _age() -> float:
-    """Seconds since this process began; since this module was imported where the system does not tell."""
+    """Seconds since this process began; since this module was imported where the system does not
+    tell."""
     try:
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         return float(Path("/proc/uptime").read_text().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
@@ -22,7 +24,8 @@ _parts: dict[str, float] = {}
 
 
 def mark(part: str) -> None:
-    """What was done since the last mark, or since the process began, was ``part``. The first of a name counts."""
+    """What was done since the last mark, or since the process began, was ``part``. The first of a
+    name counts."""
     global _last
     now = time.monotonic()
     if part not in _parts:
@@ -31,8 +34,8 @@ def mark(part: str) -> None:
 
 
 def compiling() -> str:
-    """For the log: seconds that torch's compiler has taken in this process, and how many of its graphs an earlier process had made; ""
-    where nothing was compiled."""
+    """For the log: seconds that torch's compiler has taken in this process, and how many of its
+    graphs an earlier process had made; "" where nothing was compiled."""
     dynamo = sys.modules.get("torch._dynamo.utils")
     seconds = dynamo.calculate_time_spent()["total_wall_time"] if dynamo else 0.0
     if not seconds:

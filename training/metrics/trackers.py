@@ -1,8 +1,10 @@
-"""Optional mirrors of metrics.jsonl: Weights & Biases (``wandb``) and MLflow (``mlflow``), imported only where a key asks for them.
+"""Optional mirrors of metrics.jsonl: Weights & Biases (``wandb``) and MLflow (``mlflow``), imported
+only where a key asks for them.
 
-Their run is found again after a resume by ``<stage>/trackers.json``. Secrets come from the environment alone (WANDB_API_KEY,
-MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD, MLFLOW_TRACKING_TOKEN), which the launcher fills from the profile's secrets file. A
-server that does not answer costs a warning, not the run.
+Their run is found again after a resume by ``<stage>/trackers.json``. Secrets come from the
+environment alone (WANDB_API_KEY, MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD,
+MLFLOW_TRACKING_TOKEN), which the launcher fills from the profile's secrets file. A server that does
+not answer costs a warning, not the run.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from training.config.schema import ConfigError
 from training.config.trainers import TrainerConfig
 
 PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
-"""Environment where it has none of its own: MLflow would try for minutes, at every iteration, while training waits."""
+"""Environment where it has none of its own: MLflow would try for minutes, at every iteration, while
+training waits."""
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 PACKAGES = {"wandb": "wandb", "mlflow": "mlflow-skinny"}
 """Module -> what pip calls it."""
@@ -34,18 +37,26 @@ def check(config: TrainerConfig) -> None:
     try:
         login = "@" in urlsplit(config.mlflow).netloc
     except ValueError as error:
-        raise ConfigError(f"mlflow: not an address ({error}); expected one such as http://host:5000 or file:///folder") from None
+        raise ConfigError(
+            f"mlflow: not an address ({error}); expected one such as http://host:5000 or file:///folder"
+        ) from None
     if login:  # first: other errors quote the address
-        raise ConfigError("mlflow: a user name or password in the address would be written into config.json; put it into "
-                          "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (profile: secrets)")
+        raise ConfigError(
+            "mlflow: a user name or password in the address would be written into config.json; put it into "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (profile: secrets)"
+        )
     asked = {"wandb": config.wandb != "off", "mlflow": bool(config.mlflow)}
     for module, package in PACKAGES.items():
         if asked[module] and importlib.util.find_spec(module) is None:
-            raise ConfigError(f"{module} = {getattr(config, module)!r}: the package is not installed where the ranks run; "
-                              f"python -m pip install {package}, or leave the key out")
+            raise ConfigError(
+                f"{module} = {getattr(config, module)!r}: the package is not installed where the ranks run; "
+                f"python -m pip install {package}, or leave the key out"
+            )
     if config.wandb == "online" and not os.environ.get("WANDB_API_KEY"):
-        raise ConfigError('wandb = "online" needs WANDB_API_KEY in the environment (profile: secrets); or wandb = "offline", and later: '
-                          "wandb sync STAGE/wandb/offline-run-*")
+        raise ConfigError(
+            'wandb = "online" needs WANDB_API_KEY in the environment (profile: secrets); or wandb = "offline", and later: '
+            "wandb sync STAGE/wandb/offline-run-*"
+        )
 
 
 def start(config: TrainerConfig) -> list[Wandb | Mlflow]:
@@ -63,7 +74,10 @@ def start(config: TrainerConfig) -> list[Wandb | Mlflow]:
         try:
             made.append(kind(package, config, runs.get(module, "")))
         except (_errors(package), OSError) as error:  # requests' errors are OSErrors
-            print(f"warning: {module} does not answer, the run goes on without it: {error}{_proxy(config, module)}", flush=True)
+            print(
+                f"warning: {module} does not answer, the run goes on without it: {error}{_proxy(config, module)}",
+                flush=True,
+            )
         else:
             runs[module] = made[-1].number
     if made:
@@ -73,14 +87,22 @@ def start(config: TrainerConfig) -> list[Wandb | Mlflow]:
 
 
 def reach_loopback_directly() -> None:
-    """Except this machine from the site's proxy, for the packages' own HTTP clients; what is excepted already stays so."""
-    hosts = [host.strip() for host in (os.environ.get("no_proxy") or os.environ.get("NO_PROXY", "")).split(",") if host.strip()]
+    """Except this machine from the site's proxy, for the packages' own HTTP clients; what is
+    excepted already stays so."""
+    hosts = [
+        host.strip()
+        for host in (os.environ.get("no_proxy") or os.environ.get("NO_PROXY", "")).split(",")
+        if host.strip()
+    ]
     if "*" not in hosts:
-        os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join([*hosts, *(host for host in LOOPBACK if host not in hosts)])
+        os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(
+            [*hosts, *(host for host in LOOPBACK if host not in hosts)]
+        )
 
 
 def _proxy(config: TrainerConfig, module: str) -> str:
-    """The proxy that an address goes through, for a warning that may be the proxy's fault; "" for none."""
+    """The proxy that an address goes through, for a warning that may be the proxy's fault; "" for
+    none."""
     address = config.mlflow if module == "mlflow" else os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
     parts = urlsplit(address)
     proxy = urllib.request.getproxies().get(parts.scheme, "")
@@ -104,8 +126,15 @@ class Wandb:
 
     def __init__(self, wandb, config: TrainerConfig, number: str):
         self.number = number or uuid.uuid4().hex[:12]
-        self.run = wandb.init(project=config.tracking_project, name=name(config), id=self.number, resume="allow", mode=config.wandb,
-                              dir=config.paths.output, config=asdict(config))
+        self.run = wandb.init(
+            project=config.tracking_project,
+            name=name(config),
+            id=self.number,
+            resume="allow",
+            mode=config.wandb,
+            dir=config.paths.output,
+            config=asdict(config),
+        )
 
     def log(self, iteration: int, values: dict[str, float]) -> None:
         self.run.log(values, step=iteration)

@@ -1,6 +1,8 @@
-"""Causal attention, with linear biases (ALiBi, Press et al. 2022) or without, as megatron-core's ``core_attention``.
+"""Causal attention, with linear biases (ALiBi, Press et al. 2022) or without, as megatron-core's
+``core_attention``.
 
-The arithmetic is a backend's (training.models.attention_backends); this file knows heads, tensor-parallel ranks and packed documents.
+The arithmetic is a backend's (training.models.attention_backends); this file knows heads,
+tensor-parallel ranks and packed documents.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from training.models import attention_backends
 
 
 def alibi_slopes(heads: int) -> torch.Tensor:
-    """Slope of each head (heads,), fp32. For a head count that is no power of two, Press et al.'s interpolation, as BLOOM does it."""
+    """Slope of each head (heads,), fp32. For a head count that is no power of two, Press et al.'s
+    interpolation, as BLOOM does it."""
     power = 2 ** math.floor(math.log2(heads))
     base = 2.0 ** (-(2.0 ** -(math.log2(power) - 3)))
     slopes = [base**i for i in range(1, power + 1)]
@@ -29,15 +32,18 @@ def alibi_slopes(heads: int) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=8)
 def rank_slopes(heads: int, first: int, count: int, device: torch.device) -> torch.Tensor:
-    """Slopes of heads [first, first + count) on ``device``. Kept outside the module: a cast of the model would round them to bf16."""
+    """Slopes of heads [first, first + count) on ``device``. Kept outside the module: a cast of the
+    model would round them to bf16."""
     return alibi_slopes(heads)[first : first + count].to(device)
 
 
 class Documents(PackedSeqParams):
-    """Which document each token of a packed batch belongs to: ``ids`` (B, T) int, one run of equal ids a document; None: a row is one.
+    """Which document each token of a packed batch belongs to: ``ids`` (B, T) int, one run of equal
+    ids a document; None: a row is one.
 
-    A token sees the tokens of its own document up to itself. Padding is a document of its own. What the backends derive from the ids is
-    computed once and serves all layers. ``compiled``: layers run compiled.
+    A token sees the tokens of its own document up to itself. Padding is a document of its own. What
+    the backends derive from the ids is computed once and serves all layers. ``compiled``: layers
+    run compiled.
     """
 
     def __init__(self, ids: torch.Tensor | None, compiled: bool = False):
@@ -47,7 +53,8 @@ class Documents(PackedSeqParams):
 
     @classmethod
     def from_lengths(cls, cumulative: torch.Tensor, length: int) -> Documents:
-        """One row (1, ``length``) from ``cu_seqlens`` (documents + 1,): 0 and the end of each document; the rest is padding."""
+        """One row (1, ``length``) from ``cu_seqlens`` (documents + 1,): 0 and the end of each
+        document; the rest is padding."""
         position = torch.arange(length, device=cumulative.device)
         return cls(torch.searchsorted(cumulative[1:].contiguous(), position, right=True)[None])
 
@@ -57,7 +64,8 @@ class Documents(PackedSeqParams):
         return (self.ids[:, :, None] != self.ids[:, None, :])[:, None]
 
     def separated(self, bias: torch.Tensor) -> torch.Tensor:
-        """``bias`` (1, heads, T, T) with -inf between documents, (B, heads, T, T): one tensor for all layers, which each keep it."""
+        """``bias`` (1, heads, T, T) with -inf between documents, (B, heads, T, T): one tensor for
+        all layers, which each keep it."""
         if self._separated is None or self._separated[0] is not bias:
             self._separated = bias, bias.masked_fill(self.apart, float("-inf"))
         return self._separated[1]
@@ -82,14 +90,25 @@ class Documents(PackedSeqParams):
 
 
 class CausalAttention(MegatronModule):
-    """Causal scaled-dot-product attention over this rank's heads, with ALiBi where the family has it.
+    """Causal scaled-dot-product attention over this rank's heads, with ALiBi where the family has
+    it.
 
-    query (Tq, B, heads, D), key and value (Tk, B, groups, D) -> (Tq, B, heads * D). ``packed_seq_params``: the batch's Documents.
-    Dropout is always off. Generation has attention of its own (training.generation).
+    query (Tq, B, heads, D), key and value (Tk, B, groups, D) -> (Tq, B, heads * D).
+    ``packed_seq_params``: the batch's Documents. Dropout is always off. Generation has attention of
+    its own (training.generation).
     """
 
-    def __init__(self, config, layer_number, attn_mask_type, attention_type, attention_dropout=None, softmax_scale=None,
-                 cp_comm_type=None, pg_collection=None):
+    def __init__(
+        self,
+        config,
+        layer_number,
+        attn_mask_type,
+        attention_type,
+        attention_dropout=None,
+        softmax_scale=None,
+        cp_comm_type=None,
+        pg_collection=None,
+    ):
         super().__init__(config=config)
         if config.context_parallel_size != 1:
             raise InvariantError(f"context_parallel_size = {config.context_parallel_size}: TrainerConfig refuses it")
@@ -104,11 +123,17 @@ class CausalAttention(MegatronModule):
         where = torch.device(torch.cuda.current_device())
         self.slopes = rank_slopes(self.heads, self.first, self.count, where) if config.alibi else None
 
-    def forward(self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None, packed_seq_params=None):
+    def forward(
+        self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None, packed_seq_params=None
+    ):
         if attention_bias is not None or attention_mask is not None:
             raise InvariantError("attention_bias or attention_mask is given: this attention has its own bias and mask")
         # A length off FlexAttention's blocks would compile a kernel for itself.
         if self.backend == "sdpa" or (self.backend == "flex" and query.size(0) % attention_backends.FLEX_BLOCK):
             return attention_backends.sdpa(query, key, value, self.slopes, self.scale, packed_seq_params)
-        documents = None if packed_seq_params is None or packed_seq_params.ids is None and self.backend != "flex" else packed_seq_params
+        documents = (
+            None
+            if packed_seq_params is None or packed_seq_params.ids is None and self.backend != "flex"
+            else packed_seq_params
+        )
         return self.attend(query, key, value, self.slopes, self.scale, documents)

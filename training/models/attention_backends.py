@@ -1,8 +1,10 @@
 """The kernels that compute causal attention, and which one a run uses.
 
-Every backend takes query (Tq, B, H, D), key and value (Tk, B, G, D) with G dividing H, slopes (H,) fp32 of ALiBi or None, the scale
-and the batch's Documents or None, and gives (Tq, B, H * D). Relative L2 error against fp64, forward / worst of dQ, dK, dV: fp32 under
-1e-5 / 2e-5; bf16 under 1e-2 / 2e-2 (inputs are rounded first, so what is left is the rounding of probabilities and of the results).
+Every backend takes query (Tq, B, H, D), key and value (Tk, B, G, D) with G dividing H, slopes (H,)
+fp32 of ALiBi or None, the scale and the batch's Documents or None, and gives (Tq, B, H * D).
+Relative L2 error against fp64, forward / worst of dQ, dK, dV: fp32 under 1e-5 / 2e-5; bf16 under
+1e-2 / 2e-2 (inputs are rounded first, so what is left is the rounding of probabilities and of the
+results).
 """
 
 from __future__ import annotations
@@ -20,21 +22,38 @@ FLEX_BLOCK = 128
 FLEX_SMALLEST_HEAD = 16
 """FlexAttention's kernels take no smaller head dimension."""
 FLEX_WHOLE = {"ROWS_GUARANTEED_SAFE": True}
-"""Where a row is one document, every query sees a key of the first block that is read, and FlexAttention need not look for queries that
-don't. In packed rows that block may be another document's, and the output of such queries would be NaN."""
-FLEX_HOPPER_64 = dict(fwd_BLOCK_M=128, fwd_BLOCK_N=64, fwd_num_stages=3, fwd_num_warps=4, bwd_BLOCK_M1=32, bwd_BLOCK_N1=64, bwd_BLOCK_M2=64,
-                      bwd_BLOCK_N2=32, bwd_num_stages=3, bwd_num_warps=4)
-"""The fastest of 15 tilings for bf16 heads of 64 dimensions on an H100. For 128 torch's own stays: the one that was faster alone was not
-so inside a step (benchmarks/README.md)."""
-PACKAGES = {"flash": ("flash_attn", "flash_attn_varlen_func"), "te": ("transformer_engine.pytorch", "DotProductAttention")}
-INSTALL = {"flash": "pip install flash-attn --no-build-isolation", "te": "pip install transformer-engine[pytorch] --no-build-isolation"}
+"""Where a row is one document, every query sees a key of the first block that is read, and
+FlexAttention need not look for queries that don't. In packed rows that block may be another
+document's, and the output of such queries would be NaN."""
+FLEX_HOPPER_64 = dict(
+    fwd_BLOCK_M=128,
+    fwd_BLOCK_N=64,
+    fwd_num_stages=3,
+    fwd_num_warps=4,
+    bwd_BLOCK_M1=32,
+    bwd_BLOCK_N1=64,
+    bwd_BLOCK_M2=64,
+    bwd_BLOCK_N2=32,
+    bwd_num_stages=3,
+    bwd_num_warps=4,
+)
+"""The fastest of 15 tilings for bf16 heads of 64 dimensions on an H100. For 128 torch's own stays:
+the one that was faster alone was not so inside a step (benchmarks/README.md)."""
+PACKAGES = {
+    "flash": ("flash_attn", "flash_attn_varlen_func"),
+    "te": ("transformer_engine.pytorch", "DotProductAttention"),
+}
+INSTALL = {
+    "flash": "pip install flash-attn --no-build-isolation",
+    "te": "pip install transformer-engine[pytorch] --no-build-isolation",
+}
 
 
 def choose(wanted: str, device: str, dtype: torch.dtype, head_dim: int) -> str:
     """The backend of a run: "sdpa", "flex", "flash" or "te". ``wanted`` is TrainerConfig.attention.
 
-    "auto": SDPA on the CPU. On CUDA FlexAttention, which is what was measured; SDPA where heads are too small for it. Raises ConfigError
-    where the one asked for can't run.
+    "auto": SDPA on the CPU. On CUDA FlexAttention, which is what was measured; SDPA where heads are
+    too small for it. Raises ConfigError where the one asked for can't run.
     """
     half = dtype in (torch.bfloat16, torch.float16)
     problems = dict.fromkeys(KERNELS, "")
@@ -61,16 +80,24 @@ def available(name: str) -> bool:
     package, attribute = PACKAGES[name]
     try:
         return hasattr(importlib.import_module(package), attribute)
-    except (ImportError, OSError, RuntimeError):  # Transformer Engine without its compiled part raises RuntimeError, a wrong CUDA OSError
+    except (
+        ImportError,
+        OSError,
+        RuntimeError,
+    ):  # Transformer Engine without its compiled part raises RuntimeError, a wrong CUDA OSError
         return False
 
 
 @functools.lru_cache(maxsize=1)  # heads x length^2 numbers stay on the device
-def causal_alibi(slopes: tuple[float, ...], queries: int, keys: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """Additive bias (1, slopes, queries, keys): slope * (key - query), -inf for later keys. One slope of 0: a causal mask alone.
+def causal_alibi(
+    slopes: tuple[float, ...], queries: int, keys: int, device: torch.device, dtype: torch.dtype
+) -> torch.Tensor:
+    """Additive bias (1, slopes, queries, keys): slope * (key - query), -inf for later keys. One
+    slope of 0: a causal mask alone.
 
-    The last query sits at the last key, so a cached prefix (keys > queries) needs nothing else. Distances are relative to the
-    query: near keys, which matter, stay exact in bf16. One tensor serves all layers.
+    The last query sits at the last key, so a cached prefix (keys > queries) needs nothing else.
+    Distances are relative to the query: near keys, which matter, stay exact in bf16. One tensor
+    serves all layers.
     """
     distance = torch.arange(keys, device=device) - torch.arange(keys - queries, keys, device=device)[:, None]
     bias = torch.tensor(slopes, dtype=torch.float32, device=device)[:, None, None] * distance
@@ -83,27 +110,34 @@ def _numbers(slopes: torch.Tensor) -> tuple[float, ...]:
 
 
 def sdpa(query, key, value, slopes, scale, documents):
-    """torch's scaled-dot-product attention, with a bias of all pairs where it is needed: on the CPU, or where a run is too short for
-    FlexAttention's minute of compiling."""
+    """torch's scaled-dot-product attention, with a bias of all pairs where it is needed: on the
+    CPU, or where a run is too short for FlexAttention's minute of compiling."""
     query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
     if slopes is None and documents is None and query.size(2) == key.size(2):
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=query.size(1) > key.size(1))
+        out = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scale, enable_gqa=query.size(1) > key.size(1)
+        )
         return out.permute(2, 0, 1, 3).flatten(2)
-    if query.is_cuda:  # with a bias and grouped queries torch has no fused kernel, only one that holds all scores
+    # with a bias and grouped queries torch has no fused kernel, only one that holds all scores
+    if query.is_cuda:
         key, value = (x.repeat_interleave(query.size(1) // x.size(1), 1) for x in (key, value))
     numbers = (0.0,) if slopes is None else _numbers(slopes)
     bias = causal_alibi(numbers, query.size(2), key.size(2), query.device, query.dtype)
     if documents is not None:
         bias = documents.separated(bias)
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale, enable_gqa=query.size(1) > key.size(1))
+    out = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=bias, scale=scale, enable_gqa=query.size(1) > key.size(1)
+    )
     return out.permute(2, 0, 1, 3).flatten(2)
 
 
 def expect_many_shapes() -> None:
-    """The first shape of a batch gets kernels of its own, the second that differs in its length or rows gets kernels for any.
+    """The first shape of a batch gets kernels of its own, the second that differs in its length or
+    rows gets kernels for any.
 
-    Packed rows have another shape at nearly every step, and a shape's own kernels take about 8 s to compile: bloom-560m on Anthropic HH
-    took 3 minutes for its first 37 steps that way, and compiled for 45 s, in three of its first four steps, with kernels for any shape.
+    Packed rows have another shape at nearly every step, and a shape's own kernels take about 8 s to
+    compile: bloom-560m on Anthropic HH took 3 minutes for its first 37 steps that way, and compiled
+    for 45 s, in three of its first four steps, with kernels for any shape.
     """
     torch._dynamo.config.automatic_dynamic_shapes = True
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
@@ -119,9 +153,10 @@ def _compiled(name: str):
 
 
 def alibi_score(slopes: torch.Tensor, exact: bool = True):
-    """FlexAttention's ``score_mod``, fp32. Softmax does not see what all keys of a query have in common, so slope * key is as good as
-    slope * (key - query), and a number a key, not a number a pair. Its rounding, 2^-24 of slope * length, is nothing beside that
-    of probabilities to bf16; ``exact`` is without it.
+    """FlexAttention's ``score_mod``, fp32. Softmax does not see what all keys of a query have in
+    common, so slope * key is as good as slope * (key - query), and a number a key, not a number a
+    pair. Its rounding, 2^-24 of slope * length, is nothing beside that of probabilities to bf16;
+    ``exact`` is without it.
     """
 
     def relative(score, batch, head, query, key):
@@ -168,7 +203,8 @@ def flex_options(head_dim: int, dtype: torch.dtype) -> dict:
 
 
 def flex(query, key, value, slopes, scale, documents, options=None):
-    """FlexAttention: compiled on CUDA. On the CPU it runs uncompiled and without gradients, for tests."""
+    """FlexAttention: compiled on CUDA. On the CPU it runs uncompiled and without gradients, for
+    tests."""
     blocks = causal_blocks(query.size(0), query.device) if documents is None else documents.blocks
     query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
     from torch.nn.attention import flex_attention
@@ -176,16 +212,26 @@ def flex(query, key, value, slopes, scale, documents, options=None):
     exact, whole = query.dtype.itemsize > 2, documents is None or documents.ids is None
     score = None if slopes is None else (alibi_score if torch.compiler.is_compiling() else _same_score)(slopes, exact)
     attend = flex_attention.flex_attention
-    if query.is_cuda and not torch.compiler.is_compiling():  # compiling: a part of the layer's graph
+    # compiling: a part of the layer's graph
+    if query.is_cuda and not torch.compiler.is_compiling():
         attend = _compiled("flex_attention")
-    out = attend(query, key, value, score_mod=score, block_mask=blocks, scale=scale, enable_gqa=query.size(1) > key.size(1),
-                 kernel_options={**(options or {}), **(FLEX_WHOLE if whole else {})})
+    out = attend(
+        query,
+        key,
+        value,
+        score_mod=score,
+        block_mask=blocks,
+        scale=scale,
+        enable_gqa=query.size(1) > key.size(1),
+        kernel_options={**(options or {}), **(FLEX_WHOLE if whole else {})},
+    )
     return out.permute(2, 0, 1, 3).flatten(2)
 
 
 @torch.compiler.disable
 def flash(query, key, value, slopes, scale, documents):
-    """flash-attn 2: its bias is -slope * |query - key|, ours under a causal mask. Packed rows go through as one, by cu_seqlens."""
+    """flash-attn 2: its bias is -slope * |query - key|, ours under a causal mask. Packed rows go
+    through as one, by cu_seqlens."""
     import flash_attn
 
     length, rows = query.shape[:2]
@@ -195,8 +241,16 @@ def flash(query, key, value, slopes, scale, documents):
     else:
         ends, longest = documents.cumulative, documents.longest
         flat = (x.reshape(rows * length, *x.shape[2:]) for x in (query, key, value))
-        out = flash_attn.flash_attn_varlen_func(*flat, cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=longest, max_seqlen_k=longest,
-                                                softmax_scale=scale, causal=True, alibi_slopes=slopes)
+        out = flash_attn.flash_attn_varlen_func(
+            *flat,
+            cu_seqlens_q=ends,
+            cu_seqlens_k=ends,
+            max_seqlen_q=longest,
+            max_seqlen_k=longest,
+            softmax_scale=scale,
+            causal=True,
+            alibi_slopes=slopes,
+        )
     return out.reshape(rows, length, -1).transpose(0, 1).contiguous()
 
 
@@ -204,21 +258,46 @@ def flash(query, key, value, slopes, scale, documents):
 def _te_attention(heads: int, groups: int, dim: int, scale: float):
     from transformer_engine.pytorch import DotProductAttention
 
-    return DotProductAttention(heads, dim, num_gqa_groups=groups, attention_dropout=0.0, softmax_scale=scale, attn_mask_type="causal",
-                               qkv_format="sbhd")
+    return DotProductAttention(
+        heads,
+        dim,
+        num_gqa_groups=groups,
+        attention_dropout=0.0,
+        softmax_scale=scale,
+        attn_mask_type="causal",
+        qkv_format="sbhd",
+    )
 
 
 @torch.compiler.disable
 def transformer_engine(query, key, value, slopes, scale, documents):
-    """Transformer Engine's attention; it chooses flash, cuDNN or unfused itself. Packed rows go through as one."""
+    """Transformer Engine's attention; it chooses flash, cuDNN or unfused itself. Packed rows go
+    through as one."""
     length, rows, heads, dim = query.shape
     attend, bias = _te_attention(heads, key.size(2), dim, scale), "no_bias" if slopes is None else "alibi"
     if documents is None:
-        return attend(query, key, value, attn_mask_type="causal", qkv_format="sbhd", core_attention_bias_type=bias, alibi_slopes=slopes)
+        return attend(
+            query,
+            key,
+            value,
+            attn_mask_type="causal",
+            qkv_format="sbhd",
+            core_attention_bias_type=bias,
+            alibi_slopes=slopes,
+        )
     ends, longest = documents.cumulative, documents.longest
     flat = (x.transpose(0, 1).reshape(rows * length, -1, dim) for x in (query, key, value))
-    out = attend(*flat, attn_mask_type="padding_causal", qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=longest,
-                 max_seqlen_kv=longest, core_attention_bias_type=bias, alibi_slopes=slopes)
+    out = attend(
+        *flat,
+        attn_mask_type="padding_causal",
+        qkv_format="thd",
+        cu_seqlens_q=ends,
+        cu_seqlens_kv=ends,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        core_attention_bias_type=bias,
+        alibi_slopes=slopes,
+    )
     return out.reshape(rows, length, heads * dim).transpose(0, 1).contiguous()
 
 

@@ -1,17 +1,20 @@
-"""Log-probabilities over a large vocabulary, made from hidden states in chunks of tokens, the columns split over ranks.
+"""Log-probabilities over a large vocabulary, made from hidden states in chunks of tokens, the
+columns split over ranks.
 
-The logits of 8,192 tokens of BLOOM (250,880 columns) are 8 GB, so they never exist together: a chunk's
-are made, read and dropped. With z the logits divided by the temperature, p = softmax(z), y the token:
+The logits of 8,192 tokens of BLOOM (250,880 columns) are 8 GB, so they never exist together: a
+chunk's are made, read and dropped. With z the logits divided by the temperature, p = softmax(z), y
+the token:
 
     log p(y) = z_y - lse(z)          d log p(y) / dz = onehot(y) - p
     H = lse(z) - sum_j p_j z_j       dH / dz_j = -p_j (log p_j + H)
 
-Logits are fp32, also of bf16 hidden states and weights, as in the rollout engine: a bf16 logit of 16 to
-32 is rounded to 1/8. Their gradient is of the weights' type, as the products that read it.
+Logits are fp32, also of bf16 hidden states and weights, as in the rollout engine: a bf16 logit of
+16 to 32 is rounded to 1/8. Their gradient is of the weights' type, as the products that read it.
 
-Matrix products are the device's own. What lies between them is one pass over the logits forward and one
-backward (training.models.chunked_logprobs_triton on CUDA, plain torch here). Where the weight has a buffer for
-its gradient (training.models.linear), the gradient is added there and none is returned.
+Matrix products are the device's own. What lies between them is one pass over the logits forward and
+one backward (training.models.chunked_logprobs_triton on CUDA, plain torch here). Where the weight
+has a buffer for its gradient (training.models.linear), the gradient is added there and none is
+returned.
 """
 
 from __future__ import annotations
@@ -26,9 +29,11 @@ from training.config.shape import CHUNK_LOGITS
 from training.models.linear import add_product, buffer
 
 NOTHING = torch.finfo(torch.float32).min / 2
-"""Largest logit of a rank that holds only padding of the vocabulary: finite, so that its weight of 0 gives no NaN."""
+"""Largest logit of a rank that holds only padding of the vocabulary: finite, so that its weight of
+0 gives no NaN."""
 FIRST = 16
-"""Rows of a narrower gradient that are not written over the logits at once. A multiple of 4: slices stay aligned to 16 bytes."""
+"""Rows of a narrower gradient that are not written over the logits at once. A multiple of 4: slices
+stay aligned to 16 bytes."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +81,9 @@ def _on_gpu():
 
 
 def _statistics(logits, target, temperature: float, entropy: bool):
-    """Of (n, C) logits: the largest z, sum exp(z - largest), the sum of exp(z - largest)(z - largest) where ``entropy``, else 0, and z
-    of the target (n,) counted from this rank's first column, 0 where it has none; (n,) fp32 each."""
+    """Of (n, C) logits: the largest z, sum exp(z - largest), the sum of exp(z - largest)(z -
+    largest) where ``entropy``, else 0, and z of the target (n,) counted from this rank's first
+    column, 0 where it has none; (n,) fp32 each."""
     if logits.is_cuda:
         return _on_gpu().statistics(logits, target, temperature, entropy)
     z = logits.float() / temperature
@@ -91,10 +97,12 @@ def _statistics(logits, target, temperature: float, entropy: bool):
 
 
 def gradient_of(logits, target, lse, entropy, grad_logprob, grad_entropy, temperature: float, dtype) -> torch.Tensor:
-    """The gradient by (n, C) logits of sum(grad_logprob log p(y) + grad_entropy H), of type ``dtype``; (n,) each but the first.
+    """The gradient by (n, C) logits of sum(grad_logprob log p(y) + grad_entropy H), of type
+    ``dtype``; (n,) each but the first.
 
-    It takes the logits' place, also where it is half as wide: rows [k, 2 k) of it then lie where rows
-    [k / 2, k) of the logits were, which have been read. Only the first rows need room of their own.
+    It takes the logits' place, also where it is half as wide: rows [k, 2 k) of it then lie where
+    rows [k / 2, k) of the logits were, which have been read. Only the first rows need room of their
+    own.
     """
     if logits.dtype == dtype:
         result, edges = logits, [0, logits.size(0)]
@@ -103,7 +111,9 @@ def gradient_of(logits, target, lse, entropy, grad_logprob, grad_entropy, temper
         doubled = (FIRST << bit for bit in itertools.count())
         edges = [0, *itertools.takewhile(lambda row: row < logits.size(0), doubled), logits.size(0)]
     for rows in map(slice, edges, edges[1:]):
-        given = [None if values is None else values[rows] for values in (target, lse, entropy, grad_logprob, grad_entropy)]
+        given = [
+            None if values is None else values[rows] for values in (target, lse, entropy, grad_logprob, grad_entropy)
+        ]
         room = result[rows] if rows.start or result is logits else torch.empty_like(result[rows])
         _to_gradient(logits[rows], *given, temperature, room)
         if not rows.start and result is not logits:
@@ -111,8 +121,11 @@ def gradient_of(logits, target, lse, entropy, grad_logprob, grad_entropy, temper
     return result
 
 
-def _to_gradient(logits, target, lse, entropy, grad_logprob, grad_entropy, temperature: float, into: torch.Tensor) -> None:
-    """Write ``gradient_of`` of some rows into ``into`` (n, C), which may be the logits themselves."""
+def _to_gradient(
+    logits, target, lse, entropy, grad_logprob, grad_entropy, temperature: float, into: torch.Tensor
+) -> None:
+    """Write ``gradient_of`` of some rows into ``into`` (n, C), which may be the logits
+    themselves."""
     if logits.is_cuda:
         return _on_gpu().to_gradient(logits, target, lse, entropy, grad_logprob, grad_entropy, temperature, into)
     log_p = logits.float() / temperature - lse[:, None]
@@ -146,7 +159,8 @@ class _Chunks:
         self.hidden, self.weight = hidden, weight[: columns.real]
         self.index, self.target = positions.index, positions.target - columns.first
         self.temperature = temperature
-        self.slices = chunks(positions.index.numel(), weight.size(0))  # with padding: the ranks reduce alike
+        # with padding: the ranks reduce alike
+        self.slices = chunks(positions.index.numel(), weight.size(0))
 
     def logits(self, part: slice) -> torch.Tensor:
         return product(self.hidden[self.index[part]], self.weight)
@@ -158,11 +172,14 @@ class _Chunks:
         return _statistics(logits, self.target[part], self.temperature, entropy)
 
     def gradients(self, part: slice, logits, lse, entropy, grad_logprob, grad_entropy, into) -> None:
-        """Add the chunk's gradients to ``into``: (of the hidden states, of this rank's real rows of the weight), None = not wanted.
-        ``logits`` are overwritten; the other arguments are the chunk's."""
+        """Add the chunk's gradients to ``into``: (of the hidden states, of this rank's real rows of
+        the weight), None = not wanted. ``logits`` are overwritten; the other arguments are the
+        chunk's."""
         if not logits.size(1):
             return
-        gradient = gradient_of(logits, self.target[part], lse, entropy, grad_logprob, grad_entropy, self.temperature, self.weight.dtype)
+        gradient = gradient_of(
+            logits, self.target[part], lse, entropy, grad_logprob, grad_entropy, self.temperature, self.weight.dtype
+        )
         of_hidden, of_weight = into
         index = self.index[part]
         if of_hidden is not None:
@@ -172,13 +189,17 @@ class _Chunks:
 
 
 def _zeros(ctx, hidden, weight, sums: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """Where the gradients of (hidden states, weight) are gathered; None where it is not asked for, or goes to the buffer ``sums``."""
+    """Where the gradients of (hidden states, weight) are gathered; None where it is not asked for,
+    or goes to the buffer ``sums``."""
     asked = ctx.needs_input_grad[0], ctx.needs_input_grad[1] and sums is None
-    return [torch.zeros_like(tensor) if wanted else None for tensor, wanted in zip((hidden, weight), asked, strict=True)]
+    return [
+        torch.zeros_like(tensor) if wanted else None for tensor, wanted in zip((hidden, weight), asked, strict=True)
+    ]
 
 
 class _LogProbs(torch.autograd.Function):
-    """(log p(y), H) with any upstream gradient; backward makes each chunk's logits again, or has kept them where there is one chunk."""
+    """(log p(y), H) with any upstream gradient; backward makes each chunk's logits again, or has
+    kept them where there is one chunk."""
 
     @staticmethod
     def forward(ctx, hidden, weight, positions, columns, temperature, entropy):
@@ -203,15 +224,23 @@ class _LogProbs(torch.autograd.Function):
         into = of_hidden, _real(of_weight if sums is None else sums, ctx.columns)
         for part in work.slices:
             logits, ctx.kept = work.logits(part) if ctx.kept is None else ctx.kept, None
-            work.gradients(part, logits, lse[part], entropies[part], grad_logprobs[part].contiguous(),
-                           grad_entropies[part].contiguous() if ctx.entropy else None, into)
+            work.gradients(
+                part,
+                logits,
+                lse[part],
+                entropies[part],
+                grad_logprobs[part].contiguous(),
+                grad_entropies[part].contiguous() if ctx.entropy else None,
+                into,
+            )
             del logits
         return of_hidden, of_weight, None, None, None, None
 
 
 class _NegativeLogLikelihood(torch.autograd.Function):
     """-sum log p(y). Its gradients are made in the forward pass, while a chunk's logits are there. What the weight's buffer gets is
-    added there and then, for an upstream gradient of 1; else they are scaled in the backward pass."""
+    added there and then, for an upstream gradient of 1; else they are scaled in the backward
+    pass."""
 
     @staticmethod
     def forward(ctx, hidden, weight, positions, columns):
@@ -232,8 +261,11 @@ class _NegativeLogLikelihood(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        if ctx.added and not grad.is_cuda and grad.item() != 1:  # on a GPU the host would wait for it
-            raise ValueError(f"next_token_nll: upstream gradient {grad.item():g}, but the output matrix's gradient was added for 1")
+        # on a GPU the host would wait for it
+        if ctx.added and not grad.is_cuda and grad.item() != 1:
+            raise ValueError(
+                f"next_token_nll: upstream gradient {grad.item():g}, but the output matrix's gradient was added for 1"
+            )
         # In place: these are this function's own, and a graph is walked once.
         of_hidden, of_weight = ctx.saved_tensors
         return *(None if made is None else made.mul_(grad) for made in (of_hidden, of_weight)), None, None
@@ -244,9 +276,11 @@ def _real(of_weight: torch.Tensor | None, columns: Columns) -> torch.Tensor | No
 
 
 def logprobs_and_entropy(hidden, weight, positions: Positions, columns: Columns, temperature: float, entropy: bool):
-    """log p(target) and, where ``entropy``, the distributions' entropies in nats (else meaningless), (N,) fp32, differentiable.
+    """log p(target) and, where ``entropy``, the distributions' entropies in nats (else
+    meaningless), (N,) fp32, differentiable.
 
-    ``hidden`` (M, H), ``weight`` (V / tp, H). Every rank's gradient of ``hidden`` is its columns' part: the sum over ranks is the whole.
+    ``hidden`` (M, H), ``weight`` (V / tp, H). Every rank's gradient of ``hidden`` is its columns'
+    part: the sum over ranks is the whole.
     """
     if not positions.index.numel():
         nothing = hidden[:0].float().sum(1) + weight[:0].float().sum(1)

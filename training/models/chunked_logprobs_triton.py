@@ -1,6 +1,8 @@
-"""The passes over logits of training.models.chunked_logprobs as Triton kernels, one each; imported on a GPU only.
+"""The passes over logits of training.models.chunked_logprobs as Triton kernels, one each; imported
+on a GPU only.
 
-They are bound by memory: forward reads the fp32 logits once, backward reads them once and writes their gradient.
+They are bound by memory: forward reads the fp32 logits once, backward reads them once and writes
+their gradient.
 """
 
 from __future__ import annotations
@@ -11,8 +13,18 @@ import triton.language as tl
 
 
 @triton.jit(do_not_specialize=["inverse"])
-def _statistics(logits_ptr, target_ptr, highest_ptr, total_ptr, weighted_ptr, chosen_ptr, inverse, columns: tl.constexpr,
-                ENTROPY: tl.constexpr, BLOCK: tl.constexpr):
+def _statistics(
+    logits_ptr,
+    target_ptr,
+    highest_ptr,
+    total_ptr,
+    weighted_ptr,
+    chosen_ptr,
+    inverse,
+    columns: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """One row: a running maximum, and sums relative to it."""
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * columns
@@ -36,8 +48,19 @@ def _statistics(logits_ptr, target_ptr, highest_ptr, total_ptr, weighted_ptr, ch
 
 
 @triton.jit(do_not_specialize=["inverse"])
-def _to_gradient(logits_ptr, into_ptr, target_ptr, lse_ptr, entropy_ptr, grad_logprob_ptr, grad_entropy_ptr, columns, inverse,
-                 ENTROPY: tl.constexpr, BLOCK: tl.constexpr):
+def _to_gradient(
+    logits_ptr,
+    into_ptr,
+    target_ptr,
+    lse_ptr,
+    entropy_ptr,
+    grad_logprob_ptr,
+    grad_entropy_ptr,
+    columns,
+    inverse,
+    ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """BLOCK columns of one row."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -56,8 +79,21 @@ def statistics(logits: torch.Tensor, target: torch.Tensor, temperature: float, e
     return tuple(made)
 
 
-def to_gradient(logits, target, lse, entropy, grad_logprob, grad_entropy, temperature: float, into: torch.Tensor) -> None:
+def to_gradient(
+    logits, target, lse, entropy, grad_logprob, grad_entropy, temperature: float, into: torch.Tensor
+) -> None:
     wanted, block = grad_entropy is not None, 4096
     _to_gradient[(logits.size(0), triton.cdiv(logits.size(1), block))](
-        logits, into, target, lse, entropy if wanted else lse, grad_logprob, grad_entropy if wanted else lse,
-        logits.size(1), 1 / temperature, wanted, block, num_warps=8)
+        logits,
+        into,
+        target,
+        lse,
+        entropy if wanted else lse,
+        grad_logprob,
+        grad_entropy if wanted else lse,
+        logits.size(1),
+        1 / temperature,
+        wanted,
+        block,
+        num_warps=8,
+    )

@@ -1,4 +1,5 @@
-"""The engine's forward pass on plain weights: what the families have in common. A family's own parts are in training/models/NAME/decoder.py."""
+"""The engine's forward pass on plain weights: what the families have in common. A family's own
+parts are in training/models/NAME/decoder.py."""
 
 from __future__ import annotations
 
@@ -14,9 +15,11 @@ from training.models.kv_cache import Batch
 
 
 class Decoder:
-    """This rank's tensor-parallel slice of all layers. ``weights``: megatron-core's names with the layers' numbers in the whole model.
+    """This rank's tensor-parallel slice of all layers. ``weights``: megatron-core's names with the
+    layers' numbers in the whole model.
 
-    ``group``: the generation's tensor-parallel group, None for one rank. Weights are read where they are, never copied.
+    ``group``: the generation's tensor-parallel group, None for one rank. Weights are read where
+    they are, never copied.
     """
 
     slopes: torch.Tensor | None = None
@@ -33,7 +36,9 @@ class Decoder:
         self.head = self.embedding if shape.tied else weights[OUTPUT]
         self.last_norm = self.pair("decoder.final_layernorm")
         names = [weight.key.removesuffix(".weight") for weight in shape.table.layer if weight.key.endswith(".weight")]
-        self.blocks = [{name: self.pair(f"decoder.layers.{layer}.{name}") for name in names} for layer in range(shape.layers)]
+        self.blocks = [
+            {name: self.pair(f"decoder.layers.{layer}.{name}") for name in names} for layer in range(shape.layers)
+        ]
 
     def pair(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight and bias; no bias: None."""
@@ -48,19 +53,27 @@ class Decoder:
         return self.sum(F.embedding(torch.where(here, local, 0), self.embedding) * here[:, None])
 
     def place(self, query: torch.Tensor, key: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Query (T, kv_heads, group, D) and key (T, kv_heads, D) where positions are part of them."""
+        """Query (T, kv_heads, group, D) and key (T, kv_heads, D) where positions are part of
+        them."""
         return query, key
 
     def feed_forward(self, normed: torch.Tensor, block) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """This rank's part of the output (T, H), and the bias that is added once to the sum over ranks."""
+        """This rank's part of the output (T, H), and the bias that is added once to the sum over
+        ranks."""
         raise NotImplementedError
 
     def workspace(self, tokens: int) -> int:
-        """Bytes that a forward pass of ``tokens`` takes at its worst moment, in the feed-forward part."""
-        return tokens * (2 * (2 if self.shape.gated else 1) * self.shape.ffn // self.size + 6 * self.shape.hidden) * self.dtype.itemsize
+        """Bytes that a forward pass of ``tokens`` takes at its worst moment, in the feed-forward
+        part."""
+        return (
+            tokens
+            * (2 * (2 if self.shape.gated else 1) * self.shape.ffn // self.size + 6 * self.shape.hidden)
+            * self.dtype.itemsize
+        )
 
     def fill(self, tokens: torch.Tensor, cache: torch.Tensor, batch: Batch) -> None:
-        """Keys and values of ``tokens`` (T,) into the cache (layers, 2, pages, heads, page, D). Of the last layer nothing else is made."""
+        """Keys and values of ``tokens`` (T,) into the cache (layers, 2, pages, heads, page, D). Of
+        the last layer nothing else is made."""
         self._run(tokens, cache, batch, only_fill=True)
 
     def next_hidden(self, tokens: torch.Tensor, cache: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -70,11 +83,14 @@ class Decoder:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """fp32 logits of the tokens that follow, from last hidden states (T, H).
 
-        (T, vocab) of one rank; of several each rank's own columns (T, padded vocabulary / ranks), -inf beyond the vocabulary: shapes, and
-        so the kernels that read them, are the same on every rank.
+        (T, vocab) of one rank; of several each rank's own columns (T, padded vocabulary / ranks),
+        -inf beyond the vocabulary: shapes, and so the kernels that read them, are the same on every
+        rank.
         """
         if hidden.is_cuda and hidden.dtype != torch.float32:
-            logits = torch.mm(hidden, self.head.t(), out_dtype=torch.float32)  # bf16 would be off by up to 1/256 of a logit
+            logits = torch.mm(
+                hidden, self.head.t(), out_dtype=torch.float32
+            )  # bf16 would be off by up to 1/256 of a logit
         else:
             logits = F.linear(hidden, self.head).float()
         if not self.group:
@@ -98,12 +114,15 @@ class Decoder:
 
     def _run(self, tokens, cache, batch: Batch, only_fill: bool) -> torch.Tensor | None:
         ops, eps, scale, group = self.ops, self.shape.eps, self.head_dim**-0.5, self.heads // self.kv_heads
-        # The residual stream in fp32: in bf16 the rounding of two additions a layer would be most of the error of a log-probability.
+        # The residual stream in fp32: in bf16 the rounding of two additions a layer would be most
+        # of the error of a log-probability.
         hidden = self.embed(tokens).float()
         delta = bias = None
         for layer, block in enumerate(self.blocks):
             normed = ops.residual_norm(hidden, delta, bias, *block["input_layernorm"], eps)
-            mixed = F.linear(normed, *block["self_attention.linear_qkv"]).view(-1, self.kv_heads, group + 2, self.head_dim)
+            mixed = F.linear(normed, *block["self_attention.linear_qkv"]).view(
+                -1, self.kv_heads, group + 2, self.head_dim
+            )
             query, key = self.place(mixed[:, :, :group], mixed[:, :, group], batch)
             ops.write(cache[layer], key, mixed[:, :, group + 1], batch)
             if only_fill and layer == self.layers - 1:

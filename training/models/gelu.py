@@ -1,7 +1,8 @@
-"""GELU by its tanh formula of a sum with a bias, whose backward pass reads and writes each tensor once.
+"""GELU by its tanh formula of a sum with a bias, whose backward pass reads and writes each tensor
+once.
 
-torch's compiler makes two kernels of it where there are many tokens, one for the gradient of the inputs and one that computes it again for
-the bias's, a sum over tokens.
+torch's compiler makes two kernels of it where there are many tokens, one for the gradient of the
+inputs and one that computes it again for the bias's, a sum over tokens.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import torch.nn.functional as F
 
 @torch.library.custom_op("convoy::gelu_backward", mutates_args=())
 def gelu_backward(grad: torch.Tensor, inputs: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of inputs (N, C) and bias (C,) for ``grad`` (N, C) of gelu(inputs + bias); sums in fp32."""
+    """The gradients of inputs (N, C) and bias (C,) for ``grad`` (N, C) of gelu(inputs + bias); sums
+    in fp32."""
     if grad.is_cuda:
         from training.models import gelu_triton
 
@@ -36,7 +38,9 @@ class _Gelu(torch.autograd.Function):
     def backward(ctx, grad):
         inputs, bias = ctx.saved_tensors
         columns = grad.size(-1)
-        of_inputs, of_bias = torch.ops.convoy.gelu_backward(grad.reshape(-1, columns).contiguous(), inputs.reshape(-1, columns), bias)
+        of_inputs, of_bias = torch.ops.convoy.gelu_backward(
+            grad.reshape(-1, columns).contiguous(), inputs.reshape(-1, columns), bias
+        )
         return of_inputs.view_as(inputs), of_bias
 
 

@@ -11,9 +11,20 @@ STRIP = 256
 
 
 @triton.jit
-def _gelu_backward(grad_ptr, inputs_ptr, bias_ptr, made_ptr, sums_ptr, rows, columns, STRIP: tl.constexpr, ROWS: tl.constexpr,
-              COLUMNS: tl.constexpr):
-    """gelu(x) = x s with s = sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3), so gelu' = s + 2 x u' s (1 - s)."""
+def _gelu_backward(
+    grad_ptr,
+    inputs_ptr,
+    bias_ptr,
+    made_ptr,
+    sums_ptr,
+    rows,
+    columns,
+    STRIP: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """gelu(x) = x s with s = sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3), so gelu' = s + 2 x
+    u' s (1 - s)."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     strip = tl.program_id(1)
     bias = tl.load(bias_ptr + column, column < columns, 0.0).to(tl.float32)
@@ -34,5 +45,7 @@ def _gelu_backward(grad_ptr, inputs_ptr, bias_ptr, made_ptr, sums_ptr, rows, col
 def backward(grad: torch.Tensor, inputs: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     rows, columns = grad.shape
     made, sums = torch.empty_like(grad), torch.empty(triton.cdiv(rows, STRIP), columns, device=grad.device)
-    _gelu_backward[(triton.cdiv(columns, 256), sums.size(0))](grad, inputs, bias, made, sums, rows, columns, STRIP, 16, 256, num_warps=4)
+    _gelu_backward[(triton.cdiv(columns, 256), sums.size(0))](
+        grad, inputs, bias, made, sums, rows, columns, STRIP, 16, 256, num_warps=4
+    )
     return made, sums.sum(0).to(bias.dtype)

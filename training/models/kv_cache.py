@@ -1,6 +1,7 @@
 """The paged key-value cache and what a slot holds: the engine's tensors.
 
-Keys and values stand as (layer, 2, page, head, token of the page, head dimension): what one head reads of a page is one piece of memory.
+Keys and values stand as (layer, 2, page, head, token of the page, head dimension): what one head
+reads of a page is one piece of memory.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ def token_bytes(layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -
 
 
 class Slots:
-    """Where each running row stands, on the device, so that a decode step needs nothing from the host. Slot ``rows`` is nobody's.
+    """Where each running row stands, on the device, so that a decode step needs nothing from the
+    host. Slot ``rows`` is nobody's.
 
-    ``table`` (slots, pages of the longest row) int32; the others (slots,): ``last`` sampled token, ``position`` it goes to, ``step``
-    (response tokens so far), ``temperature``, ``top_k``, ``top_p``, ``penalty``; ``uniforms`` (slots, steps); ``seen`` (slots, V) bool.
+    ``table`` (slots, pages of the longest row) int32; the others (slots,): ``last`` sampled token,
+    ``position`` it goes to, ``step`` (response tokens so far), ``temperature``, ``top_k``,
+    ``top_p``, ``penalty``; ``uniforms`` (slots, steps); ``seen`` (slots, V) bool.
     """
 
     def __init__(self, rows: int, pages: int, steps: int, vocab: int, penalised: bool, device: torch.device):
@@ -45,9 +48,13 @@ class Slots:
         slots = self.put([row.slot for row in rows], torch.int64)
         asked = [row.request.sampling for row in rows]
         for name, values in {
-            "last": [row.text(row.length - 1, 1)[0] for row in rows], "position": [row.length - 1 for row in rows],
-            "step": [row.launched for row in rows], "top_k": [one.top_k for one in asked], "top_p": [one.top_p for one in asked],
-            "temperature": [one.temperature for one in asked], "penalty": [one.repetition_penalty for one in asked],
+            "last": [row.text(row.length - 1, 1)[0] for row in rows],
+            "position": [row.length - 1 for row in rows],
+            "step": [row.launched for row in rows],
+            "top_k": [one.top_k for one in asked],
+            "top_p": [one.top_p for one in asked],
+            "temperature": [one.temperature for one in asked],
+            "penalty": [one.repetition_penalty for one in asked],
         }.items():
             tensor = getattr(self, name)
             tensor[slots] = self.put(values, tensor.dtype)
@@ -81,14 +88,26 @@ class Slots:
 
 
 class Batch:
-    """Where the T new tokens of a forward pass stand: some of each of S sequences, one sequence after the other; one each in a decode step.
+    """Where the T new tokens of a forward pass stand: some of each of S sequences, one sequence
+    after the other; one each in a decode step.
 
-    ``table`` (S, P) int32 pages; ``lengths`` (S,) tokens of each sequence with its new ones, none over ``longest``; ``position`` (T,) of
-    each new token in its sequence; ``pages``, ``offsets`` (T,): where its keys go. Of prefill alone: ``counts``, new tokens of each
-    sequence, ``starts`` (S + 1,), the first of each in the flat batch, and ``owner`` (T,), each token's sequence.
+    ``table`` (S, P) int32 pages; ``lengths`` (S,) tokens of each sequence with its new ones, none
+    over ``longest``; ``position`` (T,) of each new token in its sequence; ``pages``, ``offsets``
+    (T,): where its keys go. Of prefill alone: ``counts``, new tokens of each sequence, ``starts``
+    (S + 1,), the first of each in the flat batch, and ``owner`` (T,), each token's sequence.
     """
 
-    def __init__(self, table, lengths, position, page: int, longest: int, starts=None, counts: list[int] | None = None, owner=None):
+    def __init__(
+        self,
+        table,
+        lengths,
+        position,
+        page: int,
+        longest: int,
+        starts=None,
+        counts: list[int] | None = None,
+        owner=None,
+    ):
         self.table, self.lengths, self.position, self.starts = table, lengths, position, starts
         self.counts, self.longest, self.longest_query = counts, longest, max(counts) if counts else 1
         owner = torch.arange(len(position), device=position.device) if owner is None else owner

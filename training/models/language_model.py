@@ -1,7 +1,9 @@
-"""A language model on megatron-core, its layers as a ModuleSpec: all of it that does not depend on the family.
+"""A language model on megatron-core, its layers as a ModuleSpec: all of it that does not depend on
+the family.
 
-What does is one file a family: training/models/NAME/table.py says what its config.json means and which tensors it has, training/models/NAME/module.py
-has its modules (``SETTINGS`` of TransformerConfig, the norm and ``FeedForward``).
+What does is one file a family: training/models/NAME/table.py says what its config.json means and
+which tensors it has, training/models/NAME/module.py has its modules (``SETTINGS`` of
+TransformerConfig, the norm and ``FeedForward``).
 """
 
 from __future__ import annotations
@@ -18,7 +20,11 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType, ModelType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_block import (
+    TransformerBlock,
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
@@ -38,28 +44,50 @@ def modules(shape: Shape) -> ModuleType:
 
 
 def transformer_config(shape: Shape, trainer, head: str = "lm") -> TransformerConfig:
-    """megatron-core's configuration of ``shape`` under a trainer's layout and precision (training.config.trainers.TrainerConfig)."""
+    """megatron-core's configuration of ``shape`` under a trainer's layout and precision
+    (training.config.trainers.TrainerConfig)."""
     dtype = torch.bfloat16 if trainer.precision == "bf16" else torch.float32
     backend = attention_backends.choose(trainer.attention, groups.device().type, dtype, shape.head_dim)
     interleaved = trainer.virtual_pipeline > 1
     config = TransformerConfig(
-        num_layers=shape.layers, hidden_size=shape.hidden, num_attention_heads=shape.heads, num_query_groups=shape.groups,
-        ffn_hidden_size=shape.ffn, layernorm_epsilon=shape.eps, hidden_dropout=0.0, attention_dropout=0.0,
-        **modules(shape).SETTINGS, bias_activation_fusion=False, bias_dropout_fusion=False,
-        masked_softmax_fusion=False, gradient_accumulation_fusion=False, persist_layer_norm=False,
-        tensor_model_parallel_size=trainer.tensor_parallel, pipeline_model_parallel_size=trainer.pipeline_parallel,
+        num_layers=shape.layers,
+        hidden_size=shape.hidden,
+        num_attention_heads=shape.heads,
+        num_query_groups=shape.groups,
+        ffn_hidden_size=shape.ffn,
+        layernorm_epsilon=shape.eps,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        **modules(shape).SETTINGS,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        tensor_model_parallel_size=trainer.tensor_parallel,
+        pipeline_model_parallel_size=trainer.pipeline_parallel,
         virtual_pipeline_model_parallel_size=trainer.virtual_pipeline if interleaved else None,
         pipeline_model_parallel_layout=pipeline_layout(shape, trainer, head),
-        # With two stages megatron-core's default of batched messages gives the interleaved schedule wrong gradients, silently.
-        overlap_p2p_comm=interleaved, batch_p2p_comm=not interleaved,
-        sequence_parallel=trainer.sequence_parallel, params_dtype=dtype, pipeline_dtype=dtype, bf16=dtype == torch.bfloat16,
-        **RECOMPUTE[trainer.recompute], recompute_modules=["core_attn"] if backend == "sdpa" else [],  # the others keep no scores
-        init_method=no_init, output_layer_init_method=no_init, use_cpu_initialization=False,
-        calculate_per_token_loss=True,  # one denominator for the whole global batch, on every layout
+        # With two stages megatron-core's default of batched messages gives the interleaved schedule
+        # wrong gradients, silently.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        sequence_parallel=trainer.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        **RECOMPUTE[trainer.recompute],
+        recompute_modules=["core_attn"] if backend == "sdpa" else [],  # the others keep no scores
+        init_method=no_init,
+        output_layer_init_method=no_init,
+        use_cpu_initialization=False,
+        # one denominator for the whole global batch, on every layout
+        calculate_per_token_loss=True,
     )
     config.core_attention, config.alibi, config.fused = backend, shape.alibi, trainer.fused
     config.lora = lora.Lora(trainer.lora_rank, trainer.lora_alpha, trainer.seed) if trainer.lora_rank else None
-    # Adapters' messages between tensor-parallel ranks are megatron-core's own, which can't be compiled.
+    # Adapters' messages between tensor-parallel ranks are megatron-core's own, which can't be
+    # compiled.
     messages = trainer.tensor_parallel > 1 and trainer.lora_rank
     config.compiled = trainer.compile and groups.device().type == "cuda" and backend != "sdpa" and not messages
     return config
@@ -73,7 +101,8 @@ RECOMPUTE = {
 
 
 def pipeline_layout(shape: Shape, trainer, head: str) -> list[list[str]] | None:
-    """What each part of the pipeline holds, in the model's order, as megatron-core wants it; None without a pipeline."""
+    """What each part of the pipeline holds, in the model's order, as megatron-core wants it; None
+    without a pipeline."""
     if trainer.pipeline_parallel == 1:
         return None
     stages = shape.chunk_layers(trainer.pipeline_parallel, trainer.virtual_pipeline, head)
@@ -84,16 +113,24 @@ def pipeline_layout(shape: Shape, trainer, head: str) -> list[list[str]] | None:
 
 
 def block_spec(config: TransformerConfig, shape: Shape, part: int | None) -> TransformerBlockSubmodules:
-    """Every submodule is named: megatron-core's defaults depend on whether Transformer Engine or Apex happen to be installed."""
+    """Every submodule is named: megatron-core's defaults depend on whether Transformer Engine or
+    Apex happen to be installed."""
     norm = norm_class(config.normalization, config.fused)
     column, row = lora.linears(config.lora)
-    attention = SelfAttentionSubmodules(linear_qkv=column, core_attention=CausalAttention, linear_proj=row,
-                                        q_layernorm=IdentityOp, k_layernorm=IdentityOp)
+    attention = SelfAttentionSubmodules(
+        linear_qkv=column,
+        core_attention=CausalAttention,
+        linear_proj=row,
+        q_layernorm=IdentityOp,
+        k_layernorm=IdentityOp,
+    )
     layer = ModuleSpec(
         module=CompiledLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
-            self_attention=ModuleSpec(module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention),
+            self_attention=ModuleSpec(
+                module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
+            ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
             mlp=modules(shape).FeedForward,
@@ -104,18 +141,23 @@ def block_spec(config: TransformerConfig, shape: Shape, part: int | None) -> Tra
 
 
 def documents_of(config: TransformerConfig, tokens: torch.Tensor, ids: torch.Tensor | None) -> Documents | None:
-    """What a model's layers are told of a batch's documents ``ids`` (B, T), or of rows that are one each (None)."""
+    """What a model's layers are told of a batch's documents ``ids`` (B, T), or of rows that are one
+    each (None)."""
     compiled = config.compiled and tokens.size(1) % attention_backends.FLEX_BLOCK == 0
     if not compiled and ids is None:
         return None
     packed = Documents(ids, compiled)
-    if compiled and config.core_attention == "flex":  # compiled layers read the block mask: it must be there
-        packed.blocks = attention_backends.causal_blocks(tokens.size(1), tokens.device) if ids is None else packed.blocks
+    # compiled layers read the block mask: it must be there
+    if compiled and config.core_attention == "flex":
+        packed.blocks = (
+            attention_backends.causal_blocks(tokens.size(1), tokens.device) if ids is None else packed.blocks
+        )
     return packed
 
 
 class LanguageModel(LanguageModule):
-    """This pipeline stage's part of the model; ``part``: which of its parts under the interleaved schedule.
+    """This pipeline stage's part of the model; ``part``: which of its parts under the interleaved
+    schedule.
 
     ``head`` "lm": tokens (B, T) -> training.models.heads.Output. ``head`` "scalar": -> (B, T) fp32.
     Stages before the last return hidden states (T, B, H). Weights are uninitialised: load them.
@@ -133,16 +175,32 @@ class LanguageModel(LanguageModule):
         first = tp.rank() * (padded // tp.size())
         self.columns = Columns(first, min(max(shape.vocab - first, 0), padded // tp.size()), tp)
         if self.pre_process:
-            self.embedding = LanguageModelEmbedding(config, padded, max_sequence_length=0, position_embedding_type="none", tp_group=tp)
+            self.embedding = LanguageModelEmbedding(
+                config, padded, max_sequence_length=0, position_embedding_type="none", tp_group=tp
+            )
             if shape.embedding_norm:
                 norm = norm_class(config.normalization, config.fused)
                 self.embedding_layernorm = norm(config, config.hidden_size, config.layernorm_epsilon)
-        self.decoder = TransformerBlock(config, block_spec(config, shape, part), pre_process=self.pre_process,
-                                        post_process=self.post_process, pg_collection=self.pg_collection, vp_stage=part)
+        self.decoder = TransformerBlock(
+            config,
+            block_spec(config, shape, part),
+            pre_process=self.pre_process,
+            post_process=self.post_process,
+            pg_collection=self.pg_collection,
+            vp_stage=part,
+        )
         if self.post_process and head == "lm":
             self.output_layer = tensor_parallel.ColumnParallelLinear(
-                config.hidden_size, padded, config=config, init_method=no_init, bias=False, skip_bias_add=False, gather_output=False,
-                skip_weight_param_allocation=self.pre_process and shape.tied, tp_group=tp)
+                config.hidden_size,
+                padded,
+                config=config,
+                init_method=no_init,
+                bias=False,
+                skip_bias_add=False,
+                gather_output=False,
+                skip_weight_param_allocation=self.pre_process and shape.tied,
+                tp_group=tp,
+            )
         elif self.post_process:
             self.score = ScalarHead(config, tp, shape.score_bias)
         if head == "lm" and (self.pre_process or self.post_process):
@@ -155,20 +213,28 @@ class LanguageModel(LanguageModule):
         self.decoder.set_input_tensor(tensor[0] if isinstance(tensor, list) else tensor)
 
     def forward(self, tokens, documents=None):
-        """``documents`` (B, T) int: the document of each token of a packed batch, on every stage; or what ``documents_of`` made of them."""
+        """``documents`` (B, T) int: the document of each token of a packed batch, on every stage;
+        or what ``documents_of`` made of them."""
         packed = documents if isinstance(documents, Documents) else documents_of(self.config, tokens, documents)
         hidden = self._embed(tokens) if self.pre_process else None
         if self.pre_process and self.shape.embedding_norm:
             hidden = self.embedding_layernorm(hidden)
         if self.pre_process and self.config.lora and torch.is_grad_enabled():
-            hidden.requires_grad_()  # a recomputed layer whose input asks for no gradient would give its adapters none
+            # a recomputed layer whose input asks for no gradient would give its adapters none
+            hidden.requires_grad_()
         angles = self._angles(tokens, packed.ids if packed else None)
-        hidden = self.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=angles, packed_seq_params=packed)
+        hidden = self.decoder(
+            hidden_states=hidden, attention_mask=None, rotary_pos_emb=angles, packed_seq_params=packed
+        )
         if not self.post_process:
             return hidden
         if self.head == "scalar":
             return self.score(hidden)
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
+        weight = (
+            self.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
+            else self.output_layer.weight
+        )
         return Output(hidden, weight, self.columns, self.config.sequence_parallel)
 
     def _angles(self, tokens, documents) -> torch.Tensor | None:
@@ -186,20 +252,24 @@ class LanguageModel(LanguageModule):
         return self.embedding(tokens, None)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
-        """Without megatron-core's ``_extra_state`` objects: they hold nothing here, and loading them would unpickle."""
+        """Without megatron-core's ``_extra_state`` objects: they hold nothing here, and loading
+        them would unpickle."""
         # megatron-core's LanguageModule takes an output layer for granted; a scalar head has none.
         parent = super() if self.head == "lm" else super(LanguageModule, self)
         state = parent.sharded_state_dict(prefix, sharded_offsets, metadata)
         for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
             if f"{prefix}{name}" in state:
-                state[f"{prefix}{name}"].allow_shape_mismatch = True  # vocabulary padding depends on TP
+                # vocabulary padding depends on TP
+                state[f"{prefix}{name}"].allow_shape_mismatch = True
         return {key: value for key, value in state.items() if not key.endswith("_extra_state")}
 
 
 class Interleaved(torch.nn.Module):
-    """The parts that a pipeline stage holds under the interleaved schedule, as one module to load, save and initialise.
+    """The parts that a pipeline stage holds under the interleaved schedule, as one module to load,
+    save and initialise.
 
-    Its forward pass is the schedule's. Names are local (``parts.1.decoder.layers.0...``), keys in a checkpoint are the model's.
+    Its forward pass is the schedule's. Names are local (``parts.1.decoder.layers.0...``), keys in a
+    checkpoint are the model's.
     """
 
     def __init__(self, config: TransformerConfig, shape: Shape, head: str):
@@ -222,5 +292,6 @@ class Interleaved(torch.nn.Module):
 
 
 def parts(model) -> list[torch.nn.Module]:
-    """The modules that megatron-core's schedules run: a model's parts in order, or the model itself."""
+    """The modules that megatron-core's schedules run: a model's parts in order, or the model
+    itself."""
     return list(model.parts) if isinstance(model, Interleaved) else list(model) if isinstance(model, list) else [model]

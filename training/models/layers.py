@@ -12,7 +12,8 @@ from training.models.attention_backends import expect_many_shapes
 
 
 class CompiledLayer(TransformerLayer):
-    """One graph for all layers of a model: norms, biases, GELU and residuals run in a few fused kernels.
+    """One graph for all layers of a model: norms, biases, GELU and residuals run in a few fused
+    kernels.
 
     Not compiled are generation, which has other shapes at every step, and the CPU.
     """

@@ -1,8 +1,11 @@
-"""Matrices whose gradients go straight into the fp32 buffer that sums them over micro-batches, without a bf16 tensor in between.
+"""Matrices whose gradients go straight into the fp32 buffer that sums them over micro-batches,
+without a bf16 tensor in between.
 
-Else each micro-batch writes a gradient, reads it again and adds it to the buffer: 30 of 650 ms at 7b1 on an H200. Here the matrix product
-adds to the buffer itself (cuBLAS rounds nothing on the way), and the embedding adds only the rows of its tokens. This is megatron-core's
-"gradient accumulation fusion", for which it needs Apex. Under tensor parallelism the products are training.models.tp_linear's.
+Else each micro-batch writes a gradient, reads it again and adds it to the buffer: 30 of 650 ms at
+7b1 on an H200. Here the matrix product adds to the buffer itself (cuBLAS rounds nothing on the
+way), and the embedding adds only the rows of its tokens. This is megatron-core's "gradient
+accumulation fusion", for which it needs Apex. Under tensor parallelism the products are
+training.models.tp_linear's.
 """
 
 from __future__ import annotations
@@ -16,11 +19,13 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from training.models import tp_linear
 
 _buffers: dict[int, weakref.ref] = {}
-"""Trained parameters that have a buffer, by their address: a compiled graph hands over tensors, not parameters."""
+"""Trained parameters that have a buffer, by their address: a compiled graph hands over tensors, not
+parameters."""
 
 
 def accumulate(model: torch.nn.Module) -> None:
-    """From now on gradients of ``model``'s matrices go into their ``main_grad`` (megatron-core's DistributedDataParallel made it)."""
+    """From now on gradients of ``model``'s matrices go into their ``main_grad`` (megatron-core's
+    DistributedDataParallel made it)."""
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dim() == 2:
             _buffers[parameter.data_ptr()] = weakref.ref(parameter)
@@ -45,17 +50,20 @@ def add_product(into: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> 
 
 @torch.library.custom_op("convoy::weight_gradient", mutates_args=())
 def weight_gradient(grad: torch.Tensor, inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """grad (N, V), inputs (N, H) -> the gradient of weight (V, H); where that was added to its buffer, memory that nobody reads.
+    """grad (N, V), inputs (N, H) -> the gradient of weight (V, H); where that was added to its
+    buffer, memory that nobody reads.
 
-    A custom op, so that the compiler does not look inside: a tensor of the right shape is all that autograd and the graph need.
-    It is declared to change nothing, so the compiler takes two calls with equal arguments for one (torch 2.13: half the
-    gradient). A compiled graph therefore uses a weight once; a layer does (tests/training/test_weight_gradient.py).
+    A custom op, so that the compiler does not look inside: a tensor of the right shape is all that
+    autograd and the graph need. It is declared to change nothing, so the compiler takes two calls
+    with equal arguments for one (torch 2.13: half the gradient). A compiled graph therefore uses a
+    weight once; a layer does (tests/training/test_weight_gradient.py).
     """
     into = buffer(weight)
     if into is None:
         return grad.t() @ inputs
     add_product(into, grad, inputs)
-    _buffers[weight.data_ptr()]().grad_added_to_main_grad = True  # DistributedDataParallel then drops what is returned
+    # DistributedDataParallel then drops what is returned
+    _buffers[weight.data_ptr()]().grad_added_to_main_grad = True
     return torch.empty_like(weight)
 
 
@@ -90,13 +98,16 @@ class _Embedding(torch.autograd.Function):
         into = buffer(weight)
         if into is None:
             return None, torch.zeros_like(weight).index_put_((tokens,), grad, accumulate=True)
-        into.index_put_((tokens,), grad.to(into.dtype), accumulate=True)  # sorts: always the same sum
+        # sorts: always the same sum
+        into.index_put_((tokens,), grad.to(into.dtype), accumulate=True)
         return None, None
 
 
 def embed(tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Rows of ``weight`` (V, H): (B, T) -> (T, B, H)."""
-    return _Embedding.apply(tokens.t().contiguous(), weight)  # rows of an index with other strides would come out with those
+    return _Embedding.apply(
+        tokens.t().contiguous(), weight
+    )  # rows of an index with other strides would come out with those
 
 
 class ColumnParallel(ColumnParallelLinear):
@@ -116,7 +127,8 @@ class RowParallel(RowParallelLinear):
 
     def _forward_impl(self, input, weight, bias=None, **kwargs):
         if not weight.requires_grad:
-            # Row-parallel layers pass no group; megatron-core looks it up and warns, and a warning breaks a compiled graph.
+            # Row-parallel layers pass no group; megatron-core looks it up and warns, and a warning
+            # breaks a compiled graph.
             return super()._forward_impl(input, weight, bias=bias, **{**kwargs, "tp_group": self.tp_group})
         return _Linear.apply(input, weight, bias)
 

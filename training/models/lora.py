@@ -1,10 +1,14 @@
-"""Low-rank adapters (Hu et al. 2021) on megatron-core's linear layers: y = W x + (alpha / r) B A x, with W frozen.
+"""Low-rank adapters (Hu et al. 2021) on megatron-core's linear layers: y = W x + (alpha / r) B A x,
+with W frozen.
 
-A column-parallel layer (qkv, fc1) has A whole on every tensor-parallel rank and its rows of B; a row-parallel one (proj, fc2) its columns
-of A and B whole. So adapters add one message of r numbers a token to a layer, and a merged rank is ``W + (alpha / r) B A`` of its own
-slices. Under sequence parallelism the whole ones see a part of the tokens each: their gradients are summed over tensor-parallel ranks.
+A column-parallel layer (qkv, fc1) has A whole on every tensor-parallel rank and its rows of B; a
+row-parallel one (proj, fc2) its columns of A and B whole. So adapters add one message of r numbers
+a token to a layer, and a merged rank is ``W + (alpha / r) B A`` of its own slices. Under sequence
+parallelism the whole ones see a part of the tokens each: their gradients are summed over
+tensor-parallel ranks.
 
-Checkpoints hold W, A, B and the scale. Whoever loads weights for another purpose (the next stage, the export) gets the merged W.
+Checkpoints hold W, A, B and the scale. Whoever loads weights for another purpose (the next stage,
+the export) gets the merged W.
 """
 
 from __future__ import annotations
@@ -63,7 +67,9 @@ class Adapted:
             if name in self.axes:
                 set_tensor_model_parallel_attributes(parameter, True, self.axes[name], 1)
             else:
-                parameter.sequence_parallel = self.config.sequence_parallel  # megatron-core then sums its gradient over ranks
+                parameter.sequence_parallel = (
+                    self.config.sequence_parallel
+                )  # megatron-core then sums its gradient over ranks
 
     def low(self, low: torch.Tensor) -> torch.Tensor:
         """A x of this rank's part -> what its B takes."""
@@ -76,14 +82,21 @@ class Adapted:
         return output + self.scale * F.linear(self.low(F.linear(input_, self.lora_a)), self.lora_b), bias
 
     def merged(self) -> torch.Tensor:
-        """This rank's slice of W + (alpha / r) B A, made in fp32; it knows, as W does, which axis is split."""
+        """This rank's slice of W + (alpha / r) B A, made in fp32; it knows, as W does, which axis
+        is split."""
         made = merge(self.weight, self.lora_a, self.lora_b, self.scale)
         copy_tensor_model_parallel_attributes(made, self.weight)
         return made
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
-        return make_sharded_tensors_for_checkpoint(self.state_dict(prefix="", keep_vars=True), prefix, self.axes, sharded_offsets,
-                                                   tp_group=self.tp_group, dp_cp_group=metadata["dp_cp_group"])
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            self.axes,
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
 
 
 class AdaptedColumn(Adapted, ColumnParallel):
@@ -124,13 +137,15 @@ def freeze(model: torch.nn.Module) -> None:
 
 
 def adapted(model: torch.nn.Module) -> list[tuple[str, int, Adapted]]:
-    """(name within its layer, the layer's number in the whole model from 0, module) of each adapted layer of this rank."""
+    """(name within its layer, the layer's number in the whole model from 0, module) of each adapted
+    layer of this rank."""
     return [(name, number, module) for name, number, module in _linears(model) if isinstance(module, Adapted)]
 
 
 @torch.no_grad()
 def initialise(model: torch.nn.Module) -> None:
-    """A uniform in +-1 / sqrt(inputs) (as peft), B zero: the model begins as it is without adapters. The same on every layout."""
+    """A uniform in +-1 / sqrt(inputs) (as peft), B zero: the model begins as it is without
+    adapters. The same on every layout."""
     for name, number, module in adapted(model):
         lora = module.config.lora
         generator = torch.Generator().manual_seed(lora.seed * 1_000_003 + 97 * number + NAMES.index(name))
@@ -139,13 +154,20 @@ def initialise(model: torch.nn.Module) -> None:
         module.lora_b.zero_()
 
 
-NAMES = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2", "mlp.linear_gate_up")
+NAMES = (
+    "self_attention.linear_qkv",
+    "self_attention.linear_proj",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+    "mlp.linear_gate_up",
+)
 """Of every family."""
 
 
 @contextlib.contextmanager
 def without(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """The model as it was before its adapters learnt, inside the block: a reference that needs no second copy."""
+    """The model as it was before its adapters learnt, inside the block: a reference that needs no
+    second copy."""
     found = [module for _, _, module in adapted(model)]
     for module in found:
         module.adapting = False
@@ -163,31 +185,42 @@ def merge(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) 
 
 @torch.no_grad()
 def absorb(folder: Path, model: torch.nn.Module) -> None:
-    """Add the adapters in a checkpoint's model folder, if it has any, to this rank's weights, which were loaded from it before.
+    """Add the adapters in a checkpoint's model folder, if it has any, to this rank's weights, which
+    were loaded from it before.
 
     Read whole on every rank: adapters are small. The folder's checksums have been verified.
     """
     reader = dcp.FileSystemReader(str(folder))
-    held = {key: torch.empty(described.size, dtype=described.properties.dtype)
-            for key, described in reader.read_metadata().state_dict_metadata.items() if MARK in key and not key.startswith("optimizer.")}
+    held = {
+        key: torch.empty(described.size, dtype=described.properties.dtype)
+        for key, described in reader.read_metadata().state_dict_metadata.items()
+        if MARK in key and not key.startswith("optimizer.")
+    }
     if not held:
         return
     dcp.load(held, storage_reader=reader, no_dist=True)
     for name, number, module in _linears(model):
-        a, b, scale = (held[f"decoder.layers.{name}.lora_{part}"][number].to(module.weight.device) for part in ("a", "b", "scale"))
+        a, b, scale = (
+            held[f"decoder.layers.{name}.lora_{part}"][number].to(module.weight.device) for part in ("a", "b", "scale")
+        )
         module.weight.copy_(merge(module.weight, _mine(module, "lora_a", a), _mine(module, "lora_b", b), scale.item()))
 
 
 def check_scale(model: torch.nn.Module) -> None:
-    """ConfigError where a checkpoint that was loaded to go on from has adapters of another scale."""
+    """ConfigError where a checkpoint that was loaded to go on from has adapters of another
+    scale."""
     for _, _, module in adapted(model):
         if abs(module.lora_scale.item() - module.scale) > 1e-6 * module.scale:
-            raise ConfigError(f"lora_alpha / lora_rank = {module.scale:g}, but the checkpoint was made with {module.lora_scale.item():g}; "
-                              "resume with the same values, or start the stage anew")
+            raise ConfigError(
+                f"lora_alpha / lora_rank = {module.scale:g}, but the checkpoint was made with {module.lora_scale.item():g}; "
+                "resume with the same values, or start the stage anew"
+            )
 
 
 def _linears(model: torch.nn.Module) -> Iterator[tuple[str, int, torch.nn.Module]]:
-    for block in (part for part in model.modules() if hasattr(part, "layer_number") and hasattr(part, "pre_mlp_layernorm")):
+    for block in (
+        part for part in model.modules() if hasattr(part, "layer_number") and hasattr(part, "pre_mlp_layernorm")
+    ):
         for name, module in block.named_modules():
             if name in NAMES:
                 yield name, block.layer_number - 1, module

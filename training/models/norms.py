@@ -1,4 +1,5 @@
-"""Norms, and fused kernels of NVIDIA's Apex and Transformer Engine: used where they are asked for by key (``fused``)."""
+"""Norms, and fused kernels of NVIDIA's Apex and Transformer Engine: used where they are asked for
+by key (``fused``)."""
 
 from __future__ import annotations
 
@@ -11,12 +12,13 @@ from training.config.schema import ConfigError
 
 
 def no_init(weight: torch.Tensor) -> None:
-    """Weights always come from a checkpoint. (``perform_initialization=False`` would also drop the tensor-parallel
-    attributes of the parameters, and gradient norms would silently be wrong.)"""
+    """Weights always come from a checkpoint. (``perform_initialization=False`` would also drop the
+    tensor-parallel attributes of the parameters, and gradient norms would silently be wrong.)"""
 
 
 class LayerNorm(torch.nn.LayerNorm):
-    """torch's layer norm, with the flag that sequence parallelism needs (megatron-core's wrapper refuses it)."""
+    """torch's layer norm, with the flag that sequence parallelism needs (megatron-core's wrapper
+    refuses it)."""
 
     def __init__(self, config, hidden_size, eps=1e-5, **_):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
@@ -40,8 +42,8 @@ FUSED = {"torch": "torch", "te": "Transformer Engine", "apex": "Apex"}
 def check(fused: str) -> None:
     """Raise ConfigError where the kernels asked for are not here, whole.
 
-    The ``apex`` of PyPI is a web project: NVIDIA's has ``apex.optimizers``, and compiled with --cpp_ext --cuda_ext
-    also ``amp_C``.
+    The ``apex`` of PyPI is a web project: NVIDIA's has ``apex.optimizers``, and compiled with
+    --cpp_ext --cuda_ext also ``amp_C``.
     """
     if fused == "torch":
         return
@@ -53,7 +55,9 @@ def check(fused: str) -> None:
     elif fused == "apex" and not _imports("apex.optimizers"):
         problem = "needs NVIDIA's Apex, which is not installed here (https://github.com/NVIDIA/apex; PyPI's apex is another project)"
     elif fused == "apex" and not (_imports("amp_C") and _imports("fused_layer_norm_cuda")):
-        problem = "needs Apex with its CUDA extensions, which this one lacks: install it again with --cpp_ext --cuda_ext"
+        problem = (
+            "needs Apex with its CUDA extensions, which this one lacks: install it again with --cpp_ext --cuda_ext"
+        )
     if problem:
         raise ConfigError(f'fused = "{fused}" {problem}; or set fused = "torch"')
 
@@ -74,9 +78,11 @@ class RMSNorm(torch.nn.RMSNorm):
 
 @functools.cache
 def norm_class(kind: str = "LayerNorm", fused: str = "torch") -> type:
-    """The norm of this run, "LayerNorm" or "RMSNorm", called as (config, hidden_size, eps). Apex's is for layer norms alone.
+    """The norm of this run, "LayerNorm" or "RMSNorm", called as (config, hidden_size, eps). Apex's
+    is for layer norms alone.
 
-    torch's by default: the compiled layer fuses them with what is around them, which is what was measured.
+    torch's by default: the compiled layer fuses them with what is around them, which is what was
+    measured.
     """
     check(fused)
     if fused == "te":
@@ -89,7 +95,8 @@ def norm_class(kind: str = "LayerNorm", fused: str = "torch") -> type:
         from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
 
         class ApexLayerNorm(FusedLayerNorm):
-            """Made on the CPU in fp32 by megatron-core, which then casts whole models; ours are made where they stay."""
+            """Made on the CPU in fp32 by megatron-core, which then casts whole models; ours are
+            made where they stay."""
 
             def __init__(self, config, hidden_size, eps=1e-5):
                 super().__init__(config, hidden_size, eps)

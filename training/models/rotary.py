@@ -1,7 +1,9 @@
-"""Rotary embedding (Su et al. 2021): angles by position, in the form that megatron-core's attention rotates queries and keys with.
+"""Rotary embedding (Su et al. 2021): angles by position, in the form that megatron-core's attention
+rotates queries and keys with.
 
-A score depends on the distance of query and key alone, but sines and cosines of the positions are rounded to the activations' type, so
-positions count from the first token of each document: packing then changes no number.
+A score depends on the distance of query and key alone, but sines and cosines of the positions are
+rounded to the activations' type, so positions count from the first token of each document: packing
+then changes no number.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ def _angles(theta: float, dim: int, length: int, device: torch.device) -> torch.
 
 
 def angles(theta: float, dim: int, length: int, positions: torch.Tensor | None, device: torch.device) -> torch.Tensor:
-    """(T, B or 1, 1, dim) fp32 radians: the two halves of a head are the pairs' first and second components (not interleaved).
+    """(T, B or 1, 1, dim) fp32 radians: the two halves of a head are the pairs' first and second
+    components (not interleaved).
 
     ``positions`` (B, T) below ``length``; None = 0, 1, ... of each row.
     """
@@ -33,7 +36,8 @@ def angles(theta: float, dim: int, length: int, positions: torch.Tensor | None, 
 
 
 def of_documents(ids: torch.Tensor) -> torch.Tensor:
-    """Position (B, T) of each token in its document; ``ids`` (B, T) as training.models.attention.Documents has them."""
+    """Position (B, T) of each token in its document; ``ids`` (B, T) as
+    training.models.attention.Documents has them."""
     place = torch.arange(ids.size(1), device=ids.device).expand_as(ids)
     starts = torch.ones_like(ids, dtype=torch.bool)
     starts[:, 1:] = ids[:, 1:] != ids[:, :-1]

@@ -1,14 +1,17 @@
-"""Matrix products of tensor parallelism with their messages: single operations, so that a compiled layer can hold them.
+"""Matrix products of tensor parallelism with their messages: single operations, so that a compiled
+layer can hold them.
 
-A column-parallel matrix (qkv, fc1) gives each rank its columns of the result from all of the input; a row-parallel one (proj, fc2) a part
-of a sum over ranks (Shoeybi et al. 2019). Under sequence parallelism (Korthikanti et al. 2022), ``scattered``, a rank has T / t of the
-tokens outside: they are gathered before a column-parallel product, and the sum of a row-parallel one is scattered.
+A column-parallel matrix (qkv, fc1) gives each rank its columns of the result from all of the input;
+a row-parallel one (proj, fc2) a part of a sum over ranks (Shoeybi et al. 2019). Under sequence
+parallelism (Korthikanti et al. 2022), ``scattered``, a rank has T / t of the tokens outside: they
+are gathered before a column-parallel product, and the sum of a row-parallel one is scattered.
 
-megatron-core's own run the same messages beside the product of the weight's gradient, too, but add that gradient to its fp32 buffer in
-a pass of its own, and a compiler can't look through their asynchronous calls.
+megatron-core's own run the same messages beside the product of the weight's gradient, too, but add
+that gradient to its fp32 buffer in a pass of its own, and a compiler can't look through their
+asynchronous calls.
 
-The group is always megatron-core's of tensor parallelism, of which a graph knows the size t alone, ``ranks``: named in it, each rank and
-layout would compile a graph of its own.
+The group is always megatron-core's of tensor parallelism, of which a graph knows the size t alone,
+``ranks``: named in it, each rank and layout would compile a graph of its own.
 """
 
 from __future__ import annotations
@@ -38,7 +41,8 @@ def _gathered(part: torch.Tensor, ranks: int, later: bool = False):
 
 
 def _summed(partial: torch.Tensor, ranks: int, scattered: bool, later: bool = False):
-    """The sum over ranks, of which each gets T / t tokens if ``scattered``; ``partial`` is overwritten or not. As ``_gathered``."""
+    """The sum over ranks, of which each gets T / t tokens if ``scattered``; ``partial`` is
+    overwritten or not. As ``_gathered``."""
     if not scattered:
         return partial, dist.all_reduce(partial, group=_group(ranks), async_op=later)
     mine = partial.new_empty((partial.size(0) // ranks, *partial.shape[1:]))
@@ -47,7 +51,11 @@ def _summed(partial: torch.Tensor, ranks: int, scattered: bool, later: bool = Fa
 
 def _weight_gradient(grad: torch.Tensor, inputs: torch.Tensor, weight: torch.Tensor, learns: bool) -> torch.Tensor:
     """Where nobody asks: nothing."""
-    return torch.ops.convoy.weight_gradient(_flat(grad).contiguous(), _flat(inputs), weight) if learns else weight.new_empty(0)
+    return (
+        torch.ops.convoy.weight_gradient(_flat(grad).contiguous(), _flat(inputs), weight)
+        if learns
+        else weight.new_empty(0)
+    )
 
 
 @torch.library.custom_op("convoy::column", mutates_args=())
@@ -61,9 +69,11 @@ def _(inputs, weight, ranks, scattered):
 
 
 @torch.library.custom_op("convoy::column_backward", mutates_args=())
-def column_backward(grad: torch.Tensor, inputs: torch.Tensor, weight: torch.Tensor, ranks: int, scattered: bool,
-                    learns: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of inputs and weight; the messages run beside the products that do not need them."""
+def column_backward(
+    grad: torch.Tensor, inputs: torch.Tensor, weight: torch.Tensor, ranks: int, scattered: bool, learns: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of inputs and weight; the messages run beside the products that do not need
+    them."""
     whole, gathering = _gathered(inputs, ranks, later=True) if scattered and learns else (inputs, None)
     partial = grad @ weight
     of_inputs, summing = _summed(partial, ranks, scattered, later=True)
@@ -85,8 +95,9 @@ def _(inputs, weight, ranks, scattered):
 
 
 @torch.library.custom_op("convoy::row_backward", mutates_args=())
-def row_backward(grad: torch.Tensor, inputs: torch.Tensor, weight: torch.Tensor, ranks: int, scattered: bool,
-                 learns: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def row_backward(
+    grad: torch.Tensor, inputs: torch.Tensor, weight: torch.Tensor, ranks: int, scattered: bool, learns: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     whole = _gathered(grad, ranks)[0] if scattered else grad
     return whole @ weight, _weight_gradient(whole, inputs, weight, learns)
 
@@ -130,10 +141,12 @@ class _Row(torch.autograd.Function):
 
 
 def column_product(inputs: torch.Tensor, weight: torch.Tensor, ranks: int, scattered: bool) -> torch.Tensor:
-    """(T, B, H), or (T / t, B, H) if ``scattered``, times this rank's rows of a column-parallel ``weight`` (V / t, H): (T, B, V / t)."""
+    """(T, B, H), or (T / t, B, H) if ``scattered``, times this rank's rows of a column-parallel
+    ``weight`` (V / t, H): (T, B, V / t)."""
     return _Column.apply(inputs, weight, ranks, scattered)
 
 
 def row_product(inputs: torch.Tensor, weight: torch.Tensor, ranks: int, scattered: bool) -> torch.Tensor:
-    """(T, B, F / t) times this rank's columns of a row-parallel ``weight`` (H, F / t), summed: (T, B, H), or (T / t, B, H)."""
+    """(T, B, F / t) times this rank's columns of a row-parallel ``weight`` (H, F / t), summed: (T,
+    B, H), or (T / t, B, H)."""
     return _Row.apply(inputs, weight, ranks, scattered)

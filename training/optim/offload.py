@@ -1,8 +1,9 @@
 """Tensors that wait in host memory while the GPU has no use for them.
 
-Storages are moved, not tensors: an empty storage keeps its views (a parameter in megatron-core's buffer, an optimizer's slice of it), and
-they are right again when it is full again. Copies run on streams of their own, beside what the GPU computes. On the CPU the same is done
-with plain copies, so that tests run what a GPU runs.
+Storages are moved, not tensors: an empty storage keeps its views (a parameter in megatron-core's
+buffer, an optimizer's slice of it), and they are right again when it is full again. Copies run on
+streams of their own, beside what the GPU computes. On the CPU the same is done with plain copies,
+so that tests run what a GPU runs.
 """
 
 from __future__ import annotations
@@ -21,18 +22,25 @@ from training.models.language_model import LanguageModel
 ALIGNMENT = 512
 """Bytes: each storage's place in the host buffer begins at a multiple."""
 TOUCHERS = 8
-"""Threads that make a buffer's pages: one alone takes longer than all copies of a run's first iterations."""
+"""Threads that make a buffer's pages: one alone takes longer than all copies of a run's first
+iterations."""
 
 
 class Offloaded:
-    """The storages of ``tensors``, in host memory from now on, pinned where there is CUDA. ``wake`` and ``sleep`` move them.
+    """The storages of ``tensors``, in host memory from now on, pinned where there is CUDA. ``wake``
+    and ``sleep`` move them.
 
-    Collect every tensor whose storage may be empty: one that is used while asleep is an error of CUDA, or garbage.
+    Collect every tensor whose storage may be empty: one that is used while asleep is an error of
+    CUDA, or garbage.
     """
 
     def __init__(self, tensors: Iterable[torch.Tensor]):
         device = groups.device().type
-        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors if tensor.device.type == device}
+        storages = {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage()
+            for tensor in tensors
+            if tensor.device.type == device
+        }
         self.storages = [storage for storage in storages.values() if storage.nbytes()]
         self.sizes = [storage.nbytes() for storage in self.storages]
         places = [-(-size // ALIGNMENT) * ALIGNMENT for size in self.sizes]
@@ -49,7 +57,8 @@ class Offloaded:
             torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
 
     def wake(self) -> None:
-        """Begin to copy to the device; ``ready`` comes before the first use. The device's memory is taken now."""
+        """Begin to copy to the device; ``ready`` comes before the first use. The device's memory is
+        taken now."""
         if self.awake:
             return
         for storage, size in zip(self.storages, self.sizes, strict=True):
@@ -66,8 +75,9 @@ class Offloaded:
             self.arrived = None
 
     def sleep(self, meanwhile: Offloaded | None = None) -> None:
-        """Give the device's memory back, what has changed being copied to the host first. ``meanwhile``: another one that wakes at the
-        same time (both directions of the bus are as fast as one), for which there must be room already."""
+        """Give the device's memory back, what has changed being copied to the host first.
+        ``meanwhile``: another one that wakes at the same time (both directions of the bus are as
+        fast as one), for which there must be room already."""
         if self.awake:
             self.ready()
             with _aside("out"):
@@ -77,7 +87,9 @@ class Offloaded:
         if meanwhile:
             meanwhile.wake()
         if self.awake:
-            if done:  # the memory's next owner writes on the current stream, the next wake reads the host's on another
+            # the memory's next owner writes on the current stream, the next wake reads the host's
+            # on another
+            if done:
                 torch.cuda.current_stream().wait_event(done)
             for storage in self.storages:
                 storage.resize_(0)
@@ -91,7 +103,8 @@ class Offloaded:
 
 
 class Parked:
-    """A frozen model whose weights are on the device only in ``with parked as model:``. Nothing is copied back: nobody writes them."""
+    """A frozen model whose weights are on the device only in ``with parked as model:``. Nothing is
+    copied back: nobody writes them."""
 
     def __init__(self, model: LanguageModel):
         self.model, self.weights = model, Offloaded(model.parameters())
@@ -111,13 +124,16 @@ class Parked:
 def host_memory(size: int) -> torch.Tensor:
     """(size,) uint8 in host memory, not initialised, pinned where there is CUDA.
 
-    Pages of the operating system, registered with CUDA: torch's own allocator of pinned memory rounds up to a power of two. Raises
-    MemoryError where they can't be pinned: CUDA's own word for it, "out of memory", would be taken for the GPU's.
+    Pages of the operating system, registered with CUDA: torch's own allocator of pinned memory
+    rounds up to a power of two. Raises MemoryError where they can't be pinned: CUDA's own word for
+    it, "out of memory", would be taken for the GPU's.
     """
     if not torch.cuda.is_available() or not size:
         return torch.empty(size, dtype=torch.uint8)
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # large pages are made and pinned faster; a kernel without them does it in small ones
+    with contextlib.suppress(
+        OSError
+    ):  # large pages are made and pinned faster; a kernel without them does it in small ones
         pages.madvise(mmap.MADV_HUGEPAGE)
     made = torch.frombuffer(pages, dtype=torch.uint8)
     with ThreadPoolExecutor(TOUCHERS) as pool:
@@ -125,8 +141,10 @@ def host_memory(size: int) -> torch.Tensor:
     runtime = torch.cuda.cudart()
     error = runtime.cudaHostRegister(made.data_ptr(), size, 0)
     if error != runtime.cudaError.success:
-        raise MemoryError(f"{size / 1e9:.1f} GB of host memory can't be pinned (CUDA says {error}): free memory on this node, raise its "
-                          'limit of locked memory (ulimit -l), or set offload = "frozen" or "none"')
+        raise MemoryError(
+            f"{size / 1e9:.1f} GB of host memory can't be pinned (CUDA says {error}): free memory on this node, raise its "
+            'limit of locked memory (ulimit -l), or set offload = "frozen" or "none"'
+        )
     return made
 
 
@@ -137,7 +155,8 @@ def _stream(way: str) -> torch.cuda.Stream:
 
 
 def _aside(way: str):
-    """What is launched inside runs on the stream of that direction, after all that was launched before."""
+    """What is launched inside runs on the stream of that direction, after all that was launched
+    before."""
     if groups.device().type != "cuda":
         return contextlib.nullcontext()
     stream = _stream(way)

@@ -1,12 +1,15 @@
-"""Health gates: updates that are not made, and numbers that may not stay bad for long. Pure bookkeeping; every rank decides alike.
+"""Health gates: updates that are not made, and numbers that may not stay bad for long. Pure
+bookkeeping; every rank decides alike.
 
 * An update whose loss or gradient is not finite, or whose gradient's norm is ``grad_spike`` times its running mean, is left out:
-  weights, optimizer and schedule stay as they were, bit for bit. More than ``skip_updates`` in a row end the stage (``Guard``).
+  weights, optimizer and schedule stay as they were, bit for bit. More than ``skip_updates`` in a
+  row end the stage (``Guard``).
 * A number of PPO's on the wrong side of its limit is said at once. ``gate_pause`` iterations in a row save a checkpoint and end the stage
-  with exit code 76: nothing queues it again, a person looks, ``resume`` goes on. ``gate_stop`` in a row (also counted over a pause)
-  end it without saving (``Gates``).
+  with exit code 76: nothing queues it again, a person looks, ``resume`` goes on. ``gate_stop`` in a
+  row (also counted over a pause) end it without saving (``Gates``).
 
-What catches which fault (each is injected by tests/training/test_faults.py); the invariants are training.rl.invariants':
+What catches which fault (each is injected by tests/training/test_faults.py); the invariants are
+training.rl.invariants':
 
     response mask shifted by one                  the samples' invariant, before anything is scored
     PAD = EOS, or no PAD                          harmless: lengths make the masks, and an exported classifier gets a PAD
@@ -37,7 +40,8 @@ YOUNG = 20
 
 
 class Unhealthy(Together):
-    """A health gate ends the stage; the message names gate, value, limit, and whether the iteration is saved."""
+    """A health gate ends the stage; the message names gate, value, limit, and whether the iteration
+    is saved."""
 
 
 class Guard:
@@ -48,7 +52,8 @@ class Guard:
         self.mean, self.seen, self.skipped = 0.0, 0, 0
 
     def admits(self, metrics: dict[str, float], grad_norm: float) -> bool:
-        """Whether to make the update of which loss and gradient are given. Raises FloatingPointError when too many in a row were not."""
+        """Whether to make the update of which loss and gradient are given. Raises
+        FloatingPointError when too many in a row were not."""
         limit = self.trainer.grad_spike * self.mean if self.trainer.grad_spike and self.seen >= YOUNG else math.inf
         if all(map(math.isfinite, metrics.values())) and math.isfinite(grad_norm) and grad_norm <= limit:
             self.mean = MEMORY * self.mean + (1 - MEMORY) * grad_norm if self.seen else grad_norm
@@ -56,9 +61,15 @@ class Guard:
             return True
         self.skipped += 1
         if self.skipped > self.trainer.skip_updates:
-            what = f"gradient norm {grad_norm:.4g} is a spike (limit {limit:.4g})" if math.isfinite(grad_norm) else "not finite"
-            raise FloatingPointError(f"{what}: {metrics | {'grad_norm': grad_norm}}; {self.skipped} updates in a row "
-                                     f"(skip_updates = {self.trainer.skip_updates})")
+            what = (
+                f"gradient norm {grad_norm:.4g} is a spike (limit {limit:.4g})"
+                if math.isfinite(grad_norm)
+                else "not finite"
+            )
+            raise FloatingPointError(
+                f"{what}: {metrics | {'grad_norm': grad_norm}}; {self.skipped} updates in a row "
+                f"(skip_updates = {self.trainer.skip_updates})"
+            )
         return False
 
     def state_dict(self) -> dict[str, float]:
@@ -69,7 +80,8 @@ class Guard:
 
 
 class Gate(NamedTuple):
-    """One number of an iteration and its limit, a key of RolloutConfig or PPOConfig; ``highest``: it is the most allowed, not the least."""
+    """One number of an iteration and its limit, a key of RolloutConfig or PPOConfig; ``highest``:
+    it is the most allowed, not the least."""
 
     metric: str
     key: str
@@ -86,7 +98,12 @@ GATES = (
     Gate("value_offset", "value_offset_max", True, "|mean of return - value|", magnitude=True),
     Gate("reward_length_correlation", "length_correlation_max", True, "correlation of reward and length"),
     Gate("entropy", "entropy_min", False, "entropy, nats per token"),
-    Gate("token_mult_prob_error", "mult_prob_error_max", True, "rollout against training, mean of exp |log p - log p_rollout|"),
+    Gate(
+        "token_mult_prob_error",
+        "mult_prob_error_max",
+        True,
+        "rollout against training, mean of exp |log p - log p_rollout|",
+    ),
 )
 STILL = "reference"
 """The gate without a limit: the KL to the reference is exactly 0 although the policy learns."""
@@ -100,14 +117,17 @@ class Gates:
         self.breaches = {STILL: 0} | {gate.key: 0 for gate in GATES}
 
     def judge(self, iteration: int, metrics: dict[str, float]) -> tuple[list[str], str]:
-        """(warnings, why to pause or "") after an iteration. Raises Unhealthy when it is time to stop.
+        """(warnings, why to pause or "") after an iteration. Raises Unhealthy when it is time to
+        stop.
 
-        A metric that is absent (values of GRPO, KL without a reference) is not judged; NaN breaches.
+        A metric that is absent (values of GRPO, KL without a reference) is not judged; NaN
+        breaches.
         """
         config = self.config
         if iteration <= config.gate_after + config.value_warmup:
             return [], ""
-        still = metrics.get("kl_k3") == 0 and iteration > config.value_warmup + 1  # until then the policy has not moved
+        # until then the policy has not moved
+        still = metrics.get("kl_k3") == 0 and iteration > config.value_warmup + 1
         bad = {STILL: "the KL to the reference is exactly 0: it seems to move with the policy"} if still else {}
         for gate in GATES:
             if (value := metrics.get(gate.metric)) is None:

@@ -1,7 +1,9 @@
-"""The reward model's bias: with it the SFT policy's own responses score 0 on average (Stiennon et al. 2020, section 3.4).
+"""The reward model's bias: with it the SFT policy's own responses score 0 on average (Stiennon et
+al. 2020, section 3.4).
 
-A ranking loss leaves the scores' zero open, and PPO starts from the SFT policy. That policy answers some training prompts once, before the
-reward model is built, so that no GPU holds both; each checkpoint of the reward model scores the answers and holds its own bias.
+A ranking loss leaves the scores' zero open, and PPO starts from the SFT policy. That policy answers
+some training prompts once, before the reward model is built, so that no GPU holds both; each
+checkpoint of the reward model scores the answers and holds its own bias.
 """
 
 from __future__ import annotations
@@ -27,12 +29,13 @@ from training.trainer.setup import Inputs, length_multiple, packed
 from training.trainer.step import Learner, build_model, evaluate
 
 RESPONSES = "sft_responses.json"
-"""In the stage's folder: {"made_from": ..., "responses": [[ids, index of the response's first id], ...]}; an attempt that goes on reads
-what the first one sampled."""
+"""In the stage's folder: {"made_from": ..., "responses": [[ids, index of the response's first id],
+...]}; an attempt that goes on reads what the first one sampled."""
 
 
 def answer(config: RewardConfig, inputs: Inputs) -> None:
-    """Let the SFT policy respond, at temperature 1, to ``calibration_samples`` training prompts, unless that is done. A collective."""
+    """Let the SFT policy respond, at temperature 1, to ``calibration_samples`` training prompts,
+    unless that is done. A collective."""
     if not config.calibration_samples or groups.on_first(partial(_read, config)) is not None:
         return
     steps = min(config.calibration_length, config.seq_length // 2)
@@ -69,23 +72,28 @@ def _read(config: RewardConfig) -> list | None:
 
 
 def _made_from(config: RewardConfig) -> str:
-    """The SFT checkpoint's bytes, the rows' and the tokenizer's, and what chooses and cuts prompts and responses."""
+    """The SFT checkpoint's bytes, the rows' and the tokenizer's, and what chooses and cuts prompts
+    and responses."""
     rows = [checksums.digest(path) for path in (config.paths.train, Path(config.paths.model, "tokenizer.json"))]
     listed = sorted(checksums.read(format.resolve(config.paths.init)).items())
-    described = repr((listed, rows, config.seed, config.seq_length, config.calibration_samples, config.calibration_length))
+    described = repr(
+        (listed, rows, config.seed, config.seq_length, config.calibration_samples, config.calibration_length)
+    )
     return hashlib.sha256(described.encode()).hexdigest()
 
 
 def bias(config: RewardConfig, learner: Learner, responses: list[Example], eos_id: int, pad_id: int) -> float:
-    """Minus the mean score of the responses that ended (PPO gives the others a penalty instead), of all where none did; 0 without
-    responses. A collective."""
+    """Minus the mean score of the responses that ended (PPO gives the others a penalty instead), of
+    all where none did; 0 without responses. A collective."""
     if not responses:
         return 0.0
     ended = [response for response in responses if response.tokens[-1] == eos_id] or responses
     mine = ended[groups.data_rank() :: groups.data_ranks()]
     sums = torch.zeros(2, dtype=torch.double)
     if mine:
-        sums = torch.stack((rewards(config, learner, mine, pad_id).double().sum(), torch.tensor(float(len(mine))).double()))
+        sums = torch.stack(
+            (rewards(config, learner, mine, pad_id).double().sum(), torch.tensor(float(len(mine))).double())
+        )
     total, count = groups.sum_over_data(sums.to(groups.device())).tolist()
     return -total / count
 
@@ -95,16 +103,21 @@ def rewards(config: RewardConfig, learner: Learner, examples: list[Example], pad
     if config.packing:
         batch, ends = packed(config, examples, pad_id)
     else:
-        batch = collate(examples, pad_id, padded_length([len(example.tokens) for example in examples], length_multiple(config)))
+        batch = collate(
+            examples, pad_id, padded_length([len(example.tokens) for example in examples], length_multiple(config))
+        )
         ends = torch.arange(len(examples)) * batch["tokens"].size(1) + batch["lengths"] - 1
     return evaluate(learner.wrapped, batch, config.micro_batch_size, lambda values, micro: values).cpu().flatten()[ends]
 
 
 def stored(reward_checkpoint: Path) -> float:
-    """The bias that a reward model's checkpoint (".../iter_0000100") holds. Raises ConfigError for one made before there was one."""
+    """The bias that a reward model's checkpoint (".../iter_0000100") holds. Raises ConfigError for
+    one made before there was one."""
     path = reward_checkpoint / "state.json"
     state = json.loads(path.read_text(encoding="utf-8"))
     if "reward_bias" not in state:
-        raise ConfigError(f"{path} holds no reward_bias: it was made by an earlier version; train the reward model anew "
-                          "(python -m launcher resume RUN --from reward)")
+        raise ConfigError(
+            f"{path} holds no reward_bias: it was made by an earlier version; train the reward model anew "
+            "(python -m launcher resume RUN --from reward)"
+        )
     return state["reward_bias"]

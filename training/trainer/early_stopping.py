@@ -1,4 +1,5 @@
-"""Early stop: training ends when a held-out number no longer falls, and later stages use the checkpoint where it was lowest."""
+"""Early stop: training ends when a held-out number no longer falls, and later stages use the
+checkpoint where it was lowest."""
 
 from __future__ import annotations
 
@@ -11,12 +12,14 @@ from training.checkpoint import format
 from training.checkpoint.checksums import sync
 
 CHOSEN = "chosen.json"
-"""In the stage's folder: which checkpoint was chosen, written when the stage ends. The launcher reads it (launcher/run/manifest.py)."""
+"""In the stage's folder: which checkpoint was chosen, written when the stage ends. The launcher
+reads it (launcher/run/manifest.py)."""
 
 
 @dataclass
 class EarlyStop:
-    """Counts evaluations without an improvement by more than ``min_delta``; after ``patience`` of them it is over."""
+    """Counts evaluations without an improvement by more than ``min_delta``; after ``patience`` of
+    them it is over."""
 
     patience: int
     min_delta: float
@@ -37,7 +40,8 @@ class EarlyStop:
 
     @property
     def over(self) -> bool:
-        return self.misses >= self.patience and self.iteration > 0  # nothing is chosen from numbers that were all NaN
+        # nothing is chosen from numbers that were all NaN
+        return self.misses >= self.patience and self.iteration > 0
 
     def state_dict(self) -> dict:
         return {"best": self.best, "iteration": self.iteration, "misses": self.misses}
@@ -47,8 +51,8 @@ class EarlyStop:
 
 
 def choose(stage: str | Path, stop: EarlyStop, ended: int) -> str:
-    """Note which checkpoint later stages use, durably, then make it ``latest`` -> what was chosen, in words. ``ended``: iterations that
-    were run. On one rank only."""
+    """Note which checkpoint later stages use, durably, then make it ``latest`` -> what was chosen,
+    in words. ``ended``: iterations that were run. On one rank only."""
     format.write_whole(Path(stage) / CHOSEN, json.dumps({**asdict(stop), "ended": ended}, indent=1) + "\n")
     format.mark_latest(stage, stop.iteration)
     why = f"no better for {stop.misses} evaluations" if stop.over else "the last one"
@@ -56,8 +60,8 @@ def choose(stage: str | Path, stop: EarlyStop, ended: int) -> str:
 
 
 def chosen(stage: str | Path, stop: EarlyStop, iterations: int) -> dict | None:
-    """What ``choose`` wrote, where it still holds: the same rule, ``latest`` not moved since, and no more ``iterations`` asked for than
-    were run, unless patience ended them."""
+    """What ``choose`` wrote, where it still holds: the same rule, ``latest`` not moved since, and
+    no more ``iterations`` asked for than were run, unless patience ended them."""
     path = Path(stage) / CHOSEN
     if not path.is_file():
         return None

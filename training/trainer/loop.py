@@ -1,4 +1,5 @@
-"""The loop that SFT and reward model share, and the step boundary that all trainers share: they only order things."""
+"""The loop that SFT and reward model share, and the step boundary that all trainers share: they
+only order things."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ class Task:
 
     objective: Objective
     micro_batches: Make
-    """The numbers are among them "tokens", those of the examples. Runs in a thread of its own, see ``prefetched``."""
+    """The numbers are among them "tokens", those of the examples. Runs in a thread of its own, see
+    ``prefetched``."""
     heldout: Callable[[], dict[str, float]]
     """Numbers on the held-out rows. A collective."""
     headline: tuple[str, ...]
@@ -45,8 +47,8 @@ class Task:
 
 
 def resume(stage: str, learners: dict[str, Learner]) -> tuple[int, dict]:
-    """Restore the last checkpoint of ``stage`` -> (its iteration, its state); (0, {}) where there is none. Raises ConfigError where it
-    can't be known which is the last."""
+    """Restore the last checkpoint of ``stage`` -> (its iteration, its state); (0, {}) where there
+    is none. Raises ConfigError where it can't be known which is the last."""
     iteration = groups.on_first(lambda: format.begin_from(stage))
     if iteration is None:
         return 0, {}
@@ -61,7 +63,8 @@ def resume(stage: str, learners: dict[str, Learner]) -> tuple[int, dict]:
 
 @contextlib.contextmanager
 def awake(learners: dict[str, Learner], changed: bool):
-    """All optimizer states on the device, to be read or (``changed``) written, without gradients; those that were offloaded go back."""
+    """All optimizer states on the device, to be read or (``changed``) written, without gradients;
+    those that were offloaded go back."""
     for learner in learners.values():
         learner.ready(changed)
     yield
@@ -70,26 +73,52 @@ def awake(learners: dict[str, Learner], changed: bool):
 
 
 class Boundary:
-    """What every trainer does between two steps: evaluate, log, save, and obey signals, at the same step on every rank."""
+    """What every trainer does between two steps: evaluate, log, save, and obey signals, at the same
+    step on every rank."""
 
-    def __init__(self, config: TrainerConfig, learners: dict[str, Learner], resumed: tuple[int, dict], headline: tuple[str, ...],
-                 stop: StopRequest, early: EarlyStop | None = None, samples: Samples | None = None):
+    def __init__(
+        self,
+        config: TrainerConfig,
+        learners: dict[str, Learner],
+        resumed: tuple[int, dict],
+        headline: tuple[str, ...],
+        stop: StopRequest,
+        early: EarlyStop | None = None,
+        samples: Samples | None = None,
+    ):
         """``resumed``: what ``resume`` gave."""
         start, state = resumed
-        self.config, self.learners, self.headline, self.stop, self.early, self.samples = config, learners, headline, stop, early, samples
+        self.config, self.learners, self.headline, self.stop, self.early, self.samples = (
+            config,
+            learners,
+            headline,
+            stop,
+            early,
+            samples,
+        )
         startup_timer.mark("model, data, checkpoint")
         self.began, self.used = time.monotonic(), state["wall_seconds"] if state else 0.0
-        self.metrics = Metrics(config.paths.output, config.iterations, start, trackers.start(config)) if is_main() else None
+        self.metrics = (
+            Metrics(config.paths.output, config.iterations, start, trackers.start(config)) if is_main() else None
+        )
         self.saver = Saver(config.paths.output, learners, config)
         self.first = True
 
-    def end(self, iteration: int, values: dict[str, float], heldout: Callable[[], dict[str, float]], state: Callable[[], dict],
-            pause: str = "") -> None:
-        """End of ``iteration`` (from 1), which gave ``values``; ``pause``: why the run may not go on. Raises Interrupted when told to stop,
-        Unhealthy for a pause, all saved. A collective."""
+    def end(
+        self,
+        iteration: int,
+        values: dict[str, float],
+        heldout: Callable[[], dict[str, float]],
+        state: Callable[[], dict],
+        pause: str = "",
+    ) -> None:
+        """End of ``iteration`` (from 1), which gave ``values``; ``pause``: why the run may not go
+        on. Raises Interrupted when told to stop, Unhealthy for a pause, all saved. A collective."""
         config, last, stopping = self.config, iteration == self.config.iterations, self.stop.agreed()
-        due = {name: last or iteration % every == 0
-               for name, every in (("log", config.log_every), ("eval", config.eval_every), ("save", config.save_every))}
+        due = {
+            name: last or iteration % every == 0
+            for name, every in (("log", config.log_every), ("eval", config.eval_every), ("save", config.save_every))
+        }
         if due["eval"]:
             values = values | heldout()
             if self.early:
@@ -118,7 +147,9 @@ class Boundary:
         if last and self.metrics:
             self.metrics.close()
         if pause and not last:  # before the signal's: that would be queued again
-            raise Unhealthy(f"paused by a health gate: {pause}; iteration {iteration} is saved, and resume goes on from it")
+            raise Unhealthy(
+                f"paused by a health gate: {pause}; iteration {iteration} is saved, and resume goes on from it"
+            )
         if stopping and not last:
             raise Interrupted(f"stopped by a signal; iteration {iteration} is saved")
 
@@ -133,16 +164,22 @@ def at(iteration: int):
 
 
 def check_finite(learners: dict[str, Learner], iteration: int) -> None:
-    """Raise FloatingPointError on every rank where a weight of any is not finite: such a checkpoint would replace a good one."""
-    bad = torch.tensor([float(not all(torch.isfinite(weight).all() for weight in learner.model.parameters()))
-                        for learner in learners.values()])
+    """Raise FloatingPointError on every rank where a weight of any is not finite: such a checkpoint
+    would replace a good one."""
+    bad = torch.tensor(
+        [
+            float(not all(torch.isfinite(weight).all() for weight in learner.model.parameters()))
+            for learner in learners.values()
+        ]
+    )
     dist.all_reduce(bad, dist.ReduceOp.MAX)
     if names := [name for name, flag in zip(learners, bad.tolist(), strict=True) if flag]:
         raise FloatingPointError(f"iteration {iteration}: weights of {' and '.join(names)} are not finite; not saved")
 
 
 def train(config: TrainerConfig, learner: Learner, sampler: Sampler, task: Task, stop: StopRequest) -> None:
-    """Run ``task`` from the last checkpoint, if any, to ``config.iterations``. Raises Interrupted after a signal, all saved."""
+    """Run ``task`` from the last checkpoint, if any, to ``config.iterations``. Raises Interrupted
+    after a signal, all saved."""
     start, state = resume(config.paths.output, {"model": learner})
     if state:
         sampler.load_state_dict(state["sampler"])
@@ -162,7 +199,9 @@ def train(config: TrainerConfig, learner: Learner, sampler: Sampler, task: Task,
             values["tokens_per_second"] = ready.said["tokens"] / values["seconds"]
             if iteration % config.log_every == 0:
                 (values["peak_gb"],) = highest([peak_gb()])
-            boundary.end(iteration, values, task.heldout, lambda sampled=ready.state: {"sampler": sampled, **task.state()})
+            boundary.end(
+                iteration, values, task.heldout, lambda sampled=ready.state: {"sampler": sampled, **task.state()}
+            )
             if task.early and task.early.over:
                 break
     if task.early and is_main():
@@ -170,7 +209,8 @@ def train(config: TrainerConfig, learner: Learner, sampler: Sampler, task: Task,
 
 
 def ended(config: TrainerConfig, early: EarlyStop | None, start: int) -> bool:
-    """Whether nothing is left to do, which is said; else what an earlier attempt chose is forgotten."""
+    """Whether nothing is left to do, which is said; else what an earlier attempt chose is
+    forgotten."""
     stage, over = config.paths.output, start >= config.iterations or bool(early and early.over)
     said = chosen(stage, early, config.iterations) if early else None
     if is_main():

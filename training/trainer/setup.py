@@ -1,4 +1,5 @@
-"""What every trainer begins with: shape, tokenizer and rows, the layout checked; and, where one model learns from rows, that model."""
+"""What every trainer begins with: shape, tokenizer and rows, the layout checked; and, where one
+model learns from rows, that model."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ class Inputs(NamedTuple):
 
 
 def read_inputs(config: TrainerConfig, kind: str) -> Inputs:
-    """Rows of ``kind`` ("sft", "reward" or "rlhf"). Raises ConfigError where ranks, batch or model can't be divided as asked."""
+    """Rows of ``kind`` ("sft", "reward" or "rlhf"). Raises ConfigError where ranks, batch or model
+    can't be divided as asked."""
     config.data_parallel(dist.get_world_size())
     shape = Shape.read(config.paths.model)
     shape.check_layout(config.tensor_parallel, config.pipeline_parallel, config.virtual_pipeline)
@@ -54,33 +56,45 @@ def read_inputs(config: TrainerConfig, kind: str) -> Inputs:
 
 
 def _check_lengths(config: TrainerConfig, inputs: Inputs) -> None:
-    """Say how many rows are cut. Raises ConfigError where a prompt that is cut would lose the cue at its end."""
+    """Say how many rows are cut. Raises ConfigError where a prompt that is cut would lose the cue
+    at its end."""
     prompts = isinstance(config, RolloutConfig)
     name, most = ("prompt_length", config.prompt_length) if prompts else ("seq_length", config.seq_length)
     kept, cue = most if prompts else most // 2, len(inputs.tokenizer.bos) + len(inputs.tokenizer.encode(CUE))
     if kept < cue:
-        raise ConfigError(f"{name} = {most}: of a prompt that is too long the last {kept} tokens are kept, "
-                          f"and its end, {CUE!r}, has {cue} with BOS")
+        raise ConfigError(
+            f"{name} = {most}: of a prompt that is too long the last {kept} tokens are kept, "
+            f"and its end, {CUE!r}, has {cue} with BOS"
+        )
     if groups.is_main() and (cut := inputs.rows.longer_than(most)):
         print(f"{cut:,} of {len(inputs.rows):,} rows are longer than {name} = {most} and are cut", flush=True)
 
 
-def learn(config: TrainerConfig, kind: str, head: str, make_task: Callable[[TrainerConfig, Inputs, Learner], Task],
-          before: Callable[[TrainerConfig, Inputs], None] = lambda config, inputs: None) -> None:
-    """A stage in which one model learns from rows, inside ``ranks``: a model with ``head`` ("lm", or a new "scalar" one) and the weights of
-    ``paths.init`` learns the task. Raises Interrupted after a signal, all saved."""
+def learn(
+    config: TrainerConfig,
+    kind: str,
+    head: str,
+    make_task: Callable[[TrainerConfig, Inputs, Learner], Task],
+    before: Callable[[TrainerConfig, Inputs], None] = lambda config, inputs: None,
+) -> None:
+    """A stage in which one model learns from rows, inside ``ranks``: a model with ``head`` ("lm",
+    or a new "scalar" one) and the weights of ``paths.init`` learns the task. Raises Interrupted
+    after a signal, all saved."""
     stop = groups.StopRequest()
     inputs = read_inputs(config, kind)
     before(config, inputs)
     model = build_model(inputs.shape, config, head)
-    format.load_weights(format.resolve(config.paths.init) / "model", model, fresh_head=config.seed if head == "scalar" else None)
+    format.load_weights(
+        format.resolve(config.paths.init) / "model", model, fresh_head=config.seed if head == "scalar" else None
+    )
     learner = Learner(model, config, config.lr, config.iterations, config.warmup_iterations)
     sampler = Sampler(len(inputs.rows), config.global_batch_size, config.seed)
     train(config, learner, sampler, make_task(config, inputs, learner), stop)
 
 
 def length_multiple(config: TrainerConfig) -> int:
-    """Padded lengths are multiples of this: sequence parallelism divides them, and on a GPU attention's kernels work in blocks."""
+    """Padded lengths are multiples of this: sequence parallelism divides them, and on a GPU
+    attention's kernels work in blocks."""
     if groups.device().type == "cuda":
         return math.lcm(FLEX_BLOCK, config.tensor_parallel)
     return 8 * config.tensor_parallel
@@ -95,14 +109,23 @@ def least_tokens(config: TrainerConfig, shape: Shape) -> int:
 
 
 def limits(config: TrainerConfig, shape: Shape) -> Limits:
-    """What packed rows of a trainer with ``seq_length`` must fit: no micro-batch has more tokens than unpacked rows of full length."""
-    return Limits(config.seq_length, length_multiple(config), groups.data_ranks(), config.micro_batch_size, config.pipeline_parallel,
-                  cost.group(config), least_tokens(config, shape))
+    """What packed rows of a trainer with ``seq_length`` must fit: no micro-batch has more tokens
+    than unpacked rows of full length."""
+    return Limits(
+        config.seq_length,
+        length_multiple(config),
+        groups.data_ranks(),
+        config.micro_batch_size,
+        config.pipeline_parallel,
+        cost.group(config),
+        least_tokens(config, shape),
+    )
 
 
 def packed(config: TrainerConfig, examples: list[Example], pad_id: int) -> tuple[Batch, torch.Tensor]:
-    """Examples that are only looked at, in as few rows of ``seq_length`` as hold them -> rows as ``collate_packed`` makes them, (B, T), and
-    (examples,), where each one's last token stands in the flattened rows."""
+    """Examples that are only looked at, in as few rows of ``seq_length`` as hold them -> rows as
+    ``collate_packed`` makes them, (B, T), and (examples,), where each one's last token stands in
+    the flattened rows."""
     lengths = [len(example.tokens) for example in examples]
     rows = pack(lengths, config.seq_length, 1)
     length = padded_length([sum(lengths[index] for index in row) for row in rows], length_multiple(config))

@@ -24,17 +24,19 @@ from training.optim.optimizer import make_optimizer, make_schedule
 from training.rl.health_gates import Guard
 
 Batch = dict[str, torch.Tensor]
-"""Tensors of one micro-batch, rows first; "tokens" (B, T) is always there, "documents" (B, T) where rows are packed."""
+"""Tensors of one micro-batch, rows first; "tokens" (B, T) is always there, "documents" (B, T) where
+rows are packed."""
 Read = Callable[[torch.Tensor, Batch], torch.Tensor]
 """(a model's output, its micro-batch) -> numbers (B, T); runs on the last pipeline stage only."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss: ``compute(output, batch)`` -> (loss summed over ``count``, count, sums (len(names),)).
+    """A loss: ``compute(output, batch)`` -> (loss summed over ``count``, count, sums
+    (len(names),)).
 
-    The gradient is that of (sum of losses) / (sum of counts) over the whole global batch; the reported numbers are
-    ``sums / count`` in the same sense. Runs on the last pipeline stage only.
+    The gradient is that of (sum of losses) / (sum of counts) over the whole global batch; the
+    reported numbers are ``sums / count`` in the same sense. Runs on the last pipeline stage only.
     """
 
     names: tuple[str, ...]
@@ -48,9 +50,12 @@ def build_model(shape: Shape, trainer: TrainerConfig, head: str) -> LanguageMode
 
 
 class Learner:
-    """A model that is trained: its gradients, optimizer and schedule. Load the weights before: the optimizer copies them."""
+    """A model that is trained: its gradients, optimizer and schedule. Load the weights before: the
+    optimizer copies them."""
 
-    def __init__(self, model: LanguageModel | Interleaved, trainer: TrainerConfig, lr: float, steps: int, warmup_steps: int):
+    def __init__(
+        self, model: LanguageModel | Interleaved, trainer: TrainerConfig, lr: float, steps: int, warmup_steps: int
+    ):
         self.model = model
         data_parallel = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
         self.wrapped = [DistributedDataParallel(model.config, data_parallel, part) for part in parts(model)]
@@ -62,39 +67,47 @@ class Learner:
         if groups.is_main():
             layout = f"TP {trainer.tensor_parallel} x PP {trainer.pipeline_parallel} x DP {groups.data_ranks()}"
             layout += f", {trainer.virtual_pipeline} parts a stage" if trainer.virtual_pipeline > 1 else ""
-            print(f"{layout} on {groups.device().type}, {trainer.precision}; {describe(model.config.core_attention, trainer.fused)}; "
-                  f"recompute: {trainer.recompute}", flush=True)
+            print(
+                f"{layout} on {groups.device().type}, {trainer.precision}; {describe(model.config.core_attention, trainer.fused)}; "
+                f"recompute: {trainer.recompute}",
+                flush=True,
+            )
         # Without these no gradient is reduced over ranks, and nothing complains.
         model.config.finalize_model_grads_func = self._reduce
         model.config.grad_scale_func = self.optimizer.scale_loss
 
     def offload(self) -> None:
-        """From now on the optimizer's state is on the device, and gradients have memory, only between ``wake`` or a step and ``sleep``."""
+        """From now on the optimizer's state is on the device, and gradients have memory, only
+        between ``wake`` or a step and ``sleep``."""
         for part in self.wrapped:
             part.offload_grad_buffers(synchronize=False, empty_cache=False)
         self.offloaded = Offloaded(self.optimizer.chained_optimizers[0].held())
 
     def wake(self) -> None:
-        """Begin to bring the optimizer's state, if that is ahead of the next step. Nothing to do unless offloaded."""
+        """Begin to bring the optimizer's state, if that is ahead of the next step. Nothing to do
+        unless offloaded."""
         if self.offloaded:
             self.offloaded.wake()
 
     def ready(self, changed: bool) -> None:
-        """The optimizer's state is on the device for whatever is launched next; ``changed``: which writes it."""
+        """The optimizer's state is on the device for whatever is launched next; ``changed``: which
+        writes it."""
         if self.offloaded:
             self.offloaded.ready()
             self.offloaded.changed |= changed
 
     def sleep(self, then: Learner | None = None) -> None:
-        """Until the next step the device's memory is others'. ``then``: a learner that wakes meanwhile. Nothing to do unless offloaded."""
+        """Until the next step the device's memory is others'. ``then``: a learner that wakes
+        meanwhile. Nothing to do unless offloaded."""
         if self.offloaded:
             for part in self.wrapped:
                 part.offload_grad_buffers(synchronize=False, empty_cache=False)
             self.offloaded.sleep(then.offloaded if then else None)
 
     def step(self, micro_batches: list[Batch], objective: Objective) -> dict[str, float]:
-        """Forward, backward and update over this data-parallel rank's ``micro_batches`` -> the objective's means, lr, grad_norm, and
-        "skipped_updates": 1 where loss or gradient were not fit to be used, and nothing has changed.
+        """Forward, backward and update over this data-parallel rank's ``micro_batches`` -> the
+        objective's means, lr, grad_norm, and "skipped_updates": 1 where loss or gradient were not
+        fit to be used, and nothing has changed.
 
         Raises FloatingPointError, on every rank, where that happened too often in a row.
         """
@@ -106,27 +119,38 @@ class Learner:
         self.optimizer.zero_grad()
         sums = _schedule(self.wrapped, micro_batches, partial(_loss, objective), forward_only=False)
         optimizer = self.optimizer.chained_optimizers[0]
-        # The host waits for the GPU here and nowhere before: an update must be refused before it is made.
+        # The host waits for the GPU here and nowhere before: an update must be refused before it is
+        # made.
         norm = optimizer.gradient_norm()
         metrics, grad_norm = _means(sums, objective.names), norm.item()
         if made := self.guard.admits(metrics, grad_norm):
             self.schedule.step(1)
             optimizer.update(norm)
-        return {**metrics, "lr": self.optimizer.param_groups[0]["lr"], "grad_norm": grad_norm, "skipped_updates": float(not made)}
+        return {
+            **metrics,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "grad_norm": grad_norm,
+            "skipped_updates": float(not made),
+        }
 
     def _reduce(self, model: list, tokens: torch.Tensor, **kwargs) -> None:
-        """Sum the gradients over ranks. They stay sums over tokens: the optimizer divides by ``tokens``, this rank's, while it reads them
-        (megatron-core asks whether there are any, for which the host waits, and goes through all gradients once more)."""
+        """Sum the gradients over ranks. They stay sums over tokens: the optimizer divides by
+        ``tokens``, this rank's, while it reads them (megatron-core asks whether there are any, for
+        which the host waits, and goes through all gradients once more)."""
         finalize_model_grads(model, None, **kwargs)
-        self.optimizer.chained_optimizers[0].scale = 1 / groups.sum_over_data(groups.from_last_stage(tokens)).clamp(min=1).float()
+        self.optimizer.chained_optimizers[0].scale = (
+            1 / groups.sum_over_data(groups.from_last_stage(tokens)).clamp(min=1).float()
+        )
 
 
 @torch.no_grad()
 def evaluate(model: torch.nn.Module | list, batch: Batch, micro_batch_size: int, read: Read) -> torch.Tensor:
-    """``read(output, micro_batch)`` (B, T) fp32 for every row of ``batch``, in order, on every pipeline stage; no gradients.
+    """``read(output, micro_batch)`` (B, T) fp32 for every row of ``batch``, in order, on every
+    pipeline stage; no gradients.
 
-    ``model``: what build_model made, or a Learner's ``wrapped``. Rows beyond a multiple of ``micro_batch_size`` are filled up by
-    repetition (pipeline messages have one shape) and cut again.
+    ``model``: what build_model made, or a Learner's ``wrapped``. Rows beyond a multiple of
+    ``micro_batch_size`` are filled up by repetition (pipeline messages have one shape) and cut
+    again.
     """
     # The interleaved schedule takes micro-batches in groups of the pipeline's size.
     group = parallel_state.get_pipeline_model_parallel_world_size() if len(parts(model)) > 1 else 1
@@ -135,27 +159,32 @@ def evaluate(model: torch.nn.Module | list, batch: Batch, micro_batch_size: int,
 
 @torch.no_grad()
 def look(model: torch.nn.Module | list, micro_batches: list[Batch], read: Read) -> torch.Tensor:
-    """``evaluate`` over micro-batches of one shape (R, T), made by the caller -> (all their rows, T)."""
+    """``evaluate`` over micro-batches of one shape (R, T), made by the caller -> (all their rows,
+    T)."""
     pieces = parts(model)
     for piece in pieces:
         piece.eval()
     results = _schedule(pieces, micro_batches, lambda micro, output: read(output, micro), forward_only=True)
     rows, length = micro_batches[0]["tokens"].shape
     shape = (len(micro_batches) * rows, length)
-    values = torch.cat(results).float().contiguous() if groups.last_stage() else torch.empty(shape, device=groups.device())
+    values = (
+        torch.cat(results).float().contiguous() if groups.last_stage() else torch.empty(shape, device=groups.device())
+    )
     return groups.from_last_stage(values)
 
 
 def split(batch: Batch, size: int, group: int = 1) -> list[Batch]:
-    """Micro-batches of exactly ``size`` rows, a multiple of ``group`` of them; what is missing are copies of the last row."""
+    """Micro-batches of exactly ``size`` rows, a multiple of ``group`` of them; what is missing are
+    copies of the last row."""
     rows = batch["tokens"].size(0)
     index = torch.arange(-(-rows // (size * group)) * size * group).clamp(max=rows - 1)
     return [{name: tensor[part.to(tensor.device)] for name, tensor in batch.items()} for part in index.split(size)]
 
 
 def _schedule(pieces: list, micro_batches: list[Batch], on_output: Callable, forward_only: bool) -> list:
-    """megatron-core's schedule (1F1B, interleaved or without pipeline) over the micro-batches -> what ``on_output`` gave, on the last
-    stage. ``pieces``: this rank's parts of the model, one but for the interleaved schedule."""
+    """megatron-core's schedule (1F1B, interleaved or without pipeline) over the micro-batches ->
+    what ``on_output`` gave, on the last stage. ``pieces``: this rank's parts of the model, one but
+    for the interleaved schedule."""
 
     def forward_step(feed, model):
         micro, documents = feed.take()
@@ -164,18 +193,27 @@ def _schedule(pieces: list, micro_batches: list[Batch], on_output: Callable, for
         return output, partial(_call, on_output, micro)
 
     rows, length = micro_batches[0]["tokens"].shape
-    placed = [on_device(micro) for micro in micro_batches]  # all before the first: a copy from pageable memory waits for what runs
+    placed = [
+        on_device(micro) for micro in micro_batches
+    ]  # all before the first: a copy from pageable memory waits for what runs
     feeds = [_Feed(placed, piece.config) for piece in pieces]
     single = len(pieces) == 1
     return get_forward_backward_func()(
-        forward_step_func=forward_step, data_iterator=feeds[0] if single else feeds, model=pieces[0] if single else pieces,
+        forward_step_func=forward_step,
+        data_iterator=feeds[0] if single else feeds,
+        model=pieces[0] if single else pieces,
         num_microbatches=len(micro_batches),
-        seq_length=length, micro_batch_size=rows, forward_only=forward_only, collect_non_loss_data=forward_only)
+        seq_length=length,
+        micro_batch_size=rows,
+        forward_only=forward_only,
+        collect_non_loss_data=forward_only,
+    )
 
 
 class _Feed:
-    """A model part's micro-batches in turn, each with what attention makes of its documents. That is made while the GPU computes the
-    micro-batch before: the pipeline's schedule waits for the GPU after each message, and whatever the host does then, the GPU waits for."""
+    """A model part's micro-batches in turn, each with what attention makes of its documents. That
+    is made while the GPU computes the micro-batch before: the pipeline's schedule waits for the GPU
+    after each message, and whatever the host does then, the GPU waits for."""
 
     def __init__(self, micro_batches: list[Batch], config):
         self.left, self.config = iter(micro_batches), config
@@ -208,7 +246,9 @@ def _loss(objective: Objective, micro: Batch, output: torch.Tensor):
 
 
 def _means(sums: list[torch.Tensor], names: tuple[str, ...]) -> dict[str, float]:
-    total = torch.stack(sums).sum(0) if sums else torch.zeros(1 + len(names), dtype=torch.double, device=groups.device())
+    total = (
+        torch.stack(sums).sum(0) if sums else torch.zeros(1 + len(names), dtype=torch.double, device=groups.device())
+    )
     if groups.last_stage():
         groups.sum_over_data(total)
     count, *values = groups.from_last_stage(total).tolist()

@@ -1,4 +1,5 @@
-"""What a scenario works with: a project with stub stages on a cluster, a clock from the fault to its notice, and the final account."""
+"""What a scenario works with: a project with stub stages on a cluster, a clock from the fault to
+its notice, and the final account."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from tests.slurm.cluster import Cluster
 
 TRAINERS = ("sft", "reward", "rlhf")
 PATIENCE = 3
-"""Limits are for a machine with nothing else to do; waiting longer costs nothing where all is well."""
+"""Limits are for a machine with nothing else to do; waiting longer costs nothing where all is
+well."""
 SCENARIOS: dict[str, Scenario] = {}
 
 
@@ -44,6 +46,7 @@ def scenario(fault: str, *, slow: bool = False, cluster: dict | None = None, sec
         name = function.__name__.replace("_", "-")
         SCENARIOS[name] = Scenario(name, fault, function, slow, cluster, seconds)
         return function
+
     return register
 
 
@@ -143,22 +146,28 @@ class Case:
     def begun(self, stage: str, iteration: int = 1) -> None:
         """Wait until a stage has saved this iteration."""
         latest = self.run / stage / "latest"
-        self.until(lambda: latest.exists() and int(latest.read_text()) >= iteration, 60, f"{stage} at iteration {iteration}")
+        self.until(
+            lambda: latest.exists() and int(latest.read_text()) >= iteration, 60, f"{stage} at iteration {iteration}"
+        )
 
     # how it must end
 
     def done(self, *stages: str, seconds: float = 60, again: str = "") -> None:
-        """Wait until these stages are DONE; fails at once when one has failed and nothing of the run is queued. ``again``: see ``once``."""
+        """Wait until these stages are DONE; fails at once when one has failed and nothing of the
+        run is queued. ``again``: see ``once``."""
+
         def ended() -> bool:
             left = [stage for stage in stages if not self.has(f"{stage}/DONE.json")]
             failed = [stage for stage in left if self.state(stage) in ("failed", "cancelled", "stopped")]
             assert not failed or not self.idle(), f"{failed} instead of done\n{self.told()}"
             return not left
+
         self.until(ended, seconds, f"{', '.join(stages)} DONE")
         self.once(*stages, again=again)
 
     def fails(self, stage: str, *words: str, seconds: float = 30, states: tuple[str, ...] = ("failed",)) -> str:
-        """Wait until a stage has failed; its cause must hold ``words``. Returns the cause. Its children must not have run."""
+        """Wait until a stage has failed; its cause must hold ``words``. Returns the cause. Its
+        children must not have run."""
         self.notice(lambda: self.state(stage) in states, seconds, f"{stage} {' or '.join(states)}")
         cause = self.status(stage)["cause"]
         for word in words:
@@ -167,16 +176,19 @@ class Case:
         return f"{self.state(stage)}: {cause}"
 
     def executed(self) -> dict[tuple[str, str], collections.Counter]:
-        """(run, stage) -> how often each iteration got into a checkpoint; stages that don't train have iteration 0."""
+        """(run, stage) -> how often each iteration got into a checkpoint; stages that don't train
+        have iteration 0."""
         path, found = self.folder / "executed.jsonl", collections.defaultdict(collections.Counter)
         for row in map(json.loads, path.read_text().splitlines() if path.exists() else []):
             found[row["run"], row["stage"]][row["iteration"]] += 1
         return found
 
     def once(self, *stages: str, run: str = "demo", again: str = "") -> None:
-        """Nothing lost, nothing run twice: of each stage every iteration was executed and saved once, and no stage ran that should not.
+        """Nothing lost, nothing run twice: of each stage every iteration was executed and saved
+        once, and no stage ran that should not.
 
-        ``again``: a stage that saves nothing on its way, and may have been killed after its work but before its supervisor said DONE.
+        ``again``: a stage that saves nothing on its way, and may have been killed after its work
+        but before its supervisor said DONE.
         """
         executed = self.executed()
         if (run, again) in executed:
@@ -195,8 +207,12 @@ class Case:
             lines += (self.run / "ledger.jsonl").read_text().splitlines()
         for path in sorted(self.run.glob("*/logs/*")):
             lines += [f"--- {path.relative_to(self.run)}", *path.read_text(errors="replace").splitlines()[-12:]]
-        queue = subprocess.run(["squeue", "-t", "all", "-o", "%A %T %r %k"], env={**os.environ, **self.cluster.environment},
-                               capture_output=True, text=True)
+        queue = subprocess.run(
+            ["squeue", "-t", "all", "-o", "%A %T %r %k"],
+            env={**os.environ, **self.cluster.environment},
+            capture_output=True,
+            text=True,
+        )
         return "\n".join([*lines, queue.stdout + queue.stderr])
 
     # disks
@@ -204,8 +220,11 @@ class Case:
     def mount(self, path: Path, size: str) -> None:
         """A file system of its own at ``path``; Skipped without the right to mount."""
         path.mkdir(parents=True, exist_ok=True)
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size},mode=777", "convoy-chaos", str(path)],
-                              capture_output=True, text=True)
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size},mode=777", "convoy-chaos", str(path)],
+            capture_output=True,
+            text=True,
+        )
         if done.returncode:
             raise Skipped(f"no right to mount a file system: {done.stderr.strip()}")
         self.mounts.append(path)

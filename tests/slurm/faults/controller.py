@@ -26,7 +26,11 @@ def controller_stopped(case: Case) -> str:
     case.cluster.kill("slurmctld", signal.SIGTERM)
     case.inject()
     shown = case.project.convoy("status", "demo")
-    case.notice(lambda: shown.returncode == 0 and "Slurm can't be asked" in shown.stdout, 0, f"status: {shown.stdout}{shown.stderr}")
+    case.notice(
+        lambda: shown.returncode == 0 and "Slurm can't be asked" in shown.stdout,
+        0,
+        f"status: {shown.stdout}{shown.stderr}",
+    )
     time.sleep(max(0, case.injected + 5 - time.monotonic()))
     case.cluster.start()
     case.done("sft", "reward", seconds=90)
@@ -62,7 +66,8 @@ def controller_killed(case: Case) -> str:
 
 @scenario("slurmctld kill -9 within its save window", cluster={"NODES": 1}, seconds=35)
 def controller_forgot(case: Case) -> str:
-    """The jobs are gone from the queue, the running one goes on as an orphan, and their ids are handed out again."""
+    """The jobs are gone from the queue, the running one goes on as an orphan, and their ids are
+    handed out again."""
     case.project.behave(convert={"step_s": 4})
     case.submit("--until", "reward")
     first = case.job("convert")
@@ -74,8 +79,12 @@ def controller_forgot(case: Case) -> str:
     case.notice(lambda: case.row("sft")["state"] in ("lost", "pending", "running", "done"), 20, "status answers")
     kept = sorted(stage for stage, state in case.jobs().items() if state not in ("CANCELLED", "FAILED"))
     case.resume()
-    case.done("convert", "sft", "reward", seconds=90, again="convert")  # Slurm kills orphans when it hears of them
-    assert case.cluster.call("squeue", "-h", "-t", "all", "-j", stranger, "-o", "%T").strip() in ("RUNNING", "COMPLETED"), "not ours"
+    # Slurm kills orphans when it hears of them
+    case.done("convert", "sft", "reward", seconds=90, again="convert")
+    assert case.cluster.call("squeue", "-h", "-t", "all", "-j", stranger, "-o", "%T").strip() in (
+        "RUNNING",
+        "COMPLETED",
+    ), "not ours"
     reused = " (its id went to a stranger's job)" if stranger == first else ""
     return f"queue knew {', '.join(kept) or 'no job'} of 3{reused}; resumed: done"
 
@@ -87,8 +96,14 @@ def node_down(case: Case) -> str:
     case.cluster.call("scontrol", "update", f"nodename={node}", "state=down", "reason=chaos")
     case.inject()
     case.notice(lambda: case.project.ledger("requeued"), 30, "the job says that it is queued again")
-    case.until(lambda: case.has("sft/DONE.json") or "scontrol release" in case.row("sft")["why"], 60, "sft goes on, or Slurm holds it")
-    if not case.has("sft/DONE.json"):  # now and then Slurm can't launch the job again and holds it: status says what to do
+    case.until(
+        lambda: case.has("sft/DONE.json") or "scontrol release" in case.row("sft")["why"],
+        60,
+        "sft goes on, or Slurm holds it",
+    )
+    if not case.has(
+        "sft/DONE.json"
+    ):  # now and then Slurm can't launch the job again and holds it: status says what to do
         case.cluster.call("scontrol", "release", case.job("sft"))
     case.done("sft", "reward", seconds=90)
     return "requeued by Slurm, went on from its checkpoint: done"
@@ -102,7 +117,11 @@ def node_crashed(case: Case) -> str:
     for pid in _processes_of(case):
         os.kill(pid, signal.SIGKILL)
     case.inject()
-    case.notice(lambda: case.jobs()["sft"] == "PENDING" or case.state("sft") == "requeued", 60, "Slurm sees that the node is gone")
+    case.notice(
+        lambda: case.jobs()["sft"] == "PENDING" or case.state("sft") == "requeued",
+        60,
+        "Slurm sees that the node is gone",
+    )
     case.done("sft", "reward", seconds=90)
     assert case.rank("sft", 0)["SLURMD_NODENAME"] != node
     return "requeued by Slurm on another node, went on from its checkpoint: done"
@@ -110,7 +129,8 @@ def node_crashed(case: Case) -> str:
 
 @scenario("slurmd killed, its job's processes live on", cluster={"NODES": 2, "NODE_TIMEOUT": 5}, seconds=60)
 def slurmd_killed(case: Case) -> str:
-    """The node is down for Slurm, which starts the job elsewhere while the old ranks still train."""
+    """The node is down for Slurm, which starts the job elsewhere while the old ranks still
+    train."""
     _sft(case, step_s=0.5, iterations=120)
     case.cluster.kill(f"slurmd.{case.rank('sft', 0)['SLURMD_NODENAME']}")
     case.inject()
@@ -120,7 +140,8 @@ def slurmd_killed(case: Case) -> str:
 
 
 def _processes_of(case: Case) -> list[int]:
-    """Pids of the slurmstepds of this cluster and of the processes that work in the project's folder."""
+    """Pids of the slurmstepds of this cluster and of the processes that work in the project's
+    folder."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
@@ -148,7 +169,9 @@ def _purged(case: Case) -> str:
     row = case.row("sft")
     case.notice(lambda: row["state"] == "failed" and "exit code 3" in row["why"], 0, f"status still knows: {row}")
     case.resume()
-    assert [event["after"] for event in case.project.ledger("submitted") if event["stage"] == "sft"] [-1] == [], "a stale id as dependency"
+    assert [event["after"] for event in case.project.ledger("submitted") if event["stage"] == "sft"][-1] == [], (
+        "a stale id as dependency"
+    )
     case.done("convert", "sft", "reward")
     return "status still knows the cause; resumed without the old ids: done"
 
@@ -166,14 +189,18 @@ def accounting_off(case: Case) -> str:
 def _sacct(cluster: Cluster) -> str:
     import subprocess
 
-    done = subprocess.run(["sacct", "-X", "-n"], env={**os.environ, **cluster.environment}, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        ["sacct", "-X", "-n"], env={**os.environ, **cluster.environment}, capture_output=True, text=True, timeout=60
+    )
     return done.stdout + done.stderr
 
 
 def needs_accounting() -> None:
     if absent := missing("slurmdbd", "mariadbd"):
-        raise Skipped(f"{' and '.join(absent)} not installed (apt-get install slurmdbd slurm-wlm-mysql-plugin mariadb-server-core "
-                      "mariadb-client-core)")
+        raise Skipped(
+            f"{' and '.join(absent)} not installed (apt-get install slurmdbd slurm-wlm-mysql-plugin mariadb-server-core "
+            "mariadb-client-core)"
+        )
 
 
 @scenario("accounting on; failed job purged", cluster={"NODES": 1, "JOB_AGE": 2, "ACCOUNTING": 1}, seconds=45)

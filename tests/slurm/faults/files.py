@@ -87,7 +87,9 @@ def own_checkpoint_truncated(case: Case) -> str:
     (case.run / "sft/checkpoints/iter_0000005/model/weights").write_text("sft")
     case.inject()
     case.resume()
-    case.notice(lambda: case.project.ledger("bad checkpoint"), 20, "the damaged checkpoint is seen before a rank starts")
+    case.notice(
+        lambda: case.project.ledger("bad checkpoint"), 20, "the damaged checkpoint is seen before a rank starts"
+    )
     case.until(lambda: case.has("reward/DONE.json"), 40, "chain done")
     executed = case.executed()["demo", "sft"]
     assert executed == {**dict.fromkeys(range(1, 9), 1), 5: 2}, f"only the damaged iteration runs again: {executed}"
@@ -154,7 +156,8 @@ def _mount(case: Case) -> None:
 
 
 def _read_only(case: Case) -> None:
-    """Open files can still be written, as when a file server's disk dies. Root heeds no modes: then the folder over itself, read-only."""
+    """Open files can still be written, as when a file server's disk dies. Root heeds no modes: then
+    the folder over itself, read-only."""
     path = str(case.run.parent)
     if not ROOT:
         subprocess.run(["chmod", "-R", "a-w", path], check=True)

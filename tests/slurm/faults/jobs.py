@@ -20,7 +20,9 @@ def _preempted(case: Case, partition: str) -> str:
     status = case.status("sft")
     case.done("sft", "reward", seconds=90)
     assert status["state"] == "requeued" and status.get("class") == "preempted", f"the user was told {status}"
-    starts = [(row["attempt"], row["iteration"] is None) for row in case.project.ledger("started") if row["stage"] == "sft"]
+    starts = [
+        (row["attempt"], row["iteration"] is None) for row in case.project.ledger("started") if row["stage"] == "sft"
+    ]
     assert starts == [(1, True), (2, False)], f"sft did not go on from what it had saved: {starts}"
     return "saved, queued again by its job, went on: done"
 

@@ -1,4 +1,5 @@
-"""A controller that does what it is asked, and says so too late; submitters and guards that die meanwhile."""
+"""A controller that does what it is asked, and says so too late; submitters and guards that die
+meanwhile."""
 
 from __future__ import annotations
 
@@ -12,21 +13,25 @@ TIMED_OUT = "Socket timed out on send/recv operation"
 
 
 def _late_release(case: Case, then: str) -> None:
-    """The submitter's release reaches Slurm; ``then`` is what the submitter sees of it. squeue is silent for 4 s."""
+    """The submitter's release reaches Slurm; ``then`` is what the submitter sees of it. squeue is
+    silent for 4 s."""
     folder = case.folder / "bin"
     folder.mkdir()
     release, queue = shutil.which("scontrol"), shutil.which("squeue")
-    texts = {"scontrol": f"""case "$*" in release*)
+    texts = {
+        "scontrol": f"""case "$*" in release*)
   if tr '\\0' ' ' < /proc/$PPID/cmdline | grep -q ' launcher submit'; then
     {release} "$@"; touch {folder}/released; {then}
   fi ;;
 esac
 exec {release} "$@"
-""", "squeue": f"""if [ -e {folder}/released ] && [ $(($(date +%s) - $(stat -c %Y {folder}/released))) -lt 4 ]; then
+""",
+        "squeue": f"""if [ -e {folder}/released ] && [ $(($(date +%s) - $(stat -c %Y {folder}/released))) -lt 4 ]; then
   echo 'slurm_load_jobs error: {TIMED_OUT}' >&2; exit 1
 fi
 exec {queue} "$@"
-"""}
+""",
+    }
     for name, text in texts.items():
         (folder / name).write_text(f"#!/bin/bash\n{text}")
         (folder / name).chmod(0o755)

@@ -67,23 +67,34 @@ def rank_hangs(case: Case) -> str:
 
 @scenario("500 ranks' worth of log lines (100,000), then a failure", seconds=20)
 def many_log_lines(case: Case) -> str:
-    """8 ranks print what 500 would in a few iterations; then rank 5 fails, and its words are among the others'.
+    """8 ranks print what 500 would in a few iterations; then rank 5 fails, and its words are among
+    the others'.
 
-    Iterations take a while: what a rank writes right before it fails srun may drop, as it ends the step at once, and ranks that
-    wait for nobody could all be through before that.
+    Iterations take a while: what a rank writes right before it fails srun may drop, as it ends the
+    step at once, and ranks that wait for nobody could all be through before that.
     """
     case.project.behave(sft={"lines": 3125, "fail_at": 4, "rank": 5, "step_s": 0.5})
-    case.submit("--until", "sft", sets={"sft.iterations": 5, "resources.sft.gpus_per_node": 8, "sft.global_batch_size": 32})
+    case.submit(
+        "--until", "sft", sets={"sft.iterations": 5, "resources.sft.gpus_per_node": 8, "sft.global_batch_size": 32}
+    )
     case.until(lambda: case.has("sft/rank_7.json"), 30, "start of the ranks")
     case.inject()
     cause = case.fails("sft", "rank 5", "loss is nan at iteration 4", seconds=60)
-    lines = [line.partition(" ")[2] for line in case.project.log("sft").splitlines()]  # without the time
-    for rank in (0, 3, 5, 7):  # srun passes on what was written before the end, in order and whole; only the last line may be cut by a kill
+    # without the time
+    lines = [line.partition(" ")[2] for line in case.project.log("sft").splitlines()]
+    for rank in (
+        0,
+        3,
+        5,
+        7,
+    ):  # srun passes on what was written before the end, in order and whole; only the last line may be cut by a kill
         mine = [line for line in lines if line.startswith(f"[{rank}] iteration ")]
         whole = [f"[{rank}] iteration {iteration} line {number}" for iteration in range(1, 6) for number in range(3125)]
         kept = mine if rank == 5 else mine[:-1]
-        assert kept == whole[:len(kept)], f"rank {rank}: lines lost, torn or out of order"
-        assert rank != 5 or len(mine) == 3 * 3125, f"rank 5 wrote three iterations' lines before it failed, the log has {len(mine)}"
+        assert kept == whole[: len(kept)], f"rank {rank}: lines lost, torn or out of order"
+        assert rank != 5 or len(mine) == 3 * 3125, (
+            f"rank 5 wrote three iterations' lines before it failed, the log has {len(mine)}"
+        )
     began = time.monotonic()
     case.check(case.project.convoy("logs", "demo", "sft"))
     took = time.monotonic() - began

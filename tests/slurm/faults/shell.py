@@ -10,11 +10,28 @@ import signal
 from tests.launcher.stub_project import wait_until
 from tests.slurm.faults.case import Case, scenario
 
-RANKS = {"RANK": "3", "WORLD_SIZE": "7", "LOCAL_RANK": "3", "MASTER_ADDR": "gone", "MASTER_PORT": "29999",
-         "TORCHELASTIC_RUN_ID": "none"}
-OPTIONS = {"SBATCH_PARTITION": "low", "SBATCH_TIMELIMIT": "1", "SBATCH_NO_REQUEUE": "1", "SBATCH_WAIT": "1",
-           "SBATCH_ARRAY_INX": "0-2", "SBATCH_JOB_NAME": "mine", "SBATCH_SIGNAL": "9@5", "SBATCH_OUTPUT": "/dev/null",
-           "SLURM_CLUSTERS": "elsewhere", "SQUEUE_FORMAT": "%i", "SQUEUE_STATES": "RUNNING", "SLURM_TIME_FORMAT": "relative"}
+RANKS = {
+    "RANK": "3",
+    "WORLD_SIZE": "7",
+    "LOCAL_RANK": "3",
+    "MASTER_ADDR": "gone",
+    "MASTER_PORT": "29999",
+    "TORCHELASTIC_RUN_ID": "none",
+}
+OPTIONS = {
+    "SBATCH_PARTITION": "low",
+    "SBATCH_TIMELIMIT": "1",
+    "SBATCH_NO_REQUEUE": "1",
+    "SBATCH_WAIT": "1",
+    "SBATCH_ARRAY_INX": "0-2",
+    "SBATCH_JOB_NAME": "mine",
+    "SBATCH_SIGNAL": "9@5",
+    "SBATCH_OUTPUT": "/dev/null",
+    "SLURM_CLUSTERS": "elsewhere",
+    "SQUEUE_FORMAT": "%i",
+    "SQUEUE_STATES": "RUNNING",
+    "SLURM_TIME_FORMAT": "relative",
+}
 HANGS = '[ "$SLURMD_NODENAME" != 127.0.1.2 ] || { stepd=$(ps -o ppid= -p $PPID); echo $stepd > stepd; kill -STOP $stepd; sleep 99; }'
 
 
@@ -65,7 +82,9 @@ def preflight_hangs(case: Case) -> str:
         case.inject()
         case.notice(lambda: case.project.ledger("bad node"), 60, "the node is named")
         case.done("convert", "sft", seconds=30)
-        os.kill(int(stepd.read_text()), signal.SIGKILL)  # the site reboots it: until then Slurm calls the job completing
+        os.kill(
+            int(stepd.read_text()), signal.SIGKILL
+        )  # the site reboots it: until then Slurm calls the job completing
         case.cluster.call("scontrol", "update", "nodename=127.0.1.2", "state=drain", "reason=hung")
         case.done("reward", "sft", "convert", seconds=60)
     finally:
@@ -81,7 +100,8 @@ def preflight_hangs(case: Case) -> str:
 
 @scenario("the check of the nodes can't run at all", seconds=10)
 def check_fails(case: Case) -> str:
-    """srun can't start our program, on whichever node: no node is excluded, and nothing waits for ever."""
+    """srun can't start our program, on whichever node: no node is excluded, and nothing waits for
+    ever."""
     _wrap(case, "srun", 'echo "slurmstepd: error: execve(): python: No such file or directory" >&2; exit 2')
     case.inject()
     case.submit("--until", "sft")
@@ -106,8 +126,12 @@ def last_node(case: Case) -> str:
 @scenario("a site's sbatch prints a banner, colours and a farewell round the id", seconds=10)
 def sbatch_prints_more(case: Case) -> str:
     banner = 'echo "   Welcome to the Example Supercomputer"; printf "\\033[32m--> 3 of 9 days used\\033[0m\\n"'
-    _wrap(case, "sbatch", f"{banner}; out=$({shutil.which('sbatch')} \"$@\"); code=$?; printf '\\033[1m%s;main\\033[0m\\n' \"$out\"; "
-                          'echo "see you"; exit $code')
+    _wrap(
+        case,
+        "sbatch",
+        f'{banner}; out=$({shutil.which("sbatch")} "$@"); code=$?; printf \'\\033[1m%s;main\\033[0m\\n\' "$out"; '
+        'echo "see you"; exit $code',
+    )
     case.inject()
     case.submit("--until", "sft")
     case.done("convert", "sft")
@@ -116,8 +140,17 @@ def sbatch_prints_more(case: Case) -> str:
 
 @scenario("submitted from within another job", seconds=15)
 def inside_a_job(case: Case) -> str:
-    other = {"SLURM_JOB_ID": "99999", "SLURM_JOBID": "99999", "SLURM_JOB_NODELIST": "n7", "SLURM_NTASKS": "64", "SLURM_NNODES": "8",
-             "SLURM_RESTART_COUNT": "5", "SLURM_CPU_BIND": "none", "SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_JOB_ID": "99990"}
+    other = {
+        "SLURM_JOB_ID": "99999",
+        "SLURM_JOBID": "99999",
+        "SLURM_JOB_NODELIST": "n7",
+        "SLURM_NTASKS": "64",
+        "SLURM_NNODES": "8",
+        "SLURM_RESTART_COUNT": "5",
+        "SLURM_CPU_BIND": "none",
+        "SLURM_ARRAY_TASK_ID": "3",
+        "SLURM_ARRAY_JOB_ID": "99990",
+    }
     case.project.environment.update(other)
     case.inject()
     case.submit("--until", "sft")

@@ -14,8 +14,12 @@ SECRET = "sk-chaos-2718281828"
 @scenario("two submits of one run at once")
 def two_submits(case: Case) -> str:
     arguments = ("submit", "full-pipeline", "--name", "demo", "--profile", "dev", "--until", "reward")
-    sets = [word for stage in ("sft", "reward", "rlhf") for key, value in (("iterations", 3), ("warmup_iterations", 0))
-            for word in ("--set", f"{stage}.{key}={value}")]
+    sets = [
+        word
+        for stage in ("sft", "reward", "rlhf")
+        for key, value in (("iterations", 3), ("warmup_iterations", 0))
+        for word in ("--set", f"{stage}.{key}={value}")
+    ]
     case.inject()
     both = [case.project.start(*arguments, *sets) for _ in range(2)]
     said = [process.communicate(timeout=60)[0] for process in both]
@@ -32,8 +36,20 @@ def two_runs_on_one_node(case: Case) -> str:
     case.project.behave(sft={"step_s": 0.5})
     case.submit("--until", "sft", sets={"sft.iterations": 16})
     case.inject()
-    other = case.project.convoy("submit", "full-pipeline", "--name", "other", "--profile", "dev", "--until", "sft", "--set",
-                                "sft.iterations=16", "--set", "sft.warmup_iterations=0")
+    other = case.project.convoy(
+        "submit",
+        "full-pipeline",
+        "--name",
+        "other",
+        "--profile",
+        "dev",
+        "--until",
+        "sft",
+        "--set",
+        "sft.iterations=16",
+        "--set",
+        "sft.warmup_iterations=0",
+    )
     case.check(other)
     places = [case.folder / "runs" / run / "sft" for run in ("demo", "other")]
     try:
@@ -69,7 +85,9 @@ def port_taken(case: Case) -> str:
 def host_unresolvable(case: Case) -> str:
     case.submit("--until", "sft")
     case.inject()
-    case.until(lambda: case.has("sft/DONE.json") or "failed" in (case.state("convert"), case.state("sft")), 40, "an end")
+    case.until(
+        lambda: case.has("sft/DONE.json") or "failed" in (case.state("convert"), case.state("sft")), 40, "an end"
+    )
     if case.has("sft/DONE.json"):
         case.once("convert", "sft")
         return "ranks meet at the node's address: done"
@@ -79,7 +97,8 @@ def host_unresolvable(case: Case) -> str:
 
 @scenario("secrets in the environment and in a rank's output")
 def secret_in_environment(case: Case) -> str:
-    """One in the environment of the command, one in the profile's file; a rank prints it. Everything that the run wrote is read."""
+    """One in the environment of the command, one in the profile's file; a rank prints it.
+    Everything that the run wrote is read."""
     secrets = case.folder.parent / f"{case.folder.name}.secrets"
     secrets.write_text(f"CHAOS_JUDGE_KEY={SECRET}-file\n")
     secrets.chmod(0o600)
@@ -92,12 +111,19 @@ def secret_in_environment(case: Case) -> str:
     case.begun("sft")
     seen = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
     case.done("convert", "sft")
-    shown = [planned.stdout + planned.stderr, seen, case.project.convoy("logs", "demo", "sft").stdout,
-             case.project.convoy("status", "demo").stdout, case.cluster.call("scontrol", "show", "job"),
-             case.cluster.call("scontrol", "write", "batch_script", case.job("sft"), "-")]
+    shown = [
+        planned.stdout + planned.stderr,
+        seen,
+        case.project.convoy("logs", "demo", "sft").stdout,
+        case.project.convoy("status", "demo").stdout,
+        case.cluster.call("scontrol", "show", "job"),
+        case.cluster.call("scontrol", "write", "batch_script", case.job("sft"), "-"),
+    ]
     shown += [path.read_text(errors="replace") for path in case.folder.rglob("*") if path.is_file()]
-    leaks = [text[max(0, text.index(SECRET) - 80):][:160] for text in shown if SECRET in text]
+    leaks = [text[max(0, text.index(SECRET) - 80) :][:160] for text in shown if SECRET in text]
     assert not leaks, f"{len(leaks)} leaks: {leaks[:3]}"
-    assert "CHAOS_JUDGE_KEY is " in case.project.log("sft") and "CHAOS_JUDGE_KEY is None" not in case.project.log("sft"), "rank has it"
+    assert "CHAOS_JUDGE_KEY is " in case.project.log("sft") and "CHAOS_JUDGE_KEY is None" not in case.project.log(
+        "sft"
+    ), "rank has it"
     os.unlink(secrets)
     return "in no script, log, manifest, ps line or plan; the ranks have it"

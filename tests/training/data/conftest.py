@@ -15,12 +15,22 @@ ROOT = Path(__file__).parents[3]
 @pytest.fixture(scope="session")
 def prepare():
     """Runs ``python -m training.data.prepare`` into a folder; gives the finished process."""
+
     def run(folder: Path, model: dict | None = None, **data) -> subprocess.CompletedProcess:
         folder.mkdir(parents=True, exist_ok=True)
-        config = {"paths": {"output": str(folder / "data"), "model": str(folder / "model")}, "model": model or {}, "data": data}
+        config = {
+            "paths": {"output": str(folder / "data"), "model": str(folder / "model")},
+            "model": model or {},
+            "data": data,
+        }
         (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        return subprocess.run([sys.executable, "-m", "training.data.prepare", str(folder / "config.json")],
-                              cwd=ROOT, capture_output=True, text=True)
+        return subprocess.run(
+            [sys.executable, "-m", "training.data.prepare", str(folder / "config.json")],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+
     return run
 
 

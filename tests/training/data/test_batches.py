@@ -1,4 +1,5 @@
-"""Ids, masks and padding by hand; the order of rows is one for any number of ranks and goes on exactly after a resume."""
+"""Ids, masks and padding by hand; the order of rows is one for any number of ranks and goes on
+exactly after a resume."""
 
 from __future__ import annotations
 
@@ -46,21 +47,34 @@ def tokenised(stage: str, prompt: str, *replies: str, scores=()):
     return tokenise([Row(prompt, replies, tuple(scores) or (0.0,) * len(replies))], stage, Letters())[0]
 
 
-@pytest.mark.parametrize(("prompt", "response", "seq_length", "tokens", "start"), [
-    ("abc#", "xy", 8, ids("abc#xy") + [2], 5),
-    ("abc#", "xy", 7, ids("bc#xy") + [2], 4),  # one too long: the prompt's first id goes, the EOS stays
-    ("abcdef#", "xyz", 8, ids("ef#xyz") + [2], 4),
-    ("abcdef#", "uvwxyz", 8, ids("ef#uvwx"), 4),  # the prompt is at half a row: the reply loses its tail and the EOS
-    ("#", "uvwxyz", 8, ids("#uvwxyz"), 2),
-    ("#", "uvwxyz", 9, ids("#uvwxyz") + [2], 2),
-])
+@pytest.mark.parametrize(
+    ("prompt", "response", "seq_length", "tokens", "start"),
+    [
+        ("abc#", "xy", 8, ids("abc#xy") + [2], 5),
+        # one too long: the prompt's first id goes, the EOS stays
+        ("abc#", "xy", 7, ids("bc#xy") + [2], 4),
+        ("abcdef#", "xyz", 8, ids("ef#xyz") + [2], 4),
+        (
+            "abcdef#",
+            "uvwxyz",
+            8,
+            ids("ef#uvwx"),
+            4,
+        ),  # the prompt is at half a row: the reply loses its tail and the EOS
+        ("#", "uvwxyz", 8, ids("#uvwxyz"), 2),
+        ("#", "uvwxyz", 9, ids("#uvwxyz") + [2], 2),
+    ],
+)
 def test_sft_example(prompt, response, seq_length, tokens, start):
     assert sft_example(tokenised("sft", prompt, response), Letters(), seq_length) == Example(tokens, start)
 
 
 def test_a_comparison_cuts_its_query_alike_for_all_replies():
     row = tokenised("reward", "abcd#", "x", "xyz", scores=[0.5, 2.0])
-    assert comparison_example(row, Letters(), 8) == [(Example(ids("cd#x") + [2], 4), 0.5), (Example(ids("cd#xyz") + [2], 4), 2.0)]
+    assert comparison_example(row, Letters(), 8) == [
+        (Example(ids("cd#x") + [2], 4), 0.5),
+        (Example(ids("cd#xyz") + [2], 4), 2.0),
+    ]
 
 
 def test_a_long_prompt_keeps_its_cue():
@@ -73,7 +87,11 @@ def test_collate_by_hand():
     assert batch["tokens"].tolist() == [[7, 8, 9, 2, 3, 3], [7, 2, 3, 3, 3, 3], [7, 8, 9, 10, 11, 3]]
     assert batch["response_mask"].int().tolist() == [[0, 0, 1, 1, 0, 0], [0, 1, 0, 0, 0, 0], [0, 0, 0, 0, 1, 0]]
     assert batch["lengths"].tolist() == [4, 2, 5]
-    assert (batch["tokens"].dtype, batch["response_mask"].dtype, batch["lengths"].dtype) == (torch.int64, torch.bool, torch.int64)
+    assert (batch["tokens"].dtype, batch["response_mask"].dtype, batch["lengths"].dtype) == (
+        torch.int64,
+        torch.bool,
+        torch.int64,
+    )
     with pytest.raises(AssertionError, match="a row of 5 tokens in a batch of length 4"):
         collate([Example([7, 8, 9, 10, 2], 2)], 3, 4)
 
@@ -88,7 +106,7 @@ def test_no_row_is_lost_or_seen_twice_in_an_epoch(rows, size):
     sampler = Sampler(rows, size, seed=5)
     seen = [index for _ in range(rows * 3) for index in sampler.next_batch()]  # = 3 x size epochs
     for epoch in range(0, len(seen), rows):
-        assert sorted(seen[epoch:epoch + rows]) == list(range(rows))
+        assert sorted(seen[epoch : epoch + rows]) == list(range(rows))
     assert Counter(seen) == {row: 3 * size for row in range(rows)}
 
 
@@ -104,7 +122,8 @@ def test_a_permutation_has_every_number_once(n):
 
 
 def test_orders_are_drawn_evenly():
-    """All 24 orders of four rows over 4,800 seeds, and each row's place among 40: chi-square within five deviations of its mean."""
+    """All 24 orders of four rows over 4,800 seeds, and each row's place among 40: chi-square within
+    five deviations of its mean."""
     orders = Counter(tuple(Permutation(4, f"{seed}/0")[np.arange(4)]) for seed in range(4800))
     assert len(orders) == 24
     assert sum((count - 200) ** 2 / 200 for count in orders.values()) < 23 + 5 * (2 * 23) ** 0.5
@@ -141,7 +160,9 @@ def test_a_resume_may_change_the_batch_size_but_not_seed_or_data():
     with pytest.raises(ConfigError, match="rows = 11, but the checkpoint was made with rows = 10"):
         Sampler(11, 4, seed=3).load_state_dict(state)
     del state["order"]
-    with pytest.raises(ConfigError, match="in the order 'of version 0.1.0', this version's in 'feistel-1': finish the stage with"):
+    with pytest.raises(
+        ConfigError, match="in the order 'of version 0.1.0', this version's in 'feistel-1': finish the stage with"
+    ):
         Sampler(10, 4, seed=3).load_state_dict(state)
 
 

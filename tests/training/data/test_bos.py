@@ -1,4 +1,5 @@
-"""A tokenizer.json as Llama 2's: a normalizer that puts a space before each text, and BOS in the post-processor."""
+"""A tokenizer.json as Llama 2's: a normalizer that puts a space before each text, and BOS in the
+post-processor."""
 
 from __future__ import annotations
 
@@ -30,11 +31,13 @@ def llama_2(folder: Path, bos: bool = True, **names: str) -> Path:
     library.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     words = [word for text in TEXTS[:3] for word in text.split()] * 9  # no merge across a space
     library.train_from_iterator(words, trainers.BpeTrainer(vocab_size=340, special_tokens=table, show_progress=False))
-    library.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
-                                         decoders.Strip(" ", 1, 0)])
+    library.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     if bos:
-        library.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B",
-                                                               special_tokens=[("<s>", 1)])
+        library.post_processor = processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+        )
     folder.mkdir(exist_ok=True)
     library.save(str(folder / "tokenizer.json"))
     names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", **names}
@@ -59,7 +62,7 @@ def test_ids_of_prompt_and_reply_are_transformers_ids_of_the_whole_text(folder, 
     assert tokenizer.bos == [1]
     for (example, _), text in zip(comparison_example(rows[0], tokenizer, 512), TEXTS, strict=True):
         assert example.tokens == [*theirs(text)["input_ids"], 2]
-        assert example.tokens[:example.response_start] == theirs(PROMPT)["input_ids"]
+        assert example.tokens[: example.response_start] == theirs(PROMPT)["input_ids"]
 
 
 def test_evaluation_has_the_ids_of_training(folder, rows):
@@ -75,7 +78,9 @@ def test_bos_stays_where_the_head_is_cut_and_stands_there_once(folder, rows, tmp
     assert prompt_tokens(rows[0], 8) == [1, *whole[-7:]] and prompt_tokens(rows[0], len(whole)) == whole
     assert rows.longer_than(len(whole) + max(map(len, rows[0].replies))) == 1
     example = sft_example(rows[0]._replace(replies=rows[0].replies[:1]), tokenizer, 20)
-    assert len(example.tokens) == 20 and example.tokens[0] == 1 and 1 not in example.tokens[1:] and example.tokens[-1] == 2
+    assert (
+        len(example.tokens) == 20 and example.tokens[0] == 1 and 1 not in example.tokens[1:] and example.tokens[-1] == 2
+    )
     written = "<s>" + PROMPT  # as a chat template writes it
     theirs = generation.encode(AutoTokenizer.from_pretrained(folder), written, 512)
     for ids in (*tokenizer.encode_prompts([written]), theirs):
@@ -95,12 +100,16 @@ def test_a_byte_level_tokenizer_without_bos_gives_what_it_gave(demo_run):
     assert [generation.encode_reply(theirs, text) for text in REPLIES] == tokenizer.encode_all(list(REPLIES))
 
 
-@pytest.mark.parametrize(("names", "pad", "filler"), [
-    ({"pad_token": "</s>"}, 2, "<s>"), ({"pad_token": None}, 2, "<s>"), ({}, 3, "<pad>")])
+@pytest.mark.parametrize(
+    ("names", "pad", "filler"), [({"pad_token": "</s>"}, 2, "<s>"), ({"pad_token": None}, 2, "<s>"), ({}, 3, "<pad>")]
+)
 def test_padding_may_be_eos_and_a_classifier_still_has_one_of_its_own(tmp_path, names, pad, filler):
     tokenizer = Tokenizer(llama_2(tmp_path / "model", **names))
     assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.filler) == (pad, 2, filler)
     (tmp_path / "model" / "config.json").write_text("{}")
     classifier.set_config(tmp_path / "model", SimpleNamespace(family="llama"))
-    config, theirs = json.loads((tmp_path / "model/config.json").read_text()), AutoTokenizer.from_pretrained(tmp_path / "model")
+    config, theirs = (
+        json.loads((tmp_path / "model/config.json").read_text()),
+        AutoTokenizer.from_pretrained(tmp_path / "model"),
+    )
     assert theirs.pad_token == filler and config["pad_token_id"] == theirs.pad_token_id != 2

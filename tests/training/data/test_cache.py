@@ -1,4 +1,5 @@
-"""The cache of token ids: the rows themselves, made once, whole or not there, made anew when what it came from has changed."""
+"""The cache of token ids: the rows themselves, made once, whole or not there, made anew when what
+it came from has changed."""
 
 from __future__ import annotations
 
@@ -22,8 +23,14 @@ from training.data.formats import DataError
 from training.data.tokenizer import Tokenizer
 from training.distributed import groups
 
-ROWS = [{"query": f"Why {n}?", "response": [f" So {n}." * (k + 1) for k in range(2 + n % 3)],
-         "score": [k + n / 3 for k in range(2 + n % 3)]} for n in range(50)]
+ROWS = [
+    {
+        "query": f"Why {n}?",
+        "response": [f" So {n}." * (k + 1) for k in range(2 + n % 3)],
+        "score": [k + n / 3 for k in range(2 + n % 3)],
+    }
+    for n in range(50)
+]
 FORK = multiprocessing.get_context("fork")
 
 
@@ -47,8 +54,12 @@ def test_rows_are_what_the_tokenizer_says_of_the_text(tmp_path, tokenizer, monke
         assert len(rows) == len(ROWS) and rows.most_replies == {"sft": 1, "reward": 4, "rlhf": 0}[stage]
         for row, text in zip(rows, ROWS, strict=True):
             replies = {"sft": text["response"][-1:], "reward": text["response"], "rlhf": []}[stage]
-            assert row == (tokenizer.encode(text["query"]), [tokenizer.encode(reply) for reply in replies],
-                           text["score"] if stage == "reward" else [], 0)
+            assert row == (
+                tokenizer.encode(text["query"]),
+                [tokenizer.encode(reply) for reply in replies],
+                text["score"] if stage == "reward" else [],
+                0,
+            )
         lengths = [len(row.prompt) + max((len(reply) + 1 for reply in row.replies), default=0) for row in rows]
         for tokens in (0, min(lengths), sorted(lengths)[25], max(lengths)):
             assert rows.longer_than(tokens) == sum(length > tokens for length in lengths)
@@ -108,7 +119,8 @@ def test_a_bad_row_leaves_nothing(tmp_path, tokenizer):
 
 
 def _slowly(file: Path, tokenizer: Tokenizer, log: Path, seconds: float) -> None:
-    """Makes the cache with a pause between writing and renaming; every process that writes says so."""
+    """Makes the cache with a pause between writing and renaming; every process that writes says
+    so."""
     write = cache._write
 
     def slow(*args):
@@ -173,8 +185,12 @@ def test_the_benchmark_runs(tmp_path):
     benchmark.demo_model(tmp_path / "model")
     benchmark.generate(tmp_path, 400)
     files = benchmark.part_prepare(tmp_path)
-    assert 350 < sum(files[name] for name in ("sft.jsonl", "sft_heldout.jsonl")) < 400, "one row in twenty is written twice"
-    assert benchmark.part_read(tmp_path)["rows"] == files["sft.jsonl"] and benchmark.part_list(tmp_path, 50)["rows"] == 50
+    assert 350 < sum(files[name] for name in ("sft.jsonl", "sft_heldout.jsonl")) < 400, (
+        "one row in twenty is written twice"
+    )
+    assert (
+        benchmark.part_read(tmp_path)["rows"] == files["sft.jsonl"] and benchmark.part_list(tmp_path, 50)["rows"] == 50
+    )
     assert benchmark.part_hidden(tmp_path, 1).keys() == {"alone_ms", "ahead_ms"}
     for _, before, now, most in benchmark.efficiencies([100, 300, 500], 2):
         assert 0 < before <= 1 and before - 0.02 < now <= most + 1e-9

@@ -1,4 +1,5 @@
-"""The demo's data: rerun byte for byte, no held-out prompt in training, and a gold score that agrees with every preference."""
+"""The demo's data: rerun byte for byte, no held-out prompt in training, and a gold score that
+agrees with every preference."""
 
 from __future__ import annotations
 
@@ -12,19 +13,30 @@ from training.data.tokenizer import Tokenizer
 
 from .conftest import read
 
-SIZES = {"sft.jsonl": 6000, "sft_heldout.jsonl": 256, "reward.jsonl": 4000, "reward_heldout.jsonl": 256,
-         "rlhf.jsonl": 3000, "heldout.jsonl": 256}
+SIZES = {
+    "sft.jsonl": 6000,
+    "sft_heldout.jsonl": 256,
+    "reward.jsonl": 4000,
+    "reward_heldout.jsonl": 256,
+    "rlhf.jsonl": 3000,
+    "heldout.jsonl": 256,
+}
 
 
 def digests(folder):
-    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
-            for part in ("data", "model") for file in sorted((folder / part).rglob("*")) if file.is_file()}
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for part in ("data", "model")
+        for file in sorted((folder / part).rglob("*"))
+        if file.is_file()
+    }
 
 
 def test_another_run_gives_the_same_bytes_and_another_seed_does_not(demo_run, tmp_path, prepare):
     first = digests(demo_run)
     caches = [name for name in first if ".jsonl.tokens/" in name]
-    assert len(first) - len(caches) == 6 + 1 + 6  # rows, counts.json, model files; nothing half-written is left
+    # rows, counts.json, model files; nothing half-written is left
+    assert len(first) - len(caches) == 6 + 1 + 6
     assert len(caches) == 6 * (4 + 1 + 1)  # of each file: four arrays, about.json, the lock
     assert prepare(tmp_path).returncode == 0
     assert digests(tmp_path) == first
@@ -42,13 +54,22 @@ def test_gold_separates_every_pair(demo_run):
     rubrics = {question.prompt: demo.rubric(question) for question in demo.questions()}
     for name in ("reward.jsonl", "reward_heldout.jsonl"):
         for row in read(demo_run / "data" / name):
-            scores = dict(zip(row["score"], (gold(response, rubrics[row["query"]]) for response in row["response"]), strict=True))
+            scores = dict(
+                zip(row["score"], (gold(response, rubrics[row["query"]]) for response in row["response"]), strict=True)
+            )
             assert scores[1.0] > scores[0.0] and scores[1.0] >= 0.6, row
 
 
 def test_every_kind_of_reply_has_the_gold_of_its_faults():
-    expected = {"good": {1.0}, "rude": {0.6, 0.8}, "rambling": {0.8}, "offtopic": {0.4}, "offtopic rambling": {0.2},
-                "wrong": {0.2}, "wrong rude": {0.0, 0.2}}  # rude ones may be over the limit of words too
+    expected = {
+        "good": {1.0},
+        "rude": {0.6, 0.8},
+        "rambling": {0.8},
+        "offtopic": {0.4},
+        "offtopic rambling": {0.2},
+        "wrong": {0.2},
+        "wrong rude": {0.0, 0.2},
+    }  # rude ones may be over the limit of words too
     assert set(expected) == {"good", *demo.BAD} == set(demo.QUALITY)
     rng = random.Random(0)
     for kind, allowed in expected.items():

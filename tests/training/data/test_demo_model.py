@@ -1,4 +1,5 @@
-"""The demo's Hugging Face folder is one that transformers loads, with BLOOM's names, and our tokenizer gives its ids."""
+"""The demo's Hugging Face folder is one that transformers loads, with BLOOM's names, and our
+tokenizer gives its ids."""
 
 from __future__ import annotations
 
@@ -16,9 +17,23 @@ from training.data.tokenizer import Tokenizer
 
 from .conftest import read
 
-FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
-TEXTS = ["", " ", "\n\nHuman: Hi.\n\nAssistant:",
-         " caf\u00e9 \u4f60\u597d \U0001f600!", "a  b\t\tc\r\n(x|y) 3.14, \u0964", "</s> <pad>x", "\x00\x7f"]
+FILES = {
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+}
+TEXTS = [
+    "",
+    " ",
+    "\n\nHuman: Hi.\n\nAssistant:",
+    " caf\u00e9 \u4f60\u597d \U0001f600!",
+    "a  b\t\tc\r\n(x|y) 3.14, \u0964",
+    "</s> <pad>x",
+    "\x00\x7f",
+]
 
 
 def test_transformers_loads_every_tensor(demo_run):
@@ -36,13 +51,20 @@ def test_transformers_loads_every_tensor(demo_run):
 def test_names_are_those_of_the_published_checkpoint(demo_run):
     with safe_open(demo_run / "model/model.safetensors", "pt") as file:
         names = set(file.keys())
-    assert {"word_embeddings.weight", "word_embeddings_layernorm.bias", "h.3.self_attention.query_key_value.weight", "ln_f.bias"} <= names
+    assert {
+        "word_embeddings.weight",
+        "word_embeddings_layernorm.bias",
+        "h.3.self_attention.query_key_value.weight",
+        "ln_f.bias",
+    } <= names
     assert len(names) == 5 + 4 * 12 and "lm_head.weight" not in names
 
 
 def test_ids_are_those_of_transformers(demo_run):
     ours, theirs = Tokenizer(demo_run / "model"), AutoTokenizer.from_pretrained(demo_run / "model")
-    assert (ours.eos_id, ours.pad_id, ours.size) == (theirs.eos_token_id, theirs.pad_token_id, len(theirs)) == (2, 3, 512)
+    assert (
+        (ours.eos_id, ours.pad_id, ours.size) == (theirs.eos_token_id, theirs.pad_token_id, len(theirs)) == (2, 3, 512)
+    )
     assert [theirs.convert_tokens_to_ids(token) for token in ("<unk>", "<s>", "</s>", "<pad>")] == [0, 1, 2, 3]
     assert theirs.padding_side == "left"
     rows = read(demo_run / "data/sft.jsonl")[:300]
@@ -62,10 +84,13 @@ def test_vocabulary_that_the_text_cant_fill_is_refused(tmp_path):
         demo_model.write(tmp_path, ["one two one two"], ModelConfig(demo_vocab=400), 0)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"eos_token": None}, "no eos token; name one"),
-    ({"pad_token": "<none>"}, "pad_token = '<none>' of the tokenizer's files is not in tokenizer.json"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"eos_token": None}, "no eos token; name one"),
+        ({"pad_token": "<none>"}, "pad_token = '<none>' of the tokenizer's files is not in tokenizer.json"),
+    ],
+)
 def test_special_tokens_that_are_missing_are_refused(demo_run, tmp_path, change, message):
     (tmp_path / "tokenizer.json").write_bytes((demo_run / "model/tokenizer.json").read_bytes())
     tokens = json.loads((demo_run / "model/tokenizer_config.json").read_text())

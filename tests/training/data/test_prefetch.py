@@ -1,4 +1,5 @@
-"""Batches made ahead: the same ones in the same order, each with the sampler's state of its own step, and no waiting for them."""
+"""Batches made ahead: the same ones in the same order, each with the sampler's state of its own
+step, and no waiting for them."""
 
 from __future__ import annotations
 
@@ -22,7 +23,10 @@ def test_batches_and_states_are_those_of_their_step():
         assert state == alone.state_dict()
         resumed = Sampler(10, 4, seed=3)
         resumed.load_state_dict(state)
-        assert resumed.next_batch() == (goes_on := Sampler(10, 4, seed=3), goes_on.load_state_dict(alone.state_dict()))[0].next_batch()
+        assert (
+            resumed.next_batch()
+            == (goes_on := Sampler(10, 4, seed=3), goes_on.load_state_dict(alone.state_dict()))[0].next_batch()
+        )
     assert ahead.state_dict() == alone.state_dict()  # not one batch more than was asked for
 
 

@@ -1,4 +1,5 @@
-"""Held-out prompts and repeated rows found without keeping rows: the same as with all of them in memory."""
+"""Held-out prompts and repeated rows found without keeping rows: the same as with all of them in
+memory."""
 
 from __future__ import annotations
 
@@ -20,7 +21,9 @@ def held_out(prompts: list[str], data: DataConfig) -> set[str]:
     return set(sorted(distinct, key=lambda key: hashlib.sha256(f"{data.seed}\0{key}".encode()).digest())[:number])
 
 
-@pytest.mark.parametrize(("rows", "share", "most"), [(2, 0.05, 256), (300, 0.05, 256), (300, 0.5, 20), (3000, 0.1, 7), (3000, 0.1, 0)])
+@pytest.mark.parametrize(
+    ("rows", "share", "most"), [(2, 0.05, 256), (300, 0.05, 256), (300, 0.5, 20), (3000, 0.1, 7), (3000, 0.1, 0)]
+)
 def test_held_out_prompts_are_those_of_the_rule(rows, share, most):
     rng = random.Random(rows)
     prompts = [f"Is  it {rng.randrange(rows * 2 // 3 + 1)}?" for _ in range(rows)]

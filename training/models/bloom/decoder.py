@@ -1,4 +1,5 @@
-"""BLOOM's own parts of the engine's forward pass: ALiBi, a norm after the embedding, GELU in its tanh form."""
+"""BLOOM's own parts of the engine's forward pass: ALiBi, a norm after the embedding, GELU in its
+tanh form."""
 
 from __future__ import annotations
 
@@ -15,7 +16,9 @@ class Decoder(decoder.Decoder):
         self.slopes = rank_slopes(self.shape.heads, self.rank * self.heads, self.heads, self.device)
 
     def embed(self, tokens):
-        return F.layer_norm(super().embed(tokens), (self.shape.hidden,), *self.pair("embedding_layernorm"), self.shape.eps)
+        return F.layer_norm(
+            super().embed(tokens), (self.shape.hidden,), *self.pair("embedding_layernorm"), self.shape.eps
+        )
 
     def feed_forward(self, normed, block) -> tuple[torch.Tensor, torch.Tensor]:
         weight, bias = block["mlp.linear_fc2"]

@@ -1,4 +1,5 @@
-"""BLOOM's own modules (Le Scao et al. 2022): layer norms, biases everywhere, GELU by its tanh formula."""
+"""BLOOM's own modules (Le Scao et al. 2022): layer norms, biases everywhere, GELU by its tanh
+formula."""
 
 from __future__ import annotations
 
@@ -15,26 +16,38 @@ from torch.utils.checkpoint import checkpoint
 from training.models import lora
 from training.models.gelu import gelu
 
-# The fused form of F.gelu is the tanh formula, the unfused one is not: state the formula, leave fusion off.
-SETTINGS = {"normalization": "LayerNorm", "add_bias_linear": True, "activation_func": partial(F.gelu, approximate="tanh")}
+# The fused form of F.gelu is the tanh formula, the unfused one is not: state the formula, leave
+# fusion off.
+SETTINGS = {
+    "normalization": "LayerNorm",
+    "add_bias_linear": True,
+    "activation_func": partial(F.gelu, approximate="tanh"),
+}
 
 
 class FeedForward(MLP):
-    """megatron-core's MLP that under selective recompute drops GELU's output (8 H bytes a token in bf16) and makes it again.
+    """megatron-core's MLP that under selective recompute drops GELU's output (8 H bytes a token in
+    bf16) and makes it again.
 
-    megatron-core's own "mlp" recompute returns the bias from a checkpointed function and recurses for ever.
+    megatron-core's own "mlp" recompute returns the bias from a checkpointed function and recurses
+    for ever.
     """
 
     def __init__(self, config: TransformerConfig):
         column, row = lora.linears(config.lora)
-        super().__init__(config, MLPSubmodules(linear_fc1=column, linear_fc2=row),
-                         tp_group=parallel_state.get_tensor_model_parallel_group())
+        super().__init__(
+            config,
+            MLPSubmodules(linear_fc1=column, linear_fc2=row),
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+        )
 
     def forward(self, hidden_states, per_token_scale=None, **_):
         widened, bias = self.linear_fc1(hidden_states)
         if not self.training or self.config.recompute_granularity != "selective":
             return self.linear_fc2(gelu(widened, bias))
-        if torch.compiler.is_compiling():  # what is made inside a checkpoint is then made again wherever backward needs it
+        if (
+            torch.compiler.is_compiling()
+        ):  # what is made inside a checkpoint is then made again wherever backward needs it
             return self.linear_fc2(checkpoint(gelu, widened, bias, use_reentrant=False))
         kept = CheckpointWithoutOutput(fp8=None)  # False would ask Transformer Engine
         activated = kept.checkpoint(gelu, widened, bias)

@@ -1,7 +1,7 @@
 """BLOOM (Le Scao et al. 2022): what its config.json says, and its tensors. Standard library only.
 
-Query, key and value are fused per head as [head, (q, k, v), head_dim], which is megatron-core's layout for ungrouped heads: conversion
-is renaming.
+Query, key and value are fused per head as [head, (q, k, v), head_dim], which is megatron-core's
+layout for ungrouped heads: conversion is renaming.
 """
 
 from __future__ import annotations
@@ -14,14 +14,25 @@ from training.config.shape import EMBEDDING, Shape, Table, Weight
 HUGGING_FACE = "Bloom"
 """Begins the names of transformers' classes."""
 PREFIX, LAYER = "transformer.", "h"
-"""Of Hugging Face's names: what the transformer's begin with, and then a layer's, before its number."""
+"""Of Hugging Face's names: what the transformer's begin with, and then a layer's, before its
+number."""
 UNUSED: tuple[str, ...] = ()
 """Ends of the names of tensors that transformers once saved and reads no more."""
 
 
 def shape(layers: int, hidden: int, heads: int, vocab: int, eps: float, tied: bool = True) -> Shape:
-    return Shape(family="bloom", layers=layers, hidden=hidden, heads=heads, groups=heads, ffn=4 * hidden, vocab=vocab, eps=eps, tied=tied,
-                 alibi=True)
+    return Shape(
+        family="bloom",
+        layers=layers,
+        hidden=hidden,
+        heads=heads,
+        groups=heads,
+        ffn=4 * hidden,
+        vocab=vocab,
+        eps=eps,
+        tied=tied,
+        alibi=True,
+    )
 
 
 def read(config: ConfigFile) -> Shape:
@@ -29,11 +40,27 @@ def read(config: ConfigFile) -> Shape:
     hidden, heads = config.whole("hidden_size", "n_embed"), config.whole("n_head", "num_attention_heads")
     config.only("apply_residual_connection_post_layernorm", False)
     config.only("quantization_config", None)
-    config.types({**COMMON, "hidden_dropout": NUMBER, "attention_dropout": NUMBER, "pretraining_tp": (int,), "slow_but_exact": (bool,)})
+    config.types(
+        {
+            **COMMON,
+            "hidden_dropout": NUMBER,
+            "attention_dropout": NUMBER,
+            "pretraining_tp": (int,),
+            "slow_but_exact": (bool,),
+        }
+    )
     if hidden % heads:
-        raise ConfigError(f"{config.path}: hidden_size = {hidden} and n_head = {heads}: expected a multiple of the heads; {FIX}")
-    return shape(config.whole("n_layer", "num_hidden_layers"), hidden, heads, config.whole("vocab_size"),
-                 config.epsilon("layer_norm_epsilon"), config.truth("tie_word_embeddings", True))
+        raise ConfigError(
+            f"{config.path}: hidden_size = {hidden} and n_head = {heads}: expected a multiple of the heads; {FIX}"
+        )
+    return shape(
+        config.whole("n_layer", "num_hidden_layers"),
+        hidden,
+        heads,
+        config.whole("vocab_size"),
+        config.epsilon("layer_norm_epsilon"),
+        config.truth("tie_word_embeddings", True),
+    )
 
 
 def table(shape: Shape) -> Table:
@@ -44,23 +71,31 @@ def table(shape: Shape) -> Table:
 
     def linear(key: str, name: str, rows: int, columns: int, split: int) -> list[Weight]:
         # The biases of what is split by columns are added once, after the sum over ranks.
-        return [Weight(f"{key}.weight", {f"{name}.weight": (rows, columns)}, split),
-                Weight(f"{key}.bias", {f"{name}.bias": (rows,)}, 0 if split == 0 else None)]
+        return [
+            Weight(f"{key}.weight", {f"{name}.weight": (rows, columns)}, split),
+            Weight(f"{key}.bias", {f"{name}.bias": (rows,)}, 0 if split == 0 else None),
+        ]
 
     return Table(
-        first=(Weight(EMBEDDING, {"word_embeddings.weight": (shape.vocab, hidden)}, 0),
-               *norm("embedding_layernorm", "word_embeddings_layernorm")),
-        layer=(*norm("input_layernorm", "input_layernorm"),
-               *linear("self_attention.linear_qkv", "self_attention.query_key_value", 3 * hidden, hidden, 0),
-               *linear("self_attention.linear_proj", "self_attention.dense", hidden, hidden, 1),
-               *norm("pre_mlp_layernorm", "post_attention_layernorm"),
-               *linear("mlp.linear_fc1", "mlp.dense_h_to_4h", wide, hidden, 0),
-               *linear("mlp.linear_fc2", "mlp.dense_4h_to_h", hidden, wide, 1)),
-        last=tuple(norm("decoder.final_layernorm", "ln_f")))
+        first=(
+            Weight(EMBEDDING, {"word_embeddings.weight": (shape.vocab, hidden)}, 0),
+            *norm("embedding_layernorm", "word_embeddings_layernorm"),
+        ),
+        layer=(
+            *norm("input_layernorm", "input_layernorm"),
+            *linear("self_attention.linear_qkv", "self_attention.query_key_value", 3 * hidden, hidden, 0),
+            *linear("self_attention.linear_proj", "self_attention.dense", hidden, hidden, 1),
+            *norm("pre_mlp_layernorm", "post_attention_layernorm"),
+            *linear("mlp.linear_fc1", "mlp.dense_h_to_4h", wide, hidden, 0),
+            *linear("mlp.linear_fc2", "mlp.dense_4h_to_h", hidden, wide, 1),
+        ),
+        last=tuple(norm("decoder.final_layernorm", "ln_f")),
+    )
 
 
 def demo(model: ModelConfig) -> dict:
-    """config.json with the keys of ``bigscience/bloom-7b1`` (which are older than those that transformers writes today)."""
+    """config.json with the keys of ``bigscience/bloom-7b1`` (which are older than those that
+    transformers writes today)."""
     return {
         "apply_residual_connection_post_layernorm": False,
         "architectures": ["BloomForCausalLM"],

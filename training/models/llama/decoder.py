@@ -1,4 +1,5 @@
-"""Llama's own parts of the engine's forward pass: rotary embedding and SwiGLU. (A norm without a bias is an RMSNorm.)"""
+"""Llama's own parts of the engine's forward pass: rotary embedding and SwiGLU. (A norm without a
+bias is an RMSNorm.)"""
 
 from __future__ import annotations
 
@@ -12,7 +13,9 @@ from training.models.llama.module import swiglu
 class Decoder(decoder.Decoder):
     def place(self, query, key, batch):
         if "rotary" not in batch.derived:
-            angles = rotary.angles(self.shape.theta, self.head_dim, self.shape.positions, batch.position[None], self.device)
+            angles = rotary.angles(
+                self.shape.theta, self.head_dim, self.shape.positions, batch.position[None], self.device
+            )
             batch.derived["rotary"] = angles.cos(), angles.sin()
         cosine, sine = batch.derived["rotary"]  # (T, 1, 1, D)
         return _rotate(query, cosine, sine), _rotate(key, cosine[:, 0], sine[:, 0])
@@ -23,6 +26,7 @@ class Decoder(decoder.Decoder):
 
 
 def _rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-    """Each pair of components by its angle, in fp32; the halves of a head are the pairs' first and second components."""
+    """Each pair of components by its angle, in fp32; the halves of a head are the pairs' first and
+    second components."""
     first, second = x.chunk(2, -1)
     return (x * cosine + torch.cat((-second, first), -1) * sine).to(x.dtype)

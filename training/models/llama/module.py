@@ -23,16 +23,23 @@ def swiglu(widened: torch.Tensor) -> torch.Tensor:
 
 
 class FeedForward(MegatronModule):
-    """down(silu(gate(x)) * up(x)). Selective recompute keeps of it only what ``linear_gate_up`` gives.
+    """down(silu(gate(x)) * up(x)). Selective recompute keeps of it only what ``linear_gate_up``
+    gives.
 
-    Not megatron-core's gated MLP: under tensor parallelism each rank's rows of its linear_fc1 lie in two places of the whole tensor.
+    Not megatron-core's gated MLP: under tensor parallelism each rank's rows of its linear_fc1 lie
+    in two places of the whole tensor.
     """
 
     def __init__(self, config: TransformerConfig):
         super().__init__(config=config)
         column, row = lora.linears(config.lora)
-        options = {"config": config, "init_method": no_init, "bias": False, "skip_bias_add": True,
-                   "tp_group": parallel_state.get_tensor_model_parallel_group()}
+        options = {
+            "config": config,
+            "init_method": no_init,
+            "bias": False,
+            "skip_bias_add": True,
+            "tp_group": parallel_state.get_tensor_model_parallel_group(),
+        }
         self.linear_gate_up = column(config.hidden_size, 2 * config.ffn_hidden_size, gather_output=False, **options)
         self.linear_fc2 = row(config.ffn_hidden_size, config.hidden_size, input_is_parallel=True, **options)
 

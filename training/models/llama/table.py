@@ -1,8 +1,10 @@
-"""Llama (Touvron et al. 2023) and what has its shape (SmolLM2, TinyLlama): its config.json, and its tensors. Standard library only.
+"""Llama (Touvron et al. 2023) and what has its shape (SmolLM2, TinyLlama): its config.json, and its
+tensors. Standard library only.
 
-RMSNorm, rotary embedding, SwiGLU, grouped queries, no biases. megatron-core's linear_qkv is query, key and value woven by key-value head;
-linear_gate_up is gate and up woven row by row. Each tensor-parallel rank's rows then lie together, whatever its size, and nothing that
-divides tensors (checkpoints, optimizer, generation) has to know that they are several.
+RMSNorm, rotary embedding, SwiGLU, grouped queries, no biases. megatron-core's linear_qkv is query,
+key and value woven by key-value head; linear_gate_up is gate and up woven row by row. Each
+tensor-parallel rank's rows then lie together, whatever its size, and nothing that divides tensors
+(checkpoints, optimizer, generation) has to know that they are several.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ DEFAULT_THETA = 10000.0
 
 
 def read(config: ConfigFile) -> Shape:
-    """Defaults are transformers' LlamaConfig's. Raises ConfigError, by name, for what we do not compute."""
+    """Defaults are transformers' LlamaConfig's. Raises ConfigError, by name, for what we do not
+    compute."""
     hidden, heads = config.whole("hidden_size"), config.whole("num_attention_heads")
     groups = heads if config.values.get("num_key_value_heads") is None else config.whole("num_key_value_heads")
     for name in ("attention_bias", "mlp_bias"):
@@ -30,30 +33,48 @@ def read(config: ConfigFile) -> Shape:
     config.only("hidden_act", "silu")
     config.types({**COMMON, "attention_dropout": (*NUMBER, type(None)), "pretraining_tp": (int, type(None))})
     if hidden % heads or hidden // heads % 2:
-        raise ConfigError(f"{config.path}: hidden_size = {hidden} and num_attention_heads = {heads}: expected an even head dimension; "
-                          f"{FIX}")
+        raise ConfigError(
+            f"{config.path}: hidden_size = {hidden} and num_attention_heads = {heads}: expected an even head dimension; "
+            f"{FIX}"
+        )
     config.only("head_dim", hidden // heads, None)
     if heads % groups:
-        raise ConfigError(f"{config.path}: num_key_value_heads = {groups} does not divide num_attention_heads = {heads}; {FIX}")
-    return Shape(family="llama", layers=config.whole("num_hidden_layers"), hidden=hidden, heads=heads, groups=groups,
-                 ffn=config.whole("intermediate_size"), vocab=config.whole("vocab_size"), eps=config.epsilon("rms_norm_eps", 1e-6),
-                 tied=config.truth("tie_word_embeddings", False), gated=True, theta=_theta(config),
-                 positions=config.whole("max_position_embeddings", default=2048))
+        raise ConfigError(
+            f"{config.path}: num_key_value_heads = {groups} does not divide num_attention_heads = {heads}; {FIX}"
+        )
+    return Shape(
+        family="llama",
+        layers=config.whole("num_hidden_layers"),
+        hidden=hidden,
+        heads=heads,
+        groups=groups,
+        ffn=config.whole("intermediate_size"),
+        vocab=config.whole("vocab_size"),
+        eps=config.epsilon("rms_norm_eps", 1e-6),
+        tied=config.truth("tie_word_embeddings", False),
+        gated=True,
+        theta=_theta(config),
+        positions=config.whole("max_position_embeddings", default=2048),
+    )
 
 
 def _theta(config: ConfigFile) -> float:
-    """Base of the rotary embedding: ``rope_theta`` beside ``rope_scaling``, or, since transformers 5, in ``rope_parameters``.
+    """Base of the rotary embedding: ``rope_theta`` beside ``rope_scaling``, or, since transformers
+    5, in ``rope_parameters``.
 
-    transformers 5 takes the first of rope_scaling and rope_parameters that is not empty, and rope_theta from there, then from beside it;
-    transformers 4 only from beside it. A file that names several must name the same.
+    transformers 5 takes the first of rope_scaling and rope_parameters that is not empty, and
+    rope_theta from there, then from beside it; transformers 4 only from beside it. A file that
+    names several must name the same.
     """
     tables = {name: config.table(name) for name in ("rope_scaling", "rope_parameters")}
     config.only("partial_rotary_factor", 1.0, 1)
     for name, table in tables.items():
         kinds = [table[key] for key in ("rope_type", "type") if key in table]
         if any(kind != "default" for kind in kinds) or table.get("partial_rotary_factor", 1.0) != 1.0:
-            raise ConfigError(f"{config.path}: {name} = {table}: scaled or partial rotary embeddings are not supported; take a model "
-                              'without them (rope_type = "default"), as Llama 2, TinyLlama and SmolLM2 are')
+            raise ConfigError(
+                f"{config.path}: {name} = {table}: scaled or partial rotary embeddings are not supported; take a model "
+                'without them (rope_type = "default"), as Llama 2, TinyLlama and SmolLM2 are'
+            )
     said = {f"{name}.rope_theta": table["rope_theta"] for name, table in tables.items() if "rope_theta" in table}
     if "rope_theta" in config.values and (not said or config.values["rope_theta"] is not None):
         said["rope_theta"] = config.values["rope_theta"]
@@ -68,14 +89,30 @@ def table(shape: Shape) -> Table:
     hidden, wide, shared = shape.hidden, shape.ffn, shape.hidden // shape.heads * shape.groups
     return Table(
         first=(Weight(EMBEDDING, {"embed_tokens.weight": (shape.vocab, hidden)}, 0),),
-        layer=(Weight("input_layernorm.weight", {"input_layernorm.weight": (hidden,)}),
-               Weight("self_attention.linear_qkv.weight", {"self_attn.q_proj.weight": (hidden, hidden), "self_attn.k_proj.weight":
-                      (shared, hidden), "self_attn.v_proj.weight": (shared, hidden)}, 0, shape.groups),
-               Weight("self_attention.linear_proj.weight", {"self_attn.o_proj.weight": (hidden, hidden)}, 1),
-               Weight("pre_mlp_layernorm.weight", {"post_attention_layernorm.weight": (hidden,)}),
-               Weight("mlp.linear_gate_up.weight", {"mlp.gate_proj.weight": (wide, hidden), "mlp.up_proj.weight": (wide, hidden)}, 0, wide),
-               Weight("mlp.linear_fc2.weight", {"mlp.down_proj.weight": (hidden, wide)}, 1)),
-        last=(Weight("decoder.final_layernorm.weight", {"norm.weight": (hidden,)}),))
+        layer=(
+            Weight("input_layernorm.weight", {"input_layernorm.weight": (hidden,)}),
+            Weight(
+                "self_attention.linear_qkv.weight",
+                {
+                    "self_attn.q_proj.weight": (hidden, hidden),
+                    "self_attn.k_proj.weight": (shared, hidden),
+                    "self_attn.v_proj.weight": (shared, hidden),
+                },
+                0,
+                shape.groups,
+            ),
+            Weight("self_attention.linear_proj.weight", {"self_attn.o_proj.weight": (hidden, hidden)}, 1),
+            Weight("pre_mlp_layernorm.weight", {"post_attention_layernorm.weight": (hidden,)}),
+            Weight(
+                "mlp.linear_gate_up.weight",
+                {"mlp.gate_proj.weight": (wide, hidden), "mlp.up_proj.weight": (wide, hidden)},
+                0,
+                wide,
+            ),
+            Weight("mlp.linear_fc2.weight", {"mlp.down_proj.weight": (hidden, wide)}, 1),
+        ),
+        last=(Weight("decoder.final_layernorm.weight", {"norm.weight": (hidden,)}),),
+    )
 
 
 def demo(model: ModelConfig) -> dict:
