@@ -22,7 +22,7 @@ gpu-test: $(if $(GIVEN),,setup)
 # Their requirements contradict our pins, so they go into a folder of their own. TRL 0.11.4 is the last whose PPO has the loss as methods.
 PEERS := build/peers
 peers: setup $(PEERS)/.installed
-	PYTHONPATH=$(PEERS) $(BIN)/python -m pytest -n 2 tests/training/test_losses_trl.py tests/training/test_lora.py
+	PYTHONPATH=$(PEERS) $(BIN)/python -m pytest -n 2 tests/training/test_losses_trl.py tests/training/models/test_lora.py
 
 $(PEERS)/.installed: Makefile
 	@echo "setup: TRL and peft into $(PEERS)"

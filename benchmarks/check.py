@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.parity_gpu import missed, say
-from tests.attention import document_ids, relative
+from tests.support.attention import document_ids, relative
 from training import sft
 from training.config.trainers import Paths, SFTConfig
 from training.distributed import groups

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from transformers import BloomConfig, BloomForCausalLM
 
-from tests.attention import document_ids, errors, relative
+from tests.support.attention import document_ids, errors, relative
 from training.checkpoint import format
 from training.config.shape import Shape
 from training.config.trainers import Paths, SFTConfig

@@ -32,10 +32,10 @@ import torch
 from transformers import BloomConfig, BloomForCausalLM
 
 from benchmarks.parity_gpu import missed, say
-from tests.attention import relative
-from tests.bloom import tiny_bloom
-from tests.llama import tiny_llama
-from tests.training import generation_models
+from tests.support import generation_models
+from tests.support.attention import relative
+from tests.support.bloom import tiny_bloom
+from tests.support.llama import tiny_llama
 from training.config.trainers import Paths, SFTConfig
 from training.distributed import groups
 from training.generation import sampling, torch_ops

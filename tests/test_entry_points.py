@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.launcher.stub_project import ROOT, Project
+from tests.support.stub_project import ROOT, Project
 
 PACKAGES = ("launcher", "training", "conversion", "eval")
 LIGHT = [

@@ -13,7 +13,7 @@ import pytest
 from eval import rendezvous as evaluation
 from eval.errors import SurroundingsError
 from eval.judge import children
-from tests.launcher.stub_project import ROOT, wait_until
+from tests.support.stub_project import ROOT, wait_until
 from training.config.schema import ConfigError
 from training.distributed import rendezvous as training
 

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conversion import huggingface, torch_dist, work
-from tests.bloom import tiny_bloom
 from tests.conversion.folders import convert_to, export_from, sparse_bloom, write_tokenizer
-from tests.llama import tiny_llama
+from tests.support.bloom import tiny_bloom
+from tests.support.llama import tiny_llama
 from training.checkpoint.checksums import Damaged
 from training.config.schema import ConfigError
 from training.config.shape import Shape

@@ -12,7 +12,6 @@ from transformers import AutoModelForSequenceClassification, BloomConfig, BloomF
 
 from conversion import verify
 from conversion.classifier import folded
-from tests.bloom import tiny_bloom
 from tests.conversion.folders import (
     REWARD_BIAS,
     VALUE_BIAS,
@@ -22,8 +21,9 @@ from tests.conversion.folders import (
     trainer,
     write_tokenizer,
 )
-from tests.distributed import run
-from tests.llama import tiny_llama
+from tests.support.bloom import tiny_bloom
+from tests.support.distributed import run
+from tests.support.llama import tiny_llama
 from training.checkpoint import format
 from training.config.schema import ConfigError
 from training.config.shape import Shape

@@ -21,9 +21,9 @@ from conversion import command, hf_to_megatron, megatron_to_hf, tensors, torch_d
 from conversion.config import ConvertConfig, ConvertPaths, ExportConfig
 from conversion.hf_to_megatron import convert
 from conversion.tensors import BLOCK, Piece, Stored
-from tests.bloom import tiny_bloom
 from tests.conversion.folders import convert_to, export_from, save_model, sparse_bloom
-from tests.distributed import run
+from tests.support.bloom import tiny_bloom
+from tests.support.distributed import run
 from training.checkpoint import checksums
 from training.config.schema import ConfigError
 from training.models.bloom import table as bloom

@@ -13,7 +13,7 @@ from conversion import huggingface, megatron_lm
 from conversion.config import ConvertConfig, ConvertPaths
 from conversion.hf_to_megatron import convert
 from conversion.tensors import equal
-from tests.bloom import tiny_bloom
+from tests.support.bloom import tiny_bloom
 from training.config.schema import ConfigError
 from training.config.shape import Shape
 

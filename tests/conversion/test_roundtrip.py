@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from conversion import tensors, torch_dist
 from conversion.weights import entries
-from tests.bloom import tiny_bloom
 from tests.conversion.folders import convert_to, export_from, write_tokenizer
-from tests.llama import tiny_llama
+from tests.support.bloom import tiny_bloom
+from tests.support.llama import tiny_llama
 from training.config.shape import Shape
 from training.models.bloom import table
 

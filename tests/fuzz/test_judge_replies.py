@@ -18,8 +18,8 @@ from eval.judge.budget import Budget
 from eval.judge.endpoint import Endpoint
 from eval.judge.verdict import preference, rating
 from eval.report import judgment_table
-from tests.eval.test_judge import QUESTIONS, Server, answers, config, good
-from tests.eval.test_judgment_file import RATINGS, pair
+from tests.eval.judge.test_single import QUESTIONS, Server, answers, config, good
+from tests.eval.report.test_judgment_table import RATINGS, pair
 from tests.fuzz.damage import damaged_bytes, damaged_json, damaged_text, peak_mb, within
 
 TIMES = int(os.environ.get("CONVOY_FUZZ", "1"))

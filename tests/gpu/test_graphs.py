@@ -26,9 +26,9 @@ def without_graphs(*given):
 
 @pytest.fixture(scope="module", params=["bloom", "llama"])
 def decoder(request, tmp_path_factory):
-    from tests.bloom import tiny_bloom
-    from tests.llama import tiny_llama
-    from tests.training import generation_models
+    from tests.support import generation_models
+    from tests.support.bloom import tiny_bloom
+    from tests.support.llama import tiny_llama
     from training.generation import triton_ops
 
     folder = tmp_path_factory.mktemp(request.param)
@@ -39,7 +39,7 @@ def decoder(request, tmp_path_factory):
 
 def asked():
     """Responses of 1 to NEW tokens: rows leave at every step, and padded sizes with them."""
-    from tests.training.generation_models import prompts
+    from tests.support.generation_models import prompts
     from training.generation.request import Request, Sampling, draws
 
     uniforms = draws(1, 0, COUNT, NEW)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.kernels.where import DEVICE
-from tests.training.generation_models import off, pick_from_shards
+from tests.support.generation_models import off, pick_from_shards
 from training.generation import sampling, torch_ops, triton_ops, triton_sampling
 from training.models.attention import alibi_slopes
 from training.models.kv_cache import Batch

@@ -1,6 +1,6 @@
 import pytest
 
-from tests.launcher.stub_project import Project
+from tests.support.stub_project import Project
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from launcher import cli
 from launcher.slurm import network
-from tests.launcher.stub_project import ROOT, Project
+from tests.support.stub_project import ROOT, Project
 
 COMMANDS = ["doctor", "plan", "submit", "render", "status", "watch", "logs", "resume", "cancel", "report", "completion"]
 ALLOWED = {

@@ -16,7 +16,7 @@ from launcher.config.stages import PIPELINES
 from launcher.run.folder import Run, this_process
 from launcher.slurm import sites
 from launcher.submit import create, sweep
-from tests.launcher.stub_project import SMALL
+from tests.support.stub_project import SMALL
 from training.config.schema import ConfigError
 
 GRAPH = """\

@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from tests.launcher.stub_project import ROOT, wait_until
+from tests.support.stub_project import ROOT, wait_until
 
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 

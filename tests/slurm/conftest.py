@@ -8,8 +8,8 @@ import subprocess
 
 import pytest
 
-from tests.launcher.stub_project import Project
 from tests.slurm.cluster import Cluster, missing
+from tests.support.stub_project import Project
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import pytest
 from launcher.run.folder import Run
 from launcher.slurm.polling import Queue
 from launcher.status import state
-from tests.launcher.stub_project import wait_until
+from tests.support.stub_project import wait_until
 
 
 @pytest.fixture

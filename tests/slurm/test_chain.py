@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 
-from tests.launcher.stub_project import ROOT, wait_until
+from tests.support.stub_project import ROOT, wait_until
 
 ORDER = ["convert", "sft", "reward", "rlhf", "export", "mtbench"]
 TINY = [

@@ -5,7 +5,7 @@ which environment, and that signals and endings pass; not a container."""
 import json
 import sys
 
-from tests.launcher.stub_project import ROOT
+from tests.support.stub_project import ROOT
 
 STAND_IN = """#!{python}
 import json, os, sys

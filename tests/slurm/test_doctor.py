@@ -5,7 +5,7 @@ import json
 
 from launcher.config.profile import Profile
 from launcher.doctor import slurm_findings
-from tests.launcher.stub_project import wait_until
+from tests.support.stub_project import wait_until
 
 
 def doctor(project, *arguments) -> tuple[dict, dict]:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.launcher.stub_project import ROOT, wait_until
+from tests.support.stub_project import ROOT, wait_until
 
 ORDER = ["convert", "sft", "reward", "rlhf", "export", "mtbench"]
 

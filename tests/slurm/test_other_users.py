@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launcher.stub_project import ROOT
 from tests.slurm.cluster import PATH, Cluster
+from tests.support.stub_project import ROOT
 
 OTHER = 54_321
 """A user that no machine has."""

@@ -6,7 +6,7 @@ import stat
 import time
 from pathlib import Path
 
-from tests.launcher.stub_project import ROOT, SMALL
+from tests.support.stub_project import ROOT, SMALL
 
 NAME, KEY = "WANDB_API_KEY", "k3y-0f-the-run-4711"
 

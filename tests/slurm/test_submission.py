@@ -8,9 +8,9 @@ import signal
 
 import pytest
 
-from tests.launcher.stub_project import Project, wait_until
 from tests.slurm.cluster import Cluster
 from tests.slurm.test_jobs import ORDER, jobs
+from tests.support.stub_project import Project, wait_until
 
 KILL_SUBMITTER = "kill -9 $PPID"
 KILL_GUARD_TOO = "kill -9 $(pgrep -P $PPID -f launcher.slurm.transaction) $PPID"

@@ -14,7 +14,7 @@ from launcher.job.attempt import Attempt
 from launcher.job.endings import Class
 from launcher.job.ranks import LocalRanks, Log
 from launcher.run.folder import Run
-from tests.launcher.stub_project import ROOT, wait_until
+from tests.support.stub_project import ROOT, wait_until
 
 
 def site(project, **lines) -> str:

@@ -3,7 +3,7 @@ stops no other."""
 
 import json
 
-from tests.launcher.stub_project import SMALL, Project, wait_until
+from tests.support.stub_project import SMALL, Project, wait_until
 
 SWEEP = ["submit", "full-pipeline", "--name", "lr", "--until", "reward", "--sweep", "sft.lr=1e-5,2e-5", *SMALL]
 

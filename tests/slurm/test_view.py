@@ -13,8 +13,8 @@ import time
 
 import pytest
 
-from tests.launcher.stub_project import SMALL, Project, wait_until
 from tests.slurm.cluster import Cluster
+from tests.support.stub_project import SMALL, Project, wait_until
 
 
 @pytest.fixture(scope="module")

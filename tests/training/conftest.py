@@ -9,7 +9,7 @@ import pytest
 
 from conversion.config import ConvertConfig, ConvertPaths
 from conversion.hf_to_megatron import convert
-from tests.distributed import run
+from tests.support.distributed import run
 from training import reward, sft
 from training.config.data import DataConfig, ModelConfig, PrepareConfig, PreparePaths
 from training.config.trainers import DPOConfig, GRPOConfig, Paths, PPOConfig, PPOPaths, RewardConfig, SFTConfig

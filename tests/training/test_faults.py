@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.distributed import run
+from tests.support.distributed import run
 from training import ppo
 from training.rl import experience
 

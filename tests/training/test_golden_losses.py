@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed import run
+from tests.support.distributed import run
 from training import dpo, grpo, ppo, reward, sft
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -6,9 +6,9 @@ import statistics
 import pytest
 import torch
 
-from tests.distributed import run
-from tests.training.ppo_reference import Reference, Row
-from tests.training.test_ppo_reference import weights
+from tests.support.distributed import run
+from tests.support.ppo_reference import Reference, Row
+from tests.training.rl.test_ppo_reference import weights
 from training import grpo
 from training.config.schema import ConfigError, build
 from training.config.trainers import GRPOConfig

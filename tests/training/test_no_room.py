@@ -11,7 +11,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from tests.distributed import run
+from tests.support.distributed import run
 from training import ppo, sft
 from training.config.trainers import PPOConfig
 from training.distributed import groups as parallel
@@ -100,5 +100,7 @@ def test_groups_wait_as_long_as_the_key_says(monkeypatch):
         return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
 
     ranks = parallel.ranks
-    monkeypatch.setattr("tests.distributed.ranks", lambda *given, **more: ranks(*given, **more, timeout_minutes=90))
+    monkeypatch.setattr(
+        "tests.support.distributed.ranks", lambda *given, **more: ranks(*given, **more, timeout_minutes=90)
+    )
     assert run(timeouts, 2, 1, 1) == [[5400.0] * 4] * 2

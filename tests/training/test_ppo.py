@@ -11,7 +11,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing import event_accumulator
 
-from tests.distributed import run
+from tests.support.distributed import run
 from training import ppo
 from training.config.schema import ConfigError, build
 from training.config.trainers import PPOConfig

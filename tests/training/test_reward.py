@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import BloomConfig, BloomForCausalLM
 
-from tests.distributed import run
-from tests.training.ppo_reference import Scalar
-from tests.training.test_ppo_reference import weights
+from tests.support.distributed import run
+from tests.support.ppo_reference import Scalar
+from tests.training.rl.test_ppo_reference import weights
 from training import reward
 from training.checkpoint import format
 from training.data.tokenizer import Tokenizer

@@ -10,8 +10,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BloomConfig, BloomForCausalLM
 
-from tests.distributed import run
-from tests.training.test_ppo_reference import weights
+from tests.support.distributed import run
+from tests.training.rl.test_ppo_reference import weights
 from training import sft
 from training.data.batches import Sampler
 

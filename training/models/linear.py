@@ -56,7 +56,7 @@ def weight_gradient(grad: torch.Tensor, inputs: torch.Tensor, weight: torch.Tens
     A custom op, so that the compiler does not look inside: a tensor of the right shape is all that
     autograd and the graph need. It is declared to change nothing, so the compiler takes two calls
     with equal arguments for one (torch 2.13: half the gradient). A compiled graph therefore uses a
-    weight once; a layer does (tests/training/test_weight_gradient.py).
+    weight once; a layer does (tests/training/models/test_weight_gradient.py).
     """
     into = buffer(weight)
     if into is None:

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.launcher.stub_project import ROOT, Project, wait_until
 from tests.slurm.cluster import Cluster
+from tests.support.stub_project import ROOT, Project, wait_until
 
 TRAINERS = ("sft", "reward", "rlhf")
 PATIENCE = 3

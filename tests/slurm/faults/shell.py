@@ -7,8 +7,8 @@ import os
 import shutil
 import signal
 
-from tests.launcher.stub_project import wait_until
 from tests.slurm.faults.case import Case, scenario
+from tests.support.stub_project import wait_until
 
 RANKS = {
     "RANK": "3",

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from benchmarks import data as benchmark
-from tests.distributed import run
+from tests.support.distributed import run
 from training.data import cache
 from training.data.cache import TokenRows, cached
 from training.data.formats import DataError
