@@ -35,7 +35,7 @@ one H100 and one H200."""
 LAYER_S = 40e-6
 """What a layer of a decode step takes longer than reading its weights at that rate: seven small
 kernels, their gaps, and products too small for it. 1b7 at 64 and 128 rows, on an H100; 7b1's steps
-(benchmarks/rollout.py) come out within 2% at 128 rows, 9% too short at 256."""
+(benchmarks/generation/rollout.py) come out within 2% at 128 rows, 9% too short at 256."""
 START_S = 0.2
 """Of a rollout: making engines and the cache, capturing CUDA graphs, gathering replies (1b7 on two
 H100)."""
@@ -45,7 +45,7 @@ H100."""
 
 TO_HOST_GB_S, BOTH_WAYS_GB_S = 49, 39
 """Of each GPU to its node's pinned memory, alone and with the other way at the same time
-(benchmarks/ppo.py on an H200)."""
+(benchmarks/training/ppo.py on an H200)."""
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import ppo, train
+from benchmarks.training import ppo, train
 
 ROOT = Path(__file__).parents[2]
 
 
 def lines(script: str, *arguments: str) -> list[dict]:
     made = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / script, *arguments],
+        [sys.executable, ROOT / "benchmarks/training" / script, *arguments],
         capture_output=True,
         text=True,
         timeout=300,

@@ -1,4 +1,4 @@
-"""Several ranks without GPUs: benchmarks/multi_gpu.sh's parts on gloo, its plan, and layers of
+"""Several ranks without GPUs: benchmarks/multi_gpu/run.sh's parts on gloo, its plan, and layers of
 tensor parallelism as one graph."""
 
 import json
@@ -10,9 +10,9 @@ import pytest
 import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from benchmarks import multi_gpu, multi_gpu_checks, multi_gpu_common, multi_gpu_plan, multi_gpu_speed
-from benchmarks.multi_gpu_plan import Job, fitting, layout, waves
-from benchmarks.multi_gpu_tables import tables
+from benchmarks.multi_gpu import checks, common, plan, speed, suite
+from benchmarks.multi_gpu.plan import Job, fitting, layout, waves
+from benchmarks.multi_gpu.tables import tables
 from launcher.estimates import iteration_time
 from tests.support.distributed import run
 from training.config import cost
@@ -28,18 +28,18 @@ def said(capfd) -> list[dict]:
 
 
 def test_every_part_runs_on_gloo_and_finds_layouts_equal(tmp_path, capfd, monkeypatch):
-    monkeypatch.setitem(multi_gpu_common.SHAPES, "tiny", bloom(4, 32, 4, 300, 1e-5))
-    monkeypatch.setattr(multi_gpu_common, "length", lambda size: 32)
+    monkeypatch.setitem(common.SHAPES, "tiny", bloom(4, 32, 4, 300, 1e-5))
+    monkeypatch.setattr(common, "length", lambda size: 32)
     batch = {"micro_batch_size": 1, "global_batch_size": 4}
-    run(multi_gpu_checks.gradients, 1, 1, 1, "tiny", layout(), tmp_path)
-    run(multi_gpu_checks.gradients, 2, 2, 1, "tiny", layout(2, 2), tmp_path)
-    run(multi_gpu_checks.gradients, 1, 1, 2, "tiny", layout(), tmp_path)
-    run(multi_gpu_speed.warm, 2, 1, 1, "tiny", layout(2, micro_batch_size=1, recompute="none", seq_length=32), tmp_path)
-    run(multi_gpu_speed.steps, 1, 2, 1, "tiny", layout(1, 2, **batch), tmp_path)
-    run(multi_gpu_speed.prepared, 1, 1, 1, "tiny", layout(), tmp_path)
-    run(multi_gpu_speed.phases, 1, 2, 1, "tiny", layout(1, 2, generation_tensor_parallel=2), tmp_path)
-    run(multi_gpu_checks.saved, 2, 1, 1, "tiny", layout(2), tmp_path)
-    run(multi_gpu_checks.loaded, 1, 1, 1, "tiny", layout(), tmp_path)
+    run(checks.gradients, 1, 1, 1, "tiny", layout(), tmp_path)
+    run(checks.gradients, 2, 2, 1, "tiny", layout(2, 2), tmp_path)
+    run(checks.gradients, 1, 1, 2, "tiny", layout(), tmp_path)
+    run(speed.warm, 2, 1, 1, "tiny", layout(2, micro_batch_size=1, recompute="none", seq_length=32), tmp_path)
+    run(speed.steps, 1, 2, 1, "tiny", layout(1, 2, **batch), tmp_path)
+    run(speed.prepared, 1, 1, 1, "tiny", layout(), tmp_path)
+    run(speed.phases, 1, 2, 1, "tiny", layout(1, 2, generation_tensor_parallel=2), tmp_path)
+    run(checks.saved, 2, 1, 1, "tiny", layout(2), tmp_path)
+    run(checks.loaded, 1, 1, 1, "tiny", layout(), tmp_path)
     found = said(capfd)
     assert [row["part"] for row in found] == [
         *["gradients"] * 3,
@@ -67,8 +67,8 @@ def test_every_part_runs_on_gloo_and_finds_layouts_equal(tmp_path, capfd, monkey
     prints = json.loads((tmp_path / "fingerprints.json").read_text())
     prints["decoder.layers.mlp.linear_fc1.bias"] += 1
     (tmp_path / "fingerprints.json").write_text(json.dumps(prints))
-    run(multi_gpu_checks.gradients, 1, 1, 2, "tiny", layout(), tmp_path)
-    run(multi_gpu_checks.loaded, 1, 1, 1, "tiny", layout(), tmp_path)
+    run(checks.gradients, 1, 1, 2, "tiny", layout(), tmp_path)
+    run(checks.loaded, 1, 1, 1, "tiny", layout(), tmp_path)
     gradients, loaded = said(capfd)
     assert not gradients["ok"] and gradients["of"] == "decoder.layers.2.mlp.linear_fc2.weight"
     assert loaded["wrong"] == ["decoder.layers.mlp.linear_fc1.bias"]
@@ -76,7 +76,7 @@ def test_every_part_runs_on_gloo_and_finds_layouts_equal(tmp_path, capfd, monkey
 
 def test_a_layout_that_fails_costs_itself_only(tmp_path):
     job = Job("one", "gradients", "tiny", [0], [layout(3), layout()], 100)
-    running = multi_gpu.Running(job, tmp_path, tmp_path, cpu=True)
+    running = suite.Running(job, tmp_path, tmp_path, cpu=True)
     running.run(math.inf)
     failed, fine = running.rows
     assert "3" in failed["error"] and failed["layout"] == layout(3)
@@ -85,22 +85,22 @@ def test_a_layout_that_fails_costs_itself_only(tmp_path):
 
 
 def test_a_rank_that_fails_alone_is_heard(tmp_path):
-    running = multi_gpu.Running(Job("fails", "fails", "tiny", [0, 1], [layout()], 60), tmp_path, tmp_path, cpu=True)
+    running = suite.Running(Job("fails", "fails", "tiny", [0, 1], [layout()], 60), tmp_path, tmp_path, cpu=True)
     running.run(math.inf)
     (row,) = running.rows
     assert row["ok"] and "RuntimeError: this rank fails alone on purpose" in row["said"]
 
 
 def test_a_job_whose_time_is_over_says_where_each_rank_is(tmp_path, monkeypatch):
-    monkeypatch.setattr(multi_gpu, "STACKS_S", 1)
-    running = multi_gpu.Running(Job("late", "gradients", "tiny", [0], [layout()], 2), tmp_path, tmp_path, cpu=True)
+    monkeypatch.setattr(suite, "STACKS_S", 1)
+    running = suite.Running(Job("late", "gradients", "tiny", [0], [layout()], 2), tmp_path, tmp_path, cpu=True)
     log = tmp_path / "late.log"
     while "all imported" not in log.read_text():
         time.sleep(0.05)
     running.go = tmp_path / "never"  # the rank waits for ever
     running.run(math.inf)
     assert running.rows[0]["error"] == "its time was over"
-    assert "multi_gpu_rank.py" in log.read_text()
+    assert "rank.py" in log.read_text()
 
 
 @pytest.mark.parametrize(
@@ -116,18 +116,18 @@ def test_what_cannot_be_run_is_said_before_anything_is(words, says, monkeypatch,
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["multi_gpu.py", "--gpus", *words.split()])
     with pytest.raises(SystemExit) as ended:
-        multi_gpu.main()
+        suite.main()
     assert ended.value.code == 2 and re.search(says, capsys.readouterr().err) and not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_ends_nothing(tmp_path, capsys):
-    rows = multi_gpu.write([], CARD, tmp_path / "missing")
+    rows = suite.write([], CARD, tmp_path / "missing")
     assert rows == [] and "missing/multi_gpu.json could not be written" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("gpus", [1, 2, 4, 8])
 def test_what_is_timed_shares_no_gpu(gpus):
-    planned = waves(gpus, False, CARD, list(multi_gpu_plan.PARTS))
+    planned = waves(gpus, False, CARD, list(plan.PARTS))
     for wave in planned:
         used = [gpu for job in wave for gpu in job.gpus]
         assert max(used) < gpus
@@ -145,9 +145,9 @@ def test_what_ppo_is_reckoned_with_is_what_it_runs(values, rows):
     """Rows of a micro-batch by the model, and by the trainer's packing, for replies of full length
     on four H100. Three times 11 rows: one is empty, and the bubble is shorter than with twice
     16."""
-    config, shape = multi_gpu_plan.ppo_config("1b7", values), multi_gpu_plan.SHAPES["1b7"]
+    config, shape = plan.ppo_config("1b7", values), plan.SHAPES["1b7"]
     data = config.data_parallel(4)
-    assert iteration_time.iteration(shape, config, 4, multi_gpu_plan.machine(CARD), 4).micro_batch == (rows, 512)
+    assert iteration_time.iteration(shape, config, 4, plan.machine(CARD), 4).micro_batch == (rows, 512)
     least = cost.launched_tokens(shape, config.tensor_parallel, 512, cost.PEAK_TFLOPS[9])
     limits = Limits(512, 128, data, config.micro_batch_tokens // 512, config.pipeline_parallel, least=least)
     assert lay_out([512] * 64, limits)[1:] == (512, rows)
@@ -155,9 +155,7 @@ def test_what_ppo_is_reckoned_with_is_what_it_runs(values, rows):
 
 def test_single_jobs_and_layouts_can_be_chosen():
     only = ["560m, PP 2 x DP 2", "ppo 1", "sft 2.*not compiled"]
-    found = {
-        job.name: len(job.layouts) for wave in waves(4, False, CARD, list(multi_gpu_plan.PARTS), only) for job in wave
-    }
+    found = {job.name: len(job.layouts) for wave in waves(4, False, CARD, list(plan.PARTS), only) for job in wave}
     assert found == {"one GPU 560m": 1, "prepare 1b7": 1, "gradients 560m": 1, "warm 0": 1, "ppo 1": 1, "sft 2, 2": 1}
 
 
@@ -172,10 +170,8 @@ def one_graph(sequence_parallel: bool) -> tuple[int, list[float]]:
     """Graphs of a layer at TP 2, compiled, and how far its results and gradients are from the
     uncompiled layer's."""
     shape = bloom(2, 64, 4, 300, 1e-5)
-    model = build_model(
-        shape, multi_gpu_common.settings("tiny", tensor_parallel=2, sequence_parallel=sequence_parallel), "lm"
-    )
-    multi_gpu_common.fill(model, shape)
+    model = build_model(shape, common.settings("tiny", tensor_parallel=2, sequence_parallel=sequence_parallel), "lm")
+    common.fill(model, shape)
     layer, graphs, found = model.decoder.layers[0], [], []
     layer.self_attention.core_attention.slopes = (
         None  # SDPA reads them on the host, which only the CPU's attention does

@@ -1,4 +1,4 @@
-"""benchmarks/learns_smollm2.py: which rows each reward model sees, what runs beside what, and the
+"""benchmarks/learning/learns_smollm2.py: which rows each reward model sees, what runs beside what, and the
 tables of a study that was cut short."""
 
 import contextlib
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(autouse=True)
 def benchmarks(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks/learning"))
     # before that folder, whose launcher.py is not the package
     monkeypatch.syspath_prepend(str(ROOT))
 
@@ -135,7 +135,7 @@ def test_a_signal_leaves_nothing_running(tmp_path, number):
     """Told to end, a program saves; one that doesn't is killed by the second signal, and all are
     when the queue itself is."""
     (tmp_path / "queue.py").write_text(QUEUE)
-    command = [sys.executable, str(tmp_path / "queue.py"), str(tmp_path), str(ROOT), str(ROOT / "benchmarks")]
+    command = [sys.executable, str(tmp_path / "queue.py"), str(tmp_path), str(ROOT), str(ROOT / "benchmarks/learning")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     programs, killed = [], number == signal.SIGKILL
     try:

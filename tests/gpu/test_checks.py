@@ -1,4 +1,4 @@
-"""The checks of benchmarks/check.py and benchmarks/rollout.py: fast paths against plain ones, at
+"""The checks of benchmarks/training/check.py and benchmarks/generation/rollout.py: fast paths against plain ones, at
 the sizes that a GPU is used for."""
 
 import pytest
@@ -9,7 +9,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("one_rank")]
 
 
 def passes(check, *given) -> None:
-    from benchmarks import parity_gpu
+    from benchmarks.training import parity_gpu
 
     before = len(parity_gpu.missed)
     check(*given)
@@ -18,20 +18,20 @@ def passes(check, *given) -> None:
 
 @pytest.mark.parametrize("name", ["head", "gelu", "optimizer"])
 def test_fast_paths(name):
-    from benchmarks import check
+    from benchmarks.training import check
 
     passes(getattr(check, name))
 
 
 @pytest.mark.parametrize("rows", ["whole", "packed"])
 def test_compiled_layers(rows):
-    from benchmarks import check
+    from benchmarks.training import check
 
     passes(check.layers, [rows])
 
 
 @pytest.mark.parametrize("name", ["kernels", "greedy"])
 def test_the_rollout_engine(name):
-    from benchmarks import rollout
+    from benchmarks.generation import rollout
 
     passes(getattr(rollout, name), not CUDA)

@@ -12,7 +12,7 @@ from training.config.trainers import TrainerConfig
 
 UTILISATION = {1024: 0.453, 2048: 0.553, 2560: 0.527, 4096: 0.589}
 """Share of the peak in forward and backward, by hidden size: one H200, sequence 2048, no recompute
-(benchmarks/train.py)."""
+(benchmarks/training/train.py)."""
 PEAK_TFLOPS = {8: 312.0, 9: 989.0}
 """bf16 of an A100 and of an H100 or H200, by the major number of their compute capability
 (datasheets)."""

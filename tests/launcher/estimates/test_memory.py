@@ -57,7 +57,7 @@ def test_training_as_measured_on_an_h200(model, batch, recompute, measured):
     assert as_measured(SHAPES[model], config) == pytest.approx(measured, rel=0.05)
 
 
-# benchmarks/parity_gpu.py memory on one H200: (model, rows) -> torch's peak in GB with recompute
+# benchmarks/training/parity_gpu.py memory on one H200: (model, rows) -> torch's peak in GB with recompute
 # none, selective, full, when the loss still held 12 bytes for each logit.
 MEASURED = {
     ("560m", 1): (17.93, 17.52, 16.41),
@@ -91,7 +91,7 @@ def test_sft_as_our_own_trainer_needs_it_on_an_h200(model, rows):
     ],
 )
 def test_sft_with_the_small_optimizer_as_measured_on_an_h200(model, rows, recompute, measured):
-    """benchmarks/train.py, torch's peak; full recompute of small models is overestimated by up to
+    """benchmarks/training/train.py, torch's peak; full recompute of small models is overestimated by up to
     9%."""
     config = sft(micro_batch_size=rows, global_batch_size=32, recompute=recompute, optimizer_precision="bf16")
     assert as_measured(SHAPES[model], config) == pytest.approx(measured, rel=0.1 if recompute == "full" else 0.01)
@@ -154,7 +154,7 @@ def test_ppo_of_7b_and_7b_on_one_gpu_keeps_one_optimizer_and_no_idle_gradients()
     ("model", "rows", "offload", "measured"), [("7b1", 4, "all", 118.48), ("1b7", 8, "none", 62.47)]
 )
 def test_ppo_s_update_as_measured_on_an_h200(model, rows, offload, measured):
-    """benchmarks/ppo.py, torch's peak of the updates."""
+    """benchmarks/training/ppo.py, torch's peak of the updates."""
     config = PPOConfig(
         paths=PPO_PATHS,
         optimizer_precision="bf16",

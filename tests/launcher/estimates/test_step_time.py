@@ -30,7 +30,7 @@ def sft(**values) -> SFTConfig:
     [("560m", 16, 32, 121640), ("1b7", 16, 32, 49515), ("3b", 8, 32, 27231), ("7b1", 4, 16, 12965)],
 )
 def test_one_h200_as_measured(model, rows, global_rows, measured):
-    """benchmarks/train.py: tokens/s of a full step."""
+    """benchmarks/training/train.py: tokens/s of a full step."""
     config = sft(micro_batch_size=rows, global_batch_size=global_rows)
     made = step_time.step(SHAPES[model], config, 1, step_time.MACHINES["one-machine"], 1)
     assert global_rows * 2048 / made.seconds == pytest.approx(measured, rel=0.005)
@@ -49,7 +49,7 @@ def test_one_h200_as_measured(model, rows, global_rows, measured):
     ],
 )
 def test_h100s_nearly_as_measured(ranks, layout, measured):
-    """benchmarks/multi_gpu.sh: tokens/s of a full step of 7b1. TP 2 x PP 2 with one row waits for
+    """benchmarks/multi_gpu/run.sh: tokens/s of a full step of 7b1. TP 2 x PP 2 with one row waits for
     the host half of its time."""
     machine = dataclasses.replace(step_time.MACHINES["one-machine"], memory_gb_s=3350)
     config = sft(global_batch_size=8 * ranks, sequence_parallel=layout.get("tensor_parallel", 1) > 1, **layout)
@@ -85,7 +85,7 @@ TP_2 = {"tensor_parallel": 2, "sequence_parallel": True, "generation_tensor_para
     ],
 )
 def test_an_iteration_of_ppo_nearly_as_measured(model, ranks, settings, rows, measured):
-    """benchmarks/ppo.py on one H200; benchmarks/multi_gpu.sh on H100s, the last of which wait for
+    """benchmarks/training/ppo.py on one H200; benchmarks/multi_gpu/run.sh on H100s, the last of which wait for
     the host nearly all of the time."""
     machine = dataclasses.replace(step_time.MACHINES["one-machine"], memory_gb_s=4800 if ranks == 1 else 3350)
     made = iteration_time.iteration(SHAPES[model], ppo(**settings), ranks, machine, ranks)

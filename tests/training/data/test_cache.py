@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import data as benchmark
+from benchmarks.training import data as benchmark
 from tests.support.distributed import run
 from training.data import cache
 from training.data.cache import TokenRows, cached
@@ -181,7 +181,7 @@ def test_the_first_rank_makes_it_for_all_and_its_errors_are_everyones(tmp_path, 
 
 
 def test_the_benchmark_runs(tmp_path):
-    """benchmarks/data.py's parts on 400 rows: its numbers are of the rows that it says."""
+    """benchmarks/training/data.py's parts on 400 rows: its numbers are of the rows that it says."""
     benchmark.demo_model(tmp_path / "model")
     benchmark.generate(tmp_path, 400)
     files = benchmark.part_prepare(tmp_path)

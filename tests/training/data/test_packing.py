@@ -39,7 +39,7 @@ def test_every_example_once_in_rows_that_fit(seed):
 
 def hh_lengths(draw: random.Random, number: int) -> list[int]:
     """Log-normal, with the median of 124 tokens, mean of 157 and longest of about 1,000 that HH's
-    harmless test set has with a vocabulary of 4,096 (benchmarks/data.py measures them)."""
+    harmless test set has with a vocabulary of 4,096 (benchmarks/training/data.py measures them)."""
     return [min(2048, int(draw.lognormvariate(4.82, 0.7)) + 1) for _ in range(number)]
 
 

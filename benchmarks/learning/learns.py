@@ -1,5 +1,5 @@
 """Does the demo learn? The whole chain over several seeds, and its thresholds: ``python
-benchmarks/learns.py [ppo|dpo|grpo] [seed ...]``.
+benchmarks/learning/learns.py [ppo|dpo|grpo] [seed ...]``.
 
 A seed sets data, model initialisation, data order and sampling. For each: held-out SFT loss against
 the unigram entropy of the held-out responses; the reward model's held-out accuracy with its 95%

@@ -1,4 +1,4 @@
-"""Which jobs benchmarks/multi_gpu.py runs on N GPUs, and what launcher/estimates/step_time.py
+"""Which jobs benchmarks/multi_gpu/suite.py runs on N GPUs, and what launcher/estimates/step_time.py
 expects of them. Pure, standard library only."""
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ import json
 import re
 from dataclasses import dataclass
 
-from benchmarks.multi_gpu_tables import machine, name
+from benchmarks.multi_gpu.tables import machine, name
 from launcher.estimates import iteration_time, memory, step_time
 from training.config.schema import ConfigError
 from training.config.trainers import Paths, PPOConfig, PPOPaths, SFTConfig

@@ -1,4 +1,4 @@
-"""How long does training stand still for a checkpoint? ``python benchmarks/saving.py [--size
+"""How long does training stand still for a checkpoint? ``python benchmarks/training/saving.py [--size
 560m|1b7|small] [--folder DIR]``
 
 One GPU (or the CPU with small), bf16 weights, fp32 masters and both moments, on one disk in one
@@ -20,7 +20,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The parts of benchmarks/multi_gpu.py that compare: a layout's loss and gradients with one GPU's,
+"""The parts of benchmarks/multi_gpu/suite.py that compare: a layout's loss and gradients with one GPU's,
 a checkpoint with what was saved."""
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import is_main_replica
 
-from benchmarks.multi_gpu_common import SHAPES, fill, length, micro_batches, mine, rows, say, settings
-from benchmarks.multi_gpu_plan import ON_PURPOSE
-from benchmarks.train import CUDA, sync
+from benchmarks.multi_gpu.common import SHAPES, fill, length, micro_batches, mine, rows, say, settings
+from benchmarks.multi_gpu.plan import ON_PURPOSE
+from benchmarks.training.train import CUDA, sync
 from training import sft
 from training.checkpoint import format
 from training.checkpoint.writer import Saver
@@ -105,7 +105,7 @@ def gradients(size: str, layout: dict, folder: Path) -> None:
 
 
 def fails(size: str, layout: dict, folder: Path) -> None:
-    """The last rank fails while the others wait for it in a collective; benchmarks/multi_gpu.py
+    """The last rank fails while the others wait for it in a collective; benchmarks/multi_gpu/suite.py
     says whether it could tell."""
     ones = torch.ones(1, device=groups.device())
     dist.all_reduce(ones)

@@ -1,4 +1,4 @@
-"""What came out of benchmarks/learns_smollm2.py, from its folder: result.json, table.md,
+"""What came out of benchmarks/learning/learns_smollm2.py, from its folder: result.json, table.md,
 result.png. Whatever is absent is left out."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Do the layouts compute what one GPU does, and how fast? ``benchmarks/multi_gpu.sh N [--tiny]
+"""Do the layouts compute what one GPU does, and how fast? ``benchmarks/multi_gpu/run.sh N [--tiny]
 [--out FOLDER] [--only REGEX ...]``
 
 On N GPUs of one machine (a power of two), each part in processes of its own with a time limit:
@@ -35,15 +35,15 @@ import threading
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks.multi_gpu_plan import MEMORY_GB_S, ON_PURPOSE, PARTS, Job, Waves, waves, with_prediction
-from benchmarks.multi_gpu_tables import tables
-from benchmarks.side_by_side import heeded
+from benchmarks.learning.side_by_side import heeded
+from benchmarks.multi_gpu.plan import MEMORY_GB_S, ON_PURPOSE, PARTS, Job, Waves, waves, with_prediction
+from benchmarks.multi_gpu.tables import tables
 from launcher.job.ranks import LocalRanks, Log
 from launcher.slurm import network
 
-RANK = Path(__file__).with_name("multi_gpu_rank.py")
+RANK = Path(__file__).with_name("rank.py")
 STACKS_S = 3
 """Seconds before a job's end at which it is asked where it is."""
 

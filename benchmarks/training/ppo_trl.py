@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.train import CUDA, peak_gb, say
+from benchmarks.training.train import CUDA, peak_gb, say
 from training.config.shape import Shape
 
 
@@ -28,7 +28,7 @@ def run(asked, shape: Shape) -> None:
     from transformers import PreTrainedTokenizerFast, TrainerCallback
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-    from benchmarks.ppo import folder
+    from benchmarks.training.ppo import folder
 
     class Clock(TrainerCallback):
         def __init__(self):

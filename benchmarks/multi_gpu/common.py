@@ -1,4 +1,4 @@
-"""What the parts of benchmarks/multi_gpu.py share: shapes, the same weights and rows at every
+"""What the parts of benchmarks/multi_gpu/suite.py share: shapes, the same weights and rows at every
 layout, a layout's configuration."""
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import zlib
 import torch
 from megatron.core import parallel_state
 
-from benchmarks.train import CUDA, SHAPES
+from benchmarks.training.train import CUDA, SHAPES
 from training.config.shape import EMBEDDING, OUTPUT, Shape
 from training.config.trainers import Paths, SFTConfig
 from training.distributed import groups

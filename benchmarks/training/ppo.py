@@ -1,4 +1,4 @@
-"""PPO on one GPU: time of each phase, memory, samples/s. ``python benchmarks/ppo.py [--models 7b1
+"""PPO on one GPU: time of each phase, memory, samples/s. ``python benchmarks/training/ppo.py [--models 7b1
 1b7] [--offload all] [--out FILE]``
 
     ours   three iterations of the PPO trainer on random weights: policy and reference the same, reward and value model the same
@@ -28,11 +28,11 @@ import time
 from pathlib import Path
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 
-from benchmarks.train import CUDA, SHAPES, say
+from benchmarks.training.train import CUDA, SHAPES, say
 from launcher.estimates import memory
 from training import ppo
 from training.checkpoint import format
@@ -239,7 +239,7 @@ def iteration_of(asked, iteration: int, seconds: float, parts: dict, metrics: di
 
 def tail(asked) -> None:
     """A decode of few rows and scoring passes of as many samples as take about as long."""
-    from benchmarks.rollout import requests
+    from benchmarks.generation.rollout import requests
     from training.generation.engine import Engine, Limits
     from training.generation.rollout_workers import operations
     from training.generation.weight_sync import named_weights
@@ -335,7 +335,7 @@ def pin(asked) -> None:
 
 def one(asked) -> None:
     if asked.parts == ["trl"]:
-        from benchmarks import ppo_trl
+        from benchmarks.training import ppo_trl
 
         ppo_trl.run(asked, SHAPES[asked.model])
         return

@@ -1,4 +1,4 @@
-"""What can 2,312 real pairs teach a model that knows nothing? ``python benchmarks/learns_hh.py
+"""What can 2,312 real pairs teach a model that knows nothing? ``python benchmarks/learning/learns_hh.py
 HH_FILE [--tiny] [--set KEY=VALUE ...]``.
 
 The whole chain by the real command line on Anthropic's harmless-base test split: a model of

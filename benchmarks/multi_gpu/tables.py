@@ -1,4 +1,4 @@
-"""What benchmarks/multi_gpu.py found, as Markdown."""
+"""What benchmarks/multi_gpu/suite.py found, as Markdown."""
 
 from __future__ import annotations
 

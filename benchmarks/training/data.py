@@ -1,9 +1,9 @@
 """What data costs: rows that are never held in memory, packing, and a step that does not wait for
 its batch.
 
-    python benchmarks/data.py                        # 10 million generated rows, about 25 minutes, 8 GB in build/data-benchmark (deleted)
-    python benchmarks/data.py --rows 2000 --peer 500 # a look, in seconds
-    python benchmarks/data.py --hh FILE --tokenizer FOLDER ... # packing of real lengths: Anthropic's harmless-base.test.jsonl.gz
+    python benchmarks/training/data.py                        # 10 million generated rows, about 25 minutes, 8 GB in build/data-benchmark (deleted)
+    python benchmarks/training/data.py --rows 2000 --peer 500 # a look, in seconds
+    python benchmarks/training/data.py --hh FILE --tokenizer FOLDER ... # packing of real lengths: Anthropic's harmless-base.test.jsonl.gz
 
 Every part runs in a process of its own; its peak is the kernel's (VmHWM), mapped pages of files
 included, "anonymous" is what no other process shares and no file backs. The peer is what the
@@ -24,7 +24,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from training.data import formats  # noqa: E402

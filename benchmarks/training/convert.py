@@ -1,4 +1,4 @@
-"""Conversion in bounded memory, against copying the same bytes: ``python benchmarks/convert.py
+"""Conversion in bounded memory, against copying the same bytes: ``python benchmarks/training/convert.py
 FOLDER [--layers 30] [--hidden 4096]``.
 
 Makes a BLOOM of random bf16 weights on disk (default: the shape of bloom-7b1, 14.1 GB; three times
@@ -31,7 +31,7 @@ from conversion.weights import entries, stored_name
 from training.checkpoint import checksums
 from training.config.shape import Shape
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def make(folder: Path, layers: int, hidden: int, heads: int, vocab: int) -> int:

@@ -1,4 +1,4 @@
-"""How fast is training beside Hugging Face's BLOOM? ``python benchmarks/train.py [--models 560m 1b7
+"""How fast is training beside Hugging Face's BLOOM? ``python benchmarks/training/train.py [--models 560m 1b7
 3b 7b1] [--out FILE]``
 
 One GPU, random bf16 weights, for each model in a process of its own:
@@ -33,7 +33,7 @@ import time
 import traceback
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 

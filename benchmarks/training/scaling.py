@@ -1,8 +1,8 @@
-"""Which layout would be fastest on a cluster, on paper? ``python benchmarks/scaling.py``
+"""Which layout would be fastest on a cluster, on paper? ``python benchmarks/training/scaling.py``
 
 SFT of bloom-7b1 and bloom-176b at 2,048 tokens a row on nodes of 8 A100 or H800 with 80 GB: step
 time and MFU by launcher/estimates/step_time.py, whose docstring is the list of assumptions; its one
-measured input is the share of the peak on one H200 (benchmarks/train.py). Nothing of this was run
+measured input is the share of the peak on one H200 (benchmarks/training/train.py). Nothing of this was run
 on such a cluster. The first line of each block is the fastest: ``plan --suggest``'s.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from launcher.estimates import step_time
 from training.config.trainers import Paths, SFTConfig

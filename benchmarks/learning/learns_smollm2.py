@@ -1,7 +1,7 @@
-"""Does RLHF improve a pretrained model? ``python benchmarks/learns_smollm2.py HH_FILE [--parallel
+"""Does RLHF improve a pretrained model? ``python benchmarks/learning/learns_smollm2.py HH_FILE [--parallel
 K] [--minutes M] [--tiny]``.
 
-SmolLM2-135M-Instruct (benchmarks/smollm2.py makes its folder) and Anthropic's harmless-base test
+SmolLM2-135M-Instruct (benchmarks/learning/smollm2.py makes its folder) and Anthropic's harmless-base test
 split, 512 prompts held out, by the recipe smollm2-135m and the launcher's local profile, each stage
 a run of its own below runs/smollm2 that takes what is common from the first (``submit --reuse``):
 
@@ -34,7 +34,7 @@ from functools import partial
 from pathlib import Path
 
 # before this folder, whose launcher.py is not the package
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import learns_hh
 import smollm2

@@ -1,4 +1,4 @@
-"""The parts of benchmarks/multi_gpu.py that time: SFT steps, weights moved to another layout, PPO's
+"""The parts of benchmarks/multi_gpu/suite.py that time: SFT steps, weights moved to another layout, PPO's
 phases."""
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
-from benchmarks.multi_gpu_common import SHAPES, fill, micro_batches, rows, say, settings
-from benchmarks.multi_gpu_plan import ppo_values
-from benchmarks.train import CUDA, PEAK, clean, flops, peak_gb, sync, timed
+from benchmarks.multi_gpu.common import SHAPES, fill, micro_batches, rows, say, settings
+from benchmarks.multi_gpu.plan import ppo_values
+from benchmarks.training.train import CUDA, PEAK, clean, flops, peak_gb, sync, timed
 from training import ppo, sft
 from training.checkpoint.writer import Saver
 from training.config.data import ModelConfig
@@ -95,7 +95,7 @@ def warm(size: str, layout: dict, folder: Path) -> None:
 
 
 def work(size: str, batch: dict) -> float:
-    """FLOPs of a step: benchmarks.train.flops with attention within documents only."""
+    """FLOPs of a step: benchmarks.training.train.flops with attention within documents only."""
     owner = batch["documents"] + torch.arange(batch["documents"].size(0))[:, None] * batch["documents"].size(1)
     lengths = owner.flatten().bincount().double()
     tokens = batch["tokens"].numel()

@@ -1,4 +1,4 @@
-"""One rank of a job of benchmarks/multi_gpu.py: its one argument is the job as JSON; rank 0 prints
+"""One rank of a job of benchmarks/multi_gpu/suite.py: its one argument is the job as JSON; rank 0 prints
 what came out as JSON lines."""
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ import time
 import traceback
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 
-from benchmarks import multi_gpu_checks, multi_gpu_speed
-from benchmarks.multi_gpu_common import say
+from benchmarks.multi_gpu import checks, speed
+from benchmarks.multi_gpu.common import say
 from training.distributed import groups
 
 PARTS = {
-    "gradients": multi_gpu_checks.gradients,
-    "saved": multi_gpu_checks.saved,
-    "loaded": multi_gpu_checks.loaded,
-    "fails": multi_gpu_checks.fails,
-    "warm": multi_gpu_speed.warm,
-    "sft": multi_gpu_speed.steps,
-    "prepared": multi_gpu_speed.prepared,
-    "ppo": multi_gpu_speed.phases,
+    "gradients": checks.gradients,
+    "saved": checks.saved,
+    "loaded": checks.loaded,
+    "fails": checks.fails,
+    "warm": speed.warm,
+    "sft": speed.steps,
+    "prepared": speed.prepared,
+    "ppo": speed.phases,
 }
 
 

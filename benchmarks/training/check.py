@@ -1,4 +1,4 @@
-"""Do the fast paths compute what the plain ones do? ``python benchmarks/check.py``: on a GPU, in
+"""Do the fast paths compute what the plain ones do? ``python benchmarks/training/check.py``: on a GPU, in
 about two minutes; tiny on a CPU.
 
     layers     a small BLOOM with compiled layers and FlexAttention against the same in fp32 with nothing compiled and SDPA: loss and every
@@ -19,12 +19,12 @@ import sys
 import traceback
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks.parity_gpu import missed, say
+from benchmarks.training.parity_gpu import missed, say
 from tests.support.attention import document_ids, relative
 from training import sft
 from training.config.trainers import Paths, SFTConfig

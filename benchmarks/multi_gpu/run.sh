@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# benchmarks/multi_gpu.sh N [--tiny] [--out FOLDER] ...: checks and times N GPUs of this machine (benchmarks/multi_gpu.py --help).
+# benchmarks/multi_gpu/run.sh N [--tiny] [--out FOLDER] ...: checks and times N GPUs of this machine (benchmarks/multi_gpu/suite.py --help).
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-gpus=${1:?usage: benchmarks/multi_gpu.sh N [--tiny] [--out FOLDER] (or --help)}
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+gpus=${1:?usage: benchmarks/multi_gpu/run.sh N [--tiny] [--out FOLDER] (or --help)}
 case $gpus in -*) gpus=1 ;; *) shift ;; esac # --help
 export NCCL_NVLS_ENABLE=0 # NVLink multicast: a program that uses it can put a shared host's GPUs out of service
 python=${PYTHON:-python3}
@@ -13,4 +13,4 @@ if ! compgen -G "$torch/__pycache__/*.pyc" >/dev/null; then # an image may come 
     unset PYTHONDONTWRITEBYTECODE
     "$python" -m compileall -q -j 0 "$torch" >/dev/null || true # also what no Python of this version can read
 fi
-exec "$python" benchmarks/multi_gpu.py --gpus "$gpus" "$@"
+exec "$python" benchmarks/multi_gpu/suite.py --gpus "$gpus" "$@"

@@ -1,4 +1,4 @@
-"""How fast is the rollout engine, and is it right on a GPU? ``python benchmarks/rollout.py STEP ...
+"""How fast is the rollout engine, and is it right on a GPU? ``python benchmarks/generation/rollout.py STEP ...
 [--small]``
 
     kernels   attention, norms and sampling against plain torch in fp64
@@ -26,12 +26,12 @@ import time
 import traceback
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 from transformers import BloomConfig, BloomForCausalLM
 
-from benchmarks.parity_gpu import missed, say
+from benchmarks.training.parity_gpu import missed, say
 from tests.support import generation_models
 from tests.support.attention import relative
 from tests.support.bloom import tiny_bloom

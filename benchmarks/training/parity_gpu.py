@@ -1,5 +1,5 @@
 """Is BLOOM on megatron-core right on a GPU, and what does it cost there? ``python
-benchmarks/parity_gpu.py STEP ... [--folder DIR]``
+benchmarks/training/parity_gpu.py STEP ... [--folder DIR]``
 
     attention   every attention backend that is installed against fp64, forward and backward, plain, padded and packed rows,
                 head dimensions of the published models; then loss and all gradients of a small
@@ -29,7 +29,7 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 from transformers import BloomConfig, BloomForCausalLM
@@ -46,7 +46,7 @@ from training.models.language_model import parts
 from training.sft import compute
 from training.trainer.step import Learner, Objective, build_model, evaluate
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BIG = dict(vocab_size=250880, hidden_size=4096, n_layer=30, n_head=32)  # bloom-7b1
 SMALL = dict(vocab_size=300, hidden_size=64, n_layer=4, n_head=4)
