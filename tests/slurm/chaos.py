@@ -25,7 +25,7 @@ from tests.slurm.faults.case import Case, Scenario, Skipped
 
 WORKERS = 5
 """Scenarios at a time; two cores are busy with that."""
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs/operations/faults.md"
 COLUMNS = ("fault", "noticed after", "outcome")
 
 
@@ -109,16 +109,15 @@ def table(rows: list[Row], markdown: bool) -> str:
     return "\n".join(f"{line[0]:{widths[0]}}  {line[1]:>{widths[1]}}  {line[2]}" for line in cells)
 
 
-def in_readme(text: str) -> tuple[int, int]:
-    """Where the table stands in README.md."""
+def table_span(text: str) -> tuple[int, int]:
+    """Where the table starts and ends in the page of faults."""
     start = text.index("| " + " | ".join(COLUMNS) + " |")
     return start, text.index("\n\n", start)
 
 
 def updated(text: str, rows: list[Row]) -> str:
-    """README.md with the rows of faults that passed just now, beside those of the faults that did
-    not run."""
-    start, end = in_readme(text)
+    """The page with the rows of faults that passed now; the rows of faults that did not run stay."""
+    start, end = table_span(text)
     known = {line.split(" | ")[0].removeprefix("| "): line for line in text[start:end].split("\n")[2:]}
     for row in rows:
         if row.kind == "passed":
@@ -136,7 +135,7 @@ def main() -> int:
     )
     parser.add_argument("--slow", action="store_true", help="also those that wait for a true time limit (4 minutes)")
     parser.add_argument("--markdown", action="store_true", help="the table as Markdown")
-    parser.add_argument("--readme", action="store_true", help="write what passed into README.md's table")
+    parser.add_argument("--docs", action="store_true", help="write what passed into docs/operations/faults.md")
     parser.add_argument("--keep", action="store_true", help="keep the scenarios' folders")
     asked = parser.parse_args()
     names = asked.only or [name for name, scenario in SCENARIOS.items() if asked.slow or not scenario.slow]
@@ -147,8 +146,8 @@ def main() -> int:
             rows.append(chaos.rows[name].result())
             print(f"{name}: {rows[-1].kind} in {rows[-1].seconds:.0f} s", file=sys.stderr)
     print(table(rows, asked.markdown))
-    if asked.readme:
-        README.write_text(updated(README.read_text(encoding="utf-8"), rows), encoding="utf-8")
+    if asked.docs:
+        PAGE.write_text(updated(PAGE.read_text(encoding="utf-8"), rows), encoding="utf-8")
     for row in rows:
         if row.kind == "failed":
             print(f"\n=== {row.scenario.name}\n{row.outcome}", file=sys.stderr)

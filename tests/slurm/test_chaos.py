@@ -3,7 +3,7 @@ each test waits for its own."""
 
 import pytest
 
-from tests.slurm.chaos import README, Chaos, in_readme
+from tests.slurm.chaos import PAGE, Chaos, table_span
 from tests.slurm.faults import SCENARIOS
 
 SLOW = (pytest.mark.slow, pytest.mark.timeout(600))
@@ -30,9 +30,9 @@ def test_nothing_is_lost_or_run_twice(name, chaos):
     assert row.kind == "passed", row.outcome
 
 
-def test_readme_shows_each_of_them():
-    """``python -m tests.slurm.chaos --readme`` writes the table."""
-    text = README.read_text(encoding="utf-8")
-    start, end = in_readme(text)
+def test_the_page_of_faults_shows_each_of_them():
+    """``python -m tests.slurm.chaos --docs`` writes the table."""
+    text = PAGE.read_text(encoding="utf-8")
+    start, end = table_span(text)
     shown = [line.split(" | ")[0].removeprefix("| ") for line in text[start:end].split("\n")[2:]]
     assert shown == [scenario.fault.replace("|", "\\|") for scenario in SCENARIOS.values()]
