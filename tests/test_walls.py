@@ -4,6 +4,7 @@ Every import of every file counts, at any depth of a folder or a function.
 """
 
 import ast
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -149,3 +150,11 @@ def test_files_fit_in_the_head():
     assert [path for path in LONGEST if lines.get(path, 0) <= 450] == [], (
         "these keep the budget: take them off the list"
     )
+
+
+def test_no_test_imports_another_test():
+    """What several share lies in tests/support, so that one broken test module breaks no other."""
+    tests = [path for path in (ROOT / "tests").rglob("*.py") if "support" not in path.parts]
+    lines = [(path.name, line) for path in tests for line in path.read_text(encoding="utf-8").splitlines()]
+    pattern = re.compile(r"\s*(from|import) tests\.(\w+\.)*test_")
+    assert [(name, line) for name, line in lines if pattern.match(line)] == []

@@ -8,6 +8,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import BloomConfig, BloomForCausalLM, BloomForSequenceClassification, PreTrainedTokenizerFast
 
+from tests.support.judge import serve  # noqa: F401  (a fixture)
+
 TEXT = "\n\nHuman: What is the colour of the sky, and why?\n\nAssistant: It is blue, because the air scatters blue light most."
 
 

@@ -9,7 +9,7 @@ import pytest
 from eval import mtbench
 from eval.config import MTBenchConfig
 from tests.eval.conftest import tokenizer
-from tests.eval.judge.test_single import good, serve  # noqa: F401  (a fixture)
+from tests.support.judge import good
 from training.data.dialogue import CUE, HUMAN
 
 

@@ -19,7 +19,7 @@ from eval.evaluation import main
 from eval.files.jsonl import dump, read
 from eval.report import curves, figures
 from eval.work_split import alone
-from tests.eval.judge.test_single import good, serve  # noqa: F401  (a fixture)
+from tests.support.judge import good
 
 ROOT = Path(__file__).parents[2]
 

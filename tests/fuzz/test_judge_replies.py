@@ -18,9 +18,9 @@ from eval.judge.budget import Budget
 from eval.judge.endpoint import Endpoint
 from eval.judge.verdict import preference, rating
 from eval.report import judgment_table
-from tests.eval.judge.test_single import QUESTIONS, Server, answers, config, good
-from tests.eval.report.test_judgment_table import RATINGS, pair
 from tests.fuzz.damage import damaged_bytes, damaged_json, damaged_text, peak_mb, within
+from tests.support.judge import QUESTIONS, Server, answers, config, good
+from tests.support.ratings import RATINGS, pair
 
 TIMES = int(os.environ.get("CONVOY_FUZZ", "1"))
 REPLIES, CONNECTIONS, FILES, STORED = 1300 * TIMES, 400 * TIMES, 600 * TIMES, 200 * TIMES

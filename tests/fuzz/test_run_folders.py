@@ -23,8 +23,8 @@ from launcher.status.terminal import UNSEEN
 from launcher.submit import repair, resume, sweep
 from launcher.submit.change import Wish
 from launcher.submit.sweep import SWEEP
-from tests.eval.report.test_page import evaluate
 from tests.fuzz.damage import VALUES, damaged_bytes, damaged_json, damaged_text, peak_mb, within
+from tests.support.evaluations import evaluate
 from training.config.schema import ConfigError
 
 REFUSALS = (ConfigError, manifest.Refused, Failed, DataError, SlurmError, OSError)

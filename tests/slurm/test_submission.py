@@ -9,7 +9,7 @@ import signal
 import pytest
 
 from tests.slurm.cluster import Cluster
-from tests.slurm.test_jobs import ORDER, jobs
+from tests.support.slurm_jobs import ORDER, jobs
 from tests.support.stub_project import Project, wait_until
 
 KILL_SUBMITTER = "kill -9 $PPID"

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from transformers import BloomConfig, BloomForCausalLM
 
 from tests.support.distributed import run
-from tests.training.rl.test_ppo_reference import weights
+from tests.support.ppo_weights import weights
 from training import dpo, losses
 from training.config.schema import ConfigError, build
 from training.config.trainers import DPOConfig

@@ -8,7 +8,7 @@ import torch
 
 from tests.support.distributed import run
 from tests.support.ppo_reference import Reference, Row
-from tests.training.rl.test_ppo_reference import weights
+from tests.support.ppo_weights import weights
 from training import grpo
 from training.config.schema import ConfigError, build
 from training.config.trainers import GRPOConfig

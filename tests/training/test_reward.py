@@ -10,7 +10,7 @@ from transformers import BloomConfig, BloomForCausalLM
 
 from tests.support.distributed import run
 from tests.support.ppo_reference import Scalar
-from tests.training.rl.test_ppo_reference import weights
+from tests.support.ppo_weights import weights
 from training import reward
 from training.checkpoint import format
 from training.data.tokenizer import Tokenizer

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import BloomConfig, BloomForCausalLM
 
 from tests.support.distributed import run
-from tests.training.rl.test_ppo_reference import weights
+from tests.support.ppo_weights import weights
 from training import sft
 from training.data.batches import Sampler
 

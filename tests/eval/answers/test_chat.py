@@ -13,12 +13,9 @@ from transformers import PreTrainedTokenizerFast
 
 from eval.answers import chat
 from eval.judge import serve
+from tests.support.chat_templates import NO_SYSTEM
 
 PUBLISHED = Path(__file__).parents[3].parent / "shared" / "data" / "chat_templates"
-NO_SYSTEM = (
-    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system turn is allowed') }}{% endif %}"
-    "<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-)
 LOOPS = "{% for a in range(9999) %}" * 3 + "{% endfor %}" * 3
 
 

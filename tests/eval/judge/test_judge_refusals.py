@@ -15,8 +15,8 @@ from eval.errors import JudgeError
 from eval.judge import ask_all, single, transport
 from eval.report import table
 from eval.scores import ratings
-from tests.eval.judge.test_single import KEY, KNOWN, QUESTIONS, answers, client, config, good, rate, serve  # noqa: F401
-from tests.eval.scores.test_ratings import results
+from tests.support.judge import KEY, KNOWN, QUESTIONS, answers, client, config, good, rate
+from tests.support.ratings import results
 
 CATEGORIES = {question.question_id: question.category for question in QUESTIONS.questions}
 
@@ -236,7 +236,7 @@ def test_what_a_rating_depends_on_is_in_its_key(serve, tmp_path, monkeypatch):
     corrected.write_text(
         json.dumps({"question_id": with_reference[0].question_id, "choices": [{"turns": ["42.", "7."]}]}) + "\n"
     )
-    monkeypatch.setattr("tests.eval.judge.test_single.QUESTIONS", questions.load("embedded", str(corrected)))
+    monkeypatch.setattr("tests.support.judge.QUESTIONS", questions.load("embedded", str(corrected)))
     assert asked_again() == 2 and asked_again() == 0
     assert (
         asked_again(judge_max_tokens=99) == 48

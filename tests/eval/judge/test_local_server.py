@@ -23,9 +23,9 @@ from eval import questions
 from eval.config import MTBenchConfig, MTBenchPaths
 from eval.errors import DataError, JudgeError
 from eval.judge import ask_all, children, local_server, serve
-from tests.eval.answers.test_chat import NO_SYSTEM
 from tests.eval.conftest import tokenizer
-from tests.eval.judge.test_single import answers
+from tests.support.chat_templates import NO_SYSTEM
+from tests.support.judge import answers
 
 QUESTIONS = questions.load("embedded")
 

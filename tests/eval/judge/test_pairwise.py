@@ -5,17 +5,14 @@ import numpy as np
 import pytest
 import torch
 
-from eval import questions
 from eval.errors import DataError
 from eval.judge import ask_all, pairwise
 from eval.judge.verdict import first_preference
 from eval.report import table
 from eval.scores import win_rate
-from tests.eval.judge.test_single import answers, config, good, serve  # noqa: F401  (a fixture)
-from tests.eval.scores.test_ratings import results
+from tests.support.judge import IDS, QUESTIONS, answers, config, good
+from tests.support.ratings import results
 
-QUESTIONS = questions.load("embedded")
-IDS = [question.question_id for question in QUESTIONS.questions]
 NO_SCORES = {"models": {}, "differences": {}, "baseline": ""}
 
 

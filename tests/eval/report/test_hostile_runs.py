@@ -10,7 +10,7 @@ from eval.files import foreign
 from eval.files.jsonl import dump, write
 from eval.report import page as report
 from eval.report import run_folder
-from tests.eval.report.test_page import evaluate, make_run
+from tests.support.evaluations import evaluate, make_run
 
 
 def made(folder) -> str:

@@ -7,34 +7,7 @@ import pytest
 
 from eval.files.jsonl import dump, read
 from eval.report import judgment_table
-from tests.eval.scores.test_ratings import JUDGMENTS, OFFICIAL
-
-
-def row(question: int, turn: int, score: float, model: str = "m", **more) -> dict:
-    return {
-        "question_id": question,
-        "model": model,
-        "judge": ["gpt-4", "single-v1"],
-        "turn": turn,
-        "score": score,
-        **more,
-    }
-
-
-def pair(question: int, turn: int, first: str, second: str, **more) -> dict:
-    return {
-        "question_id": question,
-        "model_1": "a",
-        "model_2": "b",
-        "g1_winner": first,
-        "g2_winner": second,
-        "turn": turn,
-        "judge": ["gpt-4", "pair-v2"],
-        **more,
-    }
-
-
-RATINGS = [row(question, turn, 6 + turn) for question in range(81, 91) for turn in (1, 2)]
+from tests.support.ratings import JUDGMENTS, OFFICIAL, RATINGS, pair, row
 
 
 def run(path: Path, rows: list[dict], capsys, *more: str) -> tuple[int, str, str]:

@@ -13,8 +13,7 @@ import pytest
 from eval import questions
 from eval.judge import ask_all
 from eval.scores import ratings, win_rate
-from tests.eval.judge.test_pairwise import IDS
-from tests.eval.judge.test_single import answers, config, good, serve  # noqa: F401  (a fixture)
+from tests.support.judge import IDS, answers, config, good
 
 BUILD = Path(__file__).parents[3] / "build/fschat"
 SCRIPT = BUILD / "fastchat/llm_judge/show_result.py"

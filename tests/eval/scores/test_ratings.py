@@ -1,7 +1,6 @@
 """The table against LMSYS's published averages, and real judgment files against their own texts."""
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -10,9 +9,8 @@ from eval.judge import verdict
 from eval.questions import CATEGORIES
 from eval.report import table
 from eval.scores import ratings as scores
+from tests.support.ratings import JUDGMENTS, OFFICIAL, results
 
-DATA = Path(__file__).parents[4] / "shared/data"
-OFFICIAL, JUDGMENTS = DATA / "mt_bench_official", DATA / "mt_bench_judgments"
 BLOCKS = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
 MT_BENCH = {number: BLOCKS[(number - 81) // 10] for number in range(81, 161)}
 
@@ -118,16 +116,6 @@ def test_bold_is_for_differences_that_are_separated_from_zero(questions, lower, 
     b = judgments("b", {place: 4 if place[0] < lower else 6 for place in places})
     found = scores.table(a + b, dict.fromkeys(range(questions), "math"), ["a", "b"], seed=0)
     assert table.rows(found)[2][4].bold is bold and ("**+1.00**" in table.markdown(results(found))) is bold
-
-
-def results(found: dict) -> dict:
-    return {
-        "questions": {"label": "Convoy questions", "references": "own"},
-        "scores": found,
-        "pairwise": None,
-        "template": "{question}",
-        "judge": {"kind": "openai", "requested": "j", "returned": ["j"], "problem": ""},
-    }
 
 
 def test_below_the_gate_no_number_and_no_difference():

@@ -13,7 +13,7 @@ import pytest
 
 from launcher.run import manifest
 from launcher.run.folder import process_start
-from tests.eval.report.test_page import evaluate
+from tests.support.evaluations import evaluate
 from tests.support.stub_project import ROOT, SMALL, small, wait_until
 
 ORDER = ["convert", "sft", "reward", "rlhf", "export", "mtbench"]

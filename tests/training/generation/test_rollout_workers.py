@@ -12,8 +12,8 @@ from conversion.hf_to_megatron import convert
 from tests.support import generation_models
 from tests.support.bloom import tiny_bloom
 from tests.support.distributed import run
+from tests.support.layouts import enter, settings
 from tests.support.llama import tiny_llama
-from tests.training.models.test_model_parity import enter, settings
 from training.checkpoint import format
 from training.config.shape import Shape
 from training.generation.engine import Limits

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from tests.support.distributed import run
-from tests.training.rl.test_minibatches import settings
+from tests.support.ppo_settings import settings
 from training import sft
 from training.config.schema import ConfigError
 from training.metrics import trackers

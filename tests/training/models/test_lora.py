@@ -12,7 +12,7 @@ from conversion.megatron_to_hf import export
 from conversion.weights import entries
 from launcher.estimates import memory
 from tests.support.distributed import run
-from tests.training.rl.test_ppo_reference import weights
+from tests.support.ppo_weights import weights
 from training import ppo, sft
 from training.checkpoint import format
 from training.config.shape import Shape

@@ -11,7 +11,7 @@ from conversion.config import ConvertConfig, ConvertPaths
 from conversion.hf_to_megatron import convert
 from tests.support.bloom import tiny_bloom
 from tests.support.distributed import run
-from tests.training.models.test_model_parity import enter, settings
+from tests.support.layouts import enter, settings
 from training.checkpoint import format
 from training.checkpoint.writer import Saver
 from training.config.schema import ConfigError, build

@@ -21,18 +21,17 @@ from conversion.hf_to_megatron import convert
 from conversion.weights import EMBEDDING, entries
 from tests.support.bloom import tiny_bloom
 from tests.support.distributed import run
+from tests.support.layouts import LAYERS, LENGTH, ROWS, VOCAB, enter, settings
 from tests.support.llama import tiny_llama
 from training.checkpoint import format
 from training.config.shape import Shape
-from training.config.trainers import Paths, SFTConfig
+from training.config.trainers import SFTConfig
 from training.data.batches import shard
 from training.models.heads import next_token_logprobs
 from training.models.language_model import parts
 from training.sft import compute
 from training.trainer.step import Learner, Objective, build_model, evaluate, split
 
-# the vocabulary is padded to 256: padding must not weigh in any softmax
-VOCAB, LAYERS, ROWS, LENGTH = 200, 5, 8, 16
 MODELS = {
     "bloom, 8 heads": (tiny_bloom, dict(heads=8, hidden=64)),
     "bloom": (tiny_bloom, dict(heads=12, hidden=96)),
@@ -47,26 +46,6 @@ LAYOUTS = [
 ]
 TOLERANCE = 1e-5
 RECOMPUTE = ("none", "selective", "full")
-
-
-def settings(tensor=1, pipeline=1, virtual=1, sequence=False, **values) -> SFTConfig:
-    defaults = dict(
-        precision="fp32",
-        tensor_parallel=tensor,
-        pipeline_parallel=pipeline,
-        virtual_pipeline=virtual,
-        sequence_parallel=sequence,
-        micro_batch_size=2,
-        global_batch_size=ROWS,
-        iterations=20,
-        warmup_iterations=0,
-        lr=1e-3,
-        weight_decay=0.1,
-        clip_grad=0.5,
-        schedule="constant",
-        adam_beta2=0.95,
-    )
-    return SFTConfig(paths=Paths("", "", "", "", ""), **{**defaults, **values})
 
 
 def batch(kind: str, seed: int = 0) -> dict:
@@ -156,13 +135,6 @@ def load(folder, config: SFTConfig):
     model = build_model(Shape.read(folder / "hf"), config, "lm")
     format.load_weights(format.resolve(folder / "convert") / "model", model)
     return model
-
-
-def enter(tensor: int, pipeline: int, virtual: int) -> None:
-    """Change this rank's groups to another layout of the same world."""
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tensor, pipeline, virtual if virtual > 1 else None)
-    tensor_parallel.model_parallel_cuda_manual_seed(1)
 
 
 def named(model):

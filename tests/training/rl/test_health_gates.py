@@ -14,7 +14,7 @@ import torch
 
 from tests.support.distributed import run
 from tests.support.learners import SHAPE, held
-from tests.training.rl.test_minibatches import settings as ppo_settings
+from tests.support.ppo_settings import settings as ppo_settings
 from training import ppo
 from training.checkpoint import format
 from training.config.trainers import PPOConfig

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from tests.support.distributed import run
+from tests.support.layouts import enter
 from tests.support.learners import SHAPE
-from tests.training.models.test_model_parity import enter
+from tests.support.ppo_settings import settings
 from training import ppo
 from training.config.schema import ConfigError
-from training.config.trainers import PPOConfig, PPOPaths
+from training.config.trainers import PPOConfig
 from training.data.batches import Example, collate
 from training.distributed import groups
 from training.models.heads import next_token_logprobs
@@ -18,22 +19,6 @@ from training.rl.minibatches import plan
 from training.trainer.step import Learner, build_model
 
 LENGTHS = [5, 40, 9, 12, 33, 7, 11, 38, 6, 8, 24, 10]
-
-
-def settings(**values) -> PPOConfig:
-    small = dict(
-        precision="fp32",
-        iterations=2,
-        micro_batch_size=1,
-        global_batch_size=8,
-        rollout_batch_size=16,
-        warmup_iterations=0,
-        prompt_length=32,
-        response_length=16,
-        lr=1e-30,
-        value_lr=1e-30,
-    )  # a step that moves nothing
-    return PPOConfig(paths=PPOPaths("", "", "", "", "", ""), **(small | values))
 
 
 def samples() -> dict[str, torch.Tensor]:

@@ -4,27 +4,10 @@ import json
 
 import pytest
 
-from conversion.tensors import Stored
-from conversion.weights import entries
 from tests.support.distributed import run
 from tests.support.ppo_reference import Reference
+from tests.support.ppo_weights import weights
 from training import ppo
-from training.checkpoint import format
-from training.config.shape import Shape
-from training.trainer.step import build_model
-
-
-def weights(config, stage, head: str) -> tuple[dict, tuple]:
-    """A stage's last checkpoint as Hugging Face names it, and its scalar head."""
-    shape = Shape.read(config.paths.model)
-    model = build_model(shape, config, head)
-    format.load_weights(format.resolve(stage) / "model", model)
-    held = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    body = {}
-    for entry in entries(shape):
-        body |= entry.unwoven(Stored.whole(held[entry.parameter][: entry.weight.size[0]]))
-    body = {name: tensor.load() for name, tensor in body.items()}
-    return body, tuple(value for name, value in held.items() if name.startswith("score."))
 
 
 @pytest.mark.parametrize("family", ["bloom", "llama"])
