@@ -1,5 +1,6 @@
 # make demo   install, then run the whole chain on the embedded default
 # make test   install (Slurm from Debian when root and absent), then run all tests
+# make quick  the tests that start no process: no Slurm, no torch.distributed; under a minute
 # make peers  our losses and adapters beside TRL's and peft's own functions; installs these first (15 seconds)
 # make docs   the documentation into build/docs; a dead link or a missing page fails
 # make gpu-test [PYTHON=python3]   everything that a GPU can test, in under five minutes; with PYTHON nothing is installed
@@ -7,12 +8,15 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test gpu-test peers lint docs setup slurm browser lock
+.PHONY: demo test quick gpu-test peers lint docs setup slurm browser lock
 demo: setup
 	$(BIN)/python -m launcher submit full-pipeline --recipe bloom-tiny --wait
 
 test: setup slurm browser
 	$(BIN)/python -m pytest -n 2
+
+quick: setup
+	$(BIN)/python -m pytest -n 2 -m quick tests
 
 # With PYTHON given, that Python's own torch and packages; else the virtual environment's.
 GIVEN := $(filter command environment override,$(firstword $(origin PYTHON)))

@@ -15,6 +15,8 @@ from eval.answers import chat
 from eval.judge import serve
 from tests.support.chat_templates import NO_SYSTEM
 
+pytestmark = pytest.mark.long
+
 PUBLISHED = Path(__file__).parents[3].parent / "shared" / "data" / "chat_templates"
 LOOPS = "{% for a in range(9999) %}" * 3 + "{% endfor %}" * 3
 

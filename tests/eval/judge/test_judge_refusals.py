@@ -18,6 +18,8 @@ from eval.scores import ratings
 from tests.support.judge import KEY, KNOWN, QUESTIONS, answers, client, config, good, rate
 from tests.support.ratings import results
 
+pytestmark = pytest.mark.long
+
 CATEGORIES = {question.question_id: question.category for question in QUESTIONS.questions}
 
 

@@ -7,11 +7,15 @@ import hashlib
 import random
 from collections import Counter
 
+import pytest
+
 from eval.answers.rubric import gold, validate
 from training.data import demo
 from training.data.tokenizer import Tokenizer
 
 from .conftest import read
+
+pytestmark = pytest.mark.long
 
 SIZES = {
     "sft.jsonl": 6000,

@@ -14,6 +14,8 @@ from training.checkpoint import checksums
 
 from .conftest import ROOT, read
 
+pytestmark = pytest.mark.long
+
 HH = ROOT.parent / "shared/data/hh_harmless/harmless-base.test.jsonl.gz"
 
 
