@@ -1,0 +1,167 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import click
+
+from launcher import completion
+from launcher.config.stages import FULL, NAMES, PIPELINES, PPO
+
+TARGETS = completion.Names([FULL, *NAMES])
+STAGE = completion.Names(NAMES)
+
+
+def plan_options(command, tolerant: bool = False):
+    """Options that choose what runs, with which settings and where.
+
+    The command gets the checked Plan (with --sweep a Sweep) as its first argument; ``tolerant``:
+    also one with mistakes.
+    """
+
+    @click.argument("target", type=TARGETS)
+    @click.option(
+        "--pipeline",
+        type=completion.Names(list(PIPELINES)),
+        help=f"How preferences are learnt.  [default: the run's, else the first that has the stage: {PPO}]",
+    )
+    @click.option(
+        "--recipe",
+        default="bloom-tiny",
+        show_default=True,
+        shell_complete=completion.recipes,
+        help="Starting point: a file of launcher/recipes, without .toml.",
+    )
+    @click.option(
+        "--config",
+        "files",
+        multiple=True,
+        type=click.Path(dir_okay=False, path_type=Path),
+        help="TOML file whose keys win over the recipe's; may be repeated.",
+    )
+    @click.option(
+        "--set",
+        "sets",
+        multiple=True,
+        metavar="SECTION.KEY=VALUE",
+        shell_complete=completion.keys,
+        help="One key, wins over all files; may be repeated.",
+    )
+    @click.option("--name", help="Name of the run.  [default: the recipe's]")
+    @click.option(
+        "--runs",
+        default="runs",
+        show_default=True,
+        type=click.Path(file_okay=False, path_type=Path),
+        help="Folder of all runs.",
+    )
+    @click.option(
+        "--profile",
+        metavar="NAME|FILE.toml",
+        shell_complete=completion.profiles,
+        help="Site: local, dev, a100, h200, h800 or a file.  [default: $CONVOY_PROFILE, "
+        "~/.config/convoy.toml; "
+        "else local, or dev when its cluster runs; a cluster's login node has none]",
+    )
+    @click.option("--from", "first", type=STAGE, help=f"First stage of {FULL}; those before it must be DONE.")
+    @click.option("--until", "last", type=STAGE, help=f"Last stage of {FULL}.")
+    @click.option(
+        "--reuse",
+        metavar="RUN",
+        type=click.Path(path_type=Path),
+        shell_complete=completion.runs,
+        help="Take stages that RUN has done with the same settings and rows instead of running them.",
+    )
+    @click.option(
+        "--sweep",
+        "sweeps",
+        multiple=True,
+        metavar="SECTION.KEY=VALUE,VALUE",
+        shell_complete=completion.keys,
+        help="A run for each value, RUN/0, RUN/1, ...; repeated, for each combination. One job array a stage.",
+    )
+    @functools.wraps(command)
+    def wrapped(target, pipeline, recipe, files, sets, name, runs, profile, first, last, reuse, sweeps, **rest):
+        from launcher.run.folder import named
+        from launcher.slurm import sites
+        from launcher.submit import create
+
+        site, reused_run = sites.choose(profile), named(reuse, runs) if reuse else None
+
+        def make_plan(more, name, runs):
+            return create.plan(
+                target,
+                recipe,
+                list(files),
+                [*sets, *more],
+                name,
+                runs,
+                site,
+                first,
+                last,
+                pipeline,
+                reused_run,
+                tolerant,
+            )
+
+        if not sweeps:
+            return command(make_plan([], recipe if name is None else name, runs), **rest)
+        from launcher.submit import sweep
+
+        sweep.refuse_set_twice(sweeps, sets)
+        return command(sweep.plan(sweeps, make_plan, recipe if name is None else name, runs), **rest)
+
+    return wrapped
+
+
+def run_argument(command):
+    """Argument RUN: a folder, or a name below runs/. The command gets the opened Run."""
+
+    @click.argument("run", type=click.Path(path_type=Path), shell_complete=completion.runs)
+    @functools.wraps(command)
+    def wrapped(run, **rest):
+        from launcher.run.folder import named
+
+        return command(named(run, Path("runs")), **rest)
+
+    return wrapped
+
+
+def run_or_sweep(command):
+    """Argument RUN: as in ``run_argument``, or the folder or name of a sweep. The command gets the
+    Runs."""
+
+    @click.argument("run", type=click.Path(path_type=Path), shell_complete=completion.runs)
+    @functools.wraps(command)
+    def wrapped(run, **rest):
+        from launcher.run.folder import Runs
+
+        return command(Runs.open([run], Path("runs")), **rest)
+
+    return wrapped
+
+
+def runs_argument(command):
+    """Arguments RUN...: as RUN; none means all below --runs. The command gets the opened Runs, and
+    whether they were ``named``."""
+
+    @click.argument(
+        "runs", nargs=-1, metavar="[RUN]...", type=click.Path(path_type=Path), shell_complete=completion.runs
+    )
+    @click.option(
+        "--runs",
+        "below",
+        default="runs",
+        show_default=True,
+        type=click.Path(file_okay=False, path_type=Path),
+        help="Folder of all runs.",
+    )
+    @functools.wraps(command)
+    def wrapped(runs, below, **rest):
+        from launcher.run.folder import Runs
+
+        return command(Runs.open(runs, below), **rest)
+
+    return wrapped
