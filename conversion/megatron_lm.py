@@ -344,7 +344,7 @@ def run(given) -> None:
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m conversion.megatron_lm", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser("python -m conversion.megatron_lm", description=__doc__.split("\n\n")[0])
     actions = parser.add_subparsers(dest="action", required=True)
     into = actions.add_parser(
         "read", help="Megatron-LM -> Hugging Face folder (then conversion.hf_to_megatron for Convoy)"

@@ -158,7 +158,7 @@ def run(given) -> None:
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m conversion.verify", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser("python -m conversion.verify", description=__doc__.split("\n\n")[0])
     parser.add_argument("folder", help="Hugging Face folder: what was converted, or what was exported")
     parser.add_argument(
         "checkpoint", help="Megatron checkpoint: stage folder (its latest), iter_... folder or model folder"
