@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 from conversion.tensors import Rows, Stored
-from training.config.schema import ConfigError
 from training.config.shape import Shape, family
 from training.data.tokenizer import Tokenizer
+from training.errors import ConfigError
 
 
 def touched(shape: Shape) -> tuple[str, str, str]:

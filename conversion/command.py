@@ -11,8 +11,8 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 
 from training import error_report
-from training.checkpoint.checksums import Damaged
-from training.config.schema import ConfigError, load
+from training.config.schema import load
+from training.errors import ConfigError, Damaged
 
 
 def main(kind, stage: Callable, parser: ArgumentParser, from_arguments: Callable[[Namespace], object]) -> int:

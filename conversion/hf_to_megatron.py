@@ -17,9 +17,9 @@ from conversion import huggingface, torch_dist, work
 from conversion.command import main
 from conversion.config import ConvertConfig, ConvertPaths
 from training.checkpoint import format
-from training.config.schema import ConfigError
 from training.config.shape import Shape
 from training.data.tokenizer import Tokenizer
+from training.errors import ConfigError
 from training.files import hf_folder, tensor_files
 from training.files.hf_folder import shown
 from training.files.special_tokens import Said

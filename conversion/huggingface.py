@@ -12,8 +12,8 @@ import torch
 
 from conversion.tensors import FLOATS, Rows, Stored, equal, mapped, view
 from conversion.weights import HEADS, check_names, embedding_name, entries, head_of, stored_name
-from training.config.schema import ConfigError
 from training.config.shape import Shape, family
+from training.errors import ConfigError
 from training.files import tensor_files
 from training.files.hf_folder import shown
 from training.files.tensor_files import SAFETENSORS

@@ -8,6 +8,7 @@ from pathlib import Path
 from threading import Lock
 
 from training.checkpoint import checksums
+from training.errors import Damaged
 
 
 class Intact:
@@ -35,9 +36,7 @@ class Intact:
         names = self.listed if files is None else [f"{self.below}/{file}" for file in files]
         for name in names if self.listed else ():
             if name not in self.listed:
-                raise checksums.Damaged(
-                    f"{self.checkpoint / name} is not in {checksums.NAME}: it is not of this checkpoint"
-                )
+                raise Damaged(f"{self.checkpoint / name} is not in {checksums.NAME}: it is not of this checkpoint")
             with self.locks[name]:
                 if name not in self.checked:
                     checksums.compare(self.checkpoint, self.listed, [name])

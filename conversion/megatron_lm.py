@@ -25,8 +25,8 @@ from conversion.intact import Intact
 from conversion.megatron_to_hf import DTYPES, find_checkpoint, write_folder
 from conversion.tensors import Stored, mapped, raw, view
 from conversion.weights import Entry, check_names, embedding_name, entries, head_of
-from training.config.schema import ConfigError
 from training.config.shape import EMBEDDING, Shape
+from training.errors import ConfigError
 from training.files import tensor_files
 
 FILE = "model_optim_rng.pt"

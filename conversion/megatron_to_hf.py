@@ -23,8 +23,8 @@ from conversion.intact import Intact
 from conversion.tensors import Rows, raw
 from conversion.weights import embedding_name, head_of, stored_name
 from training.checkpoint import format
-from training.config.schema import ConfigError
 from training.config.shape import Shape
+from training.errors import ConfigError
 from training.metrics.metrics import Metrics
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

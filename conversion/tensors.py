@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from training.config.schema import ConfigError
+from training.errors import ConfigError
 from training.models.lora import merge
 
 with (

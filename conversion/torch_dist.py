@@ -31,8 +31,8 @@ from torch.distributed.checkpoint.metadata import (
 from conversion.tensors import Merged, Piece, Rows, Stored, mapped, raw, view
 from conversion.weights import Entry, entries
 from training.checkpoint import safe_unpickle
-from training.config.schema import ConfigError
 from training.config.shape import OUTPUT, SCORE, Shape
+from training.errors import ConfigError
 
 FILE_BYTES = 1 << 30
 """Tensors are dealt out to files of about this size, which are written in parallel."""

@@ -26,11 +26,10 @@ from conversion.intact import Intact
 from conversion.megatron_to_hf import find_checkpoint
 from conversion.tensors import Rows, raw
 from training.checkpoint import format
-from training.checkpoint.checksums import Damaged
-from training.config.schema import ConfigError
 from training.config.shape import Shape, family
 from training.config.trainers import Paths, SFTConfig
 from training.distributed.groups import device, ranks
+from training.errors import ConfigError, Damaged
 from training.trainer.step import build_model, evaluate
 
 ROWS, LENGTH, SEED = 2, 32, 0

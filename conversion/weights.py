@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from conversion.tensors import Rows, Unwoven, Woven
-from training.config.schema import ConfigError
 from training.config.shape import EMBEDDING, VOCABULARY, Shape, Weight, family
+from training.errors import ConfigError
 from training.files.hf_folder import shown
 
 HEADS = {"untied": "lm_head.weight", "scalar": "score.weight"}

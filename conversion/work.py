@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from training.checkpoint.format import sync
-from training.config.schema import ConfigError
+from training.errors import ConfigError
 
 Count = Callable[[int], None]
 Writer = Callable[[BinaryIO, Count], object]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from launcher.commands import resume, site, status, submit
-from training.config.schema import ConfigError
+from training.errors import ConfigError
 
 
 class Commands(click.Group):

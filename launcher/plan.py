@@ -21,8 +21,8 @@ from launcher.estimates import iteration_time, memory, step_time
 from launcher.run.folder import Run, Runs
 from launcher.slurm import commands
 from launcher.submit import create
-from training.config.schema import ConfigError, Mistakes
 from training.config.trainers import RolloutConfig, SFTConfig
+from training.errors import ConfigError, Mistakes
 
 if TYPE_CHECKING:
     from launcher.submit.sweep import Sweep

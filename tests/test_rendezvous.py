@@ -14,8 +14,8 @@ from eval import rendezvous as evaluation
 from eval.errors import SurroundingsError
 from eval.judge import children
 from tests.support.stub_project import ROOT, wait_until
-from training.config.schema import ConfigError
 from training.distributed import rendezvous as training
+from training.errors import ConfigError
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "CONVOY_ATTEMPT", "TORCHELASTIC_RUN_ID")
 BOTH = [(training, ConfigError, (datetime.timedelta(seconds=9),)), (evaluation, SurroundingsError, ())]

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ORDERS = {
     "launcher": "run_module config run slurm estimates checks job doctor status submit plan completion commands cli __main__",
-    "training": "errors config files losses distributed error_report metrics models optim generation checkpoint data "
+    "training": "errors files config losses distributed error_report metrics models optim generation checkpoint data "
     "trainer rl main reward sft dpo ppo grpo",
     "eval": "errors addresses files config questions rendezvous error_report work_split answers judge scores report "
     "harness stage evaluation mtbench __main__",
@@ -22,20 +22,7 @@ ORDERS = {
 """Wings and modules of a package, the lowest first: each imports only itself and what stands before it."""
 PROGRAMS = {"eval.scores.__main__"}
 """Programs inside a wing that join modules of several wings; nothing imports them."""
-STILL_UPWARDS = {
-    ("launcher.submit.resume", "launcher.plan"),
-    ("training.checkpoint.format", "training.trainer.step"),
-    ("training.checkpoint.writer", "training.trainer.step"),
-    ("training.config.hf_config", "training.files.hf_folder"),
-    ("training.config.shape", "training.files.hf_folder"),
-    ("training.error_report", "training.checkpoint.checksums"),
-    ("training.error_report", "training.data.formats"),
-    ("training.models.kv_cache", "training.generation.scheduler"),
-    ("training.rl.experience", "training.reward"),
-    ("training.trainer.loop", "training.main"),
-    ("training.trainer.loop", "training.rl.health_gates"),
-    ("training.trainer.step", "training.rl.health_gates"),
-}
+STILL_UPWARDS = {("launcher.submit.resume", "launcher.plan")}
 """Imports that run back up and must go. Each that has gone is taken off this list."""
 OUTSIDE = {
     "launcher": {"click", "rich", "submitit", "tomli", "tomllib", "conversion.config", "eval.addresses", "eval.config"}

@@ -20,10 +20,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from training.checkpoint.checksums import Damaged
-from training.config.schema import ConfigError
-from training.data.formats import DataError
-from training.distributed import groups
+from training.errors import CollectiveError, ConfigError, Damaged, DataError
 
 FOLDER = "CONVOY_WORDS"
 """Environment variable: the folder. Without it nothing is written: a stage that was started by
@@ -97,7 +94,7 @@ def _leave(name: str, value: dict) -> None:
 def of(error: BaseException, kind: str | None = None) -> int:
     """Write what ``error`` says; the exit code. ``kind``: where the caller knows it."""
     kind = kind_of(error) if kind is None else kind
-    own = isinstance(error, ConfigError | DataError | Damaged | groups.Together) or kind == DISK_FULL
+    own = isinstance(error, ConfigError | DataError | Damaged | CollectiveError) or kind == DISK_FULL
     write(kind, str(error) if own else f"{type(error).__name__}: {error}")
     return CODES.get(kind, 1)
 

@@ -12,20 +12,14 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from training import error_report
-from training.checkpoint.checksums import Damaged
 from training.checkpoint.writer import SaveFailed
-from training.config.schema import ConfigError, load, usage
+from training.config.schema import load, usage
 from training.config.trainers import TrainerConfig
-from training.data.formats import DataError
-from training.distributed.groups import EX_TEMPFAIL, NoRoom, Together, ignore_requests, ranks
+from training.distributed.groups import EX_TEMPFAIL, ignore_requests, ranks
+from training.errors import ConfigError, Damaged, DataError, Interrupted, NoRoom, Unhealthy
 from training.metrics import startup_timer, trackers
-from training.rl.health_gates import Unhealthy
 
 Config = TypeVar("Config")
-
-
-class Interrupted(Together):
-    """A signal asked the stage to stop; everything is saved."""
 
 
 def run_stage(kind: type[Config], stage: Callable[[Config], None]) -> int:

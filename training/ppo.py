@@ -20,11 +20,11 @@ import torch
 
 from training import losses
 from training.checkpoint import format
-from training.config.schema import ConfigError
 from training.config.shape import Shape
 from training.config.trainers import PPOConfig, RolloutConfig
 from training.data.batches import Sampler, prompt_tokens
 from training.distributed import groups
+from training.errors import ConfigError, NoRoom
 from training.generation.engine import Limits
 from training.generation.request import draws
 from training.generation.rollout_workers import Replicas
@@ -293,7 +293,7 @@ def run(config: RolloutConfig, trainer: type[PPO] = PPO) -> None:
         with at(iteration):
             try:
                 values = ppo.iterate(iteration)
-            except groups.NoRoom as error:
+            except NoRoom as error:
                 if iteration > start + 1:
                     raise  # a new process goes on from what is saved
                 raise ConfigError(f"{error} (set generation_batch_size, response_length or offload)") from None

@@ -21,6 +21,7 @@ from training.data.packing import collate_packed, lay_out
 from training.distributed import groups
 from training.losses import pairwise_loss
 from training.main import run_stage
+from training.models.heads import read_last
 from training.rl import reward_bias
 from training.trainer.loop import Task
 from training.trainer.reward_metrics import judged
@@ -39,11 +40,6 @@ HEADLINE = (
 )
 Comparison = list[tuple[Example, float]]
 """The replies to one query with their scores."""
-
-
-def read_last(values: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """The head's values (B, T) at each row's last real token (B,)."""
-    return values.gather(1, batch["lengths"][:, None] - 1).squeeze(1)
 
 
 def compute(replies: int, values: torch.Tensor, batch: Batch):

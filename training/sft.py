@@ -18,6 +18,7 @@ from training.config.trainers import SFTConfig
 from training.data.batches import Example, collate, padded_length, prompt_tokens, sft_example, shard
 from training.data.packing import collate_packed, lay_out
 from training.distributed import groups
+from training.errors import NoRoom
 from training.generation.rollout_workers import Replicas
 from training.main import run_stage
 from training.models.heads import Output, next_token_logprobs, next_token_nll
@@ -114,7 +115,7 @@ def samples(config: SFTConfig, inputs: Inputs, learner: Learner) -> sample_text.
     def say() -> list[tuple[str, str]]:
         try:
             answers = sample_text.replies(replicas, prompts, steps)
-        except groups.NoRoom as error:  # on all ranks; the sample is for people to read, the stage goes on without
+        except NoRoom as error:  # on all ranks; the sample is for people to read, the stage goes on without
             if groups.is_main():
                 print(f"warning: no sample replies: {error}", flush=True)
             return []

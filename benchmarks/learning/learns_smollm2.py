@@ -48,9 +48,8 @@ from eval.errors import DataError
 from eval.files.jsonl import dump, read
 from eval.scores import reward_model
 from launcher.run.folder import Busy
+from training import errors
 from training.config.data import DataConfig, ModelConfig
-from training.config.schema import ConfigError
-from training.data import formats
 
 MODEL, RUNS = Path("models/smollm2-135m-instruct"), Path("runs/smollm2")
 TINY_MODEL, TINY_RUNS = Path("models/smollm2-tiny"), Path("runs/smollm2-tiny")
@@ -422,13 +421,13 @@ def main() -> int:
         try:
             with smollm2_inputs.alone(options.runs):
                 return run(options)
-        except (ConfigError, DataError, formats.DataError, Busy, OSError) as error:
+        except (errors.ConfigError, DataError, errors.DataError, Busy, OSError) as error:
             print(f"{parser.prog}: {error}", file=sys.stderr)
             return 1 if isinstance(error, (Busy, OSError)) else 2  # as the launcher
 
 
 def run(options: argparse.Namespace) -> int:
-    """The exit code. ConfigError or DataError for a mistake in the options, the data or the
+    """The exit code. errors.ConfigError or DataError for a mistake in the options, the data or the
     questions: nothing was started then."""
     settings = {**SETTINGS, **(TINY if options.tiny else {}), **smollm2_inputs.settings(options.sets)}
     smollm2_inputs.check_settings(options.runs, settings)

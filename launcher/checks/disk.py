@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.config.stages import ALL
-from training.config.schema import ConfigError
 from training.config.shape import Shape
 from training.config.trainers import PPOConfig, TrainerConfig
+from training.errors import ConfigError
 
 GB = 1e9
 QUOTA_S = 5

@@ -18,8 +18,8 @@ from launcher import run_module
 from launcher.config import environment
 from training.checkpoint.checksums import touched
 from training.config.data import DataConfig, ModelConfig
-from training.config.schema import ConfigError
 from training.config.shape import Shape
+from training.errors import ConfigError
 from training.files.hf_folder import read_text
 
 TOKENIZER = (

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from eval.config import MTBenchConfig
 from launcher.config import key_file
 from launcher.config.profile import Profile
-from training.config.schema import ConfigError
+from training.errors import ConfigError
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 

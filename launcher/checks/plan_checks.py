@@ -13,9 +13,9 @@ from launcher.config.stages import Graph, Stage, model_folder, stage_config
 from launcher.estimates import hours, memory
 from launcher.slurm import container, sites
 from training.config.data import ModelConfig
-from training.config.schema import ConfigError, Mistakes
 from training.config.shape import Shape, check_language_model
 from training.config.trainers import RewardConfig, RolloutConfig
+from training.errors import ConfigError, Mistakes
 from training.files.hf_folder import file
 from training.files.special_tokens import Said
 

@@ -13,8 +13,8 @@ import zipfile
 from itertools import islice
 from pathlib import Path
 
-from training.config.schema import ConfigError
 from training.config.shape import EMBEDDING, Shape, family
+from training.errors import ConfigError
 from training.files.hf_folder import AGAIN, shown
 from training.files.tensor_files import Tensor, Weights, find, read_header
 

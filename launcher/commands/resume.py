@@ -11,7 +11,7 @@ import click
 from launcher import completion
 from launcher.commands.options import STAGE, run_or_sweep
 from launcher.status.terminal import say
-from training.config.schema import ConfigError
+from training.errors import ConfigError
 
 
 @click.command(short_help="Go on after a failure, a cancel or a crash.")

@@ -12,7 +12,7 @@ from launcher import completion
 from launcher.commands.options import run_argument, runs_argument
 from launcher.config.stages import NAMES
 from launcher.status.terminal import say
-from training.config.schema import ConfigError
+from training.errors import ConfigError
 
 
 @click.command(short_help="Where each stage is, and why it waits.")

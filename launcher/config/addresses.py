@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 
 from eval.addresses import secret
-from training.config.schema import ConfigError
+from training.errors import ConfigError
 
 _KEYS_OF_ADDRESSES = re.compile(r"(^|_)(url|uri|address|endpoint)$|^mlflow$", re.IGNORECASE)
 INSTEAD = {

@@ -21,8 +21,9 @@ from eval.config import MTBenchConfig
 from launcher.config.addresses import refuse_secrets
 from launcher.config.profile import Profile
 from training.config.data import DataConfig, ModelConfig
-from training.config.schema import ConfigError, Mistakes, at_least, build
+from training.config.schema import at_least, build
 from training.config.trainers import DPOConfig, GRPOConfig, PPOConfig, RewardConfig, SFTConfig
+from training.errors import ConfigError, Mistakes
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from launcher.config.sections import SECTIONS, build_plain
 from training.config.data import PrepareConfig
-from training.config.schema import ConfigError, Mistakes, build
+from training.config.schema import build
+from training.errors import ConfigError, Mistakes
 
 FULL, PPO = "full-pipeline", "ppo"
 

@@ -14,7 +14,7 @@ from launcher.config import environment
 from launcher.config.profile import KEYS
 from launcher.doctor.slurm_findings import Finding
 from launcher.run.folder import lock
-from training.config.schema import ConfigError
+from training.errors import ConfigError
 
 PORTS = (20000, 31999)
 """MASTER_PORT is 20000 + job id % 12000."""

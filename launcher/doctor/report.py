@@ -26,7 +26,7 @@ from launcher.doctor.machine_findings import here
 from launcher.doctor.slurm_findings import Finding
 from launcher.run.folder import lock, write_text
 from launcher.slurm import commands, container, script, sites
-from training.config.schema import ConfigError
+from training.errors import ConfigError
 
 NODE_SCRIPT = Path(__file__).parents[1] / "slurm" / "node_probe.py"
 NODE_MARK = "CONVOY-NODE "

@@ -15,9 +15,9 @@ from launcher.config.profile import Profile
 from launcher.config.sections import Resources
 from launcher.estimates import iteration_time, step_time
 from launcher.estimates.memory import REPLIES
-from training.config.schema import ConfigError
 from training.config.shape import Shape
 from training.config.trainers import DPOConfig, RewardConfig, RolloutConfig, SFTConfig, TrainerConfig
+from training.errors import ConfigError
 
 
 @dataclass(frozen=True)

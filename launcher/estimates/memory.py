@@ -37,9 +37,9 @@ from dataclasses import dataclass
 
 from eval.config import MTBenchConfig
 from launcher.config.sections import Profile, Resources
-from training.config.schema import ConfigError
 from training.config.shape import CHUNK_LOGITS, Shape
 from training.config.trainers import PPOConfig, RewardConfig, RolloutConfig, SFTConfig, TrainerConfig
+from training.errors import ConfigError
 
 GB = 1e9
 OUTSIDE_GB = 2.5

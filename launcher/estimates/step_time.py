@@ -29,9 +29,9 @@ from launcher.config.profile import Machine, Profile
 from launcher.config.sections import Resources
 from launcher.estimates import memory
 from training.config.cost import FORWARD, LAUNCH_S, flops_per_token, utilisation
-from training.config.schema import ConfigError
 from training.config.shape import Shape
 from training.config.trainers import SFTConfig, TrainerConfig
+from training.errors import ConfigError
 
 LINKS, MEMORY = 0.8e9, 0.85e9
 """Bytes a second of each GB/s of the datasheets."""

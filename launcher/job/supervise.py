@@ -32,8 +32,9 @@ from launcher.run import checkpoints, manifest
 from launcher.run.folder import Busy, Run, lock, this_process, write_text
 from launcher.run.manifest import Refused
 from launcher.slurm import commands, network
-from training.config.schema import ConfigError, load, usage
+from training.config.schema import load, usage
 from training.config.shape import Shape
+from training.errors import ConfigError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 RESERVE_BYTES = 256 * 1024

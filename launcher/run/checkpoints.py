@@ -6,7 +6,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from launcher.run.folder import Run, iteration_folder
-from training.checkpoint.checksums import NAME, Damaged, check
+from training.checkpoint.checksums import NAME, check
+from training.errors import Damaged
 
 
 def damage(folder: Path) -> str:

@@ -17,7 +17,8 @@ from pathlib import Path
 from launcher.config.sections import Profile
 from launcher.config.stages import PIPELINES, PPO, Graph, Stage, sections
 from launcher.run import records
-from training.config.schema import ConfigError, build
+from training.config.schema import build
+from training.errors import ConfigError
 from training.files.safe_files import Unfit, read_bytes, read_json, read_table, read_text
 
 SUMMARY = "summary.json"

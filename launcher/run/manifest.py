@@ -18,7 +18,8 @@ from pathlib import Path
 from launcher.config.stages import Stage, remaining
 from launcher.run import records
 from launcher.run.folder import Run, hash_of, iteration_folder, write_json
-from training.checkpoint.checksums import NAME, Damaged, check, digests, touched
+from training.checkpoint.checksums import NAME, check, digests, touched
+from training.errors import Damaged
 from training.files.safe_files import Unfit, read_table, within
 
 

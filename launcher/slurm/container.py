@@ -13,7 +13,7 @@ from pathlib import Path
 from launcher import run_module
 from launcher.config import environment
 from launcher.config.profile import Profile
-from training.config.schema import ConfigError
+from training.errors import ConfigError
 
 
 def srun_options(profile: Profile, environment=()) -> list[str]:

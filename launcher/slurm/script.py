@@ -13,7 +13,7 @@ from launcher.config.sections import Profile, Resources
 from launcher.config.stages import Stage
 from launcher.run.folder import Run
 from launcher.slurm import commands
-from training.config.schema import ConfigError
+from training.errors import ConfigError
 
 SETUP = ("set -euo pipefail",)
 EXPORT_CPUS = (

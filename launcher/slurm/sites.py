@@ -11,7 +11,8 @@ from launcher.config import key_file
 from launcher.config.sections import Profile, Resources, read_toml
 from launcher.slurm import commands
 from launcher.slurm.network import NETWORKS
-from training.config.schema import ConfigError, build
+from training.config.schema import build
+from training.errors import ConfigError
 
 DEV_CLUSTER = "convoy-dev"
 """ClusterName of the cluster that slurm/dev/up starts."""

@@ -24,7 +24,7 @@ from launcher.slurm.polling import Queue
 from launcher.status import state
 from launcher.status.log_groups import TOGETHER_S, Group, Groups, Line, collapsed, ranges
 from launcher.status.terminal import plain
-from training.config.schema import ConfigError
+from training.errors import ConfigError
 from training.files.safe_files import Unfit, open_regular, read_tail
 
 STAMPED = re.compile(r"(\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:\.\d+)?) (.*)", re.DOTALL)

@@ -13,7 +13,7 @@ from launcher.config import environment
 from launcher.run.folder import Failed, Runs
 from launcher.status import state
 from launcher.status.terminal import say
-from training.config.schema import ConfigError
+from training.errors import ConfigError
 
 
 def make(paths: Sequence[Path], output: Path | None) -> Path:

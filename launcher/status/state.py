@@ -17,7 +17,7 @@ from launcher.run.progress import Progress
 from launcher.slurm.polling import Queue
 from launcher.slurm.queue import Job
 from launcher.status.terminal import plain
-from training.config.schema import ConfigError
+from training.errors import ConfigError
 from training.files.safe_files import Unfit, read_tail
 
 SILENT_S = 120

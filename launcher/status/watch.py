@@ -17,7 +17,7 @@ from launcher.run.folder import Failed, Run
 from launcher.slurm.polling import Queue
 from launcher.status import state, table, terminal
 from launcher.status.state import Look, StageState
-from training.config.schema import ConfigError
+from training.errors import ConfigError
 
 PLAIN_EVERY_S = 10
 """Seconds between plain lines of one running stage."""

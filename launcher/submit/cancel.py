@@ -12,7 +12,7 @@ from launcher.slurm import queue as jobs
 from launcher.slurm.polling import Queue, pauses
 from launcher.status import state
 from launcher.submit import local
-from training.config.schema import ConfigError
+from training.errors import ConfigError
 
 CANCEL_S = 90
 """Seconds that Slurm gets to end cancelled jobs (its KillWait, 30 s by default, and some)."""

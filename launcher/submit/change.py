@@ -14,7 +14,8 @@ from launcher.run import manifest
 from launcher.run.folder import Run, write_json
 from launcher.submit.create import write_stage_config
 from launcher.submit.rewind import descendants, has_work, renew_descendants, rewind
-from training.config.schema import ConfigError, build
+from training.config.schema import build
+from training.errors import ConfigError
 
 
 @dataclass(frozen=True)

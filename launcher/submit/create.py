@@ -17,7 +17,7 @@ from launcher.slurm import script, transaction
 from launcher.status import state
 from launcher.status.terminal import say
 from launcher.submit import prepared, reuse
-from training.config.schema import ConfigError, Mistakes
+from training.errors import ConfigError, Mistakes
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,60}")
 

@@ -20,7 +20,8 @@ from launcher.job.ranks import die_with_parent
 from launcher.run import manifest
 from launcher.run.folder import Busy, Run, is_alive, this_process
 from launcher.submit.rewind import move_stale_aside
-from training.config.schema import ConfigError, usage
+from training.config.schema import usage
+from training.errors import ConfigError
 
 STOP_S = 90
 """Seconds that a cancelled stage gets to save; then it is killed."""

@@ -22,7 +22,7 @@ from launcher.config.stages import Stage, prepare_config, stage_config
 from launcher.run.folder import SUMMARY, Failed, Run, hash_of, write_json, write_text
 from launcher.status import state
 from training.checkpoint.checksums import same
-from training.config.schema import ConfigError
+from training.errors import ConfigError
 from training.files.safe_files import read_table, within
 
 WEIGHTS = " of model.checkpoint"

@@ -17,7 +17,7 @@ from launcher.slurm import commands, queue
 from launcher.status import state
 from launcher.submit import local
 from launcher.submit.rewind import begin_again
-from training.config.schema import ConfigError
+from training.errors import ConfigError
 
 ALIVE_S = 60
 """A run that was written to within so many seconds is taken to be worked on."""

@@ -15,7 +15,7 @@ from launcher.status.state import Look
 from launcher.submit import change, create, prepared, repair
 from launcher.submit.change import Change, Wish
 from launcher.submit.rewind import check_iteration, descendants, rewind
-from training.config.schema import ConfigError
+from training.errors import ConfigError
 
 
 @dataclass

@@ -18,7 +18,7 @@ from launcher.config.stages import Graph, Stage, model_folder, stage_config
 from launcher.run import manifest
 from launcher.run.folder import Run, hash_of
 from training.checkpoint.checksums import digests
-from training.config.schema import ConfigError
+from training.errors import ConfigError
 
 
 def candidates(source: Run, run: Path, tables: dict, graph: Graph) -> list[str]:

@@ -10,7 +10,7 @@ from launcher.config.stages import Stage
 from launcher.run import checkpoints
 from launcher.run.folder import Run, iteration_folder, write_text
 from launcher.submit.create import write_stage_config
-from training.config.schema import ConfigError
+from training.errors import ConfigError
 
 ASIDE = "checkpoints.aside"
 

@@ -37,7 +37,8 @@ from launcher.status import table as screen
 from launcher.submit import create as submit
 from launcher.submit import enqueue, start
 from launcher.submit.rewind import move_stale_aside
-from training.config.schema import ConfigError, usage
+from training.config.schema import usage
+from training.errors import ConfigError
 
 MOST = 1000
 """Elements; MaxArraySize of Slurm is 1001 unless the site says otherwise."""

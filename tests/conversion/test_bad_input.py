@@ -13,9 +13,8 @@ from conversion import huggingface, torch_dist, work
 from tests.conversion.folders import convert_to, export_from, sparse_bloom, write_tokenizer
 from tests.support.bloom import tiny_bloom
 from tests.support.llama import tiny_llama
-from training.checkpoint.checksums import Damaged
-from training.config.schema import ConfigError
 from training.config.shape import Shape
+from training.errors import ConfigError, Damaged
 from training.models.bloom import table as bloom
 
 

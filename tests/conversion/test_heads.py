@@ -25,9 +25,9 @@ from tests.support.bloom import tiny_bloom
 from tests.support.distributed import run
 from tests.support.llama import tiny_llama
 from training.checkpoint import format
-from training.config.schema import ConfigError
 from training.config.shape import Shape
-from training.reward import read_last
+from training.errors import ConfigError
+from training.models.heads import read_last
 from training.trainer.step import build_model, evaluate
 
 VOCAB = 301

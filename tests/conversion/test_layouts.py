@@ -25,7 +25,7 @@ from tests.conversion.folders import convert_to, export_from, save_model, sparse
 from tests.support.bloom import tiny_bloom
 from tests.support.distributed import run
 from training.checkpoint import checksums
-from training.config.schema import ConfigError
+from training.errors import ConfigError
 from training.models.bloom import table as bloom
 
 

@@ -14,8 +14,8 @@ from conversion.config import ConvertConfig, ConvertPaths
 from conversion.hf_to_megatron import convert
 from conversion.tensors import equal
 from tests.support.bloom import tiny_bloom
-from training.config.schema import ConfigError
 from training.config.shape import Shape
+from training.errors import ConfigError
 
 
 def source(folder, **values):

@@ -12,9 +12,9 @@ from transformers import AutoTokenizer
 from eval.answers import generation
 from tests.conversion.folders import convert_to, export_from
 from training.config.data import ModelConfig
-from training.config.schema import ConfigError
 from training.data import demo_model
 from training.data.tokenizer import Tokenizer
+from training.errors import ConfigError
 
 TEXT = "\n\nHuman: What is 12 plus 345?\n\nAssistant: It's 357, of course. I'll say it's so! 2024-01-02\n"
 

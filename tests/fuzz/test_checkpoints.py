@@ -17,10 +17,10 @@ from eval.errors import DataError
 from launcher.checks import weights
 from tests.fuzz.damage import damaged_bytes, damaged_json, damaged_text, peak_mb, within
 from training.config.data import ModelConfig
-from training.config.schema import ConfigError
 from training.config.shape import Shape, check_language_model
 from training.data import demo_model, trial
 from training.data.tokenizer import Tokenizer
+from training.errors import ConfigError
 from training.files.special_tokens import Said
 
 TEXT = "\n\nHuman: What is 12 plus 345?\n\nAssistant: It's 357, of course. I'll say it's so! 2024-01-02\n"

@@ -16,7 +16,7 @@ import pytest
 from tests.fuzz.damage import damaged_bytes, damaged_json, damaged_text, peak_mb, within
 from training.config.data import DataConfig, ModelConfig
 from training.data import formats, peek
-from training.data.formats import DataError
+from training.errors import DataError
 
 NUMBER = 3000
 WHOLE_EVERY = 15

@@ -13,7 +13,7 @@ from launcher.config.stages import PIPELINES, PPO, full_tables
 from launcher.slurm import sites
 from launcher.submit.sweep import combinations
 from tests.fuzz.damage import VALUES, damaged_bytes, damaged_json, peak_mb, within
-from training.config.schema import ConfigError
+from training.errors import ConfigError
 
 PROFILES, RECIPES_READ, SETS, KEYS = 800, 400, 500, 300
 SECONDS, MB = 5, 100

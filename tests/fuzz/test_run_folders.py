@@ -25,7 +25,7 @@ from launcher.submit.change import Wish
 from launcher.submit.sweep import SWEEP
 from tests.fuzz.damage import VALUES, damaged_bytes, damaged_json, damaged_text, peak_mb, within
 from tests.support.evaluations import evaluate
-from training.config.schema import ConfigError
+from training.errors import ConfigError
 
 REFUSALS = (ConfigError, manifest.Refused, Failed, DataError, SlurmError, OSError)
 NUMBER, REPORTS = 600, 60

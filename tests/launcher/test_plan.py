@@ -17,7 +17,7 @@ from launcher.run.folder import Run, this_process
 from launcher.slurm import sites
 from launcher.submit import create, sweep
 from tests.support.stub_project import SMALL
-from training.config.schema import ConfigError
+from training.errors import ConfigError
 
 GRAPH = """\
 stage | after | runs | nodes x ranks | limit, h | GPU-hours | layout | writes

@@ -10,12 +10,13 @@ from transformers import BloomConfig, BloomForCausalLM
 from tests.support.distributed import run
 from tests.support.ppo_weights import weights
 from training import dpo, losses
-from training.config.schema import ConfigError, build
+from training.config.schema import build
 from training.config.trainers import DPOConfig
 from training.data.batches import Sampler, comparison_example
 from training.data.cache import tokenise
 from training.data.rows import parse
 from training.data.tokenizer import Tokenizer
+from training.errors import ConfigError
 
 
 def rows(stage) -> list[dict]:

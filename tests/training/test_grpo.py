@@ -10,8 +10,9 @@ from tests.support.distributed import run
 from tests.support.ppo_reference import Reference, Row
 from tests.support.ppo_weights import weights
 from training import grpo
-from training.config.schema import ConfigError, build
+from training.config.schema import build
 from training.config.trainers import GRPOConfig
+from training.errors import ConfigError
 
 
 def rows(stage) -> list[dict]:

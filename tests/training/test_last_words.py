@@ -14,9 +14,7 @@ import torch.distributed as dist
 from eval import error_report as of_eval
 from launcher.job.endings import SAID, Class
 from training import error_report
-from training.checkpoint.checksums import Damaged
-from training.config.schema import ConfigError, InvariantError
-from training.data.formats import DataError
+from training.errors import ConfigError, Damaged, DataError, InvariantError
 
 REFUSED = urllib.error.URLError(ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"))
 

@@ -13,10 +13,11 @@ from tensorboard.backend.event_processing import event_accumulator
 
 from tests.support.distributed import run
 from training import ppo
-from training.config.schema import ConfigError, build
+from training.config.schema import build
 from training.config.trainers import PPOConfig
 from training.data.batches import Example, collate
 from training.data.tokenizer import Tokenizer
+from training.errors import ConfigError
 from training.rl import experience, invariants, reward_bias
 from training.rl.minibatches import plan
 from training.trainer.step import split

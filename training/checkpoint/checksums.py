@@ -14,20 +14,12 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TypeVar
 
+from training.errors import Damaged
 from training.files.safe_files import Unfit, read_text
 
 NAME = "SHA256"
 Name = TypeVar("Name", str, Path)
 _LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
-
-
-class Damaged(ValueError):  # noqa: N818 - what is wrong with the checkpoint
-    """A checkpoint that must not be used; the message names the file and what to do, ``what`` only
-    the first."""
-
-    def __init__(self, what: str, fix: str = ""):
-        super().__init__(f"{what}. {fix}" if fix else what)
-        self.what = what
 
 
 def digest(path: str | Path) -> str:

@@ -14,17 +14,17 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
 from training.checkpoint import checksums, safe_unpickle
 from training.checkpoint.checksums import sync
-from training.config.schema import ConfigError
 from training.config.trainers import TrainerConfig
+from training.errors import ConfigError, Damaged
 from training.models import lora
 from training.models.language_model import LanguageModel, parts
-from training.trainer.step import Learner
 
 
 def folder(stage: str | Path, iteration: int) -> Path:
@@ -194,14 +194,14 @@ def verify(checkpoint: Path, below: str = "") -> None:
         problem = ""
         try:
             test()
-        except checksums.Damaged as error:
+        except Damaged as error:
             problem = str(error)
         except OSError as error:
             problem = f"{checkpoint} can't be read: {error}"
         problems = [None] * dist.get_world_size()
         dist.all_gather_object(problems, problem)
         if any(problems):
-            raise checksums.Damaged(next(filter(None, problems)))
+            raise Damaged(next(filter(None, problems)))
 
 
 def _touched(path: Path) -> tuple[int, ...]:
@@ -221,14 +221,23 @@ def _share(sizes: dict[str, int], rank: int, ranks: int) -> list[str]:
     return mine
 
 
-def sharded(learner: Learner, is_loading: bool) -> dict:
+class Trained(Protocol):
+    """What a checkpoint holds of a learner (training/trainer/step.py): weights, optimizer, schedule."""
+
+    model: LanguageModel
+    optimizer: Any
+    schedule: Any
+    guard: Any
+
+
+def sharded(learner: Trained, is_loading: bool) -> dict:
     """What a checkpoint folder holds of a learner, as megatron-core describes it: this rank's
     part."""
     weights = learner.model.sharded_state_dict()
     return {"model": weights, "optimizer": learner.optimizer.sharded_state_dict(weights, is_loading=is_loading)}
 
 
-def load(path: Path, learners: dict[str, Learner]) -> dict:
+def load(path: Path, learners: dict[str, Trained]) -> dict:
     """Restore weights, optimizer and schedule of all ``learners`` from a checkpoint folder -> its
     state. Collective.
 
@@ -254,7 +263,7 @@ def made_with(trainer: TrainerConfig, model: LanguageModel) -> dict[str, int | s
     return {"model_type": parts(model)[0].shape.family, **keys}
 
 
-def _check_same(path: Path, learner: Learner, state: dict) -> None:
+def _check_same(path: Path, learner: Trained, state: dict) -> None:
     held = state.get("made_with", {})  # an earlier version's says nothing, or less
     for name, value in made_with(learner.guard.trainer, learner.model).items():
         if name in held and held[name] != value:

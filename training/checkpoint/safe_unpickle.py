@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint import filesystem
 
-from training.checkpoint.checksums import Damaged
+from training.errors import Damaged
 
 _ALLOWED = {
     "torch": {"Size", *(name for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype))},

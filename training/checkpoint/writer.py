@@ -36,16 +36,15 @@ from torch.distributed.checkpoint.filesystem import SerializationFormat, _Storag
 
 from training import error_report
 from training.checkpoint import format
-from training.config.schema import InvariantError
 from training.config.trainers import TrainerConfig
 from training.distributed import groups
-from training.trainer.step import Learner
+from training.errors import CollectiveError, InvariantError
 
 WRITERS = 2
 """Files, and threads, of each rank and model (megatron-core's default)."""
 
 
-class SaveFailed(groups.Together):
+class SaveFailed(CollectiveError):
     """A checkpoint could not be written; earlier ones are whole. The message names rank, file,
     cause and fix; ``kind`` is the class of the error."""
 
@@ -74,7 +73,7 @@ class Saver:
     """Saves one stage's learners. Every method is a collective: call it on all ranks at the same
     step."""
 
-    def __init__(self, stage: str | Path, learners: dict[str, Learner], trainer: TrainerConfig):
+    def __init__(self, stage: str | Path, learners: dict[str, format.Trained], trainer: TrainerConfig):
         self.stage, self.learners, self.trainer = Path(stage), learners, trainer
         self.pool = ThreadPoolExecutor(1, "save", groups.begin_thread())
         self.staging = _Staging()

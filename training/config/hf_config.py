@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
-from training.config.schema import ConfigError
+from training.errors import ConfigError
 from training.files import hf_folder
 
 MOST = 2**31 - 1

@@ -13,52 +13,12 @@ import math
 import re
 import sys
 import typing
-from collections.abc import Callable
 from pathlib import Path
+
+from training.errors import ConfigError, Mistakes
 
 MOST = 2**63 - 1
 """Largest whole number of a setting: what NumPy and TOML hold."""
-
-
-class ConfigError(ValueError):
-    """A user's mistake: the message names the key, its value, what was expected and the fix.
-    ``messages``: each of several."""
-
-    @property
-    def messages(self) -> list[str]:
-        return list(self.args) if len(self.args) > 1 else [str(self)]
-
-    def __str__(self) -> str:
-        if len(self.args) < 2:
-            return super().__str__()
-        return f"{len(self.args)} mistakes:\n" + "\n".join(f"{at}. {text}" for at, text in enumerate(self.args, 1))
-
-
-class Mistakes:
-    """Collects ConfigErrors, so that a person sees all of them at once."""
-
-    def __init__(self):
-        self.messages: list[str] = []
-
-    def add(self, *messages: str) -> None:
-        self.messages += [text for text in messages if text not in self.messages]
-
-    def of(self, check: Callable):
-        """What ``check()`` returns, None where it raised."""
-        try:
-            return check()
-        except ConfigError as error:
-            self.add(*error.messages)
-            return None
-
-    def raise_if_any(self) -> None:
-        if self.messages:
-            raise ConfigError(*self.messages)
-
-
-class InvariantError(AssertionError):
-    """What always holds does not: a bug. Unlike ``assert`` it also guards a run under ``python
-    -O``."""
 
 
 def at_least(config, smallest: int, *names: str) -> None:

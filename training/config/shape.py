@@ -12,7 +12,7 @@ from types import ModuleType
 
 from training.config.data import ModelConfig
 from training.config.hf_config import ConfigFile
-from training.config.schema import ConfigError, InvariantError
+from training.errors import ConfigError, InvariantError
 from training.files.hf_folder import shown
 
 VOCAB_MULTIPLE = 128

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from training.config.schema import ConfigError, at_least, one_of, positive
+from training.config.schema import at_least, one_of, positive
+from training.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from training.config.schema import ConfigError, InvariantError
 from training.data.examples import Example as Example
 from training.data.examples import comparison_example as comparison_example
 from training.data.examples import prompt_tokens as prompt_tokens
 from training.data.examples import sft_example as sft_example
 from training.data.permutation import Permutation
+from training.errors import ConfigError, InvariantError
 
 
 def padded_length(lengths: list[int], multiple: int) -> int:

@@ -31,6 +31,7 @@ from training.checkpoint.checksums import digest, sync
 from training.data import formats
 from training.data.rows import Row
 from training.data.tokenizer import Tokenizer
+from training.errors import DataError
 
 FORMAT = 2
 ROWS_AT_ONCE = 4096
@@ -166,7 +167,7 @@ def _key(source: Path, stage: str, tokenizer: Tokenizer) -> str:
     try:
         digests = [digest(source), digest(tokenizer.file)]
     except OSError as error:
-        raise formats.DataError(f"{source}: can't be read: {error}") from None
+        raise DataError(f"{source}: can't be read: {error}") from None
     return hashlib.sha256(
         json.dumps([FORMAT, stage, tokenizers.__version__, tokenizer.bos, *digests]).encode()
     ).hexdigest()
@@ -213,7 +214,7 @@ def _write(source: Path, stage: str, tokenizer: Tokenizer, aside: Path, key: str
             rows, pieces, ids = rows + len(chunk), int(last[-1]), int(ends[-1])
             most_replies = max(most_replies, *(len(row.replies) for row in chunk))
     if not rows:
-        raise formats.DataError(f"{source}: no usable row for {stage}{formats.because(counts)}")
+        raise DataError(f"{source}: no usable row for {stage}{formats.because(counts)}")
     about = {
         "format": FORMAT,
         "key": key,

@@ -16,8 +16,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from training.config.data import ModelConfig
-from training.config.schema import ConfigError
 from training.config.shape import family
+from training.errors import ConfigError
 
 SPECIAL = {"unk": "<unk>", "bos": "<s>", "eos": "</s>", "pad": "<pad>"}
 """Name -> text; the ids are 0, 1, 2, 3 in this order, as in BLOOM."""

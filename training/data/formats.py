@@ -17,8 +17,9 @@ from pathlib import Path
 
 from training.data import dialogue
 from training.data.rows import COMPARISONS, FORMATS, Row, parse, unread
-from training.data.source import DataError, lines
+from training.data.source import lines
 from training.data.turns import BadRow, Unusable, short
+from training.errors import DataError
 
 NEEDS = {
     "rlhf": (0, "a prompt", FORMATS),

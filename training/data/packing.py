@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 
 from training.config.cost import MORE_ROWS, micro_batches
-from training.config.schema import InvariantError
 from training.data.batches import Example
+from training.errors import InvariantError
 
 EXCHANGES = 4
 """Most exchanges of examples between rows, times the number of rows."""

@@ -17,10 +17,11 @@ from collections import Counter
 from pathlib import Path
 
 from training.config.data import DataConfig, ModelConfig
-from training.config.schema import ConfigError, build, usage
+from training.config.schema import build, usage
 from training.data import formats
 from training.data.rows import Row
 from training.data.source import lines
+from training.errors import ConfigError, DataError
 
 EXIT_USAGE = 64
 MOST_TEXT = 16 << 20
@@ -34,9 +35,9 @@ def main(arguments: list[str]) -> int:
     file, most, settings = arguments[0], int(arguments[1]), json.loads(arguments[2]) if len(arguments) > 2 else {}
     try:
         print("\n".join(look(file, most, settings)))
-    except formats.DataError as error:
+    except DataError as error:
         print(error, file=sys.stderr)
-        return formats.DataError.exit_code
+        return DataError.exit_code
     except ConfigError as error:
         print(error, file=sys.stderr)
         return EXIT_USAGE
@@ -55,7 +56,7 @@ def look(file: str, most: int, settings: dict) -> list[str]:
         if size > MOST_TEXT:
             break
     if not rows:
-        raise formats.DataError(f"{file}: no usable row{formats.because(counts)}")
+        raise DataError(f"{file}: no usable row{formats.because(counts)}")
     echoes.check(file)
     whole = size <= MOST_TEXT and next(itertools.islice(lines(file), most, None), None) is None
     warnings = formats.dropped(counts)
@@ -85,7 +86,7 @@ def prepared(settings: dict) -> list[str]:
         warnings = formats.dropped(read)
         for stage, (kind, _, _) in settings["stages"].items():
             if name := next((name for name in sorting.names(kind) if not writer.counts[name]), ""):
-                raise formats.DataError(sorting.without_rows(settings["data"]["source"], stage, name, read))
+                raise DataError(sorting.without_rows(settings["data"]["source"], stage, name, read))
         tokenizer = _tokenizer(settings["model"], (row["prompt"] + row["response"] for row in writer.rows("sft.jsonl")))
         for stage, (kind, key, length) in settings["stages"].items():
             writer.flush()

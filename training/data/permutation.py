@@ -13,7 +13,7 @@ import hashlib
 
 import numpy as np
 
-from training.config.schema import InvariantError
+from training.errors import InvariantError
 
 ROUNDS = 8
 SMALLEST_BITS = 4

@@ -20,12 +20,12 @@ from pathlib import Path
 
 from training.checkpoint import checksums
 from training.config.data import PrepareConfig
-from training.config.schema import ConfigError, load, usage
-from training.data import formats
+from training.config.schema import load, usage
 from training.data.cache import cached
 from training.data.sorting import STAGES, TOKENIZER_ROWS, Writer, from_demo, from_source, names
 from training.data.source import lines
 from training.data.tokenizer import Tokenizer
+from training.errors import ConfigError, DataError
 
 EXIT_USAGE = 64
 WEIGHTS = (".safetensors", ".bin")
@@ -62,9 +62,7 @@ def prepare(config: PrepareConfig) -> dict:
             if (
                 checksums.touched(known["path"]) != known["touched"]
             ):  # it is read twice, and its sha256 is to be what was read
-                raise formats.DataError(
-                    f"{key} = {known['path']!r} was written while it was read; wait until it is complete"
-                )
+                raise DataError(f"{key} = {known['path']!r} was written while it was read; wait until it is complete")
         counts = {"source": config.data.source, "read": read, "files": dict(writer.counts), "inputs": inputs}
         writer.publish(counts)
     for stage in STAGES:  # here, and not by the stage: its GPUs would wait for it
@@ -90,7 +88,7 @@ def _inputs(config: PrepareConfig) -> dict[str, dict]:
                 found[f"{path.name} of model.checkpoint"] = {"path": str(path), **checksums.mark(path, weights=True)}
         return found
     except OSError as error:
-        raise formats.DataError(f"{error.filename}: can't be read: {error.strerror}") from None
+        raise DataError(f"{error.filename}: can't be read: {error.strerror}") from None
 
 
 def _report(counts: dict) -> str:
@@ -106,9 +104,9 @@ def main(arguments: list[str]) -> int:
         return ended
     try:
         print(_report(prepare(load(PrepareConfig, arguments[0]))))
-    except formats.DataError as error:
+    except DataError as error:
         print(error, file=sys.stderr)
-        return formats.DataError.exit_code
+        return DataError.exit_code
     except (ConfigError, FileNotFoundError, json.JSONDecodeError) as error:
         print(error, file=sys.stderr)
         return EXIT_USAGE

@@ -17,6 +17,7 @@ from training.config.data import DataConfig
 from training.data import demo, dialogue, formats
 from training.data.rows import Row
 from training.data.split import HeldOut, Repeats
+from training.errors import DataError
 
 TOKENIZER_ROWS = 20_000
 """Most SFT rows that the demo's tokenizer is trained on."""
@@ -112,11 +113,9 @@ def from_source(data: DataConfig, writer: Writer) -> Counts:
     echoes.check(data.source)
     distinct = heldout["rlhf"].distinct
     if not distinct:
-        raise formats.DataError(f"{data.source}: no usable row{formats.because(counts)}")
+        raise DataError(f"{data.source}: no usable row{formats.because(counts)}")
     if distinct < 2:
-        raise formats.DataError(
-            f"{data.source}: 1 distinct prompt; expected at least 2: one to train on, one to hold out"
-        )
+        raise DataError(f"{data.source}: 1 distinct prompt; expected at least 2: one to train on, one to hold out")
     chosen, again = set(), {stage: iter(found.flags()) for stage, found in repeats.items()}
     for held in heldout.values():
         chosen |= held.chosen()

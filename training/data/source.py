@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from training.errors import DataError
 from training.files import safe_files
 
-EXIT_DATA = 65
 MOST = 16 << 20
 """Bytes of a line: text of about four million tokens."""
 FREE, RATIO = 16 << 20, 200
@@ -65,12 +65,6 @@ FORMATS: tuple[tuple[bytes, str, str], ...] = (
 )
 """First bytes, what a file is that begins with them, and what to do. (UTF-32LE begins as UTF-16LE
 does.)"""
-
-
-class DataError(ValueError):
-    """Training data that can't be used; the message names the file, the line and the field."""
-
-    exit_code = EXIT_DATA
 
 
 def lines(path: str | Path) -> Iterator[tuple[int, bytes]]:

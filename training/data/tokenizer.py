@@ -9,7 +9,7 @@ from pathlib import Path
 
 import tokenizers
 
-from training.config.schema import ConfigError
+from training.errors import ConfigError
 from training.files import hf_folder
 from training.files.hf_folder import AGAIN, shown
 from training.files.special_tokens import Said

@@ -18,9 +18,10 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from training.config.schema import ConfigError, usage
+from training.config.schema import usage
 from training.data import dialogue, formats
 from training.data.tokenizer import Tokenizer
+from training.errors import ConfigError, DataError
 from training.files import hf_folder
 from training.files.hf_folder import shown
 
@@ -43,7 +44,7 @@ def texts(source: str) -> list[str]:
     """What is compared: the samples, and prompts and replies of the source's first rows."""
     rows: list[formats.Row] = []
     if source != "demo":
-        with contextlib.suppress(formats.DataError, OSError):
+        with contextlib.suppress(DataError, OSError):
             rows = list(itertools.islice(formats.iterate(source, "rlhf", Counter(), True), ROWS))
     return [*SAMPLES, *(text[:LONGEST] for row in rows for text in (row.prompt, *row.responses))]
 

@@ -21,6 +21,7 @@ from megatron.core import parallel_state, tensor_parallel
 
 from training.distributed import rendezvous
 from training.distributed.cpu_backend import mcore_on_cpu
+from training.errors import CollectiveError
 
 HEARTBEAT = 10.0
 T = TypeVar("T")
@@ -32,15 +33,6 @@ training.error_report.CODES."""
 def device() -> torch.device:
     """Where this rank computes."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-class Together(RuntimeError):  # noqa: N818 - what its kinds are called
-    """What every rank raises at the same place, none of them inside a collective."""
-
-
-class NoRoom(Together):
-    """The rollout engine's cache does not fit now. Another process, whose memory is whole, may have
-    room."""
 
 
 @contextlib.contextmanager
@@ -91,7 +83,7 @@ def ranks(
         try:
             yield
         except BaseException as error:
-            if dist.get_world_size() > 1 and not isinstance(error, Together):
+            if dist.get_world_size() > 1 and not isinstance(error, CollectiveError):
                 stack.pop_all()
             raise
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 import torch.distributed as dist
 
-from training.config.schema import ConfigError
+from training.errors import ConfigError
 
 LIMITS_S = {"CONVOY_ATTEMPT": 1800, "TORCHELASTIC_RUN_ID": 600, "": 60}
 """Seconds to wait for the other ranks: started by the launcher, by torchrun, by whom we don't

@@ -12,7 +12,7 @@ import os
 import stat
 from pathlib import Path
 
-from training.config.schema import ConfigError
+from training.errors import ConfigError
 from training.files import safe_files
 
 MB = 2**20

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from training.config.schema import ConfigError
+from training.errors import ConfigError
 from training.files import hf_folder
 from training.files.hf_folder import AGAIN, shown
 

@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
-from training.config.schema import ConfigError
+from training.errors import ConfigError
 from training.files import hf_folder
 from training.files.hf_folder import AGAIN, shown
 

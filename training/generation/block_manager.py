@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from training.config.schema import InvariantError
+from training.errors import InvariantError
 
 
 class Pages:

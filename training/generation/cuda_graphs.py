@@ -7,7 +7,8 @@ import time
 
 import torch
 
-from training.models.kv_cache import Batch, Slots
+from training.generation.slots import Slots
+from training.models.kv_cache import Batch
 
 
 def padded_rows(rows: int) -> int:

@@ -20,14 +20,15 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from training.distributed.groups import NoRoom
+from training.errors import NoRoom
 from training.generation import tp_sampling
 from training.generation.block_manager import Pages
 from training.generation.cuda_graphs import Graphs, forward
 from training.generation.request import Completion, Request, check
 from training.generation.sampling import penalise
 from training.generation.scheduler import Piece, Row, Scheduler
-from training.models.kv_cache import Batch, Slots, token_bytes
+from training.generation.slots import Slots
+from training.models.kv_cache import Batch, token_bytes
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from training.config.schema import ConfigError
+from training.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from megatron.core import parallel_state
 
 from training.config.shape import Shape
 from training.distributed import groups
-from training.distributed.groups import NoRoom
+from training.errors import NoRoom
 from training.generation import torch_ops
 from training.generation.engine import Engine, Limits
 from training.generation.request import Completion, Request

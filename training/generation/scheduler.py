@@ -14,7 +14,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from training.config.schema import InvariantError
+from training.errors import InvariantError
 from training.generation.block_manager import Pages, Prefix
 from training.generation.request import Request
 

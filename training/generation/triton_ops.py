@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from training.config.schema import InvariantError
+from training.errors import InvariantError
 from training.generation.triton_sampling import choose, pick, summarise
 from training.models.kv_cache import Batch
 

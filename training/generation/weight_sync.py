@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from training.config.schema import ConfigError
 from training.config.shape import Shape
+from training.errors import ConfigError
 from training.models import lora
 from training.models.language_model import Interleaved, LanguageModel, parts
 

@@ -21,8 +21,8 @@ from dataclasses import asdict
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from training.config.schema import ConfigError
 from training.config.trainers import TrainerConfig
+from training.errors import ConfigError
 
 PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 """Environment where it has none of its own: MLflow would try for minutes, at every iteration, while

@@ -14,7 +14,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 
-from training.config.schema import InvariantError
+from training.errors import InvariantError
 from training.models import attention_backends
 
 

@@ -15,7 +15,7 @@ import importlib
 import torch
 import torch.nn.functional as F
 
-from training.config.schema import ConfigError
+from training.errors import ConfigError
 
 FLEX_BLOCK = 128
 """Tokens of a block of FlexAttention's mask: sequence lengths on CUDA are multiples of it."""

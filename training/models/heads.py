@@ -133,3 +133,8 @@ def next_token_nll(output: Output, tokens: torch.Tensor, mask: torch.Tensor | No
 
 def _placed(tokens: torch.Tensor, place: tuple[torch.Tensor, torch.Tensor], values: torch.Tensor) -> torch.Tensor:
     return torch.zeros(tokens.shape, device=tokens.device).index_put(place, values)
+
+
+def read_last(values: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The head's values (B, T) at each row's last real token (B,)."""
+    return values.gather(1, batch["lengths"][:, None] - 1).squeeze(1)

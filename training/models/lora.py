@@ -30,7 +30,7 @@ from megatron.core.tensor_parallel.layers import (
 )
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
-from training.config.schema import ConfigError
+from training.errors import ConfigError
 from training.models.linear import ColumnParallel, RowParallel
 
 MARK = ".lora_"

@@ -8,7 +8,7 @@ import importlib
 
 import torch
 
-from training.config.schema import ConfigError
+from training.errors import ConfigError
 
 
 def no_init(weight: torch.Tensor) -> None:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from training.config.schema import InvariantError
+from training.errors import InvariantError
 
 
 def _group(ranks: int) -> dist.ProcessGroup:

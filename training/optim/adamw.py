@@ -21,7 +21,7 @@ import functools
 
 import torch
 
-from training.config.schema import InvariantError
+from training.errors import InvariantError
 
 MASK = 0xFFFFFFFF
 

@@ -20,8 +20,8 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import param_group_identifier_keys
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from training.config.schema import InvariantError
 from training.config.trainers import TrainerConfig
+from training.errors import InvariantError
 from training.models import norms
 from training.optim.adamw import SplitAdamW
 

@@ -23,10 +23,9 @@ from training.distributed import groups
 from training.generation.request import Request, Sampling
 from training.generation.rollout_workers import Replicas
 from training.models import lora
-from training.models.heads import next_token_logprobs
+from training.models.heads import next_token_logprobs, read_last
 from training.models.language_model import LanguageModel
 from training.optim.offload import Parked
-from training.reward import read_last
 from training.rl import invariants
 from training.rl.minibatches import Plan
 from training.trainer.setup import length_multiple

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from training.config.schema import InvariantError
 from training.config.trainers import RolloutConfig
+from training.errors import InvariantError
 from training.trainer.step import Batch
 
 TOLERANCE = {"fp32": 1e-6, "bf16": 1e-2}

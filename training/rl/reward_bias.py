@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 
 from training.checkpoint import checksums, format
-from training.config.schema import ConfigError
 from training.config.trainers import RewardConfig
 from training.data.batches import Example, Sampler, collate, padded_length, prompt_tokens
 from training.distributed import groups
+from training.errors import ConfigError
 from training.generation.request import draws
 from training.generation.rollout_workers import Replicas
 from training.trainer.sample_text import limits, replies

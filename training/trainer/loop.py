@@ -18,11 +18,10 @@ from training.data.batches import Sampler
 from training.data.prefetch import Make, prefetched
 from training.distributed import groups
 from training.distributed.groups import StopRequest, is_main
-from training.main import Interrupted
+from training.errors import Interrupted, Unhealthy
 from training.metrics import startup_timer, trackers
 from training.metrics.metrics import Metrics
 from training.metrics.phase_timer import highest, peak_gb
-from training.rl.health_gates import Unhealthy
 from training.trainer.early_stopping import EarlyStop, choose, chosen, forget
 from training.trainer.sample_text import Samples
 from training.trainer.step import Learner, Objective

@@ -13,7 +13,6 @@ import torch.distributed as dist
 
 from training.checkpoint import format
 from training.config import cost
-from training.config.schema import ConfigError
 from training.config.shape import Shape
 from training.config.trainers import RolloutConfig, TrainerConfig
 from training.data.batches import Example, Sampler, padded_length
@@ -22,6 +21,7 @@ from training.data.dialogue import CUE
 from training.data.packing import Limits, collate_packed, pack
 from training.data.tokenizer import Tokenizer
 from training.distributed import groups
+from training.errors import ConfigError
 from training.models.attention_backends import FLEX_BLOCK
 from training.trainer.loop import Task, train
 from training.trainer.step import Batch, Learner, build_model

@@ -11,17 +11,17 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from training.config.schema import InvariantError
 from training.config.shape import Shape
 from training.config.trainers import TrainerConfig
 from training.distributed import groups
+from training.errors import InvariantError
 from training.models.attention import Documents
 from training.models.language_model import Interleaved, LanguageModel, documents_of, parts, transformer_config
 from training.models.linear import accumulate
 from training.models.norms import describe
 from training.optim.offload import Offloaded
 from training.optim.optimizer import make_optimizer, make_schedule
-from training.rl.health_gates import Guard
+from training.trainer.update_guard import Guard
 
 Batch = dict[str, torch.Tensor]
 """Tensors of one micro-batch, rows first; "tokens" (B, T) is always there, "documents" (B, T) where

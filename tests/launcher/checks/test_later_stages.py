@@ -17,8 +17,8 @@ from launcher.config.stages import PIPELINES, full_tables, stage_config
 from launcher.estimates import hours, memory
 from launcher.slurm import sites
 from launcher.submit import create
-from training.config.schema import ConfigError
 from training.config.shape import Shape
+from training.errors import ConfigError
 
 MODELS = json.loads((Path(__file__).parents[2] / "model_configs.json").read_text())
 LOCAL = Profile(name="local", scheduler="local")

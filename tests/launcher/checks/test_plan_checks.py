@@ -27,8 +27,8 @@ from launcher.slurm import sites
 from launcher.submit import sweep
 from tests.support.bloom import tiny_bloom
 from tests.support.llama import tiny_llama
-from training.config.schema import ConfigError
 from training.config.shape import Shape
+from training.errors import ConfigError
 from training.models.bloom import table
 
 GOOD_ROW = b'{"query": "q", "response": ["a", "b"], "score": [1, 0]}\n'

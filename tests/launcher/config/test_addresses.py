@@ -7,7 +7,7 @@ from eval import addresses
 from launcher import cli
 from launcher.config.addresses import refuse_secrets
 from launcher.config.profile import Profile
-from training.config.schema import ConfigError
+from training.errors import ConfigError
 
 SECRETS = [
     "http://me:geheim@host:5000",

@@ -17,8 +17,8 @@ from launcher.config.sections import (
     read_recipe,
 )
 from launcher.config.stages import ALL, PIPELINES, full_tables, stage_config
-from training.config.schema import ConfigError
 from training.config.trainers import SFTConfig
+from training.errors import ConfigError
 
 RUN = Path("runs/x")
 

@@ -17,7 +17,8 @@ from launcher.config import key_file
 from launcher.config.sections import Profile, Resources
 from launcher.slurm import container, network, sites
 from tests.support.stub_project import ROOT
-from training.config.schema import ConfigError, build
+from training.config.schema import build
+from training.errors import ConfigError
 
 
 def profile(**values) -> Profile:

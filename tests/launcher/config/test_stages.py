@@ -3,7 +3,7 @@
 import pytest
 
 from launcher.config.stages import FULL, NAMES, PIPELINES, remaining, select
-from training.config.schema import ConfigError
+from training.errors import ConfigError
 
 PPO = PIPELINES["ppo"]
 ORDER = ["convert", "sft", "reward", "rlhf", "export", "mtbench"]

@@ -15,7 +15,7 @@ from launcher.doctor import report as doctor
 from launcher.doctor.slurm_findings import Finding
 from launcher.slurm import node_probe, sites
 from tests.support.stub_project import ROOT
-from training.config.schema import ConfigError
+from training.errors import ConfigError
 
 CONFIG = """\
 Configuration data as of 2026-11-23T23:44:40

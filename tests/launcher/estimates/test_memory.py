@@ -12,9 +12,9 @@ from launcher.estimates import memory
 from launcher.job.endings import Class, Verdict
 from launcher.job.supervise import Supervisor
 from launcher.run.folder import Run
-from training.config.schema import ConfigError
 from training.config.shape import CHUNK_LOGITS
 from training.config.trainers import Paths, PPOConfig, PPOPaths, RewardConfig, SFTConfig
+from training.errors import ConfigError
 from training.models.bloom import table
 
 SHAPES = {

@@ -10,7 +10,7 @@ from launcher.job.ranks import LocalRanks, Log
 from launcher.run.folder import Run, this_process
 from launcher.status import report
 from launcher.submit import local
-from training.config.schema import ConfigError
+from training.errors import ConfigError
 
 
 def test_a_torn_ledger_line_costs_that_line_only(tmp_path):

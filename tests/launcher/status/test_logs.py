@@ -13,7 +13,7 @@ import pytest
 from launcher.run.folder import Run, this_process, write_json
 from launcher.status import logs
 from launcher.status.log_groups import Groups, Line, collapsed, ranges
-from training.config.schema import ConfigError
+from training.errors import ConfigError
 
 
 def line(second: float, rank: int, text: str) -> str:

@@ -16,7 +16,7 @@ from launcher.doctor import machine_findings, node_findings
 from launcher.run.folder import Run, Runs, lock
 from launcher.status import state
 from tests.support.stub_project import ROOT
-from training.config.schema import ConfigError
+from training.errors import ConfigError
 
 GONE = "ClusterName=gone\nSlurmctldHost=localhost(127.0.0.1)\nSlurmctldPort=1\nAuthType=auth/none\nNodeName=localhost\n"
 

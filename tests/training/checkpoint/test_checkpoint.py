@@ -27,10 +27,10 @@ from tests.support.distributed import run
 from training import dpo, grpo, ppo, reward, sft
 from training.checkpoint import checksums, format
 from training.checkpoint.writer import Saver
-from training.config.schema import ConfigError
 from training.config.trainers import SFTConfig
 from training.distributed.groups import StopRequest
-from training.main import Interrupted, run_stage
+from training.errors import ConfigError, Damaged, Interrupted
+from training.main import run_stage
 from training.trainer.loop import Boundary
 
 
@@ -323,7 +323,7 @@ def test_a_checkpoint_is_read_again_only_when_it_was_touched(small_run, tmp_path
         assert first == len(hashed) > 3
         path = folder / "model" / "__0_0.distcp"
         path.write_bytes(path.read_bytes()[:-1] + b"x")
-        with pytest.raises(checksums.Damaged, match="__0_0"):
+        with pytest.raises(Damaged, match="__0_0"):
             format.verify(folder, "model")
         assert hashed[first:] == [path]
 

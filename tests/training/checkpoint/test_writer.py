@@ -23,10 +23,9 @@ from megatron.core import parallel_state
 from tests.support.distributed import run
 from tests.support.learners import fill, learner, settings, wrong
 from training.checkpoint import checksums, format, safe_unpickle, writer
-from training.checkpoint.checksums import Damaged
 from training.checkpoint.writer import SaveFailed, Saver
-from training.config.schema import ConfigError
 from training.distributed.groups import ranks
+from training.errors import ConfigError, Damaged
 from training.optim.optimizer import boxes
 
 

@@ -8,8 +8,8 @@ from functools import partial
 import pytest
 from transformers import BloomConfig, LlamaConfig
 
-from training.config.schema import ConfigError
 from training.config.shape import Shape
+from training.errors import ConfigError
 
 BLOOM_560M = {
     "apply_residual_connection_post_layernorm": False,

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from training.config.schema import ConfigError
 from training.data.batches import (
     Example,
     Sampler,
@@ -24,6 +23,7 @@ from training.data.batches import (
 from training.data.cache import tokenise
 from training.data.permutation import Permutation
 from training.data.rows import Row
+from training.errors import ConfigError
 
 CUE = [101, 102]
 

@@ -19,9 +19,9 @@ from benchmarks.training import data as benchmark
 from tests.support.distributed import run
 from training.data import cache
 from training.data.cache import TokenRows, cached
-from training.data.formats import DataError
 from training.data.tokenizer import Tokenizer
 from training.distributed import groups
+from training.errors import DataError
 
 ROWS = [
     {

@@ -11,9 +11,9 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from training.config.data import ModelConfig
-from training.config.schema import ConfigError
 from training.data import demo_model
 from training.data.tokenizer import Tokenizer
+from training.errors import ConfigError
 
 from .conftest import read
 

@@ -16,7 +16,8 @@ import zlib
 import pytest
 
 from training.data import source
-from training.data.source import DataError, lines
+from training.data.source import lines
+from training.errors import DataError
 
 ROW = b'{"prompt": "Why?"}\n'
 ARRAY = b'[{"prompt": "Why?"}, {"prompt": "How?"}]'

@@ -12,9 +12,9 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, processors
 
 from training.config.data import ModelConfig
-from training.config.schema import ConfigError
 from training.data import demo_model, trial
 from training.data.tokenizer import Tokenizer
+from training.errors import ConfigError
 
 TEXT = "\n\nHuman: What is 12 plus 345?\n\nAssistant: It's 357, of course. I'll say it's so! 2024-01-02\n"
 ROWS = 300

@@ -10,9 +10,9 @@ import torch.distributed as dist
 from launcher.job.ranks import reserved_port
 from tests.support.learners import settings
 from training import main
-from training.config.schema import ConfigError
 from training.config.trainers import SFTConfig
 from training.distributed import groups as parallel
+from training.errors import ConfigError, Interrupted
 
 destroy = dist.destroy_process_group
 
@@ -46,7 +46,7 @@ def rank(number: int, port: int, folder, errors: list[BaseException | None]) -> 
     [
         ([None, RuntimeError("out of memory")], [None, 1]),
         ([None, ConfigError("lr: expected a number")], [None, parallel.EX_USAGE]),
-        ([main.Interrupted("saved")] * 2, [parallel.EX_TEMPFAIL] * 2),
+        ([Interrupted("saved")] * 2, [parallel.EX_TEMPFAIL] * 2),
     ],
 )
 def test_a_rank_that_fails_alone_waits_for_nobody(tmp_path, errors, codes):

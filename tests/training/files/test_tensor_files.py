@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from training.config.schema import ConfigError
+from training.errors import ConfigError
 from training.files import hf_folder, tensor_files
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -7,8 +7,7 @@ import torch
 from tests.support import generation_models
 from tests.support.bloom import tiny_bloom
 from tests.support.generation_models import generate, prompts
-from training.config.schema import ConfigError
-from training.distributed.groups import NoRoom
+from training.errors import ConfigError, NoRoom
 from training.generation.block_manager import Pages
 from training.generation.engine import Engine, Limits
 from training.generation.request import Request, Sampling, draws

@@ -11,7 +11,7 @@ import pytest
 from tests.support.distributed import run
 from tests.support.ppo_settings import settings
 from training import sft
-from training.config.schema import ConfigError
+from training.errors import ConfigError
 from training.metrics import trackers
 
 

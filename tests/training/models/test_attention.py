@@ -19,7 +19,7 @@ import torch
 from tests.support.attention import document_ids, errors, reference
 from tests.support.distributed import run
 from training import sft
-from training.config.schema import ConfigError
+from training.errors import ConfigError
 from training.models import attention_backends, norms
 from training.models.attention import Documents, alibi_slopes
 

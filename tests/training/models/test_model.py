@@ -16,9 +16,9 @@ from conversion.hf_to_megatron import convert
 from tests.support.bloom import tiny_bloom
 from tests.support.distributed import run
 from training.checkpoint import format
-from training.config.schema import ConfigError
 from training.config.shape import Shape
 from training.config.trainers import Paths, SFTConfig
+from training.errors import ConfigError
 from training.models import chunked_logprobs, gelu
 from training.models.attention import alibi_slopes
 from training.models.bloom import module as bloom_modules

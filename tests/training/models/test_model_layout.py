@@ -14,9 +14,10 @@ from tests.support.distributed import run
 from tests.support.layouts import enter, settings
 from training.checkpoint import format
 from training.checkpoint.writer import Saver
-from training.config.schema import ConfigError, build
+from training.config.schema import build
 from training.config.shape import Shape
 from training.config.trainers import PPOConfig, PPOPaths, RewardConfig
+from training.errors import ConfigError
 from training.models.bloom import table
 from training.models.language_model import Interleaved, pipeline_layout
 from training.sft import compute

@@ -19,10 +19,12 @@ from training import ppo
 from training.checkpoint import format
 from training.config.trainers import PPOConfig
 from training.data.batches import Example, collate
+from training.errors import Unhealthy
 from training.main import run_stage
 from training.models.heads import next_token_logprobs
-from training.rl.health_gates import YOUNG, Gates, Guard, Unhealthy
+from training.rl.health_gates import Gates
 from training.trainer.step import Learner, Objective, build_model, split
+from training.trainer.update_guard import YOUNG, Guard
 
 HEALTHY = {
     "kl": 1.0,

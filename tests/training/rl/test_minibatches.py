@@ -10,10 +10,10 @@ from tests.support.layouts import enter
 from tests.support.learners import SHAPE
 from tests.support.ppo_settings import settings
 from training import ppo
-from training.config.schema import ConfigError
 from training.config.trainers import PPOConfig
 from training.data.batches import Example, collate
 from training.distributed import groups
+from training.errors import ConfigError
 from training.models.heads import next_token_logprobs
 from training.rl.minibatches import plan
 from training.trainer.step import Learner, build_model

@@ -11,11 +11,11 @@ import pytest
 from tests.support.distributed import run
 from training import sft
 from training.checkpoint import format
-from training.config.schema import ConfigError, build
+from training.config.schema import build
 from training.config.trainers import SFTConfig
 from training.data.cache import TokenRows, cached
 from training.data.tokenizer import Tokenizer
-from training.main import Interrupted
+from training.errors import ConfigError, Interrupted
 from training.metrics.metrics import Metrics
 from training.trainer import early_stopping
 from training.trainer.early_stopping import EarlyStop

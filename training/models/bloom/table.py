@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from training.config.data import ModelConfig
 from training.config.hf_config import COMMON, FIX, NUMBER, ConfigFile
-from training.config.schema import ConfigError
 from training.config.shape import EMBEDDING, Shape, Table, Weight
+from training.errors import ConfigError
 
 HUGGING_FACE = "Bloom"
 """Begins the names of transformers' classes."""
