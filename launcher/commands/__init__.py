@@ -1,2 +1,2 @@
-"""The commands, a module a subject: each names its options and calls one function. No command knows another, and none
-computes anything itself; what a command needs is imported when it runs."""
+"""The commands, a module a subject. Each names its options and calls one function; it imports what
+it needs when it runs, knows no other command and computes nothing itself."""

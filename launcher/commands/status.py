@@ -36,7 +36,7 @@ def status(runs, as_json):
     if runs.sweeps:
         return _compare(runs.sweeps, as_json)
     broken = None if runs.named else list(runs.strangers)
-    seen = state.look_at(runs, broken=broken)
+    seen = state.statuses_of(runs, broken=broken)
     for line in broken or []:
         say(line, err=True)
     if as_json:

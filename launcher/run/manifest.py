@@ -184,16 +184,28 @@ def _check_content(run: Run, manifest: dict, memory: Path | None) -> None:
         write_json(memory, {**known, **{str(path): seen[path] for path in unread}})
 
 
-def left(run: Run, stages: list[Stage]) -> list[Stage]:
-    """Those of ``stages`` that are not done, judged by the manifests."""
+def left(run: Run, stages: list[Stage], damaged: dict[str, str] | None = None) -> list[Stage]:
+    """Those of ``stages`` that are not done, judged by the manifests.
+
+    A damaged manifest raises Refused. With a dict ``damaged``, its stage counts as not done, and
+    the dict gets stage -> reason.
+    """
     manifests = {}
     for name, stage in run.stages.items():
-        if (run.stage(name) / "DONE.json").exists():
+        if not (run.stage(name) / "DONE.json").exists():
+            continue
+        try:
             manifest = read(run, name)
-            # What is made from a checkpoint is made again where it was lost; a lost checkpoint is
-            # the child's to refuse, by name.
-            if stage.checkpoints or all(path.is_file() for path in outputs(run, manifest)):
-                manifests[name] = manifest
+            files = outputs(run, manifest)
+        except Refused as error:
+            if damaged is None:
+                raise
+            damaged[name] = str(error)
+            continue
+        # What is made from a checkpoint is made again where it was lost; a lost checkpoint is
+        # the child's to refuse, by name.
+        if stage.checkpoints or all(path.is_file() for path in files):
+            manifests[name] = manifest
     return remaining(
         run.stages,
         stages,

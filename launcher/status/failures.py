@@ -7,7 +7,7 @@ from rich.segment import Segment
 
 from launcher.status import state
 from launcher.status.logs import attempts
-from launcher.status.state import Look
+from launcher.status.state import RunStatus
 from launcher.status.terminal import PIPE_WIDTH, columns_of, plain
 
 
@@ -30,7 +30,7 @@ def console() -> Console:
     return made
 
 
-def failures(seen: Look, stages: list[str]) -> list[str]:
+def failures(seen: RunStatus, stages: list[str]) -> list[str]:
     """For each stage that did not end well: its cause, what to do about it, and where its log
     is."""
     run, said = seen.run, []

@@ -34,9 +34,11 @@ TAIL_BYTES, MOST_TAIL_BYTES = 1 << 16, 1 << 24
 """Of the end of each log so much is read for the last lines at first, and at most."""
 LONGEST, CHUNK = 1 << 20, 1 << 23
 """Most bytes of a line that are kept together, and of a log that are taken in at once."""
+PROGRAM_TAGS = ("launcher", "srun", "slurm")
+"""Who writes into a log and is no rank."""
 ERROR = re.compile(
-    r"error|exception|traceback|fatal|critical|\bkilled\b|out of memory|oom|segmentation fault|core dumped|abort|NCCL WARN|"
-    r"CANCELLED AT|FAILURE|\bnan\b|assert|signal \d+|SIG[A-Z]{3,4}\b",
+    r"error|exception|traceback|fatal|critical|\bkilled\b|out of memory|oom|segmentation fault|core dumped|abort|"
+    r"NCCL WARN|CANCELLED AT|FAILURE|\bnan\b|assert|signal \d+|SIG[A-Z]{3,4}\b",
     re.IGNORECASE,
 )
 SETTING = re.compile(r"[A-Z][A-Z0-9_]*=\S* +# ")
@@ -71,11 +73,23 @@ class Choice:
 
     def __post_init__(self):
         self.tags = _tags(self.ranks) if self.ranks else None
+        self.tags_read: set[str] = set()
+        """Tags of all lines that were read, chosen or not."""
 
     def wants(self, line: Line) -> bool:
+        self.tags_read.add(line.tag)
         if self.tags is not None and line.tag not in self.tags:
             return False
         return not self.errors or self._error(line)
+
+    def check_ranks(self) -> None:
+        """ConfigError where --rank names none of those that wrote what was read."""
+        if self.tags is None or self.tags & self.tags_read:
+            return
+        numbers = [tag for tag in self.tags_read if tag.isdigit()]
+        others = sorted(tag for tag in self.tags_read if tag in PROGRAM_TAGS)
+        present = ", ".join([*([ranges(numbers)] if numbers else []), *others])
+        raise ConfigError(f"--rank {self.ranks}: no line is of these; the log has lines of {present or 'no rank yet'}")
 
     def _error(self, line: Line) -> bool:
         """An error's line, or one of a traceback down to its exception."""
@@ -91,7 +105,7 @@ class Choice:
 def show(run: Run, stage: str | None, attempt: str = "", choice: Choice | None = None, last: int = 0) -> Iterator[str]:
     """Lines to print of one stage, of the newest one (None) or of "all"; ``attempt``: "" the
     newest, a number, or "all"; ``last``: only so many from the end. ConfigError where there is none
-    yet, or no such attempt."""
+    yet, no such attempt, or no line of the ranks of ``choice``."""
     names = list(run.stages) if stage == "all" else [stage or newest_stage(run)]
     if stage != "all":
         _check(run, names[0], attempt)
@@ -102,6 +116,7 @@ def show(run: Run, stage: str | None, attempt: str = "", choice: Choice | None =
         else collapsed(filter(choice.wants, _lines_of(run, names, attempt, Spans())))
     )
     yield from (text_of(group, stage == "all") for group in groups)
+    choice.check_ranks()
 
 
 def follow(run: Run, stage: str | None, choice: Choice | None = None, last: int = 0) -> Iterator[str]:
@@ -212,7 +227,7 @@ class Tails:
             if (
                 now != size or time.monotonic() > looked + LOOK_S
             ):  # ends stand in the ledger; of some only the queue knows
-                seen = state.look_at([self.run], queue)[0]
+                seen = state.statuses_of([self.run], queue)[0]
                 rows = [row for row in seen.stages if stage in (None, row.stage)]
                 ended, looked, size = not any(row.state in state.ACTIVE for row in rows), time.monotonic(), now
             lines = self.new(whole=not ended)
@@ -336,7 +351,7 @@ def _tags(text: str) -> frozenset[str]:
         first, dash, end = part.strip().partition("-")
         if first.isdigit() and (end.isdigit() if dash else True):
             found |= {str(number) for number in range(int(first), int(end or first) + 1)}
-        elif part.strip() in ("launcher", "srun", "slurm"):
+        elif part.strip() in PROGRAM_TAGS:
             found.add(part.strip())
         else:
             raise ConfigError(

@@ -23,7 +23,7 @@ def make(paths: Sequence[Path], output: Path | None) -> Path:
     named = [path for path in paths if path not in evaluations]
     runs = Runs.open(named, Path("runs")) if named else []
     broken: list[str] = []
-    seen = state.look_at(runs, broken=broken)
+    seen = state.statuses_of(runs, broken=broken)
     for line in broken:  # its files are damaged: the report names them
         say(f"its state can't be told: {line}; the report shows what there is", err=True)
     for one in seen:

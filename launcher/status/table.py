@@ -10,7 +10,7 @@ import click
 
 from launcher.run.folder import SUMMARY
 from launcher.status import state
-from launcher.status.state import Look, StageState
+from launcher.status.state import RunStatus, StageState
 from launcher.status.terminal import plain
 
 COLOURS = {
@@ -31,7 +31,7 @@ DROP = ("bar", "try", "tokens/s", "job", "saved")
 """Columns that go first where the screen is too narrow."""
 
 
-def run_lines(seen: Look, width: int, now: float) -> list[str]:
+def run_lines(seen: RunStatus, width: int, now: float) -> list[str]:
     """The screen of one run: a row a stage, and below it why it waits or how it ended, each within
     ``width`` columns."""
     config = seen.run.config["run"]
@@ -50,7 +50,7 @@ def run_lines(seen: Look, width: int, now: float) -> list[str]:
     return [*lines, *data_lines(seen, width)]
 
 
-def data_lines(seen: Look, width: int) -> list[str]:
+def data_lines(seen: RunStatus, width: int) -> list[str]:
     """What was dropped and cut of the rows that the run trains on."""
     more = len(seen.data) - DATA_LINES
     said = [
@@ -60,7 +60,7 @@ def data_lines(seen: Look, width: int) -> list[str]:
     return [line for text in said for line in wrap(f"data: {plain(text)}", width, "")]
 
 
-def runs_lines(all_seen: list[Look], width: int, now: float) -> list[str]:
+def runs_lines(all_seen: list[RunStatus], width: int, now: float) -> list[str]:
     """One line a run: where it is, how fast, when it ends or why it does not."""
     table = []
     for seen in all_seen:
@@ -131,7 +131,7 @@ def columns(table: list[dict[str, str]], width: int) -> list[str]:
     ]
 
 
-def notes(seen: Look, row: StageState, width: int, now: float) -> list[str]:
+def notes(seen: RunStatus, row: StageState, width: int, now: float) -> list[str]:
     """The lines under a stage's row."""
     made = []
     if width < WIDE and row.state != "not submitted":
@@ -165,7 +165,7 @@ def previous(row: StageState) -> str:
     return plain(f"attempt {last['attempt']} ({last['class']}): {last['cause']}") if last else ""
 
 
-def unanswered(seen: Look, width: int) -> list[str]:
+def unanswered(seen: RunStatus, width: int) -> list[str]:
     """That Slurm does not answer, with the last of its own words."""
     if not seen.trouble:
         return []
@@ -173,7 +173,7 @@ def unanswered(seen: Look, width: int) -> list[str]:
     return [click.style(line, "red") for line in wrap(said, width, "")]
 
 
-def trouble(seen: Look, width: int) -> list[str]:
+def trouble(seen: RunStatus, width: int) -> list[str]:
     if not seen.stop:
         return unanswered(seen, width)
     return [
@@ -184,12 +184,12 @@ def trouble(seen: Look, width: int) -> list[str]:
     ]
 
 
-def word(seen: Look) -> str:
+def word(seen: RunStatus) -> str:
     """The run's state in a word; "idle" where stages are left that nobody works on."""
     return current(seen).word if seen.overall == "failed" else seen.overall
 
 
-def current(seen: Look) -> StageState:
+def current(seen: RunStatus) -> StageState:
     """The stage that tells where a run is: what went wrong, else what runs, else what waits, else
     the last that is done."""
     for wanted in (("failed", "lost"), ("stopped",), ("cancelled",), ("running",), ("requeued",), ("pending",)):
@@ -224,7 +224,7 @@ def numbers(row: StageState) -> str:
     return "  ".join(f"{name} {value:.4g}" for name, value in row.progress.numbers.items())
 
 
-def numbers_of_all(seen: Look) -> str:
+def numbers_of_all(seen: RunStatus) -> str:
     return "  ".join(f"{row.stage} {numbers(row)}" for row in seen.stages if row.progress.numbers)
 
 

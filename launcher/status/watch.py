@@ -16,7 +16,7 @@ import click
 from launcher.run.folder import Failed, Run
 from launcher.slurm.polling import Queue
 from launcher.status import state, table, terminal
-from launcher.status.state import Look, StageState
+from launcher.status.state import RunStatus, StageState
 from training.errors import ConfigError
 
 PLAIN_EVERY_S = 10
@@ -99,7 +99,11 @@ class Looking(threading.Thread):
         while not self.enough.is_set():
             try:
                 broken = None if self.broken is None else []
-                self.seen, self.at, self.error = state.look_at(self.runs, self.queue, broken), time.monotonic(), None
+                self.seen, self.at, self.error = (
+                    state.statuses_of(self.runs, self.queue, broken),
+                    time.monotonic(),
+                    None,
+                )
                 self.broken = broken
             except Exception as error:  # noqa: BLE001 - a file half there; the main thread says what stays so
                 self.error = error
@@ -153,7 +157,7 @@ def picture(looking: Looking, columns: int) -> list[str]:
     return [*many(looking.seen, columns, now), "", click.style(footer[:columns], dim=True)]
 
 
-def many(seen: list[Look], columns: int, now: float) -> list[str]:
+def many(seen: list[RunStatus], columns: int, now: float) -> list[str]:
     return table.run_lines(seen[0], columns, now) if len(seen) == 1 else table.runs_lines(seen, columns, now)
 
 
@@ -174,7 +178,7 @@ class Lines:
         self.said: dict[tuple[str, str], tuple] = {}
         self.at: dict[tuple[str, str], float] = {}
 
-    def tell(self, seen: list[Look], only: list[str] | None = None) -> None:
+    def tell(self, seen: list[RunStatus], only: list[str] | None = None) -> None:
         for one in seen:
             for row in one.stages:
                 if only is None or row.stage in only:
@@ -215,7 +219,7 @@ class Watch:
     def __init__(self, runs: list[Run], stages: list[str], every_s: float):
         self.runs, self.stages, self.every_s, self.next = runs, stages, every_s, 0.0
         self.lines, self.terminal, self.queue = Lines(runs), None, Queue()
-        self.seen: list[Look] = []
+        self.seen: list[RunStatus] = []
 
     @contextlib.contextmanager
     def shown(self) -> Iterator[Watch]:
@@ -228,7 +232,7 @@ class Watch:
                 yield self
         finally:
             self.terminal = None
-            self.seen = state.look_at(self.runs, self.queue)
+            self.seen = state.statuses_of(self.runs, self.queue)
             click.echo("\n".join(many(self.seen, terminal.width(), time.time())))
 
     def tick(self, force: bool = False) -> list[str]:
@@ -239,7 +243,7 @@ class Watch:
                 self.terminal.draw(self._picture)
             return []
         self.next = time.monotonic() + self.every_s
-        self.seen = state.look_at(self.runs, self.queue)
+        self.seen = state.statuses_of(self.runs, self.queue)
         if self.terminal:
             self.terminal.draw(self._picture)
         else:

@@ -40,7 +40,7 @@ def cancel(runs: list[Run]) -> dict[Run, str]:
         if (runner := run.runner()) and not local.here(runner):
             raise ConfigError(local.elsewhere(run, runner))
     queue = Queue()
-    before = {one.run: one for one in state.look_at(runs, queue)}
+    before = {one.run: one for one in state.statuses_of(runs, queue)}
     stopped: dict[Run, list[str]] = {run: [] for run in runs}
     for run in runs:
         if runner := run.runner():
@@ -65,7 +65,7 @@ def words(row: state.StageState) -> str:
     return f"{row.stage} was {row.state}{at}{saved}" + (f" ({row.why})" if row.why else "")
 
 
-def _told(run: Run, stopped: list[str], before: state.Look) -> str:
+def _told(run: Run, stopped: list[str], before: state.RunStatus) -> str:
     if not stopped:
         return "nothing is running or queued"
     working = [f"  {words(row)}" for row in before.stages if row.state in state.ACTIVE]
@@ -89,7 +89,7 @@ def _lone_supervisors(run: Run) -> list[str]:
     return said
 
 
-def _jobs(before: dict[Run, state.Look], queue: Queue) -> dict[Run, list[str]]:
+def _jobs(before: dict[Run, state.RunStatus], queue: Queue) -> dict[Run, list[str]]:
     """scancel until neither the queue nor a job about to queue itself again is left."""
     runs = [run for run in before if run.uses_slurm()]
     if queue.trouble:

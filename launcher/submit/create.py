@@ -162,7 +162,7 @@ def _examined(made: Plan) -> list[str]:
     plan."""
     run, draft = made.run, Draft(made)
     if run.config_file.exists():
-        if run.config["run"]["profile"] != made.profile.name and (busy := state.busy(run)):
+        if run.config["run"]["profile"] != made.profile.name and (busy := state.active_stages(run)):
             raise ConfigError(
                 f"{', '.join(busy)} of {run.folder} is running or queued with profile "
                 f"{run.config['run']['profile']}; "
@@ -268,7 +268,7 @@ def _check_same(run: Run, tables: dict, profile: Profile) -> None:
     run.check_here()
     old = {"profile": run.config["profile"], **{name: run.config[name] for name in known}}
     changed = differences(old, {"profile": dataclasses.asdict(profile), **{name: tables[name] for name in known}})
-    if changed and (busy := state.busy(run)):
+    if changed and (busy := state.active_stages(run)):
         raise ConfigError(
             f"{', '.join(busy)} of {run.folder} is running or queued with another configuration:\n  "
             + "\n  ".join(changed)

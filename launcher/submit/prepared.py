@@ -166,7 +166,7 @@ def _users(run: Run, changed: list[str], anew: Collection[str] = ()) -> list[str
     model = any(WEIGHTS in words for words in changed)
     readers = [name for name, stage in run.stages.items() if stage.trainer or model]
     begun = [name for name in readers if run.status(name)["attempt"]]
-    waiting = state.busy(run) if not begun and run.ledger() else []
+    waiting = state.active_stages(run) if not begun and run.ledger() else []
     return [name for name in readers if name in {*begun, *waiting} - set(anew)]
 
 

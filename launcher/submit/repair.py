@@ -36,7 +36,7 @@ def heal(run: Run) -> list[str]:
     return said + _refused_parents(run)
 
 
-def check_orphans(seen: state.Look) -> None:
+def check_orphans(seen: state.RunStatus) -> None:
     """ConfigError where processes of a job that the controller has forgotten still work: two
     supervisors must not write to one stage."""
     run = seen.run
@@ -182,7 +182,7 @@ def _unreadable(run: Run, stage: Stage) -> list[str]:
 def _lost_manifest(run: Run, stage: Stage) -> list[str]:
     """A stage that was done and whose outputs are whole gets its DONE.json again, so that what was
     made from it stays valid."""
-    last = state.Files(run).last_event(stage.name)
+    last = state.RunRecords(run).last_event(stage.name)
     if _is_done(run, stage.name) or last is None or last["event"] != "done":
         return []
     try:

@@ -11,7 +11,7 @@ from launcher.checks import plan_checks
 from launcher.run.folder import Run, lock
 from launcher.slurm import commands, transaction
 from launcher.status import state
-from launcher.status.state import Look
+from launcher.status.state import RunStatus
 from launcher.submit import change, create, prepared, repair
 from launcher.submit.change import Change, Wish
 from launcher.submit.rewind import check_iteration, descendants, rewind
@@ -45,7 +45,7 @@ def take_up(runs: list[Run], wish: Wish, agree: Callable[[list[str]], bool]) -> 
     """
     for run in runs:
         run.check_here()
-    steps = [examine(look, wish) for look in state.look_at(runs)]
+    steps = [examine(look, wish) for look in state.statuses_of(runs)]
     check_slurm(steps)
     changed = [one for one in steps if one.change.lines]
     if changed and not agree(_shown(changed)):
@@ -55,7 +55,7 @@ def take_up(runs: list[Run], wish: Wish, agree: Callable[[list[str]], bool]) -> 
     return [line for one in steps for line in carry_out(one)]
 
 
-def examine(look: Look, wish: Wish) -> Steps:
+def examine(look: RunStatus, wish: Wish) -> Steps:
     """What ``wish`` means for a run. ConfigError, or SlurmError, for everything that stands
     against it; nothing is written."""
     run, events = look.run, len(look.run.ledger())
@@ -157,7 +157,7 @@ def _check_target(steps: Steps) -> None:
         )
 
 
-def _check_idle(look: Look) -> None:
+def _check_idle(look: RunStatus) -> None:
     run, busy = look.run, [row.stage for row in look.stages if row.state in state.ACTIVE]
     if busy:
         raise ConfigError(
@@ -166,7 +166,7 @@ def _check_idle(look: Look) -> None:
         )
 
 
-def _refuse_silence(look: Look, wish: Wish) -> None:
+def _refuse_silence(look: RunStatus, wish: Wish) -> None:
     """Raise for a Slurm that doesn't answer, with the way on without it."""
     run, busy = look.run, [row.stage for row in look.stages if row.state in state.ACTIVE]
     if busy and (wish.first or wish.iteration is not None or wish.profile or wish.sets or wish.files):

@@ -10,7 +10,7 @@ from launcher.run import manifest
 from launcher.run.folder import Busy, Run
 from launcher.slurm import queue
 from launcher.status.failures import console, failures
-from launcher.status.state import Look
+from launcher.status.state import RunStatus
 from launcher.status.watch import Watch, pause
 from launcher.submit import enqueue, local
 
@@ -110,7 +110,7 @@ def _book(runs: list[Run]) -> Path:
     return runs[0].folder if len(runs) == 1 else runs[0].folder.parent
 
 
-def report_end(seen: Look, names: list[str], overall: str) -> int:
+def report_end(seen: RunStatus, names: list[str], overall: str) -> int:
     """Print how a run has ended; the exit code for it."""
     out, folder = console(), seen.run.folder
     if overall == "done":

@@ -294,7 +294,7 @@ def comparison(folder: Path) -> list[dict]:
     {"sft.loss": 1.2, ...}}."""
     found = members(folder)
     made = []
-    for member, seen in zip(found, state.look_at([member.run for member in found]), strict=True):
+    for member, seen in zip(found, state.statuses_of([member.run for member in found]), strict=True):
         at = next((row for row in seen.stages if row.state != "done"), seen.stages[-1])
         at = next((row for row in seen.stages if row.state in (*state.BAD, "running")), at)
         numbers = {f"{row.stage}.{name}": value for row in seen.stages for name, value in row.progress.numbers.items()}

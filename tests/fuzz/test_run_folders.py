@@ -175,7 +175,7 @@ def damaged_rows(rng: random.Random, rows: list) -> list:
 
 def look_at(run: Run) -> None:
     """What status, watch, logs and resume do with a run."""
-    seen = state.look(run)
+    seen = state.status_of(run)
     shown = [
         *table.run_lines(seen, 100, time.time()),
         *table.runs_lines([seen], 200, time.time()),

@@ -35,7 +35,7 @@ def calls(project):
 def watched(project, minutes: float, clock: list[float], queue: Queue):
     """Look each second of the clock, as ``watch`` and ``submit --wait`` do."""
     for _ in range(round(60 * minutes)):
-        seen = state.look_at([Run(project.run)], queue)
+        seen = state.statuses_of([Run(project.run)], queue)
         clock[0] += 1
     return seen[0]
 

@@ -167,7 +167,7 @@ def test_a_job_that_slurm_ended_with_its_supervisor_is_called_what_slurm_calls_i
     assert project.submit("--wait", "--until", "convert").returncode == 0
     run = Run(project.run)
     run.write_status("sft", state="running", attempt=1, job=5, cause="", **{"class": ""})
-    row = state._state(state.Files(run), ALL["sft"], Job(5, ended), "")
+    row = state._stage_state(state.RunRecords(run), ALL["sft"], Job(5, ended), "")
     assert (row.state, row.kind) == ("failed", kind) and words in row.why and bool(row.advice) == bool(kind)
 
 

@@ -101,7 +101,7 @@ def test_status_waits_for_no_pipe_and_reads_no_device(tmp_path, name, kind):
     path = tmp_path / name
     path.parent.mkdir(parents=True, exist_ok=True)
     os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
-    row = next(row for row in state.look(Run(tmp_path)).stages if row.stage == "sft")
+    row = next(row for row in state.status_of(Run(tmp_path)).stages if row.stage == "sft")
     assert (row.state, f"{path} is not a file" in row.why) == {
         "sft/status.json": ("failed", True),
         "sft/DONE.json": ("failed", True),

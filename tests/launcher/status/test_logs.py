@@ -109,6 +109,13 @@ def test_a_rank_that_is_none_is_named():
         logs.Choice("0,x7")
 
 
+@pytest.mark.parametrize("last", [0, 3])
+def test_ranks_that_wrote_nothing_are_an_error_that_names_those_there_are(run, last):
+    with pytest.raises(ConfigError, match="--rank 99: no line is of these; the log has lines of 0-1, launcher, slurm"):
+        list(logs.show(run, "sft", choice=logs.Choice("99"), last=last))
+    assert list(logs.show(run, "sft", choice=logs.Choice("0", errors=True))) == [], "rank 0 wrote, but no error"
+
+
 def test_tail_and_all_stages(run):
     assert [text[15:] for text in logs.show(run, "sft", last=1)] == ["[launcher] sft failed"]
     assert "sft [0] hello" in "\n".join(logs.show(run, "all"))

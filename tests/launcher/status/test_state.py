@@ -13,7 +13,7 @@ from launcher.run.folder import Busy, Run, is_alive, lock, this_process
 from launcher.slurm import queue as jobs
 from launcher.slurm.polling import Queue
 from launcher.slurm.queue import Job
-from launcher.status.state import StageState, look_at, overall
+from launcher.status.state import StageState, overall, statuses_of
 from launcher.status.table import clock, span
 
 QUEUE = """\
@@ -178,7 +178,7 @@ def test_a_controller_that_is_down_is_pinged_ever_more_rarely_and_asked_again_wh
     def look(seconds: int) -> Counter:
         slurm_of_text()
         for _ in range(seconds):
-            look_at([run], queue)
+            statuses_of([run], queue)
             clock[0] += 1
         return Counter(" ".join(call.split()[:2]).removesuffix(" -h") for call in slurm_of_text())
 

@@ -121,7 +121,7 @@ def test_what_was_dropped_and_cut_stands_in_status_and_report(tmp_path):
         tmp_path / "data" / "summary.json",
         {"stages": {}, "lines": [f"{n} of 9 rows dropped: \x1b[2J" for n in range(9)]},
     )
-    seen = state.Look(run, [], data=run.data_summary()["lines"])
+    seen = state.RunStatus(run, [], data=run.data_summary()["lines"])
     lines = table.data_lines(seen, 60)
     assert lines[0] == "data: 0 of 9 rows dropped: \ufffd[2J" and lines[6].startswith("data: 3 more such lines:")
     assert run_facts.data(run_folder.Run("x", tmp_path, {}))[0] == ("rows", "0 of 9 rows dropped: \x1b[2J")

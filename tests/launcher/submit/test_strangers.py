@@ -72,7 +72,7 @@ def test_a_damaged_file_of_a_run_is_no_traceback(tmp_path, path, text):
         if damaged:
             (folder / path).write_text(text, encoding="latin-1")
     broken: list[str] = []
-    seen = state.look_at(Runs.open([], tmp_path), broken=broken)
+    seen = state.statuses_of(Runs.open([], tmp_path), broken=broken)
     assert "good" in [one.run.folder.name for one in seen] and len(seen) + len(broken) == 2
     assert all("bad" in line for line in broken)
 
@@ -116,7 +116,7 @@ def test_a_run_that_vanishes_ends_watch_with_its_reason(project):
     project.submit("--wait", "--until", "convert")
     os.remove(project.run / "config.json")
     with pytest.raises(Exception, match="not a run's configuration|no such file|No such file"):
-        state.look_at([Run(project.run)])
+        state.statuses_of([Run(project.run)])
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
