@@ -4,8 +4,8 @@ Slurm of its own (slurm/dev/up).
 Each command is run REPEATS times, and beside it its peer: an empty Python, and Slurm's own
 ``squeue``. ``status`` looks at a run of six queued stages, first alone in the queue, then among
 5,000 held jobs. Limits: --help .3 s, status .3 s plus Slurm's own answer and 1 s with 5,000 jobs,
-submit --dry-run .5 s plus Slurm's own answer; exits 1 where the median misses one. Meaningful on an
-idle machine only.
+submit --dry-run .5 s plus Slurm's own answer, logs of 500 ranks 5 s; exits 1 where the median
+misses one. Meaningful on an idle machine only.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ REPEATS = 9
 QUEUED = 5000
 ARRAY = 1000
 """Elements of one array; MaxArraySize is 1001."""
+RANKS = 500
 LAUNCHER = [sys.executable, "-m", "launcher"]
 
 
@@ -72,7 +73,16 @@ def measure(environment: dict[str, str], folder: Path) -> list[dict]:
     for _ in range(QUEUED // ARRAY):
         run("sbatch", "--hold", f"--array=0-{ARRAY - 1}", "--output=/dev/null", "--wrap", "true")
     row(f"status, {QUEUED:,} more", [*LAUNCHER, "status", "queued"], [*squeue, "-r"], 1.0)
+    log = folder / "runs/queued/sft/logs/attempt_1.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_text("".join(line(step, rank) for step in range(100) for rank in range(RANKS)), encoding="utf-8")
+    row(f"logs, 100 lines of each of {RANKS} ranks", [*LAUNCHER, "logs", "queued", "sft"], ["cat", str(log)], 5.0)
     return rows
+
+
+def line(step: int, rank: int) -> str:
+    """A line of a rank's log, a second a step."""
+    return f"2026-11-23T14:{step // 60:02d}:{step % 60 + rank / 600:06.3f} [{rank}] step {step}\n"
 
 
 def main(arguments: list[str]) -> int:

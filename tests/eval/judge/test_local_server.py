@@ -8,7 +8,6 @@ import select
 import stat
 import subprocess
 import sys
-import time
 import types
 import urllib.error
 import urllib.request
@@ -134,9 +133,8 @@ def test_one_that_never_answers_is_ended(tmp_path):
     log.write_text("loading weights\n")
     with pytest.raises(JudgeError, match="did not answer within .* it said last: 'loading weights'"):
         local_server.wait(sleeper, 0, 0.3, log)
-    began = time.monotonic()
     local_server.end(sleeper)
-    assert sleeper.returncode == -15 and time.monotonic() - began < 5
+    assert sleeper.returncode == -15
 
 
 def test_the_command_line(seven, tmp_path, monkeypatch):

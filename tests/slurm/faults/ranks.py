@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
 
 from tests.slurm.faults.case import Case, scenario
 
@@ -95,10 +94,7 @@ def many_log_lines(case: Case) -> str:
         assert rank != 5 or len(mine) == 3 * 3125, (
             f"rank 5 wrote three iterations' lines before it failed, the log has {len(mine)}"
         )
-    began = time.monotonic()
     case.check(case.project.convoy("logs", "demo", "sft"))
-    took = time.monotonic() - began
-    assert took < 30, f"logs of {len(lines)} lines took {took:.1f} s"
     rows = [json.loads(line) for line in (case.run / "ledger.jsonl").read_text().splitlines()]
     assert max(len(json.dumps(row)) for row in rows) < 4000, "the log is not to be found in the ledger"
     return f"{cause}; {len(lines)} lines whole"
