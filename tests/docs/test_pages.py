@@ -12,6 +12,7 @@ from launcher.cli import main as launcher
 from launcher.config.profile import Profile
 from launcher.config.sections import SECTIONS, Resources
 from launcher.config.stages import ALL
+from launcher.job.endings import Class
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -61,3 +62,8 @@ def test_every_key_of_a_profile_is_on_the_page_of_sites():
     text = (ROOT / "docs/guides/sites.md").read_text(encoding="utf-8")
     missing = [field.name for field in dataclasses.fields(Profile) if f"`{field.name}`" not in text]
     assert not set(missing) - {"name", "slurm", "machine", "container"}, missing
+
+
+def test_every_class_of_ending_is_on_the_page_of_requeues():
+    text = (ROOT / "docs/operations/requeue.md").read_text(encoding="utf-8")
+    assert not [kind.value for kind in Class if kind is not Class.DONE and f"| `{kind.value}` |" not in text]
