@@ -13,13 +13,15 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDERS = {
-    "launcher": "run_module config run slurm estimates checks job doctor status submit plan completion commands cli __main__",
+    "launcher": "run_module config run slurm estimates checks job doctor status submit plan completion commands cli "
+    "__main__",
     "training": "errors files config losses distributed error_report metrics models optim generation checkpoint data "
     "trainer rl main reward sft dpo ppo grpo",
     "eval": "errors addresses files config questions rendezvous error_report work_split answers judge scores report "
     "harness stage evaluation mtbench __main__",
 }
-"""Wings and modules of a package, the lowest first: each imports only itself and what stands before it."""
+"""Wings and modules of a package, the lowest first: each imports only itself and what stands before
+it."""
 PROGRAMS = {"eval.scores.__main__"}
 """Programs inside a wing that join modules of several wings; nothing imports them."""
 STILL_UPWARDS = {("launcher.submit.resume", "launcher.plan")}
@@ -31,7 +33,8 @@ OUTSIDE = {
     "conversion": {"training"},
     "eval": set(),
 }
-"""What a package may import of what is not its own: launcher's list is closed, the others' is of our packages."""
+"""What a package may import of what is not its own: launcher's list is closed, the others' is of
+our packages."""
 LONGEST = {
     "benchmarks/generation/rollout.py": 510,
     "benchmarks/learning/learns_smollm2.py": 470,
@@ -113,13 +116,15 @@ def test_what_the_launcher_reads_of_training_needs_no_torch():
             parents = {".".join(name.split(".")[:depth]) for depth in range(1, name.count(".") + 1)}
             rest += [other for other in (imports(name) | parents) & FILES.keys()]
     heavy = {"torch", "megatron", "transformers", "tokenizers", "numpy", "safetensors", "pyarrow"}
-    late = {"training.distributed.lazy_inductor"}  # a trainer's start, by training/__init__.py: torch inside a function
+    # a trainer's start, by training/__init__.py: torch inside a function
+    late = {"training.distributed.lazy_inductor"}
     heavier = {(name, other) for name in reached - late for other in imports(name) if other.partition(".")[0] in heavy}
     assert heavier == set()
 
 
 def test_a_script_for_nodes_imports_nothing_of_ours():
-    """doctor --node sends it through srun's standard input; preflight's runs before anything else."""
+    """doctor --node sends it through srun's standard input; preflight's runs before anything
+    else."""
     for name in ("launcher.slurm.node_probe", "launcher.job.node_check"):
         assert not {other for other in imports(name) if other.partition(".")[0] in OUTSIDE}
 

@@ -65,8 +65,8 @@ class Damaged(ValueError):  # noqa: N818 - what is wrong with the checkpoint
 
 
 class CollectiveError(RuntimeError):
-    """Base of errors that all ranks raise together, outside any collective, so that the groups can be
-    destroyed cleanly."""
+    """Base of errors that all ranks raise together, outside any collective, so that the groups can
+    be destroyed cleanly."""
 
 
 class NoRoom(CollectiveError):

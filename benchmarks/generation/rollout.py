@@ -1,5 +1,5 @@
-"""How fast is the rollout engine, and is it right on a GPU? ``python benchmarks/generation/rollout.py STEP ...
-[--small]``
+"""How fast is the rollout engine, and is it right on a GPU? ``python
+benchmarks/generation/rollout.py STEP ... [--small]``
 
     kernels   attention, norms and sampling against plain torch in fp64
     greedy    200 prompts through a small model in fp32: Hugging Face's tokens?

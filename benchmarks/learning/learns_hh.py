@@ -1,5 +1,5 @@
-"""What can 2,312 real pairs teach a model that knows nothing? ``python benchmarks/learning/learns_hh.py
-HH_FILE [--tiny] [--set KEY=VALUE ...]``.
+"""What can 2,312 real pairs teach a model that knows nothing? ``python
+benchmarks/learning/learns_hh.py HH_FILE [--tiny] [--set KEY=VALUE ...]``.
 
 The whole chain by the real command line on Anthropic's harmless-base test split: a model of
 bloom-560m's shape (24 layers, hidden 1024, 250,880 rows) with random weights and a byte-level BPE
@@ -130,7 +130,8 @@ def table(run: Path) -> str:
     lines = [
         "| | |",
         "|---|---|",
-        f"| SFT held-out loss, nats a token: first, best ({at} iterations), last | {losses[0][1]:.3f}, {best:.3f}, {losses[-1][1]:.3f} |",
+        f"| SFT held-out loss, nats a token: first, best ({at} iterations), last | {losses[0][1]:.3f}, {best:.3f}, "
+        f"{losses[-1][1]:.3f} |",
         f"| unigram entropy of the held-out replies | {entropy:.3f} |",
         f"| reward model, held-out accuracy | {accuracy:.3f} [{low:.3f}, {high:.3f}] |",
         f'| floor: "the shorter reply wins", same pairs | {series(run, "reward", "shorter_wins")[-1][1]:.3f} |',

@@ -1,9 +1,10 @@
-"""Does RLHF improve a pretrained model? ``python benchmarks/learning/learns_smollm2.py HH_FILE [--parallel
-K] [--minutes M] [--tiny]``.
+"""Does RLHF improve a pretrained model? ``python benchmarks/learning/learns_smollm2.py HH_FILE
+[--parallel K] [--minutes M] [--tiny]``.
 
-SmolLM2-135M-Instruct (benchmarks/learning/smollm2.py makes its folder) and Anthropic's harmless-base test
-split, 512 prompts held out, by the recipe smollm2-135m and the launcher's local profile, each stage
-a run of its own below runs/smollm2 that takes what is common from the first (``submit --reuse``):
+SmolLM2-135M-Instruct (benchmarks/learning/smollm2.py makes its folder) and Anthropic's
+harmless-base test split, 512 prompts held out, by the recipe smollm2-135m and the launcher's local
+profile, each stage a run of its own below runs/smollm2 that takes what is common from the first
+(``submit --reuse``):
 
     base     SFT on the chosen replies; a reward model on one half of the training pairs
     judge    the same on the other half: no policy is trained on it, it compares the policies' replies with the SFT model's

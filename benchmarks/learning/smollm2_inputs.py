@@ -1,5 +1,5 @@
-"""What benchmarks/learning/learns_smollm2.py trains on, and what it checks before: a slip of the pen costs
-no hour of GPUs."""
+"""What benchmarks/learning/learns_smollm2.py trains on, and what it checks before: a slip of the
+pen costs no hour of GPUs."""
 
 from __future__ import annotations
 

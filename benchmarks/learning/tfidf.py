@@ -1,9 +1,9 @@
-"""What needs no reward model: ``python benchmarks/learning/tfidf.py HH_FILE``: accuracy of TF-IDF with a
-logistic regression on the study's pairs.
+"""What needs no reward model: ``python benchmarks/learning/tfidf.py HH_FILE``: accuracy of TF-IDF
+with a logistic regression on the study's pairs.
 
-The floor of benchmarks/learning/learns_smollm2.py's reward models, on the same split (1,769 pairs to learn
-from, 513 held out): the difference of the two replies' unit TF-IDF vectors (words that two replies
-or more have), L2 penalty of strength 1 / C, as scikit-learn's TfidfVectorizer and
+The floor of benchmarks/learning/learns_smollm2.py's reward models, on the same split (1,769 pairs
+to learn from, 513 held out): the difference of the two replies' unit TF-IDF vectors (words that two
+replies or more have), L2 penalty of strength 1 / C, as scikit-learn's TfidfVectorizer and
 LogisticRegression do it. One line for each size of n-grams and C, with Wilson's 95% interval.
 """
 

@@ -1,5 +1,5 @@
-"""The parts of benchmarks/multi_gpu/suite.py that compare: a layout's loss and gradients with one GPU's,
-a checkpoint with what was saved."""
+"""The parts of benchmarks/multi_gpu/suite.py that compare: a layout's loss and gradients with one
+GPU's, a checkpoint with what was saved."""
 
 from __future__ import annotations
 
@@ -105,8 +105,8 @@ def gradients(size: str, layout: dict, folder: Path) -> None:
 
 
 def fails(size: str, layout: dict, folder: Path) -> None:
-    """The last rank fails while the others wait for it in a collective; benchmarks/multi_gpu/suite.py
-    says whether it could tell."""
+    """The last rank fails while the others wait for it in a collective;
+    benchmarks/multi_gpu/suite.py says whether it could tell."""
     ones = torch.ones(1, device=groups.device())
     dist.all_reduce(ones)
     if dist.get_rank() == dist.get_world_size() - 1:

@@ -1,5 +1,5 @@
-"""One rank of a job of benchmarks/multi_gpu/suite.py: its one argument is the job as JSON; rank 0 prints
-what came out as JSON lines."""
+"""One rank of a job of benchmarks/multi_gpu/suite.py: its one argument is the job as JSON; rank 0
+prints what came out as JSON lines."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The parts of benchmarks/multi_gpu/suite.py that time: SFT steps, weights moved to another layout, PPO's
-phases."""
+"""The parts of benchmarks/multi_gpu/suite.py that time: SFT steps, weights moved to another layout,
+PPO's phases."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Do the fast paths compute what the plain ones do? ``python benchmarks/training/check.py``: on a GPU, in
-about two minutes; tiny on a CPU.
+"""Do the fast paths compute what the plain ones do? ``python benchmarks/training/check.py``: on a
+GPU, in about two minutes; tiny on a CPU.
 
     layers     a small BLOOM with compiled layers and FlexAttention against the same in fp32 with nothing compiled and SDPA: loss and every
                parameter's gradient, each kind of recompute, whole and packed rows, fp32 and bf16

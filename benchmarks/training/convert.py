@@ -1,5 +1,5 @@
-"""Conversion in bounded memory, against copying the same bytes: ``python benchmarks/training/convert.py
-FOLDER [--layers 30] [--hidden 4096]``.
+"""Conversion in bounded memory, against copying the same bytes: ``python
+benchmarks/training/convert.py FOLDER [--layers 30] [--hidden 4096]``.
 
 Makes a BLOOM of random bf16 weights on disk (default: the shape of bloom-7b1, 14.1 GB; three times
 that is needed), then times, each in processes of its own: cp, Hugging Face -> Megatron, Megatron ->

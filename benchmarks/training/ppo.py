@@ -1,5 +1,5 @@
-"""PPO on one GPU: time of each phase, memory, samples/s. ``python benchmarks/training/ppo.py [--models 7b1
-1b7] [--offload all] [--out FILE]``
+"""PPO on one GPU: time of each phase, memory, samples/s. ``python benchmarks/training/ppo.py
+[--models 7b1 1b7] [--offload all] [--out FILE]``
 
     ours   three iterations of the PPO trainer on random weights: policy and reference the same, reward and value model the same
     trl    TRL's PPO trainer (trl.experimental.ppo, the last release that has it is 1.12) on the same shape, prompts and lengths: ppo_trl.py

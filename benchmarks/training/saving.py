@@ -1,5 +1,5 @@
-"""How long does training stand still for a checkpoint? ``python benchmarks/training/saving.py [--size
-560m|1b7|small] [--folder DIR]``
+"""How long does training stand still for a checkpoint? ``python benchmarks/training/saving.py
+[--size 560m|1b7|small] [--folder DIR]``
 
 One GPU (or the CPU with small), bf16 weights, fp32 masters and both moments, on one disk in one
 run: torch.save of the same tensors into one file with fsync (the peer), our save with the loop

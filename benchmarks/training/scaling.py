@@ -2,8 +2,8 @@
 
 SFT of bloom-7b1 and bloom-176b at 2,048 tokens a row on nodes of 8 A100 or H800 with 80 GB: step
 time and MFU by launcher/estimates/step_time.py, whose docstring is the list of assumptions; its one
-measured input is the share of the peak on one H200 (benchmarks/training/train.py). Nothing of this was run
-on such a cluster. The first line of each block is the fastest: ``plan --suggest``'s.
+measured input is the share of the peak on one H200 (benchmarks/training/train.py). Nothing of this
+was run on such a cluster. The first line of each block is the fastest: ``plan --suggest``'s.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""How fast is training beside Hugging Face's BLOOM? ``python benchmarks/training/train.py [--models 560m 1b7
-3b 7b1] [--out FILE]``
+"""How fast is training beside Hugging Face's BLOOM? ``python benchmarks/training/train.py [--models
+560m 1b7 3b 7b1] [--out FILE]``
 
 One GPU, random bf16 weights, for each model in a process of its own:
 

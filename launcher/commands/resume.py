@@ -28,7 +28,8 @@ from training.errors import ConfigError
     "--load-iteration",
     "iteration",
     type=click.IntRange(min=0),
-    help="Saved iteration to go on from.  [default: the last whole one; its stage: --from, else the first that is not DONE]",
+    help="Saved iteration to go on from.  [default: the last whole one; its stage: --from, else the first that is "
+    "not DONE]",
 )
 @click.option(
     "--config",

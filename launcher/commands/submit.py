@@ -44,7 +44,8 @@ def submit(context, planned, wait, dry_run):
 @click.option(
     "--suggest",
     is_flag=True,
-    help="Name what is fastest on paper (launcher/estimates/step_time.py): the layout of sft, the token budget of rlhf.",
+    help="Name what is fastest on paper (launcher/estimates/step_time.py): the layout of sft, the token budget "
+    "of rlhf.",
 )
 def plan(planned, scripts, suggest):
     """Show the graph, GPU-hours, memory of a GPU, disk and possible start, and every mistake that

@@ -15,8 +15,10 @@ from training.errors import ConfigError
 
 _KEYS_OF_ADDRESSES = re.compile(r"(^|_)(url|uri|address|endpoint)$|^mlflow$", re.IGNORECASE)
 INSTEAD = {
-    "mtbench.judge_url": "put the key into the variable that mtbench.judge_key_variable names, or into mtbench.judge_key_file",
-    "mlflow": "put it into MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD or MLFLOW_TRACKING_TOKEN (profile: secrets)",
+    "mtbench.judge_url": "put the key into the variable that mtbench.judge_key_variable names, or into "
+    "mtbench.judge_key_file",
+    "mlflow": "put it into MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD or MLFLOW_TRACKING_TOKEN (profile: "
+    "secrets)",
     "": "put it into the file that the profile's secrets name",
 }
 

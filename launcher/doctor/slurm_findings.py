@@ -305,7 +305,8 @@ def _limits(config: Known) -> list[Finding]:
             config["EnforcePartLimits"],
             "a job over its partition's limits is refused at once"
             if refuses
-            else "a job over its partition's limits is accepted and waits for ever: status says so (PartitionTimeLimit)",
+            else "a job over its partition's limits is accepted and waits for ever: status says so "
+            "(PartitionTimeLimit)",
             "ok" if refuses else "note",
         ),
     ]

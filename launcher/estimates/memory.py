@@ -24,9 +24,9 @@ p, d = TP, PP, DP:
 * rollout: all layers' weights where generation's layout is not training's, keys and values 4 k / t bytes a token and layer (t: generation's
   TP), and a step's fp32 logits or a prefill's activations.
 
-Held against torch's peak on one H200 by tests/launcher/estimates/test_memory.py: our SFT of 560m and 1b7,
-batch 1 and 4, each recompute, 1 to 3 % above the measured; 7b1 and 1b7 of an earlier prototype
-within 5 %. What the allocator can't reuse is in OUTSIDE_GB.
+Held against torch's peak on one H200 by tests/launcher/estimates/test_memory.py: our SFT of 560m
+and 1b7, batch 1 and 4, each recompute, 1 to 3 % above the measured; 7b1 and 1b7 of an earlier
+prototype within 5 %. What the allocator can't reuse is in OUTSIDE_GB.
 """
 
 from __future__ import annotations

@@ -32,7 +32,8 @@ SIGNS = tuple(
             r"Node failure on|NODE FAILURE|uncorrectable ECC|fallen off the bus|\bXid\b|"
             r"CUDA driver initialization failed|no CUDA-capable device|No CUDA GPUs are available|"
             r"device\(s\) is/are busy or unavailable|Driver/library version mismatch|"
-            r"Task launch for \S+ failed on node|Stale file handle|Transport endpoint is not connected|Input/output error",
+            r"Task launch for \S+ failed on node|Stale file handle|Transport endpoint is not "
+            r"connected|Input/output error",
         ),
         (
             Class.COMMUNICATION,

@@ -42,8 +42,10 @@ REASONS = {
     "JobHoldMaxRequeue": "held: it was requeued too often for this site; let it go: scontrol release {id}",
     "launch_failed_requeued_held": "held: Slurm could not start it on its nodes; let it go: scontrol release {id}",
     "BeginTime": "queued again; Slurm holds it back for a moment",
-    "PartitionTimeLimit": "asks for more time than its partition gives: it will never start; lower resources.STAGE.minutes",
-    "PartitionNodeLimit": "asks for more nodes than its partition gives: it will never start; lower resources.STAGE.nodes",
+    "PartitionTimeLimit": "asks for more time than its partition gives: it will never start; lower "
+    "resources.STAGE.minutes",
+    "PartitionNodeLimit": "asks for more nodes than its partition gives: it will never start; lower "
+    "resources.STAGE.nodes",
     "PartitionDown": "its partition is closed",
     "PartitionInactive": "its partition is closed",
     "ReqNodeNotAvail": "nodes that it needs are down, drained or reserved",
@@ -56,7 +58,8 @@ REASONS = {
     "InvalidQOS": "its QOS is not valid any more: it will never start",
     "JobArrayTaskLimit": "its array runs only so many elements at once",
     "Dependency": "waits for {parents}",
-    "DependencyNeverSatisfied": "its parent failed, so it will never start; queue it again: python -m launcher resume {run}",
+    "DependencyNeverSatisfied": "its parent failed, so it will never start; queue it again: python -m launcher "
+    "resume {run}",
 }
 FAMILIES = (
     ("QOS", "a limit of your QOS is reached ({reason}): it starts when other jobs of it end"),

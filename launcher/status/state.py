@@ -212,7 +212,8 @@ def _stage_state(records: RunRecords, stage: Stage, job: Job | None, trouble: st
 def _add_ending(row: StageState, records: RunRecords, job: Job | None) -> None:
     """The class of the ending, what to do about it, and the last lines."""
     status = records.status[row.stage]
-    if row.why != status.get("cause") and job and not job.alive:  # status.json is of an earlier attempt
+    # status.json is of an earlier attempt
+    if row.why != status.get("cause") and job and not job.alive:
         row.lines = last_lines(records.run, row.stage, job.handle)[-LAST_LINES:]
         if job.state in slurm_action.STATES and job.state != "CANCELLED":
             row.kind = slurm_action.STATES[job.state].value

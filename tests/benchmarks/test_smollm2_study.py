@@ -1,5 +1,5 @@
-"""benchmarks/learning/learns_smollm2.py: which rows each reward model sees, what runs beside what, and the
-tables of a study that was cut short."""
+"""benchmarks/learning/learns_smollm2.py: which rows each reward model sees, what runs beside what,
+and the tables of a study that was cut short."""
 
 import contextlib
 import json

@@ -22,7 +22,8 @@ def test_the_site_is_built_strictly_and_every_page_loads_only_files_of_its_own(t
         text=True,
     )
     assert build.returncode == 0, build.stderr
-    pages = [page for page in site.rglob("*.html") if page.name != "404.html"]  # its links start at a server's root
+    # its links start at a server's root
+    pages = [page for page in site.rglob("*.html") if page.name != "404.html"]
     assert site / "index.html" in pages
     for page in pages:
         loaded = re.findall(

@@ -1,5 +1,5 @@
-"""The checks of benchmarks/training/check.py and benchmarks/generation/rollout.py: fast paths against plain ones, at
-the sizes that a GPU is used for."""
+"""The checks of benchmarks/training/check.py and benchmarks/generation/rollout.py: fast paths
+against plain ones, at the sizes that a GPU is used for."""
 
 import pytest
 

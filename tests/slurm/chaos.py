@@ -116,7 +116,8 @@ def table_span(text: str) -> tuple[int, int]:
 
 
 def updated(text: str, rows: list[Row]) -> str:
-    """The page with the rows of faults that passed now; the rows of faults that did not run stay."""
+    """The page with the rows of faults that passed now; the rows of faults that did not run
+    stay."""
     start, end = table_span(text)
     known = {line.split(" | ")[0].removeprefix("| "): line for line in text[start:end].split("\n")[2:]}
     for row in rows:

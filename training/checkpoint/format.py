@@ -222,7 +222,8 @@ def _share(sizes: dict[str, int], rank: int, ranks: int) -> list[str]:
 
 
 class Trained(Protocol):
-    """What a checkpoint holds of a learner (training/trainer/step.py): weights, optimizer, schedule."""
+    """What a checkpoint holds of a learner (training/trainer/step.py): weights, optimizer,
+    schedule."""
 
     model: LanguageModel
     optimizer: Any

@@ -130,7 +130,8 @@ def test_demo_passes():
     [
         (
             ["sft.tensor_parallel=4", "resources.sft.gpus_per_node=8"],
-            "sft.tensor_parallel = 4 does not divide the model's 6 attention heads; choose one of 1, 2, 3, 6; with --set sft.KEY=VALUE",
+            "sft.tensor_parallel = 4 does not divide the model's 6 attention heads; choose one of 1, 2, 3, 6; with "
+            "--set sft.KEY=VALUE",
         ),
         (
             ["rlhf.pipeline_parallel=8", "resources.rlhf.gpus_per_node=8"],
@@ -144,7 +145,8 @@ def test_demo_passes():
                 "rlhf.generation_tensor_parallel=4",
                 "resources.rlhf.gpus_per_node=4",
             ],
-            "rlhf.generation_tensor_parallel = 4 does not divide the model's 6 attention heads; choose one of 1, 2, 3, 6; with --set rlhf.KEY",
+            "rlhf.generation_tensor_parallel = 4 does not divide the model's 6 attention heads; choose one of 1, 2, "
+            "3, 6; with --set rlhf.KEY",
         ),
         (["resources.sft.gpus_per_node=3"], "3 ranks can't be divided into tensor_parallel 1 x pipeline_parallel 2"),
         (

@@ -300,12 +300,14 @@ BOMB = "import os\nos._exit(99)\n"
 PYPI = {
     "apex/__init__.py": BOMB,
     "apex/models.py": "",
-    "apex-0.9.10.dev0.dist-info/METADATA": "Metadata-Version: 2.1\nName: apex\nVersion: 0.9.10.dev0\nSummary: Pyramid toolkit to add Velruse, Flash Messages\n",
+    "apex-0.9.10.dev0.dist-info/METADATA": "Metadata-Version: 2.1\nName: apex\nVersion: 0.9.10.dev0\nSummary: "
+    "Pyramid toolkit to add Velruse, Flash Messages\n",
 }
 NVIDIA = {
     "apex/__init__.py": BOMB,
     "apex/optimizers/fused_adam.py": BOMB,
-    "apex-0.1.dist-info/METADATA": "Metadata-Version: 2.1\nName: apex\nVersion: 0.1\nSummary: PyTorch Extensions written by NVIDIA\n",
+    "apex-0.1.dist-info/METADATA": "Metadata-Version: 2.1\nName: apex\nVersion: 0.1\nSummary: PyTorch Extensions "
+    "written by NVIDIA\n",
 }
 
 

@@ -57,8 +57,8 @@ def test_training_as_measured_on_an_h200(model, batch, recompute, measured):
     assert as_measured(SHAPES[model], config) == pytest.approx(measured, rel=0.05)
 
 
-# benchmarks/training/parity_gpu.py memory on one H200: (model, rows) -> torch's peak in GB with recompute
-# none, selective, full, when the loss still held 12 bytes for each logit.
+# benchmarks/training/parity_gpu.py memory on one H200: (model, rows) -> torch's peak in GB with
+# recompute none, selective, full, when the loss still held 12 bytes for each logit.
 MEASURED = {
     ("560m", 1): (17.93, 17.52, 16.41),
     ("560m", 4): (41.29, 39.68, 35.24),
@@ -91,8 +91,8 @@ def test_sft_as_our_own_trainer_needs_it_on_an_h200(model, rows):
     ],
 )
 def test_sft_with_the_small_optimizer_as_measured_on_an_h200(model, rows, recompute, measured):
-    """benchmarks/training/train.py, torch's peak; full recompute of small models is overestimated by up to
-    9%."""
+    """benchmarks/training/train.py, torch's peak; full recompute of small models is overestimated
+    by up to 9%."""
     config = sft(micro_batch_size=rows, global_batch_size=32, recompute=recompute, optimizer_precision="bf16")
     assert as_measured(SHAPES[model], config) == pytest.approx(measured, rel=0.1 if recompute == "full" else 0.01)
 

@@ -49,8 +49,8 @@ def test_one_h200_as_measured(model, rows, global_rows, measured):
     ],
 )
 def test_h100s_nearly_as_measured(ranks, layout, measured):
-    """benchmarks/multi_gpu/run.sh: tokens/s of a full step of 7b1. TP 2 x PP 2 with one row waits for
-    the host half of its time."""
+    """benchmarks/multi_gpu/run.sh: tokens/s of a full step of 7b1. TP 2 x PP 2 with one row waits
+    for the host half of its time."""
     machine = dataclasses.replace(step_time.MACHINES["one-machine"], memory_gb_s=3350)
     config = sft(global_batch_size=8 * ranks, sequence_parallel=layout.get("tensor_parallel", 1) > 1, **layout)
     made = step_time.step(SHAPES["7b1"], config, ranks, machine, ranks)
@@ -85,8 +85,8 @@ TP_2 = {"tensor_parallel": 2, "sequence_parallel": True, "generation_tensor_para
     ],
 )
 def test_an_iteration_of_ppo_nearly_as_measured(model, ranks, settings, rows, measured):
-    """benchmarks/training/ppo.py on one H200; benchmarks/multi_gpu/run.sh on H100s, the last of which wait for
-    the host nearly all of the time."""
+    """benchmarks/training/ppo.py on one H200; benchmarks/multi_gpu/run.sh on H100s, the last of
+    which wait for the host nearly all of the time."""
     machine = dataclasses.replace(step_time.MACHINES["one-machine"], memory_gb_s=4800 if ranks == 1 else 3350)
     made = iteration_time.iteration(SHAPES[model], ppo(**settings), ranks, machine, ranks)
     assert made.micro_batch == (rows, 1024 if ranks == 1 else 512)

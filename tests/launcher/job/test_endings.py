@@ -95,7 +95,8 @@ def rank(code, line, number=0, lines=()):
             [
                 rank(
                     1,
-                    "torch.distributed.DistStoreError: Timed out after 601 seconds waiting for clients. 3/4 clients joined.",
+                    "torch.distributed.DistStoreError: Timed out after 601 seconds waiting for clients. 3/4 "
+                    "clients joined.",
                 )
             ],
             [],

@@ -209,7 +209,8 @@ def test_a_value_of_another_type_or_out_of_range_is_named_with_what_was_expected
         (
             SMOLLM2,
             {"rope_theta": "absent", "rope_parameters": {"rope_theta": 777}, "rope_scaling": {"rope_type": "default"}},
-            r"rope_parameters.rope_theta = 777.0 and rope_scaling.rope_theta \(not there: the default\) = 10000.0 contradict",
+            r"rope_parameters.rope_theta = 777.0 and rope_scaling.rope_theta \(not there: the default\) = 10000.0 "
+            r"contradict",
         ),
         (BLOOM_560M, {"hidden_size": 64}, "hidden_size = 64 and n_embed = 1024 contradict"),
         (BLOOM_560M, {"num_hidden_layers": 5}, "n_layer = 24 and num_hidden_layers = 5 contradict"),

@@ -102,11 +102,13 @@ def test_a_pair_whose_scores_say_the_opposite_is_dropped(names):
         ('{"messages": [{"role": "user", "content": "a", "content": "b"}]}', "'content': stands twice"),
         ('{"prompt": "p", "query": "q", "response": "r"}', "query: 'q': another text than prompt's 'p'"),
         (
-            '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}]}',
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": '
+            '[{"function": {"name": "f"}}]}]}',
             r"messages[1].tool_calls: ",
         ),
         (
-            '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "function_call": {"name": "f"}}]}',
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "function_call": '
+            '{"name": "f"}}]}',
             r"messages[1].function_call: ",
         ),
     ],
