@@ -39,7 +39,7 @@ def failures(seen: RunStatus, stages: list[str]) -> list[str]:
             logs = attempts(run, row.stage)
             advice = f"  do: {row.advice}\n" if row.advice else ""
             said.append(
-                f"{row.stage} {row.word}: {row.why}\n{advice}  log: "
+                f"{row.stage} {row.state_word}: {row.why}\n{advice}  log: "
                 f"{logs[-1] if logs else run.stage(row.stage) / 'logs'}\n"
                 f"  then: python -m launcher resume {run.folder}"
             )

@@ -54,7 +54,7 @@ class StageState:
     "class", "cause", "iteration", "time"} of the last attempt that ended."""
 
     @property
-    def word(self) -> str:
+    def state_word(self) -> str:
         """The state for a person: a health gate's ending is no failure."""
         if self.state == "failed" and self.kind == "health gate":
             return "stopped" if "stopped by a health gate" in self.why else "paused"

@@ -1,273 +1,172 @@
-"""What status and watch show, as lines of text for a given width: one screen a run, or one line a
-run. Pure: no terminal, no clock."""
+"""What status and watch show, as lines of text of a given width: one screen a run, or one line a
+run. The one place that lays out rows; launcher/status/row.py makes their texts.
+
+No terminal and no clock is used here. rich.table can't replace ``aligned``: notes of full width
+stand between its rows, and columns leave a narrow screen in a fixed order.
+"""
 
 from __future__ import annotations
 
 import textwrap
-import time
 
 import click
 
-from launcher.run.folder import SUMMARY
-from launcher.status import state
-from launcher.status.state import RunStatus, StageState
+from launcher.run.folder import SUMMARY, Run
+from launcher.status import row as stage_row
+from launcher.status.row import COLOURS, format_age, row_cells
+from launcher.status.state import BAD, RunStatus, StageState
 from launcher.status.terminal import plain
 
-COLOURS = {
-    "done": "green",
-    "running": "cyan",
-    "pending": "yellow",
-    "requeued": "yellow",
-    **dict.fromkeys(state.BAD, "red"),
-}
 WIDE = 120
-"""Columns from which on a bar and the numbers have room beside the rest."""
-BAR = 20
+"""Columns from which on the bar and the numbers have room in a stage's row."""
+WIDE_ONLY = ("bar", "numbers")
 LAST_LINES = 8
-"""Of the failing rank's last lines, so many are shown."""
+"""Most lines of the failing rank that are shown."""
 DATA_LINES = 6
-"""Lines about the rows."""
-DROP = ("bar", "try", "tokens/s", "job", "saved")
+"""Most lines about the rows that are shown."""
+DROP_ORDER = ("bar", "try", "tokens/s", "job", "saved")
 """Columns that go first where the screen is too narrow."""
+RUN_COLUMNS = ("iteration", "speed", "left", "saved")
+"""Columns of a stage that a run's one line has."""
 
 
-def run_lines(seen: RunStatus, width: int, now: float) -> list[str]:
-    """The screen of one run: a row a stage, and below it why it waits or how it ended, each within
-    ``width`` columns."""
-    config = seen.run.config["run"]
+def run_lines(status: RunStatus, width: int, now: float) -> list[str]:
+    """The screen of one run, each line within ``width`` columns: a row a stage, and below it why it
+    waits or how it ended."""
+    config = status.run.config["run"]
     about = plain(f"id {config['id']}, profile {config['profile']}")
-    lines = [click.style(plain(seen.run.folder), bold=True) + f"  {word(seen)}  {about}"]
-    lines += trouble(seen, width)
-    table = [cells(row, width, now) for row in seen.stages]
-    for row, text in zip([None, *seen.stages], columns(table, width), strict=True):
-        if row is None:
-            lines.append(click.style(crop(text, width), dim=True))
-            continue
-        below = notes(seen, row, width, now)
+    lines = [click.style(plain(status.run.folder), bold=True) + f"  {state_word(status)}  {about}"]
+    lines += banner(status, width)
+    cells = [row_cells(row, now) for row in status.stages]
+    if width < WIDE:
+        cells = [{name: text for name, text in row.items() if name not in WIDE_ONLY} for row in cells]
+    header, *rows = aligned(cells, width)
+    lines.append(click.style(truncate(header, width), dim=True))
+    for row, text in zip(status.stages, rows, strict=True):
+        below = notes(status, row, width, now)
         if len(below) == 1 and len(click.unstyle(text)) + len(below[0].strip()) + 2 <= width:
             text, below = f"{text}  {below[0].strip()}", []
-        lines += [crop(text, width), *below]
-    return [*lines, *data_lines(seen, width)]
+        lines += [truncate(text, width), *below]
+    return [*lines, *data_lines(status, width)]
 
 
-def data_lines(seen: RunStatus, width: int) -> list[str]:
-    """What was dropped and cut of the rows that the run trains on."""
-    more = len(seen.data) - DATA_LINES
-    said = [
-        *seen.data[:DATA_LINES],
-        *([f"{more} more such lines: {seen.run.folder / 'data' / SUMMARY}"] if more > 0 else []),
-    ]
-    return [line for text in said for line in wrap(f"data: {plain(text)}", width, "")]
-
-
-def runs_lines(all_seen: list[RunStatus], width: int, now: float) -> list[str]:
+def runs_lines(statuses: list[RunStatus], width: int, now: float) -> list[str]:
     """One line a run: where it is, how fast, when it ends or why it does not."""
     table = []
-    for seen in all_seen:
-        row = current(seen)
-        shown = cells(row, 0, now)
-        said = [f"{row.kind}: {row.why}" if row.kind else row.why or numbers(row), start(row, now), previous(row)]
-        if seen.overall == "done":
-            said = [f"ended {span(now - row.ended)} ago" if row.ended else "", numbers_of_all(seen)]
-        why = "; ".join(part for part in said if part)
+    for status in statuses:
+        row = most_relevant_stage(status)
+        cells = row_cells(row, now)
         table.append(
             {
-                "run": name_of(seen.run),
-                "state": click.style(word(seen), COLOURS.get(row.state)),
+                "run": run_name(status.run),
+                "state": click.style(state_word(status), COLOURS.get(row.state)),
                 "stage": row.stage,
-                **{name: shown[name] for name in ("iteration", "speed", "left", "saved")},
-                "": why,
+                **{name: cells[name] for name in RUN_COLUMNS},
+                "": _run_note(status, row, now),
             }
         )
-    lines = [crop(line, width) for line in columns(table, width)]
+    lines = [truncate(line, width) for line in aligned(table, width)]
     lines[0] = click.style(lines[0], dim=True)
-    return [*dict.fromkeys(line for seen in all_seen for line in unanswered(seen, width)), *lines]
+    return [*dict.fromkeys(line for status in statuses for line in queue_unreachable(status, width)), *lines]
 
 
-def name_of(run) -> str:
-    """As a person would type it: an element of a sweep with the sweep's name."""
+def _run_note(status: RunStatus, row: StageState, now: float) -> str:
+    """The end of a run's line."""
+    if status.overall == "done":
+        metrics = [f"{each.stage} {stage_row.metrics_text(each)}" for each in status.stages if each.progress.numbers]
+        parts = [f"ended {format_age(now - row.ended)} ago" if row.ended else "", "  ".join(metrics)]
+    else:
+        reason = stage_row.reason(row) or stage_row.metrics_text(row)
+        parts = [reason, stage_row.expected_start(row, now), stage_row.requeue_reason(row)]
+    return "; ".join(filter(None, parts))
+
+
+def run_name(run: Run) -> str:
+    """As a person types it: an element of a sweep with the sweep's name."""
     return plain(f"{run.folder.parent.name}/{run.folder.name}" if "sweep" in run.config["run"] else run.folder.name)
 
 
-def cells(row: StageState, width: int, now: float) -> dict[str, str]:
-    """Column -> text of one stage."""
-    far = row.progress
-    made = {
-        "stage": row.stage,
-        "state": click.style(row.word, COLOURS.get(row.state)),
-        "iteration": "" if far.iteration is None else f"{far.iteration}/{far.total}",
-    }
-    if width >= WIDE:
-        made["bar"] = bar(far.iteration, far.total) if row.state in state.ACTIVE or row.state in state.BAD else ""
-    made |= {
-        "speed": speed(far.speed),
-        "tokens/s": "" if far.tokens_per_s is None else f"{far.tokens_per_s:,.0f}",
-        "left": clock(far.eta_s),
-        "saved": saved(row, now),
-        "job": str(row.job or ""),
-        "try": str(row.attempt) if row.attempt > 1 else "",
-    }
-    if width >= WIDE:
-        made["numbers"] = numbers(row)
-    return made
-
-
-def columns(table: list[dict[str, str]], width: int) -> list[str]:
-    """Header and rows, aligned; empty columns are left out, and those of DROP while it is too wide
-    (``width`` 0: never)."""
-    names = (
-        [name for name in table[0] if name in ("stage", "state", "") or any(row[name] for row in table)]
-        if table
-        else []
-    )
-    size = {name: max(len(click.unstyle(text)) for text in (name, *(row[name] for row in table))) for name in names}
-    for name in DROP:
-        if width and sum(size[each] + 2 for each in names if each) - 2 > width and name in names:
-            names.remove(name)
-    rows = [{name: name for name in names}, *table]
-    return [
-        "  ".join(row[name] + " " * (size[name] - len(click.unstyle(row[name]))) for name in names).rstrip()
-        for row in rows
-    ]
-
-
-def notes(seen: RunStatus, row: StageState, width: int, now: float) -> list[str]:
+def notes(status: RunStatus, row: StageState, width: int, now: float) -> list[str]:
     """The lines under a stage's row."""
-    made = []
-    if width < WIDE and row.state != "not submitted":
-        made.append(numbers(row))
-    made.append(
-        "; ".join(
-            part
-            for part in (
-                f"{row.kind}: {row.why}" if row.kind and row.state in state.BAD else row.why,
-                start(row, now),
-                f"on {row.nodes}" if row.nodes else "",
-            )
-            if part
-        )
-    )
-    made.append(previous(row))
-    lines = [line for text in made if text for line in wrap(text, width)]
-    if row.state not in state.BAD:
+    nodes = f"on {row.nodes}" if row.nodes else ""
+    texts = [
+        stage_row.metrics_text(row) if width < WIDE and row.state != "not submitted" else "",
+        "; ".join(filter(None, (stage_row.reason(row), stage_row.expected_start(row, now), nodes))),
+        stage_row.requeue_reason(row),
+    ]
+    lines = [line for text in texts if text for line in wrap(text, width)]
+    if row.state not in BAD:
         return lines
     lines += wrap(f"do: {row.advice}", width) if row.advice else []
     if row.lines:
-        whose = "" if row.rank is None else f" of rank {row.rank}"
-        lines += wrap(f"last lines{whose}, more by: logs {plain(seen.run.folder)} {row.stage} --errors", width)
-        lines += [crop(f"    | {text}", width) for text in row.lines[-LAST_LINES:]]
+        rank = "" if row.rank is None else f" of rank {row.rank}"
+        lines += wrap(f"last lines{rank}, more by: logs {plain(status.run.folder)} {row.stage} --errors", width)
+        lines += [truncate(f"    | {text}", width) for text in row.lines[-LAST_LINES:]]
     return lines
 
 
-def previous(row: StageState) -> str:
-    """Why the stage was queued again."""
-    last = row.previous
-    return plain(f"attempt {last['attempt']} ({last['class']}): {last['cause']}") if last else ""
+def data_lines(status: RunStatus, width: int) -> list[str]:
+    """What was dropped and cut of the rows that the run trains on."""
+    texts, more = status.data[:DATA_LINES], len(status.data) - DATA_LINES
+    if more > 0:
+        texts = [*texts, f"{more} more such lines: {status.run.folder / 'data' / SUMMARY}"]
+    return [line for text in texts for line in wrap(f"data: {plain(text)}", width, "")]
 
 
-def unanswered(seen: RunStatus, width: int) -> list[str]:
-    """That Slurm does not answer, with the last of its own words."""
-    if not seen.trouble:
+def queue_unreachable(status: RunStatus, width: int) -> list[str]:
+    """That Slurm does not answer, with the last line of its error; [] where it does."""
+    if not status.trouble:
         return []
-    said = f"Slurm can't be asked: {seen.trouble.splitlines()[-1]}; this is what the run's files say"
-    return [click.style(line, "red") for line in wrap(said, width, "")]
+    text = f"Slurm can't be asked: {status.trouble.splitlines()[-1]}; this is what the run's files say"
+    return [click.style(line, "red") for line in wrap(text, width, "")]
 
 
-def trouble(seen: RunStatus, width: int) -> list[str]:
-    if not seen.stop:
-        return unanswered(seen, width)
-    return [
-        *unanswered(seen, width),
-        *wrap(
-            "the file STOP is in the run folder: what runs saves and ends, nothing starts; resume removes it", width, ""
-        ),
-    ]
+def banner(status: RunStatus, width: int) -> list[str]:
+    """The lines above the table: Slurm does not answer, the file STOP is there."""
+    lines = queue_unreachable(status, width)
+    if status.stop:
+        text = "the file STOP is in the run folder: what runs saves and ends, nothing starts; resume removes it"
+        lines += wrap(text, width, "")
+    return lines
 
 
-def word(seen: RunStatus) -> str:
-    """The run's state in a word; "idle" where stages are left that nobody works on."""
-    return current(seen).word if seen.overall == "failed" else seen.overall
+def state_word(status: RunStatus) -> str:
+    """The run's state in a word; "idle" where stages are left and no process or job works on
+    them."""
+    return most_relevant_stage(status).state_word if status.overall == "failed" else status.overall
 
 
-def current(seen: RunStatus) -> StageState:
-    """The stage that tells where a run is: what went wrong, else what runs, else what waits, else
-    the last that is done."""
-    for wanted in (("failed", "lost"), ("stopped",), ("cancelled",), ("running",), ("requeued",), ("pending",)):
-        for row in seen.stages:
-            if row.state in wanted:
+def most_relevant_stage(status: RunStatus) -> StageState:
+    """The stage that tells where a run is: one that went wrong, else one that runs, else one that
+    waits, else the last that is done."""
+    for states in (("failed", "lost"), ("stopped",), ("cancelled",), ("running",), ("requeued",), ("pending",)):
+        for row in status.stages:
+            if row.state in states:
                 return row
-    done = [row for row in seen.stages if row.state == "done"]
-    return done[-1] if done else seen.stages[0]
+    done = [row for row in status.stages if row.state == "done"]
+    return done[-1] if done else status.stages[0]
 
 
-def start(row: StageState, now: float) -> str:
-    """When Slurm expects a waiting job to start."""
-    if row.starts is None or row.state not in ("pending", "requeued") or row.starts <= now:
-        return ""
-    form = "%H:%M" if row.starts - now < 43_200 else "%a %d %b %H:%M"
-    return f"may start {time.strftime(form, time.localtime(row.starts))}, in {span(row.starts - now)}"
-
-
-def saved(row: StageState, now: float) -> str:
-    """Last checkpoint: its iteration, and its age while the stage is not done."""
-    far = row.progress
-    if far.saved is None:
-        return ""
-    return (
-        str(far.saved)
-        if row.state == "done" or far.saved_at is None
-        else f"{far.saved}, {span(now - far.saved_at)} ago"
-    )
-
-
-def numbers(row: StageState) -> str:
-    return "  ".join(f"{name} {value:.4g}" for name, value in row.progress.numbers.items())
-
-
-def numbers_of_all(seen: RunStatus) -> str:
-    return "  ".join(f"{row.stage} {numbers(row)}" for row in seen.stages if row.progress.numbers)
-
-
-def bar(done: int | None, total: int | None) -> str:
-    if not total:
-        return ""
-    full = max(0, min(BAR, BAR * (done or 0) // total))
-    return "#" * full + "." * (BAR - full)
-
-
-def speed(per_second: float | None) -> str:
-    if per_second is None:
-        return ""
-    return f"{per_second:.3g} it/s" if per_second >= 1 else f"{1 / per_second:.3g} s/it"
-
-
-def clock(seconds: float | None) -> str:
-    """Time left: minutes:seconds, hours:minutes:seconds."""
-    if seconds is None:
-        return ""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
-
-
-def span(seconds: float) -> str:
-    """A duration in words: 40 s, 12 min, 3.5 h, 2 days."""
-    seconds = max(0, seconds)
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    if seconds < 6000:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.0f} days"
+def aligned(table: list[dict[str, str]], width: int) -> list[str]:
+    """Header and rows as lines. Empty columns are left out; those of DROP_ORDER go while the lines
+    are too wide."""
+    required = ("stage", "state", "")
+    names = [name for name in (table[0] if table else ()) if name in required or any(row[name] for row in table)]
+    sizes = {name: max(len(click.unstyle(text)) for text in (name, *(row[name] for row in table))) for name in names}
+    for name in DROP_ORDER:
+        if name in names and sum(sizes[each] + 2 for each in names if each) - 2 > width:
+            names.remove(name)
+    rows = [{name: name for name in names}, *table]
+    padded = ([row[name] + " " * (sizes[name] - len(click.unstyle(row[name]))) for name in names] for row in rows)
+    return ["  ".join(texts).rstrip() for texts in padded]
 
 
 def wrap(text: str, width: int, indent: str = "    ") -> list[str]:
-    return textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False) or [
-        indent
-    ]
+    lines = textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+    return lines or [indent]
 
 
-def crop(text: str, width: int) -> str:
-    """A line of plain text, or styled and short enough, within ``width``."""
-    if len(click.unstyle(text)) <= width:
-        return text
-    over = len(click.unstyle(text)) - width + 1
-    return text[:-over] + "…"  # what is too long stands at the end, and is not styled
+def truncate(text: str, width: int) -> str:
+    """A line within ``width`` columns. One that is too long must end in text without a style."""
+    excess = len(click.unstyle(text)) - width
+    return text if excess <= 0 else text[: -excess - 1] + "…"

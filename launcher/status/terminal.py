@@ -3,7 +3,6 @@ the output is."""
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import sys
@@ -42,11 +41,3 @@ def width() -> int:
 def columns_of(said: int) -> int:
     """A terminal that says 0 (a job's, an editor's, a new pseudo terminal) does not know."""
     return max(said, LEAST_WIDTH) if said > 0 else UNKNOWN_WIDTH
-
-
-def size() -> os.terminal_size:
-    """As the terminal says now; (0, 0) where it is gone."""
-    try:
-        return os.get_terminal_size(sys.stdout.fileno())
-    except (OSError, ValueError):
-        return os.terminal_size((0, 0))

@@ -11,6 +11,7 @@ from launcher.slurm import commands, script
 from launcher.slurm import queue as jobs
 from launcher.slurm.polling import Queue, pauses
 from launcher.status import state
+from launcher.status.row import before_cancel
 from launcher.submit import local
 from training.errors import ConfigError
 
@@ -57,18 +58,10 @@ def cancel(runs: list[Run]) -> dict[Run, str]:
     return {run: _told(run, stopped[run], before[run]) for run in runs}
 
 
-def words(row: state.StageState) -> str:
-    """What a stage was doing, for the one who stopped it."""
-    far = row.progress
-    at = f" at iteration {far.iteration} of {far.total}" if far.iteration is not None else ""
-    saved = f", last checkpoint {far.saved}" if far.saved is not None else ""
-    return f"{row.stage} was {row.state}{at}{saved}" + (f" ({row.why})" if row.why else "")
-
-
 def _told(run: Run, stopped: list[str], before: state.RunStatus) -> str:
     if not stopped:
         return "nothing is running or queued"
-    working = [f"  {words(row)}" for row in before.stages if row.state in state.ACTIVE]
+    working = [f"  {before_cancel(row)}" for row in before.stages if row.state in state.ACTIVE]
     return "\n".join(
         [
             f"stopped {', '.join(stopped)}",

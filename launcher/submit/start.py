@@ -11,7 +11,7 @@ from launcher.run.folder import Busy, Run
 from launcher.slurm import queue
 from launcher.status.failures import console, failures
 from launcher.status.state import RunStatus
-from launcher.status.watch import Watch, pause
+from launcher.status.watch import Watch, poll_s
 from launcher.submit import enqueue, local
 
 
@@ -82,7 +82,7 @@ def run_here(run: Run, stages: list[Stage]) -> int:
     except KeyboardInterrupt:
         console().print(f"stopped; goes on from its last checkpoint with: python -m launcher resume {run.folder}")
         return 130
-    return report_end(watch.seen[0], names, "failed" if code else "done")
+    return report_end(watch.statuses[0], names, "failed" if code else "done")
 
 
 def wait_for(runs: list[Run], names: list[str], again: bool = False) -> int:
@@ -91,7 +91,7 @@ def wait_for(runs: list[Run], names: list[str], again: bool = False) -> int:
 
     ``again``: IDLE where stages are left that nobody works on. Ctrl-C leaves the runs alone: 130.
     """
-    watch, ended = Watch(runs, names, pause(runs)), []
+    watch, ended = Watch(runs, names, poll_s(runs)), []
     try:
         with watch.shown():
             while not ended or "running" in ended:
@@ -102,7 +102,7 @@ def wait_for(runs: list[Run], names: list[str], again: bool = False) -> int:
         return 130
     if again and "idle" in ended:
         return IDLE
-    return max(report_end(one, names, overall) for one, overall in zip(watch.seen, ended, strict=True))
+    return max(report_end(one, names, overall) for one, overall in zip(watch.statuses, ended, strict=True))
 
 
 def _book(runs: list[Run]) -> Path:

@@ -303,7 +303,7 @@ def comparison(folder: Path) -> list[dict]:
                 "element": member.index,
                 "folder": str(member.run.folder),
                 "values": member.values,
-                "state": screen.word(seen),
+                "state": screen.state_word(seen),
                 "stage": at.stage,
                 "iteration": at.progress.iteration,
                 "why": at.why,

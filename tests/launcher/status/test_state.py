@@ -13,8 +13,8 @@ from launcher.run.folder import Busy, Run, is_alive, lock, this_process
 from launcher.slurm import queue as jobs
 from launcher.slurm.polling import Queue
 from launcher.slurm.queue import Job
+from launcher.status.row import format_age, format_eta
 from launcher.status.state import StageState, overall, statuses_of
-from launcher.status.table import clock, span
 
 QUEUE = """\
 11|11|N/A|COMPLETED|None|(null)|2026-01-02T03:04:05|n1|hh-1.convert|convoy run=hh-1 submission=5f stage=convert
@@ -104,14 +104,14 @@ def test_speed_and_time_left_count_this_attempt_only(tmp_path):
 
 @pytest.mark.parametrize("seconds, text", [(None, ""), (5, "0:05"), (65.4, "1:05"), (3661, "1:01:01")])
 def test_time_left(seconds, text):
-    assert clock(seconds) == text
+    assert format_eta(seconds) == text
 
 
 @pytest.mark.parametrize(
     "seconds, text", [(-3, "0 s"), (99, "99 s"), (600, "10 min"), (9000, "2.5 h"), (200_000, "2 days")]
 )
 def test_ages(seconds, text):
-    assert span(seconds) == text
+    assert format_age(seconds) == text
 
 
 @pytest.mark.parametrize(
