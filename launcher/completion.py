@@ -51,8 +51,8 @@ def profiles(_context, _parameter, incomplete: str) -> list[CompletionItem]:
     """Names in slurm/clusters, and files."""
     from launcher.slurm.sites import CLUSTERS
 
-    found = _begin((path.stem for path in CLUSTERS.glob("*.toml")), incomplete)
-    return found or [CompletionItem(incomplete, type="file")]
+    items = _begin((path.stem for path in CLUSTERS.glob("*.toml")), incomplete)
+    return items or [CompletionItem(incomplete, type="file")]
 
 
 def keys(_context, _parameter, incomplete: str) -> list[CompletionItem]:
@@ -63,9 +63,9 @@ def keys(_context, _parameter, incomplete: str) -> list[CompletionItem]:
         return []
     names = [
         f"{section}.{field.name}"
-        for section, made in SECTIONS.items()
+        for section, section_class in SECTIONS.items()
         if section != "resources"
-        for field in dataclasses.fields(made)
+        for field in dataclasses.fields(section_class)
         if field.name != "paths"
     ]
     stages = dataclasses.fields(StageResources)

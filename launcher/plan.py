@@ -48,89 +48,89 @@ class Start:
     """Why it could not be asked."""
 
 
-def ask_slurm(made: create.Plan) -> dict[str, Start]:
+def ask_slurm(plan: create.Plan) -> dict[str, Start]:
     """Stage -> when it could start if it were queued now. ConfigError, naming all of them, where
     Slurm would refuse a stage.
 
     {} under a local profile. Where no controller answers, each says so.
     """
-    if made.profile.scheduler != "slurm":
+    if plan.profile.scheduler != "slurm":
         return {}
     if reason := commands.unusable():  # else sbatch would try for 10 s, and call it a refusal
-        return dict.fromkeys((stage.name for stage in made.stages), Start("", "", reason))
-    found, refused = {}, []
+        return dict.fromkeys((stage.name for stage in plan.stages), Start("", "", reason))
+    starts, refusals = {}, []
     with tempfile.TemporaryDirectory() as folder:
-        for stage, text in create.render_all(made).items():
+        for stage, text in create.render_all(plan).items():
             path = Path(folder) / f"{stage}.sbatch"
             path.write_text(text, encoding="utf-8")
             try:
-                environ = environment.for_sbatch(made.profile.passed)
-                words = commands.call("sbatch", "--test-only", str(path), environ=environ, with_errors=True)
-                found[stage] = parse_start(words)
+                environ = environment.for_sbatch(plan.profile.passed)
+                text = commands.call("sbatch", "--test-only", str(path), environ=environ, with_errors=True)
+                starts[stage] = parse_start(text)
             except commands.SlurmError as error:
                 if REFUSED not in str(error):
-                    return dict.fromkeys((stage.name for stage in made.stages), Start("", "", str(error)))
-                if AMBIGUOUS in str(error) and (away := _nodes_away(made)):
-                    found[stage] = Start("", "", f"{away}; with all of them it may fit")
+                    return dict.fromkeys((stage.name for stage in plan.stages), Start("", "", str(error)))
+                if AMBIGUOUS in str(error) and (away := _nodes_away(plan)):
+                    starts[stage] = Start("", "", f"{away}; with all of them it may fit")
                     continue
-                refused.append(
-                    f"{stage}: Slurm would refuse it: {_words(str(error))} (it asks for {_asked(made, stage)}); change "
-                    f"resources.{stage}, or partition, account and limits of profile {made.profile.name}"
+                refusals.append(
+                    f"{stage}: Slurm would refuse it: {_words(str(error))} (it asks for {_asked(plan, stage)}); change "
+                    f"resources.{stage}, or partition, account and limits of profile {plan.profile.name}"
                 )
-    if refused:
-        raise ConfigError(*refused)
-    return found
+    if refusals:
+        raise ConfigError(*refusals)
+    return starts
 
 
-def present(made: create.Plan | Sweep, out: Console, scripts: bool = False) -> None:
+def present(plan: create.Plan | Sweep, out: Console, scripts: bool = False) -> None:
     """Check with Slurm and show a run's plan, or a sweep's: its elements, and the plan of the
     first; then ConfigError for what is wrong."""
-    texts = scripts_of(made) if scripts else {}
-    first = made if isinstance(made, create.Plan) else made.plans[0]
+    texts = scripts_of(plan) if scripts else {}
+    first = plan if isinstance(plan, create.Plan) else plan.plans[0]
     mistakes = Mistakes()
     mistakes.add(*first.checked.mistakes)
     starts = mistakes.of(lambda: ask_slurm(first)) or {}
     show(first, starts, out, texts)
-    if made is not first:
-        number = len(made.plans)
+    if plan is not first:
+        number = len(plan.plans)
         out.print(
             f"a sweep of {number} such runs, {gpu_hours(first) * number:.4g} GPU-hours at most; one job array "
             f"a stage, element by "
             "element"
         )
-        for index, values in enumerate(made.values):
-            words = ", ".join(f"{key}={json.dumps(value)}" for key, value in values.items())
-            out.print(f"  {made.folder / str(index)}: {words}", markup=False)
+        for index, values in enumerate(plan.values):
+            text = ", ".join(f"{key}={json.dumps(value)}" for key, value in values.items())
+            out.print(f"  {plan.folder / str(index)}: {text}", markup=False)
     mistakes.raise_if_any()
 
 
-def suggest(made: create.Plan | Sweep, out: Console) -> None:
+def suggest(plan: create.Plan | Sweep, out: Console) -> None:
     """Of supervised fine-tuning the layout that launcher/estimates/step_time.py finds fastest for
     the ranks that are asked for; of stages with rollouts what an iteration takes, and the fastest
     token budget (launcher/estimates/iteration_time.py)."""
-    made = made if isinstance(made, create.Plan) else made.plans[0]
-    for stage in made.stages:
-        config = plan_checks.stage_config(made.run.folder, made.tables, made.graph, stage.name)
+    plan = plan if isinstance(plan, create.Plan) else plan.plans[0]
+    for stage in plan.stages:
+        config = plan_checks.stage_config(plan.run.folder, plan.tables, plan.graph, stage.name)
         if isinstance(config, SFTConfig | RolloutConfig):
             by = step_time if isinstance(config, SFTConfig) else iteration_time
-            words = by.suggest(stage.name, made.checked.shape, config, made.resources(stage), made.profile)
-            out.print(words, markup=False, highlight=False)
+            text = by.suggest(stage.name, plan.checked.shape, config, plan.resources(stage), plan.profile)
+            out.print(text, markup=False, highlight=False)
 
 
-def scripts_of(made: create.Plan | Sweep) -> dict[str, str]:
+def scripts_of(plan: create.Plan | Sweep) -> dict[str, str]:
     """Stage -> text of its batch script, as it will be queued."""
-    if isinstance(made, create.Plan):
-        return create.render_all(made)
+    if isinstance(plan, create.Plan):
+        return create.render_all(plan)
     from launcher.submit import sweep  # late, as below: what starts jobs would cost a plan .1 s
 
-    return sweep.scripts(made)
+    return sweep.scripts(plan)
 
 
-def carry_out(made: create.Plan | Sweep, wait: bool, out: Console) -> int:
+def carry_out(plan: create.Plan | Sweep, wait: bool, out: Console) -> int:
     """Create and start it; the command's exit code."""
     from launcher.submit import start, sweep
 
-    first = made if isinstance(made, create.Plan) else made.plans[0]
+    first = plan if isinstance(plan, create.Plan) else plan.plans[0]
     if first.profile.scheduler == "slurm" and (reason := commands.unusable()):
         raise commands.SlurmError(f"{reason}: nothing was queued; the same command does it once Slurm answers")
     ask_slurm(first)  # refuses what Slurm would refuse
@@ -139,19 +139,19 @@ def carry_out(made: create.Plan | Sweep, wait: bool, out: Console) -> int:
             [f"profile {first.profile.name}: {first.reason}", *(f"warning: {line}" for line in first.checked.warnings)]
         )
     )
-    if made is first:
-        run = create.create(made)
+    if plan is first:
+        run = create.create(plan)
         _say_data(first, run, out)
-        return start.start(run, made.stages, wait)
-    folder = sweep.create(made)
+        return start.start(run, plan.stages, wait)
+    folder = sweep.create(plan)
     _say_data(first, first.run, out)
     return sweep.begin(folder, first.stages, wait)
 
 
-def _say_data(made: create.Plan, run: Run, out: Console) -> None:
+def _say_data(plan: create.Plan, run: Run, out: Console) -> None:
     """What is dropped and cut of all rows, but for what the plan has said of them."""
     for line in run.data_summary().get("lines", []):
-        if line not in made.checked.warnings:
+        if line not in plan.checked.warnings:
             out.print(f"data: {line}", markup=False, highlight=False)
 
 
@@ -177,26 +177,26 @@ def parse_start(text: str) -> Start:
     )
 
 
-def show(made: create.Plan, starts: dict[str, Start], out: Console, scripts: dict[str, str]) -> None:
+def show(plan: create.Plan, starts: dict[str, Start], out: Console, scripts: dict[str, str]) -> None:
     """Print the plan; ``scripts``, stage -> batch script, come first, so that the summary stays on
     the screen."""
     for stage, text in scripts.items():
         out.print(f"# ---- {stage}.sbatch ----\n{text}", markup=False, highlight=False)
-    out.print(Group(_graph(made, starts), *([_memory(made)] if made.checked.estimates else []), *_notes(made, starts)))
+    out.print(Group(_graph(plan, starts), *([_memory(plan)] if plan.checked.estimates else []), *_notes(plan, starts)))
 
 
-def gpu_hours(made: create.Plan) -> float:
+def gpu_hours(plan: create.Plan) -> float:
     """At most, if every stage used all of its time."""
-    asked = [made.resources(stage) for stage in made.stages]
-    return sum((one.nodes + one.spares) * one.gpus_per_node * one.minutes / 60 for one in asked)
+    resources = [plan.resources(stage) for stage in plan.stages]
+    return sum((one.nodes + one.spares) * one.gpus_per_node * one.minutes / 60 for one in resources)
 
 
 def size(gb: float) -> str:
     return f"{gb:.1f}" if gb >= 0.05 else "<0.1"
 
 
-def _graph(made: create.Plan, starts: dict[str, Start]) -> Table:
-    slurm, works = made.profile.scheduler == "slurm", made.checked.work
+def _graph(plan: create.Plan, starts: dict[str, Start]) -> Table:
+    slurm, works = plan.profile.scheduler == "slurm", plan.checked.work
     table = Table(
         "stage",
         "after",
@@ -208,36 +208,37 @@ def _graph(made: create.Plan, starts: dict[str, Start]) -> Table:
         "layout",
         "writes",
         *(["could start"] if slurm else []),
-        title=str(made.run.folder),
+        title=str(plan.run.folder),
         title_justify="left",
     )
-    for stage in made.stages:
-        asked, config = made.resources(stage), made.tables[stage.name]
-        gpus = (asked.nodes + asked.spares) * asked.gpus_per_node
-        nodes = f"{asked.nodes} + {asked.spares} spare" if asked.spares else str(asked.nodes)
-        layout = _layout(config, asked.ranks) if stage.trainer else ""
-        start, disk = [_start(stage.name, made, starts)] if slurm else [], made.checked.disk.get(stage.name)
+    for stage in plan.stages:
+        resources, config = plan.resources(stage), plan.tables[stage.name]
+        gpus = (resources.nodes + resources.spares) * resources.gpus_per_node
+        nodes = f"{resources.nodes} + {resources.spares} spare" if resources.spares else str(resources.nodes)
+        layout = _layout(config, resources.ranks) if stage.trainer else ""
+        start, disk = [_start(stage.name, plan, starts)] if slurm else [], plan.checked.disk.get(stage.name)
         work = works.get(stage.name)
         takes = [f"{work.hours:.3g}", str(work.requeues)] if work else [("?" if stage.trainer else ""), ""]
         table.add_row(
             stage.name,
             ", ".join(stage.parents) or "-",
             stage.module,
-            f"{nodes} x {asked.ranks_per_node}",
-            f"{asked.minutes / 60:.3g}",
-            f"{gpus * asked.minutes / 60:.4g}",
+            f"{nodes} x {resources.ranks_per_node}",
+            f"{resources.minutes / 60:.3g}",
+            f"{gpus * resources.minutes / 60:.4g}",
             *(takes if works else []),
             layout,
             "?" if disk is None else storage.amount(disk),
             *start,
         )
-    table.caption = f"{gpu_hours(made):.4g} GPU-hours, one job a stage at its time limit; profile {made.profile.name}: {made.reason}"
+    site = f"profile {plan.profile.name}: {plan.reason}"
+    table.caption = f"{gpu_hours(plan):.4g} GPU-hours, one job a stage at its time limit; {site}"
     if works:
-        whole, names = sum(work.gpu_hours for work in works.values()), ", ".join(works)
+        total_hours, names = sum(work.gpu_hours for work in works.values()), ", ".join(works)
         table.caption = (
-            f"GPU-hours: of one job a stage, at its time limit ({gpu_hours(made):.4g} together). By "
+            f"GPU-hours: of one job a stage, at its time limit ({gpu_hours(plan):.4g} together). By "
             f"the estimate {names} take "
-            f"{whole:.4g}; profile {made.profile.name}: {made.reason}"
+            f"{total_hours:.4g}; {site}"
         )
     return table
 
@@ -252,19 +253,19 @@ def _layout(config: dict, ranks: int) -> str:
     )
 
 
-def _start(stage: str, made: create.Plan, starts: dict[str, Start]) -> str:
+def _start(stage: str, plan: create.Plan, starts: dict[str, Start]) -> str:
     if stage not in starts or not starts[stage].when:
         return "?"
-    chosen = {one.name for one in made.stages}
-    waits = [parent for parent in made.graph[stage].parents if parent in chosen]
+    chosen = {one.name for one in plan.stages}
+    waits = [parent for parent in plan.graph[stage].parents if parent in chosen]
     return f"after {', '.join(waits)}" if waits else starts[stage].when.replace("T", " ")
 
 
-def _memory(made: create.Plan) -> Table:
+def _memory(plan: create.Plan) -> Table:
     table = Table(
         "stage", "model", "GB of each GPU", "of which", title="memory of a GPU, estimated", title_justify="left"
     )
-    for stage, estimate in made.checked.estimates.items():
+    for stage, estimate in plan.checked.estimates.items():
         models: dict[str, list[tuple[str, float]]] = {}
         for what, gb in estimate.lines:
             name, _, part = what.partition(": ")
@@ -291,23 +292,23 @@ def _memory(made: create.Plan) -> Table:
                 "of each rank, pinned: what waits for its turn",
                 end_section=True,
             )
-    limit = made.profile.gpu_memory_gb
+    limit = plan.profile.gpu_memory_gb
     table.caption = (
         f"a GPU has {limit:g} GB"
         if limit
-        else f"profile {made.profile.name} does not say what a GPU has: gpu_memory_gb"
+        else f"profile {plan.profile.name} does not say what a GPU has: gpu_memory_gb"
     )
     return table
 
 
-def _notes(made: create.Plan, starts: dict[str, Start]) -> list[Text]:
+def _notes(plan: create.Plan, starts: dict[str, Start]) -> list[Text]:
     """Disk, data, why Slurm can't say a start, requeues, and what may go wrong, a line each."""
-    checked, total = made.checked, sum(made.checked.disk.values())
+    checked, total = plan.checked, sum(plan.checked.disk.values())
     room = f"{storage.amount(checked.room.free_gb)} are {checked.room.where}"
     notes = [Text(f"disk: about {storage.amount(total)} at most at once; {room}" if checked.disk else f"disk: {room}")]
     notes += [Text(f"data: {checked.data}")] if checked.data else []
     notes += [Text(f"start: {why}") for why in dict.fromkeys(one.why for one in starts.values() if one.why)]
-    if made.profile.scheduler == "slurm" and (line := environment.note(made.profile.passed)):
+    if plan.profile.scheduler == "slurm" and (line := environment.note(plan.profile.passed)):
         notes.append(Text(f"environment: {line}"))
     for name, work in checked.work.items():
         if work.requeues:
@@ -323,15 +324,15 @@ def _notes(made: create.Plan, starts: dict[str, Start]) -> list[Text]:
     return notes
 
 
-def _asked(made: create.Plan, name: str) -> str:
-    asked = made.resources(made.graph[name])
-    where = f"partition {made.profile.partition}" if made.profile.partition else "the default partition"
-    return f"{asked.nodes + asked.spares} nodes x {asked.gpus_per_node} GPUs for {asked.minutes} min in {where}"
+def _asked(plan: create.Plan, name: str) -> str:
+    resources = plan.resources(plan.graph[name])
+    where = f"partition {plan.profile.partition}" if plan.profile.partition else "the default partition"
+    return f"{resources.nodes + resources.spares} nodes x {resources.gpus_per_node} GPUs for {resources.minutes} min in {where}"
 
 
-def _nodes_away(made: create.Plan) -> str:
+def _nodes_away(plan: create.Plan) -> str:
     """ "3 of 4 nodes are down or drained", "" where none is."""
-    partition = [f"--partition={made.profile.partition}"] if made.profile.partition else []
+    partition = [f"--partition={plan.profile.partition}"] if plan.profile.partition else []
     states = [
         line.rstrip("*~#!%$@^-").lower()
         for line in commands.call("sinfo", "-h", "-N", *partition, "-o", "%T").splitlines()

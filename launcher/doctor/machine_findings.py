@@ -158,12 +158,12 @@ def shell(variables: dict[str, str]) -> list[Finding]:
     """Variables of the shell that jobs don't get, or that are stored with them; no key's value."""
     names, line = environment.dropped(environ=variables), environment.note(environ=variables)
     words = line.partition(" in this shell: ")[2]
-    found = [say("the shell's variables", ", ".join(names), words, "note")] if names else []
+    findings = [say("the shell's variables", ", ".join(names), words, "note")] if names else []
     keys = sorted(
         name for name, value in variables.items() if KEYS.search(name) and value and not name.startswith("SLURM")
     )
     if keys:
-        found.append(
+        findings.append(
             say(
                 "keys in the shell",
                 ", ".join(keys),
@@ -173,7 +173,7 @@ def shell(variables: dict[str, str]) -> list[Finding]:
             )
         )
     if "SLURM_JOB_ID" in variables:
-        found.append(
+        findings.append(
             say(
                 "inside a job",
                 variables["SLURM_JOB_ID"],
@@ -181,4 +181,4 @@ def shell(variables: dict[str, str]) -> list[Finding]:
                 "job's SLURM_* variables; its jobs are jobs of their own",
             )
         )
-    return found
+    return findings

@@ -14,22 +14,22 @@ TE_FROM, TE_BELOW = (2, 9), (2, 12)
 CORE = "0.16.1"
 
 
-def of_node(seen: dict) -> list[Finding]:
+def of_node(facts: dict) -> list[Finding]:
     """Shared folder, driver, GPUs, torch, NCCL, packages, fabric, host name and ports of a node."""
-    where = f"Node {seen['host']}"
+    where = f"Node {facts['host']}"
     return [
-        *_canary(where, seen["canary"]),
-        *_lock(where, seen["canary"], seen.get("lock")),
-        *_gpus(where, seen),
-        *_torch(where, seen),
-        _core(where, seen["packages"]),
-        _engine(where, seen["packages"]),
-        _apex(where, seen["apex"]),
-        _flash(where, seen["packages"]),
-        *_fabric(where, seen),
-        *_name(where, seen),
-        *_memory(where, seen),
-        ports(where, *seen["ports"]),
+        *_canary(where, facts["canary"]),
+        *_lock(where, facts["canary"], facts.get("lock")),
+        *_gpus(where, facts),
+        *_torch(where, facts),
+        _core(where, facts["packages"]),
+        _engine(where, facts["packages"]),
+        _apex(where, facts["apex"]),
+        _flash(where, facts["packages"]),
+        *_fabric(where, facts),
+        *_name(where, facts),
+        *_memory(where, facts),
+        ports(where, *facts["ports"]),
     ]
 
 
@@ -83,8 +83,8 @@ def _lock(where: str, canary: str | None, lock: str | None) -> list[Finding]:
     return [Finding(where, "locks", lock, "a lock can't be tried there", "note")]
 
 
-def _gpus(where: str, seen: dict) -> list[Finding]:
-    if not seen["driver"]:
+def _gpus(where: str, facts: dict) -> list[Finding]:
+    if not facts["driver"]:
         return [
             Finding(
                 where,
@@ -95,18 +95,18 @@ def _gpus(where: str, seen: dict) -> list[Finding]:
                 {"device": "cpu"},
             )
         ]
-    found, gpus = [Finding(where, "driver", seen["driver"], "NVIDIA's")], seen["gpus"]
+    findings, gpus = [Finding(where, "driver", facts["driver"], "NVIDIA's")], facts["gpus"]
     memory = f", {gpus[0]['memory_gb']} GiB" if gpus and gpus[0]["memory_gb"] else ""
     names = f"{len(gpus)} x {gpus[0]['name']}{memory}" if gpus else "none"
-    found.append(Finding(where, "GPUs", names, "as many as doctor's own job was given"))
+    findings.append(Finding(where, "GPUs", names, "as many as doctor's own job was given"))
     if any(gpu["mig"] for gpu in gpus):
-        found.append(
+        findings.append(
             Finding(
                 where, "MIG", "on", "the GPUs are split, and NCCL can't connect the parts: ask for whole ones", "bad"
             )
         )
     if busy := [gpu["used_mb"] for gpu in gpus if gpu["ours"] and gpu["used_mb"] > 1000]:
-        found.append(
+        findings.append(
             Finding(
                 where,
                 "GPU memory",
@@ -115,11 +115,11 @@ def _gpus(where: str, seen: dict) -> list[Finding]:
                 "bad",
             )
         )
-    return found
+    return findings
 
 
-def _torch(where: str, seen: dict) -> list[Finding]:
-    torch = seen["torch"]
+def _torch(where: str, facts: dict) -> list[Finding]:
+    torch = facts["torch"]
     if "error" in torch:
         return [
             Finding(
@@ -132,9 +132,9 @@ def _torch(where: str, seen: dict) -> list[Finding]:
         ]
     value = f"{torch['version']}, CUDA {torch['cuda'] or 'none'}"
     if torch["available"]:
-        found = [Finding(where, "torch", value, "sees the GPUs")]
-    elif seen["driver"]:
-        found = [
+        findings = [Finding(where, "torch", value, "sees the GPUs")]
+    elif facts["driver"]:
+        findings = [
             Finding(
                 where,
                 "torch",
@@ -144,10 +144,10 @@ def _torch(where: str, seen: dict) -> list[Finding]:
             )
         ]
     else:
-        found = [Finding(where, "torch", value, "ranks run on the CPU")]
+        findings = [Finding(where, "torch", value, "ranks run on the CPU")]
     if torch["gpus"]:
         memory = round(torch["gpus"][0][1] / 1e9, 1)
-        found.append(
+        findings.append(
             Finding(
                 where,
                 "memory of a GPU",
@@ -159,13 +159,13 @@ def _torch(where: str, seen: dict) -> list[Finding]:
         )
     if torch["nccl"]:
         old = tuple(int(part) for part in torch["nccl"].split(".")[:2]) < (2, 21)
-        said = (
+        note = (
             "does not find the RoCE address by itself: NCCL_IB_GID_INDEX has to be set"
             if old
             else "finds the RoCE address by itself"
         )
-        found.append(Finding(where, "NCCL", torch["nccl"], said, "note" if old else "ok"))
-    return found
+        findings.append(Finding(where, "NCCL", torch["nccl"], note, "note" if old else "ok"))
+    return findings
 
 
 def _core(where: str, have: dict) -> Finding:
@@ -238,9 +238,9 @@ def _flash(where: str, have: dict) -> Finding:
     )
 
 
-def _fabric(where: str, seen: dict) -> list[Finding]:
+def _fabric(where: str, facts: dict) -> list[Finding]:
     """The RDMA adapters that are active; the slower ones are taken to serve storage."""
-    fast = [one for one in seen["adapters"] if one["active"]]
+    fast = [one for one in facts["adapters"] if one["active"]]
     if not fast:
         return [
             Finding(where, "fabric", "no RDMA adapter", "ranks on several nodes talk over TCP: slow, but right", "note")
@@ -248,24 +248,26 @@ def _fabric(where: str, seen: dict) -> list[Finding]:
     top = max(one["gbps"] for one in fast)
     chosen, slower = ([one["name"] for one in fast if (one["gbps"] == top) is wanted] for wanted in (True, False))
     layer = next(one["layer"] for one in fast if one["gbps"] == top)
-    settings: dict = {"network": _table(layer, top, [gpu["name"] for gpu in seen["gpus"]])}
+    settings: dict = {"network": _table(layer, top, [gpu["name"] for gpu in facts["gpus"]])}
     if slower:
         settings["environment"] = {"NCCL_IB_HCA": "=" + ",".join(chosen)}
-    left = f"; {', '.join(slower)} is slower (storage?) and left out" if slower else ""
-    found = [
-        Finding(where, "fabric", f"{layer} {top} Gb/s: {', '.join(chosen)}", f"NCCL uses it{left}", "ok", settings)
+    slower_note = f"; {', '.join(slower)} is slower (storage?) and left out" if slower else ""
+    findings = [
+        Finding(
+            where, "fabric", f"{layer} {top} Gb/s: {', '.join(chosen)}", f"NCCL uses it{slower_note}", "ok", settings
+        )
     ]
-    if 0 <= seen["locked_memory"] < 2**30:
-        found.append(
+    if 0 <= facts["locked_memory"] < 2**30:
+        findings.append(
             Finding(
                 where,
                 "locked memory",
-                f"{seen['locked_memory'] // 1024} KiB",
+                f"{facts['locked_memory'] // 1024} KiB",
                 "RDMA needs it unlimited, NCCL fails without: ask the site for PropagateResourceLimitsExcept=MEMLOCK",
                 "bad",
             )
         )
-    return found
+    return findings
 
 
 def _table(layer: str, gbps: int, gpus: list[str]) -> str:
@@ -279,16 +281,16 @@ def _table(layer: str, gbps: int, gpus: list[str]) -> str:
     return "auto"
 
 
-def _name(where: str, seen: dict) -> list[Finding]:
+def _name(where: str, facts: dict) -> list[Finding]:
     """Whether the host's name means an address that other nodes reach."""
-    if seen["address"] and not seen["address"].startswith("127."):
+    if facts["address"] and not facts["address"].startswith("127."):
         return []
-    choice = seen["interfaces"][0] if seen["interfaces"] else "eth0"
+    choice = facts["interfaces"][0] if facts["interfaces"] else "eth0"
     return [
         Finding(
             where,
             "host name",
-            seen["address"] or "does not resolve",
+            facts["address"] or "does not resolve",
             "gloo takes the address of the host's name, which others "
             f'can\'t reach: environment = {{ GLOO_SOCKET_IFNAME = "{choice}" }} where a stage has several nodes',
             "note",
@@ -296,14 +298,14 @@ def _name(where: str, seen: dict) -> list[Finding]:
     ]
 
 
-def _memory(where: str, seen: dict) -> list[Finding]:
-    if seen["shm_gb"] >= 1:
+def _memory(where: str, facts: dict) -> list[Finding]:
+    if facts["shm_gb"] >= 1:
         return []
     return [
         Finding(
             where,
             "/dev/shm",
-            f"{seen['shm_gb']} GiB",
+            f"{facts['shm_gb']} GiB",
             "too small: NCCL passes data between the GPUs of a node through it",
             "bad",
         )

@@ -61,20 +61,20 @@ def examine(partition: str | None, profile: Profile | None, on_node: bool, timeo
     uses.
     """
     reason = commands.unusable()
-    found = (
+    findings = (
         [Finding("Slurm", "Slurm", "none", _without(reason), "note")]
         if reason
         else ask_slurm(partition or (profile.partition if profile else None))
     )
-    found += here(Path.cwd(), "" if reason else commands.call("srun", "--help"))
+    findings += here(Path.cwd(), "" if reason else commands.call("srun", "--help"))
     if on_node:
         options = {
             "name": "doctor",
             "scheduler": "local" if reason else "slurm",
-            **({} if reason else Report(found).settings),
+            **({} if reason else Report(findings).settings),
         }
-        found += look_at_node(profile or Profile(**options), timeout_s)
-    return Report(found)
+        findings += look_at_node(profile or Profile(**options), timeout_s)
+    return Report(findings)
 
 
 def _without(reason: str) -> str:
@@ -95,20 +95,20 @@ def ask_slurm(partition: str | None) -> list[Finding]:
         raise ConfigError(
             f"--partition {partition}: no such partition; there are: {', '.join(one.name for one in partitions)}"
         )
-    made = slurm_findings.slurm_findings(config, accounts(config))
-    made += slurm_findings.partition_findings(
+    findings = slurm_findings.slurm_findings(config, accounts(config))
+    findings += slurm_findings.partition_findings(
         partitions, chosen, "MEMORY" in config.get("SelectTypeParameters", "").upper()
     )
     if chosen and not chosen.gpus:
-        made.append(Finding("GPUs", chosen.name, "none", "its nodes have no GPUs: ranks run on the CPU", "note"))
+        findings.append(Finding("GPUs", chosen.name, "none", "its nodes have no GPUs: ranks run on the CPU", "note"))
     if names := re.findall(
         r"^ReservationName=(\S+)", commands.call("scontrol", "show", "reservation", "-o"), re.MULTILINE
     ):
-        made.append(
+        findings.append(
             Finding("Partitions", "reservations", ", ".join(names), 'to use one: reservation = "..." in the profile')
         )
     order = ("Slurm", "GPUs", "Partitions")
-    return sorted(made, key=lambda one: order.index(one.section))
+    return sorted(findings, key=lambda one: order.index(one.section))
 
 
 def accounts(config: slurm_findings.Known) -> list[str]:
@@ -128,12 +128,12 @@ def look_at_node(profile: Profile, timeout_s: int) -> list[Finding]:
     """Run launcher/slurm/node_probe.py on one node, through srun where there is Slurm, and judge
     what it says."""
     folder = Path("runs") if Path("runs").is_dir() else Path()
-    canary, word = (folder / f".convoy-doctor-{secrets.token_hex(4)}").absolute(), secrets.token_hex(8)
-    python = [sys.executable, "-", str(canary), word]
+    canary, token = (folder / f".convoy-doctor-{secrets.token_hex(4)}").absolute(), secrets.token_hex(8)
+    python = [sys.executable, "-", str(canary), token]
     command = (
         [*node_srun(profile, timeout_s), *container.inside(profile, python)] if profile.scheduler == "slurm" else python
     )
-    write_text(canary, word)
+    write_text(canary, token)
     try:
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(ConfigError):  # no locks here: ``here`` says so
@@ -141,9 +141,9 @@ def look_at_node(profile: Profile, timeout_s: int) -> list[Finding]:
             code, out, err = run_on_node(command, timeout_s, environment.for_sbatch(profile.passed))
     finally:
         canary.unlink()
-    said = next((line[len(NODE_MARK) :] for line in out.splitlines() if line.startswith(NODE_MARK)), None)
-    if said:
-        return node_findings.of_node(json.loads(said))
+    answer = next((line[len(NODE_MARK) :] for line in out.splitlines() if line.startswith(NODE_MARK)), None)
+    if answer:
+        return node_findings.of_node(json.loads(answer))
     if code is None or re.search(r"nodes are busy|[Ii]mmediate|timed out|QOS.*[Ll]imit", err):
         return [
             Finding(

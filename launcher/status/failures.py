@@ -1,4 +1,4 @@
-"""What a person sees besides status: the plan, and what to read when something failed."""
+"""The console for what is printed, and what to read when a stage failed."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from launcher.status.terminal import PIPE_WIDTH, columns_of, plain
 
 
 class Plain(Console):
-    """Shows text of others as it stands: "[red]" is no colour, an escape no command of the
-    terminal."""
+    """A console that shows foreign text as it stands.
+
+    "[red]" gives no colour, and an escape sequence does nothing to the terminal.
+    """
 
     def __init__(self):
         super().__init__(highlight=False, soft_wrap=True, markup=False, emoji=False)
@@ -25,22 +27,22 @@ class Plain(Console):
 
 def console() -> Console:
     """Wide enough for one line a stage when the output is a file or a pipe."""
-    made = Plain()
-    made.width = columns_of(made.width) if made.is_terminal else max(made.width, PIPE_WIDTH)
-    return made
+    console = Plain()
+    console.width = columns_of(console.width) if console.is_terminal else max(console.width, PIPE_WIDTH)
+    return console
 
 
-def failures(seen: RunStatus, stages: list[str]) -> list[str]:
+def failures(status: RunStatus, stages: list[str]) -> list[str]:
     """For each stage that did not end well: its cause, what to do about it, and where its log
     is."""
-    run, said = seen.run, []
-    for row in seen.stages:
+    run, texts = status.run, []
+    for row in status.stages:
         if row.stage in stages and row.state in state.BAD:
             logs = attempts(run, row.stage)
             advice = f"  do: {row.advice}\n" if row.advice else ""
-            said.append(
+            texts.append(
                 f"{row.stage} {row.state_word}: {row.why}\n{advice}  log: "
                 f"{logs[-1] if logs else run.stage(row.stage) / 'logs'}\n"
                 f"  then: python -m launcher resume {run.folder}"
             )
-    return said
+    return texts

@@ -135,10 +135,10 @@ def follow(run: Run, stage: str | None, choice: Choice | None = None, last: int 
     )
     yield from (text_of(group, several) for group in old)
     for lines in tails.follow(None if several else stage):
-        said = [group for line in lines if choice.wants(line) for group in groups.add(line)]
+        new_groups = [group for line in lines if choice.wants(line) for group in groups.add(line)]
         if not lines:
-            said += groups.rest()
-        yield from (text_of(group, several) for group in said)
+            new_groups += groups.rest()
+        yield from (text_of(group, several) for group in new_groups)
 
 
 @dataclass
@@ -169,14 +169,14 @@ def _tail(
     ends, window = spans.ends if spans else None, TAIL_BYTES
     while True:
         near = Spans(ends, window)
-        found = deque(collapsed(filter(choice.wants, _lines_of(run, names, attempt, near))), maxlen=last)
+        last_groups = deque(collapsed(filter(choice.wants, _lines_of(run, names, attempt, near))), maxlen=last)
         cut = max((_after(stamp) for stamp in near.begun.values()), default="")
-        if not near.begun or len(found) == last and all(group.line.stamp >= cut for group in found):
-            return list(found)
+        if not near.begun or len(last_groups) == last and all(group.line.stamp >= cut for group in last_groups):
+            return list(last_groups)
         if window >= MOST_TAIL_BYTES:
             chosen = choice.errors or choice.tags is not None
             everything = collapsed(filter(choice.wants, _lines_of(run, names, attempt, Spans(ends))))
-            return list(deque(everything, maxlen=last)) if chosen else list(found)
+            return list(deque(everything, maxlen=last)) if chosen else list(last_groups)
         window *= 4
 
 
@@ -227,8 +227,8 @@ class Tails:
             if (
                 now != size or time.monotonic() > looked + LOOK_S
             ):  # ends stand in the ledger; of some only the queue knows
-                seen = state.statuses_of([self.run], queue)[0]
-                rows = [row for row in seen.stages if stage in (None, row.stage)]
+                status = state.statuses_of([self.run], queue)[0]
+                rows = [row for row in status.stages if stage in (None, row.stage)]
                 ended, looked, size = not any(row.state in state.ACTIVE for row in rows), time.monotonic(), now
             lines = self.new(whole=not ended)
             yield lines
@@ -240,7 +240,7 @@ class Tails:
     def new(self, whole: bool = True) -> list[Line]:
         """Lines since the last call, by time; with ``whole`` a line still being written is left for
         the next."""
-        found = []
+        new_lines = []
         for stage, path in self._files():
             try:
                 with open(open_regular(path), "rb") as file:
@@ -254,8 +254,8 @@ class Tails:
             for text in _split(data.decode(errors="replace")):
                 line = parse(text, stage, _tag(path), self.stamp.get(path, ""))
                 self.stamp[path] = line.stamp
-                found.append(line)
-        return sorted(found, key=lambda line: line.stamp)
+                new_lines.append(line)
+        return sorted(new_lines, key=lambda line: line.stamp)
 
     def _files(self) -> list[tuple[str, Path]]:
         return [
@@ -346,19 +346,19 @@ def _number(path: Path) -> int:
 
 def _tags(text: str) -> frozenset[str]:
     """The tags that ``--rank`` names."""
-    found: set[str] = set()
+    tags: set[str] = set()
     for part in text.split(","):
         first, dash, end = part.strip().partition("-")
         if first.isdigit() and (end.isdigit() if dash else True):
-            found |= {str(number) for number in range(int(first), int(end or first) + 1)}
+            tags |= {str(number) for number in range(int(first), int(end or first) + 1)}
         elif part.strip() in PROGRAM_TAGS:
-            found.add(part.strip())
+            tags.add(part.strip())
         else:
             raise ConfigError(
                 f"--rank {text}: {part!r} is no rank; expected numbers, ranges such as 0-7, launcher, srun or slurm, "
                 "with commas between"
             )
-    return frozenset(found)
+    return frozenset(tags)
 
 
 def _check(run: Run, stage: str, attempt: str) -> None:

@@ -23,11 +23,11 @@ def make(paths: Sequence[Path], output: Path | None) -> Path:
     named = [path for path in paths if path not in evaluations]
     runs = Runs.open(named, Path("runs")) if named else []
     broken: list[str] = []
-    seen = state.statuses_of(runs, broken=broken)
+    statuses = state.statuses_of(runs, broken=broken)
     for line in broken:  # its files are damaged: the report names them
         say(f"its state can't be told: {line}; the report shows what there is", err=True)
-    for one in seen:
-        run, waiting = one.run, [row for row in one.stages if row.state != "done"]
+    for status in statuses:
+        run, waiting = status.run, [row for row in status.stages if row.state != "done"]
         if waiting:
             why = f" ({waiting[0].why})" if waiting[0].why else ""
             say(

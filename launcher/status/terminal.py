@@ -38,6 +38,6 @@ def width() -> int:
     )
 
 
-def columns_of(said: int) -> int:
+def columns_of(reported: int) -> int:
     """A terminal that says 0 (a job's, an editor's, a new pseudo terminal) does not know."""
-    return max(said, LEAST_WIDTH) if said > 0 else UNKNOWN_WIDTH
+    return max(reported, LEAST_WIDTH) if reported > 0 else UNKNOWN_WIDTH
