@@ -128,7 +128,7 @@ def scripts_of(plan: create.Plan | Sweep) -> dict[str, str]:
 
 def carry_out(plan: create.Plan | Sweep, wait: bool, out: Console) -> int:
     """Create and start it; the command's exit code."""
-    from launcher.submit import start, sweep
+    from launcher.submit import start, start_sweep, sweep
 
     first = plan if isinstance(plan, create.Plan) else plan.plans[0]
     if first.profile.scheduler == "slurm" and (reason := commands.unusable()):
@@ -145,7 +145,7 @@ def carry_out(plan: create.Plan | Sweep, wait: bool, out: Console) -> int:
         return start.start(run, plan.stages, wait)
     folder = sweep.create(plan)
     _say_data(first, first.run, out)
-    return sweep.begin(folder, first.stages, wait)
+    return start_sweep.start_sweep(folder, first.stages, wait)
 
 
 def _say_data(plan: create.Plan, run: Run, out: Console) -> None:
@@ -157,7 +157,7 @@ def _say_data(plan: create.Plan, run: Run, out: Console) -> None:
 
 def go_on(runs: Runs, wait: bool) -> int:
     """Start what is left of a run, or of a sweep; the command's exit code."""
-    from launcher.submit import start, sweep
+    from launcher.submit import start, start_sweep
 
     stages = runs[0].selected()
     if rest := [name for name in runs[0].stages if name not in {stage.name for stage in stages}]:
@@ -165,7 +165,7 @@ def go_on(runs: Runs, wait: bool) -> int:
             f"submitted until {stages[-1].name}: {', '.join(rest)} not started; --until STAGE or --all changes it",
             flush=True,
         )
-    return sweep.begin(runs.sweeps[0], stages, wait) if runs.sweeps else start.start(runs[0], stages, wait)
+    return start_sweep.start_sweep(runs.sweeps[0], stages, wait) if runs.sweeps else start.start(runs[0], stages, wait)
 
 
 def parse_start(text: str) -> Start:

@@ -14,7 +14,7 @@ PACKAGES = ("launcher", "training", "conversion", "eval")
 LIGHT = [
     "launcher.job.supervise",
     "launcher.submit.local",
-    "launcher.submit.sweep",
+    "launcher.submit.start_sweep",
     "launcher.slurm.transaction",
     "launcher.slurm.node_probe",
     "launcher.job.node_check",
@@ -80,7 +80,7 @@ def test_help_starts_nothing(command, tmp_path):
         ["launcher.job.supervise"],
         ["training.data.prepare", "nowhere.json"],
         ["training.data.peek"],
-        ["launcher.submit.sweep"],
+        ["launcher.submit.start_sweep"],
         ["training.data.prepare", "a", "b"],
     ],
 )

@@ -53,7 +53,7 @@ def _compare(sweeps: tuple[Path, ...], as_json: bool) -> None:
     """Print the runs of each sweep side by side."""
     from launcher.run.folder import sweep_of
     from launcher.status import failures
-    from launcher.submit import sweep
+    from launcher.submit import job_array, sweep
 
     if as_json:
         click.echo(
@@ -62,7 +62,7 @@ def _compare(sweeps: tuple[Path, ...], as_json: bool) -> None:
         return
     for folder in sweeps:
         failures.console().print(sweep.table(folder))
-        if unwritten := len(sweep_of(folder)["values"]) - len(sweep.members(folder)):
+        if unwritten := len(sweep_of(folder)["values"]) - len(job_array.members(folder)):
             say(f"{folder}: {unwritten} of its runs were never written: the same submit command completes it", err=True)
 
 

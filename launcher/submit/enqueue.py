@@ -1,17 +1,19 @@
-"""What of a run has to be queued with Slurm, and the jobs that does it."""
+"""Queue what is left of a run, or of a sweep's runs: which stages need a job, and the jobs."""
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 from launcher.config import key_file
 from launcher.config.sections import build_plain
 from launcher.config.stages import Stage
 from launcher.run import manifest
-from launcher.run.folder import Failed, Run, write_text
+from launcher.run.folder import Failed, Run, sweep_of, write_text
 from launcher.slurm import queue as jobs
 from launcher.slurm import script as sbatch
 from launcher.slurm import transaction
+from launcher.submit.job_array import SweepRun, array_script, members
 from launcher.submit.rewind import descendants, move_stale_aside
 
 
@@ -23,9 +25,7 @@ def queue(run: Run, stages: list[Stage]) -> dict[str, int | str]:
     half queued is settled before.
     """
     if "sweep" in run.config["run"]:
-        from launcher.submit import sweep  # late: it builds on this file
-
-        return dict(sweep.queue(run.folder.parent, stages, run.config["run"]["sweep"]["index"]))
+        return dict(queue_sweep(run.folder.parent, stages, run.config["run"]["sweep"]["index"]))
     with transaction.patient(run.lock):
         transaction.settle(run)
         chain, alive = missing(run, stages, jobs.of_run(run))
@@ -42,6 +42,56 @@ def queue(run: Run, stages: list[Stage]) -> dict[str, int | str]:
                 transaction.Step(stage.name, run.id, script, stage.parents, waits, without=keys, passed=profile.passed)
             )
         return transaction.submit(run, steps) if steps else {}
+
+
+def queue_sweep(folder: Path, stages: list[Stage], only: int | None = None) -> list[tuple[str, str]]:
+    """Queue what is neither done nor queued, of element ``only`` or of all: those with the same
+    stages left make one array a stage.
+
+    Returns (stage, "job[elements]") of each array.
+    """
+    book, said = Run(folder), []
+    with transaction.patient(book.lock):
+        transaction.settle(book)
+        groups: dict[tuple, list[SweepRun]] = {}
+        chosen = members(folder) if only is None else [members(folder)[only]]
+        known = jobs.of_runs([member.run for member in chosen])
+        for member in chosen:
+            todo, alive = missing(member.run, stages, known[member.run.id])
+            move_stale_aside(member.run, todo)
+            waits = {
+                parent: int(alive[parent].element.partition("_")[0])
+                for stage in todo
+                for parent in stage.parents
+                if parent in alive
+            }
+            groups.setdefault((tuple(stage.name for stage in todo), tuple(waits.items())), []).append(member)
+        for number, ((names, waits), held) in enumerate(groups.items()):
+            if names:
+                todo = [held[0].run.stages[name] for name in names]
+                said += _queue_group(book, f"{number}" if len(groups) > 1 else "", todo, dict(waits), held)
+    return said
+
+
+def _queue_group(
+    book: Run, mark: str, stages: list[Stage], waits: dict[str, int], held: list[SweepRun]
+) -> list[tuple[str, str]]:
+    identity, array = sweep_of(book.folder)["id"], ",".join(str(member.index) for member in held)
+    steps, profile = [], held[0].run.profile
+    keys, passed = key_file.names(profile), profile.passed
+    for stage in stages:
+        path = book.folder / "scripts" / f"{stage.name}{mark and f'-{mark}'}.sbatch"
+        write_text(path, array_script(book.folder, identity, stage, held))
+        for member in held:
+            (member.run.stage(stage.name) / "logs").mkdir(parents=True, exist_ok=True)
+        before = tuple((parent, waits[parent]) for parent in stage.parents if parent in waits)
+        steps.append(
+            transaction.Step(stage.name, identity, path, stage.parents, before, "aftercorr", array, keys, passed)
+        )
+    made = transaction.submit(book, steps)
+    for member, stage in itertools.product(held, stages):
+        member.run.record("submitted", stage=stage.name, job=made[stage.name], element=member.index, after=[])
+    return [(stage, f"{job}[{array}]") for stage, job in made.items()]
 
 
 def missing(run: Run, stages: list[Stage], known: dict[str, jobs.Job]) -> tuple[list[Stage], dict[str, jobs.Job]]:

@@ -13,47 +13,26 @@ import itertools
 import json
 import math
 import secrets
-import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher import run_module
 from launcher.checks import disk
-from launcher.config import environment
-from launcher.config import key_file as passwords
-from launcher.config.sections import build_plain, parse_set, tomllib
-from launcher.config.stages import Stage, prepare_config
-from launcher.run import manifest
-from launcher.run.folder import SWEEP, Busy, Run, elements, hash_of, sweep_of, write_json, write_text
-from launcher.slurm import commands, transaction
-from launcher.slurm import queue as jobs
-from launcher.slurm import script as sbatch
+from launcher.config.sections import parse_set, tomllib
+from launcher.config.stages import prepare_config
+from launcher.run.folder import SWEEP, Run, hash_of, sweep_of, write_json
+from launcher.slurm import transaction
 from launcher.status import state
 from launcher.status import table as screen
 from launcher.submit import create as submit
-from launcher.submit import enqueue, start
-from launcher.submit.rewind import move_stale_aside
-from training.config.schema import usage
+from launcher.submit.job_array import SweepRun, array_script, members, values_text
 from training.errors import ConfigError
 
 MOST = 1000
 """Elements; MaxArraySize of Slurm is 1001 unless the site says otherwise."""
 SAME_FOR_ALL = ("model", "resources")
 """Sections that no element may change: an array asks for the same nodes and time for all."""
-
-
-@dataclass(frozen=True)
-class Member:
-    """One element of a sweep."""
-
-    index: int
-    run: Run
-    values: dict
-    """Key, e.g. "sft.lr", -> value."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +54,7 @@ def plan(texts: list[str], make: Callable[[list[str], str, Path], submit.Plan], 
     known = read(folder) if (folder / SWEEP).exists() else None
     if known and known["values"] != values:
         raise ConfigError(
-            f"{folder} was submitted with another sweep: {_words(known['values'])}; "
+            f"{folder} was submitted with another sweep: {values_text(known['values'])}; "
             "give the new one another --name, or repeat the old one's --sweep"
         )
     identity = known["id"] if known else f"{name}-{secrets.token_hex(4)}"
@@ -97,10 +76,10 @@ def plan(texts: list[str], make: Callable[[list[str], str, Path], submit.Plan], 
 def scripts(made: Sweep) -> dict[str, str]:
     """Stage -> text of its array's batch script, as it will be queued; writes nothing."""
     held = [
-        Member(index, submit.Draft(one), values)
+        SweepRun(index, submit.Draft(one), values)
         for index, (one, values) in enumerate(zip(made.plans, made.values, strict=True))
     ]
-    return {stage.name: script(made.folder, made.identity, stage, held) for stage in made.plans[0].stages}
+    return {stage.name: array_script(made.folder, made.identity, stage, held) for stage in made.plans[0].stages}
 
 
 def combinations(texts: list[str]) -> list[dict]:
@@ -153,140 +132,6 @@ def create(made: Sweep) -> Path:
 
 def read(folder: Path) -> dict:
     return sweep_of(folder)
-
-
-def members(folder: Path) -> list[Member]:
-    """The runs of a sweep, by index."""
-    values = sweep_of(folder)["values"]
-    return [Member(int(run.folder.name), run, values[int(run.folder.name)]) for run in elements(folder)]
-
-
-def begin(folder: Path, stages: list[Stage], wait: bool) -> int:
-    """Run or queue what is left of every element; the command's exit code: with ``wait`` 1 when one
-    failed."""
-    out, found = start.console(), members(folder)
-    if not any(manifest.left(member.run, stages) for member in found):
-        out.print(f"{folder}: {', '.join(stage.name for stage in stages)} of all runs done: nothing left to do")
-        return 0
-    if found[0].run.config["profile"]["scheduler"] != "slurm":
-        if busy := [member.run for member in found if member.run.runner()]:
-            out.print(
-                f"{busy[0].folder} is being worked on by {start.other_worker(busy[0], False)}: nothing new is started"
-            )
-            return start.wait_for([member.run for member in found], [stage.name for stage in stages]) if wait else 0
-        if wait:
-            return run_here(folder, stages)
-        command = run_module.command("launcher.submit.sweep", str(folder), *(stage.name for stage in stages))
-        with open(folder / "runner.log", "a", encoding="utf-8") as log:
-            process = subprocess.Popen(
-                command,
-                env=environment.outside(),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        out.print(f"started in the background: process {process.pid}, one element after the other")
-    else:
-        made = queue(folder, stages)
-        out.print(
-            "queued: " + ", ".join(f"{stage} {job}" for stage, job in made)
-            if made
-            else "everything that is left is queued already"
-        )
-        if wait:
-            return start.wait_for([member.run for member in found], [stage.name for stage in stages])
-    out.print(f"python -m launcher status {folder} compares them, cancel stops them")
-    return 0
-
-
-def run_here(folder: Path, stages: list[Stage]) -> int:
-    """Every element here, one after the other; one that fails stops no other."""
-    codes = []
-    for member in members(folder):
-        if manifest.left(member.run, stages):
-            start.console().print(f"{member.run.folder}: {_words([member.values])}")
-            try:
-                codes.append(start.run_here(member.run, stages))
-            except Busy:
-                start.console().print(f"{member.run.folder} is being worked on by another command: left to it")
-                codes.append(1)
-        if 130 in codes:
-            return 130
-    return max(codes, default=0)
-
-
-def queue(folder: Path, stages: list[Stage], only: int | None = None) -> list[tuple[str, str]]:
-    """Queue what is neither done nor queued, of element ``only`` or of all: those with the same
-    stages left make one array a stage.
-
-    Returns (stage, "job[elements]") of each array.
-    """
-    book, said = Run(folder), []
-    with transaction.patient(book.lock):
-        transaction.settle(book)
-        groups: dict[tuple, list[Member]] = {}
-        chosen = members(folder) if only is None else [members(folder)[only]]
-        known = jobs.of_runs([member.run for member in chosen])
-        for member in chosen:
-            todo, alive = enqueue.missing(member.run, stages, known[member.run.id])
-            move_stale_aside(member.run, todo)
-            waits = {
-                parent: int(alive[parent].element.partition("_")[0])
-                for stage in todo
-                for parent in stage.parents
-                if parent in alive
-            }
-            groups.setdefault((tuple(stage.name for stage in todo), tuple(waits.items())), []).append(member)
-        for number, ((names, waits), held) in enumerate(groups.items()):
-            if names:
-                todo = [held[0].run.stages[name] for name in names]
-                said += _queue_group(book, f"{number}" if len(groups) > 1 else "", todo, dict(waits), held)
-    return said
-
-
-def _queue_group(
-    book: Run, mark: str, stages: list[Stage], waits: dict[str, int], held: list[Member]
-) -> list[tuple[str, str]]:
-    identity, array = read(book.folder)["id"], ",".join(str(member.index) for member in held)
-    steps, profile = [], held[0].run.profile
-    keys, passed = passwords.names(profile), profile.passed
-    for stage in stages:
-        path = book.folder / "scripts" / f"{stage.name}{mark and f'-{mark}'}.sbatch"
-        write_text(path, script(book.folder, identity, stage, held))
-        for member in held:
-            (member.run.stage(stage.name) / "logs").mkdir(parents=True, exist_ok=True)
-        before = tuple((parent, waits[parent]) for parent in stage.parents if parent in waits)
-        steps.append(
-            transaction.Step(stage.name, identity, path, stage.parents, before, "aftercorr", array, keys, passed)
-        )
-    made = transaction.submit(book, steps)
-    for member, stage in itertools.product(held, stages):
-        member.run.record("submitted", stage=stage.name, job=made[stage.name], element=member.index, after=[])
-    return [(stage, f"{job}[{array}]") for stage, job in made.items()]
-
-
-def script(folder: Path, identity: str, stage: Stage, held: list[Member]) -> str:
-    """The batch script of a stage's array: index -> run folder in plain sight."""
-    config = held[0].run.config
-    resources = getattr(build_plain("resources", config["resources"]), stage.name)
-    cases = [
-        f"  {member.index}) run={shlex.quote(str(folder / str(member.index)))} ;;  # {_words([member.values])}"
-        for member in held
-    ]
-    cases += ['  *) echo "element $SLURM_ARRAY_TASK_ID is none of this sweep" >&2; exit 64 ;;']
-    site, supervise = held[0].run.profile, sbatch.supervise_here()
-    return sbatch.script(
-        sbatch.JobRequest(
-            name=f"{identity}.{stage.name}",
-            comment=commands.comment(identity, stage.name),
-            resources=resources,
-            profile=site,
-            output=f"{str(folder).replace('%', '%%')}/%a/{stage.name}/logs/slurm-%A_%a.out",
-            setup=('case "$SLURM_ARRAY_TASK_ID" in', *cases, "esac"),
-            command=f'{shlex.join(supervise)} "$run" {stage.name}',
-        )
-    )
 
 
 def comparison(folder: Path) -> list[dict]:
@@ -372,21 +217,3 @@ def _leaf(value):
     while isinstance(value, dict):
         value = next(iter(value.values()))
     return value
-
-
-def _words(values: list[dict]) -> str:
-    """On one line, also of texts with line breaks."""
-    return "; ".join(", ".join(f"{key}={json.dumps(value)}" for key, value in one.items()) for one in values)
-
-
-def main(arguments: list[str]) -> int:
-    """The elements one after the other, in the background."""
-    ended = usage(arguments, "launcher.submit.sweep", "SWEEP STAGE...", __doc__)
-    if ended is not None:
-        return ended
-    folder = Path(arguments[0])
-    return run_here(folder, [elements(folder)[0].stages[name] for name in arguments[1:]])
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
