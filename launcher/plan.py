@@ -228,7 +228,7 @@ def _graph(plan: create.Plan, starts: dict[str, Start]) -> Table:
             f"{gpus * resources.minutes / 60:.4g}",
             *(takes if works else []),
             layout,
-            "?" if disk is None else storage.amount(disk),
+            "?" if disk is None else storage.format_gb(disk),
             *start,
         )
     site = f"profile {plan.profile.name}: {plan.reason}"
@@ -304,8 +304,10 @@ def _memory(plan: create.Plan) -> Table:
 def _notes(plan: create.Plan, starts: dict[str, Start]) -> list[Text]:
     """Disk, data, why Slurm can't say a start, requeues, and what may go wrong, a line each."""
     checked, total = plan.checked, sum(plan.checked.disk.values())
-    room = f"{storage.amount(checked.room.free_gb)} are {checked.room.where}"
-    notes = [Text(f"disk: about {storage.amount(total)} at most at once; {room}" if checked.disk else f"disk: {room}")]
+    room = f"{storage.format_gb(checked.free_space.free_gb)} are {checked.free_space.where}"
+    notes = [
+        Text(f"disk: about {storage.format_gb(total)} at most at once; {room}" if checked.disk else f"disk: {room}")
+    ]
     notes += [Text(f"data: {checked.data}")] if checked.data else []
     notes += [Text(f"start: {why}") for why in dict.fromkeys(one.why for one in starts.values() if one.why)]
     if plan.profile.scheduler == "slurm" and (line := environment.note(plan.profile.passed)):
@@ -327,7 +329,8 @@ def _notes(plan: create.Plan, starts: dict[str, Start]) -> list[Text]:
 def _asked(plan: create.Plan, name: str) -> str:
     resources = plan.resources(plan.graph[name])
     where = f"partition {plan.profile.partition}" if plan.profile.partition else "the default partition"
-    return f"{resources.nodes + resources.spares} nodes x {resources.gpus_per_node} GPUs for {resources.minutes} min in {where}"
+    nodes = f"{resources.nodes + resources.spares} nodes x {resources.gpus_per_node} GPUs"
+    return f"{nodes} for {resources.minutes} min in {where}"
 
 
 def _nodes_away(plan: create.Plan) -> str:

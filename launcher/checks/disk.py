@@ -23,7 +23,7 @@ QUOTA_S = 5
 
 
 @dataclass(frozen=True)
-class Room:
+class FreeSpace:
     """What may still be written below a folder."""
 
     free_gb: float
@@ -74,19 +74,19 @@ def save_number(config: TrainerConfig, iteration: int) -> int:
     )
 
 
-def room(folder: Path) -> Room:
+def free_space(folder: Path) -> FreeSpace:
     """The least of the file system's free space and the user's quotas there. Quotas that can't be
     asked for are left out."""
     while not folder.exists():
         folder = folder.parent
     folder = folder.resolve()
     disk = os.statvfs(folder)
-    found = [Room(disk.f_bavail * disk.f_frsize / GB, f"free on the file system of {folder}")]
+    limits = [FreeSpace(disk.f_bavail * disk.f_frsize / GB, f"free on the file system of {folder}")]
     mount = next(parent for parent in (folder, *folder.parents) if os.path.ismount(parent))
     for command, what, parse in _quotas(folder, mount):
-        if shutil.which(command[0]) and (left := parse(_output(command))) is not None:
-            found.append(Room(left, f"left of {what} on {mount}"))
-    return min(found, key=lambda limit: limit.free_gb)
+        if shutil.which(command[0]) and (free_gb := parse(_output(command))) is not None:
+            limits.append(FreeSpace(free_gb, f"left of {what} on {mount}"))
+    return min(limits, key=lambda limit: limit.free_gb)
 
 
 def _quotas(folder: Path, mount: Path) -> Iterator[tuple[tuple[str, ...], str, Callable[[str], float | None]]]:
@@ -119,7 +119,7 @@ def parse_mmlsquota(text: str) -> float | None:
     limit. ``mmlsquota -Y`` prints a line
     of names, then values in KiB between colons."""
     names: list[str] = []
-    left = []
+    free_gb = []
     for line in text.splitlines():
         parts = line.split(":")
         if "HEADER" in parts:
@@ -128,8 +128,8 @@ def parse_mmlsquota(text: str) -> float | None:
         row = dict(zip(names, parts, strict=False))
         if all(row.get(name, "").isdigit() for name in ("blockUsage", "blockQuota", "blockLimit")):
             limits = [limit for name in ("blockQuota", "blockLimit") if (limit := int(row[name]))]
-            left += [(min(limits) - int(row["blockUsage"])) * 1024 / GB] if limits else []
-    return min(left) if left else None
+            free_gb += [(min(limits) - int(row["blockUsage"])) * 1024 / GB] if limits else []
+    return min(free_gb) if free_gb else None
 
 
 def parse_quota(text: str) -> float | None:
@@ -139,38 +139,38 @@ def parse_quota(text: str) -> float | None:
     Both print ``FILESYSTEM blocks quota limit ...`` in KiB, blocks with a star when they are over
     the quota, and 0 for no limit.
     """
-    left = []
+    free_gb = []
     for line in text.splitlines():
         match = re.match(r"\s*/?\S*\s+(\d+)\*?\s+(\d+)\s+(\d+)\s", f"{line} ")
         if match:
             used, soft, hard = map(int, match.groups())
             limits = [limit for limit in (soft, hard) if limit]
-            left += [(min(limits) - used) * 1024 / GB] if limits else []
-    return min(left) if left else None
+            free_gb += [(min(limits) - used) * 1024 / GB] if limits else []
+    return min(free_gb) if free_gb else None
 
 
-def check(needs: dict[str, float], folder: Path) -> Room:
+def check(needs: dict[str, float], folder: Path) -> FreeSpace:
     """The room there is; ConfigError where the stages' checkpoints and models, GB by stage, need
     more beside what the run has already."""
-    there = room(folder)
+    space = free_space(folder)
     total = sum(max(0.0, gb - written_gb(folder / stage)) for stage, gb in needs.items())
-    if total > there.free_gb:
+    if total > space.free_gb:
         largest = max(needs, key=needs.__getitem__)
-        each = ", ".join(f"{stage} {amount(gb)}" for stage, gb in needs.items())
+        each = ", ".join(f"{stage} {format_gb(gb)}" for stage, gb in needs.items())
         fix = (
             f"--set {largest}.keep_checkpoints=1 and a larger save_every, or "
             if largest in ALL and ALL[largest].trainer
             else ""
         )
         raise ConfigError(
-            f"the run would write about {amount(total)} (at once: {each}), "
-            f"but only {amount(there.free_gb)} are {there.where}; "
+            f"the run would write about {format_gb(total)} (at once: {each}), "
+            f"but only {format_gb(space.free_gb)} are {space.where}; "
             f"{fix}another place: --runs FOLDER; or remove old runs"
         )
-    return there
+    return space
 
 
-def amount(gb: float) -> str:
+def format_gb(gb: float) -> str:
     """In words: "1.5 GB", "20 MB"."""
     return f"{gb:.1f} GB" if gb >= 0.95 else f"{max(0.0, gb) * 1000:.0f} MB"
 

@@ -96,8 +96,8 @@ def check_questions(questions: str, references: str) -> None:
     training."""
     if references != "gpt-4" and not Path(references).is_file():
         raise ConfigError(
-            f"mtbench.references = {references!r}: no such file; give one in the schema of reference_answer/gpt-4.jsonl, or "
-            '"gpt-4" for the set\'s own'
+            f"mtbench.references = {references!r}: no such file; give one in the schema of "
+            'reference_answer/gpt-4.jsonl, or "gpt-4" for the set\'s own'
         )
     if (questions, references) != ("embedded", "gpt-4"):
         _asked("mtbench.questions", "eval.questions", questions, references)

@@ -31,13 +31,14 @@ def check_judge(config: MTBenchConfig, profile: Profile) -> str:
     name, url = config.judge_key_variable, urlsplit(config.judge_url)
     if url.hostname in LOOPBACK or name in key_file.names(profile):
         return ""
-    there = os.environ.get(name, "").strip()
-    if not there and url.scheme == "https":
+    key = os.environ.get(name, "").strip()
+    if not key and url.scheme == "https":
         raise ConfigError(
-            f'mtbench.judge = "openai" at {config.judge_url} without a key: the variable {name} (judge_key_variable) is '
-            "not set; put it into the file that the profile's secrets name, or give --set mtbench.judge_key_file=FILE"
+            f'mtbench.judge = "openai" at {config.judge_url} without a key: the variable {name} (judge_key_variable) '
+            "is not set; put it into the file that the profile's secrets name, or give "
+            "--set mtbench.judge_key_file=FILE"
         )
-    if not there:
+    if not key:
         return f"mtbench.judge_url = {config.judge_url}: {name} is not set; the judge is asked without a key"
     return ""
 

@@ -23,7 +23,7 @@ MOST_LAYERS = 1000
 
 
 @dataclass(frozen=True)
-class Checked:
+class CheckResult:
     """What the checks found out; ``plan`` shows it."""
 
     shape: Shape | None
@@ -33,7 +33,7 @@ class Checked:
     """Stage -> memory of one GPU; trainers only."""
     disk: dict[str, float]
     """Stage -> GB that it will have on disk."""
-    room: storage.Room
+    free_space: storage.FreeSpace
     data: str
     """What the data is, in words; "" where that is a mistake."""
     warnings: list[str] = field(default_factory=list)
@@ -45,66 +45,66 @@ class Checked:
 
 def check(
     run: Path, tables: dict, graph: Graph, stages: list[Stage], profile: Profile, tolerant: bool = False
-) -> Checked:
+) -> CheckResult:
     """Raise ConfigError with every mistake in what the selected stages would run with, each with
     its fix. ``tolerant``: return them
     with what can be known in spite of them."""
-    found = Mistakes()
+    mistakes = Mistakes()
     model, data = build_plain("model", tables["model"]), build_plain("data", tables["data"])
     resources = build_plain("resources", tables["resources"])
     folder = Path(model_folder(run, tables))
-    shape = found.of(lambda: _shape(model, folder))
-    sized = found.of(lambda: _weights_gb(model, folder, shape, data.source)) if shape else None
+    shape = mistakes.of(lambda: _shape(model, folder))
+    sized = mistakes.of(lambda: _weights_gb(model, folder, shape, data.source)) if shape else None
     weights_gb, notes = sized or (None, [])
     if shape and shape.layers > MOST_LAYERS:  # nothing of such a size is estimated
-        found.of(lambda: _too_deep(model, shape))
+        mistakes.of(lambda: _too_deep(model, shape))
         shape = None
     cut_to = lengths(run, tables, graph, stages)
-    words, dropped = found.of(lambda: inputs.check_data(data, model if sized else None, cut_to)) or ("", [])
+    data_line, dropped = mistakes.of(lambda: inputs.check_data(data, model if sized else None, cut_to)) or ("", [])
     if "reward" in graph:
-        found.of(lambda: _reward_iteration(stage_config(run, tables, graph, "reward")))
+        mistakes.of(lambda: _reward_iteration(stage_config(run, tables, graph, "reward")))
     estimates, disk, warnings, work = {}, {}, [*notes], {}
     for stage in stages:
-        asked, config = getattr(resources, stage.name), stage_config(run, tables, graph, stage.name)
-        found.of(lambda: sites.check_fits(profile, stage.name, asked))  # noqa: B023 - called at once
+        stage_resources, config = getattr(resources, stage.name), stage_config(run, tables, graph, stage.name)
+        mistakes.of(lambda: sites.check_fits(profile, stage.name, stage_resources))  # noqa: B023 - called at once
         if stage.trainer:
-            divides = found.of(lambda: _data_parallel(stage.name, config, asked))  # noqa: B023
+            divides = mistakes.of(lambda: _data_parallel(stage.name, config, stage_resources))  # noqa: B023
         if shape and (stage.trainer or stage.name == "convert"):
-            laid_out = found.of(lambda: _layout(stage, shape, config))  # noqa: B023
+            laid_out = mistakes.of(lambda: _layout(stage, shape, config))  # noqa: B023
         if stage.name == "mtbench":
-            found.of(lambda: inputs.check_questions(config.questions, config.references))  # noqa: B023
-            warnings.append(found.of(lambda: judge.check_judge(config, profile)))  # noqa: B023
-            found.of(lambda: inputs.check_template(config.template, folder))  # noqa: B023
+            mistakes.of(lambda: inputs.check_questions(config.questions, config.references))  # noqa: B023
+            warnings.append(mistakes.of(lambda: judge.check_judge(config, profile)))  # noqa: B023
+            mistakes.of(lambda: inputs.check_template(config.template, folder))  # noqa: B023
         if shape and stage.name == "mtbench":
-            found.of(lambda: shape.check_length("mtbench.context_length", config.context_length))  # noqa: B023
-            if profile.gpu_memory_gb and asked.gpus_per_node and profile.device != "cpu":
-                warnings.append(found.of(lambda: memory.check_evaluation(shape, config, profile)))  # noqa: B023
+            mistakes.of(lambda: shape.check_length("mtbench.context_length", config.context_length))  # noqa: B023
+            if profile.gpu_memory_gb and stage_resources.gpus_per_node and profile.device != "cpu":
+                warnings.append(mistakes.of(lambda: memory.check_evaluation(shape, config, profile)))  # noqa: B023
         if shape and stage.trainer and divides and laid_out:
-            made = estimates[stage.name] = memory.estimate(shape, config, asked.ranks)
-            if takes := hours.work(stage.name, shape, config, asked, profile):
+            estimate = estimates[stage.name] = memory.estimate(shape, config, stage_resources.ranks)
+            if takes := hours.work(stage.name, shape, config, stage_resources, profile):
                 work[stage.name] = takes
-            warnings.append(found.of(lambda: memory.check_host(stage.name, made, asked, profile)))  # noqa: B023
-            if profile.gpu_memory_gb and asked.gpus_per_node and profile.device != "cpu":
-                warnings.append(found.of(lambda: memory.check(stage.name, shape, config, asked, profile)))  # noqa: B023
+            warnings.append(mistakes.of(lambda: memory.check_host(stage.name, estimate, stage_resources, profile)))  # noqa: B023
+            if profile.gpu_memory_gb and stage_resources.gpus_per_node and profile.device != "cpu":
+                warnings.append(mistakes.of(lambda: memory.check(stage.name, shape, config, stage_resources, profile)))  # noqa: B023
         if shape:
             disk[stage.name] = _disk_gb(stage, config, shape, weights_gb or 2 * shape.parameters() / storage.GB)
-    found.of(lambda: container.check_seen(profile, {"model.checkpoint": folder, "--runs": run}))
-    there = found.of(lambda: storage.check(disk, run)) or storage.room(run)
+    mistakes.of(lambda: container.check_seen(profile, {"model.checkpoint": folder, "--runs": run}))
+    free_space = mistakes.of(lambda: storage.check(disk, run)) or storage.free_space(run)
     if not tolerant:
-        found.raise_if_any()
-    said = [*dropped, *(each for each in warnings if each)]
-    return Checked(shape, resources, estimates, disk, there, words, said, work, found.messages)
+        mistakes.raise_if_any()
+    lines = [*dropped, *(each for each in warnings if each)]
+    return CheckResult(shape, resources, estimates, disk, free_space, data_line, lines, work, mistakes.messages)
 
 
 def lengths(run: Path, tables: dict, graph: Graph, stages: list[Stage]) -> dict[str, tuple[str, str, int]]:
     """Trainer -> (kind of its rows, the key of the length that they are cut to, that length)."""
-    found = {}
+    lengths_by_stage = {}
     for stage in stages:
         if stage.trainer:
             config = stage_config(run, tables, graph, stage.name)
             key = "prompt_length" if isinstance(config, RolloutConfig) else "seq_length"
-            found[stage.name] = (Path(config.paths.train).stem, key, getattr(config, key))
-    return found
+            lengths_by_stage[stage.name] = (Path(config.paths.train).stem, key, getattr(config, key))
+    return lengths_by_stage
 
 
 def _shape(model: ModelConfig, folder: Path) -> Shape:
@@ -153,12 +153,13 @@ def _weights_gb(model: ModelConfig, folder: Path, shape: Shape, source: str) -> 
     return size / storage.GB, [*notes, *inputs.check_tokenizer(folder, shape, source)]
 
 
-def _data_parallel(stage: str, config, asked) -> int:
+def _data_parallel(stage: str, config, stage_resources) -> int:
     try:
-        return config.data_parallel(asked.ranks)
+        return config.data_parallel(stage_resources.ranks)
     except ValueError as error:
         raise ConfigError(
-            f"{stage}: {error} (resources.{stage}: {asked.nodes} nodes x {asked.ranks_per_node} ranks)"
+            f"{stage}: {error} (resources.{stage}: {stage_resources.nodes} nodes x "
+            f"{stage_resources.ranks_per_node} ranks)"
         ) from None
 
 
@@ -191,19 +192,19 @@ def _disk_gb(stage: Stage, config, shape: Shape, weights_gb: float) -> float:
 def _reward_iteration(reward: RewardConfig) -> None:
     """The reward iteration that rlhf asks for must be one that is saved and still kept when the
     stage ends."""
-    wanted, saved = reward.load_iteration, storage.saves(reward)
-    if not wanted:
+    iteration, saved = reward.load_iteration, storage.saves(reward)
+    if not iteration:
         return
-    number = storage.save_number(reward, wanted)
+    number = storage.save_number(reward, iteration)
     if not number:
         raise ConfigError(
-            f"reward.load_iteration = {wanted} is not saved: reward saves every {reward.save_every} "
+            f"reward.load_iteration = {iteration} is not saved: reward saves every {reward.save_every} "
             f"iterations and the last, {reward.iterations}; use one of these, or 0 for the last"
         )
-    kept = reward.keep_every and wanted % reward.keep_every == 0
-    if not kept and number <= saved - reward.keep_checkpoints:
+    is_kept = reward.keep_every and iteration % reward.keep_every == 0
+    if not is_kept and number <= saved - reward.keep_checkpoints:
         raise ConfigError(
-            f"reward.load_iteration = {wanted} will be deleted before rlhf starts: the last "
+            f"reward.load_iteration = {iteration} will be deleted before rlhf starts: the last "
             f"{reward.keep_checkpoints} of {saved} checkpoints are kept; "
             f"set --set reward.keep_checkpoints={saved - number + 1}"
         )
@@ -211,17 +212,17 @@ def _reward_iteration(reward: RewardConfig) -> None:
 
 def check_sources(run: Path, tables: dict) -> Mistakes:
     """Mistakes in the data and the starting model, as far as their sections say where these are."""
-    found = Mistakes()
+    mistakes = Mistakes()
     place = {key: value for key, value in tables["data"].items() if key in ("source", "skip_bad_rows")}
-    data = found.of(lambda: build_plain("data", place))
-    model = found.of(lambda: build_plain("model", tables["model"]))
+    data = mistakes.of(lambda: build_plain("data", place))
+    model = mistakes.of(lambda: build_plain("model", tables["model"]))
     if data:
-        found.of(lambda: inputs.check_data(data, None, {}))
+        mistakes.of(lambda: inputs.check_data(data, None, {}))
     if model:
         folder = Path(model_folder(run, tables))
-        shape = found.of(lambda: _shape(model, folder))
-        found.of(lambda: shape and _weights_gb(model, folder, shape, place.get("source", "demo")))
-    return found
+        shape = mistakes.of(lambda: _shape(model, folder))
+        mistakes.of(lambda: shape and _weights_gb(model, folder, shape, place.get("source", "demo")))
+    return mistakes
 
 
 def check_parents(graph: Graph, stages: list[Stage], done: set[str]) -> None:

@@ -39,7 +39,8 @@ def check_checkpoint(folder: Path, shape: Shape) -> tuple[int, list[str]]:
         twice = next((name for name in of_file if name in tensors), None)
         if twice is not None:
             raise ConfigError(
-                f"model.checkpoint: {path} holds {shown(twice)}, as {tensors[twice].path.name} does; remove the stale shard"
+                f"model.checkpoint: {path} holds {shown(twice)}, as {tensors[twice].path.name} does; "
+                "remove the stale shard"
             )
         tensors |= of_file
     _check_layers(folder, set(weights.places) or set(tensors), shape)
@@ -53,8 +54,8 @@ def _check_index(path: Path, tensors: dict[str, Tensor], weights: Weights) -> No
     lost = next((name for name, file in weights.places.items() if file == path.name and name not in tensors), None)
     if lost is not None:
         raise ConfigError(
-            f"model.checkpoint: the index of {path.parent} says that {path.name} holds {shown(lost)}, it does not; index and "
-            "shards are of different checkpoints: download them again"
+            f"model.checkpoint: the index of {path.parent} says that {path.name} holds {shown(lost)}, it does not; "
+            "index and shards are of different checkpoints: download them again"
         )
 
 
@@ -107,7 +108,8 @@ def _check_tensors(folder: Path, stored: dict[str, Tensor], shape: Shape) -> Non
         short = name.removeprefix(prefix)
         if short in tensors:
             raise ConfigError(
-                f"model.checkpoint: {folder} holds {shown(short)} twice, with and without the prefix {prefix!r}; remove one"
+                f"model.checkpoint: {folder} holds {shown(short)} twice, with and without the prefix {prefix!r}; "
+                "remove one"
             )
         tensors[short] = (name, tensor)
     head = "scalar" if SCORE in tensors else "tied" if shape.tied else "untied"
@@ -144,8 +146,8 @@ def _check_tensor(
     if tensor.sizes != sizes:
         raise ConfigError(
             f"model.checkpoint: {tensor.path}: {name} is {list(tensor.sizes)}, config.json says {list(sizes)} "
-            f"(vocab_size {shape.vocab}, hidden size {shape.hidden}, feed-forward width {shape.ffn}, {shape.heads} heads, "
-            f"{shape.groups} key-value heads); {OTHERS}: take both from the same repository"
+            f"(vocab_size {shape.vocab}, hidden size {shape.hidden}, feed-forward width {shape.ffn}, "
+            f"{shape.heads} heads, {shape.groups} key-value heads); {OTHERS}: take both from the same repository"
         )
     if tensor.dtype not in FLOATS:
         raise ConfigError(
@@ -154,8 +156,8 @@ def _check_tensor(
         )
     if types.setdefault(key, tensor.dtype) != tensor.dtype:
         raise ConfigError(
-            f"model.checkpoint: {tensor.path}: {name} is {tensor.dtype}, its like are {types[key]}; save the model in one "
-            "type (model.to(torch.bfloat16).save_pretrained)"
+            f"model.checkpoint: {tensor.path}: {name} is {tensor.dtype}, its like are {types[key]}; save the model "
+            "in one type (model.to(torch.bfloat16).save_pretrained)"
         )
 
 

@@ -261,8 +261,8 @@ def write_profile(report: Report, path: Path) -> None:
     check_writable(path)
     if "partition" not in report.settings:
         raise ConfigError(
-            f"--write {path}: no Slurm with an open partition was found, so there is nothing to write; the profile local is "
-            "for this machine"
+            f"--write {path}: no Slurm with an open partition was found, so there is nothing to write; "
+            "the profile local is for this machine"
         )
     write_text(path, profile_text(report))
     sites.load(str(path))
@@ -275,8 +275,8 @@ def profile_text(report: Report) -> str:
     settings, lines = (
         report.settings,
         [
-            "# Written by `python -m launcher doctor --write`; every key is explained in launcher/config/profile.py. Slurm's version is asked anew at "
-            "each submit.",
+            "# Written by `python -m launcher doctor --write`; every key is explained in "
+            "launcher/config/profile.py. Slurm's version is asked anew at each submit.",
             'scheduler = "slurm"',
         ],
     )

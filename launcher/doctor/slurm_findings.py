@@ -81,16 +81,16 @@ def partitions_of(partitions: str, nodes: str) -> list[Partition]:
     for line in nodes.splitlines():
         name, partition, *rest = line.split("|")
         rows.setdefault(partition.rstrip("*"), []).append([name, *rest])
-    found = []
+    result = []
     for line in partitions.splitlines():
         values = Known(part.split("=", 1) for part in line.split() if "=" in part)
         if "PartitionName" not in values:
             continue
-        mine = rows.get(values["PartitionName"], [])
-        kinds = [gpus_of(row[1]) for row in mine]
+        nodes_of_partition = rows.get(values["PartitionName"], [])
+        kinds = [gpus_of(row[1]) for row in nodes_of_partition]
         kind = max(set(kinds), key=lambda one: (kinds.count(one), one)) if kinds else ("", 0)
-        limit, have = values["MaxNodes"], len({row[0] for row in mine})
-        found.append(
+        limit, have = values["MaxNodes"], len({row[0] for row in nodes_of_partition})
+        result.append(
             Partition(
                 values["PartitionName"],
                 values["Default"] == "YES",
@@ -98,24 +98,24 @@ def partitions_of(partitions: str, nodes: str) -> list[Partition]:
                 minutes_of(values["MaxTime"]),
                 min(int(limit), have) if limit.isdigit() else have,
                 *kind,
-                min((leading(row[2], 0) for row in mine), default=0) // 1024,
+                min((leading(row[2], 0) for row in nodes_of_partition), default=0) // 1024,
                 values["OverSubscribe"].startswith("EXCLUSIVE"),
                 values["PreemptMode"],
                 values.number("GraceTime", 0),
-                sum(row[4].startswith("idle") for row in mine),
+                sum(row[4].startswith("idle") for row in nodes_of_partition),
                 values.get("AllowAccounts", "ALL"),
             )
         )
-    return found
+    return result
 
 
 def gpus_of(gres: str) -> tuple[str, int]:
     """Type and number of "gpu:a100:8(S:0-1),nic:1"; ("", 0) without GPUs. The numbers of several
     types are not added: the larger wins."""
-    found = [
+    kinds = [
         (kind or "", int(count)) for kind, count in re.findall(r"(?:^|,)gpu(?::([^:,(]+))??:(\d+)(?=[,(]|$)", gres)
     ]
-    return max(found, key=lambda one: one[1], default=("", 0))
+    return max(kinds, key=lambda one: one[1], default=("", 0))
 
 
 def minutes_of(text: str) -> int:
@@ -127,12 +127,14 @@ def minutes_of(text: str) -> int:
     return (days * 24 + hours) * 60 + minutes
 
 
-def choose_partition(found: list[Partition], name: str | None) -> Partition | None:
+def choose_partition(partitions: list[Partition], name: str | None) -> Partition | None:
     """The named one; else of those that are open the one with most GPUs a node, the default before
     others; None where it isn't there."""
     if name:
-        return next((one for one in found if one.name == name), None)
-    return max((one for one in found if one.up and one.nodes), key=lambda one: (one.gpus, one.default), default=None)
+        return next((one for one in partitions if one.name == name), None)
+    return max(
+        (one for one in partitions if one.up and one.nodes), key=lambda one: (one.gpus, one.default), default=None
+    )
 
 
 def slurm_findings(config: dict[str, str], accounts: list[str]) -> list[Finding]:
@@ -141,14 +143,17 @@ def slurm_findings(config: dict[str, str], accounts: list[str]) -> list[Finding]
     version = config["SLURM_VERSION"]
     major, minor = (leading(part, 0) for part in (*version.split("."), "0")[:2]) if version[:1].isdigit() else TESTED
     if (major, minor) >= TESTED:
-        said = "since 22.05 srun gives each task one core unless told: the scripts export SRUN_CPUS_PER_TASK"
+        note = "since 22.05 srun gives each task one core unless told: the scripts export SRUN_CPUS_PER_TASK"
     elif (major, minor) >= (19, 5):
-        said = "older than the tested 22.05: srun still inherits the cores of a task, and the scripts leave SRUN_CPUS_PER_TASK out"
+        note = (
+            "older than the tested 22.05: srun still inherits the cores of a task, and the scripts leave "
+            "SRUN_CPUS_PER_TASK out"
+        )
     else:
-        said = "has no --gpus-per-node: the scripts ask by --gres=gpu:N"
+        note = "has no --gpus-per-node: the scripts ask by --gres=gpu:N"
     level = "ok" if (major, minor) >= TESTED else "note"
     return [
-        Finding("Slurm", "version", version, said, level),
+        Finding("Slurm", "version", version, note, level),
         Finding("Slurm", "cluster", config["ClusterName"], "answers"),
         *_accounting(config, accounts),
         *_gpu_option(config),
@@ -159,18 +164,18 @@ def slurm_findings(config: dict[str, str], accounts: list[str]) -> list[Finding]
 
 def _accounting(config: Known, accounts: list[str]) -> list[Finding]:
     if config["AccountingStorageType"].endswith("/none"):
-        kept = f"{config.number('MinJobAge', 300)} s (MinJobAge)"
+        memory_of_jobs = f"{config.number('MinJobAge', 300)} s (MinJobAge)"
         return [
             Finding(
                 "Slurm",
                 "accounting",
                 "off",
                 "sacct knows nothing; status asks the run's own files first, then squeue, which "
-                f"forgets a job {kept} after its end",
+                f"forgets a job {memory_of_jobs} after its end",
                 "note",
             )
         ]
-    found = [
+    findings = [
         Finding(
             "Slurm",
             "accounting",
@@ -181,7 +186,7 @@ def _accounting(config: Known, accounts: list[str]) -> list[Finding]:
     enforced = config["AccountingStorageEnforce"]
     needed = "associations" in enforced or "limits" in enforced or "safe" in enforced
     if len(accounts) == 1:
-        found.append(
+        findings.append(
             Finding(
                 "Slurm",
                 "account",
@@ -192,11 +197,11 @@ def _accounting(config: Known, accounts: list[str]) -> list[Finding]:
             )
         )
     elif accounts:
-        found.append(
+        findings.append(
             Finding("Slurm", "accounts", ", ".join(accounts), 'choose one: account = "..." in the profile', "note")
         )
     elif needed:
-        found.append(
+        findings.append(
             Finding(
                 "Slurm",
                 "account",
@@ -206,20 +211,20 @@ def _accounting(config: Known, accounts: list[str]) -> list[Finding]:
                 "bad",
             )
         )
-    return found
+    return findings
 
 
 def _gpu_option(config: Known) -> list[Finding]:
     select, detail = config["SelectType"].rpartition("/")[2], config["SelectTypeParameters"]
     tres = select in ("cons_tres", "linear") and "gpu" in config["GresTypes"]
     if "gpu" not in config["GresTypes"]:
-        said, option = "GPUs are no GRES here: nobody counts them, so stages with GPUs ask for whole nodes", "none"
+        note, option = "GPUs are no GRES here: nobody counts them, so stages with GPUs ask for whole nodes", "none"
     elif select == "cons_tres":
-        said, option = "GPUs are asked for by --gpus-per-node", "gpus-per-node"
+        note, option = "GPUs are asked for by --gpus-per-node", "gpus-per-node"
     else:
-        said, option = "knows no --gpus-per-node: GPUs are asked for by --gres=gpu:N", "gres"
-    found = [
-        Finding("GPUs", "GresTypes", config["GresTypes"], said, "ok" if tres else "note", {"gpu_option": option}),
+        note, option = "knows no --gpus-per-node: GPUs are asked for by --gres=gpu:N", "gres"
+    findings = [
+        Finding("GPUs", "GresTypes", config["GresTypes"], note, "ok" if tres else "note", {"gpu_option": option}),
         Finding(
             "GPUs",
             "SelectType",
@@ -230,44 +235,44 @@ def _gpu_option(config: Known) -> list[Finding]:
         ),
     ]
     if select == "linear":
-        found.append(
+        findings.append(
             Finding(
                 "GPUs", "whole nodes", "always", "a job gets whole nodes: one GPU costs as much as all of them", "note"
             )
         )
-    return found
+    return findings
 
 
 def _requeue(config: Known) -> list[Finding]:
     kind, mode = config["PreemptType"].rpartition("/")[2], config["PreemptMode"]
     if kind == "none":
-        said, level = "no job is taken from its nodes for another", "ok"
+        note, level = "no job is taken from its nodes for another", "ok"
     elif "REQUEUE" in mode:
-        said, level = "a preempted job is put back into the queue by Slurm and goes on from its last checkpoint", "ok"
+        note, level = "a preempted job is put back into the queue by Slurm and goes on from its last checkpoint", "ok"
     elif "SUSPEND" in mode:
-        said, level = (
-            "a preempted job is suspended on its GPUs; NCCL then times out and the stage fails: keep to a partition that "
-            "nothing preempts",
+        note, level = (
+            "a preempted job is suspended on its GPUs; NCCL then times out and the stage fails: keep to a "
+            "partition that nothing preempts",
             "bad",
         )
     else:
-        said, level = (
-            "a preempted job is cancelled, and the rest of its chain with it: python -m launcher resume RUN goes on; better a "
-            "partition that nothing preempts",
+        note, level = (
+            "a preempted job is cancelled, and the rest of its chain with it: python -m launcher resume RUN goes on; "
+            "better a partition that nothing preempts",
             "note",
         )
     again = config["JobRequeue"] == "1"
     wait = int(match[1]) if (match := re.search(r"cred_expire=(\d+)", config["AuthInfo"])) else 120
     return [
-        Finding("Slurm", "preemption", f"{kind}, {mode}", said, level),
+        Finding("Slurm", "preemption", f"{kind}, {mode}", note, level),
         Finding(
             "Slurm",
             "JobRequeue",
             config["JobRequeue"],
             "jobs may be requeued"
             if again
-            else "jobs are not requeued unless they ask: the scripts ask (--requeue); should the site forbid it, a stage ends at its "
-            "time limit and resume goes on",
+            else "jobs are not requeued unless they ask: the scripts ask (--requeue); should the site forbid it, "
+            "a stage ends at its time limit and resume goes on",
             "ok" if again else "note",
         ),
         Finding(
@@ -312,11 +317,11 @@ def _limits(config: Known) -> list[Finding]:
     ]
 
 
-def partition_findings(found: list[Partition], chosen: Partition | None, memory: bool) -> list[Finding]:
+def partition_findings(partitions: list[Partition], chosen: Partition | None, memory: bool) -> list[Finding]:
     """One a partition; ``chosen`` is the one that a profile would use, with the settings that
     follow. ``memory``: Slurm hands it out."""
-    made = []
-    for one in found:
+    findings = []
+    for one in partitions:
         gpus = (
             f"{one.gpus} {one.gpu_type or 'GPU'}{'s' if one.gpus > 1 and not one.gpu_type else ''} a node"
             if one.gpus
@@ -324,26 +329,26 @@ def partition_findings(found: list[Partition], chosen: Partition | None, memory:
         )
         limit = f"{one.minutes} min" if one.minutes else "no time limit"
         value = f"{'' if one.up else 'CLOSED, '}{one.nodes} nodes, {gpus}, {one.mem_gb} GiB, {limit}, {one.idle} idle"
-        said = _preempted(one) if one.up else "takes no jobs"
+        note = _preempted(one) if one.up else "takes no jobs"
         if one.accounts != "ALL":
-            said += f"; only for accounts {one.accounts}"
-        made.append(
+            note += f"; only for accounts {one.accounts}"
+        findings.append(
             Finding(
                 "Partitions",
                 one.name,
                 value,
-                said + ("; the profile uses it" if one == chosen else ""),
+                note + ("; the profile uses it" if one == chosen else ""),
                 "ok" if one.up else "note",
                 settings_of(one, memory) if one == chosen else {},
             )
         )
     if chosen is None:
-        made.append(
+        findings.append(
             Finding(
                 "Partitions", "usable", "none", "no partition is open and has nodes: nothing can run here now", "bad"
             )
         )
-    return made
+    return findings
 
 
 def settings_of(one: Partition, memory: bool) -> dict:
@@ -364,5 +369,7 @@ def _preempted(one: Partition) -> str:
     if one.preempt == "OFF":
         return "its jobs are not preempted"
     if one.grace_s:
-        return f"preemptible ({one.preempt}): TERM comes {one.grace_s} s before the end, in which a stage saves and requeues itself"
-    return f"preemptible ({one.preempt}) without GraceTime: a stage goes on from its last checkpoint, so save often (save_every)"
+        term = f"TERM comes {one.grace_s} s before the end, in which a stage saves and requeues itself"
+        return f"preemptible ({one.preempt}): {term}"
+    advice = "a stage goes on from its last checkpoint, so save often (save_every)"
+    return f"preemptible ({one.preempt}) without GraceTime: {advice}"

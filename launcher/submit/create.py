@@ -33,7 +33,7 @@ class Plan:
     profile: Profile
     reason: str
     """Why this profile."""
-    checked: plan_checks.Checked | None
+    checked: plan_checks.CheckResult | None
     """None where ``resume`` plans: it has checked by itself what changes."""
     identity: dict
     """Section ``run`` of the run's config.json."""

@@ -249,7 +249,7 @@ def test_what_a_sweep_has_on_the_disk_is_not_asked_for_again(nowhere, monkeypatc
         )
 
     needed = sum(sum(one.checked.disk.values()) for one in again().plans)
-    monkeypatch.setattr(disk, "room", lambda folder: disk.Room(0.9 * needed, "free"))
+    monkeypatch.setattr(disk, "free_space", lambda folder: disk.FreeSpace(0.9 * needed, "free"))
     with pytest.raises(ConfigError, match="but only .* are free"):
         again()
     for index in range(2):

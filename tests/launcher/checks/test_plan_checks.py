@@ -472,7 +472,7 @@ def test_data_is_read_before_anything_is_queued(name, content, message, tmp_path
 
 
 def test_more_than_the_disk_has_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(disk, "room", lambda folder: disk.Room(10.0, f"free on the file system of {folder}"))
+    monkeypatch.setattr(disk, "free_space", lambda folder: disk.FreeSpace(10.0, f"free on the file system of {folder}"))
     with pytest.raises(
         ConfigError,
         match=r"the run would write about \d+\.\d GB \(at once: .*rlhf .*"
