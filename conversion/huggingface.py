@@ -53,8 +53,8 @@ def read(folder: str | Path, shape: Shape) -> tuple[str, dict[str, Stored]]:
         check_tensor(folder, name, tensors[name], size, entry.vocabulary)
     if tied_head is not None and not equal(tied_head, tensors[embedding_name(shape)]):
         raise ConfigError(
-            f"{folder}: {HEADS['untied']} differs from the embedding, but config.json ties them; set tie_word_embeddings = "
-            f"false there if the head is its own, or remove {HEADS['untied']}"
+            f"{folder}: {HEADS['untied']} differs from the embedding, but config.json ties them; set "
+            f"tie_word_embeddings = false there if the head is its own, or remove {HEADS['untied']}"
         )
     return head, tensors
 

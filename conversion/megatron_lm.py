@@ -35,8 +35,8 @@ VERSION = 3.0
 """checkpoint_version whose QKV rows are [head, (q, k, v), head_dim], as BLOOM's; before 2.0 they
 are in other orders."""
 FIX = (
-    'Where you trust it: load it in Megatron-LM\'s environment and save {"model": state["model"], "checkpoint_version": '
-    'state["checkpoint_version"]} in its place'
+    'Where you trust it: load it in Megatron-LM\'s environment and save {"model": state["model"], '
+    '"checkpoint_version": state["checkpoint_version"]} in its place'
 )
 _LEGACY_TOP = {
     "word_embeddings.weight": "language_model.embedding.word_embeddings.weight",
@@ -108,8 +108,8 @@ def read_rank(path: Path) -> dict[str, torch.Tensor]:
     version = loaded.get("checkpoint_version", 0)
     if version < 2:
         raise ConfigError(
-            f"{path}: checkpoint_version = {version}: its query, key and value rows are in an older order; load and save it "
-            "once with Megatron-LM (it writes 3.0)"
+            f"{path}: checkpoint_version = {version}: its query, key and value rows are in an older order; load and "
+            "save it once with Megatron-LM (it writes 3.0)"
         )
     flat: dict[str, torch.Tensor] = {}
     _flatten(loaded["model"], "", flat)

@@ -136,8 +136,8 @@ class MTBenchConfig:
                 raise ValueError(f"{name} = {getattr(self, name)}: expected 0 or more")
         if self.context_length <= max(self.max_new_tokens, self.heldout_max_new_tokens):
             raise ValueError(
-                f"context_length = {self.context_length}: expected more than max_new_tokens = {self.max_new_tokens} and "
-                f"heldout_max_new_tokens = {self.heldout_max_new_tokens}, or no token of a prompt is left"
+                f"context_length = {self.context_length}: expected more than max_new_tokens = {self.max_new_tokens} "
+                f"and heldout_max_new_tokens = {self.heldout_max_new_tokens}, or no token of a prompt is left"
             )
         if self.template != "chat" and self.template.count("{question}") != 1:
             raise ValueError(f'template = {self.template!r}: expected "chat" or a text with {{question}} in it, once')
@@ -162,13 +162,13 @@ class MTBenchConfig:
         for name in fields:
             if name in ("model", "messages", "stream", "n"):
                 raise ValueError(
-                    f"judge_request: {name!r} is not to be set there; mtbench.judge_model names the model, and each request "
-                    "asks for one reply"
+                    f"judge_request: {name!r} is not to be set there; mtbench.judge_model names the model, and each "
+                    "request asks for one reply"
                 )
             if is_secret_field(name):
                 raise ValueError(
-                    f"judge_request: the field {name[:40]!r} looks like a secret, which would be written into config.json; "
-                    "the key goes into the variable that judge_key_variable names"
+                    f"judge_request: the field {name[:40]!r} looks like a secret, which would be written into "
+                    "config.json; the key goes into the variable that judge_key_variable names"
                 )
         return fields
 
@@ -206,8 +206,8 @@ class MTBenchConfig:
             )
         if self.judge_max_cost and not (self.judge_price_in or self.judge_price_out):
             raise ValueError(
-                f"judge_max_cost = {self.judge_max_cost}: a limit needs the judge's prices; set mtbench.judge_price_in and "
-                "mtbench.judge_price_out, for a million tokens"
+                f"judge_max_cost = {self.judge_max_cost}: a limit needs the judge's prices; set mtbench.judge_price_in "
+                "and mtbench.judge_price_out, for a million tokens"
             )
 
 

@@ -140,8 +140,8 @@ def settings(arguments: list[str]) -> tuple[MTBenchConfig, bool]:
             chat = {has_chat_template(folder) for folder in models.values()}
             if len(chat) > 1:
                 raise ValueError(
-                    "some of the models have a chat template and some have none: say what all are asked in, --template TEXT "
-                    "or --template chat"
+                    "some of the models have a chat template and some have none: say what all are asked in, --template "
+                    "TEXT or --template chat"
                 )
             asked["template"] = "chat" if chat == {True} else MTBenchConfig.template
         if asked["stop"] is None:
@@ -158,8 +158,8 @@ def settings(arguments: list[str]) -> tuple[MTBenchConfig, bool]:
         ]
         if made_of.judge == "none" and unheard:
             raise ValueError(
-                f"{', '.join('--' + name.replace('_', '-') for name in unheard)} without a judge: add --judge openai or "
-                "--judge local"
+                f"{', '.join('--' + name.replace('_', '-') for name in unheard)} without a judge: add --judge openai "
+                "or --judge local"
             )
         return made_of, show
     except ValueError as error:

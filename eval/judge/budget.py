@@ -43,9 +43,9 @@ class Budget:
             len(lengths) * min(EXPECTED_TOKENS, self.config.judge_max_tokens),
         )
         text = (
-            f"judge {self.config.judge_model} at {url}: {len(lengths)} requests, about {_thousands(expected_in)} tokens sent and "
-            f"{_thousands(expected_out)} written back, {self._price(self.cost(expected_in, expected_out), 'about ')}"
-            f"; limits: {self._limits()}"
+            f"judge {self.config.judge_model} at {url}: {len(lengths)} requests, about {_thousands(expected_in)} "
+            f"tokens sent and {_thousands(expected_out)} written back, "
+            f"{self._price(self.cost(expected_in, expected_out), 'about ')}; limits: {self._limits()}"
         )
         if 0 < self.config.judge_max_requests < len(lengths):
             raise JudgeError(
@@ -72,8 +72,8 @@ class Budget:
             expected = self.cost(self.tokens_in + held_in + reserve[0], self.tokens_out + held_out + reserve[1])
             if ceiling and expected > ceiling:
                 raise JudgeError(
-                    f"mtbench.judge_max_cost = {ceiling:g} {self.config.judge_currency} is used up; ratings so far are kept: "
-                    "raise it and start again"
+                    f"mtbench.judge_max_cost = {ceiling:g} {self.config.judge_currency} is used up; ratings so far are "
+                    "kept: raise it and start again"
                 )
             self.requests += 1
             self._reserve(reserve, 1)

@@ -190,8 +190,8 @@ def filled(chosen: dict, **fields: str) -> str:
         return chosen["prompt_template"].format(**fields)
     except (ValueError, LookupError, AttributeError) as error:
         raise DataError(
-            f"judge prompt {chosen['name']}: prompt_template: {error!r}; it may hold {', '.join(fields)} in braces, and "
-            "{{ or }} for a brace itself"
+            f"judge prompt {chosen['name']}: prompt_template: {error!r}; it may hold {', '.join(fields)} in braces, "
+            "and {{ or }} for a brace itself"
         ) from None
 
 

@@ -29,8 +29,8 @@ LEAST_QUESTIONS = 6
 """Fewest questions behind a bold difference: with n, all share a sign by chance in 2 of 2^n cases,
 and the bootstrap can't tell."""
 NOTE = (
-    "Intervals are 95%, bootstrap by question. A difference is bold where its interval excludes 0 and it rests on at least "
-    f"{LEAST_QUESTIONS} questions. Avg is the mean of all valid ratings, Macro the mean of the category means."
+    "Intervals are 95%, bootstrap by question. A difference is bold where its interval excludes 0 and it rests on at "
+    f"least {LEAST_QUESTIONS} questions. Avg is the mean of all valid ratings, Macro the mean of the category means."
 )
 
 
@@ -61,14 +61,14 @@ def missing(results: dict) -> list[str]:
     judge, scores = results["judge"], results["scores"]
     if judge["kind"] == "none":
         return [
-            'No judge has rated the answers (mtbench.judge = "none"), so there is no score. The answers are kept; there are two ways '
-            "to have them rated, and both reuse them:",
-            'A hosted judge: set mtbench.judge = "openai", mtbench.judge_url to the address of any OpenAI-compatible endpoint, '
-            "mtbench.judge_model to its model, put the key in the environment variable that mtbench.judge_key_variable names, and run "
-            "the stage mtbench again.",
-            'A judge of your own: set mtbench.judge = "local" and mtbench.judge_model to the Hugging Face folder of a strong model; '
-            "the stage serves it inside its own allocation (vllm serve where it is installed) while it needs it. A small model is no "
-            "judge.",
+            'No judge has rated the answers (mtbench.judge = "none"), so there is no score. The answers are kept; '
+            "there are two ways to have them rated, and both reuse them:",
+            'A hosted judge: set mtbench.judge = "openai", mtbench.judge_url to the address of any OpenAI-compatible '
+            "endpoint, mtbench.judge_model to its model, put the key in the environment variable that "
+            "mtbench.judge_key_variable names, and run the stage mtbench again.",
+            'A judge of your own: set mtbench.judge = "local" and mtbench.judge_model to the Hugging Face folder of a '
+            "strong model; the stage serves it inside its own allocation (vllm serve where it is installed) while it "
+            "needs it. A small model is no judge.",
         ]
     if judge["problem"]:
         return [
@@ -89,8 +89,8 @@ def without_average(models: dict) -> list[str]:
 
 def without_win_rate(pairs: Iterable[tuple[str, dict]]) -> list[str]:
     return [
-        f"{name} against {row['baseline']}: no win rate, because {row['n_valid']} of {row['n_expected']} comparisons have a "
-        f"verdict in both orders and {COVERAGE:.0%} are needed."
+        f"{name} against {row['baseline']}: no win rate, because {row['n_valid']} of {row['n_expected']} comparisons "
+        f"have a verdict in both orders and {COVERAGE:.0%} are needed."
         for name, row in pairs
         if not row["covered"]
     ]
@@ -167,9 +167,9 @@ PAIR_HEADER = (
     "Valid",
 )
 PAIR_NOTE = (
-    "Each pair is judged in both orders; where the two verdicts disagree it is a tie, and a tie counts half. The win rate at "
-    "equal length is AlpacaEval 2's regression (Dubois et al. 2024) without its term for an instruction's difficulty. Bold: its "
-    "interval excludes one half."
+    "Each pair is judged in both orders; where the two verdicts disagree it is a tie, and a tie counts half. The win "
+    "rate at equal length is AlpacaEval 2's regression (Dubois et al. 2024) without its term for an instruction's "
+    "difficulty. Bold: its interval excludes one half."
 )
 
 
@@ -249,8 +249,8 @@ def _repeated(models: dict) -> list[str]:
 
 def _spread(models: dict) -> list[str]:
     return [
-        f"{name}: repeated ratings of one answer differ by {row['spread']['rating_sd']:.2f} points (standard deviation); the averages "
-        f"of the repeats are {', '.join('-' if a is None else format(a, '.2f') for a in row['spread']['averages'])}."
+        f"{name}: repeated ratings of one answer differ by {row['spread']['rating_sd']:.2f} points (standard "
+        f"deviation); the averages of the repeats are {', '.join('-' if a is None else format(a, '.2f') for a in row['spread']['averages'])}."
         for name, row in models.items()
         if row.get("spread") and row["spread"]["rating_sd"] is not None
     ]

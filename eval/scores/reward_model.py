@@ -53,8 +53,8 @@ def score(folder: str | Path, pairs: Sequence[tuple[str, str]], limit: int) -> l
         tokenizer = load_tokenizer(folder)
     if model.config.num_labels != 1:
         raise DataError(
-            f"{folder}: {model.config.num_labels} labels; expected a sequence classifier with one, as export makes of a reward "
-            "model"
+            f"{folder}: {model.config.num_labels} labels; expected a sequence classifier with one, as export makes of "
+            "a reward model"
         )
     model, pad, vocabulary = (
         model.to(device()).eval(),
@@ -63,8 +63,8 @@ def score(folder: str | Path, pairs: Sequence[tuple[str, str]], limit: int) -> l
     )
     if type(pad) is not int or not 0 <= pad < vocabulary:
         raise DataError(
-            f"{folder}/config.json: pad_token_id = {pad}: expected the id of a token, from 0 to {vocabulary - 1}: the score is "
-            "read at the last token that is no padding"
+            f"{folder}/config.json: pad_token_id = {pad}: expected the id of a token, from 0 to {vocabulary - 1}: the "
+            "score is read at the last token that is no padding"
         )
     rows = [
         [*encode(tokenizer, prompt, limit), *encode_reply(tokenizer, response), tokenizer.eos_token_id]

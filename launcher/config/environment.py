@@ -139,8 +139,8 @@ def note(passed: Iterable[str] = (), environ: Mapping[str, str] = os.environ) ->
     names = dropped(passed, environ)
     return (
         (
-            f"{', '.join(names)} in this shell: not passed on to Slurm, its jobs or the ranks. What the site needs of it "
-            'goes into the profile: partition, account, options, or pass_environment = ["NAME"]'
+            f"{', '.join(names)} in this shell: not passed on to Slurm, its jobs or the ranks. What the site needs of "
+            'it goes into the profile: partition, account, options, or pass_environment = ["NAME"]'
         )
         if names
         else ""

@@ -223,8 +223,8 @@ class Profile:
             self._check_option(name, value)
         if self.scheduler == "local" and self.container.runtime != "none":
             raise ValueError(
-                f'container.runtime = {self.container.runtime!r}: with scheduler = "local" start the launcher itself inside '
-                "the image: apptainer exec IMAGE python -m launcher ..."
+                f'container.runtime = {self.container.runtime!r}: with scheduler = "local" start the launcher itself '
+                "inside the image: apptainer exec IMAGE python -m launcher ..."
             )
 
     def _check_lines(self) -> None:
@@ -238,8 +238,8 @@ class Profile:
             _one_line(f"environment.{name}", value)
             if KEYS.search(name):
                 raise ValueError(
-                    f"environment.{name}: the profile is stored with each run and its environment printed in the log; put the "
-                    'line into a file that only you can read, and its path here: secrets = "~/.config/convoy.env"'
+                    f"environment.{name}: the profile is stored with each run and its environment printed in the log; "
+                    'put the line into a file that only you can read, and its path here: secrets = "~/.config/convoy.env"'
                 )
         for line in self.setup:
             for name in filter(KEYS.search, re.findall(r"\b(\w+)=", line)):

@@ -163,8 +163,8 @@ def suggest(stage: str, shape: Shape, config: RolloutConfig, asked: Resources, p
 
     seconds, used, now = made(config.micro_batch_tokens)
     words = (
-        f"{stage}: on paper {seconds:.1f} s an iteration as configured (generation {now.generate:.1f}, scoring {now.score:.1f}, "
-        f"updates {now.update:.1f}, all replies as long as they may be; {used:.0f} GB)"
+        f"{stage}: on paper {seconds:.1f} s an iteration as configured (generation {now.generate:.1f}, scoring "
+        f"{now.score:.1f}, updates {now.update:.1f}, all replies as long as they may be; {used:.0f} GB)"
     )
     best, least = config.micro_batch_tokens, (seconds if used <= limit else float("inf"), used)
     for power in range(8):

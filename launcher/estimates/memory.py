@@ -341,8 +341,8 @@ def check(stage: str, shape: Shape, config: TrainerConfig, asked: Resources, pro
         return ""
     ways = [f"  {knob.total:6.1f} GB with {knob.setting}" for knob in knobs(stage, shape, config, asked, profile)]
     text = (
-        f"{stage} needs about {made.total:.0f} GB of each GPU, {made.static:.0f} of it for weights, gradients and optimizer; "
-        f"the profile's gpu_memory_gb is {gpu_gb:g}"
+        f"{stage} needs about {made.total:.0f} GB of each GPU, {made.static:.0f} of it for weights, gradients and "
+        f"optimizer; the profile's gpu_memory_gb is {gpu_gb:g}"
     )
     if made.total > 1.1 * gpu_gb or made.static > gpu_gb:
         raise ConfigError("\n".join([f"{text}; it would run out of memory. What helps:", *ways]))
@@ -386,8 +386,8 @@ def check_host(stage: str, made: Estimate, asked: Resources, profile: Profile) -
     if not has or waits <= FITS * has:
         return ""
     text = (
-        f"{stage} keeps {waits:.0f} GB pinned in a node's memory (offload); the job asks for {has:.0f} GB of it, by the profile's "
-        f"mem_gb = {profile.mem_gb} GiB and {asked.gpus_per_node} of {profile.gpus_per_node} GPUs"
+        f"{stage} keeps {waits:.0f} GB pinned in a node's memory (offload); the job asks for {has:.0f} GB of it, by "
+        f"the profile's mem_gb = {profile.mem_gb} GiB and {asked.gpus_per_node} of {profile.gpus_per_node} GPUs"
     )
     if waits > has:
         raise ConfigError(

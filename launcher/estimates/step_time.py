@@ -173,8 +173,8 @@ def unsaid(stage: str, profile: Profile) -> str:
     unknown += [] if profile.gpu_memory_gb else ["gpu_memory_gb"]
     return (
         (
-            f"{stage}: no suggestion: profile {profile.name} does not say {', '.join(unknown)}; the machine's rates are known of "
-            f"network = {', '.join(MACHINES)}"
+            f"{stage}: no suggestion: profile {profile.name} does not say {', '.join(unknown)}; the machine's rates "
+            f"are known of network = {', '.join(MACHINES)}"
         )
         if unknown
         else ""
@@ -204,8 +204,8 @@ def suggest(stage: str, shape: Shape, config: SFTConfig, asked: Resources, profi
         if value != getattr(config, name)
     )
     return (
-        f"{stage}: on paper {now.seconds:.2f} s a step ({100 * now.mfu:.0f}% MFU, {now.memory_gb:.0f} GB) as configured; fastest that "
-        f"fits {best.seconds:.2f} s ({100 * best.mfu:.0f}%, {best.memory_gb:.0f} GB) with {keys or 'nothing changed'}"
+        f"{stage}: on paper {now.seconds:.2f} s a step ({100 * now.mfu:.0f}% MFU, {now.memory_gb:.0f} GB) as "
+        f"configured; fastest that fits {best.seconds:.2f} s ({100 * best.mfu:.0f}%, {best.memory_gb:.0f} GB) with {keys or 'nothing changed'}"
     )
 
 

@@ -195,8 +195,8 @@ class Run:
             why = ""
         if wrong := records.wrong_in_config(values, PIPELINES):
             raise ConfigError(
-                f"{self.config_file} is not a run's configuration: it is torn, or another tool's{why or f' ({wrong})'}; "
-                f"name a run's folder, or start the run anew"
+                f"{self.config_file} is not a run's configuration: it is torn, or another "
+                f"tool's{why or f' ({wrong})'}; name a run's folder, or start the run anew"
             )
         return values
 

@@ -43,8 +43,8 @@ def load(name: str) -> Profile:
     if path is None:
         known = ", ".join(sorted({file.stem for folder in folders for file in folder.glob("*.toml")}))
         raise ConfigError(
-            f"--profile {name}: no file {places[0]}; there are: {known}; a site of your own goes by its path, mine.toml "
-            "(python -m launcher doctor --write mine.toml makes one)"
+            f"--profile {name}: no file {places[0]}; there are: {known}; a site of your own goes by its path, "
+            "mine.toml (python -m launcher doctor --write mine.toml makes one)"
         )
     profile = build(Profile, {"name": path.stem, **read_toml(path)}, f"profile {path.stem}")
     if profile.network not in NETWORKS:
@@ -128,6 +128,6 @@ def check_fits(profile: Profile, stage: str, asked: Resources) -> None:
     if asked.nodes + asked.spares > profile.max_nodes:
         left = profile.max_nodes - asked.nodes
         raise ConfigError(
-            f"resources.{stage}.spares = {asked.spares}: with {asked.nodes} nodes that is more than the {profile.max_nodes} "
-            f"that profile {profile.name} gives; set --set resources.{stage}.spares={left} or less"
+            f"resources.{stage}.spares = {asked.spares}: with {asked.nodes} nodes that is more than the "
+            f"{profile.max_nodes} that profile {profile.name} gives; set --set resources.{stage}.spares={left} or less"
         )

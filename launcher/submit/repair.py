@@ -86,8 +86,8 @@ def gone(run: Run) -> Gone | None:
     quiet = time.time() - _last_write(run)
     if quiet < ALIVE_S:
         raise ConfigError(
-            f"--take-over: {run.folder} was written to {quiet:.0f} s ago: who works on it is alive; if you are sure that it "
-            f"is not, try again in {ALIVE_S} s"
+            f"--take-over: {run.folder} was written to {quiet:.0f} s ago: who works on it is alive; if you are sure "
+            f"that it is not, try again in {ALIVE_S} s"
         )
     return Gone(runner, dead)
 
@@ -134,8 +134,8 @@ def _silent_jobs(run: Run) -> dict[str, int]:
         }
     if alive:
         raise ConfigError(
-            f"--take-over: Slurm answers and has {', '.join(f'job {job.handle} ({name})' for name, job in alive.items())}; "
-            f"stop them: python -m launcher cancel {run.folder}"
+            f"--take-over: Slurm answers and has "
+            f"{', '.join(f'job {job.handle} ({name})' for name, job in alive.items())}; stop them: python -m launcher cancel {run.folder}"
         )
     return {}
 

@@ -39,8 +39,8 @@ def candidates(source: Run, run: Path, tables: dict, graph: Graph) -> list[str]:
             found.append(name)
     if not found:
         raise ConfigError(
-            f"--reuse {source.folder}: no stage of it is both done and configured as here; `report` of two runs shows what "
-            "differs in their configurations"
+            f"--reuse {source.folder}: no stage of it is both done and configured as here; `report` of two runs shows "
+            "what differs in their configurations"
         )
     return found
 

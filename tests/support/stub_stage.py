@@ -114,8 +114,8 @@ def hang(output: Path, behaviour: dict, mine: bool) -> None:
         seconds = behaviour.get("timeout_s", 2)
         time.sleep(seconds)
         raise RuntimeError(
-            f"[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting {seconds * 1000}ms for "
-            "recv operation to complete"
+            f"[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting {seconds * 1000}ms "
+            "for recv operation to complete"
         )
 
 

@@ -269,8 +269,8 @@ def _check_same(path: Path, learner: Trained, state: dict) -> None:
     for name, value in made_with(learner.guard.trainer, learner.model).items():
         if name in held and held[name] != value:
             raise ConfigError(
-                f"{name} = {value!r}, but {path} was made with {name} = {held[name]!r}; resume with that, or start the stage "
-                "anew"
+                f"{name} = {value!r}, but {path} was made with {name} = {held[name]!r}; resume with that, or start the "
+                "stage anew"
             )
 
 

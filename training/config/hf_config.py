@@ -71,8 +71,8 @@ class ConfigFile:
         if any(type(one) is not type(other) or one != other for one, other in combinations(found.values(), 2)):
             said = " and ".join(f"{name} = {_short(value)}" for name, value in found.items())
             raise ConfigError(
-                f"{self.path}: {said} contradict each other, and which one counts depends on the version of transformers; "
-                "keep the one that the model was trained with"
+                f"{self.path}: {said} contradict each other, and which one counts depends on the version of "
+                "transformers; keep the one that the model was trained with"
             )
 
     def whole(self, *names: str, default=ABSENT) -> int:

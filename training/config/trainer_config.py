@@ -186,8 +186,8 @@ class TrainerConfig:
             raise ValueError("sequence_parallel = true needs tensor_parallel > 1; set sequence_parallel = false")
         if self.context_parallel != 1:
             raise ValueError(
-                f"context_parallel = {self.context_parallel}: attention is not divided along the sequence; set it to 1. "
-                'For long rows use tensor_parallel with sequence_parallel = true, or recompute = "full"'
+                f"context_parallel = {self.context_parallel}: attention is not divided along the sequence; set it to "
+                '1. For long rows use tensor_parallel with sequence_parallel = true, or recompute = "full"'
             )
         if self.virtual_pipeline > 1 and self.pipeline_parallel == 1:
             raise ValueError(
@@ -219,14 +219,14 @@ class TrainerConfig:
         data_ranks = self.model_copies(world_size)
         if self.global_batch_size % (self.micro_batch_size * data_ranks):
             raise ConfigError(
-                f"global_batch_size = {self.global_batch_size} is not a multiple of micro_batch_size {self.micro_batch_size} "
-                f"x {data_ranks} data-parallel ranks"
+                f"global_batch_size = {self.global_batch_size} is not a multiple of micro_batch_size "
+                f"{self.micro_batch_size} x {data_ranks} data-parallel ranks"
             )
         micro_batches = self.global_batch_size // (self.micro_batch_size * data_ranks)
         if self.virtual_pipeline > 1 and micro_batches % self.pipeline_parallel:
             raise ConfigError(
-                f"virtual_pipeline = {self.virtual_pipeline}: the interleaved schedule takes micro-batches in groups of "
-                f"pipeline_parallel = {self.pipeline_parallel}, but global_batch_size {self.global_batch_size} / "
+                f"virtual_pipeline = {self.virtual_pipeline}: the interleaved schedule takes micro-batches in groups "
+                f"of pipeline_parallel = {self.pipeline_parallel}, but global_batch_size {self.global_batch_size} / "
                 f"micro_batch_size {self.micro_batch_size} / {data_ranks} data-parallel ranks = {micro_batches}; "
                 "change one of them or set virtual_pipeline = 1"
             )

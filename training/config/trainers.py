@@ -247,8 +247,8 @@ class RolloutConfig(TrainerConfig):
             )
         if self.kl_target and self.kl_horizon < self.rollout_batch_size:
             raise ValueError(
-                f"kl_horizon = {self.kl_horizon}: expected at least rollout_batch_size = {self.rollout_batch_size}, or one "
-                "iteration may turn kl_coef negative"
+                f"kl_horizon = {self.kl_horizon}: expected at least rollout_batch_size = {self.rollout_batch_size}, or "
+                "one iteration may turn kl_coef negative"
             )
         positive(self, "temperature", "clip_ratio", "reward_clip")
         below(self, 1, "clip_ratio")
@@ -337,8 +337,8 @@ class PPOConfig(RolloutConfig):
                 raise ValueError(f"{name} = {getattr(self, name)}: expected between 0 and 1")
         if self.warmup_iterations + self.value_warmup >= self.iterations:
             raise ValueError(
-                f"warmup_iterations = {self.warmup_iterations} + value_warmup = {self.value_warmup}: expected fewer together "
-                f"than iterations = {self.iterations}"
+                f"warmup_iterations = {self.warmup_iterations} + value_warmup = {self.value_warmup}: expected fewer "
+                f"together than iterations = {self.iterations}"
             )
         at_least(self, 0, "value_warmup", "value_clip")
         positive(self, "value_lr")

@@ -75,8 +75,8 @@ class Sampler:
         order are other ones."""
         if state.get("order") != self.ORDER:
             raise ConfigError(
-                f"this checkpoint's rows stand in the order {state.get('order', 'of version 0.1.0')!r}, this version's in "
-                f"{self.ORDER!r}: finish the stage with the version that began it, or start the stage anew"
+                f"this checkpoint's rows stand in the order {state.get('order', 'of version 0.1.0')!r}, this version's "
+                f"in {self.ORDER!r}: finish the stage with the version that began it, or start the stage anew"
             )
         for name, value in (("seed", self.seed), ("rows", self.n_rows)):
             if state[name] != value:

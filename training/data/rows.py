@@ -86,8 +86,8 @@ def parse(row: dict) -> Row:
     for name in row:
         if near := _misspelt(name):
             raise BadRow(
-                f"{name}: no field of any format, so that the row has a prompt and no reply; did you mean {near}? If not, "
-                "give it another name"
+                f"{name}: no field of any format, so that the row has a prompt and no reply; did you mean {near}? If "
+                "not, give it another name"
             )
     return _usable(Row(_prompt(row, []) if isinstance(row[prompt], list) else _text(row, prompt)))
 

@@ -102,8 +102,8 @@ def check(requests: Sequence[Request], vocab: int, context: int, decodes: bool) 
             )
         if length + sampling.max_new_tokens > context:
             raise ConfigError(
-                f"request {number}: {length} prompt tokens + max_new_tokens {sampling.max_new_tokens} are more than the "
-                f"engine's context of {context}; shorten the prompt, ask for fewer or raise the context"
+                f"request {number}: {length} prompt tokens + max_new_tokens {sampling.max_new_tokens} are more than "
+                f"the engine's context of {context}; shorten the prompt, ask for fewer or raise the context"
             )
         if not 0 <= min(request.prompt) <= max(request.prompt) < vocab:
             raise ConfigError(

@@ -54,8 +54,8 @@ def check(config: TrainerConfig) -> None:
             )
     if config.wandb == "online" and not os.environ.get("WANDB_API_KEY"):
         raise ConfigError(
-            'wandb = "online" needs WANDB_API_KEY in the environment (profile: secrets); or wandb = "offline", and later: '
-            "wandb sync STAGE/wandb/offline-run-*"
+            'wandb = "online" needs WANDB_API_KEY in the environment (profile: secrets); or wandb = "offline", and '
+            "later: wandb sync STAGE/wandb/offline-run-*"
         )
 
 

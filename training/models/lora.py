@@ -212,8 +212,8 @@ def check_scale(model: torch.nn.Module) -> None:
     for _, _, module in adapted(model):
         if abs(module.lora_scale.item() - module.scale) > 1e-6 * module.scale:
             raise ConfigError(
-                f"lora_alpha / lora_rank = {module.scale:g}, but the checkpoint was made with {module.lora_scale.item():g}; "
-                "resume with the same values, or start the stage anew"
+                f"lora_alpha / lora_rank = {module.scale:g}, but the checkpoint was made with "
+                f"{module.lora_scale.item():g}; resume with the same values, or start the stage anew"
             )
 
 

@@ -142,8 +142,8 @@ def host_memory(size: int) -> torch.Tensor:
     error = runtime.cudaHostRegister(made.data_ptr(), size, 0)
     if error != runtime.cudaError.success:
         raise MemoryError(
-            f"{size / 1e9:.1f} GB of host memory can't be pinned (CUDA says {error}): free memory on this node, raise its "
-            'limit of locked memory (ulimit -l), or set offload = "frozen" or "none"'
+            f"{size / 1e9:.1f} GB of host memory can't be pinned (CUDA says {error}): free memory on this node, raise "
+            'its limit of locked memory (ulimit -l), or set offload = "frozen" or "none"'
         )
     return made
 

@@ -72,15 +72,15 @@ def first_update(config: RolloutConfig, step: dict[str, float], batch: Batch) ->
     )
     if not same:  # NaN is not the same, either
         raise InvariantError(
-            f"first minibatch: approx KL {step['approx_kl']:.4g}, clip fraction {step['clip_fraction']:.4g}, policy loss "
-            f"{step['policy_loss']:.6g}; expected 0, 0 and {-advantage:.6g}: the policy that learns is not the one whose "
-            "log-probabilities were kept (temperature, dropout, mask or rows differ between the scoring pass and the update?)"
+            f"first minibatch: approx KL {step['approx_kl']:.4g}, clip fraction {step['clip_fraction']:.4g}, policy "
+            f"loss {step['policy_loss']:.6g}; expected 0, 0 and {-advantage:.6g}: the policy that learns is not the "
+            "one whose log-probabilities were kept (temperature, dropout, mask or rows differ between the scoring pass and the update?)"
         )
     surprisal = -batch["old_logprobs"][: config.global_batch_size][mask].double()
     apart, error = surprisal.mean().item() - step["entropy"], surprisal.std().item() / len(surprisal) ** 0.5
     if not (len(surprisal) < FEW or abs(apart) <= max(SIGMAS * error, NATS + 0.1 * step["entropy"])):
         raise InvariantError(
             f"the samples' mean -log p = {surprisal.mean():.4g} nats a token, but the policy's entropy there is "
-            f"{step['entropy']:.4g} (standard error {error:.2g}): they were not drawn from this policy (another temperature, "
-            "mask or cache in the rollout?)"
+            f"{step['entropy']:.4g} (standard error {error:.2g}): they were not drawn from this policy (another "
+            "temperature, mask or cache in the rollout?)"
         )

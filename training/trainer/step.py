@@ -68,8 +68,8 @@ class Learner:
             layout = f"TP {trainer.tensor_parallel} x PP {trainer.pipeline_parallel} x DP {groups.data_ranks()}"
             layout += f", {trainer.virtual_pipeline} parts a stage" if trainer.virtual_pipeline > 1 else ""
             print(
-                f"{layout} on {groups.device().type}, {trainer.precision}; {describe(model.config.core_attention, trainer.fused)}; "
-                f"recompute: {trainer.recompute}",
+                f"{layout} on {groups.device().type}, {trainer.precision}; "
+                f"{describe(model.config.core_attention, trainer.fused)}; recompute: {trainer.recompute}",
                 flush=True,
             )
         # Without these no gradient is reduced over ranks, and nothing complains.

@@ -34,8 +34,8 @@ def words(template):
     [
         NO_SYSTEM,
         "{{ bos_token }}{% for m in messages %}\n  {% generation %}{{ m | tojson }}{% endgeneration %}\n{% endfor %}",
-        "{% set seen = namespace(n=0) %}{% for m in messages %}{% set seen.n = seen.n + 1 %}{% if seen.n > 1 %}{% break %}{% endif %}"
-        "{{ m.content | trim }}{{ strftime_now('%Y') }}{% endfor %}",
+        "{% set seen = namespace(n=0) %}{% for m in messages %}{% set seen.n = seen.n + 1 %}{% if seen.n > 1 %}{% "
+        "break %}{% endif %}{{ m.content | trim }}{{ strftime_now('%Y') }}{% endfor %}",
         *(path.read_text() for path in sorted(PUBLISHED.glob("*.jinja"))),
     ],
 )

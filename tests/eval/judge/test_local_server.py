@@ -87,8 +87,8 @@ def test_it_is_served_asked_and_ended(seven, tmp_path, capsys):
 
 def test_the_server_speaks_the_protocol_and_dies_with_its_parent(seven):
     script = (
-        "import subprocess, sys; subprocess.Popen([sys.executable, '-m', 'eval.judge.serve', sys.argv[1], '--port', sys.argv[2], "
-        "'--end-with-stdin'], stdin=subprocess.PIPE); input()"
+        "import subprocess, sys; subprocess.Popen([sys.executable, '-m', 'eval.judge.serve', sys.argv[1], '--port', "
+        "sys.argv[2], '--end-with-stdin'], stdin=subprocess.PIPE); input()"
     )
     port = local_server.free_port()
     parent = subprocess.Popen(

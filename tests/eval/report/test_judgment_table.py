@@ -33,8 +33,8 @@ def test_rows_that_repeat_others_give_two_averages_and_the_reason(tmp_path, caps
     code, out, _ = run(tmp_path / "x.jsonl", rows + again, capsys)
     assert code == 0 and f"| {sum(last) / len(last):.2f} [" in out
     assert (
-        f"vicuna-7b-v1.3: 80 rows repeat the place of another (question and turn). Avg counts the last of each; FastChat's "
-        f"show_result averages all 240 rows: {sum(every) / 240:.6f} instead of {sum(last) / 160:.6f}."
+        f"vicuna-7b-v1.3: 80 rows repeat the place of another (question and turn). Avg counts the last of each; "
+        f"FastChat's show_result averages all 240 rows: {sum(every) / 240:.6f} instead of {sum(last) / 160:.6f}."
     ) in out
 
 

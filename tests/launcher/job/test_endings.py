@@ -22,25 +22,25 @@ from launcher.run import progress
 from launcher.run.folder import Run
 
 CUDA = (
-    "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 29.76 GiB. GPU 0 has a total capacity of 79.11 GiB of which 12.73 "
-    "GiB is free. Including non-PyTorch memory, this process has 66.38 GiB memory in use."
+    "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 29.76 GiB. GPU 0 has a total capacity of 79.11 GiB "
+    "of which 12.73 GiB is free. Including non-PyTorch memory, this process has 66.38 GiB memory in use."
 )
 WATCHDOG = (
-    "[E321 02:07:08.408271257 ProcessGroupNCCL.cpp:607] [Rank 0] Watchdog caught collective operation timeout: WorkNCCL("
-    "SeqNum=1580, OpType=ALLREDUCE, NumelIn=466119168, NumelOut=466119168, Timeout(ms)=600000) ran for 600060 milliseconds before "
-    "timing out."
+    "[E321 02:07:08.408271257 ProcessGroupNCCL.cpp:607] [Rank 0] Watchdog caught collective operation timeout: "
+    "WorkNCCL(SeqNum=1580, OpType=ALLREDUCE, NumelIn=466119168, NumelOut=466119168, Timeout(ms)=600000) ran for 600060 "
+    "milliseconds before timing out."
 )
 ABORT = "what():  [PG ID 0 PG GUID 0(default_pg) Rank 0] Process group watchdog thread terminated with exception"
 CLOSED = (
     "RuntimeError: [../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:26441"
 )
 GLOO = (
-    "RuntimeError: [../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation to "
-    "complete"
+    "RuntimeError: [../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv "
+    "operation to complete"
 )
 REMOTE = (
-    "torch.distributed.DistBackendError: NCCL error in: ../torch/csrc/distributed/c10d/NCCLUtils.hpp:268, remote process exited or "
-    "there was a network error, NCCL version 2.21.5"
+    "torch.distributed.DistBackendError: NCCL error in: ../torch/csrc/distributed/c10d/NCCLUtils.hpp:268, remote "
+    "process exited or there was a network error, NCCL version 2.21.5"
 )
 OOM_STEP = (
     "slurmstepd: error: Detected 1 oom_kill event in StepId=11300781.0. Some of the step tasks have been OOM Killed."
@@ -70,8 +70,8 @@ def rank(code, line, number=0, lines=()):
             [
                 rank(
                     1,
-                    "RuntimeError: [enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8e9 "
-                    "bytes. Error code 12 (Cannot allocate memory)",
+                    "RuntimeError: [enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you "
+                    "tried to allocate 8e9 bytes. Error code 12 (Cannot allocate memory)",
                 )
             ],
             [],
@@ -106,8 +106,9 @@ def rank(code, line, number=0, lines=()):
             [
                 rank(
                     1,
-                    "torch.distributed.DistNetworkError: The client socket has failed to connect to any network address of (n7, 20017). The IPv4 "
-                    "network addresses of (n7, 20017) cannot be retrieved (gai error: -2 - Name or service not known).",
+                    "torch.distributed.DistNetworkError: The client socket has failed to connect to any network "
+                    "address of (n7, 20017). The IPv4 network addresses of (n7, 20017) cannot be retrieved (gai "
+                    "error: -2 - Name or service not known).",
                 )
             ],
             [],
@@ -133,8 +134,8 @@ def rank(code, line, number=0, lines=()):
             [
                 rank(
                     76,
-                    "error: paused by a health gate: KL to the reference, nats per response = 120, kl_max = 100, 20 iterations in a row; "
-                    "iteration 30 is saved, and resume goes on from it",
+                    "error: paused by a health gate: KL to the reference, nats per response = 120, kl_max = 100, 20 "
+                    "iterations in a row; iteration 30 is saved, and resume goes on from it",
                 )
             ],
             [],

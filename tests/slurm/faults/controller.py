@@ -198,8 +198,8 @@ def _sacct(cluster: Cluster) -> str:
 def needs_accounting() -> None:
     if absent := missing("slurmdbd", "mariadbd"):
         raise Skipped(
-            f"{' and '.join(absent)} not installed (apt-get install slurmdbd slurm-wlm-mysql-plugin mariadb-server-core "
-            "mariadb-client-core)"
+            f"{' and '.join(absent)} not installed (apt-get install slurmdbd slurm-wlm-mysql-plugin "
+            "mariadb-server-core mariadb-client-core)"
         )
 
 
