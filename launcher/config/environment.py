@@ -5,9 +5,10 @@ A command calls Slurm and helper processes (``outside``). sbatch stores the envi
 called with, and each job of the chain gets it (``for_sbatch``). Inside a job srun passes its own on
 to the ranks (``for_step``). None of them inherits:
 
-- Slurm's variables. Those of sbatch, srun, squeue, sinfo and sacct win over options, or reshape what
-  is printed and read. Those of an outer job name nodes and tasks of that job.
-- How ranks meet: RANK, WORLD_SIZE, MASTER_ADDR and what torchrun and MPI add. The launcher sets them.
+- Slurm's variables. Those of sbatch, srun, squeue, sinfo and sacct win over options, or reshape
+  what is printed and read. Those of an outer job name nodes and tasks of that job.
+- How ranks meet: RANK, WORLD_SIZE, MASTER_ADDR and what torchrun and MPI add. The launcher sets
+  them.
 - Python's switches that change what a program does: PYTHONOPTIMIZE removes asserts and docstrings.
 
 Requests to this machine never go to a proxy. A profile's ``pass_environment`` lets a name through.

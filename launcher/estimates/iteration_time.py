@@ -3,18 +3,19 @@ Pure, standard library only.
 
 Assumptions beside scaling.py's:
 
-* within 10% phase by phase of what PPO of 7b1 + 7b1 took on one H200, of 7b1 + 7b1 and 1b7 + 1b7 on two H100, and of 1b7 + 1b7 at
-  TP 2 x PP 2 on four (which LAUNCH_S's forward share was taken from).
-* samples are as long as prompt_length + response_length allow; packed ones are divided as training/config/cost.py's ``micro_batches`` does.
-* scoring: a forward pass of policy, reference (unless kl_coef is 0), reward and, of PPO, value model, one after the
-  other, each over all samples as one run of the pipeline. Updates: a step of each trained model a
-  minibatch, as in SFT. With offload = "all" optimizers also change places there; what else is
-  offloaded moves beside the scoring.
-* generation: each replica computes its prompts, then reads, token by token, its weights and its rows' keys and values at DECODE of its
-  memory's rate, and takes LAYER_S a layer besides; cache for all ``generation_batch_size`` rows is
-  taken as there. Of tensor parallelism two sums a layer. Beginning and ending take START_S. Weights
-  for another layout than training's are received through the links, and each byte passes memory six
-  times (sent and received: a copy, the message, a copy).
+* within 10% phase by phase of what PPO of 7b1 + 7b1 took on one H200, of 7b1 + 7b1 and 1b7 + 1b7 on
+  two H100, and of 1b7 + 1b7 at TP 2 x PP 2 on four (which LAUNCH_S's forward share was taken from).
+* samples are as long as prompt_length + response_length allow; packed ones are divided as
+  training/config/cost.py's ``micro_batches`` does.
+* scoring: a forward pass of policy, reference (unless kl_coef is 0), reward and, of PPO, value
+  model, one after the other, each over all samples as one run of the pipeline. Updates: a step of
+  each trained model a minibatch, as in SFT. With offload = "all" optimizers also change places
+  there; what else is offloaded moves beside the scoring.
+* generation: each replica computes its prompts, then reads, token by token, its weights and its
+  rows' keys and values at DECODE of its memory's rate, and takes LAYER_S a layer besides; cache for
+  all ``generation_batch_size`` rows is taken as there. Of tensor parallelism two sums a layer.
+  Beginning and ending take START_S. Weights for another layout than training's are received through
+  the links, and each byte passes memory six times (sent and received: a copy, the message, a copy).
 """
 
 from __future__ import annotations

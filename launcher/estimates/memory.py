@@ -4,25 +4,28 @@ what its worst moment adds.
 The formula, in bytes; P = parameters of this rank, T = tokens of a micro-batch, h = hidden size, t,
 p, d = TP, PP, DP:
 
-* a trained model under bf16: weights 2 P, fp32 gradients 4 P, and of the fp32 master weights and Adam's two moments 12 P / d,
-  which the distributed optimizer shards (Rajbhandari et al. 2020, ZeRO stage 1); a frozen model: 2
-  P. fp32: 4, 4, 8 / d and 4. optimizer_precision "bf16" has 6 P / d instead of 12. With low-rank
-  adapters the model is frozen, and only they have the rest.
-* a layer's activations, k = width of all keys, f = of the feed-forward part: T (8 h + (4 h + 4 k + 4 f) / t), for BLOOM T h (8 + 24 / t);
-  with sequence parallelism t divides the first 8 h, too. A gated feed-forward part keeps 8 f. This
-  is Korthikanti et al. 2022 (arXiv:2205.05198), equations 2 and 4, without what we do not keep:
-  dropout masks (no dropout) and attention scores (a fused kernel). Selective recompute keeps half
-  of the feed-forward part's; full keeps 2 T h a layer, and one layer's activations at a time. The
-  first pipeline stage keeps those of min(p, micro-batches) at once.
-* attention "sdpa" with ALiBi or packed rows: a bias of all pairs, heads / t x length^2 numbers, and of packed rows one more a row.
-* the language model's head: the fp32 logits of a chunk of tokens (training.config.shape.CHUNK_LOGITS).
-  Log-probabilities and entropies of all other tokens are numbers (training.models.heads).
-* offload = "frozen": of the frozen models one at a time. offload = "all": beside the trained models' weights the worst of one model's
-  update (its gradients and optimizer among it), both optimizers (one goes while the other comes; a
-  save), a scoring pass, and the rollout. What waits in host memory has its place there all the
-  time.
-* rollout: all layers' weights where generation's layout is not training's, keys and values 4 k / t bytes a token and layer (t: generation's
-  TP), and a step's fp32 logits or a prefill's activations.
+* a trained model under bf16: weights 2 P, fp32 gradients 4 P, and of the fp32 master weights and
+  Adam's two moments 12 P / d, which the distributed optimizer shards (Rajbhandari et al. 2020, ZeRO
+  stage 1); a frozen model: 2 P. fp32: 4, 4, 8 / d and 4. optimizer_precision "bf16" has 6 P / d
+  instead of 12. With low-rank adapters the model is frozen, and only they have the rest.
+* a layer's activations, k = width of all keys, f = of the feed-forward part: T (8 h + (4 h + 4 k +
+  4 f) / t), for BLOOM T h (8 + 24 / t); with sequence parallelism t divides the first 8 h, too. A
+  gated feed-forward part keeps 8 f. This is Korthikanti et al. 2022 (arXiv:2205.05198), equations 2
+  and 4, without what we do not keep: dropout masks (no dropout) and attention scores (a fused
+  kernel). Selective recompute keeps half of the feed-forward part's; full keeps 2 T h a layer, and
+  one layer's activations at a time. The first pipeline stage keeps those of min(p, micro-batches)
+  at once.
+* attention "sdpa" with ALiBi or packed rows: a bias of all pairs, heads / t x length^2 numbers, and
+  of packed rows one more a row.
+* the language model's head: the fp32 logits of a chunk of tokens
+  (training.config.shape.CHUNK_LOGITS). Log-probabilities and entropies of all other tokens are
+  numbers (training.models.heads).
+* offload = "frozen": of the frozen models one at a time. offload = "all": beside the trained
+  models' weights the worst of one model's update (its gradients and optimizer among it), both
+  optimizers (one goes while the other comes; a save), a scoring pass, and the rollout. What waits
+  in host memory has its place there all the time.
+* rollout: all layers' weights where generation's layout is not training's, keys and values 4 k / t
+  bytes a token and layer (t: generation's TP), and a step's fp32 logits or a prefill's activations.
 
 Held against torch's peak on one H200 by tests/launcher/estimates/test_memory.py: our SFT of 560m
 and 1b7, batch 1 and 4, each recompute, 1 to 3 % above the measured; 7b1 and 1b7 of an earlier

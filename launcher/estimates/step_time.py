@@ -3,21 +3,23 @@ Pure, standard library only.
 
 Assumptions, all of them:
 
-* forward and backward of a layer and of the head run at the share of the GPU's peak that was measured on one H200 for that hidden size
-  (training/config/cost.py; optimizer taken off; sizes between are interpolated). The same share on
-  other GPUs, and for the narrower matrices of tensor parallelism: optimistic for t > 4. Full
-  recompute: a third more.
-* the host launches a layer's kernels and messages no faster than training/config/cost.py's LAUNCH_S: small micro-batches wait for it.
-* tensor parallelism: per layer and micro-batch two all-reduces forward and two backward (Shoeybi et al. 2019) of 2 T h bytes, as a ring:
-  2 (t - 1) / t of them through the links inside a node at RING, hidden behind nothing. With full
-  recompute two more.
-* pipeline: the slowest stage's time x (m + (p - 1) / v) for m micro-batches (Narayanan et al. 2021), and two messages of 2 T h bytes a
-  micro-batch and part, at the links between nodes where a pipeline leaves its node. Host and GPU
-  wait for each other once a micro-batch and way: TURN_S.
-* data parallelism: gradients in fp32 are reduce-scattered, weights in bf16 all-gathered, once a step, inside a node at RING, too, hidden
-  behind nothing. The optimizer reads and writes 20 bytes a parameter and data rank, and 12 more for
-  the norm and for clearing gradients.
-* messages between two ranks, and what leaves a node, at 80% of the links' rate. No stragglers, no congestion, no loading, no saving.
+* forward and backward of a layer and of the head run at the share of the GPU's peak that was
+  measured on one H200 for that hidden size (training/config/cost.py; optimizer taken off; sizes
+  between are interpolated). The same share on other GPUs, and for the narrower matrices of tensor
+  parallelism: optimistic for t > 4. Full recompute: a third more.
+* the host launches a layer's kernels and messages no faster than training/config/cost.py's
+  LAUNCH_S: small micro-batches wait for it.
+* tensor parallelism: per layer and micro-batch two all-reduces forward and two backward (Shoeybi et
+  al. 2019) of 2 T h bytes, as a ring: 2 (t - 1) / t of them through the links inside a node at
+  RING, hidden behind nothing. With full recompute two more.
+* pipeline: the slowest stage's time x (m + (p - 1) / v) for m micro-batches (Narayanan et al.
+  2021), and two messages of 2 T h bytes a micro-batch and part, at the links between nodes where a
+  pipeline leaves its node. Host and GPU wait for each other once a micro-batch and way: TURN_S.
+* data parallelism: gradients in fp32 are reduce-scattered, weights in bf16 all-gathered, once a
+  step, inside a node at RING, too, hidden behind nothing. The optimizer reads and writes 20 bytes a
+  parameter and data rank, and 12 more for the norm and for clearing gradients.
+* messages between two ranks, and what leaves a node, at 80% of the links' rate. No stragglers, no
+  congestion, no loading, no saving.
 """
 
 from __future__ import annotations

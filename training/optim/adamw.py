@@ -1,14 +1,15 @@
 """AdamW (Loshchilov and Hutter 2019) that keeps 6 bytes a parameter beside a bf16 weight, where
 fp32 master weights and moments are 12.
 
-* Weight: exact fp32, in two halves. The model's bf16 weight is the fp32 value rounded to nearest (halves away from zero), the
-  ``remainder`` (int16) what rounding took away, so that bits(fp32) = bits(bf16) * 2^16 + remainder.
-  No update is lost.
-* First moment: bf16, rounded to nearest. It forgets its past within 1 / (1 - beta1) steps, and rounding errors with it.
-* Second moment: bf16, rounded stochastically. A step moves it by 1 - beta2 of its value or less, a tenth of bf16's spacing at 0.999:
-  rounded to nearest it would stand still. Stochastic rounding is right on average (Gupta et al.
-  2015); over the last 1 / (1 - beta2) steps its noise averages to a few percent of the moment, half
-  that of its root.
+* Weight: exact fp32, in two halves. The model's bf16 weight is the fp32 value rounded to nearest
+  (halves away from zero), the ``remainder`` (int16) what rounding took away, so that bits(fp32) =
+  bits(bf16) * 2^16 + remainder. No update is lost.
+* First moment: bf16, rounded to nearest. It forgets its past within 1 / (1 - beta1) steps, and
+  rounding errors with it.
+* Second moment: bf16, rounded stochastically. A step moves it by 1 - beta2 of its value or less, a
+  tenth of bf16's spacing at 0.999: rounded to nearest it would stand still. Stochastic rounding is
+  right on average (Gupta et al. 2015); over the last 1 / (1 - beta2) steps its noise averages to a
+  few percent of the moment, half that of its root.
 
 The noise is a hash of (step, parameter, element): the same on any data-parallel layout, and again
 in a resumed run. Each step's update is computed in fp32 from the moments before they are rounded.

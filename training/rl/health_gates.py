@@ -1,12 +1,13 @@
 """Health gates: updates that are not made, and numbers that may not stay bad for long. Pure
 bookkeeping; every rank decides alike.
 
-* An update whose loss or gradient is not finite, or whose gradient's norm is ``grad_spike`` times its running mean, is left out:
-  weights, optimizer and schedule stay as they were, bit for bit. More than ``skip_updates`` in a
-  row end the stage (``Guard``).
-* A number of PPO's on the wrong side of its limit is said at once. ``gate_pause`` iterations in a row save a checkpoint and end the stage
-  with exit code 76: nothing queues it again, a person looks, ``resume`` goes on. ``gate_stop`` in a
-  row (also counted over a pause) end it without saving (``Gates``).
+* An update whose loss or gradient is not finite, or whose gradient's norm is ``grad_spike`` times
+  its running mean, is left out: weights, optimizer and schedule stay as they were, bit for bit.
+  More than ``skip_updates`` in a row end the stage (``Guard``).
+* A number of PPO's on the wrong side of its limit is said at once. ``gate_pause`` iterations in a
+  row save a checkpoint and end the stage with exit code 76: nothing queues it again, a person
+  looks, ``resume`` goes on. ``gate_stop`` in a row (also counted over a pause) end it without
+  saving (``Gates``).
 
 What catches which fault (each is injected by tests/training/test_faults.py); the invariants are
 training.rl.invariants':
