@@ -106,7 +106,8 @@ def main(arguments: list[str]) -> int:
     print("| command | seconds | limit | peer | its seconds |\n|---|---|---|---|---|")
     for row in rows:
         print(
-            f"| {row['what']} | {row['seconds']:.3f} | {row['limit']:.3f} | `{row['peer']}` | {row['peer_seconds']:.3f} |"
+            f"| {row['what']} | {row['seconds']:.3f} | {row['limit']:.3f} | `{row['peer']}` | "
+            f"{row['peer_seconds']:.3f} |"
         )
     if arguments:
         Path(arguments[0]).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")

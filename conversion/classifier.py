@@ -52,7 +52,8 @@ def folded(shift: torch.Tensor, weight: torch.Tensor, bias: float, dtype: torch.
     square = (weight**2).sum().item()
     if square == 0:
         raise ConfigError(
-            f"the scalar head's weights are all zero, its bias is {bias}: the model scores everything alike; train it first"
+            f"the scalar head's weights are all zero, its bias is {bias}: the model scores everything "
+            "alike; train it first"
         )
     moved = shift.to(dtype).clone()
     left = bias  # of the growth that is wanted

@@ -112,7 +112,8 @@ def named(models: list[str]) -> dict[str, str]:
             raise ValueError(f"{model}: expected a folder, or NAME=FOLDER with a name that can be a file's")
         if name in found:
             raise ValueError(
-                f"two models are called {name}: {found[name]} and {folder}; name them: first={found[name]} second={folder}"
+                f"two models are called {name}: {found[name]} and {folder}; name them: first={found[name]} "
+                f"second={folder}"
             )
         found[name] = folder
     return found

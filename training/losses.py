@@ -14,9 +14,10 @@ import torch.nn.functional as F
 
 
 def logistic_loss(margin: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
-    """-log sigmoid(r_i - r_j), the negative log-likelihood of Bradley and Terry's model (Ouyang et al. 2022, eq. 1; with DPO's implicit
-    rewards Rafailov et al. 2023, eq. 7), any shape; ``label_smoothing``: the probability that a pair is the wrong way round (Mitchell
-    2023).
+    """-log sigmoid(r_i - r_j), the negative log-likelihood of Bradley and Terry's model, any shape
+    (Ouyang et al. 2022, eq. 1; with DPO's implicit rewards Rafailov et al. 2023, eq. 7).
+
+    ``label_smoothing`` is the probability that a pair is the wrong way round (Mitchell 2023).
 
     >>> logistic_loss(torch.tensor([0.0, 2.0, 2.0]), 0.1)
     tensor([0.6931, 0.3269, 0.3269])
@@ -29,7 +30,9 @@ def ipo_loss(margin: torch.Tensor, beta: float) -> torch.Tensor:
     replies differ (Azar et al. 2024, eq. 17): they are to be apart by so much, not by ever more.
     Any shape.
 
-    >>> ipo_loss(torch.tensor([0.0, 0.5, 1.0]), beta=0.5)  # apart by 1 in log ratios is what it asks for
+    The example asks for a distance of 1 in log ratios.
+
+    >>> ipo_loss(torch.tensor([0.0, 0.5, 1.0]), beta=0.5)
     tensor([1., 0., 1.])
     """
     return (margin / beta - 1 / (2 * beta)) ** 2
@@ -47,7 +50,9 @@ def pairwise_loss(
     2022, eq. 1), the pairs' accuracy, their mean margin, and whether the query has a pair at all
     (where not, the others are 0).
 
-    >>> pairwise_loss(torch.tensor([[2.0, 0.0, 1.0]]), torch.tensor([[5.0, 1.0, 1.0]]))  # pairs: 2 against 0, 2 against 1
+    The example has two pairs: rewards 2 against 0 and 2 against 1.
+
+    >>> pairwise_loss(torch.tensor([[2.0, 0.0, 1.0]]), torch.tensor([[5.0, 1.0, 1.0]]))
     (tensor([0.2201]), tensor([1.]), tensor([1.5000]), tensor([True]))
     """
     margin = rewards[:, :, None] - rewards[:, None, :]
@@ -85,8 +90,9 @@ def token_rewards(logprobs, ref_logprobs, scores, response_mask, kl_coef: float)
     """Rewards (B, T): -kl_coef * k1 at each response token, plus ``scores`` (B,) at the last one
     (Ouyang et al. 2022, eq. 2). ``logprobs``, ``ref_logprobs``, ``response_mask`` (B, T).
 
-    >>> token_rewards(torch.tensor([[-1.0, -1.0, -1.0]]), torch.tensor([[-2.0, -2.0, -1.0]]), torch.tensor([5.0]),
-    ...               torch.tensor([[False, True, True]]), kl_coef=0.1)[:, 1:]
+    >>> logprobs, reference = torch.tensor([[-1.0, -1.0, -1.0]]), torch.tensor([[-2.0, -2.0, -1.0]])
+    >>> mask = torch.tensor([[False, True, True]])
+    >>> token_rewards(logprobs, reference, torch.tensor([5.0]), mask, kl_coef=0.1)[:, 1:]
     tensor([[-0.1000,  5.0000]])
     """
     rewards = -kl_coef * kl_k1(logprobs, ref_logprobs) * response_mask
@@ -110,7 +116,8 @@ def gae(rewards, values, response_mask, gamma: float, lam: float) -> tuple[torch
     The value after the last response token is 0; outside the mask both results are 0. ``rewards``,
     ``values``, ``response_mask`` (B, T).
 
-    >>> gae(torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([[9.0, 0.5, 0.5]]), torch.tensor([[False, True, True]]), gamma=1.0, lam=0.5)
+    >>> rewards, values = torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([[9.0, 0.5, 0.5]])
+    >>> gae(rewards, values, torch.tensor([[False, True, True]]), gamma=1.0, lam=0.5)
     (tensor([[0.0000, 0.2500, 0.5000]]), tensor([[0.0000, 0.7500, 1.0000]]))
     """
     advantages = torch.zeros_like(values)
@@ -130,7 +137,8 @@ def whiten(advantages, mean: torch.Tensor, variance: torch.Tensor, response_mask
     those of the whole iteration on all ranks (the "advantage normalisation" of Andrychowicz et al.
     2021, C67, over the iteration instead of the minibatch).
 
-    >>> whiten(torch.tensor([[7.0, 1.0, 3.0]]), torch.tensor(2.0), torch.tensor(1.0), torch.tensor([[False, True, True]]))
+    >>> mask = torch.tensor([[False, True, True]])
+    >>> whiten(torch.tensor([[7.0, 1.0, 3.0]]), torch.tensor(2.0), torch.tensor(1.0), mask)
     tensor([[ 0., -1.,  1.]])
     """
     return (advantages - mean) * (variance + 1e-8).rsqrt() * response_mask
@@ -155,7 +163,8 @@ def importance_weights(old_logprobs, behaviour_logprobs, cap: float) -> torch.Te
     counts (truncated importance sampling, Ionides 2008; between rollout and training Yao et al.
     2025).
 
-    >>> importance_weights(torch.tensor([0.5, 0.1, 0.8]).log(), torch.tensor([0.25, 0.2, 0.1]).log(), cap=3.0)
+    >>> training, rollout = torch.tensor([0.5, 0.1, 0.8]), torch.tensor([0.25, 0.2, 0.1])
+    >>> importance_weights(training.log(), rollout.log(), cap=3.0)
     tensor([2.0000, 0.5000, 3.0000])
     """
     return (old_logprobs - behaviour_logprobs).exp().clamp(max=cap)
@@ -180,10 +189,13 @@ def policy_loss(
     al. 2025, eq. 10). Each token's loss counts ``weights`` (B, T) times. Approx KL is k3 of old
     against new policy.
 
+    The example's losses are -1.2 + 1.5 + 8, and with ``dual_clip`` -1.2 + 1.5 + 3.
+
     >>> ratio, advantages = torch.tensor([[1.5, 1.5, 8.0]]), torch.tensor([[1.0, -1.0, -1.0]])
-    >>> policy_loss(ratio.log(), torch.zeros(1, 3), advantages, torch.ones(1, 3).bool(), clip=0.2)  # -1.2 + 1.5 + 8
+    >>> new, old, mask = ratio.log(), torch.zeros(1, 3), torch.ones(1, 3).bool()
+    >>> policy_loss(new, old, advantages, mask, clip=0.2)
     (tensor(8.3000), tensor(1), tensor(5.1096))
-    >>> policy_loss(ratio.log(), torch.zeros(1, 3), advantages, torch.ones(1, 3).bool(), clip=0.2, dual_clip=3.0)[0]  # -1.2 + 1.5 + 3
+    >>> policy_loss(new, old, advantages, mask, clip=0.2, dual_clip=3.0)[0]
     tensor(3.3000)
     """
     log_ratio = (logprobs - old_logprobs) * response_mask
@@ -203,10 +215,12 @@ def value_loss(values, old_values, returns, response_mask, clip: float) -> torch
     objective's counterpart for values (Schulman et al.'s code, OpenAI baselines' ppo2; Andrychowicz
     et al. 2021, C12). All (B, T). ``clip`` 0: 0.5 (V - R)^2.
 
-    >>> value_loss(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5, 0.0]]), torch.tensor([[1.0, 2.0]]), torch.ones(1, 2).bool(), clip=0.1)
+    >>> values, old_values = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5, 0.0]])
+    >>> returns, mask = torch.tensor([[1.0, 2.0]]), torch.ones(1, 2).bool()
+    >>> value_loss(values, old_values, returns, mask, clip=0.1)
     tensor(2.0800)
-    >>> value_loss(torch.tensor([[1.0]]), torch.tensor([[0.5]]), torch.tensor([[1.0]]), torch.ones(1, 1).bool(), clip=0.0)
-    tensor(0.)
+    >>> value_loss(values, old_values, returns, mask, clip=0.0)
+    tensor(2.)
     """
     clipped = old_values + (values - old_values).clamp(-clip, clip) if clip else values
     return 0.5 * (torch.maximum((values - returns) ** 2, (clipped - returns) ** 2) * response_mask).sum()
@@ -216,7 +230,9 @@ def adaptive_kl_coef(kl_coef: float, kl: float, target: float, samples: int, hor
     """Next coefficient of the proportional controller (Ziegler et al. 2019, section 2.2); ``kl``
     and ``target`` in nats per response, ``samples`` in the iteration, ``horizon`` in samples.
 
-    >>> adaptive_kl_coef(0.1, kl=6.6, target=6.0, samples=100, horizon=1000)  # 10% too much: 1% more
+    A KL 10% above the target raises the coefficient by 1%.
+
+    >>> adaptive_kl_coef(0.1, kl=6.6, target=6.0, samples=100, horizon=1000)
     0.101
     """
     error = max(-0.2, min(0.2, kl / target - 1))

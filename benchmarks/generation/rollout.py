@@ -4,9 +4,12 @@ benchmarks/generation/rollout.py STEP ... [--small]``
     kernels   attention, norms and sampling against plain torch in fp64
     greedy    200 prompts through a small model in fp32: Hugging Face's tokens?
     tune      the decode kernel's sizes: TB/s of keys and values read at batch 128, context 512
-    agree     bloom-7b1's shape in bf16: log-probabilities of sampled tokens against the training forward's
-    step      a decode step at batch 128 and 256, context 512, beside the memory floor, and where its time goes
-    cases     (a) 128 prompts of 256 + 256 new tokens, (b) 512 of these, (c) 512 prompts of 256 with output lengths uniform in 32..512
+    agree     bloom-7b1's shape in bf16: log-probabilities of sampled tokens against the training
+              forward's
+    step      a decode step at batch 128 and 256, context 512, beside the memory floor, and where
+              its time goes
+    cases     (a) 128 prompts of 256 + 256 new tokens, (b) 512 of these, (c) 512 prompts of 256 with
+              output lengths uniform in 32..512
     peer      Hugging Face's generate on the same shape: case (a)
 
 Weights are random (a step's time does not depend on them), EOS is ignored. Prints JSON lines; a

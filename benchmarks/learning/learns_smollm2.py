@@ -7,9 +7,11 @@ profile, each stage a run of its own below runs/smollm2 that takes what is commo
 (``submit --reuse``):
 
     base     SFT on the chosen replies; a reward model on one half of the training pairs
-    judge    the same on the other half: no policy is trained on it, it compares the policies' replies with the SFT model's
+    judge    the same on the other half: no policy is trained on it, it compares the policies'
+             replies with the SFT model's
     full     a reward model on all training pairs, for its accuracy beside the floors
-    ppo-*    PPO with three seeds, and with a lower and a higher KL coefficient; grpo, dpo: once each, on the pairs of base
+    ppo-*    PPO with three seeds, and with a lower and a higher KL coefficient; grpo, dpo: once
+             each, on the pairs of base
 
 Then: answers to the real MT-Bench questions (--questions) with generation checks, replies to the
 held-out prompts with KL and win rate by the judge, and both reward models' scores of the replies

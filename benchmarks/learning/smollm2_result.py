@@ -208,7 +208,8 @@ def tables(result: Mapping) -> str:
         checked, asked = row["heldout"], row["questions"]
         lines.append(
             f"| {name} | {checked['repeated_ngrams']:.3f} | {checked['distinct_2']:.2f} | {asked['tokens']:.1f} | "
-            f"{asked['eos_rate']:.2f} | {asked['empty']:.2f} | {asked['repeated_ngrams']:.3f} | {asked['distinct_2']:.2f} |"
+            f"{asked['eos_rate']:.2f} | {asked['empty']:.2f} | {asked['repeated_ngrams']:.3f} | "
+            f"{asked['distinct_2']:.2f} |"
         )
     missing = [name for name, done in result["done"].items() if not done]
     return "\n".join([*lines, *(["", f"Not done: {', '.join(missing)}."] if missing else [])])

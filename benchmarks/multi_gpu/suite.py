@@ -6,15 +6,19 @@ On N GPUs of one machine (a power of two), each part in processes of its own wit
     gradients  560m and 1b7, one step in fp32: loss and every tensor's gradient at TP, PP, DP, SP
     (sequence parallel) and VPP
                (interleaved) against one GPU's with nothing compiled
-    sft        7b1, optimizer_precision "bf16", packed rows, loss on all tokens: tokens/s, MFU and memory of a step beside
+    sft        7b1, optimizer_precision "bf16", packed rows, loss on all tokens: tokens/s, MFU and
+               memory of a step beside
                launcher/estimates/step_time.py's prediction; rows and recompute are what it finds
                fastest among what fits by launcher/estimates/memory.py; then the weights' way to
                each generation layout, in GB/s
     halves     sft on N/2 GPUs
-    ppo        1b7 + 1b7 by the trainer, generation at another layout than training: its own phase times
-    large      the same of 7b1 + 7b1, on 2 GPUs with offload = "all"; on fewer than 8 only if --parts names it
+    ppo        1b7 + 1b7 by the trainer, generation at another layout than training: its own phase
+               times
+    large      the same of 7b1 + 7b1, on 2 GPUs with offload = "all"; on fewer than 8 only if
+               --parts names it
     fails      a rank fails while the others wait in a collective: it says why, and the job ends
-    checkpoint 1b7 with its optimizer saved beside training on N GPUs, loaded on N/2 at another layout, every tensor compared
+    checkpoint 1b7 with its optimizer saved beside training on N GPUs, loaded on N/2 at another
+               layout, every tensor compared
 
 Numbers that are compared share no GPU with others; the gradients' jobs do. Prints JSON lines and
 tables, and writes both and each job's log to FOLDER. A line with "ok": false is a missed tolerance;

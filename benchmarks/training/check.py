@@ -1,12 +1,15 @@
 """Do the fast paths compute what the plain ones do? ``python benchmarks/training/check.py``: on a
 GPU, in about two minutes; tiny on a CPU.
 
-    layers     a small BLOOM with compiled layers and FlexAttention against the same in fp32 with nothing compiled and SDPA: loss and every
+    layers     a small BLOOM with compiled layers and FlexAttention against the same in fp32 with
+               nothing compiled and SDPA: loss and every
                parameter's gradient, each kind of recompute, whole and packed rows, fp32 and bf16
                (and bf16 with nothing compiled)
     gelu       its backward kernel against fp64
-    head       log-probabilities, entropies, sums and their gradients in chunks against fp64, BLOOM's vocabulary
-    optimizer  the Triton kernel against the same step in torch; fp32 AdamW's losses beside optimizer_precision "bf16"'s
+    head       log-probabilities, entropies, sums and their gradients in chunks against fp64,
+               BLOOM's vocabulary
+    optimizer  the Triton kernel against the same step in torch; fp32 AdamW's losses beside
+               optimizer_precision "bf16"'s
 
 One JSON line each, errors as relative L2; "ok": false is a missed tolerance, and the exit code is
 1.

@@ -1,9 +1,12 @@
 """What data costs: rows that are never held in memory, packing, and a step that does not wait for
 its batch.
 
-    python benchmarks/training/data.py                        # 10 million generated rows, about 25 minutes, 8 GB in build/data-benchmark (deleted)
-    python benchmarks/training/data.py --rows 2000 --peer 500 # a look, in seconds
-    python benchmarks/training/data.py --hh FILE --tokenizer FOLDER ... # packing of real lengths: Anthropic's harmless-base.test.jsonl.gz
+    python benchmarks/training/data.py
+        10 million generated rows, about 25 minutes, 8 GB in build/data-benchmark (deleted)
+    python benchmarks/training/data.py --rows 2000 --peer 500
+        a look, in seconds
+    python benchmarks/training/data.py --hh FILE --tokenizer FOLDER ...
+        packing of real lengths: Anthropic's harmless-base.test.jsonl.gz
 
 Every part runs in a process of its own; its peak is the kernel's (VmHWM), mapped pages of files
 included, "anonymous" is what no other process shares and no file backs. The peer is what the
@@ -65,7 +68,8 @@ def generate(folder: Path, rows: int) -> None:
     with open(folder / "source.jsonl", "w", encoding="utf-8") as file:
         for number in range(rows):
             if not line or rng.random() > 0.05:
-                prompt = f"\n\nHuman: {number} {' '.join(rng.choices(WORDS, k=int(rng.lognormvariate(1.2, 0.7)) + 1))}?\n\nAssistant:"
+                question = " ".join(rng.choices(WORDS, k=int(rng.lognormvariate(1.2, 0.7)) + 1))
+                prompt = f"\n\nHuman: {number} {question}?\n\nAssistant:"
                 chosen, rejected = (
                     f" {' '.join(rng.choices(WORDS, k=int(rng.lognormvariate(1, 0.7)) + 1))} {end}." for end in "ab"
                 )

@@ -1,15 +1,21 @@
 """Is BLOOM on megatron-core right on a GPU, and what does it cost there? ``python
 benchmarks/training/parity_gpu.py STEP ... [--folder DIR]``
 
-    attention   every attention backend that is installed against fp64, forward and backward, plain, padded and packed rows,
+    attention   every attention backend that is installed against fp64, forward and backward, plain,
+                padded and packed rows,
                 head dimensions of the published models; then loss and all gradients of a small
                 model against Hugging Face in fp64, for each kind of recompute (3 minutes, most of
                 it compiling)
-    memory      peak torch.cuda.max_memory_allocated of SFT steps of bloom-560m and bloom-1b7, beside tokens per second (5 minutes)
-    make        a random bf16 model of bloom-7b1's shape as a Hugging Face folder below DIR (2 minutes, 14 GB)
-    convert     that folder to Megatron, timed beside cp of the same bytes (needs 28 GB more for a while)
-    logits      ours in bf16 and fp32, and Hugging Face in bf16, against Hugging Face in fp64 (57 GB on the GPU)
-    export      back to Hugging Face, timed, every tensor compared bit for bit; deletes the Megatron checkpoint
+    memory      peak torch.cuda.max_memory_allocated of SFT steps of bloom-560m and bloom-1b7,
+                beside tokens per second (5 minutes)
+    make        a random bf16 model of bloom-7b1's shape as a Hugging Face folder below DIR (2
+                minutes, 14 GB)
+    convert     that folder to Megatron, timed beside cp of the same bytes (needs 28 GB more for a
+                while)
+    logits      ours in bf16 and fp32, and Hugging Face in bf16, against Hugging Face in fp64 (57 GB
+                on the GPU)
+    export      back to Hugging Face, timed, every tensor compared bit for bit; deletes the Megatron
+                checkpoint
 
 Each prints JSON lines; a line with "ok": false is a missed tolerance, and the exit code is 1.
 ``--small`` takes tiny shapes, for a try on a CPU. Steps may run in separate calls; make, convert,

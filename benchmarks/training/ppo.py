@@ -1,9 +1,12 @@
 """PPO on one GPU: time of each phase, memory, samples/s. ``python benchmarks/training/ppo.py
 [--models 7b1 1b7] [--offload all] [--out FILE]``
 
-    ours   three iterations of the PPO trainer on random weights: policy and reference the same, reward and value model the same
-    trl    TRL's PPO trainer (trl.experimental.ppo, the last release that has it is 1.12) on the same shape, prompts and lengths: ppo_trl.py
-    tail   does scoring gain anything beside a rollout's tail? Decode steps of few rows and forward passes, one after the other and at
+    ours   three iterations of the PPO trainer on random weights: policy and reference the same,
+           reward and value model the same
+    trl    TRL's PPO trainer (trl.experimental.ppo, the last release that has it is 1.12) on the
+           same shape, prompts and lengths: ppo_trl.py
+    tail   does scoring gain anything beside a rollout's tail? Decode steps of few rows and forward
+           passes, one after the other and at
            once, on two streams
     pin    how long does host memory take to be pinned, and how fast are copies?
 

@@ -47,7 +47,8 @@ def main() -> None:
                     print(
                         f"| {name} | {ranks} x {site} | {used.tensor_parallel} | {used.pipeline_parallel} | {data} "
                         f"| {used.micro_batch_size} | {used.recompute} | {made.seconds:.2f} "
-                        f"| {rows * used.seq_length / made.seconds:,.0f} | {100 * made.mfu:.1f}% | {made.memory_gb:.0f} | {shares} |"
+                        f"| {rows * used.seq_length / made.seconds:,.0f} | {100 * made.mfu:.1f}% | "
+                        f"{made.memory_gb:.0f} | {shares} |"
                     )
 
 

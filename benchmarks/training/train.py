@@ -3,15 +3,19 @@
 
 One GPU, random bf16 weights, for each model in a process of its own:
 
-    theirs    Hugging Face BLOOM as TRL would run it: eager attention (it has no other), gradient checkpointing, torch's fused AdamW on
+    theirs    Hugging Face BLOOM as TRL would run it: eager attention (it has no other), gradient
+              checkpointing, torch's fused AdamW on
               bf16 weights (8 bytes of weights, gradients and moments a parameter), gradients
               clipped
-    ours      the SFT trainer's step, optimizer included: the same tokens, loss on all of them, optimizer_precision "bf16" (12 bytes)
+    ours      the SFT trainer's step, optimizer included: the same tokens, loss on all of them,
+              optimizer_precision "bf16" (12 bytes)
     recompute ours with recompute = "full", for the memory
-    packed    ours with rows of documents as long as Anthropic HH's, loss on the last 40% of each, as SFT on real data has it
+    packed    ours with rows of documents as long as Anthropic HH's, loss on the last 40% of each,
+              as SFT on real data has it
     forward   the passes of PPO: log-probabilities, reward or values
     profile   kernels of a step by what they do
-    shapes    ours with kernels for any number and length of rows, which packed rows get from their second shape on
+    shapes    ours with kernels for any number and length of rows, which packed rows get from their
+              second shape on
 
 Prints JSON lines and a table: tokens/s, MFU (FLOPs a token: 6 (12 h^2 L + V h) + 6 L h s; 989
 TFLOP/s, the H100's and H200's peak in bf16), peak memory (torch.cuda.max_memory_allocated) beside

@@ -165,7 +165,8 @@ class _Worker:
         return answer["text"]
 
     def _start(self) -> None:
-        code = f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r}); from eval.answers.chat import work; work()"
+        root = str(Path(__file__).parents[2])
+        code = f"import sys; sys.path.insert(0, {root!r}); from eval.answers.chat import work; work()"
         environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
         self.process = subprocess.Popen(
             [sys.executable, "-c", code],

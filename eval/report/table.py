@@ -240,8 +240,8 @@ def _absent(models: dict, what: str) -> list[str]:
 def _repeated(models: dict) -> list[str]:
     return [
         f"{name}: {row['fastchat']['repeated']} rows repeat the place of another (question and turn). Avg counts the "
-        f"last of each; FastChat's show_result averages all {row['fastchat']['rows']} rows: {row['fastchat']['mean']:.6f}"
-        + (f" instead of {row['micro']['mean']:.6f}." if row["covered"] else ".")
+        f"last of each; FastChat's show_result averages all {row['fastchat']['rows']} rows: "
+        f"{row['fastchat']['mean']:.6f}" + (f" instead of {row['micro']['mean']:.6f}." if row["covered"] else ".")
         for name, row in models.items()
         if row.get("fastchat")
     ]
@@ -250,7 +250,8 @@ def _repeated(models: dict) -> list[str]:
 def _spread(models: dict) -> list[str]:
     return [
         f"{name}: repeated ratings of one answer differ by {row['spread']['rating_sd']:.2f} points (standard "
-        f"deviation); the averages of the repeats are {', '.join('-' if a is None else format(a, '.2f') for a in row['spread']['averages'])}."
+        f"deviation); the averages of the repeats are "
+        f"{', '.join('-' if a is None else format(a, '.2f') for a in row['spread']['averages'])}."
         for name, row in models.items()
         if row.get("spread") and row["spread"]["rating_sd"] is not None
     ]

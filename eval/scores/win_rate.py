@@ -9,7 +9,9 @@ The length-controlled win rate follows AlpacaEval 2 (Dubois et al. 2024, "Length
 AlpacaEval"): a logistic regression of the outcome on the difference of length, read off at a
 difference of zero,
 
-    P(win) = sigmoid(theta + phi * tanh(d / sd(d))),   d = characters of the model's answer less those of the baseline's.
+    P(win) = sigmoid(theta + phi * tanh(d / sd(d)))
+
+with d = characters of the model's answer less those of the baseline's.
 
 Theirs has a third term, the difficulty of each instruction, estimated once from many models'
 annotations of AlpacaEval's own instructions, and draws the fit to that of two baselines whose

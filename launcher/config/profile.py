@@ -83,7 +83,8 @@ class Container:
             raise ValueError(f"runtime = {self.runtime!r}: expected one of {', '.join(RUNTIMES)}")
         if self.runtime != "none" and not self.image:
             raise ValueError(
-                f"image = '': runtime = {self.runtime!r} needs the image that slurm/container makes, a path or a reference"
+                f"image = '': runtime = {self.runtime!r} needs the image that slurm/container makes, a path or a "
+                f"reference"
             )
         if not self.python:
             raise ValueError("python = '': expected the interpreter inside the image, e.g. \"python\"")
@@ -239,7 +240,8 @@ class Profile:
             if KEYS.search(name):
                 raise ValueError(
                     f"environment.{name}: the profile is stored with each run and its environment printed in the log; "
-                    'put the line into a file that only you can read, and its path here: secrets = "~/.config/convoy.env"'
+                    "put the line into a file that only you can read, and its path here: secrets = "
+                    '"~/.config/convoy.env"'
                 )
         for line in self.setup:
             for name in filter(KEYS.search, re.findall(r"\b(\w+)=", line)):

@@ -330,7 +330,8 @@ def relief(stage: str, shape: Shape, config: TrainerConfig, asked: Resources, pr
         f"{knob.setting} ({made.total - knob.total:.1f} GB less)"
         for knob in knobs(stage, shape, config, asked, profile)
     ]
-    words = f"by estimate it needs {made.total:.1f} GB of each GPU, {made.static:.1f} of them for weights, gradients and optimizer; "
+    words = f"by estimate it needs {made.total:.1f} GB of each GPU, {made.static:.1f} of them for "
+    words += "weights, gradients and optimizer; "
     if made.total <= FITS * profile.gpu_memory_gb:
         words += f"that should fit {profile.gpu_memory_gb:g} GB: is another process on the GPU (nvidia-smi)? If not, "
     return f"{words}what frees memory, in a new run (--name): {'; '.join(ways) or 'nothing that one setting can do'}"

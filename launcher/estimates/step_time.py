@@ -207,7 +207,8 @@ def suggest(stage: str, shape: Shape, config: SFTConfig, asked: Resources, profi
     )
     return (
         f"{stage}: on paper {now.seconds:.2f} s a step ({100 * now.mfu:.0f}% MFU, {now.memory_gb:.0f} GB) as "
-        f"configured; fastest that fits {best.seconds:.2f} s ({100 * best.mfu:.0f}%, {best.memory_gb:.0f} GB) with {keys or 'nothing changed'}"
+        f"configured; fastest that fits {best.seconds:.2f} s ({100 * best.mfu:.0f}%, {best.memory_gb:.0f} GB) "
+        f"with {keys or 'nothing changed'}"
     )
 
 

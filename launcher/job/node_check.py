@@ -39,7 +39,11 @@ def canary(folder: Path, node: str) -> str:
     try:
         while not (folder / "canary").exists() or (folder / "canary").read_text() != wanted:
             if time.monotonic() > deadline:
-                return f"does not see {folder / 'canary'} as the first node wrote it, after {SEE_S:.0f} s: the file system is not shared"
+                canary = folder / "canary"
+                return (
+                    f"does not see {canary} as the first node wrote it, after {SEE_S:.0f} s: "
+                    "the file system is not shared"
+                )
             time.sleep(0.1)
         (folder / f"{node}.seen").write_text(wanted)
     except OSError as error:

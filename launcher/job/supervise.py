@@ -184,7 +184,8 @@ class Supervisor:
         keys = key_file.read(self.profile.secrets) if self.profile.secrets else {}
         log = Log(folder / "logs" / f"attempt_{self.number}.log", keys)
         say(
-            f"{name} attempt {self.number}: {self.resources.nodes} node(s) x {self.resources.ranks_per_node} rank(s), log {log.path}"
+            f"{name} attempt {self.number}: {self.resources.nodes} node(s) x "
+            f"{self.resources.ranks_per_node} rank(s), log {log.path}"
         )
         lines = network.environment(self.config["profile"], self.resources.ranks_per_node)
         for variable, value, reason in lines:

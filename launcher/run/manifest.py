@@ -42,7 +42,8 @@ def make(run: Run, stage: Stage, attempt: int, started: float, left: Path | None
         raise Refused(f"{stage.name} exited 0 but left no file `latest`: it saved no checkpoint")
     if stage.trainer and iteration == 0:
         raise Refused(
-            f"{stage.name} exited 0 at iteration 0: it trained nothing (see counts.json in {run.folder / 'data'} for empty data)"
+            f"{stage.name} exited 0 at iteration 0: it trained nothing "
+            f"(see counts.json in {run.folder / 'data'} for empty data)"
         )
     wanted = read_table(run.stage(stage.name) / "config.json")["iterations"] if stage.trainer else iteration
     chosen = _chosen(run, stage, wanted)
@@ -149,7 +150,8 @@ def verify(run: Run, stage: Stage, child: str | None = None) -> None:
             raise Refused(f"{stage.name} is marked done but {path} is missing")
         if path.stat().st_size != expected["size"]:
             raise Refused(
-                f"{path} has {path.stat().st_size} bytes, its manifest says {expected['size']}: truncated or overwritten"
+                f"{path} has {path.stat().st_size} bytes, its manifest says {expected['size']}: truncated or "
+                f"overwritten"
             )
     _check_content(run, manifest, run.stage(child) / "verified.json" if child else None)
 

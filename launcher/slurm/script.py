@@ -21,7 +21,8 @@ EXPORT_CPUS = (
 )
 SRUN_CPUS_SINCE, GPUS_PER_NODE_SINCE = (22, 5), (19, 5)
 FIND_MODULE = (
-    'command -v module >/dev/null || for file in /etc/profile.d/{modules,lmod,z00_lmod}.sh; do [ -r "$file" ] && . "$file"; done'
+    "command -v module >/dev/null || for file in /etc/profile.d/{modules,lmod,z00_lmod}.sh; do "
+    '[ -r "$file" ] && . "$file"; done'
     "  # a batch shell is no login shell"
 )
 NEEDS_RUN = (

@@ -263,7 +263,8 @@ def _check_same(run: Run, tables: dict, profile: Profile) -> None:
         raise ConfigError(
             f"{run.folder} was submitted with another configuration:\n  "
             + "\n  ".join(changed)
-            + f"\ngive the new one its own run with --name, or go on with the old one: python -m launcher resume {run.folder}"
+            + "\ngive the new one its own run with --name, or go on with the old one: "
+            + f"python -m launcher resume {run.folder}"
         )
     run.check_here()
     old = {"profile": run.config["profile"], **{name: run.config[name] for name in known}}

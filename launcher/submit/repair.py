@@ -135,7 +135,8 @@ def _silent_jobs(run: Run) -> dict[str, int]:
     if alive:
         raise ConfigError(
             f"--take-over: Slurm answers and has "
-            f"{', '.join(f'job {job.handle} ({name})' for name, job in alive.items())}; stop them: python -m launcher cancel {run.folder}"
+            f"{', '.join(f'job {job.handle} ({name})' for name, job in alive.items())}; "
+            f"stop them: python -m launcher cancel {run.folder}"
         )
     return {}
 

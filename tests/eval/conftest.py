@@ -10,7 +10,10 @@ from transformers import BloomConfig, BloomForCausalLM, BloomForSequenceClassifi
 
 from tests.support.judge import serve  # noqa: F401  (a fixture)
 
-TEXT = "\n\nHuman: What is the colour of the sky, and why?\n\nAssistant: It is blue, because the air scatters blue light most."
+TEXT = (
+    "\n\nHuman: What is the colour of the sky, and why?"
+    "\n\nAssistant: It is blue, because the air scatters blue light most."
+)
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

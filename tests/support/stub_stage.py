@@ -2,23 +2,28 @@
 (checkpoints, latest, metrics.jsonl, exit codes, signals) and misbehaves as ``behaviour.json`` in
 the working directory says:
 
-  fail_at N      raise at iteration N on rank ``rank`` (default 0), until the file ``mended`` exists;
+  fail_at N      raise at iteration N on rank ``rank`` (default 0), until the file ``mended``
+                 exists;
                  with ``fail_in NAME`` only in the run of this name
   exit N         end with this exit code at the start
   pause_at N     save and exit 75 on reaching iteration N
   stuck true     exit 75 without having saved anything
   step_s S       seconds an iteration takes
   omit true      exit 0 without writing what the stage is for
-  signal_at N    end by signal ``signal`` (default 9) at iteration N on rank ``rank``, once; ``exit_at N``: by os._exit(``code``, default 0)
-  hang_at N      rank ``rank`` answers no more from iteration N on, once; the others end with gloo's message after ``timeout_s`` (default 2)
+  signal_at N    end by signal ``signal`` (default 9) at iteration N on rank ``rank``, once;
+                 ``exit_at N``: by os._exit(``code``, default 0)
+  hang_at N      rank ``rank`` answers no more from iteration N on, once; the others end with gloo's
+                 message after ``timeout_s`` (default 2)
   deaf true      TERM, USR1 and USR2 are not heeded
-  big_at N       the checkpoint of this iteration is larger than a limit of 100 kB a file, until the file ``mended`` exists
+  big_at N       the checkpoint of this iteration is larger than a limit of 100 kB a file, until the
+                 file ``mended`` exists
   save_every N   iterations between checkpoints (default 1)
   late_s S       rank 0 takes so much longer than the others, at its end
   lines N        lines that each rank prints in an iteration
   fill_at N      fill the disk at this iteration
   say NAME       print the value of this environment variable
-  items N        files that a stage without iterations makes, each in step_s seconds; a later attempt makes the rest
+  items N        files that a stage without iterations makes, each in step_s seconds; a later
+                 attempt makes the rest
   words [C, M]   leave class C and message M as last words and end with exit code 1
 
 Iterations that a checkpoint holds are noted in ``executed.jsonl`` of the working directory, outside

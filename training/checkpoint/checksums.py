@@ -169,7 +169,8 @@ def _fix(folder: str | Path) -> str:
     )
     if not others:
         return f"It can't be used; remove {folder}"
-    return f"It can't be used; resume from another with --load-iteration (there are: {', '.join(map(str, others))}), not from {number}"
+    there = ", ".join(map(str, others))
+    return f"It can't be used; resume from another with --load-iteration (there are: {there}), not from {number}"
 
 
 def sync(path: Path) -> None:

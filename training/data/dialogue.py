@@ -1,4 +1,5 @@
-"""Anthropic HH's dialogue text: ``"\\n\\nHuman: ...\\n\\nAssistant:"``, then a reply that begins with one space. Pure, stdlib
+"""Anthropic HH's dialogue text: ``"\\n\\nHuman: ...\\n\\nAssistant:"``, then a reply that begins
+with one space. Pure, stdlib
 only."""
 
 from __future__ import annotations

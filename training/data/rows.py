@@ -15,7 +15,10 @@ from typing import NamedTuple
 from training.data import dialogue, turns
 from training.data.turns import BadRow, Unusable, short, string
 
-COMPARISONS = 'Anthropic HH {"chosen", "rejected"}, TRL {"prompt", "chosen", "rejected"} or {"query", "response": [...], "score": [...]}'
+COMPARISONS = (
+    'Anthropic HH {"chosen", "rejected"}, TRL {"prompt", "chosen", "rejected"} '
+    'or {"query", "response": [...], "score": [...]}'
+)
 FORMATS = f'{{"prompt", "response"}}, TRL {{"prompt", "completion"}}, {{"messages"}}, {COMPARISONS}'
 REPLIES = ("response", "completion", "chosen", "rejected", "messages")
 """Fields that hold what is said to a prompt: one that is nearly called so is one that is
@@ -73,7 +76,8 @@ def parse(row: dict) -> Row:
     prompt = "prompt" if "prompt" in row else "query"
     if "query" in row and row["query"] != row[prompt]:
         raise BadRow(
-            f"query: {short(row['query'])}: another text than prompt's {short(row[prompt])}; expected one of the two fields"
+            f"query: {short(row['query'])}: another text than prompt's {short(row[prompt])}; expected one of the "
+            f"two fields"
         )
     if prompt not in row:
         raise BadRow(f"prompt: missing; the fields are {', '.join(row) or 'none'}; expected {FORMATS}")
@@ -178,7 +182,8 @@ def _dialogue(conversation: turns.Turns, field: str) -> str:
     turns.check_order(conversation, field)
     if conversation[-1][0] != "user":
         raise BadRow(
-            f"{field}[{len(conversation) - 1}].role: {conversation[-1][0]!r}: expected a user's message before the reply"
+            f"{field}[{len(conversation) - 1}].role: {conversation[-1][0]!r}: expected a user's message before the "
+            f"reply"
         )
     return dialogue.from_messages(conversation) + dialogue.CUE
 

@@ -238,9 +238,11 @@ class _LogProbs(torch.autograd.Function):
 
 
 class _NegativeLogLikelihood(torch.autograd.Function):
-    """-sum log p(y). Its gradients are made in the forward pass, while a chunk's logits are there. What the weight's buffer gets is
-    added there and then, for an upstream gradient of 1; else they are scaled in the backward
-    pass."""
+    """-sum log p(y). The forward pass computes the gradients, while a chunk's logits are there.
+
+    It adds the weight's gradient to its buffer at once, for an upstream gradient of 1. Without a
+    buffer the backward pass scales the gradients.
+    """
 
     @staticmethod
     def forward(ctx, hidden, weight, positions, columns):
@@ -289,6 +291,8 @@ def logprobs_and_entropy(hidden, weight, positions: Positions, columns: Columns,
 
 
 def negative_log_likelihood(hidden, weight, positions: Positions, columns: Columns) -> torch.Tensor:
-    """-sum of log p(target), fp32 (); arguments and gradients as in ``logprobs_and_entropy``. Differentiable once; where the weight has
-    a buffer, by an upstream gradient of 1."""
+    """-sum of log p(target), fp32 (); arguments and gradients as in ``logprobs_and_entropy``.
+
+    Differentiable once; where the weight has a buffer, by an upstream gradient of 1.
+    """
     return _NegativeLogLikelihood.apply(hidden, weight, positions, columns)

@@ -121,9 +121,12 @@ def next_token_logprobs_and_entropy(
 
 
 def next_token_nll(output: Output, tokens: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """-sum of ``next_token_logprobs`` where ``mask``, fp32 (): for a loss that weighs all tokens alike. Its gradients are made in the
-    forward pass, so no logits are made twice; the hidden states' is kept until the backward pass, the weight's is added to its buffer
-    at once, for an upstream gradient of 1 (without a buffer it is kept, too).
+    """-sum of ``next_token_logprobs`` where ``mask``, fp32 (): for a loss that weighs all tokens
+    alike.
+
+    The forward pass computes the gradients, so that no logits are computed twice. It keeps that of
+    the hidden states for the backward pass. It adds that of the weight to its buffer at once, for
+    an upstream gradient of 1; without a buffer it keeps this one, too.
     """
     hidden, positions, _ = _read(output, tokens, mask)
     if not torch.is_grad_enabled():

@@ -51,9 +51,15 @@ def check(fused: str) -> None:
     if not torch.cuda.is_available():
         problem = "needs a GPU"
     elif fused == "te" and not _imports("transformer_engine.pytorch.optimizers"):
-        problem = "needs Transformer Engine, which is not installed here (pip install transformer-engine[pytorch] --no-build-isolation)"
+        problem = (
+            "needs Transformer Engine, which is not installed here "
+            "(pip install transformer-engine[pytorch] --no-build-isolation)"
+        )
     elif fused == "apex" and not _imports("apex.optimizers"):
-        problem = "needs NVIDIA's Apex, which is not installed here (https://github.com/NVIDIA/apex; PyPI's apex is another project)"
+        problem = (
+            "needs NVIDIA's Apex, which is not installed here "
+            "(https://github.com/NVIDIA/apex; PyPI's apex is another project)"
+        )
     elif fused == "apex" and not (_imports("amp_C") and _imports("fused_layer_norm_cuda")):
         problem = (
             "needs Apex with its CUDA extensions, which this one lacks: install it again with --cpp_ext --cuda_ext"

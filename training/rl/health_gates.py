@@ -13,13 +13,17 @@ What catches which fault (each is injected by tests/training/test_faults.py); th
 training.rl.invariants':
 
     response mask shifted by one                  the samples' invariant, before anything is scored
-    PAD = EOS, or no PAD                          harmless: lengths make the masks, and an exported classifier gets a PAD
-    another temperature in the rollout            first update: the samples' surprisal is not the policy's entropy
-    another temperature in update or reference    first update: the ratio is not 1; first iteration: the KL is not 0
+    PAD = EOS, or no PAD                          harmless: lengths make the masks, and an exported
+                                                  classifier gets a PAD
+    another temperature in the rollout            first update: the samples' surprisal is not the
+                                                  policy's entropy
+    another temperature in update or reference    first update: the ratio is not 1; first iteration:
+                                                  the KL is not 0
     dropout left on                               first update: the ratio is not 1
     a reference that is not the SFT model         first iteration: the KL is not 0
     a reference that moves with the policy        gate: the KL stays exactly 0
-    loss or gradient not finite, or a spike       the update is left out; more than ``skip_updates`` in a row end the stage
+    loss or gradient not finite, or a spike       the update is left out; more than ``skip_updates``
+                                                  in a row end the stage
     policy far from the reference, no EOS,        gates: kl_max, eos_rate_min,
     length bought as reward, useless values,      length_correlation_max, explained_variance_min,
     values with another zero, collapsed entropy   value_offset_max, entropy_min

@@ -74,7 +74,8 @@ def first_update(config: RolloutConfig, step: dict[str, float], batch: Batch) ->
         raise InvariantError(
             f"first minibatch: approx KL {step['approx_kl']:.4g}, clip fraction {step['clip_fraction']:.4g}, policy "
             f"loss {step['policy_loss']:.6g}; expected 0, 0 and {-advantage:.6g}: the policy that learns is not the "
-            "one whose log-probabilities were kept (temperature, dropout, mask or rows differ between the scoring pass and the update?)"
+            "one whose log-probabilities were kept (temperature, dropout, mask or rows differ between the "
+            "scoring pass and the update?)"
         )
     surprisal = -batch["old_logprobs"][: config.global_batch_size][mask].double()
     apart, error = surprisal.mean().item() - step["entropy"], surprisal.std().item() / len(surprisal) ** 0.5

@@ -197,7 +197,10 @@ class Tens(http.server.BaseHTTPRequestHandler):
     def answer(self):
         print(self.command, self.path, self.headers.get("Authorization"), flush=True)
         text = json.dumps({"choices": [{"message": {"content": "Rating: [[10]]"}}]}).encode()
-        self.send_response(200), self.send_header("Content-Length", str(len(text))), self.end_headers(), self.wfile.write(text)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
     do_GET = do_POST = answer
 server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Tens)
 print(server.server_port, flush=True)

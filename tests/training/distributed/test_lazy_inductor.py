@@ -29,7 +29,8 @@ def test_a_second_process_of_a_run_finds_the_graphs_of_the_first_and_the_log_say
     supervisor.run = Run(tmp_path)
     code = (
         "import torch; from training.metrics import startup_timer as clock; clock.mark('imports'); assert not "
-        "clock.compiling(); torch.compile(torch.mm)(torch.ones(4, 4), torch.ones(4, 4)); clock.mark('first iteration'); print(clock.words())"
+        "clock.compiling(); torch.compile(torch.mm)(torch.ones(4, 4), torch.ones(4, 4)); clock.mark('first "
+        "iteration'); print(clock.words())"
     )
     for found in (0, 1):
         said = subprocess.run(
