@@ -20,11 +20,9 @@ for a try on a CPU.
 from __future__ import annotations
 
 import argparse
-import functools
 import gc
 import os
 import sys
-import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -34,17 +32,12 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 from transformers import BloomConfig, BloomForCausalLM
 
-from benchmarks.training.parity_gpu import missed, say
-from tests.support import generation_models
-from tests.support.attention import relative
-from tests.support.bloom import tiny_bloom
-from tests.support.llama import tiny_llama
+from benchmarks.common import missed, say
+from benchmarks.generation.correctness import DEVICE, OPS, greedy, kernels, paged
 from training.config.trainers import Paths, SFTConfig
 from training.distributed import groups
-from training.generation import sampling, torch_ops
 from training.generation.engine import Engine, Limits
 from training.generation.request import Request, Sampling, draws
-from training.generation.rollout_workers import operations
 from training.generation.weight_sync import named_weights
 from training.models import chunked_logprobs
 from training.models.attention import alibi_slopes
@@ -54,122 +47,7 @@ from training.models.heads import next_token_logprobs
 from training.models.kv_cache import Batch
 from training.trainer.step import build_model, evaluate
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-OPS = operations(DEVICE)
 BIG, SMALL = bloom.shape(30, 4096, 32, 250880, 1e-5), bloom.shape(2, 64, 4, 300, 1e-5)
-
-
-def paged(
-    kv_heads: int, group: int, dim: int, page: int, lengths: list[int], counts: list[int] | None, dtype: torch.dtype
-):
-    """A cache full of random keys and values in shuffled pages, the queries of a batch, and a
-    function that makes the batch."""
-    pages = [-(-length // page) for length in lengths]
-    cache = torch.randn(2, sum(pages) + 1, kv_heads, page, dim, device=DEVICE).to(dtype)
-    numbers, table = (
-        iter((torch.randperm(sum(pages)) + 1).tolist()),
-        torch.zeros(len(lengths), max(pages), dtype=torch.int32),
-    )
-    for row, count in zip(table, pages, strict=True):
-        row[:count] = torch.tensor([next(numbers) for _ in range(count)])
-    new = counts or [1] * len(lengths)
-    qkv = torch.randn(sum(new), kv_heads, group + 2, dim, device=DEVICE).to(dtype)
-    position = torch.cat([torch.arange(length - count, length) for length, count in zip(lengths, new, strict=True)])
-    owner = torch.cat([torch.full((count,), row) for row, count in enumerate(new)])
-    starts = torch.tensor([0, *new]).cumsum(0)
-
-    def batch() -> Batch:
-        given = [tensor.to(DEVICE) for tensor in (table, torch.tensor(lengths), position)]
-        more = (starts.to(DEVICE), counts, owner.to(DEVICE)) if counts else ()
-        return Batch(*given, page, max(lengths), *more)
-
-    return cache, qkv, batch
-
-
-def kernels(small: bool) -> None:
-    """Tolerances, relative L2: fp32 1e-5, bf16 1e-2."""
-    heads = [(3, 1, 16)] if small else [(14, 1, 64), (8, 1, 80), (16, 1, 96), (32, 1, 128), (4, 8, 128)]
-    lengths, counts = [1, 31, 64, 65, 300, 513], [1, 31, 33, 2, 300, 130]
-    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
-        for kv_heads, group, dim in heads:
-            for kind in ("decode", "prefill"):
-                cache, qkv, batch = paged(
-                    kv_heads, group, dim, 32, lengths, counts if kind == "prefill" else None, dtype
-                )
-                query, key, value = qkv[:, :, :group], qkv[:, :, group], qkv[:, :, group + 1]
-                OPS.write(cache, key, value, batch())
-                written = cache.clone()
-                torch_ops.write(written, key, value, batch())
-                slopes, scale = alibi_slopes(kv_heads * group).to(DEVICE), dim**-0.5
-                exact = torch_ops.attend(written.double(), query.double(), batch(), slopes, scale)
-                error = relative(OPS.attend(cache, query, batch(), slopes, scale), exact)
-                fine = error <= tolerance and torch.equal(cache, written)
-                say(
-                    fine,
-                    step="kernels",
-                    kernel=kind,
-                    dtype=str(dtype)[6:],
-                    heads=kv_heads * group,
-                    kv_heads=kv_heads,
-                    head_dim=dim,
-                    error=error,
-                )
-        hidden, delta = torch.randn(2, 7, 4096, device=DEVICE).to(dtype)
-        bias, weight, shift = torch.randn(3, 4096, device=DEVICE).to(dtype)
-        exact = torch_ops.residual_norm(
-            hidden.double(), delta.double(), bias.double(), weight.double(), shift.double(), 1e-5
-        )
-        error = relative(OPS.residual_norm(hidden, delta, bias, weight, shift, 1e-5), exact)
-        say(error <= tolerance, step="kernels", kernel="residual and norm", dtype=str(dtype)[6:], error=error)
-    rows, vocab = (8, 300) if small else (64, 250880)
-    logits = torch.randn(rows, vocab, device=DEVICE) * 3
-    heat, uniforms = torch.linspace(0, 1.5, rows, device=DEVICE), torch.rand(rows, device=DEVICE)
-    for name, truncation in (("all", ()), ("top-k", (50, 1.0)), ("top-p", (0, 0.9)), ("both", (1000, 0.5))):
-        given = [torch.full((rows,), value, device=DEVICE) for value in truncation]
-        tokens, logprobs = OPS.choose(logits, heat, uniforms, *given)
-        exact, _ = sampling.choose(logits.double(), heat.double(), uniforms.double(), *given)
-        expected = (
-            (logits.double() / torch.where(heat == 0, 1, heat)[:, None])
-            .log_softmax(-1)
-            .gather(1, tokens[:, None])
-            .squeeze(1)
-        )
-        worst = (logprobs - expected).abs().max().item()
-        # A draw within rounding of the border between two tokens may fall to either.
-        differ = int((tokens != exact).sum())
-        fine = worst < 1e-4 and differ <= max(1, rows // 16)
-        say(fine, step="kernels", kernel="sampling", of=name, different=differ, of_rows=rows, logprobs=worst)
-    for ranks in (2, 4, 8):
-        found = generation_models.pick_from_shards(OPS, logits, ranks, heat, uniforms)
-        wrong, worst = generation_models.off(*found, logits, heat, uniforms)
-        whole = OPS.choose(logits, heat, uniforms)
-        # As above; a rank's chunks begin elsewhere than one GPU's, so that sums round differently.
-        differ = int((found[0] != whole[0]).sum())
-        say(
-            wrong == 0 and worst < 1e-4 and differ <= max(1, rows // 16),
-            step="kernels",
-            kernel="sampling",
-            of=f"{ranks} ranks' columns",
-            different=differ,
-            of_rows=rows,
-            logprobs=worst,
-            wrong=wrong,
-        )
-
-
-def greedy(small: bool) -> None:
-    """A random model of each family with a head of its own (a tied one repeats itself), fp32,
-    ragged prompts; Llama's queries grouped."""
-    count, new = (8, 6) if small else (200, 12)
-    for family, make in (("bloom", tiny_bloom), ("llama", functools.partial(tiny_llama, groups=2))):
-        with tempfile.TemporaryDirectory() as folder:
-            theirs = make(Path(folder), heads=8, hidden=256, vocab=1000, tied=False).to(DEVICE)
-            ours = generation_models.decoder(Path(folder), theirs, OPS, device=DEVICE)
-            asked = generation_models.prompts(count, 1000, 60)
-            expected = [generation_models.greedy(theirs, prompt, new, None) for prompt in asked]
-            made, _ = generation_models.generate(ours, asked, Sampling(new, temperature=0), late=None, context=128)
-            same = sum(one.tokens == row for one, row in zip(made, expected, strict=True))
-            say(same == count, step="greedy", family=family, prompts=count, new_tokens=new, same=same)
 
 
 def tune(small: bool) -> None:

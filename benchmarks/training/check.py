@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 import torch.nn.functional as F
 
-from benchmarks.training.parity_gpu import missed, say
+from benchmarks.common import missed, say
 from tests.support.attention import document_ids, relative
 from training import sft
 from training.config.trainers import Paths, SFTConfig

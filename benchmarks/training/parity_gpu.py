@@ -40,6 +40,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 from transformers import BloomConfig, BloomForCausalLM
 
+from benchmarks.common import missed, say
+from benchmarks.folders import copy, resident_children, size
 from tests.support.attention import document_ids, errors, relative
 from training.checkpoint import format
 from training.config.shape import Shape
@@ -60,15 +62,6 @@ SIZES = {"560m": bloom(24, 1024, 16, 250880, 1e-5), "1b7": bloom(24, 2048, 16, 2
 TOLERANCES = {torch.float32: (1e-5, 2e-5), torch.bfloat16: (1e-2, 2e-2)}
 """Of an attention backend, forward and gradients, relative L2: see
 training.models.attention_backends."""
-missed = []
-
-
-def say(ok: bool | None = None, **values) -> None:
-    """One JSON line; ``ok`` says whether a tolerance was met."""
-    values = {name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in values.items()}
-    print(json.dumps(values if ok is None else {**values, "ok": ok}), flush=True)
-    if ok is False:
-        missed.append(values)
 
 
 def settings(**values) -> SFTConfig:
@@ -272,22 +265,6 @@ def make(folder: Path, small: bool) -> None:
     )
 
 
-def size(folder: Path) -> float:
-    """GB (1e9 bytes) of all files below."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e9
-
-
-def copy(source: Path, target: Path) -> float:
-    """Seconds of cp of the same bytes, to the disk; the copy is deleted."""
-    os.sync()
-    began = time.monotonic()
-    subprocess.run(["cp", "-r", source, target], check=True)
-    os.sync()
-    seconds = time.monotonic() - began
-    shutil.rmtree(target)
-    return seconds
-
-
 def stage(module: str, folder: Path, name: str, **config) -> tuple[float, float]:
     """Run a conversion stage as a user would -> (seconds, peak resident memory of it and its
     children, GB; file pages included)."""
@@ -300,12 +277,6 @@ def stage(module: str, folder: Path, name: str, **config) -> tuple[float, float]
     )
     os.sync()
     return time.monotonic() - began, resident_children()
-
-
-def resident_children() -> float:
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
 
 
 def convert_folder(folder: Path, source: str) -> tuple[float, float]:

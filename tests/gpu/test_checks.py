@@ -9,11 +9,11 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("one_rank")]
 
 
 def passes(check, *given) -> None:
-    from benchmarks.training import parity_gpu
+    from benchmarks import common
 
-    before = len(parity_gpu.missed)
+    before = len(common.missed)
     check(*given)
-    assert parity_gpu.missed[before:] == []
+    assert common.missed[before:] == []
 
 
 @pytest.mark.parametrize("name", ["head", "gelu", "optimizer"])
