@@ -1,4 +1,4 @@
-"""Do the rollout engine's kernels and greedy decoding compute what plain torch and Hugging Face do?"""
+"""Do the rollout engine's kernels and greedy decoding compute what plain code does?"""
 
 from __future__ import annotations
 

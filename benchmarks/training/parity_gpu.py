@@ -199,14 +199,14 @@ def memory(folder: Path, small: bool) -> None:
     """Peak memory of the second SFT step (the first makes Adam's moments) and its speed, TP 1,
     bf16, row length 2048."""
     length = 64 if small else 2048
-    for size, shape in ({"small": bloom(4, 64, 4, 300, 1e-5)} if small else SIZES).items():
+    for name, shape in ({"small": bloom(4, 64, 4, 300, 1e-5)} if small else SIZES).items():
         for rows in (1, 4):
             for recompute in ("none", "selective", "full"):
                 free()
                 config = settings(precision="bf16", recompute=recompute, micro_batch_size=rows, global_batch_size=rows)
                 say(
                     step="memory",
-                    model=size,
+                    model=name,
                     parameters=shape.parameters(),
                     rows=rows,
                     length=length,

@@ -1,5 +1,5 @@
-"""A live view of runs until they have ended: on a terminal's other screen by rich.live, else as plain
-lines."""
+"""A live view of runs until they have ended: on a terminal's other screen by rich.live,
+else as plain lines."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ def test_a_strange_site_s_findings_and_their_levels():
     )
     assert "resume RUN" in said["preemption"] and "PartitionTimeLimit" in said["EnforcePartLimits"]
     assert (
-        "TERM comes 120 s before" in said["a100"]
+        "Slurm sends TERM 120 s before" in said["a100"]
         and "only for accounts nlp,vision" in said["a100"]
         and said["old"] == "takes no jobs"
     )
