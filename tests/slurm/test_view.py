@@ -159,7 +159,13 @@ def test_start_estimate_and_reasons_come_from_the_queue(own, tmp_path):
     project = Project(tmp_path, own.environment)
     try:
         assert project.convoy("submit", "full-pipeline", "--name", "demo", "--profile", "dev", *SMALL).returncode == 0
-        wait_until(lambda: project.states()["convert"]["starts"], 40, "Slurm's estimate")
+
+        def decided() -> bool:
+            """The estimate may come a moment before the scheduler has named its reason."""
+            row = project.states()["convert"]
+            return bool(row["starts"]) and row["why"] != "just queued"
+
+        wait_until(decided, 40, "Slurm's estimate and its reason")
         shown = project.convoy("status", "demo").stdout
         assert "may start" in shown and ("nodes it needs are busy" in shown or "higher priority" in shown)
         row = json.loads(project.convoy("status", "demo", "--json").stdout)[0]
