@@ -15,7 +15,7 @@ from launcher.config.stages import ALL
 from launcher.job.endings import Class
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 KEY = re.compile(rf"\b({'|'.join(SECTIONS)})\.([a-z_]+)(?:\.([a-z_]+))?")
 FILE = re.compile(r"`((?:launcher|training|conversion|eval|slurm|tests)/[\w/.-]+)`")
 NOT_KEYS = {"jsonl", "json", "toml", "sbatch", "md", "py", "html"}

@@ -322,7 +322,7 @@ class PPOConfig(RolloutConfig):
     """Lambda of generalised advantage estimation."""
     value_clip: float = 0.0
     """How far a value may move from the rollout's before its gradient is cut off, in the rewards'
-    units; 0 = no limit. A limit keeps the values from following (benchmarks/README.md); the BLOOM
+    units; 0 = no limit. A limit keeps values from following (docs/evidence/results.md); the BLOOM
     recipes have the 0.1 of ChatLearn's tutorial."""
     value_offset_max: float = 10.0
     """Health gate: most |mean of return - value|, in the rewards' units."""

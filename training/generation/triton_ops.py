@@ -21,7 +21,7 @@ __all__ = ["attend", "choose", "pick", "residual_norm", "summarise", "write"]
 LOG2E = 1.4426950408889634
 DECODE = dict(BLOCK_N=64, num_warps=4, STAGES=3)
 """Keys a turn, warps and turns in flight of the decode kernel: measured on an H200
-(benchmarks/README.md)."""
+(docs/evidence/performance.md)."""
 PREFILL = dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2)
 PROGRAMS = 1024
 """Decode programs that fill a GPU; with fewer, contexts are split."""

@@ -38,7 +38,7 @@ FLEX_HOPPER_64 = dict(
     bwd_num_warps=4,
 )
 """The fastest of 15 tilings for bf16 heads of 64 dimensions on an H100. For 128 torch's own stays:
-the one that was faster alone was not so inside a step (benchmarks/README.md)."""
+the one that was faster alone was not so inside a step (docs/evidence/performance.md)."""
 PACKAGES = {
     "flash": ("flash_attn", "flash_attn_varlen_func"),
     "te": ("transformer_engine.pytorch", "DotProductAttention"),
