@@ -145,3 +145,16 @@ def test_no_test_imports_another_test():
     lines = [(path.name, line) for path in tests for line in path.read_text(encoding="utf-8").splitlines()]
     pattern = re.compile(r"\s*(from|import) tests\.(\w+\.)*test_")
     assert [(name, line) for name, line in lines if pattern.match(line)] == []
+
+
+def test_no_file_of_the_launcher_compares_a_stage_s_name():
+    """What is special about a stage is a field of its row in launcher/config/stages.py."""
+    pattern = re.compile(r"stage\.name (==|!=|in \(|not in \()|\"(mtbench|convert|export)\" (not )?in ")
+    found = [
+        (name, line)
+        for name, path in FILES.items()
+        if name.startswith("launcher") and name != "launcher.config.stages"
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if pattern.search(line)
+    ]
+    assert found == []

@@ -69,13 +69,13 @@ def check(
         mistakes.of(lambda: sites.check_fits(profile, stage.name, stage_resources))  # noqa: B023 - called at once
         if stage.trainer:
             divides = mistakes.of(lambda: _data_parallel(stage.name, config, stage_resources))  # noqa: B023
-        if shape and (stage.trainer or stage.name == "convert"):
+        if shape and (stage.trainer or stage.models == 1):
             laid_out = mistakes.of(lambda: _layout(stage, shape, config))  # noqa: B023
-        if stage.name == "mtbench":
+        if stage.evaluation:
             mistakes.of(lambda: inputs.check_questions(config.questions, config.references))  # noqa: B023
             warnings.append(mistakes.of(lambda: judge.check_judge(config, profile)))  # noqa: B023
             mistakes.of(lambda: inputs.check_template(config.template, folder))  # noqa: B023
-        if shape and stage.name == "mtbench":
+        if shape and stage.evaluation:
             mistakes.of(lambda: shape.check_length("mtbench.context_length", config.context_length))  # noqa: B023
             if profile.gpu_memory_gb and stage_resources.gpus_per_node and profile.device != "cpu":
                 warnings.append(mistakes.of(lambda: memory.check_evaluation(shape, config, profile)))  # noqa: B023
@@ -185,7 +185,7 @@ def _disk_gb(stage: Stage, config, shape: Shape, weights_gb: float) -> float:
     models that it exports."""
     if stage.trainer:
         return storage.checkpoints(config) * storage.checkpoint_gb(config, shape)
-    models = len(config.paths.checkpoints) if stage.name == "export" else stage.name == "convert"
+    models = len(config.paths.checkpoints) if stage.models is None else stage.models
     return models * weights_gb
 
 

@@ -33,6 +33,14 @@ class Stage:
     """Metrics shown beside the progress."""
     policy: bool = False
     """Its language model is exported and evaluated."""
+    models: int | None = 0
+    """Models that it writes without training; None: one for each of its ``paths.checkpoints``."""
+    evaluation: bool = False
+    """It asks questions and writes the report. It goes on from what it has after any change of its
+    settings."""
+    chosen_iteration: str = ""
+    """Its setting that names an iteration from which a later stage starts: that iteration's files
+    are outputs, too."""
     resumable: bool = True
     """On USR1 it ends with exit code 75, and started again it goes on from what it has done."""
 
@@ -51,21 +59,30 @@ def graph(*trainers: Stage) -> Graph:
     policies = tuple(stage.name for stage in trainers if stage.policy)
     files = [f"{name}/{file}" for name in policies for file in ("config.json", "*.json", "*.safetensors")]
     stages = (
-        Stage("convert", "conversion.hf_to_megatron", (), MODEL),
+        Stage("convert", "conversion.hf_to_megatron", (), MODEL, models=1),
         *trainers,
-        Stage("export", "conversion.megatron_to_hf", policies, (*files, "*/*.json", "*/*.safetensors")),
+        Stage("export", "conversion.megatron_to_hf", policies, (*files, "*/*.json", "*/*.safetensors"), models=None),
         Stage(
             "mtbench",
             "eval",
             ("export",),
             ("results.json", "table.md", "table.csv", "model_answer/*.jsonl", "../report.html"),
+            evaluation=True,
         ),
     )
     return {stage.name: stage for stage in stages}
 
 
 SFT = Stage("sft", "training.sft", ("convert",), MODEL, True, ("loss", "heldout_loss"), policy=True)
-REWARD = Stage("reward", "training.reward", ("sft",), MODEL, True, ("loss", "heldout_accuracy"))
+REWARD = Stage(
+    "reward",
+    "training.reward",
+    ("sft",),
+    MODEL,
+    True,
+    ("loss", "heldout_accuracy"),
+    chosen_iteration="load_iteration",
+)
 PIPELINES: dict[str, Graph] = {
     PPO: graph(
         SFT,

@@ -369,7 +369,7 @@ def _preempted(one: Partition) -> str:
     if one.preempt == "OFF":
         return "its jobs are not preempted"
     if one.grace_s:
-        term = f"TERM comes {one.grace_s} s before the end, in which a stage saves and requeues itself"
+        term = f"Slurm sends TERM {one.grace_s} s before the end, in which a stage saves and requeues itself"
         return f"preemptible ({one.preempt}): {term}"
     advice = "a stage goes on from its last checkpoint, so save often (save_every)"
     return f"preemptible ({one.preempt}) without GraceTime: {advice}"

@@ -274,8 +274,8 @@ def _outputs(run: Run, stage: Stage, iteration: int | None) -> list[Path]:
     folder = run.stage(stage.name)
     found = set()
     iterations = {iteration}
-    if stage.name == "reward" and (chosen := run.config["reward"]["load_iteration"]):
-        iterations.add(chosen)  # rlhf starts from this one
+    if stage.chosen_iteration and (chosen := run.config[stage.name][stage.chosen_iteration]):
+        iterations.add(chosen)
     for number in iterations:
         for pattern in stage.outputs:
             pattern = pattern.format(iteration=iteration_folder(number or 0))

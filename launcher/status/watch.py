@@ -45,8 +45,14 @@ class Screen:
     """
 
     def __init__(self):
+        # COLUMNS and LINES in the environment do not follow a terminal that changes its size
+        environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
         self.live = Live(
-            console=Console(), screen=True, auto_refresh=False, redirect_stdout=False, redirect_stderr=False
+            console=Console(_environ=environment),
+            screen=True,
+            auto_refresh=False,
+            redirect_stdout=False,
+            redirect_stderr=False,
         )
         self.drawn = 0.0
 

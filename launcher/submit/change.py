@@ -186,7 +186,7 @@ def _keeps(run: Run, stage: Stage, before: dict, after: dict) -> bool:
     if "data" in only:
         return False
     longer = stage.trainer and only <= {"iterations"} and (at or 0) < after["iterations"]
-    return bool(stage.name == "mtbench" or longer or (stage.trainer and not _is_done(run, stage.name)))
+    return bool(stage.evaluation or longer or (stage.trainer and not _is_done(run, stage.name)))
 
 
 def _is_done(run: Run, stage: str) -> bool:

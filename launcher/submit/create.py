@@ -256,7 +256,9 @@ def _check_same(run: Run, tables: dict, profile: Profile) -> None:
     made = [
         name
         for name in known
-        if name not in ("resources", "mtbench") and (name not in run.stages or run.status(name)["attempt"])
+        if name != "resources"
+        and not (name in ALL and ALL[name].evaluation)
+        and (name not in run.stages or run.status(name)["attempt"])
     ]
     changed = differences({name: run.config[name] for name in made}, {name: tables[name] for name in made})
     if changed:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from launcher.config.stages import Stage
+from launcher.config.stages import ALL, Stage
 from launcher.run import manifest
 from launcher.run.folder import Busy, Run
 from launcher.slurm import queue
@@ -114,7 +114,7 @@ def report_end(seen: RunStatus, names: list[str], overall: str) -> int:
     """Print how a run has ended; the exit code for it."""
     out, folder = console(), seen.run.folder
     if overall == "done":
-        report = f"; report: {folder / 'report.html'}" if "mtbench" in names else ""
+        report = f"; report: {folder / 'report.html'}" if any(ALL[name].evaluation for name in names) else ""
         out.print(f"{folder}: {', '.join(names)} done{report}")
         return 0
     if overall == "idle":

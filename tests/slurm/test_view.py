@@ -94,7 +94,8 @@ def test_watch_on_a_terminal_follows_its_size_and_ctrl_c_leaves_the_run_alone(ow
     if child == 0:
         os.chdir(chain.folder)
         command = chain.command("watch", "demo")
-        os.execvpe(command[0], command, chain.environment)
+        # a shell may export them; they do not follow the terminal
+        os.execvpe(command[0], command, {**chain.environment, "COLUMNS": "80", "LINES": "24"})
     out = b""
 
     def resize(columns: int) -> None:
