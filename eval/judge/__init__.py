@@ -1,0 +1,1 @@
+"""Judges: prompts, requests, budget, replies. It computes no score."""

@@ -1,0 +1,1 @@
+"""Tables, pictures and the page. It asks no model and no judge."""

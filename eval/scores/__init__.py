@@ -1,0 +1,1 @@
+"""From ratings and replies to numbers with intervals. It draws nothing."""

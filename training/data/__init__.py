@@ -1,0 +1,1 @@
+"""From a user's file to batches. It knows no model beyond its tokenizer."""

@@ -1,0 +1,1 @@
+"""What PPO and GRPO share: experience, minibatches, gates and invariants."""

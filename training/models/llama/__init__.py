@@ -1,0 +1,1 @@
+"""Llama: its table of tensors, its modules, its part of the rollout engine."""
