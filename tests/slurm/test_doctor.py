@@ -26,7 +26,7 @@ def test_findings_are_what_the_cluster_says(project, queue):
     assert found["GPUs", "SelectType"]["value"].startswith("cons_tres")
     names = queue("sinfo", "-h", "-o", "%R").split()
     assert [name for section, name in found if section == "Partitions"] == names
-    assert "TERM comes 10 s before" in found["Partitions", "grace"]["follows"]
+    assert "Slurm sends TERM 10 s before" in found["Partitions", "grace"]["follows"]
     assert (keys["partition"], keys["gpus_per_node"], keys["max_nodes"], keys["max_minutes"]) == ("main", 8, 4, 1440)
 
 
