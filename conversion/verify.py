@@ -151,8 +151,8 @@ def run(given) -> None:
     if not proof["proved"]:
         differing = [name for name, row in proof["tensors"].items() if "differs" in row]
         raise Damaged(
-            f"{folder}: not the same model: {len(differing)} of {count} tensors differ {differing[:3]}{said}; "
-            "see PROOF.json"
+            f"{folder}: not the same model: {len(differing)} of {count} "
+            f"tensors differ {differing[:3]}{said}; see PROOF.json"
         )
     print(f"{folder}: {count} tensors equal, byte for byte{said}; PROOF.json written", flush=True)
 

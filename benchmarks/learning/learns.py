@@ -67,9 +67,9 @@ def row(pipeline: str, seed: int, run: Path) -> tuple[str, bool]:
     heldout = json.loads((run / "mtbench" / "results.json").read_text(encoding="utf-8"))["heldout"]
     gold, gain, kl = heldout["gold"], heldout["gold_difference"][policy], heldout["kl"][policy]
     line = (
-        f"| {seed} | {loss:.3f} | {entropy:.2f} | {accuracy:.3f} [{low:.3f}, {high:.3f}] | {gold['sft']['mean']:.3f} "
-        f"| {gold[policy]['mean']:.3f} | {gain['mean']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}] | "
-        f"{kl['mean']:.2f} |"
+        f"| {seed} | {loss:.3f} | {entropy:.2f} | {accuracy:.3f} [{low:.3f}, {high:.3f}] "
+        f"| {gold['sft']['mean']:.3f} | {gold[policy]['mean']:.3f} | {gain['mean']:+.3f} "
+        f"[{gain['low']:+.3f}, {gain['high']:+.3f}] | {kl['mean']:.2f} |"
     )
     return line, loss < entropy / 2 and (accuracy >= 0.9 if judge == "reward" else low > 0.5) and gain["low"] > 0
 

@@ -83,8 +83,8 @@ def check(folder: Path) -> None:
     ]
     if wrong:
         raise ConfigError(
-            f"{folder} holds another model than SmolLM2-135M ({'; '.join(wrong)}): remove that folder, or name "
-            f"another one"
+            f"{folder} holds another model than SmolLM2-135M "
+            f"({'; '.join(wrong)}): remove that folder, or name another one"
         )
 
 

@@ -200,8 +200,8 @@ def tables(result: Mapping) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        "| model | repeated 4-grams | distinct-2 | MT-Bench answers: tokens | EOS | empty | repeated 4-grams | "
-        "distinct-2 |",
+        "| model | repeated 4-grams | distinct-2 | MT-Bench answers: "
+        "tokens | EOS | empty | repeated 4-grams | distinct-2 |",
         "|---" * 8 + "|",
     ]
     for name, row in result["policies"].items():

@@ -29,8 +29,8 @@ def parse(text: str, source: str) -> list[dict]:
             raise DataError(f"{source}, line {number}: expected an object, got {type(row).__name__}")
         if "\\ud" in line.lower() and not _encodable(row):
             raise DataError(
-                f"{source}, line {number}: half a character (a lone \\ud8xx to \\udfxx), which no file of UTF-8 can "
-                f"hold"
+                f"{source}, line {number}: half a character (a lone "
+                "\\ud8xx to \\udfxx), which no file of UTF-8 can hold"
             )
         rows.append(row)
     return rows

@@ -65,8 +65,8 @@ class Budget:
             limit, ceiling = self.config.judge_max_requests, self.config.judge_max_cost
             if limit and self.requests >= limit:
                 raise JudgeError(
-                    f"mtbench.judge_max_requests = {limit} is used up; ratings so far are kept: raise it and start "
-                    f"again"
+                    f"mtbench.judge_max_requests = {limit} is used up; "
+                    "ratings so far are kept: raise it and start again"
                 )
             reserve = characters // CHARACTERS, self._longest
             held_in, held_out = self._reserved

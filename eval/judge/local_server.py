@@ -178,8 +178,8 @@ def wait(server: subprocess.Popen, port: int, limit_s: float, log: Path) -> int:
                     return own
         if time.monotonic() - began > limit_s:
             raise JudgeError(
-                f"the local judge did not answer within mtbench.judge_start_minutes = {limit_s / 60:g}; "
-                f"{last_words(log)}"
+                "the local judge did not answer within mtbench.judge_start_minutes "
+                f"= {limit_s / 60:g}; {last_words(log)}"
             )
         time.sleep(POLL_S)
     raise JudgeError(f"the local judge ended with exit code {server.returncode} before it answered; {last_words(log)}")

@@ -189,8 +189,8 @@ def evaluation(folder: Path, damaged: list[str]) -> Evaluation:
     judged_by = results["judge"] if isinstance(results["judge"], dict) else {}
     if absent := sorted(RESULTS - results.keys()) or sorted(f"judge.{name}" for name in JUDGE - judged_by.keys()):
         raise DataError(
-            f"{folder / 'results.json'}: no {', '.join(absent)}: made by an older version; run mtbench again, "
-            "what is made is kept"
+            f"{folder / 'results.json'}: no {', '.join(absent)}: made by "
+            "an older version; run mtbench again, what is made is kept"
         )
 
     # Absent before there was mtbench.reward_model, the last two for longer.

@@ -249,8 +249,8 @@ def _repeated(models: dict) -> list[str]:
 
 def _spread(models: dict) -> list[str]:
     return [
-        f"{name}: repeated ratings of one answer differ by {row['spread']['rating_sd']:.2f} points (standard "
-        f"deviation); the averages of the repeats are "
+        f"{name}: repeated ratings of one answer differ by {row['spread']['rating_sd']:.2f} "
+        "points (standard deviation); the averages of the repeats are "
         f"{', '.join('-' if a is None else format(a, '.2f') for a in row['spread']['averages'])}."
         for name, row in models.items()
         if row.get("spread") and row["spread"]["rating_sd"] is not None

@@ -53,8 +53,8 @@ def score(folder: str | Path, pairs: Sequence[tuple[str, str]], limit: int) -> l
         tokenizer = load_tokenizer(folder)
     if model.config.num_labels != 1:
         raise DataError(
-            f"{folder}: {model.config.num_labels} labels; expected a sequence classifier with one, as export makes of "
-            "a reward model"
+            f"{folder}: {model.config.num_labels} labels; expected a "
+            "sequence classifier with one, as export makes of a reward model"
         )
     model, pad, vocabulary = (
         model.to(device()).eval(),

@@ -53,9 +53,8 @@ def _check_file(name: str) -> None:
         ) from None
     if not stat.S_ISREG(status.st_mode) or not status.st_size:
         raise ConfigError(
-            f"{field}: {'empty' if stat.S_ISREG(status.st_mode) else 'not a file'}; expected one that holds the key "
-            f"and "
-            "nothing else"
+            f"{field}: {'empty' if stat.S_ISREG(status.st_mode) else 'not a file'}; "
+            "expected one that holds the key and nothing else"
         )
     if status.st_mode & 0o077:
         raise ConfigError(f"{field}: others may read it (mode {stat.S_IMODE(status.st_mode):03o}); chmod 600 {name}")

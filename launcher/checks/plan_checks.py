@@ -143,10 +143,8 @@ def _weights_gb(model: ModelConfig, folder: Path, shape: Shape, source: str) -> 
                 f"T.from_pretrained('{folder}').save_pretrained('{folder}')\""
             )
         raise ConfigError(
-            f"model.checkpoint = {model.checkpoint!r}: {folder / 'tokenizer.json'} does not exist; "
-            f"give the "
-            "folder of a Hugging Face checkpoint (config.json, tokenizer.json, weights): "
-            "--set model.checkpoint=FOLDER"
+            f"model.checkpoint = {model.checkpoint!r}: {folder / 'tokenizer.json'} does not exist; give the folder "
+            "of a Hugging Face checkpoint (config.json, tokenizer.json, weights): --set model.checkpoint=FOLDER"
         )
     Said.read(folder, shape.vocab)
     size, notes = weights.check_checkpoint(folder, shape)

@@ -108,8 +108,8 @@ def _check_tensors(folder: Path, stored: dict[str, Tensor], shape: Shape) -> Non
         short = name.removeprefix(prefix)
         if short in tensors:
             raise ConfigError(
-                f"model.checkpoint: {folder} holds {shown(short)} twice, with and without the prefix {prefix!r}; "
-                "remove one"
+                f"model.checkpoint: {folder} holds {shown(short)} twice, "
+                f"with and without the prefix {prefix!r}; remove one"
             )
         tensors[short] = (name, tensor)
     head = "scalar" if SCORE in tensors else "tied" if shape.tied else "untied"

@@ -118,8 +118,8 @@ def _check_private(path: Path, info: os.stat_result) -> None:
         raise ConfigError(f"secrets = {str(path)!r}: not a file; expected one with KEY=VALUE lines")
     if info.st_uid != os.geteuid():
         raise ConfigError(
-            f"secrets = {str(path)!r}: belongs to user {info.st_uid}, you are {os.geteuid()}; copy it to a file of "
-            f"yours"
+            f"secrets = {str(path)!r}: belongs to user {info.st_uid}, "
+            f"you are {os.geteuid()}; copy it to a file of yours"
         )
     if mode := stat.S_IMODE(info.st_mode) & 0o077:
         raise ConfigError(

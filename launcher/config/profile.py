@@ -83,8 +83,8 @@ class Container:
             raise ValueError(f"runtime = {self.runtime!r}: expected one of {', '.join(RUNTIMES)}")
         if self.runtime != "none" and not self.image:
             raise ValueError(
-                f"image = '': runtime = {self.runtime!r} needs the image that slurm/container makes, a path or a "
-                f"reference"
+                f"image = '': runtime = {self.runtime!r} needs the "
+                "image that slurm/container makes, a path or a reference"
             )
         if not self.python:
             raise ValueError("python = '': expected the interpreter inside the image, e.g. \"python\"")

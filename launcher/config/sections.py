@@ -186,8 +186,8 @@ def check_sections(tables: dict, where: str) -> None:
             )
         elif "paths" in values:
             mistakes.add(
-                f"{where}: {section}.paths is filled by the launcher; remove it (the folder follows from "
-                f"--runs and --name)"
+                f"{where}: {section}.paths is filled by the launcher; "
+                "remove it (the folder follows from --runs and --name)"
             )
         elif section == "resources":
             for name in sorted(set(values) - set(stages)):

@@ -126,8 +126,8 @@ def select(made: Graph, target: str, first: str | None, last: str | None) -> lis
         if name not in (None, FULL, *names):
             others = " or ".join(f"--pipeline {other}" for other, stages in PIPELINES.items() if name in stages)
             raise ConfigError(
-                f"{name} is no stage of this pipeline ({' -> '.join(names)}); it is one of {others}, in a run of "
-                f"its own"
+                f"{name} is no stage of this pipeline ({' -> '.join(names)}); "
+                f"it is one of {others}, in a run of its own"
             )
     if target != FULL:
         if first or last:

@@ -72,11 +72,9 @@ def _lock(where: str, canary: str | None, lock: str | None) -> list[Finding]:
                 where,
                 "locks",
                 "of each host alone",
-                "the node does not see a lock that is taken here "
-                "(Lustre's -o localflock, "
-                "BeeGFS without tuneUseGlobalFileLocks): give commands for a run on one login node only, or "
-                "ask the site for "
-                "locks between hosts",
+                "the node does not see a lock that is taken here (Lustre's -o "
+                "localflock, BeeGFS without tuneUseGlobalFileLocks): give commands for "
+                "a run on one login node only, or ask the site for locks between hosts",
                 "bad",
             )
         ]

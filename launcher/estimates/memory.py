@@ -364,17 +364,14 @@ def check_evaluation(shape: Shape, config: MTBenchConfig, profile: Profile) -> s
     if needs <= FITS * profile.gpu_memory_gb:
         return ""
     text = (
-        f"mtbench needs about {needs:.0f} GB of one GPU (a model's weights in fp32 {weights:.0f} GB; in bf16 "
-        f"with keys and values of "
-        f"{config.batch_size} rows of {config.context_length} tokens {weights / 2 + cache:.0f} GB), and does "
-        f"not divide a model "
-        f"between GPUs; the profile's gpu_memory_gb is {profile.gpu_memory_gb:g}"
+        f"mtbench needs about {needs:.0f} GB of one GPU (a model's weights in fp32 {weights:.0f} GB; in bf16 with "
+        f"keys and values of {config.batch_size} rows of {config.context_length} tokens {weights / 2 + cache:.0f} "
+        f"GB), and does not divide a model between GPUs; the profile's gpu_memory_gb is {profile.gpu_memory_gb:g}"
     )
     if weights > profile.gpu_memory_gb:
         raise ConfigError(
-            f"{text}; it would run out of memory after all training: submit the chain with --until "
-            f"export and evaluate "
-            "runs/NAME/export elsewhere"
+            f"{text}; it would run out of memory after all training: submit the "
+            "chain with --until export and evaluate runs/NAME/export elsewhere"
         )
     return f"{text}: it may not fit; a smaller mtbench.batch_size or mtbench.context_length needs less"
 

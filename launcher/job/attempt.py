@@ -142,8 +142,8 @@ class Attempt:
             self.repeated = float("-inf")
         if self.deadline.left() < LAST_S and not self.killed_at_the_end:
             self.say(
-                f"{self.deadline.left():.0f} s before the end of job {self.job}: the ranks have not ended, "
-                "they are killed"
+                f"{self.deadline.left():.0f} s before the end of job "
+                f"{self.job}: the ranks have not ended, they are killed"
             )
             self.killed_at_the_end, self.asked = True, self.asked or Class.TIME_LIMIT
             self.ranks.pass_on(signal.SIGKILL)

@@ -85,12 +85,9 @@ def lock(path: Path):
             if error.errno not in NO_LOCKS:
                 raise
             raise ConfigError(
-                f"{path}: its file system has no locks (flock: {error.strerror}), and without them "
-                f"two commands could start "
-                "one stage twice; keep runs on another one (--runs FOLDER), or ask the site to mount "
-                "it with locks "
-                "(Lustre: -o flock; NFS: its lock service). python -m launcher doctor --node tests a "
-                "folder"
+                f"{path}: its file system has no locks (flock: {error.strerror}), and without them two commands could "
+                "start one stage twice; keep runs on another one (--runs FOLDER), or ask the site to mount it with "
+                "locks (Lustre: -o flock; NFS: its lock service). python -m launcher doctor --node tests a folder"
             ) from None
         yield
 
@@ -392,9 +389,8 @@ class Runs(list):
             made.named, made.sweeps = True, sweeps
             if not made:
                 raise ConfigError(
-                    f"{', '.join(map(str, sweeps))}: none of its runs was written; the same submit "
-                    f"command as before writes "
-                    "them"
+                    f"{', '.join(map(str, sweeps))}: none of its runs was "
+                    "written; the same submit command as before writes them"
                 )
             return made
         found, strangers = [], []
@@ -409,9 +405,8 @@ class Runs(list):
                 "\n".join(
                     [
                         *strangers,
-                        f"no run in {below}; start one: python -m launcher submit "
-                        f"full-pipeline; or say where "
-                        "they are: --runs DIR",
+                        f"no run in {below}; start one: python -m launcher "
+                        "submit full-pipeline; or say where they are: --runs DIR",
                     ]
                 )
             )

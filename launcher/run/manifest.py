@@ -150,8 +150,8 @@ def verify(run: Run, stage: Stage, child: str | None = None) -> None:
             raise Refused(f"{stage.name} is marked done but {path} is missing")
         if path.stat().st_size != expected["size"]:
             raise Refused(
-                f"{path} has {path.stat().st_size} bytes, its manifest says {expected['size']}: truncated or "
-                f"overwritten"
+                f"{path} has {path.stat().st_size} bytes, its manifest "
+                f"says {expected['size']}: truncated or overwritten"
             )
     _check_content(run, manifest, run.stage(child) / "verified.json" if child else None)
 

@@ -118,8 +118,7 @@ def _printable(text: str) -> str:
         if not line.replace("\t", " ").isprintable():
             raise ConfigError(
                 f"line {number} of the batch script has a character that can't be printed: {line!r}; "
-                f"remove it from the "
-                "profile's setup and modules, the paths, or what is swept"
+                "remove it from the profile's setup and modules, the paths, or what is swept"
             )
     return text
 

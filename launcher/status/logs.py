@@ -355,8 +355,8 @@ def _tags(text: str) -> frozenset[str]:
             tags.add(part.strip())
         else:
             raise ConfigError(
-                f"--rank {text}: {part!r} is no rank; expected numbers, ranges such as 0-7, launcher, srun or slurm, "
-                "with commas between"
+                f"--rank {text}: {part!r} is no rank; expected numbers, ranges "
+                "such as 0-7, launcher, srun or slurm, with commas between"
             )
     return frozenset(tags)
 

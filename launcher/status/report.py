@@ -31,8 +31,8 @@ def make(paths: Sequence[Path], output: Path | None) -> Path:
         if waiting:
             why = f" ({waiting[0].why})" if waiting[0].why else ""
             say(
-                f"{run.folder} is not finished: {waiting[0].stage} is {waiting[0].state}{why}; the report shows "
-                f"what there is",
+                f"{run.folder} is not finished: {waiting[0].stage} is "
+                f"{waiting[0].state}{why}; the report shows what there is",
                 err=True,
             )
     folders = [*(run.folder for run in runs), *evaluations]

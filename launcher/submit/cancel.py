@@ -118,9 +118,8 @@ def _jobs(before: dict[Run, state.RunStatus], queue: Queue) -> dict[Run, list[st
             told = time.monotonic()
         if alive and time.monotonic() > deadline:
             raise Failed(
-                f"Slurm has not ended {', '.join(job.handle for job in alive.values())} within {CANCEL_S} s of "
-                f"scancel; "
-                "squeue shows why"
+                f"Slurm has not ended {', '.join(job.handle for job in alive.values())} "
+                f"within {CANCEL_S} s of scancel; squeue shows why"
             )
     return {
         run: [

@@ -155,8 +155,8 @@ def _consequences(run: Run, old: dict, change: Change, wish: Wish) -> list[str]:
         may = _keeps(run, stage, before, after)
         if back and wish.iteration is not None and before.get("data") != after.get("data"):
             raise ConfigError(
-                f"--load-iteration {wish.iteration}: {name} was trained on other rows than the changed section "
-                f"data gives; leave out --load-iteration, or what changes the data"
+                f"--load-iteration {wish.iteration}: {name} was trained on other rows than the "
+                "changed section data gives; leave out --load-iteration, or what changes the data"
             )
         if (back and wish.iteration is None) or not (back or may):
             change.anew += [] if back else [name]

@@ -95,9 +95,8 @@ def cancel(run: Run) -> bool:
 def elsewhere(run: Run, runner: dict) -> str:
     """What to do where the run's runner is on another host."""
     return (
-        f"{run.folder} is worked on by process {runner['pid']} on {runner['host']}: run the command there; if "
-        f"that host "
-        f"is gone for good: python -m launcher resume {run.folder} --take-over"
+        f"{run.folder} is worked on by process {runner['pid']} on {runner['host']}: run the command "
+        f"there; if that host is gone for good: python -m launcher resume {run.folder} --take-over"
     )
 
 

@@ -48,11 +48,9 @@ def check_orphans(seen: state.RunStatus) -> None:
         while _held(run, row.stage):
             if time.monotonic() > deadline:
                 raise ConfigError(
-                    f"Slurm has forgotten job {status['job']}, but its processes still work on "
-                    f"{row.stage} of {run.folder} "
-                    f"(supervisor: process {status['pid']} on {status['host']}); let them end, or end "
-                    f"them there: "
-                    f"kill {status['pid']}; then resume again"
+                    f"Slurm has forgotten job {status['job']}, but its processes still work on {row.stage} "
+                    f"of {run.folder} (supervisor: process {status['pid']} on {status['host']}); let them "
+                    f"end, or end them there: kill {status['pid']}; then resume again"
                 )
             time.sleep(0.1)
 
@@ -134,7 +132,7 @@ def _silent_jobs(run: Run) -> dict[str, int]:
         }
     if alive:
         raise ConfigError(
-            f"--take-over: Slurm answers and has "
+            "--take-over: Slurm answers and has "
             f"{', '.join(f'job {job.handle} ({name})' for name, job in alive.items())}; "
             f"stop them: python -m launcher cancel {run.folder}"
         )

@@ -138,8 +138,8 @@ def _check_target(steps: Steps) -> None:
     names = [one.name for one in steps.change.stages]
     if stage.name not in names:
         raise ConfigError(
-            f"--from {stage.name}: this run is to go until {names[-1]} only; add --until {stage.name}, or --all "
-            "for all stages"
+            f"--from {stage.name}: this run is to go until {names[-1]} "
+            f"only; add --until {stage.name}, or --all for all stages"
         )
     if iteration is None:
         return
@@ -161,8 +161,8 @@ def _check_idle(look: RunStatus) -> None:
     run, busy = look.run, [row.stage for row in look.stages if row.state in state.ACTIVE]
     if busy:
         raise ConfigError(
-            f"{', '.join(busy)} of {run.folder} is running or queued; stop it first: python -m launcher cancel "
-            f"{run.folder}"
+            f"{', '.join(busy)} of {run.folder} is running or queued; "
+            f"stop it first: python -m launcher cancel {run.folder}"
         )
 
 
@@ -171,9 +171,8 @@ def _refuse_silence(look: RunStatus, wish: Wish) -> None:
     run, busy = look.run, [row.stage for row in look.stages if row.state in state.ACTIVE]
     if busy and (wish.first or wish.iteration is not None or wish.profile or wish.sets or wish.files):
         raise ConfigError(
-            f"{', '.join(busy)} of {run.folder} was queued with Slurm, which does not answer ({look.trouble}); if "
-            f"its jobs "
-            "are gone for good add --take-over, and --profile local to go on without it"
+            f"{', '.join(busy)} of {run.folder} was queued with Slurm, which does not answer ({look.trouble}); "
+            "if its jobs are gone for good add --take-over, and --profile local to go on without it"
         )
     raise commands.SlurmError(
         f"{look.trouble}; to go on without that cluster, once its jobs are gone for good: "

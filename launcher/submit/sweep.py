@@ -97,8 +97,8 @@ def combinations(texts: list[str]) -> list[dict]:
             )
         if section in SAME_FOR_ALL:
             raise ConfigError(
-                f"--sweep {text}: all elements of a job array share section {section}; make runs of their own, by "
-                f"--name"
+                f"--sweep {text}: all elements of a job array share "
+                f"section {section}; make runs of their own, by --name"
             )
         if key.strip() in axes:
             raise ConfigError(f"--sweep {text}: {key.strip()} is swept twice; give all its values at once")

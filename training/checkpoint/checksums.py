@@ -153,8 +153,8 @@ def compare(folder: str | Path, listed: dict[str, str], names: Collection[str]) 
         if found != listed[name]:
             path = Path(folder, name)
             raise Damaged(
-                f"{path} ({path.stat().st_size:,} bytes) does not have the sha256 that {NAME} lists: truncated "
-                f"or changed",
+                f"{path} ({path.stat().st_size:,} bytes) does not have "
+                f"the sha256 that {NAME} lists: truncated or changed",
                 _fix(folder),
             )
     return content

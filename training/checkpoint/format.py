@@ -47,8 +47,8 @@ def latest(stage: str | Path) -> int | None:
     text = path.read_text(encoding="utf-8", errors="replace").strip()
     if not text.isdigit():
         raise ConfigError(
-            f"{path} holds {text[:40]!r}, no iteration; {_present(stage)}: write one of them into it, or resume with "
-            "--load-iteration"
+            f"{path} holds {text[:40]!r}, no iteration; {_present(stage)}: "
+            "write one of them into it, or resume with --load-iteration"
         )
     return int(text)
 
@@ -269,8 +269,8 @@ def _check_same(path: Path, learner: Trained, state: dict) -> None:
     for name, value in made_with(learner.guard.trainer, learner.model).items():
         if name in held and held[name] != value:
             raise ConfigError(
-                f"{name} = {value!r}, but {path} was made with {name} = {held[name]!r}; resume with that, or start the "
-                "stage anew"
+                f"{name} = {value!r}, but {path} was made with {name} = "
+                f"{held[name]!r}; resume with that, or start the stage anew"
             )
 
 

@@ -237,8 +237,8 @@ class Saver:
         kept = "nothing is saved yet" if last is None else f"iteration {last} is whole and what a resume starts from"
         rank, cause, kind = failed[0]
         raise SaveFailed(
-            f"saving iteration {current.iteration} failed on rank {rank}: {cause}; {kept}; make room or mend the file "
-            "system, then resume",
+            f"saving iteration {current.iteration} failed on rank {rank}: "
+            f"{cause}; {kept}; make room or mend the file system, then resume",
             kind,
         )
 

@@ -87,8 +87,8 @@ TASKS = (
         ),
         "The capital is {}.",
         _pairs(
-            "France-Paris Italy-Rome Spain-Madrid Peru-Lima Japan-Tokyo Egypt-Cairo Cuba-Havana Iran-Tehran "
-            "Kenya-Nairobi"
+            "France-Paris Italy-Rome Spain-Madrid Peru-Lima Japan-Tokyo "
+            "Egypt-Cairo Cuba-Havana Iran-Tehran Kenya-Nairobi"
         ),
     ),
     Task(

@@ -77,7 +77,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> tokenizers.Tokeniz
     if tokenizer.get_vocab_size() != vocabulary:
         raise ConfigError(
             f"model.demo_vocab = {vocabulary}: the text gives {tokenizer.get_vocab_size()} tokens "
-            f"(260 without any merge); set model.demo_vocab to at least 261 and at most that"
+            "(260 without any merge); set model.demo_vocab to at least 261 and at most that"
         )
     return tokenizer
 

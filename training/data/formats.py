@@ -66,8 +66,8 @@ def iterate(
         good = True
         if len(row.responses) < fewest:
             raise DataError(
-                f"{path}:{number}: this row has {len(row.responses)} replies, but the {stage} stage needs {need}: "
-                f"give {expected}"
+                f"{path}:{number}: this row has {len(row.responses)} replies, "
+                f"but the {stage} stage needs {need}: give {expected}"
             )
         for name in unread(fields):
             name = f"not read: field {short(name)}"

@@ -76,8 +76,8 @@ def parse(row: dict) -> Row:
     prompt = "prompt" if "prompt" in row else "query"
     if "query" in row and row["query"] != row[prompt]:
         raise BadRow(
-            f"query: {short(row['query'])}: another text than prompt's {short(row[prompt])}; expected one of the "
-            f"two fields"
+            f"query: {short(row['query'])}: another text than prompt's "
+            f"{short(row[prompt])}; expected one of the two fields"
         )
     if prompt not in row:
         raise BadRow(f"prompt: missing; the fields are {', '.join(row) or 'none'}; expected {FORMATS}")
@@ -182,8 +182,8 @@ def _dialogue(conversation: turns.Turns, field: str) -> str:
     turns.check_order(conversation, field)
     if conversation[-1][0] != "user":
         raise BadRow(
-            f"{field}[{len(conversation) - 1}].role: {conversation[-1][0]!r}: expected a user's message before the "
-            f"reply"
+            f"{field}[{len(conversation) - 1}].role: {conversation[-1][0]!r}: "
+            "expected a user's message before the reply"
         )
     return dialogue.from_messages(conversation) + dialogue.CUE
 

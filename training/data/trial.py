@@ -153,9 +153,8 @@ def _joins(tokenizer: Tokenizer, samples: list[str]) -> list[str]:
     if text.strip() == (prompt + reply).strip():
         return []
     return [
-        f"{tokenizer.file}: a prompt and its reply, tokenised apart as training does, read "
-        f"{shown(repr(text), 160)}; expected {shown(repr(prompt + reply), 160)}: does the tokenizer change white "
-        "space or letters?"
+        f"{tokenizer.file}: a prompt and its reply, tokenised apart as training does, read {shown(repr(text), 160)}; "
+        f"expected {shown(repr(prompt + reply), 160)}: does the tokenizer change white space or letters?"
     ]
 
 

@@ -73,9 +73,8 @@ class Said:
         """Where config.json or generation_config.json does not name ``eos`` among the ends: what an
         export will do."""
         return [
-            f"{self.folder / file}: eos_token_id = {shown(_single(ends))}, but the tokenizer ends a text with "
-            f"{eos}: training ends replies with {eos}, and the export's files will say "
-            "so"
+            f"{self.folder / file}: eos_token_id = {shown(_single(ends))}, but the tokenizer ends a "
+            f"text with {eos}: training ends replies with {eos}, and the export's files will say so"
             for file, said in self.numbers.items()
             if (ends := said.get("eos")) and eos not in ends
         ]

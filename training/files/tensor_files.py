@@ -104,16 +104,15 @@ def _places(folder: Path, index: str) -> dict[str, str]:
     ending = Path(index.removesuffix(".index.json")).suffix
     if not isinstance(table, dict) or not table:
         raise ConfigError(
-            f"model.checkpoint: {folder / index} has no weight_map from tensors to files: it is no index "
-            f"of shards; {AGAIN}"
+            f"model.checkpoint: {folder / index} has no weight_map "
+            f"from tensors to files: it is no index of shards; {AGAIN}"
         )
     for tensor, name in table.items():
         plain = isinstance(name, str) and name.isprintable() and len(name) < 256 and "/" not in name
         if not plain or not name.endswith(ending):
             raise ConfigError(
                 f"model.checkpoint: {folder / index}: weight_map says that {shown(tensor)} is in "
-                f"{shown(repr(name))}; expected the name of a file of the folder that ends with "
-                f"{ending}; {AGAIN}"
+                f"{shown(repr(name))}; expected the name of a file of the folder that ends with {ending}; {AGAIN}"
             )
     return table
 
@@ -181,8 +180,8 @@ def _tensor(path: Path, name: str, entry, data: int) -> Tensor:
 
     def wrong(what: str, expected: str) -> ConfigError:
         return ConfigError(
-            f"model.checkpoint: the header of {path} can't be read ({shown(name)}: {what}; expected "
-            f"{expected}); {AGAIN}"
+            f"model.checkpoint: the header of {path} can't be read "
+            f"({shown(name)}: {what}; expected {expected}); {AGAIN}"
         )
 
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
@@ -197,8 +196,8 @@ def _tensor(path: Path, name: str, entry, data: int) -> Tensor:
     size = offsets[1] - offsets[0]
     if dtype in BYTES and size != math.prod(sizes) * BYTES[dtype]:
         raise ConfigError(
-            f"model.checkpoint: {path}: {shown(name)} is {dtype} {sizes} but has {size} bytes; the file "
-            f"is damaged: {AGAIN}"
+            f"model.checkpoint: {path}: {shown(name)} is {dtype} "
+            f"{sizes} but has {size} bytes; the file is damaged: {AGAIN}"
         )
     return Tensor(path, dtype, tuple(sizes), data + offsets[0], size)
 

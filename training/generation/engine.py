@@ -142,9 +142,9 @@ class Engine:
         if max(longest) > pages:
             number = numbers[longest.index(max(longest))]
             raise NoRoom(
-                f"request {number} needs {max(longest)} pages of {limits.page} tokens, the cache has room for {pages} "
-                f"({pages * page_bytes / 1e9:.2f} GB); free GPU memory, raise cache_share or cache_tokens, or ask "
-                f"for less"
+                f"request {number} needs {max(longest)} pages of {limits.page} tokens, "
+                f"the cache has room for {pages} ({pages * page_bytes / 1e9:.2f} GB); "
+                "free GPU memory, raise cache_share or cache_tokens, or ask for less"
             )
         shape = (decoder.layers, 2, pages + 1, decoder.kv_heads, limits.page, decoder.head_dim)
         if self.cache is None or self.cache.size(2) < pages + 1:

@@ -32,9 +32,8 @@ def samples_are_whole(batch: Batch, starts: list[int], ended: torch.Tensor, eos_
     for row in (mask != expected).any(1).nonzero().flatten().tolist():
         inside = mask[row].nonzero().flatten().tolist()
         raise InvariantError(
-            f"sample {row}: the response is tokens {starts[row]} to {int(lengths[row]) - 1}, "
-            f"but response_mask is True "
-            f"{f'from {inside[0]} to {inside[-1]}' if inside else 'nowhere'}"
+            f"sample {row}: the response is tokens {starts[row]} to {int(lengths[row]) - 1}, but "
+            f"response_mask is True {f'from {inside[0]} to {inside[-1]}' if inside else 'nowhere'}"
         )
     last = tokens.gather(1, lengths[:, None] - 1).squeeze(1) == eos_id
     wrong = (last != ended) | (((tokens == eos_id) & mask).sum(1) != ended)

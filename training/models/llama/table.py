@@ -34,8 +34,8 @@ def read(config: ConfigFile) -> Shape:
     config.types({**COMMON, "attention_dropout": (*NUMBER, type(None)), "pretraining_tp": (int, type(None))})
     if hidden % heads or hidden // heads % 2:
         raise ConfigError(
-            f"{config.path}: hidden_size = {hidden} and num_attention_heads = {heads}: expected an even head "
-            f"dimension; {FIX}"
+            f"{config.path}: hidden_size = {hidden} and num_attention_heads "
+            f"= {heads}: expected an even head dimension; {FIX}"
         )
     config.only("head_dim", hidden // heads, None)
     if heads % groups:
