@@ -22,9 +22,8 @@ import torch
 from training.errors import ConfigError
 from training.models.lora import merge
 
-with (
-    warnings.catch_warnings()
-):  # torch says once that it can't know such a buffer to be read-only: nobody writes to ours
+# torch says once that it can't know such a buffer to be read-only: nobody writes to ours
+with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     torch.frombuffer(b"\0", dtype=torch.uint8)
 BLOCK = 1 << 25

@@ -100,9 +100,8 @@ def write_files(
             raise InterruptedError("another file could not be written")
         progress.add(size)
 
-    threads = min(
-        THREADS, max(2, len(os.sched_getaffinity(0)))
-    )  # two on one core: one computes while the other waits for the disk
+    # two on one core: one computes while the other waits for the disk
+    threads = min(THREADS, max(2, len(os.sched_getaffinity(0))))
     with ThreadPoolExecutor(threads) as pool, progress:
         jobs = [pool.submit(_write, aside, name, writer, count, hashed) for name, writer in left.items()]
         try:

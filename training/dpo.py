@@ -178,9 +178,8 @@ def heldout(learner: Learner, data: Comparisons) -> dict[str, float]:
     || reference), on replies that it samples.) A collective."""
     indices = list(range(data.trained, len(data.reference)))
     batch, logprobs = evaluated(learner, data, indices)
-    shown = slice(
-        len(indices[groups.data_rank() :: groups.data_ranks()])
-    )  # none where there are more ranks than queries
+    # none where there are more ranks than queries
+    shown = slice(len(indices[groups.data_rank() :: groups.data_ranks()]))
     ratio, scores, lengths = (
         values.view(-1, data.replies)[shown]
         for values in (logprobs - batch["reference"], batch["scores"], batch["response_mask"].sum(1))

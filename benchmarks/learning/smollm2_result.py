@@ -65,9 +65,8 @@ def collect(folder: Path, branches: Sequence[str]) -> dict:
     policies = _policies(folder, branches)
     start = run_folder.lines(folder / "evaluation" / SFT / "heldout" / f"{SFT}.jsonl")
     curves = {name: _curves(found[name], start) for name in branches if name in found}
-    for name in (
-        policies.keys() & curves.keys()
-    ):  # DPO samples nothing while it trains: its KL is its evaluation's, at its end
+    # DPO samples nothing while it trains: its KL is its evaluation's, at its end
+    for name in policies.keys() & curves.keys():
         if policies[name]["kl"] and (ends := curves[name].get(OWN)):
             curves[name].setdefault("heldout_kl", [[ends[-1][0], policies[name]["kl"]["mean"]]])
     return {

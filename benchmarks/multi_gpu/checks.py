@@ -82,9 +82,8 @@ def gradients(size: str, layout: dict, folder: Path) -> None:
     for name, (parameter, start, end) in owned.items():
         expected = mine(theirs["gradients"][name].to(groups.device()), parameter).reshape(-1)[start:end]
         ours = parameter.main_grad.view(-1)[start:end]
-        for our, their in zip(
-            ours.split(CHUNK), expected.split(CHUNK), strict=True
-        ):  # whole in double: 4 GB a tensor of 1b7's head
+        # whole in double: 4 GB a tensor of 1b7's head
+        for our, their in zip(ours.split(CHUNK), expected.split(CHUNK), strict=True):
             whole = their.double()
             sums[name] += torch.stack(((our * optimizer.scale - whole).square().sum(), whole.square().sum()))
     total = torch.stack(list(sums.values()))

@@ -17,10 +17,11 @@ from training.generation.weight_sync import named_weights
 from training.models.bloom.table import shape as bloom
 from training.trainer.step import Batch
 
+# heads of 64 are the fewest that GPUs were tried with
 SHAPES = {
     **SHAPES,
     "tiny": bloom(8, 512 if CUDA else 64, 8, 1000, 1e-5),
-}  # heads of 64 are the fewest that GPUs were tried with
+}
 
 
 def say(**values) -> None:

@@ -84,9 +84,8 @@ def timed_layouts(size: str, gpus: int, card: dict) -> list[dict]:
     found: list[dict] = []
     for one in asked:
         alike = next((other for other in found if {**other, **one} == {**other, "virtual_pipeline": 2}), {})
-        rows = {
-            key: alike[key] for key in ("micro_batch_size", "recompute") if alike
-        }  # to be compared with the same in one part
+        # to be compared with the same in one part
+        rows = {key: alike[key] for key in ("micro_batch_size", "recompute") if alike}
         made = fitting(size, {**one, **rows}, gpus, card) or fitting(size, one, gpus, card)
         if made is None:
             why = f"the layers do not divide so, or no rows and recompute fit {card['memory_gb']:.0f} GB"

@@ -114,9 +114,8 @@ def whole_model(folder: Path) -> None:
     tokens = torch.randint(0, 1000, (4, 256), generator=generator)
     for kind in ("padded", "packed"):
         ids = document_ids(kind, 4, 256)
-        mask = torch.nn.functional.pad(
-            ids[:, 1:] == ids[:, :-1], (1, 0)
-        )  # the first token of a document has nothing before it
+        # the first token of a document has nothing before it
+        mask = torch.nn.functional.pad(ids[:, 1:] == ids[:, :-1], (1, 0))
         exact = theirs.double().to(DEVICE)
         loss, gradients = hugging_face(exact, tokens, ids, mask)
         for dtype, recompute in (("fp32", "none"), ("fp32", "selective"), ("fp32", "full"), ("bf16", "none")):

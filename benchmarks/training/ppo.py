@@ -175,9 +175,8 @@ def ours(asked) -> None:
         made = memory.estimate(shape, config, 1)
         began = time.monotonic()
         trainer = Trainer(config)
-        models = {
-            id(getattr(model, "model", model)): name for name, model in reversed(vars(trainer.models).items())
-        }  # or Parked.model
+        # or Parked.model
+        models = {id(getattr(model, "model", model)): name for name, model in reversed(vars(trainer.models).items())}
         kept = ("rollout_batch_size", "global_batch_size", "micro_batch_size", "offload", "lora_rank", "recompute")
         say(
             "start",

@@ -163,9 +163,8 @@ def fit(outcomes: np.ndarray, x: np.ndarray, weights: np.ndarray) -> np.ndarray:
         determinant = h11 * h22 - h12 * h12
         step_a = (h22 * gradient[0] - h12 * gradient[1]) / determinant
         step_b = (h11 * gradient[1] - h12 * gradient[0]) / determinant
-        shrink = np.minimum(
-            1, 2 / np.maximum(1e-12, np.hypot(step_a, step_b))
-        )  # far from the solution a full step overshoots
+        # far from the solution a full step overshoots
+        shrink = np.minimum(1, 2 / np.maximum(1e-12, np.hypot(step_a, step_b)))
         a, b = a + shrink * step_a, b + shrink * step_b
         if max(np.abs(step_a).max(initial=0), np.abs(step_b).max(initial=0)) < 1e-9:
             break

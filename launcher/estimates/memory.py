@@ -205,9 +205,8 @@ def _rollouts(rank: Rank) -> Estimate:
         rank.trained("policy", "lm"),
         *([rank.trained("value", "scalar")] if isinstance(config, PPOConfig) else []),
     ]
-    reference = (
-        [] if config.lora_rank or not config.kl_coef else rank.frozen("reference", "lm")
-    )  # with adapters it is the policy
+    # with adapters it is the policy
+    reference = [] if config.lora_rank or not config.kl_coef else rank.frozen("reference", "lm")
     frozen = [*reference, *rank.frozen("reward", "scalar")]
     length = config.prompt_length + config.response_length
     tokens = config.micro_batch_tokens or config.micro_batch_size * length
@@ -244,9 +243,8 @@ def _engine(rank: Rank) -> list[tuple[str, float]]:
     rows = min(config.generation_batch_size, config.rollout_batch_size // rank.data)
     least = min(LEAST_ROWS, rows)
     token = 2 * rank.word * shape.layers * shape.groups * shape.head_dim / size
-    moved = (
-        config.pipeline_parallel > 1 or size != config.tensor_parallel or config.lora_rank
-    )  # adapters are merged into a copy
+    # adapters are merged into a copy
+    moved = config.pipeline_parallel > 1 or size != config.tensor_parallel or config.lora_rank
     weights = [(f"weights for rollouts at TP {size}", rank.word * shape.parameters() / size / GB)] if moved else []
     working = max(8 * rows * shape.vocab, PREFILL_TOKENS * rank.word * (2 * shape.ffn / size + 4 * shape.hidden))
     cache = token * least * (config.prompt_length + config.response_length)

@@ -196,9 +196,8 @@ def suggest(stage: str, shape: Shape, config: SFTConfig, asked: Resources, profi
             f"{stage}: no layout of {ranks} ranks fits {memory.FITS:.0%} of {profile.gpu_memory_gb:g} GB and divides "
             f"global_batch_size = {config.global_batch_size}"
         )
-    fits = (
-        now.memory_gb <= memory.FITS * profile.gpu_memory_gb
-    )  # what is configured may be none of those that are tried, and faster
+    # what is configured may be none of those that are tried, and faster
+    fits = now.memory_gb <= memory.FITS * profile.gpu_memory_gb
     best = now if fits and now.seconds <= found[0].seconds else found[0]
     keys = " ".join(
         f"--set {stage}.{name}={str(value).lower()}"

@@ -80,9 +80,8 @@ class Log:
             text = key_file.mask(text, self.secrets)
             self.heard, now = time.monotonic(), time.time()
             stamp = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.localtime(now))}.{int(now * 1000) % 1000:03d}"
-            with contextlib.suppress(
-                OSError, ValueError
-            ):  # a full disk, a closed file: neither may stop the rank nor hide how it ended
+            # a full disk, a closed file: neither may stop the rank nor hide how it ended
+            with contextlib.suppress(OSError, ValueError):
                 self.file.write(f"{stamp} [{tag}] {text}\n")
             text = re.sub(
                 r"^\[rank\d+\]: ?", "", text

@@ -224,9 +224,8 @@ class Tails:
         while True:
             ledger = self.run.folder / "ledger.jsonl"
             now = ledger.stat().st_size if ledger.exists() else 0
-            if (
-                now != size or time.monotonic() > looked + LOOK_S
-            ):  # ends stand in the ledger; of some only the queue knows
+            # ends stand in the ledger; of some only the queue knows
+            if now != size or time.monotonic() > looked + LOOK_S:
                 status = state.statuses_of([self.run], queue)[0]
                 rows = [row for row in status.stages if stage in (None, row.stage)]
                 ended, looked, size = not any(row.state in state.ACTIVE for row in rows), time.monotonic(), now

@@ -141,9 +141,8 @@ def missing(run: Run, stages: list[Stage], known: dict[str, jobs.Job]) -> tuple[
 def _write(run: Run, stage: Stage, text: str) -> Path:
     path = run.stage(stage.name) / f"{stage.name}.sbatch"
     write_text(path, text)
-    (run.stage(stage.name) / "logs").mkdir(
-        exist_ok=True
-    )  # Slurm ends a job without a word when it can't open its output
+    # Slurm ends a job without a word when it can't open its output
+    (run.stage(stage.name) / "logs").mkdir(exist_ok=True)
     return path
 
 

@@ -99,9 +99,8 @@ def save_model(
             json.dumps({"reward": {"reward_bias": REWARD_BIAS}, "rlhf": {"value_bias": VALUE_BIAS}}.get(stage, {}))
         )
     torch.distributed.barrier()
-    filesystem_async._results_queue = (
-        queue.Queue()
-    )  # else a spawned manager, which outlives a rank that leaves by os._exit
+    # else a spawned manager, which outlives a rank that leaves by os._exit
+    filesystem_async._results_queue = queue.Queue()
     dist_checkpointing.save({"model": model.sharded_state_dict()}, str(aside / name))
     torch.distributed.barrier()
     if torch.distributed.get_rank() == 0:

@@ -166,13 +166,14 @@ def test_a_megatron_checkpoint_that_is_cut_or_hostile_is_refused(tmp_path):
     data.write_bytes(b"")
     with pytest.raises(Damaged, match="__0_0.distcp.* does not have the sha256"):
         export_from(tmp_path)
+    # zip headers, values, the directory at the end
     for at in (
         0,
         60,
         len(whole) // 2,
         len(whole) - 30,
         len(whole) - 300,
-    ):  # zip headers, values, the directory at the end
+    ):
         data.write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :])
         with pytest.raises(Damaged, match="__0_0.distcp.* does not have the sha256"):
             export_from(tmp_path)

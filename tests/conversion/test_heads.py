@@ -119,9 +119,8 @@ def test_a_scalar_head_scores_equally_as_a_sequence_classifier(tmp_path, make, d
     ours = run(
         scores, 1, 1, 1, tmp_path, {"tokens": tokens, "lengths": lengths}, format.resolve(tmp_path / stage) / inner
     )[0]
-    if (
-        make is tiny_bloom
-    ):  # Llama's classifier can't hold what is to be added: the SFT policy's responses score 0 with it
+    # Llama's classifier can't hold what is to be added: the SFT policy's responses score 0 with it
+    if make is tiny_bloom:
         ours = ours + {"reward": REWARD_BIAS, "rlhf": VALUE_BIAS}[stage]
     # In bf16 the head's weights are rounded, too (an fp32 run's; a bf16 run's are bf16 already).
     assert torch.allclose(found, ours, atol=1e-5 if dtype == "fp32" else 2e-2)

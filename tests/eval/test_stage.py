@@ -352,9 +352,8 @@ def test_the_coverage_gate_is_exit_4_and_a_refused_key_exit_1(done, folders, tmp
     )
     assert main([reuse(done, config)]) == 1 and words()["class"] == "judge"
     found = json.loads((config.parent / "results.json").read_text())
-    assert (
-        found["judge"]["requests"] == 5 and found["judge"]["cost"] > 0 and found["scores"] is None
-    )  # paid for, but no average
+    # paid for, but no average
+    assert found["judge"]["requests"] == 5 and found["judge"]["cost"] > 0 and found["scores"] is None
     assert "check the key in JUDGE_KEY" in capsys.readouterr().err
     assert "could not be used" in (config.parents[1] / "report.html").read_text()
 

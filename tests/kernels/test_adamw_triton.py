@@ -36,9 +36,8 @@ def test_three_steps(first, dtype):
         plain, kernel = (adamw.joined(*state[:2]) for state in states)
         assert not torch.equal(plain, start) and torch.allclose(kernel, plain, rtol=2e-7, atol=1e-8)
         moments, squares = zip(*(state[2:] for state in states), strict=True)
-        assert torch.allclose(
-            *(values.float() for values in moments), rtol=2**-7
-        )  # the interpreter cuts digits off; a GPU rounds
+        # the interpreter cuts digits off; a GPU rounds
+        assert torch.allclose(*(values.float() for values in moments), rtol=2**-7)
         assert INTERPRETED or share_alike(*moments) >= 0.998
         assert share_alike(*squares) >= 0.998  # a stochastic rounding may fall to the other side
         states[1] = [values.clone() for values in states[0]]

@@ -4,6 +4,7 @@ from training.config.trainers import PPOConfig, PPOPaths
 
 
 def settings(**values) -> PPOConfig:
+    # a step that moves nothing
     small = dict(
         precision="fp32",
         iterations=2,
@@ -15,5 +16,5 @@ def settings(**values) -> PPOConfig:
         response_length=16,
         lr=1e-30,
         value_lr=1e-30,
-    )  # a step that moves nothing
+    )
     return PPOConfig(paths=PPOPaths("", "", "", "", "", ""), **(small | values))

@@ -22,9 +22,10 @@ from training.trainer import reward_metrics
 
 def test_calibration_equals_a_loop_over_pairs():
     margins = torch.randn(500, generator=torch.Generator().manual_seed(0)) * 2
+    # as two ranks add up
     found = reward_metrics.calibration(
         reward_metrics.calibration_sums(margins[:200]) + reward_metrics.calibration_sums(margins[200:])
-    )  # as two ranks add up
+    )
     bins = {edge: [] for edge in reward_metrics.CONFIDENCE}
     for margin in margins.tolist():
         confidence = 1 / (1 + math.exp(-abs(margin)))
@@ -62,9 +63,8 @@ def test_a_new_head_is_drawn_from_the_stated_distribution():
     (weight, bias), other = run(new_head, 1, 1, 2)
     assert torch.equal(weight, other[0]) and bias.tolist() == [0.0]
     assert weight.std().item() == pytest.approx(8193**-0.5, rel=0.03) and abs(weight.mean().item()) < 4 / 8193
-    assert (
-        0.65 < (weight.abs() < 8193**-0.5).double().mean().item() < 0.72
-    )  # normal: 0.683; uniform of this deviation: 0.577
+    # normal: 0.683; uniform of this deviation: 0.577
+    assert 0.65 < (weight.abs() < 8193**-0.5).double().mean().item() < 0.72
 
 
 def test_length_bias_by_hand():

@@ -59,9 +59,8 @@ def prepare(config: PrepareConfig) -> dict:
             write_demo_model(config, writer.rows("sft.jsonl"))
         tokenizer = Tokenizer(config.paths.model if own else config.model.checkpoint)
         for key, known in inputs.items():
-            if (
-                checksums.touched(known["path"]) != known["touched"]
-            ):  # it is read twice, and its sha256 is to be what was read
+            # it is read twice, and its sha256 is to be what was read
+            if checksums.touched(known["path"]) != known["touched"]:
                 raise DataError(f"{key} = {known['path']!r} was written while it was read; wait until it is complete")
         counts = {"source": config.data.source, "read": read, "files": dict(writer.counts), "inputs": inputs}
         writer.publish(counts)

@@ -32,9 +32,8 @@ def choose(
     sent = torch.cat((highest, total))
     found = sent.new_empty(group.size() * len(sent), sent.size(1))
     dist.all_gather_into_tensor(found, sent, group=group)
-    highest, total = (
-        found.view(group.size(), 2, *highest.shape).permute(1, 2, 0, 3).flatten(2)
-    )  # (B, chunks of all ranks) each
+    # (B, chunks of all ranks) each
+    highest, total = found.view(group.size(), 2, *highest.shape).permute(1, 2, 0, 3).flatten(2)
     column = ops.pick(logits, temperature, uniforms, highest, total, best, group.rank() * best.size(1))
     mine = column >= 0
     scaled = logits.gather(1, column.clamp(min=0)[:, None]).squeeze(1) / heat(temperature)

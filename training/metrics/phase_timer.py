@@ -53,9 +53,8 @@ def reset_peak() -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     else:
-        with contextlib.suppress(
-            OSError
-        ):  # not every container lets a process write there: the peak is then that of its whole life
+        # not every container lets a process write there: the peak is then that of its whole life
+        with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 

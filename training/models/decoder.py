@@ -88,9 +88,8 @@ class Decoder:
         rank.
         """
         if hidden.is_cuda and hidden.dtype != torch.float32:
-            logits = torch.mm(
-                hidden, self.head.t(), out_dtype=torch.float32
-            )  # bf16 would be off by up to 1/256 of a logit
+            # bf16 would be off by up to 1/256 of a logit
+            logits = torch.mm(hidden, self.head.t(), out_dtype=torch.float32)
         else:
             logits = F.linear(hidden, self.head).float()
         if not self.group:

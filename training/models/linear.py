@@ -105,9 +105,8 @@ class _Embedding(torch.autograd.Function):
 
 def embed(tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Rows of ``weight`` (V, H): (B, T) -> (T, B, H)."""
-    return _Embedding.apply(
-        tokens.t().contiguous(), weight
-    )  # rows of an index with other strides would come out with those
+    # rows of an index with other strides would come out with those
+    return _Embedding.apply(tokens.t().contiguous(), weight)
 
 
 class ColumnParallel(ColumnParallelLinear):

@@ -67,9 +67,8 @@ class Adapted:
             if name in self.axes:
                 set_tensor_model_parallel_attributes(parameter, True, self.axes[name], 1)
             else:
-                parameter.sequence_parallel = (
-                    self.config.sequence_parallel
-                )  # megatron-core then sums its gradient over ranks
+                # megatron-core then sums its gradient over ranks
+                parameter.sequence_parallel = self.config.sequence_parallel
 
     def low(self, low: torch.Tensor) -> torch.Tensor:
         """A x of this rank's part -> what its B takes."""

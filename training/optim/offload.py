@@ -131,9 +131,8 @@ def host_memory(size: int) -> torch.Tensor:
     if not torch.cuda.is_available() or not size:
         return torch.empty(size, dtype=torch.uint8)
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(
-        OSError
-    ):  # large pages are made and pinned faster; a kernel without them does it in small ones
+    # large pages are made and pinned faster; a kernel without them does it in small ones
+    with contextlib.suppress(OSError):
         pages.madvise(mmap.MADV_HUGEPAGE)
     made = torch.frombuffer(pages, dtype=torch.uint8)
     with ThreadPoolExecutor(TOUCHERS) as pool:

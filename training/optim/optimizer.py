@@ -149,9 +149,9 @@ class ReshardableOptimizer(DistributedOptimizer):
         return self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
 
     def sharded_state_dict(self, model_sharded_state_dict, is_loading=False, **_):
-        if (
-            not self.optimizer.state
-        ):  # about to be loaded, or saved before its first step: PPO's policy while the value model warms up
+        # about to be loaded, or saved before its first step: PPO's policy while the value model
+        # warms up
+        if not self.optimizer.state:
             self._init_optimizer_states_with_dummy_values()
         return {**self.state_dict(), "param_state": dict(self._boxes(model_sharded_state_dict))}
 

@@ -193,9 +193,8 @@ def _schedule(pieces: list, micro_batches: list[Batch], on_output: Callable, for
         return output, partial(_call, on_output, micro)
 
     rows, length = micro_batches[0]["tokens"].shape
-    placed = [
-        on_device(micro) for micro in micro_batches
-    ]  # all before the first: a copy from pageable memory waits for what runs
+    # all before the first: a copy from pageable memory waits for what runs
+    placed = [on_device(micro) for micro in micro_batches]
     feeds = [_Feed(placed, piece.config) for piece in pieces]
     single = len(pieces) == 1
     return get_forward_backward_func()(

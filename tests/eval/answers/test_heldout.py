@@ -84,10 +84,11 @@ def test_summary_is_by_prompt_and_paired():
     assert found["gold"]["sft"]["mean"] == pytest.approx(0.45) and found["gold"]["rlhf"]["mean"] == pytest.approx(0.9)
     difference = found["gold_difference"]["rlhf"]
     assert difference["mean"] == pytest.approx(0.45)
+    # the two prompts' own differences
     assert (difference["low"], difference["high"]) == (
         pytest.approx(0.2),
         pytest.approx(0.7),
-    )  # the two prompts' own differences
+    )
     assert found["kl"]["rlhf"]["mean"] == pytest.approx(3.0) and found["kl"]["rlhf"]["units"] == 2
     assert found["prompts"] == 3 and found["baseline"] == "sft" and "sft" not in found["kl"]
 

@@ -76,9 +76,8 @@ def test_pairs_are_asked_in_both_orders_and_kept_in_fastchats_schema(serve, tmp_
     found = win_rate.table(rows, lengths, IDS, seed=0)["rlhf"]
     assert (found["wins"], found["ties"], found["losses"], found["orders_disagree"]) == (46, 0, 2, 0)
     assert found["win_rate"]["mean"] == pytest.approx(46 / 48) and found["first_preferred"] == 0.5
-    assert (
-        found["length_controlled"]["mean"] < found["win_rate"]["mean"]
-    )  # the judge likes length: without it less is left
+    # the judge likes length: without it less is left
+    assert found["length_controlled"]["mean"] < found["win_rate"]["mean"]
     assert len(compare(server, tmp_path)) == 48 and len(server.seen) == 97
 
 
@@ -176,9 +175,8 @@ def test_length_control_is_the_regression_that_it_says():
     units = np.arange(120) // 2
     mean, low, high = win_rate.length_controlled(outcomes, longer, units, 60, seed=0)
     assert mean == pytest.approx(found[0]) and low < mean < high and mean < outcomes.mean() - 0.02
-    assert win_rate.length_controlled(outcomes, np.full(120, 7.0), units, 60, 0)[0] == pytest.approx(
-        outcomes.mean()
-    )  # nothing to control
+    # nothing to control
+    assert win_rate.length_controlled(outcomes, np.full(120, 7.0), units, 60, 0)[0] == pytest.approx(outcomes.mean())
     mean, low, high = win_rate.length_controlled(np.ones(120), longer, units, 60, 0)
     assert (mean, high) == (1, 1) and 0 < low < 1
 

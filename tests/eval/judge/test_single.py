@@ -192,9 +192,8 @@ def test_tokens_are_the_endpoints_or_estimated_and_the_cost_is_theirs(serve, tmp
         before.startswith(f"judge org/judge at {server.url}/chat/completions: 5 requests, about ")
         and "limits: none" in before
     )
-    assert (
-        after == "judge org/judge: 5 requests, 4k tokens sent and 250 written back, 0.05 USD"
-    )  # 5 x (900 x 10 + 50 x 30) / 1e6
+    # 5 x (900 x 10 + 50 x 30) / 1e6
+    assert after == "judge org/judge: 5 requests, 4k tokens sent and 250 written back, 0.05 USD"
     made = client(serve(), []).complete("a" * 40, "b" * 40)
     assert (made.tokens_in, made.tokens_out) == (20, len("Fine. Rating: [[7]]") // 4)
 

@@ -58,9 +58,8 @@ def test_a_judge_that_likes_only_shortness_prefers_nobody_at_equal_length():
     draw, scored, replies = random.Random(0), {"sft": [], "rlhf": []}, {"sft": [], "rlhf": []}
     for index in range(600):
         longer = draw.randint(-60, 20)
-        won = draw.random() < 1 / (
-            1 + math.exp(1.5 * math.tanh(longer / 23.7))
-        )  # the standard deviation of -60 to 20 is 23.4
+        # the standard deviation of -60 to 20 is 23.4
+        won = draw.random() < 1 / (1 + math.exp(1.5 * math.tanh(longer / 23.7)))
         for name, score, length in (("sft", 0.0, 70), ("rlhf", 1.0 if won else -1.0, 70 + longer)):
             scored[name].append({"index": index, "sample": 0, "score": score})
             replies[name].append({"index": index, "sample": 0, "response": "x" * length})

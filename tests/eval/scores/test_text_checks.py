@@ -48,9 +48,8 @@ def test_phrases_match_whole_words_literally(text, phrase, found):
 
 
 def test_repetition_and_diversity():
-    assert repeated_share("a b c d a b c d") == pytest.approx(
-        1 / 5
-    )  # abcd bcda cdab dabc abcd: one of five came before
+    # abcd bcda cdab dabc abcd: one of five came before
+    assert repeated_share("a b c d a b c d") == pytest.approx(1 / 5)
     assert repeated_share("a a a a a a") == pytest.approx(2 / 3)
     assert repeated_share("a b c") == 0
     assert distinct(["a b a", "a b"], 1) == pytest.approx(2 / 5)

@@ -385,9 +385,8 @@ def test_without_slurm_it_says_so_and_writes_no_profile(monkeypatch, tmp_path):
 
 
 def test_node_s_word_is_complete_and_every_finding_says_what_follows(monkeypatch):
-    monkeypatch.setattr(
-        node_probe, "TORCH", "raise SystemExit(1)"
-    )  # its import takes seconds; the test on a real node does it
+    # its import takes seconds; the test on a real node does it
+    monkeypatch.setattr(node_probe, "TORCH", "raise SystemExit(1)")
     seen = {**node_probe.main([]), "torch": SEEN["torch"]}
     for finding in [*node_findings.of_node(seen), *machine_findings.here(ROOT, ""), *site()]:
         assert finding.level in doctor.STYLES and finding.follows and finding.value, finding

@@ -107,9 +107,8 @@ def test_the_ranks_of_a_layout_hold_the_whole_model():
     shape, config = SHAPES["7b1"], sft(tensor_parallel=4, pipeline_parallel=4)
     stages = [memory.Rank(shape, config, 1, stage) for stage in range(4)]
     assert sum(rank.layers("lm") for rank in stages) == 30
-    total = 4 * (
-        sum(rank.parameters("lm") for rank in stages) - stages[3].embedding
-    )  # the tied matrix, a second time on the last stage
+    # the tied matrix, a second time on the last stage
+    total = 4 * (sum(rank.parameters("lm") for rank in stages) - stages[3].embedding)
     assert total == pytest.approx(shape.parameters(), rel=0.002)
 
 

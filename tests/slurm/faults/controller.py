@@ -101,9 +101,8 @@ def node_down(case: Case) -> str:
         60,
         "sft goes on, or Slurm holds it",
     )
-    if not case.has(
-        "sft/DONE.json"
-    ):  # now and then Slurm can't launch the job again and holds it: status says what to do
+    # now and then Slurm can't launch the job again and holds it: status says what to do
+    if not case.has("sft/DONE.json"):
         case.cluster.call("scontrol", "release", case.job("sft"))
     case.done("sft", "reward", seconds=90)
     return "requeued by Slurm, went on from its checkpoint: done"

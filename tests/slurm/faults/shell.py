@@ -82,9 +82,8 @@ def preflight_hangs(case: Case) -> str:
         case.inject()
         case.notice(lambda: case.project.ledger("bad node"), 60, "the node is named")
         case.done("convert", "sft", seconds=30)
-        os.kill(
-            int(stepd.read_text()), signal.SIGKILL
-        )  # the site reboots it: until then Slurm calls the job completing
+        # the site reboots it: until then Slurm calls the job completing
+        os.kill(int(stepd.read_text()), signal.SIGKILL)
         case.cluster.call("scontrol", "update", "nodename=127.0.1.2", "state=drain", "reason=hung")
         case.done("reward", "sft", "convert", seconds=60)
     finally:

@@ -203,9 +203,8 @@ def test_kill_9_at_20_random_points_of_a_save(tmp_path):
     for number in range(20):
         before = format.latest(tmp_path)
         victim = draw.randrange(2)
-        nth = (
-            total[victim] - 1 - int(total[victim] * draw.random() ** 2)
-        )  # towards the end: renaming, ``latest``, deleting
+        # towards the end: renaming, ``latest``, deleting
+        nth = total[victim] - 1 - int(total[victim] * draw.random() ** 2)
         assert not job(tmp_path, victim, nth, asynchronous=bool(number % 2)), (
             f"call {nth} of {total[victim]} was never made"
         )

@@ -65,6 +65,7 @@ def test_gold_separates_every_pair(demo_run):
 
 
 def test_every_kind_of_reply_has_the_gold_of_its_faults():
+    # rude ones may be over the limit of words too
     expected = {
         "good": {1.0},
         "rude": {0.6, 0.8},
@@ -73,7 +74,7 @@ def test_every_kind_of_reply_has_the_gold_of_its_faults():
         "offtopic rambling": {0.2},
         "wrong": {0.2},
         "wrong rude": {0.0, 0.2},
-    }  # rude ones may be over the limit of words too
+    }
     assert set(expected) == {"good", *demo.BAD} == set(demo.QUALITY)
     rng = random.Random(0)
     for kind, allowed in expected.items():

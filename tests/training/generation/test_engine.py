@@ -138,9 +138,10 @@ def test_the_cases_at_the_edge(bloom):
     assert generate(ours, [], sampling)[0] == []
     none, _ = generate(ours, [[5, 6]], Sampling(0, temperature=0))
     assert none[0] == ([], [], "length")
+    # draws that greedy has no use for
     mixed = Engine(ours, Limits(64), -1).generate(
         [Request([5], Sampling(0, temperature=0)), Request([5, 6], sampling), Request([5, 6], sampling, torch.rand(2))]
-    )  # draws that greedy has no use for
+    )
     assert [len(one.tokens) for one in mixed] == [0, 4, 4] and mixed[1] == mixed[2]
     # All rows end at once, with the host a step behind: one prompt many times, no sample twice.
     made, engine = generate(ours, [[7, 8, 9]] * 20, sampling, late=True, rows=10)

@@ -125,9 +125,8 @@ def hard_rows() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
     peaks[[255, 256, 384, 699]] = 9.0
     holes[[0, 255, 256, 257, 383, 384, 511]] = NONE
     last = 1 - 2**-24
-    rows = [
-        (flat, 1.0, k / 512, k) for k in (0, 1, 255, 256, 257, 383, 384, 385, 511)
-    ]  # a draw on an edge goes to what follows it
+    # a draw on an edge goes to what follows it
+    rows = [(flat, 1.0, k / 512, k) for k in (0, 1, 255, 256, 257, 383, 384, 385, 511)]
     rows += [(flat, 1.0, k / 512 - 2**-24, k - 1) for k in (1, 256, 257, 384, 385, 511)] + [(flat, 1.0, last, 511)]
     rows += [(low, 1.0, u, -1) for u in (0.0, 0.5, last)] + [(high, 0.7, 0.0, 600), (high, 0.7, last, 699)]
     rows += [

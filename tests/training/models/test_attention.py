@@ -259,9 +259,8 @@ def test_documents_from_cu_seqlens_and_back():
     documents = Documents.from_lengths(torch.tensor([0, 3, 4, 9]), 12)
     assert documents.ids.tolist() == [[0, 0, 0, 1, 2, 2, 2, 2, 2, 3, 3, 3]]
     assert documents.cumulative.tolist() == [0, 3, 4, 9, 12] and documents.longest == 5
-    both = Documents(
-        torch.tensor([[0, 0, 1], [1, 1, 1]])
-    )  # a document never goes on in the next row, even with the same id
+    # a document never goes on in the next row, even with the same id
+    both = Documents(torch.tensor([[0, 0, 1], [1, 1, 1]]))
     assert both.cumulative.tolist() == [0, 2, 3, 6]
 
 
@@ -376,10 +375,11 @@ def test_adamw_is_torch_s_where_apex_is_installed(small_run, tmp_path):
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")]),
     }
+    # the third update is seen in the fourth loss: it counts Adam's steps from the checkpoint's
     for iterations in (
         2,
         4,
-    ):  # the third update is seen in the fourth loss: it counts Adam's steps from the checkpoint's
+    ):
         with_apex, without = (
             small_run.sft(tmp_path / kind, iterations=iterations, sample_every=0, schedule="constant")
             for kind in ("with", "without")

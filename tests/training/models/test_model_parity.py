@@ -144,9 +144,8 @@ def named(model):
             pieces = name.split(".")
             if "layers" in pieces:  # local to the part -> global
                 pieces[2] = str(part.decoder.layers[int(pieces[2])].layer_number - 1)
-            copied = (
-                name == "output_layer.weight" and part.share_embeddings_and_output_weights
-            )  # on the last stage: the embedding's copy
+            # on the last stage: the embedding's copy
+            copied = name == "output_layer.weight" and part.share_embeddings_and_output_weights
             yield EMBEDDING if copied else ".".join(pieces), parameter
 
 

@@ -133,9 +133,8 @@ def steps(config: PPOConfig, bad: str) -> tuple[list[str], list[float]]:
         def compute(output, micro):
             loss = -next_token_logprobs(output, micro["tokens"], mask=micro["response_mask"]).sum()
             worst = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
-            factor = (
-                {"gradient": 1e30, "loss": math.nan}[kind] if kind and worst else 1.0
-            )  # 1e30: the norm's square overflows
+            # 1e30: the norm's square overflows
+            factor = {"gradient": 1e30, "loss": math.nan}[kind] if kind and worst else 1.0
             return loss * factor, micro["response_mask"].sum(), loss[None] * (factor if kind == "loss" else 1.0)
 
         return Objective(("loss",), compute)

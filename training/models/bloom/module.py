@@ -45,9 +45,8 @@ class FeedForward(MLP):
         widened, bias = self.linear_fc1(hidden_states)
         if not self.training or self.config.recompute_granularity != "selective":
             return self.linear_fc2(gelu(widened, bias))
-        if (
-            torch.compiler.is_compiling()
-        ):  # what is made inside a checkpoint is then made again wherever backward needs it
+        # what is made inside a checkpoint is then made again wherever backward needs it
+        if torch.compiler.is_compiling():
             return self.linear_fc2(checkpoint(gelu, widened, bias, use_reentrant=False))
         kept = CheckpointWithoutOutput(fp8=None)  # False would ask Transformer Engine
         activated = kept.checkpoint(gelu, widened, bias)
