@@ -89,7 +89,7 @@ def present(plan: create.Plan | Sweep, out: Console, scripts: bool = False) -> N
     first = plan if isinstance(plan, create.Plan) else plan.plans[0]
     mistakes = Mistakes()
     mistakes.add(*first.checked.mistakes)
-    starts = mistakes.of(lambda: ask_slurm(first)) or {}
+    starts = mistakes.of(ask_slurm, first) or {}
     show(first, starts, out, texts)
     if plan is not first:
         number = len(plan.plans)

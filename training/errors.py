@@ -31,10 +31,10 @@ class Mistakes:
     def add(self, *messages: str) -> None:
         self.messages += [text for text in messages if text not in self.messages]
 
-    def of(self, check: Callable):
-        """What ``check()`` returns, None where it raised."""
+    def of(self, check: Callable, *arguments):
+        """What ``check(*arguments)`` returns, None where it raised."""
         try:
-            return check()
+            return check(*arguments)
         except ConfigError as error:
             self.add(*error.messages)
             return None

@@ -53,43 +53,43 @@ def check(
     model, data = build_plain("model", tables["model"]), build_plain("data", tables["data"])
     resources = build_plain("resources", tables["resources"])
     folder = Path(model_folder(run, tables))
-    shape = mistakes.of(lambda: _shape(model, folder))
-    sized = mistakes.of(lambda: _weights_gb(model, folder, shape, data.source)) if shape else None
+    shape = mistakes.of(_shape, model, folder)
+    sized = mistakes.of(_weights_gb, model, folder, shape, data.source) if shape else None
     weights_gb, notes = sized or (None, [])
     if shape and shape.layers > MOST_LAYERS:  # nothing of such a size is estimated
-        mistakes.of(lambda: _too_deep(model, shape))
+        mistakes.of(_too_deep, model, shape)
         shape = None
     cut_to = lengths(run, tables, graph, stages)
-    data_line, dropped = mistakes.of(lambda: inputs.check_data(data, model if sized else None, cut_to)) or ("", [])
+    data_line, dropped = mistakes.of(inputs.check_data, data, model if sized else None, cut_to) or ("", [])
     if "reward" in graph:
         mistakes.of(lambda: _reward_iteration(stage_config(run, tables, graph, "reward")))
     estimates, disk, warnings, work = {}, {}, [*notes], {}
     for stage in stages:
         stage_resources, config = getattr(resources, stage.name), stage_config(run, tables, graph, stage.name)
-        mistakes.of(lambda: sites.check_fits(profile, stage.name, stage_resources))  # noqa: B023 - called at once
+        mistakes.of(sites.check_fits, profile, stage.name, stage_resources)
         if stage.trainer:
-            divides = mistakes.of(lambda: _data_parallel(stage.name, config, stage_resources))  # noqa: B023
+            divides = mistakes.of(_data_parallel, stage.name, config, stage_resources)
         if shape and (stage.trainer or stage.models == 1):
-            laid_out = mistakes.of(lambda: _layout(stage, shape, config))  # noqa: B023
+            laid_out = mistakes.of(_layout, stage, shape, config)
         if stage.evaluation:
-            mistakes.of(lambda: inputs.check_questions(config.questions, config.references))  # noqa: B023
-            warnings.append(mistakes.of(lambda: judge.check_judge(config, profile)))  # noqa: B023
-            mistakes.of(lambda: inputs.check_template(config.template, folder))  # noqa: B023
+            mistakes.of(inputs.check_questions, config.questions, config.references)
+            warnings.append(mistakes.of(judge.check_judge, config, profile))
+            mistakes.of(inputs.check_template, config.template, folder)
         if shape and stage.evaluation:
-            mistakes.of(lambda: shape.check_length("mtbench.context_length", config.context_length))  # noqa: B023
+            mistakes.of(shape.check_length, "mtbench.context_length", config.context_length)
             if profile.gpu_memory_gb and stage_resources.gpus_per_node and profile.device != "cpu":
-                warnings.append(mistakes.of(lambda: memory.check_evaluation(shape, config, profile)))  # noqa: B023
+                warnings.append(mistakes.of(memory.check_evaluation, shape, config, profile))
         if shape and stage.trainer and divides and laid_out:
             estimate = estimates[stage.name] = memory.estimate(shape, config, stage_resources.ranks)
             if takes := hours.work(stage.name, shape, config, stage_resources, profile):
                 work[stage.name] = takes
-            warnings.append(mistakes.of(lambda: memory.check_host(stage.name, estimate, stage_resources, profile)))  # noqa: B023
+            warnings.append(mistakes.of(memory.check_host, stage.name, estimate, stage_resources, profile))
             if profile.gpu_memory_gb and stage_resources.gpus_per_node and profile.device != "cpu":
-                warnings.append(mistakes.of(lambda: memory.check(stage.name, shape, config, stage_resources, profile)))  # noqa: B023
+                warnings.append(mistakes.of(memory.check, stage.name, shape, config, stage_resources, profile))
         if shape:
             disk[stage.name] = _disk_gb(stage, config, shape, weights_gb or 2 * shape.parameters() / storage.GB)
-    mistakes.of(lambda: container.check_seen(profile, {"model.checkpoint": folder, "--runs": run}))
-    free_space = mistakes.of(lambda: storage.check(disk, run)) or storage.free_space(run)
+    mistakes.of(container.check_seen, profile, {"model.checkpoint": folder, "--runs": run})
+    free_space = mistakes.of(storage.check, disk, run) or storage.free_space(run)
     if not tolerant:
         mistakes.raise_if_any()
     lines = [*dropped, *(each for each in warnings if each)]
@@ -212,13 +212,13 @@ def check_sources(run: Path, tables: dict) -> Mistakes:
     """Mistakes in the data and the starting model, as far as their sections say where these are."""
     mistakes = Mistakes()
     place = {key: value for key, value in tables["data"].items() if key in ("source", "skip_bad_rows")}
-    data = mistakes.of(lambda: build_plain("data", place))
-    model = mistakes.of(lambda: build_plain("model", tables["model"]))
+    data = mistakes.of(build_plain, "data", place)
+    model = mistakes.of(build_plain, "model", tables["model"])
     if data:
-        mistakes.of(lambda: inputs.check_data(data, None, {}))
+        mistakes.of(inputs.check_data, data, None, {})
     if model:
         folder = Path(model_folder(run, tables))
-        shape = mistakes.of(lambda: _shape(model, folder))
+        shape = mistakes.of(_shape, model, folder)
         mistakes.of(lambda: shape and _weights_gb(model, folder, shape, place.get("source", "demo")))
     return mistakes
 

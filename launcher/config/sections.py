@@ -207,7 +207,7 @@ def layered(recipe: str, files: list[Path], sets: list[str], profile: Profile | 
         tables = mistakes.of(read)
         if tables is not None:
             layers.append((tables, where))
-            mistakes.of(lambda: check_sections(tables, where))  # noqa: B023 - called at once
+            mistakes.of(check_sections, tables, where)
     mistakes.raise_if_any()
     defaults = {section: {} for section in SECTIONS} | {"resources": dataclasses.asdict(StageResources())}
     return merge(defaults, *(tables for tables, _ in layers))

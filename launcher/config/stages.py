@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from launcher.config.sections import SECTIONS, build_plain
@@ -189,9 +188,9 @@ def full_tables(run: Path, tables: dict, made: Graph) -> dict:
     full, mistakes = {}, Mistakes()
     for section in tables:
         if section in ALL:
-            config = mistakes.of(partial(stage_config, run, tables, made, section))
+            config = mistakes.of(stage_config, run, tables, made, section)
         else:
-            config = mistakes.of(partial(build_plain, section, tables[section]))
+            config = mistakes.of(build_plain, section, tables[section])
         if config is not None:
             full[section] = {key: value for key, value in dataclasses.asdict(config).items() if key != "paths"}
     mistakes.raise_if_any()

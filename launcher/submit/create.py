@@ -111,7 +111,7 @@ def plan(
     if reused:
         done |= set(reuse.candidates(reused, run.folder, tables, graph))
     parents = Mistakes()
-    parents.of(lambda: plan_checks.check_parents(graph, stages, done))
+    parents.of(plan_checks.check_parents, graph, stages, done)
     if parents.messages and not tolerant:
         raise ConfigError(*parents.messages)
     checked.mistakes.extend(parents.messages)

@@ -66,7 +66,7 @@ def build(cls, values: dict, where: str):
             mistakes.add(f"{where}.{key}: no such key; did you mean {', '.join(f'{where}.{n}' for n in near)}?")
             continue
         count = len(mistakes.messages)
-        made = mistakes.of(lambda: _value(types[key], value, f"{where}.{key}"))  # noqa: B023 - called at once
+        made = mistakes.of(_value, types[key], value, f"{where}.{key}")
         if len(mistakes.messages) == count:
             fitting[key] = made
     missing = [
