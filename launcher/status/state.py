@@ -24,6 +24,7 @@ from training.errors import ConfigError
 SILENT_S = 120
 """A note names a running trainer that logged nothing for so long, and for five iterations' time."""
 LAST_LINES = 8
+"""Most lines of the failing rank that are shown."""
 UNSTARTED = "mend what its batch script stumbled over (modules, setup or container of the profile?), then resume"
 
 
@@ -92,7 +93,7 @@ def statuses_of(runs: list[Run], queue: Queue | None = None, broken: list[str] |
     ``broken``; without such a list it is a ConfigError.
     """
     queue, reader = queue or Queue(), RunReader(broken)
-    records = {run: one for run in runs if (one := reader.read(run, lambda: RunRecords(run)))}  # noqa: B023 - called at once
+    records = {run: one for run in runs if (one := reader.read(run, RunRecords, run))}
     with_slurm = [run for run, one in records.items() if one.slurm]
     jobs = queue.of(
         with_slurm,
@@ -102,7 +103,7 @@ def statuses_of(runs: list[Run], queue: Queue | None = None, broken: list[str] |
         },
     )
     statuses = [
-        reader.read(run, lambda: _run_status(one, jobs.get(run.id, {}), plain(queue.trouble) if one.slurm else ""))  # noqa: B023
+        reader.read(run, _run_status, one, jobs.get(run.id, {}), plain(queue.trouble) if one.slurm else "")
         for run, one in records.items()
     ]
     return [status for status in statuses if status]
@@ -114,11 +115,11 @@ class RunReader:
     def __init__(self, broken: list[str] | None):
         self.broken = broken
 
-    def read(self, run: Run, function: Callable):
-        """What ``function()`` returns. Where the run is broken: None, or ConfigError without a list
-        ``broken``."""
+    def read(self, run: Run, function: Callable, *arguments):
+        """What ``function(*arguments)`` returns. Where the run is broken: None, or ConfigError
+        without a list ``broken``."""
         try:
-            return function()
+            return function(*arguments)
         except ConfigError as error:
             message = str(error)
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:

@@ -14,14 +14,12 @@ import click
 from launcher.run.folder import SUMMARY, Run
 from launcher.status import row as stage_row
 from launcher.status.row import COLOURS, format_age, row_cells
-from launcher.status.state import BAD, RunStatus, StageState
+from launcher.status.state import BAD, LAST_LINES, RunStatus, StageState
 from launcher.status.terminal import plain
 
 WIDE = 120
 """Columns from which on the bar and the numbers have room in a stage's row."""
 WIDE_ONLY = ("bar", "numbers")
-LAST_LINES = 8
-"""Most lines of the failing rank that are shown."""
 DATA_LINES = 6
 """Most lines about the rows that are shown."""
 DROP_ORDER = ("bar", "try", "tokens/s", "job", "saved")
