@@ -14,6 +14,31 @@ TARGETS = completion.Names([FULL, *NAMES])
 STAGE = completion.Names(NAMES)
 
 
+def config_option(text: str):
+    return click.option("--config", "files", multiple=True, type=click.Path(dir_okay=False, path_type=Path), help=text)
+
+
+def set_option(text: str):
+    return click.option(
+        "--set", "sets", multiple=True, metavar="SECTION.KEY=VALUE", shell_complete=completion.keys, help=text
+    )
+
+
+def profile_option(text: str):
+    return click.option("--profile", metavar="NAME|FILE.toml", shell_complete=completion.profiles, help=text)
+
+
+def runs_option(parameter: str):
+    return click.option(
+        "--runs",
+        parameter,
+        default="runs",
+        show_default=True,
+        type=click.Path(file_okay=False, path_type=Path),
+        help="Folder of all runs.",
+    )
+
+
 def plan_options(command, tolerant: bool = False):
     """Options that choose what runs, with which settings and where.
 
@@ -34,36 +59,13 @@ def plan_options(command, tolerant: bool = False):
         shell_complete=completion.recipes,
         help="Starting point: a file of launcher/recipes, without .toml.",
     )
-    @click.option(
-        "--config",
-        "files",
-        multiple=True,
-        type=click.Path(dir_okay=False, path_type=Path),
-        help="TOML file whose keys win over the recipe's; may be repeated.",
-    )
-    @click.option(
-        "--set",
-        "sets",
-        multiple=True,
-        metavar="SECTION.KEY=VALUE",
-        shell_complete=completion.keys,
-        help="One key, wins over all files; may be repeated.",
-    )
+    @config_option("TOML file whose keys win over the recipe's; may be repeated.")
+    @set_option("One key, wins over all files; may be repeated.")
     @click.option("--name", help="Name of the run.  [default: the recipe's]")
-    @click.option(
-        "--runs",
-        default="runs",
-        show_default=True,
-        type=click.Path(file_okay=False, path_type=Path),
-        help="Folder of all runs.",
-    )
-    @click.option(
-        "--profile",
-        metavar="NAME|FILE.toml",
-        shell_complete=completion.profiles,
-        help="Site: local, dev, a100, h200, h800 or a file.  [default: $CONVOY_PROFILE, "
-        "~/.config/convoy.toml; "
-        "else local, or dev when its cluster runs; a cluster's login node has none]",
+    @runs_option("runs")
+    @profile_option(
+        "Site: local, dev, a100, h200, h800 or a file.  [default: $CONVOY_PROFILE, ~/.config/convoy.toml; "
+        "else local, or dev when its cluster runs; a cluster's login node has none]"
     )
     @click.option("--from", "first", type=STAGE, help=f"First stage of {FULL}; those before it must be DONE.")
     @click.option("--until", "last", type=STAGE, help=f"Last stage of {FULL}.")
@@ -150,14 +152,7 @@ def runs_argument(command):
     @click.argument(
         "runs", nargs=-1, metavar="[RUN]...", type=click.Path(path_type=Path), shell_complete=completion.runs
     )
-    @click.option(
-        "--runs",
-        "below",
-        default="runs",
-        show_default=True,
-        type=click.Path(file_okay=False, path_type=Path),
-        help="Folder of all runs.",
-    )
+    @runs_option("below")
     @functools.wraps(command)
     def wrapped(runs, below, **rest):
         from launcher.run.folder import Runs

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import functools
 import sys
-from pathlib import Path
 
 import click
 
-from launcher import completion
-from launcher.commands.options import STAGE, run_or_sweep
+from launcher.commands.options import STAGE, config_option, profile_option, run_or_sweep, set_option
 from launcher.status.terminal import say
 from training.errors import ConfigError
 
@@ -31,27 +29,9 @@ from training.errors import ConfigError
     help="Saved iteration to go on from.  [default: the last whole one; its stage: --from, else the first that is "
     "not DONE]",
 )
-@click.option(
-    "--config",
-    "files",
-    multiple=True,
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="TOML file with changed keys.",
-)
-@click.option(
-    "--set",
-    "sets",
-    multiple=True,
-    metavar="SECTION.KEY=VALUE",
-    shell_complete=completion.keys,
-    help="One changed key; may be repeated.",
-)
-@click.option(
-    "--profile",
-    metavar="NAME|FILE.toml",
-    shell_complete=completion.profiles,
-    help="Go on at another site, or here: local.",
-)
+@config_option("TOML file with changed keys.")
+@set_option("One changed key; may be repeated.")
+@profile_option("Go on at another site, or here: local.")
 @click.option("--take-over", is_flag=True, help="Its host or cluster is gone for good: go on without it.")
 @click.option("--yes", is_flag=True, help="Change the configuration without being asked.")
 @click.option("--wait", is_flag=True, help="Show progress until the end; exit 1 when a stage failed.")

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from launcher import completion
+from launcher.commands.options import profile_option
 
 
 @click.command(short_help="What this site has, and what follows from it.")
@@ -24,12 +25,7 @@ from launcher import completion
     "--partition",
     help="Partition that the node and the profile are for.  [default: the open one with most GPUs a node]",
 )
-@click.option(
-    "--profile",
-    metavar="NAME|FILE.toml",
-    shell_complete=completion.profiles,
-    help="Site whose partition, account, modules and container --node uses.",
-)
+@profile_option("Site whose partition, account, modules and container --node uses.")
 @click.option(
     "--timeout",
     "timeout_s",
