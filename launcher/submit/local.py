@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 from launcher import run_module
 from launcher.config import environment
@@ -52,6 +53,19 @@ def run_stages(run: Run, stages: list[Stage], tick: Callable[[], None] = lambda:
     return 0
 
 
+def detached(command: list[str], log: TextIO, **options) -> subprocess.Popen:
+    """A process in a session of its own, outside any job, whose output goes to ``log``."""
+    return subprocess.Popen(
+        command,
+        env=environment.outside(),
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        **options,
+    )
+
+
 def start_in_background(run: Run, stages: list[Stage]) -> int:
     """A runner of its own session; returns its pid once it has the run's lock.
 
@@ -61,14 +75,7 @@ def start_in_background(run: Run, stages: list[Stage]) -> int:
     before = len(run.ledger())
     with open(path, "a", encoding="utf-8") as log:
         command = run_module.command("launcher.submit.local", str(run.folder), *(stage.name for stage in stages))
-        process = subprocess.Popen(
-            command,
-            env=environment.outside(),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        process = detached(command, log)
     while not any(event["event"] == "runner" and event["pid"] == process.pid for event in run.ledger()[before:]):
         if process.poll() is not None:
             if process.returncode == os.EX_TEMPFAIL:
@@ -123,15 +130,7 @@ def _supervised(run: Run, stage: Stage, tick: Callable[[], None]) -> int:
     with open(path, "a", encoding="utf-8") as log:
         # its own session: a Ctrl-C reaches only this process, which then asks the stage to save
         command = run_module.command("launcher.job.supervise", str(run.folder), stage.name)
-        process = subprocess.Popen(
-            command,
-            env=environment.outside(),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            preexec_fn=die_with_parent,
-        )
+        process = detached(command, log, preexec_fn=die_with_parent)
     try:
         while process.poll() is None:
             tick()

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 from launcher import run_module
-from launcher.config import environment
 from launcher.config.stages import Stage
 from launcher.run import manifest
 from launcher.run.folder import Busy, elements
-from launcher.submit import enqueue, start
+from launcher.submit import enqueue, local, start
 from launcher.submit.job_array import members, values_text
 from training.config.schema import usage
 
@@ -37,14 +35,7 @@ def start_sweep(folder: Path, stages: list[Stage], wait: bool) -> int:
             return run_here(folder, stages)
         command = run_module.command("launcher.submit.start_sweep", str(folder), *(stage.name for stage in stages))
         with open(folder / "runner.log", "a", encoding="utf-8") as log:
-            process = subprocess.Popen(
-                command,
-                env=environment.outside(),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            process = local.detached(command, log)
         out.print(f"started in the background: process {process.pid}, one element after the other")
     else:
         queued = enqueue.queue_sweep(folder, stages)
