@@ -4,6 +4,7 @@ Every import of every file counts, at any depth of a folder or a function.
 """
 
 import ast
+import functools
 import re
 import statistics
 import sys
@@ -47,7 +48,8 @@ def module(path: Path) -> str:
 FILES = {module(path): path for package in ("launcher", *OUTSIDE) for path in sorted((ROOT / package).rglob("*.py"))}
 
 
-def imports(name: str) -> set[str]:
+@functools.cache
+def imports(name: str) -> frozenset[str]:
     """Modules that a file imports: ours by their full names, others as they are written."""
     names = set()
     for node in ast.walk(ast.parse(FILES[name].read_text(encoding="utf-8"))):
@@ -57,7 +59,7 @@ def imports(name: str) -> set[str]:
             assert node.level == 0, f"{name}: imports of ours are written in full"
             parts = {f"{node.module}.{alias.name}" for alias in node.names}
             names |= {part if part in FILES else node.module for part in parts}
-    return names - {name}
+    return frozenset(names - {name})
 
 
 def wing(name: str) -> str:

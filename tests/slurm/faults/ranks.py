@@ -83,12 +83,7 @@ def many_log_lines(case: Case) -> str:
     lines = [line.partition(" ")[2] for line in case.project.log("sft").splitlines()]
     # srun passes on what was written before the end, in order and whole; only the last line may be
     # cut by a kill
-    for rank in (
-        0,
-        3,
-        5,
-        7,
-    ):
+    for rank in (0, 3, 5, 7):
         mine = [line for line in lines if line.startswith(f"[{rank}] iteration ")]
         whole = [f"[{rank}] iteration {iteration} line {number}" for iteration in range(1, 6) for number in range(3125)]
         kept = mine if rank == 5 else mine[:-1]
