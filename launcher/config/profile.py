@@ -13,10 +13,11 @@ from training.config.schema import build
 
 RUNTIMES = ("none", "pyxis", "apptainer")
 GPU_OPTIONS = ("gpus-per-node", "gres", "none")
+SITE_OPTIONS = ("partition", "account", "qos", "reservation", "constraint")
+"""Keys of a profile that are sbatch's long options of the same name."""
 RENDERED = {
-    "account",
+    *SITE_OPTIONS,
     "comment",
-    "constraint",
     "cpus-per-task",
     "dependency",
     "error",
@@ -32,10 +33,7 @@ RENDERED = {
     "ntasks-per-node",
     "open-mode",
     "output",
-    "partition",
-    "qos",
     "requeue",
-    "reservation",
     "signal",
     "time",
 }
@@ -262,7 +260,7 @@ class Profile:
                 )
         for module in self.modules:
             _one_line("modules", module)
-        for name in ("partition", "account", "qos", "reservation", "constraint", "gpu_type", "secrets", "slurm"):
+        for name in (*SITE_OPTIONS, "gpu_type", "secrets", "slurm"):
             _one_line(name, getattr(self, name))
 
     def _check_option(self, name: str, value) -> None:

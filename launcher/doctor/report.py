@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from launcher.config import environment
-from launcher.config.profile import Profile
+from launcher.config.profile import SITE_OPTIONS, Profile
 from launcher.doctor import node_findings, slurm_findings
 from launcher.doctor.machine_findings import here
 from launcher.doctor.slurm_findings import Finding
@@ -296,7 +296,7 @@ def profile_text(report: Report) -> str:
         else 'environment = {}  # variables of the ranks, e.g. { NCCL_SOCKET_IFNAME = "=ib0" }; no keys'
     )
     lines += [
-        '# account = ""  qos = ""  reservation = ""  constraint = ""',
+        "# " + "  ".join(f'{key} = ""' for key in SITE_OPTIONS if key != "partition"),
         'modules = []  # e.g. ["cuda/12.4"]',
         'setup = []  # shell lines, e.g. ["source .venv/bin/activate"]',
         '# secrets = "~/.config/convoy.env"  # KEY=VALUE lines, chmod 600: given to the ranks and to nothing else',

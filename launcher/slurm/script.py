@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher import run_module
+from launcher.config.profile import SITE_OPTIONS
 from launcher.config.sections import Profile, Resources
 from launcher.config.stages import Stage
 from launcher.run.folder import Run
@@ -126,11 +127,7 @@ def _printable(text: str) -> str:
 def site_options(profile: Profile, gpus: int) -> dict[str, str | int | bool]:
     """Options for where a job goes and what it takes of each node, as this site and its version of
     Slurm ask for it."""
-    values = {
-        key: value
-        for key in ("partition", "account", "qos", "reservation", "constraint")
-        if (value := getattr(profile, key))
-    }
+    values = {key: value for key in SITE_OPTIONS if (value := getattr(profile, key))}
     if gpus and profile.gpu_option != "none":
         wanted = f"{profile.gpu_type}:{gpus}" if profile.gpu_type else gpus
         old = profile.gpu_option == "gres" or (0, 0) < profile.version < GPUS_PER_NODE_SINCE
