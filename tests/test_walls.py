@@ -151,7 +151,10 @@ def test_no_test_imports_another_test():
 
 def test_no_file_of_the_launcher_compares_a_stage_s_name():
     """What is special about a stage is a field of its row in launcher/config/stages.py."""
-    pattern = re.compile(r"stage\.name (==|!=|in \(|not in \()|\"(mtbench|convert|export)\" (not )?in ")
+    names = "convert|sft|reward|rlhf|grpo|dpo|export|mtbench"
+    pattern = re.compile(
+        rf"stage\.name (==|!=|in \(|not in \()|(==|!=) \"({names})\"|\"(mtbench|convert|export)\" (not )?in "
+    )
     found = [
         (name, line)
         for name, path in FILES.items()
