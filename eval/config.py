@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eval.addresses import is_secret_field, refuse_secret
+from eval.judges import JUDGES, NO_JUDGE, JudgeKind
 
-JUDGES = ("none", "openai", "local")
 SERVERS = ("auto", "vllm", "transformers")
 
 
@@ -63,9 +63,9 @@ class MTBenchConfig:
     """Longest prompt and answer together, tokens; a longer prompt loses its head."""
     seed: int = 0
     """Seed of sampling and of the bootstrap."""
-    judge: str = "none"
-    """"none", "openai" (any OpenAI-compatible endpoint) or "local" (a judge that the stage serves
-    itself while it needs it)."""
+    judge: str = NO_JUDGE
+    """"none", or a kind of ``eval.judges``: "openai" (any OpenAI-compatible endpoint), "local" (a
+    judge that the stage serves itself while it needs it)."""
     judge_model: str = "gpt-4"
     """Model name sent to the endpoint; with judge = "local" the judge's Hugging Face folder."""
     judge_url: str = ""
@@ -115,7 +115,7 @@ class MTBenchConfig:
     """Examples of each task; 0 = all."""
 
     def __post_init__(self):
-        for name, allowed in (("judge", JUDGES), ("judge_server", SERVERS)):
+        for name, allowed in (("judge", (NO_JUDGE, *JUDGES)), ("judge_server", SERVERS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: expected one of {', '.join(allowed)}")
         for name in (
@@ -142,6 +142,11 @@ class MTBenchConfig:
         if self.template != "chat" and self.template.count("{question}") != 1:
             raise ValueError(f'template = {self.template!r}: expected "chat" or a text with {{question}} in it, once')
         self._check_judge()
+
+    @property
+    def judge_kind(self) -> JudgeKind | None:
+        """The row of ``judge``; None without a judge."""
+        return JUDGES.get(self.judge)
 
     def request_fields(self) -> dict:
         """``judge_request`` as a dict; ValueError for one that is no such object, or would change
@@ -196,19 +201,24 @@ class MTBenchConfig:
             )
         self.request_fields()
         self._check_server_options()
-        if self.judge == "openai" and not self.judge_url:
-            raise ValueError('judge_url = "": judge = "openai" needs the address of an endpoint; set mtbench.judge_url')
-        if self.judge == "openai" and not self.judge_url.startswith(("http://", "https://")):
-            raise ValueError(f'judge_url = {self.judge_url!r}: expected an address such as "http://localhost:8000/v1"')
-        if self.judge == "openai" and not _usable(self.judge_url):
-            raise ValueError(
-                f'judge_url = {self.judge_url!r}: not an address; expected one such as "http://localhost:8000/v1"'
-            )
+        if self.judge_kind and self.judge_kind.hosted:
+            self._check_url()
         if self.judge_max_cost and not (self.judge_price_in or self.judge_price_out):
             raise ValueError(
                 f"judge_max_cost = {self.judge_max_cost}: a limit needs the judge's prices; set mtbench.judge_price_in "
                 "and mtbench.judge_price_out, for a million tokens"
             )
+
+    def _check_url(self) -> None:
+        example = '"http://localhost:8000/v1"'
+        if not self.judge_url:
+            raise ValueError(
+                f'judge_url = "": judge = "{self.judge}" needs the address of an endpoint; set mtbench.judge_url'
+            )
+        if not self.judge_url.startswith(("http://", "https://")):
+            raise ValueError(f"judge_url = {self.judge_url!r}: expected an address such as {example}")
+        if not _usable(self.judge_url):
+            raise ValueError(f"judge_url = {self.judge_url!r}: not an address; expected one such as {example}")
 
 
 def _no_number(text: str):

@@ -139,7 +139,7 @@ def judge_facts(settings: MTBenchConfig, judgments: list[dict], pairs: list[dict
     cost = (tokens_in * settings.judge_price_in + tokens_out * settings.judge_price_out) / 1e6
     return {
         "kind": settings.judge,
-        "requested": settings.judge_model if settings.judge != "none" else "",
+        "requested": settings.judge_model if settings.judge_kind else "",
         "returned": sorted({row["judge_id"] for row in rows if row.get("reason") != "refused"}),
         "adapted": sorted({change for row in rows for change in row.get("adapted", [])}),
         "problem": problem,

@@ -36,6 +36,7 @@ from pathlib import Path
 from eval import config
 from eval.answers import chat
 from eval.config import MTBenchConfig, MTBenchPaths
+from eval.judges import JUDGES
 
 GROUPS = (
     ("judge_", "the judge"),
@@ -157,10 +158,10 @@ def settings(arguments: list[str]) -> tuple[MTBenchConfig, bool]:
             for field in dataclasses.fields(made_of)
             if field.name.startswith("judge_") and getattr(made_of, field.name) != field.default
         ]
-        if made_of.judge == "none" and unheard:
+        if unheard and not made_of.judge_kind:
             raise ValueError(
                 f"{', '.join('--' + name.replace('_', '-') for name in unheard)} "
-                "without a judge: add --judge openai or --judge local"
+                f"without a judge: add {' or '.join(f'--judge {name}' for name in JUDGES)}"
             )
         return made_of, show
     except ValueError as error:
@@ -175,7 +176,7 @@ def main(arguments: list[str]) -> int:
     print(f"template: {asked.template!r}, stop: {asked.stop!r}", flush=True)
     code = guarded(asked)
     table = Path(asked.paths.output) / "table.md"
-    if code in (0, 4) and asked.judge != "none" and table.exists():
+    if code in (0, 4) and asked.judge_kind and table.exists():
         print(table.read_text(encoding="utf-8"))
     if show and code in (0, 4):
         webbrowser.open(Path(asked.paths.report).resolve().as_uri())

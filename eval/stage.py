@@ -62,7 +62,7 @@ class Stage:
             raise DataError("paths.models: no model; expected one or more Hugging Face folders by name")
         self.set = questions.load(settings.questions, settings.references)
         self.prompts = heldout.load(settings.paths.heldout)
-        if settings.judge != "none":
+        if settings.judge_kind:
             single.require(self.set)
             if settings.judge_pairwise:
                 pairwise.require(self.set, list(self.folders))
@@ -73,12 +73,13 @@ class Stage:
         harness.require(settings)
         if settings.reward_model:
             generation.require_model(settings.reward_model, "mtbench.reward_model")
-        if settings.judge == "local":
-            generation.require_model(settings.judge_model, "mtbench.judge_model")
-            ranks.once(lambda: local_server.takes_system(settings.judge_model))
+        folder_of_judge = settings.judge_model if settings.judge_kind and settings.judge_kind.model_is_folder else ""
+        if folder_of_judge:
+            generation.require_model(folder_of_judge, "mtbench.judge_model")
+            ranks.once(lambda: local_server.takes_system(folder_of_judge))
         folders = self.folders | {
             _SCORER: settings.reward_model,
-            _JUDGE: settings.judge_model if settings.judge == "local" else "",
+            _JUDGE: folder_of_judge,
         }
         marks = ranks.once(lambda: {name: fingerprint.of_model(folder) for name, folder in folders.items() if folder})
         self.scorer, self.judge = marks.pop(_SCORER, ""), marks.pop(_JUDGE, "")
@@ -90,7 +91,7 @@ class Stage:
     def _total(self) -> int:
         items, models, others = len(self.set.questions), len(self.folders), len(self.folders) - 1
         ratings = 2 * items * (models * self.config.judge_repeats + others * self.config.judge_pairwise)
-        return models * (items + len(self.places)) + others * len(self.places) + ratings * (self.config.judge != "none")
+        return models * (items + len(self.places)) + others * len(self.places) + ratings * bool(self.config.judge_kind)
 
     def answers(self, name: str) -> tuple[list[dict], list[dict]]:
         """(model_answer rows, held-out rows) of one model, complete and in order; its weights are
@@ -188,14 +189,14 @@ class Stage:
         """What ratings depend on beyond the judge's name: to be equal where two evaluations share a
         table."""
         settings = self.config
-        if settings.judge == "none":
+        if not settings.judge_kind:
             return {}
         return {"max_tokens": settings.judge_max_tokens, "request": settings.request_fields(), "model": self.judge}
 
     def judgments(self, made: dict[str, list[dict]]) -> tuple[list[dict], list[dict], str]:
         """(judgment rows, pairwise rows, what went wrong: then some rows are missing); all empty
         without a judge."""
-        if self.config.judge == "none":
+        if not self.config.judge_kind:
             return [], [], ""
         works = ask_all.ratings(self.config, self.set, made, self.judge)
         try:

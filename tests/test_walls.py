@@ -18,7 +18,7 @@ ORDERS = {
     "__main__",
     "training": "errors files config losses distributed error_report metrics models optim generation checkpoint data "
     "trainer rl main reward sft dpo ppo grpo",
-    "eval": "errors addresses files config questions rendezvous error_report work_split answers judge scores report "
+    "eval": "errors addresses files judges config questions rendezvous error_report work_split answers judge scores report "
     "harness stage evaluation mtbench __main__",
 }
 """Wings and modules of a package, the lowest first: each imports only itself and what stands before

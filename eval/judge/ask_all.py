@@ -13,9 +13,9 @@ from eval.config import MTBenchConfig
 from eval.errors import JudgeError
 from eval.files.jsonl import append, dump, last_by, recover
 from eval.files.rows import of_kind, usable
-from eval.judge import local_server, pairwise, single
+from eval.judge import pairwise, single
 from eval.judge.budget import Budget
-from eval.judge.endpoint import Endpoint
+from eval.judge.protocol import Judge, open_judge
 from eval.judge.verdict import rating
 from eval.questions import QuestionSet
 
@@ -72,19 +72,16 @@ def rate(
     done(sum(len(work.wanted) for work in works) - sum(map(len, missing)))
     if any(missing):
         budget = Budget(config)
-        with local_server.opened(config) as served:
-            endpoint = Endpoint(
-                config, served.url, budget, key=served.key, alive=served.alive, merge_system=served.merge_system
-            )
+        with open_judge(config, budget) as judge:
             try:
                 texts = [
                     "".join(single.known_item(prompts)),
                     *(text for items in missing for item in items for text in item.texts()),
                 ]
-                print(budget.plan(texts, endpoint.url), flush=True)
-                preflight(endpoint, prompts)
+                print(budget.plan(texts, str(judge)), flush=True)
+                preflight(config, judge, prompts)
                 for work, items, rows in zip(works, missing, stored, strict=True):
-                    _ask_all(config, endpoint, work, items, rows, done)
+                    _ask_all(config, judge, budget, work, items, rows, done)
             finally:
                 if budget.requests:
                     print(budget.spent(), flush=True)
@@ -105,27 +102,31 @@ def paid(config: MTBenchConfig, works: Sequence[Work]) -> list[list[dict]]:
     ]
 
 
-def preflight(endpoint: Endpoint, prompts: dict[str, dict]) -> None:
-    """Rate one known item before the many; raises JudgeError where the endpoint can't be used or
+def preflight(config: MTBenchConfig, judge: Judge, prompts: dict[str, dict]) -> None:
+    """Have one known item rated before the many; raises JudgeError where the judge can't be used or
     gives no rating."""
-    item = single.known_item(prompts)
-    reply = endpoint.complete(*item)
+    reply = judge.complete(*single.known_item(prompts))
     verdict = rating(reply.text, reply.finish)
     if verdict.reason == "cut":
         raise JudgeError(
-            f"{endpoint.url}: model {endpoint.config.judge_model!r} did not come to a rating of a known answer within "
-            f"mtbench.judge_max_tokens = {endpoint.config.judge_max_tokens}: raise it"
+            f"{judge}: model {config.judge_model!r} did not come to a rating of a known answer within "
+            f"mtbench.judge_max_tokens = {config.judge_max_tokens}: raise it"
         )
     if verdict.reason:
         raise JudgeError(
-            f"{endpoint.url}: model {endpoint.config.judge_model!r} gave no rating [[n]] to a known answer, but: "
-            f"{endpoint.key.redacted(reply.text)[:200]!r}; choose another judge_model"
+            f"{judge}: model {config.judge_model!r} gave no rating [[n]] to a known answer, but: "
+            f"{reply.text[:200]!r}; choose another judge_model"
         )
-    endpoint.known_item = item
 
 
 def _ask_all(
-    config: MTBenchConfig, endpoint: Endpoint, work: Work, items: Sequence, rows: dict, done: Callable[[int], None]
+    config: MTBenchConfig,
+    judge: Judge,
+    budget: Budget,
+    work: Work,
+    items: Sequence,
+    rows: dict,
+    done: Callable[[int], None],
 ) -> None:
     def keep(row: dict) -> None:
         append(work.path, [row])
@@ -133,13 +134,13 @@ def _ask_all(
         done(1)
 
     pool = ThreadPoolExecutor(config.judge_concurrency)
-    waiting = {pool.submit(item.ask, endpoint) for item in items}
+    waiting = {pool.submit(item.ask, judge, config.judge_model) for item in items}
     try:
         for future in as_completed(list(waiting)):
             waiting.discard(future)
             keep(future.result())
     except BaseException:  # an error of the judge or a signal: what is under way is waited for and kept, it is paid for
-        endpoint.budget.stopped.set()
+        budget.stopped.set()
         pool.shutdown(cancel_futures=True)
         for future in waiting:
             if not future.cancelled() and not future.exception():

@@ -6,6 +6,7 @@ Nothing that it says or keeps holds the key.
 
 from __future__ import annotations
 
+import contextlib
 import email.utils
 import http.client
 import json
@@ -14,8 +15,7 @@ import re
 import time
 import urllib.error
 import urllib.parse
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
 
 from eval import addresses
 from eval.config import MTBenchConfig
@@ -23,6 +23,7 @@ from eval.errors import JudgeError
 from eval.judge import transport
 from eval.judge.budget import CHARACTERS, Budget
 from eval.judge.key import Key, read_key
+from eval.judge.protocol import Completion
 
 ATTEMPTS = 7
 LIMIT_ATTEMPTS = 3
@@ -49,19 +50,6 @@ _NO_SYSTEM = re.compile(
 _MERGED = "system text in the user's turn"
 
 
-class Completion(NamedTuple):
-    text: str
-    model: str
-    """Id of the model as the endpoint returns it: an alias drifts."""
-    tokens_in: int
-    tokens_out: int
-    """As the endpoint counts them; where it doesn't, from the length of the text."""
-    finish: str = "stop"
-    """"stop", "length" (cut at judge_max_tokens) or "refused"."""
-    refusal: str = ""
-    """Why there is no text, in the endpoint's words."""
-
-
 class _Refused(Exception):
     """This request has no answer: the message is the endpoint's."""
 
@@ -77,7 +65,15 @@ class _Again(Exception):
         self.wait, self.attempts, self.error = wait, attempts, error
 
 
+@contextlib.contextmanager
+def open_judge(config: MTBenchConfig, budget: Budget) -> Iterator[Endpoint]:
+    """The endpoint at ``judge_url``. Raises JudgeError."""
+    yield Endpoint(config, config.judge_url, budget)
+
+
 class Endpoint:
+    """A judge (``eval.judge.protocol``) behind an address."""
+
     def __init__(
         self,
         config: MTBenchConfig,
@@ -107,8 +103,11 @@ class Endpoint:
         self.adapted: list[str] = [_MERGED] if merge_system else []
         """What the judge does not take, and what it is asked instead."""
         self.known_item: tuple[str, str] | None = None
-        """Once the judge has rated it: tells a request that is refused from an endpoint that
-        answers nothing."""
+        """The first item that the judge has answered. It tells an endpoint that refuses a request
+        from one that answers nothing."""
+
+    def __str__(self) -> str:
+        return self.url
 
     def complete(self, system: str, user: str) -> Completion:
         """The judge's reply.
@@ -118,7 +117,9 @@ class Endpoint:
         shown that it works, what it refuses about a single request is a Completion "refused".
         """
         try:
-            return self._patiently(system, user)
+            completion = self._patiently(system, user)
+            self.known_item = self.known_item or (system, user)
+            return completion
         except _Refused as refused:
             problem = str(refused)
         if self.known_item is None:
@@ -127,7 +128,7 @@ class Endpoint:
             self._patiently(*self.known_item)
         except _Refused as refused:
             raise JudgeError(f"{problem}; an item that the judge rated before is refused now, too: {refused}") from None
-        return Completion("", self.config.judge_model, 0, 0, "refused", problem[:1000])
+        return Completion("", self.config.judge_model, 0, 0, "refused", problem[:1000], tuple(self.adapted))
 
     def _patiently(self, system: str, user: str) -> Completion:
         attempt = 0
@@ -211,7 +212,7 @@ class Endpoint:
         model = reply.get("model")
         model = model[:200] if isinstance(model, str) and model else self.config.judge_model
         finish = "length" if finish == "length" else "stop"
-        return Completion(self.key.clean(text), self.key.clean(model), *tokens, finish)
+        return Completion(self.key.clean(text), self.key.clean(model), *tokens, finish, adapted=tuple(self.adapted))
 
     def _problem(self, reply: transport.Reply) -> Exception:
         """What a status other than 200 means; the message names the setting that may be at

@@ -18,9 +18,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import psutil
 
@@ -28,6 +27,8 @@ from eval.answers import chat
 from eval.config import MTBenchConfig
 from eval.errors import DataError, JudgeError
 from eval.judge import children, transport
+from eval.judge.budget import Budget
+from eval.judge.endpoint import Endpoint
 from eval.judge.key import Key
 
 GRACE_S = 20
@@ -39,25 +40,9 @@ KEY_VARIABLES = ("CONVOY_JUDGE_KEY", "VLLM_API_KEY")
 all users."""
 
 
-class Judge(NamedTuple):
-    """What the stage asks."""
-
-    url: str
-    """Base address (".../v1")."""
-    key: Key | None = None
-    """None: what the configuration names."""
-    alive: Callable[[], None] = lambda: None
-    """Raises JudgeError where no longer the server itself listens there."""
-    merge_system: bool = False
-
-
 @contextlib.contextmanager
-def opened(config: MTBenchConfig) -> Iterator[Judge]:
-    """The judge at ``judge_url``, or a local server for as long as the block. Raises JudgeError and
-    DataError."""
-    if config.judge != "local":
-        yield Judge(config.judge_url)
-        return
+def open_judge(config: MTBenchConfig, budget: Budget) -> Iterator[Endpoint]:
+    """An endpoint whose server runs for as long as the block. Raises JudgeError and DataError."""
     merge_system = not takes_system(config.judge_model)
     key = Key(secrets.token_urlsafe(32), "the key made for this start")
     log = Path(config.paths.output) / "logs" / "judge_server.log"
@@ -77,7 +62,14 @@ def opened(config: MTBenchConfig) -> Iterator[Judge]:
         port = wait(server, port, 60 * config.judge_start_minutes, log)
         url = f"http://{HOST}:{port}"
         print(f"judge: it answers at {url} after {time.monotonic() - began:.0f} s", flush=True)
-        yield Judge(url + "/v1", key, lambda: require_own(server, port, log), merge_system)
+        yield Endpoint(
+            config,
+            url + "/v1",
+            budget,
+            key=key,
+            alive=lambda: require_own(server, port, log),
+            merge_system=merge_system,
+        )
     finally:
         end(server)
 

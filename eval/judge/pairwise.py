@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from eval.errors import DataError
 from eval.files import rows
 from eval.judge import single
-from eval.judge.endpoint import Endpoint
+from eval.judge.protocol import Judge
 from eval.judge.single import TURNS, hashed, usage, why
 from eval.judge.verdict import preference
 from eval.questions import Question, QuestionSet
@@ -50,10 +50,10 @@ class Pair:
     def texts(self) -> list[str]:
         return [self.system + self.user_1, self.system + self.user_2]
 
-    def ask(self, endpoint: Endpoint) -> dict:
+    def ask(self, judge: Judge, judge_model: str) -> dict:
         """The row, in FastChat's schema; "judge_id", "answer_ids", "asked", the tokens, "reason"
         and "refusal" are ours."""
-        first, second = endpoint.complete(self.system, self.user_1), endpoint.complete(self.system, self.user_2)
+        first, second = judge.complete(self.system, self.user_1), judge.complete(self.system, self.user_2)
         verdicts = [preference(reply.text, reply.finish) for reply in (first, second)]
         winners = [verdict.value for verdict in verdicts]
         g1, g2 = (
@@ -66,7 +66,7 @@ class Pair:
             "model_2": self.model_2,
             "g1_winner": g1,
             "g2_winner": g2,
-            "judge": [endpoint.config.judge_model, self.prompt_name],
+            "judge": [judge_model, self.prompt_name],
             "g1_user_prompt": self.user_1,
             "g1_judgment": first.text,
             "g2_user_prompt": self.user_2,
@@ -75,7 +75,7 @@ class Pair:
             "tstamp": time.time(),
             "answer_ids": list(self.answer_ids),
             "asked": self.asked,
-            **usage(endpoint, first, second),
+            **usage(first, second),
             **why((verdict.reason for verdict in verdicts), (first, second)),
         }
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from eval.config import MTBenchConfig
 from eval.errors import DataError, InvariantError
 from eval.files import rows
-from eval.judge.endpoint import Completion, Endpoint
+from eval.judge.protocol import Completion, Judge
 from eval.judge.verdict import rating
 from eval.questions import NEEDS_REFERENCE, Question, QuestionSet
 
@@ -60,16 +60,16 @@ class Request:
         """What each request to the endpoint holds."""
         return [self.system + self.user]
 
-    def ask(self, endpoint: Endpoint) -> dict:
+    def ask(self, judge: Judge, judge_model: str) -> dict:
         """The row, in FastChat's schema. Ours are "judge_id" (the model that the endpoint says it
         used), "answer_id", "asked", "repeat", the tokens and, where there is no rating, "reason"
         and "refusal"."""
-        reply = endpoint.complete(self.system, self.user)
+        reply = judge.complete(self.system, self.user)
         verdict = rating(reply.text, reply.finish)
         return {
             "question_id": self.question_id,
             "model": self.model,
-            "judge": [endpoint.config.judge_model, self.prompt_name],
+            "judge": [judge_model, self.prompt_name],
             "user_prompt": self.user,
             "judgment": reply.text,
             "score": verdict.value,
@@ -78,7 +78,7 @@ class Request:
             "answer_id": self.answer_id,
             "asked": self.asked,
             "repeat": self.repeat,
-            **usage(endpoint, reply),
+            **usage(reply),
             **why([verdict.reason], [reply]),
         }
 
@@ -99,15 +99,16 @@ def hashed(*parts: str) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def usage(endpoint: Endpoint, *replies: Completion) -> dict:
+def usage(*replies: Completion) -> dict:
     """What a row keeps of its requests; "adapted" only where the judge was asked otherwise than
     configured."""
     model = next((reply.model for reply in reversed(replies) if reply.finish != "refused"), replies[-1].model)
+    adapted = list(dict.fromkeys(change for reply in replies for change in reply.adapted))
     return {
         "judge_id": model,
         "tokens_in": sum(reply.tokens_in for reply in replies),
         "tokens_out": sum(reply.tokens_out for reply in replies),
-    } | ({"adapted": list(endpoint.adapted)} if endpoint.adapted else {})
+    } | ({"adapted": adapted} if adapted else {})
 
 
 def why(reasons: Iterable[str], replies: Iterable[Completion]) -> dict:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eval.files.jsonl import write as write_text
+from eval.judges import JUDGES, NO_JUDGE
 from eval.questions import CATEGORIES
 from eval.scores.ratings import COVERAGE, passed
 
@@ -46,7 +47,7 @@ def title(results: dict) -> str:
     """What every table and picture carries: the questions' name, judge, references, template and
     valid ratings."""
     judge = results["judge"]
-    name = judge["kind"] if judge["kind"] == "none" else ", ".join(judge["returned"]) or judge["requested"]
+    name = NO_JUDGE if judge["kind"] == NO_JUDGE else ", ".join(judge["returned"]) or judge["requested"]
     scores = results["scores"]
     models = scores["models"].items() if scores else ()
     valid = "; ".join(f"{model} {row['n_valid']}/{row['n_expected']}" for model, row in models) or "none"
@@ -59,16 +60,11 @@ def title(results: dict) -> str:
 def missing(results: dict) -> list[str]:
     """Why there is no table, or no whole one, in sentences; empty where nothing is missing."""
     judge, scores = results["judge"], results["scores"]
-    if judge["kind"] == "none":
+    if judge["kind"] == NO_JUDGE:
         return [
             'No judge has rated the answers (mtbench.judge = "none"), so there is no score. The answers are kept; '
-            "there are two ways to have them rated, and both reuse them:",
-            'A hosted judge: set mtbench.judge = "openai", mtbench.judge_url to the address of any OpenAI-compatible '
-            "endpoint, mtbench.judge_model to its model, put the key in the environment variable that "
-            "mtbench.judge_key_variable names, and run the stage mtbench again.",
-            'A judge of your own: set mtbench.judge = "local" and mtbench.judge_model to the Hugging Face folder of a '
-            "strong model; the stage serves it inside its own allocation (vllm serve where it is installed) while it "
-            "needs it. A small model is no judge.",
+            "each of these judges can rate them as they are:",
+            *(kind.advice for kind in JUDGES.values()),
         ]
     if judge["problem"]:
         return [

@@ -18,12 +18,16 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 def check_judge(config: MTBenchConfig, profile: Profile) -> str:
     """A warning, or ""; ConfigError where the judge's folder or key is not there."""
-    if config.judge == "local" and not (Path(config.judge_model) / "config.json").is_file():
+    kind = config.judge_kind
+    if kind is None:
+        return ""
+    if kind.model_is_folder and not (Path(config.judge_model) / "config.json").is_file():
         raise ConfigError(
             f"mtbench.judge_model = {config.judge_model!r}: {Path(config.judge_model) / 'config.json'} does not exist; "
-            'judge = "local" needs the Hugging Face folder of the judge\'s model: --set mtbench.judge_model=FOLDER'
+            f'judge = "{config.judge}" needs the Hugging Face folder of the judge\'s model: '
+            "--set mtbench.judge_model=FOLDER"
         )
-    if config.judge != "openai":
+    if not kind.hosted:
         return ""
     if config.judge_key_file:
         _check_file(config.judge_key_file)
@@ -34,8 +38,8 @@ def check_judge(config: MTBenchConfig, profile: Profile) -> str:
     key = os.environ.get(name, "").strip()
     if not key and url.scheme == "https":
         raise ConfigError(
-            f'mtbench.judge = "openai" at {config.judge_url} without a key: the variable {name} (judge_key_variable) '
-            "is not set; put it into the file that the profile's secrets name, or give "
+            f'mtbench.judge = "{config.judge}" at {config.judge_url} without a key: the variable {name} '
+            "(judge_key_variable) is not set; put it into the file that the profile's secrets name, or give "
             "--set mtbench.judge_key_file=FILE"
         )
     if not key:

@@ -19,59 +19,10 @@ from eval.evaluation import main
 from eval.files.jsonl import dump, read
 from eval.report import curves, figures
 from eval.work_split import alone
+from tests.support.evaluations import prepare
 from tests.support.judge import good
 
 ROOT = Path(__file__).parents[2]
-
-
-def prepare(folder: Path, models: dict, **values) -> Path:
-    """A run folder with four held-out prompts and the three trainers' metrics; returns the stage's
-    config.json."""
-    run = folder / "nice <run>"
-    for stage in ("sft", "reward", "rlhf", "mtbench"):
-        (run / stage).mkdir(parents=True)
-    rubric = {"must": ["a"], "must_not": ["the"], "max_words": 9}
-    (run / "heldout.jsonl").write_text(
-        "".join(
-            json.dumps({"prompt": f"\n\nHuman: <script>alert({i})</script> & why?\n\nAssistant:", "rubric": rubric})
-            + "\n"
-            for i in range(4)
-        )
-    )
-    metrics = {
-        "sft": {"loss": 2.5, "heldout_loss": 2.25, "unigram_entropy": 4.5},
-        "rlhf": {"reward": 1.0, "kl": 2.0, "eos_rate": 0.5},
-        "reward": {
-            "accuracy": 0.9,
-            "heldout_accuracy": 0.875,
-            "heldout_accuracy_low": 0.81,
-            "heldout_accuracy_high": 0.92,
-            "heldout_margin": 1.5,
-            "shorter_wins": 0.5625,
-        },
-    }
-    for stage, row in metrics.items():
-        lines = [{"iteration": i, "total": 2, "time": 0.0} | row for i in (1, 2)]
-        (run / stage / "metrics.jsonl").write_text(
-            "".join(json.dumps(line) + "\n" for line in lines) + '{"iteration": 3, "lo'
-        )
-    config = {
-        "paths": {
-            "output": str(run / "mtbench"),
-            "models": {name: str(path) for name, path in models.items()},
-            "heldout": str(run / "heldout.jsonl"),
-            "stages": {stage: str(run / stage) for stage in metrics},
-            "report": str(run / "report.html"),
-        },
-        "max_new_tokens": 6,
-        "heldout_max_new_tokens": 6,
-        "batch_size": 8,
-        "judge_key_variable": "JUDGE_KEY",
-        **values,
-    }
-    path = run / "mtbench" / "config.json"
-    path.write_text(json.dumps(config))
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,8 @@ from eval import questions
 from eval.config import MTBenchConfig, MTBenchPaths
 from eval.errors import DataError, JudgeError
 from eval.judge import ask_all, children, local_server, serve
+from eval.judge.budget import Budget
+from eval.judge.local_server import open_judge
 from tests.eval.conftest import tokenizer
 from tests.support.chat_templates import NO_SYSTEM
 from tests.support.judge import answers
@@ -118,11 +120,12 @@ def test_a_server_that_ends_early_is_quoted(tmp_path):
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "config.json").write_text("{}")
+    config = settings(broken, tmp_path)
     with (
         pytest.raises(
             JudgeError, match="ended with exit code 1 before it answered; it said last: .*logs/judge_server.log"
         ),
-        local_server.opened(settings(broken, tmp_path)),
+        open_judge(config, Budget(config)),
     ):
         pass
 
@@ -232,28 +235,32 @@ def test_whoever_took_the_port_first_is_not_asked(seven, tmp_path, monkeypatch):
         monkeypatch.setattr(local_server, "POLL_S", 0.05)
         config = settings(seven, tmp_path)
         object.__setattr__(config, "judge_start_minutes", 0.01)
-        with pytest.raises(JudgeError, match="the local judge did not answer within"), local_server.opened(config):
+        with (
+            pytest.raises(JudgeError, match="the local judge did not answer within"),
+            open_judge(config, Budget(config)),
+        ):
             pass
         assert not asked()
 
 
 def test_a_judge_that_is_gone_is_not_believed(seven, tmp_path):
     """Its port may be another's by then."""
-    with local_server.opened(settings(seven, tmp_path)) as served:
-        served.alive()
+    config = settings(seven, tmp_path)
+    with open_judge(config, Budget(config)) as endpoint:
+        endpoint.alive()
         with pytest.raises(urllib.error.HTTPError, match="401"):
-            urllib.request.urlopen(urllib.request.Request(served.url + "/chat/completions", b"{}"))
+            urllib.request.urlopen(urllib.request.Request(endpoint.url, b"{}"))
         (child,) = [
             process for process in psutil.Process().children() if "eval.judge.serve" in " ".join(process.cmdline())
         ]
         assert (
-            served.key.text not in " ".join(child.cmdline())
-            and served.key.text not in (tmp_path / "logs/judge_server.log").read_text()
+            endpoint.key.text not in " ".join(child.cmdline())
+            and endpoint.key.text not in (tmp_path / "logs/judge_server.log").read_text()
         )
         child.kill()
         child.wait(10)
         with pytest.raises(JudgeError, match="the local judge (has ended|no longer listens)"):
-            served.alive()
+            endpoint.alive()
 
 
 def test_a_template_without_a_system_turn_is_known_in_advance(seven, tmp_path, capsys):
