@@ -27,7 +27,7 @@ from conversion.tensors import Stored, mapped, raw, view
 from conversion.weights import Entry, check_names, embedding_name, entries, head_of
 from training.config.shape import EMBEDDING, Shape
 from training.errors import ConfigError
-from training.files import tensor_files
+from training.files import atomic, tensor_files
 
 FILE = "model_optim_rng.pt"
 MARK = "latest_checkpointed_iteration.txt"
@@ -211,8 +211,7 @@ def write(
         )
         work.clean(aside)
         work.replace(aside, target)
-    (output / f"{MARK}.new").write_text(str(iteration or "release"), encoding="utf-8")
-    (output / f"{MARK}.new").replace(output / MARK)
+    atomic.write_text(output / MARK, str(iteration or "release"))
 
 
 def _rank(

@@ -30,6 +30,7 @@ from training.config.shape import Shape, family
 from training.config.trainers import Paths, SFTConfig
 from training.distributed.groups import device, ranks
 from training.errors import ConfigError, Damaged
+from training.files import atomic
 from training.trainer.step import build_model, evaluate
 
 ROWS, LENGTH, SEED = 2, 32, 0
@@ -130,9 +131,7 @@ def verify(folder: Path, path: Path, precision: str) -> dict:
     proof["versions"] = {
         package: importlib.metadata.version(package) for package in ("torch", "megatron-core", "transformers")
     }
-    aside = folder / ".PROOF.json.new"
-    aside.write_text(json.dumps(proof, indent=1) + "\n", encoding="utf-8")
-    aside.replace(folder / "PROOF.json")
+    atomic.write_text(folder / "PROOF.json", json.dumps(proof, indent=1) + "\n")
     return proof
 
 

@@ -23,8 +23,8 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from training.checkpoint.format import sync
 from training.errors import ConfigError
+from training.files import atomic
 
 Count = Callable[[int], None]
 Writer = Callable[[BinaryIO, Count], object]
@@ -128,13 +128,13 @@ def replace(aside: Path, target: Path) -> None:
     """Make the complete folder ``aside`` the folder ``target``, durably; an old one goes after the
     new one is in place."""
     for path in [*(path for path in aside.rglob("*") if path.is_file()), aside]:
-        sync(path)
+        atomic.sync(path)
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.replace(old)
     aside.replace(target)
-    sync(target.parent)
+    atomic.sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -164,8 +164,7 @@ def _write(aside: Path, name: str, writer: Writer, count: Count, hashed: bool) -
     text = json.dumps(
         {"size": part.stat().st_size, "sha256": hashing.digest.hexdigest() if hashed else "", "record": record}
     )
-    note.with_suffix(".new").write_text(text, encoding="utf-8")
-    note.with_suffix(".new").replace(note)
+    atomic.write_text(note, text)
     part.replace(path)
 
 

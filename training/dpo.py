@@ -10,7 +10,6 @@ second model in memory, no second forward pass in a step, and a resumed run has 
 from __future__ import annotations
 
 import hashlib
-import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ from training.config.trainers import DPOConfig
 from training.data.batches import Sampler, comparison_example, padded_length, shard
 from training.data.cache import Tokenised
 from training.distributed import groups
+from training.files import atomic
 from training.main import run_stage
 from training.models.heads import Output, next_token_logprobs
 from training.reward import Comparison, collate_comparisons
@@ -146,9 +146,8 @@ def ask_reference(learner: Learner, data: Comparisons) -> None:
     data.reference[missing] = groups.sum_over_data(found.to(groups.device())).cpu()
     if groups.is_main():
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"made_from": made_from, "logprobs": data.reference}, path.with_suffix(".new"))
-        checksums.sync(path.with_suffix(".new"))
-        os.replace(path.with_suffix(".new"), path)
+        with atomic.replacing(path) as temporary:
+            torch.save({"made_from": made_from, "logprobs": data.reference}, temporary)
         print(f"reference: log-probabilities of {len(missing)} queries' replies are in {path}", flush=True)
 
 

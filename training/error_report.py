@@ -14,13 +14,13 @@ import json
 import os
 import platform
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from training.errors import CollectiveError, ConfigError, Damaged, DataError
+from training.files import atomic
 
 FOLDER = "CONVOY_WORDS"
 """Environment variable: the folder. Without it nothing is written: a stage that was started by
@@ -85,10 +85,7 @@ def _leave(name: str, value: dict) -> None:
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         # a message may hold a key, until the launcher has masked it
-        private = partial(os.open, mode=0o600)
-        with open(path.with_suffix(".new"), "w", encoding="utf-8", opener=private) as file:
-            json.dump(value, file)
-        path.with_suffix(".new").replace(path)
+        atomic.write_text(path, json.dumps(value), mode=0o600)
 
 
 def of(error: BaseException, kind: str | None = None) -> int:

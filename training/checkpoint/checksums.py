@@ -171,12 +171,3 @@ def _fix(folder: str | Path) -> str:
         return f"It can't be used; remove {folder}"
     there = ", ".join(map(str, others))
     return f"It can't be used; resume from another with --load-iteration (there are: {there}), not from {number}"
-
-
-def sync(path: Path) -> None:
-    """A file's content, or a folder's names, are on the disk when this returns."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -20,9 +20,9 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
 from training.checkpoint import checksums, safe_unpickle
-from training.checkpoint.checksums import sync
 from training.config.trainers import TrainerConfig
 from training.errors import ConfigError, Damaged
+from training.files import atomic
 from training.models import lora
 from training.models.language_model import LanguageModel, parts
 
@@ -79,17 +79,17 @@ def publish(stage: str | Path, aside: Path, iteration: int, digests: dict[str, s
     target, mark = folder(stage, iteration), Path(stage) / "latest"
     checksums.write(aside, digests)
     for path in sorted(aside.rglob("*")) + [aside]:
-        sync(path)
-    _write(mark.with_suffix(PENDING), f"{iteration}\n")
+        atomic.sync(path)
+    atomic.write_text(mark.with_suffix(PENDING), f"{iteration}\n")
     if target.exists():
         # a kill between here and the end must not leave ``latest`` naming nothing
         if latest(stage) == iteration:
             mark.unlink()
         _remove(target)
     os.replace(aside, target)
-    sync(target.parent)
+    atomic.sync(target.parent)
     os.replace(mark.with_suffix(PENDING), mark)
-    sync(mark.parent)
+    atomic.sync(mark.parent)
 
 
 PENDING = ".pending"
@@ -121,15 +121,7 @@ def begin_from(stage: str | Path) -> int | None:
 
 def mark_latest(stage: str | Path, iteration: int) -> None:
     """Make the saved ``iteration`` the one that a resume and later stages begin from."""
-    write_whole(Path(stage) / "latest", f"{iteration}\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """A small file, durably: the old text or the new one."""
-    aside = path.with_suffix(".new")
-    _write(aside, text)
-    os.replace(aside, path)
-    sync(path.parent)
+    atomic.write_text(Path(stage) / "latest", f"{iteration}\n")
 
 
 def _check_attempt(stage: Path) -> None:
@@ -315,8 +307,3 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
     os.replace(checkpoint, doomed)
     shutil.rmtree(doomed)
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-    sync(path)

@@ -27,11 +27,12 @@ from typing import NamedTuple
 import numpy as np
 import tokenizers
 
-from training.checkpoint.checksums import digest, sync
+from training.checkpoint.checksums import digest
 from training.data import formats
 from training.data.rows import Row
 from training.data.tokenizer import Tokenizer
 from training.errors import DataError
+from training.files import atomic
 
 FORMAT = 2
 ROWS_AT_ONCE = 4096
@@ -153,7 +154,7 @@ def cached(path: str | Path, stage: str, tokenizer: Tokenizer) -> Path:
             _write(source, stage, tokenizer, aside, key)
             with contextlib.suppress(OSError):  # without a lock another process may have been first
                 os.rename(aside, target)
-            sync(folder)
+            atomic.sync(folder)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
     if not _whole(target):
@@ -228,4 +229,4 @@ def _write(source: Path, stage: str, tokenizer: Tokenizer, aside: Path, key: str
     }
     (aside / "about.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     for path in [*aside.iterdir(), aside]:
-        sync(path)
+        atomic.sync(path)

@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from training.checkpoint import checksums
 from training.config.data import DataConfig
 from training.data import demo, dialogue, formats
 from training.data.rows import Row
 from training.data.split import HeldOut, Repeats
 from training.errors import DataError
+from training.files import atomic
 
 TOKENIZER_ROWS = 20_000
 """Most SFT rows that the demo's tokenizer is trained on."""
@@ -62,9 +62,9 @@ class Writer:
         self._files["counts.json"].write(json.dumps(counts, indent=2, ensure_ascii=False) + "\n")
         for name, file in self._files.items():
             file.close()
-            checksums.sync(self.aside / name)
+            atomic.sync(self.aside / name)
             os.replace(self.aside / name, self.folder / name)
-        checksums.sync(self.folder)
+        atomic.sync(self.folder)
 
     def __enter__(self):
         return self

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
+from training.files import atomic
+
 
 class Metrics:
     """Writer of ``<stage>/metrics.jsonl`` and ``<stage>/tensorboard/``; made on one rank only.
@@ -25,9 +27,7 @@ class Metrics:
         self.path, self.total = Path(stage) / "metrics.jsonl", total
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in self._lines() if json.loads(line)["iteration"] <= resumed]
-        aside = self.path.with_suffix(".new")
-        aside.write_text("".join(kept), encoding="utf-8")
-        aside.replace(self.path)
+        atomic.write_text(self.path, "".join(kept))
         self.file = self.path.open("a", encoding="utf-8")
         self.events = SummaryWriter(str(Path(stage) / "tensorboard"), purge_step=resumed + 1)
         self.started, self.resumed, self.mirrors = time.monotonic(), resumed, mirrors

@@ -22,6 +22,7 @@ from training.config.trainers import RewardConfig
 from training.data.batches import Example, Sampler, collate, padded_length, prompt_tokens
 from training.distributed import groups
 from training.errors import ConfigError
+from training.files import atomic
 from training.generation.request import draws
 from training.generation.rollout_workers import Replicas
 from training.trainer.sample_text import limits, replies
@@ -50,7 +51,7 @@ def answer(config: RewardConfig, inputs: Inputs) -> None:
     if groups.is_main():
         path = Path(config.paths.output) / RESPONSES
         path.parent.mkdir(parents=True, exist_ok=True)
-        format.write_whole(path, json.dumps({"made_from": _made_from(config), "responses": made}) + "\n")
+        atomic.write_text(path, json.dumps({"made_from": _made_from(config), "responses": made}) + "\n")
     del model, replicas
     gc.collect()
     if torch.cuda.is_available():

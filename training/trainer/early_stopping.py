@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from training.checkpoint import format
-from training.checkpoint.checksums import sync
+from training.files import atomic
 
 CHOSEN = "chosen.json"
 """In the stage's folder: which checkpoint was chosen, written when the stage ends. The launcher
@@ -53,7 +53,7 @@ class EarlyStop:
 def choose(stage: str | Path, stop: EarlyStop, ended: int) -> str:
     """Note which checkpoint later stages use, durably, then make it ``latest`` -> what was chosen,
     in words. ``ended``: iterations that were run. On one rank only."""
-    format.write_whole(Path(stage) / CHOSEN, json.dumps({**asdict(stop), "ended": ended}, indent=1) + "\n")
+    atomic.write_text(Path(stage) / CHOSEN, json.dumps({**asdict(stop), "ended": ended}, indent=1) + "\n")
     format.mark_latest(stage, stop.iteration)
     why = f"no better for {stop.misses} evaluations" if stop.over else "the last one"
     return f"ended at iteration {ended} ({why}); iteration {stop.iteration} is used: {stop.name} {stop.best:.6g}"
@@ -76,4 +76,4 @@ def forget(stage: str | Path) -> None:
     path = Path(stage) / CHOSEN
     if path.exists():
         path.unlink()
-        sync(path.parent)
+        atomic.sync(path.parent)

@@ -30,6 +30,7 @@ from training.checkpoint.writer import Saver
 from training.config.trainers import SFTConfig
 from training.distributed.groups import StopRequest
 from training.errors import ConfigError, Damaged, Interrupted
+from training.files import atomic
 from training.main import run_stage
 from training.trainer.loop import Boundary
 
@@ -248,7 +249,7 @@ def test_a_kill_before_any_step_of_publishing_leaves_a_whole_checkpoint(tmp_path
         with monkeypatch.context() as patch:
             for owner, name in (
                 (os, "replace"),
-                (format, "sync"),
+                (atomic, "sync"),
                 (format.shutil, "rmtree"),
                 (Path, "unlink"),
                 (Path, "write_text"),
