@@ -41,7 +41,7 @@ def without_bias(tensors: dict[str, Rows], shape: Shape, dtype: torch.dtype, add
     rest = {name: tensor for name, tensor in tensors.items() if name != bias}
     value = tensors[bias].load().double().item() + added
     if value != 0:
-        rest[shift] = Stored.whole(folded(tensors[shift].load(), tensors[weight].load().to(dtype)[0], value, dtype))
+        rest[shift] = Stored.of_tensor(folded(tensors[shift].load(), tensors[weight].load().to(dtype)[0], value, dtype))
     return rest
 
 

@@ -22,7 +22,7 @@ from training.data.tokenizer import Tokenizer
 from training.errors import ConfigError
 from training.files import hf_folder, tensor_files
 from training.files.hf_folder import shown
-from training.files.special_tokens import Said
+from training.files.special_tokens import SpecialTokens
 from training.metrics.metrics import Metrics
 
 
@@ -53,7 +53,7 @@ def convert(config: ConvertConfig) -> None:
 def check_tokenizer(folder: Path, rows: int) -> None:
     """Raises ConfigError for a tokenizer with ids beyond the embedding: under TP they would
     silently read no row at all."""
-    Said.read(folder, rows)
+    SpecialTokens.read(folder, rows)
     token, number = Tokenizer(folder).highest() if hf_folder.file(folder, "tokenizer.json") else ("", -1)
     if number >= rows:
         raise ConfigError(

@@ -45,7 +45,7 @@ def read(folder: str | Path, shape: Shape) -> tuple[str, dict[str, Stored]]:
     if "score.weight" in tensors:
         head = "scalar"
         if shape.score_bias:
-            tensors.setdefault("score.bias", Stored.whole(torch.zeros(1, dtype=tensors["score.weight"].dtype)))
+            tensors.setdefault("score.bias", Stored.of_tensor(torch.zeros(1, dtype=tensors["score.weight"].dtype)))
     tied_head = tensors.pop(HEADS["untied"], None) if head == "tied" else None
     table = [(entry, name, size) for entry in entries(shape, head) for name, size in entry.parts.items()]
     check_names(tensors, [name for _, name, _ in table], folder, shape)
@@ -97,7 +97,7 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
                 f"{path}: {shown(name)} has type {shown(tensor.dtype)}; weights are BF16, F16 or F32 "
                 "(quantised checkpoints can't be trained: take the original)"
             )
-        tensors[name] = Stored.whole(view(mapping, DTYPES[tensor.dtype], tensor.sizes, tensor.start))
+        tensors[name] = Stored.of_tensor(view(mapping, DTYPES[tensor.dtype], tensor.sizes, tensor.start))
     return tensors
 
 
@@ -109,7 +109,7 @@ def read_bin(path: Path) -> dict[str, Stored]:
         raise ConfigError(
             f"{path} holds {type(loaded).__name__}, not a dictionary of tensors; save the model's state_dict()"
         )
-    return {name: Stored.whole(tensor) for name, tensor in loaded.items()}
+    return {name: Stored.of_tensor(tensor) for name, tensor in loaded.items()}
 
 
 def load_pickle(path: Path, fix: str = "Use safetensors, or weights saved as a plain state_dict()"):

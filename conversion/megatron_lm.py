@@ -147,7 +147,7 @@ def read(folder: str | Path, shape: Shape) -> dict[str, Stored]:
         shards = [loaded[t, stage].pop(name_in(entry, local, family), None) for t in range(tensor)]
         if any(shard is None for shard in shards):
             continue
-        parts = [Stored.whole(shard) for shard in shards]
+        parts = [Stored.of_tensor(shard) for shard in shards]
         found[entry.name] = parts[0] if entry.weight.split is None else Stored.joined(parts, entry.weight.split)
     for t in range(tensor) if head == "tied" else ():
         for name in _TIED_COPY:
@@ -258,8 +258,8 @@ def arguments_of(shape: Shape, tensor: int, pipeline: int, iteration: int) -> di
         "num_attention_heads": shape.heads,
         "padded_vocab_size": shape.padded_vocab(tensor),
         "make_vocab_size_divisible_by": 128,
-        "layernorm_epsilon": shape.eps,
-        "norm_epsilon": shape.eps,
+        "layernorm_epsilon": shape.norm_eps,
+        "norm_epsilon": shape.norm_eps,
         "normalization": "LayerNorm",
         "add_bias_linear": True,
         "position_embedding_type": "alibi",

@@ -20,7 +20,7 @@ from training.data import trial
 from training.data.tokenizer import FILE, Tokenizer
 from training.files import hf_folder
 from training.files.safe_files import open_regular
-from training.files.special_tokens import Said
+from training.files.special_tokens import SpecialTokens
 
 TOKENIZER = (
     "tokenizer.json",
@@ -43,7 +43,7 @@ def check(model: Path, shape: Shape) -> None:
         hf_folder.file(model, name)
     if hf_folder.file(model, FILE):
         Tokenizer(model)
-    Said.read(model, shape.vocab)
+    SpecialTokens.read(model, shape.vocab)
 
 
 def names(model: Path, head: str) -> list[str]:
@@ -87,8 +87,8 @@ def _config(values: dict, shape: Shape, dtype: torch.dtype, tokenizer: Tokenizer
 
 def _tokens(values: dict, tokenizer: Tokenizer) -> dict:
     """What ``values`` is to say of the tokens that end a reply, and pad."""
-    tokens = {"eos_token_id": tokenizer.said.ends(tokenizer.eos_id)}
-    if "pad" in tokenizer.said.texts or values.get("pad_token_id") is not None:
+    tokens = {"eos_token_id": tokenizer.special_tokens.ends(tokenizer.eos_id)}
+    if "pad" in tokenizer.special_tokens.texts or values.get("pad_token_id") is not None:
         tokens["pad_token_id"] = tokenizer.pad_id
     return tokens
 

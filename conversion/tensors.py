@@ -124,7 +124,7 @@ class Stored(Rows):
     pieces: tuple[Piece, ...]
 
     @classmethod
-    def whole(cls, values: torch.Tensor) -> Stored:
+    def of_tensor(cls, values: torch.Tensor) -> Stored:
         return cls(tuple(values.shape), values.dtype, (Piece((0,) * values.dim(), values),))
 
     @classmethod

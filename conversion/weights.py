@@ -50,14 +50,14 @@ class Entry(NamedTuple):
     def woven(self, tensors: dict[str, Rows]) -> Rows:
         """megatron-core's tensor from Hugging Face's."""
         parts = [tensors[name] for name in self.parts]
-        return parts[0] if len(parts) == 1 else Woven.of(parts, self.weight.groups)
+        return parts[0] if len(parts) == 1 else Woven.of(parts, self.weight.weave_groups)
 
     def unwoven(self, tensor: Rows) -> dict[str, Rows]:
         """Hugging Face's tensors from megatron-core's."""
         if len(self.parts) == 1:
             return {self.name: tensor}
         return {
-            name: Unwoven.of(tensor, list(self.parts.values()), number, self.weight.groups)
+            name: Unwoven.of(tensor, list(self.parts.values()), number, self.weight.weave_groups)
             for number, name in enumerate(self.parts)
         }
 

@@ -51,7 +51,8 @@ def whole_sizes(shape: Shape) -> dict[str, tuple[int, ...]]:
         f"decoder.layers.{layer}.{weight.key}": weight.size for layer in range(shape.layers) for weight in table.layer
     }
     return layers | {
-        weight.key: weight.size for weight in (*table.first, *table.last, *shape.top("untied"), *shape.top("scalar"))
+        weight.key: weight.size
+        for weight in (*table.first, *table.last, *shape.head_weights("untied"), *shape.head_weights("scalar"))
     }
 
 

@@ -63,7 +63,7 @@ def folder(shape: Shape, where: Path, prompts: int, length: int) -> None:
         "hidden_size": shape.hidden,
         "n_head": shape.heads,
         "vocab_size": shape.vocab,
-        "layer_norm_epsilon": shape.eps,
+        "layer_norm_epsilon": shape.norm_eps,
     }
     vocab = {
         word: number for number, word in enumerate(("<unk>", "<s>", "</s>", "<pad>", *(f"w{i}" for i in range(WORDS))))

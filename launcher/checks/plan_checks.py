@@ -17,7 +17,7 @@ from training.config.shape import Shape, check_language_model
 from training.config.trainers import RewardConfig, RolloutConfig
 from training.errors import ConfigError, Mistakes
 from training.files.hf_folder import file
-from training.files.special_tokens import Said
+from training.files.special_tokens import SpecialTokens
 
 MOST_LAYERS = 1000
 
@@ -146,7 +146,7 @@ def _weights_gb(model: ModelConfig, folder: Path, shape: Shape, source: str) -> 
             f"model.checkpoint = {model.checkpoint!r}: {folder / 'tokenizer.json'} does not exist; give the folder "
             "of a Hugging Face checkpoint (config.json, tokenizer.json, weights): --set model.checkpoint=FOLDER"
         )
-    Said.read(folder, shape.vocab)
+    SpecialTokens.read(folder, shape.vocab)
     size, notes = weights.check_checkpoint(folder, shape)
     return size / storage.GB, [*notes, *inputs.check_tokenizer(folder, shape, source)]
 

@@ -146,8 +146,8 @@ def _check_tensor(
     if tensor.sizes != sizes:
         raise ConfigError(
             f"model.checkpoint: {tensor.path}: {name} is {list(tensor.sizes)}, config.json says {list(sizes)} "
-            f"(vocab_size {shape.vocab}, hidden size {shape.hidden}, feed-forward width {shape.ffn}, "
-            f"{shape.heads} heads, {shape.groups} key-value heads); {OTHERS}: take both from the same repository"
+            f"(vocab_size {shape.vocab}, hidden size {shape.hidden}, feed-forward width {shape.ffn_hidden}, "
+            f"{shape.heads} heads, {shape.kv_heads} key-value heads); {OTHERS}: take both from the same repository"
         )
     if tensor.dtype not in FLOATS:
         raise ConfigError(

@@ -122,7 +122,7 @@ def generate(shape: Shape, config: RolloutConfig, ranks: int, machine: Machine) 
     cache = (
         4
         * shape.layers
-        * shape.groups
+        * shape.kv_heads
         * shape.head_dim
         * rows
         * (config.prompt_length + config.response_length / 2)

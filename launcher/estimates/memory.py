@@ -151,9 +151,12 @@ class Rank:
         config, shape, one = self.config, self.shape, tokens * self.shape.hidden * self.word / 2 / GB
         tensor, whole = config.tensor_parallel, config.tensor_parallel if config.sequence_parallel else 1
         feed_forward = (
-            (4 if config.recompute == "selective" else 8) * shape.ffn * (1 if shape.gated else 0.5) / shape.hidden
+            (4 if config.recompute == "selective" else 8)
+            * shape.ffn_hidden
+            * (1 if shape.gated else 0.5)
+            / shape.hidden
         )
-        layer = one * (8 / whole + (4 + 4 * shape.groups / shape.heads + feed_forward) / tensor)
+        layer = one * (8 / whole + (4 + 4 * shape.kv_heads / shape.heads + feed_forward) / tensor)
         kept = one * 2 / whole if config.recompute == "full" else layer
         pipeline, virtual = config.pipeline_parallel, config.virtual_pipeline
         flights = min(pipeline - self.stage, micro_batches)
@@ -242,11 +245,11 @@ def _engine(rank: Rank) -> list[tuple[str, float]]:
     size = config.generation_tensor_parallel or config.tensor_parallel
     rows = min(config.generation_batch_size, config.rollout_batch_size // rank.data)
     least = min(LEAST_ROWS, rows)
-    token = 2 * rank.word * shape.layers * shape.groups * shape.head_dim / size
+    token = 2 * rank.word * shape.layers * shape.kv_heads * shape.head_dim / size
     # adapters are merged into a copy
     moved = config.pipeline_parallel > 1 or size != config.tensor_parallel or config.lora_rank
     weights = [(f"weights for rollouts at TP {size}", rank.word * shape.parameters() / size / GB)] if moved else []
-    working = max(8 * rows * shape.vocab, PREFILL_TOKENS * rank.word * (2 * shape.ffn / size + 4 * shape.hidden))
+    working = max(8 * rows * shape.vocab, PREFILL_TOKENS * rank.word * (2 * shape.ffn_hidden / size + 4 * shape.hidden))
     cache = token * least * (config.prompt_length + config.response_length)
     return [
         *weights,
@@ -302,7 +305,7 @@ def _changes(stage: str, shape: Shape, config: TrainerConfig, asked: Resources, 
         yield *keys(recompute="full"), asked.ranks
     if config.tensor_parallel > 1 and not config.sequence_parallel:
         yield *keys(sequence_parallel=True), asked.ranks
-    if tensor <= profile.gpus_per_node and shape.groups % tensor == 0:
+    if tensor <= profile.gpus_per_node and shape.kv_heads % tensor == 0:
         words, made = keys(tensor_parallel=tensor, sequence_parallel=True)
         nodes, gpus = asked.nodes, max(asked.ranks_per_node, tensor)
         more = "" if gpus == asked.ranks_per_node else f" --set resources.{stage}.gpus_per_node={gpus}"
@@ -357,7 +360,7 @@ def check_evaluation(shape: Shape, config: MTBenchConfig, profile: Profile) -> s
     loads whole models, one at a time. The held-out replies' divergence is computed in fp32."""
     weights = 4 * shape.parameters() / GB
     tokens = config.batch_size * config.context_length
-    cache = 4 * tokens * shape.layers * shape.groups * shape.head_dim / GB  # bf16, keys and values
+    cache = 4 * tokens * shape.layers * shape.kv_heads * shape.head_dim / GB  # bf16, keys and values
     needs = max(weights, weights / 2 + cache) + OUTSIDE_GB
     if needs <= FITS * profile.gpu_memory_gb:
         return ""

@@ -183,7 +183,7 @@ def test_a_megatron_checkpoint_that_is_cut_or_hostile_is_refused(tmp_path):
         torch_dist.read(model, shape, "tied")
     with pytest.raises(ConfigError, match="has 2 layers, the model's config.json says 3"):
         data.write_bytes(whole)
-        torch_dist.read(model, bloom.shape(3, shape.hidden, shape.heads, shape.vocab, shape.eps), "tied")
+        torch_dist.read(model, bloom.shape(3, shape.hidden, shape.heads, shape.vocab, shape.norm_eps), "tied")
     described = torch_dist.metadata(model)
     described.state_dict_metadata["decoder.layers.extra"] = described.state_dict_metadata[
         "decoder.final_layernorm.bias"

@@ -53,7 +53,7 @@ def test_blocks_of_a_tensor_in_pieces_are_its_rows():
     assert tensor.complete and torch.equal(tensor.load(), whole)
     assert torch.equal(tensor.part(0, 1, 4).part(1, 1, 2).load(), whole[1:5, 1:3])
     assert torch.equal(tensor.padded(8).load(), torch.cat((whole, torch.zeros(2, 4)))) and not tensor.padded(8).complete
-    big = Stored.whole(torch.arange(BLOCK // 2, dtype=torch.float32).view(-1, 1024))
+    big = Stored.of_tensor(torch.arange(BLOCK // 2, dtype=torch.float32).view(-1, 1024))
     blocks = list(big.blocks(torch.bfloat16))
     assert len(blocks) == 2 and torch.equal(torch.cat(blocks), big.load().bfloat16())
 
@@ -208,11 +208,11 @@ def test_what_was_begun_from_other_files_is_not_gone_on_with(tmp_path):
 
 def test_files_hold_whole_tensors_and_a_key_has_one_type(monkeypatch):
     shape = bloom.shape(2, 64, 8, 300, 1e-5)
-    table = {entry.name: Stored.whole(torch.zeros(4)) for entry in torch_dist.entries(shape, "tied")}
+    table = {entry.name: Stored.of_tensor(torch.zeros(4)) for entry in torch_dist.entries(shape, "tied")}
     monkeypatch.setattr(torch_dist, "FILE_BYTES", 80)
     files = torch_dist.plan(table, shape, "tied")
     assert [len(parts) for parts in files.values()] == [5, 5, 5, 5, 5, 4]
     with pytest.raises(
         ConfigError, match="h.1.mlp.dense_4h_to_h.bias is torch.float16, in layer 0 it is torch.float32"
     ):
-        torch_dist.plan(table | {"h.1.mlp.dense_4h_to_h.bias": Stored.whole(torch.zeros(4).half())}, shape, "tied")
+        torch_dist.plan(table | {"h.1.mlp.dense_4h_to_h.bias": Stored.of_tensor(torch.zeros(4).half())}, shape, "tied")

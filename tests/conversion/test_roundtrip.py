@@ -122,7 +122,7 @@ def test_query_key_and_value_stand_by_key_value_head_and_gate_and_up_alternate(t
     shape = Shape.read(tmp_path / "hf")
     made = {
         entry.parameter: entry.woven(
-            {f"layers.0.{name}": tensors.Stored.whole(value) for name, value in state.items()}
+            {f"layers.0.{name}": tensors.Stored.of_tensor(value) for name, value in state.items()}
         ).load()
         for entry in entries(shape)
         if entry.layer is not None

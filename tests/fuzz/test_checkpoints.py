@@ -21,7 +21,7 @@ from training.config.shape import Shape, check_language_model
 from training.data import demo_model, trial
 from training.data.tokenizer import Tokenizer
 from training.errors import ConfigError
-from training.files.special_tokens import Said
+from training.files.special_tokens import SpecialTokens
 
 TEXT = "\n\nHuman: What is 12 plus 345?\n\nAssistant: It's 357, of course. I'll say it's so! 2024-01-02\n"
 INDEX = "model.safetensors.index.json"
@@ -90,7 +90,7 @@ def take_in(folder):
     read."""
     shape = Shape.read(folder)
     check_language_model(folder, shape)
-    Said.read(folder, shape.vocab)
+    SpecialTokens.read(folder, shape.vocab)
     weights.check_checkpoint(folder, shape)
     tokenizer = Tokenizer(folder)
     tokenizer.highest()

@@ -29,7 +29,7 @@ def decoder(
     weights = {}
     for entry in entries(shape):  # several parts: their rows in turn, group by group
         parts = [state[stored_name(shape, name)] for name in entry.parts]
-        grouped = [part.view(entry.weight.groups, -1, *part.shape[1:]) for part in parts]
+        grouped = [part.view(entry.weight.weave_groups, -1, *part.shape[1:]) for part in parts]
         weights[entry.parameter] = parts[0] if len(parts) == 1 else torch.cat(grouped, 1).flatten(0, 1)
     return family(shape).Decoder(shape, weights, ops)
 

@@ -12,7 +12,7 @@ from training.models.bloom import table
 from training.optim.optimizer import boxes
 from training.trainer.step import Learner, build_model
 
-SHAPE = table.shape(layers=4, hidden=48, heads=6, vocab=300, eps=1e-5)
+SHAPE = table.shape(layers=4, hidden=48, heads=6, vocab=300, norm_eps=1e-5)
 """Odd: six heads, and a vocabulary whose padding depends on TP."""
 
 

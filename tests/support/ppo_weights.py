@@ -15,6 +15,6 @@ def weights(config, stage, head: str) -> tuple[dict, tuple]:
     held = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     body = {}
     for entry in entries(shape):
-        body |= entry.unwoven(Stored.whole(held[entry.parameter][: entry.weight.size[0]]))
+        body |= entry.unwoven(Stored.of_tensor(held[entry.parameter][: entry.weight.size[0]]))
     body = {name: tensor.load() for name, tensor in body.items()}
     return body, tuple(value for name, value in held.items() if name.startswith("score."))

@@ -18,7 +18,7 @@ from training.files import hf_folder
 MOST = 2**31 - 1
 """Of a whole number: more is no size of a model."""
 FIX = "correct config.json, or download it again"
-WORDS = {
+TYPE_NAMES = {
     type(None): "null",
     bool: "true or false",
     int: "a whole number",
@@ -75,7 +75,7 @@ class ConfigFile:
                 "transformers; keep the one that the model was trained with"
             )
 
-    def whole(self, *names: str, default=ABSENT) -> int:
+    def whole_number(self, *names: str, default=ABSENT) -> int:
         name, number = self.first(*names, default=default)
         if type(number) is not int or not 1 <= number <= MOST:
             raise self.wrong(name, number, f"a whole number above 0, at most {MOST}")
@@ -88,17 +88,17 @@ class ConfigFile:
             raise self.wrong(name, number, "a number above 0 and below 1, such as 1e-05")
         return number
 
-    def base(self, name: str, number) -> float:
+    def rope_base(self, name: str, number) -> float:
         """``number``, named ``name``, as the base of a rotary embedding."""
         # float32's largest; False for NaN
         if type(number) not in (int, float) or not 1 < number < 1e38:
             raise self.wrong(name, number, "a finite number above 1")
         return float(number)
 
-    def truth(self, name: str, default: bool) -> bool:
+    def boolean(self, name: str, default: bool) -> bool:
         value = self.values.get(name, default)
         if type(value) is not bool:
-            raise self.wrong(name, value, WORDS[bool])
+            raise self.wrong(name, value, TYPE_NAMES[bool])
         return value
 
     def table(self, name: str) -> dict:
@@ -120,7 +120,7 @@ class ConfigFile:
         evaluation would end there."""
         for name, kinds in allowed.items():
             if name in self.values and type(self.values[name]) not in kinds:
-                raise self.wrong(name, self.values[name], " or ".join(WORDS[kind] for kind in kinds))
+                raise self.wrong(name, self.values[name], " or ".join(TYPE_NAMES[kind] for kind in kinds))
             if type(self.values.get(name)) is float and not math.isfinite(self.values[name]):
                 raise self.wrong(name, self.values[name], "a finite number")
 

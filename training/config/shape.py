@@ -43,7 +43,7 @@ class Weight:
     rows are, group by group, the first part's rows of the group, then the second's, ..."""
     split: int | None = None
     """The axis that tensor parallelism splits; None = the same on every rank."""
-    groups: int = 1
+    weave_groups: int = 1
     """Groups that several parts are woven by; tensor parallelism must not cut one."""
 
     @property
@@ -70,13 +70,13 @@ class Shape:
     layers: int
     hidden: int
     heads: int
-    groups: int
+    kv_heads: int
     """Key-value heads: each serves heads / groups query heads."""
-    ffn: int
+    ffn_hidden: int
     """Width of the feed-forward part, after the gate where it has one."""
     vocab: int
     """Rows of the embedding in the Hugging Face checkpoint."""
-    eps: float
+    norm_eps: float
     """Epsilon of the norms."""
     tied: bool
     """The output matrix is the embedding; else the model has its own."""
@@ -84,9 +84,9 @@ class Shape:
     """The feed-forward part's first matrix has a second half, which gates (SwiGLU)."""
     alibi: bool = False
     """Attention with linear biases."""
-    theta: float = 0.0
+    rope_theta: float = 0.0
     """Base of the rotary embedding's wavelengths; 0 = none."""
-    positions: int = 0
+    max_positions: int = 0
     """Most tokens of a row; 0 = any number (ALiBi)."""
 
     @classmethod
@@ -117,9 +117,9 @@ class Shape:
         for layer in range(self.layers):
             for weight in table.layer:
                 yield weight, layer, {f"{name}.{layer}.{part}": size for part, size in weight.parts.items()}
-        yield from ((weight, None, weight.parts) for weight in (*table.last, *self.top(head)))
+        yield from ((weight, None, weight.parts) for weight in (*table.last, *self.head_weights(head)))
 
-    def top(self, head: str) -> tuple[Weight, ...]:
+    def head_weights(self, head: str) -> tuple[Weight, ...]:
         """What stands on top of the transformer. ``head``: "tied" (the embedding again: no tensor),
         "untied" or "scalar"."""
         if head == "untied":
@@ -151,14 +151,17 @@ class Shape:
             raise ConfigError(
                 f"{name} = {size} does not divide the model's {self.heads} attention heads; choose one of {fits}"
             )
-        if self.groups % size:
-            fits = ", ".join(str(n) for n in range(1, self.groups + 1) if self.groups % n == 0 and self.heads % n == 0)
-            raise ConfigError(
-                f"{name} = {size} does not divide the model's {self.groups} key-value heads; choose one of {fits}"
+        if self.kv_heads % size:
+            fits = ", ".join(
+                str(n) for n in range(1, self.kv_heads + 1) if self.kv_heads % n == 0 and self.heads % n == 0
             )
-        if self.ffn % size:
             raise ConfigError(
-                f"{name} = {size} does not divide the model's feed-forward width {self.ffn}; choose one that does"
+                f"{name} = {size} does not divide the model's {self.kv_heads} key-value heads; choose one of {fits}"
+            )
+        if self.ffn_hidden % size:
+            raise ConfigError(
+                f"{name} = {size} does not divide the model's feed-forward width {self.ffn_hidden}; "
+                "choose one that does"
             )
 
     def check_layout(
@@ -187,10 +190,10 @@ class Shape:
     def check_length(self, name: str, tokens: int) -> None:
         """Raises ConfigError where rows of ``tokens`` are longer than the model's positions reach;
         ``name``: the setting."""
-        if self.positions and tokens > self.positions:
+        if self.max_positions and tokens > self.max_positions:
             raise ConfigError(
-                f"{name} = {tokens} is more than the model's max_position_embeddings = {self.positions}, and a rotary "
-                "embedding knows no more positions; set at most that"
+                f"{name} = {tokens} is more than the model's max_position_embeddings = {self.max_positions}, "
+                "and a rotary embedding knows no more positions; set at most that"
             )
 
     def stage_layers(self, stages: int, head: str = "lm", least: int = 1) -> list[int]:
@@ -235,7 +238,7 @@ class Shape:
     def parameters(self) -> int:
         """Parameters of the language model; a tied output matrix is the embedding. Vocabulary
         padding is not counted."""
-        table, top = self.table, self.top("tied" if self.tied else "untied")
+        table, top = self.table, self.head_weights("tied" if self.tied else "untied")
         return sum(math.prod(weight.size) for weight in (*table.first, *self.layers * table.layer, *table.last, *top))
 
     def adapters(self, rank: int, tensor_parallel_size: int = 1) -> int:

@@ -12,7 +12,7 @@ import tokenizers
 from training.errors import ConfigError
 from training.files import hf_folder
 from training.files.hf_folder import AGAIN, shown
-from training.files.special_tokens import Said
+from training.files.special_tokens import SpecialTokens
 
 FILE = "tokenizer.json"
 PARTS = {
@@ -42,9 +42,9 @@ class Tokenizer:
         self._tokenizer = load(folder)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.said = Said.read(folder)
-        self.eos_id = self.said.number("eos", self._tokenizer.token_to_id)
-        self.pad_id = self.said.number("pad", self._tokenizer.token_to_id, self.eos_id)
+        self.special_tokens = SpecialTokens.read(folder)
+        self.eos_id = self.special_tokens.number("eos", self._tokenizer.token_to_id)
+        self.pad_id = self.special_tokens.number("pad", self._tokenizer.token_to_id, self.eos_id)
         self.bos = self._opening()
         """Ids that the post-processor puts before a text: BOS, or none."""
         self._anchor = self._before_replies()

@@ -143,7 +143,7 @@ def check_files(tokenizer: Tokenizer, folder: Path, rows: int, samples: list[str
             f"embedding has {rows} rows (vocab_size); the tokenizer is another model's, or the "
             "embedding was not resized after tokens were added"
         )
-    return [*tokenizer.said.notes(tokenizer.eos_id), *_joins(tokenizer, samples), *_foreign_code(folder)]
+    return [*tokenizer.special_tokens.notes(tokenizer.eos_id), *_joins(tokenizer, samples), *_foreign_code(folder)]
 
 
 def _joins(tokenizer: Tokenizer, samples: list[str]) -> list[str]:

@@ -32,7 +32,7 @@ LIKE_IDS = (
 
 
 @dataclass(frozen=True)
-class Said:
+class SpecialTokens:
     """What a folder's files say; every number is the number of a row of the embedding."""
 
     folder: Path
@@ -42,7 +42,7 @@ class Said:
     """File (of CONFIGS) -> {"eos": [2], ...}: what it says by number."""
 
     @classmethod
-    def read(cls, folder: str | Path, rows: int = 0) -> Said:
+    def read(cls, folder: str | Path, rows: int = 0) -> SpecialTokens:
         """``rows`` of the embedding; 0 = not known. Raises ConfigError, naming file and field, for
         what is no token."""
         folder = Path(folder)

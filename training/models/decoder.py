@@ -29,7 +29,7 @@ class Decoder:
         self.shape, self.ops, self.group = shape, ops, group
         self.size, self.rank = (group.size(), group.rank()) if group else (1, 0)
         self.layers, self.vocab, self.head_dim = shape.layers, shape.vocab, shape.head_dim
-        self.heads, self.kv_heads = shape.heads // self.size, shape.groups // self.size
+        self.heads, self.kv_heads = shape.heads // self.size, shape.kv_heads // self.size
         self.weights = weights
         self.embedding = weights[EMBEDDING]
         self.dtype, self.device = self.embedding.dtype, self.embedding.device
@@ -67,7 +67,7 @@ class Decoder:
         part."""
         return (
             tokens
-            * (2 * (2 if self.shape.gated else 1) * self.shape.ffn // self.size + 6 * self.shape.hidden)
+            * (2 * (2 if self.shape.gated else 1) * self.shape.ffn_hidden // self.size + 6 * self.shape.hidden)
             * self.dtype.itemsize
         )
 
@@ -112,7 +112,7 @@ class Decoder:
         return partial
 
     def _run(self, tokens, cache, batch: Batch, only_fill: bool) -> torch.Tensor | None:
-        ops, eps, scale, group = self.ops, self.shape.eps, self.head_dim**-0.5, self.heads // self.kv_heads
+        ops, eps, scale, group = self.ops, self.shape.norm_eps, self.head_dim**-0.5, self.heads // self.kv_heads
         # The residual stream in fp32: in bf16 the rounding of two additions a layer would be most
         # of the error of a log-probability.
         hidden = self.embed(tokens).float()

@@ -53,9 +53,9 @@ def transformer_config(shape: Shape, trainer, head: str = "lm") -> TransformerCo
         num_layers=shape.layers,
         hidden_size=shape.hidden,
         num_attention_heads=shape.heads,
-        num_query_groups=shape.groups,
-        ffn_hidden_size=shape.ffn,
-        layernorm_epsilon=shape.eps,
+        num_query_groups=shape.kv_heads,
+        ffn_hidden_size=shape.ffn_hidden,
+        layernorm_epsilon=shape.norm_eps,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         **modules(shape).SETTINGS,
@@ -240,10 +240,10 @@ class LanguageModel(LanguageModule):
     def _angles(self, tokens, documents) -> torch.Tensor | None:
         """Of the rotary embedding, for every token; None without one."""
         shape = self.shape
-        if not shape.theta:
+        if not shape.rope_theta:
             return None
         positions = rotary.of_documents(documents) if documents is not None else None
-        return rotary.angles(shape.theta, shape.head_dim, tokens.size(1), positions, tokens.device)
+        return rotary.angles(shape.rope_theta, shape.head_dim, tokens.size(1), positions, tokens.device)
 
     def _embed(self, tokens):
         """Tokens (B, T) -> (T, B, H), or this rank's part under sequence parallelism."""

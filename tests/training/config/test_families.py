@@ -65,7 +65,14 @@ def read(folder, published=SMOLLM2, **changes) -> Shape:
 
 def test_a_llama_s_shape_in_both_spellings_of_the_rotary_base(tmp_path):
     old = read(tmp_path)
-    assert (old.groups, old.ffn, old.eps, old.tied, old.theta, old.positions) == (3, 1536, 1e-5, True, 100000.0, 8192)
+    assert (old.kv_heads, old.ffn_hidden, old.norm_eps, old.tied, old.rope_theta, old.max_positions) == (
+        3,
+        1536,
+        1e-5,
+        True,
+        100000.0,
+        8192,
+    )
     assert not old.alibi and not old.score_bias and old.parameters() == 134515008
     assert old == read(
         tmp_path,
@@ -76,7 +83,13 @@ def test_a_llama_s_shape_in_both_spellings_of_the_rotary_base(tmp_path):
     assert old == read(tmp_path, head_dim=64, mlp_bias=False, sliding_window=None)
     names = ("num_key_value_heads", "rms_norm_eps", "rope_theta", "tie_word_embeddings", "max_position_embeddings")
     bare = read(tmp_path, **dict.fromkeys(names, "absent"))  # transformers' defaults
-    assert (bare.groups, bare.eps, bare.theta, bare.tied, bare.positions) == (9, 1e-6, 10000.0, False, 2048)
+    assert (bare.kv_heads, bare.norm_eps, bare.rope_theta, bare.tied, bare.max_positions) == (
+        9,
+        1e-6,
+        10000.0,
+        False,
+        2048,
+    )
 
 
 @pytest.mark.parametrize(
@@ -113,7 +126,7 @@ def test_what_is_not_computed_is_refused_by_name(tmp_path, changes, message):
 
 def test_what_is_published_and_what_transformers_writes_is_accepted(tmp_path):
     published = read(tmp_path, BLOOM_560M)
-    assert (published.layers, published.hidden, published.heads, published.vocab, published.eps) == (
+    assert (published.layers, published.hidden, published.heads, published.vocab, published.norm_eps) == (
         24,
         1024,
         16,
@@ -140,7 +153,7 @@ def test_what_is_published_and_what_transformers_writes_is_accepted(tmp_path):
         == read(tmp_path, rope_theta=1e5, rope_scaling={}, rope_parameters={"rope_theta": 100000})
     )
     assert instruct == read(tmp_path, rope_theta=None, rope_parameters={"rope_theta": 1e5})
-    assert read(tmp_path, rope_theta=3580165449.0).theta == 3580165449.0, "a Llama 3 for a million positions"
+    assert read(tmp_path, rope_theta=3580165449.0).rope_theta == 3580165449.0, "a Llama 3 for a million positions"
     for model, config in (
         (read, LlamaConfig(**SMOLLM2)),
         (partial(read, published=BLOOM_560M), BloomConfig(**BLOOM_560M)),

@@ -125,7 +125,7 @@ def by_parameter(folder, model) -> dict[str, torch.Tensor]:
     }
     return {
         entry.parameter: torch.cat(
-            [found[name].view(entry.weight.groups, -1, *size[1:]) for name, size in entry.parts.items()], 1
+            [found[name].view(entry.weight.weave_groups, -1, *size[1:]) for name, size in entry.parts.items()], 1
         ).flatten(0, 1)
         for entry in entries(shape)
     }

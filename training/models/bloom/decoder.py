@@ -17,7 +17,7 @@ class Decoder(decoder.Decoder):
 
     def embed(self, tokens):
         return F.layer_norm(
-            super().embed(tokens), (self.shape.hidden,), *self.pair("embedding_layernorm"), self.shape.eps
+            super().embed(tokens), (self.shape.hidden,), *self.pair("embedding_layernorm"), self.shape.norm_eps
         )
 
     def feed_forward(self, normed, block) -> tuple[torch.Tensor, torch.Tensor]:

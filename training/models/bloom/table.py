@@ -20,16 +20,16 @@ UNUSED: tuple[str, ...] = ()
 """Ends of the names of tensors that transformers once saved and reads no more."""
 
 
-def shape(layers: int, hidden: int, heads: int, vocab: int, eps: float, tied: bool = True) -> Shape:
+def shape(layers: int, hidden: int, heads: int, vocab: int, norm_eps: float, tied: bool = True) -> Shape:
     return Shape(
         family="bloom",
         layers=layers,
         hidden=hidden,
         heads=heads,
-        groups=heads,
-        ffn=4 * hidden,
+        kv_heads=heads,
+        ffn_hidden=4 * hidden,
         vocab=vocab,
-        eps=eps,
+        norm_eps=norm_eps,
         tied=tied,
         alibi=True,
     )
@@ -37,7 +37,7 @@ def shape(layers: int, hidden: int, heads: int, vocab: int, eps: float, tied: bo
 
 def read(config: ConfigFile) -> Shape:
     """Raises ConfigError, by name, for what we do not compute."""
-    hidden, heads = config.whole("hidden_size", "n_embed"), config.whole("n_head", "num_attention_heads")
+    hidden, heads = config.whole_number("hidden_size", "n_embed"), config.whole_number("n_head", "num_attention_heads")
     config.only("apply_residual_connection_post_layernorm", False)
     config.only("quantization_config", None)
     config.types(
@@ -54,17 +54,17 @@ def read(config: ConfigFile) -> Shape:
             f"{config.path}: hidden_size = {hidden} and n_head = {heads}: expected a multiple of the heads; {FIX}"
         )
     return shape(
-        config.whole("n_layer", "num_hidden_layers"),
+        config.whole_number("n_layer", "num_hidden_layers"),
         hidden,
         heads,
-        config.whole("vocab_size"),
+        config.whole_number("vocab_size"),
         config.epsilon("layer_norm_epsilon"),
-        config.truth("tie_word_embeddings", True),
+        config.boolean("tie_word_embeddings", True),
     )
 
 
 def table(shape: Shape) -> Table:
-    hidden, wide = shape.hidden, shape.ffn
+    hidden, wide = shape.hidden, shape.ffn_hidden
 
     def norm(key: str, name: str) -> list[Weight]:
         return [Weight(f"{key}.{part}", {f"{name}.{part}": (hidden,)}) for part in ("weight", "bias")]

@@ -14,7 +14,7 @@ class Decoder(decoder.Decoder):
     def place(self, query, key, batch):
         if "rotary" not in batch.derived:
             angles = rotary.angles(
-                self.shape.theta, self.head_dim, self.shape.positions, batch.position[None], self.device
+                self.shape.rope_theta, self.head_dim, self.shape.max_positions, batch.position[None], self.device
             )
             batch.derived["rotary"] = angles.cos(), angles.sin()
         cosine, sine = batch.derived["rotary"]  # (T, 1, 1, D)

@@ -24,8 +24,8 @@ DEFAULT_THETA = 10000.0
 def read(config: ConfigFile) -> Shape:
     """Defaults are transformers' LlamaConfig's. Raises ConfigError, by name, for what we do not
     compute."""
-    hidden, heads = config.whole("hidden_size"), config.whole("num_attention_heads")
-    groups = heads if config.values.get("num_key_value_heads") is None else config.whole("num_key_value_heads")
+    hidden, heads = config.whole_number("hidden_size"), config.whole_number("num_attention_heads")
+    kv_heads = heads if config.values.get("num_key_value_heads") is None else config.whole_number("num_key_value_heads")
     for name in ("attention_bias", "mlp_bias"):
         config.only(name, False)
     for name in ("sliding_window", "layer_types", "quantization_config"):
@@ -38,23 +38,23 @@ def read(config: ConfigFile) -> Shape:
             f"= {heads}: expected an even head dimension; {FIX}"
         )
     config.only("head_dim", hidden // heads, None)
-    if heads % groups:
+    if heads % kv_heads:
         raise ConfigError(
-            f"{config.path}: num_key_value_heads = {groups} does not divide num_attention_heads = {heads}; {FIX}"
+            f"{config.path}: num_key_value_heads = {kv_heads} does not divide num_attention_heads = {heads}; {FIX}"
         )
     return Shape(
         family="llama",
-        layers=config.whole("num_hidden_layers"),
+        layers=config.whole_number("num_hidden_layers"),
         hidden=hidden,
         heads=heads,
-        groups=groups,
-        ffn=config.whole("intermediate_size"),
-        vocab=config.whole("vocab_size"),
-        eps=config.epsilon("rms_norm_eps", 1e-6),
-        tied=config.truth("tie_word_embeddings", False),
+        kv_heads=kv_heads,
+        ffn_hidden=config.whole_number("intermediate_size"),
+        vocab=config.whole_number("vocab_size"),
+        norm_eps=config.epsilon("rms_norm_eps", 1e-6),
+        tied=config.boolean("tie_word_embeddings", False),
         gated=True,
-        theta=_theta(config),
-        positions=config.whole("max_position_embeddings", default=2048),
+        rope_theta=_theta(config),
+        max_positions=config.whole_number("max_position_embeddings", default=2048),
     )
 
 
@@ -78,7 +78,7 @@ def _theta(config: ConfigFile) -> float:
     said = {f"{name}.rope_theta": table["rope_theta"] for name, table in tables.items() if "rope_theta" in table}
     if "rope_theta" in config.values and (not said or config.values["rope_theta"] is not None):
         said["rope_theta"] = config.values["rope_theta"]
-    bases = {name: config.base(name, value) for name, value in said.items()}
+    bases = {name: config.rope_base(name, value) for name, value in said.items()}
     if tables["rope_scaling"] and "rope_parameters.rope_theta" in bases and len(bases) == 1:
         bases["rope_scaling.rope_theta (not there: the default)"] = DEFAULT_THETA
     config.agree(bases)
@@ -86,7 +86,7 @@ def _theta(config: ConfigFile) -> float:
 
 
 def table(shape: Shape) -> Table:
-    hidden, wide, shared = shape.hidden, shape.ffn, shape.hidden // shape.heads * shape.groups
+    hidden, wide, shared = shape.hidden, shape.ffn_hidden, shape.hidden // shape.heads * shape.kv_heads
     return Table(
         first=(Weight(EMBEDDING, {"embed_tokens.weight": (shape.vocab, hidden)}, 0),),
         layer=(
@@ -99,7 +99,7 @@ def table(shape: Shape) -> Table:
                     "self_attn.v_proj.weight": (shared, hidden),
                 },
                 0,
-                shape.groups,
+                shape.kv_heads,
             ),
             Weight("self_attention.linear_proj.weight", {"self_attn.o_proj.weight": (hidden, hidden)}, 1),
             Weight("pre_mlp_layernorm.weight", {"post_attention_layernorm.weight": (hidden,)}),
