@@ -29,13 +29,15 @@ STILL_UPWARDS = {("launcher.submit.resume", "launcher.plan")}
 """Imports that run back up and must go. Each that has gone is taken off this list."""
 OUTSIDE = {
     "launcher": {"click", "rich", "submitit", "tomli", "tomllib", "conversion.config", "eval.addresses", "eval.config"}
+    | {"eval.errors", "eval.files.private", "eval.judge.key"}
     | {"training.checkpoint.checksums", "training.config", "training.errors", "training.files", "training.models"},
     "training": None,
     "conversion": {"training"},
     "eval": set(),
 }
 """What a package may import of what is not its own: launcher's list is closed, the others' is of
-our packages."""
+our packages. The launcher checks a judge's key by ``eval.judge.key``, as the stage will, and reads
+its own secrets by the same ``eval.files.private``."""
 LONGEST = {"benchmarks/learning/learns_smollm2.py": 470}
 """Files that are longer than the budget of 450 lines and must be split."""
 

@@ -32,15 +32,23 @@ def read(path: Path, most: int) -> str:
 
 
 def content(path: str | Path, most: int) -> bytes:
-    """A regular file of at most ``most`` bytes. Raises OSError where it is absent, ValueError for a
-    pipe, a device or a larger file: neither is waited for."""
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ValueError("it is not a file")
-        found = file.read(most + 1)
-    if len(found) > most:
+    """A regular file of at most ``most`` bytes. Raises as ``open_regular`` does, and ValueError for
+    a larger file."""
+    with open(open_regular(path), "rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
         raise ValueError(f"it has more than {most >> 20} MiB")
-    return found
+    return data
+
+
+def open_regular(path: str | Path) -> int:
+    """Descriptor of a regular file, open for reading. Raises OSError where it is absent, and
+    ValueError for a pipe, a device or a folder, which is not waited for."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise ValueError("it is not a file")
+    return handle
 
 
 def parse(text: str):

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import os
 import re
-import stat
 from pathlib import Path
 
 from eval.config import MTBenchConfig
 from eval.errors import JudgeError
 from eval.files.foreign import plain
+from eval.files.private import read_private
 
 _PLACEHOLDER = 8
 """Characters; a shorter key (EMPTY, none) is no secret, and its letters may well stand in a
@@ -63,23 +63,15 @@ def read_key(config: MTBenchConfig) -> Key:
 
 
 def _key_of_file(name: str) -> tuple[str, str]:
-    field = f"mtbench.judge_key_file = {name}"
+    """(key, path of the file)."""
+    field, expected = f"mtbench.judge_key_file = {name!r}", "expected a file that holds the key and nothing else"
     try:
         path = Path(name).expanduser()
-        # a pipe must not be waited for
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-            if not stat.S_ISREG(mode):
-                raise JudgeError(f"{field}: not a file; expected one that holds the key and nothing else")
-            key = file.read(_LONGEST + 1).decode("utf-8").strip()
+        key = read_private(path, _LONGEST).strip()
     except OSError as error:
-        raise JudgeError(f"{field}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise JudgeError(f"{field}: not UTF-8; expected the key and nothing else") from None
-    except RuntimeError as error:  # ~nobody
-        raise JudgeError(f"{field}: {error}") from None
-    if mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise JudgeError(f"{field}: not its owner's alone (mode {stat.S_IMODE(mode):o}); chmod 600 {path}")
-    if not key or len(key) > _LONGEST:
-        raise JudgeError(f"{field}: {'too long' if key else 'empty'}; expected the key and nothing else")
+        raise JudgeError(f"{field}: {error.strerror}; {expected}") from None
+    except (ValueError, RuntimeError) as error:  # RuntimeError: ~user for a user that does not exist
+        raise JudgeError(f"{field}: {error}; {expected}") from None
+    if not key:
+        raise JudgeError(f"{field}: it is empty; {expected}")
     return key, str(path)

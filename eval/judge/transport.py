@@ -1,5 +1,9 @@
 """One HTTP request with limits of size and time, without redirects, and without a proxy for this
-machine itself."""
+machine itself.
+
+By urllib: httpx limits each read, not the whole reply, so that a server that sends a byte now and
+then keeps it waiting; the watch below would stay, and the dependency would save few lines.
+"""
 
 from __future__ import annotations
 

@@ -4,16 +4,16 @@ after all training."""
 from __future__ import annotations
 
 import os
-import stat
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from eval.addresses import is_loopback
 from eval.config import MTBenchConfig
+from eval.errors import JudgeError
+from eval.judge.key import read_key
 from launcher.config import key_file
 from launcher.config.profile import Profile
 from training.errors import ConfigError
-
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 def check_judge(config: MTBenchConfig, profile: Profile) -> str:
@@ -30,10 +30,13 @@ def check_judge(config: MTBenchConfig, profile: Profile) -> str:
     if not kind.hosted:
         return ""
     if config.judge_key_file:
-        _check_file(config.judge_key_file)
+        try:
+            read_key(config)
+        except JudgeError as error:
+            raise ConfigError(str(error)) from None
         return ""
     name, url = config.judge_key_variable, urlsplit(config.judge_url)
-    if url.hostname in LOOPBACK or name in key_file.names(profile):
+    if is_loopback(url.hostname or "") or name in key_file.names(profile):
         return ""
     key = os.environ.get(name, "").strip()
     if not key and url.scheme == "https":
@@ -45,20 +48,3 @@ def check_judge(config: MTBenchConfig, profile: Profile) -> str:
     if not key:
         return f"mtbench.judge_url = {config.judge_url}: {name} is not set; the judge is asked without a key"
     return ""
-
-
-def _check_file(name: str) -> None:
-    field = f"mtbench.judge_key_file = {name!r}"
-    try:
-        status = Path(name).expanduser().stat()
-    except (OSError, RuntimeError) as error:
-        raise ConfigError(
-            f"{field}: {getattr(error, 'strerror', None) or error}; expected a file that holds the key and nothing else"
-        ) from None
-    if not stat.S_ISREG(status.st_mode) or not status.st_size:
-        raise ConfigError(
-            f"{field}: {'empty' if stat.S_ISREG(status.st_mode) else 'not a file'}; "
-            "expected one that holds the key and nothing else"
-        )
-    if status.st_mode & 0o077:
-        raise ConfigError(f"{field}: others may read it (mode {stat.S_IMODE(status.st_mode):03o}); chmod 600 {name}")

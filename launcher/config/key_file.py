@@ -15,10 +15,10 @@ import json
 import os
 import re
 import shlex
-import stat
 from pathlib import Path
 from urllib.parse import quote, quote_plus
 
+from eval.files.private import read_private
 from launcher.config.profile import Profile
 from training.errors import ConfigError
 
@@ -32,7 +32,7 @@ MASK = "********"
 ESCAPE = re.compile(r"%[0-9A-F]{2}|(?<=u)[0-9a-f]{4}|(?<=x)[0-9a-f]{2}")
 """Digits of an escape, which programs write in capitals or not."""
 MOST = 1 << 20
-"""Characters of the file at most."""
+"""Bytes of the file at most."""
 
 
 def read(path: str | Path) -> dict[str, str]:
@@ -44,23 +44,14 @@ def read(path: str | Path) -> dict[str, str]:
     """
     try:
         path = Path(path).expanduser()
-        # The checks are of the file that is read, not of one put in its place; a pipe is not waited
-        # for.
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC), encoding="utf-8") as file:
-            _check_private(path, os.fstat(file.fileno()))
-            content = file.read(MOST + 1)
-            lines = content.splitlines()
-        if len(content) > MOST:
-            raise ConfigError(f"secrets = {str(path)!r}: more than {MOST:,} characters; expected KEY=VALUE lines")
-    except UnicodeDecodeError:
-        raise ConfigError(f"secrets = {str(path)!r}: not UTF-8 text; expected KEY=VALUE lines") from None
-    except (OSError, ValueError, RuntimeError) as error:  # a name that no file has; ~nobody
-        if isinstance(error, ConfigError):
-            raise
+        lines = read_private(path, MOST, os.geteuid()).splitlines()
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~user for a user that does not exist
         why = error.strerror if isinstance(error, OSError) else str(error)
         raise ConfigError(
             f"secrets = {str(path)!r}: {why}; make it: install -m 600 /dev/null {path}, then add KEY=VALUE lines"
         ) from None
+    except ValueError as error:
+        raise ConfigError(f"secrets = {str(path)!r}: {error}; expected a file with KEY=VALUE lines") from None
     found: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
         if line.strip() and not line.lstrip().startswith("#"):
@@ -111,21 +102,6 @@ def forms(value: str) -> set[str]:
 def names(profile: Profile) -> tuple[str, ...]:
     """Names of the variables in the profile's file; ConfigError where ``read`` raises it."""
     return tuple(read(profile.secrets)) if profile.secrets else ()
-
-
-def _check_private(path: Path, info: os.stat_result) -> None:
-    if not stat.S_ISREG(info.st_mode):
-        raise ConfigError(f"secrets = {str(path)!r}: not a file; expected one with KEY=VALUE lines")
-    if info.st_uid != os.geteuid():
-        raise ConfigError(
-            f"secrets = {str(path)!r}: belongs to user {info.st_uid}, "
-            f"you are {os.geteuid()}; copy it to a file of yours"
-        )
-    if mode := stat.S_IMODE(info.st_mode) & 0o077:
-        raise ConfigError(
-            f"secrets = {str(path)!r}: others may use it (mode {stat.S_IMODE(info.st_mode):03o}, {mode:03o} too much): "
-            f"chmod 600 {path}, and take its keys for known if the machine is shared"
-        )
 
 
 def _parse(line: str, where: str) -> tuple[str, str]:

@@ -51,7 +51,7 @@ def test_the_judge_is_looked_for(tmp_path, monkeypatch):
         judge(**cloud, judge_key_file="no.key")
     (tmp_path / "key").write_text("sk-1")
     os.chmod(tmp_path / "key", 0o644)
-    with pytest.raises(ConfigError, match=r"others may read it \(mode 644\); chmod 600"):
+    with pytest.raises(ConfigError, match=r"others may use it \(mode 644, 044 too much\): chmod 600"):
         judge(**cloud, judge_key_file=str(tmp_path / "key"))
     os.chmod(tmp_path / "key", 0o600)
     assert (
