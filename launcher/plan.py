@@ -4,10 +4,6 @@ it. Nothing is written or queued."""
 from __future__ import annotations
 
 import json
-import re
-import tempfile
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
@@ -20,66 +16,13 @@ from launcher.config import environment
 from launcher.estimates import iteration_time, memory, step_time
 from launcher.run.folder import Run, Runs
 from launcher.slurm import commands
-from launcher.submit import create
+from launcher.submit import create, test_only
+from launcher.submit.test_only import ExpectedStart
 from training.config.trainers import RolloutConfig, SFTConfig
-from training.errors import ConfigError, Mistakes
+from training.errors import Mistakes
 
 if TYPE_CHECKING:
     from launcher.submit.sweep import Sweep
-
-REFUSED = "allocation failure"
-"""In the words of ``sbatch --test-only``: Slurm has looked at the request and would never run
-it."""
-
-
-AMBIGUOUS = "node configuration is not available"
-"""It says so of a request that no node fits, and of one whose nodes are all down or drained: that
-one may be queued."""
-
-
-@dataclass(frozen=True)
-class Start:
-    """What ``sbatch --test-only`` says of one stage."""
-
-    when: str
-    """As Slurm prints it, e.g. "2026-11-23T23:43:25"; "" where it could not be asked."""
-    nodes: str
-    why: str = ""
-    """Why it could not be asked."""
-
-
-def ask_slurm(plan: create.Plan) -> dict[str, Start]:
-    """Stage -> when it could start if it were queued now. ConfigError, naming all of them, where
-    Slurm would refuse a stage.
-
-    {} under a local profile. Where no controller answers, each says so.
-    """
-    if plan.profile.scheduler != "slurm":
-        return {}
-    if reason := commands.unusable():  # else sbatch would try for 10 s, and call it a refusal
-        return dict.fromkeys((stage.name for stage in plan.stages), Start("", "", reason))
-    starts, refusals = {}, []
-    with tempfile.TemporaryDirectory() as folder:
-        for stage, text in create.render_all(plan).items():
-            path = Path(folder) / f"{stage}.sbatch"
-            path.write_text(text, encoding="utf-8")
-            try:
-                environ = environment.for_sbatch(plan.profile.passed)
-                text = commands.call("sbatch", "--test-only", str(path), environ=environ, with_errors=True)
-                starts[stage] = parse_start(text)
-            except commands.SlurmError as error:
-                if REFUSED not in str(error):
-                    return dict.fromkeys((stage.name for stage in plan.stages), Start("", "", str(error)))
-                if AMBIGUOUS in str(error) and (away := _nodes_away(plan)):
-                    starts[stage] = Start("", "", f"{away}; with all of them it may fit")
-                    continue
-                refusals.append(
-                    f"{stage}: Slurm would refuse it: {_words(str(error))} (it asks for {_asked(plan, stage)}); change "
-                    f"resources.{stage}, or partition, account and limits of profile {plan.profile.name}"
-                )
-    if refusals:
-        raise ConfigError(*refusals)
-    return starts
 
 
 def present(plan: create.Plan | Sweep, out: Console, scripts: bool = False) -> None:
@@ -89,7 +32,7 @@ def present(plan: create.Plan | Sweep, out: Console, scripts: bool = False) -> N
     first = plan if isinstance(plan, create.Plan) else plan.plans[0]
     mistakes = Mistakes()
     mistakes.add(*first.checked.mistakes)
-    starts = mistakes.of(ask_slurm, first) or {}
+    starts = mistakes.of(test_only.expected_starts, first) or {}
     show(first, starts, out, texts)
     if plan is not first:
         number = len(plan.plans)
@@ -132,7 +75,7 @@ def carry_out(plan: create.Plan | Sweep, wait: bool, out: Console) -> int:
     first = plan if isinstance(plan, create.Plan) else plan.plans[0]
     if first.profile.scheduler == "slurm" and (reason := commands.unusable()):
         raise commands.SlurmError(f"{reason}: nothing was queued; the same command does it once Slurm answers")
-    ask_slurm(first)  # refuses what Slurm would refuse
+    test_only.expected_starts(first)  # raises where Slurm would refuse a stage
     out.print(
         "\n".join(
             [f"profile {first.profile.name}: {first.reason}", *(f"warning: {line}" for line in first.checked.warnings)]
@@ -167,16 +110,7 @@ def go_on(runs: Runs, wait: bool) -> int:
     return start_sweep.start_sweep(runs.sweeps[0], stages, wait) if runs.sweeps else start.start(runs[0], stages, wait)
 
 
-def parse_start(text: str) -> Start:
-    """From sbatch's line "sbatch: Job 11 to start at TIME using 2 processors on nodes NODES in
-    partition main"."""
-    match = re.search(r"to start at (\S+)(?: .*?on nodes (\S+))?", text)
-    return (
-        Start(match[1], match[2] or "") if match else Start("", "", text.strip() or "sbatch --test-only said nothing")
-    )
-
-
-def show(plan: create.Plan, starts: dict[str, Start], out: Console, scripts: dict[str, str]) -> None:
+def show(plan: create.Plan, starts: dict[str, ExpectedStart], out: Console, scripts: dict[str, str]) -> None:
     """Print the plan; ``scripts``, stage -> batch script, come first, so that the summary stays on
     the screen."""
     for stage, text in scripts.items():
@@ -194,7 +128,7 @@ def size(gb: float) -> str:
     return f"{gb:.1f}" if gb >= 0.05 else "<0.1"
 
 
-def _graph(plan: create.Plan, starts: dict[str, Start]) -> Table:
+def _graph(plan: create.Plan, starts: dict[str, ExpectedStart]) -> Table:
     slurm, works = plan.profile.scheduler == "slurm", plan.checked.work
     table = Table(
         "stage",
@@ -252,12 +186,12 @@ def _layout(config: dict, ranks: int) -> str:
     )
 
 
-def _start(stage: str, plan: create.Plan, starts: dict[str, Start]) -> str:
-    if stage not in starts or not starts[stage].when:
+def _start(stage: str, plan: create.Plan, starts: dict[str, ExpectedStart]) -> str:
+    if stage not in starts or not starts[stage].time:
         return "?"
     chosen = {one.name for one in plan.stages}
     waits = [parent for parent in plan.graph[stage].parents if parent in chosen]
-    return f"after {', '.join(waits)}" if waits else starts[stage].when.replace("T", " ")
+    return f"after {', '.join(waits)}" if waits else starts[stage].time.replace("T", " ")
 
 
 def _memory(plan: create.Plan) -> Table:
@@ -300,7 +234,7 @@ def _memory(plan: create.Plan) -> Table:
     return table
 
 
-def _notes(plan: create.Plan, starts: dict[str, Start]) -> list[Text]:
+def _notes(plan: create.Plan, starts: dict[str, ExpectedStart]) -> list[Text]:
     """Disk, data, why Slurm can't say a start, requeues, and what may go wrong, a line each."""
     checked, total = plan.checked, sum(plan.checked.disk.values())
     room = f"{storage.format_gb(checked.free_space.free_gb)} are {checked.free_space.where}"
@@ -308,7 +242,10 @@ def _notes(plan: create.Plan, starts: dict[str, Start]) -> list[Text]:
         Text(f"disk: about {storage.format_gb(total)} at most at once; {room}" if checked.disk else f"disk: {room}")
     ]
     notes += [Text(f"data: {checked.data}")] if checked.data else []
-    notes += [Text(f"start: {why}") for why in dict.fromkeys(one.why for one in starts.values() if one.why)]
+    notes += [
+        Text(f"start: {why}")
+        for why in dict.fromkeys(one.unknown_reason for one in starts.values() if one.unknown_reason)
+    ]
     if plan.profile.scheduler == "slurm" and (line := environment.note(plan.profile.passed)):
         notes.append(Text(f"environment: {line}"))
     for name, work in checked.work.items():
@@ -322,26 +259,3 @@ def _notes(plan: create.Plan, starts: dict[str, Start]) -> list[Text]:
             )
     notes += [Text(f"warning: {line}", "yellow") for line in checked.warnings]
     return notes
-
-
-def _asked(plan: create.Plan, name: str) -> str:
-    resources = plan.resources(plan.graph[name])
-    where = f"partition {plan.profile.partition}" if plan.profile.partition else "the default partition"
-    nodes = f"{resources.nodes + resources.spares} nodes x {resources.gpus_per_node} GPUs"
-    return f"{nodes} for {resources.minutes} min in {where}"
-
-
-def _nodes_away(plan: create.Plan) -> str:
-    """ "3 of 4 nodes are down or drained", "" where none is."""
-    partition = [f"--partition={plan.profile.partition}"] if plan.profile.partition else []
-    states = [
-        line.rstrip("*~#!%$@^-").lower()
-        for line in commands.call("sinfo", "-h", "-N", *partition, "-o", "%T").splitlines()
-    ]
-    away = sum(not word.startswith(("idle", "mixed", "alloc", "comp")) for word in states)
-    return f"{away} of {len(states)} nodes are down, drained or reserved" if away else ""
-
-
-def _words(text: str) -> str:
-    """The refusal itself, without what Slurm prints around it."""
-    return next((line.partition(f"{REFUSED}: ")[2] for line in text.splitlines() if REFUSED in line), text)

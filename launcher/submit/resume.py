@@ -6,13 +6,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from launcher import plan
 from launcher.checks import plan_checks
 from launcher.run.folder import Run, lock
 from launcher.slurm import commands, transaction
 from launcher.status import state
 from launcher.status.state import RunStatus
-from launcher.submit import change, create, prepared, repair
+from launcher.submit import change, create, prepared, repair, test_only
 from launcher.submit.change import Change, Wish
 from launcher.submit.rewind import check_iteration, descendants, rewind
 from training.errors import ConfigError
@@ -103,7 +102,7 @@ def check_slurm(steps: list[Steps]) -> None:
         return
     if reason := commands.unusable():
         raise commands.SlurmError(f"{reason}: nothing was changed; the same command does it once Slurm answers")
-    plan.ask_slurm(_plan(first))
+    test_only.expected_starts(_plan(first))
 
 
 def _plan(steps: Steps) -> create.Plan:

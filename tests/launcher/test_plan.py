@@ -15,7 +15,7 @@ from launcher.config.sections import Profile
 from launcher.config.stages import PIPELINES
 from launcher.run.folder import Run, this_process
 from launcher.slurm import sites
-from launcher.submit import create, sweep
+from launcher.submit import create, sweep, test_only
 from tests.support.stub_project import SMALL
 from training.errors import ConfigError
 
@@ -98,8 +98,8 @@ def test_memory_names_each_model_and_its_parts(nowhere):
 def test_starts_are_slurm_s_for_the_first_stage_and_after_its_parents_for_the_others(nowhere):
     made = planned(nowhere, profile=sites.load("dev"))
     said = "sbatch: Job 11 to start at 2026-11-23T23:43:25 using 2 processors on nodes n[1-2] in partition main\n"
-    starts = dict.fromkeys(PIPELINES["ppo"], plan.parse_start(said))
-    assert starts["sft"] == plan.Start("2026-11-23T23:43:25", "n[1-2]")
+    starts = dict.fromkeys(PIPELINES["ppo"], test_only.parse_start(said))
+    assert starts["sft"] == test_only.ExpectedStart("2026-11-23T23:43:25", "n[1-2]")
     said = shown(made, starts=starts)
     assert "2026-11-23 23:43:25" in said and "after sft, reward" in said and said.count("2026-11-23") == 1
 

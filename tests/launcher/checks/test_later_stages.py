@@ -101,7 +101,7 @@ def test_the_plan_is_shown_without_weights_and_with_too_small_a_disk(tmp_path, m
         tolerant=True,
     )
     out = Console(width=220, record=True, file=open(os.devnull, "w"))  # noqa: SIM115 - nothing is written
-    monkeypatch.setattr(plan, "ask_slurm", lambda made: {})
+    monkeypatch.setattr(plan.test_only, "expected_starts", lambda _: {})
     with pytest.raises(ConfigError) as caught:
         plan.present(made, out)
     shown = out.export_text()
