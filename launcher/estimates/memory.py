@@ -156,7 +156,10 @@ class Rank:
             * (1 if shape.gated else 0.5)
             / shape.hidden
         )
-        layer = one * (8 / whole + (4 + 4 * shape.kv_heads / shape.heads + feed_forward) / tensor)
+        # normed queries and keys are kept next to what is normed
+        attention = (4 + 4 * shape.kv_heads / shape.heads) * (1.5 if shape.qk_norm else 1)
+        attention *= shape.attention_width / shape.hidden
+        layer = one * (8 / whole + (attention + feed_forward) / tensor)
         kept = one * 2 / whole if config.recompute == "full" else layer
         pipeline, virtual = config.pipeline_parallel, config.virtual_pipeline
         flights = min(pipeline - self.stage, micro_batches)
@@ -249,7 +252,10 @@ def _engine(rank: Rank) -> list[tuple[str, float]]:
     # adapters are merged into a copy
     moved = config.pipeline_parallel > 1 or size != config.tensor_parallel or config.lora_rank
     weights = [(f"weights for rollouts at TP {size}", rank.word * shape.parameters() / size / GB)] if moved else []
-    working = max(8 * rows * shape.vocab, PREFILL_TOKENS * rank.word * (2 * shape.ffn_hidden / size + 4 * shape.hidden))
+    working = max(
+        8 * rows * shape.vocab,
+        PREFILL_TOKENS * rank.word * (2 * shape.ffn_hidden / size + 4 * max(shape.hidden, shape.attention_width)),
+    )
     cache = token * least * (config.prompt_length + config.response_length)
     return [
         *weights,

@@ -23,7 +23,7 @@ from tests.conversion.folders import (
 )
 from tests.support.bloom import tiny_bloom
 from tests.support.distributed import run
-from tests.support.llama import tiny_llama
+from tests.support.llama import tiny_llama, tiny_mistral, tiny_qwen2, tiny_qwen3
 from training.checkpoint import format
 from training.config.shape import Shape
 from training.errors import ConfigError
@@ -93,6 +93,9 @@ def scores(folder, batch, source):
         (tiny_bloom, "fp32", "value", "rlhf", "value"),
         (tiny_bloom, "bf16", "reward", "reward", "model"),
         (tiny_llama, "fp32", "value", "rlhf", "value"),
+        (tiny_mistral, "bf16", "reward", "reward", "model"),
+        (tiny_qwen2, "fp32", "reward", "reward", "model"),
+        (tiny_qwen3, "fp32", "value", "rlhf", "value"),
     ],
 )
 def test_a_scalar_head_scores_equally_as_a_sequence_classifier(tmp_path, make, dtype, name, stage, inner):
@@ -173,7 +176,7 @@ def test_verify_writes_the_proof_and_sees_one_changed_bit(tmp_path):
     assert not proof["proved"] and differing == ["word_embeddings_layernorm.weight"]
 
 
-@pytest.mark.parametrize("make", [tiny_bloom, tiny_llama])
+@pytest.mark.parametrize("make", [tiny_bloom, tiny_llama, tiny_qwen2, tiny_qwen3])
 def test_verify_proves_an_exported_classifier(tmp_path, make):
     make(tmp_path / "hf", layers=2, vocab=VOCAB)
     write_tokenizer(tmp_path / "hf")

@@ -13,7 +13,7 @@ from conversion import tensors, torch_dist
 from conversion.weights import entries
 from tests.conversion.folders import convert_to, export_from, write_tokenizer
 from tests.support.bloom import tiny_bloom
-from tests.support.llama import tiny_llama
+from tests.support.llama import tiny_llama, tiny_mistral, tiny_qwen2, tiny_qwen3
 from training.config.shape import Shape
 from training.models.bloom import table
 
@@ -26,6 +26,10 @@ from training.models.bloom import table
         (tiny_bloom, 12, torch.float16, True),
         (tiny_llama, 6, torch.bfloat16, False),
         (tiny_llama, 8, torch.float32, True),
+        (tiny_mistral, 6, torch.bfloat16, False),
+        (tiny_qwen2, 6, torch.bfloat16, False),
+        (tiny_qwen2, 8, torch.float32, True),
+        (tiny_qwen3, 6, torch.bfloat16, False),
     ],
 )
 def test_weights_come_back_byte_for_byte(tmp_path, monkeypatch, make, heads, dtype, tied):
@@ -51,7 +55,7 @@ def test_weights_come_back_byte_for_byte(tmp_path, monkeypatch, make, heads, dty
         assert torch.equal(reloaded(tokens).logits, before(tokens).logits)
 
 
-@pytest.mark.parametrize("make", [tiny_bloom, tiny_llama])
+@pytest.mark.parametrize("make", [tiny_bloom, tiny_llama, tiny_qwen2, tiny_qwen3])
 def test_shards_in_and_out(tmp_path, make):
     make(tmp_path / "hf").save_pretrained(tmp_path / "hf", max_shard_size="100KB")
     (tmp_path / "hf" / "model.safetensors").unlink()

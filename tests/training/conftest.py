@@ -1,8 +1,9 @@
-"""A small prepared run for the trainers' tests: demo data, a two-layer BLOOM or Llama with six
-heads, its Megatron checkpoint."""
+"""A small prepared run for the trainers' tests: demo data, a two-layer model with six heads, its
+Megatron checkpoint."""
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -91,13 +92,19 @@ class Run:
 
 
 @pytest.fixture(scope="session")
-def small_run(tmp_path_factory) -> Run:
-    return prepared(Run(tmp_path_factory.mktemp("run")), "bloom")
+def family_run(tmp_path_factory):
+    """Gives the prepared run of a family, by its name."""
+
+    @functools.cache
+    def of(family: str) -> Run:
+        return prepared(Run(tmp_path_factory.mktemp(family)), family)
+
+    return of
 
 
 @pytest.fixture(scope="session")
-def llama_run(tmp_path_factory) -> Run:
-    return prepared(Run(tmp_path_factory.mktemp("llama")), "llama")
+def small_run(family_run) -> Run:
+    return family_run("bloom")
 
 
 def prepared(made: Run, family: str) -> Run:

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import BloomConfig, BloomForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.support.distributed import run
 from tests.support.ppo_weights import weights
@@ -31,10 +31,10 @@ def data(small_run, name: str) -> list[dict]:
 def plain(config: DPOConfig, sft: dict) -> list[dict]:
     """The stage once more: one process, one unpadded reply at a time, a frozen second model, one
     pair after the other."""
-    shape = BloomConfig.from_pretrained(config.paths.model)
-    policy, frozen = BloomForCausalLM(shape).eval(), BloomForCausalLM(shape).eval()
+    shape = AutoConfig.from_pretrained(config.paths.model)
+    policy, frozen = (AutoModelForCausalLM.from_config(shape).eval() for _ in range(2))
     for model in (policy, frozen):
-        model.transformer.load_state_dict(sft)
+        model.base_model.load_state_dict(sft)
         model.tie_weights()
     tokenizer = Tokenizer(config.paths.model)
     with open(config.paths.train) as file:
@@ -88,8 +88,10 @@ def plain(config: DPOConfig, sft: dict) -> list[dict]:
 
 
 @pytest.mark.parametrize("values", [{"label_smoothing": 0.1}, {"loss": "ipo", "beta": 0.5}], ids=["sigmoid", "ipo"])
-def test_steps_equal_plain_torch_with_hugging_face(small_run, tmp_path, values):
+@pytest.mark.parametrize("family", ["bloom", "qwen2", "qwen3"])
+def test_steps_equal_plain_torch_with_hugging_face(family_run, tmp_path, family, values):
     """Also with three replies to a query, two of which may have equal scores."""
+    small_run = family_run(family)
     lines = data(small_run, "reward")[:40]
     for number, line in enumerate(lines[:20]):
         line["response"].append(lines[number + 1]["response"][0])

@@ -37,8 +37,8 @@ def numbers(folder: Path) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("stage", TRAINERS)
 @pytest.mark.parametrize("family", ["bloom", "llama"])
-def test_twenty_steps_give_the_golden_numbers(family, stage, request, tmp_path):
-    prepared = request.getfixturevalue("small_run" if family == "bloom" else "llama_run")
+def test_twenty_steps_give_the_golden_numbers(family, stage, family_run, tmp_path):
+    prepared = family_run(family)
     config = getattr(prepared, stage)(tmp_path / stage, iterations=STEPS, eval_every=10)
     run(TRAINERS[stage], 1, 1, 1, config)
     rows = numbers(tmp_path / stage)

@@ -58,18 +58,20 @@ class GroupReference(Reference):
 
 
 @pytest.mark.parametrize(
-    ("layout", "values"),
+    ("family", "layout", "values"),
     [
-        ((1, 2, 1), {"kl_coef": 0.5, "micro_batch_tokens": 150}),
-        ((2, 1, 2), {"kl_coef": 0.5, "kl_in": "reward", "scale_advantages": False}),
+        ("bloom", (1, 2, 1), {"kl_coef": 0.5, "micro_batch_tokens": 150}),
+        ("bloom", (2, 1, 2), {"kl_coef": 0.5, "kl_in": "reward", "scale_advantages": False}),
+        ("qwen2", (1, 2, 1), {"kl_coef": 0.5, "micro_batch_tokens": 150}),
+        ("qwen3", (2, 1, 2), {"kl_coef": 0.5, "kl_in": "reward", "scale_advantages": False}),
     ],
 )
-def test_two_iterations_equal_plain_torch_with_hugging_face(small_run, tmp_path, layout, values):
+def test_two_iterations_equal_plain_torch_with_hugging_face(family_run, tmp_path, family, layout, values):
     """Samples exactly; the rest to 1e-5 in the first iteration and, after four updates, to 2e-4 in
     the second."""
     settings = dict(iterations=2, epochs=2, response_length=16, clip_ratio=0.05, clip_ratio_high=0.08, **values)
-    config = small_run.grpo(tmp_path, **settings)
-    run(grpo.run, *layout, small_run.grpo(tmp_path, layout=layout[:2], **settings))
+    config = family_run(family).grpo(tmp_path, **settings)
+    run(grpo.run, *layout, family_run(family).grpo(tmp_path, layout=layout[:2], **settings))
     sft, _ = run(weights, 1, 1, 1, config, config.paths.init, "lm")[0]
     reward, head = run(weights, 1, 1, 1, config, config.paths.reward, "scalar")[0]
     reference = GroupReference(config, sft, reward, head)

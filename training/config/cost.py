@@ -46,7 +46,7 @@ def utilisation(hidden: int) -> float:
 def flops_per_token(shape: Shape, length: int) -> tuple[float, float]:
     """Forward and backward of (one layer, the head): 6 x parameters of the matrices, and attention
     over half of the square."""
-    return 6 * shape.layer_multiplications + 6 * shape.hidden * length, 6 * shape.vocab * shape.hidden
+    return 6 * shape.layer_multiplications + 6 * shape.attention_width * length, 6 * shape.vocab * shape.hidden
 
 
 def launched_tokens(shape: Shape, tensor_parallel: int, length: int, tflops: float) -> int:

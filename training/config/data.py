@@ -7,6 +7,10 @@ from dataclasses import dataclass
 
 from training.config.schema import at_least, one_of
 
+FAMILIES = ("bloom", "llama", "mistral", "qwen2", "qwen3")
+"""config.json's ``model_type`` of what can be trained: each has a folder in training/models: table,
+module, decoder."""
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -16,7 +20,7 @@ class ModelConfig:
     """Folder with config.json, weights and tokenizer, or "demo": a tiny random model made on the
     spot."""
     demo_family: str = "bloom"
-    """Family of the demo model: "bloom" or "llama"."""
+    """Family of the demo model: "bloom", "llama", "mistral", "qwen2" or "qwen3"."""
     demo_layers: int = 4
     """Layers of the demo model."""
     demo_hidden: int = 96
@@ -27,7 +31,7 @@ class ModelConfig:
     """Vocabulary rows of the demo model (its tokenizer is trained to fit)."""
 
     def __post_init__(self):
-        one_of(self, "demo_family", ("bloom", "llama"))
+        one_of(self, "demo_family", FAMILIES)
         at_least(self, 1, "demo_layers", "demo_hidden", "demo_heads", "demo_vocab")
         if self.demo_hidden % self.demo_heads:
             raise ValueError(f"demo_hidden = {self.demo_hidden} is not a multiple of demo_heads = {self.demo_heads}")

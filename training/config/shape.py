@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from training.config.data import ModelConfig
+from training.config.data import FAMILIES, ModelConfig
 from training.config.hf_config import ConfigFile
+from training.config.rope import Rope
 from training.errors import ConfigError, InvariantError
 from training.files.hf_folder import shown
 
@@ -23,9 +24,6 @@ CHUNK_LOGITS = 2**29
 without tensor parallelism."""
 
 
-FAMILIES = ("bloom", "llama")
-"""config.json's ``model_type`` of what can be trained: each has a folder in training/models: table,
-module, decoder."""
 EMBEDDING, OUTPUT, SCORE = "embedding.word_embeddings.weight", "output_layer.weight", "score.linear.weight"
 """megatron-core's keys of every family's embedding, output matrix and scalar head."""
 VOCABULARY = (EMBEDDING, OUTPUT)
@@ -71,7 +69,9 @@ class Shape:
     hidden: int
     heads: int
     kv_heads: int
-    """Key-value heads: each serves heads / groups query heads."""
+    """Key-value heads: each serves heads / kv_heads query heads."""
+    head_dim: int
+    """Width of a head: hidden / heads where config.json does not say otherwise."""
     ffn_hidden: int
     """Width of the feed-forward part, after the gate where it has one."""
     vocab: int
@@ -84,8 +84,10 @@ class Shape:
     """The feed-forward part's first matrix has a second half, which gates (SwiGLU)."""
     alibi: bool = False
     """Attention with linear biases."""
-    rope_theta: float = 0.0
-    """Base of the rotary embedding's wavelengths; 0 = none."""
+    rope: Rope | None = None
+    """The rotary embedding; None = none."""
+    qk_norm: bool = False
+    """Each head's query and key are normed (RMSNorm) before the rotation."""
     max_positions: int = 0
     """Most tokens of a row; 0 = any number (ALiBi)."""
 
@@ -130,8 +132,9 @@ class Shape:
         return ()
 
     @property
-    def head_dim(self) -> int:
-        return self.hidden // self.heads
+    def attention_width(self) -> int:
+        """Width of all heads together: of the queries and of the attention's output."""
+        return self.heads * self.head_dim
 
     @property
     def embedding_norm(self) -> bool:

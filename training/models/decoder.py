@@ -52,9 +52,9 @@ class Decoder:
         here = (local >= 0) & (local < self.embedding.size(0))
         return self.sum(F.embedding(torch.where(here, local, 0), self.embedding) * here[:, None])
 
-    def place(self, query: torch.Tensor, key: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Query (T, kv_heads, group, D) and key (T, kv_heads, D) where positions are part of
-        them."""
+    def place(self, query: torch.Tensor, key: torch.Tensor, block, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Query (T, kv_heads, group, D) and key (T, kv_heads, D) as attention reads them: with
+        norms of ``block`` (its layer's weights) and positions, where the family has them."""
         return query, key
 
     def feed_forward(self, normed: torch.Tensor, block) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -67,7 +67,10 @@ class Decoder:
         part."""
         return (
             tokens
-            * (2 * (2 if self.shape.gated else 1) * self.shape.ffn_hidden // self.size + 6 * self.shape.hidden)
+            * (
+                2 * (2 if self.shape.gated else 1) * self.shape.ffn_hidden // self.size
+                + 6 * max(self.shape.hidden, self.shape.attention_width)
+            )
             * self.dtype.itemsize
         )
 
@@ -122,7 +125,7 @@ class Decoder:
             mixed = F.linear(normed, *block["self_attention.linear_qkv"]).view(
                 -1, self.kv_heads, group + 2, self.head_dim
             )
-            query, key = self.place(mixed[:, :, :group], mixed[:, :, group], batch)
+            query, key = self.place(mixed[:, :, :group], mixed[:, :, group], block, batch)
             ops.write(cache[layer], key, mixed[:, :, group + 1], batch)
             if only_fill and layer == self.layers - 1:
                 return None

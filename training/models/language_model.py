@@ -54,6 +54,8 @@ def transformer_config(shape: Shape, trainer, head: str = "lm") -> TransformerCo
         hidden_size=shape.hidden,
         num_attention_heads=shape.heads,
         num_query_groups=shape.kv_heads,
+        kv_channels=shape.head_dim,
+        qk_layernorm=shape.qk_norm,  # else finalize_model_grads does not sum the norms' gradients over ranks
         ffn_hidden_size=shape.ffn_hidden,
         layernorm_epsilon=shape.norm_eps,
         hidden_dropout=0.0,
@@ -121,8 +123,8 @@ def block_spec(config: TransformerConfig, shape: Shape, part: int | None) -> Tra
         linear_qkv=column,
         core_attention=CausalAttention,
         linear_proj=row,
-        q_layernorm=IdentityOp,
-        k_layernorm=IdentityOp,
+        q_layernorm=norm if shape.qk_norm else IdentityOp,
+        k_layernorm=norm if shape.qk_norm else IdentityOp,
     )
     layer = ModuleSpec(
         module=CompiledLayer,
@@ -240,10 +242,10 @@ class LanguageModel(LanguageModule):
     def _angles(self, tokens, documents) -> torch.Tensor | None:
         """Of the rotary embedding, for every token; None without one."""
         shape = self.shape
-        if not shape.rope_theta:
+        if shape.rope is None:
             return None
         positions = rotary.of_documents(documents) if documents is not None else None
-        return rotary.angles(shape.rope_theta, shape.head_dim, tokens.size(1), positions, tokens.device)
+        return rotary.angles(shape.rope, shape.head_dim, tokens.size(1), positions, tokens.device)
 
     def _embed(self, tokens):
         """Tokens (B, T) -> (T, B, H), or this rank's part under sequence parallelism."""

@@ -9,29 +9,47 @@ then changes no number.
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 
-
-@functools.lru_cache(maxsize=8)
-def _rates(theta: float, dim: int, device: torch.device) -> torch.Tensor:
-    """Radians a position (dim / 2,), fp32, computed as Hugging Face does."""
-    return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
+from training.config.rope import Rope
 
 
 @functools.lru_cache(maxsize=8)
-def _angles(theta: float, dim: int, length: int, device: torch.device) -> torch.Tensor:
-    angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), _rates(theta, dim, device))
+def rates(rope: Rope, dim: int, device: torch.device) -> torch.Tensor:
+    """Radians a position (dim / 2,), fp32, computed in transformers' order of operations, so that
+    they are equal to the last bit.
+
+    "llama3" is ``_compute_llama3_parameters`` of transformers/modeling_rope_utils.py: with the
+    wavelength l = 2 pi / rate, the share s = (original / l - low) / (high - low) of the rate stays
+    where l is between original / high and original / low.
+    """
+    plain = 1.0 / rope.base ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
+    if rope.kind == "default":
+        return plain
+    original, low, high = rope.original_positions, rope.low_freq_factor, rope.high_freq_factor
+    wavelength = 2 * math.pi / plain
+    scaled = torch.where(wavelength > original / low, plain / rope.factor, plain)
+    share = (original / wavelength - low) / (high - low)
+    between = (1 - share) * scaled / rope.factor + share * scaled
+    is_between = ~(wavelength < original / high) & ~(wavelength > original / low)
+    return torch.where(is_between, between, scaled)
+
+
+@functools.lru_cache(maxsize=8)
+def _angles(rope: Rope, dim: int, length: int, device: torch.device) -> torch.Tensor:
+    angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), rates(rope, dim, device))
     return torch.cat((angles, angles), -1)
 
 
-def angles(theta: float, dim: int, length: int, positions: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+def angles(rope: Rope, dim: int, length: int, positions: torch.Tensor | None, device: torch.device) -> torch.Tensor:
     """(T, B or 1, 1, dim) fp32 radians: the two halves of a head are the pairs' first and second
     components (not interleaved).
 
     ``positions`` (B, T) below ``length``; None = 0, 1, ... of each row.
     """
-    table = _angles(theta, dim, length, device)
+    table = _angles(rope, dim, length, device)
     return table[:, None, None] if positions is None else table[positions.t()][:, :, None]
 
 

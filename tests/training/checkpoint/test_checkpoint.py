@@ -104,18 +104,18 @@ PPO = dict(rollout_batch_size=8, global_batch_size=4, response_length=4, kl_targ
 @pytest.mark.parametrize(
     ("stage", "layout", "values", "family"),
     [
-        ("sft", (2, 1, 2), {}, "llama"),
-        ("reward", (2, 2, 1), {}, "llama"),
-        ("dpo", (1, 1, 2), {"lora_rank": 4}, "bloom"),
+        ("sft", (2, 1, 2), {}, "qwen3"),
+        ("reward", (2, 2, 1), {}, "qwen2"),
+        ("dpo", (1, 1, 2), {"lora_rank": 4}, "mistral"),
         ("grpo", (1, 1, 2), PPO | {"group_size": 2}, "bloom"),
         ("ppo", (1, 2, 1), PPO | {"micro_batch_tokens": 80, "offload": "all"}, "bloom"),
         ("ppo", (2, 1, 2), PPO | {"value_warmup": 4, "lora_rank": 4}, "llama"),
     ],
 )
-def test_resumed_equals_uninterrupted_bit_for_bit(small_run, llama_run, tmp_path, stage, layout, values, family):
+def test_resumed_equals_uninterrupted_bit_for_bit(family_run, tmp_path, stage, layout, values, family):
     """8 iterations straight = killed by SIGKILL at a random moment behind iteration 3, resumed:
     weights, optimizer, state and metrics. Without pipeline the second saves asynchronously."""
-    made = {"bloom": small_run, "llama": llama_run}[family]
+    made = family_run(family)
     make, trainer, learners = {
         "sft": (made.sft, sft, ["model"]),
         "reward": (made.reward, reward, ["model"]),
@@ -345,12 +345,12 @@ def test_what_decides_a_checkpoint_s_tensors_can_t_be_changed_half_way(small_run
             run(sft.run, 1, 1, 1, small_run.sft(tmp_path, **settings | change))
 
 
-def test_another_family_s_model_is_refused_by_its_name(small_run, llama_run, tmp_path):
-    run(stop_after, 1, 1, 1, sft, small_run.sft(tmp_path, iterations=2, save_every=1), 1)
+def test_another_family_s_model_is_refused_by_its_name(family_run, tmp_path):
+    run(stop_after, 1, 1, 1, sft, family_run("bloom").sft(tmp_path, iterations=2, save_every=1), 1)
     with pytest.raises(
         AssertionError, match="ConfigError: model_type = 'llama', but .*iter_0000001 was made with model_type = 'bloom'"
     ):
-        run(sft.run, 1, 1, 1, llama_run.sft(tmp_path, iterations=2))
+        run(sft.run, 1, 1, 1, family_run("llama").sft(tmp_path, iterations=2))
 
 
 @pytest.mark.parametrize("saved", [[1], [1, 2]])

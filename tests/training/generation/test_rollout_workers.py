@@ -13,7 +13,7 @@ from tests.support import generation_models
 from tests.support.bloom import tiny_bloom
 from tests.support.distributed import run
 from tests.support.layouts import enter, settings
-from tests.support.llama import tiny_llama
+from tests.support.llama import tiny_llama3, tiny_qwen2, tiny_qwen3
 from training.checkpoint import format
 from training.config.shape import Shape
 from training.generation.engine import Limits
@@ -28,8 +28,13 @@ PROMPTS = [[5, 17, 200], [44, 8, 9, 150, 299, 12, 60], [7], [10, 11, 12, 13, 14]
 
 @pytest.fixture(
     scope="module",
-    params=[(tiny_bloom, {"tied": True}), (tiny_llama, {"tied": False, "groups": 4})],
-    ids=["bloom", "llama"],
+    params=[
+        (tiny_bloom, {"tied": True}),
+        (tiny_llama3, {"tied": False, "groups": 4}),
+        (tiny_qwen2, {"groups": 4}),
+        (tiny_qwen3, {"groups": 4, "head_dim": 16}),
+    ],
+    ids=["bloom", "llama", "qwen2", "qwen3"],
 )
 def small(request, tmp_path_factory):
     """Five layers, eight heads: (folder with hf/ and convert/, responses of Hugging Face to

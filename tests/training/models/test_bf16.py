@@ -19,7 +19,7 @@ def rows(stage):
 
 
 @pytest.fixture(scope="module")
-def in_fp32(small_run, llama_run, tmp_path_factory):
+def in_fp32(family_run, tmp_path_factory):
     """(family, stage) -> the rows of fp32 on one rank, made once."""
     made = {}
 
@@ -38,13 +38,13 @@ def in_fp32(small_run, llama_run, tmp_path_factory):
     [
         ("sft", "bloom", (1, 1, 1), {"optimizer_precision": "bf16"}),
         ("sft", "bloom", (2, 1, 1), {"sequence_parallel": True}),
-        ("reward", "llama", (1, 2, 1), {}),
+        ("reward", "qwen2", (1, 2, 1), {}),
         ("dpo", "llama", (1, 1, 2), {"recompute": "full"}),
     ],
 )
-def test_it_learns_as_in_fp32(small_run, llama_run, in_fp32, tmp_path, family, layout, values, stage):
+def test_it_learns_as_in_fp32(family_run, in_fp32, tmp_path, family, layout, values, stage):
     """Losses of all steps and the first gradient's norm."""
-    prepared = {"bloom": small_run, "llama": llama_run}[family]
+    prepared = family_run(family)
     config = getattr(prepared, stage)(tmp_path, layout=layout[:2], iterations=STEPS, precision="bf16", **values)
     run(TRAINERS[stage].run, *layout, config)
     for ours, expected in zip(rows(tmp_path), in_fp32(prepared, family, stage), strict=True):
@@ -57,14 +57,14 @@ def test_it_learns_as_in_fp32(small_run, llama_run, in_fp32, tmp_path, family, l
     [
         ("ppo", "bloom", (1, 1, 1), {"optimizer_precision": "bf16", "micro_batch_tokens": 120}),
         ("grpo", "bloom", (2, 1, 1), {"sequence_parallel": True}),
-        ("ppo", "llama", (1, 2, 1), {"generation_tensor_parallel": 2}),
+        ("ppo", "qwen3", (1, 2, 1), {"generation_tensor_parallel": 2}),
         ("grpo", "llama", (1, 1, 2), {"lora_rank": 4, "lr": 1e-2}),
     ],
 )
-def test_what_holds_exactly_holds_to_bf16(small_run, llama_run, tmp_path, family, layout, values, stage):
+def test_what_holds_exactly_holds_to_bf16(family_run, tmp_path, family, layout, values, stage):
     """The trainers' own invariants are checked on the way. Samples are not fp32's: a draw may fall
     to another token."""
-    prepared = {"bloom": small_run, "llama": llama_run}[family]
+    prepared = family_run(family)
     config = getattr(prepared, stage)(
         tmp_path, layout=layout[:2], iterations=2, precision="bf16", global_batch_size=16, **values
     )

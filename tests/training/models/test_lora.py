@@ -163,11 +163,11 @@ def look(config, folder, merged: bool):
         return adapted, before, after
 
 
-@pytest.mark.parametrize("family", ["bloom", "llama"])
-def test_merged_by_export_and_by_the_next_stage(small_run, llama_run, expected, tmp_path, family):
+@pytest.mark.parametrize("family", ["bloom", "llama", "qwen2", "qwen3"])
+def test_merged_by_export_and_by_the_next_stage(family_run, expected, tmp_path, family):
     """Trained at TP 2; the Hugging Face folder, the next stage's model at TP 2, and plain torch's
     model (of BLOOM) give the same logits."""
-    made = {"bloom": small_run, "llama": llama_run}[family]
+    made = family_run(family)
     config = settings(made, tmp_path / "sft", layout=(2, 1))
     run(sft.run, 2, 1, 1, config)
     folder = format.resolve(tmp_path / "sft") / "model"

@@ -22,7 +22,7 @@ from conversion.weights import EMBEDDING, entries
 from tests.support.bloom import tiny_bloom
 from tests.support.distributed import run
 from tests.support.layouts import LAYERS, LENGTH, ROWS, VOCAB, enter, settings
-from tests.support.llama import tiny_llama
+from tests.support.llama import tiny_llama, tiny_llama3, tiny_mistral, tiny_qwen2, tiny_qwen3
 from training.checkpoint import format
 from training.config.shape import Shape
 from training.config.trainers import SFTConfig
@@ -38,6 +38,11 @@ MODELS = {
     "bloom, 14 heads, untied": (tiny_bloom, dict(heads=14, hidden=112, tied=False)),
     "llama": (tiny_llama, dict(heads=8, groups=2, hidden=64)),
     "llama, 3 heads a group, untied": (tiny_llama, dict(heads=6, groups=2, hidden=48, tied=False)),
+    "llama 3": (tiny_llama3, dict(heads=4, groups=2, hidden=32)),
+    "mistral, wide heads": (tiny_mistral, dict(heads=4, groups=2, hidden=40, head_dim=16)),
+    "qwen2": (tiny_qwen2, dict(heads=6, groups=2, hidden=48)),
+    "qwen3, wide heads": (tiny_qwen3, dict(heads=4, groups=2, hidden=40, head_dim=16)),
+    "qwen3, untied": (tiny_qwen3, dict(heads=4, groups=4, hidden=48, head_dim=8, tied=False)),
 }
 LAYOUTS = [
     (tensor, pipeline, virtual, sequence, data)

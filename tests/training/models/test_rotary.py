@@ -3,17 +3,18 @@
 import torch
 from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd as rotate
 
+from training.config.rope import Rope
 from training.models import rotary
 
-THETA, DIM = 100000.0, 64
+ROPE, DIM = Rope(100000.0), 64
 CPU = torch.device("cpu")
 
 
 def test_positions_count_from_each_document():
     ids = torch.tensor([[0, 0, 0, 1, 1, 2, 3, 3], [5, 5, 5, 5, 5, 5, 5, 5]])
     assert rotary.of_documents(ids).tolist() == [[0, 1, 2, 0, 1, 0, 0, 1], [0, 1, 2, 3, 4, 5, 6, 7]]
-    whole = rotary.angles(THETA, DIM, 8, None, CPU)
-    assert torch.equal(rotary.angles(THETA, DIM, 8, rotary.of_documents(ids), CPU)[:5, 1:], whole[:5])
+    whole = rotary.angles(ROPE, DIM, 8, None, CPU)
+    assert torch.equal(rotary.angles(ROPE, DIM, 8, rotary.of_documents(ids), CPU)[:5, 1:], whole[:5])
 
 
 def scores(offset: int, dtype: torch.dtype) -> torch.Tensor:
@@ -22,7 +23,7 @@ def scores(offset: int, dtype: torch.dtype) -> torch.Tensor:
     query, key = (
         torch.randn(128, 1, 1, DIM, generator=torch.Generator().manual_seed(seed)).to(dtype) for seed in (0, 1)
     )
-    angles = rotary.angles(THETA, DIM, offset + 128, torch.arange(offset, offset + 128)[None], CPU)
+    angles = rotary.angles(ROPE, DIM, offset + 128, torch.arange(offset, offset + 128)[None], CPU)
     query, key = (
         rotate(x, angles.to(torch.float64) if dtype == torch.float64 else angles)[:, 0, 0].double()
         for x in (query, key)

@@ -25,14 +25,14 @@ logits of neither."""
     [
         ("bloom", "fp32", (2, 1), {"generation_tensor_parallel": 1, "temperature": 0.7}),
         ("bloom", "bf16", (2, 1), {}),
-        ("llama", "fp32", (2, 1), {"micro_batch_tokens": 100}),
+        ("qwen3", "fp32", (2, 1), {"micro_batch_tokens": 100}),
         ("llama", "bf16", (1, 1), {"temperature": 0.7}),
     ],
 )
-def test_rollout_and_training_agree(small_run, llama_run, tmp_path, family, precision, layout, values):
+def test_rollout_and_training_agree(family_run, tmp_path, family, precision, layout, values):
     """In both iterations, so also after an update of the weights; greedy decoding's are another
     distribution's, which is not asked."""
-    prepared = {"bloom": small_run, "llama": llama_run}[family]
+    prepared = family_run(family)
     config = prepared.ppo(tmp_path, layout=layout, iterations=2, precision=precision, **values)
     run(ppo.run, *layout, 1, config)
     largest, mean_of_exp = BOUNDS[precision]

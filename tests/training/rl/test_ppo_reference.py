@@ -10,8 +10,8 @@ from tests.support.ppo_weights import weights
 from training import ppo
 
 
-@pytest.mark.parametrize("family", ["bloom", "llama"])
-def test_two_iterations_equal_plain_torch_with_hugging_face(small_run, llama_run, tmp_path, family):
+@pytest.mark.parametrize("family", ["bloom", "llama", "qwen2", "qwen3"])
+def test_two_iterations_equal_plain_torch_with_hugging_face(family_run, tmp_path, family):
     """Samples exactly; rewards, KL, losses, norms and entropy to 1e-5 in the first iteration and,
     after eight updates of each model (two epochs of two minibatches), to 2e-4 in the second: it
     sees every sign, mask, shift, denominator, moment and rate."""
@@ -26,7 +26,7 @@ def test_two_iterations_equal_plain_torch_with_hugging_face(small_run, llama_run
         dual_clip=1.02,
         entropy_coef=0.02,
     )
-    made = {"bloom": small_run, "llama": llama_run}[family]
+    made = family_run(family)
     config = made.ppo(tmp_path, **settings)
     run(ppo.run, 1, 2, 1, made.ppo(tmp_path, layout=(1, 2), micro_batch_tokens=150, **settings))
     ours = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -27,6 +27,7 @@ def shape(layers: int, hidden: int, heads: int, vocab: int, norm_eps: float, tie
         hidden=hidden,
         heads=heads,
         kv_heads=heads,
+        head_dim=hidden // heads,
         ffn_hidden=4 * hidden,
         vocab=vocab,
         norm_eps=norm_eps,

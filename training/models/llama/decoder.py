@@ -11,10 +11,10 @@ from training.models.llama.module import swiglu
 
 
 class Decoder(decoder.Decoder):
-    def place(self, query, key, batch):
+    def place(self, query, key, block, batch):
         if "rotary" not in batch.derived:
             angles = rotary.angles(
-                self.shape.rope_theta, self.head_dim, self.shape.max_positions, batch.position[None], self.device
+                self.shape.rope, self.head_dim, self.shape.max_positions, batch.position[None], self.device
             )
             batch.derived["rotary"] = angles.cos(), angles.sin()
         cosine, sine = batch.derived["rotary"]  # (T, 1, 1, D)

@@ -1,0 +1,1 @@
+"""Mistral: Llama's modules under names of its own."""
