@@ -2,7 +2,7 @@
 # make test   install (Slurm from Debian when root and absent), then run all tests
 # make quick  the tests that start no process: no Slurm, no torch.distributed; under a minute
 # make peers  our losses and adapters beside TRL's and peft's own functions; installs these first (15 seconds)
-# make docs   the documentation into build/docs; a dead link or a missing page fails
+# make docs   the pages that are made from the code, then the site into build/docs; a dead link fails
 # make gpu-test [PYTHON=python3]   everything that a GPU can test, in under five minutes; with PYTHON nothing is installed
 PYTHON ?= python3
 VENV   ?= .venv
@@ -41,6 +41,7 @@ lint: setup
 	$(BIN)/ruff format --check --quiet .
 
 docs: setup
+	$(BIN)/python docs/reference.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo "docs: open build/docs/index.html"
 

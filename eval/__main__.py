@@ -1,4 +1,4 @@
-"""``python -m eval config.json``."""
+"""``python -m eval config.json``: the stage mtbench: answers, judgments, scores, report."""
 
 import sys
 

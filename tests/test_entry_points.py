@@ -1,6 +1,5 @@
 """Whatever can be started says by --help what it is, and starts nothing."""
 
-import ast
 import os
 import pty
 import subprocess
@@ -8,9 +7,9 @@ import sys
 
 import pytest
 
+from tests.support.programs import programs
 from tests.support.stub_project import ROOT, Project
 
-PACKAGES = ("launcher", "training", "conversion", "eval")
 LIGHT = [
     "launcher.job.supervise",
     "launcher.submit.local",
@@ -26,16 +25,6 @@ HEAVY = ["training.sft", "eval"]
 """They import torch: one of each kind; ``test_every_program_has_a_way_to_help`` reads the
 others."""
 SCRIPTS = ["slurm/dev/up", "slurm/dev/down", "slurm/container/install.sh"]
-
-
-def programs() -> dict[str, str]:
-    """Module that can be run -> its text."""
-    files = {path: path.read_text(encoding="utf-8") for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
-    return {
-        ".".join(path.relative_to(ROOT).with_suffix("").parts): text
-        for path, text in files.items()
-        if any(isinstance(node, ast.If) and "__main__" in ast.unparse(node.test) for node in ast.parse(text).body)
-    }
 
 
 def test_every_program_has_a_way_to_help():

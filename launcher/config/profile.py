@@ -104,12 +104,13 @@ class Machine:
     """
 
     tflops: float = 0.0
-    """Peak in bf16."""
+    """Peak in bf16, Tflop/s."""
     memory_gb_s: float = 0.0
+    """Of its own memory, GB/s."""
     inside_gb_s: float = 0.0
-    """To the other GPUs of its node."""
+    """To the other GPUs of its node, GB/s."""
     outside_gb_s: float = 0.0
-    """Its part of the node's network."""
+    """Its part of the node's network, GB/s."""
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -135,10 +136,16 @@ class Profile:
     network: str = "auto"
     """Name of a table in launcher/slurm/network.py."""
     partition: str = ""
+    """Slurm's partition; this and the next four are sbatch's options of the same name, "" = the
+    site's default."""
     account: str = ""
+    """Account that the jobs are charged to."""
     qos: str = ""
+    """Quality of service."""
     reservation: str = ""
+    """Reservation whose nodes the jobs may use."""
     constraint: str = ""
+    """Features that the nodes must have, e.g. "a100&nvlink"."""
     gpu_option: str = "gpus-per-node"
     """How GPUs are asked for: "gpus-per-node", "gres" (Slurm before 19.05, or select/cons_res),
     "none" (no GPU GRES: whole nodes)."""

@@ -38,6 +38,7 @@ class Resources:
     """What one stage asks for; it runs ``nodes x max(1, gpus_per_node)`` ranks."""
 
     nodes: int = 1
+    """Nodes that the stage runs on."""
     gpus_per_node: int = 1
     """GPUs, and ranks, of each node; 0 = one rank without a GPU."""
     minutes: int = 60

@@ -16,7 +16,7 @@ from launcher.job.endings import Class
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-KEY = re.compile(rf"\b({'|'.join(SECTIONS)})\.([a-z_]+)(?:\.([a-z_]+))?")
+KEY = re.compile(rf"(?<![\w.])({'|'.join(SECTIONS)})\.([a-z_]+)(?:\.([a-z_]+))?")
 FILE = re.compile(r"`((?:launcher|training|conversion|eval|slurm|tests)/[\w/.-]+)`")
 NOT_KEYS = {"jsonl", "json", "toml", "sbatch", "md", "py", "html"}
 

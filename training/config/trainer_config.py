@@ -74,7 +74,7 @@ class TrainerConfig:
     """Minutes that a rank waits for the others before it ends with an error; a whole rollout may
     lie between two of their meetings."""
     iterations: int
-    """Optimizer steps (rlhf: rollouts)."""
+    """Optimizer steps (rlhf, grpo: rollouts)."""
     micro_batch_size: int
     """Rows in one forward pass of one data-parallel rank (reward: queries)."""
     global_batch_size: int
@@ -88,8 +88,11 @@ class TrainerConfig:
     schedule: str = "cosine"
     """"cosine", "linear" or "constant" decay after warm-up."""
     adam_beta1: float = 0.9
+    """Adam's decay of the mean gradient, a step."""
     adam_beta2: float = 0.95
+    """Adam's decay of the mean squared gradient, a step."""
     adam_eps: float = 1e-8
+    """Added to the root of the mean squared gradient before Adam divides by it."""
     weight_decay: float = 0.0
     """Decoupled weight decay; biases and norms have none."""
     clip_grad: float = 1.0

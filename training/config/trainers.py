@@ -185,6 +185,8 @@ class RolloutConfig(TrainerConfig):
     kl_horizon: int = 10000
     """Samples over which the adaptive controller corrects."""
     clip_ratio: float = 0.2
+    """Clip of the ratio of new to old probability, 1 - clip_ratio .. 1 + clip_ratio (Schulman et
+    al. 2017)."""
     clip_ratio_high: float = 0.0
     """Clip of the ratio above 1 (Yu et al. 2025: 0.28); 0 = clip_ratio there, too."""
     dual_clip: float = 0.0
@@ -197,6 +199,7 @@ class RolloutConfig(TrainerConfig):
     entropy_coef: float = 0.0
     """Weight of the entropy bonus per token in the policy's loss; 0 = none."""
     reward_clip: float = 100.0
+    """Largest absolute score of a response; a score beyond it counts as this."""
     missing_eos_penalty: float = -1.0
     """Score of a response that does not end within response_length."""
     keep_replies: bool = False
@@ -318,6 +321,7 @@ class PPOConfig(RolloutConfig):
     value_warmup: int = 0
     """First iterations in which only the value model learns."""
     gamma: float = 1.0
+    """Discount a token of generalised advantage estimation (Schulman et al. 2016)."""
     lam: float = 0.95
     """Lambda of generalised advantage estimation."""
     value_clip: float = 0.0
