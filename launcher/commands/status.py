@@ -51,18 +51,17 @@ def status(runs, as_json):
 
 def _compare(sweeps: tuple[Path, ...], as_json: bool) -> None:
     """Print the runs of each sweep side by side."""
-    from launcher.run.folder import sweep_of
-    from launcher.status import failures
-    from launcher.submit import job_array, sweep
+    from launcher.run.folder import elements, sweep_of
+    from launcher.status import sweep_table
+    from launcher.status.failures import console
 
     if as_json:
-        click.echo(
-            json.dumps([{"sweep": str(folder), "runs": sweep.comparison(folder)} for folder in sweeps], indent=2)
-        )
+        tables = [{"sweep": str(folder), "runs": sweep_table.comparison(folder)} for folder in sweeps]
+        click.echo(json.dumps(tables, indent=2))
         return
     for folder in sweeps:
-        failures.console().print(sweep.table(folder))
-        if unwritten := len(sweep_of(folder)["values"]) - len(job_array.members(folder)):
+        console().print(sweep_table.sweep_table(folder))
+        if unwritten := len(sweep_of(folder)["values"]) - len(elements(folder)):
             say(f"{folder}: {unwritten} of its runs were never written: the same submit command completes it", err=True)
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from rich.console import Console
 from rich.segment import Segment
 
+from launcher.run.folder import Run
+from launcher.status import row as stage_row
 from launcher.status import state
 from launcher.status.logs import attempts
-from launcher.status.state import RunStatus
+from launcher.status.state import RunStatus, StageState
 from launcher.status.terminal import PIPE_WIDTH, columns_of, plain
 
 
@@ -33,16 +35,16 @@ def console() -> Console:
 
 
 def failures(status: RunStatus, stages: list[str]) -> list[str]:
-    """For each stage that did not end well: its cause, what to do about it, and where its log
-    is."""
-    run, texts = status.run, []
-    for row in status.stages:
-        if row.stage in stages and row.state in state.BAD:
-            logs = attempts(run, row.stage)
-            advice = f"  do: {row.advice}\n" if row.advice else ""
-            texts.append(
-                f"{row.stage} {row.state_word}: {row.why}\n{advice}  log: "
-                f"{logs[-1] if logs else run.stage(row.stage) / 'logs'}\n"
-                f"  then: python -m launcher resume {run.folder}"
-            )
-    return texts
+    """A text for each stage that did not end well: its cause, what to do, and where its log is."""
+    return [_failure(status.run, row) for row in status.stages if row.stage in stages and row.state in state.BAD]
+
+
+def _failure(run: Run, row: StageState) -> str:
+    logs = attempts(run, row.stage)
+    lines = [
+        f"{row.stage} {row.state_word}: {stage_row.reason(row)}",
+        stage_row.advice_text(row),
+        f"log: {logs[-1] if logs else run.stage(row.stage) / 'logs'}",
+        f"then: python -m launcher resume {run.folder}",
+    ]
+    return "\n  ".join(filter(None, lines))

@@ -12,6 +12,7 @@ from launcher import run_module
 from launcher.config import environment
 from launcher.run.folder import Failed, Runs
 from launcher.status import state
+from launcher.status.row import reason_suffix
 from launcher.status.terminal import say
 from training.errors import ConfigError
 
@@ -27,14 +28,10 @@ def make(paths: Sequence[Path], output: Path | None) -> Path:
     for line in broken:  # its files are damaged: the report names them
         say(f"its state can't be told: {line}; the report shows what there is", err=True)
     for status in statuses:
-        run, waiting = status.run, [row for row in status.stages if row.state != "done"]
-        if waiting:
-            why = f" ({waiting[0].why})" if waiting[0].why else ""
-            say(
-                f"{run.folder} is not finished: {waiting[0].stage} is "
-                f"{waiting[0].state}{why}; the report shows what there is",
-                err=True,
-            )
+        row = next((row for row in status.stages if row.state != "done"), None)
+        if row:
+            stage = f"{row.stage} is {row.state_word}{reason_suffix(row)}"
+            say(f"{status.run.folder} is not finished: {stage}; the report shows what there is", err=True)
     folders = [*(run.folder for run in runs), *evaluations]
     command = run_module.command("eval.report", *map(str, folders), *(["--output", str(output)] if output else []))
     done = subprocess.run(command, env=environment.outside(), capture_output=True, text=True, check=False)

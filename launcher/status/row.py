@@ -1,6 +1,6 @@
 """A stage's state as texts: the cells of its row and the notes below it.
 
-status, watch, submit --wait, sweeps, cancel and the report of failures all take them from here.
+status, watch, submit --wait, sweeps, cancel and failures all take them from here.
 """
 
 from __future__ import annotations
@@ -47,6 +47,11 @@ def reason(row: StageState) -> str:
     return f"{row.kind}: {row.why}" if row.kind else row.why
 
 
+def reason_suffix(row: StageState) -> str:
+    """The reason in brackets, to stand behind a state."""
+    return f" ({reason(row)})" if row.why else ""
+
+
 def expected_start(row: StageState, now: float) -> str:
     """When Slurm expects a waiting job to start; "" where it does not say."""
     if row.starts is None or row.state not in ("pending", "requeued") or row.starts <= now:
@@ -61,6 +66,17 @@ def requeue_reason(row: StageState) -> str:
     return plain(f"attempt {last['attempt']} ({last['class']}): {last['cause']}") if last else ""
 
 
+def situation(row: StageState, now: float) -> list[str]:
+    """Why it waits or how it ended, when it may start and why it was queued again: what there is
+    to say of these."""
+    return [text for text in (reason(row), expected_start(row, now), requeue_reason(row)) if text]
+
+
+def advice_text(row: StageState) -> str:
+    """What to do about a bad ending; "" where that is not known."""
+    return f"do: {row.advice}" if row.advice else ""
+
+
 def last_checkpoint(row: StageState, now: float) -> str:
     """Its iteration, and its age while the stage is not done."""
     progress = row.progress
@@ -72,7 +88,12 @@ def last_checkpoint(row: StageState, now: float) -> str:
 
 
 def metrics_text(row: StageState) -> str:
-    return "  ".join(f"{name} {value:.4g}" for name, value in row.progress.numbers.items())
+    """All metrics of the last line that the stage logged."""
+    return "  ".join(f"{name} {format_metric(value)}" for name, value in row.progress.numbers.items())
+
+
+def format_metric(value: float) -> str:
+    return f"{value:.4g}"
 
 
 def before_cancel(row: StageState) -> str:
@@ -80,7 +101,7 @@ def before_cancel(row: StageState) -> str:
     progress = row.progress
     at = f" at iteration {progress.iteration} of {progress.total}" if progress.iteration is not None else ""
     saved = f", last checkpoint {progress.saved}" if progress.saved is not None else ""
-    return f"{row.stage} was {row.state}{at}{saved}" + (f" ({row.why})" if row.why else "")
+    return f"{row.stage} was {row.state}{at}{saved}" + reason_suffix(row)
 
 
 def progress_bar(iteration: int | None, total: int | None) -> str:

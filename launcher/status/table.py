@@ -33,7 +33,7 @@ def run_lines(status: RunStatus, width: int, now: float) -> list[str]:
     waits or how it ended."""
     config = status.run.config["run"]
     about = plain(f"id {config['id']}, profile {config['profile']}")
-    lines = [click.style(plain(status.run.folder), bold=True) + f"  {state_word(status)}  {about}"]
+    lines = [click.style(plain(status.run.folder), bold=True) + f"  {run_state(status)}  {about}"]
     lines += banner(status, width)
     cells = [row_cells(row, now) for row in status.stages]
     if width < WIDE:
@@ -57,7 +57,7 @@ def runs_lines(statuses: list[RunStatus], width: int, now: float) -> list[str]:
         table.append(
             {
                 "run": run_name(status.run),
-                "state": click.style(state_word(status), COLOURS.get(row.state)),
+                "state": click.style(run_state(status), COLOURS.get(row.state)),
                 "stage": row.stage,
                 **{name: cells[name] for name in RUN_COLUMNS},
                 "": _run_note(status, row, now),
@@ -74,8 +74,8 @@ def _run_note(status: RunStatus, row: StageState, now: float) -> str:
         metrics = [f"{each.stage} {stage_row.metrics_text(each)}" for each in status.stages if each.progress.numbers]
         parts = [f"ended {format_age(now - row.ended)} ago" if row.ended else "", "  ".join(metrics)]
     else:
-        reason = stage_row.reason(row) or stage_row.metrics_text(row)
-        parts = [reason, stage_row.expected_start(row, now), stage_row.requeue_reason(row)]
+        metrics = [] if stage_row.reason(row) else [stage_row.metrics_text(row)]
+        parts = [*metrics, *stage_row.situation(row, now)]
     return "; ".join(filter(None, parts))
 
 
@@ -95,7 +95,7 @@ def notes(status: RunStatus, row: StageState, width: int, now: float) -> list[st
     lines = [line for text in texts if text for line in wrap(text, width)]
     if row.state not in BAD:
         return lines
-    lines += wrap(f"do: {row.advice}", width) if row.advice else []
+    lines += wrap(stage_row.advice_text(row), width) if row.advice else []
     if row.lines:
         rank = "" if row.rank is None else f" of rank {row.rank}"
         lines += wrap(f"last lines{rank}, more by: logs {plain(status.run.folder)} {row.stage} --errors", width)
@@ -128,7 +128,7 @@ def banner(status: RunStatus, width: int) -> list[str]:
     return lines
 
 
-def state_word(status: RunStatus) -> str:
+def run_state(status: RunStatus) -> str:
     """The run's state in a word; "idle" where stages are left and no process or job works on
     them."""
     return most_relevant_stage(status).state_word if status.overall == "failed" else status.overall

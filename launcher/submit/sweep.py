@@ -23,10 +23,8 @@ from launcher.config.sections import parse_set, tomllib
 from launcher.config.stages import prepare_config
 from launcher.run.folder import SWEEP, Run, hash_of, sweep_of, write_json
 from launcher.slurm import transaction
-from launcher.status import state
-from launcher.status import table as screen
 from launcher.submit import create as submit
-from launcher.submit.job_array import SweepRun, array_script, members, values_text
+from launcher.submit.job_array import SweepRun, array_script, values_text
 from training.errors import ConfigError
 
 MOST = 1000
@@ -51,7 +49,7 @@ def plan(texts: list[str], make: Callable[[list[str], str, Path], submit.Plan], 
     folder, values = runs / name, combinations(texts)
     if (folder / "config.json").exists():
         raise ConfigError(f"{folder} is a run, not a sweep; give the sweep another --name")
-    known = read(folder) if (folder / SWEEP).exists() else None
+    known = sweep_of(folder) if (folder / SWEEP).exists() else None
     if known and known["values"] != values:
         raise ConfigError(
             f"{folder} was submitted with another sweep: {values_text(known['values'])}; "
@@ -129,58 +127,6 @@ def create(made: Sweep) -> Path:
         for one in made.plans:
             submit.create(one)
     return made.folder
-
-
-def read(folder: Path) -> dict:
-    return sweep_of(folder)
-
-
-def comparison(folder: Path) -> list[dict]:
-    """A table a run: {"element", "folder", "values", "state", "stage", "why", "numbers":
-    {"sft.loss": 1.2, ...}}."""
-    found = members(folder)
-    made = []
-    for member, seen in zip(found, state.statuses_of([member.run for member in found]), strict=True):
-        at = next((row for row in seen.stages if row.state != "done"), seen.stages[-1])
-        at = next((row for row in seen.stages if row.state in (*state.BAD, "running")), at)
-        numbers = {f"{row.stage}.{name}": value for row in seen.stages for name, value in row.progress.numbers.items()}
-        made.append(
-            {
-                "element": member.index,
-                "folder": str(member.run.folder),
-                "values": member.values,
-                "state": screen.state_word(seen),
-                "stage": at.stage,
-                "iteration": at.progress.iteration,
-                "why": at.why,
-                "numbers": numbers,
-            }
-        )
-    return made
-
-
-def table(folder: Path):
-    """``comparison`` as a rich table: a row a run, a column a swept key and a number of the stages
-    that are swept or come later."""
-    from rich.table import Table
-
-    rows = comparison(folder)
-    keys, names = list(rows[0]["values"]), list(dict.fromkeys(name for row in rows for name in row["numbers"]))
-    columns = ("run", *keys, "state", "stage", "iteration", *names, "why")
-    made = Table(*columns, title=f"{folder}  ({read(folder)['id']})", title_justify="left")
-    for row in rows:
-        numbers = [f"{row['numbers'][name]:.4g}" if name in row["numbers"] else "" for name in names]
-        at = "" if row["iteration"] is None else str(row["iteration"])
-        made.add_row(
-            row["folder"],
-            *(f"{row['values'][key]}" for key in keys),
-            row["state"],
-            row["stage"],
-            at,
-            *numbers,
-            row["why"],
-        )
-    return made
 
 
 def _share_data(first: submit.Plan, other: submit.Plan) -> None:

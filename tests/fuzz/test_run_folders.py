@@ -16,13 +16,12 @@ from eval.report import page
 from launcher.config.sections import layered
 from launcher.config.stages import PIPELINES, PPO, full_tables
 from launcher.run import manifest
-from launcher.run.folder import Failed, Run, Runs, hash_of, write_json
+from launcher.run.folder import SWEEP, Failed, Run, Runs, hash_of, write_json
 from launcher.slurm.commands import SlurmError
-from launcher.status import logs, state, table
+from launcher.status import logs, state, sweep_table, table
 from launcher.status.terminal import UNSEEN
-from launcher.submit import repair, resume, sweep
+from launcher.submit import repair, resume
 from launcher.submit.change import Wish
-from launcher.submit.sweep import SWEEP
 from tests.fuzz.damage import VALUES, damaged_bytes, damaged_json, damaged_text, peak_mb, within
 from tests.support.evaluations import evaluate
 from training.errors import ConfigError
@@ -246,8 +245,8 @@ def test_sweeps(tmp_path, sound):
         try:
             with within(SECONDS):
                 for path in Runs.open([folder], tmp_path).sweeps:
-                    sweep.table(path)
-                    json.dumps(sweep.comparison(path))
+                    sweep_table.sweep_table(path)
+                    json.dumps(sweep_table.comparison(path))
             outcomes["taken in"] += 1
         except REFUSALS as refused:
             assert str(refused)
