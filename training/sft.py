@@ -110,7 +110,9 @@ def samples(config: SFTConfig, inputs: Inputs, learner: Learner) -> sample_text.
     steps, tokenizer = min(config.sample_length, config.seq_length // 2), inputs.tokenizer
     count = min(config.sample_prompts, len(inputs.unseen))
     prompts = [prompt_tokens(inputs.unseen[index], config.seq_length - steps) for index in range(count)]
-    replicas = Replicas(learner.model, inputs.shape, sample_text.limits(config.seq_length), tokenizer.eos_id)
+    replicas = Replicas(
+        learner.model, inputs.shape.with_tokens(tokenizer.ids), sample_text.limits(config.seq_length), tokenizer.eos_id
+    )
 
     def say() -> list[tuple[str, str]]:
         try:

@@ -21,10 +21,17 @@ NONE = float("-inf")
 
 
 def decoder(
-    folder: Path, model: BloomForCausalLM | LlamaForCausalLM, ops=torch_ops, dtype=torch.float32, device="cpu"
+    folder: Path,
+    model: BloomForCausalLM | LlamaForCausalLM,
+    ops=torch_ops,
+    dtype=torch.float32,
+    device="cpu",
+    tokens: int = 0,
 ) -> Decoder:
-    """The engine's forward pass on a Hugging Face model's own tensors."""
+    """The engine's forward pass on a Hugging Face model's own tensors; ``tokens``: ids of its
+    tokenizer, 0 = one for each row of the embedding."""
     shape = Shape.read(folder)
+    shape = shape.with_tokens(tokens) if tokens else shape
     state = {name: tensor.to(device, dtype) for name, tensor in model.state_dict().items()}
     weights = {}
     for entry in entries(shape):  # several parts: their rows in turn, group by group

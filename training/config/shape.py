@@ -3,6 +3,7 @@ library only."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import math
 from collections.abc import Iterator
@@ -90,6 +91,9 @@ class Shape:
     """Each head's query and key are normed (RMSNorm) before the rotation."""
     max_positions: int = 0
     """Most tokens of a row; 0 = any number (ALiBi)."""
+    tokens: int = 0
+    """Ids that the tokenizer has; the embedding's rows from there on stand for no token, and are
+    never sampled. 0 = not known: as many as ``vocab``."""
 
     @classmethod
     def read(cls, folder: str | Path) -> Shape:
@@ -130,6 +134,15 @@ class Shape:
             bias = Weight("score.linear.bias", {"score.bias": (1,)})
             return (Weight(SCORE, {"score.weight": (1, self.hidden)}), *([bias] if self.score_bias else []))
         return ()
+
+    def with_tokens(self, tokens: int) -> Shape:
+        """The shape whose log-probabilities and samples are of the first ``tokens`` ids alone."""
+        return dataclasses.replace(self, tokens=min(tokens, self.vocab))
+
+    @property
+    def sampled_vocab(self) -> int:
+        """Ids that a sample may have."""
+        return self.tokens or self.vocab
 
     @property
     def attention_width(self) -> int:

@@ -55,6 +55,11 @@ class Tokenizer:
         return self._tokenizer.get_vocab_size()
 
     @property
+    def ids(self) -> int:
+        """One more than the highest id: the embedding's rows from there on stand for no token."""
+        return self.highest()[1] + 1
+
+    @property
     def filler(self) -> str:
         """A special token that pads behind EOS and can be told from it: PAD, else one that ends no
         text."""

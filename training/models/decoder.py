@@ -28,7 +28,7 @@ class Decoder:
     def __init__(self, shape: Shape, weights: Mapping[str, torch.Tensor], ops: ModuleType, group=None):
         self.shape, self.ops, self.group = shape, ops, group
         self.size, self.rank = (group.size(), group.rank()) if group else (1, 0)
-        self.layers, self.vocab, self.head_dim = shape.layers, shape.vocab, shape.head_dim
+        self.layers, self.vocab, self.head_dim = shape.layers, shape.sampled_vocab, shape.head_dim
         self.heads, self.kv_heads = shape.heads // self.size, shape.kv_heads // self.size
         self.weights = weights
         self.embedding = weights[EMBEDDING]

@@ -175,7 +175,7 @@ class LanguageModel(LanguageModule):
         self.share_embeddings_and_output_weights = head == "lm" and shape.tied
         padded = shape.padded_vocab(tp.size())
         first = tp.rank() * (padded // tp.size())
-        self.columns = Columns(first, min(max(shape.vocab - first, 0), padded // tp.size()), tp)
+        self.columns = Columns(first, min(max(shape.sampled_vocab - first, 0), padded // tp.size()), tp)
         if self.pre_process:
             self.embedding = LanguageModelEmbedding(
                 config, padded, max_sequence_length=0, position_embedding_type="none", tp_group=tp

@@ -45,7 +45,9 @@ def answer(config: RewardConfig, inputs: Inputs) -> None:
     prompts = [prompt_tokens(inputs.rows[index], config.seq_length - steps) for index in indices]
     model = build_model(inputs.shape, dataclasses.replace(config, lora_rank=0), "lm")
     format.load_weights(format.resolve(config.paths.init) / "model", model)
-    replicas = Replicas(model, inputs.shape, limits(config.seq_length), inputs.tokenizer.eos_id)
+    replicas = Replicas(
+        model, inputs.shape.with_tokens(inputs.tokenizer.ids), limits(config.seq_length), inputs.tokenizer.eos_id
+    )
     responses = replies(replicas, prompts, steps, draws(config.seed, 0, count, steps))
     made = [Example(prompt + response, len(prompt)) for prompt, response in zip(prompts, responses, strict=True)]
     if groups.is_main():

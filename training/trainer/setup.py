@@ -46,6 +46,8 @@ def read_inputs(config: TrainerConfig, kind: str) -> Inputs:
     shape.check_layout(config.tensor_parallel, config.pipeline_parallel, config.virtual_pipeline)
     shape.check_length(config.LENGTH, config.longest_row)
     tokenizer = Tokenizer(config.paths.model)
+    if isinstance(config, RolloutConfig):  # what samples learns the distribution that it samples from
+        shape = shape.with_tokens(tokenizer.ids)
 
     def rows(path: str) -> TokenRows:
         return TokenRows(groups.on_first(partial(cached, path, kind, tokenizer)))

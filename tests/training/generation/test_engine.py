@@ -132,6 +132,24 @@ def test_stop_sequences_and_strings_end_a_response_and_stay_in_it(bloom, expecte
     assert made[0].tokens == responses[row][:first] and made[0].reason == "stop"
 
 
+def test_rows_of_the_embedding_beyond_the_tokenizer_are_never_sampled(bloom, tmp_path):
+    """Nor counted: log-probabilities are of the tokenizer's ids alone. Without the limit a third of
+    the samples would have such ids."""
+    model, tokens = bloom[0], 2 * VOCAB // 3
+    model.save_pretrained(tmp_path)
+    ours = generation_models.decoder(tmp_path, model, tokens=tokens)
+    asked, sampling = prompts(20, tokens, 30, seed=4), Sampling(STEPS, temperature=2.0)
+    responses, _ = generate(ours, asked, sampling, uniforms=draws(1, 0, 20, STEPS))
+    assert max(max(one.tokens) for one in responses) < tokens
+    for prompt, one in zip(asked, responses, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + one.tokens])).logits[0, len(prompt) - 1 : -1, :tokens] / 2
+        expected = logits.log_softmax(-1).gather(-1, torch.tensor(one.tokens)[:, None]).squeeze(1)
+        assert torch.allclose(torch.tensor(one.logprobs), expected, atol=1e-4)
+    unlimited, _ = generate(bloom[1], asked, sampling, uniforms=draws(1, 0, 20, STEPS))
+    assert any(max(one.tokens) >= tokens for one in unlimited)
+
+
 def test_the_cases_at_the_edge(bloom):
     _, ours = bloom
     sampling = Sampling(4, temperature=0)

@@ -3,12 +3,17 @@ importance weights made of both."""
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from conversion.config import ConvertConfig, ConvertPaths
+from conversion.hf_to_megatron import convert
 from tests.support.distributed import run
-from training import grpo, losses, ppo
+from tests.training.conftest import Run
+from training import grpo, losses, ppo, reward
 
 
 def rows(stage):
@@ -39,6 +44,28 @@ def test_rollout_and_training_agree(family_run, tmp_path, family, precision, lay
     for row in rows(tmp_path):
         assert row["logprob_error"] <= row["logprob_error_max"] <= largest, row
         assert 1 + row["logprob_error"] <= row["token_mult_prob_error"] <= mean_of_exp, row
+
+
+def test_rollout_and_training_leave_out_the_embedding_s_rows_beyond_the_tokenizer(family_run, tmp_path):
+    """Qwen's embeddings have hundreds of rows without a token. Here 40 have large weights: counted
+    by one of the two alone they would show in every log-probability."""
+    source, wide = family_run("qwen2"), Run(tmp_path)
+    shutil.copytree(source.folder / "data", wide.folder / "data")
+    shutil.copytree(source.model, wide.model)
+    model = AutoModelForCausalLM.from_pretrained(wide.model)
+    tokens = model.config.vocab_size
+    model.resize_token_embeddings(tokens + 40, mean_resizing=False)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[tokens:] *= 20
+    model.save_pretrained(wide.model)
+    run(convert, 1, 1, 1, ConvertConfig(paths=ConvertPaths(str(wide.folder / "convert"), wide.model)))
+    (wide.folder / "sft").symlink_to("convert")
+    run(reward.run, 1, 1, 1, wide.reward(wide.folder / "reward", iterations=1))
+    run(ppo.run, 2, 1, 1, wide.ppo(tmp_path / "ppo", layout=(2, 1), iterations=2))
+    for row in rows(tmp_path / "ppo"):
+        assert row["logprob_error_max"] <= BOUNDS["fp32"][0], row
+    logits = model(torch.tensor([[5, 6, 7]])).logits[0, -1].softmax(-1)
+    assert logits[tokens:].sum() > 0.1
 
 
 def test_the_engine_s_log_probabilities_stay_with_their_samples(small_run, tmp_path):
