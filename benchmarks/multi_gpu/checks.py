@@ -51,7 +51,7 @@ def gradients(size: str, layout: dict, folder: Path) -> None:
     values = {"precision": "fp32", "seq_length": min(length(size), LONGEST), **layout}
     made, shape = learner(size, **values), SHAPES[size]
     config = settings(size, micro_batch_size=1, global_batch_size=ROWS, **values)
-    optimizer = made.optimizer.chained_optimizers[0]
+    optimizer = made.optimizer
     optimizer.update = lambda norm: None
     found = made.step(
         micro_batches(rows(size, ROWS, longest=config.seq_length), config), Objective(("loss",), sft.compute)

@@ -164,11 +164,11 @@ def our_gradients(folder: Path, config: SFTConfig, batch: dict) -> tuple[float, 
     model = build_model(shape, config, "lm")
     format.load_weights(format.resolve(folder / "convert") / "model", model)
     learner = Learner(model, config, config.lr, 10, 0)
-    learner.optimizer.chained_optimizers[0].update = lambda norm: None  # gradients only
+    learner.optimizer.update = lambda norm: None  # gradients only
     halves = [{name: tensor[first : first + 2] for name, tensor in batch.items()} for first in (0, 2)]
     loss = learner.step(halves, Objective(("loss",), compute))["loss"]
     names = {entry.parameter: entry.name for entry in entries(shape)}
-    scale = learner.optimizer.chained_optimizers[0].scale
+    scale = learner.optimizer.scale
     gradients = {names[name]: parameter.main_grad * scale for name, parameter in model.named_parameters()}
     gradients["word_embeddings.weight"] = gradients["word_embeddings.weight"][: shape.vocab]
     return loss, gradients

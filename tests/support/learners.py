@@ -9,7 +9,7 @@ from training.checkpoint import format
 from training.config.shape import Shape
 from training.config.trainers import Paths, SFTConfig
 from training.models.bloom import table
-from training.optim.optimizer import boxes
+from training.optim.boxes import boxes
 from training.trainer.step import Learner, build_model
 
 SHAPE = table.shape(layers=4, hidden=48, heads=6, vocab=300, norm_eps=1e-5)
@@ -35,8 +35,7 @@ def learner(config: SFTConfig, shape: Shape = SHAPE) -> Learner:
         for parameter in model.parameters():
             parameter.zero_()
     made = Learner(model, config, 1e-3, 100, 0)
-    for optimizer in made.optimizer.chained_optimizers:
-        optimizer._init_optimizer_states_with_dummy_values()
+    made.optimizer._init_optimizer_states_with_dummy_values()
     return made
 
 

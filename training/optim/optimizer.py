@@ -3,32 +3,34 @@ layout."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import math
-from unittest import mock
 
-import megatron.core.optimizer as mcore_optimizer
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
-from megatron.core.optimizer import distrib_optimizer as mcore_distributed
+from megatron.core.optimizer import (
+    OptimizerConfig,
+    _get_param_groups_and_buffers,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import param_group_identifier_keys
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from training.config.trainers import TrainerConfig
 from training.errors import InvariantError
 from training.models import norms
 from training.optim.adamw import SplitAdamW
+from training.optim.boxes import box, boxes
 
-CONFIGURED = ("lr", "max_lr", "min_lr", "betas", "eps", "weight_decay", "start_wd", "end_wd")
-"""What the configuration says of a parameter group."""
+CONFIGURED = ("lr", "max_lr", "min_lr", "betas", "eps", "weight_decay", "start_wd", "end_wd", "fused", "foreach")
+"""Entries of a parameter group that this run decides; a checkpoint does not restore them."""
 TIED = (1 << 31) - 1
-"""The tied embedding's number among the parameters, on whichever stage it stands."""
+"""The tied embedding's number among the parameters, on every pipeline stage that holds it."""
 
 
 class ReshardableOptimizer(DistributedOptimizer):
@@ -41,25 +43,25 @@ class ReshardableOptimizer(DistributedOptimizer):
     whole rows, the start of a row; 2-D case), which torch's checkpoint format stores and cuts again
     for any other layout: each rank writes, and reads in place, only what it owns.
 
-    It also restores torch's Adam, which keeps ``step`` per parameter: megatron-core expects Apex's
-    or Transformer Engine's, which keep it once a group, and raises or gives all parameters one
-    shared tensor that then grows by the number of parameters a step, silently (distrib_optimizer.py
-    lines 642, 825, 940).
+    It saves and restores torch's AdamW by itself. torch keeps ``step`` per parameter, Apex and
+    Transformer Engine once a group. megatron-core decides which it has by what is installed, not by
+    the optimizer's class, and on loading gives all parameters one shared ``step`` tensor, which
+    then grows by the number of parameters a step (distrib_optimizer.py lines 640, 672, 818).
 
-    And its step, in two halves, asks the GPU nothing: gradients stay sums, ``scale`` (one number on
-    the device, 1 / tokens) and the clipping factor are applied while they are read, and the norm
-    comes back as a tensor.
+    The step is split in two so that the host never waits for the GPU in between. Gradients stay
+    sums; ``scale`` (one number on the device, 1 / tokens) and the clipping factor are applied while
+    they are read. The norm is returned as a tensor.
     """
 
     scale: torch.Tensor | None = None
-    """What the gradients are to be multiplied by; None = 1."""
+    """Factor of the gradients; None = 1."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         if self.is_stub_optimizer or not isinstance(self.optimizer, SplitAdamW):
             return
-        # The tied embedding's two copies, on the first and the last stage, must be rounded alike or
-        # they drift apart.
+        # The tied embedding has a copy on the first and on the last stage. Both must draw the same
+        # rounding noise, or they drift apart.
         numbers = {
             parameter: TIED if getattr(parameter, "shared_embedding", False) else (index << 20) + number
             for index, buffer in enumerate(self.buffers)
@@ -71,8 +73,10 @@ class ReshardableOptimizer(DistributedOptimizer):
 
     @torch.no_grad()
     def gradient_norm(self) -> torch.Tensor:
-        """The norm () of the scaled gradients, before clipping. Nothing has changed yet: ``update``
-        may follow or not."""
+        """Return the norm () of the scaled gradients, before clipping.
+
+        No weight has changed yet: the caller decides whether ``update`` follows.
+        """
         self.prepare_grads()
         grads = self.get_main_grads_for_grad_norm()
         square = torch.zeros((), device=torch.cuda.current_device())
@@ -90,7 +94,7 @@ class ReshardableOptimizer(DistributedOptimizer):
         self.step_with_ready_grads()
 
     def _apply(self, factor: torch.Tensor) -> None:
-        """Have the update multiply all gradients by ``factor``."""
+        """Make the next update multiply all gradients by ``factor``."""
         if isinstance(self.optimizer, SplitAdamW):
             self.optimizer.factor = factor
         elif self.optimizer.defaults.get("fused"):
@@ -98,9 +102,11 @@ class ReshardableOptimizer(DistributedOptimizer):
         else:
             torch._foreach_mul_([parameter.grad for parameter in self.get_parameters()], factor)
 
-    def held(self) -> list[torch.Tensor]:
-        """What this optimizer keeps beside the model's weights, made now if it does not exist
-        yet."""
+    def own_tensors(self) -> list[torch.Tensor]:
+        """Return the tensors that this optimizer keeps in addition to the model's weights.
+
+        States that do not exist yet are created.
+        """
         if self.is_stub_optimizer:
             return []
         if not self.optimizer.state:
@@ -117,27 +123,29 @@ class ReshardableOptimizer(DistributedOptimizer):
         ]
 
     def _owned(self):
-        """(parameter, ranges) of each parameter of which this rank owns elements."""
+        """Yield (parameter, ranges) of each parameter of which this rank owns elements."""
         buckets = (bucket for maps in self.gbuf_ranges for buckets in maps.values() for bucket in buckets)
         return (item for bucket in buckets for item in bucket["param_map"].items())
 
     def _init_optimizer_states_with_dummy_values(self):
-        """megatron-core steps with gradients of zero, which takes their memory once more."""
+        """Create the states of an optimizer that has made no step.
+
+        megatron-core makes a step with gradients of zero, which needs their memory once more.
+        """
         if isinstance(self.optimizer, SplitAdamW):
             self.optimizer.initialise()
         elif not isinstance(self.optimizer, torch.optim.AdamW):
             groups = self.optimizer.param_groups
             rates = [group["lr"] for group in groups]
             for group in groups:
-                group["lr"] = 0.0  # its step must move no weight
+                group["lr"] = 0.0  # megatron-core's step must move no weight
             super()._init_optimizer_states_with_dummy_values()
             for group, rate in zip(groups, rates, strict=True):
                 group["lr"], group["step"] = rate, 0
         else:
-            where = torch.cuda.current_device() if self.optimizer.defaults.get("fused") else "cpu"
             for parameter in self.get_parameters():
                 self.optimizer.state[parameter] = {
-                    "step": torch.zeros((), device=where),
+                    "step": self._step_tensor(0.0),
                     "exp_avg": torch.zeros_like(parameter),
                     "exp_avg_sq": torch.zeros_like(parameter),
                 }
@@ -148,51 +156,64 @@ class ReshardableOptimizer(DistributedOptimizer):
         group, order = self.model_param_group_index_map[model_param]
         return self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
 
+    def _step_tensor(self, step: float) -> torch.Tensor:
+        """Return torch's AdamW's ``step`` of one parameter, on the device where its step reads
+        it."""
+        device = torch.cuda.current_device() if self.optimizer.defaults.get("fused") else "cpu"
+        return torch.tensor(step, dtype=torch.float32, device=device)
+
     def sharded_state_dict(self, model_sharded_state_dict, is_loading=False, **_):
-        # about to be loaded, or saved before its first step: PPO's policy while the value model
-        # warms up
+        # States are missing before a load, and in a save before the first step (PPO's policy while
+        # the value model warms up).
         if not self.optimizer.state:
             self._init_optimizer_states_with_dummy_values()
         return {**self.state_dict(), "param_state": dict(self._boxes(model_sharded_state_dict))}
 
     def state_dict(self):
-        if not isinstance(self.optimizer, SplitAdamW):
-            return super().state_dict()
-        return {
-            "optimizer": {
-                "param_groups": [
-                    {name: value for name, value in group.items() if name != "params"}
-                    for group in self.optimizer.param_groups
-                ]
-            }
-        }
+        if not isinstance(self.optimizer, torch.optim.AdamW):
+            return super().state_dict()  # Apex's or Transformer Engine's
+        param_groups = [
+            {name: value for name, value in group.items() if name != "params"} for group in self.optimizer.param_groups
+        ]
+        if not isinstance(self.optimizer, SplitAdamW):  # which keeps its step in the groups
+            steps = {state["step"].item() for state in self.optimizer.state.values()}
+            if len(steps) != 1:
+                raise InvariantError(f"the parameters of one optimizer have made different steps: {sorted(steps)}")
+            step = steps.pop()
+            param_groups = [{**group, "step": step} for group in param_groups]
+        return {"optimizer": {"param_groups": param_groups}}
 
     def load_state_dict(self, state_dict):
-        """Steps; the tensors of ``param_state`` are this optimizer's own and were filled by the
-        load. Rates, betas and decay are the configuration's, which may have been changed for the
-        resume: megatron-core's schedule prefers what stands in the groups."""
+        """Restore the parameter groups and their steps.
+
+        The tensors of ``param_state`` are this optimizer's own: the load has filled them already.
+        ``CONFIGURED`` entries stay this run's, because a resume may change them and megatron-core's
+        schedule prefers the groups' values to its own.
+        """
         configured = {
             _kind(group): {name: group[name] for name in CONFIGURED if name in group}
             for group in self.optimizer.param_groups
         }
-        self._load(state_dict)
+        if isinstance(self.optimizer, torch.optim.AdamW):
+            self._load_torch(state_dict["optimizer"]["param_groups"])
+        else:
+            super().load_state_dict({name: value for name, value in state_dict.items() if name != "param_state"})
         for group in self.optimizer.param_groups:
             group.update(configured[_kind(group)])
 
-    def _load(self, state_dict):
-        if isinstance(self.optimizer, SplitAdamW):
-            saved = {_kind(group): group for group in state_dict["optimizer"]["param_groups"]}
-            for group in self.optimizer.param_groups:
-                group.update(saved[_kind(group)])
-            return
-        super().load_state_dict({name: value for name, value in state_dict.items() if name != "param_state"})
-        if isinstance(self.optimizer, torch.optim.AdamW):
-            for state in self.optimizer.state.values():
-                state["step"] = state["step"].clone()
+    def _load_torch(self, saved_groups: list[dict]) -> None:
+        by_kind = {_kind(group): group for group in saved_groups}
+        for group in self.optimizer.param_groups:
+            group.update(by_kind[_kind(group)])
+            if not isinstance(self.optimizer, SplitAdamW):
+                for parameter in group["params"]:
+                    self.optimizer.state[parameter]["step"] = self._step_tensor(group["step"])
 
     def _boxes(self, model_sharded_state_dict):
-        """(name, ShardedTensor) of each box of each state that this rank owns; their data are views
-        of the optimizer's tensors."""
+        """Yield (name, ShardedTensor) of each box of each state that this rank owns.
+
+        Their data are views of the optimizer's tensors.
+        """
         described = {
             tensor.data: tensor
             for tensor in nested_values(model_sharded_state_dict)
@@ -208,7 +229,7 @@ class ReshardableOptimizer(DistributedOptimizer):
                     count = math.prod(size)
                     yield (
                         f"{like.key}.{like.global_offset}.{state}.{number}",
-                        _box(
+                        box(
                             like,
                             f"optimizer.state.{state}.{like.key}",
                             values.detach()[position : position + count],
@@ -224,56 +245,16 @@ def _kind(group: dict) -> tuple:
     return tuple(group[name] for name in param_group_identifier_keys)
 
 
-def boxes(shape: tuple[int, ...], start: int, stop: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Elements ``start``..``stop`` of a tensor in row-major order as boxes (offset, size), in that
-    order."""
-    if start >= stop:
-        return []
-    if len(shape) == 1:
-        return [((start,), (stop - start,))]
-    row = math.prod(shape[1:])
-    first, last = -(-start // row), stop // row  # whole rows
-    if first > last:  # inside one row
-        return _in_row(shape, last, start, stop)
-    whole = [((first, *(0 for _ in shape[1:])), (last - first, *shape[1:]))] if last > first else []
-    return _in_row(shape, first - 1, start, first * row) + whole + _in_row(shape, last, last * row, stop)
+def make_optimizer(
+    model_chunks: list[DistributedDataParallel], trainer: TrainerConfig, lr: float
+) -> ReshardableOptimizer:
+    """AdamW over fp32 weights (training.optim.adamw's under optimizer_precision "bf16"), its state
+    sharded over data-parallel ranks; no weight decay on biases and norms. ``lr`` is the peak.
 
-
-def _in_row(shape: tuple[int, ...], index: int, start: int, stop: int):
-    row = math.prod(shape[1:])
-    return [
-        ((index, *offset), (1, *size)) for offset, size in boxes(shape[1:], start - index * row, stop - index * row)
-    ]
-
-
-def _box(
-    like: ShardedTensor, key: str, values: torch.Tensor, offset: tuple[int, ...], size: tuple[int, ...]
-) -> ShardedTensor:
-    """``values`` as a box of the tensor that ``like`` is this rank's part of; the layer axis that
-    it may lack is spelled out."""
-    extra = like.prepend_axis_num
-    place = (
-        *like.global_offset[:extra],
-        *(base + step for base, step in zip(like.global_offset[extra:], offset, strict=True)),
-    )
-    size = (1,) * extra + size
-    # The last number of a replica is its data-parallel rank: there every box has one owner.
-    return ShardedTensor(
-        key,
-        values.view(size),
-        values.dtype,
-        size,
-        tuple(like.global_shape),
-        place,
-        axis_fragmentations=None,
-        replica_id=(*like.replica_id[:-1], 0),
-        allow_shape_mismatch=like.allow_shape_mismatch,
-    )
-
-
-def make_optimizer(parts: list[DistributedDataParallel], trainer: TrainerConfig, lr: float):
-    """AdamW over fp32 weights (training.optim.adamw's under optimizer_precision "bf16"), state
-    sharded over data-parallel ranks; no decay on biases and norms. ``lr`` is the peak."""
+    The optimizer is built here, as ``get_megatron_optimizer`` of megatron-core 0.16.1 does for a
+    dense model: that function takes neither the class of the optimizer nor that of its Adam, and
+    chooses Transformer Engine's or Apex's wherever one is installed.
+    """
     dtype = torch.bfloat16 if trainer.precision == "bf16" else torch.float32
     config = OptimizerConfig(
         optimizer="adam",
@@ -288,31 +269,47 @@ def make_optimizer(parts: list[DistributedDataParallel], trainer: TrainerConfig,
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
     )
-    split = trainer.optimizer_precision == "bf16"
-    # megatron-core then leaves the weights to the optimizer. Its own switch asks for Transformer
+    # megatron-core then leaves the weights to the optimizer. Its own switch demands Transformer
     # Engine when the object is made.
-    config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = split
-    with contextlib.ExitStack() as patches:
-        patches.enter_context(mock.patch.object(mcore_optimizer, "DistributedOptimizer", ReshardableOptimizer))
-        # megatron-core looks Adam up at call time, and takes Transformer Engine's or Apex's
-        # wherever one is installed. So does the part of it that reads and writes states, later on.
-        torch_s = trainer.fused == "torch"
-        mcore_distributed.HAVE_APEX_OR_TE = not torch_s
-        patches.enter_context(mock.patch.object(mcore_optimizer, "USING_PYTORCH_OPTIMIZER", torch_s))
-        if not torch_s:
-            patches.enter_context(mock.patch.object(mcore_optimizer, "Adam", norms.adam(trainer.fused)))
-        elif split:
-            patches.enter_context(mock.patch.object(torch.optim, "AdamW", SplitAdamW))
-        elif (
-            torch.cuda.is_available()
-        ):  # megatron-core passes torch's no ``fused``: 58 -> 35 ms a step at 1b7 on an H200
-            patches.enter_context(
-                mock.patch.object(torch.optim, "AdamW", functools.partial(torch.optim.AdamW, fused=True))
-            )
-        made = get_megatron_optimizer(config, parts, get_standard_config_overrides(config))
-    if len(made.chained_optimizers) != 1:
-        raise InvariantError(f"a dense model has one optimizer, megatron-core made {len(made.chained_optimizers)}")
-    return made
+    config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = trainer.optimizer_precision == "bf16"
+    param_groups, buffers = _get_param_groups_and_buffers(
+        model_chunks,
+        model_chunk_offset=0,
+        config=config,
+        config_overrides=get_standard_config_overrides(config),
+        filter_fn=lambda group: True,
+        buffer_name="buffers",
+    )
+    if any(group["is_expert_parallel"] for group in param_groups):
+        raise InvariantError("a dense model has no expert-parallel parameters")
+    process_groups = ProcessGroupCollection.setup_process_groups_for_optimizer(None, model_chunks)
+    optimizer = ReshardableOptimizer(
+        _make_adam(param_groups, trainer, lr) if param_groups else None,
+        config,
+        grad_scaler=None,
+        init_state_fn=None,
+        model_chunks=model_chunks,
+        per_model_buffers=buffers,
+        data_parallel_group=process_groups["intra_dp_cp_group"],
+        data_parallel_group_gloo=process_groups["intra_dp_cp_group_gloo"],
+        data_parallel_group_idx=process_groups["mp_group"].rank(),
+        distributed_optimizer_instance_id=0,
+    )
+    # megatron-core sets these two from outside as well.
+    optimizer.grad_stats_parallel_group = process_groups["intra_dist_opt_group"]
+    optimizer.tp_group = parallel_state.get_tensor_model_parallel_group()
+    return optimizer
+
+
+def _make_adam(param_groups: list[dict], trainer: TrainerConfig, lr: float) -> torch.optim.Optimizer:
+    betas = (trainer.adam_beta1, trainer.adam_beta2)
+    arguments = {"lr": lr, "weight_decay": trainer.weight_decay, "betas": betas, "eps": trainer.adam_eps}
+    if trainer.fused != "torch":
+        return norms.adam(trainer.fused)(param_groups, adam_w_mode=True, **arguments)
+    if trainer.optimizer_precision == "bf16":
+        return SplitAdamW(param_groups, **arguments)
+    # 58 -> 35 ms a step at 1b7 on an H200
+    return torch.optim.AdamW(param_groups, fused=True if torch.cuda.is_available() else None, **arguments)
 
 
 def make_schedule(
@@ -321,7 +318,7 @@ def make_schedule(
     """Linear warm-up to ``lr``, then decay to ``min_lr`` over ``steps`` optimizer steps. Step k
     (from 1) uses the rate after k ticks.
 
-    It also applies the exclusion of biases and norms from weight decay: without it every parameter
+    The schedule also excludes biases and norms from weight decay: without it every parameter
     decays.
     """
     return OptimizerParamScheduler(

@@ -81,7 +81,7 @@ class Learner:
         between ``wake`` or a step and ``sleep``."""
         for part in self.wrapped:
             part.offload_grad_buffers(synchronize=False, empty_cache=False)
-        self.offloaded = Offloaded(self.optimizer.chained_optimizers[0].held())
+        self.offloaded = Offloaded(self.optimizer.own_tensors())
 
     def wake(self) -> None:
         """Begin to bring the optimizer's state, if that is ahead of the next step. Nothing to do
@@ -118,14 +118,13 @@ class Learner:
             part.train()
         self.optimizer.zero_grad()
         sums = _schedule(self.wrapped, micro_batches, partial(_loss, objective), forward_only=False)
-        optimizer = self.optimizer.chained_optimizers[0]
         # The host waits for the GPU here and nowhere before: an update must be refused before it is
         # made.
-        norm = optimizer.gradient_norm()
+        norm = self.optimizer.gradient_norm()
         metrics, grad_norm = _means(sums, objective.names), norm.item()
         if made := self.guard.admits(metrics, grad_norm):
             self.schedule.step(1)
-            optimizer.update(norm)
+            self.optimizer.update(norm)
         return {
             **metrics,
             "lr": self.optimizer.param_groups[0]["lr"],
@@ -138,9 +137,7 @@ class Learner:
         ``tokens``, this rank's, while it reads them (megatron-core asks whether there are any, for
         which the host waits, and goes through all gradients once more)."""
         finalize_model_grads(model, None, **kwargs)
-        self.optimizer.chained_optimizers[0].scale = (
-            1 / groups.sum_over_data(groups.from_last_stage(tokens)).clamp(min=1).float()
-        )
+        self.optimizer.scale = 1 / groups.sum_over_data(groups.from_last_stage(tokens)).clamp(min=1).float()
 
 
 @torch.no_grad()

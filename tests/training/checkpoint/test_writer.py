@@ -26,7 +26,7 @@ from training.checkpoint import checksums, format, safe_unpickle, writer
 from training.checkpoint.writer import SaveFailed, Saver
 from training.distributed.groups import ranks
 from training.errors import ConfigError, Damaged
-from training.optim.optimizer import boxes
+from training.optim.boxes import boxes
 
 
 def saved(stage: Path, layout: tuple[int, int, int], *numbers: int, **values) -> None:

@@ -192,10 +192,10 @@ def held(config) -> tuple[int, int, int, int]:
     model = build_model(Shape.read(config.paths.model), config, "scalar")
     format.load_weights(format.resolve(config.paths.init) / "model", model, fresh_head=1)
     learner = Learner(model, config, config.lr, 1, 0)
-    learner.optimizer.chained_optimizers[0]._init_optimizer_states_with_dummy_values()
+    learner.optimizer._init_optimizer_states_with_dummy_values()
     states = [
         value
-        for state in learner.optimizer.chained_optimizers[0].optimizer.state.values()
+        for state in learner.optimizer.optimizer.state.values()
         for value in state.values()
         if isinstance(value, torch.Tensor) and value.dim()
     ]

@@ -201,7 +201,7 @@ def layout_errors(models, layout) -> tuple[dict, set]:
         recompute = RECOMPUTE[(LAYOUTS.index(layout) // 2 + list(MODELS).index(which)) % len(RECOMPUTE)]
         config = settings(tensor, pipeline, virtual, sequence, micro_batch_size=size, recompute=recompute)
         learner = Learner(load(folder, config), config, config.lr, 20, 0)
-        learner.optimizer.chained_optimizers[0].update = lambda norm: None  # gradients only
+        learner.optimizer.update = lambda norm: None  # gradients only
         for kind, (loss, logits, gradients) in expected.items():
             rows = batch(kind)
             worst["logits"] = max(worst["logits"], logits_error(learner.wrapped, rows, logits, size))
@@ -212,9 +212,7 @@ def layout_errors(models, layout) -> tuple[dict, set]:
             worst["loss"] = max(worst["loss"], abs(found["loss"] - loss) / loss)
             whole_gradients(learner)
             for name, parameter in named(learner.model):
-                error = gradient_error(
-                    parameter, gradients[name], tensor, learner.optimizer.chained_optimizers[0].scale
-                )
+                error = gradient_error(parameter, gradients[name], tensor, learner.optimizer.scale)
                 assert error <= TOLERANCE, f"{name}: {error}, {kind}, {layout}, {folder}"
                 worst["gradient"] = max(worst["gradient"], error)
                 seen.add((which, name))

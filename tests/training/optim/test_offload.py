@@ -66,11 +66,14 @@ def test_a_learner_that_sleeps_keeps_its_weights_and_nothing_else(optimizer_prec
         made = learner(settings("", optimizer_precision=optimizer_precision))
         fill(made, 3)
         made.offload()
-        optimizer = made.optimizer.chained_optimizers[0]
+        optimizer = made.optimizer
         count = sum(weight.numel() for weight in made.model.parameters())
 
         def taken():
-            tensors = (*optimizer.held(), *(buffer.grad_data for part in made.wrapped for buffer in part.buffers))
+            tensors = (
+                *optimizer.own_tensors(),
+                *(buffer.grad_data for part in made.wrapped for buffer in part.buffers),
+            )
             return sum({id(one): one.untyped_storage().nbytes() for one in tensors}.values()) / count
 
         asleep = taken()

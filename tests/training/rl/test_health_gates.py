@@ -106,11 +106,7 @@ def trace(learner: Learner) -> str:
     groups = [
         {name: value for name, value in group.items() if name != "params"} for group in learner.optimizer.param_groups
     ]
-    counts = [
-        float(state["step"])
-        for state in learner.optimizer.chained_optimizers[0].optimizer.state.values()
-        if "step" in state
-    ]
+    counts = [float(state["step"]) for state in learner.optimizer.optimizer.state.values() if "step" in state]
     digest = hashlib.sha256(repr((learner.schedule.num_steps, groups, counts)).encode())
     for tensor in held(learner):
         digest.update(tensor.data.detach().contiguous().view(torch.uint8).numpy().tobytes())
