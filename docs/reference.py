@@ -247,12 +247,12 @@ def parameters(command: click.Command) -> list[str]:
 
 
 def usage(name: str, command: click.Command) -> str:
-    words = [f"python -m launcher {name}", "[OPTIONS]" if command.params else ""]
+    parts = [f"python -m launcher {name}", "[OPTIONS]" if command.params else ""]
     for argument in command.params:
         if isinstance(argument, click.Argument):
             word = argument.name.upper() + ("..." if argument.nargs == -1 else "")
-            words.append(word if argument.required else f"[{word}]")
-    return " ".join(filter(None, words))
+            parts.append(word if argument.required else f"[{word}]")
+    return " ".join(filter(None, parts))
 
 
 def help_of(program: str) -> str:
