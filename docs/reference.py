@@ -1,7 +1,7 @@
 """Writes the generated pages of the reference from the code.
 
-``python docs/reference.py`` writes docs/reference/configuration.md and command-line.md;
-``--check`` writes nothing and exits 1 where a page is not what the code says.
+``python docs/reference.py`` writes configuration.md, command-line.md and failures.md in
+docs/reference/. ``--check`` writes nothing and exits 1 where a page is not what the code says.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ import click
 from launcher.cli import main as launcher
 from launcher.config.profile import Container, Machine, Profile
 from launcher.config.sections import SECTIONS, Resources, StageResources
+from launcher.job.advice import ADVICE, EVERY
+from launcher.job.endings import AGAIN, BLAMELESS, Class
 from training.config.trainers import RolloutConfig, TrainerConfig
 
 ROOT = Path(__file__).parents[1]
@@ -307,7 +309,34 @@ def command_line() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-PAGES = {"configuration.md": configuration, "command-line.md": command_line}
+def failures() -> str:
+    lines = [
+        NOTICE,
+        "# Classes of endings",
+        "",
+        "`status` names the class, the cause and what to do. [Why was I requeued](../operations/requeue.md)",
+        "explains them. Here is what the code has for each class, for each kind of stage.",
+        "",
+        "- *Trainer* is `sft`, `reward` or `dpo`; *rollout* is `rlhf` or `grpo`.",
+        "- *Conversion* is `convert` or `export`; *evaluation* is `mtbench`. *Every* is any other stage.",
+        "- An attempt without progress counts towards `no progress`; two in a row end the stage.",
+        "",
+    ]
+    rows = []
+    for kind in Class:
+        if kind is Class.DONE:
+            continue
+        advice = {group: cell(text.replace("{stage}", "STAGE")) for group, text in ADVICE[kind.value].items()}
+        texts = [
+            text if group == EVERY and len(advice) == 1 else f"*{group}*: {text}" for group, text in advice.items()
+        ]
+        counts = "" if kind not in AGAIN else "no" if kind in BLAMELESS else "unless it saved"
+        rows.append((code(kind.value), "yes" if kind in AGAIN else "no", counts, "<br>".join(texts)))
+    header = ("class", "queues itself again", "counts as without progress", "what to do when it has ended for good")
+    return "\n".join([*lines, *table(header, rows)]).rstrip() + "\n"
+
+
+PAGES = {"configuration.md": configuration, "command-line.md": command_line, "failures.md": failures}
 
 
 def stale() -> dict[Path, str]:

@@ -12,7 +12,7 @@ from launcher.cli import main as launcher
 from launcher.config.profile import Profile
 from launcher.config.sections import SECTIONS, Resources
 from launcher.config.stages import ALL
-from launcher.job.endings import Class
+from launcher.job.endings import AGAIN, BLAMELESS, Class
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -64,6 +64,11 @@ def test_every_key_of_a_profile_is_on_the_page_of_sites():
     assert not set(missing) - {"name", "slurm", "machine", "container"}, missing
 
 
-def test_every_class_of_ending_is_on_the_page_of_requeues():
+def test_every_class_of_ending_is_in_its_table_of_the_page_of_requeues():
     text = (ROOT / "docs/operations/requeue.md").read_text(encoding="utf-8")
-    assert not [kind.value for kind in Class if kind is not Class.DONE and f"| `{kind.value}` |" not in text]
+    again, _, act = text.partition("## Endings after which you must act")
+    row = re.compile(r"^\| `([a-z ]+)` \|(?:.*\|)? (.*) \|$", re.MULTILINE)
+    counted = dict(row.findall(again))
+    assert set(counted) == {kind.value for kind in AGAIN}
+    assert {name for name, counts in counted.items() if counts == "no"} == {kind.value for kind in BLAMELESS}
+    assert set(dict(row.findall(act))) == {kind.value for kind in Class} - set(counted) - {"done"}
