@@ -1,12 +1,15 @@
 """Does the demo learn? The whole chain over several seeds, and its thresholds: ``python
 benchmarks/learning/learns.py [ppo|dpo|grpo] [seed ...]``.
 
-A seed sets data, model initialisation, data order and sampling. For each: held-out SFT loss against
-the unigram entropy of the held-out responses; the reward model's held-out accuracy with its 95%
-interval (DPO's: of its implicit rewards); gold score (computed from the text, 0..1) of replies
-sampled at temperature 1 to 256 held-out prompts, of the SFT model and of the trained policy, the
-paired difference with its 95% bootstrap interval, and KL(policy || SFT) per response. Exits 1 where
-a threshold is missed. About 5 minutes a seed on two cores.
+A seed sets data, model initialisation, data order and sampling. Each seed's line has
+
+- the held-out SFT loss, and the unigram entropy of the held-out responses;
+- the reward model's held-out accuracy with its 95% interval (DPO: of its implicit rewards);
+- the gold score (computed from the text, 0..1) of replies sampled at temperature 1 to 256 held-out
+  prompts, of the SFT model and of the trained policy;
+- their paired difference with its 95% bootstrap interval, and KL(policy || SFT) per response.
+
+Exits 1 where a threshold is missed. About 5 minutes a seed on two cores.
 """
 
 from __future__ import annotations
@@ -15,6 +18,10 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from benchmarks.learning.launch import for_stages, metric, settings_text, submit
 
 RUNS = Path("runs")
 STAGES = {"ppo": ("reward", "rlhf"), "grpo": ("reward", "grpo"), "dpo": ("dpo", "dpo")}
@@ -26,44 +33,25 @@ HEAD = (
 
 
 def chain(pipeline: str, seed: int) -> Path:
-    """Run the chain for a seed (or go on with it) -> its run folder. Raises CalledProcessError
-    where a stage failed."""
+    """Run the chain for a seed, or continue it; its run folder. Raises CalledProcessError where a
+    stage failed."""
     name = f"bloom-tiny-{pipeline}-seed-{seed}"
-    sets = [
-        option
-        for key in sorted({"data", "sft", *STAGES[pipeline], "mtbench"})
-        for option in ("--set", f"{key}.seed={seed}")
-    ]
-    command = [
-        sys.executable,
-        "-m",
-        "launcher",
-        "submit",
-        "full-pipeline",
-        "--recipe",
-        "bloom-tiny",
-        "--profile",
-        "local",
-        "--name",
-        name,
-        "--pipeline",
-        pipeline,
-    ]
-    subprocess.run([*command, *sets, "--wait"], check=True)
+    settings = for_stages(sorted({"data", "sft", *STAGES[pipeline], "mtbench"}), seed=seed)
+    command = submit("bloom-tiny", "local", name, settings_text(settings), "--pipeline", pipeline)
+    subprocess.run(command, check=True)
     return RUNS / name
 
 
 def last(run: Path, stage: str, name: str) -> float:
     """The last value of a metric of a stage."""
-    rows = [json.loads(line) for line in (run / stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [row[name] for row in rows if name in row][-1]
+    return metric(run, stage, name)[-1][1]
 
 
 def row(pipeline: str, seed: int, run: Path) -> tuple[str, bool]:
     """One line of the table, and whether all thresholds are met."""
-    judge, policy = STAGES[pipeline]
+    preference, policy = STAGES[pipeline]
     loss, entropy = last(run, "sft", "heldout_loss"), last(run, "sft", "unigram_entropy")
-    accuracy, low, high = (last(run, judge, f"heldout_accuracy{end}") for end in ("", "_low", "_high"))
+    accuracy, low, high = (last(run, preference, f"heldout_accuracy{end}") for end in ("", "_low", "_high"))
     heldout = json.loads((run / "mtbench" / "results.json").read_text(encoding="utf-8"))["heldout"]
     gold, gain, kl = heldout["gold"], heldout["gold_difference"][policy], heldout["kl"][policy]
     line = (
@@ -71,7 +59,7 @@ def row(pipeline: str, seed: int, run: Path) -> tuple[str, bool]:
         f"| {gold['sft']['mean']:.3f} | {gold[policy]['mean']:.3f} | {gain['mean']:+.3f} "
         f"[{gain['low']:+.3f}, {gain['high']:+.3f}] | {kl['mean']:.2f} |"
     )
-    return line, loss < entropy / 2 and (accuracy >= 0.9 if judge == "reward" else low > 0.5) and gain["low"] > 0
+    return line, loss < entropy / 2 and (accuracy >= 0.9 if preference == "reward" else low > 0.5) and gain["low"] > 0
 
 
 def main(arguments: list[str]) -> int:

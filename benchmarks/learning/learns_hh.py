@@ -1,23 +1,29 @@
 """What can 2,312 real pairs teach a model that knows nothing? ``python
 benchmarks/learning/learns_hh.py HH_FILE [--tiny] [--set KEY=VALUE ...]``.
 
-The whole chain by the real command line on Anthropic's harmless-base test split: a model of
-bloom-560m's shape (24 layers, hidden 1024, 250,880 rows) with random weights and a byte-level BPE
-trained on the split's own training prompts and replies. Prints held-out SFT loss against the
-unigram entropy, the reward model's held-out accuracy beside its floors ("the shorter reply wins" on
-the same pairs; .623 of TF-IDF with a logistic regression, rlhf.md section 3, on another split), and
-PPO's curve; keeps run folder and report. ``--tiny``: two layers and a few steps, to try the script
-on a CPU. ``--until``: a part of the chain; without it the same command goes on.
+The whole chain by the real command line on Anthropic's harmless-base test split. The model has
+bloom-560m's shape (24 layers, hidden 1024, 250,880 rows), random weights, and a byte-level BPE
+trained on the split's own training prompts and replies. The script prints
+
+- the held-out SFT loss against the unigram entropy;
+- the reward model's held-out accuracy against its floors: "the shorter reply wins" on the same
+  pairs, and .623 of TF-IDF with a logistic regression (rlhf.md section 3, on another split);
+- PPO's curve.
+
+Run folder and report stay. ``--tiny``: two layers and a few steps, to try the script on a CPU.
+``--until``: a part of the chain; the same command without it continues.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from benchmarks.learning.launch import for_stages, metric, one_gpu_each, settings_text, submit
 from training.config.data import DataConfig, ModelConfig
 from training.data import demo_model, sorting
 
@@ -29,14 +35,10 @@ ROWS = 250_880
 leaves the last 200 unused."""
 TRAINERS = ("sft", "reward", "rlhf")
 SETTINGS = {
-    # So short a run is not worth compiling, a minute a stage, nor checkpoints of 18 bytes a
-    # parameter, which are hashed again and again.
-    **{
-        f"{stage}.{key}": value
-        for stage in TRAINERS
-        for key, value in (("attention", "sdpa"), ("optimizer_precision", "bf16"))
-    },
-    **{f"resources.{stage}.gpus_per_node": 1 for stage in TRAINERS},
+    # A run this short gains nothing from compiling (a minute a stage), nor from checkpoints of 18
+    # bytes a parameter, which are hashed several times.
+    **for_stages(TRAINERS, attention="sdpa", optimizer_precision="bf16"),
+    **one_gpu_each(TRAINERS),
     "sft.seq_length": 1024,
     "sft.micro_batch_size": 16,
     "sft.global_batch_size": 64,
@@ -79,7 +81,7 @@ SETTINGS = {
     "data.heldout_max": 512,
 }
 TINY_SETTINGS = {
-    **{f"{stage}.{key}": "fp32" for stage in TRAINERS for key in ("precision", "optimizer_precision")},
+    **for_stages(TRAINERS, precision="fp32", optimizer_precision="fp32"),
     "sft.iterations": 4,
     "reward.iterations": 2,
     "rlhf.iterations": 2,
@@ -103,29 +105,23 @@ TINY_SETTINGS = {
 
 
 def make_model(folder: Path, source: str, shape: ModelConfig, data: DataConfig, rows: int = ROWS) -> None:
-    """A Hugging Face folder with a tokenizer trained on the training rows of ``source`` and random
-    weights; made once."""
+    """Write a Hugging Face folder with random weights and a tokenizer trained on the training rows
+    of ``source``. An existing folder stays as it is."""
     if folder.exists():
         return
-    aside = folder.with_name(f"{folder.name}.writing")
-    aside.mkdir(parents=True, exist_ok=True)
+    unfinished = folder.with_name(f"{folder.name}.writing")
+    unfinished.mkdir(parents=True, exist_ok=True)
     with sorting.Writer(folder.with_name(f"{folder.name}.data")) as writer:
         sorting.from_source(data, writer)
         texts = (row["prompt"] + row["response"] for row in writer.rows("sft.jsonl"))
-        demo_model.write(aside, texts, shape, data.seed, rows=rows)
-    aside.rename(folder)
-
-
-def series(run: Path, stage: str, name: str) -> list[tuple[int, float]]:
-    """(iteration, value) of a metric of a stage."""
-    rows = [json.loads(line) for line in (run / stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [(row["iteration"], row[name]) for row in rows if row.get(name) is not None]
+        demo_model.write(unfinished, texts, shape, data.seed, rows=rows)
+    unfinished.rename(folder)
 
 
 def table(run: Path) -> str:
-    """What came out, as Markdown."""
-    losses, entropy = series(run, "sft", "heldout_loss"), series(run, "sft", "unigram_entropy")[-1][1]
-    accuracy, low, high = (series(run, "reward", f"heldout_accuracy{end}")[-1][1] for end in ("", "_low", "_high"))
+    """The results as a Markdown table."""
+    losses, entropy = metric(run, "sft", "heldout_loss"), metric(run, "sft", "unigram_entropy")[-1][1]
+    accuracy, low, high = (metric(run, "reward", f"heldout_accuracy{end}")[-1][1] for end in ("", "_low", "_high"))
     at, best = min(losses, key=lambda pair: pair[1])
     lines = [
         "| | |",
@@ -134,10 +130,10 @@ def table(run: Path) -> str:
         f"{losses[-1][1]:.3f} |",
         f"| unigram entropy of the held-out replies | {entropy:.3f} |",
         f"| reward model, held-out accuracy | {accuracy:.3f} [{low:.3f}, {high:.3f}] |",
-        f'| floor: "the shorter reply wins", same pairs | {series(run, "reward", "shorter_wins")[-1][1]:.3f} |',
+        f'| floor: "the shorter reply wins", same pairs | {metric(run, "reward", "shorter_wins")[-1][1]:.3f} |',
     ]
     for name in ("reward", "kl", "entropy", "eos_rate", "response_length", "heldout_reward", "heldout_kl"):
-        values = series(run, "rlhf", name)
+        values = metric(run, "rlhf", name)
         lines.append(
             f"| PPO {name}: first, last of {values[-1][0]} iterations | {values[0][1]:.3f}, {values[-1][1]:.3f} |"
         )
@@ -155,34 +151,10 @@ def main() -> int:
     options = parser.parse_args()
     settings = {**SETTINGS, **(TINY_SETTINGS if options.tiny else {})}
     model = MODELS / options.name
-    share, most = settings["data.heldout"], settings["data.heldout_max"]
-    make_model(
-        model,
-        options.source,
-        TINY if options.tiny else SHAPE,
-        DataConfig(source=options.source, heldout=share, heldout_max=most),
-    )
-    sets = [f"{key}={value}" for key, value in settings.items()] + [
-        f"model.checkpoint={model}",
-        f"data.source={options.source}",
-    ]
-    command = [
-        sys.executable,
-        "-m",
-        "launcher",
-        "submit",
-        "full-pipeline",
-        "--recipe",
-        "bloom-560m",
-        "--profile",
-        options.profile,
-        "--name",
-        options.name,
-        "--until",
-        options.until,
-        "--wait",
-        *(word for setting in [*sets, *options.sets] for word in ("--set", setting)),
-    ]
+    data = DataConfig(source=options.source, heldout=settings["data.heldout"], heldout_max=settings["data.heldout_max"])
+    make_model(model, options.source, TINY if options.tiny else SHAPE, data)
+    sets = settings_text(settings | {"model.checkpoint": model, "data.source": options.source})
+    command = submit("bloom-560m", options.profile, options.name, [*sets, *options.sets], "--until", options.until)
     subprocess.run(command, check=True)
     if options.until == "mtbench":
         print(table(RUNS / options.name))

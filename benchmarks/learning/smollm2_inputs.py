@@ -1,5 +1,5 @@
-"""What benchmarks/learning/learns_smollm2.py trains on, and what it checks before: a slip of the
-pen costs no hour of GPUs."""
+"""The rows that benchmarks/learning/learns_smollm2.py trains on, and the checks before it starts: a
+typing mistake costs no hour of GPUs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from side_by_side import Work
-
+from benchmarks.learning.launch import settings_text
+from benchmarks.learning.side_by_side import Work
+from benchmarks.learning.smollm2_settings import HELDOUT, HELDOUT_MAX
 from eval.files.jsonl import dump
 from launcher.config.sections import check_sections, layered, near, parse_set
 from launcher.config.stages import PIPELINES, PPO, full_tables
@@ -24,24 +25,29 @@ from training.data.split import HeldOut
 from training.errors import ConfigError, DataError
 
 RECIPE = "smollm2-135m"
-OURS = {
+FIXED_SECTIONS = {
     "data": "HH_FILE gives its rows, and what is held out of them is the study's",
     "model": "it is --model",
     "mtbench": "the study's evaluation is not the launcher's",
 }
 """Section -> why --set can't change it."""
 SIDES = {"base": 0, "judge": 1, "full": None}
-"""File of rows -> which half of the training prompts it has the comparisons of; None: of all."""
+"""File of rows -> the half of the training prompts whose comparisons it has; None: all of them."""
 
 
-def halves_in(folder: Path) -> dict[str, Path]:
-    """Where ``halves`` puts them."""
+def data_config(source: str) -> DataConfig:
+    """Anthropic's file, and how many of its prompts are held out."""
+    return DataConfig(source=source, heldout=HELDOUT, heldout_max=HELDOUT_MAX)
+
+
+def half_files(folder: Path) -> dict[str, Path]:
+    """The files that ``write_halves`` writes, by name."""
     return {name: folder / f"{name}.jsonl" for name in SIDES}
 
 
 def split(data: DataConfig) -> tuple[list[tuple[int, Row]], set[int]]:
     """(place of its prompt, row) of each comparison of ``data.source``, and the places that are
-    held out. DataError for a source that can't be read."""
+    held out. Raises DataError for a source that can't be read."""
     heldout = HeldOut(data)
     rows = [
         (heldout.place(row.prompt), row)
@@ -57,22 +63,24 @@ def split(data: DataConfig) -> tuple[list[tuple[int, Row]], set[int]]:
     return rows, unseen
 
 
-def halves(data: DataConfig, folder: Path) -> dict[str, Path]:
-    """Files of one's own rows in ``folder``: "base" and "judge" have the comparisons of one half of
-    the training prompts, of the other half the better replies only, "full" all comparisons; the
-    held-out comparisons are in all three. So SFT's rows are the same bytes. Raises DataError as
-    ``split`` does."""
+def write_halves(data: DataConfig, folder: Path) -> dict[str, Path]:
+    """Write the files of rows in ``folder``; their paths by name.
+
+    "base" and "judge" have the comparisons of one half of the training prompts each, and of the
+    other half the better replies only. "full" has all comparisons. The held-out comparisons are in
+    all three, so SFT's rows are the same bytes. Raises DataError as ``split`` does.
+    """
     rows, unseen = split(data)
 
-    def written(side: int | None) -> Iterator[dict]:
+    def native_rows(side: int | None) -> Iterator[dict]:
         for place, row in rows:
             compared = side is None or place in unseen or place % 2 == side
             yield formats.as_native(row, "reward" if compared else "sft")
 
-    made = halves_in(folder)
+    files = half_files(folder)
     for name, side in SIDES.items():
-        dump(made[name], written(side))
-    return made
+        dump(files[name], native_rows(side))
+    return files
 
 
 def at_least_one(text: str) -> int:
@@ -90,47 +98,48 @@ def minutes(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r}: expected minutes, more than 0")
 
 
-def settings(sets: Sequence[str]) -> dict[str, str]:
-    """Key -> value, as text, of ``--set`` options. ConfigError for one that is malformed, or of a
-    section that isn't passed on."""
-    made = {}
+def section_of(key: str) -> str:
+    """The section that a key of ``--set`` belongs to; of "resources.sft.nodes" it is sft."""
+    return key.strip().removeprefix("resources.").split(".")[0]
+
+
+def parse_settings(sets: Sequence[str]) -> dict[str, str]:
+    """Key -> value, as text, of ``--set`` options. Raises ConfigError for a malformed option and
+    for a section that the study sets itself."""
+    settings = {}
     for text in sets:
         tables, where = parse_set(text), f"--set {text}"
         check_sections(tables, where)
         key, _, value = text.partition("=")
-        section = key.strip().removeprefix("resources.").split(".")[0]
-        if section in OURS:
-            raise ConfigError(f"{where}: the study sets {section} itself: {OURS[section]}")
-        made[key.strip()] = value
-    return made
-
-
-def words(values: dict) -> list[str]:
-    """``--set``'s arguments."""
-    return [f"{key}={json.dumps(value) if isinstance(value, bool) else value}" for key, value in values.items()]
+        section = section_of(key)
+        if section in FIXED_SECTIONS:
+            raise ConfigError(f"{where}: the study sets {section} itself: {FIXED_SECTIONS[section]}")
+        settings[key.strip()] = value
+    return settings
 
 
 def check_settings(folder: Path, values: dict) -> None:
-    """ConfigError for a key that no stage knows, or a value that it can't take, of any pipeline."""
-    full_tables(folder, layered(RECIPE, [], words(values)), PIPELINES[PPO])
+    """Raises ConfigError for a key that no stage has, or a value that it can't take."""
+    full_tables(folder, layered(RECIPE, [], settings_text(values)), PIPELINES[PPO])
 
 
-def chosen(works: Sequence[Work], only: str) -> list[Work]:
-    """Those whose names ``only`` lists, and what they need; all if it is empty. ConfigError for a
-    name that is none."""
+def select_works(works: Sequence[Work], only: str) -> list[Work]:
+    """The works that ``only`` lists, and what they need; all of them where it is empty. Raises
+    ConfigError for an unknown name."""
     if not only:
         return list(works)
-    names, wanted = [work.name for work in works], {name.strip() for name in only.split(",")}
-    for name in sorted(wanted.difference(names)):
+    names, selected = [work.name for work in works], {name.strip() for name in only.split(",")}
+    for name in sorted(selected.difference(names)):
         raise ConfigError(f"--only {name}: no such work{near(name, names)}; there are: {', '.join(names)}")
     for work in reversed(works):  # what a work needs stands before it
-        wanted |= set(work.after) if work.name in wanted else set()
-    return [work for work in works if work.name in wanted]
+        selected |= set(work.after) if work.name in selected else set()
+    return [work for work in works if work.name in selected]
 
 
 @contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Hold ``folder`` for this process. Busy, with who has it, where another one does."""
+def exclusive(folder: Path) -> Iterator[None]:
+    """Lock ``folder`` for this process. Raises Busy, which names the holder, where another process
+    has it."""
     path = folder / "study.lock"
     with contextlib.ExitStack() as stack:
         try:
@@ -145,7 +154,7 @@ def alone(folder: Path) -> Iterator[None]:
 
 def _holder(path: Path) -> str:
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
-        return f"process {held['pid']} on {held['host']} ({' '.join(held['command'])})"
-    except (OSError, ValueError, KeyError):  # it has only just begun
+        holder = json.loads(path.read_text(encoding="utf-8"))
+        return f"process {holder['pid']} on {holder['host']} ({' '.join(holder['command'])})"
+    except (OSError, ValueError, KeyError):  # it has only just started
         return "another process"

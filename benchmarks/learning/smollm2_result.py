@@ -1,5 +1,5 @@
-"""What came out of benchmarks/learning/learns_smollm2.py, from its folder: result.json, table.md,
-result.png. Whatever is absent is left out."""
+"""The results of benchmarks/learning/learns_smollm2.py, from its folder: result.json, table.md and
+result.png. Runs and files that are missing are left out."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def collect(folder: Path, branches: Sequence[str]) -> dict:
     "language", "preference", "policies": {name: {...}}, "coefficients": {branch: {...}}, "curves":
     {branch: {name: [[iteration, value], ...]}}}."""
     names = [name for name in ("base", "judge", "full", *branches) if (folder / name / "config.json").is_file()]
-    found = {name: run_folder.collect(folder / name) for name in names}
+    runs = {name: run_folder.collect(folder / name) for name in names}
     stages = [
         {
             "run": name,
@@ -52,19 +52,19 @@ def collect(folder: Path, branches: Sequence[str]) -> dict:
             "gpu_gb": row["memory_gb"],
             "iterations": row["iterations"],
         }
-        for name, run in found.items()
+        for name, run in runs.items()
         for row in run_facts.stage_rows(run)
         if row["seconds"] is not None
     ]
-    compared = {
+    accuracies = {
         f"{name} {stage}": row
-        for name, run in found.items()
+        for name, run in runs.items()
         if name in ("base", "judge", "full", "dpo")
         for stage, row in reward_accuracy.summary({one.name: one.folder for one in run.stages}).items()
     }
     policies = _policies(folder, branches)
     start = run_folder.lines(folder / "evaluation" / SFT / "heldout" / f"{SFT}.jsonl")
-    curves = {name: _curves(found[name], start) for name in branches if name in found}
+    curves = {name: _curves(runs[name], start) for name in branches if name in runs}
     # DPO samples nothing while it trains: its KL is its evaluation's, at its end
     for name in policies.keys() & curves.keys():
         if policies[name]["kl"] and (ends := curves[name].get(OWN)):
@@ -73,35 +73,36 @@ def collect(folder: Path, branches: Sequence[str]) -> dict:
         "stages": stages,
         "works": _works(folder / "logs" / "works.jsonl"),
         "policies": policies,
-        "preference": compared,
-        "language": run_facts.language_models(found["base"]) if "base" in found else {},
+        "preference": accuracies,
+        "language": run_facts.language_models(runs["base"]) if "base" in runs else {},
         "curves": curves,
-        "coefficients": {name: _coefficient(found[name], curves[name]) for name in curves},
+        "coefficients": {name: _coefficient(runs[name], curves[name]) for name in curves},
     }
 
 
 def _works(path: Path) -> dict[str, float]:
-    """Name -> seconds; of a work that was done again, in a moment, what it took when there was
-    something to do."""
-    made: dict[str, float] = {}
+    """Name -> seconds. A work that found nothing to do when it was repeated has the seconds of its
+    longest try."""
+    seconds: dict[str, float] = {}
     for row in run_folder.lines(path):
         if row["done"]:
-            made[row["name"]] = max(row["seconds"], made.get(row["name"], 0.0))
-    return made
+            seconds[row["name"]] = max(row["seconds"], seconds.get(row["name"], 0.0))
+    return seconds
 
 
 def _coefficient(run: run_folder.Run, curves: Mapping) -> dict[str, float]:
-    """{"kl_coef", "group_std" of GRPO's last third} or {"beta"}: kl_coef x group_std is what weighs
-    on GRPO's unscaled reward."""
+    """{"kl_coef", "group_std" of GRPO's last third} or {"beta"}. kl_coef x group_std is the
+    coefficient of GRPO's unscaled reward."""
     trained = {name: run.config[name] for name in TRAINERS[2:] if name in run.config}
-    made = {key: table[key] for table in trained.values() for key in ("kl_coef", "beta") if key in table}
+    coefficients = {key: table[key] for table in trained.values() for key in ("kl_coef", "beta") if key in table}
     spread = [value for _, value in curves.get("group_std", [])]
     last = spread[-max(1, len(spread) // 3) :]
-    return made | ({"group_std": sum(last) / len(last)} if last else {})
+    return coefficients | ({"group_std": sum(last) / len(last)} if last else {})
 
 
-def said(replies: Sequence[str]) -> dict[str, float]:
-    """What a policy that says one thing to everybody shows."""
+def diversity(replies: Sequence[str]) -> dict[str, float]:
+    """The share of different replies and of those that say sorry: a policy that collapsed gives one
+    reply to every prompt."""
     return {
         "different": len(set(replies)) / len(replies),
         "sorry": sum("sorry" in text.lower() for text in replies) / len(replies),
@@ -109,43 +110,43 @@ def said(replies: Sequence[str]) -> dict[str, float]:
 
 
 def _curves(run: run_folder.Run, start: Sequence[Mapping]) -> dict[str, list[list[float]]]:
-    """Every number of the policy's trainer, the reward models' scores of its replies, and ``said``
-    of them; ``start``: SFT's replies."""
-    made: dict[str, dict[int, float]] = {}
+    """{name: [[iteration, value], ...]} of the policy's trainer: its metrics, and ``diversity`` of
+    its replies. ``start``: SFT's replies, which stand at iteration 0."""
+    curves: dict[str, dict[int, float]] = {}
     for stage in run.stages:
         if stage.name in TRAINERS[2:]:
             for row in stage.metrics:
                 for name, value in row.items():
                     if isinstance(value, int | float) and name not in ("iteration", "total", "time"):
-                        made.setdefault(name, {})[row["iteration"]] = value
-            kept = defaultdict(list, {0: [row["response"] for row in start]} if start else {})
+                        curves.setdefault(name, {})[row["iteration"]] = value
+            replies_at = defaultdict(list, {0: [row["response"] for row in start]} if start else {})
             for row in run_folder.lines(stage.folder / reward_model.KEPT):
-                kept[row["iteration"]].append(row["response"])
-            for at, replies in kept.items():
-                for name, value in said(replies).items():
-                    made.setdefault(name, {})[at] = value
-    return {name: [[at, values[at]] for at in sorted(values)] for name, values in made.items()}
+                replies_at[row["iteration"]].append(row["response"])
+            for at, replies in replies_at.items():
+                for name, value in diversity(replies).items():
+                    curves.setdefault(name, {})[at] = value
+    return {name: [[at, values[at]] for at in sorted(values)] for name, values in curves.items()}
 
 
 def _policies(folder: Path, branches: Sequence[str]) -> dict[str, dict]:
     """Model -> {"score", "win_rate", "length_controlled", "kl" (intervals), "heldout", "questions"
     (checks), "replies", "different", "sorry"} from each branch's evaluation."""
-    made: dict[str, dict] = {}
+    policies: dict[str, dict] = {}
     for branch in branches:
         results = run_folder.read_json(folder / "evaluation" / branch / "results.json")
         for name in (SFT, branch) if results else ():
-            made.setdefault(
+            policies.setdefault(
                 name,
                 {key: results["heldout"].get(key, {}).get(name) for key in INTERVALS}
                 | {source: results["checks"][source].get(name) for source in ("heldout", "questions")}
-                | _said_at_the_end(folder / "evaluation" / branch / "heldout" / f"{name}.jsonl"),
+                | _final_diversity(folder / "evaluation" / branch / "heldout" / f"{name}.jsonl"),
             )
-    return made
+    return policies
 
 
-def _said_at_the_end(path: Path) -> dict[str, float]:
+def _final_diversity(path: Path) -> dict[str, float]:
     replies = [row["response"] for row in run_folder.lines(path)]
-    return {"replies": len(replies), **said(replies)} if replies else {}
+    return {"replies": len(replies), **diversity(replies)} if replies else {}
 
 
 def interval(value: Mapping | None, form: str = ".3f") -> str:
@@ -204,11 +205,11 @@ def tables(result: Mapping) -> str:
         "|---" * 8 + "|",
     ]
     for name, row in result["policies"].items():
-        checked, asked = row["heldout"], row["questions"]
+        heldout, answers = row["heldout"], row["questions"]
         lines.append(
-            f"| {name} | {checked['repeated_ngrams']:.3f} | {checked['distinct_2']:.2f} | {asked['tokens']:.1f} | "
-            f"{asked['eos_rate']:.2f} | {asked['empty']:.2f} | {asked['repeated_ngrams']:.3f} | "
-            f"{asked['distinct_2']:.2f} |"
+            f"| {name} | {heldout['repeated_ngrams']:.3f} | {heldout['distinct_2']:.2f} | {answers['tokens']:.1f} | "
+            f"{answers['eos_rate']:.2f} | {answers['empty']:.2f} | {answers['repeated_ngrams']:.3f} | "
+            f"{answers['distinct_2']:.2f} |"
         )
     missing = [name for name, done in result["done"].items() if not done]
     return "\n".join([*lines, *(["", f"Not done: {', '.join(missing)}."] if missing else [])])
@@ -281,7 +282,7 @@ def _titles(axes: Axes, title: str, below: str) -> None:
 
 
 def write(folder: Path, branches: Sequence[str], done: Mapping[str, bool]) -> str:
-    """Write the three files; the tables."""
+    """Write the three files; the tables as text."""
     result = collect(folder, branches) | {"done": dict(done)}
     (folder / "result.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
     (folder / "table.md").write_text(tables(result) + "\n", encoding="utf-8")

