@@ -44,7 +44,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.learning.side_by_side import handling_signals
 from benchmarks.multi_gpu.plan import MEMORY_GB_S, ON_PURPOSE, PARTS, Job, Waves, waves, with_prediction
 from benchmarks.multi_gpu.tables import tables
-from launcher.job.ranks import LocalRanks, Log
+from launcher.job.rank_log import Log
+from launcher.job.ranks import LocalRanks
 from launcher.slurm import network
 
 RANK = Path(__file__).with_name("rank.py")

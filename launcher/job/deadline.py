@@ -56,7 +56,7 @@ def _epoch(text: str | None) -> float | None:
     return float(text) if text and text.isdigit() else None
 
 
-def lead(rows: Sequence[dict], starts: Sequence[float], default_s: float, limit_s: float) -> float:
+def save_lead_s(rows: Sequence[dict], starts: Sequence[float], default_s: float, limit_s: float) -> float:
     """Seconds before the end at which to ask for the save, from the stage's metrics ``rows``.
 
     The ranks save at the end of the step that they are in: the longest step so far (with its
@@ -80,25 +80,25 @@ class Deadline:
 
     def __init__(self, run: Run, stage: str, job: int | None, default_s: float):
         self.run, self.stage, self.job, self.default_s = run, stage, job, default_s
-        self.asked, self.facts = 0.0, None
+        self.last_asked, self.facts = 0.0, None
         self.lead_s = default_s
 
-    def remaining(self) -> float | None:
+    def seconds_to_save(self) -> float | None:
         """Seconds until the ranks must be told to save; negative when it is time."""
         if not self.job:
             return None
-        if time.monotonic() - self.asked > POLL_S or not self.asked:
+        if time.monotonic() - self.last_asked > POLL_S or not self.last_asked:
             self.refresh()
         if self.facts is None or self.facts.end is None:
             return None
         return self.facts.end - self.lead_s - time.time()
 
-    def left(self) -> float | None:
+    def seconds_to_end(self) -> float | None:
         """Seconds until Slurm ends the job."""
         return None if self.facts is None or self.facts.end is None else self.facts.end - time.time()
 
     def refresh(self) -> None:
-        self.asked = time.monotonic()
+        self.last_asked = time.monotonic()
         try:
             self.facts = ask(self.job)
         except commands.SlurmError:
@@ -109,7 +109,7 @@ class Deadline:
                 for event in self.run.ledger()
                 if event["event"] == "started" and event["stage"] == self.stage
             ]
-            self.lead_s = lead(
+            self.lead_s = save_lead_s(
                 progress.rows(self.run, self.stage, ROWS_BYTES),
                 starts,
                 self.default_s,

@@ -20,8 +20,9 @@ from launcher import run_module
 from launcher.config.profile import Profile
 from launcher.config.sections import Resources
 from launcher.config.stages import Stage
-from launcher.job.endings import Class, Verdict
-from launcher.job.ranks import Log, ends
+from launcher.job.outcome import Outcome, OutcomeKind
+from launcher.job.rank_log import Log
+from launcher.job.ranks import ends
 from launcher.job.ranks import step as srun
 from launcher.run.folder import Run, write_text
 from launcher.slurm import commands, container
@@ -38,7 +39,7 @@ class Report:
     """Nodes to use, in the order of the allocation."""
     bad: dict[str, str] = field(default_factory=dict)
     """Node -> what is wrong with it."""
-    verdict: Verdict | None = None
+    outcome: Outcome | None = None
     """Why no rank can start, when none can."""
 
 
@@ -83,7 +84,7 @@ def run(
     try:
         return _run(run, stage, profile, resources, nodes, variables, log)
     except CheckFailed as error:
-        return Report(nodes, verdict=Verdict(Class.CHECK, str(error)))
+        return Report(nodes, outcome=Outcome(OutcomeKind.CHECK, str(error)))
 
 
 def _run(
@@ -96,8 +97,8 @@ def _run(
     log: Log,
 ) -> Report:
     began = time.monotonic()
-    if reason := no_room(run, stage):
-        return Report([], verdict=Verdict(Class.DISK_FULL, reason))
+    if reason := missing_disk_space(run, stage):
+        return Report([], outcome=Outcome(OutcomeKind.DISK_FULL, reason))
     gpus = resources.gpus_per_node if uses_gpus(profile, variables) else 0
     bad = check_nodes(run, stage, profile, gpus, nodes, log)
     good = [node for node in nodes if node not in bad]
@@ -106,19 +107,20 @@ def _run(
         bad.update(found)
         good = [node for node in nodes if node not in bad]
         if trouble and not found:
-            return Report(good, bad, Verdict(Class.COMMUNICATION, trouble))
+            return Report(good, bad, Outcome(OutcomeKind.COMMUNICATION, trouble))
     log.write("launcher", f"preflight: {len(good)} of {len(nodes)} node(s) good, {time.monotonic() - began:.1f} s")
     if len(good) >= resources.nodes:
         return Report(good, bad)
     named = "; ".join(f"node {node}: {reason}" for node, reason in bad.items())
-    return Report(good, bad, Verdict(Class.PREFLIGHT, f"{named}; {len(good)} good node(s), {resources.nodes} needed"))
+    cause = f"{named}; {len(good)} good node(s), {resources.nodes} needed"
+    return Report(good, bad, Outcome(OutcomeKind.PREFLIGHT, cause))
 
 
 def uses_gpus(profile: Profile, variables: dict[str, str]) -> bool:
     return profile.device != "cpu" and variables.get("CUDA_VISIBLE_DEVICES") != ""
 
 
-def no_room(run: Run, stage: Stage) -> str:
+def missing_disk_space(run: Run, stage: Stage) -> str:
     """ "" when the run folder's file system has room for one more checkpoint like the last; else
     what is missing."""
     sizes = []
@@ -174,10 +176,10 @@ def check_nodes(run: Run, stage: Stage, profile: Profile, gpus: int, nodes: list
         if reasons:
             bad[node] = "; ".join(reasons)
     shutil.rmtree(folder, ignore_errors=True)
-    return blame(nodes, bad)
+    return attribute_network_failures(nodes, bad)
 
 
-def blame(nodes: list[str], bad: dict[str, str]) -> dict[str, str]:
+def attribute_network_failures(nodes: list[str], bad: dict[str, str]) -> dict[str, str]:
     """Whom the others can't reach is at fault, not they: all report the first node when its network
     is down."""
     first, others = nodes[0], nodes[1:]
@@ -291,7 +293,7 @@ def check_gpus(
 
     bad, trouble = judge_gpus(ask(nodes), nodes, gpus, seconds)
     if not bad and trouble and len(nodes) > 2:
-        bad = halves(nodes, lambda some: not any(judge_gpus(ask(some), some, gpus, seconds)), trouble)
+        bad = find_bad_node_by_pairs(nodes, lambda some: not any(judge_gpus(ask(some), some, gpus, seconds)), trouble)
     return bad, trouble
 
 
@@ -318,7 +320,7 @@ def judge_gpus(rows: list[dict], nodes: list[str], gpus: int, seconds: int) -> t
     return bad, "" if passed == len(nodes) * gpus else f"the all-reduce over {len(nodes)} node(s) failed: {reason}"
 
 
-def halves(nodes: list[str], fine, trouble: str) -> dict[str, str]:
+def find_bad_node_by_pairs(nodes: list[str], fine, trouble: str) -> dict[str, str]:
     """The node that an all-reduce fails with, found by asking pairs; ``fine(nodes)`` runs the
     checks on some of them."""
     pairs = list(zip(nodes[::2], nodes[1::2], strict=False))
@@ -329,6 +331,6 @@ def halves(nodes: list[str], fine, trouble: str) -> dict[str, str]:
     return {node: trouble for node in suspects if not fine([good[0][0], node])}
 
 
-def excluded(run: Run, job: int) -> list[str]:
+def bad_nodes(run: Run, job: int) -> list[str]:
     """Nodes that were found bad in this job, for ``scontrol update excnodelist``."""
     return sorted({event["node"] for event in run.ledger() if event["event"] == "bad node" and event.get("job") == job})

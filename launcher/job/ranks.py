@@ -3,30 +3,25 @@ they ended, and how."""
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import ctypes
 import os
 import re
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from launcher import run_module
-from launcher.config import environment, key_file
+from launcher.config import environment
 from launcher.config.profile import Profile
-from launcher.job import endings, outcome
-from launcher.job.endings import SAVED, Ended, Said
-from launcher.run.folder import write_json
+from launcher.job.outcome import EXIT_SAVED, RankExit
+from launcher.job.rank_log import Log
 from launcher.slurm import commands, container
-from training.files.safe_files import Unfit, read_table
 
 LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1
@@ -39,84 +34,10 @@ SAVE_GRACE_S = 60
 """The same when the first one ended because all were to save."""
 PORTS = 50
 """Ports that are tried from a job's own on."""
-LINES = 20
-"""Last lines kept of each rank."""
-LONGEST_WORDS = 1 << 16
-"""Most bytes of a rank's last words."""
 WRAPPER = (
     # before the stage has its own handlers, a request to save must not kill it
     "trap '' USR1 USR2; export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID; exec \"$@\""
 )
-
-
-@dataclass
-class Log:
-    """The merged log of one attempt; lines are ``time [rank] text``, those of srun ``time [srun]
-    text``, time of this machine."""
-
-    path: Path
-    secrets: dict = field(default_factory=dict)
-    """Variables whose values must not be in it."""
-    words: dict = field(default_factory=dict)
-    """Rank -> its last exception."""
-    lines: dict = field(default_factory=lambda: collections.defaultdict(lambda: collections.deque(maxlen=LINES)))
-    """Tag -> its last lines."""
-    heard: float = field(default_factory=time.monotonic)
-    """When anything was written last."""
-
-    def __post_init__(self):
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        # of an attempt of the same number, in a folder begun again
-        shutil.rmtree(self.left, ignore_errors=True)
-        self.file = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed by wait()
-        self.writing = threading.Lock()
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self.file.close()
-
-    def write(self, tag: int | str, text: str) -> None:
-        with self.writing:
-            text = key_file.mask(text, self.secrets)
-            self.heard, now = time.monotonic(), time.time()
-            stamp = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.localtime(now))}.{int(now * 1000) % 1000:03d}"
-            # a full disk, a closed file: neither may stop the rank nor hide how it ended
-            with contextlib.suppress(OSError, ValueError):
-                self.file.write(f"{stamp} [{tag}] {text}\n")
-            text = re.sub(
-                r"^\[rank\d+\]: ?", "", text
-            ).strip()  # torch's own tag on the traceback of an uncaught exception
-            if not text.strip(" ^~"):
-                return
-            if outcome.EXCEPTION.match(text):
-                self.words[tag] = text if ":" in text or not self.lines[tag] else f"{text} at `{self.lines[tag][-1]}`"
-            self.lines[tag].append(text)
-
-    def lost_node(self) -> bool:
-        """Whether srun has said that a node is gone."""
-        return any("Node failure on" in line for line in self.lines["srun"])
-
-    @property
-    def left(self) -> Path:
-        """Folder of what the ranks leave for the launcher: their versions, and their last words."""
-        return self.path.with_suffix(".words")
-
-    def ended(self, rank: int | None, code: int) -> Ended:
-        lines = tuple(self.lines["srun" if rank is None else rank])
-        return Ended(code, rank, self.words.get(rank, lines[-1] if lines else ""), lines, self.last_words(rank))
-
-    def last_words(self, rank: int | None) -> Said | None:
-        """What a rank left in its file; where srun does not say which rank failed, the first that
-        left something."""
-        files = [self.left / f"rank_{rank}.json"] if rank is not None else sorted(self.left.glob("rank_*.json"))
-        for file in files:
-            with contextlib.suppress(OSError, Unfit, LookupError, TypeError):
-                words = read_table(file, LONGEST_WORDS)
-                message = key_file.mask(str(words["message"]), self.secrets)
-                if message != words["message"]:
-                    write_json(file, {**words, "message": message})
-                return Said(endings.SAID[words["class"]] if words["class"] else None, message)
-        return None
 
 
 class Ranks:
@@ -128,7 +49,7 @@ class Ranks:
         self.processes: list[subprocess.Popen] = []
         self.readers: list[threading.Thread] = []
 
-    def pass_on(self, number: int) -> None:
+    def send_signal(self, number: int) -> None:
         for process in self.processes:
             if process.poll() is None:
                 process.send_signal(number)
@@ -136,7 +57,7 @@ class Ranks:
     def show_stacks(self) -> None:
         """Ask each rank where it is (ABRT: Python's faulthandler writes all threads' stacks); it
         ends."""
-        self.pass_on(signal.SIGABRT)
+        self.send_signal(signal.SIGABRT)
 
     def start(self, command: list[str], environ: dict[str, str], **options) -> None:
         self.processes.append(
@@ -156,32 +77,32 @@ class Ranks:
         self.readers.append(threading.Thread(target=function, args=arguments, daemon=True))
         self.readers[-1].start()
 
-    def wait(self, tick: Callable[[], None]) -> list[Ended]:
+    def wait(self, tick: Callable[[], None]) -> list[RankExit]:
         """Until all have ended; ``tick`` is called some ten times a second. Empty when all exited
         0."""
         while any(process.poll() is None for process in self.processes):
-            self.check()
+            self.kill_after_failure()
             tick()
             time.sleep(0.05)
-        self.drain()
-        ended = self.order()
+        self.read_remaining_output()
+        ended = self.exits_in_order()
         self.log.close()
         return ended
 
-    def drain(self) -> None:
+    def read_remaining_output(self) -> None:
         """Read what the ranks have left in their pipes; not to the end where a helper process of
         theirs holds one open."""
         began = time.monotonic()
         while any(reader.is_alive() for reader in self.readers):
             now = time.monotonic()
-            if now - max(self.log.heard, began) > GRACE_S or now - began > DRAIN_S:
+            if now - max(self.log.last_output_at, began) > GRACE_S or now - began > DRAIN_S:
                 break
             time.sleep(0.01)
 
-    def check(self) -> None:
+    def kill_after_failure(self) -> None:
         """End those that can't go on; nothing where Slurm does it."""
 
-    def order(self) -> list[Ended]:
+    def exits_in_order(self) -> list[RankExit]:
         raise NotImplementedError
 
 
@@ -213,20 +134,20 @@ class LocalRanks(Ranks):
             self.log.write(rank, line.rstrip("\n"))
         self.ends.append((rank, process.wait()))
 
-    def check(self) -> None:
+    def kill_after_failure(self) -> None:
         """When one has failed the others get GRACE_S to end, then are killed: they may be in a
         collective that never returns."""
         failed = [code for _, code in self.ends if code]
         if failed and self.deadline is None:
-            self.deadline = time.monotonic() + (SAVE_GRACE_S if failed[0] == SAVED else GRACE_S)
+            self.deadline = time.monotonic() + (SAVE_GRACE_S if failed[0] == EXIT_SAVED else GRACE_S)
         if self.deadline and time.monotonic() > self.deadline:
-            self.pass_on(signal.SIGKILL)
+            self.send_signal(signal.SIGKILL)
 
-    def order(self) -> list[Ended]:
+    def exits_in_order(self) -> list[RankExit]:
         self.port.close()
         seen = dict(self.ends)
         late = [(rank, process.returncode) for rank, process in enumerate(self.processes) if rank not in seen]
-        return [self.log.ended(rank, code) for rank, code in (*self.ends, *late) if code]
+        return [self.log.rank_exit(rank, code) for rank, code in (*self.ends, *late) if code]
 
 
 class SlurmRanks(Ranks):
@@ -278,16 +199,16 @@ class SlurmRanks(Ranks):
         with contextlib.suppress(commands.SlurmError):
             commands.call("scancel", "--signal=ABRT", commands.own_job(int(os.environ["SLURM_JOB_ID"])))
 
-    def order(self) -> list[Ended]:
+    def exits_in_order(self) -> list[RankExit]:
         code = self.processes[0].returncode
         if code == 0 and self.log.lost_node():
             # srun gives up the ranks of a node that Slurm calls down, and exits 0
-            return [self.log.ended(None, 1)]
+            return [self.log.rank_exit(None, 1)]
         if code == 0:
             return []
         if self.ends:
-            return [self.log.ended(rank, code) for rank, code in self.ends]
-        return [self.log.ended(None, code if 0 <= code < 128 else 128 - code if code > 0 else code)]
+            return [self.log.rank_exit(rank, code) for rank, code in self.ends]
+        return [self.log.rank_exit(None, code if 0 <= code < 128 else 128 - code if code > 0 else code)]
 
 
 def step(hosts: list[str], tasks: int, *options: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""What Slurm did to a job: one place that works it out from all that shows it. Pure."""
+"""What Slurm did to a job. Pure."""
 
 from __future__ import annotations
 
@@ -6,53 +6,70 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from launcher.job.deadline import JobFacts
-from launcher.job.endings import Class
+from launcher.job.outcome import OutcomeKind
 
-TEXTS = (
-    (Class.PREEMPTED, "DUE TO PREEMPTION"),
-    (Class.NODE_FAILURE, "DUE TO NODE FAILURE"),
-    (Class.NODE_FAILURE, "srun: error: Node failure on "),
-    (Class.TIME_LIMIT, "DUE TO TIME LIMIT"),
+PRINTED_TEXTS = (
+    (OutcomeKind.PREEMPTED, "DUE TO PREEMPTION"),
+    (OutcomeKind.NODE_FAILURE, "DUE TO NODE FAILURE"),
+    (OutcomeKind.NODE_FAILURE, "srun: error: Node failure on "),
+    (OutcomeKind.TIME_LIMIT, "DUE TO TIME LIMIT"),
 )
-"""What slurmstepd and srun print when Slurm ends a step."""
+"""slurmstepd and srun print these when Slurm ends a step."""
 STATES = {
-    "PREEMPTED": Class.PREEMPTED,
-    "NODE_FAIL": Class.NODE_FAILURE,
-    "BOOT_FAIL": Class.NODE_FAILURE,
-    "TIMEOUT": Class.TIME_LIMIT,
-    "OUT_OF_MEMORY": Class.HOST_OOM,
-    "CANCELLED": Class.CANCELLED,
+    "PREEMPTED": OutcomeKind.PREEMPTED,
+    "NODE_FAIL": OutcomeKind.NODE_FAILURE,
+    "BOOT_FAIL": OutcomeKind.NODE_FAILURE,
+    "TIMEOUT": OutcomeKind.TIME_LIMIT,
+    "OUT_OF_MEMORY": OutcomeKind.HOST_OOM,
+    "CANCELLED": OutcomeKind.CANCELLED,
 }
-"""What Slurm calls a job that it has ended."""
-REASONS = {"TimeLimit": Class.TIME_LIMIT, "NodeDown": Class.NODE_FAILURE, "NodeFail": Class.NODE_FAILURE}
-"""Slurm's reason, which also stands there while an ended job is COMPLETING."""
+"""States of a job that Slurm has ended."""
+REASONS = {
+    "TimeLimit": OutcomeKind.TIME_LIMIT,
+    "NodeDown": OutcomeKind.NODE_FAILURE,
+    "NodeFail": OutcomeKind.NODE_FAILURE,
+}
+"""Slurm's reasons for the end of a job. A job has them already while it is COMPLETING."""
 
 
 @dataclass(frozen=True)
-class Fate:
-    """What Slurm did, and whether it has put the job back into the queue itself."""
+class SlurmAction:
+    """What Slurm did to a job."""
 
-    kind: Class
+    kind: OutcomeKind
     requeued: bool = False
+    """Slurm has put the job back into the queue itself."""
 
 
-def fate_of(job: JobFacts | None, restarts: int, lines: Sequence[str] = (), terminated: bool = False) -> Fate | None:
-    """None where nothing shows that Slurm did anything.
+def derive_action(
+    job: JobFacts | None, restarts: int, lines: Sequence[str] = (), terminated: bool = False
+) -> SlurmAction | None:
+    """What Slurm did to the job; None where nothing shows that Slurm did anything.
 
-    ``job``: what Slurm says about it now, None where it does not answer or runs none; ``restarts``:
-    of the job when this attempt began; ``lines``: what srun and slurmstepd printed; ``terminated``:
-    whether the supervisor got a TERM.
+    ``job``: what Slurm says about the job now, None without a job or an answer; ``restarts``: the
+    job's restarts when this attempt began; ``lines``: what srun and slurmstepd printed;
+    ``terminated``: whether the supervisor got a TERM.
     """
-    text = next((kind for kind, words in TEXTS if any(words in line for line in lines)), None)
+    printed = next((kind for kind, text in PRINTED_TEXTS if any(text in line for line in lines)), None)
     if job is None:
-        return Fate(text) if text else None
-    # a preemption tells the supervisor by a TERM; of a lost node it hears nothing
+        return SlurmAction(printed) if printed else None
+    preempted = terminated or job.preempted
+    # Slurm sends the supervisor a TERM before a preemption, and nothing when it loses a node
     if job.restarts > restarts:
-        return Fate(text or (Class.PREEMPTED if terminated or job.preempted else Class.NODE_FAILURE), requeued=True)
-    if text:
-        return Fate(text)
-    # it gets a TERM, or its tasks do, and the GraceTime of its QOS or partition
+        kind = printed or (OutcomeKind.PREEMPTED if preempted else OutcomeKind.NODE_FAILURE)
+        return SlurmAction(kind, requeued=True)
+    if printed:
+        return SlurmAction(printed)
+    # in the GraceTime of a QOS or partition the supervisor or its tasks get a TERM
     if job.state == "RUNNING":
-        return Fate(Class.PREEMPTED) if terminated or job.preempted else None
-    kind = STATES.get(job.state) or REASONS.get(job.reason) or (Class.PREEMPTED if job.preempted else None)
-    return Fate(kind or Class.CANCELLED) if kind or terminated else None
+        return SlurmAction(OutcomeKind.PREEMPTED) if preempted else None
+    kind = STATES.get(job.state) or REASONS.get(job.reason)
+    kind = kind or (OutcomeKind.PREEMPTED if job.preempted else None)
+    kind = kind or (OutcomeKind.CANCELLED if terminated else None)
+    return SlurmAction(kind) if kind else None
+
+
+def restarted_after_loss(job: int | None, status: dict) -> bool:
+    """Whether Slurm started the job again after the attempt of ``status`` lost its supervisor: a
+    lost node, a kill at the time limit's end."""
+    return job is not None and job == status.get("job")

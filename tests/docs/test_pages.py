@@ -12,7 +12,7 @@ from launcher.cli import main as launcher
 from launcher.config.profile import Profile
 from launcher.config.sections import SECTIONS, Resources
 from launcher.config.stages import ALL
-from launcher.job.endings import AGAIN, BLAMELESS, Class
+from launcher.job.outcome import FAULTLESS_KINDS, REQUEUED_KINDS, OutcomeKind
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -69,6 +69,6 @@ def test_every_class_of_ending_is_in_its_table_of_the_page_of_requeues():
     again, _, act = text.partition("## Endings after which you must act")
     row = re.compile(r"^\| `([a-z ]+)` \|(?:.*\|)? (.*) \|$", re.MULTILINE)
     counted = dict(row.findall(again))
-    assert set(counted) == {kind.value for kind in AGAIN}
-    assert {name for name, counts in counted.items() if counts == "no"} == {kind.value for kind in BLAMELESS}
-    assert set(dict(row.findall(act))) == {kind.value for kind in Class} - set(counted) - {"done"}
+    assert set(counted) == {kind.value for kind in REQUEUED_KINDS}
+    assert {name for name, counts in counted.items() if counts == "no"} == {kind.value for kind in FAULTLESS_KINDS}
+    assert set(dict(row.findall(act))) == {kind.value for kind in OutcomeKind} - set(counted) - {"done"}

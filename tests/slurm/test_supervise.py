@@ -11,8 +11,9 @@ import pytest
 from launcher.config.stages import ALL
 from launcher.job import deadline
 from launcher.job.attempt import Attempt
-from launcher.job.endings import Class
-from launcher.job.ranks import LocalRanks, Log
+from launcher.job.outcome import OutcomeKind
+from launcher.job.rank_log import Log
+from launcher.job.ranks import LocalRanks
 from launcher.run.folder import Run
 from tests.support.stub_project import ROOT, wait_until
 
@@ -212,11 +213,11 @@ def test_the_deadline_is_the_end_that_slurm_has_set_less_what_a_step_and_a_save_
         run.record("started", stage="sft", attempt=1)
         made = Attempt(run, ALL["sft"], job, 60, 150, print)
         lead = 100 + deadline.SAVE_FACTOR * 100 + deadline.MARGIN_S
-        assert made.deadline.remaining() == pytest.approx(600 - lead, abs=5)
+        assert made.deadline.seconds_to_save() == pytest.approx(600 - lead, abs=5)
         queue("scontrol", "update", f"jobid={job}", "timelimit=6")
         made.deadline.refresh()
         assert made.deadline.lead_s == 180, "half of the limit"
-        assert made.deadline.remaining() == pytest.approx(180, abs=5), "a limit that a person has moved"
+        assert made.deadline.seconds_to_save() == pytest.approx(180, abs=5), "a limit that a person has moved"
         queue("scontrol", "update", f"jobid={job}", "timelimit=20")
         made.deadline.refresh()
         # 15 minutes later
@@ -224,6 +225,6 @@ def test_the_deadline_is_the_end_that_slurm_has_set_less_what_a_step_and_a_save_
         monkeypatch.setattr("launcher.job.attempt.REPEAT_S", 0.2)
         ranks = LocalRanks(Log(tmp_path / "log"), [sys.executable, "-c", RANK], 2, {})
         ended = made.wait(ranks)
-        assert [one.code for one in ended] == [75, 75] and made.asked is Class.TIME_LIMIT
+        assert [one.code for one in ended] == [75, 75] and made.stop_reason is OutcomeKind.TIME_LIMIT
     finally:
         queue("scancel", str(job))

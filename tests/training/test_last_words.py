@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from eval import error_report as of_eval
-from launcher.job.endings import SAID, Class
+from launcher.job.outcome import REPORTED_KINDS, OutcomeKind
 from training import error_report
 from training.errors import ConfigError, Damaged, DataError, InvariantError
 
@@ -22,27 +22,27 @@ REFUSED = urllib.error.URLError(ConnectionRefusedError(errno.ECONNREFUSED, "Conn
 @pytest.mark.parametrize(
     "error, kind",
     [
-        (OSError(errno.ENOSPC, "full"), Class.DISK_FULL),
-        (OSError(errno.EDQUOT, "full"), Class.DISK_FULL),
-        (OSError(errno.EFBIG, "full"), Class.DISK_FULL),
-        (OSError(errno.EIO, "io"), Class.NODE_FAILURE),
-        (OSError(errno.ESTALE, "stale"), Class.NODE_FAILURE),
-        (PermissionError(errno.EACCES, "no"), Class.FILE_ERROR),
-        (OSError(errno.EROFS, "read-only"), Class.FILE_ERROR),
-        (FileNotFoundError(errno.ENOENT, "none"), Class.FILE_ERROR),
-        (OSError(errno.ENOMEM, "no memory"), Class.HOST_OOM),
-        (MemoryError(), Class.HOST_OOM),
-        (REFUSED, Class.BUG),
-        (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), Class.BUG),
-        (TimeoutError("timed out"), Class.BUG),
-        (KeyError("No space left on device"), Class.BUG),
-        (InvariantError("ratio"), Class.BUG),
-        (torch.OutOfMemoryError("CUDA out of memory"), Class.CUDA_OOM),
+        (OSError(errno.ENOSPC, "full"), OutcomeKind.DISK_FULL),
+        (OSError(errno.EDQUOT, "full"), OutcomeKind.DISK_FULL),
+        (OSError(errno.EFBIG, "full"), OutcomeKind.DISK_FULL),
+        (OSError(errno.EIO, "io"), OutcomeKind.NODE_FAILURE),
+        (OSError(errno.ESTALE, "stale"), OutcomeKind.NODE_FAILURE),
+        (PermissionError(errno.EACCES, "no"), OutcomeKind.FILE_ERROR),
+        (OSError(errno.EROFS, "read-only"), OutcomeKind.FILE_ERROR),
+        (FileNotFoundError(errno.ENOENT, "none"), OutcomeKind.FILE_ERROR),
+        (OSError(errno.ENOMEM, "no memory"), OutcomeKind.HOST_OOM),
+        (MemoryError(), OutcomeKind.HOST_OOM),
+        (REFUSED, OutcomeKind.BUG),
+        (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), OutcomeKind.BUG),
+        (TimeoutError("timed out"), OutcomeKind.BUG),
+        (KeyError("No space left on device"), OutcomeKind.BUG),
+        (InvariantError("ratio"), OutcomeKind.BUG),
+        (torch.OutOfMemoryError("CUDA out of memory"), OutcomeKind.CUDA_OOM),
     ],
 )
 def test_an_error_s_class(error, kind):
     for module in (error_report, of_eval):
-        assert module.kind_of(error) == kind.value and SAID[kind.value] is kind
+        assert module.kind_of(error) == kind.value and REPORTED_KINDS[kind.value] is kind
 
 
 @pytest.mark.parametrize("error", [RuntimeError("NCCL error"), dist.DistBackendError("x"), dist.DistNetworkError("y")])
@@ -53,12 +53,12 @@ def test_what_torch_says_in_its_text_alone_is_left_to_the_launcher(error):
 @pytest.mark.parametrize(
     "error, kind, code",
     [
-        (ConfigError("sft.lr = -1"), Class.BAD_CONFIG, 64),
-        (DataError("rows.jsonl line 7"), Class.BAD_DATA, 65),
-        (Damaged("iter_1", "resume"), Class.REFUSED, 65),
-        (FloatingPointError("not finite"), Class.NAN, 1),
-        (PermissionError(errno.EACCES, "no"), Class.FILE_ERROR, 73),
-        (OSError(errno.ENOSPC, "full"), Class.DISK_FULL, 74),
+        (ConfigError("sft.lr = -1"), OutcomeKind.BAD_CONFIG, 64),
+        (DataError("rows.jsonl line 7"), OutcomeKind.BAD_DATA, 65),
+        (Damaged("iter_1", "resume"), OutcomeKind.REFUSED, 65),
+        (FloatingPointError("not finite"), OutcomeKind.NAN, 1),
+        (PermissionError(errno.EACCES, "no"), OutcomeKind.FILE_ERROR, 73),
+        (OSError(errno.ENOSPC, "full"), OutcomeKind.DISK_FULL, 74),
     ],
 )
 def test_words_and_exit_code(error, kind, code, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 from launcher.config.sections import Profile, Resources
 from launcher.config.stages import ALL
 from launcher.estimates import memory
-from launcher.job.endings import Class, Verdict
+from launcher.job.outcome import Outcome, OutcomeKind
 from launcher.job.supervise import Supervisor
 from launcher.run.folder import Run
 from training.config.shape import CHUNK_LOGITS
@@ -284,14 +284,16 @@ def test_a_stage_that_ran_out_of_memory_is_told_what_frees_how_much(tmp_path):
         Resources(gpus_per_node=1),
         Profile(name="site", scheduler="slurm", gpu_memory_gb=150),
     )
-    said = supervisor.with_relief(Verdict(Class.CUDA_OOM, "rank 0: out of memory")).advice("sft")
+    said = supervisor.with_memory_advice(Outcome(OutcomeKind.CUDA_OOM, "rank 0: out of memory")).advice("sft")
     assert (
         "--set sft.micro_batch_size=4 (32.3 GB less)" in said
         and "--set sft.optimizer_precision=bf16 (42.4 GB less)" in said
     )
     assert "nvidia-smi" not in said
     supervisor.profile = dataclasses.replace(supervisor.profile, gpu_memory_gb=250)
-    assert "that should fit 250 GB: is another process on the GPU" in supervisor.with_relief(
-        Verdict(Class.CUDA_OOM, "")
+    assert "that should fit 250 GB: is another process on the GPU" in supervisor.with_memory_advice(
+        Outcome(OutcomeKind.CUDA_OOM, "")
     ).advice("sft")
-    assert supervisor.with_relief(Verdict(Class.NAN, "")).advice("sft") == Verdict(Class.NAN, "").advice("sft")
+    assert supervisor.with_memory_advice(Outcome(OutcomeKind.NAN, "")).advice("sft") == Outcome(
+        OutcomeKind.NAN, ""
+    ).advice("sft")

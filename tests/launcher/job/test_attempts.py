@@ -16,9 +16,9 @@ from launcher import run_module
 from launcher.config.stages import ALL
 from launcher.job import deadline
 from launcher.job.attempt import Attempt
-from launcher.job.endings import Class, Facts
-from launcher.job.outcome import classify
-from launcher.job.ranks import LocalRanks, Log
+from launcher.job.outcome import AttemptFacts, OutcomeKind, classify
+from launcher.job.rank_log import Log
+from launcher.job.ranks import LocalRanks
 from launcher.run import manifest
 from launcher.run.folder import Run
 from launcher.run.manifest import Refused
@@ -54,12 +54,12 @@ def test_ranks_of_which_nothing_is_heard_say_where_they_are_and_are_ended(tmp_pa
     made, ranks = attempt(tmp_path, HUNG, 2)
     wait_until(lambda: (tmp_path / "sft/log").read_text().count("ready") == 2, 30, "both ranks")
     made.stall_s = 1
-    ended = made.wait(ranks)
-    verdict = classify(Facts("sft", ended, hung_minutes=60))
+    exits = made.wait(ranks)
+    outcome = classify(AttemptFacts("sft", exits, hung_minutes=60))
     assert (
-        verdict.kind is Class.COMMUNICATION
-        and verdict.again
-        and "no line, metric or checkpoint of any rank" in verdict.cause
+        outcome.kind is OutcomeKind.COMMUNICATION
+        and outcome.may_requeue
+        and "no line, metric or checkpoint of any rank" in outcome.cause
     )
     log = (tmp_path / "sft/log").read_text()
     assert "waits_for_a_peer" in log and "[0]" in log and "[1]" in log
@@ -68,8 +68,8 @@ def test_ranks_of_which_nothing_is_heard_say_where_they_are_and_are_ended(tmp_pa
 def test_a_request_to_save_during_the_imports_kills_nobody_and_is_repeated(tmp_path, monkeypatch):
     monkeypatch.setattr("launcher.job.attempt.REPEAT_S", 0.2)
     made, ranks = attempt(tmp_path, LATE)
-    made.asked = Class.TIME_LIMIT
-    assert [one.code for one in made.wait(ranks)] == [75]
+    made.stop_reason = OutcomeKind.TIME_LIMIT
+    assert [rank.code for rank in made.wait(ranks)] == [75]
 
 
 def test_secrets_are_masked_in_the_log(tmp_path):
@@ -80,13 +80,16 @@ def test_secrets_are_masked_in_the_log(tmp_path):
         1,
         {"KEY": "sk-very-secret"},
     )
-    ended = ranks.wait(lambda: None)
-    assert ended[0].line == "ValueError: no ********"
+    exits = ranks.wait(lambda: None)
+    assert exits[0].line == "ValueError: no ********"
     assert "sk-very-secret" not in (tmp_path / "log").read_text()
     words = tmp_path / "log.words/rank_0.json"
     words.parent.mkdir()
     words.write_text(json.dumps({"class": "bug", "message": "KeyError: sk-very-secret"}))
-    assert log.ended(0, 1).words() == "rank 0: exit code 1: KeyError: ********" and "sk-very" not in words.read_text()
+    assert (
+        log.rank_exit(0, 1).describe() == "rank 0: exit code 1: KeyError: ********"
+        and "sk-very" not in words.read_text()
+    )
 
 
 def sums(folder) -> None:
@@ -188,14 +191,14 @@ def test_versions_are_those_of_the_ranks_and_never_the_host_s_for_a_container(pr
 def test_a_stage_that_begins_while_stop_is_there_starts_nothing(project):
     assert project.submit("--wait", "--until", "convert").returncode == 0
     (project.run / "STOP").touch()
-    ended = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "launcher.job.supervise", "runs/demo", "sft"],
         cwd=project.folder,
         env=project.environment,
         capture_output=True,
         text=True,
     )
-    assert ended.returncode == 143, ended.stdout
+    assert process.returncode == 143, process.stdout
     assert project.json("sft/status.json")["state"] == "stopped" and not (project.run / "sft/rank_0.json").exists()
     assert "file STOP" in project.json("sft/status.json")["cause"]
 
@@ -239,14 +242,14 @@ def test_a_job_that_was_declared_dead_leaves_the_run_as_it_is(project):
     assert project.submit("--wait", "--until", "convert").returncode == 0
     Run(project.run).record("taken over", jobs=[77])
     before = {path: path.read_bytes() for path in project.run.rglob("*.json*")}
-    ended = subprocess.run(
+    process = subprocess.run(
         run_module.command("launcher.job.supervise", "runs/demo", "sft"),
         cwd=project.folder,
         env={**project.environment, "SLURM_JOB_ID": "77"},
         capture_output=True,
         text=True,
     )
-    assert ended.returncode == 1 and "job 77 was declared dead" in ended.stdout, ended.stdout + ended.stderr
+    assert process.returncode == 1 and "job 77 was declared dead" in process.stdout, process.stdout + process.stderr
     assert {path: path.read_bytes() for path in project.run.rglob("*.json*")} == before
 
 
@@ -261,7 +264,7 @@ def test_ranks_are_told_of_a_term_before_slurm_is_asked_why(tmp_path, monkeypatc
     monkeypatch.setattr(deadline, "ask", late)
     (tmp_path / "sft").mkdir()
     attempt = Attempt(Run(tmp_path), ALL["sft"], 7, 60, 150, print)
-    attempt.ranks = SimpleNamespace(log=Log(tmp_path / "log"), pass_on=order.append)
-    attempt.signalled(signal.SIGTERM)
-    attempt.tick()
+    attempt.ranks = SimpleNamespace(log=Log(tmp_path / "log"), send_signal=order.append)
+    attempt.on_signal(signal.SIGTERM)
+    attempt.poll()
     assert order[0] == signal.SIGUSR1 and "asked" in order

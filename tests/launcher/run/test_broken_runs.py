@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from launcher.job.ranks import LocalRanks, Log
+from launcher.job.rank_log import Log
+from launcher.job.ranks import LocalRanks
 from launcher.run.folder import Run, this_process
 from launcher.status import report
 from launcher.submit import local

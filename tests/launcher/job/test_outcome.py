@@ -14,10 +14,10 @@ from launcher.config.stages import ALL
 from launcher.job import advice, deadline, node_check, preflight, requeue
 from launcher.job.advice import ADVICE
 from launcher.job.deadline import JobFacts
-from launcher.job.endings import Class, Ended, Facts, Said, Verdict
-from launcher.job.outcome import classify
-from launcher.job.ranks import PORTS, Log, ends, job_port
-from launcher.job.slurm_action import Fate, fate_of
+from launcher.job.outcome import AttemptFacts, LastWords, Outcome, OutcomeKind, RankExit, classify
+from launcher.job.rank_log import Log
+from launcher.job.ranks import PORTS, ends, job_port
+from launcher.job.slurm_action import SlurmAction, derive_action
 from launcher.run import progress
 from launcher.run.folder import Run
 
@@ -51,21 +51,29 @@ STEP = "slurmstepd-n1: error: *** STEP 7.0 ON n1 CANCELLED AT 2026-11-23T23:29:4
 
 
 def rank(code, line, number=0, lines=()):
-    return Ended(code, number, line, (*lines, line))
+    return RankExit(code, number, line, (*lines, line))
 
 
 @pytest.mark.parametrize(
-    "ended, launcher, kind",
+    "exits, srun_lines, kind",
     [
-        ([rank(1, CUDA)], [], Class.CUDA_OOM),
-        ([rank(1, "torch.cuda.OutOfMemoryError: CUDA out of memory. Tried to allocate 1.70 GiB.")], [], Class.CUDA_OOM),
+        ([rank(1, CUDA)], [], OutcomeKind.CUDA_OOM),
+        (
+            [rank(1, "torch.cuda.OutOfMemoryError: CUDA out of memory. Tried to allocate 1.70 GiB.")],
+            [],
+            OutcomeKind.CUDA_OOM,
+        ),
         (
             [rank(1, "RuntimeError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")],
             [],
-            Class.CUDA_OOM,
+            OutcomeKind.CUDA_OOM,
         ),
-        ([rank(-9, "iteration 7/10")], [OOM_STEP, "srun: error: nid001277: tasks 1-3: Out Of Memory"], Class.HOST_OOM),
-        ([rank(1, "MemoryError")], [], Class.HOST_OOM),
+        (
+            [rank(-9, "iteration 7/10")],
+            [OOM_STEP, "srun: error: nid001277: tasks 1-3: Out Of Memory"],
+            OutcomeKind.HOST_OOM,
+        ),
+        ([rank(1, "MemoryError")], [], OutcomeKind.HOST_OOM),
         (
             [
                 rank(
@@ -75,9 +83,9 @@ def rank(code, line, number=0, lines=()):
                 )
             ],
             [],
-            Class.HOST_OOM,
+            OutcomeKind.HOST_OOM,
         ),
-        ([rank(1, "FloatingPointError: iteration 7: not finite: {'loss': nan}")], [], Class.NAN),
+        ([rank(1, "FloatingPointError: iteration 7: not finite: {'loss': nan}")], [], OutcomeKind.NAN),
         (
             [
                 rank(
@@ -87,10 +95,10 @@ def rank(code, line, number=0, lines=()):
                 )
             ],
             [],
-            Class.COMMUNICATION,
+            OutcomeKind.COMMUNICATION,
         ),
-        ([rank(1, GLOO)], [], Class.COMMUNICATION),
-        ([rank(1, REMOTE)], [], Class.COMMUNICATION),
+        ([rank(1, GLOO)], [], OutcomeKind.COMMUNICATION),
+        ([rank(1, REMOTE)], [], OutcomeKind.COMMUNICATION),
         (
             [
                 rank(
@@ -100,7 +108,7 @@ def rank(code, line, number=0, lines=()):
                 )
             ],
             [],
-            Class.COMMUNICATION,
+            OutcomeKind.COMMUNICATION,
         ),
         (
             [
@@ -112,23 +120,23 @@ def rank(code, line, number=0, lines=()):
                 )
             ],
             [],
-            Class.COMMUNICATION,
+            OutcomeKind.COMMUNICATION,
         ),
-        ([rank(1, ECC)], [], Class.NODE_FAILURE),
-        ([rank(1, "RuntimeError: No CUDA GPUs are available")], [], Class.NODE_FAILURE),
+        ([rank(1, ECC)], [], OutcomeKind.NODE_FAILURE),
+        ([rank(1, "RuntimeError: No CUDA GPUs are available")], [], OutcomeKind.NODE_FAILURE),
         (
-            [Ended(143)],
+            [RankExit(143)],
             [
                 "srun: error: Node failure on n4",
                 "srun: Job step aborted: Waiting up to 5 seconds for job step to finish.",
             ],
-            Class.NODE_FAILURE,
+            OutcomeKind.NODE_FAILURE,
         ),
-        ([rank(1, FULL)], [], Class.DISK_FULL),
+        ([rank(1, FULL)], [], OutcomeKind.DISK_FULL),
         (
             [rank(74, "error: saving iteration 4 failed on rank 0: [Errno 122] Disk quota exceeded")],
             [],
-            Class.DISK_FULL,
+            OutcomeKind.DISK_FULL,
         ),
         (
             [
@@ -139,97 +147,115 @@ def rank(code, line, number=0, lines=()):
                 )
             ],
             [],
-            Class.UNHEALTHY,
+            OutcomeKind.UNHEALTHY,
         ),
-        ([rank(64, "error: sft.lr = -1: expected above 0")], [], Class.BAD_CONFIG),
-        ([rank(65, "error: rows.jsonl line 7: field prompt is missing")], [], Class.BAD_DATA),
+        ([rank(64, "error: sft.lr = -1: expected above 0")], [], OutcomeKind.BAD_CONFIG),
+        ([rank(65, "error: rows.jsonl line 7: field prompt is missing")], [], OutcomeKind.BAD_DATA),
         (
             [rank(73, "error: saving iteration 4 failed on rank 0: [Errno 13] Permission denied: 'sft/checkpoints'")],
             [],
-            Class.FILE_ERROR,
+            OutcomeKind.FILE_ERROR,
         ),
-        ([rank(4, "sft: no average, because 3 of 160 ratings are valid")], [], Class.TOO_FEW_RATINGS),
-        ([rank(1, "urllib.error.URLError: <urlopen error [Errno 111] Connection refused>")], [], Class.BUG),
-        ([rank(1, "requests.exceptions.ConnectionError: api.wandb.ai: Name or service not known")], [], Class.BUG),
-        ([rank(-9, "iteration 7/10")], [], Class.KILLED),
-        ([rank(-11, "Current thread 0x00007f (most recent call first):")], [], Class.BUG),
-        ([rank(1, "KeyError: 'prompt'", lines=["urllib3: Connection refused, tried again"])], [], Class.BUG),
-        ([rank(3, "")], [], Class.BUG),
+        ([rank(4, "sft: no average, because 3 of 160 ratings are valid")], [], OutcomeKind.TOO_FEW_RATINGS),
+        ([rank(1, "urllib.error.URLError: <urlopen error [Errno 111] Connection refused>")], [], OutcomeKind.BUG),
+        (
+            [rank(1, "requests.exceptions.ConnectionError: api.wandb.ai: Name or service not known")],
+            [],
+            OutcomeKind.BUG,
+        ),
+        ([rank(-9, "iteration 7/10")], [], OutcomeKind.KILLED),
+        ([rank(-11, "Current thread 0x00007f (most recent call first):")], [], OutcomeKind.BUG),
+        ([rank(1, "KeyError: 'prompt'", lines=["urllib3: Connection refused, tried again"])], [], OutcomeKind.BUG),
+        ([rank(3, "")], [], OutcomeKind.BUG),
     ],
 )
-def test_class_of_real_last_words(ended, launcher, kind):
-    verdict = classify(Facts("sft", ended, launcher, before=1, after=4))
-    assert verdict.kind is kind
-    assert verdict.again == (kind in (Class.COMMUNICATION, Class.NODE_FAILURE))
-    assert verdict.code not in (0, 75), "a failure never looks like success or a requeue"
-    assert "{" not in verdict.advice("sft") and verdict.advice("sft")
+def test_class_of_real_last_words(exits, srun_lines, kind):
+    outcome = classify(AttemptFacts("sft", exits, srun_lines, before=1, after=4))
+    assert outcome.kind is kind
+    assert outcome.may_requeue == (kind in (OutcomeKind.COMMUNICATION, OutcomeKind.NODE_FAILURE))
+    assert outcome.code not in (0, 75), "a failure never looks like success or a requeue"
+    assert "{" not in outcome.advice("sft") and outcome.advice("sft")
 
 
 def test_the_rank_with_a_cause_of_its_own_comes_before_those_that_noticed():
     """Measured: peers see the closed connection within 20 ms, and srun may report them first."""
-    ended = [rank(1, CLOSED, 2), rank(-15, "iteration 3/10", 0), rank(1, CUDA, 5), rank(1, CLOSED, 1)]
-    verdict = classify(Facts("rlhf", ended))
-    assert (verdict.kind, verdict.rank) == (Class.CUDA_OOM, 5)
-    assert verdict.cause.startswith(
+    exits = [rank(1, CLOSED, 2), rank(-15, "iteration 3/10", 0), rank(1, CUDA, 5), rank(1, CLOSED, 1)]
+    outcome = classify(AttemptFacts("rlhf", exits))
+    assert (outcome.kind, outcome.rank) == (OutcomeKind.CUDA_OOM, 5)
+    assert outcome.cause.startswith(
         "rank 5: exit code 1: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 29.76 GiB"
     )
-    assert "rlhf.micro_batch_size" in verdict.advice("rlhf")
-    alone = classify(Facts("rlhf", [rank(1, CLOSED, 2), rank(1, GLOO, 0)]))
-    assert (alone.kind, alone.rank) == (Class.COMMUNICATION, 2)
+    assert "rlhf.micro_batch_size" in outcome.advice("rlhf")
+    alone = classify(AttemptFacts("rlhf", [rank(1, CLOSED, 2), rank(1, GLOO, 0)]))
+    assert (alone.kind, alone.rank) == (OutcomeKind.COMMUNICATION, 2)
 
 
 def test_a_rank_that_hung_and_was_killed_for_it_is_a_time_out_but_a_killed_one_is_itself():
-    assert classify(Facts("sft", [rank(1, GLOO, 0), rank(-9, "iteration 3/10", 1)])).kind is Class.COMMUNICATION
-    killed = classify(Facts("sft", [rank(1, CLOSED, 0), rank(-9, "iteration 3/10", 1)]))
-    assert (killed.kind, killed.rank) == (Class.KILLED, 1)
+    assert (
+        classify(AttemptFacts("sft", [rank(1, GLOO, 0), rank(-9, "iteration 3/10", 1)])).kind
+        is OutcomeKind.COMMUNICATION
+    )
+    killed = classify(AttemptFacts("sft", [rank(1, CLOSED, 0), rank(-9, "iteration 3/10", 1)]))
+    assert (killed.kind, killed.rank) == (OutcomeKind.KILLED, 1)
 
 
 def test_memory_that_ran_out_is_told_in_the_words_of_the_kernel():
-    verdict = classify(Facts("sft", [rank(-9, "iteration 7/10", 3)], [OOM_STEP]))
-    assert "rank 3: killed by SIGKILL" in verdict.cause and "oom_kill event" in verdict.cause
+    outcome = classify(AttemptFacts("sft", [rank(-9, "iteration 7/10", 3)], [OOM_STEP]))
+    assert "rank 3: killed by SIGKILL" in outcome.cause and "oom_kill event" in outcome.cause
 
 
 @pytest.mark.parametrize(
     "words, kind",
     [
-        ("PREEMPTION", Class.PREEMPTED),
-        ("TIME LIMIT", Class.TIME_LIMIT),
-        ("NODE FAILURE, SEE SLURMCTLD LOG FOR DETAILS", Class.NODE_FAILURE),
+        ("PREEMPTION", OutcomeKind.PREEMPTED),
+        ("TIME LIMIT", OutcomeKind.TIME_LIMIT),
+        ("NODE FAILURE, SEE SLURMCTLD LOG FOR DETAILS", OutcomeKind.NODE_FAILURE),
     ],
 )
 def test_what_slurm_did_comes_before_what_the_ranks_saw(words, kind):
     lines = [STEP.format(words)]
-    fate = fate_of(None, 0, lines).kind
+    action = derive_action(None, 0, lines).kind
     lost = classify(
-        Facts("sft", [rank(-15, "iteration 7/10"), rank(1, CLOSED, 1)], lines, fate=fate, before=0, after=5)
+        AttemptFacts(
+            "sft", [rank(-15, "iteration 7/10"), rank(1, CLOSED, 1)], lines, slurm_action=action, before=0, after=5
+        )
     )
     assert (
         lost.kind is kind
-        and lost.again
+        and lost.may_requeue
         and "ended without saving" in lost.cause
         and "last checkpoint: iteration 5" in lost.cause
     )
     kept = classify(
-        Facts("sft", [rank(75, "stopped by a signal; iteration 7 is saved")], lines, fate=fate, before=0, after=7)
+        AttemptFacts(
+            "sft",
+            [rank(75, "stopped by a signal; iteration 7 is saved")],
+            lines,
+            slurm_action=action,
+            before=0,
+            after=7,
+        )
     )
     assert kept.kind is kind and "; saved iteration 7" in kept.cause
 
 
 def test_a_fault_during_the_save_that_was_asked_for_keeps_its_own_name():
-    gate = classify(Facts("rlhf", [rank(76, "error: paused by a health gate: ...")], asked=Class.TIME_LIMIT))
-    assert gate.kind is Class.UNHEALTHY and not gate.again
-    verdict = classify(Facts("sft", [rank(1, FULL)], asked=Class.TIME_LIMIT))
-    assert verdict.kind is Class.DISK_FULL and not verdict.again
+    gate = classify(
+        AttemptFacts("rlhf", [rank(76, "error: paused by a health gate: ...")], stop_reason=OutcomeKind.TIME_LIMIT)
+    )
+    assert gate.kind is OutcomeKind.UNHEALTHY and not gate.may_requeue
+    outcome = classify(AttemptFacts("sft", [rank(1, FULL)], stop_reason=OutcomeKind.TIME_LIMIT))
+    assert outcome.kind is OutcomeKind.DISK_FULL and not outcome.may_requeue
 
 
-@pytest.mark.parametrize("asked", [Class.STOPPED, Class.CANCELLED])
-def test_what_a_person_asked_for_is_not_queued_again(asked):
-    verdict = classify(Facts("sft", [rank(75, "saved")], asked=asked, before=1, after=3))
-    assert verdict.kind is asked and not verdict.again and "saved iteration 3" in verdict.cause
+@pytest.mark.parametrize("stop_reason", [OutcomeKind.STOPPED, OutcomeKind.CANCELLED])
+def test_what_a_person_asked_for_is_not_queued_again(stop_reason):
+    outcome = classify(AttemptFacts("sft", [rank(75, "saved")], stop_reason=stop_reason, before=1, after=3))
+    assert outcome.kind is stop_reason and not outcome.may_requeue and "saved iteration 3" in outcome.cause
 
 
 def test_every_ending_but_done_says_what_to_do():
-    assert set(ADVICE) == {kind.value for kind in Class} - {"done"}
+    assert set(ADVICE) == {kind.value for kind in OutcomeKind} - {"done"}
 
 
 def test_lead_is_the_longest_step_and_save_with_margin():
@@ -242,40 +268,44 @@ def test_lead_is_the_longest_step_and_save_with_margin():
         {"iteration": 4, "time": 9000.0},
     ]
     wanted = 230 + deadline.SAVE_FACTOR * 200 + deadline.MARGIN_S
-    assert deadline.lead(rows, [900.0, 8900.0], 300, 7200) == wanted
-    assert deadline.lead(rows, [900.0, 8900.0], 300, 600) == 300, "half of a short limit"
-    assert deadline.lead(rows[:2], [900.0], 300, 7200) == 300, "no save was measured"
-    assert deadline.lead([], [], 300, 600) == 150
+    assert deadline.save_lead_s(rows, [900.0, 8900.0], 300, 7200) == wanted
+    assert deadline.save_lead_s(rows, [900.0, 8900.0], 300, 600) == 300, "half of a short limit"
+    assert deadline.save_lead_s(rows[:2], [900.0], 300, 7200) == 300, "no save was measured"
+    assert deadline.save_lead_s([], [], 300, 600) == 150
 
 
-def follow(*ends, attempts=2, max_attempts=20, kind=Class.COMMUNICATION, stage=ALL["sft"], moved=False, **options):
+def follow(
+    *ends, attempts=2, max_attempts=20, kind=OutcomeKind.COMMUNICATION, stage=ALL["sft"], moved=False, **options
+):
     """What follows one more attempt of ``kind`` that began at 5, after earlier ends (class, began,
     iteration)."""
     rows = tuple({"class": name, "began": began, "iteration": after} for name, began, after in ends)
     history = requeue.History(attempts, rows)
-    return requeue.decide(Verdict(kind, GLOO), history, stage, max_attempts, moved=moved, before=5, **options)
+    return requeue.decide(
+        Outcome(kind, GLOO), history, stage, max_attempts, progress=requeue.AttemptProgress(moved, 5), **options
+    )
 
 
 @pytest.mark.parametrize(
     "ends, moved, kind",
     [
-        ([], False, Class.COMMUNICATION),
-        ([("communication timeout", 3, 5)], False, Class.COMMUNICATION),
-        ([("communication timeout", 5, 5)], False, Class.NO_PROGRESS),
-        ([("communication timeout", 5, 5)], True, Class.COMMUNICATION),
-        ([("preempted", 5, 5)], False, Class.COMMUNICATION),
-        ([("time limit", None, None), ("preempted", 5, 5)], False, Class.NO_PROGRESS),
+        ([], False, OutcomeKind.COMMUNICATION),
+        ([("communication timeout", 3, 5)], False, OutcomeKind.COMMUNICATION),
+        ([("communication timeout", 5, 5)], False, OutcomeKind.NO_PROGRESS),
+        ([("communication timeout", 5, 5)], True, OutcomeKind.COMMUNICATION),
+        ([("preempted", 5, 5)], False, OutcomeKind.COMMUNICATION),
+        ([("time limit", None, None), ("preempted", 5, 5)], False, OutcomeKind.NO_PROGRESS),
     ],
 )
 def test_two_attempts_without_progress_are_enough(ends, moved, kind):
-    state, verdict = follow(*ends, moved=moved)
-    assert verdict.kind is kind and state == ("failed" if kind is Class.NO_PROGRESS else "requeued")
-    assert "Timed out waiting 1800000ms" in verdict.cause and (verdict.code == 75) == (state == "requeued")
+    state, outcome = follow(*ends, moved=moved)
+    assert outcome.kind is kind and state == ("failed" if kind is OutcomeKind.NO_PROGRESS else "requeued")
+    assert "Timed out waiting 1800000ms" in outcome.cause and (outcome.code == 75) == (state == "requeued")
 
 
 def test_attempts_have_a_limit_that_a_resume_resets(tmp_path):
-    state, verdict = follow(attempts=5, max_attempts=5, moved=True)
-    assert state == "failed" and "attempt 5 of at most 5 (profile: max_attempts)" in verdict.cause
+    state, outcome = follow(attempts=5, max_attempts=5, moved=True)
+    assert state == "failed" and "attempt 5 of at most 5 (profile: max_attempts)" in outcome.cause
     rows = [
         {"event": "started", "stage": "sft"},
         {"event": "requeued", "stage": "sft", "class": "preempted"},
@@ -290,16 +320,18 @@ def test_attempts_have_a_limit_that_a_resume_resets(tmp_path):
 def test_every_stage_is_queued_again_at_its_time_limit(stage):
     """Each saves what it has done on USR1; a stage that would not says why it isn't queued
     again."""
-    assert follow(kind=Class.TIME_LIMIT, stage=stage)[0] == "requeued"
-    state, verdict = follow(kind=Class.TIME_LIMIT, stage=dataclasses.replace(stage, resumable=False))
-    assert state == "failed" and "saves nothing on its way" in verdict.cause
+    assert follow(kind=OutcomeKind.TIME_LIMIT, stage=stage)[0] == "requeued"
+    state, outcome = follow(kind=OutcomeKind.TIME_LIMIT, stage=dataclasses.replace(stage, resumable=False))
+    assert state == "failed" and "saves nothing on its way" in outcome.cause
 
 
 def test_what_was_done_or_cancelled_meanwhile_comes_before_the_limits():
-    assert follow(attempts=9, max_attempts=5, requeued=True)[0] == "requeued", "Slurm has done it"
-    assert follow(cancelled=True)[0] == "cancelled" and follow(kind=Class.DONE)[0] == "done"
-    assert follow(kind=Class.STOPPED)[0] == "stopped" and follow(kind=Class.BUG)[0] == "failed"
-    bad = [follow(*[("preflight", 5, 5)] * earlier, kind=Class.PREFLIGHT)[0] for earlier in (1, 2)]
+    assert follow(attempts=9, max_attempts=5, action=SlurmAction(OutcomeKind.PREEMPTED, True))[0] == "requeued", (
+        "Slurm has done it"
+    )
+    assert follow(cancelled=True)[0] == "cancelled" and follow(kind=OutcomeKind.DONE)[0] == "done"
+    assert follow(kind=OutcomeKind.STOPPED)[0] == "stopped" and follow(kind=OutcomeKind.BUG)[0] == "failed"
+    bad = [follow(*[("preflight", 5, 5)] * earlier, kind=OutcomeKind.PREFLIGHT)[0] for earlier in (1, 2)]
     assert bad == ["requeued", "failed"]
 
 
@@ -308,58 +340,67 @@ def job(state="RUNNING", reason="None", restarts=0, preempted=False):
 
 
 @pytest.mark.parametrize(
-    "facts, terminated, fate",
+    "facts, terminated, action",
     [
-        (job("COMPLETING", restarts=1), True, Fate(Class.PREEMPTED, True)),
-        (job("PENDING", restarts=1), False, Fate(Class.NODE_FAILURE, True)),
-        (job(), True, Fate(Class.PREEMPTED)),
-        (job(preempted=True), False, Fate(Class.PREEMPTED)),
+        (job("COMPLETING", restarts=1), True, SlurmAction(OutcomeKind.PREEMPTED, True)),
+        (job("PENDING", restarts=1), False, SlurmAction(OutcomeKind.NODE_FAILURE, True)),
+        (job(), True, SlurmAction(OutcomeKind.PREEMPTED)),
+        (job(preempted=True), False, SlurmAction(OutcomeKind.PREEMPTED)),
         (job(), False, None),
-        (job("PREEMPTED", preempted=True), True, Fate(Class.PREEMPTED)),
-        (job("COMPLETING", preempted=True), True, Fate(Class.PREEMPTED)),
-        (job("NODE_FAIL"), True, Fate(Class.NODE_FAILURE)),
-        (job("COMPLETING", "NodeDown"), True, Fate(Class.NODE_FAILURE)),
-        (job("COMPLETING", "TimeLimit"), True, Fate(Class.TIME_LIMIT)),
-        (job("TIMEOUT"), False, Fate(Class.TIME_LIMIT)),
-        (job("CANCELLED"), False, Fate(Class.CANCELLED)),
-        (job("COMPLETING"), True, Fate(Class.CANCELLED)),
+        (job("PREEMPTED", preempted=True), True, SlurmAction(OutcomeKind.PREEMPTED)),
+        (job("COMPLETING", preempted=True), True, SlurmAction(OutcomeKind.PREEMPTED)),
+        (job("NODE_FAIL"), True, SlurmAction(OutcomeKind.NODE_FAILURE)),
+        (job("COMPLETING", "NodeDown"), True, SlurmAction(OutcomeKind.NODE_FAILURE)),
+        (job("COMPLETING", "TimeLimit"), True, SlurmAction(OutcomeKind.TIME_LIMIT)),
+        (job("TIMEOUT"), False, SlurmAction(OutcomeKind.TIME_LIMIT)),
+        (job("CANCELLED"), False, SlurmAction(OutcomeKind.CANCELLED)),
+        (job("COMPLETING"), True, SlurmAction(OutcomeKind.CANCELLED)),
         (job("COMPLETING"), False, None),
     ],
 )
-def test_what_slurm_did_to_the_job(facts, terminated, fate):
-    assert fate_of(facts, 0, terminated=terminated) == fate
+def test_what_slurm_did_to_the_job(facts, terminated, action):
+    assert derive_action(facts, 0, terminated=terminated) == action
 
 
 def test_what_slurm_printed_names_the_reason_of_its_requeue():
     lines = [STEP.format("NODE FAILURE")]
-    assert fate_of(job("COMPLETING", restarts=3), 2, lines, True) == Fate(Class.NODE_FAILURE, True)
-    assert fate_of(None, 0, lines) == Fate(Class.NODE_FAILURE) and fate_of(None, 0, ["srun: error"]) is None
+    assert derive_action(job("COMPLETING", restarts=3), 2, lines, True) == SlurmAction(OutcomeKind.NODE_FAILURE, True)
+    assert (
+        derive_action(None, 0, lines) == SlurmAction(OutcomeKind.NODE_FAILURE)
+        and derive_action(None, 0, ["srun: error"]) is None
+    )
     lost = ["srun: error: Node failure on 127.0.1.1"]  # a TERM alone would look like a preemption
-    assert fate_of(job("COMPLETING", restarts=3), 2, lost, True) == Fate(Class.NODE_FAILURE, True)
+    assert derive_action(job("COMPLETING", restarts=3), 2, lost, True) == SlurmAction(OutcomeKind.NODE_FAILURE, True)
 
 
-def said(kind, message="", code=1):
-    return Ended(code, 0, "the last line", ("the last line",), Said(kind, message))
+def reporting(kind, message="", code=1):
+    return RankExit(code, 0, "the last line", ("the last line",), LastWords(kind, message))
 
 
 @pytest.mark.parametrize(
-    "words, kind",
+    "rank_exit, kind",
     [
-        (said(Class.JUDGE, "http://x: <urlopen error [Errno 111] Connection refused>; gave up"), Class.JUDGE),
-        (said(Class.REFUSED, "iter_0000100/model/__0_0.distcp does not have the sha256", 65), Class.REFUSED),
-        (said(Class.BUG, "OSError: Name or service not known"), Class.BUG),
-        (said(Class.FILE_ERROR, "[Errno 13] Permission denied", 74), Class.FILE_ERROR),
-        (said(None, "RuntimeError: something that torch says"), Class.BUG),
-        (said(None, CUDA), Class.CUDA_OOM),
-        (said(None, GLOO), Class.COMMUNICATION),
-        (said(Class.NAN, "FloatingPointError: not finite", -9), Class.NAN),
+        (
+            reporting(OutcomeKind.JUDGE, "http://x: <urlopen error [Errno 111] Connection refused>; gave up"),
+            OutcomeKind.JUDGE,
+        ),
+        (
+            reporting(OutcomeKind.REFUSED, "iter_0000100/model/__0_0.distcp does not have the sha256", 65),
+            OutcomeKind.REFUSED,
+        ),
+        (reporting(OutcomeKind.BUG, "OSError: Name or service not known"), OutcomeKind.BUG),
+        (reporting(OutcomeKind.FILE_ERROR, "[Errno 13] Permission denied", 74), OutcomeKind.FILE_ERROR),
+        (reporting(None, "RuntimeError: something that torch says"), OutcomeKind.BUG),
+        (reporting(None, CUDA), OutcomeKind.CUDA_OOM),
+        (reporting(None, GLOO), OutcomeKind.COMMUNICATION),
+        (reporting(OutcomeKind.NAN, "FloatingPointError: not finite", -9), OutcomeKind.NAN),
     ],
 )
-def test_what_the_stage_says_of_itself_is_believed_first(words, kind):
+def test_what_the_stage_says_of_itself_is_believed_first(rank_exit, kind):
     """Also before its exit code and before texts that elsewhere mean something else."""
-    verdict = classify(Facts("mtbench", [words], ["srun: error: n1: Connection refused"]))
-    assert verdict.kind is kind and verdict.advice("mtbench")
-    assert words.said.message.split(";")[0][:100] in verdict.cause
+    outcome = classify(AttemptFacts("mtbench", [rank_exit], ["srun: error: n1: Connection refused"]))
+    assert outcome.kind is kind and outcome.advice("mtbench")
+    assert rank_exit.last_words.message.split(";")[0][:100] in outcome.cause
 
 
 def test_advice_names_only_keys_that_the_stage_has():
@@ -432,17 +473,17 @@ def test_health_names_the_node_of_a_gpu_that_is_wrong_slow_or_silent():
 )
 def test_pairs_find_the_node_that_an_all_reduce_fails_with(broken, found):
     nodes = ["n1", "n2", "n3", "n4", "n5", "n6"] if len(broken) == 1 else ["n1", "n2", "n3", "n4", "n5", "n6", "n7"]
-    assert set(preflight.halves(nodes, lambda some: not broken & set(some), "timed out")) == found
+    assert set(preflight.find_bad_node_by_pairs(nodes, lambda some: not broken & set(some), "timed out")) == found
 
 
 def test_nodes_that_nobody_can_reach_are_blamed_not_the_others():
     unreached = "network: can't reach the first node at n1: timed out"
-    assert preflight.blame(["n1", "n2", "n3"], {"n2": unreached, "n3": unreached}) == {
+    assert preflight.attribute_network_failures(["n1", "n2", "n3"], {"n2": unreached, "n3": unreached}) == {
         "n1": "network: no other node can reach it"
     }
-    assert preflight.blame(["n1", "n2", "n3"], {"n3": unreached}) == {"n3": unreached}
+    assert preflight.attribute_network_failures(["n1", "n2", "n3"], {"n3": unreached}) == {"n3": unreached}
     silent = {"n1": "did not answer within 90 s", "n2": "network: the first node told nobody where it listens"}
-    assert preflight.blame(["n1", "n2"], silent) == {"n1": "did not answer within 90 s"}
+    assert preflight.attribute_network_failures(["n1", "n2"], silent) == {"n1": "did not answer within 90 s"}
 
 
 @pytest.mark.parametrize(
@@ -480,15 +521,15 @@ def test_last_word_of_a_rank_is_its_exception(tmp_path):
         "[rank2]: AssertionError",
     ):
         log.write(2, text)
-    assert log.ended(1, 1).words() == "rank 1: exit code 1: torch.OutOfMemoryError: tried 2 GiB"
-    assert log.ended(1, 1).lines == (
+    assert log.rank_exit(1, 1).describe() == "rank 1: exit code 1: torch.OutOfMemoryError: tried 2 GiB"
+    assert log.rank_exit(1, 1).lines == (
         "iteration 3",
         "Traceback (most recent call last):",
         'File "x.py"',
         "torch.OutOfMemoryError: tried 2 GiB",
         "bye",
     )
-    assert log.ended(2, 1).line == "AssertionError at `assert loss > 0`"
+    assert log.rank_exit(2, 1).line == "AssertionError at `assert loss > 0`"
     log.close()
     stamped = (tmp_path / "log").read_text().splitlines()
     assert [line.partition(" ")[2] for line in stamped[:2]] == [
