@@ -20,7 +20,7 @@ from eval.errors import DataError, HarnessError, JudgeError, SurroundingsError
 
 FOLDER = "CONVOY_WORDS"
 """Environment variable: where ``rank_R.json`` is left, {"class", "message"};
-launcher/job/endings.py names the classes."""
+launcher/job/outcome.py names the classes."""
 BAD_CONFIG, BAD_DATA, JUDGE, HARNESS, TOO_FEW_RATINGS = "bad config", "bad data", "judge", "harness", "too few ratings"
 CODES = {BAD_CONFIG: 64, BAD_DATA: 65, "file error": 73, "disk full": 74, TOO_FEW_RATINGS: 4}
 """Class -> exit code; 1 for the others."""

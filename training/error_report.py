@@ -1,7 +1,7 @@
 """What a stage that fails leaves for the launcher: the class of its error and a message, one file a
 rank.
 
-``$CONVOY_WORDS/rank_R.json`` is {"class", "message"}, whole or not there; launcher/job/endings.py
+``$CONVOY_WORDS/rank_R.json`` is {"class", "message"}, whole or not there; launcher/job/outcome.py
 names the classes. eval/error_report.py writes the same.
 """
 

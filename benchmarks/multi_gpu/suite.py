@@ -121,7 +121,7 @@ class Running:
             if not ended:
                 break
             failed, late = self.log.begun, time.monotonic() > end
-            error = "its time was over" if late else ended[0].words()[:500]
+            error = "its time was over" if late else ended[0].describe()[:500]
             told = {"ok": True, "said": error} if job.part == "fails" and ON_PURPOSE in error else {"error": error}
             self.rows.append(
                 {
