@@ -24,7 +24,7 @@ from launcher.cli import main as launcher
 from launcher.config.profile import Container, Machine, Profile
 from launcher.config.sections import SECTIONS, Resources, StageResources
 from launcher.job.advice import ADVICE, EVERY
-from launcher.job.endings import AGAIN, BLAMELESS, Class
+from launcher.job.outcome import FAULTLESS_KINDS, REQUEUED_KINDS, OutcomeKind
 from training.config.trainers import RolloutConfig, TrainerConfig
 
 ROOT = Path(__file__).parents[1]
@@ -323,15 +323,15 @@ def failures() -> str:
         "",
     ]
     rows = []
-    for kind in Class:
-        if kind is Class.DONE:
+    for kind in OutcomeKind:
+        if kind is OutcomeKind.DONE:
             continue
         advice = {group: cell(text.replace("{stage}", "STAGE")) for group, text in ADVICE[kind.value].items()}
         texts = [
             text if group == EVERY and len(advice) == 1 else f"*{group}*: {text}" for group, text in advice.items()
         ]
-        counts = "" if kind not in AGAIN else "no" if kind in BLAMELESS else "unless it saved"
-        rows.append((code(kind.value), "yes" if kind in AGAIN else "no", counts, "<br>".join(texts)))
+        counts = "" if kind not in REQUEUED_KINDS else "no" if kind in FAULTLESS_KINDS else "unless it saved"
+        rows.append((code(kind.value), "yes" if kind in REQUEUED_KINDS else "no", counts, "<br>".join(texts)))
     header = ("class", "queues itself again", "counts as without progress", "what to do when it has ended for good")
     return "\n".join([*lines, *table(header, rows)]).rstrip() + "\n"
 
