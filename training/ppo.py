@@ -32,7 +32,7 @@ from training.main import run_stage
 from training.metrics.phase_timer import Phases
 from training.models.heads import Output, next_token_logprobs_and_entropy
 from training.models.language_model import LanguageModel
-from training.optim.offload import Parked
+from training.optim.offload import OffloadedModel
 from training.rl import invariants, reward_bias
 from training.rl.experience import (
     Experience,
@@ -136,12 +136,12 @@ def load_models(config: RolloutConfig, shape: Shape) -> Models:
         format.load_weights(source, model)
         return model
 
-    def frozen(head: str, source) -> LanguageModel | Parked:
+    def frozen(head: str, source) -> LanguageModel | OffloadedModel:
         # Nobody asks for its gradients, but its weights say that they want some: else its layers
         # would be compiled apart, with the bias added inside the product, and round otherwise than
         # the policy's. The first KL would not be 0.
         model = make(head, source, dataclasses.replace(config, lora_rank=0))
-        return Parked(model) if config.offload != "none" else model
+        return OffloadedModel(model) if config.offload != "none" else model
 
     policy = make("lm", sft, config)
     reference = (policy if config.lora_rank else frozen("lm", sft)) if config.kl_coef else None

@@ -206,7 +206,7 @@ def scores(decoder: Decoder, tokens: torch.Tensor) -> torch.Tensor:
         torch.arange(rows, device=DEVICE).repeat_interleave(length),
     )
     batch = Batch(table, lengths, position, page, length, starts, [length] * rows, owner)
-    hidden = decoder.next_hidden(tokens.to(DEVICE).flatten(), cache, batch).view(rows, length, -1)
+    hidden = decoder.last_hidden(tokens.to(DEVICE).flatten(), cache, batch).view(rows, length, -1)
     found = [
         decoder.logits(row[:-1]).log_softmax(-1).gather(-1, line[1:, None]).squeeze(1)
         for row, line in zip(hidden, tokens.to(DEVICE), strict=True)

@@ -36,7 +36,7 @@ from training.models import heads
 from training.models.bloom.table import shape as bloom
 from training.models.chunked_logprobs import Columns
 from training.models.gelu import gelu_backward
-from training.models.language_model import parts
+from training.models.language_model import model_chunks
 from training.optim import adamw
 from training.trainer.step import Learner, Objective, build_model
 
@@ -82,7 +82,7 @@ def gradients(config: SFTConfig, kind: str) -> tuple[float, dict]:
     scale = made.optimizer.scale
     return loss, {
         name: parameter.main_grad.double() * scale
-        for part in parts(made.model)
+        for part in model_chunks(made.model)
         for name, parameter in part.named_parameters()
     }
 

@@ -50,7 +50,7 @@ from training.distributed import groups
 from training.models import attention_backends
 from training.models.bloom.table import shape as bloom
 from training.models.heads import next_token_logprobs
-from training.models.language_model import parts
+from training.models.language_model import model_chunks
 from training.sft import compute
 from training.trainer.step import Learner, Objective, build_model, evaluate
 
@@ -217,7 +217,7 @@ def memory(folder: Path, small: bool) -> None:
 def one_step(shape: Shape, config: SFTConfig, rows: int, length: int) -> dict:
     torch.manual_seed(0)
     model = build_model(shape, config, "lm")
-    for part in parts(model):
+    for part in model_chunks(model):
         for name, parameter in part.named_parameters():
             torch.nn.init.normal_(parameter, 1.0 if "layernorm.weight" in name else 0.0, 0.02)
     learner = Learner(model, config, 1e-5, 10, 0)

@@ -117,7 +117,7 @@ def random_weights(source: Path, model, fresh_head=None) -> None:
     generator = torch.Generator(device=groups.device()).manual_seed(1 if source.parts[0] == "sft" else 2)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if lora.MARK not in name:
+            if lora.ADAPTER_PREFIX not in name:
                 weight.normal_(0, 0.02, generator=generator) if weight.dim() > 1 else weight.fill_(
                     float(name.endswith("norm.weight"))
                 )
@@ -175,7 +175,7 @@ def ours(asked) -> None:
         made = memory.estimate(shape, config, 1)
         began = time.monotonic()
         trainer = Trainer(config)
-        # or Parked.model
+        # or OffloadedModel.model
         models = {id(getattr(model, "model", model)): name for name, model in reversed(vars(trainer.models).items())}
         kept = ("rollout_batch_size", "global_batch_size", "micro_batch_size", "offload", "lora_rank", "recompute")
         say(
@@ -191,7 +191,7 @@ def ours(asked) -> None:
         watch = Watch()
         Plan.look = watch.around(Plan.look, lambda plan, model, *_: f"score {models[id(model)]}")
         Learner.step = watch.around(Learner.step, lambda learner, *_: f"train {models[id(learner.model)]}")
-        Learner.sleep, Offloaded.ready = watch.around(Learner.sleep, "swap"), watch.around(Offloaded.ready, "swap")
+        Learner.sleep, Offloaded.wait = watch.around(Learner.sleep, "swap"), watch.around(Offloaded.wait, "swap")
         for iteration in range(1, asked.iterations + 1):
             watch.seconds.clear()
             began = time.monotonic()
@@ -314,15 +314,15 @@ def pin(asked) -> None:
             torch.cuda.synchronize()
         return size / (time.monotonic() - begins) / 1e9
 
-    group.ready()
-    group.sleep()
-    into = timed(group.ready)
+    group.wait()
+    group.offload()
+    into = timed(group.wait)
     group.changed = True
-    out = timed(group.sleep)
+    out = timed(group.offload)
     other = Offloaded([torch.ones(size // 4, device=groups.device())])
-    group.ready()
+    group.wait()
     group.changed = True
-    both = timed(lambda: group.sleep(other))
+    both = timed(lambda: group.offload(other))
     say(
         "pin",
         {

@@ -24,7 +24,7 @@ from training.config.trainers import TrainerConfig
 from training.errors import ConfigError, Damaged
 from training.files import atomic
 from training.models import lora
-from training.models.language_model import LanguageModel, parts
+from training.models.language_model import LanguageModel, model_chunks
 
 
 def folder(stage: str | Path, iteration: int) -> Path:
@@ -253,7 +253,7 @@ def made_with(trainer: TrainerConfig, model: LanguageModel) -> dict[str, int | s
     """What decides which tensors a checkpoint has to go on from, and what they mean: it can't be
     changed half way."""
     keys = {name: getattr(trainer, name) for name in ("lora_rank", "optimizer_precision", "precision")}
-    return {"model_type": parts(model)[0].shape.family, **keys}
+    return {"model_type": model_chunks(model)[0].shape.family, **keys}
 
 
 def _check_same(path: Path, learner: Trained, state: dict) -> None:
@@ -274,7 +274,7 @@ def load_weights(path: Path, model: LanguageModel, fresh_head: int | None = None
     of a new scalar head that the checkpoint does not hold. Raises Damaged as ``load`` does.
     """
     verify(path.parent, path.name)
-    wanted = {key: value for key, value in model.sharded_state_dict().items() if lora.MARK not in key}
+    wanted = {key: value for key, value in model.sharded_state_dict().items() if lora.ADAPTER_PREFIX not in key}
     if fresh_head is not None:
         wanted = {key: value for key, value in wanted.items() if not _of_head(key)}
     # Nested, because the loaded dictionary also holds what the checkpoint has beside tensors (the
@@ -284,7 +284,9 @@ def load_weights(path: Path, model: LanguageModel, fresh_head: int | None = None
     missing = [
         key
         for key in missing
-        if not key.endswith("_extra_state") and lora.MARK not in key and not (fresh_head is not None and _of_head(key))
+        if not key.endswith("_extra_state")
+        and lora.ADAPTER_PREFIX not in key
+        and not (fresh_head is not None and _of_head(key))
     ]
     if missing or unexpected:
         raise ConfigError(

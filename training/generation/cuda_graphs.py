@@ -78,4 +78,4 @@ def forward(decoder, cache: torch.Tensor, slots: Slots, index: torch.Tensor, pag
     ``longest``: no row is longer."""
     position = slots.position[index]
     batch = Batch(slots.table[index], position + 1, position, page, longest)
-    return decoder.next_hidden(slots.last[index], cache, batch)
+    return decoder.last_hidden(slots.last[index], cache, batch)

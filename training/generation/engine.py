@@ -230,7 +230,7 @@ class Engine:
             [piece.count for piece in pieces],
             owner,
         )
-        self.decoder.fill(tokens, self.cache, batch)
+        self.decoder.prefill(tokens, self.cache, batch)
 
     def _decode(self, scheduler: Scheduler, rows: list[Row]) -> _Flight:
         """Launch one step of ``rows``: their next tokens."""

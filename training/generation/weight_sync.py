@@ -19,7 +19,7 @@ from megatron.core import parallel_state
 from training.config.shape import Shape
 from training.errors import ConfigError
 from training.models import lora
-from training.models.language_model import Interleaved, LanguageModel, parts
+from training.models.language_model import Interleaved, LanguageModel, model_chunks
 
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 """Tensors whose rows are padded to a multiple that depends on the tensor-parallel size."""
@@ -50,13 +50,13 @@ def named_weights(model: LanguageModel | Interleaved) -> dict[str, torch.nn.Para
     """This rank's parameters, layers numbered as in the whole model; low-rank adapters merged, for
     as long as the caller keeps them."""
     found = {}
-    for part in parts(model):
+    for part in model_chunks(model):
         numbers = {str(local): layer.layer_number - 1 for local, layer in enumerate(part.decoder.layers)}
         merged = {
             f"decoder.layers.{number}.{name}.weight": layer.merged() for name, number, layer in lora.adapted(part)
         }
         for name, parameter in part.named_parameters():
-            if lora.MARK in name:
+            if lora.ADAPTER_PREFIX in name:
                 continue
             if name.startswith("decoder.layers."):
                 local, rest = name.removeprefix("decoder.layers.").split(".", 1)

@@ -59,7 +59,7 @@ class Documents(PackedSeqParams):
         return cls(torch.searchsorted(cumulative[1:].contiguous(), position, right=True)[None])
 
     @functools.cached_property
-    def apart(self) -> torch.Tensor:
+    def cross_document_mask(self) -> torch.Tensor:
         """(B, 1, T, T) True where query and key are of different documents."""
         return (self.ids[:, :, None] != self.ids[:, None, :])[:, None]
 
@@ -67,7 +67,7 @@ class Documents(PackedSeqParams):
         """``bias`` (1, heads, T, T) with -inf between documents, (B, heads, T, T): one tensor for
         all layers, which each keep it."""
         if self._separated is None or self._separated[0] is not bias:
-            self._separated = bias, bias.masked_fill(self.apart, float("-inf"))
+            self._separated = bias, bias.masked_fill(self.cross_document_mask, float("-inf"))
         return self._separated[1]
 
     @functools.cached_property

@@ -74,12 +74,12 @@ class Decoder:
             * self.dtype.itemsize
         )
 
-    def fill(self, tokens: torch.Tensor, cache: torch.Tensor, batch: Batch) -> None:
+    def prefill(self, tokens: torch.Tensor, cache: torch.Tensor, batch: Batch) -> None:
         """Keys and values of ``tokens`` (T,) into the cache (layers, 2, pages, heads, page, D). Of
         the last layer nothing else is made."""
         self._run(tokens, cache, batch, only_fill=True)
 
-    def next_hidden(self, tokens: torch.Tensor, cache: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def last_hidden(self, tokens: torch.Tensor, cache: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Last hidden states (T, H) of ``tokens`` (T,), whose keys and values are written, too."""
         return self._run(tokens, cache, batch, only_fill=False)
 

@@ -1,9 +1,9 @@
-"""A language model on megatron-core, its layers as a ModuleSpec: all of it that does not depend on
+"""A language model on megatron-core, its layers as a ModuleSpec: everything that does not depend on
 the family.
 
-What does is one file a family: training/models/NAME/table.py says what its config.json means and
-which tensors it has, training/models/NAME/module.py has its modules (``SETTINGS`` of
-TransformerConfig, the norm and ``FeedForward``).
+A family has a folder of its own. training/models/NAME/table.py says what its config.json means and
+which tensors it has. training/models/NAME/module.py has its ``SETTINGS`` of TransformerConfig and
+its ``FeedForward``.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from training.models.norms import no_init, norm_class
 
 
 def modules(shape: Shape) -> ModuleType:
-    """The family's file in this folder."""
+    """Return the module.py of the model's family."""
     return importlib.import_module(f"training.models.{shape.family}.module")
 
 
 def transformer_config(shape: Shape, trainer, head: str = "lm") -> TransformerConfig:
-    """megatron-core's configuration of ``shape`` under a trainer's layout and precision
-    (training.config.trainers.TrainerConfig)."""
+    """Return megatron-core's configuration of ``shape`` under the layout and precision of
+    ``trainer`` (training.config.trainers.TrainerConfig)."""
     dtype = torch.bfloat16 if trainer.precision == "bf16" else torch.float32
     backend = attention_backends.choose(trainer.attention, groups.device().type, dtype, shape.head_dim)
     interleaved = trainer.virtual_pipeline > 1
@@ -79,7 +79,7 @@ def transformer_config(shape: Shape, trainer, head: str = "lm") -> TransformerCo
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         **RECOMPUTE[trainer.recompute],
-        recompute_modules=["core_attn"] if backend == "sdpa" else [],  # the others keep no scores
+        recompute_modules=["core_attn"] if backend == "sdpa" else [],  # other backends store no scores
         init_method=no_init,
         output_layer_init_method=no_init,
         use_cpu_initialization=False,
@@ -103,20 +103,20 @@ RECOMPUTE = {
 
 
 def pipeline_layout(shape: Shape, trainer, head: str) -> list[list[str]] | None:
-    """What each part of the pipeline holds, in the model's order, as megatron-core wants it; None
-    without a pipeline."""
+    """Return the layers of each pipeline chunk, in the model's order, as megatron-core's
+    ``pipeline_model_parallel_layout``; None without a pipeline."""
     if trainer.pipeline_parallel == 1:
         return None
     stages = shape.chunk_layers(trainer.pipeline_parallel, trainer.virtual_pipeline, head)
-    layout = [["decoder"] * stage[part] for part in range(trainer.virtual_pipeline) for stage in stages]
+    layout = [["decoder"] * stage[vp_stage] for vp_stage in range(trainer.virtual_pipeline) for stage in stages]
     layout[0].insert(0, "embedding")
     layout[-1].append("loss")
     return layout
 
 
-def block_spec(config: TransformerConfig, shape: Shape, part: int | None) -> TransformerBlockSubmodules:
-    """Every submodule is named: megatron-core's defaults depend on whether Transformer Engine or
-    Apex happen to be installed."""
+def block_spec(config: TransformerConfig, shape: Shape, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """Return the layers of one chunk. Every submodule is named, because megatron-core's defaults
+    depend on whether Transformer Engine or Apex is installed."""
     norm = norm_class(config.normalization, config.fused)
     column, row = lora.linears(config.lora)
     attention = SelfAttentionSubmodules(
@@ -139,12 +139,15 @@ def block_spec(config: TransformerConfig, shape: Shape, part: int | None) -> Tra
             mlp_bda=get_bias_dropout_add,
         ),
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, part), layer_norm=norm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=norm)
 
 
 def documents_of(config: TransformerConfig, tokens: torch.Tensor, ids: torch.Tensor | None) -> Documents | None:
-    """What a model's layers are told of a batch's documents ``ids`` (B, T), or of rows that are one
-    each (None)."""
+    """Return what a model's layers need to know of a batch's documents.
+
+    ``ids`` (B, T) is the document of each token; None: each row is one document. The result is None
+    where the layers need nothing.
+    """
     compiled = config.compiled and tokens.size(1) % attention_backends.FLEX_BLOCK == 0
     if not compiled and ids is None:
         return None
@@ -158,19 +161,19 @@ def documents_of(config: TransformerConfig, tokens: torch.Tensor, ids: torch.Ten
 
 
 class LanguageModel(LanguageModule):
-    """This pipeline stage's part of the model; ``part``: which of its parts under the interleaved
-    schedule.
+    """This pipeline stage's part of the model. Under the interleaved schedule it is one of the
+    stage's chunks, number ``vp_stage``.
 
-    ``head`` "lm": tokens (B, T) -> training.models.heads.Output. ``head`` "scalar": -> (B, T) fp32.
+    ``head`` "lm" maps tokens (B, T) to training.models.heads.Output, "scalar" to (B, T) fp32.
     Stages before the last return hidden states (T, B, H). Weights are uninitialised: load them.
     """
 
-    def __init__(self, config: TransformerConfig, shape: Shape, head: str, part: int | None = None):
+    def __init__(self, config: TransformerConfig, shape: Shape, head: str, vp_stage: int | None = None):
         super().__init__(config=config)
         tp = self.pg_collection.tp
-        self.pre_process = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=part)
-        self.post_process = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=part)
-        self.shape, self.head, self.vp_stage = shape, head, part
+        self.pre_process = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
+        self.post_process = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
+        self.shape, self.head, self.vp_stage = shape, head, vp_stage
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = head == "lm" and shape.tied
         padded = shape.padded_vocab(tp.size())
@@ -185,11 +188,11 @@ class LanguageModel(LanguageModule):
                 self.embedding_layernorm = norm(config, config.hidden_size, config.layernorm_epsilon)
         self.decoder = TransformerBlock(
             config,
-            block_spec(config, shape, part),
+            block_spec(config, shape, vp_stage),
             pre_process=self.pre_process,
             post_process=self.post_process,
             pg_collection=self.pg_collection,
-            vp_stage=part,
+            vp_stage=vp_stage,
         )
         if self.post_process and head == "lm":
             self.output_layer = tensor_parallel.ColumnParallelLinear(
@@ -211,18 +214,21 @@ class LanguageModel(LanguageModule):
             lora.freeze(self)
 
     def set_input_tensor(self, tensor) -> None:
-        """The hidden states of the stage before; called by megatron-core's schedules."""
+        """Take the hidden states of the stage before. megatron-core's schedules call this."""
         self.decoder.set_input_tensor(tensor[0] if isinstance(tensor, list) else tensor)
 
     def forward(self, tokens, documents=None):
-        """``documents`` (B, T) int: the document of each token of a packed batch, on every stage;
-        or what ``documents_of`` made of them."""
+        """Compute this stage's part for ``tokens`` (B, T).
+
+        ``documents`` (B, T) int is the document of each token of a packed batch, on every stage; or
+        pass the result of ``documents_of``.
+        """
         packed = documents if isinstance(documents, Documents) else documents_of(self.config, tokens, documents)
         hidden = self._embed(tokens) if self.pre_process else None
         if self.pre_process and self.shape.embedding_norm:
             hidden = self.embedding_layernorm(hidden)
         if self.pre_process and self.config.lora and torch.is_grad_enabled():
-            # a recomputed layer whose input asks for no gradient would give its adapters none
+            # a recomputed layer whose input requires no gradient gives its adapters none
             hidden.requires_grad_()
         angles = self._angles(tokens, packed.ids if packed else None)
         hidden = self.decoder(
@@ -240,7 +246,7 @@ class LanguageModel(LanguageModule):
         return Output(hidden, weight, self.columns, self.config.sequence_parallel)
 
     def _angles(self, tokens, documents) -> torch.Tensor | None:
-        """Of the rotary embedding, for every token; None without one."""
+        """Return the rotary embedding's angles of every token; None for a family without one."""
         shape = self.shape
         if shape.rope is None:
             return None
@@ -254,9 +260,9 @@ class LanguageModel(LanguageModule):
         return self.embedding(tokens, None)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
-        """Without megatron-core's ``_extra_state`` objects: they hold nothing here, and loading
-        them would unpickle."""
-        # megatron-core's LanguageModule takes an output layer for granted; a scalar head has none.
+        """Leave out megatron-core's ``_extra_state`` objects: they are empty here, and loading them
+        would unpickle."""
+        # megatron-core's LanguageModule expects an output layer; a scalar head has none.
         parent = super() if self.head == "lm" else super(LanguageModule, self)
         state = parent.sharded_state_dict(prefix, sharded_offsets, metadata)
         for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
@@ -267,33 +273,35 @@ class LanguageModel(LanguageModule):
 
 
 class Interleaved(torch.nn.Module):
-    """The parts that a pipeline stage holds under the interleaved schedule, as one module to load,
+    """The model chunks of a pipeline stage under the interleaved schedule, as one module to load,
     save and initialise.
 
-    Its forward pass is the schedule's. Names are local (``parts.1.decoder.layers.0...``), keys in a
-    checkpoint are the model's.
+    The schedule runs the chunks, so this module has no forward pass. Its parameters' names are
+    local (``chunks.1.decoder.layers.0...``); the keys in a checkpoint are the model's.
     """
 
     def __init__(self, config: TransformerConfig, shape: Shape, head: str):
         super().__init__()
         self.config = config
-        numbers = range(config.virtual_pipeline_model_parallel_size)
-        self.parts = torch.nn.ModuleList(LanguageModel(config, shape, head, part) for part in numbers)
+        stages = range(config.virtual_pipeline_model_parallel_size)
+        self.chunks = torch.nn.ModuleList(LanguageModel(config, shape, head, vp_stage) for vp_stage in stages)
 
     @property
     def post_process(self) -> bool:
-        return self.parts[-1].post_process
+        return self.chunks[-1].post_process
 
     @property
     def score(self) -> ScalarHead:
-        return self.parts[-1].score
+        return self.chunks[-1].score
 
     def sharded_state_dict(self) -> dict:
-        states = [part.sharded_state_dict() for part in self.parts]
-        return {f"parts.{number}.{key}": value for number, state in enumerate(states) for key, value in state.items()}
+        states = [chunk.sharded_state_dict() for chunk in self.chunks]
+        return {f"chunks.{number}.{key}": value for number, state in enumerate(states) for key, value in state.items()}
 
 
-def parts(model) -> list[torch.nn.Module]:
-    """The modules that megatron-core's schedules run: a model's parts in order, or the model
-    itself."""
-    return list(model.parts) if isinstance(model, Interleaved) else list(model) if isinstance(model, list) else [model]
+def model_chunks(model) -> list[torch.nn.Module]:
+    """The modules that megatron-core's schedules run: an interleaved model's chunks in order, or
+    the model itself."""
+    if isinstance(model, Interleaved):
+        return list(model.chunks)
+    return list(model) if isinstance(model, list) else [model]

@@ -33,7 +33,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from training.errors import ConfigError
 from training.models.linear import ColumnParallel, RowParallel
 
-MARK = ".lora_"
+ADAPTER_PREFIX = ".lora_"
 """In the names of all that adapters add to a model."""
 
 
@@ -132,7 +132,7 @@ def linears(lora: Lora | None) -> tuple[type, type]:
 def freeze(model: torch.nn.Module) -> None:
     """Only adapters learn, and a scalar head."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(MARK in f".{name}" or name.startswith("score."))
+        parameter.requires_grad_(ADAPTER_PREFIX in f".{name}" or name.startswith("score."))
 
 
 def adapted(model: torch.nn.Module) -> list[tuple[str, int, Adapted]]:
@@ -193,7 +193,7 @@ def absorb(folder: Path, model: torch.nn.Module) -> None:
     held = {
         key: torch.empty(described.size, dtype=described.properties.dtype)
         for key, described in reader.read_metadata().state_dict_metadata.items()
-        if MARK in key and not key.startswith("optimizer.")
+        if ADAPTER_PREFIX in key and not key.startswith("optimizer.")
     }
     if not held:
         return

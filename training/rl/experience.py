@@ -25,7 +25,7 @@ from training.generation.rollout_workers import Replicas
 from training.models import lora
 from training.models.heads import next_token_logprobs, read_last
 from training.models.language_model import LanguageModel
-from training.optim.offload import Parked
+from training.optim.offload import OffloadedModel
 from training.rl import invariants
 from training.rl.minibatches import Plan
 from training.trainer.setup import length_multiple
@@ -65,8 +65,8 @@ class Models:
     """
 
     policy: LanguageModel
-    reference: LanguageModel | Parked | None
-    reward: LanguageModel | Parked
+    reference: LanguageModel | OffloadedModel | None
+    reward: LanguageModel | OffloadedModel
     value: LanguageModel | None
     """None: GRPO has none."""
 
@@ -151,15 +151,15 @@ def first_alike(batch: Batch) -> list[int]:
     ]
 
 
-def prepare(model: LanguageModel | Parked | None) -> None:
-    if isinstance(model, Parked):
-        model.wake()
+def prepare(model: LanguageModel | OffloadedModel | None) -> None:
+    if isinstance(model, OffloadedModel):
+        model.prefetch()
 
 
-def at_work(model: LanguageModel | Parked):
+def at_work(model: LanguageModel | OffloadedModel):
     """A context in which the model's weights are on the device, and it is as it was before adapters
     learnt."""
-    return model if isinstance(model, Parked) else lora.without(model)
+    return model if isinstance(model, OffloadedModel) else lora.without(model)
 
 
 def rewards_of(config: PPOConfig, rollout: Rollout, scored: Scored, kl_coef: float, reward_bias: float) -> torch.Tensor:

@@ -16,7 +16,7 @@ from training.config.trainers import TrainerConfig
 from training.distributed import groups
 from training.errors import InvariantError
 from training.models.attention import Documents
-from training.models.language_model import Interleaved, LanguageModel, documents_of, parts, transformer_config
+from training.models.language_model import Interleaved, LanguageModel, documents_of, model_chunks, transformer_config
 from training.models.linear import accumulate
 from training.models.norms import describe
 from training.optim.offload import Offloaded
@@ -58,7 +58,7 @@ class Learner:
     ):
         self.model = model
         data_parallel = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
-        self.wrapped = [DistributedDataParallel(model.config, data_parallel, part) for part in parts(model)]
+        self.wrapped = [DistributedDataParallel(model.config, data_parallel, part) for part in model_chunks(model)]
         accumulate(model)
         self.optimizer = make_optimizer(self.wrapped, trainer, lr)
         self.schedule = make_schedule(self.optimizer, trainer, lr, steps, warmup_steps)
@@ -87,13 +87,13 @@ class Learner:
         """Begin to bring the optimizer's state, if that is ahead of the next step. Nothing to do
         unless offloaded."""
         if self.offloaded:
-            self.offloaded.wake()
+            self.offloaded.prefetch()
 
     def ready(self, changed: bool) -> None:
         """The optimizer's state is on the device for whatever is launched next; ``changed``: which
         writes it."""
         if self.offloaded:
-            self.offloaded.ready()
+            self.offloaded.wait()
             self.offloaded.changed |= changed
 
     def sleep(self, then: Learner | None = None) -> None:
@@ -102,7 +102,7 @@ class Learner:
         if self.offloaded:
             for part in self.wrapped:
                 part.offload_grad_buffers(synchronize=False, empty_cache=False)
-            self.offloaded.sleep(then.offloaded if then else None)
+            self.offloaded.offload(then.offloaded if then else None)
 
     def step(self, micro_batches: list[Batch], objective: Objective) -> dict[str, float]:
         """Forward, backward and update over this data-parallel rank's ``micro_batches`` -> the
@@ -150,7 +150,7 @@ def evaluate(model: torch.nn.Module | list, batch: Batch, micro_batch_size: int,
     again.
     """
     # The interleaved schedule takes micro-batches in groups of the pipeline's size.
-    group = parallel_state.get_pipeline_model_parallel_world_size() if len(parts(model)) > 1 else 1
+    group = parallel_state.get_pipeline_model_parallel_world_size() if len(model_chunks(model)) > 1 else 1
     return look(model, split(batch, micro_batch_size, group), read)[: batch["tokens"].size(0)]
 
 
@@ -158,7 +158,7 @@ def evaluate(model: torch.nn.Module | list, batch: Batch, micro_batch_size: int,
 def look(model: torch.nn.Module | list, micro_batches: list[Batch], read: Read) -> torch.Tensor:
     """``evaluate`` over micro-batches of one shape (R, T), made by the caller -> (all their rows,
     T)."""
-    pieces = parts(model)
+    pieces = model_chunks(model)
     for piece in pieces:
         piece.eval()
     results = _schedule(pieces, micro_batches, lambda micro, output: read(output, micro), forward_only=True)

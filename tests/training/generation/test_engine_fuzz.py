@@ -29,7 +29,7 @@ class Recorder:
     layers = kv_heads = head_dim = 1
     dtype, device, vocab, group, ops = torch.float64, torch.device("cpu"), VOCAB, None, SimpleNamespace(choose=choose)
 
-    def fill(self, tokens, cache, batch) -> list[list[int]]:
+    def prefill(self, tokens, cache, batch) -> list[list[int]]:
         cache[0, 0, batch.pages, 0, batch.offsets, 0] = tokens.double()
         cache[0, 1, batch.pages, 0, batch.offsets, 0] = batch.position.double()
         found = []
@@ -41,8 +41,8 @@ class Recorder:
             found.append(keys)
         return found
 
-    def next_hidden(self, tokens, cache, batch) -> torch.Tensor:
-        return torch.stack([logits_after(found) for found in self.fill(tokens, cache, batch)])
+    def last_hidden(self, tokens, cache, batch) -> torch.Tensor:
+        return torch.stack([logits_after(found) for found in self.prefill(tokens, cache, batch)])
 
     def logits(self, hidden):
         return hidden

@@ -28,7 +28,7 @@ from training.config.shape import Shape
 from training.config.trainers import SFTConfig
 from training.data.batches import shard
 from training.models.heads import next_token_logprobs
-from training.models.language_model import parts
+from training.models.language_model import model_chunks
 from training.sft import compute
 from training.trainer.step import Learner, Objective, build_model, evaluate, split
 
@@ -144,7 +144,7 @@ def load(folder, config: SFTConfig):
 
 def named(model):
     """(name in the whole model, parameter) of everything that this rank holds."""
-    for part in parts(model):
+    for part in model_chunks(model):
         for name, parameter in part.named_parameters():
             pieces = name.split(".")
             if "layers" in pieces:  # local to the part -> global

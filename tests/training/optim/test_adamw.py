@@ -1,5 +1,5 @@
-"""The optimizer with 6 bytes of state a parameter: what it keeps exactly, what it rounds, and that
-it learns like fp32 AdamW."""
+"""The optimizer with 6 bytes of state per parameter: what it stores exactly, what it rounds, and
+that it learns like fp32 AdamW."""
 
 import pytest
 import torch
@@ -16,9 +16,9 @@ from training.trainer.step import Learner, Objective, build_model, split
 
 
 def parameter(values: torch.Tensor, number: int = 0) -> torch.Tensor:
-    made = values.to(torch.bfloat16)
-    made.place = (number, 0)
-    return made
+    weight = values.to(torch.bfloat16)
+    weight.place = (number, 0)
+    return weight
 
 
 def test_two_halves_are_the_fp32_weight_and_the_model_s_is_it_rounded():
@@ -53,34 +53,37 @@ def test_four_hundred_steps_follow_fp32_adamw():
     inputs, target = torch.randn(2000, 64, generator=generator), torch.randn(64, generator=generator)
     start = torch.zeros(64).bfloat16()
     options = dict(lr=0.01, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
-    theirs = torch.nn.Parameter(start.float())
-    ours, mine = torch.optim.AdamW([theirs], **options), parameter(start)
+    fp32_weight, bf16_weight = torch.nn.Parameter(start.float()), parameter(start)
+    reference = torch.optim.AdamW([fp32_weight], **options)
     split = SplitAdamW([torch.nn.Parameter(torch.zeros(1))], **options)
-    split.param_groups[0]["params"] = [mine]
+    split.param_groups[0]["params"] = [bf16_weight]
     split.factor = torch.tensor(0.5)
     losses = []
     for step in range(400):
         rows = slice(5 * step, 5 * step + 5)
-        theirs.grad, mine.decoupled_grad = (
+        fp32_weight.grad, bf16_weight.decoupled_grad = (
             factor * inputs[rows].T @ (inputs[rows] @ (weight.detach().float() - target))
-            for weight, factor in ((theirs, 0.2), (mine, 0.4))
+            for weight, factor in ((fp32_weight, 0.2), (bf16_weight, 0.4))
         )
-        ours.step()
+        reference.step()
         split.step()
         losses.append(
-            [(inputs @ (weight - target)).square().mean().item() for weight in (theirs.detach(), mine.float())]
+            [
+                (inputs @ (weight - target)).square().mean().item()
+                for weight in (fp32_weight.detach(), bf16_weight.float())
+            ]
         )
     fp32, bf16 = torch.tensor(losses)[-100:].mean(0).tolist()
     assert bf16 == pytest.approx(fp32, rel=0.05), (fp32, bf16)
-    state = split.state[mine]
-    moment = ours.state[theirs]["exp_avg_sq"]
+    state = split.state[bf16_weight]
+    moment = reference.state[fp32_weight]["exp_avg_sq"]
     assert (state["exp_avg_sq"].float() / moment).mean().item() == pytest.approx(1, abs=0.03)
     assert all(values.element_size() == 2 for values in state.values())
 
 
 def go_on(folder, steps: int, load: int, layout=(1, 1)):
     """Train a small model for ``steps`` on two ranks, from the checkpoint of iteration ``load`` if
-    above 0; save the last -> this rank's tensors as a checkpoint has them."""
+    that is above 0, and save the last. Return this rank's tensors as a checkpoint has them."""
     config = settings(folder, layout, optimizer_precision="bf16", micro_batch_size=2, weight_decay=0.1)
     model = build_model(SHAPE, config, "lm")
     with torch.no_grad():
@@ -88,25 +91,25 @@ def go_on(folder, steps: int, load: int, layout=(1, 1)):
             # the same for a tied embedding's copies
             generator = torch.Generator().manual_seed(weight.numel())
             weight.copy_(torch.randn(weight.shape, generator=generator) * 0.05 + (weight.dim() == 1))
-    made = Learner(model, config, 1e-3, 100, 0)
+    trained = Learner(model, config, 1e-3, 100, 0)
     if load:
-        format.load(format.resolve(folder, load), {"model": made})
+        format.load(format.resolve(folder, load), {"model": trained})
     for step in range(load, steps):
         rows = torch.randint(0, 300, (4, 16), generator=torch.Generator().manual_seed(step))
-        mine = shard(list(range(4)), groups.data_rank(), groups.data_ranks())
-        made.step(
-            split({"tokens": rows[mine], "response_mask": torch.ones(len(mine), 16, dtype=torch.bool)}, 2),
+        share = shard(list(range(4)), groups.data_rank(), groups.data_ranks())
+        trained.step(
+            split({"tokens": rows[share], "response_mask": torch.ones(len(share), 16, dtype=torch.bool)}, 2),
             Objective(("loss",), sft.compute),
         )
-    saver = Saver(folder, {"model": made}, config)
+    saver = Saver(folder, {"model": trained}, config)
     saver.save(steps, {"wall_seconds": 0.0})
     saver.wait()
-    return {tensor.key: tensor.data.detach().clone() for tensor in held(made)}
+    return {tensor.key: tensor.data.detach().clone() for tensor in held(trained)}
 
 
 def test_a_tied_embedding_s_two_copies_stay_equal(tmp_path):
-    """On the first and on the last pipeline stage, weight and state; a checkpoint has one of
-    them."""
+    """Weight and state are the same on the first and on the last pipeline stage. A checkpoint has
+    one copy."""
     first, last = run(go_on, 1, 2, 1, tmp_path, 3, 0, (1, 2))
     names = [key for key in first if "word_embeddings" in key]
     assert len(names) == 4, names
@@ -118,19 +121,20 @@ def test_a_resumed_run_goes_on_bit_for_bit_and_other_layouts_load_it(tmp_path):
     straight = run(go_on, 1, 1, 2, tmp_path / "straight", 3, 0)
     run(go_on, 1, 1, 2, tmp_path / "resumed", 2, 0)
     resumed = run(go_on, 1, 1, 2, tmp_path / "resumed", 3, 2)
-    for mine, theirs in zip(straight, resumed, strict=True):
-        assert mine.keys() == theirs.keys() and any(key.startswith("optimizer.state.remainder") for key in mine)
-        assert all(torch.equal(mine[key], theirs[key]) for key in mine)
-        assert any(values.any() for key, values in mine.items() if "remainder" in key)
+    for expected, tensors in zip(straight, resumed, strict=True):
+        assert tensors.keys() == expected.keys()
+        assert any(key.startswith("optimizer.state.remainder") for key in tensors)
+        assert all(torch.equal(tensors[key], expected[key]) for key in tensors)
+        assert any(values.any() for key, values in tensors.items() if "remainder" in key)
 
     def walk(layout, number):
-        made = learner(settings(tmp_path / "walk", layout, optimizer_precision="bf16"))
+        reloaded = learner(settings(tmp_path / "walk", layout, optimizer_precision="bf16"))
         if number > 1:
-            format.load(format.resolve(tmp_path / "walk"), {"model": made})
-            assert wrong(made, number - 1) == []
-        fill(made, number)
+            format.load(format.resolve(tmp_path / "walk"), {"model": reloaded})
+            assert wrong(reloaded, number - 1) == []
+        fill(reloaded, number)
         saver = Saver(
-            tmp_path / "walk", {"model": made}, settings(tmp_path / "walk", layout, optimizer_precision="bf16")
+            tmp_path / "walk", {"model": reloaded}, settings(tmp_path / "walk", layout, optimizer_precision="bf16")
         )
         saver.save(number, {})
         saver.wait()

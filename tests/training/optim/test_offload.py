@@ -1,5 +1,5 @@
-"""Tensors that wait in host memory: what they hold comes back, their views stay theirs, and the
-memory is really given back."""
+"""Offloaded tensors: their values come back, their views stay valid, and the device's memory is
+really freed."""
 
 from types import SimpleNamespace
 
@@ -11,38 +11,38 @@ from tests.support.learners import fill, learner, settings, wrong
 from training.optim.offload import Offloaded, host_memory
 
 
-def test_views_see_what_their_storage_held_and_asleep_it_holds_nothing():
-    whole = torch.arange(1000.0)
-    view, other = whole[10:20], torch.arange(7, dtype=torch.int16)
-    group = Offloaded([whole, view, other, torch.zeros(0)])
+def test_views_see_what_their_storage_held_and_offloaded_it_holds_nothing():
+    base = torch.arange(1000.0)
+    view, other = base[10:20], torch.arange(7, dtype=torch.int16)
+    group = Offloaded([base, view, other, torch.zeros(0)])
     assert len(group.storages) == 2 and [storage.nbytes() for storage in group.storages] == [0, 0]
-    group.wake()
-    group.ready()
+    group.prefetch()
+    group.wait()
     assert torch.equal(view, torch.arange(10.0, 20)) and torch.equal(other, torch.arange(7, dtype=torch.int16))
-    assert view.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+    assert view.untyped_storage().data_ptr() == base.untyped_storage().data_ptr()
 
 
 def test_what_was_written_comes_back_if_it_was_said_to_have_changed():
     values = torch.zeros(5)
     group = Offloaded([values])
     for changed, expected in ((True, 1.0), (False, 1.0), (True, 2.0)):
-        group.ready()
+        group.wait()
         values += 1
         group.changed = changed
-        group.sleep()
-        group.ready()
+        group.offload()
+        group.wait()
         assert values.tolist() == [expected] * 5, (changed, expected)
-        group.sleep()
+        group.offload()
 
 
 def test_one_goes_while_the_other_comes():
     first, second = torch.ones(6), torch.full((6,), 2.0)
     groups = [Offloaded([tensor]) for tensor in (first, second)]
-    groups[0].ready()
-    groups[0].sleep(meanwhile=groups[1])
+    groups[0].wait()
+    groups[0].offload(meanwhile=groups[1])
     assert first.untyped_storage().nbytes() == 0 and second.tolist() == [2.0] * 6
-    groups[0].sleep(meanwhile=groups[1])  # both are where they were
-    groups[1].ready()
+    groups[0].offload(meanwhile=groups[1])  # both are where they were
+    groups[1].wait()
     assert second.tolist() == [2.0] * 6
 
 
@@ -58,30 +58,30 @@ def test_memory_that_can_t_be_pinned_is_named_as_the_host_s(monkeypatch):
 
 
 @pytest.mark.parametrize(("optimizer_precision", "size"), [("bf16", 6), ("fp32", 12)])
-def test_a_learner_that_sleeps_keeps_its_weights_and_nothing_else(optimizer_precision, size):
-    """``size``: bytes a parameter of the optimizer while it is read. Gradients have memory in steps
-    only."""
+def test_an_offloaded_learner_keeps_its_weights_and_nothing_else(optimizer_precision, size):
+    """``size`` is the bytes per parameter of the optimizer while it is read. Gradients have memory
+    only in steps."""
 
     def bytes_a_parameter():
-        made = learner(settings("", optimizer_precision=optimizer_precision))
-        fill(made, 3)
-        made.offload()
-        optimizer = made.optimizer
-        count = sum(weight.numel() for weight in made.model.parameters())
+        offloading = learner(settings("", optimizer_precision=optimizer_precision))
+        fill(offloading, 3)
+        offloading.offload()
+        optimizer = offloading.optimizer
+        count = sum(weight.numel() for weight in offloading.model.parameters())
 
-        def taken():
+        def bytes_in_use():
             tensors = (
                 *optimizer.own_tensors(),
-                *(buffer.grad_data for part in made.wrapped for buffer in part.buffers),
+                *(buffer.grad_data for part in offloading.wrapped for buffer in part.buffers),
             )
             return sum({id(one): one.untyped_storage().nbytes() for one in tensors}.values()) / count
 
-        asleep = taken()
-        made.ready(changed=False)
-        assert wrong(made, 3) == []
-        awake = taken()
-        made.sleep()
-        return asleep, awake, taken()
+        offloaded = bytes_in_use()
+        offloading.ready(changed=False)
+        assert wrong(offloading, 3) == []
+        on_device = bytes_in_use()
+        offloading.sleep()
+        return offloaded, on_device, bytes_in_use()
 
-    ((asleep, awake, again),) = run(bytes_a_parameter, 1, 1, 1)
-    assert asleep == again == 0 and awake == pytest.approx(size, rel=0.01)
+    ((offloaded, on_device, again),) = run(bytes_a_parameter, 1, 1, 1)
+    assert offloaded == again == 0 and on_device == pytest.approx(size, rel=0.01)
