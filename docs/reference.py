@@ -187,20 +187,26 @@ def configuration() -> str:
     lines += [
         "## resources.STAGE",
         "",
-        f"One table a stage: {', '.join(f'`resources.{name}`' for name in stages)}.",
-        f"For {' and '.join(f'`{name}`' for name in without)} `gpus_per_node` is 0 where nothing else is set.",
+        *wrapped(
+            f"One table a stage: {', '.join(f'`resources.{name}`' for name in stages)}. "
+            f"For {' and '.join(f'`{name}`' for name in without)} `gpus_per_node` is 0 where nothing else is set."
+        ),
         "",
         *keys(Resources),
         "## Profile",
         "",
-        "A site: `NAME.toml` in `slurm/clusters/`, or a file that `--profile FILE.toml` names. It is named after",
-        "its file.",
+        "A site: `NAME.toml` in `slurm/clusters/`, or a file that `--profile FILE.toml` names. It is named",
+        "after its file.",
         "",
         *keys(Profile),
     ]
     for name, config in (("machine", Machine), ("container", Container)):
-        lines += [f"### [{name}] of a profile", "", about(config), "", *keys(config)]
+        lines += [f"### [{name}] of a profile", "", *wrapped(about(config)), "", *keys(config)]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def wrapped(paragraph: str) -> list[str]:
+    return textwrap.wrap(paragraph, 100, break_long_words=False, break_on_hyphens=False)
 
 
 def prose(help_text: str) -> list[str]:
@@ -208,14 +214,14 @@ def prose(help_text: str) -> list[str]:
     lines = []
     for paragraph in inspect.cleandoc(help_text).split("\n\n"):
         if not paragraph.startswith("\b"):
-            lines += [cell(paragraph), ""]
+            lines += [*wrapped(cell(paragraph)), ""]
             continue
         block = paragraph.removeprefix("\b\n").splitlines()
         while block:
             indented = block[0].startswith(" ")
             count = next((i for i, line in enumerate(block) if line.startswith(" ") != indented), len(block))
             part, block = textwrap.dedent("\n".join(block[:count])), block[count:]
-            lines += ["```text", part, "```", ""] if indented or ":  " in part else [cell(part), ""]
+            lines += ["```text", part, "```", ""] if indented or ":  " in part else [*wrapped(cell(part)), ""]
     return lines
 
 
@@ -235,7 +241,8 @@ def parameters(command: click.Command) -> list[str]:
     ]
     lines = []
     if choices := [argument for argument in arguments if isinstance(argument.type, click.Choice)]:
-        lines += [f"{code(argument.name.upper())}: one of {values(argument)}." for argument in choices] + [""]
+        for argument in choices:
+            lines += [*wrapped(f"{code(argument.name.upper())}: one of {values(argument)}."), ""]
     rows = []
     for option in options:
         names = ", ".join(code(name) for name in option.opts)
