@@ -16,7 +16,7 @@ from pathlib import Path
 from conversion import huggingface, torch_dist, work
 from conversion.command import main
 from conversion.config import ConvertConfig, ConvertPaths
-from training.checkpoint import format
+from training.checkpoint.stage_folder import StageFolder
 from training.config.shape import Shape
 from training.data.tokenizer import Tokenizer
 from training.errors import ConfigError
@@ -33,8 +33,8 @@ def convert(config: ConvertConfig) -> None:
     head, tensors = huggingface.read(config.paths.model, shape)
     check_tokenizer(Path(config.paths.model), shape.vocab)
     size = sum(tensor.nbytes for tensor in tensors.values())
-    target = format.folder(config.paths.output, 0)
-    aside = target.with_name(f".{target.name}.converting")
+    stage = StageFolder(config.paths.output)
+    aside = stage.temporary(0, "converting")
     files = torch_dist.plan(tensors, shape, head)
     sizes = {name: sum(part.tensor.nbytes for part in parts) for name, parts in files.items()}
     made_from = {"from": work.described(tensor_files.find(config.paths.model).files), "files": sizes}
@@ -44,7 +44,7 @@ def convert(config: ConvertConfig) -> None:
         written = work.write_files(aside / "model", writers, sizes, "convert")
         torch_dist.finish(aside / "model", {name: file.record for name, file in written.items()}, tensors, shape, head)
         work.clean(aside / "model")
-        format.publish(config.paths.output, aside, 0, {f"model/{name}": file.sha256 for name, file in written.items()})
+        stage.publish(aside, 0, {f"model/{name}": file.sha256 for name, file in written.items()})
     metrics = Metrics(config.paths.output, total=len(tensors))
     metrics.log(len(tensors), ("gigabytes",), gigabytes=size / 1e9)
     metrics.close()

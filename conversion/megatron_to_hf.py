@@ -22,7 +22,7 @@ from conversion.config import FOLDERS, ExportConfig, ExportPaths
 from conversion.intact import Intact
 from conversion.tensors import Rows, raw
 from conversion.weights import embedding_name, head_of, stored_name
-from training.checkpoint import format
+from training.checkpoint.stage_folder import StageFolder
 from training.config.shape import Shape
 from training.errors import ConfigError
 from training.metrics.metrics import Metrics
@@ -42,7 +42,7 @@ def export(config: ExportConfig) -> None:
     metrics = Metrics(config.paths.output, total=len(wanted))
     for number, (name, stage) in enumerate(wanted.items(), 1):
         iteration = config.paths.reward_iteration if name == "reward" else 0
-        saved = format.resolve(stage, iteration)
+        saved = StageFolder(stage).resolve(iteration)
         source, target = saved / FOLDERS[name], Path(config.paths.output) / name
         export_model(
             source, target, Path(config.paths.model), shape, dtype, config.max_shard_gb, Intact(source, required=True)
@@ -157,7 +157,7 @@ def find_checkpoint(path: Path) -> Path:
 
     Raises ConfigError naming the folders where there are several models or none.
     """
-    saved = format.resolve(path) if (path / "checkpoints").is_dir() else path
+    saved = StageFolder(path).resolve() if (path / "checkpoints").is_dir() else path
     models = [saved] if (saved / ".metadata").is_file() else sorted(found.parent for found in saved.glob("*/.metadata"))
     if len(models) != 1:
         names = ", ".join(model.name for model in models) or "none"

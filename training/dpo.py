@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 
 from training import losses
-from training.checkpoint import checksums, format
+from training.checkpoint import checksums
+from training.checkpoint.stage_folder import StageFolder
 from training.config.trainers import DPOConfig
 from training.data.batches import Sampler, comparison_example, padded_length, shard
 from training.data.cache import Tokenised
@@ -27,7 +28,7 @@ from training.files import atomic
 from training.main import run_stage
 from training.models.heads import Output, next_token_logprobs
 from training.reward import Comparison, collate_comparisons
-from training.trainer.loop import Task
+from training.trainer.loop import SupervisedTask
 from training.trainer.reward_metrics import judged
 from training.trainer.setup import Inputs, learn, length_multiple
 from training.trainer.step import Batch, Learner, Objective, evaluate, split
@@ -154,7 +155,7 @@ def ask_reference(learner: Learner, data: Comparisons) -> None:
 def identity(data: Comparisons) -> str:
     """What ``reference.pt`` depends on: the SFT checkpoint's bytes, the rows (their caches' names
     are hashes) and how they are cut."""
-    listed = checksums.read(format.resolve(data.config.paths.init))
+    listed = checksums.read(StageFolder(data.config.paths.init).resolve())
     caches = [rows.folder.name for rows in (data.inputs.rows, data.inputs.unseen)]
     config = data.config
     described = repr((sorted(listed.items()), caches, config.seq_length, config.precision, config.attention))
@@ -190,7 +191,7 @@ def heldout(learner: Learner, data: Comparisons) -> dict[str, float]:
     return {**judged(data.config.beta * ratio, scores, lengths), "heldout_kl_from_reference": drift / count}
 
 
-def task(config: DPOConfig, inputs: Inputs, learner: Learner) -> Task:
+def task(config: DPOConfig, inputs: Inputs, learner: Learner) -> SupervisedTask:
     data = Comparisons(config, inputs)
     ask_reference(learner, data)
 
@@ -198,7 +199,7 @@ def task(config: DPOConfig, inputs: Inputs, learner: Learner) -> Task:
         batch, tokens = data.batch(indices, shard(indices, groups.data_rank(), groups.data_ranks()))
         return split(batch, config.micro_batch_size * data.replies), {"tokens": tokens}
 
-    return Task(objective(config, data.replies), micro_batches, lambda: heldout(learner, data), HEADLINE)
+    return SupervisedTask(objective(config, data.replies), micro_batches, lambda: heldout(learner, data), HEADLINE)
 
 
 def run(config: DPOConfig) -> None:

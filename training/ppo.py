@@ -20,6 +20,7 @@ import torch
 
 from training import losses
 from training.checkpoint import format
+from training.checkpoint.stage_folder import StageFolder
 from training.config.shape import Shape
 from training.config.trainers import PPOConfig, RolloutConfig
 from training.data.batches import Sampler, prompt_tokens
@@ -49,7 +50,7 @@ from training.rl.experience import (
 from training.rl.health_gates import Gates
 from training.rl.minibatches import Plan, epochs, plan
 from training.trainer import sample_text
-from training.trainer.loop import Boundary, at, resume
+from training.trainer.loop import Boundary, at, is_finished, resume
 from training.trainer.setup import read_inputs
 from training.trainer.step import Batch, Learner, Objective, build_model, on_device
 
@@ -128,8 +129,8 @@ def summary(steps: list[dict[str, float]]) -> dict[str, float]:
 def load_models(config: RolloutConfig, shape: Shape) -> Models:
     """Policy and reference from the SFT model; reward and, of PPO, value from the reward model.
     With adapters the reference is the policy; without a KL penalty there is none."""
-    sft = format.resolve(config.paths.init) / "model"
-    reward = format.resolve(config.paths.reward, config.paths.reward_iteration) / "model"
+    sft = StageFolder(config.paths.init).resolve() / "model"
+    reward = StageFolder(config.paths.reward).resolve(config.paths.reward_iteration) / "model"
 
     def make(head: str, source, settings: RolloutConfig) -> LanguageModel:
         model = build_model(shape, settings, head)
@@ -168,7 +169,7 @@ class PPO:
             self.models.policy, self.shape, limits, self.tokenizer.eos_id, config.generation_tensor_parallel
         )
         self.kl_coef = config.kl_coef
-        self.reward_bias = reward_bias.stored(format.resolve(config.paths.reward, config.paths.reward_iteration))
+        self.reward_bias = reward_bias.stored(StageFolder(config.paths.reward).resolve(config.paths.reward_iteration))
         self.value_bias: float | None = None
         """Added to the value head's outputs; measured in the first iteration."""
         self.gates, self.proven = Gates(config), False
@@ -279,16 +280,15 @@ class PPO:
 
 def run(config: RolloutConfig, trainer: type[PPO] = PPO) -> None:
     """The stage, inside ``ranks``. Raises Interrupted after a signal, all saved."""
-    stop = groups.StopRequest()
+    signals = groups.StopRequest()
     ppo = trainer(config)
-    start, state = resume(config.paths.output, ppo.learners)
+    folder = StageFolder(config.paths.output)
+    start, state = resume(folder, ppo.learners)
     if state:
         ppo.restore(state)
-    if start >= config.iterations:
-        if groups.is_main():
-            print(f"nothing left to do: iteration {start} of {config.iterations} is saved", flush=True)
+    if is_finished(config, folder, start):
         return
-    boundary = Boundary(config, ppo.learners, (start, state), HEADLINE, stop)
+    boundary = Boundary(config, ppo.learners, folder, (start, state), HEADLINE, signals)
     for iteration in range(start + 1, config.iterations + 1):
         with at(iteration):
             try:

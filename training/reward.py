@@ -23,7 +23,7 @@ from training.losses import pairwise_loss
 from training.main import run_stage
 from training.models.heads import read_last
 from training.rl import reward_bias
-from training.trainer.loop import Task
+from training.trainer.loop import SupervisedTask
 from training.trainer.reward_metrics import judged
 from training.trainer.setup import Inputs, learn, length_multiple, limits
 from training.trainer.step import Batch, Learner, Objective, split
@@ -128,7 +128,7 @@ def heldout(
     return judged(rewards, scores, lengths)
 
 
-def task(config: RewardConfig, inputs: Inputs, learner: Learner) -> Task:
+def task(config: RewardConfig, inputs: Inputs, learner: Learner) -> SupervisedTask:
     rows, tokenizer, responses = inputs.rows, inputs.tokenizer, reward_bias.read(config)
     unseen = [comparison_example(row, tokenizer, config.seq_length) for row in inputs.unseen]
     replies = max(rows.most_replies, inputs.unseen.most_replies)
@@ -141,7 +141,7 @@ def task(config: RewardConfig, inputs: Inputs, learner: Learner) -> Task:
         return {"reward_bias": reward_bias.bias(config, learner, responses, tokenizer.eos_id, tokenizer.pad_id)}
 
     objective = Objective(("loss", "accuracy", "margin"), partial(compute, replies))
-    return Task(
+    return SupervisedTask(
         objective,
         micro_batches,
         lambda: heldout(config, learner, unseen, replies, tokenizer.pad_id) | bias(),

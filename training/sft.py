@@ -24,7 +24,7 @@ from training.main import run_stage
 from training.models.heads import Output, next_token_logprobs, next_token_nll
 from training.trainer import sample_text
 from training.trainer.early_stopping import EarlyStop
-from training.trainer.loop import Task
+from training.trainer.loop import SupervisedTask
 from training.trainer.setup import Inputs, learn, length_multiple, limits, packed
 from training.trainer.step import Batch, Learner, Objective, evaluate, split
 
@@ -87,7 +87,7 @@ def heldout(config: SFTConfig, learner: Learner, examples: list[Example], pad_id
     }
 
 
-def task(config: SFTConfig, inputs: Inputs, learner: Learner) -> Task:
+def task(config: SFTConfig, inputs: Inputs, learner: Learner) -> SupervisedTask:
     tokenizer = inputs.tokenizer
     unseen = [sft_example(row, tokenizer, config.seq_length) for row in inputs.unseen]
 
@@ -95,12 +95,12 @@ def task(config: SFTConfig, inputs: Inputs, learner: Learner) -> Task:
         examples = [sft_example(inputs.rows[index], tokenizer, config.seq_length) for index in indices]
         return global_batch(config, inputs.shape, examples, tokenizer.pad_id)
 
-    return Task(
+    return SupervisedTask(
         Objective(("loss",), compute),
         micro_batches,
         lambda: heldout(config, learner, unseen, tokenizer.pad_id),
         headline=("loss", "heldout_loss", "unigram_entropy", "packing_efficiency", "grad_norm", "lr"),
-        early=EarlyStop(config.patience, config.min_delta, "heldout_loss") if config.patience else None,
+        early_stop=EarlyStop(config.patience, config.min_delta, "heldout_loss") if config.patience else None,
         samples=samples(config, inputs, learner) if config.sample_every else None,
     )
 

@@ -18,6 +18,7 @@ from benchmarks.multi_gpu.plan import ON_PURPOSE
 from benchmarks.training.train import CUDA, sync
 from training import sft
 from training.checkpoint import format
+from training.checkpoint.stage_folder import StageFolder
 from training.checkpoint.writer import Saver
 from training.config.shape import EMBEDDING, OUTPUT
 from training.distributed import groups
@@ -121,7 +122,7 @@ def saved(size: str, layout: dict, folder: Path) -> None:
     made, config = learner(size, **values), settings(size, micro_batch_size=1, global_batch_size=ROWS, **values)
     batches, objective = micro_batches(rows(size, ROWS), config), Objective(("loss",), sft.compute)
     made.step(batches, objective)
-    saver = Saver(folder / "saved", {"model": made}, config)
+    saver = Saver(StageFolder(folder / "saved"), {"model": made}, config)
     saver.poll()  # pins host memory beside the next steps
     began, steps = time.monotonic(), 0
     while highest([0.0 if saver.allocating is None or saver.allocating.done() else 1.0])[0]:
@@ -156,7 +157,7 @@ def loaded(size: str, layout: dict, folder: Path) -> None:
     made = learner(size, optimizer_precision=STATE, **layout)
     sync()
     began = time.monotonic()
-    format.load(format.resolve(folder / "saved"), {"model": made})
+    format.load(StageFolder(folder / "saved").resolve(), {"model": made})
     sync()
     seconds, size_gb, ours = time.monotonic() - began, bytes_saved(made) / 1e9, fingerprints(made)
     theirs = json.loads((folder / "fingerprints.json").read_text(encoding="utf-8"))

@@ -20,6 +20,7 @@ from benchmarks.multi_gpu.common import SHAPES, fill, micro_batches, rows, say, 
 from benchmarks.multi_gpu.plan import ppo_values
 from benchmarks.training.train import CUDA, PEAK, clean, flops, peak_gb, sync, timed
 from training import ppo, sft
+from training.checkpoint.stage_folder import StageFolder
 from training.checkpoint.writer import Saver
 from training.config.data import ModelConfig
 from training.config.trainers import PPOConfig, PPOPaths
@@ -184,7 +185,7 @@ def prepared(size: str, layout: dict, folder: Path) -> None:
             optimizer=SimpleNamespace(sharded_state_dict=lambda *_, **__: {}),
         )
         (folder / stage).mkdir()
-        Saver(folder / stage, {"model": weights}, trainer).save(1, {"reward_bias": 0.0})
+        Saver(StageFolder(folder / stage), {"model": weights}, trainer).save(1, {"reward_bias": 0.0})
         del model, weights
         gc.collect()
     say(part="prepared", size=size, ok=True)

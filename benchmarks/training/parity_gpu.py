@@ -44,6 +44,7 @@ from benchmarks.common import missed, say
 from benchmarks.folders import copy, resident_children, size
 from tests.support.attention import document_ids, errors, relative
 from training.checkpoint import format
+from training.checkpoint.stage_folder import StageFolder
 from training.config.shape import Shape
 from training.config.trainers import Paths, SFTConfig
 from training.distributed import groups
@@ -162,7 +163,7 @@ def our_gradients(folder: Path, config: SFTConfig, batch: dict) -> tuple[float, 
 
     shape = Shape.read(folder / "hf")
     model = build_model(shape, config, "lm")
-    format.load_weights(format.resolve(folder / "convert") / "model", model)
+    format.load_weights(StageFolder(folder / "convert").resolve() / "model", model)
     learner = Learner(model, config, config.lr, 10, 0)
     learner.optimizer.update = lambda norm: None  # gradients only
     halves = [{name: tensor[first : first + 2] for name, tensor in batch.items()} for first in (0, 2)]
@@ -394,7 +395,7 @@ def theirs(folder: Path, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tens
 def ours(folder: Path, shape: Shape, tokens: torch.Tensor, precision: str) -> torch.Tensor:
     free()
     model = build_model(shape, settings(precision=precision), "lm")
-    format.load_weights(format.resolve(folder / "convert") / "model", model)
+    format.load_weights(StageFolder(folder / "convert").resolve() / "model", model)
     found = []
 
     def read(output, micro):

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 
 from training.checkpoint import format
+from training.checkpoint.stage_folder import StageFolder
 from training.checkpoint.writer import Saver
 from training.config.shape import Shape
 from training.config.trainers import Paths, SFTConfig
@@ -99,9 +100,11 @@ def run(shape: Shape, folder: Path, precision: str) -> int:
     timed("torch.save into one file, fsync", lambda: plain(learner, folder / "peer.pt"), gigabytes=gigabytes)
     (folder / "peer.pt").unlink()
     sync = timed(
-        "our save, training waits", lambda: Saver(folder, {"model": learner}, waiting).save(1, {}), gigabytes=gigabytes
+        "our save, training waits",
+        lambda: Saver(StageFolder(folder), {"model": learner}, waiting).save(1, {}),
+        gigabytes=gigabytes,
     )
-    saver, stalls = Saver(folder, {"model": learner}, config), []
+    saver, stalls = Saver(StageFolder(folder), {"model": learner}, config), []
     saver.poll()  # as after the first iteration: host memory is pinned beside training from now on
     timed(
         "eight training steps while host memory is pinned",
@@ -130,7 +133,9 @@ def run(shape: Shape, folder: Path, precision: str) -> int:
         )
     saver.wait()
     timed(
-        "load, checksums included", lambda: format.load(format.resolve(folder), {"model": learner}), gigabytes=gigabytes
+        "load, checksums included",
+        lambda: format.load(StageFolder(folder).resolve(), {"model": learner}),
+        gigabytes=gigabytes,
     )
     wrong = [name for name, tensor in held(learner).items() if not torch.equal(tensor.cpu(), before[name])]
     print(

@@ -87,7 +87,7 @@ def _sums(stage: Stage, outputs: list[Path]) -> dict[Path, str]:
 
 
 def _chosen(run: Run, stage: Stage, wanted: int | None) -> dict | None:
-    """What a trainer with early stop said when it ended (training/trainer/early_stopping.py):
+    """What a trainer with early stop said when it ended (training/checkpoint/stage_folder.py):
     patience had run out, or all iterations were run, and an earlier checkpoint than the last is the
     result. None where it said nothing, as one that died does."""
     path = run.stage(stage.name) / "chosen.json"

@@ -17,6 +17,7 @@ from conversion.hf_to_megatron import convert
 from conversion.megatron_to_hf import export
 from conversion.weights import entries, stored_name
 from training.checkpoint import format
+from training.checkpoint.stage_folder import StageFolder
 from training.config.shape import Shape
 from training.config.trainers import Paths, SFTConfig
 from training.trainer.step import build_model
@@ -87,7 +88,9 @@ def save_model(
     """Load folder/convert into the model that trains, set a scalar head's bias, and save it as
     iteration 1, a reward model's with REWARD_BIAS, PPO's with VALUE_BIAS. Inside ``ranks``."""
     model = build_model(Shape.read(folder / "hf"), trainer(tensor, pipeline), head)
-    format.load_weights(format.resolve(folder / "convert") / "model", model, fresh_head=5 if head == "scalar" else None)
+    format.load_weights(
+        StageFolder(folder / "convert").resolve() / "model", model, fresh_head=5 if head == "scalar" else None
+    )
     if head == "scalar" and model.post_process:
         with torch.no_grad():
             if model.score.linear.bias is not None:
@@ -105,5 +108,5 @@ def save_model(
     torch.distributed.barrier()
     if torch.distributed.get_rank() == 0:
         (folder / stage / "checkpoints").mkdir()
-        format.publish(folder / stage, aside, 1)
+        StageFolder(folder / stage).publish(aside, 1)
     torch.distributed.barrier()

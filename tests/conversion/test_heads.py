@@ -25,6 +25,7 @@ from tests.support.bloom import tiny_bloom
 from tests.support.distributed import run
 from tests.support.llama import tiny_llama, tiny_mistral, tiny_qwen2, tiny_qwen3
 from training.checkpoint import format
+from training.checkpoint.stage_folder import StageFolder
 from training.config.shape import Shape
 from training.errors import ConfigError
 from training.models.heads import read_last
@@ -45,7 +46,7 @@ def untied_bloom(folder):
 
 def logits(folder, tokens, tensor, pipeline):
     model = build_model(Shape.read(folder / "hf"), trainer(tensor, pipeline), "lm")
-    format.load_weights(format.resolve(folder / "convert") / "model", model)
+    format.load_weights(StageFolder(folder / "convert").resolve() / "model", model)
     kept = []
 
     def read(output, micro):
@@ -120,7 +121,13 @@ def test_a_scalar_head_scores_equally_as_a_sequence_classifier(tmp_path, make, d
     with torch.no_grad():
         found = theirs(tokens).logits.squeeze(-1)
     ours = run(
-        scores, 1, 1, 1, tmp_path, {"tokens": tokens, "lengths": lengths}, format.resolve(tmp_path / stage) / inner
+        scores,
+        1,
+        1,
+        1,
+        tmp_path,
+        {"tokens": tokens, "lengths": lengths},
+        StageFolder(tmp_path / stage).resolve() / inner,
     )[0]
     # Llama's classifier can't hold what is to be added: the SFT policy's responses score 0 with it
     if make is tiny_bloom:

@@ -16,7 +16,7 @@ import tokenizers
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
 
-from training.checkpoint import format
+from training.checkpoint.stage_folder import StageFolder
 from training.config.trainers import PPOConfig
 from training.data.batches import Sampler
 from training.data.permutation import Permutation
@@ -67,7 +67,7 @@ class Reference:
         with open(config.paths.train) as file:
             self.prompts = [tokenizer.encode(json.loads(line)["prompt"]).ids[-config.prompt_length :] for line in file]
         self.sampler = Sampler(len(self.prompts), config.rollout_batch_size // config.group_size, config.seed)
-        with open(format.resolve(config.paths.reward) / "state.json") as file:
+        with open(StageFolder(config.paths.reward).resolve() / "state.json") as file:
             self.bias = json.load(file)["reward_bias"]
         self.value_bias = None  # the head's zero is measured in the first iteration
         self.steps = 0

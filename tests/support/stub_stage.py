@@ -56,7 +56,7 @@ def save(output: Path, iteration: int, models: list[str], padding: int = 0) -> N
     folder, text = output / "checkpoints" / f"iter_{iteration:07d}", f"{output.name} {iteration}{' ' * padding}"
     newest = output / ".attempt"
     if newest.exists() and newest.read_text().strip() != os.environ["CONVOY_ATTEMPT"]:
-        # as training.checkpoint.format.publish
+        # as training.checkpoint.stage_folder
         raise OSError(f"attempt {newest.read_text().strip()} has begun")
     for model in models:
         write(folder / model / "weights", text)

@@ -12,7 +12,7 @@ from tests.support.distributed import run
 from tests.support.ppo_reference import Scalar
 from tests.support.ppo_weights import weights
 from training import reward
-from training.checkpoint import format
+from training.checkpoint.stage_folder import StageFolder
 from training.data.tokenizer import Tokenizer
 from training.generation.request import draws
 from training.models.heads import ScalarHead
@@ -95,10 +95,10 @@ def test_with_the_stored_bias_the_sft_policy_s_responses_score_zero(small_run, t
     eos = Tokenizer(small_run.model).eos_id
     with torch.no_grad():
         scores = [judge(tokens)[-1].item() for tokens, _ in said if tokens[-1] == eos]
-    bias = reward_bias.stored(format.resolve(config.paths.output))
+    bias = reward_bias.stored(StageFolder(config.paths.output).resolve())
     assert len(said) == 40 and len(scores) > 30
     assert sum(scores) / len(scores) + bias == pytest.approx(0, abs=1e-4) and abs(bias) > 1e-3
-    assert reward_bias.stored(format.resolve(config.paths.output, 1)) != bias
+    assert reward_bias.stored(StageFolder(config.paths.output).resolve(1)) != bias
 
     sft, _ = run(weights, 1, 1, 1, config, config.paths.init, "lm")[0]
     policy = BloomForCausalLM(BloomConfig.from_pretrained(small_run.model)).eval()
@@ -116,7 +116,7 @@ def test_with_the_stored_bias_the_sft_policy_s_responses_score_zero(small_run, t
     touched = asked.stat().st_mtime_ns
     run(reward.run, 1, 2, 2, small_run.reward(tmp_path / "two", layout=(1, 2), iterations=2, micro_batch_size=1))
     assert asked.stat().st_mtime_ns == touched
-    assert reward_bias.stored(format.resolve(tmp_path / "two")) == pytest.approx(bias, rel=1e-3)
+    assert reward_bias.stored(StageFolder(tmp_path / "two").resolve()) == pytest.approx(bias, rel=1e-3)
 
 
 @pytest.mark.parametrize(

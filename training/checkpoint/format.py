@@ -11,8 +11,6 @@ free: any TP x PP x DP loads it.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,141 +20,8 @@ from megatron.core import dist_checkpointing
 from training.checkpoint import checksums, safe_unpickle
 from training.config.trainers import TrainerConfig
 from training.errors import ConfigError, Damaged
-from training.files import atomic
 from training.models import lora
 from training.models.language_model import LanguageModel, model_chunks
-
-
-def folder(stage: str | Path, iteration: int) -> Path:
-    return Path(stage) / "checkpoints" / f"iter_{iteration:07d}"
-
-
-def iterations(stage: str | Path) -> list[int]:
-    """Iterations saved in a stage's folder, ascending; folders of other names (iter_0000100.old)
-    are no checkpoints."""
-    names = (path.name.removeprefix("iter_") for path in (Path(stage) / "checkpoints").glob("iter_*"))
-    return sorted(int(name) for name in names if name.isdigit())
-
-
-def latest(stage: str | Path) -> int | None:
-    """The iteration that ``latest`` names, or None where there is no such file. Raises ConfigError
-    where it holds no number."""
-    path = Path(stage) / "latest"
-    if not path.is_file():
-        return None
-    text = path.read_text(encoding="utf-8", errors="replace").strip()
-    if not text.isdigit():
-        raise ConfigError(
-            f"{path} holds {text[:40]!r}, no iteration; {_present(stage)}: "
-            "write one of them into it, or resume with --load-iteration"
-        )
-    return int(text)
-
-
-def resolve(stage: str | Path, iteration: int = 0) -> Path:
-    """Folder of a saved iteration (0 = the last). Raises ConfigError listing those present."""
-    present = iterations(stage)
-    wanted = iteration or latest(stage)
-    if wanted not in present:
-        raise ConfigError(
-            f"{stage}: checkpoint of iteration {'(last)' if wanted is None else wanted} is not there; {_present(stage)}"
-        )
-    return folder(stage, wanted)
-
-
-def _present(stage: str | Path) -> str:
-    return f"present: {', '.join(map(str, iterations(stage))) or 'none'}"
-
-
-def publish(stage: str | Path, aside: Path, iteration: int, digests: dict[str, str] | None = None) -> None:
-    """Make the complete checkpoint ``aside`` the stage's iteration, durably: checksums, fsync,
-    rename, ``latest``.
-
-    ``digests``: sha256 by file name below ``aside`` where they are known; other files are read
-    again.
-    """
-    _check_attempt(Path(stage))
-    target, mark = folder(stage, iteration), Path(stage) / "latest"
-    checksums.write(aside, digests)
-    for path in sorted(aside.rglob("*")) + [aside]:
-        atomic.sync(path)
-    atomic.write_text(mark.with_suffix(PENDING), f"{iteration}\n")
-    if target.exists():
-        # a kill between here and the end must not leave ``latest`` naming nothing
-        if latest(stage) == iteration:
-            mark.unlink()
-        _remove(target)
-    os.replace(aside, target)
-    atomic.sync(target.parent)
-    os.replace(mark.with_suffix(PENDING), mark)
-    atomic.sync(mark.parent)
-
-
-PENDING = ".pending"
-"""Suffix of ``latest`` while the checkpoint that it will name takes its place."""
-
-
-def begin_from(stage: str | Path) -> int | None:
-    """The iteration to go on from, None where nothing is saved. Where a kill came between a
-    checkpoint's rename and ``latest``'s, the latter is made up for; for one rank. Raises
-    ConfigError where there are checkpoints and ``latest`` is gone: which of them is meant can't be
-    known, and a start from scratch would overwrite them."""
-    mark, present = Path(stage) / "latest", iterations(stage)
-    pending = mark.with_suffix(PENDING)
-    if (
-        not mark.exists()
-        and pending.is_file()
-        and (text := pending.read_text(encoding="utf-8").strip()).isdigit()
-        and int(text) in present
-    ):
-        os.replace(pending, mark)
-    if (iteration := latest(stage)) is None and present:
-        raise ConfigError(
-            f"{mark} is missing, but {_present(stage)}; a start from scratch would overwrite them. To go on, write one "
-            f"of them into it (echo {present[-1]} > {mark}); to start anew, take another --name, or move "
-            f"{mark.with_name('checkpoints')} away"
-        )
-    return iteration
-
-
-def mark_latest(stage: str | Path, iteration: int) -> None:
-    """Make the saved ``iteration`` the one that a resume and later stages begin from."""
-    atomic.write_text(Path(stage) / "latest", f"{iteration}\n")
-
-
-def _check_attempt(stage: Path) -> None:
-    """OSError when the launcher has begun a newer attempt of this stage, whose number stands in
-    ``.attempt``: a node that Slurm took for lost may compute on, and must not write among the newer
-    attempt's checkpoints."""
-    mine, newest = os.environ.get("CONVOY_ATTEMPT"), stage / ".attempt"
-    if mine and newest.exists() and (now := newest.read_text(encoding="utf-8").strip()) != mine:
-        raise OSError(f"attempt {now} of {stage.name} has begun: attempt {mine} saves no more")
-
-
-def prune(stage: str | Path, iteration: int, trainer: TrainerConfig, best: int = 0) -> None:
-    """Delete old checkpoints after ``iteration`` was saved.
-
-    Kept are this one, ``best`` (0: none), the ``keep_checkpoints`` newest of those at a multiple of
-    ``save_every`` (one that a signal asked for pushes out none that a later stage may ask for by
-    number), and all at a multiple of ``keep_every``.
-    """
-    present = iterations(stage)
-    kept = {
-        iteration,
-        best,
-        *[number for number in present if number % trainer.save_every == 0][-trainer.keep_checkpoints :],
-    }
-    if trainer.keep_every:
-        kept |= {number for number in present if number % trainer.keep_every == 0}
-    for old in set(present) - kept:
-        _remove(folder(stage, old))
-
-
-def clear(stage: str | Path) -> None:
-    """Delete what killed saves and deletions left behind."""
-    for path in (Path(stage) / "checkpoints").glob(".iter_*"):
-        shutil.rmtree(path)
-
 
 _READ: dict[Path, tuple] = {}
 """Files whose content this process has found to be right, with what every write to them changes and
@@ -301,11 +166,3 @@ def load_weights(path: Path, model: LanguageModel, fresh_head: int | None = None
 
 def _of_head(key: str) -> bool:
     return key.startswith("score.") or ".score." in key  # also in a part of an interleaved pipeline
-
-
-def _remove(checkpoint: Path) -> None:
-    """Delete a checkpoint; a kill half way leaves nothing that counts as one."""
-    doomed = checkpoint.with_name(f".{checkpoint.name}.deleting")
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.replace(checkpoint, doomed)
-    shutil.rmtree(doomed)

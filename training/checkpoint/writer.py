@@ -36,6 +36,7 @@ from torch.distributed.checkpoint.filesystem import SerializationFormat, _Storag
 
 from training import error_report
 from training.checkpoint import format
+from training.checkpoint.stage_folder import StageFolder
 from training.config.trainers import TrainerConfig
 from training.distributed import groups
 from training.errors import CollectiveError, InvariantError
@@ -73,8 +74,8 @@ class Saver:
     """Saves one stage's learners. Every method is a collective: call it on all ranks at the same
     step."""
 
-    def __init__(self, stage: str | Path, learners: dict[str, format.Trained], trainer: TrainerConfig):
-        self.stage, self.learners, self.trainer = Path(stage), learners, trainer
+    def __init__(self, folder: StageFolder, learners: dict[str, format.Trained], trainer: TrainerConfig):
+        self.folder, self.learners, self.trainer = folder, learners, trainer
         self.pool = ThreadPoolExecutor(1, "save", groups.begin_thread())
         self.staging = _Staging()
         self.allocating: Future | None = None
@@ -92,13 +93,12 @@ class Saver:
         """
         self.wait()
         began = time.monotonic()
-        target = format.folder(self.stage, iteration)
         made = {
             "iteration": iteration,
             "made_with": format.made_with(self.trainer, next(iter(self.learners.values())).model),
             "optimizer_steps": {name: learner.schedule.num_steps for name, learner in self.learners.items()},
         }
-        current = _Save(iteration, {**made, **state}, target.with_name(f".{target.name}.saving"), began, best)
+        current = _Save(iteration, {**made, **state}, self.folder.temporary(iteration, "saving"), began, best)
         owned = {name: format.sharded(learner, is_loading=False) for name, learner in self.learners.items()}
         self._prepare(current, owned)
         current.requests = [self._plan(current.aside / name, tensors) for name, tensors in owned.items()]
@@ -190,10 +190,10 @@ class Saver:
         self._agree(current)
 
     def _make_folders(self, aside: Path, needed: float) -> None:
-        format.clear(self.stage)
+        self.folder.clear()
         for name in self.learners:
             (aside / name).mkdir(parents=True)
-        free = shutil.disk_usage(self.stage).free
+        free = shutil.disk_usage(self.folder.path).free
         if needed > free:
             raise OSError(errno.ENOSPC, f"No space left on device: it needs {needed / 1e9:,.3f} GB")
 
@@ -208,8 +208,8 @@ class Saver:
 
     def _publish(self, current: _Save, digests: dict[str, str]) -> None:
         (current.aside / "state.json").write_text(json.dumps(current.state, indent=1), encoding="utf-8")
-        format.publish(self.stage, current.aside, current.iteration, digests)
-        self.cleaning = self.pool.submit(format.prune, self.stage, current.iteration, self.trainer, current.best)
+        self.folder.publish(current.aside, current.iteration, digests)
+        self.cleaning = self.pool.submit(self.folder.prune, current.iteration, self.trainer, current.best)
 
     def _attempt(self, current: _Save, function, *args):
         """``function(*args)``; a failure is kept for ``_agree``, so that no rank waits for one that
@@ -219,7 +219,8 @@ class Saver:
         except (OSError, RuntimeError) as error:
             current.error, current.kind = str(error), error_report.kind_of(error)
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                current.error += f" ({shutil.disk_usage(self.stage).free / 1e9:,.3f} GB are free in {self.stage})"
+                stage = self.folder.path
+                current.error += f" ({shutil.disk_usage(stage).free / 1e9:,.3f} GB are free in {stage})"
         return None
 
     def _agree(self, current: _Save) -> None:
@@ -233,7 +234,7 @@ class Saver:
         # every rank's threads have ended: nothing is written there any more
         if dist.get_rank() == 0:
             shutil.rmtree(current.aside, ignore_errors=True)
-        last = format.latest(self.stage)
+        last = self.folder.latest()
         kept = "nothing is saved yet" if last is None else f"iteration {last} is whole and what a resume starts from"
         rank, cause, kind = failed[0]
         raise SaveFailed(

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from training.checkpoint import checksums, format
+from training.checkpoint.stage_folder import StageFolder
 from training.config.trainers import RewardConfig
 from training.data.batches import Example, Sampler, collate, padded_length, prompt_tokens
 from training.distributed import groups
@@ -44,7 +45,7 @@ def answer(config: RewardConfig, inputs: Inputs) -> None:
     indices = Sampler(len(inputs.rows), count, config.seed).next_batch()
     prompts = [prompt_tokens(inputs.rows[index], config.seq_length - steps) for index in indices]
     model = build_model(inputs.shape, dataclasses.replace(config, lora_rank=0), "lm")
-    format.load_weights(format.resolve(config.paths.init) / "model", model)
+    format.load_weights(StageFolder(config.paths.init).resolve() / "model", model)
     replicas = Replicas(
         model, inputs.shape.with_tokens(inputs.tokenizer.ids), limits(config.seq_length), inputs.tokenizer.eos_id
     )
@@ -78,7 +79,7 @@ def _made_from(config: RewardConfig) -> str:
     """The SFT checkpoint's bytes, the rows' and the tokenizer's, and what chooses and cuts prompts
     and responses."""
     rows = [checksums.digest(path) for path in (config.paths.train, Path(config.paths.model, "tokenizer.json"))]
-    listed = sorted(checksums.read(format.resolve(config.paths.init)).items())
+    listed = sorted(checksums.read(StageFolder(config.paths.init).resolve()).items())
     described = repr(
         (listed, rows, config.seed, config.seq_length, config.calibration_samples, config.calibration_length)
     )

@@ -1,5 +1,5 @@
-"""The loop that SFT and reward model share, and the step boundary that all trainers share: they
-only order things."""
+"""The loop that the supervised trainers share, and the step boundary that all trainers share. Both
+only order things: training/trainer/decision.py says what follows at a step's end."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from training.checkpoint import format
+from training.checkpoint.stage_folder import StageFolder
 from training.checkpoint.writer import Saver
 from training.config.trainers import TrainerConfig
 from training.data.batches import Sampler
@@ -22,37 +23,38 @@ from training.errors import Interrupted, Unhealthy
 from training.metrics import startup_timer, trackers
 from training.metrics.metrics import Metrics
 from training.metrics.phase_timer import highest, peak_gb
-from training.trainer.early_stopping import EarlyStop, choose, chosen, forget
+from training.trainer.decision import StepEnd, Stop, decide, evaluates, logs
+from training.trainer.early_stopping import EarlyStop
 from training.trainer.sample_text import Samples
 from training.trainer.step import Learner, Objective
 
 
 @dataclass(frozen=True)
-class Task:
+class SupervisedTask:
     """What a supervised trainer learns, and from what."""
 
     objective: Objective
     micro_batches: Make
-    """The numbers are among them "tokens", those of the examples. Runs in a thread of its own, see
+    """Its metrics include "tokens", those of the examples. Runs in a thread of its own, see
     ``prefetched``."""
     heldout: Callable[[], dict[str, float]]
-    """Numbers on the held-out rows. A collective."""
+    """Metrics on the held-out rows. A collective."""
     headline: tuple[str, ...]
-    """Numbers that the log shows."""
-    early: EarlyStop | None = None
+    """Metrics that the log shows."""
+    early_stop: EarlyStop | None = None
     samples: Samples | None = None
     state: Callable[[], dict] = dict
-    """What a checkpoint holds beside the loop's own (JSON). A collective."""
+    """What a checkpoint holds in addition to the loop's own state (JSON). A collective."""
 
 
-def resume(stage: str, learners: dict[str, Learner]) -> tuple[int, dict]:
-    """Restore the last checkpoint of ``stage`` -> (its iteration, its state); (0, {}) where there
-    is none. Raises ConfigError where it can't be known which is the last."""
-    iteration = groups.on_first(lambda: format.begin_from(stage))
+def resume(folder: StageFolder, learners: dict[str, Learner]) -> tuple[int, dict]:
+    """Restore the latest checkpoint of a stage -> (its iteration, its state); (0, {}) where there
+    is none. Raises ConfigError where there are checkpoints and the latest is unknown."""
+    iteration = groups.on_first(folder.resume_iteration)
     if iteration is None:
         return 0, {}
-    with awake(learners, changed=True):
-        state = format.load(format.resolve(stage, iteration), learners)
+    with resident(learners, changed=True):
+        state = format.load(folder.resolve(iteration), learners)
     for name, learner in learners.items():
         learner.guard.load_state_dict(state["guards"][name])
     if is_main():
@@ -61,9 +63,9 @@ def resume(stage: str, learners: dict[str, Learner]) -> tuple[int, dict]:
 
 
 @contextlib.contextmanager
-def awake(learners: dict[str, Learner], changed: bool):
-    """All optimizer states on the device, to be read or (``changed``) written, without gradients;
-    those that were offloaded go back."""
+def resident(learners: dict[str, Learner], changed: bool):
+    """Keep all optimizer states on the device, to be read or (``changed``) written, without
+    gradients. Offloaded ones go back at the end."""
     for learner in learners.values():
         learner.ready(changed)
     yield
@@ -79,29 +81,24 @@ class Boundary:
         self,
         config: TrainerConfig,
         learners: dict[str, Learner],
+        folder: StageFolder,
         resumed: tuple[int, dict],
         headline: tuple[str, ...],
-        stop: StopRequest,
-        early: EarlyStop | None = None,
+        signals: StopRequest,
+        early_stop: EarlyStop | None = None,
         samples: Samples | None = None,
     ):
-        """``resumed``: what ``resume`` gave."""
+        """``resumed``: what ``resume`` returned."""
         start, state = resumed
-        self.config, self.learners, self.headline, self.stop, self.early, self.samples = (
-            config,
-            learners,
-            headline,
-            stop,
-            early,
-            samples,
-        )
+        self.config, self.learners, self.folder, self.headline = config, learners, folder, headline
+        self.signals, self.early_stop, self.samples = signals, early_stop, samples
         startup_timer.mark("model, data, checkpoint")
-        self.began, self.used = time.monotonic(), state["wall_seconds"] if state else 0.0
+        self.began, self.seconds_before = time.monotonic(), state["wall_seconds"] if state else 0.0
         self.metrics = (
             Metrics(config.paths.output, config.iterations, start, trackers.start(config)) if is_main() else None
         )
-        self.saver = Saver(config.paths.output, learners, config)
-        self.first = True
+        self.saver = Saver(folder, learners, config)
+        self.is_first = True
 
     def end(
         self,
@@ -110,47 +107,66 @@ class Boundary:
         heldout: Callable[[], dict[str, float]],
         state: Callable[[], dict],
         pause: str = "",
-    ) -> None:
-        """End of ``iteration`` (from 1), which gave ``values``; ``pause``: why the run may not go
-        on. Raises Interrupted when told to stop, Unhealthy for a pause, all saved. A collective."""
-        config, last, stopping = self.config, iteration == self.config.iterations, self.stop.agreed()
-        due = {
-            name: last or iteration % every == 0
-            for name, every in (("log", config.log_every), ("eval", config.eval_every), ("save", config.save_every))
-        }
-        if due["eval"]:
+    ) -> bool:
+        """End of ``iteration`` (from 1) with its metrics ``values``; ``pause``: why a health gate
+        pauses the run. Returns True where the stage is finished.
+
+        Raises Interrupted after a signal and Unhealthy for a pause; the iteration is saved then. A
+        collective.
+        """
+        stop_requested = self.signals.agreed()
+        improved = out_of_patience = False
+        if evaluates(self.config, iteration):
             values = values | heldout()
-            if self.early:
-                due["save"] |= self.early.see(iteration, groups.from_first(values[self.early.name]))
-                last |= self.early.over
-                due["save"] |= last
-        wall = self.used + time.monotonic() - self.began
-        values = values | self.saver.poll() | {"wall_seconds": wall}
-        said = self.samples.say() if self.samples and self.samples.due(iteration) else []
-        if self.metrics:
-            if self.first:
-                startup_timer.mark("first iteration")
-                print(startup_timer.words(), flush=True)
-                self.first = False
-            self.metrics.log(iteration, self.headline if due["log"] or due["eval"] else (), **values)
-            self.metrics.show(iteration, said)
-        if due["save"] or stopping or pause or self.stop.saving:
-            check_finite(self.learners, iteration)
-            guards = {name: learner.guard.state_dict() for name, learner in self.learners.items()}
-            held, best = ({"early_stop": self.early.state_dict()}, self.early.iteration) if self.early else ({}, 0)
-            with awake(self.learners, changed=False):
-                self.saver.save(iteration, {**state(), "guards": guards, "wall_seconds": wall, **held}, best)
-            self.stop.saved()
-        if stopping or pause or last:
+            if self.early_stop:
+                improved = self.early_stop.update(iteration, groups.from_first(values[self.early_stop.name]))
+                out_of_patience = self.early_stop.over
+        wall_seconds = self.seconds_before + time.monotonic() - self.began
+        self._log(iteration, values | self.saver.poll() | {"wall_seconds": wall_seconds})
+        decision = decide(
+            self.config,
+            StepEnd(iteration, improved, out_of_patience, stop_requested, self.signals.saving, pause),
+        )
+        if decision.save:
+            self._save(iteration, state, wall_seconds)
+        if decision.stop:
             self.saver.wait()
-        if last and self.metrics:
+        if decision.stop is Stop.PAUSED:
+            raise Unhealthy(decision.why)
+        if decision.stop is Stop.INTERRUPTED:
+            raise Interrupted(decision.why)
+        if decision.stop is Stop.FINISHED and is_main():
             self.metrics.close()
-        if pause and not last:  # before the signal's: that would be queued again
-            raise Unhealthy(
-                f"paused by a health gate: {pause}; iteration {iteration} is saved, and resume goes on from it"
-            )
-        if stopping and not last:
-            raise Interrupted(f"stopped by a signal; iteration {iteration} is saved")
+            if self.early_stop:
+                choose(self.folder, self.early_stop, iteration)
+        return decision.stop is Stop.FINISHED
+
+    def _log(self, iteration: int, values: dict[str, float]) -> None:
+        """Write the iteration's metrics and, where they are due, sample replies."""
+        replies = self.samples.say() if self.samples and self.samples.due(iteration) else []
+        if not self.metrics:
+            return
+        if self.is_first:
+            startup_timer.mark("first iteration")
+            print(startup_timer.words(), flush=True)
+            self.is_first = False
+        in_log = logs(self.config, iteration) or evaluates(self.config, iteration)
+        self.metrics.log(iteration, self.headline if in_log else (), **values)
+        self.metrics.show(iteration, replies)
+
+    def _save(self, iteration: int, state: Callable[[], dict], wall_seconds: float) -> None:
+        check_finite(self.learners, iteration)
+        saved = {
+            **state(),
+            "guards": {name: learner.guard.state_dict() for name, learner in self.learners.items()},
+            "wall_seconds": wall_seconds,
+        }
+        best = 0
+        if self.early_stop:
+            saved["early_stop"], best = self.early_stop.state_dict(), self.early_stop.iteration
+        with resident(self.learners, changed=False):
+            self.saver.save(iteration, saved, best)
+        self.signals.saved()
 
 
 @contextlib.contextmanager
@@ -176,17 +192,20 @@ def check_finite(learners: dict[str, Learner], iteration: int) -> None:
         raise FloatingPointError(f"iteration {iteration}: weights of {' and '.join(names)} are not finite; not saved")
 
 
-def train(config: TrainerConfig, learner: Learner, sampler: Sampler, task: Task, stop: StopRequest) -> None:
-    """Run ``task`` from the last checkpoint, if any, to ``config.iterations``. Raises Interrupted
-    after a signal, all saved."""
-    start, state = resume(config.paths.output, {"model": learner})
+def train(
+    config: TrainerConfig, learner: Learner, sampler: Sampler, task: SupervisedTask, signals: StopRequest
+) -> None:
+    """Run ``task`` from the latest checkpoint, if any, to ``config.iterations``. Raises Interrupted
+    after a signal; the last step is saved then."""
+    folder, learners = StageFolder(config.paths.output), {"model": learner}
+    start, state = resume(folder, learners)
     if state:
         sampler.load_state_dict(state["sampler"])
-        if task.early and "early_stop" in state:  # patience may be asked for later
-            task.early.load_state_dict(state["early_stop"])
-    if ended(config, task.early, start):
+        if task.early_stop and "early_stop" in state:  # patience may be configured for the resume only
+            task.early_stop.load_state_dict(state["early_stop"])
+    if is_finished(config, folder, start, task.early_stop):
         return
-    boundary = Boundary(config, {"model": learner}, (start, state), task.headline, stop, task.early, task.samples)
+    boundary = Boundary(config, learners, folder, (start, state), task.headline, signals, task.early_stop, task.samples)
     with contextlib.closing(prefetched(sampler, task.micro_batches, config.iterations - start)) as batches:
         for iteration in range(start + 1, config.iterations + 1):
             began = time.monotonic()
@@ -198,25 +217,29 @@ def train(config: TrainerConfig, learner: Learner, sampler: Sampler, task: Task,
             values["tokens_per_second"] = ready.said["tokens"] / values["seconds"]
             if iteration % config.log_every == 0:
                 (values["peak_gb"],) = highest([peak_gb()])
-            boundary.end(
+            if boundary.end(
                 iteration, values, task.heldout, lambda sampled=ready.state: {"sampler": sampled, **task.state()}
-            )
-            if task.early and task.early.over:
+            ):
                 break
-    if task.early and is_main():
-        print(choose(config.paths.output, task.early, iteration), flush=True)
 
 
-def ended(config: TrainerConfig, early: EarlyStop | None, start: int) -> bool:
-    """Whether nothing is left to do, which is said; else what an earlier attempt chose is
-    forgotten."""
-    stage, over = config.paths.output, start >= config.iterations or bool(early and early.over)
-    said = chosen(stage, early, config.iterations) if early else None
+def is_finished(config: TrainerConfig, folder: StageFolder, start: int, early_stop: EarlyStop | None = None) -> bool:
+    """Whether the stage, resumed from iteration ``start``, has nothing left to do; the log says so
+    then. Else an earlier attempt's choice is withdrawn. A collective."""
+    over = start >= config.iterations or bool(early_stop and early_stop.over)
+    record = groups.on_first(folder.chosen) if early_stop else None
+    is_chosen = record is not None and early_stop.still_holds(record, config.iterations)
     if is_main():
-        if over or said:
+        if over or is_chosen:
             print(f"nothing left to do: iteration {start} of {config.iterations} is saved", flush=True)
-            if early and not said:  # killed before it could choose
-                print(choose(stage, early, start), flush=True)
+            if early_stop and not is_chosen:  # killed before it could choose
+                choose(folder, early_stop, start)
         else:
-            forget(stage)
-    return over or said is not None
+            folder.withdraw_choice()
+    return over or is_chosen
+
+
+def choose(folder: StageFolder, early_stop: EarlyStop, ended: int) -> None:
+    """Make the best checkpoint the one that later stages use, and say so. For one rank."""
+    folder.choose(early_stop.iteration, early_stop.record(ended))
+    print(early_stop.verdict(ended), flush=True)

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from training.checkpoint import format
+from training.checkpoint.stage_folder import StageFolder
 from training.config import cost
 from training.config.shape import Shape
 from training.config.trainers import RolloutConfig, TrainerConfig
@@ -23,7 +24,7 @@ from training.data.tokenizer import Tokenizer
 from training.distributed import groups
 from training.errors import ConfigError
 from training.models.attention_backends import FLEX_BLOCK
-from training.trainer.loop import Task, train
+from training.trainer.loop import SupervisedTask, train
 from training.trainer.step import Batch, Learner, build_model
 
 
@@ -76,22 +77,22 @@ def learn(
     config: TrainerConfig,
     kind: str,
     head: str,
-    make_task: Callable[[TrainerConfig, Inputs, Learner], Task],
+    make_task: Callable[[TrainerConfig, Inputs, Learner], SupervisedTask],
     before: Callable[[TrainerConfig, Inputs], None] = lambda config, inputs: None,
 ) -> None:
     """A stage in which one model learns from rows, inside ``ranks``: a model with ``head`` ("lm",
     or a new "scalar" one) and the weights of ``paths.init`` learns the task. Raises Interrupted
     after a signal, all saved."""
-    stop = groups.StopRequest()
+    signals = groups.StopRequest()
     inputs = read_inputs(config, kind)
     before(config, inputs)
     model = build_model(inputs.shape, config, head)
     format.load_weights(
-        format.resolve(config.paths.init) / "model", model, fresh_head=config.seed if head == "scalar" else None
+        StageFolder(config.paths.init).resolve() / "model", model, fresh_head=config.seed if head == "scalar" else None
     )
     learner = Learner(model, config, config.lr, config.iterations, config.warmup_iterations)
     sampler = Sampler(len(inputs.rows), config.global_batch_size, config.seed)
-    train(config, learner, sampler, make_task(config, inputs, learner), stop)
+    train(config, learner, sampler, make_task(config, inputs, learner), signals)
 
 
 def length_multiple(config: TrainerConfig) -> int:

@@ -26,6 +26,7 @@ from megatron.core import dist_checkpointing
 from tests.support.distributed import run
 from training import dpo, grpo, ppo, reward, sft
 from training.checkpoint import checksums, format
+from training.checkpoint.stage_folder import StageFolder
 from training.checkpoint.writer import Saver
 from training.config.trainers import SFTConfig
 from training.distributed.groups import StopRequest
@@ -46,7 +47,7 @@ def tensors(stage: Path, iteration: int, model: str) -> dict[str, str]:
     """sha256 of every tensor, weights and optimizer, of a checkpoint, read back whole."""
 
     def read():
-        folder = format.folder(stage, iteration) / model
+        folder = StageFolder(stage).checkpoint(iteration) / model
         state = dist_checkpointing.load_plain_tensors(str(folder))
         found = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
         assert any(key.startswith("optimizer.state.exp_avg") for key in found)
@@ -60,20 +61,20 @@ def tensors(stage: Path, iteration: int, model: str) -> dict[str, str]:
 
 def test_absent_iteration_lists_those_present(small_run, tmp_path):
     with pytest.raises(ConfigError, match="iteration 7 is not there; present: 60"):
-        format.resolve(small_run.folder / "sft", 7)
+        StageFolder(small_run.folder / "sft").resolve(7)
     with pytest.raises(ConfigError, match="present: none"):
-        format.resolve(tmp_path)
+        StageFolder(tmp_path).resolve()
 
 
 def test_an_unfinished_save_is_not_a_checkpoint(small_run, tmp_path):
     run(sft.run, 1, 1, 1, small_run.sft(tmp_path, iterations=2))
     (tmp_path / "checkpoints" / ".iter_0000003.saving" / "model").mkdir(parents=True)
-    assert format.iterations(tmp_path) == [2] and format.latest(tmp_path) == 2
+    assert StageFolder(tmp_path).iterations() == [2] and StageFolder(tmp_path).latest() == 2
 
 
 def test_only_the_newest_are_kept(small_run, tmp_path):
     run(sft.run, 1, 1, 1, small_run.sft(tmp_path, iterations=5, save_every=1, keep_checkpoints=2))
-    assert format.iterations(tmp_path) == [4, 5]
+    assert StageFolder(tmp_path).iterations() == [4, 5]
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [0 < row["save_stall_s"] <= row["save_s"] if "save_s" in row else None for row in rows] == [None] + [
         True
@@ -91,9 +92,9 @@ def test_a_checkpoint_that_a_signal_asked_for_pushes_out_no_regular_one(small_ru
             reward.run(settings)
 
     run(stopped_at_5, 1, 1, 1)
-    assert format.iterations(tmp_path) == [2, 4, 5]
+    assert StageFolder(tmp_path).iterations() == [2, 4, 5]
     run(reward.run, 1, 1, 1, settings)
-    assert format.iterations(tmp_path) == [4, 6]
+    assert StageFolder(tmp_path).iterations() == [4, 6]
     assert [path.name for path in (tmp_path / "checkpoints").glob(".*")] == []
 
 
@@ -128,12 +129,13 @@ def test_resumed_equals_uninterrupted_bit_for_bit(family_run, tmp_path, stage, l
     resumed = make(tmp_path / "resumed", **settings, save_every=3, async_save=layout[1] == 1)
     with pytest.raises(AssertionError, match=r"ranks ended with .*-9|Connection (closed|reset) by peer|Broken pipe"):
         run(kill_after_3, *layout, trainer, resumed, f"{stage} {layout}")
-    assert format.latest(tmp_path / "resumed") in (3, 6)
+    assert StageFolder(tmp_path / "resumed").latest() in (3, 6)
     run(trainer.run, *layout, resumed)
     assert metrics(tmp_path / "resumed") == metrics(tmp_path / "straight")
     assert len(metrics(tmp_path / "straight")) == 8
     states = [
-        json.loads((format.folder(tmp_path / name, 8) / "state.json").read_text()) for name in ("resumed", "straight")
+        json.loads((StageFolder(tmp_path / name).checkpoint(8) / "state.json").read_text())
+        for name in ("resumed", "straight")
     ]
     assert all(state.pop("wall_seconds") > 0 for state in states) and states[0] == states[1]
     if stage in ("ppo", "grpo"):
@@ -150,7 +152,7 @@ def test_a_resume_takes_the_rates_and_the_kl_coefficient_of_the_configuration(sm
     new = old | {"lr": 1e-3, "value_lr": 4e-3, "min_lr": 1e-5, "kl_coef": 0.5}
     run(ppo.run, 1, 1, 1, small_run.ppo(tmp_path / "new", **new))
     run(ppo.run, 1, 1, 1, small_run.ppo(tmp_path / "old", **old, save_every=2))
-    shutil.rmtree(format.folder(tmp_path / "old", 4))
+    shutil.rmtree(StageFolder(tmp_path / "old").checkpoint(4))
     (tmp_path / "old" / "latest").write_text("2")
     run(ppo.run, 1, 1, 1, small_run.ppo(tmp_path / "old", **new))
     for name in ("lr", "value_lr", "kl_coef"):
@@ -176,7 +178,7 @@ def test_a_policy_that_has_made_no_step_is_saved_and_resumed(small_run, tmp_path
     run(ppo.run, 1, 1, 1, small_run.ppo(tmp_path / "straight", **settings))
     run(ppo.run, 1, 1, 1, small_run.ppo(tmp_path / "resumed", **settings, save_every=1))
     for iteration in (2, 3):
-        shutil.rmtree(format.folder(tmp_path / "resumed", iteration))
+        shutil.rmtree(StageFolder(tmp_path / "resumed").checkpoint(iteration))
     (tmp_path / "resumed" / "latest").write_text("1")
     run(ppo.run, 1, 1, 1, small_run.ppo(tmp_path / "resumed", **settings, save_every=1))
     assert tensors(tmp_path / "resumed", 3, "policy") == tensors(tmp_path / "straight", 3, "policy")
@@ -187,13 +189,13 @@ def test_a_policy_that_has_made_no_step_is_saved_and_resumed(small_run, tmp_path
 def test_a_run_that_began_before_values_had_a_bias_goes_on_without_one(small_run, tmp_path, trainer):
     make = {ppo: small_run.ppo, grpo: small_run.grpo}[trainer]
     run(trainer.run, 1, 1, 1, make(tmp_path, iterations=1, response_length=4))
-    saved = format.folder(tmp_path, 1)
+    saved = StageFolder(tmp_path).checkpoint(1)
     state = json.loads((saved / "state.json").read_text())
     del state["value_bias"]
     (saved / "state.json").write_text(json.dumps(state))
     checksums.write(saved)
     run(trainer.run, 1, 1, 1, make(tmp_path, iterations=2, response_length=4))
-    resumed = json.loads((format.folder(tmp_path, 2) / "state.json").read_text())
+    resumed = json.loads((StageFolder(tmp_path).checkpoint(2) / "state.json").read_text())
     assert resumed["iteration"] == 2 and resumed["value_bias"] == 0
 
 
@@ -227,10 +229,10 @@ def test_a_kill_before_any_step_of_publishing_leaves_a_whole_checkpoint(tmp_path
     a place to die."""
 
     def save(stage, iteration, text):
-        aside = format.folder(stage, iteration).with_name(".saving")
+        aside = StageFolder(stage).checkpoint(iteration).with_name(".saving")
         aside.mkdir(parents=True)
         (aside / "state.json").write_text(text)
-        format.publish(stage, aside, iteration)
+        StageFolder(stage).publish(aside, iteration)
 
     def dying(function):
         def call(*args, **kwargs):
@@ -250,26 +252,26 @@ def test_a_kill_before_any_step_of_publishing_leaves_a_whole_checkpoint(tmp_path
             for owner, name in (
                 (os, "replace"),
                 (atomic, "sync"),
-                (format.shutil, "rmtree"),
+                (shutil, "rmtree"),
                 (Path, "unlink"),
                 (Path, "write_text"),
             ):
                 patch.setattr(owner, name, dying(getattr(owner, name)))
-            aside = format.folder(stage, 1 if again else 2).with_name(".saving")
+            aside = StageFolder(stage).checkpoint(1 if again else 2).with_name(".saving")
             aside.mkdir()
             with open(aside / "state.json", "w") as file:
                 file.write("new")
             try:
-                format.publish(stage, aside, 1 if again else 2)
+                StageFolder(stage).publish(aside, 1 if again else 2)
                 survived = True
             except Killed:
                 pass
-        found = format.latest(stage)
+        found = StageFolder(stage).latest()
         if found is None:
             assert again, "only a checkpoint that replaces the newest may leave none for a moment"
             continue
-        format.checksums.check(format.folder(stage, found))
-        text = (format.folder(stage, found) / "state.json").read_text()
+        checksums.check(StageFolder(stage).checkpoint(found))
+        text = (StageFolder(stage).checkpoint(found) / "state.json").read_text()
         assert text in ("old", "new") and (found == 1 or text == "new")
     assert place > 8 and found == (1 if again else 2) and text == "new"
 
@@ -313,7 +315,7 @@ def test_resume_at_another_layout_goes_on_with_equal_losses(small_run, tmp_path,
 
 def test_a_checkpoint_is_read_again_only_when_it_was_touched(small_run, tmp_path, monkeypatch):
     shutil.copytree(small_run.folder / "sft", tmp_path / "sft")
-    folder, hashed = format.resolve(tmp_path / "sft"), []
+    folder, hashed = StageFolder(tmp_path / "sft").resolve(), []
     digest = checksums.digest
     monkeypatch.setattr(checksums, "digest", lambda path: hashed.append(path) or digest(path))
 
@@ -363,7 +365,7 @@ def test_checkpoints_without_latest_are_not_overwritten_from_scratch(small_run, 
     before = (tmp_path / "metrics.jsonl").read_text()
     with pytest.raises(AssertionError, match=r"latest is missing, but present: 1.*echo \d > .*latest.*another --name"):
         run(sft.run, 2, 1, 1, small_run.sft(tmp_path, layout=(2, 1), iterations=3))
-    assert (tmp_path / "metrics.jsonl").read_text() == before and format.iterations(tmp_path) == saved
+    assert (tmp_path / "metrics.jsonl").read_text() == before and StageFolder(tmp_path).iterations() == saved
     (tmp_path / "latest").write_text(f"{saved[-1]}\n")
     run(sft.run, 1, 1, 1, config)
     assert [row["iteration"] for row in metrics(tmp_path)] == [1, 2, 3]
@@ -374,7 +376,7 @@ def test_a_kill_between_the_first_checkpoint_and_latest_loses_nothing(small_run,
     run(stop_after, 1, 1, 1, sft, config, 1)
     os.replace(tmp_path / "latest", tmp_path / "latest.pending")  # what such a kill leaves
     run(sft.run, 1, 1, 1, config)
-    assert "resumed from iteration 1" in capfd.readouterr().out and format.latest(tmp_path) == 2
+    assert "resumed from iteration 1" in capfd.readouterr().out and StageFolder(tmp_path).latest() == 2
 
 
 def test_a_finished_stage_has_nothing_left_to_do(small_run, tmp_path, capfd):
@@ -417,7 +419,7 @@ def test_exit_code_tells_a_damaged_checkpoint_from_a_failed_save(small_run, tmp_
         os._exit(run_stage(SFTConfig, sft.run))
 
     if code == 65:
-        with open(format.resolve(tmp_path) / "model" / "__0_0.distcp", "r+b") as file:
+        with open(StageFolder(tmp_path).resolve() / "model" / "__0_0.distcp", "r+b") as file:
             file.seek(1000)
             file.write(b"damage")
     process = multiprocessing.get_context("fork").Process(target=stage)
@@ -427,7 +429,7 @@ def test_exit_code_tells_a_damaged_checkpoint_from_a_failed_save(small_run, tmp_
     assert (
         process.exitcode == code and re.search(f"^error: .*{message}", shown, re.MULTILINE) and "Traceback" not in shown
     ), shown
-    assert format.latest(tmp_path) == 2
+    assert StageFolder(tmp_path).latest() == 2
     words = json.loads((tmp_path / "errors/rank_0.json").read_text())
     assert words["class"] == kind and re.search(message, words["message"])
 
@@ -478,5 +480,5 @@ def test_term_saves_at_the_step_boundary_and_asks_to_go_on(small_run, tmp_path):
             rank.kill()
             rank.wait()
     assert [rank.returncode for rank in ranks] == [75, 75], outputs
-    saved = format.latest(tmp_path)
-    assert format.iterations(tmp_path) == [saved] and metrics(tmp_path)[-1]["iteration"] == saved
+    saved = StageFolder(tmp_path).latest()
+    assert StageFolder(tmp_path).iterations() == [saved] and metrics(tmp_path)[-1]["iteration"] == saved

@@ -23,6 +23,7 @@ from megatron.core import parallel_state
 from tests.support.distributed import run
 from tests.support.learners import fill, learner, settings, wrong
 from training.checkpoint import checksums, format, safe_unpickle, writer
+from training.checkpoint.stage_folder import StageFolder
 from training.checkpoint.writer import SaveFailed, Saver
 from training.distributed.groups import ranks
 from training.errors import ConfigError, Damaged
@@ -35,7 +36,7 @@ def saved(stage: Path, layout: tuple[int, int, int], *numbers: int, **values) ->
     def save():
         config = settings(stage, layout[:2], **values)
         made = learner(config)
-        saver = Saver(stage, {"model": made}, config)
+        saver = Saver(StageFolder(stage), {"model": made}, config)
         for number in numbers:
             fill(made, number)
             made.schedule.num_steps = number
@@ -50,7 +51,7 @@ def loaded(stage: Path, layout: tuple[int, int, int], number: int, **values) -> 
 
     def load():
         made = learner(settings(stage, layout[:2], **values))
-        state = format.load(format.resolve(stage, number), {"model": made})
+        state = format.load(StageFolder(stage).resolve(number), {"model": made})
         assert state["iteration"] == number == made.schedule.num_steps
         assert wrong(made, number) == []
 
@@ -84,14 +85,14 @@ def test_every_element_survives_a_walk_through_layouts(tmp_path):
         made = learner(config)
         if number > 1:
             assert (
-                format.load(format.resolve(tmp_path), {"model": made})["iteration"]
+                format.load(StageFolder(tmp_path).resolve(), {"model": made})["iteration"]
                 == number - 1
                 == made.schedule.num_steps
             )
             assert wrong(made, number - 1) == []
         fill(made, number)
         made.schedule.num_steps = number
-        Saver(tmp_path, {"model": made}, config).save(number, {})
+        Saver(StageFolder(tmp_path), {"model": made}, config).save(number, {})
 
     for number, layout in enumerate([*LAYOUTS, LAYOUTS[0]], 1):
         run(move, *layout[:3], layout, number)
@@ -154,11 +155,11 @@ def _attempt(rank: int, folder: str, stage: str, victim: int, nth: int, asynchro
     with ranks(1, 2, 1, init_method=f"file://{folder}/store"):
         config = settings(stage, (1, 2), keep_checkpoints=2, async_save=asynchronous)
         made = learner(config)
-        start = format.latest(stage) or 0
+        start = StageFolder(stage).latest() or 0
         if start:
-            assert format.load(format.resolve(stage), {"model": made})["iteration"] == start
+            assert format.load(StageFolder(stage).resolve(), {"model": made})["iteration"] == start
             assert wrong(made, start) == []
-        saver = Saver(stage, {"model": made}, config)
+        saver = Saver(StageFolder(stage), {"model": made}, config)
         for number in (start + 1, start + 2):
             fill(made, number)
             if number == start + 2:
@@ -201,21 +202,21 @@ def test_kill_9_at_20_random_points_of_a_save(tmp_path):
     assert min(total) > 10
     done = []
     for number in range(20):
-        before = format.latest(tmp_path)
+        before = StageFolder(tmp_path).latest()
         victim = draw.randrange(2)
         # towards the end: renaming, ``latest``, deleting
         nth = total[victim] - 1 - int(total[victim] * draw.random() ** 2)
         assert not job(tmp_path, victim, nth, asynchronous=bool(number % 2)), (
             f"call {nth} of {total[victim]} was never made"
         )
-        done.append(format.latest(tmp_path) - before - 1)
-        checksums.check(format.resolve(tmp_path))
+        done.append(StageFolder(tmp_path).latest() - before - 1)
+        checksums.check(StageFolder(tmp_path).resolve())
     assert set(done) == {0, 1}, (
         "some died before their checkpoint was named, some after; the save before the kill is always there"
     )
     assert job(tmp_path, 0, -1, True), "what the kills left behind is in nobody's way"
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
-        format.folder(tmp_path, number).name for number in format.iterations(tmp_path)
+        StageFolder(tmp_path).checkpoint(number).name for number in StageFolder(tmp_path).iterations()
     ]
 
 
@@ -226,26 +227,26 @@ def test_an_asynchronous_save_holds_the_step_it_was_asked_at(tmp_path):
     def train():
         config = settings(tmp_path, (1, 2), async_save=True)
         made = learner(config)
-        saver = Saver(tmp_path, {"model": made}, config)
+        saver = Saver(StageFolder(tmp_path), {"model": made}, config)
         go = threading.Event()
         saver.pool.submit(go.wait, 30)  # the writer has not begun
         fill(made, 1)
         saver.save(1, {})
         fill(made, 99)
         early = saver.poll()
-        assert early == {} and format.latest(tmp_path) is None
+        assert early == {} and StageFolder(tmp_path).latest() is None
         go.set()
         while not (times := saver.poll()):
             fill(made, 98)
-        assert format.latest(tmp_path) == 1 and saver.poll() == {}
+        assert StageFolder(tmp_path).latest() == 1 and saver.poll() == {}
         assert 0 < times["save_stall_s"] < times["save_s"]
         for number in (2, 3):
             fill(made, number)
             made.schedule.num_steps = number
             saver.save(number, {})  # waits for the one before
-        assert format.latest(tmp_path) == 2
+        assert StageFolder(tmp_path).latest() == 2
         saver.wait()
-        assert format.latest(tmp_path) == 3
+        assert StageFolder(tmp_path).latest() == 3
 
     run(train, 1, 2, 1)
     for number in (2, 3):
@@ -263,7 +264,7 @@ def test_a_writer_that_fails_is_an_error_on_every_rank(tmp_path, asynchronous):
 
         config = settings(tmp_path, (1, 2), async_save=asynchronous)
         made = learner(config)
-        saver = Saver(tmp_path, {"model": made}, config)
+        saver = Saver(StageFolder(tmp_path), {"model": made}, config)
         if torch.distributed.get_rank() == 1:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
@@ -279,9 +280,8 @@ def test_a_writer_that_fails_is_an_error_on_every_rank(tmp_path, asynchronous):
         "saving iteration 2 failed on rank 1" in first and "File too large" in first and "model/__1_0.distcp" in first
     )
     assert "iteration 1 is whole" in first
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["iter_0000001"] and format.latest(
-        tmp_path
-    ) == 1
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["iter_0000001"]
+    assert StageFolder(tmp_path).latest() == 1
     loaded(tmp_path, (1, 1, 1), 1)
 
 
@@ -305,7 +305,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(small_disk, told):
     def save():
         config = settings(small_disk)
         made = learner(config)
-        saver = Saver(small_disk, {"model": made}, config)
+        saver = Saver(StageFolder(small_disk), {"model": made}, config)
         if not told:  # as under a quota, which disk_usage does not know
             saver._make_folders = lambda aside, needed: Saver._make_folders(saver, aside, 0)
         with pytest.raises(SaveFailed) as caught:
@@ -321,7 +321,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(small_disk, told):
 
 def test_sha256sum_agrees(tmp_path):
     saved(tmp_path, (1, 2, 1), 1)
-    folder = format.folder(tmp_path, 1)
+    folder = StageFolder(tmp_path).checkpoint(1)
     shown = subprocess.run(
         ["sha256sum", "--strict", "-c", "SHA256"], cwd=folder, capture_output=True, text=True, check=True
     )
@@ -359,7 +359,7 @@ def test_a_damaged_checkpoint_is_refused_with_its_file(whole, tmp_path, name, ha
     """On both ranks alike, whichever of them read the file; the launcher's check says the same
     without torch."""
     subprocess.run(["cp", "-r", f"{whole}/.", str(tmp_path)], check=True)
-    folder = format.folder(tmp_path, 2)
+    folder = StageFolder(tmp_path).checkpoint(2)
     harm(folder / name)
 
     def load():
@@ -372,7 +372,7 @@ def test_a_damaged_checkpoint_is_refused_with_its_file(whole, tmp_path, name, ha
     assert "--load-iteration (there are: 1), not from 2" in found.pop()
     with pytest.raises(Damaged, match=message):
         checksums.check(folder)
-    checksums.check(format.folder(tmp_path, 1))
+    checksums.check(StageFolder(tmp_path).checkpoint(1))
 
 
 @pytest.fixture(scope="module")
@@ -384,7 +384,7 @@ def whole(tmp_path_factory) -> Path:
 
 def test_large_files_can_be_left_to_the_size_check(whole, tmp_path):
     subprocess.run(["cp", "-r", f"{whole}/.", str(tmp_path)], check=True)
-    folder = format.folder(tmp_path, 2)
+    folder = StageFolder(tmp_path).checkpoint(2)
     flip(folder / "model" / "__0_0.distcp")
     checksums.check(folder, largest=20_000)
     checksums.check(folder, below="other")
@@ -404,7 +404,7 @@ def test_no_pickle_of_a_checkpoint_runs_code(whole, tmp_path):
     """Neither one in .metadata nor an entry that claims to be bytes, which torch would unpickle,
     with checksums that agree."""
     subprocess.run(["cp", "-r", f"{whole}/.", str(tmp_path)], check=True)
-    folder, mark = format.folder(tmp_path, 2), tmp_path / "executed"
+    folder, mark = StageFolder(tmp_path).checkpoint(2), tmp_path / "executed"
     metadata = folder / "model" / ".metadata"
     described = pickle.loads(metadata.read_bytes())
 
@@ -431,16 +431,17 @@ def test_no_pickle_of_a_checkpoint_runs_code(whole, tmp_path):
     refuse("BytesStorageMetadata")
     metadata.write_bytes(metadata.read_bytes()[:100])
     refuse("truncated or changed")
-    subprocess.run(["cp", str(format.folder(tmp_path, 1) / "model" / ".metadata"), str(metadata)], check=True)
+    subprocess.run(["cp", str(StageFolder(tmp_path).checkpoint(1) / "model" / ".metadata"), str(metadata)], check=True)
     metadata = folder / "model" / "common.pt"
     torch.save({"optimizer": Evil(mark)}, metadata)
     refuse("can't be read weights-only")
-    assert safe_unpickle.load((format.folder(tmp_path, 1) / "model" / ".metadata").open("rb")).state_dict_metadata
+    with open(StageFolder(tmp_path).checkpoint(1) / "model" / ".metadata", "rb") as file:
+        assert safe_unpickle.load(file).state_dict_metadata
 
 
 def test_every_nth_is_kept_for_good(tmp_path):
     saved(tmp_path, (1, 1, 1), 2, 4, 6, 8, 9, 10, save_every=2, keep_every=4, keep_checkpoints=1)
-    assert format.iterations(tmp_path) == [4, 8, 10]
+    assert StageFolder(tmp_path).iterations() == [4, 8, 10]
 
 
 def test_keep_every_must_meet_save_every():
@@ -452,16 +453,16 @@ def test_a_broken_mark_and_stray_folders_are_told(tmp_path):
     for name in ("iter_0000003", "iter_0000004.old", "iter_best", ".iter_0000005.saving"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     (tmp_path / "checkpoints" / "iter_0000003" / "model").mkdir()
-    assert format.iterations(tmp_path) == [3] and format.latest(tmp_path) is None
+    assert StageFolder(tmp_path).iterations() == [3] and StageFolder(tmp_path).latest() is None
     for text in ("", "\n", "seven", "7\n8\n"):
         (tmp_path / "latest").write_text(text)
         with pytest.raises(ConfigError, match=r"latest holds .*, no iteration; present: 3"):
-            format.resolve(tmp_path)
+            StageFolder(tmp_path).resolve()
     (tmp_path / "latest").write_text("7\n")
     with pytest.raises(ConfigError, match="iteration 7 is not there; present: 3"):
-        format.resolve(tmp_path)
+        StageFolder(tmp_path).resolve()
     with pytest.raises(Damaged, match="SHA256 is missing: not a complete checkpoint"):
-        checksums.check(format.resolve(tmp_path, 3))
+        checksums.check(StageFolder(tmp_path).resolve(3))
 
 
 def test_publishing_an_iteration_again_never_leaves_latest_naming_nothing(tmp_path):
@@ -470,6 +471,6 @@ def test_publishing_an_iteration_again_never_leaves_latest_naming_nothing(tmp_pa
         aside = tmp_path / "checkpoints" / ".iter_0000000.saving"
         aside.mkdir(parents=True)
         (aside / "state.json").write_text(json.dumps(text))
-        format.publish(tmp_path, aside, 0)
-        assert json.loads((format.resolve(tmp_path) / "state.json").read_text()) == text
-        checksums.check(format.resolve(tmp_path))
+        StageFolder(tmp_path).publish(aside, 0)
+        assert json.loads((StageFolder(tmp_path).resolve() / "state.json").read_text()) == text
+        checksums.check(StageFolder(tmp_path).resolve())

@@ -15,6 +15,7 @@ from tests.support.distributed import run
 from tests.support.layouts import enter, settings
 from tests.support.llama import tiny_llama3, tiny_qwen2, tiny_qwen3
 from training.checkpoint import format
+from training.checkpoint.stage_folder import StageFolder
 from training.config.shape import Shape
 from training.generation.engine import Limits
 from training.generation.request import Request, Sampling, draws
@@ -61,7 +62,7 @@ def ours(folder, cases, eos):
         enter(*layout)
         shape = Shape.read(folder / "hf")
         model = build_model(shape, settings(*layout), "lm")
-        format.load_weights(format.resolve(folder / "convert") / "model", model)
+        format.load_weights(StageFolder(folder / "convert").resolve() / "model", model)
         replicas = Replicas(model, shape, Limits(64, page=4), eos, size)
         greedy = replicas.generate([Request(prompt, Sampling(STEPS, temperature=0)) for prompt in PROMPTS])
         uniforms = draws(1, 3, len(PROMPTS), STEPS)

@@ -15,6 +15,7 @@ from tests.support.distributed import run
 from tests.support.ppo_weights import weights
 from training import ppo, sft
 from training.checkpoint import format
+from training.checkpoint.stage_folder import StageFolder
 from training.config.shape import Shape
 from training.data.batches import Sampler, sft_example
 from training.data.cache import tokenise
@@ -65,7 +66,7 @@ def adapters(config) -> dict:
     """Fresh A and B by Hugging Face's name, from ours on one rank."""
     shape = Shape.read(config.paths.model)
     model = build_model(shape, config, "lm")
-    format.load_weights(format.resolve(config.paths.init) / "model", model)
+    format.load_weights(StageFolder(config.paths.init).resolve() / "model", model)
     return named(config, model)
 
 
@@ -148,7 +149,7 @@ def look(config, folder, merged: bool):
         if merged:
             format.load_weights(folder, model)
             return model(tokens).logits()
-        format.load_weights(format.resolve(config.paths.init) / "model", model)
+        format.load_weights(StageFolder(config.paths.init).resolve() / "model", model)
         before = model(tokens).logits()
         state = format.dist_checkpointing.load({"model": model.sharded_state_dict()}, str(folder))["model"]
         model.load_state_dict(state, strict=False)
@@ -170,7 +171,7 @@ def test_merged_by_export_and_by_the_next_stage(family_run, expected, tmp_path, 
     made = family_run(family)
     config = settings(made, tmp_path / "sft", layout=(2, 1))
     run(sft.run, 2, 1, 1, config)
-    folder = format.resolve(tmp_path / "sft") / "model"
+    folder = StageFolder(tmp_path / "sft").resolve() / "model"
     adapted, before, without = run(look, 1, 1, 1, settings(made, tmp_path), folder, False)[0]
     assert torch.equal(before, without) and (adapted - before).abs().max() > 0.1
     with torch.no_grad():
@@ -190,7 +191,7 @@ def held(config) -> tuple[int, int, int, int]:
     """Elements that learn, of their gradients, of the optimizer's master weights and moments, of
     the whole model."""
     model = build_model(Shape.read(config.paths.model), config, "scalar")
-    format.load_weights(format.resolve(config.paths.init) / "model", model, fresh_head=1)
+    format.load_weights(StageFolder(config.paths.init).resolve() / "model", model, fresh_head=1)
     learner = Learner(model, config, config.lr, 1, 0)
     learner.optimizer._init_optimizer_states_with_dummy_values()
     states = [
@@ -230,14 +231,14 @@ def test_ppo_of_adapters_is_its_own_reference(small_run, tmp_path):
     for name in ("kl", "reward", "policy_loss", "value_loss", "grad_norm", "value_grad_norm"):
         assert four[1][name] == pytest.approx(one[1][name], rel=2e-3, abs=2e-5), name
     config = small_run.ppo(tmp_path, lora_rank=4)
-    adapted, before, without = run(look, 1, 1, 1, config, format.resolve(tmp_path / "one") / "policy", False)[0]
+    adapted, before, without = run(look, 1, 1, 1, config, StageFolder(tmp_path / "one").resolve() / "policy", False)[0]
     assert torch.equal(before, without) and not torch.equal(adapted, before)
 
 
 def drawn(config) -> tuple[torch.Tensor, dict]:
     """Logits with random A and B, and these."""
     model = build_model(Shape.read(config.paths.model), config, "lm").eval()
-    format.load_weights(format.resolve(config.paths.init) / "model", model)
+    format.load_weights(StageFolder(config.paths.init).resolve() / "model", model)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for _, _, module in lora.adapted(model):

@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from tests.support.distributed import run
 from training.checkpoint import format
+from training.checkpoint.stage_folder import StageFolder
 from training.config.shape import Shape
 from training.config.trainers import PPOConfig
 from training.distributed import cpu_backend
@@ -88,7 +89,7 @@ def test_every_parameter_says_how_it_is_split(small_run, tmp_path):
 
 def decay(folder, settings):
     model = build_model(Shape.read(folder), settings, "lm")
-    format.load_weights(format.resolve(settings.paths.init) / "model", model)
+    format.load_weights(StageFolder(settings.paths.init).resolve() / "model", model)
     learner = Learner(model, settings, settings.lr, settings.iterations, settings.warmup_iterations)
     rates = []
     for _ in range(settings.iterations):

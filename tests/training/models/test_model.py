@@ -16,6 +16,7 @@ from conversion.hf_to_megatron import convert
 from tests.support.bloom import tiny_bloom
 from tests.support.distributed import run
 from training.checkpoint import format
+from training.checkpoint.stage_folder import StageFolder
 from training.config.shape import Shape
 from training.config.trainers import Paths, SFTConfig
 from training.errors import ConfigError
@@ -58,7 +59,7 @@ def config(tensor, pipeline, **values) -> SFTConfig:
 
 def load(folder, settings: SFTConfig):
     model = build_model(Shape.read(folder / "hf"), settings, "lm")
-    format.load_weights(format.resolve(folder / "convert") / "model", model)
+    format.load_weights(StageFolder(folder / "convert").resolve() / "model", model)
     return model
 
 
@@ -273,7 +274,7 @@ def test_scalar_head_reads_hidden_states_as_hugging_face_gives_them(bloom):
 
     def score(settings):
         scalar = build_model(Shape.read(folder / "hf"), settings, "scalar")
-        format.load_weights(format.resolve(folder / "convert") / "model", scalar, fresh_head=5)
+        format.load_weights(StageFolder(folder / "convert").resolve() / "model", scalar, fresh_head=5)
         linear = (
             (scalar.score.linear.weight.detach().clone(), scalar.score.linear.bias.detach().clone())
             if scalar.post_process

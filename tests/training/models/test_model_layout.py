@@ -13,6 +13,7 @@ from tests.support.bloom import tiny_bloom
 from tests.support.distributed import run
 from tests.support.layouts import enter, settings
 from training.checkpoint import format
+from training.checkpoint.stage_folder import StageFolder
 from training.checkpoint.writer import Saver
 from training.config.schema import build
 from training.config.shape import Shape
@@ -141,10 +142,10 @@ def learn(folder, stage, config, steps: int, goes_on: bool) -> list[float]:
     enter(config.tensor_parallel, config.pipeline_parallel, config.virtual_pipeline)
     model = build_model(Shape.read(folder / "hf"), config, "lm")
     assert isinstance(model, Interleaved) == (config.virtual_pipeline > 1)
-    format.load_weights(format.resolve(folder / "convert") / "model", model)
+    format.load_weights(StageFolder(folder / "convert").resolve() / "model", model)
     learner, done = Learner(model, config, config.lr, 20, 0), 0
     if goes_on:
-        done = format.load(format.resolve(stage), {"model": learner})["iteration"]
+        done = format.load(StageFolder(stage).resolve(), {"model": learner})["iteration"]
     losses = []
     for step in range(done, done + steps):
         tokens = torch.randint(0, 300, (8, 16), generator=torch.Generator().manual_seed(step))
@@ -152,7 +153,7 @@ def learn(folder, stage, config, steps: int, goes_on: bool) -> list[float]:
         mine = split(rows, 8 // parallel_state.get_data_parallel_world_size())[parallel_state.get_data_parallel_rank()]
         losses.append(learner.step(split(mine, 2), Objective(("loss",), compute))["loss"])
     stage.mkdir(exist_ok=True)
-    saver = Saver(stage, {"model": learner}, config)
+    saver = Saver(StageFolder(stage), {"model": learner}, config)
     saver.save(done + steps, {})
     saver.wait()
     return losses
@@ -174,7 +175,7 @@ def interleaved(folder):
     """A fresh scalar head's values from a pipeline of two stages of two parts."""
     enter(1, 2, 2)
     scalar = build_model(Shape.read(folder / "hf"), settings(pipeline=2, virtual=2), "scalar")
-    format.load_weights(format.resolve(folder / "convert") / "model", scalar, fresh_head=5)
+    format.load_weights(StageFolder(folder / "convert").resolve() / "model", scalar, fresh_head=5)
     # 3 rows in micro-batches of 1: filled up to 4, a multiple of the stages
     tokens = torch.arange(48).view(3, 16)
     return evaluate(scalar, {"tokens": tokens}, 1, lambda values, micro: values)
@@ -185,7 +186,7 @@ def test_an_interleaved_pipeline_scores_like_one_rank(bloom):
 
     def alone():
         scalar = build_model(Shape.read(folder / "hf"), settings(), "scalar")
-        format.load_weights(format.resolve(folder / "convert") / "model", scalar, fresh_head=5)
+        format.load_weights(StageFolder(folder / "convert").resolve() / "model", scalar, fresh_head=5)
         return evaluate(scalar, {"tokens": torch.arange(48).view(3, 16)}, 3, lambda values, micro: values)
 
     (values,) = run(alone, 1, 1, 1)

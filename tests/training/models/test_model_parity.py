@@ -24,6 +24,7 @@ from tests.support.distributed import run
 from tests.support.layouts import LAYERS, LENGTH, ROWS, VOCAB, enter, settings
 from tests.support.llama import tiny_llama, tiny_llama3, tiny_mistral, tiny_qwen2, tiny_qwen3
 from training.checkpoint import format
+from training.checkpoint.stage_folder import StageFolder
 from training.config.shape import Shape
 from training.config.trainers import SFTConfig
 from training.data.batches import shard
@@ -138,7 +139,7 @@ def by_parameter(folder, model) -> dict[str, torch.Tensor]:
 
 def load(folder, config: SFTConfig):
     model = build_model(Shape.read(folder / "hf"), config, "lm")
-    format.load_weights(format.resolve(folder / "convert") / "model", model)
+    format.load_weights(StageFolder(folder / "convert").resolve() / "model", model)
     return model
 
 

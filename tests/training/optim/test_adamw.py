@@ -8,6 +8,7 @@ from tests.support.distributed import run
 from tests.support.learners import SHAPE, fill, held, learner, settings, wrong
 from training import sft
 from training.checkpoint import format
+from training.checkpoint.stage_folder import StageFolder
 from training.checkpoint.writer import Saver
 from training.data.batches import shard
 from training.distributed import groups
@@ -93,7 +94,7 @@ def go_on(folder, steps: int, load: int, layout=(1, 1)):
             weight.copy_(torch.randn(weight.shape, generator=generator) * 0.05 + (weight.dim() == 1))
     trained = Learner(model, config, 1e-3, 100, 0)
     if load:
-        format.load(format.resolve(folder, load), {"model": trained})
+        format.load(StageFolder(folder).resolve(load), {"model": trained})
     for step in range(load, steps):
         rows = torch.randint(0, 300, (4, 16), generator=torch.Generator().manual_seed(step))
         share = shard(list(range(4)), groups.data_rank(), groups.data_ranks())
@@ -101,7 +102,7 @@ def go_on(folder, steps: int, load: int, layout=(1, 1)):
             split({"tokens": rows[share], "response_mask": torch.ones(len(share), 16, dtype=torch.bool)}, 2),
             Objective(("loss",), sft.compute),
         )
-    saver = Saver(folder, {"model": trained}, config)
+    saver = Saver(StageFolder(folder), {"model": trained}, config)
     saver.save(steps, {"wall_seconds": 0.0})
     saver.wait()
     return {tensor.key: tensor.data.detach().clone() for tensor in held(trained)}
@@ -130,11 +131,13 @@ def test_a_resumed_run_goes_on_bit_for_bit_and_other_layouts_load_it(tmp_path):
     def walk(layout, number):
         reloaded = learner(settings(tmp_path / "walk", layout, optimizer_precision="bf16"))
         if number > 1:
-            format.load(format.resolve(tmp_path / "walk"), {"model": reloaded})
+            format.load(StageFolder(tmp_path / "walk").resolve(), {"model": reloaded})
             assert wrong(reloaded, number - 1) == []
         fill(reloaded, number)
         saver = Saver(
-            tmp_path / "walk", {"model": reloaded}, settings(tmp_path / "walk", layout, optimizer_precision="bf16")
+            StageFolder(tmp_path / "walk"),
+            {"model": reloaded},
+            settings(tmp_path / "walk", layout, optimizer_precision="bf16"),
         )
         saver.save(number, {})
         saver.wait()

@@ -16,7 +16,7 @@ from tests.support.distributed import run
 from tests.support.learners import SHAPE, held
 from tests.support.ppo_settings import settings as ppo_settings
 from training import ppo
-from training.checkpoint import format
+from training.checkpoint.stage_folder import StageFolder
 from training.config.trainers import PPOConfig
 from training.data.batches import Example, collate
 from training.errors import Unhealthy
@@ -187,7 +187,7 @@ def test_a_pause_is_saved_ends_with_76_and_goes_on(small_run, tmp_path, capfd):
         shown = capfd.readouterr()
         assert process.exitcode == 76 and re.search(f"^error: {said}", shown.err, re.MULTILINE), shown.err
         assert "warning: iteration" in shown.out
-        assert format.latest(tmp_path) == saved
+        assert StageFolder(tmp_path).latest() == saved
     assert [json.loads(line)["gates_breached"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
         1,
         1,

@@ -3,7 +3,7 @@ checkpoints."""
 
 import pytest
 
-from training.checkpoint import format
+from training.checkpoint.stage_folder import StageFolder
 
 
 def aside(stage, number):
@@ -16,11 +16,11 @@ def aside(stage, number):
 def test_a_save_of_an_older_attempt_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("CONVOY_ATTEMPT", "1")
     (tmp_path / ".attempt").write_text("1\n")
-    format.publish(tmp_path, aside(tmp_path, 5), 5)
+    StageFolder(tmp_path).publish(aside(tmp_path, 5), 5)
     (tmp_path / ".attempt").write_text("2\n")
     with pytest.raises(OSError, match="attempt 2 of .* has begun: attempt 1 saves no more"):
-        format.publish(tmp_path, aside(tmp_path, 6), 6)
-    assert format.latest(tmp_path) == 5 and format.iterations(tmp_path) == [5]
+        StageFolder(tmp_path).publish(aside(tmp_path, 6), 6)
+    assert StageFolder(tmp_path).latest() == 5 and StageFolder(tmp_path).iterations() == [5]
     monkeypatch.delenv("CONVOY_ATTEMPT")  # started by hand, without the launcher
-    format.publish(tmp_path, aside(tmp_path, 7), 7)
-    assert format.latest(tmp_path) == 7
+    StageFolder(tmp_path).publish(aside(tmp_path, 7), 7)
+    assert StageFolder(tmp_path).latest() == 7

@@ -10,14 +10,13 @@ import pytest
 
 from tests.support.distributed import run
 from training import sft
-from training.checkpoint import format
+from training.checkpoint.stage_folder import CHOSEN, StageFolder
 from training.config.schema import build
 from training.config.trainers import SFTConfig
 from training.data.cache import TokenRows, cached
 from training.data.tokenizer import Tokenizer
 from training.errors import ConfigError, Interrupted
 from training.metrics.metrics import Metrics
-from training.trainer import early_stopping
 from training.trainer.early_stopping import EarlyStop
 
 
@@ -38,7 +37,7 @@ def numbers(stage) -> list[dict]:
 
 def test_the_rule_by_hand():
     stop = EarlyStop(2, 0.1, "heldout_loss")
-    assert [stop.see(at, value) for at, value in enumerate([3.0, 2.95, 2.89, 2.85, 2.8], 1)] == [
+    assert [stop.update(at, value) for at, value in enumerate([3.0, 2.95, 2.89, 2.85, 2.8], 1)] == [
         True,
         False,
         True,
@@ -50,7 +49,7 @@ def test_the_rule_by_hand():
     resumed.load_state_dict(json.loads(json.dumps(stop.state_dict())))
     assert resumed == stop
     never = EarlyStop(1, 0.0, "x")
-    assert not never.see(1, math.nan) and not never.over
+    assert not never.update(1, math.nan) and not never.over
 
 
 def until_told(config: SFTConfig) -> bool:
@@ -87,8 +86,11 @@ def test_training_ends_when_the_heldout_loss_rises_and_the_best_is_used(
     losses = [row["heldout_loss"] for row in rows(tmp_path / "straight")]
     best = losses.index(min(losses)) + 1
     assert len(losses) == best + 2 < 30, losses
-    assert format.latest(tmp_path / "straight") == best and format.iterations(tmp_path / "straight") == [best, best + 2]
-    said = json.loads((tmp_path / "straight" / early_stopping.CHOSEN).read_text())
+    assert StageFolder(tmp_path / "straight").latest() == best and StageFolder(tmp_path / "straight").iterations() == [
+        best,
+        best + 2,
+    ]
+    said = json.loads((tmp_path / "straight" / CHOSEN).read_text())
     assert (said["iteration"], said["ended"], said["best"]) == (best, best + 2, min(losses))
     assert (
         f"ended at iteration {best + 2} (no better for 2 evaluations); iteration {best} is used"
@@ -107,24 +109,27 @@ def test_training_ends_when_the_heldout_loss_rises_and_the_best_is_used(
     with monkeypatch.context() as patched:
         patched.setattr(Metrics, "log", logged)
         assert all(run(until_told, *layout, config("twice")))
-    assert format.latest(tmp_path / "twice") == best + 1 and not (tmp_path / "twice" / early_stopping.CHOSEN).exists()
+    assert StageFolder(tmp_path / "twice").latest() == best + 1 and not (tmp_path / "twice" / CHOSEN).exists()
     run(sft.run, *layout, config("twice"))
     assert numbers(tmp_path / "twice") == numbers(tmp_path / "straight")
-    assert json.loads((tmp_path / "twice" / early_stopping.CHOSEN).read_text()) == said
-    assert format.latest(tmp_path / "twice") == best
+    assert json.loads((tmp_path / "twice" / CHOSEN).read_text()) == said
+    assert StageFolder(tmp_path / "twice").latest() == best
 
 
 def test_a_choice_holds_only_for_its_own_rule(tmp_path):
     stop = EarlyStop(2, 0.0, "heldout_loss", best=1.0, iteration=3, misses=1)
-    early_stopping.choose(tmp_path, stop, 8)
-    assert early_stopping.chosen(tmp_path, stop, 8)["ended"] == 8
-    # more is asked for, and patience had not run out
-    assert early_stopping.chosen(tmp_path, stop, 9) is None
-    assert early_stopping.chosen(tmp_path, EarlyStop(3, 0.0, "heldout_loss"), 8) is None
-    format.mark_latest(tmp_path, 2)  # --load-iteration 2
-    assert early_stopping.chosen(tmp_path, stop, 8) is None
-    early_stopping.forget(tmp_path)
-    assert not (tmp_path / early_stopping.CHOSEN).exists()
+    folder = StageFolder(tmp_path)
+    folder.choose(3, stop.record(8))
+    record = folder.chosen()
+    assert record["ended"] == 8 and folder.latest() == 3
+    assert stop.still_holds(record, 8)
+    # more iterations are configured, and patience had not run out
+    assert not stop.still_holds(record, 9)
+    assert not EarlyStop(3, 0.0, "heldout_loss").still_holds(record, 8)
+    folder.set_latest(2)  # --load-iteration 2
+    assert folder.chosen() is None
+    folder.withdraw_choice()
+    assert not (tmp_path / CHOSEN).exists()
 
 
 @pytest.mark.parametrize(

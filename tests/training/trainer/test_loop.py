@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from tests.support.distributed import run
 from training import sft
-from training.checkpoint import format
+from training.checkpoint.stage_folder import StageFolder
 from training.distributed.groups import StopRequest
 from training.metrics.metrics import Metrics
 from training.trainer.step import Learner
@@ -47,7 +47,7 @@ def test_usr2_saves_and_goes_on(small_run, tmp_path, monkeypatch):
     run(sft.run, 1, 1, 1, small_run.sft(tmp_path, iterations=5, save_every=10))
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["iteration"] for row in rows if row.get("save_s")] == [4]
-    assert format.latest(tmp_path) == 5
+    assert StageFolder(tmp_path).latest() == 5
 
 
 def train_to_nan(settings) -> str:
@@ -69,7 +69,7 @@ def test_weights_that_are_not_finite_are_never_saved(small_run, tmp_path, monkey
     monkeypatch.setattr(Learner, "step", overflowing)
     said = run(train_to_nan, 1, 1, 2, small_run.sft(tmp_path, iterations=3, save_every=1))
     assert said == ["iteration 1: weights of model are not finite; not saved"] * 2
-    assert format.latest(tmp_path) is None and format.iterations(tmp_path) == []
+    assert StageFolder(tmp_path).latest() is None and StageFolder(tmp_path).iterations() == []
 
 
 def test_a_loss_that_is_not_finite_ends_every_rank_with_the_iteration(small_run, tmp_path):
@@ -81,7 +81,7 @@ def test_a_loss_that_is_not_finite_ends_every_rank_with_the_iteration(small_run,
         small_run.sft(tmp_path, layout=(1, 2), iterations=3, save_every=1, lr=1e30, skip_updates=0),
     )
     assert said[0] == said[1] and said[0].startswith("iteration 2: not finite: {'loss': nan")
-    assert format.latest(tmp_path) == 1
+    assert StageFolder(tmp_path).latest() == 1
 
 
 def test_wall_clock_and_memory_are_counted_over_attempts(small_run, tmp_path):
