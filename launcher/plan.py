@@ -234,6 +234,26 @@ def _memory(plan: create.Plan) -> Table:
     return table
 
 
+def own_sbatch_options(plan: create.Plan) -> list[str]:
+    """A line for each stage with options of sbatch of its own, e.g. "rlhf: sbatch --partition=long,
+    where the profile has --partition=main"."""
+    lines = []
+    for stage in plan.stages:
+        site = plan.profile.sbatch_options()
+        requested = plan.resources(stage).sbatch_options()
+        if own := {name: value for name, value in requested.items() if site.get(name) != value}:
+            instead = _as_typed({name: site[name] for name in own if name in site})
+            lines.append(
+                f"{stage.name}: sbatch {_as_typed(own)}" + (f", where the profile has {instead}" if instead else "")
+            )
+    return lines
+
+
+def _as_typed(options: dict) -> str:
+    """E.g. "--partition=low --contiguous"."""
+    return " ".join(f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items())
+
+
 def _notes(plan: create.Plan, starts: dict[str, ExpectedStart]) -> list[Text]:
     """Disk, data, why Slurm can't say a start, requeues, and what may go wrong, a line each."""
     checked, total = plan.checked, sum(plan.checked.disk.values())
@@ -246,8 +266,10 @@ def _notes(plan: create.Plan, starts: dict[str, ExpectedStart]) -> list[Text]:
         Text(f"start: {why}")
         for why in dict.fromkeys(one.unknown_reason for one in starts.values() if one.unknown_reason)
     ]
-    if plan.profile.scheduler == "slurm" and (line := environment.note(plan.profile.passed)):
-        notes.append(Text(f"environment: {line}"))
+    if plan.profile.scheduler == "slurm":
+        notes += [Text(line) for line in own_sbatch_options(plan)]
+        if line := environment.note(plan.profile.passed):
+            notes.append(Text(f"environment: {line}"))
     for name, work in checked.work.items():
         if work.requeues:
             limit = getattr(checked.resources, name).minutes / 60

@@ -6,56 +6,15 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from launcher.config.addresses import refuse_secrets
 from launcher.config.environment import fixed
+from launcher.config.sbatch import SbatchOptions, one_line
 from training.config.schema import build
 
 RUNTIMES = ("none", "pyxis", "apptainer")
 GPU_OPTIONS = ("gpus-per-node", "gres", "none")
-SITE_OPTIONS = ("partition", "account", "qos", "reservation", "constraint")
-"""Keys of a profile that are sbatch's long options of the same name."""
-RENDERED = {
-    *SITE_OPTIONS,
-    "comment",
-    "cpus-per-task",
-    "dependency",
-    "error",
-    "exclusive",
-    "gpus-per-node",
-    "gres",
-    "hold",
-    "job-name",
-    "kill-on-invalid-dep",
-    "mem",
-    "nodes",
-    "ntasks",
-    "ntasks-per-node",
-    "open-mode",
-    "output",
-    "requeue",
-    "signal",
-    "time",
-}
-"""sbatch options that have a key of their own, or that the launcher needs as it sets them."""
-REFUSED = {
-    "array",
-    "chdir",
-    "export",
-    "export-file",
-    "gid",
-    "input",
-    "no-requeue",
-    "parsable",
-    "quiet",
-    "test-only",
-    "uid",
-    "usage",
-    "wait",
-    "wrap",
-}
-"""sbatch options that would change what is run, as whom, or what sbatch prints."""
-
 KEYS = re.compile(r"(^|_)(API_?KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
 """Names of variables that hold a secret."""
 
@@ -87,7 +46,7 @@ class Container:
         if not self.python:
             raise ValueError("python = '': expected the interpreter inside the image, e.g. \"python\"")
         for value in (self.image, self.python, *self.mounts):
-            _one_line("image, python and mounts", value)
+            one_line("image, python and mounts", value)
         for mount in self.mounts:
             if not re.fullmatch(r"/[^:,]*(:/[^:,]*(:(ro|rw))?)?", mount):
                 raise ValueError(
@@ -121,8 +80,10 @@ class Machine:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Profile:
+class Profile(SbatchOptions):
     """A site: slurm/clusters/<name>.toml."""
+
+    of_profile: ClassVar[str] = ""
 
     name: str
     scheduler: str
@@ -135,17 +96,6 @@ class Profile:
     for each rank."""
     network: str = "auto"
     """Name of a table in launcher/slurm/network.py."""
-    partition: str = ""
-    """Slurm's partition; this and the next four are sbatch's options of the same name, "" = the
-    site's default."""
-    account: str = ""
-    """Account that the jobs are charged to."""
-    qos: str = ""
-    """Quality of service."""
-    reservation: str = ""
-    """Reservation whose nodes the jobs may use."""
-    constraint: str = ""
-    """Features that the nodes must have, e.g. "a100&nvlink"."""
     gpu_option: str = "gpus-per-node"
     """How GPUs are asked for: "gpus-per-node", "gres" (Slurm before 19.05, or select/cons_res),
     "none" (no GPU GRES: whole nodes)."""
@@ -182,9 +132,6 @@ class Profile:
     stall_minutes: int = 60
     """Minutes without a line, a metric or a checkpoint of any rank after which a stage counts as
     hung and is ended."""
-    options: dict = field(default_factory=dict)
-    """More options of sbatch, without dashes: { mail-type = "FAIL", contiguous = true, nice = 100
-    }."""
     setup: list = field(default_factory=list)
     """Shell lines before the stage starts, e.g. "module load cuda/12.4"."""
     modules: list = field(default_factory=list)
@@ -225,8 +172,7 @@ class Profile:
         ):
             if not least <= getattr(self, name) < math.inf:  # nan neither
                 raise ValueError(f"{name} = {getattr(self, name)}: expected at least {least}")
-        for name, value in self.options.items():
-            self._check_option(name, value)
+        self.check_sbatch_options()
         if self.scheduler == "local" and self.container.runtime != "none":
             raise ValueError(
                 f'container.runtime = {self.container.runtime!r}: with scheduler = "local" start the launcher itself '
@@ -241,7 +187,7 @@ class Profile:
         for name, value in self.environment.items():
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
                 raise ValueError(f"environment.{name}: expected a name of letters, digits and '_'")
-            _one_line(f"environment.{name}", value)
+            one_line(f"environment.{name}", value)
             if KEYS.search(name):
                 raise ValueError(
                     f"environment.{name}: the profile is stored with each run and its environment printed in the log; "
@@ -266,35 +212,9 @@ class Profile:
                     "Slurm, or how ranks meet and end; leave it out"
                 )
         for module in self.modules:
-            _one_line("modules", module)
-        for name in (*SITE_OPTIONS, "gpu_type", "secrets", "slurm"):
-            _one_line(name, getattr(self, name))
-
-    def _check_option(self, name: str, value) -> None:
-        if not re.fullmatch(r"[a-z][a-z0-9-]+", name):
-            raise ValueError(f"options.{name}: expected a long option of sbatch without its dashes, e.g. mail-type")
-        if name in RENDERED:
-            near = {
-                "gres": "gpu_option and gpu_type",
-                "mem": "mem_gb",
-                "signal": "signal_lead_s",
-                "time": "resources.<stage>.minutes",
-                "nodes": "resources.<stage>.nodes",
-                "cpus-per-task": "resources.<stage>.cpus_per_gpu",
-            }
-            mine = near[name] if name in near else name if hasattr(self, name) else ""
-            raise ValueError(
-                f"options.{name}: the launcher sets it{f'; use {mine}' if mine else ''}; remove it from options"
-            )
-        if name in REFUSED:
-            raise ValueError(f"options.{name}: it would change what the job runs or what sbatch prints; remove it")
-        if isinstance(value, bool) and not value:
-            raise ValueError(f"options.{name} = false: leave the line out")
-        if not isinstance(value, (str, int, bool)) or value == "":
-            raise ValueError(
-                f"options.{name} = {value!r}: expected a string, a number, or true for an option without a value"
-            )
-        _one_line(f"options.{name}", str(value))
+            one_line("modules", module)
+        for name in ("gpu_type", "secrets", "slurm"):
+            one_line(name, getattr(self, name))
 
     def whole_node(self, gpus: int) -> bool:
         """Whether a job with ``gpus`` GPUs of each node gets all that a node has."""
@@ -318,12 +238,3 @@ class Profile:
         """(22, 5) of "22.05.8"; (0, 0) where it isn't known."""
         match = re.search(r"(\d+)\.(\d+)", self.slurm)
         return (int(match[1]), int(match[2])) if match else (0, 0)
-
-
-def _one_line(name: str, value) -> None:
-    """ValueError unless ``value`` is a string that can stand in one line of a script: a line break
-    would begin a line of its own."""
-    if not isinstance(value, str) or not value.isprintable():
-        raise ValueError(
-            f"{name}: {value!r} is no text, or has a line break or another character that can't be printed; remove it"
-        )

@@ -20,6 +20,7 @@ from conversion.config import ConvertConfig, ExportConfig
 from eval.config import MTBenchConfig
 from launcher.config.addresses import refuse_secrets
 from launcher.config.profile import Profile
+from launcher.config.sbatch import SITE_OPTIONS, SbatchOptions
 from training.config.data import DataConfig, ModelConfig
 from training.config.schema import at_least, build
 from training.config.trainers import DPOConfig, GRPOConfig, PPOConfig, RewardConfig, SFTConfig
@@ -34,8 +35,11 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Resources:
-    """What one stage asks for; it runs ``nodes x max(1, gpus_per_node)`` ranks."""
+class Resources(SbatchOptions):
+    """What one stage requests: ``nodes x max(1, gpus_per_node)`` ranks, and where Slurm puts them.
+
+    An option of sbatch that a stage leaves at "" is the profile's.
+    """
 
     nodes: int = 1
     """Nodes that the stage runs on."""
@@ -51,6 +55,13 @@ class Resources:
     def __post_init__(self):
         at_least(self, 1, "nodes", "minutes", "cpus_per_gpu")
         at_least(self, 0, "gpus_per_node", "spares")
+        self.check_sbatch_options()
+
+    def at(self, profile: Profile) -> Profile:
+        """The site as this stage's job sees it: the profile with the stage's own options of sbatch
+        laid over."""
+        own = {name: value for name in SITE_OPTIONS if (value := getattr(self, name))}
+        return dataclasses.replace(profile, **own, options={**profile.options, **self.options})
 
     @property
     def ranks_per_node(self) -> int:

@@ -20,7 +20,8 @@ from rich.table import Table
 from rich.text import Text
 
 from launcher.config import environment
-from launcher.config.profile import SITE_OPTIONS, Profile
+from launcher.config.profile import Profile
+from launcher.config.sbatch import SITE_OPTIONS
 from launcher.doctor import node_findings, slurm_findings
 from launcher.doctor.machine_findings import here
 from launcher.doctor.slurm_findings import Finding
@@ -170,12 +171,9 @@ def look_at_node(profile: Profile, timeout_s: int) -> list[Finding]:
 
 def node_srun(profile: Profile, timeout_s: int) -> list[str]:
     """srun for one task and one GPU of one node, given up after ``timeout_s`` in the queue."""
-    options = script.site_options(
-        dataclasses.replace(profile, exclusive=False, mem_gb=0), min(1, profile.gpus_per_node)
-    )
-    flags = [
-        f"--{key}" if value is True else f"--{key}={value}" for key, value in {**options, **profile.options}.items()
-    ]
+    part_of_node = dataclasses.replace(profile, exclusive=False, mem_gb=0)
+    options = script.node_options(part_of_node, min(1, profile.gpus_per_node)) | profile.sbatch_options()
+    flags = [f"--{key}" if value is True else f"--{key}={value}" for key, value in options.items()]
     srun = [
         "srun",
         "--export=ALL",

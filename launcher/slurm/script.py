@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher import run_module
-from launcher.config.profile import SITE_OPTIONS
 from launcher.config.sections import Profile, Resources
 from launcher.config.stages import Stage
 from launcher.run.folder import Run
@@ -78,10 +77,11 @@ def script(request: JobRequest) -> str:
     its exit code is the stage's own."""
     from submitit.slurm.slurm import _make_sbatch_string  # late: --help must not wait for it
 
-    profile, resources = request.profile, request.resources
+    resources = request.resources
+    profile = resources.at(request.profile)
     values = {
-        **site_options(profile, resources.gpus_per_node),
-        **profile.options,
+        **node_options(profile, resources.gpus_per_node),
+        **profile.sbatch_options(),
         "comment": request.comment,
         "output": request.output,
         "requeue": True,
@@ -124,10 +124,10 @@ def _printable(text: str) -> str:
     return text
 
 
-def site_options(profile: Profile, gpus: int) -> dict[str, str | int | bool]:
-    """Options for where a job goes and what it takes of each node, as this site and its version of
-    Slurm ask for it."""
-    values = {key: value for key in SITE_OPTIONS if (value := getattr(profile, key))}
+def node_options(profile: Profile, gpus: int) -> dict[str, str | int | bool]:
+    """Options for the GPUs and the memory of each node, in the terms of this site and its version
+    of Slurm."""
+    values: dict[str, str | int | bool] = {}
     if gpus and profile.gpu_option != "none":
         wanted = f"{profile.gpu_type}:{gpus}" if profile.gpu_type else gpus
         old = profile.gpu_option == "gres" or (0, 0) < profile.version < GPUS_PER_NODE_SINCE

@@ -47,7 +47,7 @@ def expected_starts(plan: create.Plan) -> dict[str, ExpectedStart]:
         except commands.SlurmError as error:
             if REFUSAL not in str(error):
                 return _unknown(plan, str(error))
-            if NO_FITTING_NODE in str(error) and (unavailable := _unavailable_nodes(plan)):
+            if NO_FITTING_NODE in str(error) and (unavailable := _unavailable_nodes(plan, stage)):
                 starts[stage] = ExpectedStart("", "", f"{unavailable}; with all of them it may fit")
                 continue
             refusals.append(
@@ -84,17 +84,20 @@ def _unknown(plan: create.Plan, reason: str) -> dict[str, ExpectedStart]:
 def _request(plan: create.Plan, stage: str) -> str:
     """E.g. "2 nodes x 8 GPUs for 60 min in partition main"."""
     resources = plan.resources(plan.graph[stage])
-    where = f"partition {plan.profile.partition}" if plan.profile.partition else "the default partition"
+    partition = resources.at(plan.profile).partition
+    where = f"partition {partition}" if partition else "the default partition"
     nodes = f"{resources.nodes + resources.spares} nodes x {resources.gpus_per_node} GPUs"
     return f"{nodes} for {resources.minutes} min in {where}"
 
 
-def _unavailable_nodes(plan: create.Plan) -> str:
-    """E.g. "3 of 4 nodes are down, drained or reserved"; "" where all are available."""
-    partition = [f"--partition={plan.profile.partition}"] if plan.profile.partition else []
+def _unavailable_nodes(plan: create.Plan, stage: str) -> str:
+    """E.g. "3 of 4 nodes are down, drained or reserved", of the stage's partition; "" where all are
+    available."""
+    partition = plan.resources(plan.graph[stage]).at(plan.profile).partition
+    options = [f"--partition={partition}"] if partition else []
     states = [
         line.rstrip("*~#!%$@^-").lower()
-        for line in commands.call("sinfo", "-h", "-N", *partition, "-o", "%T").splitlines()
+        for line in commands.call("sinfo", "-h", "-N", *options, "-o", "%T").splitlines()
     ]
     unavailable = sum(not state.startswith(("idle", "mixed", "alloc", "comp")) for state in states)
     return f"{unavailable} of {len(states)} nodes are down, drained or reserved" if unavailable else ""

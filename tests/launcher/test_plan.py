@@ -208,6 +208,25 @@ def test_script_of_an_array_shows_which_index_is_which_run(nowhere):
     }
 
 
+def test_a_stage_in_a_partition_of_its_own_is_shown_and_rendered_in_a_sweep_too(nowhere):
+    site = Profile(name="site", scheduler="slurm", partition="main", options={"nice": 10})
+    own = ["resources.sft.partition=low", "resources.sft.options.nice=100", "resources.convert.partition=main"]
+    made = planned(nowhere, *own, profile=site, last="sft")
+    lines = shown(made)
+    assert "sft: sbatch --partition=low --nice=100, where the profile has --partition=main --nice=10" in lines
+    assert "convert: sbatch" not in lines, "the profile's own partition"
+
+    def element(sets, name, runs):
+        return create.plan(
+            "full-pipeline", "bloom-tiny", [], [*own, *sets], name, runs, (site, "as asked"), None, "sft"
+        )
+
+    swept = sweep.plan(["sft.lr=1e-5,2e-5"], element, "lr", nowhere.relative_to(nowhere) / "runs")
+    for texts in (plan.scripts_of(made), sweep.scripts(swept)):
+        assert "--partition=main\n" in texts["convert"] and "--nice=10\n" in texts["convert"]
+        assert "--partition=low\n" in texts["sft"] and "--nice=100\n" in texts["sft"]
+
+
 def test_sweep_here_runs_one_element_after_the_other_and_prepares_the_data_once(project):
     project.behave(sft={"fail_in": "0", "fail_at": 2})
     arguments = [

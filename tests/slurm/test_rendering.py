@@ -5,6 +5,7 @@ import pytest
 
 from launcher.config.sections import Profile, Resources
 from launcher.slurm.script import JobRequest, script
+from tests.support.slurm_jobs import jobs
 
 
 def queued(queue, tmp_path, gpus=2, spares=0, **profile) -> dict[str, str]:
@@ -49,3 +50,23 @@ def test_both_ways_to_ask_for_gpus_mean_the_same(queue, tmp_path, option):
 def test_an_option_that_slurm_does_not_know_is_refused_by_it_by_name(queue, tmp_path):
     with pytest.raises(AssertionError, match="no-such-option"):
         queued(queue, tmp_path, options={"no-such-option": True})
+
+
+def test_stages_of_a_chain_run_in_partitions_of_their_own(queue, project):
+    own = ("sft.partition=low", "sft.options.nice=50", "sft.options.hold=true")
+    sets = [word for setting in own for word in ("--set", f"resources.{setting}")]
+    refused = project.submit(*sets, "--until", "sft", profile="dev")
+    assert refused.returncode == 2 and "resources.sft.options.hold: the launcher sets it" in refused.stderr
+    assert not project.run.exists()
+    unknown = project.submit("--set", "resources.sft.partition=no-such", "--until", "sft", profile="dev")
+    assert unknown.returncode == 2 and "no-such" in unknown.stderr and not project.run.exists(), unknown.stderr
+    done = project.submit(*sets[:4], "--until", "sft", "--wait", profile="dev")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {
+        stage: dict(part.split("=", 1) for part in queue("scontrol", "show", "job", job[0]).split() if "=" in part)
+        for stage, job in jobs(queue, project).items()
+    }
+    assert {stage: (job["Partition"], job["Nice"]) for stage, job in found.items()} == {
+        "convert": ("main", "0"),
+        "sft": ("low", "50"),
+    }

@@ -9,6 +9,7 @@ from launcher.config.sections import (
     RECIPES,
     SECTIONS,
     Profile,
+    Resources,
     build_plain,
     differences,
     layered,
@@ -39,7 +40,7 @@ def test_later_layers_win_key_by_key(tmp_path):
 
 def test_one_key_of_a_stage_s_resources_leaves_its_others():
     made = tables("resources.convert.minutes=7")["resources"]["convert"]
-    assert made == {"nodes": 1, "gpus_per_node": 0, "minutes": 7, "cpus_per_gpu": 1, "spares": 0}
+    assert made == dataclasses.asdict(Resources(gpus_per_node=0, minutes=7, cpus_per_gpu=1))
 
 
 @pytest.mark.parametrize(
@@ -78,6 +79,16 @@ def test_unknown_key_in_every_section_names_the_nearest(section):
     "setting, message",
     [
         ("stf.lr=1", "no section 'stf'; did you mean 'sft.lr'"),
+        (
+            "resources.sft.options.nodes=2",
+            r"resources\.sft\.options\.nodes: the launcher sets it; use resources\.<stage>\.nodes",
+        ),
+        (
+            "resources.sft.options.mem=2",
+            r"resources\.sft\.options\.mem: the launcher sets it; use mem_gb of the profile",
+        ),
+        ("resources.sft.options.uid=0", r"resources\.sft\.options\.uid: it would change what the job runs"),
+        ("resources.sft.partitoin=x", r"did you mean resources\.sft\.partition"),
         ("resources.sft.node=2", r"resources\.sft\.node: no such key; did you mean resources\.sft\.nodes"),
         ("resources.rhlf.nodes=2", r"did you mean 'resources\.rlhf'"),
         ("sft.lr=fast", "sft.lr = 'fast': expected float, got str"),

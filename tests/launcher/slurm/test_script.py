@@ -1,10 +1,13 @@
 """Rendered scripts as text: the committed ones, one site's golden text, and values that try to
 break out."""
 
+import dataclasses
 import subprocess
 
 import pytest
 
+from launcher.config import sbatch
+from launcher.config.sbatch import SbatchOptions
 from launcher.config.sections import Profile, Resources
 from launcher.slurm import sites
 from launcher.slurm.script import JobRequest, script, supervise_here
@@ -129,6 +132,29 @@ def test_golden_script_of_an_old_slurm_with_spares_for_a_part_of_each_node():
     text = script(request(resources=Resources(nodes=2, spares=1, gpus_per_node=2, minutes=60), profile=profile))
     assert text == PART_OF_A_NODE
     subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+
+
+def test_a_stage_has_options_of_its_own():
+    """They win over the profile's; what a stage leaves out is the profile's."""
+    site = {"qos": "long", "options": {"nice": 10, "mail-type": "FAIL"}}
+    own = {"partition": "low", "qos": "short", "account": "", "options": {"nice": 100, "contiguous": True}}
+    lines = script(request(profile=site, resources=Resources(nodes=2, gpus_per_node=8, minutes=720, **own)))
+    golden = GOLDEN.replace("--partition=a100", "--partition=low").splitlines()
+    more = {"--contiguous", "--mail-type=FAIL", "--nice=100", "--qos=short"}
+    assert set(lines.splitlines()) == {*golden, *(f"#SBATCH {option}" for option in more)}
+
+
+def test_a_new_option_is_one_field(monkeypatch):
+    """What a person adds who follows docs/extending.md: a field. Script, checks and a stage's own
+    value follow."""
+    assert [field.name for field in dataclasses.fields(SbatchOptions)] == [*sbatch.SITE_OPTIONS, "options"]
+    monkeypatch.setattr(sbatch, "SITE_OPTIONS", (*sbatch.SITE_OPTIONS, "core_spec"))
+    monkeypatch.setattr(SbatchOptions, "core_spec", "", raising=False)
+    resources = Resources()
+    object.__setattr__(resources, "core_spec", "4")
+    assert resources.sbatch_options() == {"core-spec": "4"}
+    with pytest.raises(ValueError, match="options.core-spec: the launcher sets it; use core_spec"):
+        Resources(options={"core-spec": 4})
 
 
 @pytest.mark.parametrize(
