@@ -81,7 +81,7 @@ def differing(folder: Path, samples: Iterable[str], plain: bool) -> str:
             )
         for name, number in (("eos", ours.eos_id), ("pad", ours.pad_id)):
             other = getattr(theirs, f"{name}_token_id")
-            if other != number and name in ours.said.texts:
+            if other != number and name in ours.special_tokens.texts:
                 return f"has the {name} token {other} by {type(theirs).__name__}, {number} by its files"
     except (KeyboardInterrupt, SystemExit, ConfigError):
         raise

@@ -1,4 +1,4 @@
-"""Files that others wrote, read within limits.
+"""Files: reading those that others wrote, within limits, and writing atomically.
 
-Standard library only: the launcher reads with it, too.
+It knows no stage and no model. Standard library only: the launcher uses it, too.
 """

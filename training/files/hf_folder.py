@@ -1,8 +1,8 @@
-"""A Hugging Face folder that comes from elsewhere: which of its files are taken in, and how large.
+"""A Hugging Face folder from another source: which of its files are read, and up to which size.
 
-Standard library only. Everything that reads a checkpoint's small files asks ``file`` or
-``json_object``: a name is a file of the folder and no link to another place, a text is as long as
-such a text can be, and JSON is an object without values that only some parsers know.
+Everything that reads a checkpoint's small files calls ``file`` or ``json_object``. They refuse a
+name that is a link out of the folder, a text longer than such a text can be, and JSON that is no
+object or that parsers read differently. Standard library only.
 """
 
 from __future__ import annotations
@@ -24,19 +24,18 @@ SIZES = {
     "model.safetensors.index.json": 64 * MB,
     "pytorch_model.bin.index.json": 64 * MB,
 }
-"""Bytes of the largest file of a name that is read; the largest tokenizer.json known has 33 MiB."""
+"""File name -> most bytes that are read. The largest known tokenizer.json has 33 MiB."""
 SIZE = 8 * MB
-"""Of the other files."""
+"""Most bytes that are read of a file with another name."""
 AGAIN = "download it again"
 
 
 def file(folder: str | Path, name: str, links: bool = False) -> Path | None:
-    """The folder's file ``name``; None where there is none. ``links``: it may be a link to
-    anywhere.
+    """Path of the folder's file ``name``, or None where there is none.
 
-    Links within the folder are ordinary, and those of Hugging Face's cache, whose
-    snapshots/HASH/NAME are links into its blobs. Raises ConfigError for a link to another place,
-    and for what is no file (a folder, a pipe, a device).
+    ``links``: accept a link to any place. Links within the folder are always accepted, and so are
+    those of Hugging Face's cache, where snapshots/HASH/NAME link to blobs. Raises ConfigError for a
+    link to another place and for a folder, a pipe or a device.
     """
     path = Path(folder) / name
     try:
@@ -61,14 +60,13 @@ def file(folder: str | Path, name: str, links: bool = False) -> Path | None:
 
 
 def outside(folder: str | Path, path: Path) -> bool:
-    """Is ``path`` a link to another place than the folder, or than the blobs of Hugging Face's
-    cache?"""
+    """True if ``path`` is a link that leaves the folder and the blobs of Hugging Face's cache."""
     return not _within(path.resolve(), Path(folder))
 
 
 def read_text(folder: str | Path, name: str) -> str | None:
-    """None where there is no such file. Raises ConfigError as ``file``, and for what is too large
-    or no UTF-8."""
+    """Text of the folder's file ``name``, or None where there is none. Raises ConfigError as
+    ``file`` does, and for a file that is too large or is not UTF-8."""
     path = file(folder, name)
     if path is None:
         return None
@@ -87,15 +85,18 @@ def read_text(folder: str | Path, name: str) -> str | None:
 
 
 def json_object(folder: str | Path, name: str) -> dict | None:
-    """The JSON object that the folder's file ``name`` holds; None where there is no such file."""
+    """The JSON object in the folder's file ``name``, or None where there is no such file. Raises
+    ConfigError as ``read_text`` and ``parse`` do."""
     text = read_text(folder, name)
     return None if text is None else parse(text, Path(folder) / name)
 
 
 def parse(text: str, path: Path) -> dict:
-    """The JSON object ``text``. Raises ConfigError, naming ``path``, for other JSON, and for a
-    number of thousands of digits, deep nesting and a key with two values. NaN and Infinity are the
-    fields' to refuse."""
+    """Parse ``text`` as a JSON object.
+
+    Raises ConfigError that names ``path`` for other JSON, a number with thousands of digits, deep
+    nesting, or a key with two values. NaN and Infinity pass: the reader of each field refuses them.
+    """
     try:
         values = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
@@ -108,16 +109,17 @@ def parse(text: str, path: Path) -> dict:
 
 
 def is_text(value) -> bool:
-    """A string of whole characters: JSON can hold halves of surrogate pairs, which no other program
-    takes."""
+    """True for a string without halves of surrogate pairs. JSON can hold these, but no other
+    program accepts them."""
     return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def shown(value, most: int = 80) -> str:
-    """``value`` for an error's text: on one line, without control characters, and not longer than
-    it helps.
+    """``value`` as an error shows it: on one line, without control characters, at most ``most``
+    characters and "...".
 
-    A text is given as it is, but for what is not printable; everything else as Python writes it.
+    A string stays as it is, except for unprintable characters, which are escaped. Other values
+    appear as ``repr`` writes them.
     """
     try:
         text = value if isinstance(value, str) else repr(value)
@@ -140,8 +142,8 @@ def _unique(pairs: list[tuple]) -> dict:
 
 
 def _within(path: Path, folder: Path) -> bool:
-    """Does ``path``, resolved, lie in the folder, or among the blobs of the hub's cache around
-    it?"""
+    """True if the resolved ``path`` is in the folder, or among the blobs of the Hugging Face cache
+    that holds the folder."""
     real = folder.resolve()
     if path.is_relative_to(real):
         return True

@@ -1,6 +1,8 @@
-"""Names that stand in a file, and files that another program or person may have written: where they
-may lie, of what kind, how large. Standard library only; the launcher and the conversion use it,
-too."""
+"""Read files that another program or person may have written, and resolve names that a file gives.
+
+A file must be regular and not too large, a name must stay below its folder. Standard library only:
+the launcher and the conversion use it, too.
+"""
 
 from __future__ import annotations
 
@@ -10,22 +12,22 @@ import os
 import stat
 from pathlib import Path
 
-MOST = 64 << 20
-"""Bytes of a file that is read whole, unless its reader says otherwise."""
-DIGITS = 40
-"""Of a whole number in a JSON file: none that we write has more."""
-LONGEST = 1024
-"""Characters of a name that stands in a file."""
+MAX_BYTES = 64 << 20
+"""Most bytes of a file that is read as a whole, unless the caller gives another limit."""
+MAX_DIGITS = 40
+"""Most digits of a whole number in a JSON file. Convoy writes no longer ones."""
+MAX_NAME = 1024
+"""Most characters of a name that a file gives."""
 
 
 class Unfit(OSError):  # noqa: N818 - what is wrong with the file
-    """A name or a file that is not taken in; the message names it, and says what was expected."""
+    """A name or a file that is refused. The message names it and says what was expected."""
 
 
 def within(folder: str | Path, name: object) -> Path:
-    """``folder``/``name`` for a ``name`` that a file gave. Raises Unfit unless it is a relative
-    path without "..", and the place that it leads to, links followed, is below ``folder``."""
-    if not isinstance(name, str) or not 0 < len(name) <= LONGEST or not name.isprintable():
+    """``folder``/``name`` for a ``name`` that a file gives. Raises Unfit unless ``name`` is a
+    relative path without ".." that, with all links resolved, stays below ``folder``."""
+    if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME or not name.isprintable():
         raise Unfit(f"{name!r:.80} is no name of a file below {folder}")
     path = Path(name)
     if path.is_absolute() or ".." in path.parts or not path.parts:
@@ -40,8 +42,8 @@ def within(folder: str | Path, name: object) -> Path:
 
 
 def open_regular(path: str | Path) -> int:
-    """A descriptor to read a file by. Raises Unfit for a pipe, a device, a socket or a folder,
-    which is neither waited for nor read; other OSErrors as ``os.open`` does."""
+    """Open a regular file for reading -> its descriptor. Raises Unfit, without waiting, for a pipe,
+    a device, a socket or a folder, and other OSErrors as ``os.open`` does."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     except OSError as error:
@@ -54,9 +56,9 @@ def open_regular(path: str | Path) -> int:
     return handle
 
 
-def read_bytes(path: str | Path, most: int = MOST) -> bytes:
-    """Content of a regular file of at most ``most`` bytes. Raises Unfit for another, OSError where
-    it can't be read."""
+def read_bytes(path: str | Path, most: int = MAX_BYTES) -> bytes:
+    """Content of a regular file of at most ``most`` bytes. Raises Unfit for any other file, OSError
+    where it can't be read."""
     with open(open_regular(path), "rb") as file:
         content = file.read(most + 1)
     if len(content) > most:
@@ -64,7 +66,7 @@ def read_bytes(path: str | Path, most: int = MOST) -> bytes:
     return content
 
 
-def read_text(path: str | Path, most: int = MOST) -> str:
+def read_text(path: str | Path, most: int = MAX_BYTES) -> str:
     """UTF-8 text of a regular file. Raises Unfit, or OSError where it can't be read."""
     try:
         return read_bytes(path, most).decode("utf-8")
@@ -73,7 +75,8 @@ def read_text(path: str | Path, most: int = MOST) -> str:
 
 
 def read_tail(path: str | Path, most: int) -> tuple[bytes, bool]:
-    """(the last ``most`` bytes of a regular file, whether that is all of it)."""
+    """(the last ``most`` bytes of a regular file, True if that is the whole file). Raises Unfit and
+    OSError as ``open_regular`` does."""
     with open(open_regular(path), "rb") as file:
         start = max(0, os.fstat(file.fileno()).st_size - most)
         file.seek(start)
@@ -81,22 +84,22 @@ def read_tail(path: str | Path, most: int) -> tuple[bytes, bool]:
 
 
 def parse(text: str, source: object):
-    """The value of a JSON text. Raises Unfit, naming ``source``, for what is none, for brackets too
-    deep and for a whole number of more than DIGITS digits."""
+    """The value of a JSON text. Raises Unfit that names ``source`` for text that is not JSON, nests
+    too deep, or has a whole number of more than MAX_DIGITS digits."""
     try:
-        return json.loads(text, parse_int=_whole)
+        return json.loads(text, parse_int=_whole_number)
     except json.JSONDecodeError as error:
         raise Unfit(f"{source} is not JSON ({error})") from None
     except (ValueError, RecursionError) as error:
         raise Unfit(f"{source} is not JSON that can be read ({error or 'brackets too deep'})") from None
 
 
-def read_json(path: str | Path, most: int = MOST):
+def read_json(path: str | Path, most: int = MAX_BYTES):
     """The value of a JSON file. Raises Unfit, or OSError where it can't be read."""
     return parse(read_text(path, most), path)
 
 
-def read_table(path: str | Path, most: int = MOST) -> dict:
+def read_table(path: str | Path, most: int = MAX_BYTES) -> dict:
     """The object of a JSON file. Raises Unfit, or OSError where it can't be read."""
     value = read_json(path, most)
     if not isinstance(value, dict):
@@ -104,7 +107,7 @@ def read_table(path: str | Path, most: int = MOST) -> dict:
     return value
 
 
-def _whole(text: str) -> int:
-    if len(text) > DIGITS:
+def _whole_number(text: str) -> int:
+    if len(text) > MAX_DIGITS:
         raise ValueError(f"a number of {len(text)} digits")
     return int(text)

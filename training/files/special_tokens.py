@@ -1,13 +1,13 @@
-"""What the files of a model say of the tokens that end a reply, begin a text and fill a row.
-Standard library only.
+"""The special tokens of a model: EOS ends a reply, BOS begins a text, PAD fills a row.
 
-Three kinds of file say it: the tokenizer's (by text), config.json and generation_config.json (by
-number, several ends as a list). Training goes by the tokenizer's end; what the others say is
-compared with it, and an export repeats it.
+The tokenizer's files name them by text, config.json and generation_config.json by id (several EOS
+as a list). Training uses the tokenizer's EOS. The ids of the other files are compared with it, and
+an export repeats them. Standard library only.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,60 +33,62 @@ LIKE_IDS = (
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """What a folder's files say; every number is the number of a row of the embedding."""
+    """The special tokens that a folder's files name. Every id is a row of the embedding."""
 
     folder: Path
     texts: dict[str, str]
-    """"eos", "pad", "bos" -> text, as the tokenizer's files have it."""
-    numbers: dict[str, dict[str, list[int]]] = field(default_factory=dict)
-    """File (of CONFIGS) -> {"eos": [2], ...}: what it says by number."""
+    """"eos", "pad", "bos" -> text in the tokenizer's files."""
+    ids: dict[str, dict[str, list[int]]] = field(default_factory=dict)
+    """File (of CONFIGS) -> {"eos": [2], ...}: ids in that file."""
 
     @classmethod
     def read(cls, folder: str | Path, rows: int = 0) -> SpecialTokens:
-        """``rows`` of the embedding; 0 = not known. Raises ConfigError, naming file and field, for
-        what is no token."""
+        """Read a model folder. ``rows``: rows of the embedding, 0 = unknown. Raises ConfigError
+        that names file and field for a value that is no token."""
         folder = Path(folder)
-        return cls(folder, _texts(folder), {name: _numbers(folder, name, rows) for name in CONFIGS})
+        return cls(folder, _texts(folder), {name: _ids(folder, name, rows) for name in CONFIGS})
 
-    def number(self, name: str, ids, default: int | None = None) -> int:
-        """Id of "eos" or "pad": the tokenizer's files say it by text, else config.json by number,
-        else ``default``. ``ids``: text -> id or None. Raises ConfigError where none does."""
+    def number(self, name: str, token_to_id: Callable[[str], int | None], default: int | None = None) -> int:
+        """Id of "eos" or "pad": by the text in the tokenizer's files, else by the id in
+        config.json, else ``default``. Raises ConfigError where all three are missing, and for a
+        text that ``token_to_id`` does not know."""
         if name in self.texts:
-            number = ids(self.texts[name])
+            number = token_to_id(self.texts[name])
             if number is None:
                 raise ConfigError(
                     f"model.checkpoint: {self.folder}: {name}_token = {shown(repr(self.texts[name]))} of "
                     "the tokenizer's files is not in tokenizer.json; name one that is, or add it there"
                 )
             return number
-        numbers = self.numbers["config.json"].get(name)
-        if not numbers and default is not None:
+        ids = self.ids["config.json"].get(name)
+        if not ids and default is not None:
             return default
-        if not numbers:
+        if not ids:
             raise ConfigError(
                 f"model.checkpoint: {self.folder} names no {name} token; name one that tokenizer.json "
                 f'has, as "{name}_token" in tokenizer_config.json'
             )
-        return numbers[0]
+        return ids[0]
 
     def notes(self, eos: int) -> list[str]:
-        """Where config.json or generation_config.json does not name ``eos`` among the ends: what an
-        export will do."""
+        """A note for each of config.json and generation_config.json whose EOS ids lack ``eos``: the
+        export will change them."""
         return [
             f"{self.folder / file}: eos_token_id = {shown(_single(ends))}, but the tokenizer ends a "
             f"text with {eos}: training ends replies with {eos}, and the export's files will say so"
-            for file, said in self.numbers.items()
-            if (ends := said.get("eos")) and eos not in ends
+            for file, ids in self.ids.items()
+            if (ends := ids.get("eos")) and eos not in ends
         ]
 
     def ends(self, eos: int) -> int | list[int]:
-        """eos_token_id of an export: ``eos``, with the further ends that were named with it."""
-        lists = [said["eos"] for said in reversed(self.numbers.values()) if eos in said.get("eos", ())]
+        """eos_token_id of an export: ``eos`` and the other EOS ids that a file lists with it."""
+        lists = [ids["eos"] for ids in reversed(self.ids.values()) if eos in ids.get("eos", ())]
         return _single(lists[0]) if lists else eos
 
 
 def _texts(folder: Path) -> dict[str, str]:
-    """Raises ConfigError where a token is no text, or two files name different ends."""
+    """Name ("eos", "pad", "bos") -> text. Raises ConfigError where a token is no text, or two files
+    name different EOS."""
     texts: dict[str, str] = {}
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         values = hf_folder.json_object(folder, file) or {}
@@ -110,10 +112,10 @@ def _texts(folder: Path) -> dict[str, str]:
     return texts
 
 
-def _numbers(folder: Path, file: str, rows: int) -> dict[str, list[int]]:
-    """Raises ConfigError for ids that the embedding has no row for, or that are no whole
-    numbers."""
-    values, numbers = hf_folder.json_object(folder, file) or {}, {}
+def _ids(folder: Path, file: str, rows: int) -> dict[str, list[int]]:
+    """Name ("eos", "pad", "bos") -> ids in ``file``. Raises ConfigError for an id that is no whole
+    number or no row of the embedding."""
+    values, ids_of = hf_folder.json_object(folder, file) or {}, {}
     for key in LIKE_IDS:
         value = values.get(key)
         if value is None:
@@ -126,8 +128,8 @@ def _numbers(folder: Path, file: str, rows: int) -> dict[str, list[int]]:
                 f"from 0, {most}; set it to the id of a token that tokenizer.json has, or to null"
             )
         if key.removesuffix("_token_id") in NAMES:
-            numbers[key.removesuffix("_token_id")] = list(dict.fromkeys(ids))
-    return numbers
+            ids_of[key.removesuffix("_token_id")] = list(dict.fromkeys(ids))
+    return ids_of
 
 
 def _single(ids: list[int]) -> int | list[int]:

@@ -1,8 +1,8 @@
-"""The weights of a Hugging Face folder: which files they are, and what safetensors' headers say.
+"""The weights of a Hugging Face folder: their files, and the headers of safetensors files.
 
-Standard library only. A folder has one set of weights, or transformers and we might take different
-ones. A header is taken in only where it is what the format (github.com/huggingface/safetensors)
-allows: conversion maps its tensors without asking again.
+A folder must hold one set of weights; of two, transformers and Convoy might load different ones.
+A header is accepted only where it follows the format (github.com/huggingface/safetensors), because
+conversion maps its tensors without further checks. Standard library only.
 """
 
 from __future__ import annotations
@@ -47,25 +47,26 @@ class Tensor(NamedTuple):
     dtype: str
     sizes: tuple[int, ...]
     start: int
-    """Byte of the file that it begins at."""
+    """Offset of its first byte in the file."""
     bytes: int
 
 
 class Weights(NamedTuple):
-    """The files, in order, and what their index says: tensor -> file name; {} without an index."""
+    """One set of weights."""
 
     files: list[Path]
+    """The files, sorted by name."""
     places: dict[str, str]
+    """Tensor -> file name, as the index has it; {} without an index."""
     notes: list[str]
-    """What a person should know, though it is no mistake."""
+    """Facts to show to the user that are no mistakes."""
 
 
 def find(folder: str | Path) -> Weights:
-    """The folder's one set of weights, in the order in which transformers looks for them:
-    safetensors before .bin.
+    """Find the folder's one set of weights, as transformers does: safetensors before .bin.
 
-    Raises ConfigError where there are none or two, and where an index names what is missing or no
-    file of the folder.
+    Raises ConfigError where there is none, where there are two, and where an index names a file
+    that is missing or is not in the folder.
     """
     folder = Path(folder)
     if hf_folder.file(folder, "adapter_config.json", links=True):
@@ -75,11 +76,11 @@ def find(folder: str | Path) -> Weights:
             "model.merge_and_unload().save_pretrained(...)), or remove it"
         )
     for number, (single, index) in enumerate(KINDS):
-        whole, table = hf_folder.file(folder, single, links=True), hf_folder.file(folder, index)
-        if not whole and not table:
+        single_file, index_file = hf_folder.file(folder, single, links=True), hf_folder.file(folder, index)
+        if not single_file and not index_file:
             continue
-        places = _places(folder, index) if table else {}
-        if whole and table and set(places.values()) != {single}:
+        places = _places(folder, index) if index_file else {}
+        if single_file and index_file and set(places.values()) != {single}:
             raise ConfigError(
                 f"model.checkpoint: {folder} holds two sets of weights: {single}, which transformers "
                 f"loads, and the shards of {index}; remove the set that is not the model's"
@@ -88,7 +89,7 @@ def find(folder: str | Path) -> Weights:
         files = [_shard(folder, name, index, names) for name in names]
         notes = [f"{path} is a link to {path.resolve()}" for path in files if hf_folder.outside(folder, path)]
         if not number and any((folder / other).exists() for other in KINDS[1]):
-            notes.append(f"{folder} holds {BIN} beside {SAFETENSORS}: nothing reads it")
+            notes.append(f"{folder} holds {BIN} as well as {SAFETENSORS}: nothing reads {BIN}")
         return Weights(files, places, notes)
     raise ConfigError(
         f"model.checkpoint: no weights in {folder}: expected {SAFETENSORS}, or {BIN}, or several of "
@@ -98,8 +99,8 @@ def find(folder: str | Path) -> Weights:
 
 
 def _places(folder: Path, index: str) -> dict[str, str]:
-    """The index's table. Raises ConfigError unless each of its files has a name that a file of the
-    folder has."""
+    """Tensor -> file name of an index. Raises ConfigError for a name that no file of the folder can
+    have."""
     table = (hf_folder.json_object(folder, index) or {}).get("weight_map")
     ending = Path(index.removesuffix(".index.json")).suffix
     if not isinstance(table, dict) or not table:
@@ -128,8 +129,8 @@ def _shard(folder: Path, name: str, index: str, names: list[str]) -> Path:
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
-    """A safetensors file's tensors by name. Raises ConfigError unless header and length are
-    sound."""
+    """Name -> tensor of a safetensors file. Raises ConfigError where the header breaks the format
+    or the file's length does not match it."""
     with open(path, "rb") as file:
         size, start = path.stat().st_size, file.read(8)
         if start == b"version ":
@@ -176,7 +177,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
 
 
 def _tensor(path: Path, name: str, entry, data: int) -> Tensor:
-    """Of one entry of a header whose data begin at byte ``data``."""
+    """One entry of a header. ``data``: offset in the file at which the header's data begin."""
 
     def wrong(what: str, expected: str) -> ConfigError:
         return ConfigError(

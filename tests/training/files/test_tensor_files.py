@@ -34,7 +34,7 @@ def test_two_sets_are_refused_and_one_in_two_ways_is_not(tmp_path):
     assert [path.name for path in tensor_files.find(tmp_path).files] == [SINGLE]
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
     assert tensor_files.find(tmp_path).notes == [
-        f"{tmp_path} holds pytorch_model.bin beside model.safetensors: nothing reads it"
+        f"{tmp_path} holds pytorch_model.bin as well as model.safetensors: nothing reads pytorch_model.bin"
     ]
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ConfigError, match="holds an adapter"):
