@@ -1,2 +1,4 @@
-"""What a stage's config.json and a model's config.json mean. The launcher reads it, too: standard
-library only."""
+"""Configuration: a stage's config.json, a model's config.json, and the cost of a micro-batch.
+
+It knows no data and no trainer. Standard library only: the launcher reads it, too.
+"""

@@ -1,8 +1,8 @@
-"""What a layer of a micro-batch takes: the GPU's time to compute it, or the host's to launch it,
-whichever is longer. Pure, stdlib only.
+"""Time of a layer of a micro-batch: the GPU's to compute it or the host's to launch it, whichever
+is longer.
 
-The one home of these measurements: launcher/estimates/step_time.py predicts steps with them, and
-trainers divide packed rows by them.
+The measurements have their one home here: launcher/estimates/step_time.py predicts steps with them,
+and trainers choose their packed rows by them. Pure; standard library only.
 """
 
 from __future__ import annotations
@@ -22,18 +22,20 @@ computes; True: with messages of tensor parallelism. The first is of 1b7's updat
 and PP 2 on two H100 (2.1 of it backward; an H200's host took no more than 2), the second of 7b1's
 steps at 2,048 tokens, TP 2 x PP 2, on four H100."""
 FORWARD = {False: 1 / 4, True: 1 / 3}
-"""Of LAUNCH_S without a backward pass: at most .73 ms in the scoring of the first, 1.6 in that of
-1b7 at 2,048 tokens, TP 2 x PP 2."""
+"""Share of LAUNCH_S that a forward pass alone takes: at most .73 ms in the scoring of the first,
+1.6 in that of 1b7 at 2,048 tokens, TP 2 x PP 2."""
 OVERHEAD = 16
-"""Tokens that could be computed in the time that a micro-batch takes beside its layers: a guess,
-small on purpose, so that of rows that are equally full the fewest micro-batches are taken."""
+"""Cost of a micro-batch outside its layers, in tokens that could be computed meanwhile. A guess,
+and small on purpose: among rows that are equally full, packing then takes the fewest
+micro-batches."""
 
 MORE_ROWS = 3
-"""Packing tries up to so many times the fewest rows."""
+"""Packing tries up to this many times the fewest rows."""
 
 
 def utilisation(hidden: int) -> float:
-    """UTILISATION, between its sizes interpolated."""
+    """UTILISATION at a hidden size, interpolated linearly and constant outside the measured
+    sizes."""
     sizes = sorted(UTILISATION)
     if hidden <= sizes[0] or hidden >= sizes[-1]:
         return UTILISATION[sizes[0] if hidden <= sizes[0] else sizes[-1]]
@@ -50,8 +52,8 @@ def flops_per_token(shape: Shape, length: int) -> tuple[float, float]:
 
 
 def launched_tokens(shape: Shape, tensor_parallel: int, length: int, tflops: float) -> int:
-    """Tokens of a micro-batch, in rows of ``length``, whose layers a GPU of ``tflops`` computes
-    while the host launches them: a smaller one takes as long.
+    """Tokens of a micro-batch whose layers a GPU of ``tflops`` computes just while the host
+    launches them; its rows have ``length`` tokens. A smaller micro-batch takes as long.
 
     bloom-7b1 on an H100, in rows of 2,048 tokens: 1,342 (TP 1) and 4,351 (TP 2); bloom-1b7: 4,848
     and 15,714.
@@ -62,27 +64,27 @@ def launched_tokens(shape: Shape, tensor_parallel: int, length: int, tflops: flo
 
 
 def group(config: TrainerConfig) -> int:
-    """What the number of a rank's micro-batches is a multiple of: the interleaved schedule takes
+    """The number of a rank's micro-batches is a multiple of this: the interleaved schedule takes
     them in groups of the pipeline's size."""
     return config.pipeline_parallel if config.virtual_pipeline > 1 else 1
 
 
 def micro_batches(
-    rows: int, length: int, most: int, stages: int = 1, group: int = 1, least: int = 0
+    rows: int, length: int, max_rows: int, stages: int = 1, group: int = 1, min_tokens: int = 0
 ) -> tuple[float, int]:
-    """(Time of a rank's ``rows`` of ``length`` in tokens, rows of a micro-batch) for the best
-    division into micro-batches.
+    """Best division of a rank's ``rows`` of ``length`` tokens -> (time in tokens, rows of a
+    micro-batch).
 
-    The time is (micro-batches + stages - 1) x (tokens of a micro-batch, at least ``least``, +
-    OVERHEAD): a pipeline's bubble and the launching of kernels in one number. ``most``: rows of a
-    micro-batch; ``group``: their number is a multiple of it. (inf, 0) where no size divides the
-    rows so.
+    The time is (micro-batches + stages - 1) x (tokens of a micro-batch, at least ``min_tokens``, +
+    OVERHEAD): a pipeline's bubble and the launching of kernels in one number. A micro-batch has at
+    most ``max_rows`` rows, and their number is a multiple of ``group``. Returns (inf, 0) where no
+    size divides the rows so.
 
-    >>> micro_batches(64, 512, 32, stages=2), micro_batches(64, 512, 32, stages=2, least=17400)
+    >>> micro_batches(64, 512, 32, stages=2), micro_batches(64, 512, 32, stages=2, min_tokens=17400)
     ((34320, 1), (52248, 32))
     """
-    sizes = [size for size in range(1, min(most, rows) + 1) if rows % size == 0 and rows // size % group == 0]
+    sizes = [size for size in range(1, min(max_rows, rows) + 1) if rows % size == 0 and rows // size % group == 0]
     return min(
-        (((rows // size + stages - 1) * (max(size * length, least) + OVERHEAD), size) for size in sizes),
+        (((rows // size + stages - 1) * (max(size * length, min_tokens) + OVERHEAD), size) for size in sizes),
         default=(float("inf"), 0),
     )

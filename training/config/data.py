@@ -1,5 +1,7 @@
-"""Configuration of the data's preparation: sections ``model`` and ``data``. Standard library only;
-the trainers' is training/config/trainers.py."""
+"""Configuration of the data's preparation: sections ``model`` and ``data``. Standard library only.
+
+The trainers' configuration is training/config/trainers.py.
+"""
 
 from __future__ import annotations
 
@@ -71,8 +73,8 @@ class PreparePaths:
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """What ``python -m training.data.prepare`` reads: not a stage, it runs on the login node before
-    anything is queued."""
+    """What ``python -m training.data.prepare`` reads. It is no stage: it runs on the login node
+    before anything is queued."""
 
     paths: PreparePaths
     model: ModelConfig

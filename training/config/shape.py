@@ -1,5 +1,7 @@
-"""The model's shape, as Hugging Face's config.json states it, and which layouts it fits. Standard
-library only."""
+"""The model's shape, as Hugging Face's config.json states it, and the layouts that it fits.
+
+Standard library only.
+"""
 
 from __future__ import annotations
 
@@ -21,29 +23,29 @@ VOCAB_MULTIPLE = 128
 """The embedding's rows are padded to a multiple of this times the tensor-parallel size (tensor
 cores, equal shards)."""
 CHUNK_LOGITS = 2**29
-"""Most logits of a rank that exist at once in training: 2 GiB in fp32, 2,139 tokens of BLOOM
-without tensor parallelism."""
-
+"""Most logits that a rank holds at once in training: 2 GiB in fp32, 2,139 tokens of BLOOM without
+tensor parallelism."""
 
 EMBEDDING, OUTPUT, SCORE = "embedding.word_embeddings.weight", "output_layer.weight", "score.linear.weight"
 """megatron-core's keys of every family's embedding, output matrix and scalar head."""
 VOCABULARY = (EMBEDDING, OUTPUT)
-"""Tensors with a row a token: padded for tensor parallelism."""
+"""Tensors with one row for each token; tensor parallelism pads them."""
 
 
 @dataclass(frozen=True)
 class Weight:
-    """One tensor on megatron-core, and what it is made of in Hugging Face."""
+    """One tensor of megatron-core, and the tensors of Hugging Face that it consists of."""
 
     key: str
-    """Its name in the model, for a layer's tensor within the layer."""
+    """Its name in the model; of a layer's tensor, its name within the layer."""
     parts: dict[str, tuple[int, ...]]
-    """Hugging Face's names, without prefix and layer, and shapes. Several are woven into one: its
-    rows are, group by group, the first part's rows of the group, then the second's, ..."""
+    """Hugging Face's names, without prefix and layer -> shapes. Several parts are woven into one
+    tensor: for each group, the first part's rows of that group, then the second's, ..."""
     split: int | None = None
-    """The axis that tensor parallelism splits; None = the same on every rank."""
+    """The axis that tensor parallelism splits; None = every rank has the whole tensor."""
     weave_groups: int = 1
-    """Groups that several parts are woven by; tensor parallelism must not cut one."""
+    """Number of groups in which several parts are woven; tensor parallelism must not cut a
+    group."""
 
     @property
     def size(self) -> tuple[int, ...]:
@@ -53,28 +55,28 @@ class Weight:
 
 @dataclass(frozen=True)
 class Table:
-    """All tensors of a model, in its order, but for what stands on top."""
+    """All tensors of a model in its order, except those of its head."""
 
     first: tuple[Weight, ...]
     layer: tuple[Weight, ...]
-    """Of each layer."""
+    """The tensors of each layer."""
     last: tuple[Weight, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What Hugging Face's config.json says of the model; the only place the shape comes from."""
+    """The model's shape. It comes from Hugging Face's config.json and from nowhere else."""
 
     family: str
     layers: int
     hidden: int
     heads: int
     kv_heads: int
-    """Key-value heads: each serves heads / kv_heads query heads."""
+    """Key-value heads; each serves heads / kv_heads query heads."""
     head_dim: int
     """Width of a head: hidden / heads where config.json does not say otherwise."""
     ffn_hidden: int
-    """Width of the feed-forward part, after the gate where it has one."""
+    """Width of the feed-forward part; of a gated one, the width after the gate."""
     vocab: int
     """Rows of the embedding in the Hugging Face checkpoint."""
     norm_eps: float
@@ -82,7 +84,7 @@ class Shape:
     tied: bool
     """The output matrix is the embedding; else the model has its own."""
     gated: bool = False
-    """The feed-forward part's first matrix has a second half, which gates (SwiGLU)."""
+    """The feed-forward part's first matrix has a second half that gates the first (SwiGLU)."""
     alibi: bool = False
     """Attention with linear biases."""
     rope: Rope | None = None
@@ -97,8 +99,8 @@ class Shape:
 
     @classmethod
     def read(cls, folder: str | Path) -> Shape:
-        """Raises ConfigError where the folder is of no known family or of a model that we do not
-        compute exactly."""
+        """Read a model folder's config.json. Raises ConfigError for an unknown family and for a
+        model that Convoy does not compute exactly."""
         config = ConfigFile.read(Path(folder) / "config.json")
         name = config.values.get("model_type")
         if not isinstance(name, str) or name not in FAMILIES:
@@ -107,7 +109,7 @@ class Shape:
 
     @classmethod
     def demo(cls, model: ModelConfig) -> Shape:
-        """Of the model that ``model.checkpoint = "demo"`` makes."""
+        """Shape of the model that ``model.checkpoint = "demo"`` creates."""
         kind = family(model.demo_family)
         return kind.read(ConfigFile(Path("demo"), kind.demo(model)))
 
@@ -116,8 +118,8 @@ class Shape:
         return family(self.family).table(self)
 
     def weights(self, head: str) -> Iterator[tuple[Weight, int | None, dict[str, tuple[int, ...]]]]:
-        """Every tensor in the model's order: (what it is, its layer if any, Hugging Face's names
-        without prefix and shapes)."""
+        """Every tensor in the model's order: (the weight, its layer or None, Hugging Face's names
+        without prefix -> shapes). ``head``: as ``head_weights``."""
         table, name = self.table, family(self.family).LAYER
         yield from ((weight, None, weight.parts) for weight in table.first)
         for layer in range(self.layers):
@@ -126,8 +128,8 @@ class Shape:
         yield from ((weight, None, weight.parts) for weight in (*table.last, *self.head_weights(head)))
 
     def head_weights(self, head: str) -> tuple[Weight, ...]:
-        """What stands on top of the transformer. ``head``: "tied" (the embedding again: no tensor),
-        "untied" or "scalar"."""
+        """Tensors of the head. ``head``: "tied" (the output matrix is the embedding: no tensor of
+        its own), "untied" or "scalar"."""
         if head == "untied":
             return (Weight(OUTPUT, {"lm_head.weight": (self.vocab, self.hidden)}, 0),)
         if head == "scalar":
@@ -151,17 +153,18 @@ class Shape:
 
     @property
     def embedding_norm(self) -> bool:
-        """Has it a norm between embedding and layers?"""
+        """True if a norm follows the embedding."""
         return len(self.table.first) > 1
 
     @property
     def score_bias(self) -> bool:
-        """Has a scalar head a bias? Hugging Face's have none: only where the last norm has a bias
-        can one be exported (conversion/classifier.py)."""
+        """True if a scalar head has a bias. Hugging Face's heads have none, and an export can fold
+        one only into the bias of the last norm (conversion/classifier.py)."""
         return len(self.table.last) > 1
 
     def check_tensor_parallel(self, size: int, name: str = "tensor_parallel") -> None:
-        """Raises ConfigError where ``size`` ranks can't share a layer; ``name``: the setting."""
+        """Raises ConfigError where ``size`` ranks can't share a layer. ``name``: the setting in the
+        message."""
         if self.heads % size:
             fits = ", ".join(str(n) for n in range(1, self.heads + 1) if self.heads % n == 0)
             raise ConfigError(
@@ -183,8 +186,8 @@ class Shape:
     def check_layout(
         self, tensor_parallel_size: int, pipeline_parallel_size: int, virtual_pipeline_size: int = 1
     ) -> None:
-        """Raises ConfigError where the model can't be divided so; the message says which layouts
-        exist."""
+        """Raises ConfigError where the model can't be divided in this way. The message says which
+        layouts exist."""
         self.check_tensor_parallel(tensor_parallel_size)
         if virtual_pipeline_size > 1 and pipeline_parallel_size == 1:
             raise ConfigError(
@@ -204,8 +207,8 @@ class Shape:
             raise ConfigError(f"{what} is more than the model's {self.layers} layers; {fix} (parts need not be equal)")
 
     def check_length(self, name: str, tokens: int) -> None:
-        """Raises ConfigError where rows of ``tokens`` are longer than the model's positions reach;
-        ``name``: the setting."""
+        """Raises ConfigError where rows of ``tokens`` tokens exceed the model's positions.
+        ``name``: the setting in the message."""
         if self.max_positions and tokens > self.max_positions:
             raise ConfigError(
                 f"{name} = {tokens} is more than the model's max_position_embeddings = {self.max_positions}, "
@@ -213,13 +216,13 @@ class Shape:
             )
 
     def stage_layers(self, stages: int, head: str = "lm", least: int = 1) -> list[int]:
-        """Layers of each pipeline stage: the split whose slowest stage is fastest, with at least
-        ``least`` layers a stage.
+        """Layers of each pipeline stage: the split whose slowest stage is fastest. Each stage has
+        at least ``least`` layers.
 
-        A stage's time is its layers' plus, on the last stage of a language model, the output
-        matrix's, in layers: its multiplications against a layer's (BLOOM: V / 12 H, 5 layers of
-        bloom-7b1, 20 of bloom-560m). The input embedding costs no time but the first stage's
-        memory: what does not divide evenly goes to the stages after the first.
+        A stage's time is that of its layers. The last stage of a language model also computes the
+        output matrix, counted in layers by its multiplications (BLOOM: V / 12 H, 5 layers of
+        bloom-7b1, 20 of bloom-560m). The input embedding costs no time but memory of the first
+        stage, so layers that do not divide evenly go to the stages after the first.
         """
         if stages == 1:
             return [self.layers]
@@ -227,7 +230,7 @@ class Shape:
         best: tuple[float, int] | None = None
         for last in range(least, self.layers - least * (stages - 1) + 1):
             slowest = max(last + output, -(-(self.layers - last) // (stages - 1)))
-            # Of equals the fullest last stage: the others then hold less.
+            # among equals take the fullest last stage: the other stages then hold less
             if best is None or slowest <= best[0]:
                 best = (slowest, last)
         if best is None:
@@ -238,28 +241,31 @@ class Shape:
     def chunk_layers(
         self, pipeline_parallel_size: int, virtual_pipeline_size: int = 1, head: str = "lm"
     ) -> list[list[int]]:
-        """Layers of each part of each pipeline stage. In the model's order: part 0 of every stage,
-        then part 1 of every stage, ..."""
-        parts = virtual_pipeline_size
+        """Layers of each chunk of each pipeline stage: ``[stage][chunk]``. The model's order is
+        chunk 0 of every stage, then chunk 1 of every stage, ..."""
+        chunks = virtual_pipeline_size
         return [
-            [layers // parts + (part < layers % parts) for part in range(parts)]
-            for layers in self.stage_layers(pipeline_parallel_size, head, parts)
+            [layers // chunks + (chunk < layers % chunks) for chunk in range(chunks)]
+            for layers in self.stage_layers(pipeline_parallel_size, head, chunks)
         ]
 
     @property
     def layer_multiplications(self) -> int:
-        """Of a layer's matrices, a token."""
+        """Multiplications of a layer's matrices for one token."""
         return sum(math.prod(weight.size) for weight in self.table.layer if len(weight.size) == 2)
 
     def parameters(self) -> int:
-        """Parameters of the language model; a tied output matrix is the embedding. Vocabulary
-        padding is not counted."""
-        table, top = self.table, self.head_weights("tied" if self.tied else "untied")
-        return sum(math.prod(weight.size) for weight in (*table.first, *self.layers * table.layer, *table.last, *top))
+        """Parameters of the language model. A tied output matrix and vocabulary padding do not
+        count."""
+        table, head = self.table, self.head_weights("tied" if self.tied else "untied")
+        return sum(math.prod(weight.size) for weight in (*table.first, *self.layers * table.layer, *table.last, *head))
 
     def adapters(self, rank: int, tensor_parallel_size: int = 1) -> int:
-        """Parameters of one layer's low-rank adapters on a tensor-parallel rank: of what is split
-        by rows A (rank, columns) is whole there, of what is split by columns B (rows, rank)."""
+        """Parameters of one layer's low-rank adapters on a tensor-parallel rank.
+
+        Of a matrix that is split by rows the rank has the whole A (rank, columns), of one that is
+        split by columns the whole B (rows, rank).
+        """
         matrices = [weight for weight in self.table.layer if len(weight.size) == 2]
         return rank * sum(
             size // (tensor_parallel_size if weight.split == axis else 1)
@@ -268,13 +274,14 @@ class Shape:
         )
 
     def padded_vocab(self, tensor_parallel_size: int) -> int:
+        """Rows of the embedding on megatron-core, padding included."""
         multiple = VOCAB_MULTIPLE * tensor_parallel_size
         return -(-self.vocab // multiple) * multiple
 
 
 def check_language_model(folder: str | Path, shape: Shape) -> None:
-    """Raises ConfigError where config.json is of a model with another head than a language model's:
-    a chain starts from one."""
+    """Raises ConfigError where config.json describes a model with another head: a chain starts from
+    a language model."""
     path, values = Path(folder) / "config.json", ConfigFile.read(Path(folder) / "config.json").values
     named, prefix = values.get("architectures"), family(shape.family).HUGGING_FACE
     allowed = [f"{prefix}ForCausalLM", f"{prefix}Model"]
@@ -288,6 +295,6 @@ def check_language_model(folder: str | Path, shape: Shape) -> None:
 
 
 def family(name: str) -> ModuleType:
-    """A family's file, training/models/NAME/table.py: ``read``, ``table``, ``demo`` and Hugging
+    """Module training/models/NAME/table.py of a family: ``read``, ``table``, ``demo`` and Hugging
     Face's names."""
     return importlib.import_module(f"training.models.{name}.table")

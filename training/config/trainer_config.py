@@ -1,5 +1,7 @@
-"""What the configurations of all training stages have in common; standard library only. Each
-stage's own: training.config.trainers."""
+"""Configuration that all training stages share. Standard library only.
+
+Each stage's own fields are in training/config/trainers.py.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,7 @@ class PPOPaths(Paths):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
-    """What all trainers have in common."""
+    """Fields of all trainers. Contradictions raise ValueError when the object is created."""
 
     seed: int = 1234
     """Seed of data order, initialisation and sampling."""
@@ -52,9 +54,9 @@ class TrainerConfig:
     sequence_parallel: bool = False
     """Split activations along the sequence between tensor-parallel ranks."""
     context_parallel: int = 1
-    """Not supported beyond 1: the key exists to say so."""
+    """Must be 1; larger values are rejected with advice."""
     recompute: str = "none"
-    """Activations made again in the backward pass: "none", "selective" (attention scores, GELU:
+    """Activations recomputed in the backward pass: "none", "selective" (attention scores, GELU:
     little time) or "full" (each layer)."""
     attention: str = "auto"
     """"auto" ("flex" on a GPU, else "sdpa"), "flex" (FlexAttention), "sdpa" (torch), "flash"
@@ -71,8 +73,8 @@ class TrainerConfig:
     """Compile each layer into a few fused kernels: on a GPU, not with "sdpa"; takes most of a
     minute once."""
     collective_minutes: int = 60
-    """Minutes that a rank waits for the others before it ends with an error; a whole rollout may
-    lie between two of their meetings."""
+    """Minutes that a rank waits in a collective before it ends with an error. A whole rollout may
+    pass between two collectives."""
     iterations: int
     """Optimizer steps (rlhf, grpo: rollouts)."""
     micro_batch_size: int
@@ -117,15 +119,23 @@ class TrainerConfig:
     log_every: int = 10
     """Iterations between lines of the log."""
     wandb: str = "off"
-    """Weights & Biases beside metrics.jsonl: "off", "offline" (files, for ``wandb sync``) or
-    "online" (needs WANDB_API_KEY)."""
+    """Weights & Biases in addition to metrics.jsonl: "off", "offline" (files, for ``wandb sync``)
+    or "online" (needs WANDB_API_KEY)."""
     mlflow: str = ""
-    """MLflow's tracking address ("http://host:5000", "file:///folder") beside metrics.jsonl; "" =
-    none."""
+    """MLflow's tracking address ("http://host:5000", "file:///folder"), in addition to
+    metrics.jsonl; "" = none."""
     tracking_project: str = "convoy"
     """W&B's project, MLflow's experiment."""
 
     def __post_init__(self):
+        self._check_choices()
+        self._check_ranges()
+        self._check_saving()
+        self._check_lengths()
+        self._check_optimizer()
+        self._check_layout()
+
+    def _check_choices(self) -> None:
         one_of(self, "precision", ("bf16", "fp32"))
         one_of(self, "wandb", ("off", "online", "offline"))
         one_of(self, "optimizer_precision", ("fp32", "bf16"))
@@ -133,6 +143,8 @@ class TrainerConfig:
         one_of(self, "recompute", ("none", "selective", "full"))
         one_of(self, "fused", ("torch", "te", "apex"))
         one_of(self, "attention", ("auto", "flash", "te", "flex", "sdpa"))
+
+    def _check_ranges(self) -> None:
         positive(self, "lr", "adam_eps", "clip_grad", "lora_alpha")
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
@@ -165,11 +177,15 @@ class TrainerConfig:
         )
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr = {self.min_lr}: expected at most lr = {self.lr}")
+
+    def _check_saving(self) -> None:
         if self.keep_every % self.save_every:
             raise ValueError(
                 f"keep_every = {self.keep_every} is not a multiple of save_every = {self.save_every}: "
                 "nothing is saved there"
             )
+
+    def _check_lengths(self) -> None:
         if self.global_batch_size % self.micro_batch_size:
             raise ValueError(
                 f"global_batch_size = {self.global_batch_size} is not a multiple of "
@@ -179,12 +195,16 @@ class TrainerConfig:
             raise ValueError(
                 f"warmup_iterations = {self.warmup_iterations}: expected fewer than iterations = {self.iterations}"
             )
+
+    def _check_optimizer(self) -> None:
         if self.optimizer_precision == "bf16" and self.fused != "torch":
             raise ValueError(
                 f'optimizer_precision = "bf16" is an AdamW of its own; set fused = "torch", not "{self.fused}"'
             )
         if self.optimizer_precision == "bf16" and self.precision != "bf16":
             raise ValueError(f'optimizer_precision = "bf16" needs precision = "bf16", not "{self.precision}"')
+
+    def _check_layout(self) -> None:
         if self.sequence_parallel and self.tensor_parallel == 1:
             raise ValueError("sequence_parallel = true needs tensor_parallel > 1; set sequence_parallel = false")
         if self.context_parallel != 1:
@@ -198,7 +218,7 @@ class TrainerConfig:
             )
 
     LENGTH = "seq_length"
-    """What ``longest_row`` is made of."""
+    """The settings that ``longest_row`` comes from, as messages name them."""
 
     @property
     def longest_row(self) -> int:
@@ -206,7 +226,7 @@ class TrainerConfig:
         return self.seq_length
 
     def model_copies(self, world_size: int) -> int:
-        """Data-parallel size for ``world_size`` ranks; raises ConfigError where TP x PP does not
+        """Data-parallel size for ``world_size`` ranks. Raises ConfigError where TP x PP does not
         divide them."""
         model_ranks = self.tensor_parallel * self.pipeline_parallel
         if world_size % model_ranks:
@@ -217,8 +237,8 @@ class TrainerConfig:
         return world_size // model_ranks
 
     def data_parallel(self, world_size: int) -> int:
-        """Data-parallel size for ``world_size`` ranks; raises ConfigError where the numbers do not
-        divide."""
+        """Data-parallel size for ``world_size`` ranks. Raises ConfigError where the batch does not
+        divide among them."""
         data_ranks = self.model_copies(world_size)
         if self.global_batch_size % (self.micro_batch_size * data_ranks):
             raise ConfigError(

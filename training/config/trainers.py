@@ -1,9 +1,9 @@
-"""Every training stage's configuration: one frozen dataclass a stage, standard library only.
+"""Every training stage's configuration: one frozen dataclass a stage. Standard library only.
 
-The launcher merges recipe, file and command line into these classes; a stage reads its own back
-from its one argument, a JSON file. Defaults are the BLOOM recipe of ChatLearn v0.1.0 where it is
-sound. ``paths`` is filled by the launcher and is no key of a recipe. Contradictions raise
-``ValueError`` when the object is made.
+The launcher merges recipe, file and command line into these classes. A stage reads its own back
+from its one argument, a JSON file. Defaults are those of ChatLearn v0.1.0's BLOOM recipe where they
+are sound. The launcher fills ``paths``, which is no key of a recipe. Contradictions raise
+``ValueError`` when the object is created.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class DPOConfig(TrainerConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig(TrainerConfig):
-    """What PPO and GRPO have in common: the policy learns from its own samples, which the reward
+    """Fields that PPO and GRPO share: the policy learns from its own samples, which the reward
     model scores."""
 
     group_size: ClassVar[int] = 1
@@ -166,16 +166,16 @@ class RolloutConfig(TrainerConfig):
     weight_decay: float = 0.01
     clip_grad: float = 0.5
     temperature: float = 1.0
-    """Divides the logits in rollout, old, reference and update alike."""
+    """Divides the logits of the rollout, of old and reference log-probabilities, and of updates."""
     offload: str = "none"
-    """What waits in pinned host memory (each node needs room for its ranks' parts) while it has
-    nothing to do: "none", "frozen" (reference and reward model but while they score) or "all" (also
-    optimizer states but while their model trains; gradients exist only then)."""
+    """What moves to pinned host memory while it is idle (each node needs room for its ranks'
+    parts): "none", "frozen" (reference and reward model, except while they score) or "all" (also
+    optimizer states, except while their model trains; gradients exist only then)."""
     top_p: float = 1.0
-    """Not supported below 1: log-probabilities are of the whole distribution; the key exists to say
-    so."""
+    """Must be 1: log-probabilities are of the full distribution. Other values are rejected with
+    advice."""
     top_k: int = 0
-    """Not supported above 0, as top_p."""
+    """Must be 0, for the reason of top_p."""
     kl_coef: float = 0.02
     """Weight of the per-token KL penalty (its start value when kl_target is set); 0 = none, and no
     reference model: KL is not measured."""
@@ -188,14 +188,14 @@ class RolloutConfig(TrainerConfig):
     """Clip of the ratio of new to old probability, 1 - clip_ratio .. 1 + clip_ratio (Schulman et
     al. 2017)."""
     clip_ratio_high: float = 0.0
-    """Clip of the ratio above 1 (Yu et al. 2025: 0.28); 0 = clip_ratio there, too."""
+    """Clip of the ratio above 1 (Yu et al. 2025: 0.28); 0 = the same as clip_ratio."""
     dual_clip: float = 0.0
     """Bound of a token's loss where its advantage is negative, in advantages (Ye et al. 2020: 3); 0
     = none."""
     importance_cap: float = 0.0
-    """Each token's loss counts min(p / p_rollout, this) times: p by the training forward, p_rollout
-    by the rollout engine that drew it (truncated importance sampling; Yao et al. 2025 use 2). 0 =
-    once."""
+    """Each token's loss is weighted by min(p / p_rollout, this): p by the training forward,
+    p_rollout by the rollout engine that drew the token (truncated importance sampling; Yao et al.
+    2025 use 2). 0 = no weight."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus per token in the policy's loss; 0 = none."""
     reward_clip: float = 100.0
@@ -217,7 +217,7 @@ class RolloutConfig(TrainerConfig):
     """Health gate: most token_mult_prob_error, the mean of exp |log p - log p_rollout|: 1 where
     rollout and training agree."""
     gate_after: int = 10
-    """Iterations, beside value_warmup, after which the gates are watched."""
+    """Iterations, in addition to value_warmup, after which the gates apply."""
     gate_pause: int = 20
     """A gate breached in so many iterations in a row saves a checkpoint and ends the stage until
     someone resumes it; 0 = never."""
@@ -242,6 +242,13 @@ class RolloutConfig(TrainerConfig):
             "micro_batch_tokens",
             "importance_cap",
         )
+        self._check_scores_and_kl()
+        self._check_clips_and_gates()
+        self._check_memory()
+        self._check_generation()
+        self._check_batches()
+
+    def _check_scores_and_kl(self) -> None:
         if not math.isfinite(self.missing_eos_penalty):
             raise ValueError(f"missing_eos_penalty = {self.missing_eos_penalty}: expected a finite score")
         if self.kl_target and not self.kl_coef:
@@ -253,9 +260,13 @@ class RolloutConfig(TrainerConfig):
                 f"kl_horizon = {self.kl_horizon}: expected at least rollout_batch_size = {self.rollout_batch_size}, or "
                 "one iteration may turn kl_coef negative"
             )
+
+    def _check_clips_and_gates(self) -> None:
         positive(self, "temperature", "clip_ratio", "reward_clip")
         below(self, 1, "clip_ratio")
         number(self, "kl_max", "eos_rate_min", "length_correlation_max", "entropy_min", "mult_prob_error_max")
+
+    def _check_memory(self) -> None:
         one_of(self, "offload", ("none", "frozen", "all"))
         if self.offload == "all" and self.async_save:
             raise ValueError(
@@ -264,13 +275,13 @@ class RolloutConfig(TrainerConfig):
             )
         if not 0 < self.cache_share <= 1:
             raise ValueError(f"cache_share = {self.cache_share}: expected a share above 0 and at most 1")
-        if (
-            self.generation_tensor_parallel
-            and self.tensor_parallel * self.pipeline_parallel % self.generation_tensor_parallel
-        ):
+
+    def _check_generation(self) -> None:
+        model_ranks = self.tensor_parallel * self.pipeline_parallel
+        if self.generation_tensor_parallel and model_ranks % self.generation_tensor_parallel:
             raise ValueError(
                 f"generation_tensor_parallel = {self.generation_tensor_parallel} does not divide tensor_parallel x "
-                f"pipeline_parallel = {self.tensor_parallel * self.pipeline_parallel}; set it to a divisor or 0"
+                f"pipeline_parallel = {model_ranks}; set it to a divisor or 0"
             )
         for name, off in (("top_p", 1.0), ("top_k", 0)):
             if getattr(self, name) != off:
@@ -278,6 +289,8 @@ class RolloutConfig(TrainerConfig):
                     f"{name} = {getattr(self, name)}: samples would come from a truncated distribution, whose "
                     f"log-probabilities ratio and KL do not have; set {name} = {off}, or lower temperature"
                 )
+
+    def _check_batches(self) -> None:
         if self.dual_clip and self.dual_clip <= 1:
             raise ValueError(f"dual_clip = {self.dual_clip}: expected 0 (off) or more than 1")
         if self.micro_batch_tokens and self.micro_batch_tokens < self.prompt_length + self.response_length:
@@ -298,8 +311,8 @@ class RolloutConfig(TrainerConfig):
         return self.prompt_length + self.response_length
 
     def data_parallel(self, world_size: int) -> int:
-        """As any trainer's; rows that a token budget packs come in whatever number the ranks
-        divide."""
+        """As of any trainer. Rows that are packed by micro_batch_tokens divide among any number of
+        ranks."""
         return self.model_copies(world_size) if self.micro_batch_tokens else super().data_parallel(world_size)
 
     @property
@@ -319,13 +332,13 @@ class PPOConfig(RolloutConfig):
     """Peak learning rate of the value model."""
     warmup_iterations: int = 100
     value_warmup: int = 0
-    """First iterations in which only the value model learns."""
+    """First iterations, in which only the value model learns."""
     gamma: float = 1.0
     """Discount a token of generalised advantage estimation (Schulman et al. 2016)."""
     lam: float = 0.95
     """Lambda of generalised advantage estimation."""
     value_clip: float = 0.0
-    """How far a value may move from the rollout's before its gradient is cut off, in the rewards'
+    """How far a value may move from the rollout's before its gradient becomes 0, in the rewards'
     units; 0 = no limit. A limit keeps values from following (docs/evidence/results.md); the BLOOM
     recipes have the 0.1 of ChatLearn's tutorial."""
     value_offset_max: float = 10.0
