@@ -12,7 +12,7 @@ from benchmarks.common import say
 from tests.support import generation_models
 from tests.support.attention import relative
 from tests.support.bloom import tiny_bloom
-from tests.support.llama import tiny_llama
+from tests.support.llama import tiny_llama, tiny_llama3, tiny_mistral, tiny_qwen2, tiny_qwen3
 from training.generation import sampling, torch_ops
 from training.generation.request import Sampling
 from training.generation.rollout_workers import operations
@@ -20,6 +20,14 @@ from training.models.attention import alibi_slopes
 from training.models.kv_cache import Batch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TINY = {
+    "llama": tiny_llama,
+    "llama 3": tiny_llama3,
+    "mistral": functools.partial(tiny_mistral, head_dim=64),
+    "qwen2": tiny_qwen2,
+    "qwen3": functools.partial(tiny_qwen3, head_dim=64),
+}
+"""Small models of Llama's kind."""
 
 OPS = operations(DEVICE)
 
@@ -124,9 +132,9 @@ def kernels(small: bool) -> None:
 
 def greedy(small: bool) -> None:
     """A random model of each family with a head of its own (a tied one repeats itself), fp32,
-    ragged prompts; Llama's queries grouped."""
+    ragged prompts; queries grouped but for BLOOM's, heads of 64 where hidden / heads is 32."""
     count, new = (8, 6) if small else (200, 12)
-    for family, make in (("bloom", tiny_bloom), ("llama", functools.partial(tiny_llama, groups=2))):
+    for family, make in {"bloom": tiny_bloom, **TINY}.items():
         with tempfile.TemporaryDirectory() as folder:
             theirs = make(Path(folder), heads=8, hidden=256, vocab=1000, tied=False).to(DEVICE)
             ours = generation_models.decoder(Path(folder), theirs, OPS, device=DEVICE)

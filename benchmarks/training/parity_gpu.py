@@ -8,8 +8,8 @@ benchmarks/training/parity_gpu.py STEP ... [--folder DIR]``
                 it compiling)
     memory      peak torch.cuda.max_memory_allocated of SFT steps of bloom-560m and bloom-1b7,
                 beside tokens per second (5 minutes)
-    make        a random bf16 model of bloom-7b1's shape as a Hugging Face folder below DIR (2
-                minutes, 14 GB)
+    make        a random bf16 model of the shape of --model (default bloom-7b1) as a Hugging Face
+                folder below DIR (2 minutes, 14 GB)
     convert     that folder to Megatron, timed beside cp of the same bytes (needs 28 GB more for a
                 while)
     logits      ours in bf16 and fp32, and Hugging Face in bf16, against Hugging Face in fp64 (57 GB
@@ -25,6 +25,7 @@ logits and export share DIR (default: a fixed folder of the temporary directory)
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import os
@@ -38,7 +39,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
-from transformers import BloomConfig, BloomForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from benchmarks.common import missed, say
 from benchmarks.folders import copy, resident_children, size
@@ -57,8 +58,12 @@ from training.trainer.step import Learner, Objective, build_model, evaluate
 
 ROOT = Path(__file__).parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BIG = dict(vocab_size=250880, hidden_size=4096, n_layer=30, n_head=32)  # bloom-7b1
-SMALL = dict(vocab_size=300, hidden_size=64, n_layer=4, n_head=4)
+PUBLISHED = json.loads((ROOT / "tests" / "model_configs.json").read_text())
+SMALL = {
+    "bloom": dict(vocab_size=300, n_embed=64, n_layer=4, num_attention_heads=4),
+    "other": dict(vocab_size=300, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2),
+}
+"""What --small changes of a published shape."""
 SIZES = {"560m": bloom(24, 1024, 16, 250880, 1e-5), "1b7": bloom(24, 2048, 16, 250880, 1e-5)}
 TOLERANCES = {torch.float32: (1e-5, 2e-5), torch.bfloat16: (1e-2, 2e-2)}
 """Of an attention backend, forward and gradients, relative L2: see
@@ -108,7 +113,7 @@ def whole_model(folder: Path) -> None:
     """Loss and every gradient of a small model, padded and packed, in fp32 and bf16, each
     recompute, against Hugging Face in fp64."""
     shape = dict(vocab_size=1000, hidden_size=256, n_layer=4, n_head=8)
-    theirs = random_model(shape, torch.float32, spread=0.15)
+    theirs = random_model(AutoConfig.for_model("bloom", **shape), torch.float32, spread=0.15)
     theirs.save_pretrained(folder / "hf")
     convert_folder(folder, "hf")
     generator = torch.Generator().manual_seed(1)
@@ -175,17 +180,28 @@ def our_gradients(folder: Path, config: SFTConfig, batch: dict) -> tuple[float, 
     return loss, gradients
 
 
-def random_model(shape: dict, dtype: torch.dtype, spread: float = 0.02) -> BloomForCausalLM:
-    """A seeded random BLOOM on the GPU with noisy biases and norms."""
+def published(name: str, small: bool) -> PreTrainedConfig:
+    """The configuration of a model in tests/model_configs.json, or a small one of its family."""
+    skipped = ("parameters", "bos_token_id", "eos_token_id")  # no tokenizer comes with it
+    values = {key: value for key, value in PUBLISHED[name].items() if key not in skipped}
+    family = values.pop("model_type")
+    if family == "bloom":
+        values["vocab_size"] = 250880
+    values |= {"bos_token_id": None, "eos_token_id": None}
+    return AutoConfig.for_model(family, **values | (SMALL.get(family, SMALL["other"]) if small else {}))
+
+
+def random_model(config: PreTrainedConfig, dtype: torch.dtype, spread: float = 0.02) -> torch.nn.Module:
+    """A seeded random model on the GPU with noisy biases and norms."""
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device(DEVICE):
-            config = BloomConfig(
-                **shape, initializer_range=spread, hidden_dropout=0.0, attention_dropout=0.0, use_cache=False
-            )
-            model = BloomForCausalLM(config)
+            for name in ("hidden_dropout", "attention_dropout"):
+                setattr(config, name, 0.0)
+            config.initializer_range, config.use_cache = spread, False
+            model = AutoModelForCausalLM.from_config(config)
     finally:
         torch.set_default_dtype(before)
     with torch.no_grad():
@@ -252,13 +268,14 @@ def free() -> None:
         torch.cuda.empty_cache()
 
 
-def make(folder: Path, small: bool) -> None:
+def make(folder: Path, small: bool, name: str = "bloom-7b1") -> None:
     shutil.rmtree(folder, ignore_errors=True)
     began = time.monotonic()
-    model = random_model(SMALL if small else BIG, torch.bfloat16)
+    model = random_model(published(name, small), torch.bfloat16)
     model.save_pretrained(folder / "hf", max_shard_size="5GB")
     say(
         step="make",
+        model=name,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         gigabytes=size(folder / "hf"),
         seconds=time.monotonic() - began,
@@ -338,9 +355,10 @@ def differences(left: Path, right: Path) -> tuple[list[str], int]:
         for path in sorted(folder.glob("*.safetensors")):
             handle = safe_open(path, "pt")
             names = handle.keys()  # noqa: SIM118 - a handle is no mapping
-            found |= {name.removeprefix("transformer."): (handle, name) for name in names if "lm_head" not in name}
+            found |= {name.removeprefix("transformer."): (handle, name) for name in names if name not in copies}
         return found
 
+    copies = ("lm_head.weight",) if Shape.read(left).tied else ()  # of a tied embedding
     mine, theirs = tensors(left), tensors(right)
     wrong = sorted(mine.keys() ^ theirs.keys())
     for name in mine.keys() & theirs.keys():
@@ -387,7 +405,7 @@ def logits(folder: Path, small: bool) -> None:
 def theirs(folder: Path, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Hugging Face's logits (B, T, V) on the CPU."""
     free()
-    model = BloomForCausalLM.from_pretrained(folder / "hf", dtype=torch.bfloat16).to(DEVICE).to(dtype).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.bfloat16).to(DEVICE).to(dtype).eval()
     with torch.no_grad():
         return model(input_ids=tokens.to(DEVICE)).logits.cpu()
 
@@ -410,6 +428,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("steps", nargs="+", choices=["attention", "memory", "make", "convert", "logits", "export"])
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "convoy-parity")
+    parser.add_argument("--model", choices=PUBLISHED, default="bloom-7b1", help="whose shape the step make takes")
     parser.add_argument("--small", action="store_true")
     given = parser.parse_args(arguments)
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
@@ -417,7 +436,7 @@ def main(arguments: list[str]) -> int:
     run = {
         "attention": attention,
         "memory": memory,
-        "make": make,
+        "make": functools.partial(make, name=given.model),
         "convert": convert,
         "logits": logits,
         "export": export,
