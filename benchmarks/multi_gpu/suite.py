@@ -106,13 +106,13 @@ class Running:
         while True:
             self.go.touch()
             while any(process.poll() is None for process in self.ranks.processes):
-                self.ranks.check()
+                self.ranks.kill_after_failure()
                 if not asked and time.monotonic() > end - STACKS_S:
                     # each rank writes its threads' stacks into the log and goes on
-                    self.ranks.pass_on(signal.SIGUSR1)
+                    self.ranks.send_signal(signal.SIGUSR1)
                     asked = True
                 if time.monotonic() > end:
-                    self.ranks.pass_on(signal.SIGKILL)
+                    self.ranks.send_signal(signal.SIGKILL)
                 time.sleep(0.05)
             if not any(process.returncode for process in self.ranks.processes):
                 self.free.set()  # the next jobs need not wait until all is read
@@ -144,7 +144,7 @@ class Running:
     def stop(self) -> None:
         """Kill the processes, and begin none anew."""
         self.stopped = True
-        self.ranks.pass_on(signal.SIGKILL)
+        self.ranks.send_signal(signal.SIGKILL)
 
 
 def card_here() -> dict:
