@@ -59,6 +59,7 @@ from training.trainer.step import Learner, Objective, build_model, evaluate
 ROOT = Path(__file__).parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PUBLISHED = json.loads((ROOT / "tests" / "model_configs.json").read_text())
+STEPS = ("attention", "memory", "make", "convert", "logits", "export")
 SMALL = {
     "bloom": dict(vocab_size=300, n_embed=64, n_layer=4, num_attention_heads=4),
     "other": dict(vocab_size=300, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2),
@@ -426,21 +427,15 @@ def ours(folder: Path, shape: Shape, tokens: torch.Tensor, precision: str) -> to
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("steps", nargs="+", choices=["attention", "memory", "make", "convert", "logits", "export"])
+    parser.add_argument("steps", nargs="+", choices=STEPS)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "convoy-parity")
     parser.add_argument("--model", choices=PUBLISHED, default="bloom-7b1", help="whose shape the step make takes")
     parser.add_argument("--small", action="store_true")
     given = parser.parse_args(arguments)
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
     say(torch=torch.__version__, device=torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu")
-    run = {
-        "attention": attention,
-        "memory": memory,
-        "make": functools.partial(make, name=given.model),
-        "convert": convert,
-        "logits": logits,
-        "export": export,
-    }
+    steps = (attention, memory, functools.partial(make, name=given.model), convert, logits, export)
+    run = dict(zip(STEPS, steps, strict=True))
     with groups.ranks(1, 1, seed=1):
         for step in given.steps:
             began = time.monotonic()
