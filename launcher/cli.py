@@ -36,8 +36,8 @@ class Commands(click.Group):
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 def main():
-    """Convoy: RLHF on Slurm. From a Hugging Face checkpoint (BLOOM, Llama) through SFT, reward
-    model and PPO, GRPO or DPO to a report.
+    """Convoy: RLHF on Slurm. From a Hugging Face checkpoint (BLOOM, Llama, Mistral, Qwen)
+    through SFT, reward model and PPO, GRPO or DPO to a report.
 
     \b
     What is here:                doctor
