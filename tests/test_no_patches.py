@@ -17,8 +17,6 @@ SETTINGS = ("torch._dynamo.config.",)
 EXCUSED = {
     "training/distributed/cpu_backend.py": "megatron-core names torch.cuda throughout and takes no device; restored",
     "training/distributed/lazy_inductor.py": "megatron-core's own switch works only between two of its imports",
-    "training/checkpoint/safe_unpickle.py": "to be replaced by readers of our own",
-    "training/checkpoint/writer.py": "to be replaced by a writer of our own",
 }
 """Files that patch, and why."""
 

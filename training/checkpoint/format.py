@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 
-from training.checkpoint import checksums, safe_unpickle
+from training.checkpoint import checksums, safe_unpickle, strategies
 from training.config.trainers import TrainerConfig
 from training.errors import ConfigError, Damaged
 from training.models import lora
@@ -106,7 +105,7 @@ def load(path: Path, learners: dict[str, Trained]) -> dict:
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     for name, learner in learners.items():
         _check_same(path, learner, state)
-        loaded = dist_checkpointing.load(sharded(learner, is_loading=True), str(path / name))
+        loaded = strategies.load(sharded(learner, is_loading=True), path / name)
         learner.model.load_state_dict(loaded["model"])
         lora.check_scale(learner.model)
         learner.optimizer.load_state_dict(loaded["optimizer"])
@@ -144,7 +143,7 @@ def load_weights(path: Path, model: LanguageModel, fresh_head: int | None = None
         wanted = {key: value for key, value in wanted.items() if not _of_head(key)}
     # Nested, because the loaded dictionary also holds what the checkpoint has beside tensors (the
     # optimizer's groups).
-    loaded = dist_checkpointing.load({"model": wanted}, str(path))["model"]
+    loaded = strategies.load({"model": wanted}, path)["model"]
     missing, unexpected = model.load_state_dict(loaded, strict=False)
     missing = [
         key
@@ -158,7 +157,7 @@ def load_weights(path: Path, model: LanguageModel, fresh_head: int | None = None
             f"{path} holds another model than this one: missing {missing}, unexpected {unexpected}; "
             "start from a checkpoint of the model in config.json"
         )
-    lora.absorb(path, model)
+    lora.absorb(strategies.SafeReader(path), model)
     lora.initialise(model)
     if fresh_head is not None and model.post_process:
         model.score.initialise(fresh_head)

@@ -1,20 +1,20 @@
 """No pickle of a checkpoint may run code.
 
 torch.distributed.checkpoint reads a folder's ``.metadata`` with plain ``pickle.load``, and would
-``torch.load`` entries that it calls bytes without ``weights_only``. Importing this module gives
-that reader an allow-list: the classes that describe tensors, and nothing else; byte entries are not
-among them. (``common.pt`` and the tensors themselves are read weights-only by torch.)
+``torch.load`` entries that it calls bytes without ``weights_only``. So we read ``.metadata`` by an
+allow-list instead: the classes that describe tensors, and nothing else. Byte entries are not among
+them. torch reads ``common.pt`` and the tensors themselves weights-only.
+
+Every reader goes through ``load``: training/checkpoint/strategies.py and conversion/torch_dist.py.
 """
 
 from __future__ import annotations
 
 import pickle
-import types
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint import filesystem
 
 from training.errors import Damaged
 
@@ -68,6 +68,3 @@ def check(paths: Iterable[Path]) -> None:
                 torch.load(path, map_location="cpu", weights_only=True)
             except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
                 raise Damaged(f"{path} can't be read weights-only: {str(error).splitlines()[0]}") from None
-
-
-filesystem.pickle = types.SimpleNamespace(load=load, dump=pickle.dump)

@@ -17,32 +17,28 @@ import errno
 import hashlib
 import json
 import os
-import queue
 import shutil
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import is_main_replica
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch.distributed.checkpoint.filesystem import SerializationFormat, _StorageWriterTransforms, _write_item
+from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
 
 from training import error_report
-from training.checkpoint import format
+from training.checkpoint import format, strategies
 from training.checkpoint.stage_folder import StageFolder
 from training.config.trainers import TrainerConfig
 from training.distributed import groups
-from training.errors import CollectiveError, InvariantError
-
-WRITERS = 2
-"""Files, and threads, of each rank and model (megatron-core's default)."""
+from training.errors import CollectiveError
 
 
 class SaveFailed(CollectiveError):
@@ -63,7 +59,8 @@ class _Save:
     aside: Path
     started: float
     best: int
-    requests: list[tuple[AsyncRequest, queue.Queue]] = field(default_factory=list)
+    plans: list[tuple[strategies.PlannedWriter, list[Callable]]] = field(default_factory=list)
+    """For each learner its files, and what to call when all ranks have written them."""
     written: Future | None = None
     error: str = ""
     kind: str = ""
@@ -81,7 +78,7 @@ class Saver:
         self.allocating: Future | None = None
         self.current: _Save | None = None
         self.cleaning: Future | None = None
-        self.checked = False
+        self.is_validated = False
         self.times: dict[str, float] = {}
 
     def save(self, iteration: int, state: dict, best: int = 0) -> None:
@@ -101,12 +98,15 @@ class Saver:
         current = _Save(iteration, {**made, **state}, self.folder.temporary(iteration, "saving"), began, best)
         owned = {name: format.sharded(learner, is_loading=False) for name, learner in self.learners.items()}
         self._prepare(current, owned)
-        current.requests = [self._plan(current.aside / name, tensors) for name, tensors in owned.items()]
-        self.checked = True
+        current.plans = [
+            strategies.plan(tensors, current.aside / name, validate=not self.is_validated)
+            for name, tensors in owned.items()
+        ]
+        self.is_validated = True
         if self.allocating:
             self.allocating.result()
         staging = self.staging if self.trainer.async_save else None
-        current.written = self.pool.submit(_write, [_buckets(request, staging) for request, _ in current.requests])
+        current.written = self.pool.submit(_write, [_freeze(plan.files, staging) for plan, _ in current.plans])
         if staging:
             staging.drop_unwanted()
         self.current = current
@@ -154,12 +154,10 @@ class Saver:
         began, current, self.current = time.monotonic(), self.current, None
         results, digests = self._attempt(current, current.written.result) or ([], {})
         self._agree(current)
-        for (request, answers), written in zip(current.requests, results, strict=True):
-            answers.put(written)
-            for (
-                finalize
-            ) in request.finalize_fns:  # rank 0 collects all ranks' results and writes .metadata, then metadata.json
-                finalize()
+        for (plan, finalize), written in zip(current.plans, results, strict=True):
+            plan.results = written
+            for function in finalize:
+                function()
         everyone = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
         dist.gather_object(digests, everyone)
         if everyone:
@@ -196,15 +194,6 @@ class Saver:
         free = shutil.disk_usage(self.folder.path).free
         if needed > free:
             raise OSError(errno.ENOSPC, f"No space left on device: it needs {needed / 1e9:,.3f} GB")
-
-    def _plan(self, folder: Path, tensors: dict) -> tuple[AsyncRequest, queue.Queue]:
-        """megatron-core's request for one learner, and the queue in which it expects this rank's
-        results."""
-        # Its own queue is a spawned manager process (seconds, 350 MB, left behind by a kill).
-        filesystem_async._results_queue = answers = queue.Queue()
-        return dist_checkpointing.save(
-            tensors, str(folder), async_sharded_save=True, validate_access_integrity=not self.checked
-        ), answers
 
     def _publish(self, current: _Save, digests: dict[str, str]) -> None:
         (current.aside / "state.json").write_text(json.dumps(current.state, indent=1), encoding="utf-8")
@@ -297,31 +286,31 @@ def _unpin(memory: torch.Tensor) -> None:
         torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
 
 
-def _buckets(request: AsyncRequest, staging: _Staging | None) -> list[tuple[Path, list]]:
-    """(file, [(item, tensor)]) of this rank; with ``staging`` the tensors are frozen there."""
-    made = []
-    for name, _, (objects, tensors) in request.async_fn_args[1] if request.async_fn else ():
-        if objects:
-            raise InvariantError(f"{name}: objects would be pickled: {[item.index for item, _ in objects]}")
-        made.append(
-            (Path(name), [(item, staging.copy(tensor) if staging else tensor.detach()) for item, tensor in tensors])
-        )
-    if staging and torch.cuda.is_available():
+Files = list[tuple[Path, list[tuple[WriteItem, torch.Tensor]]]]
+"""(path, [(item, tensor)]) of each file."""
+
+
+def _freeze(files: Files, staging: _Staging | None) -> Files:
+    """The files with their tensors copied to ``staging``, so that training may change them; without
+    it as they are."""
+    if not staging:
+        return files
+    copies = [(path, [(item, staging.copy(tensor)) for item, tensor in items]) for path, items in files]
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return made
+    return copies
 
 
-def _write(models: list[list[tuple[Path, list]]]) -> tuple[list[dict], dict[str, str]]:
-    """Write all files -> for each model {number of the file: torch's write results}, and every
-    file's sha256 by "model/file"."""
+def _write(models: list[Files]) -> tuple[list[list[list[WriteResult]]], dict[str, str]]:
+    """Write all files -> torch's write results by model and file, and every file's sha256 by
+    "model/file"."""
     digests: dict[str, str] = {}
-    with ThreadPoolExecutor(WRITERS, "write", groups.begin_thread()) as pool:
-        pending = [[pool.submit(_write_file, path, items) for path, items in buckets] for buckets in models]
-        results = [{number: file.result() for number, file in enumerate(files)} for files in pending]
-    for model in results:
-        for number, (written, name, made) in model.items():
-            digests[name], model[number] = made, written
-    return results, digests
+    with ThreadPoolExecutor(strategies.WRITERS, "write", groups.begin_thread()) as pool:
+        pending = [[pool.submit(_write_file, path, items) for path, items in files] for files in models]
+        written = [[file.result() for file in files] for files in pending]
+    for files in written:
+        digests |= {name: digest for _, name, digest in files}
+    return [[results for results, _, _ in files] for files in written], digests
 
 
 def _write_file(path: Path, items: list) -> tuple[list, str, str]:

@@ -17,7 +17,6 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -183,13 +182,12 @@ def merge(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) 
 
 
 @torch.no_grad()
-def absorb(folder: Path, model: torch.nn.Module) -> None:
-    """Add the adapters in a checkpoint's model folder, if it has any, to this rank's weights, which
+def absorb(reader: dcp.FileSystemReader, model: torch.nn.Module) -> None:
+    """Add the adapters of ``reader``'s checkpoint, if it has any, to this rank's weights, which
     were loaded from it before.
 
-    Read whole on every rank: adapters are small. The folder's checksums have been verified.
+    Read whole on every rank: adapters are small. Its checksums have been verified.
     """
-    reader = dcp.FileSystemReader(str(folder))
     held = {
         key: torch.empty(described.size, dtype=described.properties.dtype)
         for key, described in reader.read_metadata().state_dict_metadata.items()

@@ -19,14 +19,16 @@ from pathlib import Path
 import pytest
 import torch
 from megatron.core import parallel_state
+from torch.distributed.checkpoint import FileSystemReader
 
 from tests.support.distributed import run
 from tests.support.learners import fill, learner, settings, wrong
-from training.checkpoint import checksums, format, safe_unpickle, writer
+from training.checkpoint import checksums, format, safe_unpickle, strategies, writer
 from training.checkpoint.stage_folder import StageFolder
 from training.checkpoint.writer import SaveFailed, Saver
 from training.distributed.groups import ranks
 from training.errors import ConfigError, Damaged
+from training.models import lora
 from training.optim.boxes import boxes
 
 
@@ -437,6 +439,53 @@ def test_no_pickle_of_a_checkpoint_runs_code(whole, tmp_path):
     refuse("can't be read weights-only")
     with open(StageFolder(tmp_path).checkpoint(1) / "model" / ".metadata", "rb") as file:
         assert safe_unpickle.load(file).state_dict_metadata
+
+
+def unpickled_by_an_allow_list(read, mark: Path) -> str:
+    """What a reader says of a ``.metadata`` that would run code."""
+    with pytest.raises((Damaged, torch.distributed.checkpoint.api.CheckpointException)) as caught:
+        read()
+    assert not mark.exists()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("reader", ["megatron-core's strategy", "its tensors' metadata", "all its metadata", "torch's"])
+def test_each_reader_refuses_a_pickle_that_runs_code(whole, tmp_path, reader):
+    """Each by itself, without the check before a load: plain pickle would make the folder
+    ``executed``."""
+    subprocess.run(["cp", "-r", f"{whole}/.", str(tmp_path)], check=True)
+    folder, mark = StageFolder(tmp_path).checkpoint(2) / "model", tmp_path / "executed"
+    (folder / ".metadata").write_bytes(pickle.dumps(Evil(mark)))
+    strategy = strategies.LoadStrategy()
+
+    def refuse():
+        tensors = {"model": learner(settings(tmp_path)).model.sharded_state_dict()}
+        read = {
+            "megatron-core's strategy": lambda: strategies.load(tensors, folder),
+            "its tensors' metadata": lambda: strategy.load_tensors_metadata(folder),
+            "all its metadata": lambda: strategy.load_sharded_metadata(folder),
+            "torch's": lambda: lora.absorb(strategies.SafeReader(folder), learner(settings(tmp_path)).model),
+        }[reader]
+        return unpickled_by_an_allow_list(read, mark)
+
+    assert "posix.mkdir" in run(refuse, 1, 1, 1)[0]
+
+
+def test_no_load_reads_a_pickle_by_itself(whole, tmp_path, monkeypatch):
+    """Neither torch's nor megatron-core's own reader is constructed anywhere: both would unpickle."""
+
+    def refuse(self, *args, **kwargs):
+        raise AssertionError("plain pickle")
+
+    monkeypatch.setattr(FileSystemReader, "read_metadata", refuse)
+    folder = StageFolder(whole).checkpoint(2)
+
+    def load():
+        model = learner(settings(tmp_path))
+        format.load(folder, {"model": model})
+        format.load_weights(folder / "model", model.model)
+
+    run(load, 1, 1, 1)
 
 
 def test_every_nth_is_kept_for_good(tmp_path):

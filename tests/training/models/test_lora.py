@@ -14,7 +14,7 @@ from launcher.estimates import memory
 from tests.support.distributed import run
 from tests.support.ppo_weights import weights
 from training import ppo, sft
-from training.checkpoint import format
+from training.checkpoint import format, strategies
 from training.checkpoint.stage_folder import StageFolder
 from training.config.shape import Shape
 from training.data.batches import Sampler, sft_example
@@ -151,7 +151,7 @@ def look(config, folder, merged: bool):
             return model(tokens).logits()
         format.load_weights(StageFolder(config.paths.init).resolve() / "model", model)
         before = model(tokens).logits()
-        state = format.dist_checkpointing.load({"model": model.sharded_state_dict()}, str(folder))["model"]
+        state = strategies.load({"model": model.sharded_state_dict()}, folder)["model"]
         model.load_state_dict(state, strict=False)
         adapted = model(tokens).logits()
         sent = named_weights(model)  # what the rollout engine samples with
