@@ -39,6 +39,7 @@ $(PEERS)/.installed: Makefile
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --quiet .
+	$(BIN)/python docs/reference.py --check
 
 docs: setup
 	$(BIN)/python docs/reference.py
