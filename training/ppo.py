@@ -26,7 +26,7 @@ from training.config.trainers import PPOConfig, RolloutConfig
 from training.data.batches import Sampler, prompt_tokens
 from training.distributed import groups
 from training.errors import ConfigError, NoRoom
-from training.generation.engine import Limits
+from training.generation.engine import EngineLimits
 from training.generation.request import draws
 from training.generation.rollout_workers import Replicas
 from training.main import run_stage
@@ -164,7 +164,9 @@ class PPO:
         self.learners = self.make_learners()
         self.policy, self.first_learner = self.learners["policy"], self.learners.get("value", self.learners["policy"])
         self.sampler = Sampler(len(self.rows), config.rollout_batch_size // config.group_size, config.seed)
-        limits = Limits(config.prompt_length + config.response_length, config.generation_batch_size, config.cache_share)
+        limits = EngineLimits(
+            config.prompt_length + config.response_length, config.generation_batch_size, config.cache_share
+        )
         self.replicas = Replicas(
             self.models.policy, self.shape, limits, self.tokenizer.eos_id, config.generation_tensor_parallel
         )

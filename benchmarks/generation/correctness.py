@@ -140,6 +140,8 @@ def greedy(small: bool) -> None:
             ours = generation_models.decoder(Path(folder), theirs, OPS, device=DEVICE)
             asked = generation_models.prompts(count, 1000, 60)
             expected = [generation_models.greedy(theirs, prompt, new, None) for prompt in asked]
-            made, _ = generation_models.generate(ours, asked, Sampling(new, temperature=0), late=None, context=128)
+            made, _ = generation_models.generate(
+                ours, asked, Sampling(new, temperature=0), async_output=None, context=128
+            )
             same = sum(one.tokens == row for one, row in zip(made, expected, strict=True))
             say(same == count, step="greedy", family=family, prompts=count, new_tokens=new, same=same)

@@ -36,7 +36,7 @@ from benchmarks.common import missed, say
 from benchmarks.generation.correctness import DEVICE, OPS, greedy, kernels, paged
 from training.config.trainers import Paths, SFTConfig
 from training.distributed import groups
-from training.generation.engine import Engine, Limits
+from training.generation.engine import Engine, EngineLimits
 from training.generation.request import Request, Sampling, draws
 from training.generation.weight_sync import named_weights
 from training.models import chunked_logprobs
@@ -51,7 +51,7 @@ BIG, SMALL = bloom.shape(30, 4096, 32, 250880, 1e-5), bloom.shape(2, 64, 4, 300,
 
 
 def tune(small: bool) -> None:
-    """Sizes of the decode kernel; triton_ops.DECODE and Limits.page hold what was best."""
+    """Sizes of the decode kernel; triton_ops.DECODE and EngineLimits.page hold what was best."""
     if DEVICE != "cuda":
         return
     say(step="tune", copy_tb_per_second=bandwidth() / 1e12)
@@ -136,7 +136,7 @@ def agree(small: bool) -> None:
     shape, model, decoder = policy(small)
     rows, prompt, new = (4, 9, 7) if small else (32, 256, 256)
     asked = requests(rows, prompt, [new] * rows, shape.vocab)
-    made = Engine(decoder, Limits(prompt + new), -1).generate(asked)
+    made = Engine(decoder, EngineLimits(prompt + new), -1).generate(asked)
     ours = torch.tensor([one.logprobs for one in made])
     tokens = torch.tensor([[*request.prompt, *one.tokens] for request, one in zip(asked, made, strict=True)])
     theirs = trained(model, tokens, prompt)
@@ -220,7 +220,7 @@ def step(small: bool) -> None:
     shape, _, decoder = policy(small)
     prompt, new = (12, 8) if small else (480, 64)
     for rows in (4, 8) if small else (128, 256):
-        engine, times = Engine(decoder, Limits(prompt + new, rows=rows), -1), []
+        engine, times = Engine(decoder, EngineLimits(prompt + new, rows=rows), -1), []
         collect = engine._collect
         engine._collect = lambda *given: (collect(*given), times.append(time.monotonic()))[0]  # noqa: B023
         for _ in range(2):  # the first compiles
@@ -290,7 +290,7 @@ def cases(small: bool) -> None:
     spread = torch.randint(
         4 if small else 32, 2 * new + 1, (many,), generator=torch.Generator().manual_seed(2)
     ).tolist()
-    engine = Engine(decoder, Limits(prompt + 2 * new), -1)
+    engine = Engine(decoder, EngineLimits(prompt + 2 * new), -1)
     engine.generate(requests(many // 4, prompt, [new // 4] * (many // 4), shape.vocab))  # compiles
     for name, outputs in (("a", [new] * (many // 4)), ("b", [new] * many), ("c", spread)):
         engine.release()

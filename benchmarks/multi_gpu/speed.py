@@ -150,7 +150,7 @@ def traffic(resharder: Resharder) -> tuple[float, float, float]:
         for side in ("of", "to")
     )
     copied = sum(
-        size(move) for move in resharder.kept if math.prod(resharder.shapes[move.name]) * element != size(move)
+        size(move) for move in resharder.local_moves if math.prod(resharder.shapes[move.name]) * element != size(move)
     )
     return sum(received), sum(map(max, sent, received)), 2 * copied + 3 * sum(sent) + 3 * sum(received)
 

@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 from training.data import formats  # noqa: E402
 from training.data.batches import Sampler, padded_length, sft_example  # noqa: E402
 from training.data.cache import TokenRows, cached, tokenise  # noqa: E402
-from training.data.packing import Limits, collate_packed, lay_out, pack  # noqa: E402
+from training.data.packing import RowLimits, collate_packed, lay_out, pack  # noqa: E402
 from training.data.prefetch import prefetched  # noqa: E402
 from training.data.tokenizer import Tokenizer  # noqa: E402
 
@@ -156,7 +156,7 @@ def part_datasets(folder: Path, rows: int) -> dict:
 def make(rows, tokenizer, indices: list[int]):
     examples = [sft_example(rows[index], tokenizer, LENGTH) for index in indices]
     lengths = [len(example.tokens) for example in examples]
-    layout = lay_out(lengths, Limits(LENGTH, 128, 1, 8))
+    layout = lay_out(lengths, RowLimits(LENGTH, 128, 1, 8))
     packed = [[examples[at] for at in row] for row in layout.rows]
     return [collate_packed(packed, tokenizer.pad_id, layout.length)], {"tokens": sum(lengths)}
 
@@ -201,7 +201,7 @@ def efficiencies(lengths: list[int], batches: int = 200) -> list[tuple]:
             held += sum(drawn)
             rows = pack(drawn, LENGTH, ranks * size)
             before += len(rows) * padded_length([sum(drawn[at] for at in row) for row in rows], 128)
-            layout = lay_out(drawn, Limits(LENGTH, 128, ranks, size, pipeline))
+            layout = lay_out(drawn, RowLimits(LENGTH, 128, ranks, size, pipeline))
             now += len(layout.rows) * layout.length
             fewest = -(-sum(drawn) // (LENGTH * ranks)) * ranks
             most += min(

@@ -242,7 +242,7 @@ def iteration_of(asked, iteration: int, seconds: float, parts: dict, metrics: di
 def tail(asked) -> None:
     """A decode of few rows and scoring passes of as many samples as take about as long."""
     from benchmarks.generation.rollout import requests
-    from training.generation.engine import Engine, Limits
+    from training.generation.engine import Engine, EngineLimits
     from training.generation.rollout_workers import operations
     from training.generation.weight_sync import named_weights
     from training.models.bloom.decoder import Decoder
@@ -255,7 +255,7 @@ def tail(asked) -> None:
     random_weights(Path("sft"), model)
     weights = {name: weight.detach() for name, weight in named_weights(model).items()}
     decoder = Decoder(shape, weights, operations(groups.device().type))
-    engine = Engine(decoder, Limits(2 * asked.length, cache_share=0.5), -1)
+    engine = Engine(decoder, EngineLimits(2 * asked.length, cache_share=0.5), -1)
     micro = [{"tokens": torch.randint(0, shape.vocab, (asked.rows, 2 * asked.length))} for _ in range(16)]
 
     def decode():

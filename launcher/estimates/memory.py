@@ -51,7 +51,7 @@ FITS = 0.9
 """Of a GPU's memory, what an estimate may be: above, it is warned of."""
 LEAST_ROWS, PREFILL_TOKENS = 8, 8192
 """Of a rollout: rows whose cache must fit (fewer would be slow), and
-training.generation.engine.Limits.prefill_tokens."""
+training.generation.engine.EngineLimits.prefill_tokens."""
 OPTIMIZER = {("bf16", "fp32"): 12, ("bf16", "bf16"): 6, ("fp32", "fp32"): 8}
 """Bytes a parameter, by precision and optimizer_precision: fp32 weights and both moments;
 training.optim.adamw's; moments alone."""

@@ -16,7 +16,7 @@ from benchmarks.multi_gpu.tables import tables
 from launcher.estimates import iteration_time
 from tests.support.distributed import run
 from training.config import cost
-from training.data.packing import Limits, lay_out
+from training.data.packing import RowLimits, lay_out
 from training.models.bloom.table import shape as bloom
 from training.trainer.step import build_model
 
@@ -149,7 +149,7 @@ def test_what_ppo_is_reckoned_with_is_what_it_runs(values, rows):
     data = config.data_parallel(4)
     assert iteration_time.iteration(shape, config, 4, plan.machine(CARD), 4).micro_batch == (rows, 512)
     least = cost.launched_tokens(shape, config.tensor_parallel, 512, cost.PEAK_TFLOPS[9])
-    limits = Limits(512, 128, data, config.micro_batch_tokens // 512, config.pipeline_parallel, least=least)
+    limits = RowLimits(512, 128, data, config.micro_batch_tokens // 512, config.pipeline_parallel, min_tokens=least)
     assert lay_out([512] * 64, limits)[1:] == (512, rows)
 
 

@@ -18,7 +18,7 @@ from training.rl.invariants import samples_are_whole
 from training.errors import InvariantError
 assert False, "asserts are off"
 batch = {"tokens": torch.tensor([[5, 6, 2]]), "response_mask": torch.tensor([[False, True, False]]), "lengths": torch.tensor([3])}
-for guard in (lambda: samples_are_whole(batch, [1], torch.tensor([True]), 2), lambda: Pages(2, 8).take(3)):
+for guard in (lambda: samples_are_whole(batch, [1], torch.tensor([True]), 2), lambda: Pages(2, 8).allocate(3)):
     try:
         guard()
     except InvariantError as error:
@@ -47,7 +47,7 @@ def test_no_guard_is_an_assert():
 
 def test_guards_hold_without_asserts():
     done = run("1", "-c", GUARDS)
-    assert "response_mask is True from 1 to 1" in done.stdout and "3 pages wanted, 2 of 2" in done.stdout, done.stderr
+    assert "response_mask is True from 1 to 1" in done.stdout and "3 pages needed, 2 of 2" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("module", ["launcher", "eval.mtbench"])

@@ -51,15 +51,15 @@ def asked():
 
 def test_graphs_give_what_single_launches_give(decoder):
     from training.generation.cuda_graphs import padded_rows
-    from training.generation.engine import Engine, Limits
+    from training.generation.engine import Engine, EngineLimits
 
-    graphs, plain = (make(decoder, Limits(64, rows=COUNT), -1) for make in (Engine, without_graphs))
+    graphs, plain = (make(decoder, EngineLimits(64, rows=COUNT), -1) for make in (Engine, without_graphs))
     expected = plain.generate(asked())
     for _ in range(2):  # the second call captures again, over the same cache
         replies = graphs.generate(asked())
         assert [reply.tokens for reply in replies] == [reply.tokens for reply in expected]
         for reply, other in zip(replies, expected, strict=True):
             assert torch.allclose(torch.tensor(reply.logprobs), torch.tensor(other.logprobs), atol=1e-4)
-    sizes = set(graphs.graphs.made)
+    sizes = set(graphs.graphs.captured)
     assert plain.graphs is None and len(sizes) > 3 and sizes == {padded_rows(size) for size in sizes}
     assert max(sizes) == padded_rows(COUNT)

@@ -12,7 +12,7 @@ from transformers import BloomForCausalLM, LlamaForCausalLM
 from conversion.weights import entries, stored_name
 from training.config.shape import VOCAB_MULTIPLE, Shape
 from training.generation import sampling, torch_ops
-from training.generation.engine import Engine, Limits
+from training.generation.engine import Engine, EngineLimits
 from training.generation.request import Request, Sampling
 from training.generation.rollout_workers import family
 from training.models.decoder import Decoder
@@ -65,7 +65,7 @@ def pick_from_shards(ops, logits: torch.Tensor, ranks: int, temperature: torch.T
     assert (mine.sum(0) == 1).all(), "one rank picks"
     first = torch.arange(ranks, device=logits.device)[:, None] * parts[0].size(1)
     tokens = torch.where(mine, columns + first, 0).sum(0)
-    scaled = logits.gather(1, tokens[:, None]).squeeze(1) / sampling.heat(temperature)
+    scaled = logits.gather(1, tokens[:, None]).squeeze(1) / sampling.nonzero_temperature(temperature)
     return tokens, sampling.logprob(scaled, highest, total)
 
 
@@ -83,7 +83,7 @@ def off(
     A draw that is ``near`` the border between two tokens may fall to either. Greedy: the first of
     equals.
     """
-    exact = (logits.double() / sampling.heat(temperature)[:, None]).log_softmax(-1)
+    exact = (logits.double() / sampling.nonzero_temperature(temperature)[:, None]).log_softmax(-1)
     chosen = exact.gather(1, tokens[:, None]).squeeze(1)
     after = exact.exp().cumsum(-1).gather(1, tokens[:, None]).squeeze(1)
     drawn = (chosen > NONE) & (after - chosen.exp() - near <= uniforms) & (uniforms < after + near)
@@ -121,10 +121,10 @@ def generate(
     sampling: Sampling,
     eos: int = -1,
     uniforms=None,
-    late: bool = False,
+    async_output: bool = False,
     decode=None,
     **limits,
 ) -> tuple[list, Engine]:
-    engine = Engine(made, Limits(**{"context": 64, **limits}), eos, decode, late)
+    engine = Engine(made, EngineLimits(**{"context": 64, **limits}), eos, decode, async_output)
     rows = [None] * len(asked) if uniforms is None else uniforms
     return engine.generate([Request(prompt, sampling, row) for prompt, row in zip(asked, rows, strict=True)]), engine

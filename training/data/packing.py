@@ -34,7 +34,7 @@ class Layout(NamedTuple):
     """Rows of each micro-batch."""
 
 
-class Limits(NamedTuple):
+class RowLimits(NamedTuple):
     """What the rows must fit."""
 
     capacity: int
@@ -49,12 +49,12 @@ class Limits(NamedTuple):
     """Pipeline stages: with more, more and smaller micro-batches keep them busy."""
     group: int = 1
     """A rank's micro-batches are a multiple of this (the interleaved schedule takes them so)."""
-    least: int = 0
+    min_tokens: int = 0
     """A micro-batch of fewer tokens takes as long as one of these
     (training.config.cost.launched_tokens)."""
 
 
-def lay_out(lengths: list[int], limits: Limits) -> Layout:
+def lay_out(lengths: list[int], limits: RowLimits) -> Layout:
     """Examples of these ``lengths`` in the rows that take least time: their number, their length
     and the micro-batches are chosen together.
 
@@ -73,19 +73,19 @@ def lay_out(lengths: list[int], limits: Limits) -> Layout:
     fewest = _up(max(1, -(-total // limits.capacity)), unit)
     highest = _up(limits.capacity, limits.multiple)
     ordered = sorted(lengths)
-    best, least = None, (float("inf"), 0)
+    best, min_tokens = None, (float("inf"), 0)
     for count in range(fewest, max(MORE_ROWS * fewest, _up(len(lengths), unit)) + 1, unit):
         if best and count > MORE_ROWS * fewest:
             break
         for length in range(_up(max(longest, -(-total // count)), limits.multiple), highest + 1, limits.multiple):
             seconds, size = micro_batches(
-                count // limits.ranks, length, limits.micro_batch_size, limits.pipeline, limits.group, limits.least
+                count // limits.ranks, length, limits.micro_batch_size, limits.pipeline, limits.group, limits.min_tokens
             )
-            if (seconds, count * length) >= least:
+            if (seconds, count * length) >= min_tokens:
                 break
             capacity = min(length, limits.capacity)
             if not _too_few(ordered, count, capacity) and (rows := spread(lengths, count, capacity)):
-                best, least = Layout(rows, length, size), (seconds, count * length)
+                best, min_tokens = Layout(rows, length, size), (seconds, count * length)
                 break
     if not best:  # one example a row always fits
         raise InvariantError(f"{lengths} in {limits}")

@@ -1,1 +1,1 @@
-"""The rollout engine: requests in, completions out. It knows no reward."""
+"""The rollout engine: requests in, completions out. It knows no reward and no trainer."""

@@ -1,5 +1,5 @@
-"""Pages of the key-value cache: who holds which, how many hold it. Numbers only; the tensors are in
-cache.py."""
+"""Pages of the key-value cache and their reference counts. Numbers only; the tensor is the
+engine's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from training.errors import InvariantError
 
 
 class Pages:
-    """Page numbers 1..count with reference counts. Page 0 is nobody's: rows that only fill up a
+    """Page numbers 1..count with reference counts. No row owns page 0: rows that only fill up a
     batch write there."""
 
     def __init__(self, count: int, size: int):
@@ -18,33 +18,38 @@ class Pages:
         self.holders = [0] * (count + 1)
 
     def for_tokens(self, tokens: int) -> int:
+        """Pages that hold ``tokens`` tokens."""
         return -(-tokens // self.size)
 
-    def take(self, count: int) -> list[int]:
+    def allocate(self, count: int) -> list[int]:
+        """``count`` unused pages, each with one holder. Raises InvariantError where there are
+        fewer."""
         if count > len(self.unused):
-            raise InvariantError(f"{count} pages wanted, {len(self.unused)} of {self.count} are unused")
-        taken = [self.unused.pop() for _ in range(count)]
-        for page in taken:
+            raise InvariantError(f"{count} pages needed, {len(self.unused)} of {self.count} are unused")
+        pages = [self.unused.pop() for _ in range(count)]
+        for page in pages:
             self.holders[page] = 1
-        return taken
+        return pages
 
-    def share(self, pages: list[int]) -> list[int]:
+    def fork(self, pages: list[int]) -> list[int]:
+        """The same pages for one more holder."""
         for page in pages:
             self.holders[page] += 1
         return list(pages)
 
-    def release(self, pages: list[int]) -> None:
+    def free(self, pages: list[int]) -> None:
+        """Give up one hold on each page; a page without holders is unused again."""
         for page in pages:
             self.holders[page] -= 1
             if self.holders[page] < 0:
-                raise InvariantError(f"page {page} was released more often than taken")
+                raise InvariantError(f"page {page} was freed more often than allocated")
             if not self.holders[page]:
                 self.unused.append(page)
 
 
 @dataclass
 class Prefix:
-    """The whole pages of a prompt that several rows have; the first row fills them."""
+    """Full pages of a prompt that several rows share; the first row fills them."""
 
     pages: list[int]
     filled: int = 0

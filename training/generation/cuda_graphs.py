@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from training.generation.slots import Slots
+from training.generation.slots import BatchState
 from training.models.kv_cache import Batch
 
 
@@ -25,16 +25,16 @@ def padded_rows(rows: int) -> int:
 
 
 class Graphs:
-    """The decoder's forward pass for the rows in given slots. Rows that fill up stand in nobody's
-    slot and write to nobody's page."""
+    """The decoder's forward pass for the rows in given slots. Rows that fill up a batch use the
+    slot and the page that belong to no row."""
 
-    def __init__(self, decoder, cache: torch.Tensor, slots: Slots, page: int, longest: int):
+    def __init__(self, decoder, cache: torch.Tensor, slots: BatchState, page: int, longest: int):
         self.decoder, self.cache, self.slots, self.page, self.longest = decoder, cache, slots, page, longest
-        self.nobody = len(slots.last) - 1
-        self.index = torch.full((padded_rows(max(self.nobody, 1)),), self.nobody, device=cache.device)
-        self.made: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self.filler_slot = len(slots.last) - 1
+        self.index = torch.full((padded_rows(max(self.filler_slot, 1)),), self.filler_slot, device=cache.device)
+        self.captured: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self.seconds = 0.0
-        """Spent on capturing."""
+        """Seconds spent on capturing."""
         self.pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream()
 
@@ -43,18 +43,18 @@ class Graphs:
         call."""
         rows = len(index)
         size = padded_rows(rows)
-        if size not in self.made:
+        if size not in self.captured:
             self._capture(size)
         self.index[:rows] = index
-        self.index[rows:size] = self.nobody
-        graph, hidden = self.made[size]
+        self.index[rows:size] = self.filler_slot
+        graph, hidden = self.captured[size]
         graph.replay()
         return hidden[:rows]
 
     def _capture(self, size: int) -> None:
         torch.cuda.synchronize()
         began = time.monotonic()
-        self.index[:size] = self.nobody
+        self.index[:size] = self.filler_slot
         self._forward(size)  # compiles kernels, which a capture must not
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -66,14 +66,16 @@ class Graphs:
             hidden = self._forward(size)
             graph.capture_end()
         torch.cuda.current_stream().wait_stream(self.stream)
-        self.made[size] = graph, hidden
+        self.captured[size] = graph, hidden
         self.seconds += time.monotonic() - began
 
     def _forward(self, size: int) -> torch.Tensor:
         return forward(self.decoder, self.cache, self.slots, self.index[:size], self.page, self.longest)
 
 
-def forward(decoder, cache: torch.Tensor, slots: Slots, index: torch.Tensor, page: int, longest: int) -> torch.Tensor:
+def forward(
+    decoder, cache: torch.Tensor, slots: BatchState, index: torch.Tensor, page: int, longest: int
+) -> torch.Tensor:
     """One decode step up to the last hidden states (B, H): each row's last token, at its place.
     ``longest``: no row is longer."""
     position = slots.position[index]

@@ -1,12 +1,13 @@
 """The rollout engine: continuous batching over a paged key-value cache, in the trainer's own
 process.
 
-Each turn of the loop admits waiting rows, computes a chunk of their prompts into the cache and
-makes one decode step of all ready rows. A prompt's last token is left to the first decode step, so
-that prefill needs no logits and only decode steps sample. On a GPU the results of a step are read
-while the next one runs: the host never makes it wait, and an ended row costs one step too many. A
-response depends on its request alone (prompt, sampling, uniforms): in fp32 not on batch, order,
-cache size or preemption. In bf16 they decide which kernels compute and so how a logit is rounded: a
+Each turn of the loop admits waiting rows, computes a chunk of their prompts into the cache and runs
+one decode step of all ready rows. The first decode step computes a prompt's last token, so prefill
+needs no logits and only decode steps sample. On a GPU the host reads a step's results while the
+next step runs: the GPU never waits, and an ended row costs one step too many.
+
+In fp32 a response depends on its request alone (prompt, sampling, uniforms), not on batch, order,
+cache size or preemption. In bf16 these choose the kernels and thus the rounding of logits, so a
 draw near the border of two tokens may fall to either.
 """
 
@@ -26,41 +27,41 @@ from training.generation.block_manager import Pages
 from training.generation.cuda_graphs import Graphs, forward
 from training.generation.request import Completion, Request, check
 from training.generation.sampling import penalise
-from training.generation.scheduler import Piece, Row, Scheduler
-from training.generation.slots import Slots
+from training.generation.scheduler import PrefillChunk, Row, Scheduler
+from training.generation.slots import BatchState
 from training.models.kv_cache import Batch, token_bytes
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What one replica of the engine may take."""
+class EngineLimits:
+    """Limits of one replica of the engine."""
 
     context: int
     """Most tokens of a row, prompt and response together."""
     rows: int = 512
     """Most rows that run at once."""
     cache_share: float = 0.9
-    """Of the GPU's free memory the cache takes at most this."""
+    """Largest share of the GPU's free memory that the cache takes."""
     cache_tokens: int = 0
     """Most tokens that the cache holds; 0 = as many as memory and rows allow."""
-    expected: float = 1.0
-    """Of its longest response a row is expected to need this share until some rows have ended; too
-    little costs preemptions."""
+    expected_fraction: float = 1.0
+    """Share of its longest response that a row is expected to need until some rows have ended. Too
+    small a share costs preemptions."""
     page: int = 32
     """Tokens of a page."""
     prefill_tokens: int = 8192
     """Most prompt tokens of one forward pass."""
-    prefill_least: int = 1024
-    """While rows run, new ones wait until so many tokens come together (or none else wait): small
-    forward passes cost as much."""
+    min_prefill_tokens: int = 1024
+    """While rows run, new ones wait until their prompts have this many tokens together (or no more
+    rows wait): a smaller forward pass costs as much."""
 
 
 @dataclass
 class Stats:
-    """Of one call of generate; seconds on the engine's device."""
+    """Statistics of one call of ``Engine.generate``."""
 
     tokens: int = 0
-    """Response tokens given back."""
+    """Response tokens returned."""
     steps: int = 0
     wasted: int = 0
     """Row-steps after a row's end, before the host knew."""
@@ -70,13 +71,13 @@ class Stats:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     capture_seconds: float = 0.0
-    """Of ``decode_seconds``: capturing CUDA graphs."""
+    """Part of ``decode_seconds`` that captured CUDA graphs."""
     tail_share: float = 0.0
     """Share of the time in which less than a quarter of the rows were alive."""
 
 
 @dataclass
-class _Flight:
+class PendingStep:
     """A launched decode step whose results have not been read."""
 
     rows: list[Row]
@@ -90,22 +91,21 @@ class Engine:
     """``decoder``: the model's forward pass on its weights (Decoder). ``decode``: ids -> text, for
     stop strings.
 
-    ``late``: read a step's results while the next one runs (default: on CUDA). Collective over the
-    decoder's tensor-parallel group: every rank gives the same requests and gets the same
-    completions.
-    """
+    ``async_output``: read a step's results while the next one runs (default: on CUDA). Collective
+    over the decoder's tensor-parallel group: every rank gives the same requests and gets the same
+    completions."""
 
     def __init__(
         self,
         decoder,
-        limits: Limits,
+        limits: EngineLimits,
         eos_id: int,
         decode: Callable[[list[int]], str] | None = None,
-        late: bool | None = None,
+        async_output: bool | None = None,
     ):
         self.decoder, self.limits, self.eos_id, self.decode = decoder, limits, eos_id, decode
         self.device = decoder.device
-        self.late = self.device.type == "cuda" if late is None else late
+        self.async_output = self.device.type == "cuda" if async_output is None else async_output
         self.stats = Stats()
         self.cache: torch.Tensor | None = None
         self.graphs: Graphs | None = None
@@ -120,18 +120,19 @@ class Engine:
         if not any(request.sampling.max_new_tokens for request in requests):
             return [Completion([], [], "length") for _ in requests]
         scheduler = Scheduler(
-            requests, self._prepare(requests), min(self.limits.rows, len(requests)), self.limits.expected
+            requests, self._prepare(requests), min(self.limits.rows, len(requests)), self.limits.expected_fraction
         )
         self._run(scheduler)
         return [Completion(row.tokens, row.logprobs, row.reason) for row in scheduler.rows]
 
     def release(self) -> None:
-        """Give the memory of cache and graphs back; the next call takes it anew."""
+        """Free the memory of cache and graphs; the next call allocates it again."""
         self.cache = self.graphs = None
 
     def _prepare(self, requests: Sequence[Request]) -> Pages:
-        """Cache and slots for those of ``requests`` that want tokens, as large as they need or
-        memory allows."""
+        """Allocate cache and slots for those ``requests`` that generate tokens, as large as they
+        need or memory allows -> the cache's pages. Raises NoRoom where the longest request does not
+        fit."""
         limits, decoder = self.limits, self.decoder
         numbers = [number for number, request in enumerate(requests) if request.sampling.max_new_tokens]
         requests = [requests[number] for number in numbers]
@@ -150,7 +151,7 @@ class Engine:
         if self.cache is None or self.cache.size(2) < pages + 1:
             self.cache = None
             self.cache = torch.zeros(shape, dtype=decoder.dtype, device=self.device)
-        self.slots = Slots(
+        self.slots = BatchState(
             rows,
             max(longest),
             max(request.sampling.max_new_tokens for request in requests),
@@ -164,62 +165,63 @@ class Engine:
         return Pages(pages, limits.page)
 
     def _affordable(self, page_bytes: int, rows: int) -> int:
-        """Pages that fit, the same number on all ranks of the group; page 0, a prefill and a step's
-        logits (twice, fp32) are taken off."""
+        """Pages that fit in memory, the same number on all ranks of the group. Room is left for
+        page 0, a prefill and a step's logits (twice, fp32)."""
         pages = self.limits.cache_tokens // self.limits.page if self.limits.cache_tokens else 1 << 40
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-            held = self.cache.numel() * self.cache.element_size() if self.cache is not None else 0
-            free = torch.cuda.mem_get_info(self.device)[0] + held
+            cache_bytes = self.cache.numel() * self.cache.element_size() if self.cache is not None else 0
+            free = torch.cuda.mem_get_info(self.device)[0] + cache_bytes
             working = max(self.decoder.workspace(self.limits.prefill_tokens), rows * self.decoder.vocab * 8)
             pages = max(min(pages, int((free * self.limits.cache_share - working) / page_bytes) - 1), 0)
         if self.decoder.group:
-            least = torch.tensor(pages, device=self.device)
-            dist.all_reduce(least, dist.ReduceOp.MIN, group=self.decoder.group)
-            pages = int(least)
+            fewest = torch.tensor(pages, device=self.device)
+            dist.all_reduce(fewest, dist.ReduceOp.MIN, group=self.decoder.group)
+            pages = int(fewest)
         return pages
 
     def _run(self, scheduler: Scheduler) -> None:
-        began, flight, all_rows = time.monotonic(), None, sum(not row.reason for row in scheduler.rows)
+        began, pending, all_rows = time.monotonic(), None, sum(not row.reason for row in scheduler.rows)
         quarter = None
         while scheduler.running or scheduler.waiting:
-            admitted = scheduler.admit(self.limits.prefill_least)
+            admitted = scheduler.admit(self.limits.min_prefill_tokens)
             if admitted:
                 self.slots.enter(admitted)
-            pieces = scheduler.prefill(self.limits.prefill_tokens)
-            if pieces:
+            chunks = scheduler.prefill(self.limits.prefill_tokens)
+            if chunks:
                 with self._timed():
-                    self._prefill(pieces)
-            # Nobody waits for a token: no step of a few rows while others are about to join.
-            ready = [] if pieces else scheduler.ready()
+                    self._prefill(chunks)
+            # Throughput, not latency: finish prefills before decoding, so that decode batches are
+            # full.
+            ready = [] if chunks else scheduler.ready()
             if scheduler.missing(ready) > 0:
-                if flight:
-                    flight = self._collect(scheduler, flight)
+                if pending:
+                    pending = self._collect(scheduler, pending)
                 else:
                     scheduler.preempt()
                 continue
-            before, flight = flight, self._decode(scheduler, ready) if ready else None
-            if before:
-                self._collect(scheduler, before)
-            if flight and not self.late:
-                flight = self._collect(scheduler, flight)
+            previous, pending = pending, self._decode(scheduler, ready) if ready else None
+            if previous:
+                self._collect(scheduler, previous)
+            if pending and not self.async_output:
+                pending = self._collect(scheduler, pending)
             if quarter is None and 4 * (len(scheduler.running) + len(scheduler.waiting)) < all_rows:
                 quarter = time.monotonic()
         if self.device.type == "cuda":
             torch.cuda.synchronize()  # a step of ended rows may still run, on the cache
         self._report(scheduler, began, quarter)
 
-    def _prefill(self, pieces: list[Piece]) -> None:
-        """Compute ``pieces`` into the cache."""
+    def _prefill(self, chunks: list[PrefillChunk]) -> None:
+        """Compute ``chunks`` into the cache."""
         put, slots = self.slots.put, self.slots
-        tokens = put([token for piece in pieces for token in piece.row.text(piece.first, piece.count)], torch.int64)
-        position = put([piece.first + i for piece in pieces for i in range(piece.count)], torch.int64)
-        owner = put([i for i, piece in enumerate(pieces) for _ in range(piece.count)], torch.int64)
+        tokens = put([token for chunk in chunks for token in chunk.row.text(chunk.first, chunk.count)], torch.int64)
+        position = put([chunk.first + i for chunk in chunks for i in range(chunk.count)], torch.int64)
+        owner = put([i for i, chunk in enumerate(chunks) for _ in range(chunk.count)], torch.int64)
         starts = [0]
-        for piece in pieces:
-            starts.append(starts[-1] + piece.count)
-        lengths = [piece.first + piece.count for piece in pieces]
-        table = slots.table[put([piece.row.slot for piece in pieces], torch.int64)]
+        for chunk in chunks:
+            starts.append(starts[-1] + chunk.count)
+        lengths = [chunk.first + chunk.count for chunk in chunks]
+        table = slots.table[put([chunk.row.slot for chunk in chunks], torch.int64)]
         batch = Batch(
             table,
             put(lengths, torch.int64),
@@ -227,13 +229,13 @@ class Engine:
             self.limits.page,
             max(lengths),
             put(starts, torch.int64),
-            [piece.count for piece in pieces],
+            [chunk.count for chunk in chunks],
             owner,
         )
         self.decoder.prefill(tokens, self.cache, batch)
 
-    def _decode(self, scheduler: Scheduler, rows: list[Row]) -> _Flight:
-        """Launch one step of ``rows``: their next tokens."""
+    def _decode(self, scheduler: Scheduler, rows: list[Row]) -> PendingStep:
+        """Launch one decode step of ``rows``."""
         grown = scheduler.step(rows)
         if grown:
             self.slots.pages_of(grown)
@@ -247,12 +249,12 @@ class Engine:
         slots.sampled(index, tokens)
         self.stats.steps += 1
         if self.device.type != "cuda":
-            return _Flight(rows, tokens, logprobs)
-        flight = _Flight(
+            return PendingStep(rows, tokens, logprobs)
+        pending = PendingStep(
             rows, tokens.to("cpu", non_blocking=True), logprobs.to("cpu", non_blocking=True), torch.cuda.Event()
         )
-        flight.done.record()
-        return flight
+        pending.done.record()
+        return pending
 
     def _sample(self, hidden: torch.Tensor, index: torch.Tensor, truncates: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens (B,) and log-probabilities (B,) that follow ``hidden`` (B, H) of the rows in slots
@@ -272,11 +274,11 @@ class Engine:
         truncation = (slots.top_k[index], slots.top_p[index]) if truncates else ()
         return decoder.ops.choose(logits, temperature, uniforms, *truncation)
 
-    def _collect(self, scheduler: Scheduler, flight: _Flight) -> None:
-        """Read a step's results; rows that ended leave."""
-        if flight.done:
-            flight.done.synchronize()
-        for row, token, logprob in zip(flight.rows, flight.tokens.tolist(), flight.logprobs.tolist(), strict=True):
+    def _collect(self, scheduler: Scheduler, pending: PendingStep) -> None:
+        """Read a step's results, and finish the rows that ended."""
+        if pending.done:
+            pending.done.synchronize()
+        for row, token, logprob in zip(pending.rows, pending.tokens.tolist(), pending.logprobs.tolist(), strict=True):
             if row.reason:
                 self.stats.wasted += 1
                 continue
@@ -288,7 +290,7 @@ class Engine:
 
     @contextlib.contextmanager
     def _timed(self):
-        """Count the block as prefill: by events where work is asynchronous."""
+        """Count the block's time as prefill; by events where work is asynchronous."""
         if self.device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()

@@ -1,4 +1,4 @@
-"""What is asked of the rollout engine, and what it gives back."""
+"""Requests and completions of the rollout engine."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Sampling:
             "stop": all(self.stop),
             "stop_strings": all(self.stop_strings),
         }
-        wanted = {
+        expected = {
             "max_new_tokens": "at least 0",
             "temperature": "at least 0 (0 = greedy)",
             "top_k": "at least 0 (0 = all)",
@@ -53,9 +53,9 @@ class Sampling:
             "stop": "no empty sequence",
             "stop_strings": "no empty text",
         }
-        for name, fine in checks.items():
-            if not fine:
-                raise ConfigError(f"{name} = {getattr(self, name)}: expected {wanted[name]}")
+        for name, valid in checks.items():
+            if not valid:
+                raise ConfigError(f"{name} = {getattr(self, name)}: expected {expected[name]}")
 
     @property
     def truncates(self) -> bool:
@@ -64,14 +64,14 @@ class Sampling:
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """One response that is wanted. Requests with equal prompts share the prompt's keys and values:
+    """One response to generate. Requests with equal prompts share the prompt's keys and values, so
     n samples are n requests."""
 
     prompt: Sequence[int]
     sampling: Sampling
     uniforms: torch.Tensor | None = None
-    """(max_new_tokens,) fp32 in [0, 1): the draw of each step, and all that chance has in it (see
-    ``draws``). None: greedy only."""
+    """(max_new_tokens,) fp32 in [0, 1): the draw of each step, the only randomness (see ``draws``).
+    None: greedy only."""
 
 
 class Completion(NamedTuple):
@@ -85,8 +85,8 @@ class Completion(NamedTuple):
 
 
 def draws(seed: int, iteration: int, rows: int, steps: int) -> torch.Tensor:
-    """Uniforms (rows, steps) of an iteration's global batch: every layout and every resumed run
-    makes the same."""
+    """Uniforms (rows, steps) of an iteration's global batch, the same in every layout and every
+    resumed run."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + iteration)
     return torch.rand(rows, steps, generator=generator)
 

@@ -17,14 +17,14 @@ from training.config.shape import Shape
 from training.distributed import groups
 from training.errors import NoRoom
 from training.generation import torch_ops
-from training.generation.engine import Engine, Limits
+from training.generation.engine import Engine, EngineLimits
 from training.generation.request import Completion, Request
 from training.generation.weight_sync import Resharder
 from training.models.language_model import Interleaved, LanguageModel
 
 
 def family(shape: Shape) -> ModuleType:
-    """The family's file in this folder."""
+    """Module training/models/FAMILY/decoder.py."""
     return importlib.import_module(f"training.models.{shape.family}.decoder")
 
 
@@ -38,9 +38,9 @@ def operations(device_type: str):
 
 
 def _completions(engine: Engine, requests: list[Request]) -> tuple[list[Completion], str]:
-    """What the engine makes of ``requests``, and "" or why it has no room for them. It is asked
-    twice: between two phases of training the allocator may hold memory in pieces. All ranks of a
-    replica see the same."""
+    """Completions of ``requests``, and "" or why the engine has no room for them. It tries twice,
+    because between two phases of training the allocator's memory may be fragmented. All ranks of a
+    replica get the same."""
     # Ranks that share layers can't tell each other that one of them ran out of memory half way.
     errors = (NoRoom,) if engine.decoder.group else (NoRoom, torch.OutOfMemoryError)
     problem = ""
@@ -55,26 +55,24 @@ def _completions(engine: Engine, requests: list[Request]) -> tuple[list[Completi
 
 
 def _free() -> None:
-    """Give the device's memory that nothing holds back to the driver."""
+    """Return the device's unused memory to the driver."""
     if groups.device().type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
 
 
 class Replicas:
-    """Generation by a model that is being trained, over ``tensor_parallel`` ranks each (0: as in
-    training); PP is always 1.
+    """Replicas of the engine that generate with a model in training.
 
-    A model-parallel group of TP x PP ranks makes TP x PP / ``tensor_parallel`` replicas, which
-    divide its requests. Making one is collective over all ranks. ``decode``: ids -> text, for stop
-    strings.
-    """
+    Each has ``tensor_parallel`` ranks (0: as in training) and no pipeline. A model-parallel group
+    of TP x PP ranks has TP x PP / ``tensor_parallel`` replicas, which divide its requests.
+    ``decode``: ids -> text, for stop strings. The constructor is collective over all ranks."""
 
     def __init__(
         self,
         model: LanguageModel | Interleaved,
         shape: Shape,
-        limits: Limits,
+        limits: EngineLimits,
         eos_id: int,
         tensor_parallel: int = 0,
         decode: Callable[[list[int]], str] | None = None,
@@ -84,7 +82,7 @@ class Replicas:
         self.resharder = Resharder(model, shape, self.size)
         self.model_group = parallel_state.get_model_parallel_group()
         self.report: dict[str, float] = {}
-        """Of the last call: see ``_measured``."""
+        """Metrics of the last call: see ``_metrics``."""
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Completions in the requests' order, on every rank of the model-parallel group, each of
@@ -96,22 +94,23 @@ class Replicas:
         )
         reshard_seconds = time.monotonic() - began
         engine = Engine(decoder, self.limits, self.eos_id, self.decode)
-        mine = self._assigned(requests)[self.resharder.member // self.size]
-        made, problem = _completions(engine, [requests[index] for index in mine])
+        own_indices = self._assigned(requests)[self.resharder.member // self.size]
+        own_completions, problem = _completions(engine, [requests[index] for index in own_indices])
         if problem := groups.first_problem(problem):
             del engine, decoder
             _free()
             raise NoRoom(problem)
         gathered: list = [None] * self.model_group.size()
-        dist.all_gather_object(gathered, (mine, made, engine.stats), group=self.model_group)
+        dist.all_gather_object(gathered, (own_indices, own_completions, engine.stats), group=self.model_group)
         del engine, decoder  # cache, graphs and received weights: training needs the room
         _free()
-        self.report = self._measured([stats for _, _, stats in gathered[:: self.size]], reshard_seconds)
+        self.report = self._metrics([stats for _, _, stats in gathered[:: self.size]], reshard_seconds)
         completions = dict(pair for indices, results, _ in gathered for pair in zip(indices, results, strict=True))
         return [completions[index] for index in range(len(requests))]
 
     def _assigned(self, requests: Sequence[Request]) -> list[list[int]]:
-        """Indices of each replica's requests: prompts in turn, those that are equal together."""
+        """Indices of each replica's requests. Replicas take distinct prompts in turn; requests with
+        equal prompts stay together."""
         count = self.model_group.size() // self.size
         prompts: dict[tuple[int, ...], int] = {}
         assigned: list[list[int]] = [[] for _ in range(count)]
@@ -119,10 +118,10 @@ class Replicas:
             assigned[prompts.setdefault(tuple(request.prompt), len(prompts)) % count].append(index)
         return assigned
 
-    def _measured(self, stats: list, reshard_seconds: float) -> dict[str, float]:
-        """Of this model-parallel group's replicas: tokens of all; times of the one that took
-        longest; ``reshard_gb``, memory of weights that were moved; ``rollout_tail_share``, the
-        share of the time in which less than a quarter of the rows were alive."""
+    def _metrics(self, stats: list, reshard_seconds: float) -> dict[str, float]:
+        """Metrics of this model-parallel group's replicas: tokens of all, times of the slowest.
+        ``reshard_gb`` is the memory of resharded weights, ``rollout_tail_share`` the share of the
+        time in which less than a quarter of the rows were alive."""
         longest = max(stats, key=lambda one: one.seconds)
         return {
             "rollout_tokens_per_second": sum(one.tokens for one in stats) / max(longest.seconds, 1e-9),

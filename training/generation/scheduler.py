@@ -1,10 +1,11 @@
-"""Which rows run: admission, chunks of prefill, decode steps, preemption. Pure bookkeeping, no
+"""Scheduling of rows: admission, chunks of prefill, decode steps, preemption. Pure bookkeeping, no
 tensors.
 
-Rows are admitted while the cache can be expected to hold what they and the running ones will grow
-to before they end: the expectation is each row's longest response until some have ended, then what
-those needed. Where it was too low, the youngest row gives its pages back and is computed again
-later, from its prompt and the tokens it has: nothing overflows, and the oldest row always goes on.
+Rows are admitted while the cache is expected to hold them and the running rows until they end. A
+row is expected to need its longest response until some rows have ended, and then the share that
+those needed. Where the expectation was too low, the youngest row is preempted: it frees its pages
+and is computed again later from its prompt and tokens. Nothing overflows, and the oldest row always
+goes on.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from training.generation.request import Request
 
 
 class Row:
-    """A request on its way. Its last token is never in the cache: the next decode step computes and
-    follows it."""
+    """A request in progress. Its last token is never in the cache: the next decode step computes it
+    and draws the following one."""
 
     def __init__(self, number: int, request: Request):
         self.number, self.request = number, request
         self.prompt = tuple(request.prompt)
         self.tokens: list[int] = []
-        """The response as far as its results have come back."""
+        """Response tokens whose results have been read."""
         self.logprobs: list[float] = []
         self.reason = ""
         """Why it ended; empty while it goes on."""
@@ -50,7 +51,7 @@ class Row:
 
     @property
     def ready(self) -> bool:
-        """All but its last token are in the cache, and a step is wanted."""
+        """True if all but its last token are in the cache and the response may still grow."""
         return self.cached == self.length - 1 and self.length < self.longest
 
     def text(self, first: int, count: int) -> list[int]:
@@ -58,7 +59,7 @@ class Row:
         return [*self.prompt, *self.tokens][first : first + count]
 
 
-class Piece(NamedTuple):
+class PrefillChunk(NamedTuple):
     """Tokens [first, first + count) of a row, to be computed into the cache."""
 
     row: Row
@@ -67,11 +68,11 @@ class Piece(NamedTuple):
 
 
 class Scheduler:
-    """``expected``: share of its longest response that a row is expected to need before any has
-    ended."""
+    """``expected_fraction``: share of its longest response that a row is expected to need before
+    any has ended."""
 
-    def __init__(self, requests: Sequence[Request], pages: Pages, slots: int, expected: float = 1.0):
-        self.pages, self.slots, self.expected = pages, list(range(slots - 1, -1, -1)), expected
+    def __init__(self, requests: Sequence[Request], pages: Pages, slots: int, expected_fraction: float = 1.0):
+        self.pages, self.slots, self.expected_fraction = pages, list(range(slots - 1, -1, -1)), expected_fraction
         self.rows = [Row(number, request) for number, request in enumerate(requests)]
         self.running: list[Row] = []
         """In order of admission."""
@@ -86,27 +87,29 @@ class Scheduler:
         self.ended_tokens = self.ended_longest = 0
         self.preemptions = 0
         self.full = False
-        """A row was preempted and none has ended since: nobody is admitted."""
+        """A row was preempted and none has ended since: no row is admitted."""
 
-    def admit(self, least_tokens: int = 0) -> list[Row]:
-        """Rows that begin now. While others run, fewer than ``least_tokens`` tokens to compute wait
-        for more: small prefills are slow."""
+    def admit(self, min_tokens: int = 0) -> list[Row]:
+        """Admit waiting rows -> the rows that begin now. While others run, fewer than
+        ``min_tokens`` prompt tokens wait for more, because small prefills are slow."""
         if not self.waiting or not self.slots or (self.full and self.running):
             return []
-        chosen, tokens, most = [], 0, sum(map(self._most, self.running))
+        chosen, tokens, longest_pages = [], 0, sum(map(self._longest_pages, self.running))
         future = sorted(map(self._future, self.running), reverse=True)
         shared = {prompt: len(prefix.pages) for prompt, prefix in self.prefixes.items()}
         unused = len(self.pages.unused)
         for row in self.waiting:
-            unused -= self.pages.for_tokens(row.length) - (self._whole(row) if row.prompt in shared else 0)
+            unused -= self.pages.for_tokens(row.length) - (self._prefix_pages(row) if row.prompt in shared else 0)
             if row.prompt in self.repeated:
-                shared.setdefault(row.prompt, self._whole(row))
+                shared.setdefault(row.prompt, self._prefix_pages(row))
             bisect.insort(future, self._future(row), key=lambda pair: (-pair[0], -pair[1]))
-            most += self._most(row)
-            alone = not (self.running or chosen)
-            full = unused < 0 or (min(self._peak(future), most) + sum(shared.values()) > self.pages.count and not alone)
+            longest_pages += self._longest_pages(row)
+            is_only_row = not (self.running or chosen)
+            full = unused < 0 or (
+                min(self._peak(future), longest_pages) + sum(shared.values()) > self.pages.count and not is_only_row
+            )
             if full or len(chosen) == len(self.slots):
-                if self.running and tokens < least_tokens:
+                if self.running and tokens < min_tokens:
                     return []
                 break
             chosen.append(row)
@@ -117,19 +120,21 @@ class Scheduler:
         return chosen
 
     def _future(self, row: Row) -> tuple[int, int]:
-        """Steps that a row is expected to go on, and its tokens now, without those in shared
-        pages."""
-        share = min(1.0, 1.1 * self.ended_tokens / self.ended_longest) if self.ended_longest else self.expected
-        shared = self._whole(row) * self.pages.size if row.prompt in self.repeated else 0
-        return int(share * (row.longest - row.length)), row.length - shared
+        """(steps that the row is expected to go on, its tokens now without those in shared
+        pages)."""
+        fraction = (
+            min(1.0, 1.1 * self.ended_tokens / self.ended_longest) if self.ended_longest else self.expected_fraction
+        )
+        shared = self._prefix_pages(row) * self.pages.size if row.prompt in self.repeated else 0
+        return int(fraction * (row.longest - row.length)), row.length - shared
 
-    def _most(self, row: Row) -> int:
-        """Pages of its own that the row holds at its longest."""
-        return self.pages.for_tokens(row.longest) - (self._whole(row) if row.prompt in self.repeated else 0)
+    def _longest_pages(self, row: Row) -> int:
+        """Pages that the row alone holds at its longest."""
+        return self.pages.for_tokens(row.longest) - (self._prefix_pages(row) if row.prompt in self.repeated else 0)
 
     def _peak(self, future: list[tuple[int, int]]) -> int:
-        """Most pages that rows will hold at once: rows grow until they end, and the total is
-        highest when one of them does.
+        """Most pages that rows are expected to hold at once. Rows grow until they end, so the total
+        peaks when one of them ends.
 
         ``future``: (steps left, tokens) of each row, those that go on longest first. When the k-th
         ends, k rows hold all their tokens and as many more as it had steps left (the "past-future"
@@ -143,64 +148,65 @@ class Scheduler:
             peak = max(peak, (tokens + count * left) // self.pages.size + count)
         return peak
 
-    def _whole(self, row: Row) -> int:
-        """Pages that the row's prompt fills, its last token left out: that one is computed for each
-        sample."""
+    def _prefix_pages(self, row: Row) -> int:
+        """Full pages of the row's prompt without its last token, which every sample computes
+        itself."""
         return (len(row.prompt) - 1) // self.pages.size
 
     def _begin(self, row: Row) -> None:
         row.slot = self.slots.pop()
         self.running.append(row)
-        whole = self._whole(row)
-        if row.prompt in self.repeated and whole:
+        prefix_pages = self._prefix_pages(row)
+        if row.prompt in self.repeated and prefix_pages:
             prefix = self.prefixes.get(row.prompt)
             if prefix is None:
-                prefix = self.prefixes[row.prompt] = Prefix(self.pages.take(whole))
+                prefix = self.prefixes[row.prompt] = Prefix(self.pages.allocate(prefix_pages))
                 row.pages = prefix.pages[:]
             else:
-                row.pages = self.pages.share(prefix.pages)
+                row.pages = self.pages.fork(prefix.pages)
             prefix.users.add(row.number)
             row.prefix = prefix
-        row.pages += self.pages.take(self.pages.for_tokens(row.length) - len(row.pages))
+        row.pages += self.pages.allocate(self.pages.for_tokens(row.length) - len(row.pages))
 
-    def prefill(self, budget: int) -> list[Piece]:
+    def prefill(self, budget: int) -> list[PrefillChunk]:
         """The next tokens to compute into the cache, at most ``budget``, oldest rows first."""
-        pieces: list[Piece] = []
+        chunks: list[PrefillChunk] = []
         for row in self.running:
             if row.prefix is not None and row.cached < len(row.prefix.pages) * self.pages.size:
-                whole = len(row.prefix.pages) * self.pages.size
-                if row.cached < row.prefix.filled == whole:
-                    row.cached = whole
+                prefix_tokens = len(row.prefix.pages) * self.pages.size
+                if row.cached < row.prefix.filled == prefix_tokens:
+                    row.cached = prefix_tokens
                 elif row.cached < row.prefix.filled:
                     continue  # an older row is filling it
             count = min(row.length - 1 - row.cached, budget)
             if count <= 0:
                 continue
-            pieces.append(Piece(row, row.cached, count))
+            chunks.append(PrefillChunk(row, row.cached, count))
             row.cached += count
             budget -= count
             if row.prefix is not None:
                 row.prefix.filled = max(row.prefix.filled, min(row.cached, len(row.prefix.pages) * self.pages.size))
-        return pieces
+        return chunks
 
     def ready(self) -> list[Row]:
         return [row for row in self.running if row.ready]
 
     def missing(self, rows: list[Row]) -> int:
-        """Pages that a step of ``rows`` needs and the cache has not."""
+        """Pages that a step of ``rows`` needs beyond the unused ones."""
         return sum(row.length > len(row.pages) * self.pages.size for row in rows) - len(self.pages.unused)
 
     def step(self, rows: list[Row]) -> list[Row]:
-        """A decode step of ``rows``: their pages and counts. Gives the rows whose pages changed."""
+        """Account for a decode step of ``rows`` -> the rows that got a page."""
         grown = [row for row in rows if row.length > len(row.pages) * self.pages.size]
         for row in grown:
-            row.pages += self.pages.take(1)
+            row.pages += self.pages.allocate(1)
         for row in rows:
             row.cached, row.launched = row.cached + 1, row.launched + 1
         return grown
 
     def preempt(self) -> Row:
-        """The youngest row back to the head of the queue. All results must have come back."""
+        """Move the youngest row back to the head of the queue. All its results must have been read.
+        Raises InvariantError otherwise."""
         row = self.running[-1]
         if len(self.running) < 2 or row.launched != len(row.tokens):
             raise InvariantError(
@@ -214,6 +220,7 @@ class Scheduler:
         return row
 
     def finish(self, row: Row, reason: str) -> None:
+        """End a row and free its pages and slot."""
         row.reason, self.full = reason, False
         self._leave(row)
         self.ended_tokens += len(row.tokens)
@@ -222,7 +229,7 @@ class Scheduler:
     def _leave(self, row: Row) -> None:
         self.running.remove(row)
         self.slots.append(row.slot)
-        self.pages.release(row.pages)
+        self.pages.free(row.pages)
         if row.prefix is not None:
             row.prefix.users.discard(row.number)
             if not row.prefix.users:

@@ -1,4 +1,4 @@
-"""What the engine holds on the device of each running row."""
+"""The engine's state of each running row, on the device."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from training.generation.scheduler import Row
 
 
-class Slots:
-    """Where each running row stands, on the device, so that a decode step needs nothing from the
-    host. Slot ``rows`` is nobody's.
+class BatchState:
+    """State of each running row on the device, so that a decode step needs nothing from the host.
+    The last slot, number ``rows``, belongs to no row: fillers use it.
 
     ``table`` (slots, pages of the longest row) int32; the others (slots,): ``last`` sampled token,
     ``position`` it goes to, ``step`` (response tokens so far), ``temperature``, ``top_k``,
@@ -30,30 +30,30 @@ class Slots:
         self.seen = make(vocab, dtype=torch.bool) if penalised else None
 
     def put(self, values: Sequence, dtype: torch.dtype) -> torch.Tensor:
-        """Host numbers on the device without waiting for it."""
+        """Copy numbers from the host to the device without waiting for it."""
         tensor = torch.as_tensor(values, dtype=dtype)
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
     def enter(self, rows: list[Row]) -> None:
-        """Rows that were just admitted: all that a decode step reads of them."""
+        """Fill in the slots of rows that were just admitted."""
         slots = self.put([row.slot for row in rows], torch.int64)
-        asked = [row.request.sampling for row in rows]
+        samplings = [row.request.sampling for row in rows]
         for name, values in {
             "last": [row.text(row.length - 1, 1)[0] for row in rows],
             "position": [row.length - 1 for row in rows],
             "step": [row.launched for row in rows],
-            "top_k": [one.top_k for one in asked],
-            "top_p": [one.top_p for one in asked],
-            "temperature": [one.temperature for one in asked],
-            "penalty": [one.repetition_penalty for one in asked],
+            "top_k": [sampling.top_k for sampling in samplings],
+            "top_p": [sampling.top_p for sampling in samplings],
+            "temperature": [sampling.temperature for sampling in samplings],
+            "penalty": [sampling.repetition_penalty for sampling in samplings],
         }.items():
             tensor = getattr(self, name)
             tensor[slots] = self.put(values, tensor.dtype)
         drawn = torch.zeros(len(rows), self.uniforms.size(1))
         for row, target in zip(rows, drawn, strict=True):
             if row.request.uniforms is not None:
-                given = row.request.uniforms[: len(target)]  # greedy rows may have fewer than steps
-                target[: len(given)] = given
+                uniforms = row.request.uniforms[: len(target)]  # greedy rows may have fewer than steps
+                target[: len(uniforms)] = uniforms
         self.uniforms[slots] = self.put(drawn, torch.float32)
         if self.seen is not None:
             self.seen[slots] = False
@@ -63,7 +63,7 @@ class Slots:
         self.pages_of(rows)
 
     def pages_of(self, rows: list[Row]) -> None:
-        """The rows' page tables, after they got pages."""
+        """Update the rows' page tables after they got pages."""
         table = torch.zeros(len(rows), self.table.size(1), dtype=torch.int32)
         for row, target in zip(rows, table, strict=True):
             target[: len(row.pages)] = torch.tensor(row.pages, dtype=torch.int32)

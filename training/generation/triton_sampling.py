@@ -19,23 +19,33 @@ CHUNK = 4096
 
 @triton.jit
 def _summarise(
-    logits, temperature, floor, highest, total, best, vocab, stride, chunks, FLOOR: tl.constexpr, CHUNK: tl.constexpr
+    logits,
+    temperature,
+    floor,
+    chunk_max,
+    chunk_sum,
+    chunk_argmax,
+    vocab,
+    stride,
+    chunks,
+    FLOOR: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     """One row, one chunk: its largest scaled logit, the sum of exp(logit - largest) over logits >=
     ``floor``, its first largest column."""
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = chunk * CHUNK + tl.arange(0, CHUNK)
-    heat = tl.load(temperature + row)
-    heat = tl.where(heat == 0, 1.0, heat)
+    row_temperature = tl.load(temperature + row)
+    row_temperature = tl.where(row_temperature == 0, 1.0, row_temperature)
     x = tl.load(logits + row * stride + at, at < vocab, float("-inf"))
     if FLOOR:
         x = tl.where(x >= tl.load(floor + row), x, float("-inf"))
     most = tl.max(x, 0)
     column = tl.min(tl.where(x == most, at, 2147483647), 0)
-    anchor = tl.where(most == float("-inf"), 0.0, most / heat)
-    tl.store(highest + row * chunks + chunk, tl.where(most == float("-inf"), float("-inf"), anchor))
-    tl.store(total + row * chunks + chunk, tl.sum(tl.exp(x / heat - anchor), 0))
-    tl.store(best + row * chunks + chunk, column)
+    anchor = tl.where(most == float("-inf"), 0.0, most / row_temperature)
+    tl.store(chunk_max + row * chunks + chunk, tl.where(most == float("-inf"), float("-inf"), anchor))
+    tl.store(chunk_sum + row * chunks + chunk, tl.sum(tl.exp(x / row_temperature - anchor), 0))
+    tl.store(chunk_argmax + row * chunks + chunk, column)
 
 
 # "first" is not specialised: ranks differ in nothing else, and must run the same code, down to the
@@ -46,9 +56,9 @@ def _pick(
     temperature,
     uniforms,
     floor,
-    highest,
-    total,
-    best,
+    chunk_max,
+    chunk_sum,
+    chunk_argmax,
     token,
     lse,
     vocab,
@@ -68,18 +78,18 @@ def _pick(
     """
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, BLOCK_C)
-    heat = tl.load(temperature + row)
-    peaks = tl.load(highest + row * chunks + part, part < chunks, float("-inf"))
+    row_temperature = tl.load(temperature + row)
+    peaks = tl.load(chunk_max + row * chunks + part, part < chunks, float("-inf"))
     peak = tl.max(peaks, 0)
-    weights = tl.load(total + row * chunks + part, part < chunks, 0.0) * tl.exp(peaks - peak)
+    weights = tl.load(chunk_sum + row * chunks + part, part < chunks, 0.0) * tl.exp(peaks - peak)
     everything = tl.sum(weights, 0)
     if lse is not None:
         tl.store(lse + row, peak + tl.log(everything))
-    if heat == 0:
-        here = tl.min(tl.where(peaks == peak, part, 2147483647), 0) - first
-        mine = (here >= 0) & (here < own)
-        column = tl.load(best + row * own + tl.where(mine, here, 0))
-        tl.store(token + row, tl.where(mine, column, -1).to(tl.int64))
+    if row_temperature == 0:
+        own_chunk = tl.min(tl.where(peaks == peak, part, 2147483647), 0) - first
+        is_owner = (own_chunk >= 0) & (own_chunk < own)
+        column = tl.load(chunk_argmax + row * own + tl.where(is_owner, own_chunk, 0))
+        tl.store(token + row, tl.where(is_owner, column, -1).to(tl.int64))
     else:
         cumulative = tl.cumsum(weights, 0)
         threshold = tl.load(uniforms + row) * tl.max(cumulative, 0)
@@ -87,21 +97,21 @@ def _pick(
         last = tl.max(tl.where(weights > 0, part, 0), 0)
         chosen = tl.minimum(tl.sum((cumulative <= threshold).to(tl.int32), 0), last)
         before = tl.sum(tl.where(part < chosen, weights, 0.0), 0)
-        here = chosen - first
-        mine = (here >= 0) & (here < own)
-        here = tl.where(mine, here, own)  # behind this rank's columns, where nothing is read
-        at = here * CHUNK + tl.arange(0, CHUNK)
+        own_chunk = chosen - first
+        is_owner = (own_chunk >= 0) & (own_chunk < own)
+        own_chunk = tl.where(is_owner, own_chunk, own)  # behind this rank's columns, where nothing is read
+        at = own_chunk * CHUNK + tl.arange(0, CHUNK)
         x = tl.load(logits + row * stride + at, at < vocab, float("-inf"))
         if FLOOR:
             x = tl.where(x >= tl.load(floor + row), x, float("-inf"))
-        inside = tl.exp(x / heat - peak)
+        inside = tl.exp(x / row_temperature - peak)
         running = before + tl.cumsum(inside, 0)
         last = tl.max(tl.where(inside > 0, at, 0), 0)
-        column = tl.sum((running <= threshold).to(tl.int32), 0) + here * CHUNK
+        column = tl.sum((running <= threshold).to(tl.int32), 0) + own_chunk * CHUNK
         column = tl.minimum(column, last)
         # Skip what has no probability: the first column with any from here on.
         column = tl.min(tl.where((at >= column) & (inside > 0), at, 2147483647), 0)
-        tl.store(token + row, tl.where(mine, column, -1).to(tl.int64))
+        tl.store(token + row, tl.where(is_owner, column, -1).to(tl.int64))
 
 
 @triton.jit
@@ -112,21 +122,21 @@ def _ordered(x):
 
 
 @triton.jit
-def _beyond(logits, thresholds, least, peak, heat, vocab, COUNT: tl.constexpr, CHUNK: tl.constexpr):
+def _beyond(logits, thresholds, lowest_order, peak, row_temperature, vocab, COUNT: tl.constexpr, CHUNK: tl.constexpr):
     """(16,) of a row: how many logits >= each threshold (COUNT), or the weight of those above it;
-    only logits >= ``least`` take part."""
+    only logits >= ``lowest_order`` take part."""
     thresholds = tl.maximum(thresholds, -2147483647).to(tl.int32)
-    found = tl.zeros((16, CHUNK), tl.float32)
+    counts = tl.zeros((16, CHUNK), tl.float32)
     for start in range(0, vocab, CHUNK):
         at = start + tl.arange(0, CHUNK)
         x = tl.load(logits + at, at < vocab, float("-inf"))
         order = _ordered(x)
         if COUNT:
-            found += ((order[None, :] >= thresholds[:, None]) & (at < vocab)[None, :]).to(tl.float32)
+            counts += ((order[None, :] >= thresholds[:, None]) & (at < vocab)[None, :]).to(tl.float32)
         else:
-            weight = tl.where(order >= least, tl.exp((x - peak) / heat), 0.0)
-            found += tl.where(order[None, :] > thresholds[:, None], weight[None, :], 0.0)
-    return tl.sum(found, 1)
+            weight = tl.where(order >= lowest_order, tl.exp((x - peak) / row_temperature), 0.0)
+            counts += tl.where(order[None, :] > thresholds[:, None], weight[None, :], 0.0)
+    return tl.sum(counts, 1)
 
 
 @triton.jit
@@ -139,8 +149,8 @@ def _floor(logits, temperature, top_k, top_p, out, vocab, stride, CHUNK: tl.cons
     """
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
-    heat = tl.load(temperature + row)
-    heat = tl.where(heat == 0, 1.0, heat)
+    row_temperature = tl.load(temperature + row)
+    row_temperature = tl.where(row_temperature == 0, 1.0, row_temperature)
     k, p = tl.load(top_k + row), tl.load(top_p + row)
     number = tl.arange(0, 16)
     peak = tl.full((), float("-inf"), tl.float32)
@@ -153,19 +163,19 @@ def _floor(logits, temperature, top_k, top_p, out, vocab, stride, CHUNK: tl.cons
         high = top + 1
         while high - least > 1:  # count(x >= least) >= k > count(x >= high)
             tried = least + ((high - least) * (number + 1)) // 17
-            enough = _beyond(logits, tried, least, peak, heat, vocab, True, CHUNK) >= k
+            enough = _beyond(logits, tried, least, peak, row_temperature, vocab, True, CHUNK) >= k
             next_high = tl.min(tl.where(enough, high, tried), 0)
             least = tl.max(tl.where(enough, tried, least), 0)
             high = next_high
     floor = least
     if p < 1:
         everything = tl.max(
-            _beyond(logits, tl.full((16,), -2147483648, tl.int64), least, peak, heat, vocab, False, CHUNK), 0
+            _beyond(logits, tl.full((16,), -2147483648, tl.int64), least, peak, row_temperature, vocab, False, CHUNK), 0
         )
         low, floor = least - 1, top
         while floor - low > 1:  # weight(x > floor) < p <= weight(x > low), or low stands before all
             tried = low + ((floor - low) * (number + 1)) // 17
-            small = _beyond(logits, tried, least, peak, heat, vocab, False, CHUNK) < p * everything
+            small = _beyond(logits, tried, least, peak, row_temperature, vocab, False, CHUNK) < p * everything
             next_low = tl.max(tl.where(small, low, tried), 0)
             floor = tl.min(tl.where(small, tried, floor), 0)
             low = next_low
@@ -190,11 +200,11 @@ def choose(
         _floor[(rows,)](
             logits, temperature, top_k, top_p, floor, vocab, logits.stride(0), min(CHUNK, 2048), num_warps=16
         )
-        highest, total, _ = summarise(logits, temperature)
-        lse_all = torch.logsumexp(highest + total.log(), -1)
+        chunk_max, chunk_sum, _ = summarise(logits, temperature)
+        lse_all = torch.logsumexp(chunk_max + chunk_sum.log(), -1)
     lse = torch.empty(len(logits), device=logits.device)
     tokens = pick(logits, temperature, uniforms, *summarise(logits, temperature, floor), floor=floor, lse=lse)
-    scaled = logits.gather(1, tokens[:, None]).squeeze(1) / sampling.heat(temperature)
+    scaled = logits.gather(1, tokens[:, None]).squeeze(1) / sampling.nonzero_temperature(temperature)
     return tokens, scaled - (lse if floor is None else lse_all)
 
 
@@ -203,15 +213,15 @@ def summarise(logits: torch.Tensor, temperature: torch.Tensor, floor: torch.Tens
     ``floor`` (B,): only logits from it on."""
     rows, vocab = logits.shape
     chunks = triton.cdiv(vocab, CHUNK)
-    highest, total = (torch.empty(rows, chunks, device=logits.device) for _ in range(2))
-    best = torch.empty(rows, chunks, dtype=torch.int32, device=logits.device)
+    chunk_max, chunk_sum = (torch.empty(rows, chunks, device=logits.device) for _ in range(2))
+    chunk_argmax = torch.empty(rows, chunks, dtype=torch.int32, device=logits.device)
     _summarise[(rows, chunks)](
         logits,
         temperature,
         floor,
-        highest,
-        total,
-        best,
+        chunk_max,
+        chunk_sum,
+        chunk_argmax,
         vocab,
         logits.stride(0),
         chunks,
@@ -219,16 +229,16 @@ def summarise(logits: torch.Tensor, temperature: torch.Tensor, floor: torch.Tens
         CHUNK,
         num_warps=4,
     )
-    return highest, total, best
+    return chunk_max, chunk_sum, chunk_argmax
 
 
 def pick(
     logits: torch.Tensor,
     temperature: torch.Tensor,
     uniforms: torch.Tensor,
-    highest: torch.Tensor,
-    total: torch.Tensor,
-    best: torch.Tensor,
+    chunk_max: torch.Tensor,
+    chunk_sum: torch.Tensor,
+    chunk_argmax: torch.Tensor,
     first: int = 0,
     floor: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
@@ -236,22 +246,22 @@ def pick(
     """As training.generation.sampling.pick. ``lse`` (B,) is filled with the logarithm of the sum of
     all exp(scaled logits)."""
     rows, vocab = logits.shape
-    chunks = highest.size(1)
+    chunks = chunk_max.size(1)
     column = torch.empty(rows, dtype=torch.int64, device=logits.device)
     _pick[(rows,)](
         logits,
         temperature,
         uniforms,
         floor,
-        highest,
-        total,
-        best,
+        chunk_max,
+        chunk_sum,
+        chunk_argmax,
         column,
         lse,
         vocab,
         logits.stride(0),
         chunks,
-        best.size(1),
+        chunk_argmax.size(1),
         first,
         floor is not None,
         CHUNK,

@@ -25,7 +25,7 @@ from training.config import cost
 from training.config.shape import Shape
 from training.config.trainers import RolloutConfig
 from training.data.batches import padded_length, shard
-from training.data.packing import Layout, Limits, lay_out
+from training.data.packing import Layout, RowLimits, lay_out
 from training.data.permutation import Permutation
 from training.distributed import groups
 from training.trainer.setup import least_tokens, length_multiple
@@ -120,7 +120,7 @@ def plan(
     ranks, multiple, packed = groups.data_ranks(), length_multiple(config), bool(config.micro_batch_tokens)
     group = cost.group(config)
     capacity = config.prompt_length + config.response_length
-    limits = Limits(
+    limits = RowLimits(
         capacity,
         multiple,
         ranks,

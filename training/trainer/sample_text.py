@@ -15,7 +15,7 @@ from megatron.core import parallel_state
 from training.data.batches import shard
 from training.data.tokenizer import Tokenizer
 from training.distributed import groups
-from training.generation.engine import Limits
+from training.generation.engine import EngineLimits
 from training.generation.request import Request, Sampling
 from training.generation.rollout_workers import Replicas
 
@@ -23,9 +23,9 @@ ROWS = 64
 """Most replies that are made at once; with it the key-value cache is bounded."""
 
 
-def limits(context: int) -> Limits:
+def limits(context: int) -> EngineLimits:
     """``context``: most tokens of a prompt with its reply."""
-    return Limits(context, ROWS, cache_tokens=ROWS * context)
+    return EngineLimits(context, ROWS, cache_tokens=ROWS * context)
 
 
 def replies(

@@ -19,7 +19,7 @@ from training.config.trainers import RolloutConfig, TrainerConfig
 from training.data.batches import Example, Sampler, padded_length
 from training.data.cache import TokenRows, cached
 from training.data.dialogue import CUE
-from training.data.packing import Limits, collate_packed, pack
+from training.data.packing import RowLimits, collate_packed, pack
 from training.data.tokenizer import Tokenizer
 from training.distributed import groups
 from training.errors import ConfigError
@@ -111,10 +111,10 @@ def least_tokens(config: TrainerConfig, shape: Shape) -> int:
     return cost.launched_tokens(shape, config.tensor_parallel, config.longest_row, peak)
 
 
-def limits(config: TrainerConfig, shape: Shape) -> Limits:
+def limits(config: TrainerConfig, shape: Shape) -> RowLimits:
     """What packed rows of a trainer with ``seq_length`` must fit: no micro-batch has more tokens
     than unpacked rows of full length."""
-    return Limits(
+    return RowLimits(
         config.seq_length,
         length_multiple(config),
         groups.data_ranks(),

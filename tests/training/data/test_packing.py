@@ -9,7 +9,7 @@ import torch
 from training.config import cost
 from training.data import packing
 from training.data.batches import Example, collate
-from training.data.packing import Limits, collate_packed, lay_out, spread
+from training.data.packing import RowLimits, collate_packed, lay_out, spread
 from training.models.bloom.table import shape as bloom
 
 
@@ -17,7 +17,7 @@ from training.models.bloom.table import shape as bloom
 def test_every_example_once_in_rows_that_fit(seed):
     draw = random.Random(seed)
     pipeline = draw.choice([1, 2, 3])
-    limits = Limits(
+    limits = RowLimits(
         draw.choice([64, 80, 2048]),
         draw.choice([1, 8, 24]),
         draw.choice([1, 2, 6]),
@@ -52,7 +52,7 @@ def test_rows_of_lengths_like_hh_are_full(batch, ranks, least):
     computed = held = 0
     for _ in range(100):
         lengths = hh_lengths(draw, batch)
-        layout = lay_out(lengths, Limits(2048, 128, ranks, 8))
+        layout = lay_out(lengths, RowLimits(2048, 128, ranks, 8))
         held, computed = held + sum(lengths), computed + len(layout.rows) * layout.length
     assert held / computed >= least
 
@@ -61,19 +61,19 @@ def test_a_pipeline_gets_more_and_smaller_micro_batches():
     """Eight full rows: all at once without a pipeline; one by one through four stages, where (8 +
     3) x 1 < (1 + 3) x 8."""
     for pipeline, size in ((1, 8), (4, 1)):
-        assert lay_out([2048] * 8, Limits(2048, 128, 1, 8, pipeline)).micro_batch_size == size
+        assert lay_out([2048] * 8, RowLimits(2048, 128, 1, 8, pipeline)).micro_batch_size == size
 
 
 def test_a_gpu_s_micro_batches_are_no_smaller_than_what_hides_their_launch():
     """64 full rows of 512 through two stages: one by one if only tokens count, else as many as are
     ``least`` tokens or allowed."""
     for budget, least, size in ((8, 0, 1), (8, 2048, 4), (8, 17400, 8), (32, 17400, 32), (64, 17400, 32)):
-        assert lay_out([512] * 64, Limits(512, 128, 1, budget, 2, least=least)).micro_batch_size == size
+        assert lay_out([512] * 64, RowLimits(512, 128, 1, budget, 2, min_tokens=least)).micro_batch_size == size
 
 
 def test_where_all_wait_for_their_launch_padding_is_still_saved():
     """Three rows of 60, not two of 120, though either is one micro-batch."""
-    assert lay_out([60, 60, 60], Limits(128, 4, 1, 8, least=5000)) == ([[0], [1], [2]], 60, 3)
+    assert lay_out([60, 60, 60], RowLimits(128, 4, 1, 8, min_tokens=5000)) == ([[0], [1], [2]], 60, 3)
 
 
 def test_what_a_gpu_computes_while_the_host_launches():
@@ -96,7 +96,7 @@ def test_exchanges_find_rows_that_longest_first_does_not():
 
 def test_an_example_longer_than_a_row_is_our_fault():
     with pytest.raises(AssertionError, match="an example of 9 tokens in rows of 8"):
-        lay_out([9], Limits(8, 1, 1, 1))
+        lay_out([9], RowLimits(8, 1, 1, 1))
 
 
 def test_a_packed_row_holds_the_same_ids_and_the_same_predicted_tokens():
@@ -117,5 +117,5 @@ def test_rows_that_can_t_hold_the_examples_are_not_tried(monkeypatch):
     monkeypatch.setattr(packing, "spread", lambda *args: tried.append(args[1]) or spread(*args))
     for length, rows in ((1025, 256), (683, 128)):
         tried.clear()
-        assert len(lay_out([length] * 256, Limits(2048, 128, 1, 8)).rows) == rows
+        assert len(lay_out([length] * 256, RowLimits(2048, 128, 1, 8)).rows) == rows
         assert len(tried) <= 10

@@ -9,12 +9,12 @@ from tests.support.bloom import tiny_bloom
 from tests.support.generation_models import generate, prompts
 from training.errors import ConfigError, NoRoom
 from training.generation.block_manager import Pages
-from training.generation.engine import Engine, Limits
+from training.generation.engine import Engine, EngineLimits
 from training.generation.request import Request, Sampling, draws
 from training.generation.scheduler import Scheduler
 
 VOCAB, STEPS = 300, 16
-SMALL = dict(page=4, rows=9, cache_tokens=64, prefill_tokens=13, prefill_least=20)
+SMALL = dict(page=4, rows=9, cache_tokens=64, prefill_tokens=13, min_prefill_tokens=20)
 """A cache for two or three rows, prompts in chunks, refills late."""
 
 
@@ -53,7 +53,7 @@ def test_greedy_equals_hugging_face_for_200_prompts(bloom, expected, rash, limit
     asked, responses, eos = expected
     if "rows" in limits and limits["rows"] == 1:
         asked, responses = asked[:20], responses[:20]
-    made, engine = generate(bloom[1], asked, Sampling(STEPS, temperature=0), eos, late=late, **limits)
+    made, engine = generate(bloom[1], asked, Sampling(STEPS, temperature=0), eos, async_output=late, **limits)
     assert [one.tokens for one in made] == responses
     assert [one.reason for one in made] == ["eos" if row[-1] == eos else "length" for row in responses]
     if limits is SMALL:
@@ -157,15 +157,15 @@ def test_the_cases_at_the_edge(bloom):
     none, _ = generate(ours, [[5, 6]], Sampling(0, temperature=0))
     assert none[0] == ([], [], "length")
     # draws that greedy has no use for
-    mixed = Engine(ours, Limits(64), -1).generate(
+    mixed = Engine(ours, EngineLimits(64), -1).generate(
         [Request([5], Sampling(0, temperature=0)), Request([5, 6], sampling), Request([5, 6], sampling, torch.rand(2))]
     )
     assert [len(one.tokens) for one in mixed] == [0, 4, 4] and mixed[1] == mixed[2]
     # All rows end at once, with the host a step behind: one prompt many times, no sample twice.
-    made, engine = generate(ours, [[7, 8, 9]] * 20, sampling, late=True, rows=10)
+    made, engine = generate(ours, [[7, 8, 9]] * 20, sampling, async_output=True, rows=10)
     assert len({tuple(one.tokens) for one in made}) == 1 and engine.stats.tokens == 80
     (first,) = generate(ours, [[7, 8, 9]], sampling)[0]
-    made, _ = generate(ours, [[7, 8, 9]] * 20, sampling, eos=first.tokens[1], late=True, rows=10)
+    made, _ = generate(ours, [[7, 8, 9]] * 20, sampling, eos=first.tokens[1], async_output=True, rows=10)
     assert all(
         one.tokens == first.tokens[: first.tokens.index(first.tokens[1]) + 1] and one.reason == "eos" for one in made
     )
@@ -189,14 +189,14 @@ def test_the_cases_at_the_edge(bloom):
     ],
 )
 def test_a_request_that_can_t_be_served_is_refused_before_anything_runs(bloom, request_, message):
-    engine = Engine(bloom[1], Limits(64, page=4, cache_tokens=40), -1)
+    engine = Engine(bloom[1], EngineLimits(64, page=4, cache_tokens=40), -1)
     with pytest.raises(ConfigError, match=message):
         engine.generate([Request([1, 2], Sampling(2, temperature=0)), request_])
     assert engine.stats.steps == 0
 
 
 def test_a_request_that_the_cache_can_t_hold_is_refused_before_anything_runs(bloom):
-    engine = Engine(bloom[1], Limits(64, page=4, cache_tokens=40), -1)
+    engine = Engine(bloom[1], EngineLimits(64, page=4, cache_tokens=40), -1)
     with pytest.raises(
         NoRoom, match="request 1 needs 16 pages of 4 tokens, the cache has room for 10 .* raise cache_share"
     ):
@@ -234,9 +234,9 @@ def test_admission_expects_what_ended_rows_needed():
     for row in first[:3]:
         row.tokens = [1] * 6
         scheduler.finish(row, "eos")
-    assert scheduler.admit(least_tokens=100) == []
+    assert scheduler.admit(min_tokens=100) == []
     # 8 + 1.1 * 6 tokens and a page: 8 rows, one of them running
-    assert len(scheduler.admit(least_tokens=30)) == 7
+    assert len(scheduler.admit(min_tokens=30)) == 7
     assert len(scheduler.running) == 8
 
 

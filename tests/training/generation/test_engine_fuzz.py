@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import torch
 
-from training.generation.engine import Engine, Limits
+from training.generation.engine import Engine, EngineLimits
 from training.generation.request import Request, Sampling, draws
 from training.generation.sampling import choose, penalise
 from training.generation.scheduler import Scheduler
@@ -114,18 +114,18 @@ def test_every_response_is_its_request_s_alone_and_every_page_comes_back(monkeyp
             # rash: admission that expects no growth
             page, rash = dice.choice((1, 4, 7, 32)), dice.random() < 0.4
             least = max(-(-(len(one.prompt) + one.sampling.max_new_tokens) // page) for one in asked)
-            limits = Limits(
+            limits = EngineLimits(
                 130,
                 dice.choice((1, 3, 512)),
                 cache_tokens=dice.choice((0, page * (least + dice.choice((0, 1, 3, 10))))),
-                expected=dice.choice((0.0, 0.1, 1.0)),
+                expected_fraction=dice.choice((0.0, 0.1, 1.0)),
                 page=page,
                 prefill_tokens=dice.choice((1, 13, 8192)),
-                prefill_least=dice.choice((0, 20, 1024)),
+                min_prefill_tokens=dice.choice((0, 20, 1024)),
             )
             monkeypatch.setattr(Scheduler, "_peak", (lambda self, future: 0) if rash else peak)
             schedulers.clear()
-            engine = Engine(Recorder(), limits, EOS, text, late=dice.random() < 0.5)
+            engine = Engine(Recorder(), limits, EOS, text, async_output=dice.random() < 0.5)
             assert [(one.tokens, one.reason) for one in engine.generate(asked)] == expected, (seed, limits)
             for scheduler in schedulers[-1:]:
                 assert len(scheduler.pages.unused) == scheduler.pages.count and not any(scheduler.pages.holders), (

@@ -17,10 +17,10 @@ from tests.support.llama import tiny_llama3, tiny_qwen2, tiny_qwen3
 from training.checkpoint import format
 from training.checkpoint.stage_folder import StageFolder
 from training.config.shape import Shape
-from training.generation.engine import Limits
+from training.generation.engine import EngineLimits
 from training.generation.request import Request, Sampling, draws
 from training.generation.rollout_workers import Replicas
-from training.generation.weight_sync import Held, named_weights, plan, rounds
+from training.generation.weight_sync import LocalTensor, named_weights, plan, rounds
 from training.trainer.step import build_model
 
 VOCAB, STEPS = 300, 12
@@ -63,7 +63,7 @@ def ours(folder, cases, eos):
         shape = Shape.read(folder / "hf")
         model = build_model(shape, settings(*layout), "lm")
         format.load_weights(StageFolder(folder / "convert").resolve() / "model", model)
-        replicas = Replicas(model, shape, Limits(64, page=4), eos, size)
+        replicas = Replicas(model, shape, EngineLimits(64, page=4), eos, size)
         greedy = replicas.generate([Request(prompt, Sampling(STEPS, temperature=0)) for prompt in PROMPTS])
         uniforms = draws(1, 3, len(PROMPTS), STEPS)
         asked = [Request(prompt, Sampling(STEPS, 0.8), row) for prompt, row in zip(PROMPTS, uniforms, strict=True)]
@@ -106,7 +106,8 @@ def test_every_pipeline_stage_sends_in_every_round():
     """Three stages of two layers to three ranks that want all: two rounds of six messages, not six
     of two through one rank's links."""
     held = [
-        {f"decoder.layers.{2 * stage + number}.weight": Held((4, 4), None) for number in range(2)} for stage in range(3)
+        {f"decoder.layers.{2 * stage + number}.weight": LocalTensor((4, 4), None) for number in range(2)}
+        for stage in range(3)
     ]
     found = rounds(plan(held, 1, 1, None)[0], 1)
     assert [sorted((move.of, move.to) for move in one) for one in found] == [
