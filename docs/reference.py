@@ -21,6 +21,7 @@ from pathlib import Path
 import click
 
 from launcher.cli import main as launcher
+from launcher.config.network import Fits, Network
 from launcher.config.profile import Container, Machine, Profile
 from launcher.config.sections import SECTIONS, Resources, StageResources
 from launcher.job.advice import ADVICE, EVERY
@@ -29,7 +30,7 @@ from training.config.trainers import RolloutConfig, TrainerConfig
 
 ROOT = Path(__file__).parents[1]
 NOTICE = "<!-- Written by docs/reference.py from the code (make docs). Change the code, not this page. -->"
-FILLED = {"paths", "name", "machine", "container"}
+FILLED = {"paths", "name", "machine", "container", "network_table", "fits"}
 """Fields that are no keys of a row: the launcher fills them, or they are tables of their own."""
 TRAINERS = [name for name, config in SECTIONS.items() if issubclass(config, TrainerConfig)]
 ROLLOUTS = [name for name in TRAINERS if issubclass(SECTIONS[name], RolloutConfig)]
@@ -202,6 +203,21 @@ def configuration() -> str:
     ]
     for name, config in (("machine", Machine), ("container", Container)):
         lines += [f"### [{name}] of a profile", "", *wrapped(about(config)), "", *keys(config)]
+    lines += [
+        "## Network",
+        "",
+        *wrapped(
+            "What connects the nodes of a site: `NAME.toml` in `slurm/networks/`, or a file next to the profile that "
+            'its key `network = "NAME.toml"` names.'
+        ),
+        "",
+        *keys(Network),
+        "### [fits] of a network",
+        "",
+        *wrapped(about(Fits)),
+        "",
+        *keys(Fits),
+    ]
     return "\n".join(lines).rstrip() + "\n"
 
 

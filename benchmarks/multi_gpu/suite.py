@@ -85,7 +85,7 @@ class Running:
     def start(self) -> None:
         job, first = self.job, self.left[0][0]
         name = f"{job.name}.{first}".replace(" ", "_")
-        environment = {variable: value for variable, value, _ in network.NETWORKS["one-machine"]} | {
+        environment = {variable: value for variable, value, _ in network.variables(network.named("one-machine"))} | {
             "NCCL_NVLS_ENABLE": "0",
             "CUDA_VISIBLE_DEVICES": "" if self.cpu else ",".join(map(str, job.gpus)),
             "TORCHINDUCTOR_COMPILE_THREADS": "12",

@@ -6,6 +6,7 @@ import dataclasses
 
 from launcher.config.profile import Machine
 from launcher.estimates import iteration_time, step_time
+from launcher.slurm import network
 
 
 def name(layout: dict, gpus: int) -> str:
@@ -34,7 +35,8 @@ def apart(measured: float, predicted: float) -> str:
 
 
 def machine(card: dict) -> Machine:
-    return dataclasses.replace(step_time.MACHINES["one-machine"], memory_gb_s=card["memory_gb_s"])
+    h200 = step_time.known_rates("h200", network.named("one-machine"))
+    return dataclasses.replace(h200, memory_gb_s=card["memory_gb_s"])
 
 
 def moving(row: dict, card: dict) -> float:

@@ -14,6 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from launcher.estimates import step_time
+from launcher.slurm import sites
 from training.config.trainers import Paths, SFTConfig
 from training.models.bloom.table import shape as bloom
 
@@ -21,7 +22,8 @@ MODELS = {
     "7b1": (bloom(30, 4096, 32, 250880, 1e-5), 256, (8, 32)),
     "176b": (bloom(70, 14336, 112, 250880, 1e-5), 512, (64, 128)),
 }
-SITES = {"A100": "a100-hdr-infiniband", "H800": "h800-roce"}
+SITES = {"A100": "a100", "H800": "h800"}
+"""Name of the GPU -> profile of slurm/clusters."""
 
 
 def main() -> None:
@@ -32,7 +34,8 @@ def main() -> None:
     )
     print("|---|---|---|---|---|---|---|---|---|---|---|---|")
     for name, (shape, rows, sizes) in MODELS.items():
-        for site, network in SITES.items():
+        for site, profile in SITES.items():
+            machine = step_time.machine_of(sites.load(profile))
             for ranks in sizes:
                 config = SFTConfig(
                     paths=Paths("", "", "", "", ""),
@@ -40,7 +43,7 @@ def main() -> None:
                     micro_batch_size=1,
                     optimizer_precision="bf16",
                 )
-                for made in step_time.layouts(shape, config, ranks, step_time.MACHINES[network], 8, 85.0)[:3]:
+                for made in step_time.layouts(shape, config, ranks, machine, 8, 85.0)[:3]:
                     used = made.config
                     data = used.data_parallel(ranks)
                     shares = ", ".join(f"{100 * seconds / made.seconds:.0f}" for seconds in made.parts.values())

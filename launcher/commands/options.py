@@ -64,7 +64,7 @@ def plan_options(command, tolerant: bool = False):
     @click.option("--name", help="Name of the run.  [default: the recipe's]")
     @runs_option("runs")
     @profile_option(
-        "Site: local, dev, a100, h200, h800 or a file.  [default: $CONVOY_PROFILE, ~/.config/convoy.toml; "
+        "Site: a name of slurm/clusters, e.g. local, or a file.  [default: $CONVOY_PROFILE, ~/.config/convoy.toml; "
         "else local, or dev when its cluster runs; a cluster's login node has none]"
     )
     @click.option("--from", "first", type=STAGE, help=f"First stage of {FULL}; those before it must be DONE.")

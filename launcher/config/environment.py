@@ -22,6 +22,8 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 
+KEYS = re.compile(r"(^|_)(API_?KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
+"""Names of variables that hold a secret."""
 READERS = "SBATCH|SALLOC|SQUEUE|SINFO|SACCT|SACCTMGR|SCANCEL|SCONTROL|SSTAT|SPRIO|SREPORT|SSHARE|SCRONTAB|STRIGGER"
 SLURM = re.compile(rf"({READERS}|SRUN|SLURM|SLURMD|SLURMSTEPD)_\w+")
 """Variables that Slurm's commands read or set."""

@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from launcher.config.addresses import refuse_secrets
-from launcher.config.environment import fixed
+from launcher.config.environment import KEYS, fixed
+from launcher.config.gpus import GPUS
+from launcher.config.network import Network
 from launcher.config.sbatch import SbatchOptions, one_line
 from training.config.schema import build
 
 RUNTIMES = ("none", "pyxis", "apptainer")
 GPU_OPTIONS = ("gpus-per-node", "gres", "none")
-KEYS = re.compile(r"(^|_)(API_?KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
-"""Names of variables that hold a secret."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class Machine:
     """Table ``[machine]`` of a profile: one GPU and what connects it, datasheet rates, one
     direction, for ``plan --suggest``.
 
-    0: what launcher/estimates/step_time.py knows of the profile's network.
+    0: the rate of the profile's ``gpu`` or, outside the node, of its ``network``.
     """
 
     tflops: float = 0.0
@@ -75,7 +75,7 @@ class Machine:
         for name, value in vars(self).items():
             if not 0 <= value < math.inf or 0 < value < 0.001:
                 raise ValueError(
-                    f"{name} = {value:g}: expected a rate of at least 0.001, or 0 for what is known of the network"
+                    f"{name} = {value:g}: expected a rate of at least 0.001, or 0 for the rate of gpu or network"
                 )
 
 
@@ -95,7 +95,12 @@ class Profile(SbatchOptions):
     """"cuda", "cpu" (GPUs are hidden from the ranks), or "auto": cuda where this machine has a GPU
     for each rank."""
     network: str = "auto"
-    """Name of a table in launcher/slurm/network.py."""
+    """Name of a file in slurm/networks, without .toml, or of a file next to the profile,
+    "mine-network.toml"."""
+    network_table: Network = field(default_factory=Network)
+    """What that file says; the launcher fills it in when it loads the profile."""
+    gpu: str = ""
+    """Model of the GPUs, whose datasheet rates ``plan`` takes: "a100", "h100", "h200" or "h800"."""
     gpu_option: str = "gpus-per-node"
     """How GPUs are asked for: "gpus-per-node", "gres" (Slurm before 19.05, or select/cons_res),
     "none" (no GPU GRES: whole nodes)."""
@@ -149,7 +154,7 @@ class Profile(SbatchOptions):
 
     def __post_init__(self):
         refuse_secrets(vars(self), "profile")
-        for name, kind in (("machine", Machine), ("container", Container)):
+        for name, kind in (("machine", Machine), ("network_table", Network), ("container", Container)):
             # a profile that was read back from a run's config.json
             if isinstance(table := getattr(self, name), dict):
                 object.__setattr__(self, name, build(kind, table, name))
@@ -160,6 +165,11 @@ class Profile(SbatchOptions):
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: expected one of {', '.join(allowed)}")
+        if self.gpu and self.gpu not in GPUS:
+            raise ValueError(
+                f"gpu = {self.gpu!r}: expected one of {', '.join(GPUS)}; for another leave it out and give its rates "
+                "in the table [machine]"
+            )
         self._check_lines()
         for name, least in (
             ("gpus_per_node", 0),

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from launcher.config import environment
-from launcher.config.profile import KEYS
+from launcher.config.environment import KEYS
 from launcher.doctor.slurm_findings import Finding
 from launcher.run.folder import lock
 from training.errors import ConfigError

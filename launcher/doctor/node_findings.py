@@ -1,12 +1,14 @@
 """What doctor found on a compute node (the JSON of launcher/slurm/node_probe.py), and what follows.
-Pure."""
+Reads slurm/networks, nothing else."""
 
 from __future__ import annotations
 
 import re
 
+from launcher.config.gpus import model_of, rated
 from launcher.doctor.machine_findings import ports
 from launcher.doctor.slurm_findings import Finding
+from launcher.slurm import network, site_files
 
 TE_FROM, TE_BELOW = (2, 9), (2, 12)
 """Versions of Transformer Engine that megatron-core 0.16.1 accepts (its metadata:
@@ -96,7 +98,9 @@ def _gpus(where: str, facts: dict) -> list[Finding]:
     findings, gpus = [Finding(where, "driver", facts["driver"], "NVIDIA's")], facts["gpus"]
     memory = f", {gpus[0]['memory_gb']} GiB" if gpus and gpus[0]["memory_gb"] else ""
     names = f"{len(gpus)} x {gpus[0]['name']}{memory}" if gpus else "none"
-    findings.append(Finding(where, "GPUs", names, "as many as doctor's own job was given"))
+    key = rated(gpus[0]["name"]) if gpus else ""
+    settings = {"gpu": key} if key else {}
+    findings.append(Finding(where, "GPUs", names, "as many as doctor's own job was given", "ok", settings))
     if any(gpu["mig"] for gpu in gpus):
         findings.append(
             Finding(
@@ -246,7 +250,7 @@ def _fabric(where: str, facts: dict) -> list[Finding]:
     top = max(one["gbps"] for one in fast)
     chosen, slower = ([one["name"] for one in fast if (one["gbps"] == top) is wanted] for wanted in (True, False))
     layer = next(one["layer"] for one in fast if one["gbps"] == top)
-    settings: dict = {"network": _table(layer, top, [gpu["name"] for gpu in facts["gpus"]])}
+    settings: dict = {"network": _network_name(layer, top, [gpu["name"] for gpu in facts["gpus"]])}
     if slower:
         settings["environment"] = {"NCCL_IB_HCA": "=" + ",".join(chosen)}
     slower_note = f"; {', '.join(slower)} is slower (storage?) and left out" if slower else ""
@@ -268,15 +272,11 @@ def _fabric(where: str, facts: dict) -> list[Finding]:
     return findings
 
 
-def _table(layer: str, gbps: int, gpus: list[str]) -> str:
-    """Name of the table of launcher/slurm/network.py that fits; "auto" where none was made for
-    it."""
-    if any("A100" in name for name in gpus) and layer == "InfiniBand" and gbps <= 200:
-        return "a100-hdr-infiniband"
-    hopper = any(kind in name for name in gpus for kind in ("H800", "H100", "H200", "H20"))
-    if hopper and gbps >= 400:
-        return "h800-ndr-infiniband" if layer == "InfiniBand" else "h800-roce"
-    return "auto"
+def _network_name(layer: str, gbps: int, gpus: list[str]) -> str:
+    """Name of the file in slurm/networks that fits the node; "auto" where none does."""
+    models = [model_of(name) for name in gpus]
+    fitting = (name for name in site_files.names("networks") if network.named(name).fits.node(layer, gbps, models))
+    return next(fitting, "auto")
 
 
 def _name(where: str, facts: dict) -> list[Finding]:

@@ -286,7 +286,7 @@ def profile_text(report: Report) -> str:
         ):
             lines.append(f"{field.name} = {_toml(settings[field.name])}  # {_comment(why[field.name])}")
     if "network" not in settings:
-        lines.append('network = "auto"  # a table of launcher/slurm/network.py; doctor --node looks at the fabric')
+        lines.append('network = "auto"  # a file of slurm/networks; doctor --node looks at the fabric')
     environment = settings.get("environment", {})
     lines.append(
         f"environment = {{{', '.join(f' {key} = {_toml(value)}' for key, value in environment.items())} }}"

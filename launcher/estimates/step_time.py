@@ -27,6 +27,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from launcher.config.gpus import GPUS
+from launcher.config.network import Network
 from launcher.config.profile import Machine, Profile
 from launcher.config.sections import Resources
 from launcher.estimates import memory
@@ -46,15 +48,6 @@ TURN_S = 1.5e-3
 """Seconds that a pipeline's GPU waits at a micro-batch's messages, each way: 1b7's scoring and
 7b1's steps at PP 2 on two H100. Steps with two parts a stage, whose schedule leaves the host free,
 were measured to need as much (PP 4 and TP 2 x PP 2 on four)."""
-_H800 = Machine(tflops=989, memory_gb_s=3350, inside_gb_s=200, outside_gb_s=50)
-MACHINES = {
-    "a100-hdr-infiniband": Machine(tflops=312, memory_gb_s=2039, inside_gb_s=300, outside_gb_s=25),
-    "h800-roce": _H800,
-    "h800-ndr-infiniband": _H800,
-    "one-machine": Machine(tflops=989, memory_gb_s=4800, inside_gb_s=450, outside_gb_s=50),
-}
-"""What a profile's ``machine`` leaves at 0, by its ``network`` (launcher/slurm/network.py);
-"one-machine" is taken for H200s."""
 
 
 @dataclass(frozen=True)
@@ -162,24 +155,28 @@ def step(shape: Shape, config: SFTConfig, ranks: int, machine: Machine, gpus_per
     return Step(config, ranks, seconds, useful / seconds / ranks / machine.tflops / 1e12, made, parts)
 
 
+def known_rates(gpu: str, network: Network) -> Machine:
+    """Rates of a GPU of launcher/config/gpus.py on a network; 0 where one is not known."""
+    inside = dataclasses.asdict(GPUS[gpu]) if gpu else {}
+    return Machine(**inside, outside_gb_s=network.outside_gb_s)
+
+
 def machine_of(profile: Profile) -> Machine:
-    """The profile's own numbers, and those of its network where it has none; 0 where neither is
-    known."""
-    known = dataclasses.asdict(MACHINES.get(profile.network, Machine()))
+    """The profile's own rates; where it has none, those of its GPU and its network; 0 where one is
+    not known."""
+    known = dataclasses.asdict(known_rates(profile.gpu, profile.network_table))
     return Machine(**{name: getattr(profile.machine, name) or value for name, value in known.items()})
 
 
 def unsaid(stage: str, profile: Profile) -> str:
-    """Why nothing can be reckoned for a profile; "" where it can."""
+    """Why a profile allows no estimate of time; "" where it does."""
     unknown = [f"machine.{name}" for name, value in dataclasses.asdict(machine_of(profile)).items() if not value]
     unknown += [] if profile.gpu_memory_gb else ["gpu_memory_gb"]
+    if not unknown:
+        return ""
     return (
-        (
-            f"{stage}: no suggestion: profile {profile.name} does not say {', '.join(unknown)}; the machine's rates "
-            f"are known of network = {', '.join(MACHINES)}"
-        )
-        if unknown
-        else ""
+        f"{stage}: no suggestion: profile {profile.name} does not say {', '.join(unknown)}; give gpu, one of "
+        f"{', '.join(GPUS)}, and network, a file of slurm/networks with outside_gb_s, or the rates in [machine]"
     )
 
 

@@ -194,7 +194,7 @@ class Supervisor:
 
     def rank_environment(self, log: Log) -> dict[str, str]:
         """The variables that all ranks get; the log names those of the network."""
-        variables = network.environment(self.config["profile"], self.resources.ranks_per_node)
+        variables = network.environment(self.profile, self.resources.ranks_per_node)
         for variable, value, reason in variables:
             log.write("launcher", f"{variable}={value}  # {reason}")
         return {

@@ -1,10 +1,9 @@
-"""Communication environment of a site as data: (variable, value, reason). A profile names one
-table; its own ``environment`` wins.
+"""Communication environment of a site: the variables of slurm/networks/<name>.toml, and what the
+adapters of the node need. The profile's own ``environment`` wins.
 
-NVIDIA's advice is to set only what a site needs, so each line has its reason; supervise prints the
-lines in the log of each start. Sources: NCCL user guide (environment variables, networking
-troubleshooting), CoreWeave's and IBM Cloud's NCCL references. The tables of large fabrics have not
-been run on such machines by us.
+NVIDIA's advice is to set only what a site needs, so each variable has its reason; supervise prints
+both in the log of each start. Sources: NCCL user guide (environment variables, networking
+troubleshooting), CoreWeave's and IBM Cloud's NCCL references.
 """
 
 from __future__ import annotations
@@ -12,7 +11,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from launcher.config.network import Network
+from launcher.config.profile import Profile
+from launcher.config.sections import near, read_toml
+from launcher.slurm import site_files
 from launcher.slurm.node_probe import adapters
+from training.config.schema import build
+from training.errors import ConfigError
 
 ALWAYS = (
     ("NCCL_DEBUG", "WARN", "errors are said, nothing else is printed"),
@@ -34,55 +39,51 @@ LARGE_FABRIC = (
     ("NCCL_IB_TIMEOUT", "22", "17 s instead of 4 s before a lost packet is an error: link flaps on large fabrics"),
     ("NCCL_IB_RETRY_CNT", "7", "the most that the hardware retries"),
 )
-ONE_MACHINE = (
-    ("GLOO_SOCKET_IFNAME", "lo", "all ranks are on this machine; its host name may not resolve to an address it has"),
-)
-
 DEVICES = Path("/dev")
 
-NETWORKS = {
-    "auto": (*ALWAYS, NO_INNER),  # and what fabric() finds on the node
-    "one-machine": (*ALWAYS, *ONE_MACHINE),
-    "a100-hdr-infiniband": (
-        *ALWAYS,
-        *LARGE_FABRIC,
-        ("NCCL_IB_HCA", "mlx5", "compute adapters; list them as =mlx5_0,... where storage adapters share the prefix"),
-    ),
-    "h800-roce": (
-        *ALWAYS,
-        *LARGE_FABRIC,
-        ("NCCL_IB_HCA", "mlx5_bond", "the bonded 400G adapters mlx5_bond_1..8"),
-        ("NCCL_IB_GID_INDEX", "3", "RoCE v2 addresses; NCCL before 2.21 does not find the index itself"),
-        ("NCCL_IB_TC", "160", "lossless traffic class of the usual H800 fabric; ask the site for its own"),
-        ("NCCL_IB_SL", "3", "service level that goes with that class"),
-        (
-            "NCCL_IB_QPS_PER_CONNECTION",
-            "4",
-            "several queue pairs, so that ECMP spreads one connection over both bonded ports",
-        ),
-    ),
-    "h800-ndr-infiniband": (
-        *ALWAYS,
-        *LARGE_FABRIC,
-        ("NCCL_IB_HCA", "mlx5", "compute adapters; list them as =mlx5_0,... where storage adapters share the prefix"),
-    ),
-}
+
+def load(name: str, profile: Path) -> Network:
+    """The network of slurm/networks/<name>.toml, or of a file next to the ``profile`` when ``name``
+    ends in .toml. ConfigError with the names that there are."""
+    path = site_files.find("networks", name, profile.parent)
+    if path is None:
+        known = site_files.names("networks")
+        raise ConfigError(
+            f"{profile}: network = {name!r}: expected one of {', '.join(known)}{near(name, known)}; a network of your "
+            'own is a file next to the profile, network = "mine-network.toml"'
+        )
+    return _read(path)
 
 
-def environment(profile: dict, ranks_here: int) -> list[tuple[str, str, str]]:
-    """Variables that the profile's site adds for the ranks: its network's table, then the device,
-    then its own ``environment``."""
-    found = fabric(adapters()) if profile["network"] == "auto" else ()
-    lines = {name: (name, value, reason) for name, value, reason in (*NETWORKS[profile["network"]], *found)}
-    if profile["device"] == "cpu" or (profile["device"] == "auto" and _gpus_here() < ranks_here):
+def named(name: str) -> Network:
+    """A network of slurm/networks, by one of ``site_files.names``."""
+    return _read(site_files.find("networks", name))
+
+
+def _read(path: Path) -> Network:
+    return build(Network, read_toml(path), f"network {path.stem}")
+
+
+def variables(network: Network) -> list[tuple[str, str, str]]:
+    """(variable, value, reason) of each variable that ranks on this network get."""
+    own = [(name, line["value"], line["reason"]) for name, line in network.variables.items()]
+    return [*ALWAYS, *own]
+
+
+def environment(profile: Profile, ranks_here: int) -> list[tuple[str, str, str]]:
+    """Variables that the profile's site adds for the ranks: its network's, then the device, then
+    its own ``environment``."""
+    detected = fabric(adapters()) if profile.network_table.adapters else ()
+    lines = {line[0]: line for line in (*variables(profile.network_table), *detected)}
+    if profile.device == "cpu" or (profile.device == "auto" and _gpus_here() < ranks_here):
         reason = (
             "the profile says so"
-            if profile["device"] == "cpu"
+            if profile.device == "cpu"
             else f"this machine has {_gpus_here()} GPUs for {ranks_here} ranks"
         )
         lines["CUDA_VISIBLE_DEVICES"] = ("CUDA_VISIBLE_DEVICES", "", f"ranks run on the CPU: {reason}")
-    for name, value in profile["environment"].items():
-        lines[name] = (name, value, f"profile {profile['name']}")
+    for name, value in profile.environment.items():
+        lines[name] = (name, value, f"profile {profile.name}")
     return list(lines.values())
 
 

@@ -4,51 +4,39 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import sysconfig
 from pathlib import Path
 
 from launcher.config import key_file
-from launcher.config.sections import Profile, Resources, read_toml
-from launcher.slurm import commands
-from launcher.slurm.network import NETWORKS
+from launcher.config.sections import Profile, Resources, near, read_toml
+from launcher.slurm import commands, network, site_files
 from training.config.schema import build
 from training.errors import ConfigError
 
 DEV_CLUSTER = "convoy-dev"
 """ClusterName of the cluster that slurm/dev/up starts."""
-
-
 VARIABLE = "CONVOY_PROFILE"
 """Environment variable that names the profile where no option does."""
 
 
-def slurm_folder() -> Path:
-    """The folder slurm/: beside the packages in a source tree; below share/convoy where a wheel was
-    installed."""
-    beside = Path(__file__).resolve().parents[2]
-    installed = [Path(sysconfig.get_path("data", scheme)) for scheme in (sysconfig.get_default_scheme(), "posix_user")]
-    places = [beside / "slurm", *(folder / "share" / "convoy" / "slurm" for folder in (beside, *installed))]
-    return next((place for place in places if (place / "clusters").is_dir()), places[0])
-
-
-CLUSTERS = slurm_folder() / "clusters"
+CLUSTERS = site_files.slurm_folder() / "clusters"
 
 
 def load(name: str) -> Profile:
     """The profile of a file when ``name`` ends in .toml, else of ./slurm/clusters or of the
     installed ones; ConfigError with the fix."""
-    folders = dict.fromkeys([Path("slurm/clusters").absolute(), CLUSTERS.absolute()])
-    places = [Path(name).expanduser()] if name.endswith(".toml") else [folder / f"{name}.toml" for folder in folders]
-    path = next((place for place in places if place.is_file()), None)
+    path = site_files.find("clusters", name)
     if path is None:
-        known = ", ".join(sorted({file.stem for folder in folders for file in folder.glob("*.toml")}))
+        known = site_files.names("clusters")
         raise ConfigError(
-            f"--profile {name}: no file {places[0]}; there are: {known}; a site of your own goes by its path, "
+            f"--profile {name}: no file {site_files.candidates('clusters', name)[0]}{near(name, known)}; there are: "
+            f"{', '.join(known)}; a site of your own goes by its path, "
             "mine.toml (python -m launcher doctor --write mine.toml makes one)"
         )
-    profile = build(Profile, {"name": path.stem, **read_toml(path)}, f"profile {path.stem}")
-    if profile.network not in NETWORKS:
-        raise ConfigError(f"{path}: network = {profile.network!r}: expected one of {', '.join(NETWORKS)}")
+    tables = read_toml(path)
+    if "network_table" in tables:
+        raise ConfigError(f"{path}: network_table is filled by the launcher from the network's file; remove it")
+    profile = build(Profile, {"name": path.stem, **tables}, f"profile {path.stem}")
+    profile = dataclasses.replace(profile, network_table=network.load(profile.network, path))
     key_file.names(profile)
     return profile
 

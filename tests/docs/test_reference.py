@@ -4,6 +4,7 @@ import importlib.util
 
 import pytest
 
+from launcher.config.network import Fits, Network
 from launcher.config.profile import Container, Machine, Profile
 from launcher.config.sections import SECTIONS, Resources
 from tests.support.programs import ROOT, programs
@@ -17,6 +18,8 @@ CONFIGS = [
     Profile,
     Machine,
     Container,
+    Network,
+    Fits,
 ]
 
 

@@ -1,5 +1,6 @@
 """The command line: help that teaches, errors with exit code 2, and what may be imported."""
 
+import dataclasses
 import shlex
 import subprocess
 import sys
@@ -8,7 +9,8 @@ import pytest
 from click.testing import CliRunner
 
 from launcher import cli
-from launcher.slurm import network
+from launcher.config.profile import Profile
+from launcher.slurm import network, site_files
 from tests.support.stub_project import ROOT, Project
 
 COMMANDS = ["doctor", "plan", "submit", "render", "status", "watch", "logs", "resume", "cancel", "report", "completion"]
@@ -61,33 +63,38 @@ def test_program_is_named_as_it_was_called():
     assert shown.stdout.startswith("Usage: python -m launcher [OPTIONS] COMMAND")
 
 
-@pytest.mark.parametrize("name", sorted(network.NETWORKS))
+@pytest.mark.parametrize("name", site_files.names("networks"))
 def test_each_variable_has_a_reason(name):
-    for variable, value, reason in network.NETWORKS[name]:
+    for variable, value, reason in network.variables(network.named(name)):
         assert variable.isupper() and value and len(reason.split()) >= 3
 
 
 def test_profile_s_environment_wins_and_the_cpu_hides_the_gpus(monkeypatch, tmp_path):
-    profile = {"name": "mine", "network": "h800-roce", "device": "cuda", "environment": {"NCCL_IB_TC": "106"}}
+    profile = Profile(
+        name="mine",
+        scheduler="slurm",
+        network_table=network.named("h800-roce"),
+        environment={"NCCL_IB_TC": "106"},
+    )
     made = {name: (value, reason) for name, value, reason in network.environment(profile, 8)}
     assert (
         made["NCCL_IB_TC"] == ("106", "profile mine")
         and made["NCCL_IB_GID_INDEX"][0] == "3"
         and "CUDA_VISIBLE_DEVICES" not in made
     )
-    made = {name: value for name, value, _ in network.environment({**profile, "device": "cpu"}, 8)}
+    made = {name: value for name, value, _ in network.environment(dataclasses.replace(profile, device="cpu"), 8)}
     assert made["CUDA_VISIBLE_DEVICES"] == ""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     (tmp_path / "nvidia0").touch()
     (tmp_path / "nvidiactl").touch()
     monkeypatch.setattr(network, "DEVICES", tmp_path)
     auto = [
-        {name: value for name, value, _ in network.environment({**profile, "device": "auto"}, ranks)}
+        {name: value for name, value, _ in network.environment(dataclasses.replace(profile, device="auto"), ranks)}
         for ranks in (1, 2)
     ]
     assert "CUDA_VISIBLE_DEVICES" not in auto[0] and auto[1]["CUDA_VISIBLE_DEVICES"] == ""
     (tmp_path / "nvidia0").unlink()  # a GPU that Slurm only pretends
-    assert network.environment({**profile, "device": "auto"}, 1)[-1][:2] == ("CUDA_VISIBLE_DEVICES", "")
+    assert network.environment(dataclasses.replace(profile, device="auto"), 1)[-1][:2] == ("CUDA_VISIBLE_DEVICES", "")
 
 
 def completions(monkeypatch, words: str) -> list[str]:

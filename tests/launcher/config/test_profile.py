@@ -15,7 +15,7 @@ import pytest
 
 from launcher.config import key_file
 from launcher.config.sections import Profile, Resources
-from launcher.slurm import container, network, sites
+from launcher.slurm import container, network, site_files, sites
 from tests.support.stub_project import ROOT
 from training.config.schema import build
 from training.errors import ConfigError
@@ -226,8 +226,10 @@ def test_profile_with_a_bad_secrets_file_is_refused_when_it_is_loaded(tmp_path):
 
 
 def test_every_variable_has_a_reason_and_every_site_of_the_issue_a_table():
-    assert {"auto", "a100-hdr-infiniband", "h800-roce", "h800-ndr-infiniband"} <= set(network.NETWORKS)
-    for name, lines in network.NETWORKS.items():
+    names = site_files.names("networks")
+    assert {"auto", "a100-hdr-infiniband", "h800-roce", "h800-ndr-infiniband"} <= set(names)
+    for name in names:
+        lines = network.variables(network.named(name))
         assert len({variable for variable, _, _ in lines}) == len(lines), name
         assert all(value and len(reason) > 20 for _, value, reason in lines), name
 
@@ -240,7 +242,9 @@ def test_auto_leaves_slow_adapters_out_and_the_profile_wins():
     lines = {variable: value for variable, value, _ in network.fabric(found)}
     assert lines["NCCL_IB_HCA"] == "=mlx5_0,mlx5_1" and lines["NCCL_IB_TIMEOUT"] == "22"
     assert network.fabric(found[3:]) == [] and "NCCL_IB_HCA" not in {name for name, _, _ in network.fabric(found[:2])}
-    site = {"network": "h800-roce", "device": "cuda", "environment": {"NCCL_IB_TC": "106"}, "name": "mine"}
+    site = Profile(
+        name="mine", scheduler="slurm", network_table=network.named("h800-roce"), environment={"NCCL_IB_TC": "106"}
+    )
     assert ("NCCL_IB_TC", "106", "profile mine") in network.environment(site, 8)
 
 

@@ -13,7 +13,7 @@ from launcher.config.profile import Profile
 from launcher.doctor import machine_findings, node_findings, slurm_findings
 from launcher.doctor import report as doctor
 from launcher.doctor.slurm_findings import Finding
-from launcher.slurm import node_probe, sites
+from launcher.slurm import network, node_probe, sites
 from tests.support.stub_project import ROOT
 from training.errors import ConfigError
 
@@ -153,6 +153,8 @@ def test_written_profile_loads_and_follows_from_the_findings(tmp_path):
         scheduler="slurm",
         account="nlp",
         network="a100-hdr-infiniband",
+        network_table=network.named("a100-hdr-infiniband"),
+        gpu="a100",
         partition="a100",
         gpu_type="a100",
         gpus_per_node=8,

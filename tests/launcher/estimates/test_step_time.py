@@ -9,6 +9,7 @@ import pytest
 from launcher.config.profile import Machine, Profile
 from launcher.config.sections import Resources
 from launcher.estimates import iteration_time, step_time
+from launcher.slurm import network
 from training.config.trainers import Paths, PPOConfig, PPOPaths, SFTConfig
 from training.models.bloom.table import shape as bloom
 
@@ -18,6 +19,8 @@ SHAPES = {
     "3b": bloom(30, 2560, 32, 250880, 1e-5),
     "7b1": bloom(30, 4096, 32, 250880, 1e-5),
 }
+
+ONE_MACHINE = step_time.known_rates("h200", network.named("one-machine"))
 
 
 def sft(**values) -> SFTConfig:
@@ -32,7 +35,7 @@ def sft(**values) -> SFTConfig:
 def test_one_h200_as_measured(model, rows, global_rows, measured):
     """benchmarks/training/train.py: tokens/s of a full step."""
     config = sft(micro_batch_size=rows, global_batch_size=global_rows)
-    made = step_time.step(SHAPES[model], config, 1, step_time.MACHINES["one-machine"], 1)
+    made = step_time.step(SHAPES[model], config, 1, ONE_MACHINE, 1)
     assert global_rows * 2048 / made.seconds == pytest.approx(measured, rel=0.005)
 
 
@@ -51,7 +54,7 @@ def test_one_h200_as_measured(model, rows, global_rows, measured):
 def test_h100s_nearly_as_measured(ranks, layout, measured):
     """benchmarks/multi_gpu/run.sh: tokens/s of a full step of 7b1. TP 2 x PP 2 with one row waits
     for the host half of its time."""
-    machine = dataclasses.replace(step_time.MACHINES["one-machine"], memory_gb_s=3350)
+    machine = dataclasses.replace(ONE_MACHINE, memory_gb_s=3350)
     config = sft(global_batch_size=8 * ranks, sequence_parallel=layout.get("tensor_parallel", 1) > 1, **layout)
     made = step_time.step(SHAPES["7b1"], config, ranks, machine, ranks)
     assert 8 * ranks * 2048 / made.seconds == pytest.approx(measured, rel=0.06)
@@ -87,7 +90,7 @@ TP_2 = {"tensor_parallel": 2, "sequence_parallel": True, "generation_tensor_para
 def test_an_iteration_of_ppo_nearly_as_measured(model, ranks, settings, rows, measured):
     """benchmarks/training/ppo.py on one H200; benchmarks/multi_gpu/run.sh on H100s, the last of
     which wait for the host nearly all of the time."""
-    machine = dataclasses.replace(step_time.MACHINES["one-machine"], memory_gb_s=4800 if ranks == 1 else 3350)
+    machine = dataclasses.replace(ONE_MACHINE, memory_gb_s=4800 if ranks == 1 else 3350)
     made = iteration_time.iteration(SHAPES[model], ppo(**settings), ranks, machine, ranks)
     assert made.micro_batch == (rows, 1024 if ranks == 1 else 512)
     assert (made.generate, made.score, made.update) == pytest.approx(measured, rel=0.1)
@@ -106,14 +109,16 @@ def test_an_iteration_of_ppo_nearly_as_measured(model, ranks, settings, rows, me
 )  # 2 rows keep a GPU busy that has whole layers
 def test_small_micro_batches_of_rollouts_are_told(settings, says):
     config, asked = ppo(rollout_batch_size=512, global_batch_size=128, **settings), Resources(gpus_per_node=8)
-    site = Profile(name="site", scheduler="slurm", network="h800-roce", gpu_memory_gb=160.0)
+    site = Profile(
+        name="site", scheduler="slurm", gpu="h800", network_table=network.named("h800-roce"), gpu_memory_gb=160.0
+    )
     assert re.search(says, iteration_time.suggest("rlhf", SHAPES["7b1"], config, asked, site))
     unsaid = dataclasses.replace(site, gpu_memory_gb=0)
     assert "does not say gpu_memory_gb" in iteration_time.suggest("rlhf", SHAPES["7b1"], config, asked, unsaid)
 
 
 def test_each_way_to_divide_costs_what_it_must():
-    machine, shape = step_time.MACHINES["a100-hdr-infiniband"], SHAPES["7b1"]
+    machine, shape = step_time.known_rates("a100", network.named("a100-hdr-infiniband")), SHAPES["7b1"]
 
     def parts(ranks=8, **values):
         return step_time.step(shape, sft(**values), ranks, machine, 8).parts
@@ -134,7 +139,7 @@ def test_each_way_to_divide_costs_what_it_must():
 
 
 def suggestion(config: SFTConfig, asked: Resources, shape=SHAPES["7b1"], **site) -> str:
-    known = {"network": "h800-roce", "gpu_memory_gb": 85.0}
+    known = {"gpu": "h800", "network_table": network.named("h800-roce"), "gpu_memory_gb": 85.0}
     return step_time.suggest("sft", shape, config, asked, Profile(name="site", scheduler="slurm", **{**known, **site}))
 
 
@@ -171,7 +176,9 @@ def test_what_is_suggested_can_be_run_and_is_no_slower(shape, asked, settings):
     shape.check_layout(then.tensor_parallel, then.pipeline_parallel, then.virtual_pipeline)
     assert asked.ranks_per_node % then.tensor_parallel == 0  # its links are those inside a node
     before, after = (
-        step_time.step(shape, one, asked.ranks, step_time.MACHINES["h800-roce"], asked.ranks_per_node)
+        step_time.step(
+            shape, one, asked.ranks, step_time.known_rates("h800", network.named("h800-roce")), asked.ranks_per_node
+        )
         for one in (config, then)
     )
     assert after.seconds <= before.seconds and f"fastest that fits {after.seconds:.2f} s" in words
@@ -179,10 +186,11 @@ def test_what_is_suggested_can_be_run_and_is_no_slower(shape, asked, settings):
 
 def test_a_site_s_own_rates_are_taken_and_missing_ones_are_named():
     asked, config = Resources(gpus_per_node=8), sft()
-    assert suggestion(config, asked, network="auto").count("machine.") == 4
+    unknown = {"gpu": "", "network_table": network.named("auto")}
+    assert suggestion(config, asked, **unknown).count("machine.") == 4
     assert "does not say gpu_memory_gb; " in suggestion(config, asked, gpu_memory_gb=0)
     own = {"tflops": 989.0, "memory_gb_s": 3350.0, "inside_gb_s": 200.0, "outside_gb_s": 50.0}
-    assert suggestion(config, asked, network="auto", machine=own) == suggestion(config, asked)
+    assert suggestion(config, asked, **unknown, machine=own) == suggestion(config, asked)
     assert suggestion(config, asked, machine={"tflops": 100.0}) != suggestion(config, asked)
     assert "no layout of 8 ranks fits 90% of 10 GB" in suggestion(config, asked, gpu_memory_gb=10.0)
     for value in (-1.0, float("nan"), float("inf"), 1e-320):
