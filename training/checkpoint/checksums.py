@@ -1,5 +1,5 @@
-"""``SHA256``: the checksums of a checkpoint's files, in sha256sum's format. Standard library only;
-the launcher uses it, too.
+"""``SHA256``: the checksums of a checkpoint's files, in sha256sum's format. Standard library only,
+because the launcher uses it, too.
 
 Every ``iter_0000100/`` holds one, written last, so ``cd iter_0000100 && sha256sum -c SHA256``
 checks it by hand.
@@ -24,24 +24,26 @@ _LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 
 def digest(path: str | Path) -> str:
     """sha256 of a file, hex. The hash runs without Python's lock: threads add up."""
-    made = hashlib.sha256()
+    sha256 = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 22):
-            made.update(block)
-    return made.hexdigest()
+            sha256.update(block)
+    return sha256.hexdigest()
 
 
 def touched(path: str | Path) -> list[int]:
-    """What changes with every write to a file that goes through the kernel: size, inode, and the
-    times of the last change of content and of anything else, which no program can set back."""
+    """A file's size, inode, mtime and ctime: they change with every write through the kernel, and
+    no program can set ctime back."""
     status = os.stat(path)
     return [status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
 
 
 def mark(path: str | Path, weights: bool = False) -> dict:
-    """What ``same`` tells a file by: its sha256, and what changes when it is written. Of
-    ``weights`` it is the sha256 of their ends and of blocks between: others differ everywhere, and
-    they are large."""
+    """What ``same`` recognises a file by: its sha256, and what changes when it is written.
+
+    ``weights``: the sha256 covers only blocks of the file. Weights are large, and other weights
+    differ everywhere.
+    """
     before = touched(path)
     return {"sampled": sampled(path), "touched": before} if weights else {"sha256": digest(path), "touched": before}
 
@@ -50,45 +52,45 @@ def sampled(path: str | Path, blocks: int = 64, size: int = 1 << 16) -> str:
     """sha256 of a file's length and of ``blocks`` evenly spread blocks of ``size`` bytes, its ends
     among them."""
     length = os.stat(path).st_size
-    made = hashlib.sha256(str(length).encode())
+    sha256 = hashlib.sha256(str(length).encode())
     with open(path, "rb") as file:
         for block in range(blocks):
             file.seek(max(0, length - size) * block // max(1, blocks - 1))
-            made.update(file.read(size))
-    return made.hexdigest()
+            sha256.update(file.read(size))
+    return sha256.hexdigest()
 
 
-def same(path: str | Path, known: dict) -> bool:
-    """Whether a file has the content that ``mark`` saw. Its bytes are read only where it was
-    touched since, so a file of any size costs one look. Raises OSError where it can't be read."""
-    if touched(path) == known["touched"]:
+def same(path: str | Path, marked: dict) -> bool:
+    """Whether a file still has the content of which ``mark`` returned ``marked``. Its bytes are
+    read only if it was touched since. Raises OSError where it can't be read."""
+    if touched(path) == marked["touched"]:
         return True
-    return sampled(path) == known["sampled"] if "sampled" in known else digest(path) == known["sha256"]
+    return sampled(path) == marked["sampled"] if "sampled" in marked else digest(path) == marked["sha256"]
 
 
 def files(folder: str | Path) -> list[str]:
     """Every file below ``folder`` that its SHA256 has to list, relative, sorted."""
     folder = Path(folder)
-    found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return sorted(name for name in found if name != NAME)
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(name for name in names if name != NAME)
 
 
 def digests(folder: str | Path, names: Collection[Name]) -> dict[Name, str]:
-    """sha256 of each of the files ``names`` of ``folder`` ("": of paths as they are), several at a
+    """sha256 of each of the files ``names`` below ``folder`` ("": they are paths), several at a
     time."""
-    from concurrent.futures import ThreadPoolExecutor  # late: the launcher's commands are quick
+    from concurrent.futures import ThreadPoolExecutor  # late: it slows the launcher's commands down
 
     with ThreadPoolExecutor(min(16, len(os.sched_getaffinity(0)))) as pool:
         return dict(zip(names, pool.map(lambda name: digest(Path(folder, name)), names), strict=True))
 
 
 def write(folder: str | Path, known: dict[str, str] | None = None) -> None:
-    """Write ``folder``/SHA256, durably: digests in ``known`` are taken as they are, other files are
+    """Write ``folder``/SHA256, durably. ``known``: digests by file name; all other files are
     read."""
     known = known or {}
-    made = {**known, **digests(folder, [name for name in files(folder) if name not in known])}
+    listed = {**known, **digests(folder, [name for name in files(folder) if name not in known])}
     with open(Path(folder, NAME), "w", encoding="utf-8") as file:
-        file.writelines(f"{made[name]}  {name}\n" for name in sorted(made))
+        file.writelines(f"{listed[name]}  {name}\n" for name in sorted(listed))
         file.flush()
         os.fsync(file.fileno())
 
@@ -118,11 +120,11 @@ def read(folder: str | Path) -> dict[str, str]:
 
 
 def check(folder: str | Path, below: str = "", largest: int | None = None) -> dict[str, str]:
-    """Digests of the files that SHA256 lists; raises Damaged, naming the file, where one is gone or
-    changed.
+    """Compare the files of ``folder`` with its SHA256 -> digests of those that were read. Raises
+    Damaged, naming the file, where one is missing or changed.
 
-    ``below`` limits the check to a sub-folder ("policy"); ``largest`` (bytes) to files up to that
-    size: of others only presence is checked.
+    ``below`` limits the check to a sub-folder ("policy"). Files above ``largest`` bytes only have
+    to exist.
     """
     listed = select(read(folder), below)
     sizes = present(folder, listed)
@@ -130,8 +132,8 @@ def check(folder: str | Path, below: str = "", largest: int | None = None) -> di
 
 
 def select(listed: dict[str, str], below: str) -> dict[str, str]:
-    """Those of the listed files that are in the sub-folder ``below`` ("" = all)."""
-    return {name: known for name, known in listed.items() if not below or name.startswith(f"{below}/")}
+    """Those of the listed files that are in the sub-folder ``below`` ("": all)."""
+    return {name: sha256 for name, sha256 in listed.items() if not below or name.startswith(f"{below}/")}
 
 
 def present(folder: str | Path, listed: Collection[str]) -> dict[str, int]:
@@ -146,18 +148,17 @@ def present(folder: str | Path, listed: Collection[str]) -> dict[str, int]:
 
 
 def compare(folder: str | Path, listed: dict[str, str], names: Collection[str]) -> dict[str, str]:
-    """Raise Damaged for the first of ``names`` whose content is not what ``listed`` says; their
-    digests."""
-    content = digests(folder, names)
-    for name, found in content.items():
-        if found != listed[name]:
+    """Digests of the files ``names``. Raises Damaged for the first that differs from ``listed``."""
+    computed = digests(folder, names)
+    for name, sha256 in computed.items():
+        if sha256 != listed[name]:
             path = Path(folder, name)
             raise Damaged(
                 f"{path} ({path.stat().st_size:,} bytes) does not have "
                 f"the sha256 that {NAME} lists: truncated or changed",
                 _fix(folder),
             )
-    return content
+    return computed
 
 
 def _fix(folder: str | Path) -> str:
@@ -169,5 +170,5 @@ def _fix(folder: str | Path) -> str:
     )
     if not others:
         return f"It can't be used; remove {folder}"
-    there = ", ".join(map(str, others))
-    return f"It can't be used; resume from another with --load-iteration (there are: {there}), not from {number}"
+    saved = ", ".join(map(str, others))
+    return f"It can't be used; resume from another with --load-iteration (there are: {saved}), not from {number}"

@@ -39,15 +39,15 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module, name):
         if name not in _ALLOWED.get(module, ()):
             raise Damaged(
-                f"it asks for {module}.{name}: no description of tensors needs that, so it is not loaded. Only take "
-                "checkpoints from Hugging Face files (stage convert) or your own runs"
+                f"it asks for {module}.{name}: no description of tensors needs that, so it is not loaded. Only use "
+                "checkpoints from Hugging Face files (stage convert) or from your own runs"
             )
         return super().find_class(module, name)
 
 
 def load(file):
-    """``pickle.load`` for a ``.metadata``; raises Damaged, naming the file, for anything but
-    tensors' descriptions or a torn file."""
+    """``pickle.load`` for a ``.metadata``. Raises Damaged, naming the file, where that is truncated
+    or holds anything but tensors' descriptions."""
     try:
         return _Unpickler(file).load()
     except Damaged as error:

@@ -7,8 +7,8 @@ and a copy of the tensors in host memory; threads write; a later boundary publis
 
 Threads, and not megatron-core's forked writers: a fork of a process with CUDA, NCCL and gloo
 threads copies their locks in any state; a killed rank's forks live on and write into a folder that
-the next attempt uses; and one that dies (out of memory) leaves its parent waiting for ever. Writing
-and hashing release Python's lock, so threads cost the loop little.
+the next attempt uses; and one that dies (out of memory) leaves its parent waiting without end.
+Writing and hashing release Python's lock, so threads cost the loop little.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import json
 import os
 import shutil
 import time
+from collections import ChainMap
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -42,8 +43,8 @@ from training.errors import CollectiveError
 
 
 class SaveFailed(CollectiveError):
-    """A checkpoint could not be written; earlier ones are whole. The message names rank, file,
-    cause and fix; ``kind`` is the class of the error."""
+    """A checkpoint could not be written; earlier ones are complete. The message names rank, file,
+    cause and fix; ``kind`` is the class of the error (training.error_report)."""
 
     def __init__(self, message: str, kind: str):
         super().__init__(message)
@@ -56,9 +57,11 @@ class _Save:
 
     iteration: int
     state: dict
-    aside: Path
+    temporary: Path
+    """Folder that is written until it is published."""
     started: float
     best: int
+    """Iteration that stays when old checkpoints are deleted."""
     plans: list[tuple[strategies.PlannedWriter, list[Callable]]] = field(default_factory=list)
     """For each learner its files, and what to call when all ranks have written them."""
     written: Future | None = None
@@ -82,25 +85,25 @@ class Saver:
         self.times: dict[str, float] = {}
 
     def save(self, iteration: int, state: dict, best: int = 0) -> None:
-        """Write one checkpoint of all learners and ``state`` (JSON); returns when it is published
-        or, with async_save, copied. That of the iteration ``best`` is kept.
+        """Write one checkpoint of all learners and ``state`` (JSON). Returns when it is published
+        or, with async_save, when the tensors are copied. The checkpoint of ``best`` is not deleted.
 
-        Raises SaveFailed on every rank where one can't write; nothing is left of the failed save
-        then.
+        Raises SaveFailed on every rank where one rank can't write; nothing is left of the failed
+        save then.
         """
         self.wait()
         began = time.monotonic()
-        made = {
+        saved = {
             "iteration": iteration,
-            "made_with": format.made_with(self.trainer, next(iter(self.learners.values())).model),
+            "made_with": format.fixed_settings(self.trainer, next(iter(self.learners.values())).model),
             "optimizer_steps": {name: learner.schedule.num_steps for name, learner in self.learners.items()},
         }
-        current = _Save(iteration, {**made, **state}, self.folder.temporary(iteration, "saving"), began, best)
-        owned = {name: format.sharded(learner, is_loading=False) for name, learner in self.learners.items()}
-        self._prepare(current, owned)
+        current = _Save(iteration, {**saved, **state}, self.folder.temporary(iteration, "saving"), began, best)
+        states = {name: format.sharded(learner, is_loading=False) for name, learner in self.learners.items()}
+        self._prepare(current, states)
         current.plans = [
-            strategies.plan(tensors, current.aside / name, validate=not self.is_validated)
-            for name, tensors in owned.items()
+            strategies.plan(tensors, current.temporary / name, validate=not self.is_validated)
+            for name, tensors in states.items()
         ]
         self.is_validated = True
         if self.allocating:
@@ -108,7 +111,7 @@ class Saver:
         staging = self.staging if self.trainer.async_save else None
         current.written = self.pool.submit(_write, [_freeze(plan.files, staging) for plan, _ in current.plans])
         if staging:
-            staging.drop_unwanted()
+            staging.drop_unused()
         self.current = current
         self._add_stall(time.monotonic() - began)
         if not self.trainer.async_save:
@@ -122,15 +125,11 @@ class Saver:
         training stood still.
         """
         if self.trainer.async_save and torch.cuda.is_available() and not self.allocating:
-            # Beside training, and after its first step, which makes the optimizer's state: pinning
-            # takes 0.6 s a GB.
-            owned = [format.sharded(learner, is_loading=False) for learner in self.learners.values()]
-            mine = [
-                tensor.data
-                for tensor in nested_values(owned)
-                if isinstance(tensor, ShardedTensor) and is_main_replica(tensor.replica_id)
-            ]
-            self.allocating = ThreadPoolExecutor(1, "pin", groups.begin_thread()).submit(self.staging.prepare, mine)
+            # While training goes on, and after its first step, which allocates the optimizer's
+            # state: pinning takes 0.6 s a GB.
+            states = [format.sharded(learner, is_loading=False) for learner in self.learners.values()]
+            tensors = [tensor.data for tensor in _owned(states)]
+            self.allocating = ThreadPoolExecutor(1, "pin", groups.begin_thread()).submit(self.staging.prepare, tensors)
         if self.current:
             waiting = torch.tensor(float(not self.current.written.done()))
             dist.all_reduce(waiting, dist.ReduceOp.MAX)
@@ -142,8 +141,8 @@ class Saver:
         return times
 
     def wait(self) -> None:
-        """Publish what is being saved, if anything; returns when it is done and old checkpoints are
-        deleted."""
+        """Publish the save under way, if there is one. Returns when it is published and old
+        checkpoints are deleted."""
         if self.current:
             self._finish()
         if self.cleaning:
@@ -158,12 +157,10 @@ class Saver:
             plan.results = written
             for function in finalize:
                 function()
-        everyone = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-        dist.gather_object(digests, everyone)
-        if everyone:
-            self._attempt(
-                current, self._publish, current, {name: made for rank in everyone for name, made in rank.items()}
-            )
+        by_rank = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object(digests, by_rank)
+        if by_rank:
+            self._attempt(current, self._publish, current, dict(ChainMap(*by_rank)))
         self._agree(current)
         ended = time.monotonic()
         self.times["save_s"] = ended - current.started
@@ -172,37 +169,31 @@ class Saver:
     def _add_stall(self, seconds: float) -> None:
         self.times["save_stall_s"] = self.times.get("save_stall_s", 0.0) + seconds
 
-    def _prepare(self, current: _Save, owned: dict[str, dict]) -> None:
-        """Make the folders; refuse before anything is written where the file system lacks the
-        room."""
-        mine = (
-            tensor
-            for tensors in owned.values()
-            for tensor in nested_values(tensors)
-            if isinstance(tensor, ShardedTensor) and is_main_replica(tensor.replica_id)
-        )
-        needed = torch.tensor(float(sum(tensor.data.nbytes for tensor in mine)), dtype=torch.double)
+    def _prepare(self, current: _Save, states: dict[str, dict]) -> None:
+        """Make the folders. Fails before anything is written where the file system lacks room."""
+        needed_bytes = sum(tensor.data.nbytes for tensor in _owned(list(states.values())))
+        needed = torch.tensor(float(needed_bytes), dtype=torch.double)
         dist.all_reduce(needed)
         if dist.get_rank() == 0:
-            self._attempt(current, self._make_folders, current.aside, needed.item())
+            self._attempt(current, self._make_folders, current.temporary, needed.item())
         self._agree(current)
 
-    def _make_folders(self, aside: Path, needed: float) -> None:
+    def _make_folders(self, temporary: Path, needed: float) -> None:
         self.folder.clear()
         for name in self.learners:
-            (aside / name).mkdir(parents=True)
+            (temporary / name).mkdir(parents=True)
         free = shutil.disk_usage(self.folder.path).free
         if needed > free:
             raise OSError(errno.ENOSPC, f"No space left on device: it needs {needed / 1e9:,.3f} GB")
 
     def _publish(self, current: _Save, digests: dict[str, str]) -> None:
-        (current.aside / "state.json").write_text(json.dumps(current.state, indent=1), encoding="utf-8")
-        self.folder.publish(current.aside, current.iteration, digests)
+        (current.temporary / "state.json").write_text(json.dumps(current.state, indent=1), encoding="utf-8")
+        self.folder.publish(current.temporary, current.iteration, digests)
         self.cleaning = self.pool.submit(self.folder.prune, current.iteration, self.trainer, current.best)
 
     def _attempt(self, current: _Save, function, *args):
-        """``function(*args)``; a failure is kept for ``_agree``, so that no rank waits for one that
-        has left."""
+        """Call ``function(*args)``. An error is stored for ``_agree``, which raises it on all
+        ranks: no rank then waits for one that has left."""
         try:
             return function(*args)
         except (OSError, RuntimeError) as error:
@@ -213,75 +204,84 @@ class Saver:
         return None
 
     def _agree(self, current: _Save) -> None:
-        """Raise SaveFailed on all ranks where ``current.error`` is set on one, with the first such
-        rank's cause."""
+        """Raise SaveFailed on all ranks where ``current.error`` is set on any, with the cause of
+        the first of them."""
         errors = [None] * dist.get_world_size()
         dist.all_gather_object(errors, (current.error, current.kind))
         failed = [(rank, error, kind) for rank, (error, kind) in enumerate(errors) if error]
         if not failed:
             return
-        # every rank's threads have ended: nothing is written there any more
+        # the threads of all ranks have ended: none writes there now
         if dist.get_rank() == 0:
-            shutil.rmtree(current.aside, ignore_errors=True)
+            shutil.rmtree(current.temporary, ignore_errors=True)
         last = self.folder.latest()
-        kept = "nothing is saved yet" if last is None else f"iteration {last} is whole and what a resume starts from"
+        fallback = (
+            "nothing is saved yet" if last is None else f"iteration {last} is complete, and resume starts from it"
+        )
         rank, cause, kind = failed[0]
         raise SaveFailed(
             f"saving iteration {current.iteration} failed on rank {rank}: "
-            f"{cause}; {kept}; make room or mend the file system, then resume",
+            f"{cause}; {fallback}; make room or repair the file system, then resume",
             kind,
         )
 
 
-class _Staging:
-    """Host memory for the tensors of an asynchronous save, kept for the next one; pinned where they
-    come from a GPU.
+def _owned(states: list[dict]) -> list[ShardedTensor]:
+    """The tensors that this rank writes: other ranks may hold replicas."""
+    sharded = (tensor for tensor in nested_values(states) if isinstance(tensor, ShardedTensor))
+    return [tensor for tensor in sharded if is_main_replica(tensor.replica_id)]
 
-    Made by cudaHostRegister from memory of the right size: torch's own allocator of pinned memory
-    rounds up to a power of two.
+
+class _Staging:
+    """Host memory for the tensors of asynchronous saves, reused from save to save. It is pinned
+    where the tensors come from a GPU.
+
+    It is allocated in the right size and pinned by cudaHostRegister, because torch's own allocator
+    of pinned memory rounds up to a power of two.
     """
 
     def __init__(self):
         self.buffers: dict[tuple[int, int], torch.Tensor] = {}
-        """By address and bytes of the tensor that it is for: a weight and a part of it may begin at
-        one address."""
-        self.wanted: set[tuple[int, int]] = set()
-        """Of the save that is being made."""
+        """By address and bytes of the tensor that is copied there: a weight and a part of it may
+        begin at one address."""
+        self.used: set[tuple[int, int]] = set()
+        """Keys of the buffers that the current save uses."""
 
     def prepare(self, tensors: list[torch.Tensor]) -> None:
         for tensor in tensors:
             self._buffer(tensor)
 
     def copy(self, tensor: torch.Tensor) -> torch.Tensor:
-        """``tensor`` in host memory, as soon as the device is synchronized."""
-        held = self._buffer(tensor).view(tensor.dtype).view(tensor.shape)
-        return held.copy_(tensor.detach(), non_blocking=True)
+        """A copy of ``tensor`` in host memory, complete once the device is synchronized."""
+        target = self._buffer(tensor).view(tensor.dtype).view(tensor.shape)
+        return target.copy_(tensor.detach(), non_blocking=True)
 
     def _buffer(self, tensor: torch.Tensor) -> torch.Tensor:
         key = tensor.data_ptr(), tensor.nbytes
-        self.wanted.add(key)
-        held = self.buffers.get(key)
-        if held is None:
-            # touched: pages that exist are pinned quickly
-            held = torch.zeros(tensor.nbytes, dtype=torch.uint8)
+        self.used.add(key)
+        buffer = self.buffers.get(key)
+        if buffer is None:
+            # zeros touch the pages: those that exist are pinned quickly
+            buffer = torch.zeros(tensor.nbytes, dtype=torch.uint8)
             if tensor.is_cuda and tensor.nbytes:
-                torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(held.data_ptr(), held.nbytes, 0))
-            self.buffers[key] = held
-        return held
+                torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0))
+            self.buffers[key] = buffer
+        return buffer
 
-    def drop_unwanted(self) -> None:
-        """Give back what no tensor asked for since the last call: it has moved, or is gone."""
-        for key in self.buffers.keys() - self.wanted:
+    def drop_unused(self) -> None:
+        """Free the buffers that no tensor used since the last call: theirs has moved, or no longer
+        exists."""
+        for key in self.buffers.keys() - self.used:
             _unpin(self.buffers.pop(key))
-        self.wanted.clear()
+        self.used.clear()
 
     def __del__(self):
-        for held in self.buffers.values():
-            _unpin(held)
+        for buffer in self.buffers.values():
+            _unpin(buffer)
 
 
 def _unpin(memory: torch.Tensor) -> None:
-    """A later tensor at this address can't be pinned else."""
+    """Unregister ``memory``; else a later tensor at this address can't be pinned."""
     if torch.cuda.is_available() and memory.is_pinned():
         torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
 
@@ -291,8 +291,8 @@ Files = list[tuple[Path, list[tuple[WriteItem, torch.Tensor]]]]
 
 
 def _freeze(files: Files, staging: _Staging | None) -> Files:
-    """The files with their tensors copied to ``staging``, so that training may change them; without
-    it as they are."""
+    """The files with their tensors copied to ``staging``, so that training may change the
+    originals. Without staging, the files as they are."""
     if not staging:
         return files
     copies = [(path, [(item, staging.copy(tensor)) for item, tensor in items]) for path, items in files]
@@ -320,7 +320,12 @@ def _write_file(path: Path, items: list) -> tuple[list, str, str]:
         try:
             results = [
                 _write_item(
-                    _StorageWriterTransforms(), stream, _alone(tensor), item, path.name, SerializationFormat.TORCH_SAVE
+                    _StorageWriterTransforms(),
+                    stream,
+                    _own_storage(tensor),
+                    item,
+                    path.name,
+                    SerializationFormat.TORCH_SAVE,
                 )
                 for item, tensor in items
             ]
@@ -330,14 +335,15 @@ def _write_file(path: Path, items: list) -> tuple[list, str, str]:
     return results, f"{path.parent.name}/{path.name}", stream.digest.hexdigest()
 
 
-def _alone(tensor: torch.Tensor) -> torch.Tensor:
-    """In host memory and in a storage of its own: torch saves all of a view's storage."""
+def _own_storage(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` in host memory and in a storage of its own: torch saves all of a view's
+    storage."""
     return tensor.clone() if tensor.is_cpu and tensor.untyped_storage().nbytes() != tensor.nbytes else tensor.cpu()
 
 
 class _HashedFile:
-    """A file that hashes what is written, so that what a disk gives back later is compared with
-    what memory held."""
+    """A file that hashes the bytes in memory as it writes them, so that a later read from disk is
+    compared with them."""
 
     def __init__(self, path: Path):
         self.file = open(path, "wb", buffering=0)  # noqa: SIM115 - this object is the context manager
@@ -345,15 +351,15 @@ class _HashedFile:
 
     def write(self, data) -> int:
         view = memoryview(data).cast("B")
-        done = 0
-        while done < len(view):  # a raw file may take a part
+        written = 0
+        while written < len(view):  # a raw file may take a part
             try:
-                done += self.file.write(view[done:])
+                written += self.file.write(view[written:])
             except OSError as error:
                 self.failure = OSError(error.errno, error.strerror, self.file.name)
                 raise self.failure from error
         self.digest.update(view)
-        return done
+        return written
 
     def tell(self) -> int:
         return self.file.tell()

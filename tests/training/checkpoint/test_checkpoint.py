@@ -44,16 +44,16 @@ def metrics(stage: Path) -> list[dict]:
 
 
 def tensors(stage: Path, iteration: int, model: str) -> dict[str, str]:
-    """sha256 of every tensor, weights and optimizer, of a checkpoint, read back whole."""
+    """sha256 of every tensor, weights and optimizer, of a checkpoint, read back in full."""
 
     def read():
         folder = StageFolder(stage).checkpoint(iteration) / model
         state = dist_checkpointing.load_plain_tensors(str(folder))
-        found = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
-        assert any(key.startswith("optimizer.state.exp_avg") for key in found)
+        values = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+        assert any(key.startswith("optimizer.state.exp_avg") for key in values)
         return {
             key: hashlib.sha256(value.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
-            for key, value in found.items()
+            for key, value in values.items()
         }
 
     return run(read, 1, 1, 1)[0]
@@ -116,13 +116,13 @@ PPO = dict(rollout_batch_size=8, global_batch_size=4, response_length=4, kl_targ
 def test_resumed_equals_uninterrupted_bit_for_bit(family_run, tmp_path, stage, layout, values, family):
     """8 iterations straight = killed by SIGKILL at a random moment behind iteration 3, resumed:
     weights, optimizer, state and metrics. Without pipeline the second saves asynchronously."""
-    made = family_run(family)
+    prepared = family_run(family)
     make, trainer, learners = {
-        "sft": (made.sft, sft, ["model"]),
-        "reward": (made.reward, reward, ["model"]),
-        "dpo": (made.dpo, dpo, ["model"]),
-        "ppo": (made.ppo, ppo, ["policy", "value"]),
-        "grpo": (made.grpo, grpo, ["policy"]),
+        "sft": (prepared.sft, sft, ["model"]),
+        "reward": (prepared.reward, reward, ["model"]),
+        "dpo": (prepared.dpo, dpo, ["model"]),
+        "ppo": (prepared.ppo, ppo, ["policy", "value"]),
+        "grpo": (prepared.grpo, grpo, ["policy"]),
     }[stage]
     settings = dict(layout=layout[:2], iterations=8, **values)
     run(trainer.run, *layout, make(tmp_path / "straight", **settings))
@@ -206,14 +206,15 @@ def kill_after_3(trainer, config, seed: str) -> None:
     victim, iterations = draw.randrange(dist.get_world_size()), draw.uniform(0, 4)
 
     def end_and_start_the_clock(self, iteration, *args):
-        if iteration == 8:  # it has been faster than reckoned
+        if iteration == 8:  # it was faster than estimated
             os.kill(os.getpid(), signal.SIGKILL)
-        end(self, iteration, *args)
+        is_finished = end(self, iteration, *args)
         ends.append(time.monotonic())
         if iteration == 3:
             self.saver.wait()
             if dist.get_rank() == victim:
                 threading.Timer(iterations * (ends[1] - ends[0]), os.kill, (os.getpid(), signal.SIGKILL)).start()
+        return is_finished
 
     Boundary.end = end_and_start_the_clock
     trainer.run(config)
@@ -266,14 +267,14 @@ def test_a_kill_before_any_step_of_publishing_leaves_a_whole_checkpoint(tmp_path
                 survived = True
             except Killed:
                 pass
-        found = StageFolder(stage).latest()
-        if found is None:
+        latest = StageFolder(stage).latest()
+        if latest is None:
             assert again, "only a checkpoint that replaces the newest may leave none for a moment"
             continue
-        checksums.check(StageFolder(stage).checkpoint(found))
-        text = (StageFolder(stage).checkpoint(found) / "state.json").read_text()
-        assert text in ("old", "new") and (found == 1 or text == "new")
-    assert place > 8 and found == (1 if again else 2) and text == "new"
+        checksums.check(StageFolder(stage).checkpoint(latest))
+        text = (StageFolder(stage).checkpoint(latest) / "state.json").read_text()
+        assert text in ("old", "new") and (latest == 1 or text == "new")
+    assert place > 8 and latest == (1 if again else 2) and text == "new"
 
 
 def stop_after(trainer, config, iteration):
@@ -305,12 +306,10 @@ def test_resume_at_another_layout_goes_on_with_equal_losses(small_run, tmp_path,
     run(trainer.run, 1, 1, 1, make(tmp_path / "straight", **settings))
     run(stop_after, 2, 1, 1, trainer, make(tmp_path / "moved", layout=(2, 1), **settings), 2)
     run(trainer.run, 1, 2, 2, make(tmp_path / "moved", layout=(1, 2), **settings))
-    for ours, expected in zip(metrics(tmp_path / "moved"), metrics(tmp_path / "straight"), strict=True):
+    for row, expected in zip(metrics(tmp_path / "moved"), metrics(tmp_path / "straight"), strict=True):
         for name in names:
             tolerance = 1e-5 if name == "loss" else 1e-4 if stage == "sft" else 1e-3
-            assert ours[name] == pytest.approx(expected[name], rel=tolerance, abs=2e-5 if stage == "ppo" else None), (
-                name
-            )
+            assert row[name] == pytest.approx(expected[name], rel=tolerance, abs=2e-5 if stage == "ppo" else None), name
 
 
 def test_a_checkpoint_is_read_again_only_when_it_was_touched(small_run, tmp_path, monkeypatch):
@@ -337,13 +336,13 @@ def test_what_decides_a_checkpoint_s_tensors_can_t_be_changed_half_way(small_run
     """Other adapters or another optimizer: an error that names key and values, not a tensor's."""
     settings = dict(iterations=2, precision="bf16")
     run(stop_after, 1, 1, 1, sft, small_run.sft(tmp_path, **settings, lora_rank=4, save_every=1), 1)
-    for change, words in (
+    for change, message in (
         ({"lora_rank": 8}, "lora_rank = 8, but .*iter_0000001 was made with lora_rank = 4"),
         ({}, "lora_rank = 0, but"),
         ({"lora_rank": 4, "optimizer_precision": "bf16"}, "optimizer_precision = 'bf16', but .* = 'fp32'"),
         ({"lora_rank": 4, "precision": "fp32"}, "precision = 'fp32', but .* was made with precision = 'bf16'"),
     ):
-        with pytest.raises(AssertionError, match=f"ConfigError: {words}"):
+        with pytest.raises(AssertionError, match=f"ConfigError: {message}"):
             run(sft.run, 1, 1, 1, small_run.sft(tmp_path, **settings | change))
 
 
@@ -430,8 +429,8 @@ def test_exit_code_tells_a_damaged_checkpoint_from_a_failed_save(small_run, tmp_
         process.exitcode == code and re.search(f"^error: .*{message}", shown, re.MULTILINE) and "Traceback" not in shown
     ), shown
     assert StageFolder(tmp_path).latest() == 2
-    words = json.loads((tmp_path / "errors/rank_0.json").read_text())
-    assert words["class"] == kind and re.search(message, words["message"])
+    report = json.loads((tmp_path / "errors/rank_0.json").read_text())
+    assert report["class"] == kind and re.search(message, report["message"])
 
 
 def _raise(error):

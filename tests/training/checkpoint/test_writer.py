@@ -1,5 +1,5 @@
-"""A checkpoint is whole or not there, at whatever moment its writers die; it loads at any layout; a
-damaged one is refused by name."""
+"""A checkpoint is complete or not there, at whatever moment its writers die. It loads at any layout.
+A damaged one is refused with the name of its file."""
 
 import io
 import itertools
@@ -37,11 +37,11 @@ def saved(stage: Path, layout: tuple[int, int, int], *numbers: int, **values) ->
 
     def save():
         config = settings(stage, layout[:2], **values)
-        made = learner(config)
-        saver = Saver(StageFolder(stage), {"model": made}, config)
+        trained = learner(config)
+        saver = Saver(StageFolder(stage), {"model": trained}, config)
         for number in numbers:
-            fill(made, number)
-            made.schedule.num_steps = number
+            fill(trained, number)
+            trained.schedule.num_steps = number
             saver.save(number, {})
         saver.wait()
 
@@ -52,10 +52,10 @@ def loaded(stage: Path, layout: tuple[int, int, int], number: int, **values) -> 
     """Load at ``layout`` and compare every element of every rank, weights and optimizer."""
 
     def load():
-        made = learner(settings(stage, layout[:2], **values))
-        state = format.load(StageFolder(stage).resolve(number), {"model": made})
-        assert state["iteration"] == number == made.schedule.num_steps
-        assert wrong(made, number) == []
+        trained = learner(settings(stage, layout[:2], **values))
+        state = format.load(StageFolder(stage).resolve(number), {"model": trained})
+        assert state["iteration"] == number == trained.schedule.num_steps
+        assert wrong(trained, number) == []
 
     run(load, *layout)
 
@@ -84,17 +84,17 @@ def test_every_element_survives_a_walk_through_layouts(tmp_path):
         parallel_state.destroy_model_parallel()
         parallel_state.initialize_model_parallel(*layout[:2], layout[3] if layout[3] > 1 else None)
         config = settings(tmp_path, layout[:2], virtual_pipeline=layout[3])
-        made = learner(config)
+        trained = learner(config)
         if number > 1:
             assert (
-                format.load(StageFolder(tmp_path).resolve(), {"model": made})["iteration"]
+                format.load(StageFolder(tmp_path).resolve(), {"model": trained})["iteration"]
                 == number - 1
-                == made.schedule.num_steps
+                == trained.schedule.num_steps
             )
-            assert wrong(made, number - 1) == []
-        fill(made, number)
-        made.schedule.num_steps = number
-        Saver(StageFolder(tmp_path), {"model": made}, config).save(number, {})
+            assert wrong(trained, number - 1) == []
+        fill(trained, number)
+        trained.schedule.num_steps = number
+        Saver(StageFolder(tmp_path), {"model": trained}, config).save(number, {})
 
     for number, layout in enumerate([*LAYOUTS, LAYOUTS[0]], 1):
         run(move, *layout[:3], layout, number)
@@ -107,28 +107,28 @@ def test_boxes_are_the_range_in_order():
         start = draw.randint(0, math.prod(shape))
         stop = draw.randint(start, math.prod(shape))
         index = torch.arange(math.prod(shape)).view(shape)
-        found = [
+        positions = [
             index[tuple(slice(o, o + s) for o, s in zip(offset, size, strict=True))].reshape(-1)
             for offset, size in boxes(shape, start, stop)
         ]
-        assert torch.cat([*found, torch.empty(0, dtype=torch.long)]).tolist() == list(range(start, stop))
-        assert len(found) <= 2 * len(shape) - 1
+        assert torch.cat([*positions, torch.empty(0, dtype=torch.long)]).tolist() == list(range(start, stop))
+        assert len(positions) <= 2 * len(shape) - 1
 
 
 def test_staging_keeps_a_place_for_each_tensor_at_one_address_and_none_for_those_that_are_gone():
     """A weight, and its first elements' box of the optimizer's, begin at one address. Replaced
-    buffers would stay pinned for ever."""
+    buffers would stay pinned until the process ends."""
     weight, staging = torch.arange(8.0), writer._Staging()
     for _ in range(2):
         assert torch.equal(staging.copy(weight), weight) and torch.equal(staging.copy(weight[:3]), weight[:3])
-        staging.drop_unwanted()
+        staging.drop_unused()
         places = dict(staging.buffers)
         assert len(places) == 2
     staging.copy(weight), staging.copy(weight[:3])
     assert all(staging.buffers[key] is places[key] for key in places)
-    staging.drop_unwanted()
+    staging.drop_unused()
     staging.copy(weight)
-    staging.drop_unwanted()
+    staging.drop_unused()
     assert list(staging.buffers) == [(weight.data_ptr(), weight.nbytes)]
 
 
@@ -156,14 +156,14 @@ def _attempt(rank: int, folder: str, stage: str, victim: int, nth: int, asynchro
 
     with ranks(1, 2, 1, init_method=f"file://{folder}/store"):
         config = settings(stage, (1, 2), keep_checkpoints=2, async_save=asynchronous)
-        made = learner(config)
+        trained = learner(config)
         start = StageFolder(stage).latest() or 0
         if start:
-            assert format.load(StageFolder(stage).resolve(), {"model": made})["iteration"] == start
-            assert wrong(made, start) == []
-        saver = Saver(StageFolder(stage), {"model": made}, config)
+            assert format.load(StageFolder(stage).resolve(), {"model": trained})["iteration"] == start
+            assert wrong(trained, start) == []
+        saver = Saver(StageFolder(stage), {"model": trained}, config)
         for number in (start + 1, start + 2):
-            fill(made, number)
+            fill(trained, number)
             if number == start + 2:
                 threading.setprofile(count)
                 sys.setprofile(count)
@@ -216,7 +216,7 @@ def test_kill_9_at_20_random_points_of_a_save(tmp_path):
     assert set(done) == {0, 1}, (
         "some died before their checkpoint was named, some after; the save before the kill is always there"
     )
-    assert job(tmp_path, 0, -1, True), "what the kills left behind is in nobody's way"
+    assert job(tmp_path, 0, -1, True), "what the kills left behind does not disturb a save"
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
         StageFolder(tmp_path).checkpoint(number).name for number in StageFolder(tmp_path).iterations()
     ]
@@ -224,27 +224,27 @@ def test_kill_9_at_20_random_points_of_a_save(tmp_path):
 
 def test_an_asynchronous_save_holds_the_step_it_was_asked_at(tmp_path):
     """Training goes on and overwrites every tensor before a byte is written; a later boundary
-    publishes; times are told once."""
+    publishes; its times are reported once."""
 
     def train():
         config = settings(tmp_path, (1, 2), async_save=True)
-        made = learner(config)
-        saver = Saver(StageFolder(tmp_path), {"model": made}, config)
+        trained = learner(config)
+        saver = Saver(StageFolder(tmp_path), {"model": trained}, config)
         go = threading.Event()
         saver.pool.submit(go.wait, 30)  # the writer has not begun
-        fill(made, 1)
+        fill(trained, 1)
         saver.save(1, {})
-        fill(made, 99)
+        fill(trained, 99)
         early = saver.poll()
         assert early == {} and StageFolder(tmp_path).latest() is None
         go.set()
         while not (times := saver.poll()):
-            fill(made, 98)
+            fill(trained, 98)
         assert StageFolder(tmp_path).latest() == 1 and saver.poll() == {}
         assert 0 < times["save_stall_s"] < times["save_s"]
         for number in (2, 3):
-            fill(made, number)
-            made.schedule.num_steps = number
+            fill(trained, number)
+            trained.schedule.num_steps = number
             saver.save(number, {})  # waits for the one before
         assert StageFolder(tmp_path).latest() == 2
         saver.wait()
@@ -258,15 +258,15 @@ def test_an_asynchronous_save_holds_the_step_it_was_asked_at(tmp_path):
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_writer_that_fails_is_an_error_on_every_rank(tmp_path, asynchronous):
     """The operating system refuses bytes of rank 1's second file: rank, file and cause in one
-    message; the checkpoint before is whole."""
+    message; the checkpoint before is complete."""
     saved(tmp_path, (1, 2, 1), 1)
 
     def save():
         import resource
 
         config = settings(tmp_path, (1, 2), async_save=asynchronous)
-        made = learner(config)
-        saver = Saver(StageFolder(tmp_path), {"model": made}, config)
+        trained = learner(config)
+        saver = Saver(StageFolder(tmp_path), {"model": trained}, config)
         if torch.distributed.get_rank() == 1:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
@@ -281,7 +281,7 @@ def test_a_writer_that_fails_is_an_error_on_every_rank(tmp_path, asynchronous):
     assert (
         "saving iteration 2 failed on rank 1" in first and "File too large" in first and "model/__1_0.distcp" in first
     )
-    assert "iteration 1 is whole" in first
+    assert "iteration 1 is complete" in first
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["iter_0000001"]
     assert StageFolder(tmp_path).latest() == 1
     loaded(tmp_path, (1, 1, 1), 1)
@@ -300,23 +300,23 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("told", [True, False], ids=["checked before", "while writing"])
-def test_a_full_disk_leaves_the_checkpoint_before(small_disk, told):
+@pytest.mark.parametrize("checked", [True, False], ids=["checked before", "while writing"])
+def test_a_full_disk_leaves_the_checkpoint_before(small_disk, checked):
     saved(small_disk, (1, 1, 1), 1)
 
     def save():
         config = settings(small_disk)
-        made = learner(config)
-        saver = Saver(StageFolder(small_disk), {"model": made}, config)
-        if not told:  # as under a quota, which disk_usage does not know
+        trained = learner(config)
+        saver = Saver(StageFolder(small_disk), {"model": trained}, config)
+        if not checked:  # as under a quota, which disk_usage does not know
             saver._make_folders = lambda aside, needed: Saver._make_folders(saver, aside, 0)
         with pytest.raises(SaveFailed) as caught:
             saver.save(2, {})
         return str(caught.value)
 
     message = run(save, 1, 1, 1)[0]
-    assert "No space left on device" in message and "GB are free" in message and "iteration 1 is whole" in message
-    assert ("__0_" in message) is not told
+    assert "No space left on device" in message and "GB are free" in message and "iteration 1 is complete" in message
+    assert ("__0_" in message) is not checked
     assert [path.name for path in (small_disk / "checkpoints").iterdir()] == ["iter_0000001"]
     loaded(small_disk, (1, 1, 1), 1)
 
@@ -357,10 +357,10 @@ def flip(path: Path) -> None:
         ("SHA256", lambda path: path.write_text("0" * 64 + "  ../../secret\n"), "not below"),
     ],
 )
-def test_a_damaged_checkpoint_is_refused_with_its_file(whole, tmp_path, name, harm, message):
+def test_a_damaged_checkpoint_is_refused_with_its_file(two_saves, tmp_path, name, harm, message):
     """On both ranks alike, whichever of them read the file; the launcher's check says the same
     without torch."""
-    subprocess.run(["cp", "-r", f"{whole}/.", str(tmp_path)], check=True)
+    subprocess.run(["cp", "-r", f"{two_saves}/.", str(tmp_path)], check=True)
     folder = StageFolder(tmp_path).checkpoint(2)
     harm(folder / name)
 
@@ -369,23 +369,23 @@ def test_a_damaged_checkpoint_is_refused_with_its_file(whole, tmp_path, name, ha
             format.load(folder, {"model": learner(settings(tmp_path, (1, 2)))})
         return str(caught.value)
 
-    found = set(run(load, 1, 2, 1))
-    assert len(found) == 1 and str(folder / name) in found.copy().pop() and message in found.copy().pop()
-    assert "--load-iteration (there are: 1), not from 2" in found.pop()
+    messages = set(run(load, 1, 2, 1))
+    assert len(messages) == 1 and str(folder / name) in messages.copy().pop() and message in messages.copy().pop()
+    assert "--load-iteration (there are: 1), not from 2" in messages.pop()
     with pytest.raises(Damaged, match=message):
         checksums.check(folder)
     checksums.check(StageFolder(tmp_path).checkpoint(1))
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("whole")
+def two_saves(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("two_saves")
     saved(folder, (1, 2, 1), 1, 2)
     return folder
 
 
-def test_large_files_can_be_left_to_the_size_check(whole, tmp_path):
-    subprocess.run(["cp", "-r", f"{whole}/.", str(tmp_path)], check=True)
+def test_large_files_can_be_left_to_the_size_check(two_saves, tmp_path):
+    subprocess.run(["cp", "-r", f"{two_saves}/.", str(tmp_path)], check=True)
     folder = StageFolder(tmp_path).checkpoint(2)
     flip(folder / "model" / "__0_0.distcp")
     checksums.check(folder, largest=20_000)
@@ -402,10 +402,10 @@ class Evil:
         return os.mkdir, (str(self.mark),)
 
 
-def test_no_pickle_of_a_checkpoint_runs_code(whole, tmp_path):
+def test_no_pickle_of_a_checkpoint_runs_code(two_saves, tmp_path):
     """Neither one in .metadata nor an entry that claims to be bytes, which torch would unpickle,
     with checksums that agree."""
-    subprocess.run(["cp", "-r", f"{whole}/.", str(tmp_path)], check=True)
+    subprocess.run(["cp", "-r", f"{two_saves}/.", str(tmp_path)], check=True)
     folder, mark = StageFolder(tmp_path).checkpoint(2), tmp_path / "executed"
     metadata = folder / "model" / ".metadata"
     described = pickle.loads(metadata.read_bytes())
@@ -450,10 +450,10 @@ def unpickled_by_an_allow_list(read, mark: Path) -> str:
 
 
 @pytest.mark.parametrize("reader", ["megatron-core's strategy", "its tensors' metadata", "all its metadata", "torch's"])
-def test_each_reader_refuses_a_pickle_that_runs_code(whole, tmp_path, reader):
+def test_each_reader_refuses_a_pickle_that_runs_code(two_saves, tmp_path, reader):
     """Each by itself, without the check before a load: plain pickle would make the folder
     ``executed``."""
-    subprocess.run(["cp", "-r", f"{whole}/.", str(tmp_path)], check=True)
+    subprocess.run(["cp", "-r", f"{two_saves}/.", str(tmp_path)], check=True)
     folder, mark = StageFolder(tmp_path).checkpoint(2) / "model", tmp_path / "executed"
     (folder / ".metadata").write_bytes(pickle.dumps(Evil(mark)))
     strategy = strategies.LoadStrategy()
@@ -471,14 +471,14 @@ def test_each_reader_refuses_a_pickle_that_runs_code(whole, tmp_path, reader):
     assert "posix.mkdir" in run(refuse, 1, 1, 1)[0]
 
 
-def test_no_load_reads_a_pickle_by_itself(whole, tmp_path, monkeypatch):
+def test_no_load_reads_a_pickle_by_itself(two_saves, tmp_path, monkeypatch):
     """Neither torch's nor megatron-core's own reader is constructed anywhere: both would unpickle."""
 
     def refuse(self, *args, **kwargs):
         raise AssertionError("plain pickle")
 
     monkeypatch.setattr(FileSystemReader, "read_metadata", refuse)
-    folder = StageFolder(whole).checkpoint(2)
+    folder = StageFolder(two_saves).checkpoint(2)
 
     def load():
         model = learner(settings(tmp_path))
