@@ -1,5 +1,4 @@
-"""From examples (training/data/examples.py) to tensors: padded batches, and the order of the
-rows."""
+"""From examples (training/data/examples.py) to padded batches, and the order of the rows."""
 
 from __future__ import annotations
 
@@ -15,8 +14,8 @@ from training.errors import ConfigError, InvariantError
 
 
 def padded_length(lengths: list[int], multiple: int) -> int:
-    """The longest of ``lengths``, rounded up. Give it the lengths of the *global* batch: pipeline
-    stages and data-parallel ranks must agree on the shape of every micro-batch."""
+    """The longest of ``lengths``, rounded up to ``multiple``. Pass the lengths of the *global*
+    batch: pipeline stages and data-parallel ranks must agree on the shape of every micro-batch."""
     return -(-max(lengths) // multiple) * multiple
 
 
@@ -37,52 +36,53 @@ def collate(examples: list[Example], pad_id: int, length: int) -> dict[str, torc
 
 
 class Sampler:
-    """Row indices of one global batch after the other: a seeded permutation an epoch, the same for
-    any number of ranks.
+    """Row indices of successive global batches: one seeded permutation an epoch, the same for any
+    number of ranks.
 
-    What an epoch leaves over is the start of the batch that the next epoch fills: every row is seen
-    once an epoch. Its memory does not depend on the number of rows.
+    Rows left over at the end of an epoch begin the batch that the next epoch fills, so every row is
+    seen once an epoch. Memory does not depend on the number of rows.
     """
 
     ORDER = "feistel-1"
-    """Name of the rule that makes an order from seed and epoch; another rule would give a resumed
-    run other rows."""
+    """Name of the rule that derives the order from seed and epoch. A checkpoint stores it, because
+    another rule would give a resumed run other rows."""
 
     def __init__(self, n_rows: int, global_batch_size: int, seed: int):
         if n_rows < 1:
             raise ConfigError(
-                f"{n_rows} training rows: expected at least 1; look at counts.json beside the data for what was dropped"
+                f"{n_rows} training rows: expected at least 1; counts.json in the data's folder says what was dropped"
             )
         self.n_rows, self.global_batch_size, self.seed = n_rows, global_batch_size, seed
         self.epoch, self.offset = 0, 0
 
     def next_batch(self) -> list[int]:
-        """``global_batch_size`` row indices; moves on."""
+        """The next ``global_batch_size`` row indices."""
         batch: list[int] = []
         while len(batch) < self.global_batch_size:
             if self.offset == self.n_rows:
                 self.epoch, self.offset = self.epoch + 1, 0
-            taken = np.arange(self.offset, min(self.n_rows, self.offset + self.global_batch_size - len(batch)))
-            batch += Permutation(self.n_rows, f"{self.seed}/{self.epoch}")[taken].tolist()
-            self.offset += len(taken)
+            positions = np.arange(self.offset, min(self.n_rows, self.offset + self.global_batch_size - len(batch)))
+            batch += Permutation(self.n_rows, f"{self.seed}/{self.epoch}")[positions].tolist()
+            self.offset += len(positions)
         return batch
 
     def state_dict(self) -> dict[str, int | str]:
         return {"epoch": self.epoch, "offset": self.offset, "seed": self.seed, "rows": self.n_rows, "order": self.ORDER}
 
     def load_state_dict(self, state: dict[str, int | str]) -> None:
-        """Goes on where ``state`` was taken. Raises ConfigError where data, seed or the rule of the
-        order are other ones."""
+        """Continue from ``state``. Raises ConfigError where data, seed or the order's rule
+        differ."""
         if state.get("order") != self.ORDER:
             raise ConfigError(
                 f"this checkpoint's rows stand in the order {state.get('order', 'of version 0.1.0')!r}, this version's "
-                f"in {self.ORDER!r}: finish the stage with the version that began it, or start the stage anew"
+                f"in {self.ORDER!r}: finish the stage with the version that began it, or start the stage again from "
+                "its beginning"
             )
         for name, value in (("seed", self.seed), ("rows", self.n_rows)):
             if state[name] != value:
                 raise ConfigError(
                     f"{name} = {value}, but the checkpoint was made with {name} = {state[name]}; "
-                    "resume with the same data and seed, or start the stage anew"
+                    "resume with the same data and seed, or start the stage again from its beginning"
                 )
         self.epoch, self.offset = state["epoch"], state["offset"]
 

@@ -1,12 +1,12 @@
-"""Rows as token ids on disk: made once from a file of rows, then read by all ranks of a node
+"""Cache of rows as token ids on disk. One process writes it, and all ranks of a node read it
 through the same pages of memory.
 
-``sft.jsonl.tokens/KEY/`` beside ``sft.jsonl`` holds flat arrays: ``ids`` of every piece (a prompt,
-then its replies) end to end, ``pieces`` and ``rows`` (int64: where each piece's ids and each row's
-pieces end), ``scores`` (float64, one a reply where there are any), and about.json. A prompt has its
-BOS; the text is neither cut nor given an EOS, so that one cache serves every length. KEY is the
-sha256 of what it was made from: source, tokenizer, kind of row. It is written aside, fsynced and
-renamed: a folder that has its name is whole.
+``sft.jsonl.tokens/KEY/``, next to ``sft.jsonl``, holds flat arrays: ``ids`` of every piece (a
+prompt, then its replies) end to end, ``pieces`` and ``rows`` (int64: where each piece's ids and
+each row's pieces end), ``scores`` (float64, one a reply where there are any), and about.json. A
+prompt begins with its BOS. The text is neither cut nor given an EOS, so one cache serves every
+length. KEY is the sha256 of the inputs: source, tokenizer, kind of row. The folder is written under
+a temporary name, fsynced and renamed, so a folder named KEY is complete.
 """
 
 from __future__ import annotations
@@ -36,10 +36,9 @@ from training.files import atomic
 
 FORMAT = 2
 ROWS_AT_ONCE = 4096
-"""Rows that are tokenised together: enough for all cores, little memory."""
+"""Rows that are tokenised together: enough for all cores, yet little memory."""
 ARRAYS = {"ids": "", "pieces": "<i8", "rows": "<i8", "scores": "<f8"}
-"""Arrays and their types; that of ``ids`` is as wide as the vocabulary needs and stands in
-about.json."""
+"""Array -> its type. The type of ``ids`` is as wide as the vocabulary needs; about.json has it."""
 
 
 class Tokenised(NamedTuple):
@@ -55,8 +54,8 @@ class Tokenised(NamedTuple):
 
 
 def tokenise(rows: Sequence[Row], stage: str, tokenizer: Tokenizer) -> list[Tokenised]:
-    """What ``stage`` reads of ``rows``. Prompt and reply are tokenised apart, so that the loss mask
-    can't be off by one merge."""
+    """Tokenise those parts of ``rows`` that ``stage`` reads. Prompt and reply are tokenised
+    separately, so that the loss mask can't be off by one merge."""
     replies = [row.responses if stage == "reward" else (row.best,) if stage == "sft" else () for row in rows]
     prompts = tokenizer.encode_prompts([row.prompt for row in rows])
     ids = iter(tokenizer.encode_replies([text for its in replies for text in its]))
@@ -67,13 +66,13 @@ def tokenise(rows: Sequence[Row], stage: str, tokenizer: Tokenizer) -> list[Toke
 
 
 class TokenRows(Sequence):
-    """The rows of a whole cache; nothing is read before it is asked for. Forked and pickled readers
-    map the same files."""
+    """The rows of a cache. A row is read on access; forked and pickled readers map the same
+    files."""
 
     def __init__(self, folder: Path):
         self.folder, self.about = folder, json.loads((folder / "about.json").read_text(encoding="utf-8"))
         self.most_replies: int = self.about["most_replies"]
-        """Replies of the row that has most."""
+        """Replies of the row with the most."""
         self._ids, self._pieces, self._rows, self._scores = (
             _mapped(folder / name, self.about["types"][name]) for name in ARRAYS
         )
@@ -94,12 +93,12 @@ class TokenRows(Sequence):
         return Tokenised(prompt, replies, scores, self.about["opening"])
 
     def longer_than(self, tokens: int) -> int:
-        """Rows that ``lengths`` says to have more than ``tokens`` ids."""
+        """Number of rows with more than ``tokens`` ids, counted as by ``lengths``."""
         return len(self.longer(tokens))
 
     def longer(self, tokens: int) -> np.ndarray:
-        """Their indices."""
-        found = []
+        """Indices of the rows with more than ``tokens`` ids, ascending."""
+        indices = []
         for first in range(0, len(self), ROWS_AT_ONCE):
             ends = self._rows[first : first + ROWS_AT_ONCE]
             begin = int(self._rows[first - 1]) if first else 0
@@ -110,54 +109,55 @@ class TokenRows(Sequence):
                 replies = pieces.copy()
                 replies[starts] = 0  # the prompt, which is no reply
                 lengths = lengths + np.maximum.reduceat(replies, starts) + 1
-            found.append(first + (lengths > tokens).nonzero()[0])
-        return np.concatenate(found) if found else np.empty(0, int)
+            indices.append(first + (lengths > tokens).nonzero()[0])
+        return np.concatenate(indices) if indices else np.empty(0, int)
 
     def __reduce__(self):
         return TokenRows, (self.folder,)
 
 
 def lengths(row: Tokenised, stage: str) -> int:
-    """Ids of a row: of its prompt, with the longest of its replies and an EOS if there are any."""
+    """Ids of a row: its prompt's, and, if it has replies, the longest reply's with an EOS."""
     return len(row.prompt) + (max(map(len, row.replies), default=-1) + 1 if stage != "rlhf" else 0)
 
 
 def _mapped(path: Path, kind: str) -> np.ndarray:
-    """A read-only array over the file's pages; an empty file can't be mapped."""
+    """A read-only array over the file's pages. An empty file, which can't be mapped, gives an empty
+    array."""
     return np.memmap(path, kind, "r").view(np.ndarray) if path.stat().st_size else np.empty(0, kind)
 
 
 def cached(path: str | Path, stage: str, tokenizer: Tokenizer) -> Path:
-    """The cache's folder, made if it is not there. Raises DataError where ``path`` has a bad row or
-    none that ``stage`` can use.
+    """The cache's folder for ``path``, written if it is missing.
 
-    Safe against itself: of several processes one makes it and the others wait for it; what a killed
-    one left is removed.
+    Of several processes one writes it and the others wait. Remains of a killed process are removed.
+    Raises DataError where ``path`` has a bad row or none that ``stage`` can use, OSError where the
+    cache can't be written.
     """
     source = Path(path)
     key = _key(source, stage, tokenizer)
     folder = source.with_name(source.name + ".tokens")
     target = folder / key[:32]
-    if _whole(target):
+    if _complete(target):
         return target
     folder.mkdir(exist_ok=True)
-    with _alone(folder) as alone:
-        if _whole(target):
+    with _locked(folder) as locked:
+        if _complete(target):
             return target
         for old in folder.iterdir():
             # of another source or tokenizer, or half-written
-            if old.is_dir() and (alone or old.name == target.name):
+            if old.is_dir() and (locked or old.name == target.name):
                 shutil.rmtree(old)
-        aside = folder / f".writing-{uuid.uuid4().hex}"
-        aside.mkdir()  # open to others as the user's umask says, which mkdtemp does not ask
+        temporary = folder / f".writing-{uuid.uuid4().hex}"
+        temporary.mkdir()  # open to others as the user's umask says, which mkdtemp does not ask
         try:
-            _write(source, stage, tokenizer, aside, key)
+            _write(source, stage, tokenizer, temporary, key)
             with contextlib.suppress(OSError):  # without a lock another process may have been first
-                os.rename(aside, target)
+                os.rename(temporary, target)
             atomic.sync(folder)
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    if not _whole(target):
+            shutil.rmtree(temporary, ignore_errors=True)
+    if not _complete(target):
         raise OSError(
             f"{target}: written, but not there; is the file system full, or the folder written by another host?"
         )
@@ -174,8 +174,8 @@ def _key(source: Path, stage: str, tokenizer: Tokenizer) -> str:
     ).hexdigest()
 
 
-def _whole(folder: Path) -> bool:
-    """Whether the cache is there with all its bytes: what was renamed is complete, but a disk or a
+def _complete(folder: Path) -> bool:
+    """True if the cache is there with all its bytes. A renamed folder is complete, but a disk or a
     copy may have lost some."""
     try:
         sizes = json.loads((folder / "about.json").read_text(encoding="utf-8"))["bytes"]
@@ -185,9 +185,9 @@ def _whole(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[bool]:
-    """Hold the folder's lock; False where the file system has no locks. The kernel lets go of a
-    killed process's."""
+def _locked(folder: Path) -> Iterator[bool]:
+    """Hold the folder's lock -> True, or False where the file system has no locks. The kernel
+    releases a killed process's lock."""
     with open(folder / ".lock", "a", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -197,12 +197,12 @@ def _alone(folder: Path) -> Iterator[bool]:
             yield True
 
 
-def _write(source: Path, stage: str, tokenizer: Tokenizer, aside: Path, key: str) -> None:
+def _write(source: Path, stage: str, tokenizer: Tokenizer, temporary: Path, key: str) -> None:
     types = {**ARRAYS, "ids": "<u2" if tokenizer.size <= 1 << 16 else "<u4"}
     counts: Counter = Counter()
     rows = pieces = ids = most_replies = 0
     with contextlib.ExitStack() as stack:
-        files = {name: stack.enter_context(open(aside / name, "wb")) for name in ARRAYS}
+        files = {name: stack.enter_context(open(temporary / name, "wb")) for name in ARRAYS}
         usable = formats.iterate(source, stage, counts)
         while chunk := tokenise(list(itertools.islice(usable, ROWS_AT_ONCE)), stage, tokenizer):
             flat = [piece for row in chunk for piece in (row.prompt, *row.replies)]
@@ -225,8 +225,8 @@ def _write(source: Path, stage: str, tokenizer: Tokenizer, aside: Path, key: str
         "most_replies": most_replies,
         "opening": len(tokenizer.bos),
         "types": types,
-        "bytes": {name: (aside / name).stat().st_size for name in ARRAYS},
+        "bytes": {name: (temporary / name).stat().st_size for name in ARRAYS},
     }
-    (aside / "about.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-    for path in [*aside.iterdir(), aside]:
+    (temporary / "about.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    for path in [*temporary.iterdir(), temporary]:
         atomic.sync(path)

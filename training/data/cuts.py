@@ -1,9 +1,8 @@
-"""What a trainer's length leaves of its rows, in numbers and in words.
+"""How many rows a trainer's length cuts, and the sentences that say so.
 
-``python -m training.data.cuts DATA STAGES``: of the prepared folder DATA, whose caches are there, a
-line for all that is dropped or cut. STAGES: JSON of {stage: [kind of row, key of the length,
-length]}.
-"""
+``python -m training.data.cuts DATA STAGES`` prints a line for each thing that is dropped or cut
+from the prepared folder DATA, whose caches are there. STAGES: JSON of {stage: [kind of row, key of
+the length, length]}."""
 
 from __future__ import annotations
 
@@ -18,13 +17,13 @@ from training.data.cache import Tokenised, TokenRows, lengths
 from training.data.examples import comparison_example, sft_example
 
 MOST_LOOKED = 20_000
-"""Rows that are too long and whose replies are compared after the cut; of more, so many, evenly
-spread."""
+"""Most rows beyond the length whose replies are compared after the cut; of more rows, an evenly
+spread sample."""
 
 
 class _End:
     eos_id = -1
-    """Like no id of a text."""
+    """An id that no text has."""
 
 
 def count(rows: Sequence[Tokenised], kind: str, length: int) -> dict[str, int]:
@@ -48,7 +47,7 @@ def count(rows: Sequence[Tokenised], kind: str, length: int) -> dict[str, int]:
     return {"rows": len(rows), "longer": len(longer), "looked": len(looked), "unended": unended, "alike": alike}
 
 
-def words(name: str, length: int, counts: dict[str, int]) -> str:
+def sentence(name: str, length: int, counts: dict[str, int]) -> str:
     """One sentence; "" where nothing is cut. ``name``: the setting, e.g. "sft.seq_length"."""
     if not counts["longer"]:
         return ""
@@ -66,15 +65,15 @@ def words(name: str, length: int, counts: dict[str, int]) -> str:
 
 
 def lines(folder: Path, stages: dict[str, tuple[str, str, int]]) -> list[str]:
-    """What was dropped of the rows of a prepared folder, and what the stages cut of them, a line
-    each."""
-    found = formats.dropped(json.loads((folder / "counts.json").read_text(encoding="utf-8"))["read"])
+    """Lines on the rows of a prepared folder that were dropped, and on those that the stages
+    cut."""
+    notes = formats.dropped(json.loads((folder / "counts.json").read_text(encoding="utf-8"))["read"])
     for stage, (kind, key, length) in stages.items():
         caches = list((folder / f"{kind}.jsonl.tokens").glob("*/about.json"))
         caches.sort(key=lambda path: path.stat().st_mtime_ns)
         if caches:
-            found.append(words(f"{stage}.{key}", length, count(TokenRows(caches[-1].parent), kind, length)))
-    return [line for line in found if line]
+            notes.append(sentence(f"{stage}.{key}", length, count(TokenRows(caches[-1].parent), kind, length)))
+    return [line for line in notes if line]
 
 
 def main(arguments: list[str]) -> int:

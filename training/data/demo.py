@@ -138,17 +138,17 @@ RAMBLINGS = ("and so on and so on and so on", "and on and on and on and on", "or
 
 def questions() -> list[Question]:
     """Every prompt of the demo: each way to ask for each item, with each opening and closing."""
-    made = []
+    pool = []
     for task in TASKS:
         answers = sorted(set(task.answers.values()))
         for item, answer in task.answers.items():
             others = tuple(a for a in answers if a != answer and a not in item.split())
             for opening in OPENINGS:
-                for asked in task.questions:
+                for wording in task.questions:
                     for closing in CLOSINGS:
-                        prompt = f"{HUMAN} {opening}{asked.format(item)}{closing}{CUE}"
-                        made.append(Question(task.name, item, prompt, task.fact, answer, others))
-    return made
+                        prompt = f"{HUMAN} {opening}{wording.format(item)}{closing}{CUE}"
+                        pool.append(Question(task.name, item, prompt, task.fact, answer, others))
+    return pool
 
 
 def rubric(question: Question) -> dict:

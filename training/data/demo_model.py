@@ -20,7 +20,7 @@ from training.config.shape import family
 from training.errors import ConfigError
 
 SPECIAL = {"unk": "<unk>", "bos": "<s>", "eos": "</s>", "pad": "<pad>"}
-"""Name -> text; the ids are 0, 1, 2, 3 in this order, as in BLOOM."""
+"""Name -> text. The ids are 0, 1, 2, 3 in this order, as in BLOOM."""
 SPLIT = " ?[^(\\s|[.,!?…。，、।۔،])]+"
 """BLOOM's pre-tokenizer: words with the space before them; white space and sentence punctuation
 stand alone."""

@@ -16,8 +16,8 @@ _SPEAKERS = {"user": HUMAN, "human": HUMAN, "assistant": CUE}
 
 
 def as_prompt(question: str) -> str:
-    """The dialogue text of ``question``; a text that already is a dialogue only gets the cue at its
-    very end."""
+    """The dialogue text of ``question``. A text that already is a dialogue only gets the cue at its
+    end."""
     text = question.rstrip()
     if text.endswith(CUE.strip()) and HUMAN in text:
         return text
@@ -59,22 +59,22 @@ def earlier(prompt: str) -> list[str]:
 
 
 def question(prompt: str) -> str:
-    """The words of the prompt's last human turn, of one without role marks all."""
+    """Text of the prompt's last human turn; of a prompt without role marks, all of its text."""
     return prompt.rpartition(HUMAN)[2].strip().removesuffix(CUE.strip()).strip()
 
 
 def has_marker(text: str) -> bool:
-    """Is there a speaker's mark inside ``text``, as where one turn holds the next by mistake?"""
+    """True if ``text`` contains a speaker's mark, as where a turn includes the next by mistake."""
     return _MARKER.search(text) is not None
 
 
 def oddities(prompt: str) -> list[str]:
-    """What is unusual about a prompt that is used all the same, e.g. two turns of one speaker in a
+    """Unusual traits of a prompt that is used nevertheless, e.g. two turns of one speaker in a
     row."""
     speakers = _TURN.findall(prompt)
-    found = []
+    reasons = []
     if any(one == two for one, two in zip(speakers, speakers[1:], strict=False)):
-        found.append("speakers do not alternate")
+        reasons.append("speakers do not alternate")
     if any(has_marker(turn) for turn in _TURN.split(prompt)[2::2]):
-        found.append("role marker inside a turn")
-    return found
+        reasons.append("role marker inside a turn")
+    return reasons

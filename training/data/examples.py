@@ -1,8 +1,7 @@
-"""Rows of token ids -> examples of a length: what is cut where a row is longer. No torch: ``plan``
-asks it, too.
+"""Rows of token ids -> examples of at most a given length. No torch: ``plan`` uses it, too.
 
-A prompt and its reply are tokenised apart and their ids joined, so that the loss mask can't be off
-by one merge.
+A prompt and its reply are tokenised separately and their ids joined, so that the loss mask can't be
+off by one merge.
 """
 
 from __future__ import annotations
@@ -23,24 +22,24 @@ class Example(NamedTuple):
 
 
 def sft_example(row: Tokenised, tokenizer: Tokenizer, seq_length: int) -> Example:
-    """A prompt and its reply in at most ``seq_length`` ids; what is cut where it is longer: see
-    ``_join``."""
+    """A prompt and its reply in at most ``seq_length`` ids. ``_join`` says what is cut of longer
+    ones."""
     return _join(row, tokenizer.eos_id, seq_length)[0]
 
 
 def comparison_example(row: Tokenised, tokenizer: Tokenizer, seq_length: int) -> list[tuple[Example, float]]:
-    """A query with its K replies as K (example, score): one query, cut alike for all of its
-    replies."""
+    """A query with its K replies as K (example, score). The query is cut in the same way for all
+    its replies."""
     return list(zip(_join(row, tokenizer.eos_id, seq_length), row.scores, strict=True))
 
 
 def prompt_tokens(row: Tokenised, prompt_length: int) -> list[int]:
-    """The prompt in at most ``prompt_length`` ids: an over-long one loses its head, never BOS or
+    """The prompt in at most ``prompt_length`` ids. A longer one loses its head, but neither BOS nor
     its cue."""
     if len(row.prompt) <= prompt_length:
         return row.prompt
-    kept = min(row.opening, prompt_length - 1)
-    return row.prompt[:kept] + row.prompt[kept - prompt_length :]
+    opening = min(row.opening, prompt_length - 1)
+    return row.prompt[:opening] + row.prompt[opening - prompt_length :]
 
 
 def _join(row: Tokenised, eos_id: int, seq_length: int) -> list[Example]:

@@ -1,9 +1,9 @@
 """Reads files of training rows, .jsonl and .jsonl.gz, of any of the formats in
 training/data/rows.py.
 
-A row that can't be read is an error that names file, line and field; a row that can be read but not
-used (HH has such) is counted by reason, and so is a field that nothing reads, by its name: it may
-be the replies under a name that only its owner knows.
+A row that can't be read is an error that names file, line and field. A row that can be read but not
+used (HH has such) is counted by reason. A field that nothing reads is counted by name: it may hold
+the replies under a name of the user's own.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ NEEDS = {
     "sft": (1, "a response", FORMATS),
     "reward": (2, "two replies to compare", COMPARISONS),
 }
-"""Stage -> (fewest replies to a prompt, in words, formats that have them)."""
+"""Stage -> (fewest replies to a prompt, the need as a phrase, formats that have them)."""
 MOST_NAMES = 50
-"""Fields that nothing reads are counted by name up to so many entries of the counts."""
+"""Unread fields are counted by name until the counts have this many entries."""
 
 
 def as_native(row: Row, stage: str) -> dict:
@@ -90,8 +90,8 @@ def _object(line: bytes) -> dict:
 
 
 def _fields(pairs: list[tuple[str, object]]) -> dict:
-    """An object of JSON, none of whose names stands twice: which of the two is meant, the file does
-    not say."""
+    """A JSON object. Raises BadRow for a name that occurs twice, because the file does not say
+    which value is meant."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
         names = [name for name, _ in pairs]
@@ -114,7 +114,7 @@ class Echoes:
         self.example = ""
 
     def add(self, row: Row) -> bool:
-        """Whether a reply of the next row begins with its prompt."""
+        """Add the next row -> True if one of its replies begins with its prompt."""
         self.rows += bool(row.responses)
         question = dialogue.question(row.prompt)
         if len(question) < 2 or not any(
@@ -129,7 +129,7 @@ class Echoes:
         return True
 
     def check(self, path: str | Path) -> None:
-        """DataError where they are more than the odd one."""
+        """Raises DataError where the share of such rows is above the limits."""
         every = self.echoes + self.short
         if self.echoes > max(1, self.SHARE * self.rows) or every > max(1, self.SHORT_SHARE * self.rows):
             raise DataError(
@@ -140,13 +140,13 @@ class Echoes:
 
 
 def unusual(row: Row, echoes: Echoes) -> list[str]:
-    """What is counted of a row that is used all the same: "kept: REASON"."""
+    """Keys of the counts for a row that is used although it is unusual: "kept: REASON"."""
     echo = ["reply begins with its prompt"] if echoes.add(row) else []
     return [f"kept: {reason}" for reason in [*dialogue.oddities(row.prompt), *row.notes, *echo]]
 
 
 def because(counts: Counter) -> str:
-    """Why nothing was left, in words: ": 3 rows read; dropped: 3 empty reply"."""
+    """Why no row is usable: ": 3 rows read; dropped: 3 empty reply"."""
     reasons = [
         f"{number} {name.removeprefix('dropped: ')}" for name, number in counts.items() if name.startswith("dropped: ")
     ]

@@ -19,11 +19,11 @@ from training.data.batches import Example
 from training.errors import InvariantError
 
 EXCHANGES = 4
-"""Most exchanges of examples between rows, times the number of rows."""
+"""Most exchanges of examples between rows, for each row."""
 
 
 class Layout(NamedTuple):
-    """How a global batch is laid out."""
+    """Layout of a global batch in rows."""
 
     rows: list[list[int]]
     """Examples' indices, row by row; the same number of rows for each data-parallel rank, in its
@@ -35,7 +35,7 @@ class Layout(NamedTuple):
 
 
 class RowLimits(NamedTuple):
-    """What the rows must fit."""
+    """Limits that the rows must keep."""
 
     capacity: int
     """Most tokens of a row's examples."""
@@ -50,20 +50,20 @@ class RowLimits(NamedTuple):
     group: int = 1
     """A rank's micro-batches are a multiple of this (the interleaved schedule takes them so)."""
     min_tokens: int = 0
-    """A micro-batch of fewer tokens takes as long as one of these
+    """A micro-batch of fewer tokens takes as long as one with this many
     (training.config.cost.launched_tokens)."""
 
 
 def lay_out(lengths: list[int], limits: RowLimits) -> Layout:
-    """Examples of these ``lengths`` in the rows that take least time: their number, their length
-    and the micro-batches are chosen together.
+    """Lay out examples of these ``lengths`` in the rows that take the least time. Number and length
+    of the rows and the size of micro-batches are chosen together.
 
-    A rank's time is reckoned by training.config.cost.micro_batches; of equals (where all wait for
-    the host) the least padding is taken. For every number of rows the shortest multiple that holds
-    the examples is tried. Rows may be empty where there are fewer examples than ranks. Raises
-    InvariantError for a length above the capacity.
+    training.config.cost.micro_batches estimates a rank's time. Among equal times (where all wait
+    for the host) the layout with the least padding wins. For every number of rows the shortest
+    multiple that holds the examples is tried. Rows may be empty where there are fewer examples than
+    ranks. Raises InvariantError for a length above the capacity.
 
-    >>> lay_out([5, 4, 3, 3, 1], Limits(capacity=8, multiple=1, ranks=1, micro_batch_size=2))
+    >>> lay_out([5, 4, 3, 3, 1], RowLimits(capacity=8, multiple=1, ranks=1, micro_batch_size=2))
     Layout(rows=[[0, 3], [1, 2, 4]], length=8, micro_batch_size=2)
     """
     longest, total = max(lengths), sum(lengths)
@@ -115,20 +115,19 @@ def _up(number: int, multiple: int) -> int:
 
 
 def _too_few(ordered: list[int], count: int, capacity: int) -> bool:
-    """Whether ``count`` rows can't hold the ``ordered`` lengths for sure: of lengths above 1 / (k +
-    1) of a row k fit one. Without this question a batch of 1,024 examples a little longer than half
+    """True if ``count`` rows surely can't hold the ``ordered`` lengths: at most k lengths above 1 /
+    (k + 1) of a row fit one. Without this check a batch of 1,024 examples a little longer than half
     a row takes seconds."""
     return any(len(ordered) - bisect_right(ordered, capacity // (k + 1)) > k * count for k in (1, 2, 3, 4))
 
 
 def spread(lengths: list[int], count: int, capacity: int) -> list[list[int]] | None:
-    """Indices of ``lengths`` in ``count`` rows of at most ``capacity`` tokens; None where that was
-    not found.
+    """Indices of ``lengths`` in ``count`` rows of at most ``capacity`` tokens, or None where no
+    such rows are found.
 
-    Longest first into the shortest row (LPT, Graham 1969); then, while the longest row is too long,
-    it exchanges an example for a shorter one, or none, of the shortest row with which that makes
-    the two most alike.
-    """
+    Examples go, longest first, into the shortest row (LPT, Graham 1969). While the longest row is
+    too long, it gives an example to the shortest row that this helps, for a shorter one or for
+    none, so that the two become most alike."""
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     rows: list[list[int]] = [[] for _ in range(count)]
     filled = [0] * count
@@ -148,8 +147,8 @@ def spread(lengths: list[int], count: int, capacity: int) -> list[list[int]] | N
 
 
 def _exchange(rows: list[list[int]], filled: list[int], lengths: list[int], longest: int) -> bool:
-    """One exchange between the longest row and the shortest with which it helps, in place; False
-    where it helps with none."""
+    """Make one exchange, in place, between the longest row and the shortest that it helps. Returns
+    False where no exchange helps."""
     for other in sorted(range(len(rows)), key=filled.__getitem__):
         gap = filled[longest] - filled[other]
         moves = [
@@ -187,8 +186,7 @@ def collate_packed(rows: list[list[Example]], pad_id: int, length: int) -> dict[
                 raise InvariantError(f"a row of at least {end} tokens in a batch of length {length}")
             tokens[row, start:end] = torch.tensor(example.tokens)
             documents[row, start:end] = number
-            # The first token of a document is not predicted: what stands before it belongs to
-            # another.
+            # no token predicts a document's first: the one before it belongs to another document
             response_mask[row, start + max(example.response_start, 1) : end] = True
             start = end
         documents[row, start:] = len(examples)

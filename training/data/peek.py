@@ -1,10 +1,10 @@
 """``python -m training.data.peek FILE ROWS [SETTINGS]``: can the first rows be trained on, and what
-is left of them?
+is dropped or cut of them?
 
 SETTINGS: JSON of {"data": section data, "model": section model, "stages": {stage: [kind of row,
-setting, length]}}. Of a file with at most ROWS rows all is done that the preparation will do, in a
-folder that is then removed. Prints what the rows are, then a warning a line. Exit status 65 for bad
-data, 64 for a model that can't take it, with one line on stderr.
+setting, length]}}. A file with at most ROWS rows is prepared in full, in a temporary folder. Prints
+what the rows are, then one warning a line. Exit status 65 for bad data, 64 for a model that can't
+take it, with one line on stderr.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from training.errors import ConfigError, DataError
 
 EXIT_USAGE = 64
 MOST_TEXT = 16 << 20
-"""Characters of the rows that are looked at."""
+"""Characters of the rows that are inspected."""
 
 
 def main(arguments: list[str]) -> int:
@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> int:
         return ended
     file, most, settings = arguments[0], int(arguments[1]), json.loads(arguments[2]) if len(arguments) > 2 else {}
     try:
-        print("\n".join(look(file, most, settings)))
+        print("\n".join(inspect(file, most, settings)))
     except DataError as error:
         print(error, file=sys.stderr)
         return DataError.exit_code
@@ -44,8 +44,9 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def look(file: str, most: int, settings: dict) -> list[str]:
-    """What the first rows are in a line, then what is dropped or cut, a line each."""
+def inspect(file: str, most: int, settings: dict) -> list[str]:
+    """A line on the first rows, then a line for each thing that is dropped or cut. Raises DataError
+    for bad data, ConfigError for a model that can't take it."""
     counts, rows = Counter(), []
     skip = settings.get("data", {}).get("skip_bad_rows", False)
     echoes, size = formats.Echoes(), 0
@@ -58,27 +59,29 @@ def look(file: str, most: int, settings: dict) -> list[str]:
     if not rows:
         raise DataError(f"{file}: no usable row{formats.because(counts)}")
     echoes.check(file)
-    whole = size <= MOST_TEXT and next(itertools.islice(lines(file), most, None), None) is None
+    is_complete = size <= MOST_TEXT and next(itertools.islice(lines(file), most, None), None) is None
     warnings = formats.dropped(counts)
     if settings.get("model"):
-        warnings = prepared(settings) if whole else [*warnings, *sampled(rows, settings)]
-    return [f"{file}: {_sentence(counts, rows, whole)}", *warnings]
+        warnings = prepared(settings) if is_complete else [*warnings, *sampled(rows, settings)]
+    return [f"{file}: {_sentence(counts, rows, is_complete)}", *warnings]
 
 
-def _sentence(counts: Counter, rows: list[Row], whole: bool) -> str:
+def _sentence(counts: Counter, rows: list[Row], is_complete: bool) -> str:
     unused, pairs = counts["rows"] - len(rows), sum(len(row.responses) > 1 for row in rows)
-    words = [f"{unused:,} of them are not used"] * bool(unused) + [f"{pairs or 'none'} can be compared"] * (
+    clauses = [f"{unused:,} of them are not used"] * bool(unused) + [f"{pairs or 'none'} can be compared"] * (
         pairs < len(rows)
     )
     if names := [name.removeprefix("not read: ") for name in counts if name.startswith("not read: ")]:
-        words.append(f"nothing reads {', '.join(names)}")
-    which = f"all {counts['rows']:,} rows" if whole else f"the first {counts['rows']:,} rows (a sample: more follow)"
-    return f"{which} can be read{''.join(f', {word}' for word in words)}"
+        clauses.append(f"nothing reads {', '.join(names)}")
+    which = (
+        f"all {counts['rows']:,} rows" if is_complete else f"the first {counts['rows']:,} rows (a sample: more follow)"
+    )
+    return f"{which} can be read{''.join(f', {clause}' for clause in clauses)}"
 
 
 def prepared(settings: dict) -> list[str]:
-    """What the preparation says of all rows: the same code, without its caches. Raises DataError
-    and ConfigError as it does."""
+    """Warnings of the preparation on all rows, by the same code without its caches. Raises
+    DataError and ConfigError as it does."""
     from training.data import cache, cuts, sorting
 
     with tempfile.TemporaryDirectory() as folder, sorting.Writer(Path(folder) / "data") as writer:
@@ -91,15 +94,15 @@ def prepared(settings: dict) -> list[str]:
         for stage, (kind, key, length) in settings["stages"].items():
             writer.flush()
             rows = cache.tokenise(
-                list(formats.iterate(writer.aside / sorting.names(kind)[0], kind, Counter())), kind, tokenizer
+                list(formats.iterate(writer.temporary / sorting.names(kind)[0], kind, Counter())), kind, tokenizer
             )
-            warnings.append(cuts.words(f"{stage}.{key}", length, cuts.count(rows, kind, length)))
+            warnings.append(cuts.sentence(f"{stage}.{key}", length, cuts.count(rows, kind, length)))
     return [line for line in warnings if line]
 
 
 def sampled(rows: list[Row], settings: dict) -> list[str]:
-    """What is cut of the first rows. Of the demo's model nothing can be said: its vocabulary is
-    made of all."""
+    """Warnings on what is cut of the first rows. The demo's model gets none: its vocabulary is
+    trained on all rows."""
     if settings["model"]["checkpoint"] == "demo":
         return []
     from training.data import cache, cuts
@@ -107,7 +110,7 @@ def sampled(rows: list[Row], settings: dict) -> list[str]:
     tokenizer, warnings = _tokenizer(settings["model"], ()), []
     for stage, (kind, key, length) in settings["stages"].items():
         tokens = cache.tokenise([row for row in rows if len(row.responses) >= formats.NEEDS[kind][0]], kind, tokenizer)
-        warnings.append(cuts.words(f"{stage}.{key}", length, cuts.count(tokens, kind, length)))
+        warnings.append(cuts.sentence(f"{stage}.{key}", length, cuts.count(tokens, kind, length)))
     return [f"of the first {len(rows):,} usable rows: {line}" for line in warnings if line]
 
 

@@ -1,10 +1,9 @@
-"""A seeded permutation of 0..n-1 that is computed where it is asked for: no list of n numbers is
-made, whatever n is.
+"""A seeded permutation of 0..n-1 that is computed on access, without a list of n numbers.
 
 A balanced Feistel network (Luby and Rackoff 1988) permutes the numbers of 2b bits; one that falls
 outside 0..n-1 is permuted again until it does not ("cycle walking", Black and Rogaway 2002), fewer
-than four times on average. Ours, so that no library's new version changes the order of a run that
-is resumed.
+than four times on average. It is our own, so that no new version of a library changes the order of
+a resumed run.
 """
 
 from __future__ import annotations

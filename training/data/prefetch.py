@@ -1,4 +1,4 @@
-"""The next global batch is made while this one is learned from."""
+"""Builds the next global batch while the trainer learns from this one."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ class Ready(NamedTuple):
 
     micro_batches: list[Batch]
     """In pinned memory where there is a GPU, so that copies to it don't wait."""
-    said: dict[str, float]
+    stats: dict[str, float]
+    """Numbers on the whole batch, for the log."""
     state: dict
-    """The sampler's after this batch: what a checkpoint of this step holds, however far ahead the
-    sampler is."""
+    """The sampler's state after this batch, for a checkpoint of this step: the sampler itself is
+    further ahead."""
 
 
 def prefetched(sampler: Sampler, make: Make, steps: int) -> Iterator[Ready]:
-    """``steps`` global batches in the sampler's order, each made by another thread while the one
+    """``steps`` global batches in the sampler's order. Another thread builds each while the one
     before it is in use.
 
-    ``make`` runs there: it must not talk to other ranks, nor count on ``mcore_on_cpu``, which holds
-    for one thread. Its exceptions are raised here. Close the iterator, or let it end, to end the
-    thread.
-    """
+    ``make`` runs in that thread: it must not talk to other ranks, nor rely on ``mcore_on_cpu``,
+    which holds for one thread. Its exceptions are raised here. Close the iterator, or exhaust it,
+    to end the thread."""
 
     def ahead() -> Ready:
-        micro_batches, said = make(sampler.next_batch())
+        micro_batches, stats = make(sampler.next_batch())
         if torch.cuda.is_available():
             micro_batches = [{name: tensor.pin_memory() for name, tensor in micro.items()} for micro in micro_batches]
-        return Ready(micro_batches, said, sampler.state_dict())
+        return Ready(micro_batches, stats, sampler.state_dict())
 
     with ThreadPoolExecutor(1, "data", begin_thread()) as thread:
         coming = thread.submit(ahead)

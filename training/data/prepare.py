@@ -1,11 +1,11 @@
 """``python -m training.data.prepare config.json``: from one source of data to every file that the
 stages train on.
 
-From comparisons come the better replies (SFT), the comparisons themselves (reward), the prompts
-(RLHF), and held-out prompts that no stage trains on; from rows with one reply, such as chat
-messages, all but comparisons. Runs on the login node before anything is queued. The same input and
-seed give the same bytes. Exit status: 64 for a bad configuration, 65 for bad data, with one line on
-stderr.
+Comparisons give the better replies (SFT), the comparisons themselves (reward), the prompts (RLHF),
+and held-out prompts that no stage trains on. Rows with one reply, such as chat messages, give the
+same without comparisons. The program runs on the login node before anything is queued. The same
+input and seed give the same bytes. Exit status: 64 for a bad configuration, 65 for bad data, with
+one line on stderr.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ WEIGHTS = (".safetensors", ".bin")
 
 
 def write_demo_model(config: PrepareConfig, sft_rows: Iterable[dict]) -> None:
-    """The demo's Hugging Face folder, with a tokenizer trained on the SFT rows; complete, or not
-    there."""
+    """Write the demo's Hugging Face folder, with a tokenizer trained on the SFT rows. A kill leaves
+    the complete folder or none."""
     # needs torch and transformers, which other models' preparation does without
     from training.data import demo_model
 
     folder = Path(config.paths.model)
-    aside = folder.with_name(f".{folder.name}.writing")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    temporary = folder.with_name(f".{folder.name}.writing")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
     texts = (row["prompt"] + row["response"] for row in itertools.islice(sft_rows, TOKENIZER_ROWS))
-    demo_model.write(aside, texts, config.model, config.data.seed)
+    demo_model.write(temporary, texts, config.model, config.data.seed)
     if folder.exists():
         shutil.rmtree(folder)
-    os.replace(aside, folder)
+    os.replace(temporary, folder)
 
 
 def prepare(config: PrepareConfig) -> dict:
-    """Write everything, tokenised too; returns the counts: {"source", "read": {...}, "files":
-    {name: rows}}."""
+    """Write all files and their token caches -> counts: {"source", "read": {...}, "files": {name:
+    rows}, "inputs": {...}}. Raises ConfigError and DataError."""
     folder, own = Path(config.paths.output), config.model.checkpoint == "demo"
     with Writer(folder) as writer:
         inputs = _inputs(config)
@@ -58,10 +58,10 @@ def prepare(config: PrepareConfig) -> dict:
         if own:
             write_demo_model(config, writer.rows("sft.jsonl"))
         tokenizer = Tokenizer(config.paths.model if own else config.model.checkpoint)
-        for key, known in inputs.items():
+        for key, entry in inputs.items():
             # it is read twice, and its sha256 is to be what was read
-            if checksums.touched(known["path"]) != known["touched"]:
-                raise DataError(f"{key} = {known['path']!r} was written while it was read; wait until it is complete")
+            if checksums.touched(entry["path"]) != entry["touched"]:
+                raise DataError(f"{key} = {entry['path']!r} was written while it was read; wait until it is complete")
         counts = {"source": config.data.source, "read": read, "files": dict(writer.counts), "inputs": inputs}
         writer.publish(counts)
     for stage in STAGES:  # here, and not by the stage: its GPUs would wait for it
@@ -72,8 +72,8 @@ def prepare(config: PrepareConfig) -> dict:
 
 
 def _inputs(config: PrepareConfig) -> dict[str, dict]:
-    """What the run is made from -> its file, and what its content is known by: the rows' by key,
-    the model's by name."""
+    """Inputs of the run: key (of rows) or name (of the model's files) -> path and the mark that
+    identifies its content."""
     paths = {}
     if config.data.source != "demo":
         paths["data.source"] = config.data.source
@@ -81,11 +81,11 @@ def _inputs(config: PrepareConfig) -> dict[str, dict]:
     if config.model.checkpoint != "demo":
         paths["model.checkpoint"] = str(Path(config.model.checkpoint, "tokenizer.json"))
     try:
-        found = {key: {"path": path, **checksums.mark(path)} for key, path in paths.items()}
+        inputs = {key: {"path": path, **checksums.mark(path)} for key, path in paths.items()}
         for path in sorted(Path(config.model.checkpoint).glob("*")) if config.model.checkpoint != "demo" else ():
             if (path.suffix in WEIGHTS or path.name == "config.json") and path.is_file():
-                found[f"{path.name} of model.checkpoint"] = {"path": str(path), **checksums.mark(path, weights=True)}
-        return found
+                inputs[f"{path.name} of model.checkpoint"] = {"path": str(path), **checksums.mark(path, weights=True)}
+        return inputs
     except OSError as error:
         raise DataError(f"{error.filename}: can't be read: {error.strerror}") from None
 

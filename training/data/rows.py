@@ -21,20 +21,19 @@ COMPARISONS = (
 )
 FORMATS = f'{{"prompt", "response"}}, TRL {{"prompt", "completion"}}, {{"messages"}}, {COMPARISONS}'
 REPLIES = ("response", "completion", "chosen", "rejected", "messages")
-"""Fields that hold what is said to a prompt: one that is nearly called so is one that is
-misspelt."""
+"""Fields that hold a reply to a prompt. A field with nearly such a name is taken for a
+misspelling."""
 READ = (
     ("chosen", "rejected", "prompt"),
     ("messages",),
     ("completion", "prompt", "query", "label"),
     ("response", "prompt", "query", "score"),
 )
-"""Fields of each format; one that has the first is of it."""
-
+"""Fields of each format. A row that has the first field is of that format."""
 
 SINGLE = (("completion", (str, list)), ("response", str), ("messages", list))
-"""Fields with one reply, and their kinds: label = false says of it that it is bad, which leaves
-nothing to compare it with."""
+"""Fields with one reply, and their types. With label = false the reply is bad, and there is none to
+compare it with."""
 JUDGED = (
     ("score_chosen", "score_rejected"),
     ("chosen_score", "rejected_score"),
@@ -51,7 +50,7 @@ class Row(NamedTuple):
     responses: tuple[str, ...] = ()
     scores: tuple[float, ...] = ()
     notes: tuple[str, ...] = ()
-    """What is unusual about a row that is used all the same."""
+    """Unusual traits of a row that is used nevertheless."""
 
     @property
     def best(self) -> str:
@@ -60,12 +59,14 @@ class Row(NamedTuple):
 
 
 def parse(row: dict) -> Row:
-    """The format is known by the fields. Raises BadRow (malformed) or Unusable (well-formed, but
-    not for training)."""
+    """Parse a row, whose fields tell its format. Raises BadRow for a malformed row, Unusable for a
+    well-formed one that must not be trained on."""
     if "chosen" in row or "rejected" in row:
         for field in ("chosen", "rejected"):
             if field not in row:
-                raise BadRow(f"{field}: missing beside {'rejected' if field == 'chosen' else 'chosen'}; expected both")
+                raise BadRow(
+                    f"{field}: missing, but {'rejected' if field == 'chosen' else 'chosen'} is there; expected both"
+                )
         if any(_higher(row.get(rejected), row.get(chosen)) for chosen, rejected in JUDGED):
             raise Unusable("the rejected reply has the higher score")
         return _trl(row) if "prompt" in row or isinstance(row["chosen"], list) else _hh(row)
@@ -126,7 +127,7 @@ def _hh(row: dict) -> Row:
 
 
 def _trl(row: dict) -> Row:
-    (earlier, chosen), (other, rejected) = (_said(row, field) for field in ("chosen", "rejected"))
+    (earlier, chosen), (other, rejected) = (_reply(row, field) for field in ("chosen", "rejected"))
     if earlier != other:
         raise Unusable("prompts of chosen and rejected differ")
     if "prompt" not in row and not earlier:
@@ -136,29 +137,30 @@ def _trl(row: dict) -> Row:
 
 def _completion(row: dict, prompt: str) -> Row:
     """TRL's prompt and completion; with "label" its unpaired preference."""
-    earlier, reply = _said(row, "completion")
+    earlier, reply = _reply(row, "completion")
     if type(row.get("label", True)) is not bool:
         raise BadRow(f"label: {short(row['label'])}: expected true or false")
     return _usable(Row(_prompt({"prompt": row[prompt]}, earlier), (reply,), (0.0,)))
 
 
-def _said(row: dict, field: str) -> tuple[turns.Turns, str]:
-    """(turns before the reply, the reply) of a field that holds the reply's text, or messages of
-    which the last is the reply."""
+def _reply(row: dict, field: str) -> tuple[turns.Turns, str]:
+    """(turns before the reply, the reply) of a field that holds the reply's text, or messages that
+    end with the reply."""
     if not isinstance(row[field], list):
         return [], dialogue.as_reply(_text(row, field))
-    said = turns.read(row[field], field, last="assistant", opens=False)
-    return said[:-1], dialogue.as_reply(said[-1][1])
+    messages = turns.read(row[field], field, last="assistant", opens=False)
+    return messages[:-1], dialogue.as_reply(messages[-1][1])
 
 
 def _prompt(row: dict, earlier: turns.Turns) -> str:
-    """The prompt of a row of TRL's: the field "prompt", if there is one, and the turns that the
-    replies bring before their last one, which may be the whole conversation anew."""
-    given = row.get("prompt", [])
-    if isinstance(given, list):
-        given = turns.read(given, "prompt", last="user") if "prompt" in row else []
+    """The prompt of a TRL row: the field "prompt", if there is one, and the turns that precede the
+    reply in its own field. These may repeat the prompt's conversation."""
+    opening = row.get("prompt", [])
+    if isinstance(opening, list):
+        opening = turns.read(opening, "prompt", last="user") if "prompt" in row else []
         return _dialogue(
-            earlier if earlier[: len(given)] == given else given + earlier, "prompt and the turns before the reply"
+            earlier if earlier[: len(opening)] == opening else opening + earlier,
+            "prompt and the turns before the reply",
         )
     text, first = _text(row, "prompt"), dialogue.as_prompt(_text(row, "prompt"))
     if not earlier or not text.strip():
@@ -168,17 +170,17 @@ def _prompt(row: dict, earlier: turns.Turns) -> str:
             first
             + _dialogue([("user", text), *earlier], "prompt and the turns before the reply").partition(dialogue.CUE)[2]
         )
-    whole = _dialogue(earlier, "turns before the reply")
-    if first != whole and ("user", text.strip()) not in [(role, content.strip()) for role, content in earlier]:
+    conversation = _dialogue(earlier, "turns before the reply")
+    if first != conversation and ("user", text.strip()) not in [(role, content.strip()) for role, content in earlier]:
         raise BadRow(
             f"prompt: {short(text)}: none of the messages before the reply; leave out the field, or the messages"
         )
-    return whole
+    return conversation
 
 
 def _dialogue(conversation: turns.Turns, field: str) -> str:
-    """The prompt that a conversation is, up to and including the cue; BadRow unless the user's turn
-    is the last."""
+    """The dialogue text of a conversation, up to and including the cue. Raises BadRow unless its
+    last turn is the user's."""
     turns.check_order(conversation, field)
     if conversation[-1][0] != "user":
         raise BadRow(
@@ -212,8 +214,8 @@ def _comparison(row: dict, prompt: str) -> Row:
 
 
 def _without_prompts(row: Row) -> Row:
-    """Replies that are the whole dialogue lose the prompt that they begin with: its role marks
-    leave no doubt."""
+    """Cut the prompt off replies that begin with it. Only prompts with role marks count, because
+    these leave no doubt."""
     prompt = row.prompt.strip()
     if dialogue.HUMAN.strip() not in prompt or not prompt.endswith(dialogue.CUE.strip()):
         return row
@@ -227,7 +229,8 @@ def _without_prompts(row: Row) -> Row:
 
 
 def _usable(row: Row) -> Row:
-    """``row`` itself; raises Unusable for what would teach a model something false."""
+    """``row``, with prompts cut off its replies. Raises Unusable for a row that would teach a model
+    something false."""
     row = _without_prompts(row)
     if not row.prompt.strip():
         raise Unusable("empty prompt")

@@ -1,5 +1,5 @@
-"""From one source of rows to the files of the stages: which row is good for which, which prompts
-are held out, what repeats."""
+"""Sort one source of rows into the files of the stages: which stage can use a row, which prompts
+are held out, which rows repeat."""
 
 from __future__ import annotations
 
@@ -26,44 +26,44 @@ Counts = dict[str, int]
 
 
 class Writer:
-    """The files of a folder, written aside row by row; ``publish`` puts them in place. ``counts``:
-    rows of each."""
+    """Writes the files of a folder row by row under a temporary folder; ``publish`` moves them into
+    place. ``counts``: rows of each file."""
 
     def __init__(self, folder: Path):
-        self.folder, self.aside, self.counts = folder, folder / ".preparing", {}
-        shutil.rmtree(self.aside, ignore_errors=True)
-        self.aside.mkdir(parents=True)
+        self.folder, self.temporary, self.counts = folder, folder / ".preparing", {}
+        shutil.rmtree(self.temporary, ignore_errors=True)
+        self.temporary.mkdir(parents=True)
         self._files: dict[str, TextIO] = {}
 
     def open(self, *names: str) -> None:
         for name in names:
             self.counts[name] = 0
-            self._files[name] = open(self.aside / name, "w", encoding="utf-8", newline="\n")  # noqa: SIM115 - publish closes it
+            self._files[name] = open(self.temporary / name, "w", encoding="utf-8", newline="\n")  # noqa: SIM115 - publish closes it
 
     def add(self, name: str, row: dict) -> None:
         self._files[name].write(json.dumps(row, ensure_ascii=False) + "\n")
         self.counts[name] += 1
 
     def rows(self, name: str) -> Iterator[dict]:
-        """What was written to a file so far."""
+        """Rows written to a file so far."""
         self._files[name].flush()
-        with open(self.aside / name, encoding="utf-8") as file:
+        with open(self.temporary / name, encoding="utf-8") as file:
             yield from map(json.loads, file)
 
     def flush(self) -> None:
-        """What was added can be read from the files in ``aside``."""
+        """What was added can be read from the files in ``temporary``."""
         for file in self._files.values():
             file.flush()
 
     def publish(self, counts: dict) -> None:
-        """Every file gets its name when it is on the disk; counts.json, which says how many rows
-        each has, is the last."""
+        """Move each file into place once it is on the disk. counts.json, with the number of rows of
+        each, comes last."""
         self.open("counts.json")
         self._files["counts.json"].write(json.dumps(counts, indent=2, ensure_ascii=False) + "\n")
         for name, file in self._files.items():
             file.close()
-            atomic.sync(self.aside / name)
-            os.replace(self.aside / name, self.folder / name)
+            atomic.sync(self.temporary / name)
+            os.replace(self.temporary / name, self.folder / name)
         atomic.sync(self.folder)
 
     def __enter__(self):
@@ -72,13 +72,13 @@ class Writer:
     def __exit__(self, *_):
         for file in self._files.values():
             file.close()
-        shutil.rmtree(self.aside, ignore_errors=True)
+        shutil.rmtree(self.temporary, ignore_errors=True)
         with contextlib.suppress(OSError):  # what is not empty stays
             self.folder.rmdir()
 
 
 def from_demo(data: DataConfig, writer: Writer) -> Counts:
-    """Writes the generated data; counts of what it was made from."""
+    """Write the generated data -> counts of its sources."""
     prompts = [question.prompt for question in demo.questions()]
     heldout = HeldOut(data)
     for prompt in prompts:
@@ -92,17 +92,18 @@ def from_demo(data: DataConfig, writer: Writer) -> Counts:
 
 
 def from_source(data: DataConfig, writer: Writer) -> Counts:
-    """Writes what the rows of a file are good for: every prompt to RLHF, its best reply, if it has
-    one, to SFT, all of them, if there are two, to the reward model; counts of what was read,
-    dropped and repeated. Reads the file twice and keeps no row in memory.
+    """Sort the rows of a file -> counts of rows read, dropped and repeated.
 
-    Held out is each stage's share of its own prompts, from all stages: of a few comparisons among
-    many plain prompts some are, too. Raises DataError for a bad row, for no usable row, and for
-    fewer than 2 prompts.
+    Every prompt goes to RLHF. Its best reply, if it has one, goes to SFT, and all of them, if there
+    are two, to the reward model. The file is read twice, and no row stays in memory.
+
+    Each stage contributes a share of its own prompts to the held-out ones, which no stage trains
+    on: a few comparisons among many plain prompts are represented, too. Raises DataError for a bad
+    row, for no usable row, and for fewer than 2 prompts.
     """
     counts: Counter = Counter()
     heldout = {stage: HeldOut(data) for stage in STAGES}
-    repeats = {stage: Repeats(writer.aside / f"digests-{stage}") for stage in STAGES}
+    repeats = {stage: Repeats(writer.temporary / f"digests-{stage}") for stage in STAGES}
     echoes = formats.Echoes()
     for row in formats.iterate(data.source, "rlhf", counts, data.skip_bad_rows):
         counts.update(formats.unusual(row, echoes))
@@ -116,19 +117,21 @@ def from_source(data: DataConfig, writer: Writer) -> Counts:
         raise DataError(f"{data.source}: no usable row{formats.because(counts)}")
     if distinct < 2:
         raise DataError(f"{data.source}: 1 distinct prompt; expected at least 2: one to train on, one to hold out")
-    chosen, again = set(), {stage: iter(found.flags()) for stage, found in repeats.items()}
-    for held in heldout.values():
-        chosen |= held.chosen()
+    chosen, is_repeat = set(), {stage: iter(stage_repeats.flags()) for stage, stage_repeats in repeats.items()}
+    for stage_heldout in heldout.values():
+        chosen |= stage_heldout.chosen()
     writer.open(*(name for stage in STAGES for name in names(stage)))
     for row in formats.iterate(data.source, "rlhf", Counter(), data.skip_bad_rows):
         unseen = heldout["rlhf"].place(row.prompt) in chosen
-        # Its prompt would teach the reply to a held-out one.
-        told = not unseen and any(heldout["rlhf"].place(prompt) in chosen for prompt in dialogue.earlier(row.prompt))
-        counts["left out: goes on from a held-out prompt"] += told
+        # the prompt would teach the reply to a held-out prompt
+        continues_heldout = not unseen and any(
+            heldout["rlhf"].place(prompt) in chosen for prompt in dialogue.earlier(row.prompt)
+        )
+        counts["left out: goes on from a held-out prompt"] += continues_heldout
         for stage in _good_for(row):
-            if next(again[stage]):
+            if next(is_repeat[stage]):
                 counts[f"repeated: {stage}"] += 1
-            elif not told:
+            elif not continues_heldout:
                 writer.add(names(stage)[unseen], formats.as_native(row, stage))
     return dict(+counts)
 
@@ -138,13 +141,13 @@ def _good_for(row: Row) -> list[str]:
 
 
 def names(stage: str) -> tuple[str, str]:
-    """Files of a stage's rows: to train on, held out."""
+    """Files of a stage: (training rows, held-out rows)."""
     return f"{stage}.jsonl", "heldout.jsonl" if stage == "rlhf" else f"{stage}_heldout.jsonl"
 
 
 def without_rows(source: str, stage: str, name: str, read: Counts) -> str:
-    """That a stage would find no row in a file, in words: not every source has replies, or two to
-    compare."""
+    """Error message for a file ``name`` without any row for ``stage``: not every source has
+    replies, or two to compare."""
     unread = [field.removeprefix("not read: ") for field in read if field.startswith("not read: ")]
     return (
         f"data.source = {source!r} gives {name}, which the {stage} stage reads, no row; sft needs rows with a reply, "

@@ -1,8 +1,9 @@
-"""The gate for a file of rows: what it is by its first bytes, and its lines, none longer than MOST.
+"""Read a file of rows: check its format by the first bytes, then give its lines, none longer than
+MAX_LINE.
 
-A compressed file is read as what its bytes are, whatever its name. Another format is an error that
-names it and how to make lines of JSON of it. Memory does not grow with a line or with what a file
-unpacks to. Standard library only.
+A compressed file is recognised by its bytes, not by its name. Another format is an error that names
+it and says how to convert it to lines of JSON. Memory grows neither with a line nor with the size
+of the unpacked file. Standard library only.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from typing import BinaryIO
 from training.errors import DataError
 from training.files import safe_files
 
-MOST = 16 << 20
-"""Bytes of a line: text of about four million tokens."""
-FREE, RATIO = 16 << 20, 200
-"""Bytes that any file may unpack to, and how many times its size beyond them: text shrinks to a
-third or a tenth, a file that was made to fill the memory to a thousandth."""
-EMPTY = 10_000
-"""Empty lines in a row: more are no file of rows."""
+MAX_LINE = 16 << 20
+"""Most bytes of a line: text of about four million tokens."""
+FREE_BYTES, MAX_RATIO = 16 << 20, 200
+"""A file may unpack to FREE_BYTES, and beyond them to MAX_RATIO times its size. Text shrinks to a
+third or a tenth, a file that is built to fill the memory to a thousandth."""
+MAX_EMPTY = 10_000
+"""Most empty lines in a row: a file with more holds no rows."""
 HEAD = 4096
 BOM = b"\xef\xbb\xbf"
 GZIP = b"\x1f\x8b"
@@ -63,8 +64,7 @@ FORMATS: tuple[tuple[bytes, str, str], ...] = (
     (b"\xfe\xff", "text in UTF-16", "convert it: iconv -f UTF-16 -t UTF-8 {file} > {lines}"),
     (b"\x00\x00\xfe\xff", "text in UTF-32", "convert it: iconv -f UTF-32 -t UTF-8 {file} > {lines}"),
 )
-"""First bytes, what a file is that begins with them, and what to do. (UTF-32LE begins as UTF-16LE
-does.)"""
+"""(first bytes, format of a file that begins with them, fix). UTF-32LE begins as UTF-16LE does."""
 
 
 def lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
@@ -97,52 +97,59 @@ def _open(path: Path) -> int:
 
 
 def _limited(path: Path, file: BinaryIO, packed: BinaryIO | None) -> Iterator[tuple[int, bytes]]:
-    number, size, empty, check = 0, 0, 0, FREE
+    number, size, empty, check = 0, 0, 0, FREE_BYTES
     if reason := named(path, file.read(HEAD)):
         raise DataError(f"{path}: {reason}")
     file.seek(0)
-    while line := file.readline(MOST + 1):
+    while line := file.readline(MAX_LINE + 1):
         number, size = number + 1, size + len(line)
         if number == 1:
             line = line.removeprefix(BOM)  # a byte-order mark is no part of the JSON
-        if len(line) > MOST:
-            raise DataError(f"{path}:{number}: a line of more than {MOST >> 20} MiB; expected one row on each line")
+        if len(line) > MAX_LINE:
+            raise DataError(f"{path}:{number}: a line of more than {MAX_LINE >> 20} MiB; expected one row on each line")
         if packed and size > check:
-            if size > RATIO * packed.tell():
+            if size > MAX_RATIO * packed.tell():
                 raise DataError(
-                    f"{path}: unpacks to more than {RATIO} times its size within the first {number:,} "
+                    f"{path}: unpacks to more than {MAX_RATIO} times its size within the first {number:,} "
                     "lines, as no text does; if it is right all the same, unpack it: "
                     f"gzip -dc {path} > {path.with_suffix('')}"
                 )
-            check += FREE
+            check += FREE_BYTES
         if line.strip():
             empty = 0
             yield number, line
             continue
         empty += 1
-        if empty > EMPTY:
-            raise DataError(f"{path}:{number}: more than {EMPTY:,} empty lines in a row; expected one row on each line")
+        if empty > MAX_EMPTY:
+            raise DataError(
+                f"{path}:{number}: more than {MAX_EMPTY:,} empty lines in a row; expected one row on each line"
+            )
 
 
 def named(path: Path, head: bytes) -> str:
-    """What a file is whose first bytes are ``head``, and what to do; "" where it may hold lines of
+    """Format of a file that begins with ``head``, and the fix; "" where it may hold lines of
     JSON."""
     name, to = str(path), _as_lines(path)
-    words = {"{file!r}": repr(name), "{lines!r}": repr(to), "{file}": shlex.quote(name), "{lines}": shlex.quote(to)}
+    substitutions = {
+        "{file!r}": repr(name),
+        "{lines!r}": repr(to),
+        "{file}": shlex.quote(name),
+        "{lines}": shlex.quote(to),
+    }
 
-    def said(what: str, fix: str) -> str:
-        for key, value in words.items():
+    def described(what: str, fix: str) -> str:
+        for key, value in substitutions.items():
             fix = fix.replace(key, value)
         return f"{what}; {fix}"
 
     for start, what, fix in FORMATS:
         if head.startswith(start):
-            return said(what, fix)
-    return said(*text) if (text := _text_format(head.removeprefix(BOM).lstrip())) else ""
+            return described(what, fix)
+    return described(*text) if (text := _text_format(head.removeprefix(BOM).lstrip())) else ""
 
 
 def _text_format(head: bytes) -> tuple[str, str] | None:
-    """(what a text is that begins so, what to do); None for what may be lines of JSON."""
+    """(format of a text that begins with ``head``, fix), or None for what may be lines of JSON."""
     first = head.partition(b"\n")[0].strip()
     if head.startswith(GZIP):
         return "compressed twice", _UNPACK.replace("{command}", "gzip -dc")

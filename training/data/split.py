@@ -1,8 +1,8 @@
-"""What preparation has to know of all rows before it writes one: which prompts are held out, and
-which rows repeat another.
+"""Which prompts are held out and which rows repeat another: preparation must know both before it
+writes a row.
 
-Both are fed row by row and keep no row: a file of ten million costs what one of ten thousand does,
-but for one byte a row.
+Both classes take row by row and keep no row. Ten million rows cost what ten thousand do, except for
+one byte a row.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ BUCKETS = 64
 """Files over which digests are spread; one at a time is sorted in memory (24 bytes a digest)."""
 RECORD = np.dtype([("high", "<u8"), ("low", "<u8"), ("row", "<u8")])
 AT_ONCE = 1 << 16
-"""Digests that are kept before they are written to their buckets."""
+"""Digests that collect in memory before they are written to their buckets."""
 
 
 def same_prompt(prompt: str) -> str:
-    """What makes two prompts the same one: the words, whatever their case and spacing."""
+    """Key of a prompt: prompts that differ in case and spacing only are the same."""
     return " ".join(prompt.lower().split())
 
 
 class HeldOut:
-    """Which of a stage's prompts no stage trains on: ``data.heldout`` of the distinct ones, at
-    least 1 of two, at most ``heldout_max``, the first in an order drawn by the seed from each
-    prompt's own text, so that other rows of a source don't change it.
+    """Chooses the prompts of a stage that no stage trains on: the share ``data.heldout`` of the
+    distinct ones, at least 1 (of two or more) and at most ``heldout_max``.
 
-    Of n distinct prompts only as many are kept as can matter: the first ``heldout_max`` of the
-    order, and the count up to where ``heldout_max`` is what holds.
+    They are the first in an order that a hash of seed and text gives, so a prompt's place does not
+    depend on other rows. Only the first ``heldout_max`` places stay in memory, and distinct prompts
+    are counted only as far as their number matters.
     """
 
     def __init__(self, data: DataConfig):
@@ -41,15 +41,15 @@ class HeldOut:
         self.enough = int((self.most + 1) / data.heldout) + 1
         self._distinct: set[bytes] = set()
         self._first: list[int] = []
-        """A heap of the negated places of the first prompts: the last of them is at its top."""
+        """Heap of the negated places of the first prompts; the last of them is on top."""
         self._among: set[int] = set()
 
     def place(self, prompt: str) -> int:
-        """Where the prompt stands in the order: a number of 256 bits."""
+        """Place of the prompt in the order: a number of 256 bits."""
         return int.from_bytes(hashlib.sha256(f"{self.data.seed}\0{same_prompt(prompt)}".encode()).digest(), "big")
 
     def add(self, place: int) -> None:
-        """Of the next prompt."""
+        """Add the next prompt by its place."""
         if len(self._distinct) < self.enough:
             self._distinct.add(place.to_bytes(32, "big"))
         if place in self._among or (len(self._first) == self.most and place > -self._first[0]):
@@ -62,11 +62,12 @@ class HeldOut:
 
     @property
     def distinct(self) -> int:
-        """Distinct prompts, counted up to where more change nothing."""
+        """Number of distinct prompts, counted only as far as it changes the choice."""
         return len(self._distinct)
 
     def chosen(self) -> set[int]:
-        """Places of the held-out prompts; none of one, which must be left to train on."""
+        """Places of the held-out prompts; empty for a single prompt, which is needed for
+        training."""
         if self.distinct < 2:
             return set()
         number = min(max(1, round(self.data.heldout * self.distinct)), self.most)
@@ -74,8 +75,8 @@ class HeldOut:
 
 
 class Repeats:
-    """Which rows of a stage have stood there before. Rows are told apart by 128 bits of a hash; the
-    digests wait on the disk."""
+    """Finds rows of a stage that repeat an earlier one. Rows are compared by 128 bits of a hash,
+    and the digests are on the disk."""
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
@@ -84,7 +85,7 @@ class Repeats:
         self._digests: list[bytes] = []
 
     def add(self, text: str) -> None:
-        """The next row."""
+        """Add the next row."""
         self._digests.append(hashlib.blake2b(text.encode(), digest_size=16).digest())
         if len(self._digests) == AT_ONCE:
             self._spill()
@@ -92,15 +93,15 @@ class Repeats:
     def flags(self) -> np.ndarray:
         """(rows,) bool: True where an equal row came earlier."""
         self._spill()
-        found = np.zeros(self.rows, bool)
+        repeated = np.zeros(self.rows, bool)
         for path in self.paths:
             if path.exists():
                 records = np.fromfile(path, RECORD)
                 records = records[np.lexsort((records["row"], records["low"], records["high"]))]
                 again = (records["high"][1:] == records["high"][:-1]) & (records["low"][1:] == records["low"][:-1])
-                found[records["row"][1:][again]] = True
+                repeated[records["row"][1:][again]] = True
                 path.unlink()
-        return found
+        return repeated
 
     def _spill(self) -> None:
         records = np.empty(len(self._digests), RECORD)

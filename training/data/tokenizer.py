@@ -25,7 +25,7 @@ PARTS = {
     "added_tokens": [],
     "model": {"type": "BPE", "vocab": {}, "merges": []},
 }
-"""Parts of tokenizer.json, and what says nothing in their place."""
+"""Part of tokenizer.json -> a neutral value in its place."""
 
 
 class Tokenizer:

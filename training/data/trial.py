@@ -1,10 +1,10 @@
-"""``python -m training.data.trial FOLDER ROWS SOURCE``: does the tokenizer do what later stages
-will ask of it?
+"""``python -m training.data.trial FOLDER ROWS SOURCE``: will the tokenizer work in all later
+stages?
 
-Two programs read a tokenizer's files: ``tokenizers`` (training) and transformers (evaluation, and
-whoever uses an export). They are compared on the first rows of SOURCE (a data file, or "demo") and
-on the role marks; every id must have one of the embedding's ROWS. Prints a JSON list of what a
-person should know; exit status 65 and one line for what can't work.
+Two libraries read a tokenizer's files: ``tokenizers`` (training) and transformers (evaluation, and
+users of an export). They are compared on the first rows of SOURCE (a data file, or "demo") and on
+the role marks. Every id must be below ROWS, the embedding's rows. Prints a JSON list of notes for
+the user; exit status 65 and one line for a tokenizer that can't work.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ PLAIN = "PreTrainedTokenizerFast"
 
 
 def texts(source: str) -> list[str]:
-    """What is compared: the samples, and prompts and replies of the source's first rows."""
+    """Texts to compare: SAMPLES, and prompts and replies of the source's first rows."""
     rows: list[formats.Row] = []
     if source != "demo":
         with contextlib.suppress(DataError, OSError):
@@ -50,51 +50,51 @@ def texts(source: str) -> list[str]:
 
 
 def differing(folder: Path, samples: Iterable[str], plain: bool) -> str:
-    """How transformers reads the folder otherwise than ``Tokenizer``, in words; "" where it gives
-    the same ids.
+    """How transformers reads the folder differently from ``Tokenizer``, as a clause; "" where both
+    give the same ids.
 
-    ``plain``: by the class that takes tokenizer.json as it is (the evaluation's); else by
-    AutoTokenizer, which goes by the files' tokenizer_class. No code of the folder is run.
+    ``plain``: compare the class that takes tokenizer.json as it is (the evaluation's), else
+    AutoTokenizer, which follows the files' tokenizer_class. No code of the folder is run.
     """
     import transformers
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    ours = Tokenizer(folder)
+    tokenizer = Tokenizer(folder)
     try:
-        kind = PreTrainedTokenizerFast if plain else AutoTokenizer
-        theirs = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer_class = PreTrainedTokenizerFast if plain else AutoTokenizer
+        reference = tokenizer_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         for text in samples:
-            ids, others = ours.encode(text), theirs(text, add_special_tokens=False)["input_ids"]
-            if ids != others:
+            ids, reference_ids = tokenizer.encode(text), reference(text, add_special_tokens=False)["input_ids"]
+            if ids != reference_ids:
                 return (
-                    f"gives other ids by {type(theirs).__name__} for {shown(repr(text), 60)}: "
-                    f"{_around(others, ids)}, tokenizer.json says {_around(ids, others)}"
+                    f"gives other ids by {type(reference).__name__} for {shown(repr(text), 60)}: "
+                    f"{_around(reference_ids, ids)}, tokenizer.json says {_around(ids, reference_ids)}"
                 )
-        begun = theirs("a")["input_ids"]
-        if begun[: len(ours.bos) + 1] != ours.bos + ours.encode("a")[:1]:
+        begun = reference("a")["input_ids"]
+        if begun[: len(tokenizer.bos) + 1] != tokenizer.bos + tokenizer.encode("a")[:1]:
             return (
-                f"begins a text with {begun[:2]} by {type(theirs).__name__}, with "
-                f"{ours.bos + ours.encode('a')[:1]} by tokenizer.json's post_processor: add_bos_token of "
+                f"begins a text with {begun[:2]} by {type(reference).__name__}, with "
+                f"{tokenizer.bos + tokenizer.encode('a')[:1]} by tokenizer.json's post_processor: add_bos_token of "
                 "tokenizer_config.json says otherwise"
             )
-        for name, number in (("eos", ours.eos_id), ("pad", ours.pad_id)):
-            other = getattr(theirs, f"{name}_token_id")
-            if other != number and name in ours.special_tokens.texts:
-                return f"has the {name} token {other} by {type(theirs).__name__}, {number} by its files"
+        for name, number in (("eos", tokenizer.eos_id), ("pad", tokenizer.pad_id)):
+            other = getattr(reference, f"{name}_token_id")
+            if other != number and name in tokenizer.special_tokens.texts:
+                return f"has the {name} token {other} by {type(reference).__name__}, {number} by its files"
     except (KeyboardInterrupt, SystemExit, ConfigError):
         raise
     except BaseException as error:  # of any kind, panics of tokenizers too
-        words = " ".join(str(error).split()) or "no message"
+        message = " ".join(str(error).split()) or "no message"
         version = transformers.__version__
-        return f"can't be loaded by transformers {version} ({type(error).__name__}: {shown(words, 200)})"
+        return f"can't be loaded by transformers {version} ({type(error).__name__}: {shown(message, 200)})"
     return ""
 
 
 def check(folder: Path, rows: int, source: str) -> list[str]:
-    """What a person should know. Raises ConfigError where a later stage would fail, or train on
-    other tokens."""
+    """Notes for the user. Raises ConfigError where a later stage would fail or train on other
+    tokens."""
     samples = texts(source)
     notes = check_files(Tokenizer(folder), folder, rows, samples)
     if problem := _unread(folder):
@@ -116,7 +116,7 @@ def check(folder: Path, rows: int, source: str) -> list[str]:
 
 
 def _unread(folder: Path) -> str:
-    """Which of the two configurations transformers can't load, and why; "" where it can."""
+    """Which of the two configurations transformers can't load, and why; "" where it loads both."""
     from transformers import AutoConfig, GenerationConfig
 
     for name, kind in (("config.json", AutoConfig), ("generation_config.json", GenerationConfig)):
@@ -124,8 +124,8 @@ def _unread(folder: Path) -> str:
             try:
                 kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             except Exception as error:  # a KeyError, a TypeError, a validation of its own
-                words = " ".join(str(error).split()) or "no message"
-                return f"{name} can't be loaded by transformers ({type(error).__name__}: {shown(words, 300)})"
+                message = " ".join(str(error).split()) or "no message"
+                return f"{name} can't be loaded by transformers ({type(error).__name__}: {shown(message, 300)})"
     return ""
 
 
@@ -147,7 +147,8 @@ def check_files(tokenizer: Tokenizer, folder: Path, rows: int, samples: list[str
 
 
 def _joins(tokenizer: Tokenizer, samples: list[str]) -> list[str]:
-    """Prompt and reply are tokenised apart: do their tokens, end to end, give the text?"""
+    """A note where a prompt's and a reply's tokens, joined, do not give their text. Training
+    tokenises them separately."""
     prompt, reply = samples[2:4]
     text = tokenizer.decode(tokenizer.encode(prompt) + tokenizer.encode_replies([reply])[0])
     if text.strip() == (prompt + reply).strip():

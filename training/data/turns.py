@@ -1,9 +1,9 @@
 """Chat messages -> (role, content) turns whose order is checked. Pure, stdlib only.
 
 One system message may stand first; then user and assistant speak in turn, the user first. A list
-that goes on from a prompt may begin with the assistant. Another order is an error that names the
-message: dialogue text has no place for it, and joined all the same it would be somebody else's
-words. An empty turn before the reply makes its row unusable. An empty system message says nothing.
+that continues a prompt may begin with the assistant. Another order is an error that names the
+message: dialogue text has no place for it, and joined turns would mix speakers. An empty turn
+before the reply makes its row unusable. An empty system message is ignored.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant"}
 CALLS = ("tool_calls", "function_call")
-"""Fields of a message that say more than its content: its words alone would be another message."""
+"""Fields of a message that add to its content: without them it would be another message."""
 Turns = list[tuple[str, str]]
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -61,7 +61,7 @@ def check_order(turns: Turns, field: str, opens: bool = True) -> None:
         if role == "system" and at:
             raise BadRow(
                 f"{field}[{at}].role: 'system': expected only as the first message; "
-                "put its words there, or into a user's"
+                "put its text there, or into a user's"
             )
         if role == before and at:
             raise BadRow(

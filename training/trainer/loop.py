@@ -212,9 +212,9 @@ def train(
             ready = next(batches)
             waited = time.monotonic() - began
             with at(iteration):
-                values = ready.said | learner.step(ready.micro_batches, task.objective)
+                values = ready.stats | learner.step(ready.micro_batches, task.objective)
             values |= {"seconds": time.monotonic() - began, "seconds_data": waited}
-            values["tokens_per_second"] = ready.said["tokens"] / values["seconds"]
+            values["tokens_per_second"] = ready.stats["tokens"] / values["seconds"]
             if iteration % config.log_every == 0:
                 (values["peak_gb"],) = highest([peak_gb()])
             if boundary.end(

@@ -80,15 +80,15 @@ def test_counts_of_the_cache_are_those_of_the_rows(tmp_path, file, demo_run, kin
         assert cuts.count(stored, kind, length) == cuts.count(listed, kind, length)
     all_cut, none_cut = cuts.count(stored, kind, 4), cuts.count(stored, kind, 4000)
     assert all_cut["longer"] == len(stored) and none_cut["longer"] == 0 == none_cut["alike"]
-    assert cuts.words("x.y", 4, all_cut).startswith(f"all {len(stored)} rows are longer than x.y = 4 and are cut")
-    assert cuts.words("x.y", 4000, none_cut) == ""
+    assert cuts.sentence("x.y", 4, all_cut).startswith(f"all {len(stored)} rows are longer than x.y = 4 and are cut")
+    assert cuts.sentence("x.y", 4000, none_cut) == ""
 
 
 def test_pairs_that_are_the_same_after_the_cut_are_counted(file, demo_run):
     counts = cuts.count(TokenRows(cached(file, "reward", Tokenizer(demo_run / "model"))), "reward", 200)
     # rows 3, 13, 33; row 23 is a tie
     assert counts["alike"] == 3 == counts["unended"] and counts["longer"] >= 3
-    assert "the replies of 3" in cuts.words("reward.seq_length", 200, counts)
+    assert "the replies of 3" in cuts.sentence("reward.seq_length", 200, counts)
 
 
 def test_a_small_file_is_looked_at_as_the_preparation_does(tmp_path, file, capsys):

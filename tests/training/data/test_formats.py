@@ -349,8 +349,8 @@ BAD = [
         b'{"prompt": "p", "completions": ["r"], "labels": [true]}',
         r"rows.jsonl:2: completions: .* did you mean completion\?",
     ),
-    (b'{"prompt": "p", "chosen": "r"}', r"rows.jsonl:2: rejected: missing beside chosen"),
-    (b'{"prompt": "p", "rejected": "r"}', r"rows.jsonl:2: chosen: missing beside rejected"),
+    (b'{"prompt": "p", "chosen": "r"}', r"rows.jsonl:2: rejected: missing, but chosen is there"),
+    (b'{"prompt": "p", "rejected": "r"}', r"rows.jsonl:2: chosen: missing, but rejected is there"),
     (
         b'{"chosen": [{"role": "assistant", "content": "x"}], "rejected": [{"role": "assistant", "content": "y"}]}',
         r"rows.jsonl:2: prompt: missing, and chosen",

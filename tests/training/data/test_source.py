@@ -112,7 +112,7 @@ def test_a_file_that_unpacks_to_a_thousand_times_its_size_is_refused_in_little_m
         with pytest.raises(DataError, match=message):
             for _ in lines(tmp_path / "rows.jsonl.gz"):
                 pass
-        assert tracemalloc.get_traced_memory()[1] < 5 * source.MOST
+        assert tracemalloc.get_traced_memory()[1] < 5 * source.MAX_LINE
     finally:
         tracemalloc.stop()
 

@@ -35,7 +35,7 @@ def test_a_second_process_of_a_run_finds_the_graphs_of_the_first_and_the_log_say
     for found in (0, 1):
         said = subprocess.run(
             [sys.executable, "-c", code],
-            env={**os.environ, **supervisor.caches()},
+            env={**os.environ, **supervisor.compile_caches()},
             capture_output=True,
             text=True,
             check=True,
