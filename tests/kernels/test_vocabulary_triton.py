@@ -7,7 +7,7 @@ from tests.kernels.where import DEVICE
 from training.models import chunked_logprobs, chunked_logprobs_triton
 
 ROWS = 37
-"""More than vocabulary.FIRST twice: a bf16 gradient is written over fp32 logits in three parts."""
+"""More than chunked_logprobs.FIRST_ROWS twice: a bf16 gradient is written over fp32 logits in three parts."""
 
 
 def logits_and_targets(columns: int) -> tuple[torch.Tensor, torch.Tensor]:

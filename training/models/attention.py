@@ -1,8 +1,8 @@
-"""Causal attention, with linear biases (ALiBi, Press et al. 2022) or without, as megatron-core's
-``core_attention``.
+"""Causal attention as megatron-core's ``core_attention``, with linear biases (ALiBi, Press et al.
+2022) or without.
 
-The arithmetic is a backend's (training.models.attention_backends); this file knows heads,
-tensor-parallel ranks and packed documents.
+This file knows heads, tensor-parallel ranks and packed documents. The arithmetic is in
+training.models.attention_backends.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from training.models import attention_backends
 
 
 def alibi_slopes(heads: int) -> torch.Tensor:
-    """Slope of each head (heads,), fp32. For a head count that is no power of two, Press et al.'s
-    interpolation, as BLOOM does it."""
+    """Return the slope of each head (heads,), fp32.
+
+    A head count that is no power of two takes Press et al.'s interpolation, as BLOOM does.
+    """
     power = 2 ** math.floor(math.log2(heads))
     base = 2.0 ** (-(2.0 ** -(math.log2(power) - 3)))
     slopes = [base**i for i in range(1, power + 1)]
@@ -32,18 +34,20 @@ def alibi_slopes(heads: int) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=8)
 def rank_slopes(heads: int, first: int, count: int, device: torch.device) -> torch.Tensor:
-    """Slopes of heads [first, first + count) on ``device``. Kept outside the module: a cast of the
-    model would round them to bf16."""
+    """Return the slopes of heads [first, first + count) on ``device``.
+
+    They are cached here, outside the module, because a cast of the model would round them to bf16.
+    """
     return alibi_slopes(heads)[first : first + count].to(device)
 
 
 class Documents(PackedSeqParams):
-    """Which document each token of a packed batch belongs to: ``ids`` (B, T) int, one run of equal
-    ids a document; None: a row is one.
+    """The document of each token of a packed batch: ``ids`` (B, T) int, a run of equal ids for each
+    document. With ``ids`` None each row is one document.
 
-    A token sees the tokens of its own document up to itself. Padding is a document of its own. What
-    the backends derive from the ids is computed once and serves all layers. ``compiled``: layers
-    run compiled.
+    A token sees the tokens of its own document up to itself. Padding is a document of its own.
+    Backends compute what they derive from the ids once for all layers. ``compiled``: layers run
+    compiled.
     """
 
     def __init__(self, ids: torch.Tensor | None, compiled: bool = False):
@@ -53,26 +57,28 @@ class Documents(PackedSeqParams):
 
     @classmethod
     def from_lengths(cls, cumulative: torch.Tensor, length: int) -> Documents:
-        """One row (1, ``length``) from ``cu_seqlens`` (documents + 1,): 0 and the end of each
-        document; the rest is padding."""
+        """Make one row (1, ``length``) from ``cumulative`` (documents + 1,), which is 0 and the end
+        of each document. The rest of the row is padding."""
         position = torch.arange(length, device=cumulative.device)
         return cls(torch.searchsorted(cumulative[1:].contiguous(), position, right=True)[None])
 
     @functools.cached_property
     def cross_document_mask(self) -> torch.Tensor:
-        """(B, 1, T, T) True where query and key are of different documents."""
+        """(B, 1, T, T), True where query and key belong to different documents."""
         return (self.ids[:, :, None] != self.ids[:, None, :])[:, None]
 
     def separated(self, bias: torch.Tensor) -> torch.Tensor:
-        """``bias`` (1, heads, T, T) with -inf between documents, (B, heads, T, T): one tensor for
-        all layers, which each keep it."""
+        """Return ``bias`` (1, heads, T, T) with -inf between documents: (B, heads, T, T).
+
+        It is one tensor for all layers, because each saves it for its backward pass.
+        """
         if self._separated is None or self._separated[0] is not bias:
             self._separated = bias, bias.masked_fill(self.cross_document_mask, float("-inf"))
         return self._separated[1]
 
     @functools.cached_property
     def cumulative(self) -> torch.Tensor:
-        """``cu_seqlens`` (documents + 1,) int32 of all rows one after the other."""
+        """``cu_seqlens`` (documents + 1,) int32 of all rows, one after the other."""
         changes = torch.ones_like(self.ids, dtype=torch.bool)
         changes[:, 1:] = self.ids[:, 1:] != self.ids[:, :-1]
         starts = changes.flatten().nonzero().squeeze(1)
@@ -80,12 +86,12 @@ class Documents(PackedSeqParams):
 
     @functools.cached_property
     def longest(self) -> int:
-        """Tokens of the longest document."""
+        """Number of tokens of the longest document."""
         return int(self.cumulative.diff().max())
 
     @functools.cached_property
     def blocks(self):
-        """FlexAttention's block mask. Compiled layers read it, so it is made before they run."""
+        """FlexAttention's block mask. Compiled layers read it, so make it before they run."""
         return attention_backends.document_blocks(self.ids)
 
 
@@ -93,9 +99,9 @@ class CausalAttention(MegatronModule):
     """Causal scaled-dot-product attention over this rank's heads, with ALiBi where the family has
     it.
 
-    query (Tq, B, heads, D), key and value (Tk, B, groups, D) -> (Tq, B, heads * D).
-    ``packed_seq_params``: the batch's Documents. Dropout is always off. Generation has attention of
-    its own (training.generation).
+    It maps query (Tq, B, heads, D), key and value (Tk, B, groups, D) to (Tq, B, heads * D).
+    ``packed_seq_params`` is the batch's Documents. Dropout is always off. Generation has attention
+    of its own (training.generation).
     """
 
     def __init__(
@@ -120,20 +126,20 @@ class CausalAttention(MegatronModule):
         self.backend = config.core_attention
         self.attend = attention_backends.kernel(self.backend, config.kv_channels, config.params_dtype)
         # A plain attribute: a cast of the model would round a buffer to bf16.
-        where = torch.device(torch.cuda.current_device())
-        self.slopes = rank_slopes(self.heads, self.first, self.count, where) if config.alibi else None
+        device = torch.device(torch.cuda.current_device())
+        self.slopes = rank_slopes(self.heads, self.first, self.count, device) if config.alibi else None
 
     def forward(
         self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None, packed_seq_params=None
     ):
         if attention_bias is not None or attention_mask is not None:
-            raise InvariantError("attention_bias or attention_mask is given: this attention has its own bias and mask")
-        # A length off FlexAttention's blocks would compile a kernel for itself.
+            raise InvariantError(
+                "attention_bias or attention_mask was passed: this attention has its own bias and mask"
+            )
+        # FlexAttention would compile a kernel for each length that is no multiple of its blocks.
         if self.backend == "sdpa" or (self.backend == "flex" and query.size(0) % attention_backends.FLEX_BLOCK):
             return attention_backends.sdpa(query, key, value, self.slopes, self.scale, packed_seq_params)
-        documents = (
-            None
-            if packed_seq_params is None or packed_seq_params.ids is None and self.backend != "flex"
-            else packed_seq_params
-        )
+        documents = packed_seq_params
+        if documents is not None and documents.ids is None and self.backend != "flex":
+            documents = None
         return self.attend(query, key, value, self.slopes, self.scale, documents)

@@ -1,5 +1,5 @@
-"""The engine's forward pass on plain weights: what the families have in common. A family's own
-parts are in training/models/NAME/decoder.py."""
+"""The rollout engine's forward pass on plain weights, as far as all families share it. A family's
+own parts are in training/models/NAME/decoder.py."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ from training.models.kv_cache import Batch
 
 
 class Decoder:
-    """This rank's tensor-parallel slice of all layers. ``weights``: megatron-core's names with the
-    layers' numbers in the whole model.
+    """This rank's tensor-parallel slice of all layers.
 
-    ``group``: the generation's tensor-parallel group, None for one rank. Weights are read where
-    they are, never copied.
+    ``weights`` are named as in megatron-core, with the layers' numbers in the full model. They are
+    never copied. ``group`` is generation's tensor-parallel group, None for one rank.
     """
 
     slopes: torch.Tensor | None = None
-    """Of ALiBi (heads,) fp32."""
+    """ALiBi's (heads,) fp32, where the family has it."""
 
     def __init__(self, shape: Shape, weights: Mapping[str, torch.Tensor], ops: ModuleType, group=None):
         self.shape, self.ops, self.group = shape, ops, group
@@ -41,54 +40,50 @@ class Decoder:
         ]
 
     def pair(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Weight and bias; no bias: None."""
+        """Return weight and bias, None for a missing bias."""
         return self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias")
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(T, H) of ``tokens`` (T,)."""
+        """Return the embeddings (T, H) of ``tokens`` (T,)."""
         if not self.group:
             return F.embedding(tokens, self.embedding)
         local = tokens - self.rank * self.embedding.size(0)
-        here = (local >= 0) & (local < self.embedding.size(0))
-        return self.sum(F.embedding(torch.where(here, local, 0), self.embedding) * here[:, None])
+        is_local = (local >= 0) & (local < self.embedding.size(0))
+        return self.sum(F.embedding(torch.where(is_local, local, 0), self.embedding) * is_local[:, None])
 
     def place(self, query: torch.Tensor, key: torch.Tensor, block, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Query (T, kv_heads, group, D) and key (T, kv_heads, D) as attention reads them: with
-        norms of ``block`` (its layer's weights) and positions, where the family has them."""
+        """Return query (T, kv_heads, group, D) and key (T, kv_heads, D) as attention reads them.
+
+        A family overrides this to apply norms of ``block`` (the layer's weights) or positions.
+        """
         return query, key
 
     def feed_forward(self, normed: torch.Tensor, block) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """This rank's part of the output (T, H), and the bias that is added once to the sum over
-        ranks."""
+        """Return this rank's part of the output (T, H), and the bias, which is added once to the
+        sum over ranks."""
         raise NotImplementedError
 
     def workspace(self, tokens: int) -> int:
-        """Bytes that a forward pass of ``tokens`` takes at its worst moment, in the feed-forward
+        """Return the peak bytes of a forward pass of ``tokens``, which is in the feed-forward
         part."""
-        return (
-            tokens
-            * (
-                2 * (2 if self.shape.gated else 1) * self.shape.ffn_hidden // self.size
-                + 6 * max(self.shape.hidden, self.shape.attention_width)
-            )
-            * self.dtype.itemsize
-        )
+        feed_forward = 2 * (2 if self.shape.gated else 1) * self.shape.ffn_hidden // self.size
+        residual = 6 * max(self.shape.hidden, self.shape.attention_width)
+        return tokens * (feed_forward + residual) * self.dtype.itemsize
 
     def prefill(self, tokens: torch.Tensor, cache: torch.Tensor, batch: Batch) -> None:
-        """Keys and values of ``tokens`` (T,) into the cache (layers, 2, pages, heads, page, D). Of
-        the last layer nothing else is made."""
-        self._run(tokens, cache, batch, only_fill=True)
+        """Write keys and values of ``tokens`` (T,) into the cache (layers, 2, pages, heads, page,
+        D). The last layer computes nothing else."""
+        self._run(tokens, cache, batch, only_cache=True)
 
     def last_hidden(self, tokens: torch.Tensor, cache: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Last hidden states (T, H) of ``tokens`` (T,), whose keys and values are written, too."""
-        return self._run(tokens, cache, batch, only_fill=False)
+        """Write keys and values of ``tokens`` (T,) and return their last hidden states (T, H)."""
+        return self._run(tokens, cache, batch, only_cache=False)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """fp32 logits of the tokens that follow, from last hidden states (T, H).
+        """Return fp32 logits of the next tokens from last hidden states (T, H).
 
-        (T, vocab) of one rank; of several each rank's own columns (T, padded vocabulary / ranks),
-        -inf beyond the vocabulary: shapes, and so the kernels that read them, are the same on every
-        rank.
+        One rank returns (T, vocab). Each of several returns its own columns (T, padded vocabulary /
+        ranks), -inf beyond the vocabulary, so that all ranks have equal shapes and kernels.
         """
         if hidden.is_cuda and hidden.dtype != torch.float32:
             # bf16 would be off by up to 1/256 of a logit
@@ -101,7 +96,7 @@ class Decoder:
         return logits
 
     def gather(self, logits: torch.Tensor) -> torch.Tensor:
-        """All columns (T, vocab), on every rank, of what ``logits`` gave."""
+        """Return all columns (T, vocab) of the result of ``logits`` on every rank."""
         if not self.group:
             return logits
         columns = [torch.empty_like(logits) for _ in range(self.size)]
@@ -109,15 +104,15 @@ class Decoder:
         return torch.cat(columns, -1)[:, : self.vocab]
 
     def sum(self, partial: torch.Tensor) -> torch.Tensor:
-        """Over tensor-parallel ranks, in place."""
+        """Sum ``partial`` over tensor-parallel ranks, in place."""
         if self.group:
             dist.all_reduce(partial, group=self.group)
         return partial
 
-    def _run(self, tokens, cache, batch: Batch, only_fill: bool) -> torch.Tensor | None:
+    def _run(self, tokens, cache, batch: Batch, only_cache: bool) -> torch.Tensor | None:
         ops, eps, scale, group = self.ops, self.shape.norm_eps, self.head_dim**-0.5, self.heads // self.kv_heads
-        # The residual stream in fp32: in bf16 the rounding of two additions a layer would be most
-        # of the error of a log-probability.
+        # The residual stream is fp32: in bf16, rounding two additions in each layer would cause
+        # most of the error of a log-probability.
         hidden = self.embed(tokens).float()
         delta = bias = None
         for layer, block in enumerate(self.blocks):
@@ -127,7 +122,7 @@ class Decoder:
             )
             query, key = self.place(mixed[:, :, :group], mixed[:, :, group], block, batch)
             ops.write(cache[layer], key, mixed[:, :, group + 1], batch)
-            if only_fill and layer == self.layers - 1:
+            if only_cache and layer == self.layers - 1:
                 return None
             attended = ops.attend(cache[layer], query, batch, self.slopes, scale)
             weight, bias = block["self_attention.linear_proj"]

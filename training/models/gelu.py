@@ -1,8 +1,8 @@
-"""GELU by its tanh formula of a sum with a bias, whose backward pass reads and writes each tensor
+"""GELU (tanh formula) of inputs plus bias, with a backward pass that reads and writes each tensor
 once.
 
-torch's compiler makes two kernels of it where there are many tokens, one for the gradient of the
-inputs and one that computes it again for the bias's, a sum over tokens.
+For many tokens torch's compiler makes two kernels: one for the inputs' gradient, and one that
+computes it again for the bias's gradient, a sum over tokens.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import torch.nn.functional as F
 
 @torch.library.custom_op("convoy::gelu_backward", mutates_args=())
 def gelu_backward(grad: torch.Tensor, inputs: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of inputs (N, C) and bias (C,) for ``grad`` (N, C) of gelu(inputs + bias); sums
-    in fp32."""
+    """Return the gradients of inputs (N, C) and bias (C,) of gelu(inputs + bias), for ``grad`` (N,
+    C). Sums are fp32."""
     if grad.is_cuda:
         from training.models import gelu_triton
 
         return gelu_triton.backward(grad, inputs, bias)
-    made = torch.ops.aten.gelu_backward(grad, inputs + bias, approximate="tanh")
-    return made, made.sum(0)
+    of_inputs = torch.ops.aten.gelu_backward(grad, inputs + bias, approximate="tanh")
+    return of_inputs, of_inputs.sum(0)
 
 
 @gelu_backward.register_fake
@@ -45,5 +45,5 @@ class _Gelu(torch.autograd.Function):
 
 
 def gelu(inputs: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """gelu(inputs + bias), inputs (..., C), bias (C,)."""
+    """Return gelu(inputs + bias); inputs (..., C), bias (C,)."""
     return _Gelu.apply(inputs, bias)

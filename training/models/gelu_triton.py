@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 STRIP = 256
-"""Rows of a program, for which it writes one sum a column."""
+"""Rows of one program; it writes one sum for each column."""
 
 
 @triton.jit
@@ -15,7 +15,7 @@ def _gelu_backward(
     grad_ptr,
     inputs_ptr,
     bias_ptr,
-    made_ptr,
+    of_inputs_ptr,
     sums_ptr,
     rows,
     columns,
@@ -23,8 +23,8 @@ def _gelu_backward(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """gelu(x) = x s with s = sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3), so gelu' = s + 2 x
-    u' s (1 - s)."""
+    """With s = sigmoid(2 u) and u = sqrt(2 / pi) (x + 0.044715 x^3), gelu(x) = x s, so gelu'(x) = s
+    + 2 x u' s (1 - s)."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     strip = tl.program_id(1)
     bias = tl.load(bias_ptr + column, column < columns, 0.0).to(tl.float32)
@@ -37,15 +37,15 @@ def _gelu_backward(
         grad = tl.load(grad_ptr + place, inside, 0.0).to(tl.float32)
         s = 1.0 / (1.0 + tl.exp(-1.5957691216057308 * x * (1.0 + 0.044715 * x * x)))
         grad *= s + s * (1.0 - s) * x * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
-        tl.store(made_ptr + place, grad.to(made_ptr.dtype.element_ty), inside)
+        tl.store(of_inputs_ptr + place, grad.to(of_inputs_ptr.dtype.element_ty), inside)
         sums += grad
     tl.store(sums_ptr + strip.to(tl.int64) * columns + column, tl.sum(sums, 0), column < columns)
 
 
 def backward(grad: torch.Tensor, inputs: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     rows, columns = grad.shape
-    made, sums = torch.empty_like(grad), torch.empty(triton.cdiv(rows, STRIP), columns, device=grad.device)
+    of_inputs, sums = torch.empty_like(grad), torch.empty(triton.cdiv(rows, STRIP), columns, device=grad.device)
     _gelu_backward[(triton.cdiv(columns, 256), sums.size(0))](
-        grad, inputs, bias, made, sums, rows, columns, STRIP, 16, 256, num_warps=4
+        grad, inputs, bias, of_inputs, sums, rows, columns, STRIP, 16, 256, num_warps=4
     )
-    return made, sums.sum(0).to(bias.dtype)
+    return of_inputs, sums.sum(0).to(bias.dtype)

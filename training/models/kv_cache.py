@@ -1,7 +1,7 @@
-"""The paged key-value cache, and where the tokens of a forward pass stand in it.
+"""The paged key-value cache, and the positions of a forward pass's tokens in it.
 
-Keys and values stand as (layer, 2, page, head, token of the page, head dimension): what one head
-reads of a page is one piece of memory.
+The cache is (layer, 2 for key and value, page, head, token of the page, head dimension): one head's
+part of a page is contiguous.
 """
 
 from __future__ import annotations
@@ -10,18 +10,21 @@ import torch
 
 
 def token_bytes(layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-    """Bytes of the cache that one token takes on one rank."""
+    """Return the bytes of the cache for one token on one rank."""
     return 2 * layers * kv_heads * head_dim * dtype.itemsize
 
 
 class Batch:
-    """Where the T new tokens of a forward pass stand: some of each of S sequences, one sequence
-    after the other; one each in a decode step.
+    """Metadata of one forward pass over T new tokens of S sequences. Each sequence has some tokens,
+    one after the other (prefill), or one (decode).
 
-    ``table`` (S, P) int32 pages; ``lengths`` (S,) tokens of each sequence with its new ones, none
-    over ``longest``; ``position`` (T,) of each new token in its sequence; ``pages``, ``offsets``
-    (T,): where its keys go. Of prefill alone: ``counts``, new tokens of each sequence, ``starts``
-    (S + 1,), the first of each in the flat batch, and ``owner`` (T,), each token's sequence.
+    ``table`` (S, P) int32 has each sequence's pages. ``lengths`` (S,) counts its tokens, the new
+    ones included; none is above ``longest``. ``position`` (T,) is each new token's in its sequence.
+    Its key goes to ``pages`` and ``offsets`` (T,).
+
+    Prefill passes three more: ``counts``, the number of new tokens of each sequence; ``starts`` (S
+    + 1,), the index of each sequence's first in the flat batch; ``owner`` (T,), each token's
+    sequence.
     """
 
     def __init__(
@@ -41,4 +44,4 @@ class Batch:
         self.pages = table[owner, position // page].long()
         self.offsets = position % page
         self.derived: dict = {}
-        """What an attention backend made of this batch once for all layers."""
+        """What an attention backend has computed of this batch, once for all layers."""

@@ -12,22 +12,23 @@ from training.models.attention_backends import expect_many_shapes
 
 
 class CompiledLayer(TransformerLayer):
-    """One graph for all layers of a model: norms, biases, GELU and residuals run in a few fused
-    kernels.
+    """A layer that runs compiled: norms, biases, GELU and residuals become a few fused kernels. All
+    layers of a model share one graph.
 
-    Not compiled are generation, which has other shapes at every step, and the CPU.
+    It runs uncompiled in generation, which has other shapes at every step, and on the CPU.
     """
 
     def forward(self, *args, **kwargs):
         packed = kwargs.get("packed_seq_params")
         if isinstance(packed, Documents) and packed.compiled:
-            whole = self.config.core_attention == "flex" and self.config.fused == "torch"
-            return _compiled(whole)(self, *args, **kwargs)
+            fullgraph = self.config.core_attention == "flex" and self.config.fused == "torch"
+            return _compiled(fullgraph)(self, *args, **kwargs)
         return super().forward(*args, **kwargs)
 
 
 @functools.cache
-def _compiled(whole: bool):
-    """``whole``: without graph breaks, which kernels of other packages are."""
+def _compiled(fullgraph: bool):
+    """Compile the layer. ``fullgraph`` forbids graph breaks; kernels of other packages cause
+    them."""
     expect_many_shapes()
-    return torch.compile(TransformerLayer.forward, fullgraph=whole)
+    return torch.compile(TransformerLayer.forward, fullgraph=fullgraph)

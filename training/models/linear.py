@@ -1,11 +1,11 @@
-"""Matrices whose gradients go straight into the fp32 buffer that sums them over micro-batches,
-without a bf16 tensor in between.
+"""Linear layers that add their weight's gradient directly to the fp32 buffer that sums it over
+micro-batches, without a bf16 tensor in between.
 
-Else each micro-batch writes a gradient, reads it again and adds it to the buffer: 30 of 650 ms at
-7b1 on an H200. Here the matrix product adds to the buffer itself (cuBLAS rounds nothing on the
-way), and the embedding adds only the rows of its tokens. This is megatron-core's "gradient
-accumulation fusion", for which it needs Apex. Under tensor parallelism the products are
-training.models.tp_linear's.
+Otherwise each micro-batch writes a gradient, reads it again and adds it to the buffer: 30 of 650 ms
+at 7b1 on an H200. Here the matrix product itself adds to the buffer (cuBLAS does not round in
+between), and the embedding adds only the rows of its tokens. This is megatron-core's "gradient
+accumulation fusion", for which it needs Apex. Under tensor parallelism the products are those of
+training.models.tp_linear.
 """
 
 from __future__ import annotations
@@ -19,50 +19,50 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from training.models import tp_linear
 
 _buffers: dict[int, weakref.ref] = {}
-"""Trained parameters that have a buffer, by their address: a compiled graph hands over tensors, not
+"""Trained parameters that have a buffer, by their address: a compiled graph passes tensors, not
 parameters."""
 
 
 def accumulate(model: torch.nn.Module) -> None:
-    """From now on gradients of ``model``'s matrices go into their ``main_grad`` (megatron-core's
-    DistributedDataParallel made it)."""
+    """From now on add gradients of ``model``'s matrices to their ``main_grad``, which
+    megatron-core's DistributedDataParallel has made."""
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dim() == 2:
             _buffers[parameter.data_ptr()] = weakref.ref(parameter)
 
 
 def buffer(weight: torch.Tensor) -> torch.Tensor | None:
-    """Where the gradient of ``weight`` is to be added, if there is such a place."""
+    """Return the tensor to which the gradient of ``weight`` is added; None if it has none."""
     parameter = _buffers[weight.data_ptr()]() if weight.data_ptr() in _buffers else None
     alive = parameter is not None and parameter.data_ptr() == weight.data_ptr() and parameter.shape == weight.shape
     return getattr(parameter, "main_grad", None) if alive else None
 
 
-def add_product(into: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """``into`` += left^T right, (V, H) += (N, V)^T (N, H); sums and products in fp32."""
-    if left.dtype == into.dtype:
-        into.addmm_(left.t(), right)
+def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Add left^T right to ``total``: (V, H) += (N, V)^T (N, H). Sums and products are fp32."""
+    if left.dtype == total.dtype:
+        total.addmm_(left.t(), right)
     elif left.is_cuda:
-        torch.addmm(into, left.t(), right, out_dtype=into.dtype, out=into)
+        torch.addmm(total, left.t(), right, out_dtype=total.dtype, out=total)
     else:
-        into.addmm_(left.float().t(), right.float())
+        total.addmm_(left.float().t(), right.float())
 
 
 @torch.library.custom_op("convoy::weight_gradient", mutates_args=())
 def weight_gradient(grad: torch.Tensor, inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """grad (N, V), inputs (N, H) -> the gradient of weight (V, H); where that was added to its
-    buffer, memory that nobody reads.
+    """Return the gradient of weight (V, H) from grad (N, V) and inputs (N, H). If it was added to
+    the weight's buffer, return uninitialised memory instead, which is never read.
 
-    A custom op, so that the compiler does not look inside: a tensor of the right shape is all that
-    autograd and the graph need. It is declared to change nothing, so the compiler takes two calls
-    with equal arguments for one (torch 2.13: half the gradient). A compiled graph therefore uses a
-    weight once; a layer does (tests/training/models/test_weight_gradient.py).
+    It is a custom op so that the compiler does not look inside: autograd and the graph need only a
+    tensor of the right shape. It is declared to change nothing, so the compiler may merge two calls
+    with equal arguments (torch 2.13: half the gradient). A compiled graph must therefore use a
+    weight once, as a layer does (tests/training/models/test_weight_gradient.py).
     """
-    into = buffer(weight)
-    if into is None:
+    total = buffer(weight)
+    if total is None:
         return grad.t() @ inputs
-    add_product(into, grad, inputs)
-    # DistributedDataParallel then drops what is returned
+    add_product(total, grad, inputs)
+    # DistributedDataParallel then ignores the returned tensor.
     _buffers[weight.data_ptr()]().grad_added_to_main_grad = True
     return torch.empty_like(weight)
 
@@ -95,22 +95,22 @@ class _Embedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         tokens, weight = ctx.saved_tensors
-        into = buffer(weight)
-        if into is None:
+        total = buffer(weight)
+        if total is None:
             return None, torch.zeros_like(weight).index_put_((tokens,), grad, accumulate=True)
-        # sorts: always the same sum
-        into.index_put_((tokens,), grad.to(into.dtype), accumulate=True)
+        # index_put_ sorts, so that the order of the sums never changes.
+        total.index_put_((tokens,), grad.to(total.dtype), accumulate=True)
         return None, None
 
 
 def embed(tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Rows of ``weight`` (V, H): (B, T) -> (T, B, H)."""
-    # rows of an index with other strides would come out with those
+    """Return the rows of ``weight`` (V, H) for ``tokens`` (B, T): (T, B, H)."""
+    # The result has the strides of the index, so the index must be contiguous.
     return _Embedding.apply(tokens.t().contiguous(), weight)
 
 
 class ColumnParallel(ColumnParallelLinear):
-    """megatron-core's, with the sum of gradients described above."""
+    """megatron-core's column-parallel layer with this file's weight gradient."""
 
     def _forward_impl(self, input, weight, bias=None, **kwargs):
         if self.tp_group.size() > 1:
@@ -122,12 +122,12 @@ class ColumnParallel(ColumnParallelLinear):
 
 
 class RowParallel(RowParallelLinear):
-    """megatron-core's, with the sum of gradients described above."""
+    """megatron-core's row-parallel layer with this file's weight gradient."""
 
     def _forward_impl(self, input, weight, bias=None, **kwargs):
         if not weight.requires_grad:
-            # Row-parallel layers pass no group; megatron-core looks it up and warns, and a warning
-            # breaks a compiled graph.
+            # Row-parallel layers pass no group. megatron-core then looks it up and warns, and the
+            # warning breaks a compiled graph.
             return super()._forward_impl(input, weight, bias=bias, **{**kwargs, "tp_group": self.tp_group})
         return _Linear.apply(input, weight, bias)
 

@@ -1,14 +1,13 @@
 """Low-rank adapters (Hu et al. 2021) on megatron-core's linear layers: y = W x + (alpha / r) B A x,
 with W frozen.
 
-A column-parallel layer (qkv, fc1) has A whole on every tensor-parallel rank and its rows of B; a
-row-parallel one (proj, fc2) its columns of A and B whole. So adapters add one message of r numbers
-a token to a layer, and a merged rank is ``W + (alpha / r) B A`` of its own slices. Under sequence
-parallelism the whole ones see a part of the tokens each: their gradients are summed over
-tensor-parallel ranks.
+A tensor-parallel rank of a column-parallel layer (qkv, fc1) has all of A and its rows of B. In a
+row-parallel layer (proj, fc2) it has its columns of A and all of B. So adapters add one message of
+r numbers per token to a layer, and a merged rank is ``W + (alpha / r) B A`` of its own slices.
+Under sequence parallelism each rank sees a part of the tokens, so the gradients of an undivided A
+or B are summed over tensor-parallel ranks.
 
-Checkpoints hold W, A, B and the scale. Whoever loads weights for another purpose (the next stage,
-the export) gets the merged W.
+A checkpoint has W, A, B and the scale. The next stage and the export load the merged W.
 """
 
 from __future__ import annotations
@@ -33,12 +32,12 @@ from training.errors import ConfigError
 from training.models.linear import ColumnParallel, RowParallel
 
 ADAPTER_PREFIX = ".lora_"
-"""In the names of all that adapters add to a model."""
+"""Part of the names of all parameters that adapters add to a model."""
 
 
 @dataclass(frozen=True)
 class Lora:
-    """Adapters as the configuration asks for them."""
+    """The configuration's settings of adapters."""
 
     rank: int
     alpha: float
@@ -50,13 +49,13 @@ class Lora:
 
 
 class Adapted:
-    """What both kinds of adapted layer share; ``config.lora`` says how."""
+    """Base of both kinds of adapted layer; ``config.lora`` has the settings."""
 
     axes: dict[str, int]
-    """The axis of each tensor that tensor parallelism splits."""
+    """The axis along which tensor parallelism splits each tensor."""
 
     def _adapt(self, inputs: int, outputs: int) -> None:
-        """Parameters A (r, inputs) and B (outputs, r) of this rank."""
+        """Create this rank's parameters A (r, inputs) and B (outputs, r)."""
         lora, like = self.config.lora, self.weight
         self.scale, self.adapting = lora.scale, True
         self.lora_a = torch.nn.Parameter(torch.empty(lora.rank, inputs, dtype=like.dtype, device=like.device))
@@ -66,11 +65,11 @@ class Adapted:
             if name in self.axes:
                 set_tensor_model_parallel_attributes(parameter, True, self.axes[name], 1)
             else:
-                # megatron-core then sums its gradient over ranks
+                # megatron-core then sums its gradient over ranks.
                 parameter.sequence_parallel = self.config.sequence_parallel
 
     def low(self, low: torch.Tensor) -> torch.Tensor:
-        """A x of this rank's part -> what its B takes."""
+        """Turn this rank's part of A x into the input of its B."""
         raise NotImplementedError
 
     def forward(self, input_, *args, **kwargs):
@@ -80,11 +79,11 @@ class Adapted:
         return output + self.scale * F.linear(self.low(F.linear(input_, self.lora_a)), self.lora_b), bias
 
     def merged(self) -> torch.Tensor:
-        """This rank's slice of W + (alpha / r) B A, made in fp32; it knows, as W does, which axis
-        is split."""
-        made = merge(self.weight, self.lora_a, self.lora_b, self.scale)
-        copy_tensor_model_parallel_attributes(made, self.weight)
-        return made
+        """Return this rank's slice of W + (alpha / r) B A, computed in fp32, with W's attributes of
+        tensor parallelism."""
+        weight = merge(self.weight, self.lora_a, self.lora_b, self.scale)
+        copy_tensor_model_parallel_attributes(weight, self.weight)
+        return weight
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         return make_sharded_tensors_for_checkpoint(
@@ -124,31 +123,31 @@ class AdaptedRow(Adapted, RowParallel):
 
 
 def linears(lora: Lora | None) -> tuple[type, type]:
-    """The classes of column- and row-parallel layers."""
+    """Return the classes of column- and row-parallel layers."""
     return (AdaptedColumn, AdaptedRow) if lora else (ColumnParallel, RowParallel)
 
 
 def freeze(model: torch.nn.Module) -> None:
-    """Only adapters learn, and a scalar head."""
+    """Let only adapters and a scalar head learn."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(ADAPTER_PREFIX in f".{name}" or name.startswith("score."))
 
 
 def adapted(model: torch.nn.Module) -> list[tuple[str, int, Adapted]]:
-    """(name within its layer, the layer's number in the whole model from 0, module) of each adapted
-    layer of this rank."""
+    """Return (name within its layer, the layer's number in the full model from 0, module) of each
+    adapted linear layer of this rank."""
     return [(name, number, module) for name, number, module in _linears(model) if isinstance(module, Adapted)]
 
 
 @torch.no_grad()
 def initialise(model: torch.nn.Module) -> None:
-    """A uniform in +-1 / sqrt(inputs) (as peft), B zero: the model begins as it is without
-    adapters. The same on every layout."""
+    """Set A to uniform numbers in +-1 / sqrt(inputs), as peft does, and B to zero, so that adapters
+    change nothing at first. The numbers are the same on every layout."""
     for name, number, module in adapted(model):
         lora = module.config.lora
         generator = torch.Generator().manual_seed(lora.seed * 1_000_003 + 97 * number + NAMES.index(name))
-        whole = (2 * torch.rand(lora.rank, module.input_size, generator=generator) - 1) / math.sqrt(module.input_size)
-        module.lora_a.copy_(_mine(module, "lora_a", whole))
+        uniform = 2 * torch.rand(lora.rank, module.input_size, generator=generator) - 1
+        module.lora_a.copy_(_rank_slice(module, "lora_a", uniform / math.sqrt(module.input_size)))
         module.lora_b.zero_()
 
 
@@ -159,58 +158,60 @@ NAMES = (
     "mlp.linear_fc2",
     "mlp.linear_gate_up",
 )
-"""Of every family."""
+"""Names of adapted layers, of all families."""
 
 
 @contextlib.contextmanager
 def without(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """The model as it was before its adapters learnt, inside the block: a reference that needs no
-    second copy."""
-    found = [module for _, _, module in adapted(model)]
-    for module in found:
+    """Switch the adapters off inside the block: the model is a reference that needs no second
+    copy."""
+    modules = [module for _, _, module in adapted(model)]
+    for module in modules:
         module.adapting = False
     try:
         yield model
     finally:
-        for module in found:
+        for module in modules:
             module.adapting = True
 
 
 def merge(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
-    """W + scale B A, made in fp32, in W's type."""
+    """Return W + scale B A, computed in fp32, in W's type."""
     return (weight.float() + scale * (b.float() @ a.float())).to(weight.dtype)
 
 
 @torch.no_grad()
 def absorb(reader: dcp.FileSystemReader, model: torch.nn.Module) -> None:
-    """Add the adapters of ``reader``'s checkpoint, if it has any, to this rank's weights, which
-    were loaded from it before.
+    """Add the adapters of ``reader``'s checkpoint, if it has any, to this rank's weights. Load
+    these from the same checkpoint before.
 
-    Read whole on every rank: adapters are small. Its checksums have been verified.
+    Every rank reads all adapters, because they are small. Verify the folder's checksums before.
     """
-    held = {
+    adapters = {
         key: torch.empty(described.size, dtype=described.properties.dtype)
         for key, described in reader.read_metadata().state_dict_metadata.items()
         if ADAPTER_PREFIX in key and not key.startswith("optimizer.")
     }
-    if not held:
+    if not adapters:
         return
-    dcp.load(held, storage_reader=reader, no_dist=True)
+    dcp.load(adapters, storage_reader=reader, no_dist=True)
     for name, number, module in _linears(model):
         a, b, scale = (
-            held[f"decoder.layers.{name}.lora_{part}"][number].to(module.weight.device) for part in ("a", "b", "scale")
+            adapters[f"decoder.layers.{name}.lora_{part}"][number].to(module.weight.device)
+            for part in ("a", "b", "scale")
         )
-        module.weight.copy_(merge(module.weight, _mine(module, "lora_a", a), _mine(module, "lora_b", b), scale.item()))
+        a, b = _rank_slice(module, "lora_a", a), _rank_slice(module, "lora_b", b)
+        module.weight.copy_(merge(module.weight, a, b, scale.item()))
 
 
 def check_scale(model: torch.nn.Module) -> None:
-    """ConfigError where a checkpoint that was loaded to go on from has adapters of another
+    """Raise ConfigError if the checkpoint that was loaded for a resume has adapters of another
     scale."""
     for _, _, module in adapted(model):
         if abs(module.lora_scale.item() - module.scale) > 1e-6 * module.scale:
             raise ConfigError(
                 f"lora_alpha / lora_rank = {module.scale:g}, but the checkpoint was made with "
-                f"{module.lora_scale.item():g}; resume with the same values, or start the stage anew"
+                f"{module.lora_scale.item():g}; resume with the same values, or start the stage again"
             )
 
 
@@ -223,7 +224,7 @@ def _linears(model: torch.nn.Module) -> Iterator[tuple[str, int, torch.nn.Module
                 yield name, block.layer_number - 1, module
 
 
-def _mine(module: torch.nn.Module, name: str, whole: torch.Tensor) -> torch.Tensor:
-    """This tensor-parallel rank's slice of a whole A or B."""
+def _rank_slice(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Return this tensor-parallel rank's slice of an A or B of the full layer."""
     axis = (AdaptedColumn if isinstance(module, ColumnParallelLinear) else AdaptedRow).axes.get(name)
-    return whole if axis is None else whole.chunk(module.tp_group.size(), axis)[module.tp_group.rank()]
+    return tensor if axis is None else tensor.chunk(module.tp_group.size(), axis)[module.tp_group.rank()]

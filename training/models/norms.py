@@ -1,5 +1,5 @@
-"""Norms, and fused kernels of NVIDIA's Apex and Transformer Engine: used where they are asked for
-by key (``fused``)."""
+"""Norms, and the fused kernels of NVIDIA's Apex and Transformer Engine, which a run uses only if
+its configuration says so (``fused``)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from training.errors import ConfigError
 
 
 def no_init(weight: torch.Tensor) -> None:
-    """Weights always come from a checkpoint. (``perform_initialization=False`` would also drop the
-    tensor-parallel attributes of the parameters, and gradient norms would silently be wrong.)"""
+    """Leave ``weight`` uninitialised: weights always come from a checkpoint.
+
+    ``perform_initialization=False`` would also drop the parameters' attributes of tensor
+    parallelism, and gradient norms would silently be wrong.
+    """
 
 
 class LayerNorm(torch.nn.LayerNorm):
-    """torch's layer norm, with the flag that sequence parallelism needs (megatron-core's wrapper
-    refuses it)."""
+    """torch's layer norm with the flag that sequence parallelism needs. (megatron-core's wrapper
+    rejects sequence parallelism.)"""
 
     def __init__(self, config, hidden_size, eps=1e-5, **_):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
@@ -29,21 +32,22 @@ class LayerNorm(torch.nn.LayerNorm):
 def _imports(package: str) -> bool:
     try:
         importlib.import_module(package)
-    except (ImportError, OSError, RuntimeError, SyntaxError):  # not there, half there, for another CUDA, or Python 2
+    # The package is missing, incomplete, built for another CUDA, or written for Python 2.
+    except (ImportError, OSError, RuntimeError, SyntaxError):
         return False
     return True
 
 
 FUSED = {"torch": "torch", "te": "Transformer Engine", "apex": "Apex"}
-"""Where norms and AdamW come from, as TrainerConfig.fused says it, and in words."""
+"""Names of the packages of norms and AdamW, by the value of TrainerConfig.fused."""
 
 
 @functools.cache
 def check(fused: str) -> None:
-    """Raise ConfigError where the kernels asked for are not here, whole.
+    """Raise ConfigError if the kernels of ``fused`` are not installed completely.
 
-    The ``apex`` of PyPI is a web project: NVIDIA's has ``apex.optimizers``, and compiled with
-    --cpp_ext --cuda_ext also ``amp_C``.
+    PyPI's ``apex`` is a web project. NVIDIA's has ``apex.optimizers``, and ``amp_C`` if it was
+    compiled with --cpp_ext --cuda_ext.
     """
     if fused == "torch":
         return
@@ -69,13 +73,13 @@ def check(fused: str) -> None:
 
 
 def adam(fused: str) -> type:
-    """The class of "te"'s or "apex"'s AdamW."""
+    """Return the AdamW class of "te" or "apex"."""
     package = {"te": "transformer_engine.pytorch.optimizers", "apex": "apex.optimizers"}[fused]
     return importlib.import_module(package).FusedAdam
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """torch's root-mean-square norm, in the same way."""
+    """torch's RMSNorm with the flag that sequence parallelism needs."""
 
     def __init__(self, config, hidden_size, eps=1e-6, **_):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
@@ -84,11 +88,11 @@ class RMSNorm(torch.nn.RMSNorm):
 
 @functools.cache
 def norm_class(kind: str = "LayerNorm", fused: str = "torch") -> type:
-    """The norm of this run, "LayerNorm" or "RMSNorm", called as (config, hidden_size, eps). Apex's
-    is for layer norms alone.
+    """Return this run's class of ``kind``, "LayerNorm" or "RMSNorm". Call it with (config,
+    hidden_size, eps).
 
-    torch's by default: the compiled layer fuses them with what is around them, which is what was
-    measured.
+    Apex has a layer norm only; with it RMSNorm is torch's. torch's is the default and was measured:
+    the compiled layer fuses it with its neighbours.
     """
     check(fused)
     if fused == "te":
@@ -101,8 +105,8 @@ def norm_class(kind: str = "LayerNorm", fused: str = "torch") -> type:
         from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
 
         class ApexLayerNorm(FusedLayerNorm):
-            """Made on the CPU in fp32 by megatron-core, which then casts whole models; ours are
-            made where they stay."""
+            """Apex's layer norm on the model's device and in its type: megatron-core creates it on
+            the CPU in fp32 and casts full models later."""
 
             def __init__(self, config, hidden_size, eps=1e-5):
                 super().__init__(config, hidden_size, eps)
@@ -116,5 +120,5 @@ ATTENTION = {"sdpa": "SDPA", "flex": "FlexAttention", "flash": "flash-attn", "te
 
 
 def describe(backend: str, fused: str = "torch") -> str:
-    """For the run's log: which kernels compute."""
+    """Name the kernels of a run for its log."""
     return f"attention: {ATTENTION[backend]}, norms and AdamW: {FUSED[fused]}"

@@ -1,8 +1,8 @@
-"""Rotary embedding (Su et al. 2021): angles by position, in the form that megatron-core's attention
-rotates queries and keys with.
+"""Rotary embedding (Su et al. 2021): the angles by which megatron-core's attention rotates queries
+and keys.
 
-A score depends on the distance of query and key alone, but sines and cosines of the positions are
-rounded to the activations' type, so positions count from the first token of each document: packing
+A score depends only on the distance of query and key, but sines and cosines of the positions are
+rounded to the activations' type. So positions count from the first token of each document: packing
 then changes no number.
 """
 
@@ -18,8 +18,8 @@ from training.config.rope import Rope
 
 @functools.lru_cache(maxsize=8)
 def rates(rope: Rope, dim: int, device: torch.device) -> torch.Tensor:
-    """Radians a position (dim / 2,), fp32, computed in transformers' order of operations, so that
-    they are equal to the last bit.
+    """Return the radians per position (dim / 2,), fp32. The order of operations is transformers',
+    so that they are equal to the last bit.
 
     "llama3" is ``_compute_llama3_parameters`` of transformers/modeling_rope_utils.py: with the
     wavelength l = 2 pi / rate, the share s = (original / l - low) / (high - low) of the rate stays
@@ -44,19 +44,19 @@ def _angles(rope: Rope, dim: int, length: int, device: torch.device) -> torch.Te
 
 
 def angles(rope: Rope, dim: int, length: int, positions: torch.Tensor | None, device: torch.device) -> torch.Tensor:
-    """(T, B or 1, 1, dim) fp32 radians: the two halves of a head are the pairs' first and second
-    components (not interleaved).
+    """Return fp32 radians (T, B or 1, 1, dim). The two halves of a head are the pairs' first and
+    second components (not interleaved).
 
-    ``positions`` (B, T) below ``length``; None = 0, 1, ... of each row.
+    ``positions`` (B, T) are below ``length``; None means 0, 1, ... in each row.
     """
     table = _angles(rope, dim, length, device)
     return table[:, None, None] if positions is None else table[positions.t()][:, :, None]
 
 
 def of_documents(ids: torch.Tensor) -> torch.Tensor:
-    """Position (B, T) of each token in its document; ``ids`` (B, T) as
-    training.models.attention.Documents has them."""
-    place = torch.arange(ids.size(1), device=ids.device).expand_as(ids)
+    """Return the position (B, T) of each token in its document; ``ids`` (B, T) are those of
+    training.models.attention.Documents."""
+    index = torch.arange(ids.size(1), device=ids.device).expand_as(ids)
     starts = torch.ones_like(ids, dtype=torch.bool)
     starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
-    return place - torch.where(starts, place, 0).cummax(1).values
+    return index - torch.where(starts, index, 0).cummax(1).values

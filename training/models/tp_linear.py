@@ -1,17 +1,17 @@
-"""Matrix products of tensor parallelism with their messages: single operations, so that a compiled
-layer can hold them.
+"""Matrix products of tensor parallelism together with their messages, as single operations that a
+compiled layer can contain.
 
-A column-parallel matrix (qkv, fc1) gives each rank its columns of the result from all of the input;
-a row-parallel one (proj, fc2) a part of a sum over ranks (Shoeybi et al. 2019). Under sequence
-parallelism (Korthikanti et al. 2022), ``scattered``, a rank has T / t of the tokens outside: they
-are gathered before a column-parallel product, and the sum of a row-parallel one is scattered.
+A column-parallel matrix (qkv, fc1) gives each rank its columns of the result from the full input. A
+row-parallel one (proj, fc2) gives each rank one term of a sum over ranks (Shoeybi et al. 2019).
+Under sequence parallelism (Korthikanti et al. 2022), ``scattered``, each rank has T / t of the
+tokens between the products. They are gathered before a column-parallel product, and the sum of a
+row-parallel one is scattered.
 
-megatron-core's own run the same messages beside the product of the weight's gradient, too, but add
-that gradient to its fp32 buffer in a pass of its own, and a compiler can't look through their
-asynchronous calls.
+megatron-core's layers overlap the same messages with the weight's gradient. But they add that
+gradient to its fp32 buffer in a separate pass, and a compiler can't trace their asynchronous calls.
 
-The group is always megatron-core's of tensor parallelism, of which a graph knows the size t alone,
-``ranks``: named in it, each rank and layout would compile a graph of its own.
+The group is always megatron-core's of tensor parallelism. A graph contains only its size t,
+``ranks``: with the group in it, each rank and layout would compile its own graph.
 """
 
 from __future__ import annotations
@@ -34,33 +34,34 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1, tensor.size(-1))
 
 
-def _gathered(part: torch.Tensor, ranks: int, later: bool = False):
-    """(T / t, ...) of each rank -> (T, ...), and the message to wait for if ``later``."""
-    whole = part.new_empty((part.size(0) * ranks, *part.shape[1:]))
-    return whole, dist.all_gather_into_tensor(whole, part.contiguous(), group=_group(ranks), async_op=later)
+def _gather(part: torch.Tensor, ranks: int, async_op: bool = False):
+    """Gather (T / t, ...) of each rank as (T, ...). Return it, and the message to wait for if
+    ``async_op``."""
+    gathered = part.new_empty((part.size(0) * ranks, *part.shape[1:]))
+    return gathered, dist.all_gather_into_tensor(gathered, part.contiguous(), group=_group(ranks), async_op=async_op)
 
 
-def _summed(partial: torch.Tensor, ranks: int, scattered: bool, later: bool = False):
-    """The sum over ranks, of which each gets T / t tokens if ``scattered``; ``partial`` is
-    overwritten or not. As ``_gathered``."""
+def _sum(partial: torch.Tensor, ranks: int, scattered: bool, async_op: bool = False):
+    """Sum ``partial`` over ranks; if ``scattered``, each rank gets T / t tokens of the sum.
+
+    Returns as ``_gather`` does. ``partial`` may be overwritten.
+    """
     if not scattered:
-        return partial, dist.all_reduce(partial, group=_group(ranks), async_op=later)
-    mine = partial.new_empty((partial.size(0) // ranks, *partial.shape[1:]))
-    return mine, dist.reduce_scatter_tensor(mine, partial, group=_group(ranks), async_op=later)
+        return partial, dist.all_reduce(partial, group=_group(ranks), async_op=async_op)
+    share = partial.new_empty((partial.size(0) // ranks, *partial.shape[1:]))
+    return share, dist.reduce_scatter_tensor(share, partial, group=_group(ranks), async_op=async_op)
 
 
 def _weight_gradient(grad: torch.Tensor, inputs: torch.Tensor, weight: torch.Tensor, learns: bool) -> torch.Tensor:
-    """Where nobody asks: nothing."""
-    return (
-        torch.ops.convoy.weight_gradient(_flat(grad).contiguous(), _flat(inputs), weight)
-        if learns
-        else weight.new_empty(0)
-    )
+    """Return the weight's gradient, or an empty tensor unless the weight ``learns``."""
+    if not learns:
+        return weight.new_empty(0)
+    return torch.ops.convoy.weight_gradient(_flat(grad).contiguous(), _flat(inputs), weight)
 
 
 @torch.library.custom_op("convoy::column", mutates_args=())
 def column(inputs: torch.Tensor, weight: torch.Tensor, ranks: int, scattered: bool) -> torch.Tensor:
-    return (_gathered(inputs, ranks)[0] if scattered else inputs) @ weight.t()
+    return (_gather(inputs, ranks)[0] if scattered else inputs) @ weight.t()
 
 
 @column.register_fake
@@ -72,21 +73,21 @@ def _(inputs, weight, ranks, scattered):
 def column_backward(
     grad: torch.Tensor, inputs: torch.Tensor, weight: torch.Tensor, ranks: int, scattered: bool, learns: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of inputs and weight; the messages run beside the products that do not need
-    them."""
-    whole, gathering = _gathered(inputs, ranks, later=True) if scattered and learns else (inputs, None)
+    """Return the gradients of inputs and weight. Messages overlap with the products that do not
+    need them."""
+    gathered, gathering = _gather(inputs, ranks, async_op=True) if scattered and learns else (inputs, None)
     partial = grad @ weight
-    of_inputs, summing = _summed(partial, ranks, scattered, later=True)
+    of_inputs, summing = _sum(partial, ranks, scattered, async_op=True)
     if gathering:
         gathering.wait()
-    of_weight = _weight_gradient(grad, whole, weight, learns)
+    of_weight = _weight_gradient(grad, gathered, weight, learns)
     summing.wait()
     return of_inputs, of_weight
 
 
 @torch.library.custom_op("convoy::row", mutates_args=())
 def row(inputs: torch.Tensor, weight: torch.Tensor, ranks: int, scattered: bool) -> torch.Tensor:
-    return _summed(inputs @ weight.t(), ranks, scattered)[0]
+    return _sum(inputs @ weight.t(), ranks, scattered)[0]
 
 
 @row.register_fake
@@ -98,16 +99,16 @@ def _(inputs, weight, ranks, scattered):
 def row_backward(
     grad: torch.Tensor, inputs: torch.Tensor, weight: torch.Tensor, ranks: int, scattered: bool, learns: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    whole = _gathered(grad, ranks)[0] if scattered else grad
-    return whole @ weight, _weight_gradient(whole, inputs, weight, learns)
+    gathered = _gather(grad, ranks)[0] if scattered else grad
+    return gathered @ weight, _weight_gradient(gathered, inputs, weight, learns)
 
 
-def _gradients(grad, inputs, weight, ranks, scattered, learns):
+def _fake_gradients(grad, inputs, weight, ranks, scattered, learns):
     return torch.empty_like(inputs), torch.empty_like(weight) if learns else weight.new_empty(0)
 
 
-column_backward.register_fake(_gradients)
-row_backward.register_fake(_gradients)
+column_backward.register_fake(_fake_gradients)
+row_backward.register_fake(_fake_gradients)
 
 
 class _Column(torch.autograd.Function):
@@ -141,12 +142,16 @@ class _Row(torch.autograd.Function):
 
 
 def column_product(inputs: torch.Tensor, weight: torch.Tensor, ranks: int, scattered: bool) -> torch.Tensor:
-    """(T, B, H), or (T / t, B, H) if ``scattered``, times this rank's rows of a column-parallel
-    ``weight`` (V / t, H): (T, B, V / t)."""
+    """Multiply by this rank's rows of a column-parallel ``weight`` (V / t, H).
+
+    ``inputs`` are (T, B, H), or (T / t, B, H) if ``scattered``; the result is (T, B, V / t).
+    """
     return _Column.apply(inputs, weight, ranks, scattered)
 
 
 def row_product(inputs: torch.Tensor, weight: torch.Tensor, ranks: int, scattered: bool) -> torch.Tensor:
-    """(T, B, F / t) times this rank's columns of a row-parallel ``weight`` (H, F / t), summed: (T,
-    B, H), or (T / t, B, H)."""
+    """Multiply by this rank's columns of a row-parallel ``weight`` (H, F / t) and sum over ranks.
+
+    ``inputs`` are (T, B, F / t); the result is (T, B, H), or (T / t, B, H) if ``scattered``.
+    """
     return _Row.apply(inputs, weight, ranks, scattered)

@@ -1,5 +1,5 @@
-"""BLOOM's own parts of the engine's forward pass: ALiBi, a norm after the embedding, GELU in its
-tanh form."""
+"""BLOOM's own parts of the rollout engine's forward pass: ALiBi, a norm after the embedding, GELU
+in its tanh form."""
 
 from __future__ import annotations
 

@@ -26,11 +26,11 @@ SETTINGS = {
 
 
 class FeedForward(MLP):
-    """megatron-core's MLP that under selective recompute drops GELU's output (8 H bytes a token in
-    bf16) and makes it again.
+    """megatron-core's MLP. Under selective recompute it drops GELU's output (8 H bytes per token in
+    bf16) and computes it again.
 
     megatron-core's own "mlp" recompute returns the bias from a checkpointed function and recurses
-    for ever.
+    without end.
     """
 
     def __init__(self, config: TransformerConfig):
@@ -45,11 +45,11 @@ class FeedForward(MLP):
         widened, bias = self.linear_fc1(hidden_states)
         if not self.training or self.config.recompute_granularity != "selective":
             return self.linear_fc2(gelu(widened, bias))
-        # what is made inside a checkpoint is then made again wherever backward needs it
+        # The compiler then computes GELU again wherever the backward pass needs it.
         if torch.compiler.is_compiling():
             return self.linear_fc2(checkpoint(gelu, widened, bias, use_reentrant=False))
-        kept = CheckpointWithoutOutput(fp8=None)  # False would ask Transformer Engine
-        activated = kept.checkpoint(gelu, widened, bias)
+        recompute = CheckpointWithoutOutput(fp8=None)  # False would import Transformer Engine
+        activated = recompute.checkpoint(gelu, widened, bias)
         output, output_bias = self.linear_fc2(activated)
-        kept.discard_output_and_register_recompute(output)
+        recompute.discard_output_and_register_recompute(output)
         return output, output_bias

@@ -1,5 +1,5 @@
-"""Llama's own parts of the engine's forward pass: rotary embedding and SwiGLU. (A norm without a
-bias is an RMSNorm.)"""
+"""Llama's own parts of the rollout engine's forward pass: rotary embedding and SwiGLU. (The engine
+computes a norm without a bias as RMSNorm.)"""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Decoder(decoder.Decoder):
 
 
 def _rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-    """Each pair of components by its angle, in fp32; the halves of a head are the pairs' first and
-    second components."""
+    """Rotate each pair of components by its angle, in fp32. The halves of a head are the pairs'
+    first and second components."""
     first, second = x.chunk(2, -1)
     return (x * cosine + torch.cat((-second, first), -1) * sine).to(x.dtype)

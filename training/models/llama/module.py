@@ -17,17 +17,18 @@ SETTINGS = {"normalization": "RMSNorm", "add_bias_linear": False, "activation_fu
 
 
 def swiglu(widened: torch.Tensor) -> torch.Tensor:
-    """(..., 2 F) -> (..., F): silu(gate) * up, which alternate (training/models/llama/table.py)."""
+    """Return silu(gate) * up (..., F) of ``widened`` (..., 2 F), in which gate and up alternate
+    (training/models/llama/table.py)."""
     gate, up = widened.unflatten(-1, (-1, 2)).unbind(-1)
     return F.silu(gate) * up
 
 
 class FeedForward(MegatronModule):
-    """down(silu(gate(x)) * up(x)). Selective recompute keeps of it only what ``linear_gate_up``
-    gives.
+    """down(silu(gate(x)) * up(x)). Under selective recompute only the output of ``linear_gate_up``
+    is stored.
 
-    Not megatron-core's gated MLP: under tensor parallelism each rank's rows of its linear_fc1 lie
-    in two places of the whole tensor.
+    It is not megatron-core's gated MLP, because there each tensor-parallel rank's rows of
+    linear_fc1 lie in two places of the full tensor.
     """
 
     def __init__(self, config: TransformerConfig):
@@ -49,7 +50,7 @@ class FeedForward(MegatronModule):
             return self.linear_fc2(swiglu(widened))
         if torch.compiler.is_compiling():  # as in training/models/bloom/module.py
             return self.linear_fc2(checkpoint(swiglu, widened, use_reentrant=False))
-        kept = CheckpointWithoutOutput(fp8=None)  # False would ask Transformer Engine
-        output, _ = self.linear_fc2(kept.checkpoint(swiglu, widened))
-        kept.discard_output_and_register_recompute(output)
+        recompute = CheckpointWithoutOutput(fp8=None)  # False would import Transformer Engine
+        output, _ = self.linear_fc2(recompute.checkpoint(swiglu, widened))
+        recompute.discard_output_and_register_recompute(output)
         return output, None
