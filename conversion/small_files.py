@@ -17,7 +17,9 @@ import torch
 from conversion import classifier
 from training.config.shape import Shape, family
 from training.data import trial
+from training.data.template import ChatTemplate
 from training.data.tokenizer import FILE, Tokenizer
+from training.errors import ConfigError
 from training.files import hf_folder
 from training.files.safe_files import open_regular
 from training.files.special_tokens import SpecialTokens
@@ -87,10 +89,22 @@ def _config(values: dict, shape: Shape, dtype: torch.dtype, tokenizer: Tokenizer
 
 def _tokens(values: dict, tokenizer: Tokenizer) -> dict:
     """What ``values`` is to say of the tokens that end a reply, and pad."""
-    tokens = {"eos_token_id": tokenizer.special_tokens.ends(tokenizer.eos_id)}
+    ends = _ends(tokenizer)
+    tokens = {"eos_token_id": ends[0] if len(ends) == 1 else ends}
     if "pad" in tokenizer.special_tokens.texts or values.get("pad_token_id") is not None:
         tokens["pad_token_id"] = tokenizer.pad_id
     return tokens
+
+
+def _ends(tokenizer: Tokenizer) -> list[int]:
+    """Ids that end a reply: those of the folder's files, then the chat template's end of a turn. A
+    template that can't be rendered was not trained with."""
+    try:
+        template = ChatTemplate.read(tokenizer)
+    except ConfigError:
+        template = None
+    turn_end = () if template is None or template.turn_end is None else (template.turn_end,)
+    return list(dict.fromkeys((*tokenizer.stop_ids, *turn_end)))
 
 
 def _set_class(folder: Path) -> None:

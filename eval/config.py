@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import shlex
 import urllib.parse
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from eval.addresses import is_secret_field, refuse_secret
 from eval.judges import JUDGES, NO_JUDGE, JudgeKind
 
 SERVERS = ("auto", "vllm", "transformers")
+
+
+HH_TURN, HH_STOP = "\n\nHuman: {question}\n\nAssistant:", "\n\nHuman:"
+"""Anthropic HH's dialogue text: one turn, and what begins the next."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +47,15 @@ class MTBenchConfig:
     """"gpt-4": the question set's own reference answers, some of which are known to be wrong; or a
     file of corrected ones, in the schema of FastChat's reference_answer/gpt-4.jsonl, whose
     questions replace those of the set."""
-    template: str = "\n\nHuman: {question}\n\nAssistant:"
-    """One turn of the dialogue that the models were trained on; an answer follows it after a space.
-    Or "chat": the tokenizer's chat template."""
-    stop: str = "\n\nHuman:"
-    """A text that ends an answer as the end-of-sequence token does; "" = none."""
+    template: str = "auto"
+    """How a question is put: "chat" is the tokenizer's chat template, a text with {question} one
+    turn of the dialogue that the models were trained on (an answer follows it after a space).
+    "auto": the chat template where the tokenizers have one, else Anthropic HH's dialogue text."""
+    chat_template_kwargs: dict = field(default_factory=dict)
+    """More variables for the chat template; the chain gives those of data.chat_template_kwargs."""
+    stop: str = "auto"
+    """A text that ends an answer as the end-of-sequence token does; "" = none; "auto": HH's next
+    question where that is the template, else none."""
     max_new_tokens: int = 1024
     """Longest answer of a turn, tokens."""
     heldout_samples: int = 1
@@ -139,8 +147,10 @@ class MTBenchConfig:
                 f"context_length = {self.context_length}: expected more than max_new_tokens = {self.max_new_tokens} "
                 f"and heldout_max_new_tokens = {self.heldout_max_new_tokens}, or no token of a prompt is left"
             )
-        if self.template != "chat" and self.template.count("{question}") != 1:
-            raise ValueError(f'template = {self.template!r}: expected "chat" or a text with {{question}} in it, once')
+        if self.template not in ("auto", "chat") and self.template.count("{question}") != 1:
+            raise ValueError(
+                f'template = {self.template!r}: expected "auto", "chat" or a text with {{question}} in it, once'
+            )
         self._check_judge()
 
     @property

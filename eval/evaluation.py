@@ -22,6 +22,7 @@ import torch
 import transformers
 
 from eval import config, error_report, harness
+from eval.answers import chat
 from eval.config import MTBenchConfig
 from eval.errors import Busy, DataError, HarnessError, SurroundingsError
 from eval.report import page, reward_accuracy, table
@@ -35,7 +36,7 @@ USAGE, GO_ON = 64, 75
 def run(settings: MTBenchConfig) -> int:
     """The stage, start to end; the exit code."""
     with contextlib.ExitStack() as held:
-        return _run(settings, held)
+        return _run(chat.settled(settings), held)
 
 
 def _run(settings: MTBenchConfig, held: contextlib.ExitStack) -> int:
@@ -44,6 +45,7 @@ def _run(settings: MTBenchConfig, held: contextlib.ExitStack) -> int:
     with Ranks() as ranks:
         if ranks.rank == 0:
             held.enter_context(alone(settings.paths.output))
+            print(f"template: {settings.template!r}, stop: {settings.stop!r}", flush=True)
         stage = Stage(settings, ranks)
         for name in stage.folders:
             made[name], replies[name] = stage.answers(name)

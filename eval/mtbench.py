@@ -28,13 +28,13 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
+import json
 import sys
 import typing
 import webbrowser
 from pathlib import Path
 
 from eval import config
-from eval.answers import chat
 from eval.config import MTBenchConfig, MTBenchPaths
 from eval.judges import JUDGES
 
@@ -90,16 +90,28 @@ def parser() -> argparse.ArgumentParser:
         text = texts[field.name].replace("%", "%%").replace("mtbench.", "")
         if types[field.name] is bool:
             group.add_argument(flag, action="store_true", help=text)
+        elif types[field.name] is dict:
+            group.add_argument(flag, type=_object, default={}, metavar="JSON", help=f"{text} (default: {{}})")
         else:
-            shown = "the tokenizer's chat template where it has one" if field.name == "template" else repr(default)
             group.add_argument(
                 flag,
                 type=types[field.name],
-                default=default if field.name not in ("template", "stop") else None,
+                default=default,
                 metavar=types[field.name].__name__.upper().replace("STR", "TEXT"),
-                help=f"{text} (default: {shown.replace('%', '%%')})",
+                help=f"{text} (default: {repr(default).replace('%', '%%')})",
             )
     return made
+
+
+def _object(text: str) -> dict:
+    """The JSON object of an option."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text}: not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'{text}: expected a JSON object, e.g. {{"enable_thinking": false}}')
+    return value
 
 
 def named(models: list[str]) -> dict[str, str]:
@@ -120,11 +132,6 @@ def named(models: list[str]) -> dict[str, str]:
     return found
 
 
-def has_chat_template(folder: str) -> bool:
-    """ValueError for a template, or a file of it, that is damaged."""
-    return bool(chat.read(folder)[0])
-
-
 def _unescaped(text: str) -> str:
     r"""\n and the like as what they stand for; characters beyond ASCII stay what they are."""
     return text.encode("latin-1", "backslashreplace").decode("unicode_escape")
@@ -138,16 +145,6 @@ def settings(arguments: list[str]) -> tuple[MTBenchConfig, bool]:
     output, heldout, show = asked.pop("output"), asked.pop("heldout"), asked.pop("open")
     try:
         models = named(asked.pop("models"))
-        if asked["template"] is None:
-            chat = {has_chat_template(folder) for folder in models.values()}
-            if len(chat) > 1:
-                raise ValueError(
-                    "some of the models have a chat template and some have none: say what all are asked in, --template "
-                    "TEXT or --template chat"
-                )
-            asked["template"] = "chat" if chat == {True} else MTBenchConfig.template
-        if asked["stop"] is None:
-            asked["stop"] = MTBenchConfig.stop if asked["template"] == MTBenchConfig.template else ""
         asked |= {name: _unescaped(asked[name]) for name in ("template", "stop") if "\\" in asked[name]}
         paths = MTBenchPaths(
             output=str(output), models=models, heldout=heldout, stages={}, report=str(output / "report.html")
@@ -173,7 +170,6 @@ def main(arguments: list[str]) -> int:
     from eval.evaluation import guarded, heed_signals  # late: --help and mistakes need no torch
 
     heed_signals()
-    print(f"template: {asked.template!r}, stop: {asked.stop!r}", flush=True)
     code = guarded(asked)
     table = Path(asked.paths.output) / "table.md"
     if code in (0, 4) and asked.judge_kind and table.exists():

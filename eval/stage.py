@@ -173,7 +173,9 @@ class Stage:
         known = stored()
         if mine := self.ranks.mine([row for row in replies if key(row) not in known]):
             limit = self.config.context_length - self.config.heldout_max_new_tokens
-            values = reward_model.score(folder, [(row["prompt"], row["response"]) for row in mine], limit)
+            by_index = {prompt.index: prompt for prompt in self.prompts}
+            pairs = [(by_index[row["index"]], row["response"]) for row in mine]
+            values = reward_model.score(folder, pairs, limit)
             append(
                 self.ranks.own(path),
                 [

@@ -31,11 +31,12 @@ OUTSIDE = {
     | {"training.checkpoint.checksums", "training.config", "training.errors", "training.files", "training.models"},
     "training": None,
     "conversion": {"training"},
-    "eval": set(),
+    "eval": {"training.files.chat_template"},
 }
 """What a package may import of what is not its own: launcher's list is closed, the others' is of
 our packages. The launcher checks a judge's key by ``eval.judge.key``, as the stage will, and reads
-its own secrets by the same ``eval.files.private``."""
+its own secrets by the same ``eval.files.private``. One module renders chat templates, so that
+training, rollout and evaluation can't differ: eval's one import of another package."""
 LONGEST: dict[str, int] = {}
 """Files that are longer than the budget of 450 lines and must be split."""
 

@@ -55,7 +55,7 @@ class Comparisons:
         self.reference = torch.full((self.trained + len(inputs.unseen), self.replies), torch.nan)
 
     def __getitem__(self, index: int) -> Comparison:
-        return comparison_example(self.row(index), self.inputs.tokenizer, self.config.seq_length)
+        return comparison_example(self.row(index), self.config.seq_length)
 
     def row(self, index: int) -> Tokenised:
         return self.inputs.rows[index] if index < self.trained else self.inputs.unseen[index - self.trained]

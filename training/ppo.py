@@ -168,7 +168,7 @@ class PPO:
             config.prompt_length + config.response_length, config.generation_batch_size, config.cache_share
         )
         self.replicas = Replicas(
-            self.models.policy, self.shape, limits, self.tokenizer.eos_id, config.generation_tensor_parallel
+            self.models.policy, self.shape, limits, self.rows.stop_ids, config.generation_tensor_parallel
         )
         self.kl_coef = config.kl_coef
         self.reward_bias = reward_bias.stored(StageFolder(config.paths.reward).resolve(config.paths.reward_iteration))
@@ -267,7 +267,7 @@ class PPO:
         made = self.sample(list(range(len(self.unseen))), self.unseen, 0)
         rows = plan(self.config, self.shape, made.batch["lengths"].tolist(), len(self.unseen))
         if self.config.keep_replies and groups.is_main():
-            sample_text.keep(self.config.paths.output, iteration, made.batch, self.tokenizer)
+            sample_text.keep(self.config.paths.output, iteration, made.batch, self.tokenizer, self.rows.stop_ids)
         models = dataclasses.replace(self.models, value=None)  # nobody reads values here
         metrics = report(made, score(self.config, models, made.batch, rows), self.config, self.reward_bias)
         return {f"heldout_{name}": metrics[name] for name in ("reward", "kl", "kl_k3", "eos_rate") if name in metrics}

@@ -130,15 +130,15 @@ def heldout(
 
 def task(config: RewardConfig, inputs: Inputs, learner: Learner) -> SupervisedTask:
     rows, tokenizer, responses = inputs.rows, inputs.tokenizer, reward_bias.read(config)
-    unseen = [comparison_example(row, tokenizer, config.seq_length) for row in inputs.unseen]
+    unseen = [comparison_example(row, config.seq_length) for row in inputs.unseen]
     replies = max(rows.most_replies, inputs.unseen.most_replies)
 
     def micro_batches(indices: list[int]) -> tuple[list[Batch], dict[str, float]]:
-        comparisons = [comparison_example(rows[index], tokenizer, config.seq_length) for index in indices]
+        comparisons = [comparison_example(rows[index], config.seq_length) for index in indices]
         return global_batch(config, inputs.shape, comparisons, replies, tokenizer.pad_id)
 
     def bias() -> dict[str, float]:
-        return {"reward_bias": reward_bias.bias(config, learner, responses, tokenizer.eos_id, tokenizer.pad_id)}
+        return {"reward_bias": reward_bias.bias(config, learner, responses, rows.stop_ids, tokenizer.pad_id)}
 
     objective = Objective(("loss", "accuracy", "margin"), partial(compute, replies))
     return SupervisedTask(

@@ -89,10 +89,10 @@ def heldout(config: SFTConfig, learner: Learner, examples: list[Example], pad_id
 
 def task(config: SFTConfig, inputs: Inputs, learner: Learner) -> SupervisedTask:
     tokenizer = inputs.tokenizer
-    unseen = [sft_example(row, tokenizer, config.seq_length) for row in inputs.unseen]
+    unseen = [sft_example(row, config.seq_length) for row in inputs.unseen]
 
     def micro_batches(indices: list[int]) -> tuple[list[Batch], dict[str, float]]:
-        examples = [sft_example(inputs.rows[index], tokenizer, config.seq_length) for index in indices]
+        examples = [sft_example(inputs.rows[index], config.seq_length) for index in indices]
         return global_batch(config, inputs.shape, examples, tokenizer.pad_id)
 
     return SupervisedTask(
@@ -111,7 +111,10 @@ def samples(config: SFTConfig, inputs: Inputs, learner: Learner) -> sample_text.
     count = min(config.sample_prompts, len(inputs.unseen))
     prompts = [prompt_tokens(inputs.unseen[index], config.seq_length - steps) for index in range(count)]
     replicas = Replicas(
-        learner.model, inputs.shape.with_tokens(tokenizer.ids), sample_text.limits(config.seq_length), tokenizer.eos_id
+        learner.model,
+        inputs.shape.with_tokens(tokenizer.ids),
+        sample_text.limits(config.seq_length),
+        inputs.rows.stop_ids,
     )
 
     def say() -> list[tuple[str, str]]:
@@ -121,7 +124,8 @@ def samples(config: SFTConfig, inputs: Inputs, learner: Learner) -> sample_text.
             if groups.is_main():
                 print(f"warning: no sample replies: {error}", flush=True)
             return []
-        texts = [tokenizer.decode(answer) + ("" if answer[-1] == tokenizer.eos_id else "...") for answer in answers]
+        ended = [answer[-1] in inputs.rows.stop_ids for answer in answers]
+        texts = [tokenizer.decode(answer) + "..." * (not end) for answer, end in zip(answers, ended, strict=True)]
         return list(zip(map(tokenizer.decode, prompts), texts, strict=True))
 
     return sample_text.Samples(config.sample_every, say)

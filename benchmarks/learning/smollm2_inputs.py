@@ -75,7 +75,7 @@ def write_halves(data: DataConfig, folder: Path) -> dict[str, Path]:
     def native_rows(side: int | None) -> Iterator[dict]:
         for place, row in rows:
             compared = side is None or place in unseen or place % 2 == side
-            yield formats.as_native(row, "reward" if compared else "sft")
+            yield row.as_native("reward" if compared else "sft")
 
     files = half_files(folder)
     for name, side in SIDES.items():

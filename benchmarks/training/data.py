@@ -32,9 +32,10 @@ sys.path.insert(0, str(ROOT))
 
 from training.data import formats  # noqa: E402
 from training.data.batches import Sampler, padded_length, sft_example  # noqa: E402
-from training.data.cache import TokenRows, cached, tokenise  # noqa: E402
+from training.data.cache import TokenRows, cached  # noqa: E402
 from training.data.packing import RowLimits, collate_packed, lay_out, pack  # noqa: E402
 from training.data.prefetch import prefetched  # noqa: E402
+from training.data.tokenised import TextTokenizer  # noqa: E402
 from training.data.tokenizer import Tokenizer  # noqa: E402
 
 WORDS = (
@@ -127,7 +128,7 @@ def part_list(folder: Path, rows: int) -> dict:
     """The peer: parse and tokenise into lists, shuffle a list of indices."""
     tokenizer, held = Tokenizer(folder / "model"), []
     for row in formats.iterate(folder / "data/sft.jsonl", "sft", Counter()):
-        held += tokenise([row], "sft", tokenizer)
+        held += TextTokenizer(tokenizer).tokenise([row], "sft")
         if len(held) == rows:
             break
     order = list(range(len(held)))
@@ -154,7 +155,7 @@ def part_datasets(folder: Path, rows: int) -> dict:
 
 
 def make(rows, tokenizer, indices: list[int]):
-    examples = [sft_example(rows[index], tokenizer, LENGTH) for index in indices]
+    examples = [sft_example(rows[index], LENGTH) for index in indices]
     lengths = [len(example.tokens) for example in examples]
     layout = lay_out(lengths, RowLimits(LENGTH, 128, 1, 8))
     packed = [[examples[at] for at in row] for row in layout.rows]
@@ -186,7 +187,7 @@ def part_hidden(folder: Path, step_ms: float) -> dict:
 
 def hh_lengths(path: str, tokenizer: str) -> list[int]:
     """Tokens of prompt, better reply and EOS of every usable row."""
-    made = tokenise(list(formats.iterate(path, "sft", Counter())), "sft", Tokenizer(tokenizer))
+    made = TextTokenizer(Tokenizer(tokenizer)).tokenise(list(formats.iterate(path, "sft", Counter())), "sft")
     return [min(LENGTH, len(row.prompt) + len(row.replies[0]) + 1) for row in made]
 
 

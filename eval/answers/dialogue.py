@@ -35,16 +35,19 @@ def stops(config: MTBenchConfig) -> tuple[str, ...]:
     return (config.stop,) if config.stop else ()
 
 
-def dialogue(turns: Sequence[str], answers: Sequence[str], template: str, tokenizer=None) -> str:
+def dialogue(
+    turns: Sequence[str], answers: Sequence[str], template: str, tokenizer=None, arguments: dict | None = None
+) -> str:
     """The prompt for the next answer: all questions so far (``turns``) with the answers given to
-    all but the last; ``tokenizer`` is for the template "chat"."""
+    all but the last. ``tokenizer`` and ``arguments`` (more variables) are for the template
+    "chat"."""
     if template == "chat":
         messages = [
             {"role": role, "content": text}
             for pair in zip(turns, [*answers, ""], strict=True)
             for role, text in zip(("user", "assistant"), pair, strict=True)
         ]
-        return chat.render_by(tokenizer, messages[:-1])
+        return chat.render_by(tokenizer, messages[:-1], arguments=arguments)
     parts = []
     for number, question in enumerate(turns):
         parts.append(template.replace("{question}", question))
@@ -61,6 +64,7 @@ def key(model: str, config: MTBenchConfig, question: Question) -> str:
         question.turns,
         TEMPERATURE[question.category],
         config.template,
+        config.chat_template_kwargs,
         config.stop,
         config.max_new_tokens,
         config.context_length,
@@ -91,15 +95,22 @@ def answer(
     done: Callable[[int], None],
 ) -> None:
     """Answer ``questions`` and append a row for each to ``path``; ``done(n)`` after each batch."""
+    is_chat = config.template == "chat"
     for batch in batches(questions, config.batch_size):
         replies: list[list[Reply]] = [[] for _ in batch]
         for turn in (1, 2):
             texts = [
-                dialogue(question.turns[:turn], [reply.text.strip() for reply in given], config.template, tokenizer)
+                dialogue(
+                    question.turns[:turn],
+                    [reply.text.strip() for reply in given],
+                    config.template,
+                    tokenizer,
+                    config.chat_template_kwargs,
+                )
                 for question, given in zip(batch, replies, strict=True)
             ]
             prompts = [
-                Prompt(text, TEMPERATURE[question.category], f"question/{question.question_id}/{turn}")
+                Prompt(text, TEMPERATURE[question.category], f"question/{question.question_id}/{turn}", is_chat)
                 for text, question in zip(texts, batch, strict=True)
             ]
             made = generation.generate(

@@ -43,6 +43,8 @@ class Prompt:
     """0 = greedy."""
     key: str
     """Names the row's random numbers."""
+    is_chat: bool = False
+    """The text is a chat template's, which writes BOS itself where there is one."""
 
 
 @dataclass(frozen=True)
@@ -169,10 +171,13 @@ def folders_fault(error: BaseException) -> bool:
     return not (isinstance(error, OSError) and error.errno in refused)
 
 
-def encode(tokenizer, text: str, limit: int) -> list[int]:
+def encode(tokenizer, text: str, limit: int, is_chat: bool = False) -> list[int]:
     """Token ids of a prompt with the tokenizer's BOS, once; beyond ``limit`` it loses its head,
-    never BOS or its tail with the cue."""
+    never BOS or its tail with the cue. ``is_chat``: with BOS only where the text has it, as
+    transformers' ``apply_chat_template`` gives them."""
     ids, bos = tokenizer(text, add_special_tokens=False)["input_ids"], opening(tokenizer)
+    if is_chat:
+        bos = [tokenizer.bos_token_id] if ids[:1] == [tokenizer.bos_token_id] else []
     ids = ids[len(bos) :] if ids[: len(bos)] == bos else ids
     return bos + ids[-(limit - len(bos)) :] if limit > len(bos) else ids[-limit:]
 
@@ -277,7 +282,7 @@ def generate(
         raise InvariantError(f"{max_new_tokens} new tokens in a context of {context_length}")
     eos, ends = tokenizer.eos_token_id, stops(model, tokenizer)
     pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    encoded = [encode(tokenizer, prompt.text, context_length - max_new_tokens) for prompt in prompts]
+    encoded = [encode(tokenizer, prompt.text, context_length - max_new_tokens, prompt.is_chat) for prompt in prompts]
     ids, mask = _left_padded(encoded, pad)
     numbers = np.stack([uniforms(prompt.key, seed, max_new_tokens) for prompt in prompts])
     sampler = RowSampler(

@@ -12,12 +12,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from eval.answers import dialogue, generation, rubric
+from eval.answers import chat, dialogue, generation, rubric
 from eval.answers.generation import Prompt
 from eval.config import MTBenchConfig
 from eval.errors import DataError
@@ -31,8 +31,24 @@ _LOGITS = 2**28
 class HeldoutPrompt:
     index: int
     """Row of the file, from 0."""
-    prompt: str
+    prompt: str | list[dict]
+    """HH's dialogue text, or messages for the tokenizer's chat template."""
     rubric: dict | None
+    chat: dict = field(default_factory=dict)
+    """"tools" and "arguments" of the template, where there are any."""
+
+    @property
+    def is_chat(self) -> bool:
+        return not isinstance(self.prompt, str)
+
+    def text(self, tokenizer) -> str:
+        """The prompt as the model sees it. Raises TemplateError."""
+        return chat.render_by(tokenizer, self.prompt, **self.chat) if self.is_chat else self.prompt
+
+    def with_reply(self, tokenizer, reply: str) -> str:
+        """The whole conversation, of messages."""
+        messages = [*self.prompt, {"role": "assistant", "content": reply}]
+        return chat.render_by(tokenizer, messages, **self.chat, cue=False)
 
 
 def load(path: str) -> list[HeldoutPrompt]:
@@ -43,14 +59,20 @@ def load(path: str) -> list[HeldoutPrompt]:
     prompts = []
     for index, row in enumerate(read(path)):
         where = f"{path}, row {index + 1}"
-        if not isinstance(row.get("prompt"), str) or not row["prompt"]:
-            raise DataError(f"{where}: prompt = {row.get('prompt')!r}: expected a non-empty string")
+        if not row.get("prompt") or not (isinstance(row["prompt"], str) or _are_messages(row["prompt"])):
+            raise DataError(f"{where}: prompt = {row.get('prompt')!r}: expected a non-empty string, or messages")
         if row.get("rubric") is not None:
             rubric.validate(row["rubric"], where)
-        prompts.append(HeldoutPrompt(index, row["prompt"], row.get("rubric")))
+        options = {"tools": row.get("tools"), "arguments": row.get("chat_template_kwargs")}
+        options = {name: value for name, value in options.items() if value}
+        prompts.append(HeldoutPrompt(index, row["prompt"], row.get("rubric"), options))
     if not prompts:
         raise DataError(f"{path}: no rows; expected one or more held-out prompts")
     return prompts
+
+
+def _are_messages(value) -> bool:
+    return isinstance(value, list) and all(isinstance(message, dict) and "role" in message for message in value)
 
 
 def key(model: str, config: MTBenchConfig, prompt: HeldoutPrompt, sample: int) -> str:
@@ -58,6 +80,7 @@ def key(model: str, config: MTBenchConfig, prompt: HeldoutPrompt, sample: int) -
     parts = [
         model,
         prompt.prompt,
+        prompt.chat,
         prompt.rubric,
         sample,
         config.stop,
@@ -86,7 +109,10 @@ def reply(
     """Sample a reply for each (prompt, sample) and append its row, gold score included, to
     ``path``."""
     for batch in dialogue.batches(places, config.batch_size):
-        prompts = [Prompt(prompt.prompt, 1.0, f"heldout/{prompt.index}/{sample}") for prompt, sample in batch]
+        prompts = [
+            Prompt(prompt.text(tokenizer), 1.0, f"heldout/{prompt.index}/{sample}", prompt.is_chat)
+            for prompt, sample in batch
+        ]
         replies = generation.generate(
             model,
             tokenizer,
@@ -102,14 +128,15 @@ def reply(
                 {
                     "index": prompt.index,
                     "sample": sample,
-                    "prompt": prompt.prompt,
+                    "prompt": asked.text,
+                    "is_chat": prompt.is_chat,
                     "response": made.text,
                     "tokens": made.tokens,
                     "finish": made.finish,
                     "gold": None if prompt.rubric is None else rubric.gold(made.text, prompt.rubric),
                     "key": keys[prompt.index, sample],
                 }
-                for (prompt, sample), made in zip(batch, replies, strict=True)
+                for (prompt, sample), asked, made in zip(batch, prompts, replies, strict=True)
             ],
         )
         done(len(batch))
@@ -152,7 +179,7 @@ def kl_rows(folder: str, base_folder: str, rows: Sequence[dict], base: str, conf
     sums = []
     for place in (folder, base_folder):
         model, tokenizer = generation.load(place, fp32=True)
-        prompts = [generation.encode(tokenizer, row["prompt"], limit) for row in rows]
+        prompts = [generation.encode(tokenizer, row["prompt"], limit, row.get("is_chat", False)) for row in rows]
         sums.append(response_logprobs(model, prompts, responses))
         del model
     return [

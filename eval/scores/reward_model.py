@@ -27,6 +27,7 @@ from transformers.utils import logging
 
 from eval.answers import heldout
 from eval.answers.generation import device, encode, encode_reply, load_tokenizer, readable
+from eval.answers.heldout import HeldoutPrompt
 from eval.errors import DataError
 from eval.files.foreign import text, whole
 from eval.files.jsonl import dump, last_by, read
@@ -41,10 +42,11 @@ _REPLY = {"iteration": whole, "index": whole, "response": text}
 
 
 @torch.no_grad()
-def score(folder: str | Path, pairs: Sequence[tuple[str, str]], limit: int) -> list[float]:
-    """The reward model's score of each (prompt, response), read at the end-of-sequence token. A
-    prompt keeps its last ``limit`` tokens. Raises DataError for a folder that holds no classifier
-    with one label."""
+def score(folder: str | Path, pairs: Sequence[tuple[HeldoutPrompt, str]], limit: int) -> list[float]:
+    """The reward model's score of each (prompt, response), read at the token that ends the
+    response. Messages are written by the reward model's own chat template. A prompt keeps its last
+    ``limit`` tokens. Raises DataError for a folder that holds no classifier with one label, or no
+    template for messages."""
     logging.disable_progress_bar()
     with readable(folder, " as a reward model"):
         model = AutoModelForSequenceClassification.from_pretrained(
@@ -66,10 +68,7 @@ def score(folder: str | Path, pairs: Sequence[tuple[str, str]], limit: int) -> l
             f"{folder}/config.json: pad_token_id = {pad}: expected the id of a token, from 0 to {vocabulary - 1}: the "
             "score is read at the last token that is no padding"
         )
-    rows = [
-        [*encode(tokenizer, prompt, limit), *encode_reply(tokenizer, response), tokenizer.eos_token_id]
-        for prompt, response in pairs
-    ]
+    rows = [_ids(tokenizer, prompt, response, limit) for prompt, response in pairs]
     order, scores, start = sorted(range(len(rows)), key=lambda i: -len(rows[i])), [0.0] * len(rows), 0
     with _tensor_cores():
         while start < len(order):
@@ -87,6 +86,18 @@ def score(folder: str | Path, pairs: Sequence[tuple[str, str]], limit: int) -> l
                 scores[i] = value
             start += len(batch)
     return scores
+
+
+def _ids(tokenizer, prompt: HeldoutPrompt, response: str, limit: int) -> list[int]:
+    """Prompt, response and its end, as the reward model was trained on them."""
+    before = prompt.text(tokenizer)
+    ids = encode(tokenizer, before, limit, prompt.is_chat)
+    if not prompt.is_chat:
+        return [*ids, *encode_reply(tokenizer, response), tokenizer.eos_token_id]
+    reply = encode_reply(tokenizer, prompt.with_reply(tokenizer, response).removeprefix(before))
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    end = next((at for at, number in enumerate(reply) if number in special), len(reply))
+    return [*ids, *reply[:end], *(reply[end : end + 1] or [tokenizer.eos_token_id])]
 
 
 @contextlib.contextmanager
@@ -148,7 +159,7 @@ def _won(mine: float, other: float) -> float:
 
 
 def rescore(
-    stage: Path, prompts: Sequence[str], models: Mapping[str, str], limit: int, start: Sequence[Mapping] = ()
+    stage: Path, prompts: Sequence[HeldoutPrompt], models: Mapping[str, str], limit: int, start: Sequence[Mapping] = ()
 ) -> list[dict]:
     """Write and return rows {"iteration", "score_NAME": mean of all kept replies, ...} of the
     stage's kept replies, by iteration; ``start``: rows {"index", "response"} of iteration 0."""
@@ -205,7 +216,7 @@ def main(arguments: list[str]) -> int:
     try:
         table = rescore(
             asked.stage,
-            [prompt.prompt for prompt in heldout.load(str(asked.prompts))],
+            heldout.load(str(asked.prompts)),
             models,
             asked.prompt_length,
             read(asked.start) if asked.start else (),

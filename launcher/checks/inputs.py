@@ -67,7 +67,8 @@ def check_tokenizer(folder: Path, shape: Shape, source: str) -> list[str]:
 def check_data(
     data: DataConfig, model: ModelConfig | None, stages: dict[str, tuple[str, str, int]]
 ) -> tuple[str, list[str]]:
-    """What the source is, in words, and what of it is dropped or cut, a line each.
+    """What the source is, in words, with a row as the model sees it, and what of it is dropped or
+    cut, a line each.
 
     The first PEEK_ROWS rows are read by training.data.peek, a process of its own, as the
     preparation and the stages read them. ``model`` None: its tokenizer can't be asked. ``stages``:
@@ -81,8 +82,9 @@ def check_data(
             'or "demo" for generated data'
         )
     settings = {"data": dataclasses.asdict(data), "model": dataclasses.asdict(model) if model else {}, "stages": stages}
-    first, *dropped = _peeked(data.source, json.dumps(settings), tuple(touched(data.source))).splitlines()
-    return first, dropped
+    first, *lines = _peeked(data.source, json.dumps(settings), tuple(touched(data.source))).splitlines()
+    row = [line for line in lines if line.startswith("  ")]
+    return "\n".join([first, *row]), [line for line in lines if not line.startswith("  ")]
 
 
 @functools.lru_cache

@@ -8,6 +8,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from eval.config import HH_TURN, MTBenchConfig
 from launcher.config.sections import SECTIONS, build_plain
 from training.config.data import PrepareConfig
 from training.config.schema import build
@@ -171,7 +172,17 @@ def prepare_config(run: Path, tables: dict) -> PrepareConfig:
 def stage_config(run: Path, tables: dict, made: Graph, name: str):
     """The stage's own dataclass with its paths; raises ConfigError for a bad key or value in its
     section."""
-    return build(SECTIONS[name], {**tables[name], "paths": _paths(run, tables, made, name)}, name)
+    values = {**tables[name], "paths": _paths(run, tables, made, name)}
+    if SECTIONS[name] is MTBenchConfig:
+        values = _asked_as_trained(tables.get("data", {})) | values
+    return build(SECTIONS[name], values, name)
+
+
+def _asked_as_trained(data: dict) -> dict:
+    """Settings of the evaluation that follow from the data's: a model is asked in the form that it
+    was trained on."""
+    as_text = {"template": HH_TURN} if data.get("template") == "hh" else {}
+    return as_text | {"chat_template_kwargs": data.get("chat_template_kwargs", {})}
 
 
 def sections(made: Graph) -> list[str]:

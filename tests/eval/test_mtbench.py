@@ -7,7 +7,9 @@ import shutil
 import pytest
 
 from eval import mtbench
-from eval.config import MTBenchConfig
+from eval.answers.chat import settled
+from eval.config import HH_STOP, HH_TURN, MTBenchConfig
+from eval.errors import DataError
 from tests.eval.conftest import tokenizer
 from tests.support.judge import good
 from training.data.dialogue import CUE, HUMAN
@@ -59,13 +61,14 @@ def test_a_chat_template_is_used_where_there_is_one(folders, tmp_path):
     from eval.answers.dialogue import dialogue
 
     assert dialogue(["a", "b"], ["first"], "chat", words) == "<user>a<assistant>first<user>b<assistant>"
-    assert mtbench.settings([str(tmp_path)])[0].template == "chat" and mtbench.settings([str(tmp_path)])[0].stop == ""
-    plain = mtbench.settings([str(folders["sft"])])[0]
-    assert (
-        (plain.template, plain.stop)
-        == (MTBenchConfig.template, MTBenchConfig.stop)
-        == (HUMAN + " {question}" + CUE, HUMAN)
-    )
+    with_template = settled(mtbench.settings([str(tmp_path)])[0])
+    assert (with_template.template, with_template.stop) == ("chat", "")
+    plain = settled(mtbench.settings([str(folders["sft"])])[0])
+    assert (plain.template, plain.stop) == (HH_TURN, HH_STOP) == (HUMAN + " {question}" + CUE, HUMAN)
+    with pytest.raises(DataError, match="b of the models have no chat template, the others have one"):
+        settled(mtbench.settings([f"a={tmp_path}", f"b={folders['sft']}"])[0])
+    thinking = mtbench.settings([str(tmp_path), "--chat-template-kwargs", '{"enable_thinking": false}'])[0]
+    assert thinking.chat_template_kwargs == {"enable_thinking": False}
     assert mtbench.settings([str(tmp_path), "--template", r"Q: {question}\nA:"])[0].template == "Q: {question}\nA:"
     foreign = mtbench.settings([str(tmp_path), "--template", r"Süß 问: {question}\n答:", "--stop", r"\n问"])[0]
     assert (foreign.template, foreign.stop) == ("Süß 问: {question}\n答:", "\n问")
@@ -78,7 +81,7 @@ def test_a_chat_template_is_used_where_there_is_one(folders, tmp_path):
         (["x/y=b"], "x/y=b: expected a folder"),
         (["a", "--judge", "gpt"], "judge = 'gpt': expected one of none, openai, local"),
         (["a", "--judge", "openai"], "set judge_url"),
-        (["a", "--template", "no question"], 'expected "chat" or a text with {question}'),
+        (["a", "--template", "no question"], 'expected "auto", "chat" or a text with {question}'),
         (["a", "--judge-max-cost", "5"], "set judge_price_in and judge_price_out"),
         (["a", "--batch-sise", "5"], "unrecognized arguments"),
         (
@@ -141,6 +144,6 @@ def test_a_chat_template_of_null_is_none(tmp_path, folders, capsys):
     shutil.copytree(folders["sft"], tmp_path / "m")
     place = tmp_path / "m/tokenizer_config.json"
     place.write_text(json.dumps(json.loads(place.read_text()) | {"chat_template": None}))
-    assert mtbench.settings([str(tmp_path / "m")])[0].template == MTBenchConfig.template
+    assert settled(mtbench.settings([str(tmp_path / "m")])[0]).template == HH_TURN
     assert mtbench.main([f"a={tmp_path / 'm'}", "--output", str(tmp_path / "out"), "--template", "chat"]) == 65
     assert "tokenizer has no chat template" in capsys.readouterr().err

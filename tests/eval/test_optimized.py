@@ -18,7 +18,7 @@ from training.rl.invariants import samples_are_whole
 from training.errors import InvariantError
 assert False, "asserts are off"
 batch = {"tokens": torch.tensor([[5, 6, 2]]), "response_mask": torch.tensor([[False, True, False]]), "lengths": torch.tensor([3])}
-for guard in (lambda: samples_are_whole(batch, [1], torch.tensor([True]), 2), lambda: Pages(2, 8).allocate(3)):
+for guard in (lambda: samples_are_whole(batch, [1], torch.tensor([True]), (2,)), lambda: Pages(2, 8).allocate(3)):
     try:
         guard()
     except InvariantError as error:

@@ -109,6 +109,6 @@ def test_rows_that_pass_are_text_with_replies_and_scores(tmp_path, stage):
             for row in formats.iterate(path, stage, Counter(), True):
                 assert row.prompt.strip() and all(reply.strip() for reply in row.responses)
                 assert len(row.responses) == len(row.scores) >= formats.NEEDS[stage][0]
-                json.dumps(formats.as_native(row, stage), allow_nan=False).encode()
+                json.dumps(row.as_native(stage), allow_nan=False).encode()
                 read += 1
     assert read > 50

@@ -13,8 +13,8 @@ from training import dpo, losses
 from training.config.schema import build
 from training.config.trainers import DPOConfig
 from training.data.batches import Sampler, comparison_example
-from training.data.cache import tokenise
 from training.data.rows import parse
+from training.data.tokenised import TextTokenizer
 from training.data.tokenizer import Tokenizer
 from training.errors import ConfigError
 
@@ -52,8 +52,8 @@ def plain(config: DPOConfig, sft: dict) -> list[dict]:
     for _ in range(config.iterations):
         queries = []
         for index in sampler.next_batch():
-            (row,) = tokenise([parse(data[index])], "reward", tokenizer)
-            replies = comparison_example(row, tokenizer, config.seq_length)
+            (row,) = TextTokenizer(tokenizer).tokenise([parse(data[index])], "reward")
+            replies = comparison_example(row, config.seq_length)
             with torch.no_grad():
                 reference = [logprob(frozen, example) for example, _ in replies]
             ratios = [

@@ -273,7 +273,9 @@ def test_a_row_s_loss_does_not_depend_on_its_batch_s_padding(small_run, tmp_path
 
 
 def test_cut_prompts_are_counted_and_keep_their_cue(small_run, tmp_path, capfd):
-    with pytest.raises(AssertionError, match=r"ConfigError: prompt_length = 1: .*'\\n\\nAssistant:', has"):
+    with pytest.raises(
+        AssertionError, match=r"ConfigError: prompt_length = 1: .* the assistant's mark, has 2 with BOS"
+    ):
         run(ppo.run, 1, 1, 1, small_run.ppo(tmp_path / "short", prompt_length=1))
     run(ppo.run, 1, 1, 1, small_run.ppo(tmp_path / "cut", prompt_length=12, response_length=4, iterations=1))
     assert re.search(r"2,\d+ of 3,000 rows are longer than prompt_length = 12 and are cut", capfd.readouterr().out)

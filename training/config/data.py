@@ -5,7 +5,7 @@ The trainers' configuration is training/config/trainers.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from training.config.schema import at_least, one_of
 
@@ -46,6 +46,14 @@ class DataConfig:
     source: str = "demo"
     """"demo" (generated), or a .jsonl / .jsonl.gz file: Anthropic HH, TRL's formats, chat messages
     or our own."""
+    template: str = "auto"
+    """Form of prompts and replies: "chat" is the tokenizer's own chat template, "hh" Anthropic HH's
+    dialogue text; "auto" takes the template where the tokenizer has one."""
+    chat_template_kwargs: dict = field(default_factory=dict)
+    """More variables for the chat template, such as Qwen 3's {enable_thinking = false}; a row's own
+    come first."""
+    assistant_turns: str = "all"
+    """Replies of a chat that SFT learns: "all", or the "last" alone."""
     seed: int = 0
     """Seed of the generator and of the split."""
     heldout: float = 0.05
@@ -57,6 +65,8 @@ class DataConfig:
 
     def __post_init__(self):
         at_least(self, 0, "heldout_max")
+        one_of(self, "template", ("auto", "chat", "hh"))
+        one_of(self, "assistant_turns", ("all", "last"))
         if not 0 < self.heldout <= 0.5:
             raise ValueError(f"heldout = {self.heldout}: expected a share above 0 and at most 0.5")
 

@@ -21,17 +21,17 @@ def padded_length(lengths: list[int], multiple: int) -> int:
 
 def collate(examples: list[Example], pad_id: int, length: int) -> dict[str, torch.Tensor]:
     """Right-padded batch: ``tokens`` (B, length) int64; ``response_mask`` (B, length) bool, True at
-    the reply's ids with its EOS; ``lengths`` (B,) int64, real ids of each row."""
+    the ids that are learnt, the reply's with its end; ``lengths`` (B,) int64, real ids of each
+    row."""
     lengths = torch.tensor([len(example.tokens) for example in examples])
     if int(lengths.max()) > length:
         raise InvariantError(f"a row of {int(lengths.max())} tokens in a batch of length {length}")
     tokens = torch.full((len(examples), length), pad_id)
-    for row, example in zip(tokens, examples, strict=True):
+    response_mask = torch.zeros(len(examples), length, dtype=torch.bool)
+    for row, mask, example in zip(tokens, response_mask, examples, strict=True):
         row[: len(example.tokens)] = torch.tensor(example.tokens)
-    # nothing predicts a row's first id
-    starts = torch.tensor([max(example.response_start, 1) for example in examples])
-    position = torch.arange(length)
-    response_mask = (position >= starts[:, None]) & (position < lengths[:, None])
+        for start, end in example.spans:
+            mask[start:end] = True
     return {"tokens": tokens, "response_mask": response_mask, "lengths": lengths}
 
 

@@ -3,10 +3,12 @@ through the same pages of memory.
 
 ``sft.jsonl.tokens/KEY/``, next to ``sft.jsonl``, holds flat arrays: ``ids`` of every piece (a
 prompt, then its replies) end to end, ``pieces`` and ``rows`` (int64: where each piece's ids and
-each row's pieces end), ``scores`` (float64, one a reply where there are any), and about.json. A
-prompt begins with its BOS. The text is neither cut nor given an EOS, so one cache serves every
-length. KEY is the sha256 of the inputs: source, tokenizer, kind of row. The folder is written under
-a temporary name, fsynced and renamed, so a folder named KEY is complete.
+each row's pieces end), ``scores`` (float64, one a reply where there are any), ``spans`` (int64,
+where each learnt turn of a chat starts and ends in its row) and ``turns`` (int64, where each row's
+spans end; empty where the reply alone is learnt), and about.json. A prompt begins with its BOS, and
+a reply has its end. The text is not cut, so one cache serves every length. KEY is the sha256 of the
+inputs: source, tokenizer, chat template, kind of row. The folder is written under a temporary name,
+fsynced and renamed, so a folder named KEY is complete.
 """
 
 from __future__ import annotations
@@ -22,47 +24,24 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import tokenizers
 
 from training.checkpoint.checksums import digest
 from training.data import formats
-from training.data.rows import Row
+from training.data.template import row_tokenizer
+from training.data.tokenised import RowTokenizer, Tokenised
 from training.data.tokenizer import Tokenizer
+from training.data.turns import BadRow
 from training.errors import DataError
 from training.files import atomic
 
-FORMAT = 2
+FORMAT = 3
 ROWS_AT_ONCE = 4096
 """Rows that are tokenised together: enough for all cores, yet little memory."""
-ARRAYS = {"ids": "", "pieces": "<i8", "rows": "<i8", "scores": "<f8"}
+ARRAYS = {"ids": "", "pieces": "<i8", "rows": "<i8", "scores": "<f8", "spans": "<i8", "turns": "<i8"}
 """Array -> its type. The type of ``ids`` is as wide as the vocabulary needs; about.json has it."""
-
-
-class Tokenised(NamedTuple):
-    """One row."""
-
-    prompt: list[int]
-    replies: list[list[int]]
-    """Without EOS; none for "rlhf", one for "sft", several for "reward"."""
-    scores: list[float]
-    """One a reply for "reward", else none."""
-    opening: int = 0
-    """Ids at the prompt's beginning that stay when its head is cut: BOS, or none."""
-
-
-def tokenise(rows: Sequence[Row], stage: str, tokenizer: Tokenizer) -> list[Tokenised]:
-    """Tokenise those parts of ``rows`` that ``stage`` reads. Prompt and reply are tokenised
-    separately, so that the loss mask can't be off by one merge."""
-    replies = [row.responses if stage == "reward" else (row.best,) if stage == "sft" else () for row in rows]
-    prompts = tokenizer.encode_prompts([row.prompt for row in rows])
-    ids = iter(tokenizer.encode_replies([text for its in replies for text in its]))
-    return [
-        Tokenised(prompt, [next(ids) for _ in its], list(row.scores) if stage == "reward" else [], len(tokenizer.bos))
-        for row, prompt, its in zip(rows, prompts, replies, strict=True)
-    ]
 
 
 class TokenRows(Sequence):
@@ -73,7 +52,11 @@ class TokenRows(Sequence):
         self.folder, self.about = folder, json.loads((folder / "about.json").read_text(encoding="utf-8"))
         self.most_replies: int = self.about["most_replies"]
         """Replies of the row with the most."""
-        self._ids, self._pieces, self._rows, self._scores = (
+        self.cue: int = self.about["cue"]
+        """Ids of the assistant's mark that every prompt ends with, BOS included."""
+        self.stop_ids: tuple[int, ...] = tuple(self.about["stop_ids"])
+        """Ids that end a reply."""
+        self._ids, self._pieces, self._rows, self._scores, self._spans, self._turns = (
             _mapped(folder / name, self.about["types"][name]) for name in ARRAYS
         )
 
@@ -90,7 +73,16 @@ class TokenRows(Sequence):
         prompt, *replies = (self._ids[start:end].tolist() for start, end in zip(starts, ends, strict=True))
         # Every row before has one prompt: what is left of its pieces are replies.
         scores = self._scores[first - index : last - index - 1].tolist() if len(self._scores) else []
-        return Tokenised(prompt, replies, scores, self.about["opening"])
+        bos = self.about["bos"]  # what stays when a prompt's head is cut; a chat template may have none
+        opening = len(bos) if prompt[: len(bos)] == bos else 0
+        return Tokenised(prompt, replies, scores, opening, self._learnt(index))
+
+    def _learnt(self, index: int) -> list[tuple[int, int]]:
+        if not len(self._turns):
+            return []
+        first, last = (int(self._turns[index - 1]) if index else 0), int(self._turns[index])
+        spans = self._spans[2 * first : 2 * last].tolist()
+        return list(zip(spans[::2], spans[1::2], strict=True))
 
     def longer_than(self, tokens: int) -> int:
         """Number of rows with more than ``tokens`` ids, counted as by ``lengths``."""
@@ -108,17 +100,12 @@ class TokenRows(Sequence):
             if self.about["stage"] != "rlhf":
                 replies = pieces.copy()
                 replies[starts] = 0  # the prompt, which is no reply
-                lengths = lengths + np.maximum.reduceat(replies, starts) + 1
+                lengths = lengths + np.maximum.reduceat(replies, starts)
             indices.append(first + (lengths > tokens).nonzero()[0])
         return np.concatenate(indices) if indices else np.empty(0, int)
 
     def __reduce__(self):
         return TokenRows, (self.folder,)
-
-
-def lengths(row: Tokenised, stage: str) -> int:
-    """Ids of a row: its prompt's, and, if it has replies, the longest reply's with an EOS."""
-    return len(row.prompt) + (max(map(len, row.replies), default=-1) + 1 if stage != "rlhf" else 0)
 
 
 def _mapped(path: Path, kind: str) -> np.ndarray:
@@ -131,11 +118,12 @@ def cached(path: str | Path, stage: str, tokenizer: Tokenizer) -> Path:
     """The cache's folder for ``path``, written if it is missing.
 
     Of several processes one writes it and the others wait. Remains of a killed process are removed.
-    Raises DataError where ``path`` has a bad row or none that ``stage`` can use, OSError where the
-    cache can't be written.
+    Rows whose prompts are messages go through the tokenizer's chat template. Raises DataError where
+    ``path`` has a bad row or none that ``stage`` can use, OSError where the cache can't be written.
     """
     source = Path(path)
-    key = _key(source, stage, tokenizer)
+    rows = row_tokenizer(source, tokenizer)
+    key = _key(source, stage, rows)
     folder = source.with_name(source.name + ".tokens")
     target = folder / key[:32]
     if _complete(target):
@@ -151,7 +139,7 @@ def cached(path: str | Path, stage: str, tokenizer: Tokenizer) -> Path:
         temporary = folder / f".writing-{uuid.uuid4().hex}"
         temporary.mkdir()  # open to others as the user's umask says, which mkdtemp does not ask
         try:
-            _write(source, stage, tokenizer, temporary, key)
+            _write(source, stage, rows, temporary, key)
             with contextlib.suppress(OSError):  # without a lock another process may have been first
                 os.rename(temporary, target)
             atomic.sync(folder)
@@ -164,13 +152,14 @@ def cached(path: str | Path, stage: str, tokenizer: Tokenizer) -> Path:
     return target
 
 
-def _key(source: Path, stage: str, tokenizer: Tokenizer) -> str:
+def _key(source: Path, stage: str, rows: RowTokenizer) -> str:
+    tokenizer = rows.tokenizer
     try:
         digests = [digest(source), digest(tokenizer.file)]
     except OSError as error:
         raise DataError(f"{source}: can't be read: {error}") from None
     return hashlib.sha256(
-        json.dumps([FORMAT, stage, tokenizers.__version__, tokenizer.bos, *digests]).encode()
+        json.dumps([FORMAT, stage, tokenizers.__version__, tokenizer.bos, *digests, rows.name, rows.digest]).encode()
     ).hexdigest()
 
 
@@ -197,14 +186,15 @@ def _locked(folder: Path) -> Iterator[bool]:
             yield True
 
 
-def _write(source: Path, stage: str, tokenizer: Tokenizer, temporary: Path, key: str) -> None:
-    types = {**ARRAYS, "ids": "<u2" if tokenizer.size <= 1 << 16 else "<u4"}
+def _write(source: Path, stage: str, row_tokenizer: RowTokenizer, temporary: Path, key: str) -> None:
+    tokenizer = row_tokenizer.tokenizer
+    types = {**ARRAYS, "ids": "<u2" if tokenizer.ids <= 1 << 16 else "<u4"}
     counts: Counter = Counter()
-    rows = pieces = ids = most_replies = 0
+    rows = pieces = ids = spans = most_replies = 0
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context(open(temporary / name, "wb")) for name in ARRAYS}
-        usable = formats.iterate(source, stage, counts)
-        while chunk := tokenise(list(itertools.islice(usable, ROWS_AT_ONCE)), stage, tokenizer):
+        usable = formats.iterate(source, stage, counts, style=row_tokenizer.style())
+        while chunk := _tokenised(source, row_tokenizer, list(itertools.islice(usable, ROWS_AT_ONCE)), stage):
             flat = [piece for row in chunk for piece in (row.prompt, *row.replies)]
             ends = ids + np.cumsum([len(piece) for piece in flat])
             last = pieces + np.cumsum([1 + len(row.replies) for row in chunk])
@@ -212,6 +202,12 @@ def _write(source: Path, stage: str, tokenizer: Tokenizer, temporary: Path, key:
             ends.astype(types["pieces"]).tofile(files["pieces"])
             last.astype(types["rows"]).tofile(files["rows"])
             np.fromiter((score for row in chunk for score in row.scores), types["scores"]).tofile(files["scores"])
+            if any(row.learnt for row in chunk):
+                learnt = spans + np.cumsum([len(row.learnt) for row in chunk])
+                places = (place for row in chunk for span in row.learnt for place in span)
+                np.fromiter(places, types["spans"]).tofile(files["spans"])
+                learnt.astype(types["turns"]).tofile(files["turns"])
+                spans = int(learnt[-1])
             rows, pieces, ids = rows + len(chunk), int(last[-1]), int(ends[-1])
             most_replies = max(most_replies, *(len(row.replies) for row in chunk))
     if not rows:
@@ -223,10 +219,20 @@ def _write(source: Path, stage: str, tokenizer: Tokenizer, temporary: Path, key:
         "stage": stage,
         "rows": rows,
         "most_replies": most_replies,
-        "opening": len(tokenizer.bos),
+        "style": row_tokenizer.name,
+        "bos": row_tokenizer.bos,
+        "cue": row_tokenizer.cue,
+        "stop_ids": list(row_tokenizer.stop_ids),
         "types": types,
         "bytes": {name: (temporary / name).stat().st_size for name in ARRAYS},
     }
     (temporary / "about.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     for path in [*temporary.iterdir(), temporary]:
         atomic.sync(path)
+
+
+def _tokenised(source: Path, rows: RowTokenizer, chunk: list, stage: str) -> list[Tokenised]:
+    try:
+        return rows.tokenise(chunk, stage)
+    except BadRow as error:
+        raise DataError(f"{source}: {error}") from None

@@ -13,17 +13,13 @@ from pathlib import Path
 
 from training.config.schema import usage
 from training.data import formats
-from training.data.cache import Tokenised, TokenRows, lengths
+from training.data.cache import TokenRows
 from training.data.examples import comparison_example, sft_example
+from training.data.tokenised import Tokenised, lengths
 
 MOST_LOOKED = 20_000
 """Most rows beyond the length whose replies are compared after the cut; of more rows, an evenly
 spread sample."""
-
-
-class _End:
-    eos_id = -1
-    """An id that no text has."""
 
 
 def count(rows: Sequence[Tokenised], kind: str, length: int) -> dict[str, int]:
@@ -33,17 +29,17 @@ def count(rows: Sequence[Tokenised], kind: str, length: int) -> dict[str, int]:
     if isinstance(rows, TokenRows):
         longer = rows.longer(length).tolist()
     else:
-        longer = [index for index, row in enumerate(rows) if lengths(row, kind) > length]
+        longer = [index for index, row in enumerate(rows) if lengths(row) > length]
     looked = longer[:: -(-len(longer) // MOST_LOOKED)] if longer and kind != "rlhf" else []
     unended = alike = 0
     for index in looked:
         row = rows[index]
         if kind == "reward":
-            examples = [example for example, _ in comparison_example(row, _End, length)]
+            examples = [example for example, _ in comparison_example(row, length)]
             alike += all(example.tokens == examples[0].tokens for example in examples)
         else:
-            examples = [sft_example(row, _End, length)]
-        unended += any(example.tokens[-1] != _End.eos_id for example in examples)
+            examples = [sft_example(row, length)]
+        unended += not all(example.complete for example in examples)
     return {"rows": len(rows), "longer": len(longer), "looked": len(looked), "unended": unended, "alike": alike}
 
 

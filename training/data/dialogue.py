@@ -52,6 +52,21 @@ def from_messages(messages: list[tuple[str, str]]) -> str:
     return text
 
 
+def turns(text: str) -> list[tuple[str, str]]:
+    """(role, content) of each turn of a dialogue; [] for a text that is none. Turns of one speaker
+    in a row are joined, and a cue at the end is left out."""
+    if not text.lstrip().startswith(HUMAN.strip()):
+        return []
+    _, *parts = _TURN.split("\n\n" + text.lstrip())
+    joined: list[tuple[str, str]] = []
+    for speaker, content in zip(parts[::2], parts[1::2], strict=True):
+        role = "user" if speaker == "Human" else "assistant"
+        if joined and joined[-1][0] == role:
+            content = f"{joined.pop()[1]}\n\n{content.strip()}"
+        joined.append((role, content.strip()))
+    return joined[:-1] if joined[-1] == ("assistant", "") else joined
+
+
 def earlier(prompt: str) -> list[str]:
     """The prompts that ``prompt`` goes on from: its dialogue up to each cue but the last."""
     ends = [match.end() for match in re.finditer(re.escape(CUE), prompt)]

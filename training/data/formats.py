@@ -12,12 +12,12 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from training.data import dialogue
-from training.data.rows import COMPARISONS, FORMATS, Row, parse, unread
+from training.data.rows import COMPARISONS, FORMATS, HH_TEXT, Row, parse, unread
 from training.data.source import lines
+from training.data.styles import Style
 from training.data.turns import BadRow, Unusable, short
 from training.errors import DataError
 
@@ -27,41 +27,41 @@ NEEDS = {
     "reward": (2, "two replies to compare", COMPARISONS),
 }
 """Stage -> (fewest replies to a prompt, the need as a phrase, formats that have them)."""
+Check = Callable[[list[tuple[int, Row]]], list[BadRow | Unusable | None]]
+"""[(line, row), ...] -> what is wrong with each."""
+AT_ONCE = 64
+"""Rows that a check is given together."""
 MOST_NAMES = 50
 """Unread fields are counted by name until the counts have this many entries."""
 
 
-def as_native(row: Row, stage: str) -> dict:
-    """``row`` as ``stage``'s JSON object (rlhf.md, section 2)."""
-    if stage == "reward":
-        return {"query": row.prompt, "response": list(row.responses), "score": list(row.scores)}
-    return {"prompt": row.prompt} | ({"response": row.best} if stage == "sft" else {})
-
-
 def iterate(
-    path: str | Path, stage: str, counts: Counter, skip_bad_rows: bool = False, most: int | None = None
+    path: str | Path,
+    stage: str,
+    counts: Counter,
+    skip_bad_rows: bool = False,
+    most: int | None = None,
+    style: Style = HH_TEXT,
+    check: Check | None = None,
 ) -> Iterator[Row]:
-    """Usable rows of a file, in its order, of its first ``most`` where that is given.
+    """Usable rows of a file in the words of ``style``, in the file's order, of its first ``most``
+    where that is given.
 
-    ``counts`` gets "rows" read, "dropped: REASON" and "not read: field NAME". Raises DataError for
-    a malformed row (counted instead if ``skip_bad_rows``) and for one that lacks what the stage
-    needs.
+    ``check``: what is wrong with rows beyond their fields. ``counts`` gets "rows" read, "dropped:
+    REASON" and "not read: field NAME". Raises DataError for a malformed row (counted instead if
+    ``skip_bad_rows``) and for one that lacks what the stage needs.
     """
     fewest, need, expected = NEEDS[stage]
     good = False
-    for number, line in itertools.islice(lines(path), most):
-        counts["rows"] += 1
-        try:
-            fields = _object(line)
-            row = parse(fields)
-        except Unusable as reason:
-            counts[f"dropped: {reason}"] += 1
+    for number, row, problem in _checked(_numbered(path, most, style, counts), check):
+        if isinstance(problem, Unusable):
+            counts[f"dropped: {problem}"] += 1
             continue
-        except BadRow as error:
+        if isinstance(problem, BadRow):
             if not skip_bad_rows:  # of a file without one good row it would skip all
                 fix = "; data.skip_bad_rows = true counts and skips such rows" if good else ""
-                raise DataError(f"{path}:{number}: {error}{fix}") from None
-            counts[f"dropped: bad row, {re.sub(r'[[][0-9]+]', '[]', str(error).split(':')[0])}"] += 1
+                raise DataError(f"{path}:{number}: {problem}{fix}")
+            counts[f"dropped: bad row, {re.sub(r'[[][0-9]+]', '[]', str(problem).split(':')[0])}"] += 1
             continue
         good = True
         if len(row.responses) < fewest:
@@ -69,10 +69,49 @@ def iterate(
                 f"{path}:{number}: this row has {len(row.responses)} replies, "
                 f"but the {stage} stage needs {need}: give {expected}"
             )
-        for name in unread(fields):
+        yield row
+
+
+def _numbered(
+    path: str | Path, most: int | None, style: Style, counts: Counter
+) -> Iterator[tuple[int, Row | None, ValueError | None]]:
+    """(line, row, None) or (line, None, what is wrong with it) of each row."""
+    for number, line in itertools.islice(lines(path), most):
+        counts["rows"] += 1
+        try:
+            fields = _object(line)
+            row = parse(fields, style)
+        except (Unusable, BadRow) as problem:
+            yield number, None, problem
+            continue
+        for name in unread(fields, style):
             name = f"not read: field {short(name)}"
             counts[name if name in counts or len(counts) < MOST_NAMES else "not read: other fields"] += 1
-        yield row
+        yield number, row, None
+
+
+def _checked(numbered: Iterator, check: Check | None) -> Iterator[tuple[int, Row | None, ValueError | None]]:
+    """``numbered`` with what ``check`` says of the rows, which it is given several at a time."""
+    if check is None:
+        yield from numbered
+        return
+    while batch := list(itertools.islice(numbered, AT_ONCE)):
+        rows = [(number, row) for number, row, problem in batch if problem is None]
+        problems = dict(zip([number for number, _ in rows], check(rows), strict=True))
+        for number, row, problem in batch:
+            yield number, row, problem or problems.get(number)
+
+
+def has_messages(path: str | Path) -> bool:
+    """True if the first row of a prepared file has messages, not text, before its reply. Raises
+    DataError where the file can't be read."""
+    for _, line in lines(path):
+        try:
+            fields = _object(line)
+        except BadRow:
+            return False
+        return isinstance(fields.get("messages", fields.get("prompt")), list)
+    return False
 
 
 def _object(line: bytes) -> dict:
@@ -116,9 +155,9 @@ class Echoes:
     def add(self, row: Row) -> bool:
         """Add the next row -> True if one of its replies begins with its prompt."""
         self.rows += bool(row.responses)
-        question = dialogue.question(row.prompt)
+        question = row.question
         if len(question) < 2 or not any(
-            len(reply) > len(question) and reply.lstrip().startswith(question) for reply in row.responses
+            len(reply) > len(question) and reply.lstrip().startswith(question) for reply in row.texts
         ):
             return False
         self.example = self.example or short(question)
@@ -142,7 +181,7 @@ class Echoes:
 def unusual(row: Row, echoes: Echoes) -> list[str]:
     """Keys of the counts for a row that is used although it is unusual: "kept: REASON"."""
     echo = ["reply begins with its prompt"] if echoes.add(row) else []
-    return [f"kept: {reason}" for reason in [*dialogue.oddities(row.prompt), *row.notes, *echo]]
+    return [f"kept: {reason}" for reason in [*row.oddities(), *echo]]
 
 
 def because(counts: Counter) -> str:

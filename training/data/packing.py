@@ -174,7 +174,8 @@ def _exchange(rows: list[list[int]], filled: list[int], lengths: list[int], long
 def collate_packed(rows: list[list[Example]], pad_id: int, length: int) -> dict[str, torch.Tensor]:
     """``tokens`` (B, length) int64; ``documents`` (B, length) int64, the number of a token's
     example within its row, padding a document of its own; ``response_mask`` (B, length) bool, True
-    at the replies' ids with their EOS."""
+    at the ids that are learnt, the replies' with their ends. No token predicts a document's first:
+    the one before it belongs to another document."""
     tokens = torch.full((len(rows), length), pad_id)
     documents = torch.zeros(len(rows), length, dtype=torch.long)
     response_mask = torch.zeros(len(rows), length, dtype=torch.bool)
@@ -186,8 +187,8 @@ def collate_packed(rows: list[list[Example]], pad_id: int, length: int) -> dict[
                 raise InvariantError(f"a row of at least {end} tokens in a batch of length {length}")
             tokens[row, start:end] = torch.tensor(example.tokens)
             documents[row, start:end] = number
-            # no token predicts a document's first: the one before it belongs to another document
-            response_mask[row, start + max(example.response_start, 1) : end] = True
+            for first, last in example.spans:
+                response_mask[row, start + first : start + last] = True
             start = end
         documents[row, start:] = len(examples)
     return {"tokens": tokens, "documents": documents, "response_mask": response_mask}

@@ -3,8 +3,8 @@ is dropped or cut of them?
 
 SETTINGS: JSON of {"data": section data, "model": section model, "stages": {stage: [kind of row,
 setting, length]}}. A file with at most ROWS rows is prepared in full, in a temporary folder. Prints
-what the rows are, then one warning a line. Exit status 65 for bad data, 64 for a model that can't
-take it, with one line on stderr.
+what the rows are, then a row as the model sees it, each line after two spaces, then one warning a
+line. Exit status 65 for bad data, 64 for a model that can't take it, with one line on stderr.
 """
 
 from __future__ import annotations
@@ -19,11 +19,16 @@ from pathlib import Path
 from training.config.data import DataConfig, ModelConfig
 from training.config.schema import build, usage
 from training.data import formats
-from training.data.rows import Row
+from training.data.examples import sft_example
+from training.data.rows import HH_TEXT, Row
 from training.data.source import lines
+from training.data.styles import Chat, Style
+from training.data.tokenised import RowTokenizer
 from training.errors import ConfigError, DataError
 
 EXIT_USAGE = 64
+MOST_SHOWN = 1200
+"""Characters of the row that is shown."""
 MOST_TEXT = 16 << 20
 """Characters of the rows that are inspected."""
 
@@ -45,15 +50,18 @@ def main(arguments: list[str]) -> int:
 
 
 def inspect(file: str, most: int, settings: dict) -> list[str]:
-    """A line on the first rows, then a line for each thing that is dropped or cut. Raises DataError
-    for bad data, ConfigError for a model that can't take it."""
+    """A line on the first rows, lines with one of them, then a line for each thing that is dropped
+    or cut. Raises DataError for bad data, ConfigError for a model that can't take it."""
+    data = build(DataConfig, settings.get("data", {}), "data")
+    model = settings.get("model")
+    tokenizer = row_tokenizer(data, model)
     counts, rows = Counter(), []
-    skip = settings.get("data", {}).get("skip_bad_rows", False)
+    style, check = (tokenizer.style(), tokenizer.problems) if tokenizer else (_style(data, model), None)
     echoes, size = formats.Echoes(), 0
-    for row in formats.iterate(file, "rlhf", counts, skip, most):
+    for row in formats.iterate(file, "rlhf", counts, data.skip_bad_rows, most, style, check):
         rows.append(row)
         counts.update(formats.unusual(row, echoes))
-        size += len(row.prompt) + sum(map(len, row.responses))
+        size += len(row.key) + sum(map(len, row.texts))
         if size > MOST_TEXT:
             break
     if not rows:
@@ -61,9 +69,53 @@ def inspect(file: str, most: int, settings: dict) -> list[str]:
     echoes.check(file)
     is_complete = size <= MOST_TEXT and next(itertools.islice(lines(file), most, None), None) is None
     warnings = formats.dropped(counts)
-    if settings.get("model"):
-        warnings = prepared(settings) if is_complete else [*warnings, *sampled(rows, settings)]
-    return [f"{file}: {_sentence(counts, rows, is_complete)}", *warnings]
+    if model:
+        warnings = prepared(settings, tokenizer) if is_complete else [*warnings, *sampled(rows, settings, tokenizer)]
+    first = f"{file}: {_sentence(counts, rows, is_complete)}"
+    return [*([f"{first}; {_template(tokenizer)}", *_shown(rows[0], tokenizer)] if tokenizer else [first]), *warnings]
+
+
+def row_tokenizer(data: DataConfig, model: dict | None) -> RowTokenizer | None:
+    """How the model's rows are tokenised; None without a model, and for the demo's, whose tokenizer
+    is trained on all rows."""
+    if not model or model["checkpoint"] == "demo":
+        return None
+    from training.data.template import by_setting
+    from training.data.tokenizer import Tokenizer
+
+    return by_setting(data, Tokenizer(model["checkpoint"]))
+
+
+def _style(data: DataConfig, model: dict | None) -> Style:
+    """The style of rows whose tokenizer can't be asked: the one that takes more."""
+    return HH_TEXT if model or data.template == "hh" else Chat()
+
+
+def _template(tokenizer: RowTokenizer) -> str:
+    if tokenizer.name == "hh":
+        return 'written as HH\'s dialogue text (data.template = "hh")'
+    ends = ", ".join(tokenizer.tokenizer.token(number) for number in tokenizer.stop_ids)
+    return f"written by the tokenizer's chat template; a reply ends with {ends}"
+
+
+def _shown(row: Row, tokenizer: RowTokenizer) -> list[str]:
+    """The row as the model sees it, what is learnt between [[ and ]], in a few lines."""
+    (ids,) = tokenizer.tokenise([row], "sft" if row.responses else "rlhf")
+    if not row.responses:
+        text = tokenizer.tokenizer.text(ids.prompt)
+    else:
+        example, text, at = sft_example(ids, 1 << 30), "", 0
+        for start, end in example.spans:
+            text += tokenizer.tokenizer.text(example.tokens[at:start])
+            text += f"[[{tokenizer.tokenizer.text(example.tokens[start:end])}]]"
+            at = end
+        text += tokenizer.tokenizer.text(example.tokens[at:])
+    half = MOST_SHOWN // 2
+    if len(text) > MOST_SHOWN:
+        text = f"{text[:half]} (...) {text[-half:]}"
+    shown = [line if len(line) <= 160 else f"{line[:157]}..." for line in text.splitlines()]
+    about = "the first row; [[what is learnt]]:" if row.responses else "the first prompt:"
+    return [f"  {line}" for line in [about, *shown]]
 
 
 def _sentence(counts: Counter, rows: list[Row], is_complete: bool) -> str:
@@ -79,52 +131,54 @@ def _sentence(counts: Counter, rows: list[Row], is_complete: bool) -> str:
     return f"{which} can be read{''.join(f', {clause}' for clause in clauses)}"
 
 
-def prepared(settings: dict) -> list[str]:
-    """Warnings of the preparation on all rows, by the same code without its caches. Raises
-    DataError and ConfigError as it does."""
-    from training.data import cache, cuts, sorting
+def prepared(settings: dict, tokenizer: RowTokenizer | None) -> list[str]:
+    """Warnings of the preparation on all rows, by the same code without its caches. ``tokenizer``
+    None: the demo's, trained on the rows. Raises DataError and ConfigError as it does."""
+    from training.data import cuts, sorting
 
+    data = build(DataConfig, settings["data"], "data")
     with tempfile.TemporaryDirectory() as folder, sorting.Writer(Path(folder) / "data") as writer:
-        read = sorting.from_source(build(DataConfig, settings["data"], "data"), writer)
+        read = sorting.from_source(data, writer, *((tokenizer.style(), tokenizer.problems) if tokenizer else ()))
         warnings = formats.dropped(read)
         for stage, (kind, _, _) in settings["stages"].items():
             if name := next((name for name in sorting.names(kind) if not writer.counts[name]), ""):
                 raise DataError(sorting.without_rows(settings["data"]["source"], stage, name, read))
-        tokenizer = _tokenizer(settings["model"], (row["prompt"] + row["response"] for row in writer.rows("sft.jsonl")))
+        tokenizer = tokenizer or _demo_tokenizer(settings["model"], writer)
         for stage, (kind, key, length) in settings["stages"].items():
             writer.flush()
-            rows = cache.tokenise(
-                list(formats.iterate(writer.temporary / sorting.names(kind)[0], kind, Counter())), kind, tokenizer
-            )
-            warnings.append(cuts.sentence(f"{stage}.{key}", length, cuts.count(rows, kind, length)))
+            file = writer.temporary / sorting.names(kind)[0]
+            rows = list(formats.iterate(file, kind, Counter(), style=tokenizer.style()))
+            counts = cuts.count(tokenizer.tokenise(rows, kind), kind, length)
+            warnings.append(cuts.sentence(f"{stage}.{key}", length, counts))
     return [line for line in warnings if line]
 
 
-def sampled(rows: list[Row], settings: dict) -> list[str]:
+def sampled(rows: list[Row], settings: dict, tokenizer: RowTokenizer | None) -> list[str]:
     """Warnings on what is cut of the first rows. The demo's model gets none: its vocabulary is
     trained on all rows."""
-    if settings["model"]["checkpoint"] == "demo":
+    if tokenizer is None:
         return []
-    from training.data import cache, cuts
+    from training.data import cuts
 
-    tokenizer, warnings = _tokenizer(settings["model"], ()), []
+    warnings = []
     for stage, (kind, key, length) in settings["stages"].items():
-        tokens = cache.tokenise([row for row in rows if len(row.responses) >= formats.NEEDS[kind][0]], kind, tokenizer)
-        warnings.append(cuts.sentence(f"{stage}.{key}", length, cuts.count(tokens, kind, length)))
+        usable = [row for row in rows if len(row.responses) >= formats.NEEDS[kind][0]]
+        counts = cuts.count(tokenizer.tokenise(usable, kind), kind, length)
+        warnings.append(cuts.sentence(f"{stage}.{key}", length, counts))
     return [f"of the first {len(rows):,} usable rows: {line}" for line in warnings if line]
 
 
-def _tokenizer(model: dict, texts):
+def _demo_tokenizer(model: dict, writer) -> RowTokenizer:
     from training.data import demo_model, sorting
+    from training.data.tokenised import TextTokenizer
     from training.data.tokenizer import Tokenizer
 
-    if model["checkpoint"] != "demo":
-        return Tokenizer(model["checkpoint"])
+    texts = (row["prompt"] + row["response"] for row in writer.rows("sft.jsonl"))
     with tempfile.TemporaryDirectory() as folder:
         demo_model.write_tokenizer(
             Path(folder), itertools.islice(texts, sorting.TOKENIZER_ROWS), build(ModelConfig, model, "model")
         )
-        return Tokenizer(folder)
+        return TextTokenizer(Tokenizer(folder))
 
 
 if __name__ == "__main__":

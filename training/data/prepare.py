@@ -19,11 +19,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from training.checkpoint import checksums
-from training.config.data import PrepareConfig
+from training.config.data import DataConfig, PrepareConfig
 from training.config.schema import load, usage
 from training.data.cache import cached
+from training.data.rows import HH_TEXT
 from training.data.sorting import STAGES, TOKENIZER_ROWS, Writer, from_demo, from_source, names
 from training.data.source import lines
+from training.data.template import by_setting
+from training.data.tokenised import RowTokenizer
 from training.data.tokenizer import Tokenizer
 from training.errors import ConfigError, DataError
 
@@ -54,21 +57,36 @@ def prepare(config: PrepareConfig) -> dict:
     folder, own = Path(config.paths.output), config.model.checkpoint == "demo"
     with Writer(folder) as writer:
         inputs = _inputs(config)
-        read = (from_demo if config.data.source == "demo" else from_source)(config.data, writer)
+        rows = by_setting(config.data, None if own else Tokenizer(config.model.checkpoint))
+        read = _sorted(config.data, writer, rows)
         if own:
             write_demo_model(config, writer.rows("sft.jsonl"))
-        tokenizer = Tokenizer(config.paths.model if own else config.model.checkpoint)
+        tokenizer = rows.tokenizer if rows else Tokenizer(config.paths.model)
         for key, entry in inputs.items():
             # it is read twice, and its sha256 is to be what was read
             if checksums.touched(entry["path"]) != entry["touched"]:
                 raise DataError(f"{key} = {entry['path']!r} was written while it was read; wait until it is complete")
-        counts = {"source": config.data.source, "read": read, "files": dict(writer.counts), "inputs": inputs}
+        counts = {
+            "source": config.data.source,
+            "template": rows.name if rows else "hh",
+            "read": read,
+            "files": dict(writer.counts),
+            "inputs": inputs,
+        }
         writer.publish(counts)
     for stage in STAGES:  # here, and not by the stage: its GPUs would wait for it
         for name in names(stage):
             if counts["files"][name]:
                 cached(folder / name, stage, tokenizer)
     return counts
+
+
+def _sorted(data: DataConfig, writer: Writer, rows: RowTokenizer | None) -> dict[str, int]:
+    """Write the stages' files -> counts of the source. ``rows`` None: the demo's model, whose
+    tokenizer is trained on them."""
+    if data.source == "demo":
+        return from_demo(data, writer, rows.style() if rows else HH_TEXT)
+    return from_source(data, writer, rows.style(), rows.problems) if rows else from_source(data, writer)
 
 
 def _inputs(config: PrepareConfig) -> dict[str, dict]:
@@ -91,7 +109,7 @@ def _inputs(config: PrepareConfig) -> dict[str, dict]:
 
 
 def _report(counts: dict) -> str:
-    lines = [f"data: {counts['source']}"]
+    lines = [f"data: {counts['source']}, template {counts['template']}"]
     lines += [f"{number:>9,}  {name}" for name, number in counts["read"].items()]
     lines += [f"{number:>9,}  -> {name}" for name, number in counts["files"].items()]
     return "\n".join(lines)

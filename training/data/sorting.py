@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TextIO
 
 from training.config.data import DataConfig
-from training.data import demo, dialogue, formats
-from training.data.rows import Row
+from training.data import demo, formats
+from training.data.rows import HH_TEXT, Row, parse
 from training.data.split import HeldOut, Repeats
+from training.data.styles import Style
 from training.errors import DataError
 from training.files import atomic
 
@@ -77,22 +78,40 @@ class Writer:
             self.folder.rmdir()
 
 
-def from_demo(data: DataConfig, writer: Writer) -> Counts:
-    """Write the generated data -> counts of its sources."""
+def from_demo(data: DataConfig, writer: Writer, style: Style = HH_TEXT) -> Counts:
+    """Write the generated data in the words of ``style`` -> counts of its sources."""
     prompts = [question.prompt for question in demo.questions()]
     heldout = HeldOut(data)
     for prompt in prompts:
         heldout.add(heldout.place(prompt))
     chosen = heldout.chosen()
+    kinds = {name: stage for stage in STAGES for name in names(stage)}
     for name, rows in demo.rows({prompt for prompt in prompts if heldout.place(prompt) in chosen}, data.seed).items():
         writer.open(name)
         for row in rows:
-            writer.add(name, row)
+            native = parse(row, style).as_native(kinds[name])
+            writer.add(name, native | ({"rubric": row["rubric"]} if "rubric" in row else {}))
     return {"prompts": len(prompts)}
 
 
-def from_source(data: DataConfig, writer: Writer) -> Counts:
-    """Sort the rows of a file -> counts of rows read, dropped and repeated.
+class _Remembered:
+    """What a check said of each line of a file, so that the second reading need not check."""
+
+    def __init__(self, check: formats.Check):
+        self.check, self.problems = check, {}
+
+    def first(self, rows: list[tuple[int, Row]]) -> list:
+        problems = self.check(rows)
+        self.problems |= {number: error for (number, _), error in zip(rows, problems, strict=True) if error}
+        return problems
+
+    def again(self, rows: list[tuple[int, Row]]) -> list:
+        return [self.problems.get(number) for number, _ in rows]
+
+
+def from_source(data: DataConfig, writer: Writer, style: Style = HH_TEXT, check: formats.Check | None = None) -> Counts:
+    """Sort the rows of a file, in the words of ``style``, -> counts of rows read, dropped and
+    repeated.
 
     Every prompt goes to RLHF. Its best reply, if it has one, goes to SFT, and all of them, if there
     are two, to the reward model. The file is read twice, and no row stays in memory.
@@ -104,13 +123,14 @@ def from_source(data: DataConfig, writer: Writer) -> Counts:
     counts: Counter = Counter()
     heldout = {stage: HeldOut(data) for stage in STAGES}
     repeats = {stage: Repeats(writer.temporary / f"digests-{stage}") for stage in STAGES}
-    echoes = formats.Echoes()
-    for row in formats.iterate(data.source, "rlhf", counts, data.skip_bad_rows):
+    echoes, checks = formats.Echoes(), _Remembered(check) if check else None
+    options = {"skip_bad_rows": data.skip_bad_rows, "style": style}
+    for row in formats.iterate(data.source, "rlhf", counts, **options, check=checks and checks.first):
         counts.update(formats.unusual(row, echoes))
-        place = heldout["rlhf"].place(row.prompt)
+        place = heldout["rlhf"].place(row.key)
         for stage in _good_for(row):
             heldout[stage].add(place)
-            repeats[stage].add(json.dumps(formats.as_native(row, stage)))
+            repeats[stage].add(json.dumps(row.as_native(stage)))
     echoes.check(data.source)
     distinct = heldout["rlhf"].distinct
     if not distinct:
@@ -121,18 +141,16 @@ def from_source(data: DataConfig, writer: Writer) -> Counts:
     for stage_heldout in heldout.values():
         chosen |= stage_heldout.chosen()
     writer.open(*(name for stage in STAGES for name in names(stage)))
-    for row in formats.iterate(data.source, "rlhf", Counter(), data.skip_bad_rows):
-        unseen = heldout["rlhf"].place(row.prompt) in chosen
+    for row in formats.iterate(data.source, "rlhf", Counter(), **options, check=checks and checks.again):
+        unseen = heldout["rlhf"].place(row.key) in chosen
         # the prompt would teach the reply to a held-out prompt
-        continues_heldout = not unseen and any(
-            heldout["rlhf"].place(prompt) in chosen for prompt in dialogue.earlier(row.prompt)
-        )
+        continues_heldout = not unseen and any(heldout["rlhf"].place(prompt) in chosen for prompt in row.earlier())
         counts["left out: goes on from a held-out prompt"] += continues_heldout
         for stage in _good_for(row):
             if next(is_repeat[stage]):
                 counts[f"repeated: {stage}"] += 1
             elif not continues_heldout:
-                writer.add(names(stage)[unseen], formats.as_native(row, stage))
+                writer.add(names(stage)[unseen], row.as_native(stage))
     return dict(+counts)
 
 

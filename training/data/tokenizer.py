@@ -3,6 +3,7 @@ seconds to every rank's start."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 from pathlib import Path
@@ -45,6 +46,9 @@ class Tokenizer:
         self.special_tokens = SpecialTokens.read(folder)
         self.eos_id = self.special_tokens.number("eos", self._tokenizer.token_to_id)
         self.pad_id = self.special_tokens.number("pad", self._tokenizer.token_to_id, self.eos_id)
+        ends = self.special_tokens.ends(self.eos_id)
+        self.stop_ids: tuple[int, ...] = tuple(ends) if isinstance(ends, list) else (ends,)
+        """Ids that end a reply: EOS, and those that the folder's files list with it."""
         self.bos = self._opening()
         """Ids that the post-processor puts before a text: BOS, or none."""
         self._anchor = self._before_replies()
@@ -63,11 +67,30 @@ class Tokenizer:
     def filler(self) -> str:
         """A special token that pads behind EOS and can be told from it: PAD, else one that ends no
         text."""
-        special = [
+        ids = [
+            self.pad_id,
+            *self.bos,
+            *(self._tokenizer.token_to_id(text) for text in self.special_texts),
+            self.size - 1,
+        ]
+        return self._tokenizer.id_to_token(next(number for number in ids if number != self.eos_id))
+
+    @functools.cached_property
+    def added(self) -> frozenset[int]:
+        """Ids of the tokens that stand for one text of their own, such as a turn's mark."""
+        return frozenset(self._tokenizer.get_added_tokens_decoder())
+
+    @property
+    def special_texts(self) -> list[str]:
+        """Texts of the special tokens, by id."""
+        return [
             token.content for _, token in sorted(self._tokenizer.get_added_tokens_decoder().items()) if token.special
         ]
-        ids = [self.pad_id, *self.bos, *(self._tokenizer.token_to_id(text) for text in special), self.size - 1]
-        return self._tokenizer.id_to_token(next(number for number in ids if number != self.eos_id))
+
+    def encodings(self, texts: list[str]) -> list[tokenizers.Encoding]:
+        """Ids and offsets of each text alone, without BOS, on all cores that ``tokenizers``
+        takes."""
+        return self._tokenizer.encode_batch(texts, add_special_tokens=False)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text alone, without BOS."""
@@ -97,6 +120,18 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         """Text of ``ids`` without the special tokens among them."""
         return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def text(self, ids: list[int]) -> str:
+        """Text of ``ids`` with the special tokens among them."""
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+    def number(self, token: str) -> int | None:
+        """Id of a token; None for a text that is none."""
+        return self._tokenizer.token_to_id(token)
+
+    def token(self, number: int) -> str:
+        """Text of one token; its id where it has none."""
+        return self._tokenizer.id_to_token(number) or str(number)
 
     def _opening(self) -> list[int]:
         encoding = self._tokenizer.encode("a", add_special_tokens=True)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,8 +88,8 @@ class PendingStep:
 
 
 class Engine:
-    """``decoder``: the model's forward pass on its weights (Decoder). ``decode``: ids -> text, for
-    stop strings.
+    """``decoder``: the model's forward pass on its weights (Decoder). ``stop_ids``: the id, or ids,
+    that end a completion. ``decode``: ids -> text, for stop strings.
 
     ``async_output``: read a step's results while the next one runs (default: on CUDA). Collective
     over the decoder's tensor-parallel group: every rank gives the same requests and gets the same
@@ -99,11 +99,12 @@ class Engine:
         self,
         decoder,
         limits: EngineLimits,
-        eos_id: int,
+        stop_ids: int | Collection[int],
         decode: Callable[[list[int]], str] | None = None,
         async_output: bool | None = None,
     ):
-        self.decoder, self.limits, self.eos_id, self.decode = decoder, limits, eos_id, decode
+        self.decoder, self.limits, self.decode = decoder, limits, decode
+        self.stop_ids = frozenset((stop_ids,) if isinstance(stop_ids, int) else stop_ids)
         self.device = decoder.device
         self.async_output = self.device.type == "cuda" if async_output is None else async_output
         self.stats = Stats()
@@ -304,7 +305,7 @@ class Engine:
 
     def _ended(self, row: Row) -> str:
         sampling, tokens = row.request.sampling, row.tokens
-        if tokens[-1] == self.eos_id:
+        if tokens[-1] in self.stop_ids:
             return "eos"
         if any(len(stop) <= len(tokens) and tuple(tokens[-len(stop) :]) == stop for stop in sampling.stop):
             return "stop"

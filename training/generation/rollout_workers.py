@@ -6,7 +6,7 @@ from __future__ import annotations
 import gc
 import importlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from types import ModuleType
 
 import torch
@@ -73,11 +73,11 @@ class Replicas:
         model: LanguageModel | Interleaved,
         shape: Shape,
         limits: EngineLimits,
-        eos_id: int,
+        stop_ids: int | Collection[int],
         tensor_parallel: int = 0,
         decode: Callable[[list[int]], str] | None = None,
     ):
-        self.shape, self.limits, self.eos_id, self.decode = shape, limits, eos_id, decode
+        self.shape, self.limits, self.stop_ids, self.decode = shape, limits, stop_ids, decode
         self.size = tensor_parallel or parallel_state.get_tensor_model_parallel_world_size()
         self.resharder = Resharder(model, shape, self.size)
         self.model_group = parallel_state.get_model_parallel_group()
@@ -93,7 +93,7 @@ class Replicas:
             self.shape, self.resharder.weights(), operations(groups.device().type), self.resharder.group
         )
         reshard_seconds = time.monotonic() - began
-        engine = Engine(decoder, self.limits, self.eos_id, self.decode)
+        engine = Engine(decoder, self.limits, self.stop_ids, self.decode)
         own_indices = self._assigned(requests)[self.resharder.member // self.size]
         own_completions, problem = _completions(engine, [requests[index] for index in own_indices])
         if problem := groups.first_problem(problem):

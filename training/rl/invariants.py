@@ -6,6 +6,8 @@ Each raises InvariantError, on every rank alike, with the values and what they m
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 
 from training.config.trainers import RolloutConfig
@@ -23,9 +25,9 @@ FEW = 100
 of theirs away one time in ten."""
 
 
-def samples_are_whole(batch: Batch, starts: list[int], ended: torch.Tensor, eos_id: int) -> None:
-    """The response mask covers each response from its first id to its last; an EOS is that last
-    one, and there is one where it ended."""
+def samples_are_whole(batch: Batch, starts: list[int], ended: torch.Tensor, stop_ids: Collection[int]) -> None:
+    """The response mask covers each response from its first id to its last. One of ``stop_ids`` is
+    that last one where the response ended, and stands nowhere else in it."""
     tokens, mask, lengths = batch["tokens"], batch["response_mask"], batch["lengths"]
     position = torch.arange(tokens.size(1))
     expected = (position >= torch.tensor(starts)[:, None]) & (position < lengths[:, None])
@@ -35,11 +37,13 @@ def samples_are_whole(batch: Batch, starts: list[int], ended: torch.Tensor, eos_
             f"sample {row}: the response is tokens {starts[row]} to {int(lengths[row]) - 1}, but "
             f"response_mask is True {f'from {inside[0]} to {inside[-1]}' if inside else 'nowhere'}"
         )
-    last = tokens.gather(1, lengths[:, None] - 1).squeeze(1) == eos_id
-    wrong = (last != ended) | (((tokens == eos_id) & mask).sum(1) != ended)
+    stops = torch.isin(tokens, torch.tensor(sorted(stop_ids), dtype=tokens.dtype))
+    last = stops.gather(1, lengths[:, None] - 1).squeeze(1)
+    wrong = (last != ended) | ((stops & mask).sum(1) != ended)
     if wrong.any():
         raise InvariantError(
-            f"sample {int(wrong.nonzero()[0])}: an EOS (id {eos_id}) stands elsewhere than at the end of the response"
+            f"sample {int(wrong.nonzero()[0])}: a stop id (of {sorted(stop_ids)}) stands elsewhere than at the end of "
+            "the response"
         )
 
 

@@ -12,6 +12,7 @@ import dataclasses
 import gc
 import hashlib
 import json
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 
@@ -47,14 +48,15 @@ def answer(config: RewardConfig, inputs: Inputs) -> None:
     model = build_model(inputs.shape, dataclasses.replace(config, lora_rank=0), "lm")
     format.load_weights(StageFolder(config.paths.init).resolve() / "model", model)
     replicas = Replicas(
-        model, inputs.shape.with_tokens(inputs.tokenizer.ids), limits(config.seq_length), inputs.tokenizer.eos_id
+        model, inputs.shape.with_tokens(inputs.tokenizer.ids), limits(config.seq_length), inputs.rows.stop_ids
     )
     responses = replies(replicas, prompts, steps, draws(config.seed, 0, count, steps))
     made = [Example(prompt + response, len(prompt)) for prompt, response in zip(prompts, responses, strict=True)]
     if groups.is_main():
         path = Path(config.paths.output) / RESPONSES
         path.parent.mkdir(parents=True, exist_ok=True)
-        atomic.write_text(path, json.dumps({"made_from": _made_from(config), "responses": made}) + "\n")
+        stored = [(response.tokens, response.response_start) for response in made]
+        atomic.write_text(path, json.dumps({"made_from": _made_from(config), "responses": stored}) + "\n")
     del model, replicas
     gc.collect()
     if torch.cuda.is_available():
@@ -86,12 +88,14 @@ def _made_from(config: RewardConfig) -> str:
     return hashlib.sha256(described.encode()).hexdigest()
 
 
-def bias(config: RewardConfig, learner: Learner, responses: list[Example], eos_id: int, pad_id: int) -> float:
+def bias(
+    config: RewardConfig, learner: Learner, responses: list[Example], stop_ids: Collection[int], pad_id: int
+) -> float:
     """Minus the mean score of the responses that ended (PPO gives the others a penalty instead), of
     all where none did; 0 without responses. A collective."""
     if not responses:
         return 0.0
-    ended = [response for response in responses if response.tokens[-1] == eos_id] or responses
+    ended = [response for response in responses if response.tokens[-1] in stop_ids] or responses
     mine = ended[groups.data_rank() :: groups.data_ranks()]
     sums = torch.zeros(2, dtype=torch.double)
     if mine:

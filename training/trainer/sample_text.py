@@ -4,7 +4,7 @@ on, for others to score."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,7 +63,9 @@ class Samples:
 KEPT = "replies.jsonl"
 
 
-def keep(stage: str, iteration: int, batch: dict[str, torch.Tensor], tokenizer: Tokenizer) -> None:
+def keep(
+    stage: str, iteration: int, batch: dict[str, torch.Tensor], tokenizer: Tokenizer, stop_ids: Collection[int]
+) -> None:
     """Append the held-out replies of ``iteration``, whole rows "tokens" with their "response_mask"
     (B, T), to the stage's replies.jsonl: {"iteration", "index" (of the prompt's row), "response",
     "tokens" (generated ids), "ended"}. An iteration that is evaluated again, after a crash, stands
@@ -76,6 +78,6 @@ def keep(stage: str, iteration: int, batch: dict[str, torch.Tensor], tokenizer: 
                 "index": index,
                 "response": tokenizer.decode(tokens),
                 "tokens": tokens,
-                "ended": tokens[-1] == tokenizer.eos_id,
+                "ended": tokens[-1] in stop_ids,
             }
             file.write(json.dumps(made, ensure_ascii=False) + "\n")

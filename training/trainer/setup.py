@@ -18,7 +18,6 @@ from training.config.shape import Shape
 from training.config.trainers import RolloutConfig, TrainerConfig
 from training.data.batches import Example, Sampler, padded_length
 from training.data.cache import TokenRows, cached
-from training.data.dialogue import CUE
 from training.data.packing import RowLimits, collate_packed, pack
 from training.data.tokenizer import Tokenizer
 from training.distributed import groups
@@ -61,13 +60,13 @@ def read_inputs(config: TrainerConfig, kind: str) -> Inputs:
 def _check_lengths(config: TrainerConfig, inputs: Inputs) -> None:
     """Say how many rows are cut. Raises ConfigError where a prompt that is cut would lose the cue
     at its end."""
-    prompts = isinstance(config, RolloutConfig)
+    prompts, cue = isinstance(config, RolloutConfig), inputs.rows.cue
     name, most = ("prompt_length", config.prompt_length) if prompts else ("seq_length", config.seq_length)
-    kept, cue = most if prompts else most // 2, len(inputs.tokenizer.bos) + len(inputs.tokenizer.encode(CUE))
-    if kept < cue:
+    rest = most if prompts else most // 2
+    if rest < cue:
         raise ConfigError(
-            f"{name} = {most}: of a prompt that is too long the last {kept} tokens are kept, "
-            f"and its end, {CUE!r}, has {cue} with BOS"
+            f"{name} = {most}: of a prompt that is too long the last {rest} tokens stay, "
+            f"and its end, the assistant's mark, has {cue} with BOS; raise {name}"
         )
     if groups.is_main() and (cut := inputs.rows.longer_than(most)):
         print(f"{cut:,} of {len(inputs.rows):,} rows are longer than {name} = {most} and are cut", flush=True)

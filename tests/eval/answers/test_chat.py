@@ -13,11 +13,11 @@ from transformers import PreTrainedTokenizerFast
 
 from eval.answers import chat
 from eval.judge import serve
-from tests.support.chat_templates import NO_SYSTEM
+from tests.support.chat_templates import NO_SYSTEM, PUBLISHED
+from training.files import chat_template
 
 pytestmark = pytest.mark.long
 
-PUBLISHED = Path(__file__).parents[3].parent / "shared" / "data" / "chat_templates"
 LOOPS = "{% for a in range(9999) %}" * 3 + "{% endfor %}" * 3
 
 
@@ -70,7 +70,7 @@ def test_it_renders_what_transformers_renders(template):
     ],
 )
 def test_a_hostile_template_is_an_error_and_the_next_one_renders(template, said, monkeypatch):
-    monkeypatch.setattr(chat, "SECONDS", 1.0)
+    monkeypatch.setattr(chat_template, "SECONDS", 1.0)
     with pytest.raises(chat.TemplateError, match=said) as refused:
         chat.render(template, chat.TRIAL[0])
     assert "\n" not in str(refused.value)
@@ -80,7 +80,7 @@ def test_a_hostile_template_is_an_error_and_the_next_one_renders(template, said,
 def test_no_secret_reaches_it_and_threads_may_share_it(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     chat.render("", [])
-    environment = Path(f"/proc/{chat._worker.process.pid}/environ").read_bytes()
+    environment = Path(f"/proc/{chat_template._worker.process.pid}/environ").read_bytes()
     assert b"secret" not in environment
     found = {}
 
@@ -91,7 +91,7 @@ def test_no_secret_reaches_it_and_threads_may_share_it(monkeypatch):
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
     assert found == {number: str(number) for number in range(8)}
-    os.kill(chat._worker.process.pid, 9)
+    os.kill(chat_template._worker.process.pid, 9)
     time.sleep(0.1)
     assert chat.render("x", []) == "x", "another process takes the place of one that was killed"
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import BloomForSequenceClassification
 
+from eval.answers.heldout import HeldoutPrompt
 from eval.errors import DataError
 from eval.scores import reward_model
 from tests.eval.conftest import tokenizer
@@ -19,6 +20,7 @@ PAIRS = [
     ("\n\nHuman: What is it?\n\nAssistant:", " It is blue light."),
     ("A", ""),
 ]
+ASKED = [(HeldoutPrompt(0, prompt, None), reply) for prompt, reply in PAIRS]
 
 
 def test_scores_are_the_head_s_at_the_end_of_the_reply(judge, monkeypatch):
@@ -27,7 +29,7 @@ def test_scores_are_the_head_s_at_the_end_of_the_reply(judge, monkeypatch):
     monkeypatch.setattr(reward_model, "TOKENS", 40)  # several batches
     model, words = BloomForSequenceClassification.from_pretrained(judge).eval(), tokenizer()
     for limit in (100, 4):
-        found = reward_model.score(judge, PAIRS, limit)
+        found = reward_model.score(judge, ASKED, limit)
         for (prompt, reply), value in zip(PAIRS, found, strict=True):
             ids = [*words(prompt)["input_ids"][-limit:], *words(reply)["input_ids"], words.eos_token_id]
             with torch.no_grad():
@@ -88,7 +90,7 @@ def test_kept_replies_are_scored_by_iteration(judge, tmp_path, capsys):
     assert reward_model.main([str(tmp_path), f"own={judge}", "--prompts", str(prompts), "--start", str(start)]) == 0
     made = [json.loads(line) for line in (tmp_path / "rescored.jsonl").read_text().splitlines()]
     assert [row["iteration"] for row in made] == [0, 4, 8]
-    assert made[1]["score_own"] == pytest.approx(sum(reward_model.score(judge, PAIRS[:2], 1024)) / 2, abs=1e-6)
+    assert made[1]["score_own"] == pytest.approx(sum(reward_model.score(judge, ASKED[:2], 1024)) / 2, abs=1e-6)
     assert reward_model.main([str(tmp_path), f"own={tmp_path}", "--prompts", str(prompts)]) == 65
     assert "can't load it as a reward model" in capsys.readouterr().err
 
@@ -97,7 +99,7 @@ def test_a_model_with_more_labels_is_none(folders, tmp_path):
     BloomForSequenceClassification.from_pretrained(folders["sft"], num_labels=2).save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
     with pytest.raises(DataError, match="2 labels; expected a sequence classifier with one"):
-        reward_model.score(tmp_path, PAIRS, 10)
+        reward_model.score(tmp_path, ASKED, 10)
 
 
 @pytest.mark.parametrize("pad", [-1, 320, None])
@@ -107,4 +109,4 @@ def test_padding_that_is_no_token_is_named(judge, tmp_path, pad):
     path = tmp_path / "judge" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token_id": pad}))
     with pytest.raises(DataError, match="pad_token_id|can't load it as a reward model"):
-        reward_model.score(tmp_path / "judge", PAIRS, 10)
+        reward_model.score(tmp_path / "judge", ASKED, 10)

@@ -20,9 +20,9 @@ from training.data.batches import (
     sft_example,
     shard,
 )
-from training.data.cache import tokenise
 from training.data.permutation import Permutation
 from training.data.rows import Row
+from training.data.tokenised import TextTokenizer
 from training.errors import ConfigError
 
 CUE = [101, 102]
@@ -31,7 +31,7 @@ CUE = [101, 102]
 class Letters:
     """One id a letter; "#" is the cue's two ids."""
 
-    eos_id, pad_id, bos = 2, 3, ()
+    eos_id, pad_id, bos, stop_ids = 2, 3, (), (2,)
 
     def encode_prompts(self, texts: list[str]) -> list[list[int]]:
         return [[number for letter in text for number in (CUE if letter == "#" else [ord(letter)])] for text in texts]
@@ -44,34 +44,35 @@ def ids(text: str) -> list[int]:
 
 
 def tokenised(stage: str, prompt: str, *replies: str, scores=()):
-    return tokenise([Row(prompt, replies, tuple(scores) or (0.0,) * len(replies))], stage, Letters())[0]
+    return TextTokenizer(Letters()).tokenise([Row(prompt, replies, tuple(scores) or (0.0,) * len(replies))], stage)[0]
 
 
 @pytest.mark.parametrize(
-    ("prompt", "response", "seq_length", "tokens", "start"),
+    ("prompt", "response", "seq_length", "tokens", "start", "complete"),
     [
-        ("abc#", "xy", 8, ids("abc#xy") + [2], 5),
+        ("abc#", "xy", 8, ids("abc#xy") + [2], 5, True),
         # one too long: the prompt's first id goes, the EOS stays
-        ("abc#", "xy", 7, ids("bc#xy") + [2], 4),
-        ("abcdef#", "xyz", 8, ids("ef#xyz") + [2], 4),
+        ("abc#", "xy", 7, ids("bc#xy") + [2], 4, True),
+        ("abcdef#", "xyz", 8, ids("ef#xyz") + [2], 4, True),
         (
             "abcdef#",
             "uvwxyz",
             8,
             ids("ef#uvwx"),
             4,
+            False,
         ),  # the prompt is at half a row: the reply loses its tail and the EOS
-        ("#", "uvwxyz", 8, ids("#uvwxyz"), 2),
-        ("#", "uvwxyz", 9, ids("#uvwxyz") + [2], 2),
+        ("#", "uvwxyz", 8, ids("#uvwxyz"), 2, False),
+        ("#", "uvwxyz", 9, ids("#uvwxyz") + [2], 2, True),
     ],
 )
-def test_sft_example(prompt, response, seq_length, tokens, start):
-    assert sft_example(tokenised("sft", prompt, response), Letters(), seq_length) == Example(tokens, start)
+def test_sft_example(prompt, response, seq_length, tokens, start, complete):
+    assert sft_example(tokenised("sft", prompt, response), seq_length) == Example(tokens, start, (), complete)
 
 
 def test_a_comparison_cuts_its_query_alike_for_all_replies():
     row = tokenised("reward", "abcd#", "x", "xyz", scores=[0.5, 2.0])
-    assert comparison_example(row, Letters(), 8) == [
+    assert comparison_example(row, 8) == [
         (Example(ids("cd#x") + [2], 4), 0.5),
         (Example(ids("cd#xyz") + [2], 4), 2.0),
     ]

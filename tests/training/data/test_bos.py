@@ -60,7 +60,7 @@ def rows(folder, tmp_path) -> TokenRows:
 def test_ids_of_prompt_and_reply_are_transformers_ids_of_the_whole_text(folder, rows):
     tokenizer, theirs = Tokenizer(folder), AutoTokenizer.from_pretrained(folder)
     assert tokenizer.bos == [1]
-    for (example, _), text in zip(comparison_example(rows[0], tokenizer, 512), TEXTS, strict=True):
+    for (example, _), text in zip(comparison_example(rows[0], 512), TEXTS, strict=True):
         assert example.tokens == [*theirs(text)["input_ids"], 2]
         assert example.tokens[: example.response_start] == theirs(PROMPT)["input_ids"]
 
@@ -68,7 +68,7 @@ def test_ids_of_prompt_and_reply_are_transformers_ids_of_the_whole_text(folder, 
 def test_evaluation_has_the_ids_of_training(folder, rows):
     theirs = AutoTokenizer.from_pretrained(folder)
     assert generation.encode(theirs, PROMPT, 512) == rows[0].prompt
-    assert [generation.encode_reply(theirs, reply) for reply in REPLIES] == rows[0].replies
+    assert [[*generation.encode_reply(theirs, reply), 2] for reply in REPLIES] == rows[0].replies
     for length in (1, 2, 9, len(rows[0].prompt), 512):
         assert generation.encode(theirs, PROMPT, length) == prompt_tokens(rows[0], length)
 
@@ -76,8 +76,8 @@ def test_evaluation_has_the_ids_of_training(folder, rows):
 def test_bos_stays_where_the_head_is_cut_and_stands_there_once(folder, rows, tmp_path):
     tokenizer, whole = Tokenizer(folder), rows[0].prompt
     assert prompt_tokens(rows[0], 8) == [1, *whole[-7:]] and prompt_tokens(rows[0], len(whole)) == whole
-    assert rows.longer_than(len(whole) + max(map(len, rows[0].replies))) == 1
-    example = sft_example(rows[0]._replace(replies=rows[0].replies[:1]), tokenizer, 20)
+    assert rows.longer_than(len(whole) + max(map(len, rows[0].replies)) - 1) == 1
+    example = sft_example(rows[0]._replace(replies=rows[0].replies[:1]), 20)
     assert (
         len(example.tokens) == 20 and example.tokens[0] == 1 and 1 not in example.tokens[1:] and example.tokens[-1] == 2
     )

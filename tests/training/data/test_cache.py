@@ -56,11 +56,12 @@ def test_rows_are_what_the_tokenizer_says_of_the_text(tmp_path, tokenizer, monke
             replies = {"sft": text["response"][-1:], "reward": text["response"], "rlhf": []}[stage]
             assert row == (
                 tokenizer.encode(text["query"]),
-                [tokenizer.encode(reply) for reply in replies],
+                [[*tokenizer.encode(reply), tokenizer.eos_id] for reply in replies],
                 text["score"] if stage == "reward" else [],
                 0,
+                [],
             )
-        lengths = [len(row.prompt) + max((len(reply) + 1 for reply in row.replies), default=0) for row in rows]
+        lengths = [len(row.prompt) + max((len(reply) for reply in row.replies), default=0) for row in rows]
         for tokens in (0, min(lengths), sorted(lengths)[25], max(lengths)):
             assert rows.longer_than(tokens) == sum(length > tokens for length in lengths)
         assert pickle.loads(pickle.dumps(rows))[49] == rows[49]
@@ -71,7 +72,10 @@ def test_rows_are_what_the_tokenizer_says_of_the_text(tmp_path, tokenizer, monke
 
 def test_a_large_vocabulary_gets_wide_ids(tmp_path, tokenizer):
     class Wide:
-        file, size, bos = tokenizer.file, 250_680, (250_678,)
+        file, ids, bos, eos_id, stop_ids = tokenizer.file, 250_680, [250_678], 2, (2,)
+
+        def encode(self, text):
+            return [0]
 
         def encode_prompts(self, texts):
             return [[250_678, number] for number, _ in enumerate(texts)]
@@ -80,7 +84,7 @@ def test_a_large_vocabulary_gets_wide_ids(tmp_path, tokenizer):
             return [[250_679, number] for number, _ in enumerate(texts)]
 
     rows = TokenRows(cached(written(tmp_path, ROWS[:1]), "sft", Wide()))
-    assert rows[0] == ([250_678, 0], [[250_679, 0]], [], 1) and rows.about["types"]["ids"] == "<u4"
+    assert rows[0] == ([250_678, 0], [[250_679, 0, 2]], [], 1, []) and rows.about["types"]["ids"] == "<u4"
 
 
 def test_it_is_made_once_and_made_anew_when_source_or_tokenizer_change(tmp_path, tokenizer, demo_run):

@@ -12,8 +12,9 @@ import pytest
 
 from training.config.data import DataConfig, ModelConfig, PrepareConfig, PreparePaths
 from training.data import cuts, formats, peek
-from training.data.cache import TokenRows, cached, tokenise
+from training.data.cache import TokenRows, cached
 from training.data.prepare import prepare
+from training.data.tokenised import TextTokenizer
 from training.data.tokenizer import Tokenizer
 
 CUE = "\n\nAssistant:"
@@ -74,7 +75,7 @@ def test_counts_of_the_cache_are_those_of_the_rows(tmp_path, file, demo_run, kin
         file.write_text(
             "".join(json.dumps({"prompt": row["prompt"], "response": row["chosen"]}) + "\n" for row in rows())
         )
-    listed = tokenise(list(formats.iterate(file, kind, Counter())), kind, tokenizer)
+    listed = TextTokenizer(tokenizer).tokenise(list(formats.iterate(file, kind, Counter())), kind)
     stored = TokenRows(cached(file, kind, tokenizer))
     for length in (4, 20, 48, 200, 4000):
         assert cuts.count(stored, kind, length) == cuts.count(listed, kind, length)

@@ -41,7 +41,7 @@ def test_another_run_gives_the_same_bytes_and_another_seed_does_not(demo_run, tm
     caches = [name for name in first if ".jsonl.tokens/" in name]
     # rows, counts.json, model files; nothing half-written is left
     assert len(first) - len(caches) == 6 + 1 + 6
-    assert len(caches) == 6 * (4 + 1 + 1)  # of each file: four arrays, about.json, the lock
+    assert len(caches) == 6 * (6 + 1 + 1)  # of each file: six arrays, about.json, the lock
     assert prepare(tmp_path).returncode == 0
     assert digests(tmp_path) == first
     assert prepare(tmp_path, seed=1).returncode == 0

@@ -12,14 +12,14 @@ import pytest
 
 from training.data import dialogue, peek
 from training.data.cache import cached
-from training.data.formats import DataError, as_native, iterate
+from training.data.formats import DataError, iterate
 from training.data.rows import JUDGED, Row, parse
 from training.data.tokenizer import Tokenizer
 from training.data.turns import BadRow, Unusable
 
 
 def load_rows(file, stage: str) -> list[dict]:
-    return [as_native(row, stage) for row in iterate(file, stage, Counter())]
+    return [row.as_native(stage) for row in iterate(file, stage, Counter())]
 
 
 Q, CUE = "\n\nHuman: Why?", "\n\nAssistant:"
