@@ -1,4 +1,4 @@
-"""Sizes and copies of folders, and what a process's children hold in memory."""
+"""Sizes and copies of folders, and the memory of a process's children."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def size(folder: Path) -> float:
 
 
 def copy(source: Path, target: Path) -> float:
-    """Seconds of cp of the same bytes, to the disk; the copy is deleted."""
+    """Seconds to copy the folder to the disk by cp; the copy is deleted."""
     os.sync()
     began = time.monotonic()
     subprocess.run(["cp", "-r", source, target], check=True)
@@ -26,6 +26,7 @@ def copy(source: Path, target: Path) -> float:
 
 
 def resident_children() -> float:
+    """The largest resident memory of a child that has ended, in GB."""
     import resource
 
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6

@@ -1,11 +1,11 @@
 """How long a person waits for the launcher: ``python benchmarks/launcher.py [times.json]``, on a
 Slurm of its own (slurm/dev/up).
 
-Each command is run REPEATS times, and beside it its peer: an empty Python, and Slurm's own
-``squeue``. ``status`` looks at a run of six queued stages, first alone in the queue, then among
-5,000 held jobs. Limits: --help .3 s, status .3 s plus Slurm's own answer and 1 s with 5,000 jobs,
-submit --dry-run .5 s plus Slurm's own answer, logs of 500 ranks 5 s; exits 1 where the median
-misses one. Meaningful on an idle machine only.
+Each command runs REPEATS times, and so does its peer: an empty Python, or Slurm's own ``squeue``.
+``status`` shows a run of six queued stages, first alone in the queue, then among 5,000 held jobs.
+Limits: --help .3 s, status .3 s plus Slurm's own answer and 1 s with 5,000 jobs, submit --dry-run
+.5 s plus Slurm's own answer, logs of 500 ranks 5 s. Exits 1 where a median misses its limit.
+Meaningful on an idle machine only.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ LAUNCHER = [sys.executable, "-m", "launcher"]
 
 def seconds(command: list[str], environment: dict[str, str], folder: Path) -> float:
     """Median wall clock of a command that must succeed."""
-    took = []
+    times = []
     for _ in range(REPEATS):
         began = time.perf_counter()
         subprocess.run(command, env=environment, cwd=folder, check=True, capture_output=True)
-        took.append(time.perf_counter() - began)
-    return statistics.median(took)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
 
 
 def measure(environment: dict[str, str], folder: Path) -> list[dict]:
@@ -50,15 +50,15 @@ def measure(environment: dict[str, str], folder: Path) -> list[dict]:
     squeue, python = ["squeue", "-h", "-t", "all", "-o", "%A|%T|%r|%j|%k"], [sys.executable, "-c", "pass"]
     rows = []
 
-    def row(what: str, command: list[str], peer: list[str], limit: float, plus: bool = False) -> None:
-        mine, theirs = seconds(command, environment, folder), seconds(peer, environment, folder)
+    def row(what: str, command: list[str], peer: list[str], limit: float, plus_peer: bool = False) -> None:
+        launcher_s, peer_s = seconds(command, environment, folder), seconds(peer, environment, folder)
         rows.append(
             {
                 "what": what,
-                "seconds": mine,
+                "seconds": launcher_s,
                 "peer": " ".join(peer[:1] + peer[1:2]),
-                "peer_seconds": theirs,
-                "limit": limit + theirs * plus,
+                "peer_seconds": peer_s,
+                "limit": limit + peer_s * plus_peer,
             }
         )
 
@@ -66,10 +66,10 @@ def measure(environment: dict[str, str], folder: Path) -> list[dict]:
     dry_run = [*LAUNCHER, "submit", "full-pipeline", "--dry-run", "--profile"]
     row("submit --dry-run, local", [*dry_run, "local"], python, 0.5)
     test_only = ["bash", "-c", "for stage in 1 2 3 4 5 6; do sbatch --test-only --wrap true; done"]
-    row("submit --dry-run, Slurm", [*dry_run, "dev"], test_only, 0.5, plus=True)
+    row("submit --dry-run, Slurm", [*dry_run, "dev"], test_only, 0.5, plus_peer=True)
     run("scontrol", "update", "nodename=ALL", "state=drain", "reason=benchmark")
     run(*LAUNCHER, "submit", "full-pipeline", "--name", "queued")
-    row("status, 6 jobs in the queue", [*LAUNCHER, "status", "queued"], squeue, 0.3, plus=True)
+    row("status, 6 jobs in the queue", [*LAUNCHER, "status", "queued"], squeue, 0.3, plus_peer=True)
     for _ in range(QUEUED // ARRAY):
         run("sbatch", "--hold", f"--array=0-{ARRAY - 1}", "--output=/dev/null", "--wrap", "true")
     row(f"status, {QUEUED:,} more", [*LAUNCHER, "status", "queued"], [*squeue, "-r"], 1.0)

@@ -32,13 +32,15 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.common import missed, say
-from benchmarks.training.parity_gpu import free, settings
+from benchmarks.common import missed, print_row
+from benchmarks.device import free_memory
+from benchmarks.training.parity_gpu import settings
 from tests.support.attention import relative
 from training.checkpoint import format
+from training.checkpoint.stage_folder import StageFolder
 from training.config.shape import Shape
 from training.distributed import groups
-from training.generation.engine import Limits
+from training.generation.engine import EngineLimits
 from training.generation.request import Completion, Request, Sampling
 from training.generation.rollout_workers import Replicas
 from training.models.heads import next_token_logprobs
@@ -74,18 +76,18 @@ class Case:
         ]
 
     def hugging_face(self, dtype: torch.dtype) -> torch.nn.Module:
-        free()
+        free_memory()
         return AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.bfloat16).to(DEVICE).to(dtype).eval()
 
     def ours(self, precision: str) -> torch.nn.Module:
-        free()
+        free_memory()
         model = build_model(self.shape, settings(precision=precision), "lm")
-        format.load_weights(format.resolve(self.work / "convert") / "model", model)
+        format.load_weights(StageFolder(self.work / "convert").resolve() / "model", model)
         return model
 
     def greedy(self, precision: str, prompts: list[list[int]]) -> tuple[list[Completion], Replicas]:
         context = max(map(len, prompts)) + self.new_tokens
-        replicas = Replicas(self.ours(precision), self.shape, Limits(context), self.eos)
+        replicas = Replicas(self.ours(precision), self.shape, EngineLimits(context), self.eos)
         sampling = Sampling(self.new_tokens, temperature=0)
         return replicas.generate([Request(prompt, sampling) for prompt in prompts]), replicas
 
@@ -100,7 +102,7 @@ def convert(case: Case) -> None:
         command = [sys.executable, "-m", module, *map(str, arguments)]
         subprocess.run(command, check=True, cwd=ROOT, env=environment)
     proof = json.loads((case.model / "PROOF.json").read_text())
-    say(proof["proved"], step="convert", tensors=len(proof["tensors"]))
+    print_row(proof["proved"], step="convert", tensors=len(proof["tensors"]))
 
 
 def logits(case: Case) -> None:
@@ -132,7 +134,7 @@ def logits(case: Case) -> None:
     exact, rounded, single, half = theirs(torch.float64), theirs(torch.bfloat16), ours("fp32"), ours("bf16")
     fp32, bf16, peer = (relative(values, exact) for values in (single, half, rounded))
     same = (half.argmax(-1) == exact.argmax(-1)).float().mean().item()
-    say(fp32 <= 2e-5 and bf16 <= 1.1 * peer, step="logits", fp32=fp32, bf16=bf16, hf_bf16=peer, same_argmax=same)
+    print_row(fp32 <= 2e-5 and bf16 <= 1.1 * peer, step="logits", fp32=fp32, bf16=bf16, hf_bf16=peer, same_argmax=same)
 
 
 def greedy(case: Case) -> None:
@@ -152,7 +154,7 @@ def greedy(case: Case) -> None:
     check_generate(case, model, prompts[:8], completions[:8])
     far = [one for one in parted if one["gap"] > NEAR]
     total = sum(len(one.tokens) for one in completions)
-    say(not far, step="greedy", same=len(prompts) - len(parted), of=len(prompts), tokens=total, parted=parted)
+    print_row(not far, step="greedy", same=len(prompts) - len(parted), of=len(prompts), tokens=total, parted=parted)
 
 
 def check_generate(case: Case, model, prompts: list[list[int]], completions: list[Completion]) -> None:
@@ -165,7 +167,7 @@ def check_generate(case: Case, model, prompts: list[list[int]], completions: lis
         with torch.no_grad():
             reply = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=case.eos, **options)
         same += reply[0, len(prompt) :].tolist() == completion.tokens
-    say(same == len(prompts), step="generate", same=same, of=len(prompts))
+    print_row(same == len(prompts), step="generate", same=same, of=len(prompts))
 
 
 def solve(case: Case) -> None:
@@ -179,7 +181,7 @@ def solve(case: Case) -> None:
         expected = problem["answer"].rpartition("####")[2].strip().replace(",", "")
         right += bool(answers) and re.sub(r"[^0-9.\-]", "", answers[-1]).rstrip(".") == expected
     tokens, count = sum(len(one.tokens) for one in completions), len(prompts)
-    say(
+    print_row(
         step="solve",
         problems=count,
         right=right / count,
@@ -203,11 +205,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--small", action="store_true")
     case = Case(parser.parse_args(arguments))
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
-    say(torch=torch.__version__, device=torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu")
+    print_row(torch=torch.__version__, device=torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu")
     with groups.ranks(1, 1, seed=1):
         for step in parser.parse_args(arguments).steps:
             STEPS[step](case)
-            free()
+            free_memory()
     return 1 if missed else 0
 
 

@@ -6,21 +6,20 @@ benchmarks/generation/rollout.py STEP ... [--small]``
     tune      the decode kernel's sizes: TB/s of keys and values read at batch 128, context 512
     agree     bloom-7b1's shape in bf16: log-probabilities of sampled tokens against the training
               forward's
-    step      a decode step at batch 128 and 256, context 512, beside the memory floor, and where
-              its time goes
+    step      a decode step at batch 128 and 256, context 512: its time, the least that reading
+              the memory takes, and the time of its parts
     cases     (a) 128 prompts of 256 + 256 new tokens, (b) 512 of these, (c) 512 prompts of 256 with
               output lengths uniform in 32..512
     peer      Hugging Face's generate on the same shape: case (a)
 
-Weights are random (a step's time does not depend on them), EOS is ignored. Prints JSON lines; a
-line with "ok": false is a missed tolerance, and the exit code is 1. ``--small`` takes tiny shapes,
-for a try on a CPU.
+Weights are random (a step's time does not depend on them), EOS is ignored. Prints JSON lines. A
+line with "ok": false is a missed tolerance, and the exit code is then 1. ``--small`` takes tiny
+shapes, to try the script on a CPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import sys
 import time
@@ -32,29 +31,29 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 from transformers import BloomConfig, BloomForCausalLM
 
-from benchmarks.common import missed, say
-from benchmarks.generation.correctness import DEVICE, OPS, greedy, kernels, paged
-from training.config.trainers import Paths, SFTConfig
+from benchmarks.common import missed, print_row, sft_config
+from benchmarks.device import DEVICE, PRECISION, free_memory
+from benchmarks.generation.correctness import OPS, greedy, kernels, paged
+from benchmarks.shapes import SHAPES
 from training.distributed import groups
 from training.generation.engine import Engine, EngineLimits
 from training.generation.request import Request, Sampling, draws
 from training.generation.weight_sync import named_weights
 from training.models import chunked_logprobs
 from training.models.attention import alibi_slopes
-from training.models.bloom import table as bloom
 from training.models.bloom.decoder import Decoder
 from training.models.heads import next_token_logprobs
 from training.models.kv_cache import Batch
 from training.trainer.step import build_model, evaluate
 
-BIG, SMALL = bloom.shape(30, 4096, 32, 250880, 1e-5), bloom.shape(2, 64, 4, 300, 1e-5)
+BIG, SMALL = SHAPES["7b1"], SHAPES["small"]
 
 
 def tune(small: bool) -> None:
-    """Sizes of the decode kernel; triton_ops.DECODE and EngineLimits.page hold what was best."""
+    """Sizes of the decode kernel; triton_ops.DECODE and EngineLimits.page have the fastest."""
     if DEVICE != "cuda":
         return
-    say(step="tune", copy_tb_per_second=bandwidth() / 1e12)
+    print_row(step="tune", copy_tb_per_second=bandwidth() / 1e12)
     for page in (32, 64):
         cache, qkv, batch = paged(32, 1, 128, page, [512] * 128, None, torch.bfloat16)
         where, slopes = batch(), alibi_slopes(32).to(DEVICE)
@@ -69,7 +68,7 @@ def tune(small: bool) -> None:
         ):
             OPS.DECODE = dict(BLOCK_N=keys, num_warps=warps, STAGES=stages)
             ms = milliseconds(lambda: OPS.attend(cache, qkv[:, :, :1], where, slopes, 128**-0.5))  # noqa: B023
-            say(
+            print_row(
                 step="tune",
                 page=page,
                 keys=keys,
@@ -81,7 +80,7 @@ def tune(small: bool) -> None:
 
 
 def milliseconds(function) -> float:
-    """Median over calls; one more before, to compile. Buffers are larger than the GPU's cache."""
+    """Median over calls, after one that compiles. The buffers are larger than the GPU's cache."""
     function()
     torch.cuda.synchronize()
     times = []
@@ -104,9 +103,7 @@ def bandwidth() -> float:
 def policy(small: bool):
     """A random model in training, bf16 on a GPU, and the engine's decoder on its own weights."""
     shape = SMALL if small else BIG
-    config = SFTConfig(
-        paths=Paths("", "", "", "", ""), precision="bf16" if DEVICE == "cuda" else "fp32", attention="sdpa"
-    )
+    config = sft_config(precision=PRECISION, attention="sdpa")
     torch.manual_seed(0)
     model = build_model(shape, config, "lm")
     for name, parameter in model.named_parameters():
@@ -128,51 +125,52 @@ def agree(small: bool) -> None:
     """Log-probabilities of sampled tokens by the engine, by the training forward, and by the
     engine's own forward in fp32.
 
-    fp32: within 1e-4. bf16: .005 is our goal for a trained model; a random one's logits are all
-    noise of rounding, so what must hold here is that the engine is no farther from fp32 than the
-    training forward is. The head's share of the training forward's error is what the last two show:
-    with logits rounded to bf16, and with a head that rounds nothing.
+    fp32: within 1e-4. bf16: .005 is our goal for a trained model. The logits of a random model are
+    rounding noise only, so here the engine must be no farther from fp32 than the training forward
+    is. The last two numbers show the head's share of the training forward's error: with logits
+    rounded to bf16, and with a head that rounds nothing.
     """
     shape, model, decoder = policy(small)
     rows, prompt, new = (4, 9, 7) if small else (32, 256, 256)
-    asked = requests(rows, prompt, [new] * rows, shape.vocab)
-    made = Engine(decoder, EngineLimits(prompt + new), -1).generate(asked)
-    ours = torch.tensor([one.logprobs for one in made])
-    tokens = torch.tensor([[*request.prompt, *one.tokens] for request, one in zip(asked, made, strict=True)])
-    theirs = trained(model, tokens, prompt)
-    wide = Decoder(shape, {name: parameter.detach().float() for name, parameter in named_weights(model).items()}, OPS)
-    exact = torch.cat([scores(wide, rows_) for rows_ in tokens.split(4)])[:, prompt - 1 :]
+    prompts = requests(rows, prompt, [new] * rows, shape.vocab)
+    replies = Engine(decoder, EngineLimits(prompt + new), -1).generate(prompts)
+    engine = torch.tensor([reply.logprobs for reply in replies])
+    tokens = torch.tensor([[*request.prompt, *reply.tokens] for request, reply in zip(prompts, replies, strict=True)])
+    training = training_logprobs(model, tokens, prompt)
+    fp32 = {name: parameter.detach().float() for name, parameter in named_weights(model).items()}
+    fp32_decoder = Decoder(shape, fp32, OPS)
+    exact = torch.cat([engine_logprobs(fp32_decoder, part) for part in tokens.split(4)])[:, prompt - 1 :]
 
-    def mean(left, right):
+    def difference(left, right):
         return (left - right).abs().mean().item()
 
-    found = {
-        "engine_to_training": mean(ours, theirs),
-        "engine_to_fp32": mean(ours, exact),
-        "training_to_fp32": mean(theirs, exact),
-        "training_with_bf16_logits_to_fp32": mean(
-            trained(model, tokens, prompt, lambda hidden, weight: (hidden @ weight.t()).float()), exact
-        ),
-        "training_with_an_fp32_head_to_fp32": mean(
-            trained(model, tokens, prompt, lambda hidden, weight: hidden.float() @ weight.float().t()), exact
-        ),
+    def with_head(product):
+        return difference(training_logprobs(model, tokens, prompt, product), exact)
+
+    differences = {
+        "engine_to_training": difference(engine, training),
+        "engine_to_fp32": difference(engine, exact),
+        "training_to_fp32": difference(training, exact),
+        "training_with_bf16_logits_to_fp32": with_head(lambda hidden, weight: (hidden @ weight.t()).float()),
+        "training_with_an_fp32_head_to_fp32": with_head(lambda hidden, weight: hidden.float() @ weight.float().t()),
     }
-    fine = (
-        found["engine_to_fp32"] <= found["training_to_fp32"] if DEVICE == "cuda" else found["engine_to_training"] < 1e-4
-    )
-    say(
-        fine,
+    if DEVICE == "cuda":
+        agrees = differences["engine_to_fp32"] <= differences["training_to_fp32"]
+    else:
+        agrees = differences["engine_to_training"] < 1e-4
+    print_row(
+        agrees,
         step="agree",
-        tokens=ours.numel(),
-        **found,
-        largest=(ours - theirs).abs().max().item(),
-        signed=(ours - theirs).mean().item(),
+        tokens=engine.numel(),
+        **differences,
+        largest=(engine - training).abs().max().item(),
+        signed=(engine - training).mean().item(),
     )
 
 
-def trained(model, tokens: torch.Tensor, prompt: int, product=chunked_logprobs.product) -> torch.Tensor:
-    """(B, T - prompt) the training forward's log-probabilities of ``tokens`` (B, T); ``product``:
-    how its head makes logits."""
+def training_logprobs(model, tokens: torch.Tensor, prompt: int, product=chunked_logprobs.product) -> torch.Tensor:
+    """(B, T - prompt) log-probabilities of ``tokens`` (B, T) by the training forward. ``product``
+    computes its head's logits."""
     before, chunked_logprobs.product = chunked_logprobs.product, product
     try:
         logprobs = evaluate(
@@ -184,9 +182,9 @@ def trained(model, tokens: torch.Tensor, prompt: int, product=chunked_logprobs.p
 
 
 @torch.no_grad()
-def scores(decoder: Decoder, tokens: torch.Tensor) -> torch.Tensor:
-    """(B, T - 1) log-probability of each of ``tokens`` (B, T) but the first, by the engine's
-    forward pass of all of them at once."""
+def engine_logprobs(decoder: Decoder, tokens: torch.Tensor) -> torch.Tensor:
+    """(B, T - 1) log-probabilities of ``tokens`` (B, T) without the first, by one forward pass of
+    the engine's decoder."""
     rows, length = tokens.shape
     page, pages = 32, -(-length // 32)
     cache = torch.zeros(
@@ -201,28 +199,26 @@ def scores(decoder: Decoder, tokens: torch.Tensor) -> torch.Tensor:
     )
     table = (torch.arange(rows * pages, device=DEVICE, dtype=torch.int32) + 1).view(rows, pages)
     lengths, position = torch.full((rows,), length, device=DEVICE), torch.arange(length, device=DEVICE).repeat(rows)
-    starts, owner = (
-        torch.arange(rows + 1, device=DEVICE) * length,
-        torch.arange(rows, device=DEVICE).repeat_interleave(length),
-    )
+    starts = torch.arange(rows + 1, device=DEVICE) * length
+    owner = torch.arange(rows, device=DEVICE).repeat_interleave(length)
     batch = Batch(table, lengths, position, page, length, starts, [length] * rows, owner)
     hidden = decoder.last_hidden(tokens.to(DEVICE).flatten(), cache, batch).view(rows, length, -1)
-    found = [
-        decoder.logits(row[:-1]).log_softmax(-1).gather(-1, line[1:, None]).squeeze(1)
-        for row, line in zip(hidden, tokens.to(DEVICE), strict=True)
+    logprobs = [
+        decoder.logits(row[:-1]).log_softmax(-1).gather(-1, ids[1:, None]).squeeze(1)
+        for row, ids in zip(hidden, tokens.to(DEVICE), strict=True)
     ]
-    return torch.stack(found).cpu()
+    return torch.stack(logprobs).cpu()
 
 
 def step(small: bool) -> None:
-    """Median time between two steps of a full batch, all rows at 512 +- 32 tokens; then where the
-    time of a step goes."""
+    """Median time between two steps of a full batch, all rows at 512 +- 32 tokens; then the time of
+    a step's parts."""
     shape, _, decoder = policy(small)
     prompt, new = (12, 8) if small else (480, 64)
     for rows in (4, 8) if small else (128, 256):
         engine, times = Engine(decoder, EngineLimits(prompt + new, rows=rows), -1), []
         collect = engine._collect
-        engine._collect = lambda *given: (collect(*given), times.append(time.monotonic()))[0]  # noqa: B023
+        engine._collect = lambda *values: (collect(*values), times.append(time.monotonic()))[0]  # noqa: B023
         for _ in range(2):  # the first compiles
             times.clear()
             engine.generate(requests(rows, prompt, [new] * rows, shape.vocab))
@@ -230,7 +226,7 @@ def step(small: bool) -> None:
         ms = 1e3 * apart[len(apart) // 2]
         read = 2 * shape.parameters() + 4 * shape.layers * shape.hidden * rows * (prompt + new // 2)
         floor = 1e3 * read / bandwidth() if DEVICE == "cuda" else 0.0
-        say(
+        print_row(
             step="step",
             rows=rows,
             context=prompt + new // 2,
@@ -252,36 +248,38 @@ GROUPS = {
     "norms, cache writes, gelu": ("_residual_norm", "_write", "elu", "layer_norm"),
     "layer products": ("gemm", "nvjet", "cutlass", "splitK", "cublas"),
 }
-"""Words in the names of kernels."""
+"""Group -> parts of its kernels' names."""
 
 
 def parts_of_a_step(engine: Engine, rows: int) -> None:
-    """Milliseconds of the kernels of a step, by group, at the last state of ``engine``; head and
-    sampling by themselves."""
+    """Milliseconds of a step's kernels, by group, at the last state of ``engine``. Head and
+    sampling are timed on their own."""
     from torch.profiler import ProfilerActivity, profile
 
     index, slots, calls = torch.arange(rows, device=DEVICE), engine.slots, 8
     hidden = engine.graphs.hidden(index).clone()
     logits = engine.decoder.logits(hidden)
-    heat, uniforms = slots.temperature[index], slots.uniforms[index, 0]
+    temperature, uniforms = slots.temperature[index], slots.uniforms[index, 0]
     p = torch.full((rows,), 0.9, device=DEVICE)
     spent = {
         "head": milliseconds(lambda: engine.decoder.logits(hidden)),
-        "sampling": milliseconds(lambda: OPS.choose(logits, heat, uniforms)),
-        "sampling with top-p": milliseconds(lambda: OPS.choose(logits, heat, uniforms, slots.top_k[index], p)),
+        "sampling": milliseconds(lambda: OPS.choose(logits, temperature, uniforms)),
+        "sampling with top-p": milliseconds(lambda: OPS.choose(logits, temperature, uniforms, slots.top_k[index], p)),
         "graph": milliseconds(lambda: engine.graphs.hidden(index)),
     }
-    with profile(activities=[ProfilerActivity.CUDA]) as made:
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
         for _ in range(calls):
             engine.graphs.hidden(index)
         torch.cuda.synchronize()
-    events = [(event.device_time_total / 1e3 / calls, event.count // calls, event.key) for event in made.key_averages()]
+    events = [
+        (event.device_time_total / 1e3 / calls, event.count // calls, event.key) for event in trace.key_averages()
+    ]
     for ms, _, key in events:
-        group = next((name for name, words in GROUPS.items() if any(word in key for word in words)), "other")
+        group = next((name for name, parts in GROUPS.items() if any(part in key for part in parts)), "other")
         spent[group] = spent.get(group, 0.0) + ms
-    say(step="parts", rows=rows, **spent)
+    print_row(step="parts", rows=rows, **spent)
     for ms, count, key in sorted(events, reverse=True)[:10]:
-        say(step="kernel", ms=ms, count=count, name=key[:60])
+        print_row(step="kernel", ms=ms, count=count, name=key[:60])
 
 
 def cases(small: bool) -> None:
@@ -294,10 +292,10 @@ def cases(small: bool) -> None:
     engine.generate(requests(many // 4, prompt, [new // 4] * (many // 4), shape.vocab))  # compiles
     for name, outputs in (("a", [new] * (many // 4)), ("b", [new] * many), ("c", spread)):
         engine.release()
-        made = engine.generate(requests(len(outputs), prompt, outputs, shape.vocab))
-        assert [len(one.tokens) for one in made] == outputs
+        replies = engine.generate(requests(len(outputs), prompt, outputs, shape.vocab))
+        assert [len(reply.tokens) for reply in replies] == outputs
         stats = engine.stats
-        say(
+        print_row(
             step="cases",
             case=name,
             rows=len(outputs),
@@ -334,7 +332,7 @@ def peer(small: bool) -> None:
     for steps in (4, new):
         began = time.monotonic()
         with torch.no_grad():
-            made = model.generate(
+            output = model.generate(
                 input_ids=tokens,
                 attention_mask=torch.ones_like(tokens),
                 do_sample=True,
@@ -344,9 +342,9 @@ def peer(small: bool) -> None:
                 eos_token_id=None,
                 pad_token_id=3,
             )
-        assert made.size(1) == prompt + steps
+        assert output.size(1) == prompt + steps
         seconds = time.monotonic() - began
-    say(
+    print_row(
         step="peer",
         peer="transformers generate",
         rows=rows,
@@ -362,21 +360,19 @@ def main(arguments: list[str]) -> int:
     steps = {function.__name__: function for function in (kernels, greedy, tune, agree, step, cases, peer)}
     parser.add_argument("steps", nargs="+", choices=[*steps, "all"])
     parser.add_argument("--small", action="store_true")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29512")
-    say(torch=torch.__version__, device=torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu")
+    print_row(torch=torch.__version__, device=torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu")
     with groups.ranks(1, 1, seed=1):
-        for name in steps if "all" in given.steps else given.steps:
+        for name in steps if "all" in options.steps else options.steps:
             began = time.monotonic()
             try:
-                steps[name](given.small)
-            except Exception:  # noqa: BLE001 - the other steps can still say something
+                steps[name](options.small)
+            except Exception:  # noqa: BLE001 - the other steps still run
                 traceback.print_exc()
-                say(False, step=name, failed=True)
-            gc.collect()
-            if DEVICE == "cuda":
-                torch.cuda.empty_cache()
-            say(step=name, took=time.monotonic() - began)
+                print_row(False, step=name, failed=True)
+            free_memory()
+            print_row(step=name, took=time.monotonic() - began)
     return 1 if missed else 0
 
 

@@ -1,5 +1,5 @@
-"""The parts of benchmarks/multi_gpu/suite.py that compare: a layout's loss and gradients with one
-GPU's, a checkpoint with what was saved."""
+"""The parts of benchmarks/multi_gpu/suite.py that compare: a layout's loss and gradients with those
+of one GPU, a loaded checkpoint with the saved one."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import is_main_replica
 
-from benchmarks.multi_gpu.common import SHAPES, fill, length, micro_batches, mine, rows, say, settings
+from benchmarks.device import PRECISION, synchronize
+from benchmarks.multi_gpu.common import SHAPES, fill, length, local_part, micro_batches, print_row, rows, settings
 from benchmarks.multi_gpu.plan import ON_PURPOSE
-from benchmarks.training.train import CUDA, sync
 from training import sft
 from training.checkpoint import format
 from training.checkpoint.stage_folder import StageFolder
@@ -28,18 +28,16 @@ from training.trainer.step import Learner, Objective, build_model
 
 ROWS = 8
 LOSS, GRADIENT = 1e-6, 1e-4
-"""Relative, fp32: what another order of sums may change over 24 layers; a gradient's is of the
+"""Relative tolerances in fp32, for another order of sums over 24 layers. The gradient's is of the
 worst tensor (L2)."""
-STATE = "bf16" if CUDA else "fp32"
-"""optimizer_precision."""
 LONGEST = 1024
-"""Tokens of a row whose gradients are compared: jobs of other sizes and the compilation of later
-ones share the GPUs."""
+"""Tokens of a row whose gradients are compared. Jobs of other sizes and the compilation of later
+jobs share the GPUs meanwhile."""
 CHUNK = 2**26
 """Elements that are hashed or compared at once."""
 
 
-def learner(size: str, **values) -> Learner:
+def filled_learner(size: str, **values) -> Learner:
     config = settings(size, micro_batch_size=1, global_batch_size=ROWS, **values)
     model = build_model(SHAPES[size], config, "lm")
     fill(model, SHAPES[size])
@@ -47,52 +45,34 @@ def learner(size: str, **values) -> Learner:
 
 
 def gradients(size: str, layout: dict, folder: Path) -> None:
-    """One step in fp32. One rank alone writes its gradients to ``folder``; others compare theirs,
-    each rank the elements whose sums it owns, with the part of the whole tensor."""
+    """One step in fp32. A single rank writes its gradients to ``folder``. Several ranks compare
+    theirs with these: each compares the elements whose sums it owns."""
     values = {"precision": "fp32", "seq_length": min(length(size), LONGEST), **layout}
-    made, shape = learner(size, **values), SHAPES[size]
+    learner, shape = filled_learner(size, **values), SHAPES[size]
     config = settings(size, micro_batch_size=1, global_batch_size=ROWS, **values)
-    optimizer = made.optimizer
+    optimizer = learner.optimizer
     optimizer.update = lambda norm: None
-    found = made.step(
-        micro_batches(rows(size, ROWS, longest=config.seq_length), config), Objective(("loss",), sft.compute)
-    )
+    batches = micro_batches(rows(size, ROWS, seq_length=config.seq_length), config)
+    metrics = learner.step(batches, Objective(("loss",), sft.compute))
     names = {
         parameter: EMBEDDING if name == OUTPUT and shape.tied else name
-        for name, parameter in named_weights(made.model).items()
+        for name, parameter in named_weights(learner.model).items()
     }
     owned = {
         names[parameter]: (parameter, ranges["param"].start, ranges["param"].end)
         for parameter, ranges in optimizer._owned()
     }
-    path, numbers = folder / f"{size}.pt", {name: found[name] for name in ("loss", "grad_norm")}
+    path, numbers = folder / f"{size}.pt", {name: metrics[name] for name in ("loss", "grad_norm")}
     if dist.get_world_size() == 1:
-        torch.save(
-            {
-                "gradients": {
-                    name: (parameter.main_grad * optimizer.scale).cpu() for name, (parameter, *_) in owned.items()
-                },
-                **numbers,
-            },
-            path,
-        )
-        say(part="gradients", size=size, ok=True, **numbers)
+        one_gpu = {name: (parameter.main_grad * optimizer.scale).cpu() for name, (parameter, *_) in owned.items()}
+        torch.save({"gradients": one_gpu, **numbers}, path)
+        print_row(part="gradients", size=size, ok=True, **numbers)
         return
-    theirs = torch.load(path, mmap=True, weights_only=True)
-    sums = {name: torch.zeros(2, dtype=torch.double, device=groups.device()) for name in sorted(theirs["gradients"])}
-    for name, (parameter, start, end) in owned.items():
-        expected = mine(theirs["gradients"][name].to(groups.device()), parameter).reshape(-1)[start:end]
-        ours = parameter.main_grad.view(-1)[start:end]
-        # whole in double: 4 GB a tensor of 1b7's head
-        for our, their in zip(ours.split(CHUNK), expected.split(CHUNK), strict=True):
-            whole = their.double()
-            sums[name] += torch.stack(((our * optimizer.scale - whole).square().sum(), whole.square().sum()))
-    total = torch.stack(list(sums.values()))
-    dist.all_reduce(total)
-    errors = dict(zip(sums, (total[:, 0] / total[:, 1]).sqrt().tolist(), strict=True))
+    reference = torch.load(path, mmap=True, weights_only=True)
+    errors = gradient_errors(owned, reference["gradients"], optimizer.scale)
     worst = max(errors, key=errors.get)
-    loss, norm = (abs(numbers[name] - theirs[name]) / theirs[name] for name in numbers)
-    say(
+    loss, norm = (abs(numbers[name] - reference[name]) / reference[name] for name in numbers)
+    print_row(
         part="gradients",
         size=size,
         ok=loss <= LOSS and errors[worst] <= GRADIENT,
@@ -104,6 +84,26 @@ def gradients(size: str, layout: dict, folder: Path) -> None:
     )
 
 
+def gradient_errors(owned: dict[str, tuple], reference: dict[str, torch.Tensor], scale: float) -> dict[str, float]:
+    """Relative L2 error of each tensor's gradient over all ranks.
+
+    ``owned``: name -> (parameter, first and last element that this rank owns). ``reference``: the
+    gradients of one GPU.
+    """
+    device = groups.device()
+    sums = {name: torch.zeros(2, dtype=torch.double, device=device) for name in sorted(reference)}
+    for name, (parameter, start, end) in owned.items():
+        expected = local_part(reference[name].to(device), parameter).reshape(-1)[start:end]
+        gradient = parameter.main_grad.view(-1)[start:end]
+        # in chunks: 1b7's head in double takes 4 GB
+        for chunk, exact in zip(gradient.split(CHUNK), expected.split(CHUNK), strict=True):
+            exact = exact.double()
+            sums[name] += torch.stack(((chunk * scale - exact).square().sum(), exact.square().sum()))
+    total = torch.stack(list(sums.values()))
+    dist.all_reduce(total)
+    return dict(zip(sums, (total[:, 0] / total[:, 1]).sqrt().tolist(), strict=True))
+
+
 def fails(size: str, layout: dict, folder: Path) -> None:
     """The last rank fails while the others wait for it in a collective;
     benchmarks/multi_gpu/suite.py says whether it could tell."""
@@ -112,33 +112,36 @@ def fails(size: str, layout: dict, folder: Path) -> None:
     if dist.get_rank() == dist.get_world_size() - 1:
         raise RuntimeError(ON_PURPOSE)
     dist.all_reduce(ones)
-    sync()
+    synchronize()
 
 
 def saved(size: str, layout: dict, folder: Path) -> None:
-    """Steps, then an asynchronous save of weights and optimizer beside others; what was saved is
-    fingerprinted."""
-    values = {"optimizer_precision": STATE, "async_save": True, "save_every": 1, **layout}
-    made, config = learner(size, **values), settings(size, micro_batch_size=1, global_batch_size=ROWS, **values)
+    """Steps, then an asynchronous save of weights and optimizer during more steps. The fingerprints
+    of what was saved are written to ``folder``."""
+    values = {"optimizer_precision": PRECISION, "async_save": True, "save_every": 1, **layout}
+    learner, config = (
+        filled_learner(size, **values),
+        settings(size, micro_batch_size=1, global_batch_size=ROWS, **values),
+    )
     batches, objective = micro_batches(rows(size, ROWS), config), Objective(("loss",), sft.compute)
-    made.step(batches, objective)
-    saver = Saver(StageFolder(folder / "saved"), {"model": made}, config)
-    saver.poll()  # pins host memory beside the next steps
+    learner.step(batches, objective)
+    saver = Saver(StageFolder(folder / "saved"), {"model": learner}, config)
+    saver.poll()  # pins host memory during the next steps
     began, steps = time.monotonic(), 0
     while highest([0.0 if saver.allocating is None or saver.allocating.done() else 1.0])[0]:
-        made.step(batches, objective)
+        learner.step(batches, objective)
         steps += 1
     pinned = time.monotonic() - began
-    made.step(batches, objective)
-    prints, size_gb = fingerprints(made), bytes_saved(made) / 1e9
+    learner.step(batches, objective)
+    prints, size_gb = fingerprints(learner), bytes_saved(learner) / 1e9
     saver.save(2, {})
-    beside = 0
+    steps_meanwhile = 0
     while not (times := saver.poll()):
-        made.step(batches, objective)
-        beside += 1
+        learner.step(batches, objective)
+        steps_meanwhile += 1
     if groups.is_main():
         (folder / "fingerprints.json").write_text(json.dumps(prints), encoding="utf-8")
-    say(
+    print_row(
         part="saved",
         size=size,
         ok=len(prints) > 0,
@@ -146,50 +149,50 @@ def saved(size: str, layout: dict, folder: Path) -> None:
         seconds=times["save_s"],
         stall=times["save_stall_s"],
         tensors=len(prints),
-        steps=beside,
+        steps=steps_meanwhile,
         pinned_s=pinned,
         pinned_steps=steps,
     )
 
 
 def loaded(size: str, layout: dict, folder: Path) -> None:
-    """What ``saved`` wrote, at another layout: every tensor's fingerprint is the saved one's."""
-    made = learner(size, optimizer_precision=STATE, **layout)
-    sync()
+    """Load what ``saved`` wrote at another layout: every tensor must have the saved fingerprint."""
+    learner = filled_learner(size, optimizer_precision=PRECISION, **layout)
+    synchronize()
     began = time.monotonic()
-    format.load(StageFolder(folder / "saved").resolve(), {"model": made})
-    sync()
-    seconds, size_gb, ours = time.monotonic() - began, bytes_saved(made) / 1e9, fingerprints(made)
-    theirs = json.loads((folder / "fingerprints.json").read_text(encoding="utf-8"))
-    wrong = [name for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name)]
-    say(part="loaded", size=size, ok=not wrong, gb=size_gb, seconds=seconds, tensors=len(ours), wrong=wrong[:3])
+    format.load(StageFolder(folder / "saved").resolve(), {"model": learner})
+    synchronize()
+    seconds, size_gb, prints = time.monotonic() - began, bytes_saved(learner) / 1e9, fingerprints(learner)
+    expected = json.loads((folder / "fingerprints.json").read_text(encoding="utf-8"))
+    wrong = [name for name in sorted({*prints, *expected}) if prints.get(name) != expected.get(name)]
+    print_row(part="loaded", size=size, ok=not wrong, gb=size_gb, seconds=seconds, tensors=len(prints), wrong=wrong[:3])
 
 
-def owned_tensors(made: Learner) -> list[ShardedTensor]:
-    """What this rank writes of a checkpoint."""
-    state = nested_values(format.sharded(made, is_loading=False))
+def owned_tensors(learner: Learner) -> list[ShardedTensor]:
+    """The tensors that this rank writes of a checkpoint."""
+    state = nested_values(format.sharded(learner, is_loading=False))
     return [tensor for tensor in state if isinstance(tensor, ShardedTensor) and is_main_replica(tensor.replica_id)]
 
 
-def bytes_saved(made: Learner) -> float:
-    total = torch.tensor(float(sum(tensor.data.nbytes for tensor in owned_tensors(made))), dtype=torch.double)
+def bytes_saved(learner: Learner) -> float:
+    total = torch.tensor(float(sum(tensor.data.nbytes for tensor in owned_tensors(learner))), dtype=torch.double)
     dist.all_reduce(total)
     return total.item()
 
 
-def fingerprints(made: Learner) -> dict[str, int]:
-    """Of each whole tensor: the sum, modulo 2^64, of its elements' bits times a hash of their
-    places. Equal for equal tensors, however they are divided: each rank sums what it owns."""
-    found: dict[str, int] = {}
-    for tensor in owned_tensors(made):
-        found[tensor.key] = found.get(tensor.key, 0) + _hashed(tensor)
-    everyone: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, found)
-    keys = sorted({key for one in everyone for key in one})
-    return {key: sum(one.get(key, 0) for one in everyone) % 2**64 for key in keys}
+def fingerprints(learner: Learner) -> dict[str, int]:
+    """Tensor -> the sum, modulo 2^64, of its elements' bits times a hash of their places. Equal
+    tensors have equal sums at every layout: each rank sums the elements that it owns."""
+    sums: dict[str, int] = {}
+    for tensor in owned_tensors(learner):
+        sums[tensor.key] = sums.get(tensor.key, 0) + _hash(tensor)
+    all_sums: list = [None] * dist.get_world_size()
+    dist.all_gather_object(all_sums, sums)
+    keys = sorted({key for rank_sums in all_sums for key in rank_sums})
+    return {key: sum(rank_sums.get(key, 0) for rank_sums in all_sums) % 2**64 for key in keys}
 
 
-def _hashed(tensor: ShardedTensor) -> int:
+def _hash(tensor: ShardedTensor) -> int:
     values = tensor.data.detach()
     offset = list(tensor.global_offset)
     # the axis of layers may be missing from the data

@@ -1,33 +1,29 @@
 """Which jobs benchmarks/multi_gpu/suite.py runs on N GPUs, and what launcher/estimates/step_time.py
-expects of them. Pure, standard library only."""
+predicts of them. Pure; standard library only."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from dataclasses import dataclass
 
-from benchmarks.multi_gpu.tables import machine, name
+from benchmarks.common import print_row, sft_config
+from benchmarks.multi_gpu.tables import layout_name, machine
+from benchmarks.shapes import SHAPES
 from launcher.estimates import iteration_time, memory, step_time
-from training.config.trainers import Paths, PPOConfig, PPOPaths, SFTConfig
+from training.config.trainers import PPOConfig, PPOPaths
 from training.errors import ConfigError
-from training.models.bloom.table import shape as bloom
 
-SHAPES = {
-    "560m": bloom(24, 1024, 16, 250880, 1e-5),
-    "1b7": bloom(24, 2048, 16, 250880, 1e-5),
-    "7b1": bloom(30, 4096, 32, 250880, 1e-5),
-    "tiny": bloom(8, 64, 8, 1000, 1e-5),
-}
 MEMORY_GB_S = {"H100": 3350, "H200": 4800}
+"""Rate of a GPU's memory."""
+UNCOMPILED = {"compile": False, "attention": "sdpa"}
 PARTS = ("gradients", "fails", "sft", "halves", "checkpoint", "ppo", "large")
 ON_PURPOSE = "this rank fails alone on purpose"
-"""What the job "fails" is for."""
-WARM = 5
-"""Jobs that compile beforehand: they share the GPUs with those that compare gradients, which need
-up to 60 GB, and take 2 to 7 each. So the first two share them with what one GPU does alone, the
-others with what several do."""
+"""The error of the job "fails"."""
+WARM_JOBS = 5
+"""Jobs that compile beforehand. They take 2 to 7 GB each, and share the GPUs with the jobs that
+compare gradients, which need up to 60 GB. The first two run with the jobs of one GPU, the others
+with the jobs of several."""
 
 
 @dataclass
@@ -56,73 +52,65 @@ def layout(tensor: int = 1, stages: int = 1, virtual: int = 1, sequence: bool | 
 
 def divisions(gpus: int) -> list[dict]:
     """The ways to divide a model over ``gpus`` that are checked."""
-    plain = {"compile": False, "attention": "sdpa"}
     if gpus == 1:
-        return [layout(**plain)]
+        return [layout(**UNCOMPILED)]
     half = gpus // 2
+    pure = [layout(gpus, **UNCOMPILED), layout(1, gpus, **UNCOMPILED), layout(**UNCOMPILED)]
     if half > 1:
-        mixed = [layout(2, half, 2, **plain), layout(2, sequence=False, **plain), layout(1, 2, **plain)]
+        mixed = [layout(2, half, 2, **UNCOMPILED), layout(2, sequence=False, **UNCOMPILED), layout(1, 2, **UNCOMPILED)]
     else:
-        mixed = [layout(gpus, sequence=False, **plain), layout(1, gpus, 2, **plain)]
-    return [layout(gpus, **plain), layout(1, gpus, **plain), layout(**plain), *mixed, layout(2)]
+        mixed = [layout(gpus, sequence=False, **UNCOMPILED), layout(1, gpus, 2, **UNCOMPILED)]
+    return [*pure, *mixed, layout(2)]
 
 
 def timed_layouts(size: str, gpus: int, card: dict) -> list[dict]:
-    """Of SFT, with rows and recompute; those that don't fit are left out and said."""
+    """The layouts of SFT, with rows and recompute. A line is printed for each that doesn't fit."""
     half = gpus // 2
-    asked = [layout(gpus), layout(1, gpus), layout(), layout(gpus, compile=False)] if gpus > 1 else [layout()]
     if half > 1:
-        asked = [
-            layout(2, half),
-            layout(2, half, 2),
-            layout(1, gpus),
-            layout(1, gpus, 2),
-            layout(),
-            layout(gpus),
-            layout(2),
-        ]
-    found: list[dict] = []
-    for one in asked:
-        alike = next((other for other in found if {**other, **one} == {**other, "virtual_pipeline": 2}), {})
-        # to be compared with the same in one part
+        layouts = [layout(2, half), layout(2, half, 2), layout(1, gpus), layout(1, gpus, 2)]
+        layouts += [layout(), layout(gpus), layout(2)]
+    else:
+        layouts = [layout(gpus), layout(1, gpus), layout(), layout(gpus, compile=False)] if gpus > 1 else [layout()]
+    timed: list[dict] = []
+    for candidate in layouts:
+        alike = next((other for other in timed if {**other, **candidate} == {**other, "virtual_pipeline": 2}), {})
+        # the same rows and recompute as in one part, to be compared with it
         rows = {key: alike[key] for key in ("micro_batch_size", "recompute") if alike}
-        made = fitting(size, {**one, **rows}, gpus, card) or fitting(size, one, gpus, card)
-        if made is None:
-            why = f"the layers do not divide so, or no rows and recompute fit {card['memory_gb']:.0f} GB"
-            print(json.dumps({"part": "sft", "skipped": one, "why": why}), flush=True)
+        fitted = fitting(size, {**candidate, **rows}, gpus, card) or fitting(size, candidate, gpus, card)
+        if fitted is None:
+            reason = f"the layers do not divide so, or no rows and recompute fit {card['memory_gb']:.0f} GB"
+            print_row(part="sft", skipped=candidate, why=reason)
         else:
-            found.append(made)
-    return found
+            timed.append(fitted)
+    return timed
 
 
-def fitting(size: str, one: dict, gpus: int, card: dict) -> dict | None:
-    """``one`` with the fastest rows and recompute that fit, where it says neither, by
-    launcher/estimates/step_time.py; of equals more rows, and less recompute."""
-    best = None
+def fitting(size: str, layout: dict, gpus: int, card: dict) -> dict | None:
+    """``layout`` with the fastest rows and recompute that fit, by launcher/estimates/step_time.py;
+    None where nothing fits. Rows and recompute that it has stay. Among equals: more rows, and less
+    recompute."""
+    best_s, best = None, None
     for rows in (4, 2, 1):
         for recompute in ("none", "selective", "full"):
-            values = {"micro_batch_size": rows, "recompute": recompute, "global_batch_size": 8 * gpus, **one}
+            values = {"micro_batch_size": rows, "recompute": recompute, "global_batch_size": 8 * gpus, **layout}
             try:
-                made = predicted(size, values, gpus, card)
+                step = predicted(size, values, gpus, card)
             except ConfigError:
                 continue
-            if made.memory_gb <= memory.FITS * card["memory_gb"] and (best is None or made.seconds < 0.99 * best[0]):
-                best = made.seconds, values
-    return best and best[1]
+            fits = step.memory_gb <= memory.FITS * card["memory_gb"]
+            if fits and (best_s is None or step.seconds < 0.99 * best_s):
+                best_s, best = step.seconds, values
+    return best
 
 
 def predicted(size: str, values: dict, gpus: int, card: dict) -> step_time.Step:
-    config = SFTConfig(
-        paths=Paths("", "", "", "", ""),
-        seq_length=128 if size == "tiny" else 2048,
-        optimizer_precision="bf16",
-        **values,
-    )
+    seq_length = 128 if size == "tiny" else 2048
+    config = sft_config(seq_length=seq_length, optimizer_precision="bf16", **values)
     return step_time.step(SHAPES[size], config, gpus, machine(card), gpus)
 
 
 def ppo_values(size: str) -> dict:
-    """Samples, and a token budget that keeps GPUs busy whose layers are launched with messages
+    """Samples, and a token budget that keeps the GPUs busy while layers and messages are launched
     (training/config/cost.py)."""
     if size == "tiny":
         return dict(
@@ -147,79 +135,80 @@ Waves = list[list[Job]]
 
 
 def waves(gpus: int, tiny: bool, card: dict, parts: list[str], only: list[str] = ()) -> Waves:
-    """What matters least, last. ``only``: see ``chosen``."""
+    """All waves, the most important first. ``only``: see ``select``."""
     small, middle, large = ("tiny",) * 3 if tiny else ("560m", "1b7", "7b1")
-    sizes = dict.fromkeys((small, middle))
-    untimed: list[Job] = []
-    if "gradients" in parts and gpus > 1:
-        untimed = [
-            Job(f"gradients {size}", "gradients", size, list(range(gpus)), divisions(gpus), 120) for size in sizes
-        ]
-    if "fails" in parts and gpus > 1:
-        untimed.append(Job("fails", "fails", small, list(range(gpus)), [layout()], 60))
-    making = {
+    sizes = list(dict.fromkeys((small, middle)))
+    untimed = [job for wave in select([untimed_jobs(gpus, small, sizes, parts)], only) for job in wave]
+    planners = {
         "ppo": lambda: ppo_jobs(middle, gpus),
         "large": lambda: large_ppo(large, gpus),
         "checkpoint": lambda: checkpoint_jobs(middle, gpus),
         "sft": lambda: [[job] for job in timed_jobs(large, [list(range(gpus))], card)],
         "halves": lambda: side_by_side(large, gpus, card),
     }
-    found = [wave for part, made in making.items() if part in parts for wave in made()]
-    untimed, found = [job for wave in chosen([untimed], only) for job in wave], chosen(found, only)
-    compared = (
-        {job.size for job in untimed if job.part == "gradients"}
-        if gpus > 1
-        else set(sizes)
-        if "gradients" in parts
-        else ()
-    )
-    first = [
+    timed = select([wave for part, plan in planners.items() if part in parts for wave in plan()], only)
+    measured = [job for wave in timed for job in wave]
+    compared = {job.size for job in untimed if job.part == "gradients"}
+    if gpus == 1:
+        compared = set(sizes) if "gradients" in parts else set()
+    first = reference_jobs(gpus, [size if size in compared else None for size in sizes])
+    first += prepare_jobs(gpus, [job.size for job in measured if job.part == "ppo"])
+    if not tiny:
+        warm = warm_jobs(measured, gpus, card)
+        # two GPUs have no room for 1b7's layouts and other jobs at once
+        together = 1 if gpus < 4 else len(untimed)
+        before = [first + warm[:2], untimed[:together] + warm[2:], untimed[together:]] if untimed else [first + warm]
+        planned = [*before, *timed]
+    elif card["count"]:  # the numbers mean nothing: only the load waits, for the save's files
+        loads = [job for job in measured if job.part == "loaded"]
+        planned = [first, untimed + [job for job in measured if job not in loads], loads]
+    else:  # a few cores: one after the other
+        planned = [[job] for wave in (first, untimed, measured) for job in wave]
+    return [wave for wave in planned if wave]
+
+
+def untimed_jobs(gpus: int, small: str, sizes: list[str], parts: list[str]) -> list[Job]:
+    """Jobs of several GPUs whose time does not matter."""
+    every, jobs = list(range(gpus)), []
+    if "gradients" in parts and gpus > 1:
+        jobs += [Job(f"gradients {size}", "gradients", size, every, divisions(gpus), 120) for size in sizes]
+    if "fails" in parts and gpus > 1:
+        jobs.append(Job("fails", "fails", small, every, [layout()], 60))
+    return jobs
+
+
+def reference_jobs(gpus: int, sizes: list[str | None]) -> list[Job]:
+    """One GPU's gradients of each size, on different GPUs."""
+    return [
         Job(f"one GPU {size}", "gradients", size, [number % gpus], divisions(1), 100)
         for number, size in enumerate(sizes)
-        if size in compared
+        if size
     ]
-    learnt = dict.fromkeys(job.size for wave in found for job in wave if job.part == "ppo")
-    first += [
+
+
+def prepare_jobs(gpus: int, sizes: list[str]) -> list[Job]:
+    """The inputs of PPO for each size, from the last GPU on."""
+    return [
         Job(f"prepare {size}", "prepared", size, [(gpus - 1 - number) % gpus], [layout()], 150)
-        for number, size in enumerate(learnt)
+        for number, size in enumerate(dict.fromkeys(sizes))
     ]
-    every = [job for wave in found for job in wave]
-    if not tiny:
-        warm = warming(every, gpus, card)
-        # two GPUs have no room for 1b7's layouts beside others
-        beside = 1 if gpus < 4 else len(untimed)
-        made = [
-            *([first + warm[:2], untimed[:beside] + warm[2:], untimed[beside:]] if untimed else [first + warm]),
-            *found,
-        ]
-    elif card["count"]:  # numbers mean nothing: what does not need another job's files runs at once
-        loads = [job for job in every if job.part == "loaded"]
-        made = [first, untimed + [job for job in every if job not in loads], loads]
-    else:  # a few cores: one after the other
-        made = [[job] for wave in (first, untimed, every) for job in wave]
-    return [wave for wave in made if wave]
 
 
-def chosen(planned: Waves, only: list[str]) -> Waves:
-    """The jobs, and of them the layouts, of whose "job, layout" one of the regular expressions
-    matches a part; without any, all."""
+def select(planned: Waves, only: list[str]) -> Waves:
+    """The layouts whose "job, layout" matches one of the regular expressions, and the jobs that
+    have some; all of them without an expression."""
     if not only:
         return planned
-    kept = [
-        [
-            dataclasses.replace(
-                job,
-                layouts=[
-                    one
-                    for one in job.layouts
-                    if any(re.search(regex, f"{job.name}, {name(one, len(job.gpus))}") for regex in only)
-                ],
-            )
-            for job in wave
-        ]
-        for wave in planned
-    ]
-    return [[job for job in wave if job.layouts] for wave in kept]
+
+    def matches(job: Job, layout: dict) -> bool:
+        text = f"{job.name}, {layout_name(layout, len(job.gpus))}"
+        return any(re.search(regex, text) for regex in only)
+
+    def selected(job: Job) -> Job:
+        return dataclasses.replace(job, layouts=[layout for layout in job.layouts if matches(job, layout)])
+
+    waves = [[selected(job) for job in wave] for wave in planned]
+    return [[job for job in wave if job.layouts] for wave in waves]
 
 
 def side_by_side(size: str, gpus: int, card: dict) -> Waves:
@@ -232,15 +221,15 @@ def side_by_side(size: str, gpus: int, card: dict) -> Waves:
 
 
 def timed_jobs(size: str, places: list[list[int]], card: dict) -> list[Job]:
-    """SFT on ``places`` in turn; what needs the same compiled graphs are layouts of one job."""
-    alike: dict[tuple, list[dict]] = {}
-    for one in timed_layouts(size, len(places[0]), card):
-        alike.setdefault(
-            tuple(one.get(key) for key in ("tensor_parallel", "micro_batch_size", "recompute", "compile")), []
-        ).append(one)
+    """SFT on ``places`` in turn. Layouts that need the same compiled graphs are of one job."""
+    graphs: dict[tuple, list[dict]] = {}
+    for candidate in timed_layouts(size, len(places[0]), card):
+        key = tuple(candidate.get(name) for name in ("tensor_parallel", "micro_batch_size", "recompute", "compile"))
+        graphs.setdefault(key, []).append(candidate)
+    count = len(places[0])
     return [
-        Job(f"sft {len(places[0])}, {number}", "sft", size, places[number % len(places)], some, 40 + 40 * len(some))
-        for number, some in enumerate(alike.values())
+        Job(f"sft {count}, {number}", "sft", size, places[number % len(places)], layouts, 40 + 40 * len(layouts))
+        for number, layouts in enumerate(graphs.values())
     ]
 
 
@@ -252,8 +241,8 @@ def ppo_jobs(size: str, gpus: int) -> Waves:
 
 
 def large_ppo(size: str, gpus: int) -> Waves:
-    """On GPUs of 80 GB 59 a GPU by launcher/estimates/memory.py on 8, 62 on 4, 70 on 2, whose
-    optimizers wait in the host's memory (113 GB)."""
+    """PPO of 7b1. On GPUs of 80 GB launcher/estimates/memory.py expects 59 GB a GPU on 8, 62 on 4
+    and 70 on 2, whose optimizers wait in the host's memory (113 GB)."""
     ways = {
         2: layout(2, generation_tensor_parallel=1, offload="all", micro_batch_tokens=8192),
         4: layout(4, generation_tensor_parallel=2, micro_batch_tokens=8192),
@@ -263,57 +252,53 @@ def large_ppo(size: str, gpus: int) -> Waves:
 
 
 def checkpoint_jobs(size: str, gpus: int) -> Waves:
-    plain, half = {"compile": False, "attention": "sdpa"}, max(gpus // 2, 1)
-    save = layout(2, 2, **plain) if gpus > 2 else layout(gpus, **plain)
+    half = max(gpus // 2, 1)
+    save = layout(2, 2, **UNCOMPILED) if gpus > 2 else layout(gpus, **UNCOMPILED)
     return [
         [Job("save", "saved", size, list(range(gpus)), [save], 80)],
-        [Job("load", "loaded", size, list(range(half)), [layout(1, half, **plain)], 60)],
+        [Job("load", "loaded", size, list(range(half)), [layout(1, half, **UNCOMPILED)], 60)],
     ]
 
 
-def warming(jobs: list[Job], gpus: int, card: dict) -> list[Job]:
-    """Jobs that compile beforehand, at the same time, what the first of ``jobs`` will need: a graph
-    for each tensor-parallel size, shape of a micro-batch and kind of recompute."""
-    wanted: dict[tuple, None] = {}
+def warm_jobs(jobs: list[Job], gpus: int, card: dict) -> list[Job]:
+    """Jobs that compile beforehand, at the same time, what the first of ``jobs`` need: a graph for
+    each tensor-parallel size, shape of a micro-batch and kind of recompute."""
+    graphs: dict[tuple, None] = {}
     for job in jobs:
         for values in job.layouts if job.part in ("sft", "ppo") else ():
             if values.get("compile", True):
                 rows, length = values.get("micro_batch_size"), 2048
                 if job.part == "ppo":
-                    config = ppo_config(job.size, values)
-                    rows, length = iteration_time.iteration(
-                        SHAPES[job.size], config, len(job.gpus), machine(card), len(job.gpus)
-                    ).micro_batch
-                wanted[job.size, values["tensor_parallel"], rows, values.get("recompute", "none"), length] = None
-    made, first = [], 0
-    for size, tensor, rows, recompute, length in list(wanted)[:WARM]:
-        one = layout(tensor, micro_batch_size=rows, recompute=recompute, seq_length=length)
-        made.append(
-            Job(f"warm {len(made)}", "warm", size, [(first + number) % gpus for number in range(tensor)], [one], 110)
-        )
+                    rows, length = predicted_iteration(job.size, values, len(job.gpus), card).micro_batch
+                graphs[job.size, values["tensor_parallel"], rows, values.get("recompute", "none"), length] = None
+    warm, first = [], 0
+    for size, tensor, rows, recompute, length in list(graphs)[:WARM_JOBS]:
+        values = layout(tensor, micro_batch_size=rows, recompute=recompute, seq_length=length)
+        places = [(first + number) % gpus for number in range(tensor)]
+        warm.append(Job(f"warm {len(warm)}", "warm", size, places, [values], 110))
         first += tensor
-    return made
+    return warm
+
+
+def predicted_iteration(size: str, values: dict, gpus: int, card: dict) -> iteration_time.Iteration:
+    return iteration_time.iteration(SHAPES[size], ppo_config(size, values), gpus, machine(card), gpus)
 
 
 def with_prediction(row: dict, card: dict) -> dict:
-    if "error" in row:
+    """The row of a measured job with what the launcher's estimates predict of it."""
+    if "error" in row or row["part"] not in ("ppo", "sft"):
         return row
+    size, values, gpus = row["size"], row["layout"], row["gpus"]
     if row["part"] == "ppo":
-        config, gpus = ppo_config(row["size"], row["layout"]), row["gpus"]
-        made = iteration_time.iteration(SHAPES[row["size"]], config, gpus, machine(card), gpus)
-        estimate = memory.estimate(SHAPES[row["size"]], config, gpus).total - memory.OUTSIDE_GB
+        iteration = predicted_iteration(size, values, gpus, card)
+        estimate = memory.estimate(SHAPES[size], ppo_config(size, values), gpus).total - memory.OUTSIDE_GB
         return row | {
-            "rows": made.micro_batch[0],
-            "predicted_generate": made.generate,
-            "predicted_score": made.score,
-            "predicted_update": made.update,
+            "rows": iteration.micro_batch[0],
+            "predicted_generate": iteration.generate,
+            "predicted_score": iteration.score,
+            "predicted_update": iteration.update,
             "estimate_gb": estimate,
         }
-    if row["part"] != "sft":
-        return row
-    made = predicted(row["size"], row["layout"], row["gpus"], card)
-    return row | {
-        "predicted_s": made.seconds,
-        "predicted_mfu": made.mfu,
-        "estimate_gb": made.memory_gb - memory.OUTSIDE_GB,
-    }
+    step = predicted(size, values, gpus, card)
+    estimate = step.memory_gb - memory.OUTSIDE_GB
+    return row | {"predicted_s": step.seconds, "predicted_mfu": step.mfu, "estimate_gb": estimate}

@@ -1,5 +1,5 @@
-"""One rank of a job of benchmarks/multi_gpu/suite.py: its one argument is the job as JSON; rank 0
-prints what came out as JSON lines."""
+"""One rank of a job of benchmarks/multi_gpu/suite.py. Its one argument is the job as JSON; rank 0
+prints the results as JSON lines."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 
 from benchmarks.multi_gpu import checks, speed
-from benchmarks.multi_gpu.common import say
+from benchmarks.multi_gpu.common import print_row
 from training.distributed import groups
 
 PARTS = {
@@ -44,9 +44,9 @@ def main(job: dict) -> None:
         store = f"file://{folder}/{job['name']}.store.{number}"
         sizes = [layout.get(name, 1) for name in ("tensor_parallel", "pipeline_parallel", "virtual_pipeline")]
         with groups.ranks(*sizes[:2], 1, store, sizes[2]):
-            say(begins=number)
+            print_row(begins=number)
             PARTS[job["part"]](job["size"], layout, folder)
-            say(ends=number)
+            print_row(ends=number)
             gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -54,11 +54,11 @@ def main(job: dict) -> None:
 
 if __name__ == "__main__":
     faulthandler.enable()
-    # asked for before a job is ended whose time is over
+    # the suite asks for the stacks before it ends a job whose time is over
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     try:
         main(json.loads(sys.argv[1]))
-    except BaseException:  # noqa: BLE001 - told, and then no clean end: the other ranks may wait in a collective for ever
+    except BaseException:  # noqa: BLE001 - printed; a clean exit would wait for ranks that hang in a collective
         traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,5 +1,5 @@
-"""The parts of benchmarks/multi_gpu/suite.py that time: SFT steps, weights moved to another layout,
-PPO's phases."""
+"""The parts of benchmarks/multi_gpu/suite.py that measure speed: SFT steps, moving the weights to
+another layout, PPO's phases."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
-from benchmarks.multi_gpu.common import SHAPES, fill, micro_batches, rows, say, settings
+from benchmarks.device import PRECISION, free_memory, median_seconds, peak_gb, reset_peak, synchronize
+from benchmarks.multi_gpu.common import SHAPES, fill, micro_batches, print_row, rows, settings
 from benchmarks.multi_gpu.plan import ppo_values
-from benchmarks.training.train import CUDA, PEAK, clean, flops, peak_gb, sync, timed
+from benchmarks.shapes import PEAK_FLOPS, flops_per_token
 from training import ppo, sft
 from training.checkpoint.stage_folder import StageFolder
 from training.checkpoint.writer import Saver
@@ -33,14 +34,15 @@ from training.models.heads import next_token_logprobs
 from training.trainer.step import Learner, Objective, build_model, evaluate
 
 STEPS = 3
+PRINTED = ("seconds_", "peak_gb_", "tokens_per_second", "rollout_", "reshard_")
+"""Beginnings of the names of PPO's metrics that are printed."""
 
 
 def steps(size: str, layout: dict, folder: Path) -> None:
-    """SFT: tokens/s, MFU and memory of full steps on packed rows, then the weights' way to each
-    generation layout."""
-    clean()
-    values = {"optimizer_precision": "bf16" if CUDA else "fp32", **layout}
-    config, shape = settings(size, **values), SHAPES[size]
+    """SFT: tokens/s, MFU and memory of full steps on packed rows, then the time to move the weights
+    to each generation layout."""
+    free_memory()
+    config, shape = settings(size, **{"optimizer_precision": PRECISION, **layout}), SHAPES[size]
     began = time.monotonic()
     model = build_model(shape, config, "lm")
     fill(model, shape)
@@ -53,12 +55,11 @@ def steps(size: str, layout: dict, folder: Path) -> None:
 
     step()
     first = time.monotonic() - began
-    if CUDA:
-        torch.cuda.reset_peak_memory_stats()
-    seconds = timed(step, 1, STEPS)
+    reset_peak()
+    seconds = median_seconds(step, 1, STEPS)
     (seconds, peak) = highest([seconds, peak_gb()])
     tokens, ranks = batch["tokens"].numel(), dist.get_world_size()
-    say(
+    print_row(
         part="sft",
         size=size,
         ok=losses[-1] < losses[0],
@@ -66,7 +67,7 @@ def steps(size: str, layout: dict, folder: Path) -> None:
         step_s=seconds,
         peak_gb=peak,
         first_s=first,
-        mfu=work(size, batch) / seconds / ranks / PEAK,
+        mfu=step_flops(size, batch) / seconds / ranks / PEAK_FLOPS,
         loss=losses[0],
         losses=[round(loss, 4) for loss in losses],
     )
@@ -76,13 +77,11 @@ def steps(size: str, layout: dict, folder: Path) -> None:
 
 
 def warm(size: str, layout: dict, folder: Path) -> None:
-    """Compile, into the compiler's cache on disk, what a timed job will: two layers of the model's
-    width and few tokens to choose from, in micro-batches of the same shape, with gradients and
+    """Fill the compiler's cache on disk with what a timed job will compile: two layers of the
+    model's width and a small vocabulary, in micro-batches of the same shape, with gradients and
     without."""
     shape = dataclasses.replace(SHAPES[size], layers=2, vocab=1000)
-    config = settings(
-        size, **layout, global_batch_size=layout["micro_batch_size"], optimizer_precision="bf16" if CUDA else "fp32"
-    )
+    config = settings(size, **layout, global_batch_size=layout["micro_batch_size"], optimizer_precision=PRECISION)
     model = build_model(shape, config, "lm")
     fill(model, shape)
     batch = rows(size, config.micro_batch_size, True, config.seq_length)
@@ -92,37 +91,36 @@ def warm(size: str, layout: dict, folder: Path) -> None:
             model, batch, config.micro_batch_size, lambda output, micro: next_token_logprobs(output, micro["tokens"])
         )
     loss = Learner(model, config, config.lr, 100, 0).step([batch], Objective(("loss",), sft.compute))["loss"]
-    say(part="warm", size=size, ok=loss > 0)
+    print_row(part="warm", size=size, ok=loss > 0)
 
 
-def work(size: str, batch: dict) -> float:
-    """FLOPs of a step: benchmarks.training.train.flops with attention within documents only."""
+def step_flops(size: str, batch: dict) -> float:
+    """FLOPs of a step: benchmarks.shapes.flops_per_token with attention within documents only."""
+    shape = SHAPES[size]
     owner = batch["documents"] + torch.arange(batch["documents"].size(0))[:, None] * batch["documents"].size(1)
     lengths = owner.flatten().bincount().double()
-    tokens = batch["tokens"].numel()
-    return (
-        tokens * flops(SHAPES[size], 0) + 6 * SHAPES[size].layers * SHAPES[size].hidden * lengths.square().sum().item()
-    )
+    attention = 6 * shape.layers * shape.hidden * lengths.square().sum().item()
+    return batch["tokens"].numel() * flops_per_token(shape, 0) + attention
 
 
 def reshard(size: str, model, generation: int) -> None:
-    """Seconds from the training layout to ``generation`` tensor-parallel ranks, and what passed a
-    GPU's links and memory."""
+    """Seconds to move the weights from the training layout to ``generation`` tensor-parallel ranks,
+    and the GB that passed a GPU's links and memory."""
     try:
         resharder = Resharder(model, SHAPES[size], generation)
     except ConfigError:
         return  # the layout's ranks don't divide so
     seconds = []
     for _ in range(3):
-        sync()
+        synchronize()
         dist.barrier()
         began = time.monotonic()
         weights = resharder.weights()
-        sync()
+        synchronize()
         seconds.append(*highest([time.monotonic() - began]))
         del weights
     received, link, memory = highest([bytes_ / 1e9 for bytes_ in traffic(resharder)])
-    say(
+    print_row(
         part="reshard",
         size=size,
         ok=True,
@@ -156,14 +154,12 @@ def traffic(resharder: Resharder) -> tuple[float, float, float]:
 
 
 def prepared(size: str, layout: dict, folder: Path) -> None:
-    """Model folder, prompts, and checkpoints of a random policy and reward model, for
-    ``phases``."""
+    """Write the model folder, the prompts, and checkpoints of a random policy and reward model that
+    ``phases`` needs."""
     shape = SHAPES[size]
-    words = [f"w{number}" for number in range(500)]
     generator, folder = torch.Generator().manual_seed(5), folder / f"ppo {size}"
-    texts = [
-        " ".join(words[number] for number in torch.randint(0, 500, (400,), generator=generator)) for _ in range(512)
-    ]
+    draws = [torch.randint(0, 500, (400,), generator=generator).tolist() for _ in range(512)]
+    texts = [" ".join(f"w{number}" for number in numbers) for numbers in draws]
     (folder / "model").mkdir(parents=True)
     demo_model.train_tokenizer(texts, 300).save(str(folder / "model/tokenizer.json"))
     config = table.demo(
@@ -188,11 +184,12 @@ def prepared(size: str, layout: dict, folder: Path) -> None:
         Saver(StageFolder(folder / stage), {"model": weights}, trainer).save(1, {"reward_bias": 0.0})
         del model, weights
         gc.collect()
-    say(part="prepared", size=size, ok=True)
+    print_row(part="prepared", size=size, ok=True)
 
 
-class ToldPhases(Phases):
-    """Says when each phase has ended: a job that is cut off has then told how far it came."""
+class PrintedPhases(Phases):
+    """Prints a line at the end of each phase: the log of a job that was killed shows how far it
+    came."""
 
     @contextlib.contextmanager
     def __call__(self, name: str):
@@ -202,36 +199,32 @@ class ToldPhases(Phases):
 
 
 def phases(size: str, layout: dict, folder: Path) -> None:
-    """PPO by the trainer itself; the numbers are its own metrics, of the third iteration: the first
-    compiles and captures, the second still takes up to a tenth longer."""
-    clean()
+    """Iterations of the PPO trainer. The numbers are its own metrics of the third iteration: the
+    first compiles and captures, and the second still takes up to a tenth longer."""
+    free_memory()
     folder = folder / f"ppo {size}"
     names = ("model", "sft", "prompts.jsonl", "prompts.jsonl", "reward")
     paths = PPOPaths(str(folder / "output"), *(str(folder / name) for name in names))
     config = PPOConfig(
         paths=paths,
-        precision="bf16" if CUDA else "fp32",
-        optimizer_precision="bf16" if CUDA else "fp32",
+        precision=PRECISION,
+        optimizer_precision=PRECISION,
         iterations=100,
         warmup_iterations=0,
         **ppo_values(size) | layout,
     )
-    ppo.Phases = ToldPhases
+    ppo.Phases = PrintedPhases
     trainer = ppo.PPO(config)
     for iteration in (1, 2, 3):
-        made = trainer.iterate(iteration)
-        wanted = [
-            name
-            for name in made
-            if name.startswith(("seconds_", "peak_gb_", "tokens_per_second", "rollout_", "reshard_"))
-        ]
-        samples = config.rollout_batch_size / sum(made[f"seconds_{phase}"] for phase in ("generate", "score", "update"))
-        say(
+        metrics = trainer.iterate(iteration)
+        names = [name for name in metrics if name.startswith(PRINTED)]
+        seconds = sum(metrics[f"seconds_{phase}"] for phase in ("generate", "score", "update"))
+        print_row(
             part="ppo" if iteration == 3 else "ppo warms up",
             size=size,
-            ok=abs(made["kl"]) < 1 and made["skipped_updates"] == 0,
-            samples_per_second=samples,
-            **{name: made[name] for name in (*wanted, "kl", "policy_loss", "value_loss", "response_length")},
+            ok=abs(metrics["kl"]) < 1 and metrics["skipped_updates"] == 0,
+            samples_per_second=config.rollout_batch_size / seconds,
+            **{name: metrics[name] for name in (*names, "kl", "policy_loss", "value_loss", "response_length")},
         )
     del trainer
     gc.collect()

@@ -1,13 +1,13 @@
 """Conversion in bounded memory, against copying the same bytes: ``python
 benchmarks/training/convert.py FOLDER [--layers 30] [--hidden 4096]``.
 
-Makes a BLOOM of random bf16 weights on disk (default: the shape of bloom-7b1, 14.1 GB; three times
-that is needed), then times, each in processes of its own: cp, Hugging Face -> Megatron, Megatron ->
-Hugging Face, Hugging Face -> Megatron after a kill -9 in the middle, and cp again. Before each, all
-is synced and dropped from the page cache; each ends with its files on disk. Prints one JSON line a
-step: seconds (with the start of Python), GB/s, ratio to the mean of the two copies before and
-after, and the largest RssAnon of any process, sampled every 20 ms. All results are compared by
-sha256; the folder is removed at the end.
+Writes a BLOOM of random bf16 weights (default: the shape of bloom-7b1, 14.1 GB; the disk needs
+three times that). Then it times cp, Hugging Face -> Megatron, Megatron -> Hugging Face, Hugging
+Face -> Megatron after a kill -9 in the middle, and cp again, each in processes of its own. Before
+each step the files are synced and dropped from the page cache; each step ends with its files on
+disk. Prints one JSON line a step: seconds (with the start of Python), GB/s, the ratio to the mean
+of the two copies, and the largest RssAnon of any process, sampled every 20 ms. All results are
+compared by sha256, and the folder is removed at the end.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def make(folder: Path, layers: int, hidden: int, heads: int, vocab: int) -> int:
-    """A Hugging Face folder with random weights (one random block, repeated at shifting places) ->
-    bytes of weights."""
+    """Write a Hugging Face folder with random weights (one random block, repeated at shifting
+    offsets); the bytes of its weights."""
     folder.mkdir(parents=True)
     config = {
         "architectures": ["BloomForCausalLM"],
@@ -58,11 +58,11 @@ def make(folder: Path, layers: int, hidden: int, heads: int, vocab: int) -> int:
         with open(folder / file, "wb") as out:
             out.write(huggingface.header(stored, torch.bfloat16))
             for number, name in enumerate(sorted(stored)):
-                left = 2 * torch.Size(stored[name]).numel()
-                total += left
+                remaining = 2 * torch.Size(stored[name]).numel()
+                total += remaining
                 block = memoryview(raw(noise[number : number + BLOCK]).numpy())
-                while left:
-                    left -= out.write(block[: min(left, len(block))])
+                while remaining:
+                    remaining -= out.write(block[: min(remaining, len(block))])
     (folder / "model.safetensors.index.json").write_text(huggingface.index(shape, shards, total))
     return total
 
@@ -77,8 +77,8 @@ def anonymous(process: psutil.Process) -> int:
 
 
 def run(command: list[str], kill_after: Path | None = None) -> tuple[float, int]:
-    """(seconds, largest RssAnon of any process) of a command; killed -9 once ``kill_after`` holds
-    half of its files' bytes."""
+    """(seconds, largest RssAnon of any process) of a command. It is killed (-9) once the folder
+    ``kill_after`` has half of the bytes."""
     started, most = time.monotonic(), 0
     process = psutil.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL if kill_after else None)
     while process.poll() is None:
@@ -98,7 +98,7 @@ def run(command: list[str], kill_after: Path | None = None) -> tuple[float, int]
 
 
 def cold(folder: Path) -> None:
-    """Nothing left to write, nothing of the folder in the page cache."""
+    """Write everything to disk, and drop the folder from the page cache."""
     os.sync()
     for path in folder.rglob("*"):
         if path.is_file():
@@ -108,10 +108,11 @@ def cold(folder: Path) -> None:
 
 
 def copy(hf: Path, to: Path) -> tuple[float, int]:
+    """(seconds, largest RssAnon) of cp."""
     cold(hf.parent)
-    found = run(["sh", "-c", f"cp -r {hf} {to} && sync {to}/*"])
+    measured = run(["sh", "-c", f"cp -r {hf} {to} && sync {to}/*"])
     shutil.rmtree(to)
-    return found
+    return measured
 
 
 def measure(hf: Path, stage: Path, back: Path) -> None:
@@ -130,17 +131,10 @@ def measure(hf: Path, stage: Path, back: Path) -> None:
     cold(hf.parent)
     report("hf -> megatron", *run(to_megatron))
     checkpoint = stage / "checkpoints" / "iter_0000000"
-    whole = checksums.read(checkpoint)
+    expected = checksums.read(checkpoint)
     cold(hf.parent)
-    to_hf = [
-        sys.executable,
-        "-m",
-        "conversion.megatron_to_hf",
-        str(checkpoint / "model"),
-        str(back),
-        "--model",
-        str(hf),
-    ]
+    paths = [str(checkpoint / "model"), str(back), "--model", str(hf)]
+    to_hf = [sys.executable, "-m", "conversion.megatron_to_hf", *paths]
     report("megatron -> hf", *run(to_hf))
     same(
         "round trip",
@@ -149,10 +143,10 @@ def measure(hf: Path, stage: Path, back: Path) -> None:
     shutil.rmtree(back)
     shutil.rmtree(stage)
     run(to_megatron, kill_after=stage)
-    left = sum(path.stat().st_size for path in stage.rglob("*.distcp"))
+    written = sum(path.stat().st_size for path in stage.rglob("*.distcp"))
     cold(hf.parent)
-    report(f"hf -> megatron, killed, {left / 1e9:.1f} GB kept, second start", *run(to_megatron))
-    same("after the kill", checksums.read(checkpoint) == whole)
+    report(f"hf -> megatron, killed, {written / 1e9:.1f} GB kept, second start", *run(to_megatron))
+    same("after the kill", checksums.read(checkpoint) == expected)
     shutil.rmtree(stage)
     report("copy again", *copy(hf, hf.with_name("copy")))
     base = (rows[0]["seconds"] + rows[-1]["seconds"]) / 2
@@ -165,14 +159,14 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="on the disk to measure; must not exist")
     for name, number in (("layers", 30), ("hidden", 4096), ("heads", 32), ("vocab", 250880)):
         parser.add_argument(f"--{name}", type=int, default=number)
-    given = parser.parse_args()
-    hf, stage, back = (given.folder / name for name in ("hf", "stage", "back"))
-    run.total = make(hf, given.layers, given.hidden, given.heads, given.vocab)
+    options = parser.parse_args()
+    hf, stage, back = (options.folder / name for name in ("hf", "stage", "back"))
+    run.total = make(hf, options.layers, options.hidden, options.heads, options.vocab)
     print(json.dumps({"step": "made", "gigabytes": run.total / 1e9}), flush=True)
     try:
         measure(hf, stage, back)
     finally:
-        shutil.rmtree(given.folder)
+        shutil.rmtree(options.folder)
 
 
 if __name__ == "__main__":

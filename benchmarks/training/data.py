@@ -1,5 +1,4 @@
-"""What data costs: rows that are never held in memory, packing, and a step that does not wait for
-its batch.
+"""What data costs: rows that stay on disk, packing, and a step that does not wait for its batch.
 
     python benchmarks/training/data.py
         10 million generated rows, about 25 minutes, 8 GB in build/data-benchmark (deleted)
@@ -8,10 +7,10 @@ its batch.
     python benchmarks/training/data.py --hh FILE --tokenizer FOLDER ...
         packing of real lengths: Anthropic's harmless-base.test.jsonl.gz
 
-Every part runs in a process of its own; its peak is the kernel's (VmHWM), mapped pages of files
-included, "anonymous" is what no other process shares and no file backs. The peer is what the
-trainers did before: every row parsed and tokenised into Python's lists, a list as the epoch's
-order; and, where it can be imported (PYTHONPATH), Hugging Face's ``datasets``.
+Every part runs in a process of its own. Its peak is the kernel's (VmHWM) and includes mapped pages
+of files; "anonymous" is memory that no other process shares and no file backs. The first peer
+parses and tokenises every row into Python's lists, with a list as the epoch's order. The second is
+Hugging Face's ``datasets``, where it can be imported (PYTHONPATH).
 """
 
 from __future__ import annotations
@@ -38,55 +37,40 @@ from training.data.prefetch import prefetched  # noqa: E402
 from training.data.tokenised import TextTokenizer  # noqa: E402
 from training.data.tokenizer import Tokenizer  # noqa: E402
 
-WORDS = (
-    "how",
-    "can",
-    "a",
-    "red",
-    "fox",
-    "jump",
-    "over",
-    "the",
-    "lazy",
-    "brown",
-    "dog",
-    "and",
-    "why",
-    "did",
-    "it",
-    "run",
-    "my",
-)
+SENTENCE = "how can a red fox jump over the lazy brown dog and why did it run my"
+VOCABULARY = SENTENCE.split()
 BATCH, LENGTH, BATCHES = 64, 2048, 200
 LAYOUTS = ((64, 1, 8, 1), (64, 1, 1, 1), (64, 1, 8, 2), (128, 2, 8, 1), (512, 8, 8, 1), (64, 8, 8, 1))
 """(global batch, data-parallel ranks, micro-batch, pipeline stages)."""
 
 
 def generate(folder: Path, rows: int) -> None:
-    """Comparisons in HH's form with lengths as uneven as HH's, a tenth of them; one in twenty is
-    the row before once more."""
+    """Write comparisons in HH's form. Lengths are as uneven as HH's, and a tenth of them; one row
+    in twenty repeats the row before."""
     rng, line = random.Random(0), ""
     with open(folder / "source.jsonl", "w", encoding="utf-8") as file:
         for number in range(rows):
             if not line or rng.random() > 0.05:
-                question = " ".join(rng.choices(WORDS, k=int(rng.lognormvariate(1.2, 0.7)) + 1))
+                question = " ".join(rng.choices(VOCABULARY, k=int(rng.lognormvariate(1.2, 0.7)) + 1))
                 prompt = f"\n\nHuman: {number} {question}?\n\nAssistant:"
                 chosen, rejected = (
-                    f" {' '.join(rng.choices(WORDS, k=int(rng.lognormvariate(1, 0.7)) + 1))} {end}." for end in "ab"
+                    f" {' '.join(rng.choices(VOCABULARY, k=int(rng.lognormvariate(1, 0.7)) + 1))} {end}."
+                    for end in "ab"
                 )
                 line = json.dumps({"chosen": prompt + chosen, "rejected": prompt + rejected}) + "\n"
             file.write(line)
 
 
 def measured(part: str, folder: Path, *arguments: str) -> dict:
-    """A part of this script in its own process -> what it printed as JSON, with "seconds",
-    "peak_mb", "anonymous_mb"."""
+    """Run a part of this script in its own process; the JSON that it printed, with "seconds",
+    "peak_mb" and "anonymous_mb"."""
     command = [sys.executable, __file__, "--part", part, "--folder", str(folder), *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def memory() -> dict:
+    """Memory of this process."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines())
     return {
         f"{name}_mb": round(int(status[key].split()[0]) / 1024)
@@ -107,8 +91,8 @@ def part_prepare(folder: Path) -> dict:
 
 
 def part_read(folder: Path) -> dict:
-    """What each rank of a trainer does: map the rows, draw global batches from all over the epoch,
-    lay them out."""
+    """The work of each rank of a trainer: map the rows, draw global batches from all over the
+    epoch, lay them out."""
     tokenizer = Tokenizer(folder / "model")
     began = time.monotonic()
     rows = TokenRows(cached(folder / "data/sft.jsonl", "sft", tokenizer))
@@ -116,7 +100,7 @@ def part_read(folder: Path) -> dict:
     sampler, tokens = Sampler(len(rows), BATCH, 0), 0
     began = time.monotonic()
     for _ in range(BATCHES):
-        tokens += len(make(rows, tokenizer, sampler.next_batch())[0][0]["tokens"])
+        tokens += len(lay_out_batch(rows, tokenizer, sampler.next_batch())[0][0]["tokens"])
     return {
         "rows": len(rows),
         "open_s": round(opened, 2),
@@ -126,14 +110,14 @@ def part_read(folder: Path) -> dict:
 
 def part_list(folder: Path, rows: int) -> dict:
     """The peer: parse and tokenise into lists, shuffle a list of indices."""
-    tokenizer, held = Tokenizer(folder / "model"), []
+    tokenizer, tokenised = Tokenizer(folder / "model"), []
     for row in formats.iterate(folder / "data/sft.jsonl", "sft", Counter()):
-        held += TextTokenizer(tokenizer).tokenise([row], "sft")
-        if len(held) == rows:
+        tokenised += TextTokenizer(tokenizer).tokenise([row], "sft")
+        if len(tokenised) == rows:
             break
-    order = list(range(len(held)))
+    order = list(range(len(tokenised)))
     random.Random(0).shuffle(order)
-    return {"rows": len(held)}
+    return {"rows": len(tokenised)}
 
 
 def part_datasets(folder: Path, rows: int) -> dict:
@@ -154,7 +138,8 @@ def part_datasets(folder: Path, rows: int) -> dict:
     return {"rows": len(data), "read_ms": round((time.monotonic() - began) * 1e3 / BATCHES, 2)}
 
 
-def make(rows, tokenizer, indices: list[int]):
+def lay_out_batch(rows, tokenizer, indices: list[int]):
+    """([micro-batch], {"tokens": count}) of the rows at ``indices``."""
     examples = [sft_example(rows[index], LENGTH) for index in indices]
     lengths = [len(example.tokens) for example in examples]
     layout = lay_out(lengths, RowLimits(LENGTH, 128, 1, 8))
@@ -163,57 +148,59 @@ def make(rows, tokenizer, indices: list[int]):
 
 
 def part_hidden(folder: Path, step_ms: float) -> dict:
-    """A step of ``step_ms`` that leaves Python alone, as one on a GPU does: how long it waits for
-    its batch with and without the thread."""
+    """How long a step of ``step_ms`` waits for its batch, with and without the thread that prepares
+    it. Like a step on a GPU, it does not use Python meanwhile."""
     tokenizer = Tokenizer(folder / "model")
     rows = TokenRows(cached(folder / "data/sft.jsonl", "sft", tokenizer))
     waits = {}
     for name in ("alone", "ahead"):
         sampler = Sampler(len(rows), BATCH, 0)
         batches = (
-            prefetched(sampler, lambda at: make(rows, tokenizer, at), 50)
+            prefetched(sampler, lambda at: lay_out_batch(rows, tokenizer, at), 50)
             if name == "ahead"
-            else (make(rows, tokenizer, sampler.next_batch()) for _ in range(50))
+            else (lay_out_batch(rows, tokenizer, sampler.next_batch()) for _ in range(50))
         )
-        waited = []
+        wait_s = []
         for _ in range(50):
             began = time.monotonic()
             next(batches)
-            waited.append(time.monotonic() - began)
+            wait_s.append(time.monotonic() - began)
             time.sleep(step_ms / 1e3)
-        waits[f"{name}_ms"] = round(sum(waited[1:]) * 1e3 / 49, 2)
+        waits[f"{name}_ms"] = round(sum(wait_s[1:]) * 1e3 / 49, 2)
     return waits
 
 
 def hh_lengths(path: str, tokenizer: str) -> list[int]:
     """Tokens of prompt, better reply and EOS of every usable row."""
-    made = TextTokenizer(Tokenizer(tokenizer)).tokenise(list(formats.iterate(path, "sft", Counter())), "sft")
-    return [min(LENGTH, len(row.prompt) + len(row.replies[0]) + 1) for row in made]
+    rows = TextTokenizer(Tokenizer(tokenizer)).tokenise(list(formats.iterate(path, "sft", Counter())), "sft")
+    return [min(LENGTH, len(row.prompt) + len(row.replies[0])) for row in rows]
 
 
 def efficiencies(lengths: list[int], batches: int = 200) -> list[tuple]:
-    """(layout, before, now, most that rows x length of these multiples allow) for each of LAYOUTS;
-    128 is a GPU's multiple."""
-    found = []
+    """For each of LAYOUTS the share of real tokens: (layout, of one pack a micro-batch, of our
+    layout, the most that rows x length can have). 128 is a GPU's multiple."""
+    shares = []
     for batch, ranks, size, pipeline in LAYOUTS:
-        rng, held, before, now, most = random.Random(0), 0, 0, 0, 0
+        rng, real, simple, laid_out, best = random.Random(0), 0, 0, 0, 0
         for _ in range(batches):
             drawn = [rng.choice(lengths) for _ in range(batch)]
-            held += sum(drawn)
+            tokens = sum(drawn)
+            real += tokens
             rows = pack(drawn, LENGTH, ranks * size)
-            before += len(rows) * padded_length([sum(drawn[at] for at in row) for row in rows], 128)
+            simple += len(rows) * padded_length([sum(drawn[at] for at in row) for row in rows], 128)
             layout = lay_out(drawn, RowLimits(LENGTH, 128, ranks, size, pipeline))
-            now += len(layout.rows) * layout.length
-            fewest = -(-sum(drawn) // (LENGTH * ranks)) * ranks
-            most += min(
-                count * padded_length([max(drawn), -(-sum(drawn) // count)], 128)
+            laid_out += len(layout.rows) * layout.length
+            fewest = -(-tokens // (LENGTH * ranks)) * ranks
+            best += min(
+                count * padded_length([max(drawn), -(-tokens // count)], 128)
                 for count in range(fewest, 4 * fewest, ranks)
             )
-        found.append(((batch, ranks, size, pipeline), held / before, held / now, held / most))
-    return found
+        shares.append(((batch, ranks, size, pipeline), real / simple, real / laid_out, real / best))
+    return shares
 
 
 def unpacked(lengths: list[int], batches: int = 50) -> float:
+    """The share of real tokens where each row is one document."""
     rng = random.Random(0)
     drawn = [[rng.choice(lengths) for _ in range(BATCH)] for _ in range(batches)]
     return sum(map(sum, drawn)) / sum(BATCH * padded_length(batch, 128) for batch in drawn)
@@ -225,34 +212,34 @@ def demo_model(folder: Path) -> None:
 
     folder.mkdir(parents=True)
     rng = random.Random(1)
-    texts = [" " + " ".join(rng.choices(WORDS, k=9)) + f" {number}" for number in range(5000)]
+    texts = [" " + " ".join(rng.choices(VOCABULARY, k=9)) + f" {number}" for number in range(5000)]
     demo_model.write(folder, texts, ModelConfig(demo_layers=1, demo_hidden=8, demo_heads=1, demo_vocab=380), 0)
 
 
 def report(options, folder: Path) -> dict:
-    """Everything, printed as it comes."""
-    found = {}
+    """Run all parts, and print each result when it is known; name -> result."""
+    results = {}
 
-    def say(name: str, value) -> None:
-        found[name] = value
+    def add(name: str, value) -> None:
+        results[name] = value
         print(f"{name:<10} {value}", flush=True)
 
     demo_model(folder / "model")
     generate(folder, options.rows)
-    say("source", {"rows": options.rows, "gb": round((folder / "source.jsonl").stat().st_size / 1e9, 2)})
-    say("prepare", measured("prepare", folder))
-    say("read", measured("read", folder))
-    say("hidden", measured("hidden", folder, "--step-ms", "60"))
-    say("list", measured("list", folder, "--peer", str(options.peer)))
+    add("source", {"rows": options.rows, "gb": round((folder / "source.jsonl").stat().st_size / 1e9, 2)})
+    add("prepare", measured("prepare", folder))
+    add("read", measured("read", folder))
+    add("hidden", measured("hidden", folder, "--step-ms", "60"))
+    add("list", measured("list", folder, "--peer", str(options.peer)))
     if importlib.util.find_spec("datasets"):
-        say("datasets", measured("datasets", folder, "--peer", str(options.peer)))
+        add("datasets", measured("datasets", folder, "--peer", str(options.peer)))
     rng = random.Random(0)
     lengths = (
         hh_lengths(options.hh, options.tokenizer)
         if options.hh
         else [int(rng.lognormvariate(4.82, 0.7)) + 1 for _ in range(2000)]
     )
-    say(
+    add(
         "lengths",
         {
             "mean": round(sum(lengths) / len(lengths)),
@@ -260,10 +247,10 @@ def report(options, folder: Path) -> dict:
             "longest": max(lengths),
         },
     )
-    say("unpacked", round(unpacked(lengths), 3))
+    add("unpacked", round(unpacked(lengths), 3))
     for layout, *numbers in efficiencies(lengths, 200 if options.rows > 10_000 else 5):
-        say("batch {}, DP {}, micro {}, PP {}".format(*layout), [round(number, 4) for number in numbers])
-    return found
+        add("batch {}, DP {}, micro {}, PP {}".format(*layout), [round(number, 4) for number in numbers])
+    return results
 
 
 def main() -> int:

@@ -1,32 +1,30 @@
 """Is BLOOM on megatron-core right on a GPU, and what does it cost there? ``python
 benchmarks/training/parity_gpu.py STEP ... [--folder DIR]``
 
-    attention   every attention backend that is installed against fp64, forward and backward, plain,
-                padded and packed rows,
-                head dimensions of the published models; then loss and all gradients of a small
-                model against Hugging Face in fp64, for each kind of recompute (3 minutes, most of
-                it compiling)
-    memory      peak torch.cuda.max_memory_allocated of SFT steps of bloom-560m and bloom-1b7,
-                beside tokens per second (5 minutes)
+    attention   every installed attention backend against fp64, forward and backward, plain, padded
+                and packed rows, head dimensions of the published models; then loss and all
+                gradients of a small model against Hugging Face in fp64, for each kind of recompute
+                (3 minutes, most of it compiling)
+    memory      torch.cuda.max_memory_allocated and tokens per second of SFT steps of bloom-560m and
+                bloom-1b7 (5 minutes)
     make        a random bf16 model of the shape of --model (default bloom-7b1) as a Hugging Face
                 folder below DIR (2 minutes, 14 GB)
-    convert     that folder to Megatron, timed beside cp of the same bytes (needs 28 GB more for a
+    convert     that folder to Megatron, timed, with cp of the same bytes (needs 28 GB more for a
                 while)
     logits      ours in bf16 and fp32, and Hugging Face in bf16, against Hugging Face in fp64 (57 GB
                 on the GPU)
     export      back to Hugging Face, timed, every tensor compared bit for bit; deletes the Megatron
                 checkpoint
 
-Each prints JSON lines; a line with "ok": false is a missed tolerance, and the exit code is 1.
-``--small`` takes tiny shapes, for a try on a CPU. Steps may run in separate calls; make, convert,
-logits and export share DIR (default: a fixed folder of the temporary directory).
+Each prints JSON lines. A line with "ok": false is a missed tolerance, and the exit code is then 1.
+``--small`` takes tiny shapes, to try the script on a CPU. Steps may run in separate calls; make,
+convert, logits and export share DIR (default: a fixed folder of the temporary directory).
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import gc
 import json
 import os
 import shutil
@@ -41,23 +39,23 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from benchmarks.common import missed, say
+from benchmarks.common import missed, print_row, sft_config
+from benchmarks.device import DEVICE, free_memory, peak_gb, reset_peak
 from benchmarks.folders import copy, resident_children, size
+from benchmarks.inputs import random_weights
+from benchmarks.shapes import SHAPES
 from tests.support.attention import document_ids, errors, relative
 from training.checkpoint import format
 from training.checkpoint.stage_folder import StageFolder
 from training.config.shape import Shape
-from training.config.trainers import Paths, SFTConfig
+from training.config.trainers import SFTConfig
 from training.distributed import groups
 from training.models import attention_backends
-from training.models.bloom.table import shape as bloom
 from training.models.heads import next_token_logprobs
-from training.models.language_model import model_chunks
 from training.sft import compute
 from training.trainer.step import Learner, Objective, build_model, evaluate
 
 ROOT = Path(__file__).parents[2]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PUBLISHED = json.loads((ROOT / "tests" / "model_configs.json").read_text())
 STEPS = ("attention", "memory", "make", "convert", "logits", "export")
 SMALL = {
@@ -65,57 +63,56 @@ SMALL = {
     "other": dict(vocab_size=300, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2),
 }
 """What --small changes of a published shape."""
-SIZES = {"560m": bloom(24, 1024, 16, 250880, 1e-5), "1b7": bloom(24, 2048, 16, 250880, 1e-5)}
 TOLERANCES = {torch.float32: (1e-5, 2e-5), torch.bfloat16: (1e-2, 2e-2)}
-"""Of an attention backend, forward and gradients, relative L2: see
+"""Relative L2 tolerances of an attention backend, forward and gradients: see
 training.models.attention_backends."""
 
 
 def settings(**values) -> SFTConfig:
-    defaults = dict(
-        precision="fp32", micro_batch_size=2, global_batch_size=4, iterations=10, warmup_iterations=0, lr=1e-5
-    )
-    return SFTConfig(paths=Paths("", "", "", "", ""), **{**defaults, **values})
+    defaults = {"precision": "fp32", "micro_batch_size": 2, "global_batch_size": 4, "iterations": 10}
+    return sft_config(**defaults | values)
 
 
 def attention(folder: Path, small: bool) -> None:
     """The kernels against fp64, then a model against Hugging Face in fp64."""
-    installed = (
-        [name for name in ("flash", "te") if attention_backends.available(name)]
-        + (["flex"] if DEVICE == "cuda" else [])
-        + ["sdpa"]
-    )
-    shapes = [(2, 128, 3, 16)] if small else [(2, 512, 14, 64), (2, 512, 8, 80), (1, 640, 16, 96), (1, 1024, 32, 128)]
-    for name in installed:
-        for dtype, (forward, gradient) in TOLERANCES.items():
-            if name in attention_backends.PACKAGES and dtype == torch.float32:
-                continue
-            for rows, length, heads, dim in shapes:
-                for kind in ("plain", "padded", "packed"):
-                    ids = document_ids(kind, rows, length, DEVICE)
-                    found = errors(attention_backends.KERNELS[name], ids, rows, length, heads, dim, dtype, DEVICE)
-                    say(
-                        found[0] <= forward and found[1] <= gradient,
-                        step="attention",
-                        backend=name,
-                        dtype=str(dtype)[6:],
-                        heads=heads,
-                        head_dim=dim,
-                        length=length,
-                        rows=kind,
-                        forward=found[0],
-                        gradient=found[1],
-                    )
+    backends = [name for name in ("flash", "te") if attention_backends.available(name)]
+    backends += ["flex", "sdpa"] if DEVICE == "cuda" else ["sdpa"]
+    for name in backends:
+        for dtype in TOLERANCES:
+            if name not in attention_backends.PACKAGES or dtype != torch.float32:
+                backend(name, dtype, small)
     with tempfile.TemporaryDirectory() as own:
-        whole_model(Path(own))
+        small_model(Path(own))
 
 
-def whole_model(folder: Path) -> None:
+def backend(name: str, dtype: torch.dtype, small: bool) -> None:
+    """One attention backend, with heads of the published models."""
+    shapes = [(2, 128, 3, 16)] if small else [(2, 512, 14, 64), (2, 512, 8, 80), (1, 640, 16, 96), (1, 1024, 32, 128)]
+    forward, gradient = TOLERANCES[dtype]
+    for rows, length, heads, dim in shapes:
+        for kind in ("plain", "padded", "packed"):
+            ids = document_ids(kind, rows, length, DEVICE)
+            off = errors(attention_backends.KERNELS[name], ids, rows, length, heads, dim, dtype, DEVICE)
+            print_row(
+                off[0] <= forward and off[1] <= gradient,
+                step="attention",
+                backend=name,
+                dtype=str(dtype)[6:],
+                heads=heads,
+                head_dim=dim,
+                length=length,
+                rows=kind,
+                forward=off[0],
+                gradient=off[1],
+            )
+
+
+def small_model(folder: Path) -> None:
     """Loss and every gradient of a small model, padded and packed, in fp32 and bf16, each
     recompute, against Hugging Face in fp64."""
     shape = dict(vocab_size=1000, hidden_size=256, n_layer=4, n_head=8)
-    theirs = random_model(AutoConfig.for_model("bloom", **shape), torch.float32, spread=0.15)
-    theirs.save_pretrained(folder / "hf")
+    model = random_model(AutoConfig.for_model("bloom", **shape), torch.float32, spread=0.15)
+    model.save_pretrained(folder / "hf")
     convert_folder(folder, "hf")
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, 1000, (4, 256), generator=generator)
@@ -123,27 +120,28 @@ def whole_model(folder: Path) -> None:
         ids = document_ids(kind, 4, 256)
         # the first token of a document has nothing before it
         mask = torch.nn.functional.pad(ids[:, 1:] == ids[:, :-1], (1, 0))
-        exact = theirs.double().to(DEVICE)
+        exact = model.double().to(DEVICE)
         loss, gradients = hugging_face(exact, tokens, ids, mask)
         for dtype, recompute in (("fp32", "none"), ("fp32", "selective"), ("fp32", "full"), ("bf16", "none")):
             config = settings(precision=dtype, recompute=recompute)
-            found, ours = our_gradients(folder, config, {"tokens": tokens, "response_mask": mask, "documents": ids})
-            worst, name = max((relative(ours[name], gradients[name]), name) for name in ours)
+            batch = {"tokens": tokens, "response_mask": mask, "documents": ids}
+            our_loss, computed = our_gradients(folder, config, batch)
+            worst, name = max((relative(computed[name], gradients[name]), name) for name in computed)
             least, most = (1e-5, 5e-5) if dtype == "fp32" else (5e-3, 0.25)
-            say(
-                abs(found - loss) <= least * loss and worst <= most,
+            print_row(
+                abs(our_loss - loss) <= least * loss and worst <= most,
                 step="model",
                 dtype=dtype,
                 recompute=recompute,
                 rows=kind,
-                loss=abs(found - loss) / loss,
+                loss=abs(our_loss - loss) / loss,
                 worst_gradient=worst,
                 of=name,
             )
 
 
 def hugging_face(model, tokens, ids, mask) -> tuple[float, dict]:
-    """Mean loss over ``mask`` and its gradients, every document through the model alone."""
+    """Mean loss over ``mask`` and its gradients; each document passes the model on its own."""
     model.zero_grad()
     total = 0.0
     for row, owner, inside in zip(tokens, ids, mask, strict=True):
@@ -216,12 +214,13 @@ def memory(folder: Path, small: bool) -> None:
     """Peak memory of the second SFT step (the first makes Adam's moments) and its speed, TP 1,
     bf16, row length 2048."""
     length = 64 if small else 2048
-    for name, shape in ({"small": bloom(4, 64, 4, 300, 1e-5)} if small else SIZES).items():
+    for name in ("small",) if small else ("560m", "1b7"):
+        shape = SHAPES[name]
         for rows in (1, 4):
             for recompute in ("none", "selective", "full"):
-                free()
+                free_memory()
                 config = settings(precision="bf16", recompute=recompute, micro_batch_size=rows, global_batch_size=rows)
-                say(
+                print_row(
                     step="memory",
                     model=name,
                     parameters=shape.parameters(),
@@ -235,9 +234,7 @@ def memory(folder: Path, small: bool) -> None:
 def one_step(shape: Shape, config: SFTConfig, rows: int, length: int) -> dict:
     torch.manual_seed(0)
     model = build_model(shape, config, "lm")
-    for part in model_chunks(model):
-        for name, parameter in part.named_parameters():
-            torch.nn.init.normal_(parameter, 1.0 if "layernorm.weight" in name else 0.0, 0.02)
+    random_weights(model, seed=0)
     learner = Learner(model, config, 1e-5, 10, 0)
     tokens = torch.randint(0, shape.vocab, (rows, length))
     batch = {"tokens": tokens, "response_mask": torch.ones_like(tokens, dtype=torch.bool)}
@@ -249,24 +246,12 @@ def one_step(shape: Shape, config: SFTConfig, rows: int, length: int) -> dict:
         losses.append(learner.step([batch], Objective(("loss",), compute))["loss"])
         seconds.append(time.monotonic() - began)
     static = torch.cuda.memory_allocated() if DEVICE == "cuda" else 0
-    peak = torch.cuda.max_memory_allocated() if DEVICE == "cuda" else 0
     return {
-        "peak_gb": peak / 1e9,
+        "peak_gb": peak_gb(),
         "static_gb": static / 1e9,
         "tokens_per_second": rows * length / sorted(seconds)[1],
         "loss": losses[-1],
     }
-
-
-def reset_peak() -> None:
-    if DEVICE == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-
-
-def free() -> None:
-    gc.collect()
-    if DEVICE == "cuda":
-        torch.cuda.empty_cache()
 
 
 def make(folder: Path, small: bool, name: str = "bloom-7b1") -> None:
@@ -274,7 +259,7 @@ def make(folder: Path, small: bool, name: str = "bloom-7b1") -> None:
     began = time.monotonic()
     model = random_model(published(name, small), torch.bfloat16)
     model.save_pretrained(folder / "hf", max_shard_size="5GB")
-    say(
+    print_row(
         step="make",
         model=name,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -311,7 +296,7 @@ def convert(folder: Path, small: bool) -> None:
     seconds, resident = convert_folder(folder, "hf")
     again = copy(folder / "hf", folder / "copy")
     fastest, gigabytes = min(cp, again), size(folder / "hf")
-    say(
+    print_row(
         step="convert",
         gigabytes=gigabytes,
         seconds=seconds,
@@ -332,7 +317,7 @@ def export(folder: Path, small: bool) -> None:
     shutil.rmtree(folder / "convert")  # room on the disk for the copy
     gigabytes = size(target / "sft")
     cp = copy(target / "sft", folder / "copy")
-    say(
+    print_row(
         not wrong,
         step="export",
         gigabytes=gigabytes,
@@ -352,50 +337,50 @@ def differences(left: Path, right: Path) -> tuple[list[str], int]:
     def tensors(folder):
         from safetensors import safe_open
 
-        found = {}
+        by_name = {}
         for path in sorted(folder.glob("*.safetensors")):
             handle = safe_open(path, "pt")
             names = handle.keys()  # noqa: SIM118 - a handle is no mapping
-            found |= {name.removeprefix("transformer."): (handle, name) for name in names if name not in copies}
-        return found
+            by_name |= {name.removeprefix("transformer."): (handle, name) for name in names if name not in copies}
+        return by_name
 
     copies = ("lm_head.weight",) if Shape.read(left).tied else ()  # of a tied embedding
-    mine, theirs = tensors(left), tensors(right)
-    wrong = sorted(mine.keys() ^ theirs.keys())
-    for name in mine.keys() & theirs.keys():
-        a, b = (handle.get_tensor(stored) for handle, stored in (mine[name], theirs[name]))
+    before, after = tensors(left), tensors(right)
+    wrong = sorted(before.keys() ^ after.keys())
+    for name in before.keys() & after.keys():
+        a, b = (handle.get_tensor(stored) for handle, stored in (before[name], after[name]))
         if a.dtype != b.dtype or not torch.equal(a, b):
             wrong.append(name)
-    return wrong, len(mine)
+    return wrong, len(before)
 
 
 def logits(folder: Path, small: bool) -> None:
     """Logits of 2 rows against Hugging Face in fp64.
 
-    Tolerances: in fp32 2e-5 relative (L2): rounding of 30 layers. In bf16 no absolute number means
-    anything for a random model: we ask that ours is not farther from fp64 than Hugging Face's own
-    bf16 by more than a tenth; the two differ from each other by about the root of the sum of
-    squares, since they round in different places (Hugging Face also rounds ALiBi itself).
+    Tolerances: in fp32 2e-5 relative (L2), the rounding of 30 layers. In bf16 no absolute number
+    means anything for a random model: ours may be at most a tenth farther from fp64 than Hugging
+    Face's own bf16. The two differ from each other by about the root of the sum of squares, because
+    they round in different places (Hugging Face also rounds ALiBi itself).
     """
     shape = Shape.read(folder / "hf")
     rows, length = 2, 128 if small else 256
     tokens = torch.randint(0, shape.vocab, (rows, length), generator=torch.Generator().manual_seed(5))
-    exact, rounded = (theirs(folder, tokens, dtype) for dtype in (torch.float64, torch.bfloat16))
-    half, single = (ours(folder, shape, tokens, precision) for precision in ("bf16", "fp32"))
-    fp32, bf16, his = relative(single, exact), relative(half, exact), relative(rounded, exact)
+    exact, rounded = (hugging_face_logits(folder, tokens, dtype) for dtype in (torch.float64, torch.bfloat16))
+    half, single = (our_logits(folder, shape, tokens, precision) for precision in ("bf16", "fp32"))
+    fp32, bf16, peer = relative(single, exact), relative(half, exact), relative(rounded, exact)
 
-    def closeness(found):
+    def closeness(logits):
         return {
-            "same_argmax": round((found.argmax(-1) == exact.argmax(-1)).float().mean().item(), 4),
-            "largest_difference": round((found.double() - exact).abs().max().item(), 4),
+            "same_argmax": round((logits.argmax(-1) == exact.argmax(-1)).float().mean().item(), 4),
+            "largest_difference": round((logits.double() - exact).abs().max().item(), 4),
         }
 
-    say(
-        fp32 <= 2e-5 and bf16 <= 1.1 * his,
+    print_row(
+        fp32 <= 2e-5 and bf16 <= 1.1 * peer,
         step="logits",
         ours_fp32=fp32,
         ours_bf16=bf16,
-        hf_bf16=his,
+        hf_bf16=peer,
         ours_to_hf_bf16=relative(half, rounded),
         largest_logit=exact.abs().max().item(),
         ours=closeness(half),
@@ -403,26 +388,27 @@ def logits(folder: Path, small: bool) -> None:
     )
 
 
-def theirs(folder: Path, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def hugging_face_logits(folder: Path, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Hugging Face's logits (B, T, V) on the CPU."""
-    free()
+    free_memory()
     model = AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.bfloat16).to(DEVICE).to(dtype).eval()
     with torch.no_grad():
         return model(input_ids=tokens.to(DEVICE)).logits.cpu()
 
 
-def ours(folder: Path, shape: Shape, tokens: torch.Tensor, precision: str) -> torch.Tensor:
-    free()
+def our_logits(folder: Path, shape: Shape, tokens: torch.Tensor, precision: str) -> torch.Tensor:
+    """Our logits (B, T, V) on the CPU."""
+    free_memory()
     model = build_model(shape, settings(precision=precision), "lm")
     format.load_weights(StageFolder(folder / "convert").resolve() / "model", model)
-    found = []
+    parts = []
 
     def read(output, micro):
-        found.append(output.logits()[..., : shape.vocab].float().cpu())
+        parts.append(output.logits()[..., : shape.vocab].float().cpu())
         return next_token_logprobs(output, micro["tokens"])
 
     evaluate(model, {"tokens": tokens}, 2, read)
-    return torch.cat(found)
+    return torch.cat(parts)
 
 
 def main(arguments: list[str]) -> int:
@@ -431,17 +417,17 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "convoy-parity")
     parser.add_argument("--model", choices=PUBLISHED, default="bloom-7b1", help="whose shape the step make takes")
     parser.add_argument("--small", action="store_true")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
-    say(torch=torch.__version__, device=torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu")
-    steps = (attention, memory, functools.partial(make, name=given.model), convert, logits, export)
+    print_row(torch=torch.__version__, device=torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu")
+    steps = (attention, memory, functools.partial(make, name=options.model), convert, logits, export)
     run = dict(zip(STEPS, steps, strict=True))
     with groups.ranks(1, 1, seed=1):
-        for step in given.steps:
+        for step in options.steps:
             began = time.monotonic()
-            run[step](given.folder, given.small)
-            free()
-            say(step=step, took=time.monotonic() - began)
+            run[step](options.folder, options.small)
+            free_memory()
+            print_row(step=step, took=time.monotonic() - began)
     return 1 if missed else 0
 
 

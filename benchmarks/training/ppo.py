@@ -1,20 +1,19 @@
 """PPO on one GPU: time of each phase, memory, samples/s. ``python benchmarks/training/ppo.py
 [--models 7b1 1b7] [--offload all] [--out FILE]``
 
-    ours   three iterations of the PPO trainer on random weights: policy and reference the same,
-           reward and value model the same
+    ours   three iterations of the PPO trainer on random weights: policy and reference are the
+           same, reward and value model, too
     trl    TRL's PPO trainer (trl.experimental.ppo, the last release that has it is 1.12) on the
            same shape, prompts and lengths: ppo_trl.py
-    tail   does scoring gain anything beside a rollout's tail? Decode steps of few rows and forward
-           passes, one after the other and at
-           once, on two streams
-    pin    how long does host memory take to be pinned, and how fast are copies?
+    tail   does scoring gain anything while a rollout's tail runs? Decode steps of few rows and
+           forward passes, one after the other and at once, on two streams
+    pin    how long does pinning host memory take, and how fast are copies?
 
 Prompts of 512 tokens, responses of 512, EOS ignored (ChatLearn's case at sequence 1024), one epoch.
 Each part of each model has a process of its own. Prints JSON lines: an iteration each, with the
-seconds of its parts and the metrics that must be sane. Peak memory is torch's, beside
-launcher/estimates/memory.py's estimate. ``--small``: tiny shapes, also on a CPU, where numbers mean
-nothing.
+seconds of its parts and the metrics that must be sane. Peak memory is torch's;
+launcher/estimates/memory.py's estimate of it stands in the first line. ``--small``: tiny shapes,
+also on a CPU, where the numbers mean nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ import argparse
 import gc
 import json
 import resource
-import subprocess
 import sys
 import tempfile
 import threading
@@ -35,10 +33,14 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 
-from benchmarks.training.train import CUDA, SHAPES, say
+from benchmarks.common import print_row, run_part
+from benchmarks.device import CUDA, PRECISION, seconds_of
+from benchmarks.inputs import random_weights
+from benchmarks.shapes import SHAPES
 from launcher.estimates import memory
 from training import ppo
 from training.checkpoint import format
+from training.checkpoint.stage_folder import StageFolder
 from training.config.shape import Shape
 from training.config.trainers import PPOConfig, PPOPaths
 from training.distributed import groups
@@ -48,13 +50,13 @@ from training.rl import reward_bias
 from training.rl.minibatches import Plan
 from training.trainer.step import Learner
 
-WORDS = 2000
-"""Of the tokenizer that the prompts are made with; the model's vocabulary has more rows, which it
-samples from."""
+TOKENIZER_WORDS = 2000
+"""Words of the prompts' tokenizer. The model samples from all rows of its larger vocabulary."""
+MODELS = ("560m", "1b7", "3b", "7b1", "small")
 PARTS = ("pin", "ours", "trl", "tail")
 
 
-def folder(shape: Shape, where: Path, prompts: int, length: int) -> None:
+def write_inputs(shape: Shape, folder: Path, prompts: int, length: int) -> None:
     """A model's config.json, a tokenizer of words, and rows of prompts longer than ``length``."""
     generator = torch.Generator().manual_seed(3)
     config = {
@@ -65,9 +67,8 @@ def folder(shape: Shape, where: Path, prompts: int, length: int) -> None:
         "vocab_size": shape.vocab,
         "layer_norm_epsilon": shape.norm_eps,
     }
-    vocab = {
-        word: number for number, word in enumerate(("<unk>", "<s>", "</s>", "<pad>", *(f"w{i}" for i in range(WORDS))))
-    }
+    tokens = ("<unk>", "<s>", "</s>", "<pad>", *(f"w{number}" for number in range(TOKENIZER_WORDS)))
+    vocab = {token: number for number, token in enumerate(tokens)}
     tokenizer = {
         "version": "1.0",
         "added_tokens": [],
@@ -82,57 +83,50 @@ def folder(shape: Shape, where: Path, prompts: int, length: int) -> None:
         ("tokenizer", tokenizer),
         ("tokenizer_config", {"eos_token": "</s>", "pad_token": "<pad>"}),
     ):
-        (where / f"{name}.json").write_text(json.dumps(content))
-    words = torch.randint(min(WORDS, shape.vocab - 4), (prompts, length + 8), generator=generator).tolist()
-    rows = [json.dumps({"prompt": " ".join(f"w{number}" for number in row)}) + "\n" for row in words]
-    (where / "rlhf.jsonl").write_text("".join(rows))
-    (where / "heldout.jsonl").write_text("".join(rows[:2]))
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    numbers = torch.randint(min(TOKENIZER_WORDS, shape.vocab - 4), (prompts, length + 8), generator=generator)
+    rows = [json.dumps({"prompt": " ".join(f"w{number}" for number in row)}) + "\n" for row in numbers.tolist()]
+    (folder / "rlhf.jsonl").write_text("".join(rows))
+    (folder / "heldout.jsonl").write_text("".join(rows[:2]))
 
 
-def settings(asked, where: Path) -> PPOConfig:
-    paths = PPOPaths(
-        str(where / "out"), str(where), "sft", str(where / "rlhf.jsonl"), str(where / "heldout.jsonl"), "reward"
-    )
+def settings(options: argparse.Namespace, folder: Path) -> PPOConfig:
+    prompts = str(folder / "rlhf.jsonl"), str(folder / "heldout.jsonl")
+    paths = PPOPaths(str(folder / "out"), str(folder), "sft", *prompts, "reward")
     return PPOConfig(
         paths=paths,
-        precision="bf16" if CUDA else "fp32",
-        optimizer_precision="bf16" if CUDA else "fp32",
-        prompt_length=asked.length,
-        response_length=asked.length,
-        rollout_batch_size=asked.samples,
-        global_batch_size=asked.minibatch,
-        generation_batch_size=asked.samples,
-        micro_batch_size=asked.rows,
-        iterations=asked.iterations + 1,
+        precision=PRECISION,
+        optimizer_precision=PRECISION,
+        prompt_length=options.length,
+        response_length=options.length,
+        rollout_batch_size=options.samples,
+        global_batch_size=options.minibatch,
+        generation_batch_size=options.samples,
+        micro_batch_size=options.rows,
+        iterations=options.iterations + 1,
         warmup_iterations=0,
-        offload=asked.offload,
-        lora_rank=asked.lora,
-        recompute=asked.recompute,
+        offload=options.offload,
+        lora_rank=options.lora,
+        recompute=options.recompute,
         compile=CUDA,
     )
 
 
-def random_weights(source: Path, model, fresh_head=None) -> None:
-    """In place of a checkpoint's: of "sft" always the same, and of "reward"."""
-    generator = torch.Generator(device=groups.device()).manual_seed(1 if source.parts[0] == "sft" else 2)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if lora.ADAPTER_PREFIX not in name:
-                weight.normal_(0, 0.02, generator=generator) if weight.dim() > 1 else weight.fill_(
-                    float(name.endswith("norm.weight"))
-                )
+def load_random_weights(source: Path, model, fresh_head=None) -> None:
+    """In place of loading a checkpoint: "sft" has one seed, "reward" another."""
+    random_weights(model, seed=1 if source.parts[0] == "sft" else 2)
     lora.initialise(model)
 
 
-class Watch:
-    """Seconds of what an iteration does, as the stream that computes sees them: copies beside it
-    are free."""
+class Stopwatch:
+    """Seconds of an iteration's parts, as the computing stream sees them: copies that run at the
+    same time cost nothing."""
 
     def __init__(self):
         self.seconds: dict[str, float] = {}
 
     def around(self, function, name):
-        """``function``, its time added to ``name``, or to ``name(self, ...)``."""
+        """``function`` with its time added to ``name``, or to ``name(self, ...)``."""
 
         def timed(*args, **kwargs):
             self._wait()
@@ -151,54 +145,61 @@ class Watch:
 
 
 class Trainer(ppo.PPO):
-    """No response ends before its full length, and the reward model's scores stand for
-    themselves."""
+    """Every response has its full length, and the reward model's scores are used as they are."""
 
     def __init__(self, config: PPOConfig):
         super().__init__(config)
-        self.tokenizer.eos_id = self.replicas.eos_id = -1
+        self.replicas.stop_ids = ()
 
-    def learn_from(self, made, scored):
-        return super().learn_from(made._replace(ended=torch.ones_like(made.ended)), scored)
+    def learn_from(self, rollout, scored):
+        return super().learn_from(rollout._replace(ended=torch.ones_like(rollout.ended)), scored)
 
 
-def ours(asked) -> None:
-    shape = SHAPES[asked.model]
-    in_place_of_files = mock.patch.multiple(format, load_weights=random_weights, resolve=lambda *of: Path(of[0]))
+def iterations(options: argparse.Namespace) -> None:
+    """Iterations of the PPO trainer; a row for the start, and one for each iteration."""
+    shape = SHAPES[options.model]
     with (
         tempfile.TemporaryDirectory() as name,
-        in_place_of_files,
+        mock.patch.object(format, "load_weights", load_random_weights),
+        mock.patch.object(StageFolder, "resolve", lambda stage, iteration=0: stage.path),
         mock.patch.object(reward_bias, "stored", lambda of: 0.0),
     ):
-        folder(shape, Path(name), 4 * asked.samples, asked.length)
-        config = settings(asked, Path(name))
-        made = memory.estimate(shape, config, 1)
+        folder = Path(name)
+        write_inputs(shape, folder, 4 * options.samples, options.length)
+        config = settings(options, folder)
+        estimate = memory.estimate(shape, config, 1)
         began = time.monotonic()
         trainer = Trainer(config)
-        # or OffloadedModel.model
-        models = {id(getattr(model, "model", model)): name for name, model in reversed(vars(trainer.models).items())}
-        kept = ("rollout_batch_size", "global_batch_size", "micro_batch_size", "offload", "lora_rank", "recompute")
-        say(
-            "start",
-            {
-                "model": asked.model,
-                "seconds": time.monotonic() - began,
-                "estimate_gb": made.total,
-                "host_estimate_gb": sum(gb for _, gb in made.host),
-                **{key: getattr(config, key) for key in kept},
-            },
+        print_row(
+            part="start",
+            model=options.model,
+            seconds=time.monotonic() - began,
+            estimate_gb=estimate.total,
+            host_estimate_gb=sum(gb for _, gb in estimate.host),
+            **{key: getattr(config, key) for key in SETTINGS},
         )
-        watch = Watch()
-        Plan.look = watch.around(Plan.look, lambda plan, model, *_: f"score {models[id(model)]}")
-        Learner.step = watch.around(Learner.step, lambda learner, *_: f"train {models[id(learner.model)]}")
-        Learner.sleep, Offloaded.wait = watch.around(Learner.sleep, "swap"), watch.around(Offloaded.wait, "swap")
-        for iteration in range(1, asked.iterations + 1):
-            watch.seconds.clear()
+        stopwatch = timed_parts(trainer)
+        for iteration in range(1, options.iterations + 1):
+            stopwatch.seconds.clear()
             began = time.monotonic()
             metrics = trainer.iterate(iteration)
-            say("iteration", iteration_of(asked, iteration, time.monotonic() - began, watch.seconds, metrics))
+            seconds = time.monotonic() - began
+            print_row(part="iteration", **iteration_row(options, iteration, seconds, stopwatch.seconds, metrics))
 
 
+def timed_parts(trainer: Trainer) -> Stopwatch:
+    """A stopwatch around the trainer's scoring, updates and copies."""
+    # a model may be parked: then .model is the model itself
+    names = {id(getattr(model, "model", model)): name for name, model in reversed(vars(trainer.models).items())}
+    stopwatch = Stopwatch()
+    Plan.look = stopwatch.around(Plan.look, lambda plan, model, *_: f"score {names[id(model)]}")
+    Learner.step = stopwatch.around(Learner.step, lambda learner, *_: f"train {names[id(learner.model)]}")
+    Learner.sleep = stopwatch.around(Learner.sleep, "swap")
+    Offloaded.wait = stopwatch.around(Offloaded.wait, "swap")
+    return stopwatch
+
+
+SETTINGS = ("rollout_batch_size", "global_batch_size", "micro_batch_size", "offload", "lora_rank", "recompute")
 SANE = (
     "reward",
     "kl",
@@ -226,21 +227,23 @@ SANE = (
 )
 
 
-def iteration_of(asked, iteration: int, seconds: float, parts: dict, metrics: dict) -> dict:
+def iteration_row(
+    options: argparse.Namespace, iteration: int, seconds: float, parts: dict[str, float], metrics: dict
+) -> dict:
     return {
-        "model": asked.model,
+        "model": options.model,
         "iteration": iteration,
         "seconds": round(seconds, 2),
-        "samples_per_second": round(asked.samples / seconds, 3),
-        "offload": asked.offload,
+        "samples_per_second": round(options.samples / seconds, 3),
+        "offload": options.offload,
         "parts": {name: round(value, 2) for name, value in parts.items()},
         "host_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 1),
-        **{name: float(f"{metrics[name]:.5g}") for name in SANE},
+        **{name: metrics[name] for name in SANE},
     }
 
 
-def tail(asked) -> None:
-    """A decode of few rows and scoring passes of as many samples as take about as long."""
+def tail(options: argparse.Namespace) -> None:
+    """A decode of few rows, and scoring passes of as many samples as take about as long."""
     from benchmarks.generation.rollout import requests
     from training.generation.engine import Engine, EngineLimits
     from training.generation.rollout_workers import operations
@@ -249,110 +252,124 @@ def tail(asked) -> None:
     from training.models.heads import next_token_logprobs
     from training.trainer.step import build_model, look
 
-    shape, rows = SHAPES[asked.model], max(asked.samples // 4, 1)
-    config = settings(asked, Path("none"))
-    model = build_model(shape, config, "lm").requires_grad_(False)
-    random_weights(Path("sft"), model)
+    shape, rows, length = SHAPES[options.model], max(options.samples // 4, 1), options.length
+    model = build_model(shape, settings(options, Path("none")), "lm").requires_grad_(False)
+    random_weights(model, seed=1)
     weights = {name: weight.detach() for name, weight in named_weights(model).items()}
     decoder = Decoder(shape, weights, operations(groups.device().type))
-    engine = Engine(decoder, EngineLimits(2 * asked.length, cache_share=0.5), -1)
-    micro = [{"tokens": torch.randint(0, shape.vocab, (asked.rows, 2 * asked.length))} for _ in range(16)]
+    engine = Engine(decoder, EngineLimits(2 * length, cache_share=0.5), -1)
+    micro = [{"tokens": torch.randint(0, shape.vocab, (options.rows, 2 * length))} for _ in range(16)]
 
     def decode():
-        return engine.generate(requests(rows, asked.length, [asked.length // 4] * rows, shape.vocab))
+        return engine.generate(requests(rows, length, [length // 4] * rows, shape.vocab))
 
     def passes():
         look(model, micro, lambda output, batch: next_token_logprobs(output, batch["tokens"]))
 
-    def timed(*works) -> float:
-        """Seconds of the works at once, each in a thread and on a stream of its own (on the CPU:
-        one after the other)."""
-
-        def run(work):
-            torch.cuda.set_device(0)
-            with torch.cuda.stream(torch.cuda.Stream()):
-                work()
-                torch.cuda.current_stream().synchronize()
-
-        threads = [threading.Thread(target=run, args=(work,)) for work in works]
-        began = time.monotonic()
-        for thread, work in zip(threads, works, strict=True):
-            thread.start() if CUDA else work()
-        for thread in threads if CUDA else ():
-            thread.join()
-        return time.monotonic() - began
-
-    decode(), passes(), timed(decode), timed(passes)
-    alone = timed(decode), timed(passes)
-    say(
-        "tail",
-        {
-            "model": asked.model,
-            "rows": rows,
-            "steps": engine.stats.steps,
-            "samples_scored": 16 * asked.rows,
-            "decode_s": alone[0],
-            "scoring_s": alone[1],
-            "both_s": timed(decode, passes),
-        },
+    decode(), passes(), seconds_at_once(decode), seconds_at_once(passes)
+    print_row(
+        part="tail",
+        model=options.model,
+        rows=rows,
+        decode_s=seconds_at_once(decode),
+        scoring_s=seconds_at_once(passes),
+        steps=engine.stats.steps,
+        samples_scored=16 * options.rows,
+        both_s=seconds_at_once(decode, passes),
     )
 
 
-def pin(asked) -> None:
+def seconds_at_once(*works) -> float:
+    """Seconds of the works at once, each in a thread and on a stream of its own. On the CPU they
+    run one after the other."""
+
+    def run(work):
+        torch.cuda.set_device(0)
+        with torch.cuda.stream(torch.cuda.Stream()):
+            work()
+            torch.cuda.current_stream().synchronize()
+
+    threads = [threading.Thread(target=run, args=(work,)) for work in works]
+    began = time.monotonic()
+    for thread, work in zip(threads, works, strict=True):
+        thread.start() if CUDA else work()
+    for thread in threads if CUDA else ():
+        thread.join()
+    return time.monotonic() - began
+
+
+def pin(options: argparse.Namespace) -> None:
+    """Seconds to pin host memory, and GB/s of copies."""
     size = 8 * 10**9 if CUDA else 10**7
     tensor = torch.ones(size // 4, device=groups.device())
     began = time.monotonic()
     group = Offloaded([tensor])
-    pinned = time.monotonic() - began
+    pin_s = time.monotonic() - began
 
-    def timed(function) -> float:
-        if CUDA:
-            torch.cuda.synchronize()
-        begins = time.monotonic()
-        function()
-        if CUDA:
-            torch.cuda.synchronize()
-        return size / (time.monotonic() - begins) / 1e9
+    def gb_per_s(function) -> float:
+        return size / seconds_of(function) / 1e9
 
     group.wait()
     group.offload()
-    into = timed(group.wait)
+    to_device = gb_per_s(group.wait)
     group.changed = True
-    out = timed(group.offload)
+    to_host = gb_per_s(group.offload)
     other = Offloaded([torch.ones(size // 4, device=groups.device())])
     group.wait()
     group.changed = True
-    both = timed(lambda: group.offload(other))
-    say(
-        "pin",
-        {
-            "gb": size / 1e9,
-            "pin_s": pinned,
-            "to_device_gb_per_s": into,
-            "to_host_gb_per_s": out,
-            "each_way_at_once_gb_per_s": both,
-        },
+    print_row(
+        part="pin",
+        gb=size / 1e9,
+        pin_s=pin_s,
+        to_device_gb_per_s=to_device,
+        to_host_gb_per_s=to_host,
+        each_way_at_once_gb_per_s=gb_per_s(lambda: group.offload(other)),
     )
 
 
-def one(asked) -> None:
-    if asked.parts == ["trl"]:
+def run_one(options: argparse.Namespace) -> None:
+    """The one part of the one model, in this process."""
+    if options.parts == ["trl"]:
         from benchmarks.training import ppo_trl
 
-        ppo_trl.run(asked, SHAPES[asked.model])
+        ppo_trl.run(options, SHAPES[options.model])
         return
     with groups.ranks(1, 1, 1):
-        {"ours": ours, "tail": tail, "pin": pin}[asked.parts[0]](asked)
+        {"ours": iterations, "tail": tail, "pin": pin}[options.parts[0]](options)
 
 
 def main() -> int:
+    options = parse_arguments()
+    if options.out:
+        options.out.touch()  # a missing folder is an error before the first part's minutes
+    if options.small:
+        options.models, options.samples, options.minibatch, options.rows, options.length = ["small"], 8, 4, 2, 12
+    if options.one:
+        options.model = options.models[0]
+        run_one(options)
+        gc.collect()
+        return 0
+    passed_on = ("offload", "lora", "recompute", "samples", "minibatch", "rows", "length", "iterations")
+    same = [argument for name in passed_on for argument in (f"--{name}", str(getattr(options, name)))]
+    same += ["--one", *(["--small"] if options.small else [])]
+    failed = []
+    for model in options.models:
+        for part in options.parts:
+            _, code = run_part(__file__, [*same, "--models", model, "--parts", part], options.limit, options.out)
+            if code:
+                failed.append((model, part))
+                print(f"failed: {part} of {model}: exit code {code}", flush=True)
+    return int(bool(failed))
+
+
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=SHAPES, default=["7b1", "1b7"])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["7b1", "1b7"])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=["ours"])
     parser.add_argument("--offload", choices=("none", "frozen", "all"), default="all")
     parser.add_argument("--lora", type=int, default=0, help="rank of adapters; 0 = all weights learn")
     parser.add_argument("--recompute", default="none")
-    parser.add_argument("--samples", type=int, default=192, help="an iteration")
+    parser.add_argument("--samples", type=int, default=192, help="of an iteration")
     parser.add_argument("--minibatch", type=int, default=64, help="samples of an optimizer step")
     parser.add_argument("--rows", type=int, default=4, help="of a forward and backward pass")
     parser.add_argument("--length", type=int, default=512, help="of prompts, and of responses")
@@ -361,43 +378,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="JSON lines are added to this file")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--one", action="store_true", help="the one part of the one model in this process")
-    asked = parser.parse_args()
-    if asked.out:
-        asked.out.touch()  # a folder that is missing is said before the first part's minutes
-    if asked.small:
-        asked.models, asked.samples, asked.minibatch, asked.rows, asked.length = ["small"], 8, 4, 2, 12
-    if asked.one:
-        asked.model = asked.models[0]
-        one(asked)
-        gc.collect()
-        return 0
-    options = [
-        word
-        for name in ("offload", "lora", "recompute", "samples", "minibatch", "rows", "length", "iterations")
-        for word in (f"--{name}", str(getattr(asked, name)))
-    ]
-    return max(
-        _process(asked, ["--one", *(["--small"] if asked.small else []), "--models", model, "--parts", part, *options])
-        for model in asked.models
-        for part in asked.parts
-    )
-
-
-def _process(asked, arguments: list[str]) -> int:
-    """Run one part, its JSON lines to the screen and the file -> 1 where it failed."""
-    with subprocess.Popen([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True) as process:
-        alarm = threading.Timer(asked.limit, process.kill)
-        alarm.daemon = True  # an interrupt ends this process, too
-        alarm.start()
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            if asked.out and line.startswith("{"):
-                with open(asked.out, "a", encoding="utf-8") as file:
-                    file.write(line)
-        alarm.cancel()
-    if process.returncode:
-        print(f"failed: {' '.join(arguments)}: exit code {process.returncode}", flush=True)
-    return int(process.returncode != 0)
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

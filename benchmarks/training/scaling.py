@@ -13,15 +13,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from benchmarks.common import sft_config
+from benchmarks.shapes import SHAPES
 from launcher.estimates import step_time
 from launcher.slurm import sites
-from training.config.trainers import Paths, SFTConfig
-from training.models.bloom.table import shape as bloom
 
-MODELS = {
-    "7b1": (bloom(30, 4096, 32, 250880, 1e-5), 256, (8, 32)),
-    "176b": (bloom(70, 14336, 112, 250880, 1e-5), 512, (64, 128)),
-}
+MODELS = {"7b1": (256, (8, 32)), "176b": (512, (64, 128))}
+"""Model -> rows of a global batch, numbers of GPUs."""
 SITES = {"A100": "a100", "H800": "h800"}
 """Name of the GPU -> profile of slurm/clusters."""
 
@@ -33,26 +31,35 @@ def main() -> None:
         "compute, bubble, launch, TP, PP, DP, optimizer in % |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|---|---|")
-    for name, (shape, rows, sizes) in MODELS.items():
+    for name, (rows, sizes) in MODELS.items():
+        config = sft_config(global_batch_size=rows, micro_batch_size=1, optimizer_precision="bf16")
         for site, profile in SITES.items():
             machine = step_time.machine_of(sites.load(profile))
             for ranks in sizes:
-                config = SFTConfig(
-                    paths=Paths("", "", "", "", ""),
-                    global_batch_size=rows,
-                    micro_batch_size=1,
-                    optimizer_precision="bf16",
-                )
-                for made in step_time.layouts(shape, config, ranks, machine, 8, 85.0)[:3]:
-                    used = made.config
-                    data = used.data_parallel(ranks)
-                    shares = ", ".join(f"{100 * seconds / made.seconds:.0f}" for seconds in made.parts.values())
-                    print(
-                        f"| {name} | {ranks} x {site} | {used.tensor_parallel} | {used.pipeline_parallel} | {data} "
-                        f"| {used.micro_batch_size} | {used.recompute} | {made.seconds:.2f} "
-                        f"| {rows * used.seq_length / made.seconds:,.0f} | {100 * made.mfu:.1f}% | "
-                        f"{made.memory_gb:.0f} | {shares} |"
-                    )
+                steps = step_time.layouts(SHAPES[name], config, ranks, machine, 8, 85.0)
+                for step in steps[:3]:
+                    print(line(name, site, ranks, step))
+
+
+def line(name: str, site: str, ranks: int, step: step_time.Step) -> str:
+    """A layout's line of the table."""
+    config = step.config
+    tokens_per_s = config.global_batch_size * config.seq_length / step.seconds
+    cells = (
+        name,
+        f"{ranks} x {site}",
+        config.tensor_parallel,
+        config.pipeline_parallel,
+        config.data_parallel(ranks),
+        config.micro_batch_size,
+        config.recompute,
+        f"{step.seconds:.2f}",
+        f"{tokens_per_s:,.0f}",
+        f"{100 * step.mfu:.1f}%",
+        f"{step.memory_gb:.0f}",
+        ", ".join(f"{100 * seconds / step.seconds:.0f}" for seconds in step.parts.values()),
+    )
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 if __name__ == "__main__":
