@@ -90,30 +90,25 @@ def plan_options(command, tolerant: bool = False):
         from launcher.slurm import sites
         from launcher.submit import create
 
-        site, reused_run = sites.choose(profile), named(reuse, runs) if reuse else None
-
-        def make_plan(more, name, runs):
-            return create.plan(
-                target,
-                recipe,
-                list(files),
-                [*sets, *more],
-                name,
-                runs,
-                site,
-                first,
-                last,
-                pipeline,
-                reused_run,
-                tolerant,
-            )
-
+        request = create.SubmitRequest(
+            target,
+            recipe,
+            runs,
+            *sites.choose(profile),
+            name=name,
+            files=files,
+            sets=sets,
+            first=first,
+            last=last,
+            pipeline=pipeline,
+            reused=named(reuse, runs) if reuse else None,
+            tolerant=tolerant,
+        )
         if not sweeps:
-            return command(make_plan([], recipe if name is None else name, runs), **rest)
+            return command(create.plan(request), **rest)
         from launcher.submit import sweep
 
-        sweep.refuse_set_twice(sweeps, sets)
-        return command(sweep.plan(sweeps, make_plan, recipe if name is None else name, runs), **rest)
+        return command(sweep.plan(request, sweeps), **rest)
 
     return wrapped
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import secrets
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,32 @@ from launcher.submit import prepared, reuse
 from training.errors import ConfigError, Mistakes
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,60}")
+
+
+@dataclass(frozen=True)
+class SubmitRequest:
+    """What the command line of ``submit``, ``plan`` and ``render`` asks for."""
+
+    target: str
+    """A stage, or "full-pipeline"."""
+    recipe: str
+    runs: Path
+    """Folder of all runs; of a sweep's element, the sweep's folder."""
+    profile: Profile
+    profile_reason: str
+    """Why this profile."""
+    name: str | None = None
+    """None: the recipe's."""
+    files: tuple[Path, ...] = ()
+    sets: tuple[str, ...] = ()
+    first: str | None = None
+    last: str | None = None
+    pipeline: str | None = None
+    """None: the run's, else the first that has the target."""
+    reused: Run | None = None
+    """A run whose finished stages are taken (launcher/submit/reuse.py)."""
+    tolerant: bool = False
+    """A plan can be shown in spite of the mistakes in ``checked.mistakes``."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +74,7 @@ class Plan:
     def resources(self, stage: Stage) -> Resources:
         return getattr(build_plain("resources", self.tables["resources"]), stage.name)
 
-    def written(self) -> dict:
+    def config(self) -> dict:
         """What config.json of the run will hold."""
         return {"run": self.identity, "profile": dataclasses.asdict(self.profile), **self.tables}
 
@@ -55,77 +82,71 @@ class Plan:
 class Draft(Run):
     """A run as it will be once its config.json is written."""
 
-    def __init__(self, made: Plan):
-        super().__init__(made.run.folder)
-        self.made = made
+    def __init__(self, plan: Plan):
+        super().__init__(plan.run.folder)
+        self.plan = plan
 
     @property
     def config(self) -> dict:
-        return self.made.written()
+        return self.plan.config()
 
 
-def plan(
-    target: str,
-    recipe: str,
-    files: list[Path],
-    sets: list[str],
-    name: str | None,
-    runs: Path,
-    chosen: tuple[Profile, str],
-    first: str | None,
-    last: str | None,
-    pipeline: str | None = None,
-    reused: Run | None = None,
-    tolerant: bool = False,
-) -> Plan:
-    """Merge and check; ConfigError for every mistake that can be seen now. ``pipeline`` None: the
-    run's, else the first with TARGET.
-    ``tolerant``: a plan can be shown in spite of those in ``checked.mistakes``."""
-    name = recipe if name is None else name
+def plan(request: SubmitRequest) -> Plan:
+    """Merge and check. Raises a ConfigError with every mistake that can be seen before anything is
+    written."""
+    name = request.recipe if request.name is None else request.name
     if not NAME.fullmatch(name):
         raise ConfigError(
             f"--name {name!r}: a run's name has letters, digits, '.', '_' and '-' only, begins with a letter or digit "
             "and is at most 61 long"
         )
-    run = Run(runs / name)
-    if pipeline is None:
-        pipeline = (
-            run.pipeline
-            if run.config_file.exists()
-            else next(key for key, each in PIPELINES.items() if target in (FULL, *each))
-        )
-    if run.config_file.exists() and _begun(run) and pipeline != run.pipeline:
+    run = Run(request.runs / name)
+    exists = run.config_file.exists()
+    began = exists and _began(run)
+    pipeline = request.pipeline or _default_pipeline(run, request.target)
+    if began and pipeline != run.pipeline:
         raise ConfigError(
             f"{run.folder} was submitted with --pipeline {run.pipeline}; give {pipeline} its own run with --name"
         )
     graph = PIPELINES[pipeline]
-    stages = select(graph, target, first, last)
-    _check_sets(sets, pipeline)
-    tables = _full_tables(run.folder, layered(recipe, files, sets, chosen[0]), graph)
-    checked = plan_checks.check(run.folder, tables, graph, stages, chosen[0], tolerant)
-    done: set[str] = set()
-    if run.config_file.exists() and _begun(run):
-        _check_same(run, tables, chosen[0])
+    stages = select(graph, request.target, request.first, request.last)
+    _check_sets(request.sets, pipeline)
+    layers = layered(request.recipe, list(request.files), list(request.sets), request.profile)
+    tables = _full_tables(run.folder, layers, graph)
+    checked = plan_checks.check(run.folder, tables, graph, stages, request.profile, request.tolerant)
+    if began:
+        _check_same(run, tables, request.profile)
         prepared.check(run)
-        done = set(graph) - {stage.name for stage in manifest.left(run, list(graph.values()))}
-    if reused:
-        done |= set(reuse.candidates(reused, run.folder, tables, graph))
+    done = _done_stages(run, graph) if began else set()
+    if request.reused:
+        done |= set(reuse.candidates(request.reused, run.folder, tables, graph))
     parents = Mistakes()
     parents.of(plan_checks.check_parents, graph, stages, done)
-    if parents.messages and not tolerant:
+    if parents.messages and not request.tolerant:
         raise ConfigError(*parents.messages)
     checked.mistakes.extend(parents.messages)
-    known = run.config_file.exists()
     identity = {
         "name": name,
-        "id": run.id if known else f"{name}-{secrets.token_hex(4)}",
-        "recipe": recipe,
-        "profile": chosen[0].name,
+        "id": run.id if exists else f"{name}-{secrets.token_hex(4)}",
+        "recipe": request.recipe,
+        "profile": request.profile.name,
         "pipeline": pipeline,
         "folder": str(run.folder),
         "selected": [stage.name for stage in stages],
     }
-    return Plan(run, tables, recipe, stages, *chosen, checked, identity, reused)
+    site = request.profile, request.profile_reason
+    return Plan(run, tables, request.recipe, stages, *site, checked, identity, request.reused)
+
+
+def _default_pipeline(run: Run, target: str) -> str:
+    """The run's, else the first that has the target."""
+    if run.config_file.exists():
+        return run.pipeline
+    return next(name for name, graph in PIPELINES.items() if target in (FULL, *graph))
+
+
+def _done_stages(run: Run, graph: Graph) -> set[str]:
+    return set(graph) - {stage.name for stage in manifest.left(run, list(graph.values()))}
 
 
 def _full_tables(run: Path, tables: dict, graph: Graph) -> dict:
@@ -134,57 +155,55 @@ def _full_tables(run: Path, tables: dict, graph: Graph) -> dict:
     try:
         return full_tables(run, tables, graph)
     except ConfigError as error:
-        found = plan_checks.check_sources(run, tables)
-        raise ConfigError(*dict.fromkeys([*error.messages, *found.messages])) from None
+        mistakes = plan_checks.check_sources(run, tables)
+        raise ConfigError(*dict.fromkeys([*error.messages, *mistakes.messages])) from None
 
 
-def create(made: Plan) -> Run:
+def create(plan: Plan) -> Run:
     """Prepare the data and write the run folder's configuration; repeating it changes nothing.
     Waits for another command that does so.
 
     Nothing but the prepared data is written before the last check.
     """
-    with transaction.patient(lambda: lock(made.run.folder / ".prepare.lock")):
-        taken = _examined(made)
-        return _write(made, taken)
+    with transaction.patient(lambda: lock(plan.run.folder / ".prepare.lock")):
+        return _write(plan, _check_before_writing(plan))
 
 
-def prepare_first(made: Plan) -> None:
+def prepare_first(plan: Plan) -> None:
     """Prepare the data of a run that has no configuration yet; ConfigError for bad data, and for
     a stage without rows."""
-    with transaction.patient(lambda: lock(made.run.folder / ".prepare.lock")):
-        prepared.prepare(Draft(made))
-        prepared.check_rows(Draft(made), made.stages)
+    with transaction.patient(lambda: lock(plan.run.folder / ".prepare.lock")):
+        prepared.prepare(Draft(plan))
+        prepared.check_rows(Draft(plan), plan.stages)
 
 
-def _examined(made: Plan) -> list[str]:
+def _check_before_writing(plan: Plan) -> list[str]:
     """The stages that are taken from another run; ConfigError for all that stands against the
     plan."""
-    run, draft = made.run, Draft(made)
+    run, draft = plan.run, Draft(plan)
     if run.config_file.exists():
-        if run.config["run"]["profile"] != made.profile.name and (busy := state.active_stages(run)):
+        if run.config["run"]["profile"] != plan.profile.name and (busy := state.active_stages(run)):
             raise ConfigError(
                 f"{', '.join(busy)} of {run.folder} is running or queued with profile "
                 f"{run.config['run']['profile']}; "
                 f"stop it first: python -m launcher cancel {run.folder}"
             )
-        if _begun(run):
-            _check_same(run, made.tables, made.profile)
+        if _began(run):
+            _check_same(run, plan.tables, plan.profile)
     prepared.prepare(draft)
-    prepared.check_rows(draft, made.stages)
-    if not made.reused:
+    prepared.check_rows(draft, plan.stages)
+    if not plan.reused:
         return []
-    taken = reuse.takeable(draft, made.reused)
-    done = set(made.graph) - {stage.name for stage in manifest.left(draft, list(made.graph.values()))}
-    plan_checks.check_parents(made.graph, made.stages, done | set(taken))
-    return taken
+    reusable = reuse.takeable(draft, plan.reused)
+    plan_checks.check_parents(plan.graph, plan.stages, _done_stages(draft, plan.graph) | set(reusable))
+    return reusable
 
 
-def _write(made: Plan, taken: list[str]) -> Run:
-    run, written = made.run, made.written()
+def _write(plan: Plan, reusable: list[str]) -> Run:
+    run, config = plan.run, plan.config()
     if run.config_file.exists():
-        written["run"]["id"] = run.id  # another command may have been first since the plan was made
-    write_json(run.config_file, written)
+        config["run"]["id"] = run.id  # another command may have been first since the plan was made
+    write_json(run.config_file, config)
     for name in run.stages:
         write_stage_config(run, name)
         done = run.stage(name) / "DONE.json"
@@ -192,9 +211,9 @@ def _write(made: Plan, taken: list[str]) -> Run:
             run.set_aside(done)  # only what _check_same lets change: a judge, say
             print(f"{name}: its configuration changed; it runs again, and keeps what it has", flush=True)
     prepared.summarise(run, plan_checks.lengths(run.folder, run.config, run.stages, list(run.stages.values())))
-    if made.reused:
-        reuse.take(run, made.reused, taken)
-        say(f"taken from {made.reused.folder}: {', '.join(taken) or 'nothing: its rows are not those of this run'}")
+    if plan.reused:
+        reuse.take(run, plan.reused, reusable)
+        say(f"taken from {plan.reused.folder}: {', '.join(reusable) or 'nothing: its rows are not those of this run'}")
     return run
 
 
@@ -204,12 +223,12 @@ def write_stage_config(run: Run, name: str) -> None:
     )
 
 
-def render_all(made: Plan) -> dict[str, str]:
+def render_all(plan: Plan) -> dict[str, str]:
     """Stage -> text of its batch script, as it will be queued; writes nothing."""
-    run = Draft(made)
+    run = Draft(plan)
     return {
-        stage.name: script.script(script.stage_request(run, stage, made.resources(stage), made.profile))
-        for stage in made.stages
+        stage.name: script.script(script.stage_request(run, stage, plan.resources(stage), plan.profile))
+        for stage in plan.stages
     }
 
 
@@ -229,12 +248,12 @@ def committed_scripts() -> dict[str, str]:
     }
 
 
-def _begun(run: Run) -> bool:
+def _began(run: Run) -> bool:
     """Whether a stage was ever queued or started; until then the configuration may still change."""
     return any(event["event"] in ("submitted", "runner", "started", "reused") for event in run.ledger())
 
 
-def _check_sets(sets: list[str], pipeline: str) -> None:
+def _check_sets(sets: Iterable[str], pipeline: str) -> None:
     """ConfigError for a --set that nothing of this pipeline reads. (A recipe or file may serve
     several.)"""
     for text in sets:

@@ -25,9 +25,7 @@ def start(run: Run, stages: list[Stage], wait: bool) -> int:
         return 0
     worker = other_worker(run, slurm)
     if not worker and slurm:
-        queued = enqueue.queue(run, stages)
-        said = ", ".join(f"{stage} {job}" for stage, job in queued.items())
-        out.print(f"queued: {said}" if said else "everything that is left is queued already")
+        out.print(queue_rest([run], stages))
     elif not worker:
         try:
             if wait:
@@ -44,6 +42,12 @@ def start(run: Run, stages: list[Stage], wait: bool) -> int:
         return start(run, stages, wait) if code == IDLE else code  # the other worker had less to do
     out.print(f"python -m launcher status {run.folder} shows it, cancel stops it")
     return 0
+
+
+def queue_rest(runs: list[Run], stages: list[Stage]) -> str:
+    """Queue what is left of the runs; what was queued, in words."""
+    jobs = ", ".join(f"{stage} {job}" for stage, job in enqueue.queue(runs, stages))
+    return f"queued: {jobs}" if jobs else "everything that is left is queued already"
 
 
 def first_worker(run: Run) -> str:

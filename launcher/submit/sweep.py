@@ -14,7 +14,7 @@ import json
 import math
 import secrets
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from launcher.config.stages import prepare_config
 from launcher.run.folder import SWEEP, Run, hash_of, sweep_of, write_json
 from launcher.slurm import transaction
 from launcher.submit import create as submit
-from launcher.submit.job_array import SweepRun, array_script, values_text
+from launcher.submit.job_array import array_script, format_values
 from training.errors import ConfigError
 
 MOST = 1000
@@ -43,27 +43,24 @@ class Sweep:
     plans: list[submit.Plan]
 
 
-def plan(texts: list[str], make: Callable[[list[str], str, Path], submit.Plan], name: str, runs: Path) -> Sweep:
-    """``texts`` are the values of --sweep; ``make(sets, name, runs)`` plans one run. ConfigError
-    for every mistake."""
-    folder, values = runs / name, combinations(texts)
+def plan(request: submit.SubmitRequest, texts: Sequence[str]) -> Sweep:
+    """``texts``: the values of --sweep. Raises a ConfigError with every mistake."""
+    refuse_set_twice(texts, request.sets)
+    name = request.recipe if request.name is None else request.name
+    folder, values = request.runs / name, combinations(texts)
     if (folder / "config.json").exists():
         raise ConfigError(f"{folder} is a run, not a sweep; give the sweep another --name")
-    known = sweep_of(folder) if (folder / SWEEP).exists() else None
-    if known and known["values"] != values:
+    submitted = sweep_of(folder) if (folder / SWEEP).exists() else None
+    if submitted and submitted["values"] != values:
         raise ConfigError(
-            f"{folder} was submitted with another sweep: {values_text(known['values'])}; "
+            f"{folder} was submitted with another sweep: {format_values(submitted['values'])}; "
             "give the new one another --name, or repeat the old one's --sweep"
         )
-    identity = known["id"] if known else f"{name}-{secrets.token_hex(4)}"
-    plans = []
-    for index, chosen in enumerate(values):
-        made = make([f"{key}={in_toml(value)}" for key, value in chosen.items()], str(index), folder)
-        run = {**made.identity, "id": f"{identity}.{index}", "sweep": {"id": identity, "index": index}}
-        plans.append(dataclasses.replace(made, identity=run))
+    identity = submitted["id"] if submitted else f"{name}-{secrets.token_hex(4)}"
+    plans = [_plan_element(request, folder, identity, index, values[index]) for index in range(len(values))]
     first = plans[0].checked
     try:
-        disk.check({str(index): sum(made.checked.disk.values()) for index, made in enumerate(plans)}, folder)
+        disk.check({str(index): sum(plan.checked.disk.values()) for index, plan in enumerate(plans)}, folder)
     except ConfigError as error:
         if not first.mistakes:  # else the plan is shown with them
             raise
@@ -71,16 +68,23 @@ def plan(texts: list[str], make: Callable[[list[str], str, Path], submit.Plan], 
     return Sweep(folder, identity, values, plans)
 
 
-def scripts(made: Sweep) -> dict[str, str]:
+def _plan_element(request: submit.SubmitRequest, folder: Path, identity: str, index: int, values: dict) -> submit.Plan:
+    sets = (*request.sets, *(f"{key}={in_toml(value)}" for key, value in values.items()))
+    plan = submit.plan(dataclasses.replace(request, runs=folder, name=str(index), sets=sets))
+    run = {**plan.identity, "id": f"{identity}.{index}", "sweep": {"id": identity, "index": index}}
+    return dataclasses.replace(plan, identity=run)
+
+
+def scripts(sweep: Sweep) -> dict[str, str]:
     """Stage -> text of its array's batch script, as it will be queued; writes nothing."""
-    held = [
-        SweepRun(index, submit.Draft(one), values)
-        for index, (one, values) in enumerate(zip(made.plans, made.values, strict=True))
-    ]
-    return {stage.name: array_script(made.folder, made.identity, stage, held) for stage in made.plans[0].stages}
+    runs = [submit.Draft(plan) for plan in sweep.plans]
+    return {
+        stage.name: array_script(sweep.folder, sweep.identity, stage, runs, sweep.values)
+        for stage in sweep.plans[0].stages
+    }
 
 
-def combinations(texts: list[str]) -> list[dict]:
+def combinations(texts: Sequence[str]) -> list[dict]:
     """``["sft.lr=1e-5,2e-5", "rlhf.kl_coef=0.01,0.05"]`` -> four tables key -> value, the last key
     changing fastest."""
     axes: dict[str, list] = {}
@@ -114,32 +118,33 @@ def refuse_set_twice(sweeps: Sequence[str], sets: Sequence[str]) -> None:
         raise ConfigError(f"{key} stands in --sweep and in --set; give it once: --sweep has the values of the runs")
 
 
-def create(made: Sweep) -> Path:
+def create(sweep: Sweep) -> Path:
     """Write the sweep's folder and those of its runs; data that is the same for all is prepared
     once. Repeating it changes nothing."""
-    made.folder.mkdir(parents=True, exist_ok=True)
-    with transaction.patient(Run(made.folder).lock):
-        for one in made.plans:
-            if one is not made.plans[0]:
-                _share_data(made.plans[0], one)
-            submit.prepare_first(one)
-        write_json(made.folder / SWEEP, {"id": made.identity, "values": made.values})
-        for one in made.plans:
-            submit.create(one)
-    return made.folder
+    sweep.folder.mkdir(parents=True, exist_ok=True)
+    with transaction.patient(Run(sweep.folder).lock):
+        for plan in sweep.plans:
+            if plan is not sweep.plans[0]:
+                _share_data(sweep.plans[0], plan)
+            submit.prepare_first(plan)
+        write_json(sweep.folder / SWEEP, {"id": sweep.identity, "values": sweep.values})
+        for plan in sweep.plans:
+            submit.create(plan)
+    return sweep.folder
 
 
 def _share_data(first: submit.Plan, other: submit.Plan) -> None:
     """Copy the prepared data of ``first`` where ``other`` would prepare the same."""
-    wanted, prepared = (dataclasses.asdict(prepare_config(one.run.folder, one.tables)) for one in (other, first))
+    configs = [dataclasses.asdict(prepare_config(plan.run.folder, plan.tables)) for plan in (first, other)]
     target = other.run.folder / "data"
-    if {**wanted, "paths": None} != {**prepared, "paths": None} or (target / "DONE.json").exists():
+    same = {**configs[0], "paths": None} == {**configs[1], "paths": None}
+    if not same or (target / "DONE.json").exists():
         return
     for name in ("model", "data"):
         if (first.run.folder / name).exists():
             shutil.copytree(first.run.folder / name, other.run.folder / name, dirs_exist_ok=True)
     marker = json.loads((first.run.folder / "data" / "DONE.json").read_text(encoding="utf-8"))
-    write_json(target / "DONE.json", {**marker, "config_hash": hash_of(wanted)})
+    write_json(target / "DONE.json", {**marker, "config_hash": hash_of(configs[1])})
 
 
 def _values(key: str, text: str) -> list:

@@ -26,6 +26,7 @@ reward | sft | training.reward | 1 x 8 | 12 | 96 | TP 4 x PP 1 x DP 2, batch 128
 rlhf | sft, reward | training.ppo | 1 x 8 | 24 | 192 | TP 4 x PP 1 x DP 2, batch 128 = 2 x 2 x 32 | 316 MB
 352 GPU-hours, one job a stage at its time limit; profile local: as asked
 """
+SITE = Profile(name="site", scheduler="slurm")
 HERE = Profile(name="local", scheduler="local", max_nodes=2, max_minutes=10_000)
 CASES = """\
 case "$SLURM_ARRAY_TASK_ID" in
@@ -47,9 +48,11 @@ def nowhere(tmp_path, monkeypatch):
 def planned(
     nowhere, *sets, recipe="bloom-tiny", profile=HERE, target="full-pipeline", first=None, last=None
 ) -> create.Plan:
-    return create.plan(
-        target, recipe, [], list(sets), "x", nowhere.relative_to(nowhere) / "runs", (profile, "as asked"), first, last
-    )
+    return create.plan(request(target, recipe, profile, name="x", sets=sets, first=first, last=last))
+
+
+def request(target="full-pipeline", recipe="bloom-tiny", profile=HERE, runs=Path("runs"), **options):
+    return create.SubmitRequest(target, recipe, runs, profile, "as asked", **options)
 
 
 def shown(made, **more) -> str:
@@ -127,13 +130,7 @@ def test_a_sweep_over_texts_with_line_breaks_commas_and_marks_is_one_line_each(n
     ]
     swept = f"mtbench.template={','.join(sweep.in_toml(text) for text in texts)}"
     assert [one["mtbench.template"] for one in sweep.combinations([swept])] == texts
-    site = (Profile(name="site", scheduler="slurm"), "as asked")
-    made = sweep.plan(
-        [swept],
-        lambda sets, name, runs: create.plan("full-pipeline", "bloom-tiny", [], sets, name, runs, site, None, None),
-        "lr",
-        nowhere.relative_to(nowhere) / "runs",
-    )
+    made = sweep.plan(request(profile=SITE, name="lr"), [swept])
     assert [one.tables["mtbench"]["template"] for one in made.plans] == texts
     script = sweep.scripts(made)["mtbench"]
     case = script[script.index("case ") : script.index("esac") + 5]
@@ -173,31 +170,9 @@ def test_sweep_that_is_none(texts, message):
 
 
 def test_script_of_an_array_shows_which_index_is_which_run(nowhere):
-    def make(sets, name, runs):
-        return create.plan(
-            "sft", "bloom-tiny", [], sets, name, runs, (Profile(name="site", scheduler="slurm"), "as asked"), None, None
-        )
-
-    (nowhere / "runs").mkdir()
     with pytest.raises(ConfigError, match="sft starts from convert, not DONE"):
-        sweep.plan(["sft.lr=1e-5,2e-5"], make, "lr", nowhere / "runs")
-
-    def whole(sets, name, runs):
-        return create.plan(
-            "full-pipeline",
-            "bloom-tiny",
-            [],
-            sets,
-            name,
-            runs,
-            (Profile(name="site", scheduler="slurm"), "as asked"),
-            None,
-            "sft",
-        )
-
-    made = sweep.plan(
-        ["sft.lr=1e-5,2e-5", "rlhf.kl_coef=0.01,0.05"], whole, "lr", nowhere.relative_to(nowhere) / "runs"
-    )
+        sweep.plan(request("sft", profile=SITE, name="lr"), ["sft.lr=1e-5,2e-5"])
+    made = sweep.plan(request(profile=SITE, name="lr", last="sft"), ["sft.lr=1e-5,2e-5", "rlhf.kl_coef=0.01,0.05"])
     texts = sweep.scripts(made)
     assert list(texts) == ["convert", "sft"] and CASES in texts["sft"]
     assert "#SBATCH --output=runs/lr/%a/sft/logs/slurm-%A_%a.out\n" in texts["sft"]
@@ -216,12 +191,7 @@ def test_a_stage_in_a_partition_of_its_own_is_shown_and_rendered_in_a_sweep_too(
     assert "sft: sbatch --partition=low --nice=100, where the profile has --partition=main --nice=10" in lines
     assert "convert: sbatch" not in lines, "the profile's own partition"
 
-    def element(sets, name, runs):
-        return create.plan(
-            "full-pipeline", "bloom-tiny", [], [*own, *sets], name, runs, (site, "as asked"), None, "sft"
-        )
-
-    swept = sweep.plan(["sft.lr=1e-5,2e-5"], element, "lr", nowhere.relative_to(nowhere) / "runs")
+    swept = sweep.plan(request(profile=site, name="lr", sets=tuple(own), last="sft"), ["sft.lr=1e-5,2e-5"])
     for texts in (plan.scripts_of(made), sweep.scripts(swept)):
         assert "--partition=main\n" in texts["convert"] and "--nice=10\n" in texts["convert"]
         assert "--partition=low\n" in texts["sft"] and "--nice=100\n" in texts["sft"]
@@ -258,14 +228,7 @@ def test_what_a_sweep_has_on_the_disk_is_not_asked_for_again(nowhere, monkeypatc
     """The same command once more, when the elements' checkpoints are written and little is free."""
 
     def again():
-        return sweep.plan(
-            ["sft.lr=1e-5,2e-5"],
-            lambda sets, name, runs: create.plan(
-                "full-pipeline", "bloom-tiny", [], sets, name, runs, (HERE, "as asked"), None, None
-            ),
-            "lr",
-            Path("runs"),
-        )
+        return sweep.plan(request(name="lr"), ["sft.lr=1e-5,2e-5"])
 
     needed = sum(sum(one.checked.disk.values()) for one in again().plans)
     monkeypatch.setattr(disk, "free_space", lambda folder: disk.FreeSpace(0.9 * needed, "free"))

@@ -88,22 +88,20 @@ def test_hours_of_work_grow_with_the_iterations_and_say_the_requeues(stage, pipe
 def test_the_plan_is_shown_without_weights_and_with_too_small_a_disk(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shape_of("bloom-7b1", tmp_path / "model")
-    made = create.plan(
+    request = create.SubmitRequest(
         "full-pipeline",
         "bloom-7b1",
-        [],
-        ["model.checkpoint=model", "rlhf.iterations=5000", "rlhf.keep_every=50"],
-        "x",
         Path("runs"),
-        (sites.load("a100"), "as asked"),
-        None,
-        None,
-        tolerant=True,
+        sites.load("a100"),
+        "as asked",
+        name="x",
+        sets=("model.checkpoint=model", "rlhf.iterations=5000", "rlhf.keep_every=50"),
     )
+    tolerant_plan = create.plan(dataclasses.replace(request, tolerant=True))
     out = Console(width=220, record=True, file=open(os.devnull, "w"))  # noqa: SIM115 - nothing is written
     monkeypatch.setattr(plan.test_only, "expected_starts", lambda _: {})
     with pytest.raises(ConfigError) as caught:
-        plan.present(made, out)
+        plan.present(tolerant_plan, out)
     shown = out.export_text()
     assert "work, h" in shown and "memory of a GPU" in shown and "waits in the queue again" in shown
     assert all(
@@ -111,17 +109,7 @@ def test_the_plan_is_shown_without_weights_and_with_too_small_a_disk(tmp_path, m
         for words in ("model/tokenizer.json does not exist", "no such file", "the run would write")
     )
     with pytest.raises(ConfigError, match="tokenizer.json does not exist"):
-        create.plan(
-            "full-pipeline",
-            "bloom-7b1",
-            [],
-            ["model.checkpoint=model"],
-            "x",
-            Path("runs"),
-            (sites.load("a100"), "as asked"),
-            None,
-            None,
-        )
+        create.plan(dataclasses.replace(request, sets=("model.checkpoint=model",)))
 
 
 def test_quotas_of_groups_projects_and_gpfs_are_read():

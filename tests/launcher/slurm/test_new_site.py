@@ -55,9 +55,9 @@ def by_path(folder: Path) -> str:
 
 
 def planned(name: str) -> create.Plan:
-    sets = ["resources.sft.nodes=2", "resources.sft.gpus_per_node=8", "sft.global_batch_size=64"]
-    chosen = (sites.load(name), "as asked")
-    return create.plan("full-pipeline", "bloom-tiny", [], sets, "x", Path("runs"), chosen, None, "sft")
+    sets = ("resources.sft.nodes=2", "resources.sft.gpus_per_node=8", "sft.global_batch_size=64")
+    site = sites.load(name), "as asked"
+    return create.plan(create.SubmitRequest("full-pipeline", "bloom-tiny", Path("runs"), *site, sets=sets, last="sft"))
 
 
 @pytest.mark.parametrize("write", [by_name, by_path])
