@@ -29,7 +29,7 @@ HEAD = 4096
 BOM = b"\xef\xbb\xbf"
 GZIP = b"\x1f\x8b"
 _PANDAS = (
-    'rows are lines of JSON, made of it by: python -c "import pandas; '
+    'convert it to lines of JSON: python -c "import pandas; '
     "pandas.{read}({file!r}{more}).to_json({lines!r}, orient='records', lines=True)\""
 )
 _UNPACK = "unpack it: {command} {file} > {lines}"
@@ -40,7 +40,7 @@ FORMATS: tuple[tuple[bytes, str, str], ...] = (
     (
         b"\xff\xff\xff\xff",
         "an Arrow stream, as `datasets` saves it",
-        "rows are lines of JSON, made of it by: "
+        "convert it to lines of JSON: "
         'python -c "import datasets; datasets.Dataset.from_file({file!r}).to_json({lines!r})"',
     ),
     (b"ORC", "an ORC file", _PANDAS.replace("{read}", "read_orc").replace("{more}", "")),
