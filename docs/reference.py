@@ -136,7 +136,8 @@ def keys(config: type, sections: list[str] = (), leave_out: type | None = None) 
         for name, field in fields(config).items()
         if name not in other
     ]
-    return table(("key", "type", "default", "meaning"), rows)
+    rows_of_keys = table(("key", "type", "default", "meaning"), rows)
+    return ['<div class="keys" markdown>', "", *rows_of_keys, "</div>", ""]  # site.css stacks them on a phone
 
 
 def about(config: type) -> str:
