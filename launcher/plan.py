@@ -91,7 +91,7 @@ def carry_out(plan: create.Plan | Sweep, wait: bool, out: Console) -> int:
 
 
 def _say_data(plan: create.Plan, run: Run, out: Console) -> None:
-    """What is dropped and cut of all rows, but for what the plan has said of them."""
+    """What is dropped and cut of all rows, except for what the plan has said of them."""
     for line in run.data_summary().get("lines", []):
         if line not in plan.checked.warnings:
             out.print(f"data: {line}", markup=False, highlight=False)

@@ -10,7 +10,7 @@ the path is settled: this folder has files named like the library's (secrets, pr
 import os
 import sys
 
-OURS = ("launcher", "training", "conversion", "eval")
+PACKAGES = ("launcher", "training", "conversion", "eval")
 FILE = os.path.abspath(__file__)
 ROOT = os.path.dirname(os.path.dirname(FILE))
 
@@ -49,7 +49,9 @@ def _same(one: str, other: str) -> bool:
 def _has_ours(entry: str) -> bool:
     """Whether a folder of the path has a package or module of one of our names."""
     return any(
-        os.path.exists(os.path.join(entry, *end)) for name in OURS for end in ((name, "__init__.py"), (f"{name}.py",))
+        os.path.exists(os.path.join(entry, *end))
+        for name in PACKAGES
+        for end in ((name, "__init__.py"), (f"{name}.py",))
     )
 
 

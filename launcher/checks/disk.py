@@ -34,7 +34,7 @@ class FreeSpace:
 def checkpoint_gb(config: TrainerConfig, shape: Shape) -> float:
     """One saved iteration: weights and fp32 master copy, two moments, of each trained model: 14
     bytes a parameter under bf16, 16 under fp32 (measured: 8.37 MB for the demo's 523,000
-    parameters). Of frozen weights, beside low-rank adapters, only themselves."""
+    parameters). Frozen weights with low-rank adapters count only as themselves."""
     word, parameters = 2 if config.precision == "bf16" else 4, shape.parameters()
     learning = shape.layers * shape.adapters(config.lora_rank) or parameters
     models = 2 if isinstance(config, PPOConfig) else 1
@@ -151,7 +151,7 @@ def parse_quota(text: str) -> float | None:
 
 def check(needs: dict[str, float], folder: Path) -> FreeSpace:
     """The room there is; ConfigError where the stages' checkpoints and models, GB by stage, need
-    more beside what the run has already."""
+    more than what the run has already."""
     space = free_space(folder)
     total = sum(max(0.0, gb - written_gb(folder / stage)) for stage, gb in needs.items())
     if total > space.free_gb:

@@ -57,10 +57,10 @@ def check_tokenizer(folder: Path, shape: Shape, source: str) -> list[str]:
     for name in TOKENIZER:
         key.update(f"\0{name}\0{read_text(folder, name)}".encode("utf-8", "replace"))
     if key.digest() not in _trials:
-        words = _asked(
+        message = _ask(
             "model.checkpoint", "training.data.trial", str(folder), str(shape.vocab), source, timeout=TRIAL_SECONDS
         )
-        _trials[key.digest()] = [note.replace(str(folder), FOLDER) for note in json.loads(words.splitlines()[-1])]
+        _trials[key.digest()] = [note.replace(str(folder), FOLDER) for note in json.loads(message.splitlines()[-1])]
     return [note.replace(FOLDER, str(folder)) for note in _trials[key.digest()]]
 
 
@@ -90,7 +90,7 @@ def check_data(
 @functools.lru_cache
 def _peeked(source: str, settings: str, _seen: tuple[int, ...]) -> str:
     """Asked once for all elements of a sweep."""
-    return _asked("data.source", "training.data.peek", source, str(PEEK_ROWS), settings)
+    return _ask("data.source", "training.data.peek", source, str(PEEK_ROWS), settings)
 
 
 def check_questions(questions: str, references: str) -> None:
@@ -102,7 +102,7 @@ def check_questions(questions: str, references: str) -> None:
             'reference_answer/gpt-4.jsonl, or "gpt-4" for the set\'s own'
         )
     if (questions, references) != ("embedded", "gpt-4"):
-        _asked("mtbench.questions", "eval.questions", questions, references)
+        _ask("mtbench.questions", "eval.questions", questions, references)
 
 
 def check_template(template: str, folder: Path) -> None:
@@ -111,15 +111,15 @@ def check_template(template: str, folder: Path) -> None:
     if template != "chat":
         return
     try:
-        _asked("mtbench.template", "eval.answers.chat", str(folder))
+        _ask("mtbench.template", "eval.answers.chat", str(folder))
     except ConfigError as error:
-        said = str(error).removeprefix("mtbench.template: ")
+        message = str(error).removeprefix("mtbench.template: ")
         raise ConfigError(
-            f'mtbench.template = "chat", but {said}; set mtbench.template to a text with {{question}} in it'
+            f'mtbench.template = "chat", but {message}; set mtbench.template to a text with {{question}} in it'
         ) from None
 
 
-def _asked(key: str, module: str, *arguments: str, timeout: float | None = None) -> str:
+def _ask(key: str, module: str, *arguments: str, timeout: float | None = None) -> str:
     """What a module of another part says of an input, in a process of its own: ConfigError where it
     refuses it."""
     command = run_module.command(module, *arguments)
@@ -139,8 +139,8 @@ def _asked(key: str, module: str, *arguments: str, timeout: float | None = None)
             "is a file damaged, or the disk slow?"
         ) from None
     if done.returncode == os.EX_DATAERR:
-        words = done.stderr.strip()
-        raise ConfigError(words if words.startswith(key) else f"{key}: {words}")
+        message = done.stderr.strip()
+        raise ConfigError(message if message.startswith(key) else f"{key}: {message}")
     if done.returncode == os.EX_USAGE:
         raise ConfigError(done.stderr.strip())
     if done.returncode:

@@ -18,7 +18,7 @@ from training.errors import ConfigError
     "--from",
     "first",
     type=STAGE,
-    help="This stage begins anew, or at --load-iteration, and all that was built from it.",
+    help="This stage starts over, or at --load-iteration, and all that was built from it.",
 )
 @click.option("--until", "last", type=STAGE, help="Last stage to run.  [default: as the run was submitted]")
 @click.option("--all", "everything", is_flag=True, help="Run all stages, however the run was submitted.")
@@ -82,5 +82,5 @@ def cancel(runs):
     """
     from launcher.submit.cancel import cancel
 
-    for run, words in cancel(runs).items():
-        say(words if len(runs) == 1 else f"{run.folder}: {words}")
+    for run, message in cancel(runs).items():
+        say(message if len(runs) == 1 else f"{run.folder}: {message}")

@@ -134,7 +134,7 @@ def logs(run, stage, follow, ranks, errors, attempt, last):
     "--output",
     type=click.Path(file_okay=False, path_type=Path),
     metavar="FOLDER",
-    help="Where it goes.  [default: the run's folder; of several runs report-A-B beside the first]",
+    help="Where it goes.  [default: the run's folder; of several runs report-A-B next to the first]",
 )
 @click.option("--open", "show", is_flag=True, help="Open it in the browser.")
 def report(runs, output, show):
@@ -145,7 +145,7 @@ def report(runs, output, show):
       report bloom-tiny --open
       report lr                                 all runs of a sweep side by side
       report first second --output comparison   with table.md, table.csv and results.json of both together
-      report first evaluation                   with the output of python -m eval.mtbench beside it
+      report first evaluation                   and the output of python -m eval.mtbench
     """
     from launcher.status.report import make
 

@@ -131,7 +131,7 @@ def for_step(passed: Iterable[str] = (), environ: Mapping[str, str] = os.environ
 
 
 def dropped(passed: Iterable[str] = (), environ: Mapping[str, str] = os.environ) -> list[str]:
-    """Names of the shell's variables that neither Slurm nor a job gets, but for those of an outer
+    """Names of the shell's variables that neither Slurm nor a job gets, except those of an outer
     job."""
     names = set(environ) - set(for_sbatch(passed, environ))
     return sorted(name for name in names if not ("SLURM_JOB_ID" in environ and name.startswith("SLURM")))
@@ -163,12 +163,12 @@ def _without(environ: Mapping[str, str], unwanted: Callable[[str], object], pass
     def wished(name: str) -> bool:
         return any(fnmatch.fnmatchcase(name, wish) for wish in passed)
 
-    kept = {
+    passed_on = {
         name: value
         for name, value in environ.items()
         if wished(name) or not (unwanted(name) or RENDEZVOUS.fullmatch(name) or name in SWITCHES)
     }
-    return direct(kept)
+    return direct(passed_on)
 
 
 def direct(environ: Mapping[str, str]) -> dict[str, str]:

@@ -25,7 +25,7 @@ from training.errors import ConfigError
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 SHORTEST = 8
 """Characters of the shortest secret: masking a shorter one would blot out half a log."""
-OURS = re.compile(
+OWN_NAMES = re.compile(
     r"(RANK|WORLD_SIZE|LOCAL_RANK|MASTER_ADDR|MASTER_PORT|PATH|LD_PRELOAD|CUDA_VISIBLE_DEVICES|SLURM\w*|SBATCH\w*|SRUN\w*)"
 )
 MASK = "********"
@@ -52,12 +52,12 @@ def read(path: str | Path) -> dict[str, str]:
         ) from None
     except ValueError as error:
         raise ConfigError(f"secrets = {str(path)!r}: {error}; expected a file with KEY=VALUE lines") from None
-    found: dict[str, str] = {}
+    forms_found: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
         if line.strip() and not line.lstrip().startswith("#"):
             name, value = _parse(line, f"{path} line {number}")
-            found[name] = value
-    return found
+            forms_found[name] = value
+    return forms_found
 
 
 def mask(text: str, values) -> str:
@@ -70,8 +70,8 @@ def mask(text: str, values) -> str:
 
 @functools.lru_cache(maxsize=8)
 def _pattern(values: tuple[str, ...]) -> re.Pattern[str]:
-    found = {form for value in values for form in forms(value)}
-    patterns = map(re.escape, sorted(found, key=len, reverse=True))
+    forms_found = {form for value in values for form in forms(value)}
+    patterns = map(re.escape, sorted(forms_found, key=len, reverse=True))
     return re.compile("|".join(ESCAPE.sub(lambda code: f"(?i:{code[0]})", pattern) for pattern in patterns))
 
 
@@ -79,7 +79,7 @@ def forms(value: str) -> set[str]:
     """The ways in which programs write a value: as it is, escaped for JSON, Python, a URL, HTML or
     a shell, and in base64, alone or among other bytes (of which only the part is known that no
     neighbour changes)."""
-    found = {
+    forms_found = {
         value,
         json.dumps(value)[1:-1],
         json.dumps(value, ensure_ascii=False)[1:-1],
@@ -89,14 +89,14 @@ def forms(value: str) -> set[str]:
         html.escape(value, quote=False),
         shlex.quote(value).strip("'"),
     }
-    found |= {form.replace("/", "\\/") for form in found}  # as PHP and some JSON writers do
+    forms_found |= {form.replace("/", "\\/") for form in forms_found}  # as PHP and some JSON writers do
     for quoted in (quote(value), quote(value, safe=""), quote_plus(value)):
-        found.add(quoted)
+        forms_found.add(quoted)
     for before in range(3):
         raw = b"\0" * before + value.encode()
         part = base64.b64encode(raw)[-(-before * 4 // 3) : len(raw) * 4 // 3].decode()
-        found |= {part, part.translate(str.maketrans("+/", "-_"))}
-    return {form for form in found if len(form) >= SHORTEST}
+        forms_found |= {part, part.translate(str.maketrans("+/", "-_"))}
+    return {form for form in forms_found if len(form) >= SHORTEST}
 
 
 def names(profile: Profile) -> tuple[str, ...]:
@@ -112,7 +112,7 @@ def _parse(line: str, where: str) -> tuple[str, str]:
         value = value[1:-1]
     if not equals or not NAME.fullmatch(name):
         raise ConfigError(f"{where}: expected KEY=VALUE with a name of letters, digits and '_'")
-    if OURS.fullmatch(name):
+    if OWN_NAMES.fullmatch(name):
         raise ConfigError(f"{where}: {name} is set by the launcher; remove the line")
     if len(value) < SHORTEST or not value.isprintable():
         raise ConfigError(

@@ -216,9 +216,9 @@ class Profile(SbatchOptions):
                     f"pass_environment holds {name!r}: expected names of variables, e.g. "
                     '"SBATCH_ACCOUNT"; the last character may be *'
                 )
-            if taken := fixed(name):
+            if fixed_by := fixed(name):
                 raise ValueError(
-                    f"pass_environment holds {name!r}: {taken} would change what the launcher reads from "
+                    f"pass_environment holds {name!r}: {fixed_by} would change what the launcher reads from "
                     "Slurm, or how ranks meet and end; leave it out"
                 )
         for module in self.modules:

@@ -158,10 +158,10 @@ def parse_set(text: str) -> dict:
         parsed = tomllib.loads(f"value = {value}")
     except tomllib.TOMLDecodeError:
         parsed = {}
-    made = parsed["value"] if set(parsed) == {"value"} and not _dated(parsed["value"]) else value
+    value_at_key = parsed["value"] if set(parsed) == {"value"} and not _dated(parsed["value"]) else value
     for part in reversed(parts):
-        made = {part: made}
-    return made
+        value_at_key = {part: value_at_key}
+    return value_at_key
 
 
 def _dated(value) -> bool:

@@ -30,7 +30,7 @@ class Stage:
     trainer: bool = False
     """Several ranks, checkpoints with an iteration above 0."""
     key_numbers: tuple[str, ...] = ()
-    """Metrics shown beside the progress."""
+    """Metrics shown with the progress."""
     policy: bool = False
     """Its language model is exported and evaluated."""
     models: int | None = 0
@@ -112,16 +112,16 @@ PIPELINES: dict[str, Graph] = {
     ),
     "dpo": graph(SFT, Stage("dpo", "training.dpo", ("sft",), MODEL, True, ("loss", "heldout_accuracy"), policy=True)),
 }
-ALL: Graph = {name: stage for made in reversed(PIPELINES.values()) for name, stage in made.items()}
+ALL: Graph = {name: stage for graph in reversed(PIPELINES.values()) for name, stage in graph.items()}
 """Every stage that there is; those that several pipelines have, as the first has them."""
 NAMES = tuple(sorted(ALL, key=lambda name: (name in ("export", "mtbench"), [*PIPELINES[PPO], *ALL].index(name))))
 """Their names, roughly in order."""
 
 
-def select(made: Graph, target: str, first: str | None, last: str | None) -> list[Stage]:
+def select(graph: Graph, target: str, first: str | None, last: str | None) -> list[Stage]:
     """The stages of ``submit TARGET --from first --until last``, in order; ConfigError where that
     names none of the pipeline."""
-    names = list(made)
+    names = list(graph)
     for name in (target, first, last):
         if name not in (None, FULL, *names):
             others = " or ".join(f"--pipeline {other}" for other, stages in PIPELINES.items() if name in stages)
@@ -132,15 +132,15 @@ def select(made: Graph, target: str, first: str | None, last: str | None) -> lis
     if target != FULL:
         if first or last:
             raise ConfigError(f"--from and --until choose a part of {FULL}; {target} is a single stage: leave them out")
-        return [made[target]]
+        return [graph[target]]
     start, end = names.index(first or names[0]), names.index(last or names[-1])
     if start > end:
         raise ConfigError(f"--from {first} comes after --until {last}; the order is {' -> '.join(names)}")
-    return [made[name] for name in names[start : end + 1]]
+    return [graph[name] for name in names[start : end + 1]]
 
 
 def remaining(
-    made: Graph, stages: Collection[Stage], identities: dict[str, str], built_from: dict[str, dict[str, str]]
+    graph: Graph, stages: Collection[Stage], identities: dict[str, str], built_from: dict[str, dict[str, str]]
 ) -> list[Stage]:
     """Those of ``stages`` that still have to run, in order.
 
@@ -149,7 +149,7 @@ def remaining(
     manifest, its parents are done, and they are the ones it was built from.
     """
     done = set()
-    for stage in made.values():
+    for stage in graph.values():
         if stage.name in identities and all(
             parent in done and built_from[stage.name].get(parent) == identities[parent] for parent in stage.parents
         ):
@@ -169,10 +169,10 @@ def prepare_config(run: Path, tables: dict) -> PrepareConfig:
     return build(PrepareConfig, {"paths": paths, "model": tables["model"], "data": tables["data"]}, "prepare")
 
 
-def stage_config(run: Path, tables: dict, made: Graph, name: str):
+def stage_config(run: Path, tables: dict, graph: Graph, name: str):
     """The stage's own dataclass with its paths; raises ConfigError for a bad key or value in its
     section."""
-    values = {**tables[name], "paths": _paths(run, tables, made, name)}
+    values = {**tables[name], "paths": _paths(run, tables, graph, name)}
     if SECTIONS[name] is MTBenchConfig:
         values = _asked_as_trained(tables.get("data", {})) | values
     return build(SECTIONS[name], values, name)
@@ -185,12 +185,12 @@ def _asked_as_trained(data: dict) -> dict:
     return as_text | {"chat_template_kwargs": data.get("chat_template_kwargs", {})}
 
 
-def sections(made: Graph) -> list[str]:
+def sections(graph: Graph) -> list[str]:
     """Names of the sections that a run of this pipeline reads."""
-    return [name for name in SECTIONS if name in made or name not in ALL]
+    return [name for name in SECTIONS if name in graph or name not in ALL]
 
 
-def full_tables(run: Path, tables: dict, made: Graph) -> dict:
+def full_tables(run: Path, tables: dict, graph: Graph) -> dict:
     """The run's sections with their defaults filled in, as plain tables without paths: what its
     config.json holds.
 
@@ -199,17 +199,17 @@ def full_tables(run: Path, tables: dict, made: Graph) -> dict:
     full, mistakes = {}, Mistakes()
     for section in tables:
         if section in ALL:
-            config = mistakes.of(stage_config, run, tables, made, section)
+            config = mistakes.of(stage_config, run, tables, graph, section)
         else:
             config = mistakes.of(build_plain, section, tables[section])
         if config is not None:
             full[section] = {key: value for key, value in dataclasses.asdict(config).items() if key != "paths"}
     mistakes.raise_if_any()
-    full["resources"] = {name: full["resources"][name] for name in made}
-    return {section: full[section] for section in sections(made)}
+    full["resources"] = {name: full["resources"][name] for name in graph}
+    return {section: full[section] for section in sections(graph)}
 
 
-def _paths(run: Path, tables: dict, made: Graph, name: str) -> dict:
+def _paths(run: Path, tables: dict, graph: Graph, name: str) -> dict:
     model, data = model_folder(run, tables), run / "data"
     own = {"output": str(run / name), "model": model}
     if name == "convert":
@@ -229,7 +229,7 @@ def _paths(run: Path, tables: dict, made: Graph, name: str) -> dict:
             "heldout": str(data / "reward_heldout.jsonl"),
         }
     scored = name in ("rlhf", "grpo", "export") and "reward" in tables
-    iteration = {"reward_iteration": stage_config(run, tables, made, "reward").load_iteration if scored else 0}
+    iteration = {"reward_iteration": stage_config(run, tables, graph, "reward").load_iteration if scored else 0}
     if name in ("rlhf", "grpo"):
         return {
             **own,
@@ -239,15 +239,15 @@ def _paths(run: Path, tables: dict, made: Graph, name: str) -> dict:
             "reward": str(run / "reward"),
             **iteration,
         }
-    models = [stage.name for stage in made.values() if stage.policy]
+    models = [stage.name for stage in graph.values() if stage.policy]
     if name == "export":
         holders = {**dict(zip(models, models, strict=True)), "reward": "reward", "value": "rlhf"}
         return {
             **own,
-            "checkpoints": {model: str(run / stage) for model, stage in holders.items() if stage in made},
+            "checkpoints": {model: str(run / stage) for model, stage in holders.items() if stage in graph},
             **iteration,
         }
-    trainers = [stage.name for stage in made.values() if stage.trainer]
+    trainers = [stage.name for stage in graph.values() if stage.trainer]
     return {
         "output": str(run / name),
         "models": {model: str(run / "export" / model) for model in models},

@@ -110,19 +110,19 @@ def locks(folder: Path) -> Finding:
 
 def ports(section: str, low: int, high: int) -> Finding:
     """Whether MASTER_PORT lies in the range from which the kernel hands ports to other programs."""
-    value, ours = f"{low}-{high}", f"{PORTS[0]}-{PORTS[1]}"
+    value, own = f"{low}-{high}", f"{PORTS[0]}-{PORTS[1]}"
     if high < PORTS[0] or low > PORTS[1]:
         return Finding(
             section,
             "ephemeral ports",
             value,
-            f"MASTER_PORT ({ours}) lies outside: no other program is given it by chance",
+            f"MASTER_PORT ({own}) lies outside: no other program is given it by chance",
         )
     return Finding(
         section,
         "ephemeral ports",
         value,
-        f"overlaps MASTER_PORT ({ours}): another program may hold the port when a stage "
+        f"overlaps MASTER_PORT ({own}): another program may hold the port when a stage "
         "starts; better the site reserves ours (net.ipv4.ip_local_reserved_ports)",
         "note",
     )
@@ -157,8 +157,8 @@ def containers(programs: dict[str, str], pyxis: bool) -> Finding:
 def shell(variables: dict[str, str]) -> list[Finding]:
     """Variables of the shell that jobs don't get, or that are stored with them; no key's value."""
     names, line = environment.dropped(environ=variables), environment.note(environ=variables)
-    words = line.partition(" in this shell: ")[2]
-    findings = [say("the shell's variables", ", ".join(names), words, "note")] if names else []
+    note = line.partition(" in this shell: ")[2]
+    findings = [say("the shell's variables", ", ".join(names), note, "note")] if names else []
     keys = sorted(
         name for name, value in variables.items() if KEYS.search(name) and value and not name.startswith("SLURM")
     )

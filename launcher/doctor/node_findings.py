@@ -248,7 +248,9 @@ def _fabric(where: str, facts: dict) -> list[Finding]:
             Finding(where, "fabric", "no RDMA adapter", "ranks on several nodes talk over TCP: slow, but right", "note")
         ]
     top = max(one["gbps"] for one in fast)
-    chosen, slower = ([one["name"] for one in fast if (one["gbps"] == top) is wanted] for wanted in (True, False))
+    chosen, slower = (
+        [one["name"] for one in fast if (one["gbps"] == top) is is_fastest] for is_fastest in (True, False)
+    )
     layer = next(one["layer"] for one in fast if one["gbps"] == top)
     settings: dict = {"network": _network_name(layer, top, [gpu["name"] for gpu in facts["gpus"]])}
     if slower:

@@ -274,7 +274,7 @@ def profile_text(report: Report) -> str:
         report.settings,
         [
             "# Written by `python -m launcher doctor --write`; every key is explained in "
-            "launcher/config/profile.py. Slurm's version is asked anew at each submit.",
+            "launcher/config/profile.py. Slurm's version is asked again at each submit.",
             'scheduler = "slurm"',
         ],
     )

@@ -218,7 +218,7 @@ def _gpu_option(config: Known) -> list[Finding]:
     select, detail = config["SelectType"].rpartition("/")[2], config["SelectTypeParameters"]
     tres = select in ("cons_tres", "linear") and "gpu" in config["GresTypes"]
     if "gpu" not in config["GresTypes"]:
-        note, option = "GPUs are no GRES here: nobody counts them, so stages with GPUs ask for whole nodes", "none"
+        note, option = "GPUs are no GRES here: no one counts them, so stages with GPUs ask for whole nodes", "none"
     elif select == "cons_tres":
         note, option = "GPUs are asked for by --gpus-per-node", "gpus-per-node"
     else:
@@ -310,7 +310,7 @@ def _limits(config: Known) -> list[Finding]:
             config["EnforcePartLimits"],
             "a job over its partition's limits is refused at once"
             if refuses
-            else "a job over its partition's limits is accepted and waits for ever: status says so "
+            else "a job over its partition's limits is accepted and waits without end: status says so "
             "(PartitionTimeLimit)",
             "ok" if refuses else "note",
         ),

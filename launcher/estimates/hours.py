@@ -1,4 +1,4 @@
-"""How long a stage's work takes, on paper, beside the time limit of its job. Pure, standard library
+"""How long a stage's work takes, on paper, against its job's time limit. Pure, standard library
 only.
 
 By launcher/estimates/step_time.py and launcher/estimates/iteration_time.py: no loading, saving or
@@ -30,25 +30,25 @@ class Work:
     """How often its job reaches its time limit, saves and waits in the queue again."""
 
 
-def work(stage: str, shape: Shape, config: TrainerConfig, asked: Resources, profile: Profile) -> Work | None:
+def work(stage: str, shape: Shape, config: TrainerConfig, resources: Resources, profile: Profile) -> Work | None:
     """What a stage takes; None where the site's machine is not known, or the layout does not
     divide."""
     if step_time.unsaid(stage, profile):
         return None
     try:
-        hours = config.iterations * _seconds(shape, config, asked, profile) / 3600
+        hours = config.iterations * _seconds(shape, config, resources, profile) / 3600
     except (ConfigError, ValueError):
         return None
     return Work(
         hours,
-        hours * (asked.nodes + asked.spares) * asked.gpus_per_node,
-        max(0, math.ceil(hours * 60 / asked.minutes) - 1),
+        hours * (resources.nodes + resources.spares) * resources.gpus_per_node,
+        max(0, math.ceil(hours * 60 / resources.minutes) - 1),
     )
 
 
-def _seconds(shape: Shape, config: TrainerConfig, asked: Resources, profile: Profile) -> float:
+def _seconds(shape: Shape, config: TrainerConfig, resources: Resources, profile: Profile) -> float:
     """Of one iteration."""
-    machine, ranks, node = step_time.machine_of(profile), asked.ranks, asked.ranks_per_node
+    machine, ranks, node = step_time.machine_of(profile), resources.ranks, resources.ranks_per_node
     if isinstance(config, RolloutConfig):
         return iteration_time.iteration(shape, config, ranks, machine, node).seconds
     if isinstance(config, SFTConfig):

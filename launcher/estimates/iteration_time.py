@@ -1,7 +1,7 @@
 """Phase times of an iteration of PPO or GRPO on paper, by launcher/estimates/step_time.py's model.
 Pure, standard library only.
 
-Assumptions beside scaling.py's:
+Assumptions in addition to step_time.py's:
 
 * within 10% phase by phase of what PPO of 7b1 + 7b1 took on one H200, of 7b1 + 7b1 and 1b7 + 1b7 on
   two H100, and of 1b7 + 1b7 at TP 2 x PP 2 on four (which LAUNCH_S's forward share was taken from).
@@ -10,7 +10,7 @@ Assumptions beside scaling.py's:
 * scoring: a forward pass of policy, reference (unless kl_coef is 0), reward and, of PPO, value
   model, one after the other, each over all samples as one run of the pipeline. Updates: a step of
   each trained model a minibatch, as in SFT. With offload = "all" optimizers also change places
-  there; what else is offloaded moves beside the scoring.
+  there; what else is offloaded moves during the scoring.
 * generation: each replica computes its prompts, then reads, token by token, its weights and its
   rows' keys and values at DECODE of its memory's rate, and takes LAYER_S a layer besides; cache for
   all ``generation_batch_size`` rows is taken as there. Of tensor parallelism two sums a layer.
@@ -150,31 +150,31 @@ def moving(machine: Machine, links: float, memory_: float) -> float:
     )
 
 
-def suggest(stage: str, shape: Shape, config: RolloutConfig, asked: Resources, profile: Profile) -> str:
+def suggest(stage: str, shape: Shape, config: RolloutConfig, resources: Resources, profile: Profile) -> str:
     """What an iteration takes as configured, and with the fastest token budget that fits, as words
     for the command line."""
     if why := step_time.unsaid(stage, profile):
         return why
     machine, limit = step_time.machine_of(profile), memory.FITS * profile.gpu_memory_gb
 
-    def made(tokens: int) -> tuple[float, float, Iteration]:
+    def at_tokens(tokens: int) -> tuple[float, float, Iteration]:
         changed = dataclasses.replace(config, micro_batch_tokens=tokens)
-        found = iteration(shape, changed, asked.ranks, machine, asked.ranks_per_node)
-        return found.seconds, memory.estimate(shape, changed, asked.ranks).total, found
+        estimated = iteration(shape, changed, resources.ranks, machine, resources.ranks_per_node)
+        return estimated.seconds, memory.estimate(shape, changed, resources.ranks).total, estimated
 
-    seconds, used, now = made(config.micro_batch_tokens)
-    words = (
+    seconds, used, now = at_tokens(config.micro_batch_tokens)
+    advice = (
         f"{stage}: on paper {seconds:.1f} s an iteration as configured (generation {now.generate:.1f}, scoring "
         f"{now.score:.1f}, updates {now.update:.1f}, all replies as long as they may be; {used:.0f} GB)"
     )
     best, least = config.micro_batch_tokens, (seconds if used <= limit else float("inf"), used)
     for power in range(8):
         tokens = config.longest_row * 2**power
-        took, needed, _ = made(tokens)
+        took, needed, _ = at_tokens(tokens)
         if needed <= limit and (took < 0.98 * least[0]):
             best, least = tokens, (took, needed)
     if best == config.micro_batch_tokens:
-        return f"{words}; no other micro_batch_tokens that fits is faster"
+        return f"{advice}; no other micro_batch_tokens that fits is faster"
     return (
-        f"{words}; fastest that fits {least[0]:.1f} s ({least[1]:.0f} GB) with --set {stage}.micro_batch_tokens={best}"
+        f"{advice}; fastest that fits {least[0]:.1f} s ({least[1]:.0f} GB) with --set {stage}.micro_batch_tokens={best}"
     )

@@ -20,10 +20,10 @@ p, d = TP, PP, DP:
 * the language model's head: the fp32 logits of a chunk of tokens
   (training.config.shape.CHUNK_LOGITS). Log-probabilities and entropies of all other tokens are
   numbers (training.models.heads).
-* offload = "frozen": of the frozen models one at a time. offload = "all": beside the trained
-  models' weights the worst of one model's update (its gradients and optimizer among it), both
-  optimizers (one goes while the other comes; a save), a scoring pass, and the rollout. What waits
-  in host memory has its place there all the time.
+* offload = "frozen": of the frozen models one at a time. offload = "all": in addition to the
+  trained models' weights the worst of one model's update (its gradients and optimizer among it),
+  both optimizers (one goes while the other comes; a save), a scoring pass, and the rollout. What
+  waits in host memory has its place there all the time.
 * rollout: all layers' weights where generation's layout is not training's, keys and values 4 k / t
   bytes a token and layer (t: generation's TP), and a step's fp32 logits or a prefill's activations.
 
@@ -56,7 +56,7 @@ OPTIMIZER = {("bf16", "fp32"): 12, ("bf16", "bf16"): 6, ("fp32", "fp32"): 8}
 """Bytes a parameter, by precision and optimizer_precision: fp32 weights and both moments;
 training.optim.adamw's; moments alone."""
 REPLIES = 2
-"""Replies to a query that reward and dpo are reckoned with; their rows are micro_batch_size x
+"""Replies to a query that reward and dpo are counted with; their rows are micro_batch_size x
 this."""
 
 
@@ -135,12 +135,12 @@ class Rank:
         learning, optimizer = self.parameters(head), OPTIMIZER[self.config.precision, self.config.optimizer_precision]
         frozen = self.frozen(name, head) if self.config.lora_rank else []
         name, learning = (f"{name} adapters", self.adapters(head)) if frozen else (name, learning)
-        held = "16 bits more of the weights" if self.config.optimizer_precision == "bf16" else "fp32 weights"
+        kind_of_state = "16 bits more of the weights" if self.config.optimizer_precision == "bf16" else "fp32 weights"
         return [
             *frozen,
             (f"{name}: weights", self.word * learning / GB),
             (f"{name}: fp32 gradients", 4 * learning / GB),
-            (f"{name}: {held}, Adam / DP {self.data}", optimizer * learning / self.data / GB),
+            (f"{name}: {kind_of_state}, Adam / DP {self.data}", optimizer * learning / self.data / GB),
         ]
 
     def frozen(self, name: str, head: str) -> list[tuple[str, float]]:
@@ -149,7 +149,7 @@ class Rank:
     def activations(self, tokens: int, micro_batches: int, head: str) -> float:
         """GB that forward keeps for backward, of all micro-batches in flight."""
         config, shape, one = self.config, self.shape, tokens * self.shape.hidden * self.word / 2 / GB
-        tensor, whole = config.tensor_parallel, config.tensor_parallel if config.sequence_parallel else 1
+        tensor, sequence_ranks = config.tensor_parallel, config.tensor_parallel if config.sequence_parallel else 1
         feed_forward = (
             (4 if config.recompute == "selective" else 8)
             * shape.ffn_hidden
@@ -159,14 +159,18 @@ class Rank:
         # normed queries and keys are kept next to what is normed
         attention = (4 + 4 * shape.kv_heads / shape.heads) * (1.5 if shape.qk_norm else 1)
         attention *= shape.attention_width / shape.hidden
-        layer = one * (8 / whole + (attention + feed_forward) / tensor)
-        kept = one * 2 / whole if config.recompute == "full" else layer
+        layer = one * (8 / sequence_ranks + (attention + feed_forward) / tensor)
+        per_layer = one * 2 / sequence_ranks if config.recompute == "full" else layer
         pipeline, virtual = config.pipeline_parallel, config.virtual_pipeline
         flights = min(pipeline - self.stage, micro_batches)
         # Narayanan et al. 2021 (arXiv:2104.04473): interleaving holds a few more
         if virtual > 1 and self.first:
             flights *= 1 + (pipeline - 1) / (pipeline * virtual)
-        return self.layers(head) * kept * flights + (layer if config.recompute == "full" else 0) + 4 * one / whole
+        return (
+            self.layers(head) * per_layer * flights
+            + (layer if config.recompute == "full" else 0)
+            + 4 * one / sequence_ranks
+        )
 
     def bias(self, tokens: int) -> float:
         """GB of SDPA's bias of all pairs, which ALiBi needs, and packed rows each for itself."""
@@ -189,7 +193,7 @@ def estimate(shape: Shape, config: TrainerConfig, ranks: int) -> Estimate:
     stages = [Rank(shape, config, data, stage) for stage in range(config.pipeline_parallel)]
     return max(
         (_rollouts(rank) if isinstance(config, RolloutConfig) else _trainer(rank) for rank in stages),
-        key=lambda made: made.total,
+        key=lambda candidate: candidate.total,
     )
 
 
@@ -272,90 +276,90 @@ class Knob:
     """GB with it."""
 
 
-def knobs(stage: str, shape: Shape, config: TrainerConfig, asked: Resources, profile: Profile) -> list[Knob]:
+def knobs(stage: str, shape: Shape, config: TrainerConfig, resources: Resources, profile: Profile) -> list[Knob]:
     """Changes of one setting that free memory, the one that frees most first."""
-    now, found = estimate(shape, config, asked.ranks).total, []
-    for setting, changed, ranks in _changes(stage, shape, config, asked, profile):
+    now, helpful = estimate(shape, config, resources.ranks).total, []
+    for setting, changed, ranks in _changes(stage, shape, config, resources, profile):
         try:
             total = estimate(shape, changed(), ranks).total
         except (ConfigError, ValueError):
             continue  # this layout does not divide the batch
         if total < now - 0.05:
-            found.append(Knob(setting, total))
-    return sorted(found, key=lambda knob: knob.total)
+            helpful.append(Knob(setting, total))
+    return sorted(helpful, key=lambda knob: knob.total)
 
 
 SMALLER = 1000
 """A micro-batch is divided by at most this at once."""
 
 
-def _changes(stage: str, shape: Shape, config: TrainerConfig, asked: Resources, profile: Profile):
+def _changes(stage: str, shape: Shape, config: TrainerConfig, resources: Resources, profile: Profile):
     """(command line, function that makes the configuration, ranks)."""
 
     def keys(**changes):
-        words = " ".join(f"--set {stage}.{key}={str(value).lower()}" for key, value in changes.items())
-        return words, lambda: dataclasses.replace(config, **changes)
+        options = " ".join(f"--set {stage}.{key}={str(value).lower()}" for key, value in changes.items())
+        return options, lambda: dataclasses.replace(config, **changes)
 
     tensor = 2 * config.tensor_parallel
     if isinstance(config, RolloutConfig) and config.micro_batch_tokens:
         half = max(config.micro_batch_tokens // 2, config.prompt_length + config.response_length)
-        yield *keys(micro_batch_tokens=half), asked.ranks
+        yield *keys(micro_batch_tokens=half), resources.ranks
     elif config.micro_batch_size > 1:
         fewer = next(
             (config.micro_batch_size // by for by in range(2, SMALLER) if config.micro_batch_size % by == 0), 1
         )
-        yield *keys(micro_batch_size=fewer), asked.ranks
+        yield *keys(micro_batch_size=fewer), resources.ranks
     if config.precision == "bf16" and config.optimizer_precision != "bf16":
-        yield *keys(optimizer_precision="bf16"), asked.ranks
+        yield *keys(optimizer_precision="bf16"), resources.ranks
     if config.recompute != "full":
-        yield *keys(recompute="full"), asked.ranks
+        yield *keys(recompute="full"), resources.ranks
     if config.tensor_parallel > 1 and not config.sequence_parallel:
-        yield *keys(sequence_parallel=True), asked.ranks
+        yield *keys(sequence_parallel=True), resources.ranks
     if tensor <= profile.gpus_per_node and shape.kv_heads % tensor == 0:
-        words, made = keys(tensor_parallel=tensor, sequence_parallel=True)
-        nodes, gpus = asked.nodes, max(asked.ranks_per_node, tensor)
-        more = "" if gpus == asked.ranks_per_node else f" --set resources.{stage}.gpus_per_node={gpus}"
-        yield words + more, made, nodes * gpus
+        options, changed = keys(tensor_parallel=tensor, sequence_parallel=True)
+        nodes, gpus = resources.nodes, max(resources.ranks_per_node, tensor)
+        more = "" if gpus == resources.ranks_per_node else f" --set resources.{stage}.gpus_per_node={gpus}"
+        yield options + more, changed, nodes * gpus
     if (stages := 2 * config.pipeline_parallel) * config.virtual_pipeline <= shape.layers:
-        words, made = keys(pipeline_parallel=stages)
-        nodes = asked.nodes if asked.ranks % (stages * config.tensor_parallel) == 0 else 2 * asked.nodes
-        if nodes <= max(asked.nodes, profile.max_nodes):
-            more = "" if nodes == asked.nodes else f" --set resources.{stage}.nodes={nodes}"
-            yield words + more, made, nodes * asked.ranks_per_node
-    if 2 * asked.nodes <= profile.max_nodes:
-        yield f"--set resources.{stage}.nodes={2 * asked.nodes}", lambda: config, 2 * asked.ranks
+        options, changed = keys(pipeline_parallel=stages)
+        nodes = resources.nodes if resources.ranks % (stages * config.tensor_parallel) == 0 else 2 * resources.nodes
+        if nodes <= max(resources.nodes, profile.max_nodes):
+            more = "" if nodes == resources.nodes else f" --set resources.{stage}.nodes={nodes}"
+            yield options + more, changed, nodes * resources.ranks_per_node
+    if 2 * resources.nodes <= profile.max_nodes:
+        yield f"--set resources.{stage}.nodes={2 * resources.nodes}", lambda: config, 2 * resources.ranks
     if isinstance(config, RolloutConfig):
         for more in {"none": ("frozen", "all"), "frozen": ("all",), "all": ()}[config.offload]:
-            yield *keys(offload=more), asked.ranks
+            yield *keys(offload=more), resources.ranks
 
 
-def relief(stage: str, shape: Shape, config: TrainerConfig, asked: Resources, profile: Profile) -> str:
+def relief(stage: str, shape: Shape, config: TrainerConfig, resources: Resources, profile: Profile) -> str:
     """What to do about a stage that ran out of memory: the estimate, and what it would be with
     other settings."""
-    made = estimate(shape, config, asked.ranks)
+    current = estimate(shape, config, resources.ranks)
     ways = [
-        f"{knob.setting} ({made.total - knob.total:.1f} GB less)"
-        for knob in knobs(stage, shape, config, asked, profile)
+        f"{knob.setting} ({current.total - knob.total:.1f} GB less)"
+        for knob in knobs(stage, shape, config, resources, profile)
     ]
-    words = f"by estimate it needs {made.total:.1f} GB of each GPU, {made.static:.1f} of them for "
-    words += "weights, gradients and optimizer; "
-    if made.total <= FITS * profile.gpu_memory_gb:
-        words += f"that should fit {profile.gpu_memory_gb:g} GB: is another process on the GPU (nvidia-smi)? If not, "
-    return f"{words}what frees memory, in a new run (--name): {'; '.join(ways) or 'nothing that one setting can do'}"
+    advice = f"by estimate it needs {current.total:.1f} GB of each GPU, {current.static:.1f} of them for "
+    advice += "weights, gradients and optimizer; "
+    if current.total <= FITS * profile.gpu_memory_gb:
+        advice += f"that should fit {profile.gpu_memory_gb:g} GB: is another process on the GPU (nvidia-smi)? If not, "
+    return f"{advice}what frees memory, in a new run (--name): {'; '.join(ways) or 'nothing that one setting can do'}"
 
 
-def check(stage: str, shape: Shape, config: TrainerConfig, asked: Resources, profile: Profile) -> str:
+def check(stage: str, shape: Shape, config: TrainerConfig, resources: Resources, profile: Profile) -> str:
     """A warning where the estimate comes close to what the profile's GPU has, else ""; ConfigError,
     with what would free how much, where it is more than 10 % above (the estimate's own error)."""
-    made, gpu_gb = estimate(shape, config, asked.ranks), profile.gpu_memory_gb
-    if made.total <= FITS * gpu_gb:
+    current, gpu_gb = estimate(shape, config, resources.ranks), profile.gpu_memory_gb
+    if current.total <= FITS * gpu_gb:
         return ""
-    ways = [f"  {knob.total:6.1f} GB with {knob.setting}" for knob in knobs(stage, shape, config, asked, profile)]
+    ways = [f"  {knob.total:6.1f} GB with {knob.setting}" for knob in knobs(stage, shape, config, resources, profile)]
     text = (
-        f"{stage} needs about {made.total:.0f} GB of each GPU, {made.static:.0f} of it for weights, gradients and "
-        f"optimizer; the profile's gpu_memory_gb is {gpu_gb:g}"
+        f"{stage} needs about {current.total:.0f} GB of each GPU, {current.static:.0f} of it for weights, gradients "
+        f"and optimizer; the profile's gpu_memory_gb is {gpu_gb:g}"
     )
-    if made.total > 1.1 * gpu_gb or made.static > gpu_gb:
+    if current.total > 1.1 * gpu_gb or current.static > gpu_gb:
         raise ConfigError("\n".join([f"{text}; it would run out of memory. What helps:", *ways]))
     return "\n".join([f"{text}: it may not fit. What would help:", *ways])
 
@@ -383,19 +387,19 @@ def check_evaluation(shape: Shape, config: MTBenchConfig, profile: Profile) -> s
     return f"{text}: it may not fit; a smaller mtbench.batch_size or mtbench.context_length needs less"
 
 
-def check_host(stage: str, made: Estimate, asked: Resources, profile: Profile) -> str:
+def check_host(stage: str, current: Estimate, resources: Resources, profile: Profile) -> str:
     """A warning where what waits in pinned host memory comes close to what the job asks of a node,
     else ""; ConfigError where it is more: Slurm would end the job. All else in host memory (torch,
-    data, a save under way) comes on top and is not reckoned."""
+    data, a save under way) comes on top and is not counted."""
     waits, has = (
-        sum(gb for _, gb in made.host) * asked.ranks_per_node,
-        profile.share_gib(asked.gpus_per_node) * 2**30 / GB,
+        sum(gb for _, gb in current.host) * resources.ranks_per_node,
+        profile.share_gib(resources.gpus_per_node) * 2**30 / GB,
     )
     if not has or waits <= FITS * has:
         return ""
     text = (
         f"{stage} keeps {waits:.0f} GB pinned in a node's memory (offload); the job asks for {has:.0f} GB of it, by "
-        f"the profile's mem_gb = {profile.mem_gb} GiB and {asked.gpus_per_node} of {profile.gpus_per_node} GPUs"
+        f"the profile's mem_gb = {profile.mem_gb} GiB and {resources.gpus_per_node} of {profile.gpus_per_node} GPUs"
     )
     if waits > has:
         raise ConfigError(

@@ -43,7 +43,7 @@ RING = 0.54e9
 """The same of a sum over ranks of a node: two H100, 134 MB each way, NCCL 2.28 without multicast
 (24 channels; with 32 it is .58)."""
 RING_S = 20e-6
-"""Of each of its messages, beside that: 1 MB takes 24 microseconds, 4 MB 26, gaps included."""
+"""Of each of its messages, in addition: 1 MB takes 24 microseconds, 4 MB 26, gaps included."""
 TURN_S = 1.5e-3
 """Seconds that a pipeline's GPU waits at a micro-batch's messages, each way: 1b7's scoring and
 7b1's steps at PP 2 on two H100. Steps with two parts a stage, whose schedule leaves the host free,
@@ -104,15 +104,16 @@ def passes(
     layer, output = flops_per_token(shape, length)
     output *= (head == "lm") * (1.0 if backward else 1 / 3)
     rate = utilisation(shape.hidden) * machine.tflops * 1e12 * tensor
-    held = [sum(parts) for parts in shape.chunk_layers(stages, virtual, head)]
+    layers_of_chunks = [sum(parts) for parts in shape.chunk_layers(stages, virtual, head)]
     slowest = max(
-        (layers * layer * work + (stage == stages - 1) * output) * tokens / rate for stage, layers in enumerate(held)
+        (layers * layer * work + (stage == stages - 1) * output) * tokens / rate
+        for stage, layers in enumerate(layers_of_chunks)
     )
     inside, outside = LINKS * machine.inside_gb_s, LINKS * machine.outside_gb_s
     message = 2 * tokens * shape.hidden
     reduces = (6 if again else 4) if backward else 2
-    reducing = reduces * max(held) * ring(tensor, message, machine)
-    waiting = max(LAUNCH_S[tensor > 1] * max(held) * launched - slowest - reducing, 0.0)
+    reducing = reduces * max(layers_of_chunks) * ring(tensor, message, machine)
+    waiting = max(LAUNCH_S[tensor > 1] * max(layers_of_chunks) * launched - slowest - reducing, 0.0)
     parts = {
         "compute": slowest * count,
         "bubble": slowest * (stages - 1) / virtual,
@@ -151,8 +152,8 @@ def step(shape: Shape, config: SFTConfig, ranks: int, machine: Machine, gpus_per
     seconds = sum(parts.values())
     layer, head = flops_per_token(shape, length)
     useful = (shape.layers * layer + head) * config.global_batch_size * length
-    made = memory.estimate(shape, config, ranks).total
-    return Step(config, ranks, seconds, useful / seconds / ranks / machine.tflops / 1e12, made, parts)
+    memory_gb = memory.estimate(shape, config, ranks).total
+    return Step(config, ranks, seconds, useful / seconds / ranks / machine.tflops / 1e12, memory_gb, parts)
 
 
 def known_rates(gpu: str, network: Network) -> Machine:
@@ -180,22 +181,22 @@ def unsaid(stage: str, profile: Profile) -> str:
     )
 
 
-def suggest(stage: str, shape: Shape, config: SFTConfig, asked: Resources, profile: Profile) -> str:
-    """The fastest layout of a stage's ranks on a site, as words for the command line, beside the
+def suggest(stage: str, shape: Shape, config: SFTConfig, resources: Resources, profile: Profile) -> str:
+    """The fastest layout of a stage's ranks on a site, as words for the command line, next to the
     layout that is configured."""
-    machine, ranks = machine_of(profile), asked.ranks
+    machine, ranks = machine_of(profile), resources.ranks
     if why := unsaid(stage, profile):
         return why
-    now = step(shape, config, ranks, machine, asked.ranks_per_node)
-    found = layouts(shape, config, ranks, machine, asked.ranks_per_node, profile.gpu_memory_gb)
-    if not found:
+    now = step(shape, config, ranks, machine, resources.ranks_per_node)
+    candidates = layouts(shape, config, ranks, machine, resources.ranks_per_node, profile.gpu_memory_gb)
+    if not candidates:
         return (
             f"{stage}: no layout of {ranks} ranks fits {memory.FITS:.0%} of {profile.gpu_memory_gb:g} GB and divides "
             f"global_batch_size = {config.global_batch_size}"
         )
     # what is configured may be none of those that are tried, and faster
     fits = now.memory_gb <= memory.FITS * profile.gpu_memory_gb
-    best = now if fits and now.seconds <= found[0].seconds else found[0]
+    best = now if fits and now.seconds <= candidates[0].seconds else candidates[0]
     keys = " ".join(
         f"--set {stage}.{name}={str(value).lower()}"
         for name, value in best.settings.items()
@@ -213,7 +214,7 @@ def layouts(
 ) -> list[Step]:
     """Every layout of ``ranks`` that divides and fits memory.FITS of a GPU's memory, the fastest
     first."""
-    found = []
+    candidates = []
     for tensor in range(1, gpus_per_node + 1):
         for stages in range(1, shape.layers + 1):
             if gpus_per_node % tensor or ranks % (tensor * stages):
@@ -230,9 +231,9 @@ def layouts(
                             micro_batch_size=rows,
                             recompute=recompute,
                         )
-                        made = step(shape, changed, ranks, machine, gpus_per_node)
+                        candidate = step(shape, changed, ranks, machine, gpus_per_node)
                     except (ConfigError, ValueError):
                         continue
-                    if made.memory_gb <= memory.FITS * gpu_memory_gb:
-                        found.append(made)
-    return sorted(found, key=lambda made: made.seconds)
+                    if candidate.memory_gb <= memory.FITS * gpu_memory_gb:
+                        candidates.append(candidate)
+    return sorted(candidates, key=lambda candidate: candidate.seconds)

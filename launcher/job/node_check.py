@@ -35,9 +35,9 @@ BUSY_MIB = 2_000
 
 def canary(folder: Path, node: str) -> str:
     """ "" when this node sees what the first one wrote, and can write there itself."""
-    wanted, deadline = os.environ["CONVOY_CANARY"], time.monotonic() + SEE_S
+    token, deadline = os.environ["CONVOY_CANARY"], time.monotonic() + SEE_S
     try:
-        while not (folder / "canary").exists() or (folder / "canary").read_text() != wanted:
+        while not (folder / "canary").exists() or (folder / "canary").read_text() != token:
             if time.monotonic() > deadline:
                 canary = folder / "canary"
                 return (
@@ -45,7 +45,7 @@ def canary(folder: Path, node: str) -> str:
                     "the file system is not shared"
                 )
             time.sleep(0.1)
-        (folder / f"{node}.seen").write_text(wanted)
+        (folder / f"{node}.seen").write_text(token)
     except OSError as error:
         return f"can't use the run folder: {error}"
     return ""
@@ -114,7 +114,7 @@ def _send(place: Path, index: int, nodes: int, deadline: float) -> str:
         except FileNotFoundError:
             pass
         if time.monotonic() > deadline:
-            return "network: the first node told nobody where it listens"
+            return "network: the first node told no one where it listens"
         time.sleep(0.05)
     try:
         connection = socket.create_connection((host, port), timeout=max(1.0, deadline - time.monotonic()))
@@ -136,7 +136,7 @@ def _send(place: Path, index: int, nodes: int, deadline: float) -> str:
     )
 
 
-def gpus(wanted: int) -> str:
+def gpus(count: int) -> str:
     """ "" when the driver shows ``wanted`` GPUs, and this job's are empty and have no memory
     errors."""
     fields = "index,uuid,memory.used,ecc.errors.uncorrected.volatile.total"
@@ -149,22 +149,22 @@ def gpus(wanted: int) -> str:
         return f"nvidia-smi did not answer in {CHECK_S:.0f} s: a GPU hangs"
     if done.returncode:
         return f"nvidia-smi: {(done.stdout + done.stderr).strip()}"
-    return judge_gpus(done.stdout, wanted, os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+    return judge_gpus(done.stdout, count, os.environ.get("CUDA_VISIBLE_DEVICES", ""))
 
 
-def judge_gpus(text: str, wanted: int, visible: str) -> str:
+def judge_gpus(text: str, count: int, visible: str) -> str:
     """The same from nvidia-smi's rows ``index, uuid, MiB used, uncorrected errors``.
 
     ``visible`` is CUDA_VISIBLE_DEVICES as Slurm sets it: where no cgroup hides them, nvidia-smi
     lists other jobs' GPUs, too.
     """
     rows = [[part.strip() for part in line.split(",")] for line in text.splitlines() if line.count(",") == 3]
-    if len(rows) < wanted:
-        return f"{len(rows)} GPU(s) visible, {wanted} asked for"
-    ours = own_gpus(rows, visible)
-    if len(ours) > wanted:
+    if len(rows) < count:
+        return f"{len(rows)} GPU(s) visible, {count} asked for"
+    own = own_gpus(rows, visible)
+    if len(own) > count:
         return ""  # which of them are ours is not known
-    for index, _, used, errors in ours:
+    for index, _, used, errors in own:
         if re.fullmatch(r"\d+", errors) and int(errors):
             return f"GPU {index} has {errors} uncorrected memory errors"
         if re.fullmatch(r"\d+", used) and int(used) > BUSY_MIB:
@@ -176,12 +176,12 @@ def own_gpus(rows: list[list[str]], visible: str) -> list[list[str]]:
     """Those of nvidia-smi's ``rows`` (index, uuid, ...) that CUDA_VISIBLE_DEVICES names; all
     where it names none or others."""
     names = [name.strip() for name in visible.split(",") if name.strip()]
-    ours = [
+    own = [
         row
         for row in rows
         if any(name == row[0] or (name.startswith("GPU-") and row[1].startswith(name)) for name in names)
     ]
-    return ours if len(ours) == len(names) > 0 else rows
+    return own if len(own) == len(names) > 0 else rows
 
 
 def site_check(command: str) -> str:
@@ -192,18 +192,18 @@ def site_check(command: str) -> str:
         done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=CHECK_S, check=False)
     except subprocess.TimeoutExpired:
         return f"node_check did not end in {CHECK_S:.0f} s"
-    said = (done.stdout + done.stderr).strip().splitlines()
-    return f"node_check: {said[-1] if said else f'exit code {done.returncode}'}" if done.returncode else ""
+    lines = (done.stdout + done.stderr).strip().splitlines()
+    return f"node_check: {lines[-1] if lines else f'exit code {done.returncode}'}" if done.returncode else ""
 
 
 def main(arguments: list[str]) -> int:
-    folder, nodes, wanted = Path(arguments[0]), int(arguments[1]), int(arguments[2])
+    folder, nodes, gpus_per_node = Path(arguments[0]), int(arguments[1]), int(arguments[2])
     node, index = os.environ["SLURMD_NODENAME"], int(os.environ["SLURM_PROCID"])
     now = time.time()
     bad = [
         canary(folder, node),
         disk(),
-        gpus(wanted) if wanted else "",
+        gpus(gpus_per_node) if gpus_per_node else "",
         site_check(os.environ.get("CONVOY_NODE_CHECK", "")),
     ]
     bad.append(network(folder, index, nodes))

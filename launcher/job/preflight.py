@@ -46,13 +46,13 @@ class Report:
 def hosts(resources: Resources) -> list[str]:
     """Nodes of this allocation; SlurmError where there are fewer than the run's resources ask
     for."""
-    found = commands.call("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
-    if len(found) < resources.nodes:
+    hosts = commands.call("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
+    if len(hosts) < resources.nodes:
         raise commands.SlurmError(
-            f"this allocation has {len(found)} node(s), the run's resources ask for {resources.nodes}: "
+            f"this allocation has {len(hosts)} node(s), the run's resources ask for {resources.nodes}: "
             f"sbatch --nodes={resources.nodes} --gpus-per-node={resources.ranks_per_node} ..."
         )
-    return found
+    return hosts
 
 
 def address(host: str) -> str:
@@ -62,8 +62,8 @@ def address(host: str) -> str:
         socket.getaddrinfo(host, None)
         return host
     except OSError:
-        words = commands.call("scontrol", "show", "node", "-o", host).split()
-        return next((word.partition("=")[2] for word in words if word.startswith("NodeAddr=")), host)
+        fields = commands.call("scontrol", "show", "node", "-o", host).split()
+        return next((word.partition("=")[2] for word in fields if word.startswith("NodeAddr=")), host)
 
 
 class CheckFailed(RuntimeError):
@@ -103,10 +103,10 @@ def _run(
     bad = check_nodes(run, stage, profile, gpus, nodes, log)
     good = [node for node in nodes if node not in bad]
     if gpus and len(good) >= resources.nodes:
-        found, trouble = check_gpus(profile, good, gpus, variables, log)
-        bad.update(found)
+        hosts, trouble = check_gpus(profile, good, gpus, variables, log)
+        bad.update(hosts)
         good = [node for node in nodes if node not in bad]
-        if trouble and not found:
+        if trouble and not hosts:
             return Report(good, bad, Outcome(OutcomeKind.COMMUNICATION, trouble))
     log.write("launcher", f"preflight: {len(good)} of {len(nodes)} node(s) good, {time.monotonic() - began:.1f} s")
     if len(good) >= resources.nodes:
@@ -215,8 +215,8 @@ class Answers:
         it."""
         if not self.in_time and task not in [rank for line in self.lines for rank, code in ends(line) if code > 0]:
             return ""  # the others were killed when the time was up
-        told = [line for line in self.lines if not line.startswith("srun: ")] or self.lines
-        return told[-1].strip() if told else "no message"
+        lines = [line for line in self.lines if not line.startswith("srun: ")] or self.lines
+        return lines[-1].strip() if lines else "no message"
 
 
 def step(

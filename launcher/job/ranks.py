@@ -165,7 +165,7 @@ class SlurmRanks(Ranks):
         super().__init__(log)
         self.ends: list[tuple[int | None, int]] = []
         command = container.inside(profile, command)
-        # slurmd sets it anew for each task, after srun's environment
+        # slurmd sets it again for each task, after srun's environment
         if "CUDA_VISIBLE_DEVICES" in variables:
             command = ["env", f"CUDA_VISIBLE_DEVICES={variables['CUDA_VISIBLE_DEVICES']}", *command]
         srun = [
@@ -230,28 +230,28 @@ def step(hosts: list[str], tasks: int, *options: str) -> list[str]:
     ]
 
 
-WORDS = {signal.strsignal(number): number for number in signal.valid_signals() if signal.strsignal(number)}
+SIGNALS = {signal.strsignal(number): number for number in signal.valid_signals() if signal.strsignal(number)}
 """srun names signals in words: "Killed", "Terminated", "Segmentation fault"."""
 
 
 def ends(line: str) -> list[tuple[int, int]]:
     """(rank, code) of the tasks of whose end a line of srun tells; a signal's number is
     negative."""
-    told = re.match(r"srun: error: \S+: tasks? ([\d,\-]+)\S*: (?:Exited with exit code (\d+)|(\w[\w ]*))", line)
-    if told is None:
+    match = re.match(r"srun: error: \S+: tasks? ([\d,\-]+)\S*: (?:Exited with exit code (\d+)|(\w[\w ]*))", line)
+    if match is None:
         return []
     # "Out Of Memory" is a kill, too
-    code = int(told[2]) if told[2] else -WORDS.get(told[3].strip(), signal.SIGKILL)
-    return [(rank, code) for rank in _numbers(told[1])]
+    code = int(match[2]) if match[2] else -SIGNALS.get(match[3].strip(), signal.SIGKILL)
+    return [(rank, code) for rank in _numbers(match[1])]
 
 
 def _numbers(text: str) -> list[int]:
     """ "0-2,5" -> [0, 1, 2, 5]."""
-    found = []
+    ranks_found = []
     for part in filter(None, text.split(",")):
         first, _, last = part.partition("-")
-        found += range(int(first), int(last or first) + 1)
-    return found
+        ranks_found += range(int(first), int(last or first) + 1)
+    return ranks_found
 
 
 def stage_command(module: str, config: Path) -> list[str]:
@@ -275,8 +275,8 @@ def job_port(job: int, here: bool) -> int:
     """MASTER_PORT of a job: below the kernel's ephemeral ports, apart for jobs on one node.
     ``here``: rank 0 will run on this node, so that a port which a stranger holds can be stepped
     over."""
-    wanted = 20000 + job % 12000
-    for port in range(wanted, wanted + PORTS if here else wanted):
+    first_port = 20000 + job % 12000
+    for port in range(first_port, first_port + PORTS if here else first_port):
         with socket.socket() as probe_socket:
             probe_socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -284,12 +284,12 @@ def job_port(job: int, here: bool) -> int:
                 return port
             except OSError:
                 continue
-    return wanted
+    return first_port
 
 
 def reserved_port() -> socket.socket:
     """A socket bound to a free port of loopback. While it is open the kernel gives that port to
-    nobody who asks for any; a server that names it, as torch's rendezvous does, may still listen
+    no one who asks for any; a server that names it, as torch's rendezvous does, may still listen
     there."""
     holder = socket.socket()
     holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

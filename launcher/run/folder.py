@@ -171,8 +171,8 @@ class Run:
     def selected(self) -> list[Stage]:
         """The stages that the run was last submitted for, in order, and those that they need; all
         of a run that does not say."""
-        asked = self.config["run"].get("selected") or []
-        needed = {name for name in self.stages if name in asked} or set(self.stages)
+        selected = self.config["run"].get("selected") or []
+        needed = {name for name in self.stages if name in selected} or set(self.stages)
         for name in reversed(self.stages):
             needed |= set(self.stages[name].parents) if name in needed else set()
         return [stage for name, stage in self.stages.items() if name in needed]
@@ -193,7 +193,7 @@ class Run:
         if wrong := records.wrong_in_config(values, PIPELINES):
             raise ConfigError(
                 f"{self.config_file} is not a run's configuration: it is torn, or another "
-                f"tool's{why or f' ({wrong})'}; name a run's folder, or start the run anew"
+                f"tool's{why or f' ({wrong})'}; name a run's folder, or start the run again"
             )
         return values
 
@@ -205,7 +205,7 @@ class Run:
         for section in sections(self.stages):
             if not isinstance(values.get(section), dict):
                 raise ConfigError(
-                    f"{self.config_file} has no table {section}: it is damaged, or of another tool; start the run anew"
+                    f"{self.config_file} has no table {section}: it is damaged, or of another tool; start the run again"
                 )
         return {section: values[section] for section in sections(self.stages)}
 
@@ -305,8 +305,8 @@ class Run:
         --take-over`` did not declare all its jobs dead."""
         if self.config["profile"]["scheduler"] == "slurm":
             return True
-        events, gone = self.ledger(), self.disowned()
-        return any(event["job"] not in gone for event in events if event.get("job"))
+        events, disowned = self.ledger(), self.disowned()
+        return any(event["job"] not in disowned for event in events if event.get("job"))
 
     def disowned(self) -> set[int]:
         """Jobs that ``resume --take-over`` declared dead: should Slurm start one after all, it must
@@ -383,24 +383,24 @@ class Runs(list):
                 for path in paths
             ]
             sweeps = tuple(folder for folder in folders if (folder / SWEEP).is_file())
-            made = cls(
+            runs_found = cls(
                 run for folder in folders for run in (elements(folder) if folder in sweeps else [Run.open(folder)])
             )
-            made.named, made.sweeps = True, sweeps
-            if not made:
+            runs_found.named, runs_found.sweeps = True, sweeps
+            if not runs_found:
                 raise ConfigError(
                     f"{', '.join(map(str, sweeps))}: none of its runs was "
                     "written; the same submit command as before writes them"
                 )
-            return made
-        found, strangers = [], []
+            return runs_found
+        known_runs, strangers = [], []
         for path in sorted([*below.glob("*/config.json"), *below.glob(f"*/{SWEEP}")]):
             try:
                 runs = elements(path.parent) if path.name == SWEEP else [Run(path.parent)]
-                found += [(run.changed(), run) for run in runs if run.config]
+                known_runs += [(run.changed(), run) for run in runs if run.config]
             except (ConfigError, OSError) as error:
                 strangers.append(f"{path.parent} is left out: {error}")
-        if not found:
+        if not known_runs:
             raise ConfigError(
                 "\n".join(
                     [
@@ -410,6 +410,6 @@ class Runs(list):
                     ]
                 )
             )
-        made = cls(run for _, run in sorted(found, key=lambda pair: pair[0], reverse=True))
-        made.strangers = tuple(strangers)
-        return made
+        runs_found = cls(run for _, run in sorted(known_runs, key=lambda pair: pair[0], reverse=True))
+        runs_found.strangers = tuple(strangers)
+        return runs_found

@@ -45,10 +45,10 @@ def make(run: Run, stage: Stage, attempt: int, started: float, left: Path | None
             f"{stage.name} exited 0 at iteration 0: it trained nothing "
             f"(see counts.json in {run.folder / 'data'} for empty data)"
         )
-    wanted = read_table(run.stage(stage.name) / "config.json")["iterations"] if stage.trainer else iteration
-    chosen = _chosen(run, stage, wanted)
-    if iteration != (chosen["iteration"] if chosen else wanted):
-        raise Refused(f"{stage.name} exited 0 at iteration {iteration} of {wanted}: it did not finish")
+    iteration_wanted = read_table(run.stage(stage.name) / "config.json")["iterations"] if stage.trainer else iteration
+    chosen = _chosen(run, stage, iteration_wanted)
+    if iteration != (chosen["iteration"] if chosen else iteration_wanted):
+        raise Refused(f"{stage.name} exited 0 at iteration {iteration} of {iteration_wanted}: it did not finish")
     files = _outputs(run, stage, iteration)
     sums = _sums(stage, files)
     identity = {
@@ -78,7 +78,7 @@ def _sums(stage: Stage, outputs: list[Path]) -> dict[Path, str]:
     sums: dict[Path, str] = {}
     for folder in {path.parent for path in outputs if path.name == NAME}:
         try:
-            sums |= {folder / name: found for name, found in check(folder).items()}
+            sums |= {folder / name: digest_found for name, digest_found in check(folder).items()}
         except Damaged as error:
             raise DamagedOutput(
                 f"{stage.name} can't be called done: {error.what}; resume goes on from the checkpoint before it"
@@ -86,7 +86,7 @@ def _sums(stage: Stage, outputs: list[Path]) -> dict[Path, str]:
     return sums | digests("", [path for path in outputs if path not in sums])
 
 
-def _chosen(run: Run, stage: Stage, wanted: int | None) -> dict | None:
+def _chosen(run: Run, stage: Stage, iteration_wanted: int | None) -> dict | None:
     """What a trainer with early stop said when it ended (training/checkpoint/stage_folder.py):
     patience had run out, or all iterations were run, and an earlier checkpoint than the last is the
     result. None where it said nothing, as one that died does."""
@@ -94,12 +94,16 @@ def _chosen(run: Run, stage: Stage, wanted: int | None) -> dict | None:
     if not stage.trainer or not path.exists():
         return None
     try:
-        said = read_table(path)
+        early_stop = read_table(path)
     except Unfit as error:
         raise Refused(f"{stage.name} can't be called done: {error}") from None
-    if not all(records.whole(said.get(name)) for name in ("misses", "patience", "ended", "iteration")):
+    if not all(records.is_whole(early_stop.get(name)) for name in ("misses", "patience", "ended", "iteration")):
         raise Refused(f"{stage.name} can't be called done: {path} is damaged")
-    return said if said["misses"] >= said["patience"] or said["ended"] == wanted else None
+    return (
+        early_stop
+        if early_stop["misses"] >= early_stop["patience"] or early_stop["ended"] == iteration_wanted
+        else None
+    )
 
 
 def write(run: Run, stage: Stage, manifest: dict) -> None:
@@ -179,8 +183,8 @@ def _check_content(run: Run, manifest: dict, memory: Path | None) -> None:
         known = {}
     seen = {path: [expected["sha256"], *touched(path)] for path, expected in outputs(run, manifest).items()}
     unread = [path for path in seen if str(path) not in known or known[str(path)] != seen[path]]
-    for path, found in digests("", unread).items():
-        if found != seen[path][0]:
+    for path, digest_found in digests("", unread).items():
+        if digest_found != seen[path][0]:
             raise Refused(f"{path} does not have the sha256 of its manifest: its content changed")
     if memory and unread:
         write_json(memory, {**known, **{str(path): seen[path] for path in unread}})
@@ -233,22 +237,22 @@ def versions(run: Run, left: Path | None = None) -> dict[str, str]:
 
     box = run.config["profile"].get("container") or {}
     image = {"container": box["image"]} if box.get("runtime", "none") != "none" else {}
-    said = {} if left is None else _said(left)
-    if not said and not image:
-        said = {"python": platform.python_version()}
+    versions = {} if left is None else _versions(left)
+    if not versions and not image:
+        versions = {"python": platform.python_version()}
         for package in ("torch", "megatron-core", "transformers", "safetensors", "convoy-rlhf"):
             with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-                said[package] = importlib.metadata.version(package)
-    return image | said | commit(Path(__file__).resolve().parents[2])
+                versions[package] = importlib.metadata.version(package)
+    return image | versions | commit(Path(__file__).resolve().parents[2])
 
 
-def _said(path: Path) -> dict[str, str]:
+def _versions(path: Path) -> dict[str, str]:
     """A rank's versions; {} where it left none that can be read."""
     try:
-        said = read_table(path, 1 << 16)
+        versions = read_table(path, 1 << 16)
     except (OSError, Unfit):
         return {}
-    return {str(name): str(version) for name, version in list(said.items())[:MOST_VERSIONS]}
+    return {str(name): str(version) for name, version in list(versions.items())[:MOST_VERSIONS]}
 
 
 def commit(root: Path) -> dict[str, str]:
@@ -272,7 +276,7 @@ def commit(root: Path) -> dict[str, str]:
 def _outputs(run: Run, stage: Stage, iteration: int | None) -> list[Path]:
     """Files that the manifest lists; raises Refused for a pattern without a file."""
     folder = run.stage(stage.name)
-    found = set()
+    digest_found = set()
     iterations = {iteration}
     if stage.chosen_iteration and (chosen := run.config[stage.name][stage.chosen_iteration]):
         iterations.add(chosen)
@@ -282,11 +286,11 @@ def _outputs(run: Run, stage: Stage, iteration: int | None) -> list[Path]:
             matches = [Path(os.path.normpath(path)) for path in folder.glob(pattern) if path.is_file()]
             if not matches:
                 raise Refused(f"{stage.name} exited 0 but {folder / pattern} is missing")
-            found.update(matches)
+            digest_found.update(matches)
     if stage.checkpoints:
-        found.add(folder / "latest")
+        digest_found.add(folder / "latest")
         for number in iterations:
-            found.update(
+            digest_found.update(
                 path for path in (folder / "checkpoints" / iteration_folder(number or 0)).rglob("*") if path.is_file()
             )
-    return sorted(found)
+    return sorted(digest_found)

@@ -33,28 +33,28 @@ class Progress:
 
 def read(run: Run, stage: Stage, since: float) -> Progress:
     """Progress of a stage; the speed counts rows from ``since`` on, the start of its attempt."""
-    made = Progress(saved=run.iteration(stage.name))
-    if made.saved is not None:
-        made.saved_at = (run.stage(stage.name) / "latest").stat().st_mtime
-    found = rows(run, stage.name)
-    if not found:
-        return made
-    last = found[-1]
-    made.iteration, made.logged = last["iteration"], last["time"]
-    made.total, made.tokens_per_s = (
+    progress = Progress(saved=run.iteration(stage.name))
+    if progress.saved is not None:
+        progress.saved_at = (run.stage(stage.name) / "latest").stat().st_mtime
+    logged_rows = rows(run, stage.name)
+    if not logged_rows:
+        return progress
+    last = logged_rows[-1]
+    progress.iteration, progress.logged = last["iteration"], last["time"]
+    progress.total, progress.tokens_per_s = (
         last[name] if records.fits(last.get(name), kind) else None
-        for name, kind in (("total", records.whole), ("tokens_per_second", records.number))
+        for name, kind in (("total", records.is_whole), ("tokens_per_second", records.number))
     )
     for name in stage.key_numbers:
-        values = [row[name] for row in found if isinstance(row.get(name), int | float)]
+        values = [row[name] for row in logged_rows if isinstance(row.get(name), int | float)]
         if values:
-            made.numbers[name] = values[-1]
-    first = next((row for row in found[-RECENT:] if row["time"] >= since), last)
+            progress.numbers[name] = values[-1]
+    first = next((row for row in logged_rows[-RECENT:] if row["time"] >= since), last)
     done, seconds = last["iteration"] - first["iteration"], last["time"] - first["time"]
-    if done > 0 and seconds > 0 and made.total is not None:
-        made.speed = done / seconds
-        made.eta_s = (made.total - made.iteration) / made.speed
-    return made
+    if done > 0 and seconds > 0 and progress.total is not None:
+        progress.speed = done / seconds
+        progress.eta_s = (progress.total - progress.iteration) / progress.speed
+    return progress
 
 
 def rows(run: Run, stage: str, most: int = TAIL_BYTES) -> list[dict]:
@@ -65,13 +65,13 @@ def rows(run: Run, stage: str, most: int = TAIL_BYTES) -> list[dict]:
         content, complete = read_tail(run.stage(stage) / "metrics.jsonl", most)
     except (FileNotFoundError, NotADirectoryError, Unfit):
         return []
-    found = []
+    logged_rows = []
     for line in content.decode(errors="replace").split("\n")[0 if complete else 1 : -1]:
         with contextlib.suppress(Unfit):
             row = parse(line, stage)
             if isinstance(row, dict) and all(records.fits(row.get(name), kind) for name, kind in COLUMNS.items()):
-                found.append(row)
-    return found
+                logged_rows.append(row)
+    return logged_rows
 
 
-COLUMNS = {"iteration": records.whole, "time": records.moment}
+COLUMNS = {"iteration": records.is_whole, "time": records.moment}

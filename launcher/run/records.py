@@ -13,7 +13,7 @@ STATES = ("pending", "running", "requeued", "done", "failed", "cancelled", "stop
 
 
 def number(value: object) -> bool:
-    """Whether this is a number that can be reckoned and shown as a time, a count or a measure."""
+    """Whether this is a number that can be counted and shown as a time, a count or a measure."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and abs(value) < 1e15
 
 
@@ -22,7 +22,7 @@ def moment(value: object) -> bool:
     return number(value) and 0 <= value < 1e11
 
 
-def whole(value: object) -> bool:
+def is_whole(value: object) -> bool:
     return isinstance(value, int) and number(value)
 
 
@@ -36,7 +36,7 @@ def texts(value: object) -> bool:
 
 def _jobs(value: object) -> bool:
     return (
-        all(map(whole, value.values() if isinstance(value, dict) else value))
+        all(map(is_whole, value.values() if isinstance(value, dict) else value))
         if isinstance(value, dict | list)
         else False
     )
@@ -44,15 +44,15 @@ def _jobs(value: object) -> bool:
 
 SHARED: dict[str, Callable[[object], bool]] = {
     "stage": text,
-    "job": whole,
-    "attempt": whole,
-    "pid": whole,
-    "pid_start": whole,
+    "job": is_whole,
+    "attempt": is_whole,
+    "pid": is_whole,
+    "pid_start": is_whole,
     "host": text,
-    "iteration": whole,
+    "iteration": is_whole,
     "class": text,
     "cause": text,
-    "began": whole,
+    "began": is_whole,
 }
 """Field of a record -> whether its value is of the kind that we write; None is of every kind."""
 EVENT = {
@@ -64,7 +64,7 @@ EVENT = {
     "token": text,
     "node": text,
     "reason": text,
-    "element": whole,
+    "element": is_whole,
 }
 STATUS = {
     **SHARED,
@@ -73,7 +73,7 @@ STATUS = {
     "ended": moment,
     "updated": moment,
     "advice": text,
-    "rank": whole,
+    "rank": is_whole,
     "lines": texts,
     "run": text,
 }
@@ -93,7 +93,7 @@ NEEDED = {
 def events(content: str) -> list[dict]:
     """The events of a ledger, in order; a line that is torn, or that no launcher writes, is left
     out."""
-    found = []
+    sound = []
     for line in content.split("\n")[:-1]:
         try:
             event = parse(line, "a line")
@@ -105,8 +105,8 @@ def events(content: str) -> list[dict]:
             and None not in (event.get("event"), event.get("time"))
             and all(event.get(name) is not None for name in NEEDED.get(event["event"], ()))
         ):
-            found.append(event)
-    return found
+            sound.append(event)
+    return sound
 
 
 def status(value: object, source: object) -> dict:
@@ -127,8 +127,8 @@ def status(value: object, source: object) -> dict:
 
 
 def wrong_in_config(values: dict, pipelines: Collection[str]) -> str:
-    """What of a config.json is not as submit writes it, in words; "" where all that is asked of
-    every run is."""
+    """What of a config.json is not as submit writes it, in words; "" where it has all that
+    every run has."""
     for section in ("run", "profile"):
         if not isinstance(values.get(section), dict):
             return f"no table {section}"
@@ -142,7 +142,7 @@ def wrong_in_config(values: dict, pipelines: Collection[str]) -> str:
     if about.get("selected") is not None and not texts(about["selected"]):
         return f"run.selected = {about['selected']!r:.60}"
     index = about["sweep"].get("index") if isinstance(about.get("sweep"), dict) else about.get("sweep", 0)
-    return "" if whole(index) else f"run.sweep = {about['sweep']!r:.60}"
+    return "" if is_whole(index) else f"run.sweep = {about['sweep']!r:.60}"
 
 
 def sweep(values: dict, source: object) -> dict:
@@ -164,13 +164,13 @@ def manifest(values: dict, source: object) -> dict:
     writes. Its names are not checked."""
     parents, outputs = values.get("parents"), values.get("outputs")
     wrong = [name for name in ("identity", "stage", "run", "config_hash") if not text(values.get(name))]
-    wrong += [] if values.get("iteration") is None or fits(values["iteration"], whole) else ["iteration"]
+    wrong += [] if values.get("iteration") is None or fits(values["iteration"], is_whole) else ["iteration"]
     wrong += [] if isinstance(parents, dict) and all(map(text, parents.values())) else ["parents"]
     wrong += (
         []
         if isinstance(outputs, dict)
         and all(
-            isinstance(row, dict) and fits(row.get("size"), whole) and text(row.get("sha256"))
+            isinstance(row, dict) and fits(row.get("size"), is_whole) and text(row.get("sha256"))
             for row in outputs.values()
         )
         else ["outputs"]

@@ -67,9 +67,9 @@ def ping(timeout_s: float = TIMEOUT_S) -> None:
     try:
         call("scontrol", "ping", timeout_s=timeout_s)
     except SlurmError as error:
-        said = str(error).removeprefix("scontrol: ").splitlines()
-        if not any(" is UP" in line for line in said):  # of several controllers one may be down
-            raise SlurmError(next((line for line in said if " is DOWN" in line), said[-1])) from None
+        lines = str(error).removeprefix("scontrol: ").splitlines()
+        if not any(" is UP" in line for line in lines):  # of several controllers one may be down
+            raise SlurmError(next((line for line in lines if " is DOWN" in line), lines[-1])) from None
 
 
 def unusable() -> str:
@@ -92,7 +92,7 @@ def login_node(reason: str) -> bool:
 
     Slurm's programs may be installed where no cluster is: they then have no configuration.
     """
-    return not reason or not any(words in reason for words in ("no sbatch", "does not exist", "configuration source"))
+    return not reason or not any(text in reason for text in ("no sbatch", "does not exist", "configuration source"))
 
 
 def site() -> Site:

@@ -21,7 +21,7 @@ from training.errors import ConfigError
 
 ALWAYS = (
     ("NCCL_DEBUG", "WARN", "errors are said, nothing else is printed"),
-    ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1", "a rank whose peer died ends instead of waiting for ever"),
+    ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1", "a rank whose peer died ends instead of waiting without end"),
     (
         "CUDA_DEVICE_MAX_CONNECTIONS",
         "1",
@@ -87,18 +87,18 @@ def environment(profile: Profile, ranks_here: int) -> list[tuple[str, str, str]]
     return list(lines.values())
 
 
-def fabric(found: list[dict]) -> list[tuple[str, str, str]]:
+def fabric(cards: list[dict]) -> list[tuple[str, str, str]]:
     """What ``auto`` adds for the RDMA adapters of this node (launcher.slurm.node_probe.adapters),
     taking the job's other nodes to be alike.
 
     RoCE needs no more than InfiniBand here: NCCL finds the address index itself from 2.21 on, and a
     traffic class can't be guessed.
     """
-    active = [one for one in found if one["active"]]
+    active = [one for one in cards if one["active"]]
     if not active:
         return []
     top = max(one["gbps"] for one in active)
-    fast, slow = ([one["name"] for one in active if (one["gbps"] == top) is wanted] for wanted in (True, False))
+    fast, slow = ([one["name"] for one in active if (one["gbps"] == top) is is_fastest] for is_fastest in (True, False))
     lines = list(LARGE_FABRIC)
     if slow:
         reason = f"the adapters of {top} Gb/s on this node; {', '.join(slow)}: slower, as adapters for storage are"

@@ -88,24 +88,24 @@ def apex(find=importlib.util.find_spec, distribution=importlib.metadata.metadata
         version, summary = about["Version"], about["Summary"] or ""
     except importlib.metadata.PackageNotFoundError:  # a folder on the path, not an installation
         version, summary = "", ""
-    ours = any((where / name).is_file() for name in ("optimizers/fused_adam.py", "normalization/fused_layer_norm.py"))
-    found = [name for name in APEX_EXTENSIONS if ours and find(name)]
+    own = any((where / name).is_file() for name in ("optimizers/fused_adam.py", "normalization/fused_layer_norm.py"))
+    extensions = [name for name in APEX_EXTENSIONS if own and find(name)]
     return {
-        "kind": "nvidia" if ours else "other",
+        "kind": "nvidia" if own else "other",
         "where": str(where),
         "version": version,
         "summary": summary,
-        "extensions": found,
+        "extensions": extensions,
     }
 
 
 def adapters(root: Path = Path("/sys/class/infiniband")) -> list[dict]:
     """RDMA adapters: [{"name": "mlx5_0", "layer": "InfiniBand" | "Ethernet", "gbps": 200, "active":
     True}], by name."""
-    found = []
+    parts = []
     for port in sorted(root.glob("*/ports/1")) if root.is_dir() else []:
         layer, rate, state = (_line(port / name) for name in ("link_layer", "rate", "state"))
-        found.append(
+        parts.append(
             {
                 "name": port.parent.parent.name,
                 "layer": layer,
@@ -113,17 +113,17 @@ def adapters(root: Path = Path("/sys/class/infiniband")) -> list[dict]:
                 "active": "ACTIVE" in state,
             }
         )
-    return found
+    return parts
 
 
 def interfaces() -> list[str]:
     """Network interfaces that are up and lead out of this machine."""
-    found = []
+    names = []
     for path in sorted(Path("/sys/class/net").iterdir()):
         inner = path.name == "lo" or path.name.startswith(("docker", "virbr", "veth", "br-", "cni", "podman"))
         if not inner and _line(path / "operstate") in ("up", "unknown"):
-            found.append(path.name)
-    return found
+            names.append(path.name)
+    return names
 
 
 def address() -> str:
@@ -140,26 +140,26 @@ def gpus() -> list[dict]:
     0 GB or MB: it does not say. ``ours``: not another job's, as far as CUDA_VISIBLE_DEVICES tells.
     """
     fields = "index,uuid,name,memory.total,mig.mode.current,memory.used"
-    text = _said("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits")
+    text = _output("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits")
     return gpu_rows(text, os.environ.get("CUDA_VISIBLE_DEVICES", ""))
 
 
 def gpu_rows(text: str, visible: str) -> list[dict]:
     rows = [[part.strip() for part in line.split(",")] for line in text.splitlines() if line.count(",") == 5]
     names = [name.strip() for name in visible.split(",") if name.strip()]
-    ours = [
+    own = [
         row
         for row in rows
         if any(name == row[0] or (name.startswith("GPU-") and row[1].startswith(name)) for name in names)
     ]
-    ours = ours if len(ours) == len(names) > 0 else rows
+    own = own if len(own) == len(names) > 0 else rows
     return [
         {
             "name": row[2],
             "memory_gb": round(_number(row[3]) / 1024),
             "mig": row[4] == "Enabled",
             "used_mb": _number(row[5]),
-            "ours": row in ours,
+            "ours": row in own,
         }
         for row in rows
     ]
@@ -172,8 +172,8 @@ def _number(text: str) -> int:
 
 def driver() -> str:
     """Version of NVIDIA's driver, and the newest CUDA that it runs; empty without one."""
-    said = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()
-    return said[0].strip() if said else ""
+    lines = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()
+    return lines[0].strip() if lines else ""
 
 
 def torch() -> dict:
@@ -209,7 +209,7 @@ def canary(path: str, word: str) -> str:
         return error.strerror or str(error)
 
 
-def _said(*command: str) -> str:
+def _output(*command: str) -> str:
     """Standard output of a command; empty where there is no such command or it fails."""
     if shutil.which(command[0]) is None:
         return ""

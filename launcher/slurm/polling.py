@@ -36,7 +36,7 @@ class Queue:
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self.clock, self.trouble = clock, ""
         self.jobs: Jobs = {}
-        self.next, self.asked, self.step = float("-inf"), float("-inf"), 0
+        self.next, self.asked_at, self.step = float("-inf"), float("-inf"), 0
         self.news: Hashable = None
 
     def of(self, runs: list[Run], news: Hashable, forgotten: Callable[[Jobs], dict[Run, set[str]]]) -> Jobs:
@@ -51,14 +51,14 @@ class Queue:
         if news != self.news:
             self.news, self.step = news, 0
             soon = DELAYS_S[0] * max(1.0, len(runs) / MANY)  # a large sweep always has news
-            self.next = min(self.next, self.asked + min(soon, DELAYS_S[1]))
+            self.next = min(self.next, self.asked_at + min(soon, DELAYS_S[1]))
         if self.clock() >= self.next:
             self._ask(runs, forgotten)
         return self.jobs
 
     def _ask(self, runs: list[Run], forgotten: Callable[[Jobs], dict[Run, set[str]]]) -> None:
-        first, silent = self.asked == float("-inf"), bool(self.trouble)
-        before, self.asked = self.jobs, self.clock()
+        first, silent = self.asked_at == float("-inf"), bool(self.trouble)
+        before, self.asked_at = self.jobs, self.clock()
         try:
             # the cheap ping tells at once of a controller that is down, where squeue would try for
             # 10 s
@@ -72,7 +72,7 @@ class Queue:
         elif self.jobs != before:
             self.step = min(self.step, 1)
         delays = SILENT_DELAYS_S if self.trouble else DELAYS_S
-        self.next = self.asked + delays[min(self.step, len(delays) - 1)]
+        self.next = self.asked_at + delays[min(self.step, len(delays) - 1)]
         self.step += 1
 
 
@@ -84,5 +84,5 @@ def pauses(first_s: float, most_s: float) -> Iterator[float]:
         first_s = min(2 * first_s, most_s)
 
 
-def _accounted(wanted: dict[Run, set[str]]) -> Jobs:
-    return queue.accounted(wanted, ACCOUNTING_S) if wanted else {}
+def _accounted(stages_of: dict[Run, set[str]]) -> Jobs:
+    return queue.accounted(stages_of, ACCOUNTING_S) if stages_of else {}

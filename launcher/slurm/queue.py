@@ -126,14 +126,14 @@ class Job:
         word = self.reason.partition(",")[0].strip()
         # Slurm 22.05 prints "launch failed requeued held"
         word = next((name for name in (word, word.replace(" ", "_")) if name in REASONS), word)
-        words = REASONS.get(word) or next(
+        text = REASONS.get(word) or next(
             (text for start, text in FAMILIES if word.startswith(start)), word or "Slurm gives no reason"
         )
         if word == "Dependency" and not parents:
             return f"its parents are done; Slurm has still to see it ({self.dependency})"
-        made = words.format(id=self.handle, parents=parents, run=run, reason=self.reason)
+        explanation = text.format(id=self.handle, parents=parents, run=run, reason=self.reason)
         rest = self.reason.partition(",")[2].strip()
-        return f"{made} ({rest})" if rest and word in REASONS else made
+        return f"{explanation} ({rest})" if rest and word in REASONS else explanation
 
 
 def of_run(run: Run) -> dict[str, Job]:
@@ -159,7 +159,7 @@ def of_runs(runs: Iterable[Run], timeout_s: float = commands.TIMEOUT_S, ping: bo
 def parse(text: str, run_id: str, index: int | None = None) -> dict[str, Job]:
     """Stage -> job of one run in squeue's text; the live one, else the newest. ``index``: its
     element of a sweep's array."""
-    found: dict[str, Job] = {}
+    jobs_found: dict[str, Job] = {}
     for line in text.splitlines():
         if run_id not in line:  # cheap: thousands of lines may be strangers
             continue
@@ -179,16 +179,16 @@ def parse(text: str, run_id: str, index: int | None = None) -> dict[str, Job]:
             "" if index is None else f"{array}_{index}",
         )
         stage = match[1]
-        if stage not in found or (job.alive, job.id) > (found[stage].alive, found[stage].id):
-            found[stage] = job
-    return found
+        if stage not in jobs_found or (job.alive, job.id) > (jobs_found[stage].alive, jobs_found[stage].id):
+            jobs_found[stage] = job
+    return jobs_found
 
 
 MOST_NAMES = 500
 """Job names in one question to sacct: an argument of more than 128 KiB can't be passed."""
 
 
-def accounted(wanted: dict[Run, set[str]], timeout_s: float = commands.TIMEOUT_S) -> dict[str, dict[str, Job]]:
+def accounted(stages_of: dict[Run, set[str]], timeout_s: float = commands.TIMEOUT_S) -> dict[str, dict[str, Job]]:
     """Run id -> stage -> its last job in the accounting; empty where there is none, it lags, or
     there is no sacct.
 
@@ -198,13 +198,13 @@ def accounted(wanted: dict[Run, set[str]], timeout_s: float = commands.TIMEOUT_S
     # an element of a sweep is "<sweep>.<stage>" with its index behind the array's id
     names = {
         (f"{_name(run)[0]}.{stage}", _name(run)[1]): (run.id, stage)
-        for run, stages in wanted.items()
+        for run, stages in stages_of.items()
         for stage in stages
     }
-    first = min((event["time"] for run in wanted for event in run.ledger()[:1]), default=time.time())
+    first = min((event["time"] for run in stages_of for event in run.ledger()[:1]), default=time.time())
     since = datetime.fromtimestamp(first - 86_400).strftime("%Y-%m-%d")
-    owners, asked = ",".join(sorted({owner(run) for run in wanted})), sorted({name for name, _ in names})
-    last: dict[str, dict[str, Job]] = {run.id: {} for run in wanted}
+    owners, names_asked = ",".join(sorted({owner(run) for run in stages_of})), sorted({name for name, _ in names})
+    last: dict[str, dict[str, Job]] = {run.id: {} for run in stages_of}
     try:
         texts = [
             commands.call(
@@ -216,12 +216,12 @@ def accounted(wanted: dict[Run, set[str]], timeout_s: float = commands.TIMEOUT_S
                 since,
                 "-u",
                 owners,
-                f"--name={','.join(asked[at : at + MOST_NAMES])}",
+                f"--name={','.join(names_asked[at : at + MOST_NAMES])}",
                 "-o",
                 "JobIDRaw,JobID,JobName,State,Start,NodeList",
                 timeout_s=timeout_s,
             )
-            for at in range(0, len(asked), MOST_NAMES)
+            for at in range(0, len(names_asked), MOST_NAMES)
         ]
     except commands.SlurmError:
         return last

@@ -129,9 +129,9 @@ def node_options(profile: Profile, gpus: int) -> dict[str, str | int | bool]:
     of Slurm."""
     values: dict[str, str | int | bool] = {}
     if gpus and profile.gpu_option != "none":
-        wanted = f"{profile.gpu_type}:{gpus}" if profile.gpu_type else gpus
+        gpus_option = f"{profile.gpu_type}:{gpus}" if profile.gpu_type else gpus
         old = profile.gpu_option == "gres" or (0, 0) < profile.version < GPUS_PER_NODE_SINCE
-        values |= {"gres": f"gpu:{wanted}"} if old else {"gpus-per-node": wanted}
+        values |= {"gres": f"gpu:{gpus_option}"} if old else {"gpus-per-node": gpus_option}
     if profile.whole_node(gpus):
         # --exclusive alone gives all cores, but only the default memory
         values |= {"exclusive": True, "mem": "0"}
@@ -142,7 +142,7 @@ def node_options(profile: Profile, gpus: int) -> dict[str, str | int | bool]:
 
 def site_setup(profile: Profile) -> list[str]:
     """The profile's shell lines. ``set -u`` rests meanwhile: modules and activate scripts read
-    variables that nobody has set."""
+    variables that no one has set."""
     lines = [f"module load {shlex.join(profile.modules)}"] if profile.modules else []
     lines = [*([FIND_MODULE] if lines else []), *lines, *profile.setup]
     return ["set +u", *lines, "set -u"] if lines else []

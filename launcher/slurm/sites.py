@@ -101,21 +101,21 @@ def _versioned(profile: Profile) -> Profile:
     return dataclasses.replace(profile, slurm=commands.site().version)
 
 
-def check_fits(profile: Profile, stage: str, asked: Resources) -> None:
+def check_fits(profile: Profile, stage: str, resources: Resources) -> None:
     """ConfigError when the site can't give what the stage asks for."""
     for have, limit, key in (
-        (asked.gpus_per_node, profile.gpus_per_node, "gpus_per_node"),
-        (asked.nodes, profile.max_nodes, "nodes"),
-        (asked.minutes, profile.max_minutes, "minutes"),
+        (resources.gpus_per_node, profile.gpus_per_node, "gpus_per_node"),
+        (resources.nodes, profile.max_nodes, "nodes"),
+        (resources.minutes, profile.max_minutes, "minutes"),
     ):
         if have > limit:
             raise ConfigError(
                 f"resources.{stage}.{key} = {have}: profile {profile.name} gives at most {limit}; "
                 f"set --set resources.{stage}.{key}={limit} or less, or another --profile"
             )
-    if asked.nodes + asked.spares > profile.max_nodes:
-        left = profile.max_nodes - asked.nodes
+    if resources.nodes + resources.spares > profile.max_nodes:
+        left = profile.max_nodes - resources.nodes
         raise ConfigError(
-            f"resources.{stage}.spares = {asked.spares}: with {asked.nodes} nodes that is more than the "
+            f"resources.{stage}.spares = {resources.spares}: with {resources.nodes} nodes that is more than the "
             f"{profile.max_nodes} that profile {profile.name} gives; set --set resources.{stage}.spares={left} or less"
         )

@@ -72,18 +72,20 @@ def submit(book: Run, steps: list[Step]) -> dict[str, int]:
     guard goes on trying.
     """
     settle(book)
-    token, made, held = secrets.token_hex(4), {}, []
+    token, submitted, held_jobs = secrets.token_hex(4), {}, []
     book.record("submitting", token=token, stages=[step.stage for step in steps])
     with _guarded(book) as guard:
         try:
             for step in steps:
-                made[step.stage], hold = _sbatch(step, token, made)
-                held += [str(made[step.stage])] if hold else []
+                submitted[step.stage], hold = _sbatch(step, token, submitted)
+                held_jobs += [str(submitted[step.stage])] if hold else []
             for step in steps:
-                waits = [made[parent] for parent in step.parents if parent in made] + [job for _, job in step.waits]
-                book.record("submitted", stage=step.stage, job=made[step.stage], after=waits)
-            book.record("committed", token=token, held=held)
-            _finish(book, token, held)
+                waits = [submitted[parent] for parent in step.parents if parent in submitted] + [
+                    job for _, job in step.waits
+                ]
+                book.record("submitted", stage=step.stage, job=submitted[step.stage], after=waits)
+            book.record("committed", token=token, held=held_jobs)
+            _finish(book, token, held_jobs)
         except (commands.SlurmError, OSError, KeyboardInterrupt) as error:
             try:
                 settle(book, str(error) or "interrupted")
@@ -98,13 +100,13 @@ def submit(book: Run, steps: list[Step]) -> dict[str, int]:
                     f"{error}; {what} as soon as Slurm answers (so does the next command on {book.folder})"
                 ) from None
             if _open(book, "queued", token):
-                return made  # the release was refused first and accepted then
+                return submitted  # the release was refused first and accepted then
             raise
         finally:
             if _last(book)["event"] in ("queued", "withdrawn"):
                 with contextlib.suppress(OSError):
                     guard.stdin.write(DONE)
-    return made
+    return submitted
 
 
 def settle(book: Run, cause: str = "the command that submitted it was stopped half-way") -> None:
@@ -131,12 +133,12 @@ class Queued(NamedTuple):
 
 def tokened(token: str) -> list[Queued]:
     """Every job of this user that was submitted with ``token``, ended or not."""
-    found = []
+    jobs_found = []
     for line in commands.call("squeue", "-h", "-t", "all", "-u", commands.user(), "-o", "%F|%T|%r|%k").splitlines():
         if f" submission={token} " in line:
             job, state, reason, comment = line.split("|", 3)
-            found.append(Queued(comment.rpartition("stage=")[2].strip(), job, state, reason))
-    return found
+            jobs_found.append(Queued(comment.rpartition("stage=")[2].strip(), job, state, reason))
+    return jobs_found
 
 
 def _go_forward(book: Run, committed: dict) -> None:
@@ -147,12 +149,14 @@ def _go_forward(book: Run, committed: dict) -> None:
     stage that the queue does not show any more may also have ended; then the chain has begun.
     """
     token = committed["token"]
-    found = tokened(token)
-    lost = set(_stages(book, token)) - {one.stage for one in found}
-    if lost and all(one.state == "PENDING" for one in found) and not _begun(book, token):
+    jobs_found = tokened(token)
+    lost = set(_stages(book, token)) - {one.stage for one in jobs_found}
+    if lost and all(one.state == "PENDING" for one in jobs_found) and not _begun(book, token):
         _withdraw(book, token, f"the controller lost a part of it: {', '.join(sorted(lost))}")
         return
-    _finish(book, token, sorted({one.job for one in found if one.state == "PENDING" and one.reason == "JobHeldUser"}))
+    _finish(
+        book, token, sorted({one.job for one in jobs_found if one.state == "PENDING" and one.reason == "JobHeldUser"})
+    )
 
 
 def _begun(book: Run, token: str) -> bool:
@@ -183,10 +187,10 @@ def comment(identity: str, token: str, stage: str) -> str:
     return f"convoy run={identity} submission={token} stage={stage}"
 
 
-def _sbatch(step: Step, token: str, made: dict[str, int]) -> tuple[int, bool]:
+def _sbatch(step: Step, token: str, submitted: dict[str, int]) -> tuple[int, bool]:
     """Queue one step -> its job id, and whether it is held."""
-    waits = [made[parent] for parent in step.parents if parent in made] + [job for _, job in step.waits]
-    hold = not any(parent in made for parent in step.parents)
+    waits = [submitted[parent] for parent in step.parents if parent in submitted] + [job for _, job in step.waits]
+    hold = not any(parent in submitted for parent in step.parents)
     options = [f"--comment={comment(step.identity, token, step.stage)}", "--export=ALL"]
     options += [f"--dependency={step.dependency}:{':'.join(map(str, waits))}"] if waits else []
     options += [f"--array={step.array}"] if step.array else []
@@ -215,25 +219,27 @@ def _queued_as(step: Step, token: str, printed: str) -> int:
     return int(ids[0])
 
 
-def _finish(book: Run, token: str, held: list[str]) -> None:
-    if held:
-        commands.call("scontrol", "release", ",".join(held))
+def _finish(book: Run, token: str, held_jobs: list[str]) -> None:
+    if held_jobs:
+        commands.call("scontrol", "release", ",".join(held_jobs))
     book.record("queued", token=token)
 
 
 def _withdraw(book: Run, token: str, cause: str) -> None:
     """Cancel every job of the submission, asked for by token: the one whose sbatch never answered,
     too."""
-    gone: dict[str, int] = {}
+    vanished: dict[str, int] = {}
     deadline, waits = time.monotonic() + commands.TIMEOUT_S, pauses(0.5, 4)
     while alive := {one.stage: one.job for one in tokened(token) if one.state not in ENDED}:
         if time.monotonic() > deadline:
             raise commands.SlurmError(f"scancel {' '.join(alive.values())} had no effect within {commands.TIMEOUT_S} s")
         commands.call("scancel", *sorted(set(alive.values())))
-        gone = {stage: int(job) for stage, job in alive.items()} | gone
+        vanished = {stage: int(job) for stage, job in alive.items()} | vanished
         time.sleep(next(waits))
     order = _stages(book, token)
-    book.record("withdrawn", token=token, jobs={stage: gone[stage] for stage in order if stage in gone}, cause=cause)
+    book.record(
+        "withdrawn", token=token, jobs={stage: vanished[stage] for stage in order if stage in vanished}, cause=cause
+    )
 
 
 def _last(book: Run) -> dict:

@@ -229,14 +229,14 @@ class Tails:
                 status = state.statuses_of([self.run], queue)[0]
                 rows = [row for row in status.stages if stage in (None, row.stage)]
                 ended, looked, size = not any(row.state in state.ACTIVE for row in rows), time.monotonic(), now
-            lines = self.new(whole=not ended)
+            lines = self.new(complete=not ended)
             yield lines
             if ended and not lines:
                 return
             if not lines:
                 time.sleep(POLL_S)
 
-    def new(self, whole: bool = True) -> list[Line]:
+    def new(self, complete: bool = True) -> list[Line]:
         """Lines since the last call, by time; with ``whole`` a line still being written is left for
         the next."""
         new_lines = []
@@ -247,7 +247,7 @@ class Tails:
                     data = file.read(CHUNK)
             except Unfit:
                 continue
-            if whole and (b"\n" in data or len(data) < CHUNK):
+            if complete and (b"\n" in data or len(data) < CHUNK):
                 data = data[: data.rfind(b"\n") + 1]
             self.at[path] = self.at.get(path, 0) + len(data)
             for text in _split(data.decode(errors="replace")):

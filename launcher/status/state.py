@@ -98,8 +98,8 @@ def statuses_of(runs: list[Run], queue: Queue | None = None, broken: list[str] |
     jobs = queue.of(
         with_slurm,
         tuple(records[run].version for run in with_slurm),
-        lambda found: {
-            run: names for run in with_slurm if (names := records[run].missing_from_queue(found.get(run.id, {})))
+        lambda jobs: {
+            run: names for run in with_slurm if (names := records[run].missing_from_queue(jobs.get(run.id, {})))
         },
     )
     statuses = [

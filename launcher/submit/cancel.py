@@ -48,17 +48,17 @@ def cancel(runs: list[Run]) -> dict[Run, str]:
             local.cancel(run)
             stopped[run].append(f"the local runner (process {runner['pid']})")
         stopped[run] += _lone_supervisors(run)
-    for run, said in _jobs(before, queue).items():
-        stopped[run] += said
+    for run, texts in _jobs(before, queue).items():
+        stopped[run] += texts
     if left := [str(run.folder) for run in runs if stopped[run] and run.runner()]:
         raise Failed(
-            f"stopped {', '.join(text for said in stopped.values() for text in said)}, but a local runner works on "
+            f"stopped {', '.join(text for texts in stopped.values() for text in texts)}, but a local runner works on "
             f"{', '.join(left)} again; cancel once more"
         )
-    return {run: _told(run, stopped[run], before[run]) for run in runs}
+    return {run: _summary(run, stopped[run], before[run]) for run in runs}
 
 
-def _told(run: Run, stopped: list[str], before: state.RunStatus) -> str:
+def _summary(run: Run, stopped: list[str], before: state.RunStatus) -> str:
     if not stopped:
         return "nothing is running or queued"
     working = [f"  {before_cancel(row)}" for row in before.stages if row.state in state.ACTIVE]
@@ -73,13 +73,13 @@ def _told(run: Run, stopped: list[str], before: state.RunStatus) -> str:
 
 def _lone_supervisors(run: Run) -> list[str]:
     """Stop supervisors that were started by hand, without a runner or a job."""
-    said = []
+    stopped = []
     for name in run.stages:
         status = run.status(name)
         if status["state"] == "running" and status["job"] is None and local.here(status) and is_alive(status):
             local.end(status)
-            said.append(f"the supervisor of {name} (process {status['pid']})")
-    return said
+            stopped.append(f"the supervisor of {name} (process {status['pid']})")
+    return stopped
 
 
 def _jobs(before: dict[Run, state.RunStatus], queue: Queue) -> dict[Run, list[str]]:
@@ -106,16 +106,16 @@ def _jobs(before: dict[Run, state.RunStatus], queue: Queue) -> dict[Run, list[st
     for run in {run: None for run, _ in alive}:
         run.record("cancelled", jobs={stage: job.id for (one, stage), job in alive.items() if one is run})
     _insist(alive)
-    deadline, told, gone, waits = time.monotonic() + CANCEL_S, time.monotonic(), 0, pauses(*PAUSES_S)
-    while gone < 2:  # a job may be queueing itself again between two looks
+    deadline, last_scancel, quiet_looks, waits = time.monotonic() + CANCEL_S, time.monotonic(), 0, pauses(*PAUSES_S)
+    while quiet_looks < 2:  # a job may be queueing itself again between two looks
         _wait(next(waits) if alive else PAUSES_S[0], alive)
         alive = _alive(runs, jobs.of_runs(runs, ping=False))
-        gone = 0 if alive else gone + 1
+        quiet_looks = 0 if alive else quiet_looks + 1
         every = {**alive, **every}
         moving = {key: job for key, job in alive.items() if job.pending or job.state == "RUNNING"}
-        if moving and time.monotonic() > told + AGAIN_S:
+        if moving and time.monotonic() > last_scancel + AGAIN_S:
             _insist(moving)
-            told = time.monotonic()
+            last_scancel = time.monotonic()
         if alive and time.monotonic() > deadline:
             raise Failed(
                 f"Slurm has not ended {', '.join(job.handle for job in alive.values())} "
@@ -152,10 +152,10 @@ def _wait(seconds: float, alive: Jobs) -> None:
 
 
 def _alive(runs: list[Run], known: dict[str, dict[str, jobs.Job]]) -> Jobs:
-    gone = {run: run.disowned() for run in runs}
+    disowned = {run: run.disowned() for run in runs}
     return {
         (run, stage): job
         for run in runs
         for stage, job in known.get(run.id, {}).items()
-        if job.alive and job.id not in gone[run]
+        if job.alive and job.id not in disowned[run]
     }

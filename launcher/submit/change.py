@@ -23,7 +23,7 @@ class Wish:
     """What ``resume`` was asked for."""
 
     first: str | None = None
-    """Stage that begins anew, or at ``iteration``; and all that was built from it."""
+    """Stage that starts over, or at ``iteration``; and all that was built from it."""
     iteration: int | None = None
     """Saved iteration to go on from; of ``first``, else of the first stage that is not done."""
     files: tuple[Path, ...] = ()
@@ -45,11 +45,11 @@ class Change:
     stages: list[Stage]
     """Those that are to run, done ones among them."""
     target: Stage | None = None
-    """The stage that goes back: anew, or to ``Wish.iteration``."""
+    """The stage that goes back: to its beginning, or to ``Wish.iteration``."""
     lines: list[str] = field(default_factory=list)
     """The keys that differ, then what happens."""
-    anew: list[str] = field(default_factory=list)
-    """Stages that begin anew, with all that was built from them."""
+    restarted: list[str] = field(default_factory=list)
+    """Stages that start over, with all that was built from them."""
     uncertified: list[str] = field(default_factory=list)
     """Stages that are not done any more but keep what they have."""
 
@@ -59,7 +59,7 @@ class Change:
 
 
 def examine(run: Run, wish: Wish) -> Change:
-    """The configuration that is wished for, checked, beside the present one; its ``lines`` are
+    """The configuration that is wished for, checked, next to the present one; its ``lines`` are
     empty where nothing differs."""
     config = run.config
     layers = [(read_toml(path), str(path)) for path in wish.files] + [
@@ -118,35 +118,35 @@ def _target(run: Run, wish: Wish) -> Stage | None:
 
 def apply(run: Run, change: Change) -> list[str]:
     """Write the change, and take back what it makes invalid; what was done, in words."""
-    config, names, said = run.config, [stage.name for stage in change.stages], []
+    config, names, messages = run.config, [stage.name for stage in change.stages], []
     identity = {**config["run"], "profile": change.profile["name"], "selected": names}
     if [stage.name for stage in run.selected()] != names:
-        said.append(f"stages of this run from now on: {', '.join(names)}")
-    if change.lines or said:
+        messages.append(f"stages of this run from now on: {', '.join(names)}")
+    if change.lines or messages:
         write_json(run.config_file, {**config, "run": identity, "profile": change.profile, **change.tables})
-        run.record("changed", lines=[*change.lines, *said])
+        run.record("changed", lines=[*change.lines, *messages])
     if not change.lines:
-        return said
-    for name in change.anew:
-        said += rewind(run, run.stages[name], None)
+        return messages
+    for name in change.restarted:
+        messages += rewind(run, run.stages[name], None)
     for name in run.stages:
         write_stage_config(run, name)
         done = run.stage(name) / "DONE.json"
         if name in change.uncertified and done.exists():
             run.record("rewound", stage=name, iteration=run.iteration(name))
             run.set_aside(done)
-            said += renew_descendants(run, run.stages[name])
-    return said
+            messages += renew_descendants(run, run.stages[name])
+    return messages
 
 
 def _consequences(run: Run, old: dict, change: Change, wish: Wish) -> list[str]:
-    """What each stage makes of the change, in words; fills ``anew`` and ``uncertified``."""
+    """What each stage makes of the change, in words; fills ``restarted`` and ``uncertified``."""
     lines, target = [], change.target
     for name, stage in run.stages.items():
         before, after = (_read_by(run, tables, stage) for tables in (old, change.tables))
-        over = [*change.anew, *([target.name] if target else [])]
+        over = [*change.restarted, *([target.name] if target else [])]
         if not has_work(run, stage) or any(stage in descendants(run, run.stages[other]) for other in over):
-            continue  # it hasn't begun, or begins anew with what it is made from
+            continue  # it hasn't begun, or starts over with what it is made from
         back = stage is target
         if not back and before == after:
             continue
@@ -159,14 +159,14 @@ def _consequences(run: Run, old: dict, change: Change, wish: Wish) -> list[str]:
                 "changed section data gives; leave out --load-iteration, or what changes the data"
             )
         if (back and wish.iteration is None) or not (back or may):
-            change.anew += [] if back else [name]
+            change.restarted += [] if back else [name]
             why = " (--from; without it, it keeps what it has)" if back and may else ""
-            lines.append(f"=> {name} begins anew{why}{so}; what {'they' if later else 'it'} had is kept aside")
+            lines.append(f"=> {name} starts over{why}{so}; what {'they' if later else 'it'} had is kept aside")
             continue
         change.uncertified.append(name)
         where = f"iteration {wish.iteration if back else run.iteration(name)}" if stage.checkpoints else "what it has"
         so = (
-            f"; what was made from it begins anew: {', '.join(later)}"
+            f"; what was made from it starts over: {', '.join(later)}"
             if later and (back or _is_done(run, name))
             else ""
         )

@@ -257,8 +257,8 @@ def _check_sets(sets: Iterable[str], pipeline: str) -> None:
     """ConfigError for a --set that nothing of this pipeline reads. (A recipe or file may serve
     several.)"""
     for text in sets:
-        words = text.partition("=")[0].strip().split(".")
-        stage = words[1] if words[0] == "resources" and len(words) > 1 else words[0]
+        parts = text.partition("=")[0].strip().split(".")
+        stage = parts[1] if parts[0] == "resources" and len(parts) > 1 else parts[0]
         if stage in ALL and stage not in PIPELINES[pipeline]:
             right = next(name for name, graph in PIPELINES.items() if stage in graph)
             raise ConfigError(
@@ -272,14 +272,14 @@ def _check_same(run: Run, tables: dict, profile: Profile) -> None:
     (which keeps the answers that it has) and stages that have not begun may change, unless they are
     queued: their jobs are what they were."""
     known = sections(run.stages)
-    made = [
+    section_names = [
         name
         for name in known
         if name != "resources"
         and not (name in ALL and ALL[name].evaluation)
         and (name not in run.stages or run.status(name)["attempt"])
     ]
-    changed = differences({name: run.config[name] for name in made}, {name: tables[name] for name in made})
+    changed = differences(*({name: config[name] for name in section_names} for config in (run.config, tables)))
     if changed:
         raise ConfigError(
             f"{run.folder} was submitted with another configuration:\n  "

@@ -29,22 +29,21 @@ WEIGHTS = " of model.checkpoint"
 """In the name of an input that the weights are converted from."""
 
 
-def prepare(run: Run, keep: bool = False, anew: Collection[str] = ()) -> list[str]:
+def prepare(run: Run, keep: bool = False, restarted: Collection[str] = ()) -> list[str]:
     """Make the run's rows, unless they are what its configuration and input files give.
 
-    Where an input changed after a stage had used its rows, the old rows stay with ``keep``, and
-    the answer says so, a line each. Stages of ``anew`` begin from nothing: they may read others.
-    Raises ConfigError for bad data, and without ``keep`` where a stage has used other rows.
-    """
+    Where an input changed after a stage had used its rows, the old rows stay with ``keep``, and the
+    answer says so, a line each. Stages of ``restarted`` begin from nothing: they may read others.
+    Raises ConfigError for bad data, and without ``keep`` where a stage has used other rows."""
     marker = run.folder / "data" / "DONE.json"
     config = dataclasses.asdict(prepare_config(run.folder, run.config))
     old = _old(run)
     if old and old["config_hash"] == hash_of(config):
-        changed, whole = _changed(old), _whole(run, old)
-        if not changed and whole:
+        changed, complete = _changed(old), _complete(run, old)
+        if not changed and complete:
             return []
-        if changed and (used := _users(run, changed, anew)):
-            if not keep or not whole:
+        if changed and (used := _users(run, changed, restarted)):
+            if not keep or not complete:
                 raise ConfigError(_refusal(run, changed, used))
             return [
                 f"{', '.join(changed)} changed after {', '.join(used)} had used what was there before: "
@@ -86,16 +85,16 @@ def summarise(run: Run, stages: dict[str, tuple[str, str, int]]) -> list[str]:
     """What was dropped of the rows, and what ``stages`` (checks.lengths) cut of them, a line each;
     data/summary.json keeps it."""
     path = run.folder / "data" / SUMMARY
-    wanted = {stage: list(length) for stage, length in stages.items()}
+    lengths = {stage: list(length) for stage, length in stages.items()}
     known = run.data_summary()
-    if known.get("stages") != wanted:
+    if known.get("stages") != lengths:
         if not any((run.folder / "data").glob("*.tokens")):
             return []
-        command = run_module.command("training.data.cuts", str(run.folder / "data"), json.dumps(wanted))
+        command = run_module.command("training.data.cuts", str(run.folder / "data"), json.dumps(lengths))
         done = subprocess.run(command, env=environment.outside(), capture_output=True, text=True, check=False)
         if done.returncode:  # it is told, and stops nothing
             return [f"what is cut can't be said: {(done.stderr.strip() or 'no message').splitlines()[-1]}"]
-        known = {"stages": wanted, "lines": done.stdout.splitlines()}
+        known = {"stages": lengths, "lines": done.stdout.splitlines()}
         write_json(path, known)
     return known["lines"]
 
@@ -109,19 +108,21 @@ def _prepare(run: Run, config: dict) -> dict:
     """Run ``training.data.prepare``; its counts. ConfigError with its message for bad data, which
     leaves the rows of before."""
     folder = run.folder / "data"
-    asked = folder / "config.new.json"
-    write_json(asked, config)
-    command = run_module.command("training.data.prepare", str(asked))
+    config_file = folder / "config.new.json"
+    write_json(config_file, config)
+    command = run_module.command("training.data.prepare", str(config_file))
     done = subprocess.run(command, env=environment.outside(), capture_output=True, text=True, check=False)
     write_text(folder / "prepare.log", done.stdout + done.stderr)
-    words = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
+    last_line = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
     if done.returncode:
-        asked.unlink()
+        config_file.unlink()
     if done.returncode in (os.EX_USAGE, os.EX_DATAERR):
-        raise ConfigError(f"data preparation: {words}")
+        raise ConfigError(f"data preparation: {last_line}")
     if done.returncode:
-        raise Failed(f"data preparation: exit code {done.returncode}: {words}; all it said: {folder / 'prepare.log'}")
-    os.replace(asked, folder / "config.json")
+        raise Failed(
+            f"data preparation: exit code {done.returncode}: {last_line}; all it said: {folder / 'prepare.log'}"
+        )
+    os.replace(config_file, folder / "config.json")
     (folder / SUMMARY).unlink(missing_ok=True)
     return read_counts(run)
 
@@ -140,7 +141,7 @@ def _old(run: Run) -> dict | None:
         return None
 
 
-def _whole(run: Run, old: dict) -> bool:
+def _complete(run: Run, old: dict) -> bool:
     """Whether the rows' files are there with all their bytes."""
     paths = {run.folder / "data" / name: size for name, size in old["files"].items()}
     there = all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
@@ -160,14 +161,14 @@ def _changed(old: dict) -> list[str]:
         raise ConfigError(f"{error.filename}: can't be read: {error.strerror}") from None
 
 
-def _users(run: Run, changed: list[str], anew: Collection[str] = ()) -> list[str]:
-    """Stages that have begun with what changed, or are queued to, but for those of ``anew``.
-    Trainers read rows, all read weights."""
-    model = any(WEIGHTS in words for words in changed)
+def _users(run: Run, changed: list[str], restarted: Collection[str] = ()) -> list[str]:
+    """Stages that have begun with what changed, or are queued to, except for those of
+    ``restarted``. Trainers read rows, all read weights."""
+    model = any(WEIGHTS in name for name in changed)
     readers = [name for name, stage in run.stages.items() if stage.trainer or model]
     begun = [name for name in readers if run.status(name)["attempt"]]
     waiting = state.active_stages(run) if not begun and run.ledger() else []
-    return [name for name in readers if name in {*begun, *waiting} - set(anew)]
+    return [name for name in readers if name in {*begun, *waiting} - set(restarted)]
 
 
 def _refusal(run: Run, changed: list[str], used: list[str]) -> str:

@@ -30,10 +30,10 @@ def heal(run: Run) -> list[str]:
 
     A damaged checkpoint is left to the stage's supervisor: it goes on from the newest whole one.
     """
-    said = []
+    messages = []
     for stage in run.stages.values():
-        said += _unreadable(run, stage) or _lost_manifest(run, stage)
-    return said + _refused_parents(run)
+        messages += _unreadable(run, stage) or _lost_manifest(run, stage)
+    return messages + _refused_parents(run)
 
 
 def check_orphans(seen: state.RunStatus) -> None:
@@ -45,7 +45,7 @@ def check_orphans(seen: state.RunStatus) -> None:
         if row.state != "failed" or status["state"] != "running":
             continue
         deadline = time.monotonic() + ORPHAN_S
-        while _held(run, row.stage):
+        while _is_locked(run, row.stage):
             if time.monotonic() > deadline:
                 raise ConfigError(
                     f"Slurm has forgotten job {status['job']}, but its processes still work on {row.stage} "
@@ -56,7 +56,7 @@ def check_orphans(seen: state.RunStatus) -> None:
 
 
 @dataclass(frozen=True)
-class Gone:
+class SilentWorkers:
     """Who worked on a run and is to be declared dead."""
 
     runner: dict | None
@@ -69,7 +69,7 @@ class Gone:
         return ", ".join([*who, *(f"job {job} ({stage})" for stage, job in self.jobs.items())])
 
 
-def gone(run: Run) -> Gone | None:
+def silent_workers(run: Run) -> SilentWorkers | None:
     """Who ``take_over`` would declare dead, None where there is no such one; ConfigError where
     they can be seen alive."""
     runner = run.runner()
@@ -87,10 +87,10 @@ def gone(run: Run) -> Gone | None:
             f"--take-over: {run.folder} was written to {quiet:.0f} s ago: who works on it is alive; if you are sure "
             f"that it is not, try again in {ALIVE_S} s"
         )
-    return Gone(runner, dead)
+    return SilentWorkers(runner, dead)
 
 
-def take_over(run: Run, who: Gone) -> list[str]:
+def take_over(run: Run, who: SilentWorkers) -> list[str]:
     """Declare them dead. Should one of these jobs start after all, its supervisor ends it at
     once."""
     runner = who.runner
@@ -124,11 +124,11 @@ def _silent_jobs(run: Run) -> dict[str, int]:
         alive = {name: job for name, job in queue.of_run(run).items() if job.alive}
     except commands.SlurmError:
         events = [event for event in run.ledger() if event["event"] == "submitted"]
-        gone = run.disowned()
+        disowned = run.disowned()
         return {
             event["stage"]: event["job"]
             for event in events
-            if event["job"] not in gone and not _is_done(run, event["stage"])
+            if event["job"] not in disowned and not _is_done(run, event["stage"])
         }
     if alive:
         raise ConfigError(
@@ -158,7 +158,7 @@ def _is_done(run: Run, stage: str) -> bool:
     return (run.stage(stage) / "DONE.json").exists()
 
 
-def _held(run: Run, stage: str) -> bool:
+def _is_locked(run: Run, stage: str) -> bool:
     try:
         with lock(run.stage(stage) / ".lock"):
             return False
@@ -185,10 +185,10 @@ def _lost_manifest(run: Run, stage: Stage) -> list[str]:
     if _is_done(run, stage.name) or last is None or last["event"] != "done":
         return []
     try:
-        made = manifest.make(run, stage, last["attempt"], run.status(stage.name).get("started") or last["time"])
+        rebuilt = manifest.make(run, stage, last["attempt"], run.status(stage.name).get("started") or last["time"])
     except Refused as reason:
         return [f"{stage.name}: DONE.json was lost and can't be made again: {reason}"]
-    manifest.write(run, stage, made)
+    manifest.write(run, stage, rebuilt)
     run.record("healed", stage=stage.name, what="DONE.json")
     return [f"{stage.name}: DONE.json was lost; its outputs are whole, it was made again"]
 
@@ -196,7 +196,7 @@ def _lost_manifest(run: Run, stage: Stage) -> list[str]:
 def _refused_parents(run: Run) -> list[str]:
     """A child that refused to start from a parent's outputs: the parent is not done any more if
     they are still not what they were."""
-    said = []
+    messages = []
     for stage in manifest.left(run, list(run.stages.values())):
         if run.status(stage.name).get("class") != "refused":
             continue
@@ -211,5 +211,5 @@ def _refused_parents(run: Run) -> list[str]:
                     run.set_aside(run.stage(parent) / "DONE.json")
                 else:
                     begin_again(run, run.stages[parent])
-                said.append(f"{parent} runs again: {reason}")
-    return said
+                messages.append(f"{parent} runs again: {reason}")
+    return messages

@@ -24,7 +24,7 @@ class Steps:
     run: Run
     change: Change
     iteration: int | None = None
-    gone: repair.Gone | None = None
+    silent_workers: repair.SilentWorkers | None = None
     """Who is declared dead."""
     events: int = 0
     """Length of the ledger when the run was looked at."""
@@ -32,7 +32,7 @@ class Steps:
     @property
     def rewrites(self) -> bool:
         """Whether more is done than starting what is left."""
-        return bool(self.change.target or self.change.lines or self.gone)
+        return bool(self.change.target or self.change.lines or self.silent_workers)
 
 
 def take_up(runs: list[Run], wish: Wish, agree: Callable[[list[str]], bool]) -> list[str]:
@@ -58,13 +58,13 @@ def examine(look: RunStatus, wish: Wish) -> Steps:
     """What ``wish`` means for a run. ConfigError, or SlurmError, for everything that stands
     against it; nothing is written."""
     run, events = look.run, len(look.run.ledger())
-    gone = repair.gone(run) if wish.take_over else None
-    if look.trouble and not (gone and wish.profile and wish.profile.scheduler != "slurm"):
+    silent_workers = repair.silent_workers(run) if wish.take_over else None
+    if look.trouble and not (silent_workers and wish.profile and wish.profile.scheduler != "slurm"):
         _refuse_silence(look, wish)
-    steps = Steps(run, change.examine(run, wish), wish.iteration, gone, events)
+    steps = Steps(run, change.examine(run, wish), wish.iteration, silent_workers, events)
     if steps.change.target:
         _check_target(steps)
-    if not gone:
+    if not silent_workers:
         if steps.rewrites:
             _check_idle(look)
         repair.check_orphans(look)
@@ -73,25 +73,25 @@ def examine(look: RunStatus, wish: Wish) -> Steps:
 
 def carry_out(steps: Steps) -> list[str]:
     """Do what ``examine`` found possible; what was done, in words."""
-    run, said = steps.run, []
+    run, messages = steps.run, []
     with transaction.patient(lambda: lock(run.folder / ".prepare.lock")):
         if steps.rewrites and len(run.ledger()) != steps.events:
             raise ConfigError(
                 f"another command changed {run.folder} meanwhile; nothing was changed by this one: look at it with "
                 f"python -m launcher status {run.folder}, then resume again"
             )
-        if steps.gone:
-            said += repair.take_over(run, steps.gone)
-        said += change.apply(run, steps.change)
-        said += prepared.prepare(run, keep=True, anew=_anew(steps))
+        if steps.silent_workers:
+            messages += repair.take_over(run, steps.silent_workers)
+        messages += change.apply(run, steps.change)
+        messages += prepared.prepare(run, keep=True, restarted=_restarted(steps))
         prepared.summarise(run, plan_checks.lengths(run.folder, run.config, run.stages, list(run.stages.values())))
         stop = run.folder / "STOP"
         if stop.exists():
             stop.unlink()
-            said.append("the file STOP was removed")
+            messages.append("the file STOP was removed")
         if steps.change.target:
-            said += rewind(run, steps.change.target, steps.iteration)
-        return said + repair.heal(run)
+            messages += rewind(run, steps.change.target, steps.iteration)
+        return messages + repair.heal(run)
 
 
 def check_slurm(steps: list[Steps]) -> None:
@@ -108,7 +108,7 @@ def check_slurm(steps: list[Steps]) -> None:
 def _plan(steps: Steps) -> create.Plan:
     """The stages that the change makes run, as ``submit`` would plan them."""
     run, config = steps.run, steps.change
-    back = {*config.anew, *config.uncertified, *([config.target.name] if config.target else [])}
+    back = {*config.restarted, *config.uncertified, *([config.target.name] if config.target else [])}
     again = {stage for name in back for stage in (run.stages[name], *descendants(run, run.stages[name]))}
     stages = [stage for stage in config.stages if stage in again or stage in change.unfinished(run)]
     return create.Plan(
@@ -120,13 +120,13 @@ def _prepare(steps: Steps) -> None:
     """Prepare the data as the new configuration wants it: bad data is found while nothing else is
     written."""
     with transaction.patient(lambda: lock(steps.run.folder / ".prepare.lock")):
-        prepared.prepare(create.Draft(_plan(steps)), keep=True, anew=_anew(steps))
+        prepared.prepare(create.Draft(_plan(steps)), keep=True, restarted=_restarted(steps))
 
 
-def _anew(steps: Steps) -> set[str]:
+def _restarted(steps: Steps) -> set[str]:
     """Stages that will begin from nothing, so that they may read other rows than before."""
     run, target = steps.run, steps.change.target
-    first = {*steps.change.anew, *([target.name] if target and steps.iteration is None else [])}
+    first = {*steps.change.restarted, *([target.name] if target and steps.iteration is None else [])}
     return first | {stage.name for name in first for stage in descendants(run, run.stages[name])}
 
 
@@ -143,10 +143,10 @@ def _check_target(steps: Steps) -> None:
     if iteration is None:
         return
     check_iteration(run, stage, iteration)
-    over = [name for name in steps.change.anew if stage in (run.stages[name], *descendants(run, run.stages[name]))]
+    over = [name for name in steps.change.restarted if stage in (run.stages[name], *descendants(run, run.stages[name]))]
     if over:
         raise ConfigError(
-            f"--load-iteration {iteration}: with the changed values {over[0]} begins anew, so this checkpoint of "
+            f"--load-iteration {iteration}: with the changed values {over[0]} starts over, so this checkpoint of "
             f"{stage.name} is of another configuration; leave out --load-iteration, or what changes {over[0]}"
         )
     if stage.trainer and iteration > (last := steps.change.tables[stage.name]["iterations"]):

@@ -27,22 +27,22 @@ def candidates(source: Run, run: Path, tables: dict, graph: Graph) -> list[str]:
     none."""
     source.check_here()
     left = {stage.name for stage in manifest.left(source, list(source.stages.values()))}
-    found: list[str] = []
+    reusable: list[str] = []
     for name, stage in graph.items():
         if (
             stage.checkpoints
             and name not in left
             and source.stages.get(name) == stage
-            and set(stage.parents) <= set(found)
+            and set(stage.parents) <= set(reusable)
             and _settings(source.folder, source.config, source.stages, name) == _settings(run, tables, graph, name)
         ):
-            found.append(name)
-    if not found:
+            reusable.append(name)
+    if not reusable:
         raise ConfigError(
             f"--reuse {source.folder}: no stage of it is both done and configured as here; `report` of two runs shows "
             "what differs in their configurations"
         )
-    return found
+    return reusable
 
 
 def takeable(run: Run, source: Run) -> list[str]:

@@ -1,5 +1,5 @@
-"""Taking a stage back: anew, or to one of its checkpoints; what was built from it is moved aside.
-Nothing is deleted."""
+"""Taking a stage back: to its beginning, or to one of its checkpoints. What was built from it is
+moved away. Nothing is deleted."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ ASIDE = "checkpoints.aside"
 
 
 def rewind(run: Run, stage: Stage, iteration: int | None) -> list[str]:
-    """Make ``stage`` run again: anew, or from ``iteration``; what was built from it is moved aside
-    whole.
+    """Make ``stage`` run again: from its beginning, or from ``iteration``. What was built from it
+    is moved away.
 
     Returns what was done, in words. The checkpoint becomes the stage's ``latest`` and newer ones
     are moved to checkpoints.aside, so that a later attempt of the same stage goes on from where it
     is then, not from this iteration once more. The caller has asked ``check_iteration``.
     """
-    folder, said = run.stage(stage.name), []
+    folder, messages = run.stage(stage.name), []
     run.record("rewound", stage=stage.name, iteration=iteration)
     if iteration is None:
         if has_work(run, stage):
-            said.append(f"{stage.name} begins anew; what it had is in {begin_again(run, stage)}")
+            messages.append(f"{stage.name} starts over; what it had is in {begin_again(run, stage)}")
     else:
         if (folder / "DONE.json").exists():
             run.set_aside(folder / "DONE.json")
@@ -35,18 +35,18 @@ def rewind(run: Run, stage: Stage, iteration: int | None) -> list[str]:
         newer = [number for number in run.checkpoint_iterations(stage.name) if number > iteration]
         for number in newer:
             put_aside(run, stage.name, number)
-        said.append(
+        messages.append(
             f"{stage.name} goes on from iteration {iteration}"
             + (f"; newer ones are in {folder / ASIDE}" if newer else "")
         )
-    return said + renew_descendants(run, stage)
+    return messages + renew_descendants(run, stage)
 
 
 def renew_descendants(run: Run, stage: Stage) -> list[str]:
-    """What was built from a stage begins anew, since that stage is not done any more; what was
+    """What was built from a stage starts over, since that stage is not done any more; what was
     done, in words."""
     return [
-        f"{later.name} was made from {stage.name}: it begins anew; what it had is in {begin_again(run, later)}"
+        f"{later.name} was made from {stage.name}: it starts over; what it had is in {begin_again(run, later)}"
         for later in descendants(run, stage)
         if has_work(run, later)
     ]
@@ -85,7 +85,7 @@ def put_aside(run: Run, stage: str, iteration: int) -> Path:
 
 def move_stale_aside(run: Run, todo: list[Stage]) -> None:
     """A stage that has to run although it has a manifest was built from parents that are no more:
-    it begins anew."""
+    it starts over."""
     for stage in todo:
         if (run.stage(stage.name) / "DONE.json").exists():
             begin_again(run, stage)

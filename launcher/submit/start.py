@@ -61,7 +61,7 @@ def first_worker(run: Run) -> str:
 
 
 IDLE = -1
-"""wait_for's answer where stages are left that nobody works on."""
+"""wait_for's answer where stages are left that no one works on."""
 
 
 def other_worker(run: Run, slurm: bool) -> str:
@@ -90,10 +90,10 @@ def run_here(run: Run, stages: list[Stage]) -> int:
 
 
 def wait_for(runs: list[Run], names: list[str], again: bool = False) -> int:
-    """Watch runs that others work on until nobody does, a single one until a stage has failed; 0
+    """Watch runs that others work on until no one does, a single one until a stage has failed; 0
     where all are done, else 1.
 
-    ``again``: IDLE where stages are left that nobody works on. Ctrl-C leaves the runs alone: 130.
+    ``again``: IDLE where stages are left that no one works on. Ctrl-C leaves the runs alone: 130.
     """
     watch, ended = Watch(runs, names, poll_s(runs)), []
     try:
@@ -123,7 +123,7 @@ def report_end(seen: RunStatus, names: list[str], overall: str) -> int:
         return 0
     if overall == "idle":
         left = [row.stage for row in seen.stages if row.stage in names and row.state != "done"]
-        out.print(f"{folder}: nobody works on {', '.join(left)}; go on: python -m launcher resume {folder}")
+        out.print(f"{folder}: no one works on {', '.join(left)}; go on: python -m launcher resume {folder}")
     for line in failures(seen, names):
         out.print(line, markup=False)
     return 1

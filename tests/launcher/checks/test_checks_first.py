@@ -37,7 +37,7 @@ def test_a_refused_resume_changes_nothing(project):
     for words, *arguments in (
         ("present: 1, 2, 3", "--from", "rlhf", "--load-iteration", "200", "--set", "rlhf.kl_coef=0.02", "--take-over"),
         (
-            "with the changed values sft begins anew",
+            "with the changed values sft starts over",
             "--from",
             "rlhf",
             "--load-iteration",
@@ -116,14 +116,14 @@ def test_resume_goes_as_far_as_the_run_was_submitted_for(project):
     assert project.convoy("resume", "demo", "--all", "--wait").returncode == 0
     assert [event["stage"] for event in project.ledger("started")][-3:] == ["rlhf", "export", "mtbench"]
     said = project.convoy("resume", "demo", "--from", "mtbench", "--set", "mtbench.seed=1", "--yes", "--wait")
-    assert "=> mtbench begins anew (--from; without it, it keeps what it has); what it had is kept aside" in said.stdout
+    assert "=> mtbench starts over (--from; without it, it keeps what it has); what it had is kept aside" in said.stdout
     assert (
         "goes on from" not in said.stdout
-        and "mtbench begins anew; what it had is in runs/demo/mtbench.1" in said.stdout
+        and "mtbench starts over; what it had is in runs/demo/mtbench.1" in said.stdout
     )
     longer = project.convoy("resume", "demo", "--set", "sft.iterations=5", "--yes", "--until", "sft", "--wait")
     assert (
-        "=> sft goes on from iteration 3, with the new values; what was made from it begins anew: reward, rlhf"
+        "=> sft goes on from iteration 3, with the new values; what was made from it starts over: reward, rlhf"
         in longer.stdout
     )
     assert (project.run / "rlhf.1/DONE.json").exists(), longer.stdout + longer.stderr

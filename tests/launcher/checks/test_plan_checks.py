@@ -497,7 +497,7 @@ def test_kept_checkpoints_and_the_one_being_written():
     graph = PIPELINES["ppo"]
     tables = full_tables(Path("runs/x"), layered("bloom-7b1", [], ["sft.keep_every=400"]), graph)
     sft, reward = (stage_config(Path("runs/x"), tables, graph, name) for name in ("sft", "reward"))
-    assert disk.checkpoints(sft) == 4, "400, 800 for ever, the last 2 (800 and 1000), one being written"
+    assert disk.checkpoints(sft) == 4, "400, 800 for good, the last 2 (800 and 1000), one being written"
     assert disk.checkpoints(reward) == 3
     shape = table.shape(30, 4096, 32, 250880, 1e-5)
     assert disk.checkpoint_gb(sft, shape) == pytest.approx(99.0, abs=0.1)

@@ -482,7 +482,7 @@ def test_nodes_that_nobody_can_reach_are_blamed_not_the_others():
         "n1": "network: no other node can reach it"
     }
     assert preflight.attribute_network_failures(["n1", "n2", "n3"], {"n3": unreached}) == {"n3": unreached}
-    silent = {"n1": "did not answer within 90 s", "n2": "network: the first node told nobody where it listens"}
+    silent = {"n1": "did not answer within 90 s", "n2": "network: the first node told no one where it listens"}
     assert preflight.attribute_network_failures(["n1", "n2"], silent) == {"n1": "did not answer within 90 s"}
 
 

@@ -103,7 +103,7 @@ def test_another_source_on_resume_begins_anew_what_has_used_the_old_rows(project
     assert submit(project, "--until", "sft").returncode == 0
     (project.folder / "other.jsonl").write_text("".join(ROW % (number, "sea") for number in range(30)))
     changed = project.convoy("resume", "demo", "--set", "data.source=other.jsonl", "--yes", "--wait")
-    assert changed.returncode == 0 and "sft begins anew" in changed.stdout + changed.stderr and prepared(project) == 2
+    assert changed.returncode == 0 and "sft starts over" in changed.stdout + changed.stderr and prepared(project) == 2
 
 
 def test_a_file_without_usable_rows_can_be_corrected(project, rows):

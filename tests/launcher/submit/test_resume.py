@@ -61,7 +61,7 @@ def test_load_iteration_refuses_a_checkpoint_that_does_not_match_its_hashes(proj
 def test_from_begins_a_stage_anew_and_keeps_what_was_there(project):
     project.submit("--wait")
     again = project.convoy("resume", "demo", "--from", "rlhf", "--wait")
-    assert again.returncode == 0 and "rlhf begins anew; what it had is in runs/demo/rlhf.1" in again.stdout
+    assert again.returncode == 0 and "rlhf starts over; what it had is in runs/demo/rlhf.1" in again.stdout
     assert [(event["stage"], event["iteration"]) for event in project.ledger("started")][6:] == [
         ("rlhf", None),
         ("export", None),
@@ -77,7 +77,7 @@ def test_a_changed_configuration_is_shown_with_what_follows_and_wants_a_yes(proj
     asked = project.convoy(*change)
     assert asked.returncode == 2 and "add --yes" in asked.stderr
     assert "sft.lr: 0.003 -> 0.5" in asked.stdout
-    assert "=> sft begins anew, and so does what was made from it: reward" in asked.stdout
+    assert "=> sft starts over, and so does what was made from it: reward" in asked.stdout
     assert project.json("config.json")["sft"]["lr"] == 0.003, "nothing is written before the yes"
     (project.folder / "mended").touch()
     resumed = project.convoy(*change, "--yes", "--wait")
@@ -146,7 +146,7 @@ def test_a_runner_on_this_host_is_not_taken_over(project):
 
 
 def test_a_run_of_a_cluster_that_is_gone_goes_on_here_and_its_jobs_are_disowned(project):
-    """Nobody listens at the port of its controller; where Slurm is not installed its commands are
+    """No one listens at the port of its controller; where Slurm is not installed its commands are
     not there at all."""
     project.submit("--wait", "--until", "convert")
     config = project.json("config.json")

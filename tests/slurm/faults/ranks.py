@@ -70,7 +70,7 @@ def many_log_lines(case: Case) -> str:
     the others'.
 
     Iterations take a while: what a rank writes right before it fails srun may drop, as it ends the
-    step at once, and ranks that wait for nobody could all be through before that.
+    step at once, and ranks that wait for no one could all be through before that.
     """
     case.project.behave(sft={"lines": 3125, "fail_at": 4, "rank": 5, "step_s": 0.5})
     case.submit(
