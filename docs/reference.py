@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import html
 import inspect
 import json
 import os
@@ -90,19 +91,25 @@ def cell(text: str) -> str:
     """``text`` as one cell of a Markdown table."""
     text = " ".join(text.split()).replace("``", "`")
     outside = re.split(r"(`[^`]*`)", text)
-    for index in range(0, len(outside), 2):  # code is shown as it is
-        outside[index] = re.sub(r"([*<>\[\]])", r"\\\1", outside[index])
-    return "".join(outside).replace("|", "\\|")
+    for index, part in enumerate(outside):
+        outside[index] = code(part[1:-1]) if index % 2 else re.sub(r"([*<>|\[\]])", r"\\\1", part)
+    return "".join(outside)
 
 
 def code(text: str) -> str:
-    return f"`{text}`".replace("|", "\\|")
+    """A code span of a table's cell. Renderers disagree about an escaped "|" in backticks."""
+    return f"`{text}`" if "|" not in text else f"<code>{html.escape(text).replace('|', '&#124;')}</code>"
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     header = list(header)
     return ["| " + " | ".join(header) + " |", "|" + "---|" * len(header), *lines, ""]
+
+
+def stacked(lines: list[str]) -> list[str]:
+    """A table whose last column is below the others on a phone (docs/site.css)."""
+    return ['<div class="keys" markdown>', "", *lines, "</div>", ""]
 
 
 def default(field: dataclasses.Field) -> str:
@@ -136,8 +143,7 @@ def keys(config: type, sections: list[str] = (), leave_out: type | None = None) 
         for name, field in fields(config).items()
         if name not in other
     ]
-    rows_of_keys = table(("key", "type", "default", "meaning"), rows)
-    return ['<div class="keys" markdown>', "", *rows_of_keys, "</div>", ""]  # site.css stacks them on a phone
+    return stacked(table(("key", "type", "default", "meaning"), rows))
 
 
 def about(config: type) -> str:
@@ -269,7 +275,7 @@ def parameters(command: click.Command) -> list[str]:
         elif option.show_default and option.default not in (None, False):
             shown += f" Default: `{option.default}`."
         rows.append((names, values(option), cell(shown)))
-    return [*lines, *table(("option", "value", "meaning"), rows)]
+    return [*lines, *stacked(table(("option", "value", "meaning"), rows))]
 
 
 def usage(name: str, command: click.Command) -> str:
