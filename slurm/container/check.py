@@ -17,13 +17,13 @@ from launcher.slurm import node_probe
 def problems(what: str, seen: dict) -> list[str]:
     """What stands against ``what``: Transformer Engine ("engine"), "apex", or everything that
     doctor calls bad and the absence of both."""
-    found = []
+    failures = []
     for finding in node_findings.of_node(seen):
         part = {"Transformer Engine": "engine", "apex": "apex"}.get(finding.name, "")
         unfit = finding.level != "ok" or finding.value == "none" if part else finding.level == "bad"
         if unfit and what in ("all", part):
-            found.append(f"{finding.name}: {finding.value}: {finding.follows}")
-    return found
+            failures.append(f"{finding.name}: {finding.value}: {finding.follows}")
+    return failures
 
 
 if __name__ == "__main__":
