@@ -163,6 +163,8 @@ def rescore(
 ) -> list[dict]:
     """Write and return rows {"iteration", "score_NAME": mean of all kept replies, ...} of the
     stage's kept replies, by iteration; ``start``: rows {"index", "response"} of iteration 0."""
+    if not (stage / KEPT).exists():
+        raise DataError(f"{stage / KEPT}: no such file; only a run with {stage.name}.keep_replies = true writes it")
     kept = [{**row, "iteration": 0} for row in start] + read(stage / KEPT)
     for place, row in enumerate(kept, 1):
         if not usable(row, _REPLY) or not 0 <= row["index"] < len(prompts):
