@@ -18,8 +18,8 @@ from training.checkpoint import format, strategies
 from training.checkpoint.stage_folder import StageFolder
 from training.config.shape import Shape
 from training.data.batches import Sampler, sft_example
-from training.data.cache import tokenise
 from training.data.rows import parse
+from training.data.tokenised import TextTokenizer
 from training.data.tokenizer import Tokenizer
 from training.generation.weight_sync import named_weights
 from training.models import lora
@@ -97,11 +97,12 @@ def plain(config, start: dict, added: dict) -> tuple[list[dict], BloomForCausalL
         learning, lr=config.lr, betas=(config.adam_beta1, config.adam_beta2), weight_decay=config.weight_decay
     )
     with open(config.paths.train) as file:
-        data = tokenise([parse(json.loads(line)) for line in file], "sft", tokenizer := Tokenizer(config.paths.model))
+        tokenizer = Tokenizer(config.paths.model)
+        data = TextTokenizer(tokenizer).tokenise([parse(json.loads(line)) for line in file], "sft")
     sampler, made = Sampler(len(data), config.global_batch_size, config.seed), []
     for _ in range(config.iterations):
         losses = []
-        for example in (sft_example(data[index], tokenizer, config.seq_length) for index in sampler.next_batch()):
+        for example in (sft_example(data[index], config.seq_length) for index in sampler.next_batch()):
             odds = model(torch.tensor([example.tokens])).logits[0, :-1].log_softmax(-1)
             losses.append(
                 -odds[torch.arange(len(odds)), torch.tensor(example.tokens[1:])][example.response_start - 1 :]
