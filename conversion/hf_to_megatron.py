@@ -87,10 +87,10 @@ if __name__ == "__main__":
             ConvertConfig,
             convert,
             arguments(),
-            lambda given: ConvertConfig(
-                paths=ConvertPaths(given.output, given.model),
-                tensor_parallel=given.tensor_parallel,
-                pipeline_parallel=given.pipeline_parallel,
+            lambda arguments: ConvertConfig(
+                paths=ConvertPaths(arguments.output, arguments.model),
+                tensor_parallel=arguments.tensor_parallel,
+                pipeline_parallel=arguments.pipeline_parallel,
             ),
         )
     )

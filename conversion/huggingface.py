@@ -74,16 +74,16 @@ def check_tensor(where, name: str, tensor: Rows, size: tuple[int, ...], vocabula
 
 
 def _tensors(folder: Path) -> dict[str, Stored]:
-    found: dict[str, Stored] = {}
+    stored: dict[str, Stored] = {}
     for path in tensor_files.find(folder).files:
         tensors = read_bin(path) if path.suffix == ".bin" else read_safetensors(path)
-        twice = found.keys() & tensors.keys()
+        twice = stored.keys() & tensors.keys()
         if twice:
             raise ConfigError(
                 f"{path} holds {shown(min(twice))}, which another shard holds, too; remove the stale shard"
             )
-        found.update(tensors)
-    return found
+        stored.update(tensors)
+    return stored
 
 
 def read_safetensors(path: Path) -> dict[str, Stored]:
@@ -118,8 +118,8 @@ def load_pickle(path: Path, fix: str = "Use safetensors, or weights saved as a p
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        asked = re.search(r"GLOBAL (\S+)", str(error))
-        reason = asked[1] if asked else str(error).strip().splitlines()[-1]
+        match = re.search(r"GLOBAL (\S+)", str(error))
+        reason = match[1] if match else str(error).strip().splitlines()[-1]
         raise ConfigError(
             f"{path} asks to load more than tensors ({reason}); a pickle can run any code, so it is not loaded. {fix}"
         ) from None

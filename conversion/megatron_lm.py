@@ -122,8 +122,8 @@ def _flatten(node: dict, prefix: str, flat: dict) -> None:
         if isinstance(value, dict):
             _flatten(value, f"{name}.", flat)
         elif isinstance(value, torch.Tensor) and not name.endswith("_extra_state"):
-            for pattern, ours in _SPELLINGS:
-                name = re.sub(pattern, ours, name)
+            for pattern, spelling in _SPELLINGS:
+                name = re.sub(pattern, spelling, name)
             flat[name] = value
 
 
@@ -202,9 +202,9 @@ def write(
         raise ConfigError(f"{target} is there; give another folder")
     files = {f"{_folder(t, p, pipeline)}/{FILE}": rank for (t, p), rank in tree.items()}
     sizes = {file: sum(stored.nbytes for stored in rank.values()) for file, rank in files.items()}
-    made = {"from": made_from, "names": family, "files": sizes}
+    record = {"from": made_from, "names": family, "files": sizes}
     scratch = min(work.THREADS, len(sizes)) * max(sizes.values())
-    with work.folder(aside, made, sum(sizes.values()) + scratch):
+    with work.folder(aside, record, sum(sizes.values()) + scratch):
         extra = arguments_of(shape, tensor, pipeline, iteration)
         work.write_files(
             aside, {file: partial(_write, rank, extra, family) for file, rank in files.items()}, sizes, f"write {name}"
@@ -310,35 +310,37 @@ def _put(model: dict, name: str, values: torch.Tensor) -> None:
     model[last] = values
 
 
-def run(given) -> None:
-    model = Path(given.model)
+def run(options) -> None:
+    model = Path(options.model)
     shape = Shape.read(model)
     if shape.family != "bloom":
         raise ConfigError(
             f"{model}: model_type = {shape.family!r}: Megatron-LM's classic layout is written and read for BLOOM only; "
             "conversion.hf_to_megatron and conversion.megatron_to_hf take every family"
         )
-    if given.action == "read":
-        tensors = read(given.source, shape)
-        dtype = DTYPES[given.dtype] if given.dtype else tensors[embedding_name(shape)].dtype
-        made_from = work.described(list(ranks(Path(given.source)).values()))
-        write_folder(Path(given.output), tensors, made_from, model, shape, head_of(shape), dtype, given.max_shard_gb)
+    if options.action == "read":
+        tensors = read(options.source, shape)
+        dtype = DTYPES[options.dtype] if options.dtype else tensors[embedding_name(shape)].dtype
+        made_from = work.described(list(ranks(Path(options.source)).values()))
+        write_folder(
+            Path(options.output), tensors, made_from, model, shape, head_of(shape), dtype, options.max_shard_gb
+        )
         return
-    if given.source:
-        source = find_checkpoint(Path(given.source))
+    if options.source:
+        source = find_checkpoint(Path(options.source))
         Intact(source).check()
         tensors, made_from = torch_dist.read(source, shape, head_of(shape)), work.described(sorted(source.iterdir()))
     else:
         tensors, made_from = huggingface.read(model, shape)[1], work.described(tensor_files.find(model).files)
     write(
-        Path(given.output),
+        Path(options.output),
         tensors,
         made_from,
         shape,
-        given.tensor_parallel,
-        given.pipeline_parallel,
-        given.names,
-        given.iteration,
+        options.tensor_parallel,
+        options.pipeline_parallel,
+        options.names,
+        options.iteration,
     )
 
 
@@ -367,4 +369,4 @@ def arguments() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main(None, run, arguments(), lambda given: given))
+    sys.exit(main(None, run, arguments(), lambda options: options))

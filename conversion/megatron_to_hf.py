@@ -34,13 +34,13 @@ def export(config: ExportConfig) -> None:
     """Write every model's folder."""
     shape = Shape.read(config.paths.model)
     dtype = DTYPES[config.dtype] if config.dtype else starting_dtype(config.paths.model, shape)
-    wanted = {
+    expected = {
         name: stage
         for name, stage in config.paths.checkpoints.items()
         if config.heads or name not in ("reward", "value")
     }
-    metrics = Metrics(config.paths.output, total=len(wanted))
-    for number, (name, stage) in enumerate(wanted.items(), 1):
+    metrics = Metrics(config.paths.output, total=len(expected))
+    for number, (name, stage) in enumerate(expected.items(), 1):
         iteration = config.paths.reward_iteration if name == "reward" else 0
         saved = StageFolder(stage).resolve(iteration)
         source, target = saved / FOLDERS[name], Path(config.paths.output) / name
@@ -114,7 +114,7 @@ def write_folder(
         file: sum(torch.Size(tensors[name].shape).numel() * dtype.itemsize for name in names)
         for file, names in shards.items()
     }
-    made = {
+    manifest = {
         "from": made_from,
         "model": work.described([model / name for name in small_files.names(model, head)]),
         "dtype": str(dtype),
@@ -122,7 +122,7 @@ def write_folder(
         "added": added,
     }
     aside = target.with_name(f".{target.name}.converting")
-    with work.folder(aside, made, sum(sizes.values())):
+    with work.folder(aside, manifest, sum(sizes.values())):
         writers = {
             file: partial(write, shape, {name: tensors[name] for name in names}, dtype, check)
             for file, names in shards.items()
@@ -158,7 +158,7 @@ def find_checkpoint(path: Path) -> Path:
     Raises ConfigError naming the folders where there are several models or none.
     """
     saved = StageFolder(path).resolve() if (path / "checkpoints").is_dir() else path
-    models = [saved] if (saved / ".metadata").is_file() else sorted(found.parent for found in saved.glob("*/.metadata"))
+    models = [saved] if (saved / ".metadata").is_file() else sorted(file.parent for file in saved.glob("*/.metadata"))
     if len(models) != 1:
         names = ", ".join(model.name for model in models) or "none"
         raise ConfigError(
@@ -168,14 +168,14 @@ def find_checkpoint(path: Path) -> Path:
     return models[0]
 
 
-def export_by_hand(given) -> None:
-    model, target = Path(given.model), Path(given.output)
+def export_by_hand(options) -> None:
+    model, target = Path(options.model), Path(options.output)
     shape = Shape.read(model)
-    if target.is_dir() and any(target.iterdir()) and not given.overwrite:
+    if target.is_dir() and any(target.iterdir()) and not options.overwrite:
         raise ConfigError(f"{target} is there and not empty; give another folder, or --overwrite")
-    dtype = DTYPES[given.dtype] if given.dtype else starting_dtype(model, shape)
-    source = find_checkpoint(Path(given.checkpoint))
-    export_model(source, target, model, shape, dtype, given.max_shard_gb, Intact(source))
+    dtype = DTYPES[options.dtype] if options.dtype else starting_dtype(model, shape)
+    source = find_checkpoint(Path(options.checkpoint))
+    export_model(source, target, model, shape, dtype, options.max_shard_gb, Intact(source))
     print(f"{target}: from_pretrained loads it", flush=True)
 
 
@@ -199,9 +199,9 @@ def arguments() -> ArgumentParser:
     return parser
 
 
-def run(given) -> None:
-    export(given) if isinstance(given, ExportConfig) else export_by_hand(given)
+def run(options) -> None:
+    export(options) if isinstance(options, ExportConfig) else export_by_hand(options)
 
 
 if __name__ == "__main__":
-    sys.exit(main(ExportConfig, run, arguments(), lambda given: given))
+    sys.exit(main(ExportConfig, run, arguments(), lambda options: options))

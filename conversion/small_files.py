@@ -50,8 +50,8 @@ def check(model: Path, shape: Shape) -> None:
 
 def names(model: Path, head: str) -> list[str]:
     """Those that are there; a classifier generates nothing."""
-    wanted = [name for name in COPIED if head != "scalar" or name != "generation_config.json"]
-    return [name for name in wanted if hf_folder.file(model, name)]
+    names = [name for name in COPIED if head != "scalar" or name != "generation_config.json"]
+    return [name for name in names if hf_folder.file(model, name)]
 
 
 def write(model: Path, folder: Path, shape: Shape, head: str, dtype: torch.dtype) -> None:

@@ -22,7 +22,7 @@ import torch
 from training.errors import ConfigError
 from training.models.lora import merge
 
-# torch says once that it can't know such a buffer to be read-only: nobody writes to ours
+# torch says once that it can't know such a buffer to be read-only: no one writes to ours
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     torch.frombuffer(b"\0", dtype=torch.uint8)
@@ -88,11 +88,11 @@ class Woven(Rows):
     def rows(self, start: int, length: int) -> torch.Tensor:
         each = self.shape[0] // self.groups
         first, last = start // each, -(-(start + length) // each)
-        found = []
+        parts = []
         for part in self.parts:
             count = part.shape[0] // self.groups
-            found.append(part.rows(first * count, (last - first) * count).unflatten(0, (last - first, count)))
-        return torch.cat(found, 1).flatten(0, 1)[start - first * each :][:length]
+            parts.append(part.rows(first * count, (last - first) * count).unflatten(0, (last - first, count)))
+        return torch.cat(parts, 1).flatten(0, 1)[start - first * each :][:length]
 
 
 @dataclass(frozen=True)
@@ -145,11 +145,11 @@ class Stored(Rows):
 
     def part(self, axis: int, start: int, length: int) -> Stored:
         """``length`` indices from ``start`` of ``axis``, as torch.narrow; no bytes are read."""
-        found = []
+        parts = []
         for offset, values in self.pieces:
             first, last = max(start, offset[axis]), min(start + length, offset[axis] + values.shape[axis])
             if first < last:
-                found.append(
+                parts.append(
                     Piece(
                         _moved(offset, axis, max(offset[axis], start) - start - offset[axis]),
                         values.narrow(axis, first - offset[axis], last - first),
@@ -157,7 +157,7 @@ class Stored(Rows):
                 )
         shape = list(self.shape)
         shape[axis] = length
-        return Stored(tuple(shape), self.dtype, tuple(found))
+        return Stored(tuple(shape), self.dtype, tuple(parts))
 
     def layer(self, index: int) -> Stored:
         """Row ``index`` of the first axis, without that axis."""
@@ -170,11 +170,11 @@ class Stored(Rows):
 
     def rows(self, start: int, length: int) -> torch.Tensor:
         """Values of some rows: a view of the file where one piece holds them, else a copy."""
-        wanted = self.part(0, start, length)
-        if len(wanted.pieces) == 1 and wanted.complete:
-            return wanted.pieces[0].values
-        values = torch.zeros(wanted.shape, dtype=self.dtype)
-        for offset, piece in wanted.pieces:
+        expected = self.part(0, start, length)
+        if len(expected.pieces) == 1 and expected.complete:
+            return expected.pieces[0].values
+        values = torch.zeros(expected.shape, dtype=self.dtype)
+        for offset, piece in expected.pieces:
             values[tuple(slice(first, first + size) for first, size in zip(offset, piece.shape, strict=True))] = piece
         return values
 

@@ -60,36 +60,36 @@ def read(folder: str | Path, shape: Shape, head: str) -> dict[str, Rows]:
     chunks: dict[str, list] = {}
     for place, where in described.storage_data.items():
         chunks.setdefault(place.fqn, []).append((tuple(place.offset or ()), where))
-    maps, whole, found = {}, {}, {}
+    maps, unsharded, tensors = {}, {}, {}
     table = list(entries(shape, head))
     missing = [entry.key for entry in table if entry.key not in described.state_dict_metadata]
     if missing:
         raise ConfigError(f"{folder}: {missing[0]} is missing; is it a checkpoint of this model?")
     check_unused(folder, described, {key for entry in table for key in (entry.key, *adapters(entry))}, shape)
 
-    def held(key: str, layer: int | None) -> Stored:
-        if key not in whole:
-            whole[key] = _stored(folder, described.state_dict_metadata[key], chunks[key], maps)
-        return whole[key] if layer is None else _layer(folder, whole[key], key, layer, shape.layers)
+    def stored(key: str, layer: int | None) -> Stored:
+        if key not in unsharded:
+            unsharded[key] = _stored(folder, described.state_dict_metadata[key], chunks[key], maps)
+        return unsharded[key] if layer is None else _layer(folder, unsharded[key], key, layer, shape.layers)
 
     for entry in table:
-        tensor = held(entry.key, entry.layer)
-        wanted = entry.weight.size
-        if entry.vocabulary and tensor.shape[0] > wanted[0]:
-            tensor = tensor.part(0, 0, wanted[0])
-        if tensor.shape != wanted:
+        tensor = stored(entry.key, entry.layer)
+        rows = entry.weight.size
+        if entry.vocabulary and tensor.shape[0] > rows[0]:
+            tensor = tensor.part(0, 0, rows[0])
+        if tensor.shape != rows:
             raise ConfigError(
-                f"{folder}: {entry.key} has shape {list(tensor.shape)}, the model's config.json says {list(wanted)}"
+                f"{folder}: {entry.key} has shape {list(tensor.shape)}, the model's config.json says {list(rows)}"
             )
         if not tensor.complete:
             raise ConfigError(
                 f"{folder}: a part of {entry.key} is in none of its files: the checkpoint is not complete"
             )
         if any(key in described.state_dict_metadata for key in adapters(entry)):
-            a, b, scale = (held(key, entry.layer).load() for key in adapters(entry))
+            a, b, scale = (stored(key, entry.layer).load() for key in adapters(entry))
             tensor = Merged(tensor.shape, tensor.dtype, tensor.pieces, a, b, scale.item())
-        found |= entry.unwoven(tensor)
-    return found
+        tensors |= entry.unwoven(tensor)
+    return tensors
 
 
 def adapters(entry: Entry) -> tuple[str, ...]:
@@ -179,10 +179,10 @@ class _Window(io.RawIOBase):
         return self.position
 
     def readinto(self, buffer):
-        taken = self.mapping[self.start + self.position : self.start + min(self.position + len(buffer), self.length)]
-        buffer[: len(taken)] = taken
-        self.position += len(taken)
-        return len(taken)
+        chunk = self.mapping[self.start + self.position : self.start + min(self.position + len(buffer), self.length)]
+        buffer[: len(chunk)] = chunk
+        self.position += len(chunk)
+        return len(chunk)
 
 
 def _payload(mapping, start: int, length: int, path: Path) -> tuple[int, int]:

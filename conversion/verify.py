@@ -38,7 +38,7 @@ ROWS, LENGTH, SEED = 2, 32, 0
 TOLERANCE = {"fp32": 1e-5, "bf16": 3e-2}
 """Largest difference allowed, as a share of the largest logit: fp32 rounding; bf16 has 8 bits, and
 the two add in another order."""
-ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+ONE_RANK = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 
 
 def digest(tensor: Rows, dtype: torch.dtype) -> str:
@@ -49,15 +49,15 @@ def digest(tensor: Rows, dtype: torch.dtype) -> str:
     return made.hexdigest()
 
 
-def compare(theirs: dict[str, Rows], ours: dict[str, Rows]) -> dict[str, dict]:
+def compare(original: dict[str, Rows], converted: dict[str, Rows]) -> dict[str, dict]:
     """Name -> both sides' sha256."""
-    found = {}
-    for name, tensor in theirs.items():
-        pair = digest(tensor, tensor.dtype), digest(ours[name], tensor.dtype)
-        found[name] = (
+    result = {}
+    for name, tensor in original.items():
+        pair = digest(tensor, tensor.dtype), digest(converted[name], tensor.dtype)
+        result[name] = (
             {"sha256": pair[0]} if pair[0] == pair[1] else {"sha256": pair[0], "checkpoint": pair[1], "differs": True}
         )
-    return found
+    return result
 
 
 @torch.no_grad()
@@ -81,20 +81,20 @@ def difference(folder: Path, source: Path, shape: Shape, head: str, precision: s
     )
     model = build_model(shape, trainer, "scalar" if head == "scalar" else "lm")
     format.load_weights(source, model)
-    kept = []
+    outputs = []
     evaluate(
         model,
         {"tokens": tokens},
         ROWS,
-        lambda output, micro: _keep(kept, output if head == "scalar" else output.logits()),
+        lambda output, micro: _keep(outputs, output if head == "scalar" else output.logits()),
     )
-    ours = (
-        kept[0][:, -1:] + shape.score_bias * classifier.calibration(source)
+    converted = (
+        outputs[0][:, -1:] + shape.score_bias * classifier.calibration(source)
         if head == "scalar"
-        else kept[0][..., : shape.vocab]
+        else outputs[0][..., : shape.vocab]
     )
     return {
-        "max_difference": (ours - expected).abs().max().item(),
+        "max_difference": (converted - expected).abs().max().item(),
         "max_value": expected.abs().max().item(),
         "precision": precision,
         "rows": ROWS,
@@ -103,8 +103,8 @@ def difference(folder: Path, source: Path, shape: Shape, head: str, precision: s
     }
 
 
-def _keep(kept: list, output: torch.Tensor) -> torch.Tensor:
-    kept.append(output.float().cpu())
+def _keep(outputs: list, output: torch.Tensor) -> torch.Tensor:
+    outputs.append(output.float().cpu())
     return torch.zeros(ROWS, LENGTH)
 
 
@@ -112,16 +112,18 @@ def verify(folder: Path, path: Path, precision: str) -> dict:
     """Compare and write PROOF.json -> its content. Inside ``ranks(1, 1)``; ``precision`` "none"
     leaves the logits out."""
     shape = Shape.read(folder)
-    head, theirs = huggingface.read(folder, shape)
+    head, original = huggingface.read(folder, shape)
     source = find_checkpoint(path)
     if torch_dist.head_in(source) != head:
         raise ConfigError(f"{folder} has a {head} head, {source} a {torch_dist.head_in(source)} one: two models")
     Intact(source).check()
-    ours = torch_dist.read(source, shape, head)
+    converted = torch_dist.read(source, shape, head)
     if head == "scalar" and shape.score_bias:
-        theirs.pop("score.bias")
-        ours = classifier.without_bias(ours, shape, theirs["score.weight"].dtype, classifier.calibration(source))
-    proof = {"checkpoint": str(path), "head": head, "tensors": compare(theirs, ours)}
+        original.pop("score.bias")
+        converted = classifier.without_bias(
+            converted, shape, original["score.weight"].dtype, classifier.calibration(source)
+        )
+    proof = {"checkpoint": str(path), "head": head, "tensors": compare(original, converted)}
     proof["equal"] = not any("differs" in row for row in proof["tensors"].values())
     proof["proved"] = proof["equal"]
     if precision != "none":
@@ -135,14 +137,14 @@ def verify(folder: Path, path: Path, precision: str) -> dict:
     return proof
 
 
-def run(given) -> None:
-    folder = Path(given.folder)
-    for name, value in ALONE.items():
+def run(options) -> None:
+    folder = Path(options.folder)
+    for name, value in ONE_RANK.items():
         os.environ.setdefault(name, value)
     with ranks(1, 1, 0, init_method=f"file://{os.path.abspath(folder)}/.verify-{os.getpid()}"):
-        proof = verify(folder, Path(given.checkpoint), given.logits)
+        proof = verify(folder, Path(options.checkpoint), options.logits)
     count, logits = len(proof["tensors"]), proof.get("logits")
-    said = (
+    sentence = (
         f"; largest difference of {'scores' if proof['head'] == 'scalar' else 'logits'} {logits['max_difference']:.2g}"
         if logits
         else ""
@@ -151,9 +153,9 @@ def run(given) -> None:
         differing = [name for name, row in proof["tensors"].items() if "differs" in row]
         raise Damaged(
             f"{folder}: not the same model: {len(differing)} of {count} "
-            f"tensors differ {differing[:3]}{said}; see PROOF.json"
+            f"tensors differ {differing[:3]}{sentence}; see PROOF.json"
         )
-    print(f"{folder}: {count} tensors equal, byte for byte{said}; PROOF.json written", flush=True)
+    print(f"{folder}: {count} tensors equal, byte for byte{sentence}; PROOF.json written", flush=True)
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -172,4 +174,4 @@ def arguments() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main(None, run, arguments(), lambda given: given))
+    sys.exit(main(None, run, arguments(), lambda options: options))

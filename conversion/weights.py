@@ -82,11 +82,11 @@ def stored_name(shape: Shape, name: str) -> str:
     return name if name.startswith(("lm_head.", "score.")) else family(shape.family).PREFIX + name
 
 
-def check_names(found: Iterable[str], wanted: Iterable[str], where, shape: Shape) -> None:
+def check_names(names: Iterable[str], expected: Iterable[str], where, shape: Shape) -> None:
     """Raises ConfigError unless the tensors are exactly the table's."""
-    found, wanted = set(found), set(wanted)
-    if found != wanted:
+    names, expected = set(names), set(expected)
+    if names != expected:
         raise ConfigError(
             f"{where} does not hold the tensors of a {shape.family} of {shape.layers} layers; "
-            f"missing: {shown(sorted(wanted - found)[:5], 400)}, unknown: {shown(sorted(found - wanted)[:5], 400)}"
+            f"missing: {shown(sorted(expected - names)[:5], 400)}, unknown: {shown(sorted(names - expected)[:5], 400)}"
         )

@@ -26,10 +26,10 @@ def secret(text: str, is_address: bool = False) -> str:
 
     ``is_address``: the text is one address, and may lack its scheme.
     """
-    found = [text] if is_address and "://" in text else [match[0] for match in _ADDRESS.finditer(text)]
-    if is_address and not found and _BARE_LOGIN.match(text.strip()):
+    addresses = [text] if is_address and "://" in text else [match[0] for match in _ADDRESS.finditer(text)]
+    if is_address and not addresses and _BARE_LOGIN.match(text.strip()):
         return "a user name and password before an @"
-    return next(filter(None, map(_secret, found)), "")
+    return next(filter(None, map(_secret, addresses)), "")
 
 
 def refuse_secret(field: str, text: str, instead: str, is_address: bool = True) -> None:
@@ -94,8 +94,8 @@ def proxy(url: str) -> tuple[str, str]:
     import urllib.request  # late, as above: the launcher's --help imports this file
 
     parts = urllib.parse.urlsplit(url)
-    found = urllib.request.getproxies().get(parts.scheme, "")
+    proxy = urllib.request.getproxies().get(parts.scheme, "")
     direct = is_loopback(parts.hostname or "") or urllib.request.proxy_bypass(parts.netloc)
-    if not found or direct:
+    if not proxy or direct:
         return "", ""
-    return re.sub(r"^(\w+://)?[^/]*@", r"\1", found), f"{parts.scheme}_proxy"
+    return re.sub(r"^(\w+://)?[^/]*@", r"\1", proxy), f"{parts.scheme}_proxy"

@@ -28,34 +28,34 @@ from eval.errors import Busy, DataError, HarnessError, SurroundingsError
 from eval.report import page, reward_accuracy, table
 from eval.scores import gold_score, ratings, reward_model, text_checks, win_rate
 from eval.stage import Stage
-from eval.work_split import Ranks, alone
+from eval.work_split import Ranks, exclusive
 
 USAGE, GO_ON = 64, 75
 
 
 def run(settings: MTBenchConfig) -> int:
     """The stage, start to end; the exit code."""
-    with contextlib.ExitStack() as held:
-        return _run(chat.settled(settings), held)
+    with contextlib.ExitStack() as stack:
+        return _run(chat.settled(settings), stack)
 
 
-def _run(settings: MTBenchConfig, held: contextlib.ExitStack) -> int:
+def _run(settings: MTBenchConfig, stack: contextlib.ExitStack) -> int:
     """``held`` keeps the output folder to the end, longer than the ranks are together."""
-    made, replies = {}, {}
+    answers, replies = {}, {}
     with Ranks() as ranks:
         if ranks.rank == 0:
-            held.enter_context(alone(settings.paths.output))
+            stack.enter_context(exclusive(settings.paths.output))
             print(f"template: {settings.template!r}, stop: {settings.stop!r}", flush=True)
         stage = Stage(settings, ranks)
         for name in stage.folders:
-            made[name], replies[name] = stage.answers(name)
+            answers[name], replies[name] = stage.answers(name)
         kls = {name: stage.kl(name, replies[name]) for name in stage.folders if name != stage.baseline}
         scored = {name: rows for name in stage.folders if (rows := stage.scores(name, replies[name]))}
     if ranks.rank:
         return 0
-    judgments, pairs, problem = stage.judgments(made)
+    judgments, pairs, problem = stage.judgments(answers)
     harness_results, harness_problem = _harness(settings, stage)
-    results = _results(stage, made, replies, kls, judgments, pairs, problem)
+    results = _results(stage, answers, replies, kls, judgments, pairs, problem)
     results["heldout"] |= reward_model.summary(scored, replies, settings.seed) | {
         "scored_by": dict.fromkeys(scored, stage.scorer)
     }
@@ -83,14 +83,14 @@ def _harness(settings: MTBenchConfig, stage: Stage) -> tuple[dict | None, str]:
 
 
 def _results(
-    stage: Stage, made: dict, replies: dict, kls: dict, judgments: list[dict], pairs: list[dict], problem: str
+    stage: Stage, answers: dict, replies: dict, kls: dict, judgments: list[dict], pairs: list[dict], problem: str
 ) -> dict:
     """results.json."""
     settings = stage.config
     categories = {question.question_id: question.category for question in stage.set.questions}
     lengths = {
         (name, row["question_id"], turn + 1): len(text)
-        for name, rows in made.items()
+        for name, rows in answers.items()
         for row in rows
         for turn, text in enumerate(row["choices"][0]["turns"])
     }
@@ -118,7 +118,7 @@ def _results(
         "pairwise": win_rate.table(pairs, lengths, list(categories), settings.seed) if pairs else None,
         "heldout": gold_score.summary(replies, kls, settings.seed),
         "checks": {
-            "questions": {name: text_checks.check(text_checks.of_answers(rows)) for name, rows in made.items()},
+            "questions": {name: text_checks.check(text_checks.of_answers(rows)) for name, rows in answers.items()},
             "heldout": {
                 name: text_checks.check(text_checks.of_replies(rows)) for name, rows in replies.items() if rows
             },

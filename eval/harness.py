@@ -50,26 +50,27 @@ def require(config: MTBenchConfig) -> None:
 def run(config: MTBenchConfig, fingerprints: dict[str, str]) -> dict[str, dict] | None:
     """Model -> task -> metric -> {"value", "stderr"}, None where no task is asked for; raises
     HarnessError with its last words."""
-    wanted = tasks(config)
-    if not wanted:
+    task_names = tasks(config)
+    if not task_names:
         return None
     return {
-        name: _model(config, name, folder, fingerprints[name], wanted) for name, folder in config.paths.models.items()
+        name: _model(config, name, folder, fingerprints[name], task_names)
+        for name, folder in config.paths.models.items()
     }
 
 
-def _model(config: MTBenchConfig, name: str, folder: str, mark: str, wanted: list[str]) -> dict:
+def _model(config: MTBenchConfig, name: str, folder: str, mark: str, task_names: list[str]) -> dict:
     folder_of_tasks = str(Path(config.harness_folder).resolve()) if config.harness_folder else ""
     tasks_mark = fingerprint.of_folder(folder_of_tasks) if folder_of_tasks else ""
-    parts = [mark, wanted, folder_of_tasks, tasks_mark, config.harness_limit, config.seed, _version()]
+    parts = [mark, task_names, folder_of_tasks, tasks_mark, config.harness_limit, config.seed, _version()]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     output = Path(config.paths.output).resolve() / "harness"
-    kept = output / f"{name}.json"
-    if (known := read_json(kept)).get("key") == key and isinstance(known.get("results"), dict):
+    stored = output / f"{name}.json"
+    if (known := read_json(stored)).get("key") == key and isinstance(known.get("results"), dict):
         return known["results"]
     raw = output / f"{name}-{key}"
     done = subprocess.run(
-        command(config, folder, wanted, raw),
+        command(config, folder, task_names, raw),
         cwd=folder_of_tasks or None,
         env=children.environment(),
         capture_output=True,
@@ -86,7 +87,7 @@ def _model(config: MTBenchConfig, name: str, folder: str, mark: str, wanted: lis
             f"(all of it: {output / f'{name}.log'})"
         )
     results = read(json.loads(files[-1].read_text(encoding="utf-8")))
-    write(kept, json.dumps({"key": key, "results": results}, indent=1) + "\n")
+    write(stored, json.dumps({"key": key, "results": results}, indent=1) + "\n")
     return results
 
 
@@ -97,7 +98,7 @@ def _version() -> str:
         return ""
 
 
-def command(config: MTBenchConfig, folder: str, wanted: list[str], output: Path) -> list[str]:
+def command(config: MTBenchConfig, folder: str, task_names: list[str], output: Path) -> list[str]:
     return [
         sys.executable,
         "-m",
@@ -107,7 +108,7 @@ def command(config: MTBenchConfig, folder: str, wanted: list[str], output: Path)
         "--model_args",
         f"pretrained={Path(folder).resolve()}",
         "--tasks",
-        ",".join(wanted),
+        ",".join(task_names),
         "--batch_size",
         str(config.batch_size),
         "--seed",
@@ -122,7 +123,7 @@ def command(config: MTBenchConfig, folder: str, wanted: list[str], output: Path)
 def read(raw: dict) -> dict:
     """The harness's results ({"acc,none": .., "acc_stderr,none": ..}) by task and metric, with the
     number of examples."""
-    found = {}
+    results = {}
     for task, values in raw["results"].items():
         metrics = {}
         for name, value in values.items():
@@ -133,5 +134,5 @@ def read(raw: dict) -> dict:
                     "value": value,
                     "stderr": error if isinstance(error, int | float) else None,
                 }
-        found[task] = {"metrics": metrics, "examples": raw.get("n-samples", {}).get(task, {}).get("effective")}
-    return found
+        results[task] = {"metrics": metrics, "examples": raw.get("n-samples", {}).get(task, {}).get("effective")}
+    return results

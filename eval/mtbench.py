@@ -59,28 +59,28 @@ def described() -> dict[str, str]:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
+    command_line = argparse.ArgumentParser(
         prog="python -m eval.mtbench",
         usage="%(prog)s MODEL [MODEL ...] [options]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("models", nargs="+", metavar="MODEL", help="a Hugging Face folder, or NAME=FOLDER")
-    made.add_argument(
+    command_line.add_argument("models", nargs="+", metavar="MODEL", help="a Hugging Face folder, or NAME=FOLDER")
+    command_line.add_argument(
         "--output",
         type=Path,
         default=Path("mtbench"),
         metavar="FOLDER",
         help="where answers, judgments, table.md, table.csv, results.json and report.html go (default: %(default)s)",
     )
-    made.add_argument(
+    command_line.add_argument(
         "--heldout",
         default="",
         metavar="FILE",
         help='prompts for sampled replies and KL, JSON lines {"prompt": ..., "rubric": {...}} (default: none)',
     )
-    made.add_argument("--open", action="store_true", help="open the report in the browser at the end")
-    groups = {title: made.add_argument_group(title) for _, title in reversed(GROUPS)}
+    command_line.add_argument("--open", action="store_true", help="open the report in the browser at the end")
+    groups = {title: command_line.add_argument_group(title) for _, title in reversed(GROUPS)}
     texts, types = described(), typing.get_type_hints(MTBenchConfig)
     for field in dataclasses.fields(MTBenchConfig):
         if field.name == "paths":
@@ -100,7 +100,7 @@ def parser() -> argparse.ArgumentParser:
                 metavar=types[field.name].__name__.upper().replace("STR", "TEXT"),
                 help=f"{text} (default: {repr(default).replace('%', '%%')})",
             )
-    return made
+    return command_line
 
 
 def _object(text: str) -> dict:
@@ -116,20 +116,20 @@ def _object(text: str) -> dict:
 
 def named(models: list[str]) -> dict[str, str]:
     """Name -> folder; ValueError for two of one name, or one that can't be a file's."""
-    found: dict[str, str] = {}
+    folders: dict[str, str] = {}
     for model in models:
         name, equals, folder = model.partition("=")
         if not equals:
             name, folder = Path(model).resolve().name, model
         if not name or not folder or "/" in name:
             raise ValueError(f"{model}: expected a folder, or NAME=FOLDER with a name that can be a file's")
-        if name in found:
+        if name in folders:
             raise ValueError(
-                f"two models are called {name}: {found[name]} and "
-                f"{folder}; name them: first={found[name]} second={folder}"
+                f"two models are called {name}: {folders[name]} and "
+                f"{folder}; name them: first={folders[name]} second={folder}"
             )
-        found[name] = folder
-    return found
+        folders[name] = folder
+    return folders
 
 
 def _unescaped(text: str) -> str:
@@ -140,16 +140,16 @@ def _unescaped(text: str) -> str:
 def settings(arguments: list[str]) -> tuple[MTBenchConfig, bool]:
     """(configuration, whether the report is to be opened); a mistake ends the process with 2,
     saying what to do."""
-    made = parser()
-    asked = vars(made.parse_args(arguments))
-    output, heldout, show = asked.pop("output"), asked.pop("heldout"), asked.pop("open")
+    command_line = parser()
+    options = vars(command_line.parse_args(arguments))
+    output, heldout, show = options.pop("output"), options.pop("heldout"), options.pop("open")
     try:
-        models = named(asked.pop("models"))
-        asked |= {name: _unescaped(asked[name]) for name in ("template", "stop") if "\\" in asked[name]}
+        models = named(options.pop("models"))
+        options |= {name: _unescaped(options[name]) for name in ("template", "stop") if "\\" in options[name]}
         paths = MTBenchPaths(
             output=str(output), models=models, heldout=heldout, stages={}, report=str(output / "report.html")
         )
-        made_of = MTBenchConfig(paths=paths, **asked)
+        made_of = MTBenchConfig(paths=paths, **options)
         unheard = [
             field.name
             for field in dataclasses.fields(made_of)
@@ -162,20 +162,20 @@ def settings(arguments: list[str]) -> tuple[MTBenchConfig, bool]:
             )
         return made_of, show
     except ValueError as error:
-        made.error(str(error).replace("mtbench.", ""))
+        command_line.error(str(error).replace("mtbench.", ""))
 
 
 def main(arguments: list[str]) -> int:
-    asked, show = settings(arguments)
+    mtbench_config, show = settings(arguments)
     from eval.evaluation import guarded, heed_signals  # late: --help and mistakes need no torch
 
     heed_signals()
-    code = guarded(asked)
-    table = Path(asked.paths.output) / "table.md"
-    if code in (0, 4) and asked.judge_kind and table.exists():
+    code = guarded(mtbench_config)
+    table = Path(mtbench_config.paths.output) / "table.md"
+    if code in (0, 4) and mtbench_config.judge_kind and table.exists():
         print(table.read_text(encoding="utf-8"))
     if show and code in (0, 4):
-        webbrowser.open(Path(asked.paths.report).resolve().as_uri())
+        webbrowser.open(Path(mtbench_config.paths.report).resolve().as_uri())
     return code
 
 

@@ -175,12 +175,12 @@ def _text(content: bytes, where: str) -> str:
 
 
 def _prompts(rows: list[dict], where: str) -> dict[str, dict]:
-    found = [row for row in rows if row.get("type") in ("single", "pairwise")]
-    for row in found:
+    prompts = [row for row in rows if row.get("type") in ("single", "pairwise")]
+    for row in prompts:
         for key in ("name", "system_prompt", "prompt_template"):
             if not isinstance(row.get(key), str):
                 raise DataError(f"{where}: prompt {row.get('name')!r:.80}: {key} = {row.get(key)!r:.80}: expected text")
-    return {row["name"]: row for row in found}
+    return {row["name"]: row for row in prompts}
 
 
 def _references(rows: list[dict], where: str) -> dict[int, tuple[str, str]]:
@@ -216,11 +216,11 @@ def main(arguments: list[str]) -> int:
         print(f"usage: python -m eval.questions QUESTIONS [REFERENCES]\n\n{__doc__}")
         return 0 if {"-h", "--help"} & set(arguments) else os.EX_USAGE
     try:
-        found = load(*arguments)
+        question_set = load(*arguments)
     except DataError as error:
         print(error, file=sys.stderr)
         return os.EX_DATAERR
-    print(f"{found.label}: {len(found.questions)} questions")
+    print(f"{question_set.label}: {len(question_set.questions)} questions")
     return 0
 
 

@@ -1,7 +1,7 @@
 """How ranks find each other: RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, which the launcher or
 torchrun sets.
 
-They may also be left over in a shell, where nobody else comes. So what is impossible is refused,
+They may also be left over in a shell, where no one else comes. So what is impossible is refused,
 and the wait for the others has an end. It is training/distributed/rendezvous.py once more: the
 evaluation imports nothing of ours.
 """
@@ -38,9 +38,9 @@ def place() -> tuple[int, int]:
         rank, world, port = -1, 0, 0
     if not 0 <= rank < world or not 0 < port < 65536 or not environ.get("MASTER_ADDR"):
         names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        said = ", ".join(f"{name}={environ[name]!r}" if name in environ else f"no {name}" for name in names)
+        variables = ", ".join(f"{name}={environ[name]!r}" if name in environ else f"no {name}" for name in names)
         raise SurroundingsError(
-            f"environment: {said}; expected 0 <= RANK < WORLD_SIZE, an address and a port. {LEFT_OVER}"
+            f"environment: {variables}; expected 0 <= RANK < WORLD_SIZE, an address and a port. {LEFT_OVER}"
         )
     return rank, world
 

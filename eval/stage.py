@@ -128,10 +128,10 @@ class Stage:
             heldout.reply(model, tokenizer, places_left, reply_keys, self.config, ranks.own(reply_path), reply_done)
             del model
             release()
-        mine = len(answered) + len(questions_left), len(replied) + len(places_left)
+        total = len(answered) + len(questions_left), len(replied) + len(places_left)
         answered, replied = stored()
-        answer_done(len(answered) - mine[0])  # the other ranks'
-        reply_done(len(replied) - mine[1])
+        answer_done(len(answered) - total[0])  # the other ranks'
+        reply_done(len(replied) - total[1])
         return [answered[question.question_id] for question in items], [
             replied[prompt.index, sample] for prompt, sample in self.places
         ]
@@ -147,10 +147,10 @@ class Stage:
         left = [row for row in replies if heldout.kl_key(row, base) not in known]
         done = self.progress.counter(f"{name}: KL to {self.baseline}", len(replies))
         done(len(replies) - len(left))
-        if mine := self.ranks.mine(left):
+        if local := self.ranks.mine(left):
             append(
                 self.ranks.own(path),
-                heldout.kl_rows(self.folders[name], self.folders[self.baseline], mine, base, self.config),
+                heldout.kl_rows(self.folders[name], self.folders[self.baseline], local, base, self.config),
             )
             release()
         known = stored()
@@ -171,16 +171,16 @@ class Stage:
             return {row["key"]: row for row in self.ranks.gather(path, _by_place, rows.SCORE)}
 
         known = stored()
-        if mine := self.ranks.mine([row for row in replies if key(row) not in known]):
+        if local := self.ranks.mine([row for row in replies if key(row) not in known]):
             limit = self.config.context_length - self.config.heldout_max_new_tokens
             by_index = {prompt.index: prompt for prompt in self.prompts}
-            pairs = [(by_index[row["index"]], row["response"]) for row in mine]
+            pairs = [(by_index[row["index"]], row["response"]) for row in local]
             values = reward_model.score(folder, pairs, limit)
             append(
                 self.ranks.own(path),
                 [
                     {"index": row["index"], "sample": row["sample"], "key": key(row), "score": value}
-                    for row, value in zip(mine, values, strict=True)
+                    for row, value in zip(local, values, strict=True)
                 ],
             )
             release()
@@ -195,12 +195,12 @@ class Stage:
             return {}
         return {"max_tokens": settings.judge_max_tokens, "request": settings.request_fields(), "model": self.judge}
 
-    def judgments(self, made: dict[str, list[dict]]) -> tuple[list[dict], list[dict], str]:
+    def judgments(self, answers_by_model: dict[str, list[dict]]) -> tuple[list[dict], list[dict], str]:
         """(judgment rows, pairwise rows, what went wrong: then some rows are missing); all empty
         without a judge."""
         if not self.config.judge_kind:
             return [], [], ""
-        works = ask_all.ratings(self.config, self.set, made, self.judge)
+        works = ask_all.ratings(self.config, self.set, answers_by_model, self.judge)
         try:
             judged = ask_all.rate(
                 self.config,

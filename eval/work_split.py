@@ -23,7 +23,7 @@ from eval.files.jsonl import dump, last_by, recover
 
 
 @contextlib.contextmanager
-def alone(output: str | Path) -> Iterator[None]:
+def exclusive(output: str | Path) -> Iterator[None]:
     """Make the output folder and hold it: two starts would write to the same files. Raises
     DataError and Busy before anything is made."""
     try:
@@ -120,14 +120,14 @@ class Ranks:
             if part.parent.name[5:].isdigit() and int(part.parent.name[5:]) >= self.world
         ]
         new = rows.of_kind((row for part in [*map(recover, left), *received] for row in part), kinds)
-        found = rows.of_kind(recover(path), kinds)
+        merged_rows = rows.of_kind(recover(path), kinds)
         if new:
-            merged = last_by([*found, *new], place)
-            found = [merged[key] for key in sorted(merged)]
-            dump(path, found)
+            merged = last_by([*merged_rows, *new], place)
+            merged_rows = [merged[key] for key in sorted(merged)]
+            dump(path, merged_rows)
         for part in left:
             _remove(part)
-        return found
+        return merged_rows
 
 
 def _rows_or_error(path: Path) -> list[dict] | DataError:

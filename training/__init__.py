@@ -6,7 +6,7 @@ from training.distributed.lazy_inductor import without_compiler, without_optimiz
 
 without_optimization()
 
-# A dozen warnings a rank about what megatron-core calls and what is not installed, which nobody who
+# A dozen warnings a rank about what megatron-core calls and what is not installed, which no one who
 # runs a stage can change. What matters of them, which Adam runs on what, the trainers' log says
 # once.
 warnings.filterwarnings("ignore", module=r"megatron|torch\.distributed")

@@ -60,14 +60,16 @@ class Comparisons:
     def row(self, index: int) -> Tokenised:
         return self.inputs.rows[index] if index < self.trained else self.inputs.unseen[index - self.trained]
 
-    def batch(self, indices: list[int], mine: list[int]) -> tuple[Batch, int]:
-        """The rows of the queries ``mine``, with "reference", padded as all of ``indices`` need it;
-        and the tokens of all of them."""
-        made = {index: self[index] for index in indices}
-        lengths = [len(example.tokens) for comparison in made.values() for example, _ in comparison]
+    def batch(self, indices: list[int], local: list[int]) -> tuple[Batch, int]:
+        """The rows of the queries ``local``, with "reference", padded as all of ``indices`` need
+        it; and the tokens of all of them."""
+        comparisons = {index: self[index] for index in indices}
+        lengths = [len(example.tokens) for comparison in comparisons.values() for example, _ in comparison]
         padded = padded_length(lengths, length_multiple(self.config))
-        batch = collate_comparisons([made[index] for index in mine], self.replies, self.inputs.tokenizer.pad_id, padded)
-        return {**batch, "reference": self.reference[mine].flatten()}, sum(lengths)
+        batch = collate_comparisons(
+            [comparisons[index] for index in local], self.replies, self.inputs.tokenizer.pad_id, padded
+        )
+        return {**batch, "reference": self.reference[local].flatten()}, sum(lengths)
 
 
 def reply_logprobs(output: Output, batch: Batch) -> torch.Tensor:
@@ -138,13 +140,13 @@ def ask_reference(learner: Learner, data: Comparisons) -> None:
     )
     if not missing:
         return
-    found, ranks = torch.zeros_like(data.reference[missing]), groups.data_ranks()
+    references, ranks = torch.zeros_like(data.reference[missing]), groups.data_ranks()
     for first in range(0, len(missing), config.global_batch_size):
         indices = missing[first : first + config.global_batch_size]
         places = range(first + groups.data_rank(), first + len(indices), ranks)
         _, logprobs = evaluated(learner, data, indices)
-        found[list(places)] = logprobs.view(-1, data.replies)[: len(places)]
-    data.reference[missing] = groups.sum_over_data(found.to(groups.device())).cpu()
+        references[list(places)] = logprobs.view(-1, data.replies)[: len(places)]
+    data.reference[missing] = groups.sum_over_data(references.to(groups.device())).cpu()
     if groups.is_main():
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic.replacing(path) as temporary:
@@ -166,8 +168,8 @@ def read_reference(path: Path, made_from: str, unknown: torch.Tensor) -> torch.T
     """What the file holds, on every rank, if it was made from the same; else ``unknown``. Rank 0
     reads: all must decide alike."""
     if groups.is_main() and path.exists():
-        held = torch.load(path, weights_only=True)
-        unknown = held["logprobs"] if held["made_from"] == made_from else unknown
+        stored = torch.load(path, weights_only=True)
+        unknown = stored["logprobs"] if stored["made_from"] == made_from else unknown
     dist.broadcast(unknown, 0)
     return unknown
 

@@ -71,11 +71,11 @@ def versions() -> None:
     """Leave the versions of what computes, from this interpreter's packages: the launcher's may be
     another, outside a container. Rank 0 does so."""
     if os.environ.get("RANK", "0") == "0":
-        found = {"python": platform.python_version()}
+        versions = {"python": platform.python_version()}
         for package in ("torch", "megatron-core", "safetensors", "convoy-rlhf"):
             with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-                found[package] = importlib.metadata.version(package)
-        _leave("versions.json", found)
+                versions[package] = importlib.metadata.version(package)
+        _leave("versions.json", versions)
 
 
 def _leave(name: str, value: dict) -> None:

@@ -28,8 +28,8 @@ class GRPO(ppo.PPO):
         steps, warmup = config.iterations * config.updates, config.warmup_iterations * config.updates
         return {"policy": self.learner(self.models.policy, config.lr, steps, warmup)}
 
-    def learn_from(self, made: Rollout, scored: Scored) -> Experience:
-        return experience(self.config, made, scored, self.kl_coef, self.reward_bias)
+    def learn_from(self, rollout: Rollout, scored: Scored) -> Experience:
+        return experience(self.config, rollout, scored, self.kl_coef, self.reward_bias)
 
     def update(self, batch: Batch, passes: list[Plan], learn_policy: bool) -> list[dict[str, float]]:
         objective = ppo.policy_objective(self.config, self.kl_coef if self.config.kl_in == "loss" else 0.0)

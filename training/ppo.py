@@ -138,7 +138,7 @@ def load_models(config: RolloutConfig, shape: Shape) -> Models:
         return model
 
     def frozen(head: str, source) -> LanguageModel | OffloadedModel:
-        # Nobody asks for its gradients, but its weights say that they want some: else its layers
+        # No one asks for its gradients, but its weights say that they want some: else its layers
         # would be compiled apart, with the bias added inside the product, and round otherwise than
         # the policy's. The first KL would not be 0.
         model = make(head, source, dataclasses.replace(config, lora_rank=0))
@@ -189,10 +189,10 @@ class PPO:
             made.offload()
         return made
 
-    def learn_from(self, made: Rollout, scored: Scored) -> Experience:
+    def learn_from(self, rollout: Rollout, scored: Scored) -> Experience:
         if self.value_bias is None:
-            self.value_bias = measured_value_bias(self.config, made, scored, self.kl_coef, self.reward_bias)
-        return experience(self.config, made, scored, self.kl_coef, self.reward_bias, self.value_bias)
+            self.value_bias = measured_value_bias(self.config, rollout, scored, self.kl_coef, self.reward_bias)
+        return experience(self.config, rollout, scored, self.kl_coef, self.reward_bias, self.value_bias)
 
     def update(self, batch: Batch, passes: list[Plan], learn_policy: bool) -> list[dict[str, float]]:
         """Each step's metrics. First all of the value model's: neither model's steps depend on the
@@ -232,14 +232,14 @@ class PPO:
         config, phases, learn_policy = self.config, Phases(), iteration > self.config.value_warmup
         with phases("generate"):
             prompts = [index for index in self.sampler.next_batch() for _ in range(config.group_size)]
-            made = self.sample(prompts, self.rows, iteration)
-        rollout = self.replicas.report
-        passes = epochs(config, self.shape, made.batch["lengths"].tolist(), iteration)
+            rollout = self.sample(prompts, self.rows, iteration)
+        engine_metrics = self.replicas.report
+        passes = epochs(config, self.shape, rollout.batch["lengths"].tolist(), iteration)
         rows = passes[0]
         with phases("score"):
             self.first_learner.wake()
-            scored = score(config, self.models, made.batch, rows)
-        samples = self.learn_from(made, scored)
+            scored = score(config, self.models, rollout.batch, rows)
+        samples = self.learn_from(rollout, scored)
         if iteration == 1 and self.models.reference:
             invariants.policy_is_reference(config, samples.metrics)
         with phases("update"):
@@ -253,10 +253,10 @@ class PPO:
             self.kl_coef = losses.adaptive_kl_coef(
                 self.kl_coef, metrics["kl"], config.kl_target, config.rollout_batch_size, config.kl_horizon
             )
-        seen, new = sum(rows.lengths), int(made.batch["response_mask"].sum())
+        seen, new = sum(rows.lengths), int(rollout.batch["response_mask"].sum())
         return {
             **metrics,
-            **rollout,
+            **engine_metrics,
             "tokens_per_second": new / sum(phases.seconds.values()),
             **phases.metrics({"generate": new, "score": seen, "update": seen * config.epochs}),
         }
@@ -264,12 +264,12 @@ class PPO:
     def heldout(self, iteration: int) -> dict[str, float]:
         """Reward and, with a reference, KL to it (nats per response) on the held-out prompts, with
         the same draws at every call. A collective."""
-        made = self.sample(list(range(len(self.unseen))), self.unseen, 0)
-        rows = plan(self.config, self.shape, made.batch["lengths"].tolist(), len(self.unseen))
+        rollout = self.sample(list(range(len(self.unseen))), self.unseen, 0)
+        rows = plan(self.config, self.shape, rollout.batch["lengths"].tolist(), len(self.unseen))
         if self.config.keep_replies and groups.is_main():
-            sample_text.keep(self.config.paths.output, iteration, made.batch, self.tokenizer, self.rows.stop_ids)
-        models = dataclasses.replace(self.models, value=None)  # nobody reads values here
-        metrics = report(made, score(self.config, models, made.batch, rows), self.config, self.reward_bias)
+            sample_text.keep(self.config.paths.output, iteration, rollout.batch, self.tokenizer, self.rows.stop_ids)
+        models = dataclasses.replace(self.models, value=None)  # no one reads values here
+        metrics = report(rollout, score(self.config, models, rollout.batch, rows), self.config, self.reward_bias)
         return {f"heldout_{name}": metrics[name] for name in ("reward", "kl", "kl_k3", "eos_rate") if name in metrics}
 
     def sample(self, indices: list[int], rows, iteration: int) -> Rollout:

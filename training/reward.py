@@ -93,8 +93,8 @@ def global_batch(
         capacity = max(config.seq_length, *lengths)
         rows = config.micro_batch_size * replies * config.seq_length // capacity
         layout = lay_out(lengths, limits(config, shape)._replace(capacity=capacity, micro_batch_size=rows))
-        mine = [[comparisons[index] for index in row] for row in shard(layout.rows, rank, ranks)]
-        batch, size = collate_packed_comparisons(mine, replies, pad_id, layout.length), layout.micro_batch_size
+        local = [[comparisons[index] for index in row] for row in shard(layout.rows, rank, ranks)]
+        batch, size = collate_packed_comparisons(local, replies, pad_id, layout.length), layout.micro_batch_size
         computed = len(layout.rows) * layout.length
     else:
         length = padded_length(
@@ -112,19 +112,19 @@ def heldout(
     config: RewardConfig, learner: Learner, comparisons: list[Comparison], replies: int, pad_id: int
 ) -> dict[str, float]:
     """``judged`` on all held-out pairs. A collective."""
-    mine = comparisons[groups.data_rank() :: groups.data_ranks()]
-    if not mine:
+    local = comparisons[groups.data_rank() :: groups.data_ranks()]
+    if not local:
         return judged(*torch.zeros(3, 0, replies))
-    real = torch.tensor([[reply < len(group) for reply in range(replies)] for group in mine])
-    told = [(example, score) for group in mine for example, score in group]
+    real = torch.tensor([[reply < len(group) for reply in range(replies)] for group in local])
+    examples = [(example, score) for group in local for example, score in group]
     rewards, scores, lengths = (
         torch.zeros(real.shape),
         torch.full(real.shape, math.nan, dtype=torch.double),
         torch.zeros(real.shape),
     )
-    rewards[real] = reward_bias.rewards(config, learner, [example for example, _ in told], pad_id)
-    scores[real] = torch.tensor([score for _, score in told], dtype=torch.double)
-    lengths[real] = torch.tensor([float(len(example.tokens) - example.response_start) for example, _ in told])
+    rewards[real] = reward_bias.rewards(config, learner, [example for example, _ in examples], pad_id)
+    scores[real] = torch.tensor([score for _, score in examples], dtype=torch.double)
+    lengths[real] = torch.tensor([float(len(example.tokens) - example.response_start) for example, _ in examples])
     return judged(rewards, scores, lengths)
 
 

@@ -52,21 +52,21 @@ def global_batch(
     else:
         rows, length, size = examples, padded_length(lengths, length_multiple(config)), config.micro_batch_size
         batch = collate(shard(examples, groups.data_rank(), ranks), pad_id, length)
-    said = {"tokens": sum(lengths), "packing_efficiency": sum(lengths) / (len(rows) * length)}
-    return split(batch, size), said
+    counts = {"tokens": sum(lengths), "packing_efficiency": sum(lengths) / (len(rows) * length)}
+    return split(batch, size), counts
 
 
 def heldout(config: SFTConfig, learner: Learner, examples: list[Example], pad_id: int) -> dict[str, float]:
     """Loss per response token (nats), perplexity and, as the floor to beat, the tokens' unigram
     entropy (nats)."""
-    mine = examples[groups.data_rank() :: groups.data_ranks()]
+    local = examples[groups.data_rank() :: groups.data_ranks()]
     sums = torch.zeros(2, dtype=torch.double)
-    if mine:
+    if local:
         batch = (
-            packed(config, mine, pad_id)[0]
+            packed(config, local, pad_id)[0]
             if config.packing
             else collate(
-                mine, pad_id, padded_length([len(example.tokens) for example in mine], length_multiple(config))
+                local, pad_id, padded_length([len(example.tokens) for example in local], length_multiple(config))
             )
         )
         logprobs = evaluate(

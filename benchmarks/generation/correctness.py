@@ -153,7 +153,7 @@ def sample_from_shards(logits: torch.Tensor, temperature: torch.Tensor, uniforms
 
 def greedy(small: bool) -> None:
     """A random model of each family with a head of its own (a tied one repeats itself), fp32,
-    ragged prompts; queries grouped but for BLOOM's, heads of 64 where hidden / heads is 32."""
+    ragged prompts; queries grouped except for BLOOM's, heads of 64 where hidden / heads is 32."""
     count, new = (8, 6) if small else (200, 12)
     for family, make in {"bloom": tiny_bloom, **TINY}.items():
         with tempfile.TemporaryDirectory() as folder:

@@ -120,7 +120,7 @@ def _curves(run: run_folder.Run, start: Sequence[Mapping]) -> dict[str, list[lis
                     if isinstance(value, int | float) and name not in ("iteration", "total", "time"):
                         curves.setdefault(name, {})[row["iteration"]] = value
             replies_at = defaultdict(list, {0: [row["response"] for row in start]} if start else {})
-            for row in run_folder.lines(stage.folder / reward_model.KEPT):
+            for row in run_folder.lines(stage.folder / reward_model.REPLIES):
                 replies_at[row["iteration"]].append(row["response"])
             for at, replies in replies_at.items():
                 for name, value in diversity(replies).items():

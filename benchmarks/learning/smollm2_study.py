@@ -107,14 +107,16 @@ class Study:
         where the scores are up to date. DPO samples no replies: those of its evaluation stand for
         its last iteration."""
         stage, evaluation = self.stage(name), self.folder / "evaluation"
-        replies = evaluation / name / "heldout" / f"{name}.jsonl" if stage.name == "dpo" else stage / reward_model.KEPT
+        replies = (
+            evaluation / name / "heldout" / f"{name}.jsonl" if stage.name == "dpo" else stage / reward_model.REPLIES
+        )
         start, own, judge = evaluation / "sft" / "heldout" / "sft.jsonl", self.exported / "own", self.exported / "judge"
         if up_to_date(stage / reward_model.RESCORED, replies, start, own, judge):
             return None
         if stage.name == "dpo":
             last = int((stage / "latest").read_text())
             dump(
-                stage / reward_model.KEPT,
+                stage / reward_model.REPLIES,
                 [{"iteration": last, "index": row["index"], "response": row["response"]} for row in read(replies)],
             )
         prompts = ["--prompts", str(self.folder / name / "data" / "heldout.jsonl"), "--prompt-length", "896"]

@@ -102,18 +102,18 @@ def answer(
             texts = [
                 dialogue(
                     question.turns[:turn],
-                    [reply.text.strip() for reply in given],
+                    [reply.text.strip() for reply in replies_so_far],
                     config.template,
                     tokenizer,
                     config.chat_template_kwargs,
                 )
-                for question, given in zip(batch, replies, strict=True)
+                for question, replies_so_far in zip(batch, replies, strict=True)
             ]
             prompts = [
                 Prompt(text, TEMPERATURE[question.category], f"question/{question.question_id}/{turn}", is_chat)
                 for text, question in zip(texts, batch, strict=True)
             ]
-            made = generation.generate(
+            answers_of_turn = generation.generate(
                 model,
                 tokenizer,
                 prompts,
@@ -122,13 +122,13 @@ def answer(
                 seed=config.seed,
                 stop=stops(config),
             )
-            for given, reply in zip(replies, made, strict=True):
-                given.append(reply)
+            for replies_so_far, reply in zip(replies, answers_of_turn, strict=True):
+                replies_so_far.append(reply)
         append(
             path,
             [
-                _row(name, question, given, keys[question.question_id])
-                for question, given in zip(batch, replies, strict=True)
+                _row(name, question, replies_so_far, keys[question.question_id])
+                for question, replies_so_far in zip(batch, replies, strict=True)
             ],
         )
         done(len(batch))

@@ -88,7 +88,7 @@ def require_model(folder: str | Path, field: str) -> None:
 
 def require_files(folder: str | Path) -> None:
     """Raise DataError for a pipe or a device in the folder, which transformers would wait for or
-    read for ever."""
+    read without end."""
     for path in Path(folder).glob("*"):
         if path.exists() and not path.is_file() and not path.is_dir():
             raise DataError(f"{path} is a pipe or a device, no file of a model; remove it")

@@ -128,15 +128,15 @@ def reply(
                 {
                     "index": prompt.index,
                     "sample": sample,
-                    "prompt": asked.text,
+                    "prompt": written.text,
                     "is_chat": prompt.is_chat,
-                    "response": made.text,
-                    "tokens": made.tokens,
-                    "finish": made.finish,
-                    "gold": None if prompt.rubric is None else rubric.gold(made.text, prompt.rubric),
+                    "response": answer.text,
+                    "tokens": answer.tokens,
+                    "finish": answer.finish,
+                    "gold": None if prompt.rubric is None else rubric.gold(answer.text, prompt.rubric),
                     "key": keys[prompt.index, sample],
                 }
-                for (prompt, sample), asked, made in zip(batch, prompts, replies, strict=True)
+                for (prompt, sample), written, answer in zip(batch, prompts, replies, strict=True)
             ],
         )
         done(len(batch))

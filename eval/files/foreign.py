@@ -55,7 +55,7 @@ def parse(text: str):
     """The value of a JSON text whose strings are whole. Raises ValueError where there is none to
     read."""
     try:
-        value = json.loads(text, parse_int=_whole)
+        value = json.loads(text, parse_int=_whole_number)
         return _mended(value) if "\\ud" in text.lower() else value
     except RecursionError:
         raise ValueError("brackets too deep") from None
@@ -89,7 +89,7 @@ def rows(
     except (OSError, ValueError) as error:
         _note(damaged, f"{path} can't be read: {error}")
         return []
-    found, wrong = [], 0
+    values, wrong = [], 0
     for place, line in enumerate(lines):
         try:
             row = parse(line)
@@ -101,10 +101,10 @@ def rows(
         ):
             wrong += 1
         elif (kinds or {}).keys() <= row.keys():  # else another program's
-            found.append(row)
+            values.append(row)
     if wrong:
         _note(damaged, f"{path}: {wrong} of {len(lines)} lines are damaged, and left out")
-    return found
+    return values
 
 
 def inside(folder: Path, path: Path) -> bool:
@@ -123,11 +123,11 @@ def fits(value: object, kind: Callable[[object], bool]) -> bool:
 
 
 def number(value: object) -> bool:
-    """A number that can be reckoned with and drawn."""
+    """A number that can be counted with and drawn."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and abs(value) < 1e30
 
 
-def whole(value: object) -> bool:
+def whole_number(value: object) -> bool:
     return isinstance(value, int) and number(value)
 
 
@@ -144,12 +144,12 @@ def tables(value: object) -> dict:
     return value if isinstance(value, dict) else {}
 
 
-def _note(damaged: list[str] | None, words: str) -> None:
-    if damaged is not None and words not in damaged:
-        damaged.append(words)
+def _note(damaged: list[str] | None, text: str) -> None:
+    if damaged is not None and text not in damaged:
+        damaged.append(text)
 
 
-def _whole(text: str) -> int:
+def _whole_number(text: str) -> int:
     if len(text) > DIGITS:
         raise ValueError(f"a number of {len(text)} digits")
     return int(text)

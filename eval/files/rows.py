@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
-from eval.files.foreign import fits, number, text, texts, whole
+from eval.files.foreign import fits, number, text, texts, whole_number
 from eval.files.foreign import tables as table_or_empty
 
 Kinds = Mapping[str, Callable[[object], bool]]
@@ -15,7 +15,7 @@ def _choice(choices: object) -> bool:
     first = choices[0]
     tokens, finish = first["tokens"], first["finish"]
     two_each = len(first["turns"]) == len(tokens) == len(finish) == 2
-    return two_each and texts(first["turns"]) and texts(finish) and all(map(whole, tokens))
+    return two_each and texts(first["turns"]) and texts(finish) and all(map(whole_number, tokens))
 
 
 def _named_judge(value: object) -> bool:
@@ -23,7 +23,7 @@ def _named_judge(value: object) -> bool:
 
 
 def _is_list_of_whole(value: object) -> bool:
-    return isinstance(value, list) and all(map(whole, value))
+    return isinstance(value, list) and all(map(whole_number, value))
 
 
 def _is_any_number(value: object) -> bool:
@@ -31,8 +31,8 @@ def _is_any_number(value: object) -> bool:
     return type(value) in (int, float)
 
 
-_PLACE = {"index": whole, "sample": whole, "key": text}
-ANSWER: Kinds = {"question_id": whole, "answer_id": text, "key": text, "choices": _choice}
+_PLACE = {"index": whole_number, "sample": whole_number, "key": text}
+ANSWER: Kinds = {"question_id": whole_number, "answer_id": text, "key": text, "choices": _choice}
 REPLY: Kinds = _PLACE | {
     "prompt": text,
     "response": text,
@@ -40,13 +40,19 @@ REPLY: Kinds = _PLACE | {
     "finish": text,
     "gold": lambda value: value is None or number(value),
 }
-KL: Kinds = _PLACE | {"kl": _is_any_number, "tokens": whole}
+KL: Kinds = _PLACE | {"kl": _is_any_number, "tokens": whole_number}
 SCORE: Kinds = _PLACE | {"score": _is_any_number}
-JUDGED: Kinds = {"question_id": whole, "turn": whole, "model": text, "judge": _named_judge}
+JUDGED: Kinds = {"question_id": whole_number, "turn": whole_number, "model": text, "judge": _named_judge}
 """A row of a judgment file, whoever wrote it."""
-COMPARED: Kinds = {"question_id": whole, "turn": whole, "model_1": text, "model_2": text, "judge": _named_judge}
-_PAID: Kinds = {"judge_id": text, "asked": text, "tokens_in": whole, "tokens_out": whole}
-JUDGMENT: Kinds = JUDGED | _PAID | {"score": number, "judgment": text, "answer_id": text, "repeat": whole}
+COMPARED: Kinds = {
+    "question_id": whole_number,
+    "turn": whole_number,
+    "model_1": text,
+    "model_2": text,
+    "judge": _named_judge,
+}
+_PAID: Kinds = {"judge_id": text, "asked": text, "tokens_in": whole_number, "tokens_out": whole_number}
+JUDGMENT: Kinds = JUDGED | _PAID | {"score": number, "judgment": text, "answer_id": text, "repeat": whole_number}
 """One of ours."""
 PAIR: Kinds = COMPARED | _PAID | {"g1_winner": text, "g2_winner": text, "answer_ids": texts}
 

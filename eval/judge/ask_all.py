@@ -95,10 +95,10 @@ def rate(
 def paid(config: MTBenchConfig, works: Sequence[Work]) -> list[list[dict]]:
     """Each work's rows that are there, of those it asks for: what a judge that failed has still
     been paid for."""
-    found = [work.stored() for work in works]
+    stored_by_work = [work.stored() for work in works]
     return [
         [rows[key] for key in (item.key(config.judge_model) for item in work.wanted) if key in rows]
-        for work, rows in zip(works, found, strict=True)
+        for work, rows in zip(works, stored_by_work, strict=True)
     ]
 
 
@@ -160,16 +160,16 @@ def _settle(config: MTBenchConfig, work: Work, stored: dict) -> None:
     models = {module.row_models(stored[key]) for key in wanted}
     rows = recover(work.path)
     last = {module.row_key(row): number for number, row in enumerate(rows) if usable(row, module.ROW)}
-    kept = {
+    stored_rows = {
         number
         for key, number in last.items()
         if key in wanted or rows[number]["judge"][0] != judge_model or module.row_models(rows[number]) not in models
     }
     back = [stored[key] for key in (item.key(judge_model) for item in work.wanted) if key not in last]
-    if len(kept) < len(rows) or back:
+    if len(stored_rows) < len(rows) or back:
         known = set(map(json.dumps, recover(work.superseded)))
         append(
             work.superseded,
-            [row for number, row in enumerate(rows) if number not in kept and json.dumps(row) not in known],
+            [row for number, row in enumerate(rows) if number not in stored_rows and json.dumps(row) not in known],
         )
-        dump(work.path, [row for number, row in enumerate(rows) if number in kept] + back)
+        dump(work.path, [row for number, row in enumerate(rows) if number in stored_rows] + back)

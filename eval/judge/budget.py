@@ -25,9 +25,9 @@ class Budget:
         self._reserved = [0, 0]
         """Tokens in and out that the requests under way are expected to need."""
         self._longest = min(EXPECTED_TOKENS, config.judge_max_tokens)
-        """Length of a judgment to reckon with: the longest so far, or what is expected."""
+        """Length of a judgment to count with: the longest so far, or what is expected."""
         self.stopped = threading.Event()
-        """Set: no further request is sent, and nobody waits before asking again."""
+        """Set: no further request is sent, and no one waits before asking again."""
         self._lock = threading.Lock()
 
     def cost(self, tokens_in: float, tokens_out: float) -> float:

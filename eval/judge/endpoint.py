@@ -138,8 +138,8 @@ class Endpoint:
             except _Again as again:
                 attempt += 1
                 if attempt >= again.attempts:
-                    kept = "" if again.error is _Refused else ". Ratings so far are kept: run the stage again to go on"
-                    raise again.error(f"{again}; gave up after {attempt} attempts{kept}") from None
+                    hint = "" if again.error is _Refused else ". Ratings so far are kept: run the stage again to go on"
+                    raise again.error(f"{again}; gave up after {attempt} attempts{hint}") from None
                 wait = again.wait if again.wait is not None else 2 ** (attempt - 1) * random.uniform(0.5, 1)
             self.sleep(min(LONGEST_WAIT, wait))
 
@@ -199,8 +199,8 @@ class Endpoint:
         message, finish = choice["message"], choice.get("finish_reason")
         text = _text(message.get("content"))
         if not text.strip() and finish != "length" or finish == "content_filter":
-            words = self.key.shown(str(message.get("refusal") or finish)[: 2**14])[:200]
-            raise _Again(f"{self.where}: the judge wrote nothing ({words})", attempts=EMPTY_ATTEMPTS, error=_Refused)
+            refusal = self.key.shown(str(message.get("refusal") or finish)[: 2**14])[:200]
+            raise _Again(f"{self.where}: the judge wrote nothing ({refusal})", attempts=EMPTY_ATTEMPTS, error=_Refused)
         usage = reply.get("usage")
         counted = [
             usage.get(name) if isinstance(usage, dict) else None for name in ("prompt_tokens", "completion_tokens")

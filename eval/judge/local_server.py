@@ -126,7 +126,7 @@ def command(config: MTBenchConfig) -> tuple[list[str], int]:
 
 
 def free_port() -> int:
-    """A port that nobody listens on now; who takes it before the server does is not asked
+    """A port that no one listens on now; who takes it before the server does is not asked
     (``listening``)."""
     with contextlib.closing(socket.socket()) as probe:
         probe.bind((HOST, 0))
@@ -135,17 +135,17 @@ def free_port() -> int:
 
 def listening(server: subprocess.Popen) -> set[int]:
     """Ports of HOST that the server or a process that it started listens on."""
-    found = set()
+    addresses = set()
     with contextlib.suppress(psutil.Error):
         parent = psutil.Process(server.pid)
         for process in (parent, *parent.children(recursive=True)):
             with contextlib.suppress(psutil.Error, OSError):
-                found |= {
+                addresses |= {
                     each.laddr.port
                     for each in process.net_connections("tcp4")
                     if each.status == psutil.CONN_LISTEN and each.laddr.ip in (HOST, "0.0.0.0")
                 }
-    return found
+    return addresses
 
 
 def require_own(server: subprocess.Popen, port: int, log: Path) -> None:

@@ -86,15 +86,15 @@ def as_text(tokenizer, messages: list[dict]) -> str:
     return "".join(speakers[message["role"]] + message["content"] for message in messages) + "\n\nAssistant:"
 
 
-def wanted(body: bytes) -> tuple[list[dict], int]:
+def parse_request(body: bytes) -> tuple[list[dict], int]:
     """(messages, most tokens) of a request; ValueError says what is wrong with it."""
     try:
-        asked = json.loads(body)
+        request = json.loads(body)
     except RecursionError:
         raise ValueError("brackets too deep") from None
-    if not isinstance(asked, dict) or not isinstance(asked.get("messages"), list) or not asked["messages"]:
+    if not isinstance(request, dict) or not isinstance(request.get("messages"), list) or not request["messages"]:
         raise ValueError('expected an object with "messages"')
-    for message in asked["messages"]:
+    for message in request["messages"]:
         if (
             not isinstance(message, dict)
             or message.get("role") not in ("system", "user", "assistant")
@@ -102,11 +102,11 @@ def wanted(body: bytes) -> tuple[list[dict], int]:
         ):
             raise ValueError('messages: expected {"role": "system", "user" or "assistant", "content": text} each')
     tokens = next(
-        (asked[name] for name in ("max_completion_tokens", "max_tokens") if asked.get(name) is not None), 1024
+        (request[name] for name in ("max_completion_tokens", "max_tokens") if request.get(name) is not None), 1024
     )
     if type(tokens) is not int or tokens < 1:
         raise ValueError(f"max_tokens = {tokens!r:.80}: expected a whole number above 0")
-    return asked["messages"], tokens
+    return request["messages"], tokens
 
 
 def handler(batcher: Batcher, name: str, key: str = "") -> type[BaseHTTPRequestHandler]:
@@ -118,8 +118,8 @@ def handler(batcher: Batcher, name: str, key: str = "") -> type[BaseHTTPRequestH
 
         def allowed(self) -> bool:
             """Has the caller the key? Else it is told so."""
-            given = self.headers.get("Authorization", "").encode("latin-1", "replace")
-            if not key or hmac.compare_digest(given, f"Bearer {key}".encode()):
+            sent_key = self.headers.get("Authorization", "").encode("latin-1", "replace")
+            if not key or hmac.compare_digest(sent_key, f"Bearer {key}".encode()):
                 return True
             self.close_connection = True  # its body is not read
             self.send(401, {"error": {"message": "the key is missing or wrong"}})
@@ -144,7 +144,7 @@ def handler(batcher: Batcher, name: str, key: str = "") -> type[BaseHTTPRequestH
             if self.path != "/v1/chat/completions":
                 return self.send(404, {"error": {"message": f"no {self.path} here"}})
             try:
-                messages, most = wanted(body)
+                messages, most = parse_request(body)
                 reply, sent = batcher.reply(as_text(batcher.tokenizer, messages), most)
             except (ValueError, KeyError, TypeError) as error:
                 return self.send(400, {"error": {"message": f"bad request: {type(error).__name__}: {error}"}})
@@ -202,18 +202,18 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--end-with-stdin", action="store_true", help="end when standard input is closed: it never outlives its parent"
     )
-    asked = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     key = os.environ.pop(KEY_VARIABLE, "")
-    batcher = Batcher(*generation.load(asked.folder))
-    server = ThreadingHTTPServer((asked.host, asked.port), handler(batcher, asked.folder, key))
-    if not key and not is_loopback(asked.host):
+    batcher = Batcher(*generation.load(options.folder))
+    server = ThreadingHTTPServer((options.host, options.port), handler(batcher, options.folder, key))
+    if not key and not is_loopback(options.host):
         print(
-            f"warning: whoever reaches {asked.host} can use this server; {KEY_VARIABLE} sets a key that it asks for",
+            f"warning: whoever reaches {options.host} can use this server; {KEY_VARIABLE} sets a key that it asks for",
             flush=True,
         )
-    if asked.end_with_stdin:
+    if options.end_with_stdin:
         threading.Thread(target=end_with_parent, daemon=True).start()
-    print(f"serving {asked.folder} at http://{asked.host}:{server.server_port}/v1", flush=True)
+    print(f"serving {options.folder} at http://{options.host}:{server.server_port}/v1", flush=True)
     server.serve_forever()
     return 0
 

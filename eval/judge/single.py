@@ -229,7 +229,7 @@ def judgment_path(output: str, judge: str, kind: str = "single") -> Path:
 
 
 def known_item(prompts: dict[str, dict]) -> tuple[str, str]:
-    """(system, user) about an answer that nobody could fail to rate."""
+    """(system, user) about an answer that no one could fail to rate."""
     if "single-v1" not in prompts:
         raise DataError(
             "the question set has no judge prompt single-v1: put FastChat's judge_prompts.jsonl beside question.jsonl"

@@ -127,8 +127,8 @@ def without_thoughts(reply: str) -> str:
             parts, start = [], match.end()
     if begin and not "".join([*parts, reply[start : begin.start()]]).strip():
         return ""  # it began to think and never came to an end
-    said = "".join([*parts, reply[start:]])
-    return said.rpartition(_BARE_CHANNEL)[2] if said.startswith("analysis") else said
+    outside = "".join([*parts, reply[start:]])
+    return outside.rpartition(_BARE_CHANNEL)[2] if outside.startswith("analysis") else outside
 
 
 def _tags(pattern: re.Pattern, text: str) -> list[re.Match]:
@@ -153,7 +153,7 @@ def _last(pattern: re.Pattern, text: str) -> str | None:
 
 
 def _last_unquoted(pattern: re.Pattern, text: str) -> str | None:
-    """The last mark, but for one in quotation marks after one that is not.
+    """The last mark, except for one in quotation marks after one that is not.
 
     A mark is quoted where a quotation mark closes behind it. The quoted mark of 'my verdict is
     "[[A]]"' is a statement all the same.

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from eval.files.foreign import texts, whole
+from eval.files.foreign import texts, whole_number
 from eval.report.run_folder import Evaluation
 
 SAMPLES = 24
@@ -57,23 +57,27 @@ def questions(evaluations: Mapping[str, Evaluation]) -> list[dict]:
             for model, rows in one.answers.items():
                 choice = next((row["choices"][0] for row in rows if row["question_id"] == key[0]), None)
                 for turn, shelf in enumerate(entry["turns"][: len(choice["turns"])]) if choice else ():
-                    found = sorted(ratings.get((model, key[0], turn + 1), []), key=_repeat)
+                    ratings_of_turn = sorted(ratings.get((model, key[0], turn + 1), []), key=_repeat)
                     finish = (
                         choice["finish"][turn] if texts(choice.get("finish")) and turn < len(choice["finish"]) else ""
                     )
-                    shelf["answers"][model] = {"text": choice["turns"][turn], "finish": finish, "ratings": found}
+                    shelf["answers"][model] = {
+                        "text": choice["turns"][turn],
+                        "finish": finish,
+                        "ratings": ratings_of_turn,
+                    }
     for entry in shown.values():
         entry["apart"] = _apart(entry["turns"])
     return list(shown.values())
 
 
 def _repeat(row: Mapping) -> int:
-    return row["repeat"] if whole(row.get("repeat")) else 0
+    return row["repeat"] if whole_number(row.get("repeat")) else 0
 
 
 def _empty(question: Mapping) -> dict:
-    turns, given = question["turns"], question.get("reference")
-    reference = given if texts(given) and len(given) >= len(turns) else [""] * len(turns)
+    turns, reference = question["turns"], question.get("reference")
+    reference = reference if texts(reference) and len(reference) >= len(turns) else [""] * len(turns)
     return {
         "id": question["question_id"],
         "category": question["category"],

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from eval.files import foreign
-from eval.files.foreign import fits, plain, whole
+from eval.files.foreign import fits, plain, whole_number
 
 POINTS = 300
 """Most points of a drawn curve; a longer one is averaged over neighbours."""
@@ -37,7 +37,7 @@ def curve(rows: Sequence[Mapping], name: str) -> tuple[list[float], list[float]]
     points = {
         row["iteration"]: row[name]
         for row in rows
-        if fits(row.get(name), foreign.number) and fits(row.get("iteration"), whole)
+        if fits(row.get(name), foreign.number) and fits(row.get("iteration"), whole_number)
     }
     places = sorted(points)
     group = -(-len(places) // POINTS) or 1
@@ -59,14 +59,14 @@ def panel_svg(name: str, curves: Sequence[Curve], level: float | None = None) ->
     """Curves over iterations, and a dashed level; ``name`` is unique on the page."""
     figure, axes = _axes((3.4, 2.1))
     for drawn in curves:
-        alone = len(drawn.x) <= 12
+        few = len(drawn.x) <= 12
         axes.plot(
             drawn.x,
             drawn.y,
             color=_SERIES[drawn.colour % len(_SERIES)],
             linewidth=1.6,
             linestyle="--" if drawn.dashed else "-",
-            marker="o" if alone else None,
+            marker="o" if few else None,
             markersize=3,
         )
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))

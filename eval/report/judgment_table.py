@@ -25,7 +25,7 @@ from pathlib import Path
 from eval import questions
 from eval.errors import DataError
 from eval.files import rows
-from eval.files.foreign import number, plain, text, whole
+from eval.files.foreign import number, plain, text, whole_number
 from eval.files.jsonl import last_by, read
 from eval.judge import verdict
 from eval.report import table as tables
@@ -37,28 +37,28 @@ SINGLE: rows.Kinds = rows.JUDGED | {"score": number}
 PAIR: rows.Kinds = rows.COMPARED | {"g1_winner": text, "g2_winner": text}
 WINNERS = ("model_1", "model_2", "tie", "error")
 TOO_FEW, MOST_REPEATS = 4, 100
-_EXPECTED = {number: "a number", text: "a text", whole: "a whole number"}
+_EXPECTED = {number: "a number", text: "a text", whole_number: "a whole number"}
 
 
 def load(paths: Sequence[Path], judge: str = "") -> tuple[str, list[dict]]:
     """("single" or "pair", rows of one judge); raises DataError naming file, row, field, value and
     what was expected."""
-    found: dict[str, list[dict]] = {"single": [], "pair": []}
+    results: dict[str, list[dict]] = {"single": [], "pair": []}
     for path in paths:
         for place, row in enumerate(read(path), 1):
             kind = "pair" if "g1_winner" in row or "model_1" in row else "single"
             _check(row, PAIR if kind == "pair" else SINGLE, f"{path}, row {place}")
-            found[kind].append(row)
-    if bool(found["single"]) == bool(found["pair"]):
+            results[kind].append(row)
+    if bool(results["single"]) == bool(results["pair"]):
         what = "no judgments; expected rows as FastChat's gen_judgment.py writes them"
-        if found["single"]:
+        if results["single"]:
             what = "ratings and comparisons together; give the _single and the _pair files one after the other"
         raise DataError(f"{', '.join(map(str, paths))}: {what}")
-    kind = "single" if found["single"] else "pair"
-    judges = sorted({row["judge"][0] for row in found[kind]})
+    kind = "single" if results["single"] else "pair"
+    judges = sorted({row["judge"][0] for row in results[kind]})
     if judge and judge not in judges or not judge and len(judges) > 1:
         raise DataError(f"{paths[0]}: judged by {', '.join(judges)}: name one of them, --judge NAME")
-    return kind, [row for row in found[kind] if row["judge"][0] == (judge or judges[0])]
+    return kind, [row for row in results[kind] if row["judge"][0] == (judge or judges[0])]
 
 
 def _check(row: dict, kinds: rows.Kinds, where: str) -> None:
@@ -73,7 +73,7 @@ def _check(row: dict, kinds: rows.Kinds, where: str) -> None:
     for name in ("g1_winner", "g2_winner"):
         if name in kinds and row[name] not in WINNERS:
             raise DataError(f"{where}: {name} = {row[name]!r:.80}: expected one of {', '.join(WINNERS)}")
-    if not whole(row.get("repeat", 0)) or not 0 <= row.get("repeat", 0) < MOST_REPEATS:
+    if not whole_number(row.get("repeat", 0)) or not 0 <= row.get("repeat", 0) < MOST_REPEATS:
         raise DataError(
             f"{where}: repeat = {json.dumps(row['repeat'])[:80]}: expected a number from 0 to {MOST_REPEATS - 1}"
         )
@@ -113,8 +113,8 @@ def _other_readings(judged: Sequence[dict]) -> list[str]:
     """What the texts say where they are there: a score may be the first mark of a judge that
     thought aloud."""
     texts = [(row["score"], row["judgment"]) for row in judged if text(row.get("judgment")) and row["judgment"]]
-    first = sum(verdict.first_rating(words) != score for score, words in texts)
-    last = sum(verdict.rating(words).value not in (score, verdict.UNPARSED) for score, words in texts)
+    first = sum(verdict.first_rating(reason) != score for score, reason in texts)
+    last = sum(verdict.rating(reason).value not in (score, verdict.UNPARSED) for score, reason in texts)
     notes = []
     if first:
         notes.append(
@@ -131,19 +131,19 @@ def pairs(judged: list[dict], by_question: dict[int, str], seed: int) -> dict:
     groups: dict[tuple, list[dict]] = {}
     for row in last:
         groups.setdefault((row["model_1"], row["model_2"]), []).append(row)
-    found = [
+    results = [
         {"model": one} | win_rate.table(group, None, list(by_question), seed)[one] for (one, _), group in groups.items()
     ]
     repeated = len(judged) - len(last)
     note = f"{repeated} rows repeat a comparison: the last of each counts; FastChat counts all."
-    return {"pairwise": found, "notes": [note] if repeated else []}
+    return {"pairwise": results, "notes": [note] if repeated else []}
 
 
-def markdown(found: dict) -> str:
+def markdown(results: dict) -> str:
     """The page as text."""
-    lines = [f"{found['file']} · judge: {found['judge']} · {found['questions']} questions", ""]
-    if "scores" in found:
-        table = found["scores"]
+    lines = [f"{results['file']} · judge: {results['judge']} · {results['questions']} questions", ""]
+    if "scores" in results:
+        table = results["scores"]
         lines += [
             *tables.pipes(tables.HEADER, tables.rows(table)),
             "",
@@ -152,13 +152,13 @@ def markdown(found: dict) -> str:
             *tables.about_ratings(table["models"]),
         ]
     else:
-        each = [(row["model"], row) for row in found["pairwise"]]
+        each = [(row["model"], row) for row in results["pairwise"]]
         lines += [*tables.pipes(tables.PAIR_HEADER, tables.cells_of_pairs(each)), "", *tables.without_win_rate(each)]
-    return plain("\n".join([*lines, *found["notes"]])) + "\n"
+    return plain("\n".join([*lines, *results["notes"]])) + "\n"
 
 
-def covered(found: dict) -> bool:
-    rated = found["scores"]["models"].values() if "scores" in found else found["pairwise"]
+def covered(results: dict) -> bool:
+    rated = results["scores"]["models"].values() if "scores" in results else results["pairwise"]
     return all(row["covered"] for row in rated)
 
 
@@ -182,27 +182,27 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--baseline", default="", metavar="MODEL", help="show each model's difference from this one")
     parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
-    asked = parser.parse_args(arguments)
-    if asked.seed < 0:
-        parser.error(f"--seed {asked.seed}: expected 0 or more")
+    options = parser.parse_args(arguments)
+    if options.seed < 0:
+        parser.error(f"--seed {options.seed}: expected 0 or more")
     try:
-        kind, judged = load(asked.files, asked.judge)
-        by_question = categories(judged, asked.questions, asked.files[0])
+        kind, judged = load(options.files, options.judge)
+        by_question = categories(judged, options.questions, options.files[0])
         models = {row["model"] for row in judged} if kind == "single" else set()
-        if asked.baseline and asked.baseline not in models:
+        if options.baseline and options.baseline not in models:
             there = f"no such model; there are: {', '.join(sorted(models))}" if models else "comparisons name their own"
-            parser.error(plain(f"--baseline {asked.baseline}: {there}"))
-        found = {
-            "file": ", ".join(map(str, asked.files)),
+            parser.error(plain(f"--baseline {options.baseline}: {there}"))
+        results = {
+            "file": ", ".join(map(str, options.files)),
             "judge": judged[0]["judge"][0],
             "questions": len(by_question),
         }
         if kind == "single":
-            found |= single(judged, by_question, asked.baseline, asked.seed)
+            results |= single(judged, by_question, options.baseline, options.seed)
         else:
-            found |= pairs(judged, by_question, asked.seed)
+            results |= pairs(judged, by_question, options.seed)
     except DataError as error:
         print(plain(error), file=sys.stderr)
         return os.EX_DATAERR
-    print(json.dumps(found, indent=1) if asked.json else markdown(found), end="\n" * asked.json)
-    return 0 if covered(found) else TOO_FEW
+    print(json.dumps(results, indent=1) if options.json else markdown(results), end="\n" * options.json)
+    return 0 if covered(results) else TOO_FEW

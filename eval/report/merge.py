@@ -25,18 +25,18 @@ HELDOUT = ("gold", "gold_difference", "kl", "score", "win_rate", "length_control
 def names(runs: Sequence[Run]) -> dict[str, Run]:
     """A different name for each run: its folder's, with as much of the path before it as that
     needs."""
-    found = {}
+    merged = {}
     for run in runs:
         parts = run.folder.resolve().parts
         others = [other.folder.resolve().parts for other in runs if other is not run]
         depth = next((n for n in range(1, len(parts)) if all(parts[-n:] != other[-n:] for other in others)), 1)
-        found["/".join(parts[-depth:])] = run
-    return found
+        merged["/".join(parts[-depth:])] = run
+    return merged
 
 
 def contradictions(evaluations: Mapping[str, Evaluation]) -> list[str]:
     """Sentences on what forbids one table of all runs' ratings; none where nothing does."""
-    found = []
+    merged = []
     for path in SAME:
         values = {run: _at(one.results, path) for run, one in evaluations.items()}
         if len({str(value) for value in values.values()}) > 1:
@@ -45,14 +45,14 @@ def contradictions(evaluations: Mapping[str, Evaluation]) -> list[str]:
                 if path != ("questions", "sha256")
                 else {run: _at(one.results, ("questions", "label")) for run, one in evaluations.items()}
             )
-            found.append(f"{' '.join(path)} differs: " + "; ".join(f"{run}: {value}" for run, value in shown.items()))
+            merged.append(f"{' '.join(path)} differs: " + "; ".join(f"{run}: {value}" for run, value in shown.items()))
     for run, one in evaluations.items():
         count = _at(one.results, ("questions", "count"))
         if one.results["scores"] and len(one.questions) != count:
-            found.append(
+            merged.append(
                 f"{run}: {one.folder / 'question.jsonl'} has {len(one.questions)} questions, {count} were rated"
             )
-    return found
+    return merged
 
 
 def _at(value, path: Sequence[str]):

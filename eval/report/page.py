@@ -75,11 +75,11 @@ def collect(folders: Sequence[str | Path]) -> dict[str, Run]:
     )
 
 
-def evaluations(found: Mapping[str, Run]) -> dict[str, run_folder.Evaluation]:
+def evaluations(runs: Mapping[str, Run]) -> dict[str, run_folder.Evaluation]:
     """Run -> its evaluation, for those that have one; models carry their run's name where there are
     several runs."""
-    made = {name: run.evaluation for name, run in found.items() if run.evaluation}
-    return {name: merge.renamed(name, one) for name, one in made.items()} if len(found) > 1 else made
+    entries = {name: run.evaluation for name, run in runs.items() if run.evaluation}
+    return {name: merge.renamed(name, one) for name, one in entries.items()} if len(runs) > 1 else entries
 
 
 def blocks(judged: Mapping[str, run_folder.Evaluation]) -> tuple[list[dict], list[str]]:
@@ -119,35 +119,35 @@ def _block(name: str, results: dict) -> dict:
     }
 
 
-def training(found: Mapping[str, Run]) -> list[dict]:
+def training(runs: Mapping[str, Run]) -> list[dict]:
     """[{"stage", "panels", "others"}] in the order of the first run that has the stage; a stage
     without a curve is left out."""
     order = dict.fromkeys(
-        stage.name for run in found.values() for stage in run.stages if not run_folder.is_evaluation(stage.folder)
+        stage.name for run in runs.values() for stage in run.stages if not run_folder.is_evaluation(stage.folder)
     )
-    made = []
+    entries = []
     for name in order:
         rows = {
             run_name: stage.metrics
-            for run_name, run in found.items()
+            for run_name, run in runs.items()
             for stage in run.stages
             if stage.name == name and stage.metrics
         }
         panels, others = curves.panels(name, rows)
         if panels or others:
-            made.append({"stage": name, "panels": panels, "others": others})
-    return made
+            entries.append({"stage": name, "panels": panels, "others": others})
+    return entries
 
 
-def measured(found: Mapping[str, Run]) -> dict[str, Run]:
+def measured(runs: Mapping[str, Run]) -> dict[str, Run]:
     """The runs, each without the stages that one before it shows already: one taken from another
     run (``submit --reuse``) has its metrics to the last digit."""
-    seen, made = [], {}
-    for name, run in found.items():
+    seen, entries = [], {}
+    for name, run in runs.items():
         new = [stage for stage in run.stages if not stage.metrics or (stage.name, stage.metrics) not in seen]
         seen += [(stage.name, stage.metrics) for stage in new]
-        made[name] = dataclasses.replace(run, stages=new)
-    return made
+        entries[name] = dataclasses.replace(run, stages=new)
+    return entries
 
 
 class Parts:
@@ -169,11 +169,11 @@ class Parts:
 
     def guarded(self, title: str, caller: Callable) -> str:
         """For a template's {% call %}: its text, or a notice."""
-        made = self.make(title, caller)
-        return made if made is not None else Markup('<p class="notice">{}</p>').format(plain(self.failed[-1]))
+        content = self.make(title, caller)
+        return content if content is not None else Markup('<p class="notice">{}</p>').format(plain(self.failed[-1]))
 
 
-def page(found: Mapping[str, Run]) -> str:
+def page(runs: Mapping[str, Run]) -> str:
     """The HTML text; the same input gives the same bytes. What is damaged in the runs' files is
     named in it."""
     environment = Environment(
@@ -185,29 +185,29 @@ def page(found: Mapping[str, Run]) -> str:
     )
     environment.filters |= {"number": number, "interval": interval, "duration": duration, "minus": minus}
     parts = Parts()
-    values = _values(found, parts)
+    values = _values(runs, parts)
     return environment.get_template("report.html.j2").render(
-        title=", ".join(found),
-        runs=found,
+        title=", ".join(runs),
+        runs=runs,
         header=table.HEADER,
         note=table.NOTE,
         pair_header=table.PAIR_HEADER,
         pair_note=table.PAIR_NOTE,
         checks_columns=CHECKS,
         guarded=parts.guarded,
-        damaged=[plain(line) for line in (*(line for run in found.values() for line in run.damaged), *parts.failed)],
+        damaged=[plain(line) for line in (*(line for run in runs.values() for line in run.damaged), *parts.failed)],
         **values,
     )
 
 
-def _values(found: Mapping[str, Run], parts: Parts) -> dict:
+def _values(runs: Mapping[str, Run], parts: Parts) -> dict:
     """What the page's parts show, by name."""
     make = parts.make
-    judged = make("Evaluations", evaluations, found, empty={})
-    made, different = make("Scores", blocks, judged, empty=([], []))
+    judged = make("Evaluations", evaluations, runs, empty={})
+    entries, different = make("Scores", blocks, judged, empty=([], []))
     common = make("Before the judge", merge.beside, list(judged.values())) if judged else None
-    own = make("Training", measured, found, empty={})
-    several = len(found) > 1
+    own = make("Training", measured, runs, empty={})
+    several = len(runs) > 1
 
     def labelled(stages: Callable[[Run], Mapping]) -> dict:
         return {
@@ -226,7 +226,7 @@ def _values(found: Mapping[str, Run], parts: Parts) -> dict:
     gold = common["heldout"]["gold"] if common else {}
     rates = {name: {stage.name: stage.metrics for stage in run.stages} for name, run in own.items()}
     return {
-        "blocks": made,
+        "blocks": entries,
         "different": different,
         "common": common,
         "evaluations": judged,
@@ -239,27 +239,27 @@ def _values(found: Mapping[str, Run], parts: Parts) -> dict:
         else None,
         "calibrated": list(calibrated),
         "training": make("Training", training, own, empty=[]),
-        "stages": {name: make("Time and memory", run_facts.stage_rows, run, empty=[]) for name, run in found.items()},
-        "differences": make("Configuration", run_facts.differences, list(found.values()), empty=[]) if several else [],
-        "configuration": [] if several else make("Configuration", _configuration, found, empty=[]),
+        "stages": {name: make("Time and memory", run_facts.stage_rows, run, empty=[]) for name, run in runs.items()},
+        "differences": make("Configuration", run_facts.differences, list(runs.values()), empty=[]) if several else [],
+        "configuration": [] if several else make("Configuration", _configuration, runs, empty=[]),
         "provenance_rows": {
-            name: make("Provenance", run_facts.provenance, run, empty=[]) for name, run in found.items()
+            name: make("Provenance", run_facts.provenance, run, empty=[]) for name, run in runs.items()
         },
         "heldout": make("Samples", answer_browser.heldout, judged, empty=[]),
         "questions": make("Questions", answer_browser.questions, judged, empty=[]),
-        "unjudged": [name for name in found if name not in judged],
+        "unjudged": [name for name in runs if name not in judged],
     }
 
 
-def _configuration(found: Mapping[str, Run]) -> list[tuple[str, str]]:
+def _configuration(runs: Mapping[str, Run]) -> list[tuple[str, str]]:
     return [
-        (key, run_facts.written(value)) for run in found.values() for key, value in run_facts.flat(run.config).items()
+        (key, run_facts.written(value)) for run in runs.values() for key, value in run_facts.flat(run.config).items()
     ]
 
 
-def write(found: Mapping[str, Run], path: Path) -> None:
+def write(runs: Mapping[str, Run], path: Path) -> None:
     # half a character is in no file of UTF-8
-    text = page(found).encode("utf-8", errors="replace").decode()
+    text = page(runs).encode("utf-8", errors="replace").decode()
     # as a browser would show it, but without calling the page broken
     write_text(path, text.replace("\0", "\ufffd"))
 
@@ -278,19 +278,19 @@ def main(arguments: list[str]) -> int:
         help="where report.html goes, of several runs with table.md, table.csv and results.json "
         "(default: the run's folder; of several runs report-A-B beside the first)",
     )
-    asked = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     try:
-        found = collect(asked.runs)
+        runs = collect(options.runs)
     except DataError as error:
         print(plain(error), file=sys.stderr)
         return 65
-    first = Path(asked.runs[0])
-    joined = "-".join(["report", *(name.replace("/", "-") for name in found)])
-    output = asked.output or (first if len(found) == 1 else first.parent / joined)
-    write(found, output / "report.html")
-    if len(found) > 1:
+    first = Path(options.runs[0])
+    joined = "-".join(["report", *(name.replace("/", "-") for name in runs)])
+    output = options.output or (first if len(runs) == 1 else first.parent / joined)
+    write(runs, output / "report.html")
+    if len(runs) > 1:
         parts = Parts()
-        for block in parts.make("table.md", lambda: blocks(evaluations(found))[0], empty=[]):
+        for block in parts.make("table.md", lambda: blocks(evaluations(runs))[0], empty=[]):
             parts.make("table.md", table.write, output / block["name"], block["results"])
         print(*map(plain, parts.failed), sep="\n", end="\n" if parts.failed else "", file=sys.stderr)
     print(output / "report.html")

@@ -16,8 +16,8 @@ _CONFIDENCE = re.compile(r"heldout_accuracy_at_([\d.]+)$")
 def summary(stages: Mapping[str, str | Path]) -> dict[str, dict]:
     """Stage -> ``of_rows`` for each that measured accuracy on held-out comparisons: a reward model,
     or a policy's implicit reward."""
-    found = {name: of_rows(metrics(folder)) for name, folder in stages.items()}
-    return {name: row for name, row in found.items() if row}
+    accuracies = {name: of_rows(metrics(folder)) for name, folder in stages.items()}
+    return {name: row for name, row in accuracies.items() if row}
 
 
 def of_rows(rows: Sequence[Mapping]) -> dict | None:

@@ -7,7 +7,7 @@ import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
-from eval.files.foreign import fits, number, tables, whole
+from eval.files.foreign import fits, number, tables, whole_number
 from eval.report.curves import MEMORY, SECONDS, TOKENS
 from eval.report.run_folder import Run, StageFolder, read_json
 
@@ -24,14 +24,14 @@ def stage_rows(run: Run) -> list[dict]:
 def _stage_row(stage: StageFolder, config: Mapping) -> dict:
     values = numbers(stage.metrics)
     ranks = _ranks(tables(config.get("resources")).get(stage.name))
-    memory = [max(found) for name, found in values.items() if re.search("(^|_)gb(_|$)", name)]
+    memory = [max(by_name) for name, by_name in values.items() if re.search("(^|_)gb(_|$)", name)]
     phases = {
         name.removeprefix(SECONDS): {
-            "seconds": statistics.fmean(found),
+            "seconds": statistics.fmean(by_name),
             "tokens_per_second": _of(statistics.median, values.get(name.replace(SECONDS, TOKENS))),
             "memory_gb": _of(max, values.get(name.replace(SECONDS, MEMORY))),
         }
-        for name, found in values.items()
+        for name, by_name in values.items()
         if name.startswith(SECONDS)
     }
     return {
@@ -55,17 +55,17 @@ def _of(measure: Callable[[Sequence[float]], float], values: Sequence[float] | N
 def language_models(run: Run) -> dict[str, dict]:
     """Stage -> {"loss", "unigram"} of each that measured its held-out loss against the entropy of
     single tokens, its floor."""
-    found = {stage.name: numbers(stage.metrics) for stage in run.stages}
+    by_name = {stage.name: numbers(stage.metrics) for stage in run.stages}
     return {
         name: {"loss": values["heldout_loss"][-1], "unigram": values["unigram_entropy"][-1]}
-        for name, values in found.items()
+        for name, values in by_name.items()
         if values.get("heldout_loss") and values.get("unigram_entropy")
     }
 
 
 def numbers(rows: Sequence[Mapping]) -> dict[str, list[float]]:
     """Name -> its values in order."""
-    found: dict[str, list[float]] = {}
+    by_name: dict[str, list[float]] = {}
     for row in rows:
         for name, value in row.items():
             if (
@@ -73,24 +73,24 @@ def numbers(rows: Sequence[Mapping]) -> dict[str, list[float]]:
                 and not isinstance(value, bool)
                 and (isinstance(value, float) or fits(value, number))
             ):
-                found.setdefault(name, []).append(value)
-    return found
+                by_name.setdefault(name, []).append(value)
+    return by_name
 
 
 def _ranks(resources: Mapping | None) -> int | None:
-    asked = [tables(resources).get(name) for name in ("nodes", "gpus_per_node")]
-    return asked[0] * max(1, asked[1]) if all(fits(one, whole) for one in asked) else None
+    requested = [tables(resources).get(name) for name in ("nodes", "gpus_per_node")]
+    return requested[0] * max(1, requested[1]) if all(fits(one, whole_number) for one in requested) else None
 
 
 def flat(config: Mapping, before: str = "") -> dict[str, object]:
     """{"sft.lr": 1e-5, ...} of nested tables."""
-    found = {}
+    by_name = {}
     for key, value in config.items():
         if isinstance(value, Mapping):
-            found |= flat(value, f"{before}{key}.")
+            by_name |= flat(value, f"{before}{key}.")
         else:
-            found[before + key] = value
-    return found
+            by_name[before + key] = value
+    return by_name
 
 
 def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from eval.errors import DataError
 from eval.files import foreign
-from eval.files.foreign import number, text, texts, whole
+from eval.files.foreign import number, text, texts, whole_number
 from eval.judge import single
 
 RESULTS = {
@@ -46,11 +46,11 @@ JUDGE = {
     "currency",
 }
 """What results.json holds, and its "judge"."""
-QUESTION = {"question_id": whole, "category": text, "turns": lambda turns: bool(turns) and texts(turns)}
-ANSWER = {"question_id": whole, "answer_id": text, "choices": lambda choices: texts(choices[0]["turns"])}
+QUESTION = {"question_id": whole_number, "category": text, "turns": lambda turns: bool(turns) and texts(turns)}
+ANSWER = {"question_id": whole_number, "answer_id": text, "choices": lambda choices: texts(choices[0]["turns"])}
 REPLY = {
-    "index": whole,
-    "sample": whole,
+    "index": whole_number,
+    "sample": whole_number,
     "prompt": text,
     "response": text,
     "tokens": lambda tokens: isinstance(tokens, list),
@@ -58,14 +58,14 @@ REPLY = {
     "gold": lambda gold: gold is None or number(gold),
 }
 JUDGMENT = {
-    "question_id": whole,
-    "turn": whole,
+    "question_id": whole_number,
+    "turn": whole_number,
     "score": number,
     **dict.fromkeys(("model", "judgment", "judge_id", "answer_id"), text),
 }
 PAIR = {
-    "question_id": whole,
-    "turn": whole,
+    "question_id": whole_number,
+    "turn": whole_number,
     "answer_ids": texts,
     **dict.fromkeys(("model_1", "model_2", "g1_winner", "g2_winner", "g1_judgment", "g2_judgment", "judge_id"), text),
 }
@@ -169,7 +169,7 @@ def is_evaluation(folder: Path) -> bool:
 
 
 def _whole_evaluation(folder: Path, damaged: list[str]) -> Evaluation:
-    """``evaluation``; DataError also where it can't be read for what nobody thought of."""
+    """``evaluation``; DataError also where it can't be read for what no one thought of."""
     try:
         return evaluation(folder, damaged)
     except DataError:
@@ -213,7 +213,7 @@ def evaluation(folder: Path, damaged: list[str]) -> Evaluation:
         name: list(_last(rows(folder / "heldout" / f"{name}.jsonl", REPLY), "index", "sample").values())
         for name in results["models"]
     }
-    made = {row["answer_id"] for given in answers.values() for row in given}
+    answer_ids = {row["answer_id"] for given in answers.values() for row in given}
     judged = judged_by["requested"]
     judgments = rows(Path(single.judgment_path(str(folder), judged)), JUDGMENT) if judged else []
     pairs = rows(Path(single.judgment_path(str(folder), judged, "pair")), PAIR) if judged else []
@@ -223,8 +223,8 @@ def evaluation(folder: Path, damaged: list[str]) -> Evaluation:
         rows(folder / "question.jsonl", QUESTION),
         answers,
         replies,
-        [row for row in judgments if row["answer_id"] in made],
-        [row for row in pairs if set(row["answer_ids"]) <= made],
+        [row for row in judgments if row["answer_id"] in answer_ids],
+        [row for row in pairs if set(row["answer_ids"]) <= answer_ids],
     )
 
 
@@ -270,12 +270,13 @@ def _stage(path: Path, events: Sequence[Mapping], damaged: list[str]) -> StageFo
 
 def _attempts(events: Sequence[Mapping], stage: str) -> list[Attempt]:
     """Starts of a stage in the ledger, each with the next event that ends it."""
-    mine = [event for event in events if event.get("stage") == stage and foreign.fits(event.get("time"), number)]
+    own_events = [event for event in events if event.get("stage") == stage and foreign.fits(event.get("time"), number)]
     found = []
-    for place, event in enumerate(mine):
+    for place, event in enumerate(own_events):
         if event.get("event") == "started":
             after = next(
-                (later for later in mine[place + 1 :] if "class" in later or later.get("event") == "started"), None
+                (later for later in own_events[place + 1 :] if "class" in later or later.get("event") == "started"),
+                None,
             )
             ended = after["time"] if after and "class" in after else None
             found.append(Attempt(event["time"], ended))

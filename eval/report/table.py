@@ -77,7 +77,7 @@ def missing(results: dict) -> list[str]:
 def without_average(models: dict) -> list[str]:
     return [
         f"{name}: no average, because {row['n_valid']} of {row['n_expected']} ratings are valid ({_reasons(row)}) and "
-        f"{COVERAGE:.0%} are needed.{_words(row)}"
+        f"{COVERAGE:.0%} are needed.{_refusal_text(row)}"
         for name, row in models.items()
         if not row["covered"]
     ]
@@ -102,11 +102,11 @@ def covered(results: dict) -> bool:
     )
 
 
-def _words(row: dict) -> str:
+def _refusal_text(row: dict) -> str:
     """What to do about the commonest cause, and what the judge said where it refused."""
     cut = " Replies were cut at mtbench.judge_max_tokens: raise it." if row["invalid"].get("cut") else ""
-    words = next((each["refusal"] for each in row.get("absent", []) if each.get("refusal")), "")
-    return cut + (f" The judge refused: {words[:200]}" if words else "")
+    refusal = next((each["refusal"] for each in row.get("absent", []) if each.get("refusal")), "")
+    return cut + (f" The judge refused: {refusal[:200]}" if refusal else "")
 
 
 def _reasons(row: dict) -> str:
@@ -225,10 +225,10 @@ def _absent(models: dict, what: str) -> list[str]:
                 f"question {each['question_id']} turn {each['turn']} ({each['reason']})" for each in absent
             )
             more = ", ..." if count > len(absent) else ""
-            words = next((each["refusal"] for each in absent if each.get("refusal")), "")
+            refusal = next((each["refusal"] for each in absent if each.get("refusal")), "")
             lines.append(
                 f"{name}: {count} of {row['n_expected']} {what} are missing from the averages: {places}{more}."
-                + (f" The judge refused: {words[:200]}" if words else "")
+                + (f" The judge refused: {refusal[:200]}" if refusal else "")
             )
     return lines
 
@@ -264,14 +264,14 @@ def markdown(results: dict) -> str:
 
 
 def pipes(header: tuple[str, ...], body: list[list[Cell]]) -> list[str]:
-    made = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for row in body:
         cells = [
             (f"**{cell.text}**" if cell.bold else cell.text) + (f" {cell.interval}" if cell.interval else "")
             for cell in row
         ]
-        made.append("| " + " | ".join(cells) + " |")
-    return made
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
 def comma_separated(results: dict) -> str:

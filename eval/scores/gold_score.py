@@ -16,7 +16,7 @@ def by_prompt(rows: Sequence[dict], field: str) -> dict[int, float]:
     for row in rows:
         if row[field] is not None:
             values[row["index"]].append(row[field])
-    return {index: sum(found) / len(found) for index, found in sorted(values.items())}
+    return {index: sum(scores) / len(scores) for index, scores in sorted(values.items())}
 
 
 def summary(replies: dict[str, list[dict]], kls: dict[str, list[dict]], seed: int) -> dict:

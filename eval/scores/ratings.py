@@ -71,8 +71,8 @@ def reason(ratings: Mapping, place: tuple) -> str:
         return "missing"
     score = ratings[place]["score"]
     if type(score) not in (int, float) or score != score or score == UNPARSED:
-        given = ratings[place].get("reason")
-        return given if given in REASONS else "unparsed"
+        reason = ratings[place].get("reason")
+        return reason if reason in REASONS else "unparsed"
     return "valid" if 1 <= score <= 10 else "out of range"
 
 

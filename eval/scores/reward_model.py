@@ -29,16 +29,16 @@ from eval.answers import heldout
 from eval.answers.generation import device, encode, encode_reply, load_tokenizer, readable
 from eval.answers.heldout import HeldoutPrompt
 from eval.errors import DataError
-from eval.files.foreign import text, whole
+from eval.files.foreign import text, whole_number
 from eval.files.jsonl import dump, last_by, read
 from eval.files.rows import usable
 from eval.scores import bootstrap, gold_score, win_rate
 
 TOKENS = 1 << 15
 """Most tokens in one forward pass."""
-KEPT, RESCORED, PREFIX = "replies.jsonl", "rescored.jsonl", "score_"
+REPLIES, RESCORED, PREFIX = "replies.jsonl", "rescored.jsonl", "score_"
 """What a trainer keeps, what is made of it, and how the numbers' names begin there."""
-_REPLY = {"iteration": whole, "index": whole, "response": text}
+_REPLY = {"iteration": whole_number, "index": whole_number, "response": text}
 
 
 @torch.no_grad()
@@ -122,7 +122,7 @@ def summary(scored: Mapping[str, Sequence[Mapping]], replies: Mapping[str, Seque
     baseline, *others = scored
     base = {(row["index"], row["sample"]): row["score"] for row in scored[baseline]}
     wins = {
-        name: [{**row, "won": _won(row["score"], base[row["index"], row["sample"]])} for row in scored[name]]
+        name: [{**row, "won": _win(row["score"], base[row["index"], row["sample"]])} for row in scored[name]]
         for name in others
     }
     characters = {
@@ -143,19 +143,17 @@ def summary(scored: Mapping[str, Sequence[Mapping]], replies: Mapping[str, Seque
     }
 
 
-def _at_equal_length(
-    wins: Sequence[Mapping], mine: Mapping[tuple, int], theirs: Mapping[tuple, int], seed: int
-) -> dict:
+def _at_equal_length(wins: Sequence[Mapping], own: Mapping[tuple, int], others: Mapping[tuple, int], seed: int) -> dict:
     places = [(row["index"], row["sample"]) for row in wins]
     number = {index: place for place, index in enumerate(dict.fromkeys(index for index, _ in places))}
-    longer = np.array([mine[place] - theirs[place] for place in places], dtype=float)
+    longer = np.array([own[place] - others[place] for place in places], dtype=float)
     units = np.array([number[index] for index, _ in places])
     estimate = win_rate.length_controlled(np.array([row["won"] for row in wins]), longer, units, len(number), seed)
     return bootstrap.Interval(*estimate, len(number)).as_dict()
 
 
-def _won(mine: float, other: float) -> float:
-    return 0.5 if mine == other else float(mine > other)
+def _win(own: float, other: float) -> float:
+    return 0.5 if own == other else float(own > other)
 
 
 def rescore(
@@ -163,25 +161,25 @@ def rescore(
 ) -> list[dict]:
     """Write and return rows {"iteration", "score_NAME": mean of all kept replies, ...} of the
     stage's kept replies, by iteration; ``start``: rows {"index", "response"} of iteration 0."""
-    if not (stage / KEPT).exists():
-        raise DataError(f"{stage / KEPT}: no such file; only a run with {stage.name}.keep_replies = true writes it")
-    kept = [{**row, "iteration": 0} for row in start] + read(stage / KEPT)
-    for place, row in enumerate(kept, 1):
+    if not (stage / REPLIES).exists():
+        raise DataError(f"{stage / REPLIES}: no such file; only a run with {stage.name}.keep_replies = true writes it")
+    replies = [{**row, "iteration": 0} for row in start] + read(stage / REPLIES)
+    for place, row in enumerate(replies, 1):
         if not usable(row, _REPLY) or not 0 <= row["index"] < len(prompts):
             raise DataError(
-                f"{stage / KEPT}, or the replies of --start, row {place} of both: {str(row)[:200]}: expected "
+                f"{stage / REPLIES}, or the replies of --start, row {place} of both: {str(row)[:200]}: expected "
                 f'{{"iteration", "index", "response"}} with an index below the {len(prompts)} prompts'
             )
-    rows = list(last_by(kept, lambda row: (row["iteration"], row["index"])).values())
+    rows = list(last_by(replies, lambda row: (row["iteration"], row["index"])).values())
     pairs = [(prompts[row["index"]], row["response"]) for row in rows]
-    made: dict[int, dict] = defaultdict(dict)
+    by_iteration: dict[int, dict] = defaultdict(dict)
     for name, folder in models.items():
-        found = defaultdict(list)
+        scores = defaultdict(list)
         for row, value in zip(rows, score(folder, pairs, limit), strict=True):
-            found[row["iteration"]].append(value)
-        for iteration, values in found.items():
-            made[iteration][PREFIX + name] = sum(values) / len(values)
-    table = [{"iteration": iteration, **values} for iteration, values in sorted(made.items())]
+            scores[row["iteration"]].append(value)
+        for iteration, values in scores.items():
+            by_iteration[iteration][PREFIX + name] = sum(values) / len(values)
+    table = [{"iteration": iteration, **values} for iteration, values in sorted(by_iteration.items())]
     dump(stage / RESCORED, table)
     return table
 
@@ -192,7 +190,7 @@ def main(arguments: list[str]) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("stage", type=Path, help=f"folder of a trainer's stage, with {KEPT}")
+    parser.add_argument("stage", type=Path, help=f"folder of a trainer's stage, with {REPLIES}")
     parser.add_argument("models", nargs="+", metavar="NAME=FOLDER", help="reward models")
     parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="the run's data/heldout.jsonl")
     parser.add_argument(
@@ -208,20 +206,20 @@ def main(arguments: list[str]) -> int:
         metavar="TOKENS",
         help="a longer prompt loses its head (default: 1024)",
     )
-    asked = parser.parse_args(arguments)
-    if asked.prompt_length < 1:
-        parser.error(f"--prompt-length {asked.prompt_length}: expected at least 1")
+    options = parser.parse_args(arguments)
+    if options.prompt_length < 1:
+        parser.error(f"--prompt-length {options.prompt_length}: expected at least 1")
     try:
-        models = dict(each.split("=", 1) for each in asked.models)
+        models = dict(each.split("=", 1) for each in options.models)
     except ValueError:
         parser.error("expected NAME=FOLDER")
     try:
         table = rescore(
-            asked.stage,
-            heldout.load(str(asked.prompts)),
+            options.stage,
+            heldout.load(str(options.prompts)),
             models,
-            asked.prompt_length,
-            read(asked.start) if asked.start else (),
+            options.prompt_length,
+            read(options.start) if options.start else (),
         )
     except DataError as error:
         print(error, file=sys.stderr)

@@ -24,22 +24,22 @@ class Text:
     """"eos", "stop" (the model began the next speaker's turn) or "length"."""
 
 
-def ngrams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
-    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+def ngrams(tokens: Sequence[str], n: int) -> list[tuple[str, ...]]:
+    return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
 
 
 def repeated_share(text: str) -> float:
     """Share of the text's word 4-grams that occurred in it before, 0..1; 0 for a text of fewer than
     four words."""
-    found = ngrams(text.split(), NGRAM)
-    return 1 - len(set(found)) / len(found) if found else 0.0
+    grams = ngrams(text.split(), NGRAM)
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def distinct(texts: Sequence[str], n: int) -> float:
     """distinct-n (Li et al. 2016): different word n-grams over all n-grams of all texts; 0 where
     there is none."""
-    found = [gram for text in texts for gram in ngrams(text.split(), n)]
-    return len(set(found)) / len(found) if found else 0.0
+    grams = [gram for text in texts for gram in ngrams(text.split(), n)]
+    return len(set(grams)) / len(grams) if grams else 0.0
 
 
 def has_role_marker(text: Text) -> bool:

@@ -53,7 +53,7 @@ def outcome(row: Mapping) -> float | None:
 
 def table(pairs: Sequence[Mapping], lengths: Mapping[tuple, int] | None, questions: Sequence[int], seed: int) -> dict:
     """model_1 -> its summary against model_2. ``lengths``: (model, question_id, turn) -> characters
-    of the answer, None where nobody knows: then nothing is said about equal length. ``questions``:
+    of the answer, None where no one knows: then nothing is said about equal length. ``questions``:
     all ids."""
     models = list(dict.fromkeys(row["model_1"] for row in pairs))
     return {
@@ -79,7 +79,7 @@ def _summary(
     both = sum(row["g1_winner"] != row["g2_winner"] for row, _ in valid)
     first = [row["g1_winner"] == "model_1" for row, _ in valid if row["g1_winner"] != "tie"]
     first += [row["g2_winner"] == "model_2" for row, _ in valid if row["g2_winner"] != "tie"]
-    found = {
+    intervals = {
         "baseline": pairs[0]["model_2"],
         "wins": counts[1.0],
         "ties": counts[0.5],
@@ -91,15 +91,15 @@ def _summary(
         "orders_disagree": both,
         "first_preferred": sum(first) / len(first) if first else None,
     }
-    if not found["covered"]:
-        return found
+    if not intervals["covered"]:
+        return intervals
     place = {question: number for number, question in enumerate(questions)}
     units = np.array([place[row["question_id"]] for row, _ in valid])
     outcomes = np.array([result for _, result in valid])
     sums, n = (np.bincount(units, weights, minlength=len(questions)) for weights in (outcomes, np.ones(len(units))))
-    found["win_rate"] = bootstrap.pooled_mean(sums, n, seed).as_dict()
+    intervals["win_rate"] = bootstrap.pooled_mean(sums, n, seed).as_dict()
     if lengths is None:
-        return found
+        return intervals
     longer = np.array(
         [
             lengths[row["model_1"], row["question_id"], row["turn"]]
@@ -109,7 +109,7 @@ def _summary(
         dtype=float,
     )
     controlled, low, high = length_controlled(outcomes, longer, units, len(questions), seed)
-    return found | {
+    return intervals | {
         "longer_by": float(longer.mean()),
         "length_controlled": {"mean": controlled, "low": low, "high": high, "units": len(questions)},
     }

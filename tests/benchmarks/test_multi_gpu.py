@@ -97,7 +97,7 @@ def test_a_job_whose_time_is_over_says_where_each_rank_is(tmp_path, monkeypatch)
     log = tmp_path / "late.log"
     while "all imported" not in log.read_text():
         time.sleep(0.05)
-    running.go = tmp_path / "never"  # the rank waits for ever
+    running.go = tmp_path / "never"  # the rank waits without end
     running.run(math.inf)
     assert running.rows[0]["error"] == "its time was over"
     assert "rank.py" in log.read_text()

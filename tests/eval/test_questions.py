@@ -94,7 +94,7 @@ def test_lines_that_python_cannot_read_are_named(tmp_path, line):
         ({"name": None}, "name = None: expected text"),
         ({"system_prompt": 3}, "system_prompt = 3: expected text"),
         ({"prompt_template": "{"}, "judge prompt single-v1: prompt_template"),
-        ({"prompt_template": "{nobody}"}, "KeyError"),
+        ({"prompt_template": "{no one}"}, "KeyError"),
         ({"prompt_template": "{0}"}, "judge prompt single-v1"),
         ({"name": "another"}, "no judge prompt single-v1"),
     ],

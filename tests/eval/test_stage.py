@@ -18,7 +18,7 @@ import pytest
 from eval.evaluation import main
 from eval.files.jsonl import dump, read
 from eval.report import curves, figures
-from eval.work_split import alone
+from eval.work_split import exclusive
 from tests.support.evaluations import prepare
 from tests.support.judge import good
 
@@ -360,7 +360,7 @@ def test_an_error_on_the_way_is_what_it_is_and_not_the_data_s(
 def test_a_second_start_in_a_folder_waits_its_turn_and_an_impossible_folder_is_named(
     done, folders, tmp_path, capsys, words
 ):
-    with alone(done.parent):
+    with exclusive(done.parent):
         assert main([str(done)]) == 75 and "another start is at work" in words()["message"]
         assert f"another start is at work in {done.parent}" in capsys.readouterr().err
     assert main([str(done)]) == 0

@@ -26,7 +26,7 @@ CUE = "\n\nAssistant:"
 
 def rows(number: int) -> list[dict]:
     """One row of each format."""
-    ask, say, no = f"Where does otter {number} live?", f"In lake {number}.", "Nobody knows."
+    ask, say, no = f"Where does otter {number} live?", f"In lake {number}.", "No one knows."
     user, assistant, worse = (
         {"role": role, "content": text} for role, text in (("user", ask), ("assistant", say), ("assistant", no))
     )

@@ -47,7 +47,7 @@ REPLY = {
 
 @pytest.fixture
 def asked(tmp_path, monkeypatch):
-    """An endpoint at an address that nobody listens at, without waits; the test fails where memory
+    """An endpoint at an address that no one listens at, without waits; the test fails where memory
     grew."""
     monkeypatch.delenv("JUDGE_KEY", raising=False)
     settings = config(type("At", (), {"url": "http://127.0.0.1:9/v1"}), tmp_path)

@@ -1,4 +1,4 @@
-"""AdamW's kernel against the same step in plain torch: the same bits, but for the last one of a
+"""AdamW's kernel against the same step in plain torch: the same bits, except for the last one of a
 weight."""
 
 import pytest

@@ -150,7 +150,7 @@ def evaluate(folder: Path, plus: int = 2, judged_by: str = "j", models: tuple = 
 
 
 def make_run(folder: Path, lr: float = 1e-3, **values) -> Path:
-    """A run with stages that nobody has heard of: "warm-up", and "dpo" where another chain has
+    """A run with stages that no one has heard of: "warm-up", and "dpo" where another chain has
     "rlhf"."""
     resources = {"dpo": {"nodes": 2, "gpus_per_node": 4}}
     write(

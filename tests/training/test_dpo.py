@@ -149,7 +149,7 @@ def test_it_begins_as_its_own_reference(reference_rows):
 
 def test_the_reference_is_asked_once_and_only_for_what_is_seen(small_run, tmp_path, capfd):
     """Two iterations of 8 queries and the 16 held-out ones; two more ask for 16 more; another SFT
-    model asks anew."""
+    model asks again."""
     run(dpo.run, 1, 1, 1, small_run.dpo(tmp_path, iterations=2))
     held = torch.load(tmp_path / "reference.pt", weights_only=True)["logprobs"]
     count = len(data(small_run, "reward_heldout"))

@@ -42,7 +42,7 @@ def case():
 
 
 def test_gae_and_whitening(case):
-    """TRL divides the squares by n - 1, we by n: the same but for that factor."""
+    """TRL divides the squares by n - 1, we by n: the same except for that factor."""
     mask, draw = case
     rewards, values = draw() * mask, draw()
     _, theirs, returns = PPOTrainer.compute_advantages(SimpleNamespace(config=CONFIG), values, rewards, mask.float())

@@ -231,7 +231,7 @@ def test_the_reward_model_s_zero_is_arbitrary(small_run, tmp_path):
 def test_a_reward_model_without_a_bias_is_refused(tmp_path):
     (tmp_path / "state.json").write_text("{}")
     with pytest.raises(
-        ConfigError, match="holds no reward_bias: it was made by an earlier version; train the reward model anew"
+        ConfigError, match="holds no reward_bias: it was made by an earlier version; train the reward model again"
     ):
         reward_bias.stored(tmp_path)
 

@@ -41,7 +41,7 @@ def test_packed_training_equals_unpacked_training(small_run, tmp_path, layout, v
 
 def test_the_loss_is_that_of_hugging_face_with_labels(small_run, tmp_path):
     """``model(labels=...)`` on the same examples, prompt and padding at -100: the first step's loss
-    (packed, two ranks) and the held-out one. Rows, ids and EOS are made anew here."""
+    (packed, two ranks) and the held-out one. Rows, ids and EOS are made again here."""
     config = small_run.sft(tmp_path, iterations=1, lr=1e-30, seq_length=96, global_batch_size=16)
     config = replace(config, paths=replace(config.paths, init=str(small_run.folder / "sft")))
     run(sft.run, 1, 2, 1, replace(config, pipeline_parallel=2))

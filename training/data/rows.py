@@ -217,8 +217,8 @@ def _prompt(row: dict, earlier: list, style: Style) -> Prompt:
     if spoken[0][0] == "assistant":  # they go on from the prompt
         return style.continued(prompt, earlier, where)
     conversation = style.conversation(earlier, "turns before the reply")
-    asked = [(role, content.strip()) for role, content in spoken]
-    if style.question(prompt) != conversation and ("user", prompt.strip()) not in asked:
+    earlier_turns = [(role, content.strip()) for role, content in spoken]
+    if style.question(prompt) != conversation and ("user", prompt.strip()) not in earlier_turns:
         raise BadRow(
             f"prompt: {short(prompt)}: none of the messages before the reply; leave out the field, or the messages"
         )

@@ -161,8 +161,8 @@ class ChatTemplate:
             pairs = first + 1 + len(replies)
             turns = [_Turn(index, *rendered[pairs + 2 * at : pairs + 2 * at + 2]) for at, index in enumerate(earlier)]
             try:
-                prompt, *wholes = (_sound(texts[at]) for at in range(first, pairs))
-                results.append((self._row(row, prompt, wholes, turns, stage), None))
+                prompt, *fulls = (_sound(texts[at]) for at in range(first, pairs))
+                results.append((self._row(row, prompt, fulls, turns, stage), None))
             except BadRow as error:
                 results.append((None, error))
             except TemplateError as error:
@@ -177,11 +177,11 @@ class ChatTemplate:
             for (at, result), encoding in zip(sound.items(), encodings, strict=True)
         }
 
-    def _row(self, row: Row, prompt: _Text, wholes: list[_Text], turns: list[_Turn], stage: str) -> Tokenised:
+    def _row(self, row: Row, prompt: _Text, fulls: list[_Text], turns: list[_Turn], stage: str) -> Tokenised:
         opening = len(self.bos) if prompt.ids[: len(self.bos)] == self.bos else 0
         replies, learnt, first = [], [], len(prompt.ids)
-        for whole in wholes:
-            reply = self._reply(row, prompt, whole)
+        for full in fulls:
+            reply = self._reply(row, prompt, full)
             end = next((at + 1 for at, number in enumerate(reply) if number in self.stop_ids), None)
             if end is None:  # the template writes no end: the tokenizer's own stands for it
                 reply, end = [*reply, self.tokenizer.eos_id], len(reply) + 1
@@ -190,18 +190,18 @@ class ChatTemplate:
             replies.append(reply if stage == "sft" else reply[:end])
         return Tokenised(prompt.ids, replies, list(row.scores) if stage == "reward" else [], opening, learnt)
 
-    def _reply(self, row: Row, prompt: _Text, whole: _Text) -> list[int]:
+    def _reply(self, row: Row, prompt: _Text, full: _Text) -> list[int]:
         """Ids that follow the prompt's. Where a token of the whole conversation reaches over the
         boundary, the reply is tokenised apart, as the rollout has it."""
-        before, text = prompt.rendered.text, whole.rendered.text
+        before, text = prompt.rendered.text, full.rendered.text
         if not text.startswith(before):
             raise BadRow(
                 f"messages[{len(row.prompt.messages)}]: the chat template does not go on from its own beginning: with "
                 f"the assistant's mark it writes {_around(before, text)}, with the reply {_around(text, before)}; "
                 f"{TEXT_FIX}"
             )
-        if whole.ids[: len(prompt.ids)] == prompt.ids:
-            return whole.ids[len(prompt.ids) :]
+        if full.ids[: len(prompt.ids)] == prompt.ids:
+            return full.ids[len(prompt.ids) :]
         return self.tokenizer.encode_replies([text[len(before) :]])[0]
 
     def _spans(self, row: Row, prompt: _Text, turns: list[_Turn]) -> list[tuple[int, int]]:

@@ -63,7 +63,7 @@ def _replacements():
         (torch.cuda, "current_stream", _InOrder),
         (torch.cuda, "default_stream", _InOrder),
         (torch.cuda, "stream", lambda stream: contextlib.nullcontext()),
-        # Without CUDA these four are queued for ever instead of failing: seeds would be ignored
+        # Without CUDA these four are queued without end instead of failing: seeds would be ignored
         # silently.
         (torch.cuda, "manual_seed", torch.default_generator.manual_seed),
         (torch.cuda, "get_rng_state", lambda device=None: torch.get_rng_state()),

@@ -75,8 +75,8 @@ def check_sum(rank: int, world: int, address: str, port: int) -> str:
         if not work.wait(timedelta(seconds=TIMEOUT_S)):
             return f"no sum within {TIMEOUT_S} s"
         torch.cuda.synchronize()
-        wanted = world * (world + 1) / 2
-        wrong = int((values != wanted).sum())
+        expected = world * (world + 1) / 2
+        wrong = int((values != expected).sum())
         return f"{wrong} of {ELEMENTS} sums are wrong" if wrong else ""
     except (RuntimeError, ValueError) as error:
         return str(error).splitlines()[0]

@@ -50,13 +50,13 @@ def without_optimization() -> None:
     transformers needs its docstrings, so do our ``--help`` texts, and megatron-core's asserts guard
     a run. eval has this too.
     """
-    words = sys.orig_argv
-    ours = (
-        (*words, "")[words.index("-m") + 1].split(".")[0] in PROGRAMS
-        if "-m" in words
+    command = sys.orig_argv
+    is_own = (
+        (*command, "")[command.index("-m") + 1].split(".")[0] in PROGRAMS
+        if "-m" in command
         else sys.argv[0].endswith("/convoy")
     )
-    kept = [word for word in words if word not in ("-O", "-OO")]
-    if sys.flags.optimize and ours and (len(kept) < len(words) or "PYTHONOPTIMIZE" in os.environ):
+    without_flag = [word for word in command if word not in ("-O", "-OO")]
+    if sys.flags.optimize and is_own and (len(without_flag) < len(command) or "PYTHONOPTIMIZE" in os.environ):
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONOPTIMIZE"}
-        os.execve(sys.executable, [sys.executable, *kept[1:]], environment)
+        os.execve(sys.executable, [sys.executable, *without_flag[1:]], environment)

@@ -26,8 +26,8 @@ class Metrics:
     def __init__(self, stage: str | Path, total: int, resumed: int = 0, mirrors: Sequence = ()):
         self.path, self.total = Path(stage) / "metrics.jsonl", total
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in self._lines() if json.loads(line)["iteration"] <= resumed]
-        atomic.write_text(self.path, "".join(kept))
+        lines = [line for line in self._lines() if json.loads(line)["iteration"] <= resumed]
+        atomic.write_text(self.path, "".join(lines))
         self.file = self.path.open("a", encoding="utf-8")
         self.events = SummaryWriter(str(Path(stage) / "tensorboard"), purge_step=resumed + 1)
         self.started, self.resumed, self.mirrors = time.monotonic(), resumed, mirrors
@@ -55,11 +55,11 @@ class Metrics:
             numbers = "  ".join(f"{name} {values[name]:.4g}" for name in headline if name in values)
             print(f"iteration {iteration}/{self.total}  {numbers}  ETA {left:.0f} s", flush=True)
 
-    def show(self, iteration: int, said: list[tuple[str, str]]) -> None:
+    def show(self, iteration: int, samples: list[tuple[str, str]]) -> None:
         """Prompts with replies, in the log and as TensorBoard's text."""
-        if said:
-            print(as_lines(said), flush=True)
-            self.events.add_text("samples", as_markdown(said), iteration)
+        if samples:
+            print(as_lines(samples), flush=True)
+            self.events.add_text("samples", as_markdown(samples), iteration)
 
     def close(self) -> None:
         self.file.close()
@@ -68,16 +68,16 @@ class Metrics:
             mirror.close()
 
 
-def as_markdown(said: list[tuple[str, str]]) -> str:
+def as_markdown(samples: list[tuple[str, str]]) -> str:
     """For TensorBoard: each prompt and its reply, line ends kept."""
     return "\n\n---\n\n".join(
-        "\n".join(f"    {line}" for line in f"{prompt}⟶{reply}".splitlines()) for prompt, reply in said
+        "\n".join(f"    {line}" for line in f"{prompt}⟶{reply}".splitlines()) for prompt, reply in samples
     )
 
 
-def as_lines(said: list[tuple[str, str]], longest: int = 300) -> str:
+def as_lines(samples: list[tuple[str, str]], longest: int = 300) -> str:
     """For the log: a line each, the end of a long prompt and the start of a long reply."""
     return "\n".join(
         f"  sample: {('...' + prompt[-longest:] if len(prompt) > longest else prompt)!r} -> {reply[:longest]!r}"
-        for prompt, reply in said
+        for prompt, reply in samples
     )

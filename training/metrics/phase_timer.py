@@ -30,14 +30,14 @@ class Phases:
     def metrics(self, tokens: dict[str, float]) -> dict[str, float]:
         """``tokens``: of each phase over all ranks -> seconds_NAME, tokens_per_second_NAME and
         peak_gb_NAME. A collective."""
-        made: dict[str, float] = {}
+        seconds_by_phase: dict[str, float] = {}
         for (name, seconds), peak in zip(self.seconds.items(), highest(list(self.peaks.values())), strict=True):
-            made |= {
+            seconds_by_phase |= {
                 f"seconds_{name}": seconds,
                 f"tokens_per_second_{name}": tokens[name] / seconds,
                 f"peak_gb_{name}": peak,
             }
-        return made
+        return seconds_by_phase
 
 
 def highest(values: list[float]) -> list[float]:
@@ -62,5 +62,5 @@ def peak_gb() -> float:
     """GB (1e9 bytes) at the worst moment since ``reset_peak``."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
-    return int(found[1]) * 1024 / 1e9 if found else 0.0
+    match = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
+    return int(match[1]) * 1024 / 1e9 if match else 0.0

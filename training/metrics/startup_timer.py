@@ -40,11 +40,11 @@ def compiling() -> str:
     seconds = dynamo.calculate_time_spent()["total_wall_time"] if dynamo else 0.0
     if not seconds:
         return ""
-    found, made = (dynamo.counters["inductor"][f"fxgraph_cache_{what}"] for what in ("hit", "miss"))
-    return f" (compiling {seconds:.1f} s of it, {found} of {found + made} graphs kept from before)"
+    hits, misses = (dynamo.counters["inductor"][f"fxgraph_cache_{what}"] for what in ("hit", "miss"))
+    return f" (compiling {seconds:.1f} s of it, {hits} of {hits + misses} graphs kept from before)"
 
 
-def words() -> str:
+def report() -> str:
     """For the log: each part with its seconds, and their sum; compiling is in the last."""
     parts = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in _parts.items())
     return f"start: {parts}{compiling()}; together {sum(_parts.values()):.1f} s"

@@ -45,9 +45,9 @@ def check(config: TrainerConfig) -> None:
             "mlflow: a user name or password in the address would be written into config.json; put it into "
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (profile: secrets)"
         )
-    asked = {"wandb": config.wandb != "off", "mlflow": bool(config.mlflow)}
+    requested = {"wandb": config.wandb != "off", "mlflow": bool(config.mlflow)}
     for module, package in PACKAGES.items():
-        if asked[module] and importlib.util.find_spec(module) is None:
+        if requested[module] and importlib.util.find_spec(module) is None:
             raise ConfigError(
                 f"{module} = {getattr(config, module)!r}: the package is not installed where the ranks run; "
                 f"python -m pip install {package}, or leave the key out"
@@ -63,27 +63,27 @@ def start(config: TrainerConfig) -> list[Wandb | Mlflow]:
     """The trackers that ``config`` asks for and that answer; on one rank only."""
     file = Path(config.paths.output) / "trackers.json"
     runs = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    asked = [("wandb", Wandb)] * (config.wandb != "off") + [("mlflow", Mlflow)] * bool(config.mlflow)
-    made: list[Wandb | Mlflow] = []
+    requested = [("wandb", Wandb)] * (config.wandb != "off") + [("mlflow", Mlflow)] * bool(config.mlflow)
+    trackers: list[Wandb | Mlflow] = []
     for variable, value in PATIENCE.items():
         os.environ.setdefault(variable, value)
-    if asked:
+    if requested:
         reach_loopback_directly()
-    for module, kind in asked:
+    for module, kind in requested:
         package = importlib.import_module(module)
         try:
-            made.append(kind(package, config, runs.get(module, "")))
+            trackers.append(kind(package, config, runs.get(module, "")))
         except (_errors(package), OSError) as error:  # requests' errors are OSErrors
             print(
                 f"warning: {module} does not answer, the run goes on without it: {error}{_proxy(config, module)}",
                 flush=True,
             )
         else:
-            runs[module] = made[-1].number
-    if made:
+            runs[module] = trackers[-1].number
+    if trackers:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(runs), encoding="utf-8")
-    return made
+    return trackers
 
 
 def reach_loopback_directly() -> None:
@@ -149,8 +149,10 @@ class Mlflow:
     def __init__(self, mlflow, config: TrainerConfig, number: str):
         self.mlflow, self.client, self.number = mlflow, mlflow.MlflowClient(config.mlflow), number
         if not number:
-            found = self.client.get_experiment_by_name(config.tracking_project)
-            experiment = found.experiment_id if found else self.client.create_experiment(config.tracking_project)
+            experiment = self.client.get_experiment_by_name(config.tracking_project)
+            experiment = (
+                experiment.experiment_id if experiment else self.client.create_experiment(config.tracking_project)
+            )
             self.number = self.client.create_run(experiment, run_name=name(config)).info.run_id
             for key, value in asdict(config).items():
                 self.client.log_param(self.number, key, value)

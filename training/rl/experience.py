@@ -78,12 +78,12 @@ def roll_out(
     ranks share them out. A collective."""
     ranks, count = groups.data_ranks(), len(prompts)
     order = [*range(count), *[count - 1] * (-count % ranks)]
-    mine = shard(order, groups.data_rank(), ranks)
+    local = shard(order, groups.data_rank(), ranks)
     sampling = Sampling(config.response_length, config.temperature)
-    made = policy.generate([Request(prompts[index], sampling, uniforms[index]) for index in mine])
+    completions = policy.generate([Request(prompts[index], sampling, uniforms[index]) for index in local])
     replies = [
         (Example([*prompts[index], *one.tokens], len(prompts[index])), one.logprobs)
-        for index, one in zip(mine, made, strict=True)
+        for index, one in zip(local, completions, strict=True)
     ]
     everyone: list = [None] * ranks
     dist.all_gather_object(everyone, replies, group=parallel_state.get_data_parallel_group())

@@ -45,7 +45,7 @@ class Gate(NamedTuple):
     metric: str
     key: str
     highest: bool
-    words: str
+    text: str
     magnitude: bool = False
     """The limit is that of the number without its sign."""
 
@@ -93,14 +93,14 @@ class Gates:
                 continue
             limit, value = getattr(config, gate.key), abs(value) if gate.magnitude else value
             if not (value <= limit if gate.highest else value >= limit):
-                bad[gate.key] = f"{gate.words} = {value:.4g}, {gate.key} = {limit:g}"
+                bad[gate.key] = f"{gate.text} = {value:.4g}, {gate.key} = {limit:g}"
         self.breaches = {key: count + 1 if key in bad else 0 for key, count in self.breaches.items()}
-        said = {key: f"{words}, {self.breaches[key]} iterations in a row" for key, words in bad.items()}
-        for key, words in said.items():
+        breaches = {key: f"{text}, {self.breaches[key]} iterations in a row" for key, text in bad.items()}
+        for key, text in breaches.items():
             if config.gate_stop and self.breaches[key] >= config.gate_stop:
-                raise Unhealthy(f"stopped by a health gate at iteration {iteration}: {words}; not saved")
-        pausing = [words for key, words in said.items() if self.breaches[key] == config.gate_pause]
-        return list(said.values()), "; ".join(pausing)
+                raise Unhealthy(f"stopped by a health gate at iteration {iteration}: {text}; not saved")
+        pausing = [text for key, text in breaches.items() if self.breaches[key] == config.gate_pause]
+        return list(breaches.values()), "; ".join(pausing)
 
     def state_dict(self) -> dict[str, int]:
         return self.breaches

@@ -73,16 +73,16 @@ class Plan:
         summed over ranks. A collective."""
         seen = on_device({name: batch[name] for name in ("tokens", "response_mask")})
         count, width = batch["tokens"].shape
-        whole = torch.zeros(count * width + 1, device=groups.device())
+        flat = torch.zeros(count * width + 1, device=groups.device())
         for _, alike in itertools.groupby(
             range(len(self.minibatches)), key=lambda number: self.minibatches[number][1:]
         ):
             chosen = list(alike)  # of one shape: one run of the pipeline
             values = look(model, [micro for number in chosen for micro in self.micro_batches(seen, number)], read)
-            whole[torch.cat([self._laid_out(number, width)[0] for number in chosen])] = (
+            flat[torch.cat([self._laid_out(number, width)[0] for number in chosen])] = (
                 values  # padding, -1, all goes to the last place
             )
-        return groups.sum_over_data(whole)[:-1].view(count, width).cpu()
+        return groups.sum_over_data(flat)[:-1].view(count, width).cpu()
 
     def _laid_out(self, minibatch: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(rows, length) each, on the device: where each token stands in the flattened samples of
@@ -136,7 +136,7 @@ def plan(
         if packed:
             layout = lay_out(part, limits)
         else:
-            layout = alone(len(part), padded_length(lengths, multiple), config.micro_batch_size, ranks * group)
+            layout = one_layout(len(part), padded_length(lengths, multiple), config.micro_batch_size, ranks * group)
         layouts.append(layout._replace(rows=[[chosen[number] for number in row] for row in layout.rows]))
     efficiency = sum(lengths) / sum(len(layout.rows) * layout.length for layout in layouts)
     return Plan(
@@ -162,6 +162,6 @@ def epochs(config: RolloutConfig, shape: Shape, lengths: list[int], iteration: i
     return [plan(config, shape, lengths, minibatch, order) for order in orders]
 
 
-def alone(count: int, length: int, size: int, unit: int) -> Layout:
+def one_layout(count: int, length: int, size: int, unit: int) -> Layout:
     """One sample a row; empty rows up to a multiple of ``unit`` micro-batches of ``size`` rows."""
     return Layout([[sample] for sample in range(count)] + [[] for _ in range(-count % (size * unit))], length, size)

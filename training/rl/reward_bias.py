@@ -51,11 +51,11 @@ def answer(config: RewardConfig, inputs: Inputs) -> None:
         model, inputs.shape.with_tokens(inputs.tokenizer.ids), limits(config.seq_length), inputs.rows.stop_ids
     )
     responses = replies(replicas, prompts, steps, draws(config.seed, 0, count, steps))
-    made = [Example(prompt + response, len(prompt)) for prompt, response in zip(prompts, responses, strict=True)]
+    sampled = [Example(prompt + response, len(prompt)) for prompt, response in zip(prompts, responses, strict=True)]
     if groups.is_main():
         path = Path(config.paths.output) / RESPONSES
         path.parent.mkdir(parents=True, exist_ok=True)
-        stored = [(response.tokens, response.response_start) for response in made]
+        stored = [(response.tokens, response.response_start) for response in sampled]
         atomic.write_text(path, json.dumps({"made_from": _made_from(config), "responses": stored}) + "\n")
     del model, replicas
     gc.collect()
@@ -73,8 +73,8 @@ def read(config: RewardConfig) -> list[Example]:
 def _read(config: RewardConfig) -> list | None:
     """The file's responses, if they are what ``answer`` would make now."""
     path = Path(config.paths.output) / RESPONSES
-    held = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"made_from": ""}
-    return held["responses"] if held["made_from"] == _made_from(config) else None
+    stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"made_from": ""}
+    return stored["responses"] if stored["made_from"] == _made_from(config) else None
 
 
 def _made_from(config: RewardConfig) -> str:
@@ -96,11 +96,11 @@ def bias(
     if not responses:
         return 0.0
     ended = [response for response in responses if response.tokens[-1] in stop_ids] or responses
-    mine = ended[groups.data_rank() :: groups.data_ranks()]
+    local = ended[groups.data_rank() :: groups.data_ranks()]
     sums = torch.zeros(2, dtype=torch.double)
-    if mine:
+    if local:
         sums = torch.stack(
-            (rewards(config, learner, mine, pad_id).double().sum(), torch.tensor(float(len(mine))).double())
+            (rewards(config, learner, local, pad_id).double().sum(), torch.tensor(float(len(local))).double())
         )
     total, count = groups.sum_over_data(sums.to(groups.device())).tolist()
     return -total / count
@@ -125,7 +125,7 @@ def stored(reward_checkpoint: Path) -> float:
     state = json.loads(path.read_text(encoding="utf-8"))
     if "reward_bias" not in state:
         raise ConfigError(
-            f"{path} holds no reward_bias: it was made by an earlier version; train the reward model anew "
+            f"{path} holds no reward_bias: it was made by an earlier version; train the reward model again "
             "(python -m launcher resume RUN --from reward)"
         )
     return state["reward_bias"]

@@ -148,7 +148,7 @@ class Boundary:
             return
         if self.is_first:
             startup_timer.mark("first iteration")
-            print(startup_timer.words(), flush=True)
+            print(startup_timer.report(), flush=True)
             self.is_first = False
         in_log = logs(self.config, iteration) or evaluates(self.config, iteration)
         self.metrics.log(iteration, self.headline if in_log else (), **values)

@@ -58,12 +58,12 @@ def calibration(sums: torch.Tensor) -> dict[str, float]:
     """
     pairs, right, confidence = sums
     error = ((right - confidence).abs().sum() / pairs.sum()).item()
-    found = {
+    metrics = {
         f"heldout_accuracy_at_{edge}": hit / count
         for edge, count, hit in zip(CONFIDENCE, pairs.tolist(), right.tolist(), strict=True)
         if count
     }
-    return {"heldout_calibration_error": round(error, 4), **found}
+    return {"heldout_calibration_error": round(error, 4), **metrics}
 
 
 def length_bias(sums: torch.Tensor) -> dict[str, float]:
@@ -72,13 +72,13 @@ def length_bias(sums: torch.Tensor) -> dict[str, float]:
     (left out where there is none): a model that reads the length alone has 1 and 0."""
     count, reward, length, rewards, lengths, products, shorter, shorter_right, longer, longer_right = sums.tolist()
     spread = (count * rewards - reward**2) * (count * lengths - length**2)
-    found = {
+    metrics = {
         "heldout_length_correlation": (count * products - reward * length) / math.sqrt(spread) if spread > 0 else 0.0
     }
     for name, pairs, right in (("shorter", shorter, shorter_right), ("longer", longer, longer_right)):
         if pairs:
-            found[f"heldout_accuracy_{name}"] = right / pairs
-    return found
+            metrics[f"heldout_accuracy_{name}"] = right / pairs
+    return metrics
 
 
 def length_sums(rewards: torch.Tensor, scores: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

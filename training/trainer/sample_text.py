@@ -60,7 +60,7 @@ class Samples:
         return bool(self.every) and iteration % self.every == 0
 
 
-KEPT = "replies.jsonl"
+REPLIES = "replies.jsonl"
 
 
 def keep(
@@ -70,7 +70,7 @@ def keep(
     (B, T), to the stage's replies.jsonl: {"iteration", "index" (of the prompt's row), "response",
     "tokens" (generated ids), "ended"}. An iteration that is evaluated again, after a crash, stands
     there twice, alike."""
-    with open(Path(stage) / KEPT, "a", encoding="utf-8") as file:
+    with open(Path(stage) / REPLIES, "a", encoding="utf-8") as file:
         for index, (row, inside) in enumerate(zip(batch["tokens"], batch["response_mask"], strict=True)):
             tokens = row[inside].tolist()
             made = {

@@ -122,14 +122,14 @@ class Learner:
         # made.
         norm = self.optimizer.gradient_norm()
         metrics, grad_norm = _means(sums, objective.names), norm.item()
-        if made := self.guard.admits(metrics, grad_norm):
+        if update := self.guard.admits(metrics, grad_norm):
             self.schedule.step(1)
             self.optimizer.update(norm)
         return {
             **metrics,
             "lr": self.optimizer.param_groups[0]["lr"],
             "grad_norm": grad_norm,
-            "skipped_updates": float(not made),
+            "skipped_updates": float(not update),
         }
 
     def _reduce(self, model: list, tokens: torch.Tensor, **kwargs) -> None:

@@ -299,4 +299,4 @@ def test_a_template_without_a_system_turn_is_known_in_advance(seven, tmp_path, c
 )
 def test_a_request_that_is_none_is_refused(body):
     with pytest.raises(ValueError):
-        serve.wanted(body.encode())
+        serve.parse_request(body.encode())

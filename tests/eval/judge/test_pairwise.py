@@ -17,7 +17,7 @@ NO_SCORES = {"models": {}, "differences": {}, "baseline": ""}
 
 
 def made() -> dict[str, list[dict]]:
-    """The answers of "rlhf" are longer than those of "sft" but for the first question."""
+    """The answers of "rlhf" are longer than those of "sft" except for the first question."""
     one, two = answers("mine")["sft"], answers("mine, at greater length,")["sft"]
     two[0] = answers("m")["sft"][0]
     return {"sft": one, "rlhf": [row | {"model_id": "rlhf"} for row in two]}

@@ -109,7 +109,7 @@ def test_a_table_by_hand():
 
 @pytest.mark.parametrize("questions, lower, bold", [(6, 0, True), (5, 0, False), (8, 4, False)])
 def test_bold_is_for_differences_that_are_separated_from_zero(questions, lower, bold):
-    """b is one point above a in every question, but for the first ``lower``, where it is one
+    """b is one point above a in every question, except for the first ``lower``, where it is one
     below."""
     places = [(question, turn) for question in range(questions) for turn in (1, 2)]
     a = judgments("a", dict.fromkeys(places, 5))

@@ -1,4 +1,4 @@
-"""The cache of token ids: the rows themselves, made once, whole or not there, made anew when what
+"""The cache of token ids: the rows themselves, made once, whole or not there, made again when what
 it came from has changed."""
 
 from __future__ import annotations

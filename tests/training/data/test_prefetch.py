@@ -43,7 +43,7 @@ def test_the_next_batch_is_made_while_this_one_is_in_use():
     for step in range(5):
         next(batches)
         for _ in range(2 if step == 0 else 1 if step < 4 else 0):
-            assert made.acquire(timeout=30), "nobody asked for it, and it is made"
+            assert made.acquire(timeout=30), "no one asked for it, and it is made"
         assert len(taken) == min(step + 2, 5)
 
 

@@ -30,7 +30,7 @@ def test_a_second_process_of_a_run_finds_the_graphs_of_the_first_and_the_log_say
     code = (
         "import torch; from training.metrics import startup_timer as clock; clock.mark('imports'); assert not "
         "clock.compiling(); torch.compile(torch.mm)(torch.ones(4, 4), torch.ones(4, 4)); clock.mark('first "
-        "iteration'); print(clock.words())"
+        "iteration'); print(clock.report())"
     )
     for found in (0, 1):
         said = subprocess.run(

@@ -35,7 +35,7 @@ class Recorder:
         found = []
         for table, length in zip(batch.table, batch.lengths.tolist(), strict=True):
             pages = table[: -(-length // cache.size(4))].long()
-            assert (pages > 0).all(), "page 0 is nobody's"
+            assert (pages > 0).all(), "page 0 is no one's"
             keys, values = (part[pages, 0].reshape(-1)[:length].long().tolist() for part in cache[0])
             assert values == list(range(length)), "another row's page, or one not filled yet"
             found.append(keys)

@@ -55,7 +55,7 @@ def draw():
 
 
 def test_seeds_take_effect_on_the_cpu():
-    """Without CUDA torch.cuda.manual_seed is queued for ever: ranks would silently share, or not
+    """Without CUDA torch.cuda.manual_seed is queued without end: ranks would silently share, or not
     share, their randomness."""
     first, again = run(draw, 2, 1, 2), run(draw, 2, 1, 2)
     assert first == again
@@ -138,7 +138,7 @@ def test_saving_starts_no_helper_that_outlives_it(small_run, tmp_path):
 
 
 def test_undeclared_needs_of_megatron_core_are_declared_by_us():
-    """Without psutil a checkpoint's writer dies and the save hangs for ever."""
+    """Without psutil a checkpoint's writer dies and the save hangs without end."""
     parser = configparser.ConfigParser()
     parser.read(ROOT / "setup.cfg")
     assert {"psutil", "einops", "packaging"} <= set(parser["options"]["install_requires"].split())

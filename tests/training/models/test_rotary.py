@@ -32,7 +32,7 @@ def scores(offset: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def test_a_score_depends_on_the_distance_alone_but_for_rounding():
-    """Packing needs no reset but for rounding: 5e-5 at 8,000 tokens, that of the fp32 angles; in
+    """Packing needs no reset except for rounding: 5e-5 at 8,000 tokens, that of the fp32 angles; in
     bf16 half a percent wherever a row stands, as much as rounding sines and cosines costs anyway.
     With the reset a packed row's angles are the very same numbers."""
     exact = scores(0, torch.float64)

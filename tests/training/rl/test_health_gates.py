@@ -60,7 +60,7 @@ def test_a_gate_warns_then_pauses_then_stops(metric, value, words):
     for iteration in (5, 6):
         (warning,), pause = gates.judge(iteration, bad)
         assert words in warning and not pause
-    assert gates.judge(7, HEALTHY) == ([], ""), "a good iteration begins the count anew"
+    assert gates.judge(7, HEALTHY) == ([], ""), "a good iteration begins the count again"
     assert [bool(gates.judge(iteration, bad)[1]) for iteration in (8, 9, 10)] == [False, False, True]
     resumed = Gates(gates.config)
     resumed.load_state_dict(json.loads(json.dumps(gates.state_dict())))
