@@ -101,10 +101,10 @@ def _ends(tokenizer: Tokenizer) -> list[int]:
     template that can't be rendered was not trained with."""
     try:
         template = ChatTemplate.read(tokenizer)
+        own = template.stop_ids if template else ()
     except ConfigError:
-        template = None
-    turn_end = () if template is None or template.turn_end is None else (template.turn_end,)
-    return list(dict.fromkeys((*tokenizer.stop_ids, *turn_end)))
+        own = ()
+    return list(dict.fromkeys((*tokenizer.stop_ids, *own)))
 
 
 def _set_class(folder: Path) -> None:

@@ -23,6 +23,7 @@ from training.data.examples import sft_example
 from training.data.rows import HH_TEXT, Row
 from training.data.source import lines
 from training.data.styles import Chat, Style
+from training.data.template import of_checkpoint
 from training.data.tokenised import RowTokenizer
 from training.errors import ConfigError, DataError
 
@@ -54,7 +55,7 @@ def inspect(file: str, most: int, settings: dict) -> list[str]:
     or cut. Raises DataError for bad data, ConfigError for a model that can't take it."""
     data = build(DataConfig, settings.get("data", {}), "data")
     model = settings.get("model")
-    tokenizer = row_tokenizer(data, model)
+    tokenizer = of_checkpoint(data, model["checkpoint"]) if model else None
     counts, rows = Counter(), []
     style, check = (tokenizer.style(), tokenizer.problems) if tokenizer else (_style(data, model), None)
     echoes, size = formats.Echoes(), 0
@@ -73,17 +74,6 @@ def inspect(file: str, most: int, settings: dict) -> list[str]:
         warnings = prepared(settings, tokenizer) if is_complete else [*warnings, *sampled(rows, settings, tokenizer)]
     first = f"{file}: {_sentence(counts, rows, is_complete)}"
     return [*([f"{first}; {_template(tokenizer)}", *_shown(rows[0], tokenizer)] if tokenizer else [first]), *warnings]
-
-
-def row_tokenizer(data: DataConfig, model: dict | None) -> RowTokenizer | None:
-    """How the model's rows are tokenised; None without a model, and for the demo's, whose tokenizer
-    is trained on all rows."""
-    if not model or model["checkpoint"] == "demo":
-        return None
-    from training.data.template import by_setting
-    from training.data.tokenizer import Tokenizer
-
-    return by_setting(data, Tokenizer(model["checkpoint"]))
 
 
 def _style(data: DataConfig, model: dict | None) -> Style:

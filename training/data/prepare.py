@@ -25,7 +25,7 @@ from training.data.cache import cached
 from training.data.rows import HH_TEXT
 from training.data.sorting import STAGES, TOKENIZER_ROWS, Writer, from_demo, from_source, names
 from training.data.source import lines
-from training.data.template import by_setting
+from training.data.template import of_checkpoint
 from training.data.tokenised import RowTokenizer
 from training.data.tokenizer import Tokenizer
 from training.errors import ConfigError, DataError
@@ -57,7 +57,7 @@ def prepare(config: PrepareConfig) -> dict:
     folder, own = Path(config.paths.output), config.model.checkpoint == "demo"
     with Writer(folder) as writer:
         inputs = _inputs(config)
-        rows = by_setting(config.data, None if own else Tokenizer(config.model.checkpoint))
+        rows = of_checkpoint(config.data, config.model.checkpoint)
         read = _sorted(config.data, writer, rows)
         if own:
             write_demo_model(config, writer.rows("sft.jsonl"))

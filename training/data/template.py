@@ -64,8 +64,6 @@ class ChatTemplate:
     template: str
     tokens: dict[str, str]
     """"bos_token", "eos_token", ... -> text."""
-    turn_end: int | None = None
-    """Id that the template writes behind a reply; None where that is no token of its own."""
     arguments: dict = field(default_factory=dict)
     """Variables for the template in every row (``data.chat_template_kwargs``)."""
     last_only: bool = False
@@ -75,14 +73,18 @@ class ChatTemplate:
     @classmethod
     def read(cls, tokenizer: Tokenizer) -> ChatTemplate | None:
         """The template of the tokenizer's folder; None where it has none. Raises ConfigError for
-        one that can't render a question and its reply."""
-        folder = tokenizer.file.parent
-        template, tokens = _choose(folder)
-        if not template:
-            return None
+        damaged files."""
+        template, tokens = _choose(tokenizer.file.parent)
+        return cls(tokenizer, template, tokens) if template else None
+
+    @functools.cached_property
+    def turn_end(self) -> int | None:
+        """Id that the template writes behind a reply; None where that is no token of its own.
+        Raises ConfigError for a template that can't render a question and its reply."""
+        folder = self.tokenizer.file.parent
         try:
             request = Request([USER, ASSISTANT], cue=False)
-            text = next(chat_template.render_all(template, [request], tokens)).text
+            text = next(chat_template.render_all(self.template, [request], self.tokens)).text
         except TemplateError as error:
             raise ConfigError(f"model.checkpoint: {folder}: {error}; {TEXT_FIX}") from None
         if USER["content"] not in text or ASSISTANT["content"] not in text:
@@ -90,10 +92,10 @@ class ChatTemplate:
                 f"model.checkpoint: {folder}: the chat template leaves out a question or its reply: it makes "
                 f"{hf_folder.shown(repr(text), 160)} of {[USER, ASSISTANT]}; {TEXT_FIX}"
             )
-        (encoding,) = tokenizer.encodings([text])
+        (encoding,) = self.tokenizer.encodings([text])
         after = text.rindex(ASSISTANT["content"]) + 1
         behind = (number for number, (at, _) in zip(encoding.ids, encoding.offsets, strict=True) if at >= after)
-        return cls(tokenizer, template, tokens, next((number for number in behind if number in tokenizer.added), None))
+        return next((number for number in behind if number in self.tokenizer.added), None)
 
     @functools.cached_property
     def bos(self) -> list[int]:
@@ -118,7 +120,7 @@ class ChatTemplate:
     @property
     def digest(self) -> list:
         """What a conversation's ids depend on, in addition to the tokenizer and the row."""
-        return [self.template, self.tokens, self.turn_end, *self.tokenizer.stop_ids]
+        return [self.template, self.tokens, *self.tokenizer.stop_ids]
 
     def style(self) -> Chat:
         """The style of rows for this template."""
@@ -234,11 +236,18 @@ class ChatTemplate:
         return BadRow(f"messages[{at}] ({messages[at]['role']}): {error}")
 
 
+def of_checkpoint(data: DataConfig, checkpoint: str) -> RowTokenizer | None:
+    """``by_setting`` for ``model.checkpoint``."""
+    return by_setting(data, None if checkpoint == "demo" else Tokenizer(checkpoint))
+
+
 def by_setting(data: DataConfig, tokenizer: Tokenizer | None) -> RowTokenizer | None:
     """What ``data.template`` says of the tokenizer's folder; None for the demo's, which is
-    not trained yet. Raises ConfigError where it wants a chat template and there is none."""
+    not trained yet. Raises ConfigError where it wants a chat template and there is none, and for
+    one that can't be rendered."""
     template = ChatTemplate.read(tokenizer) if tokenizer and data.template != "hh" else None
     if template is not None:
+        _ = template.turn_end  # before a row is read: a template that can't be rendered is refused
         return replace(template, arguments=data.chat_template_kwargs, last_only=data.assistant_turns == "last")
     if data.template == "chat":
         where = f"the tokenizer of {tokenizer.file.parent}" if tokenizer else "the demo's model"

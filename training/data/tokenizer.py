@@ -46,8 +46,7 @@ class Tokenizer:
         self.special_tokens = SpecialTokens.read(folder)
         self.eos_id = self.special_tokens.number("eos", self._tokenizer.token_to_id)
         self.pad_id = self.special_tokens.number("pad", self._tokenizer.token_to_id, self.eos_id)
-        ends = self.special_tokens.ends(self.eos_id)
-        self.stop_ids: tuple[int, ...] = tuple(ends) if isinstance(ends, list) else (ends,)
+        self.stop_ids: tuple[int, ...] = tuple(self.special_tokens.ends(self.eos_id))
         """Ids that end a reply: EOS, and those that the folder's files list with it."""
         self.bos = self._opening()
         """Ids that the post-processor puts before a text: BOS, or none."""

@@ -1,8 +1,8 @@
 """A model's chat template, rendered in a process of its own that has little time and memory.
 
 A template is a program that comes with a model. jinja's sandbox keeps it away from files and from
-Python's insides, but not from loops without end, nor from a text as large as the memory. ``render``
-and ``render_all`` are the only ways to a template. They give what transformers'
+Python's insides, but not from loops without end, nor from a text as large as the memory.
+``render_all`` and ``try_all`` are the only ways to a template. They give what transformers'
 ``apply_chat_template(..., tokenize=False)`` gives (transformers/utils/chat_template_utils.py).
 Training, rollout and evaluation render here, so that their texts can't differ.
 
@@ -64,12 +64,6 @@ class Request:
     """JSON schemas of the functions that the assistant may call."""
     arguments: Mapping = field(default_factory=dict)
     """More variables for the template, such as Qwen 3's ``enable_thinking``."""
-
-
-def render(template: str, messages: Sequence[Mapping], tokens: Mapping | None = None, cue: bool = True) -> str:
-    """The text of ``messages`` by ``template``. ``tokens``: {"bos_token": "<s>", ...}. Several
-    threads may call it. Raises TemplateError."""
-    return next(render_all(template, [Request(messages, cue)], tokens)).text
 
 
 def render_all(template: str, requests: Sequence[Request], tokens: Mapping | None = None) -> Iterator[Rendered]:

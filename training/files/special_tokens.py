@@ -80,10 +80,10 @@ class SpecialTokens:
             if (ends := ids.get("eos")) and eos not in ends
         ]
 
-    def ends(self, eos: int) -> int | list[int]:
-        """eos_token_id of an export: ``eos`` and the other EOS ids that a file lists with it."""
+    def ends(self, eos: int) -> list[int]:
+        """Ids that end a reply: ``eos`` and the other EOS ids that a file lists with it."""
         lists = [ids["eos"] for ids in reversed(self.ids.values()) if eos in ids.get("eos", ())]
-        return _single(lists[0]) if lists else eos
+        return lists[0] if lists else [eos]
 
 
 def _texts(folder: Path) -> dict[str, str]:

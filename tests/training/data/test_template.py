@@ -31,6 +31,7 @@ from training.data.template import ChatTemplate, by_setting
 from training.data.tokenised import TextTokenizer
 from training.data.tokenizer import Tokenizer
 from training.errors import ConfigError, DataError
+from training.files import chat_template
 
 SYSTEM = {"role": "system", "content": "Be  kind.\n"}
 ASK, SAY = {"role": "user", "content": "What is 2+2?"}, {"role": "assistant", "content": " It's four.\n 東京"}
@@ -208,7 +209,7 @@ def test_stop_ids_are_the_turn_s_end_and_the_folder_s(tmp_path):
     assert text.stop_ids == (0, 8) and text[0].replies[0][-1] == 0 and text[0].learnt == []
 
 
-def test_the_cache_keeps_the_turns_of_every_row(tmp_path):
+def test_the_cache_keeps_the_turns_of_every_row(tmp_path, monkeypatch):
     folder = write_tokenizer(tmp_path, CHATML)
     template, _ = both(folder)
     chats = [{"messages": messages} for messages in list(CHATS.values()) * 40]
@@ -216,6 +217,9 @@ def test_the_cache_keeps_the_turns_of_every_row(tmp_path):
     rows.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
     stored = TokenRows(cached(rows, "sft", template.tokenizer))
     assert [stored[at] for at in range(len(stored))] == [tokenised(template, chat, "sft") for chat in chats]
+    with monkeypatch.context() as patch:
+        patch.setattr(chat_template, "try_all", None)
+        assert cached(rows, "sft", Tokenizer(folder)) == stored.folder, "a cache that is there needs no rendering"
     (folder / "chat_template.jinja").write_text(CHATML.replace("<|im_start|>", "<|user|>"))
     assert cached(rows, "sft", Tokenizer(folder)) != stored.folder, "another template, another cache"
 
