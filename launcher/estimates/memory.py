@@ -56,7 +56,7 @@ OPTIMIZER = {("bf16", "fp32"): 12, ("bf16", "bf16"): 6, ("fp32", "fp32"): 8}
 """Bytes a parameter, by precision and optimizer_precision: fp32 weights and both moments;
 training.optim.adamw's; moments alone."""
 REPLIES = 2
-"""Replies to a query that reward and dpo are counted with; their rows are micro_batch_size x
+"""Replies to a query that the estimate of reward and dpo assumes; their rows are micro_batch_size x
 this."""
 
 
@@ -135,12 +135,12 @@ class Rank:
         learning, optimizer = self.parameters(head), OPTIMIZER[self.config.precision, self.config.optimizer_precision]
         frozen = self.frozen(name, head) if self.config.lora_rank else []
         name, learning = (f"{name} adapters", self.adapters(head)) if frozen else (name, learning)
-        kind_of_state = "16 bits more of the weights" if self.config.optimizer_precision == "bf16" else "fp32 weights"
+        state = "16 bits more of the weights" if self.config.optimizer_precision == "bf16" else "fp32 weights"
         return [
             *frozen,
             (f"{name}: weights", self.word * learning / GB),
             (f"{name}: fp32 gradients", 4 * learning / GB),
-            (f"{name}: {kind_of_state}, Adam / DP {self.data}", optimizer * learning / self.data / GB),
+            (f"{name}: {state}, Adam / DP {self.data}", optimizer * learning / self.data / GB),
         ]
 
     def frozen(self, name: str, head: str) -> list[tuple[str, float]]:

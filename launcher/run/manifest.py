@@ -45,10 +45,10 @@ def make(run: Run, stage: Stage, attempt: int, started: float, left: Path | None
             f"{stage.name} exited 0 at iteration 0: it trained nothing "
             f"(see counts.json in {run.folder / 'data'} for empty data)"
         )
-    iteration_wanted = read_table(run.stage(stage.name) / "config.json")["iterations"] if stage.trainer else iteration
-    chosen = _chosen(run, stage, iteration_wanted)
-    if iteration != (chosen["iteration"] if chosen else iteration_wanted):
-        raise Refused(f"{stage.name} exited 0 at iteration {iteration} of {iteration_wanted}: it did not finish")
+    last_iteration = read_table(run.stage(stage.name) / "config.json")["iterations"] if stage.trainer else iteration
+    chosen = _chosen(run, stage, last_iteration)
+    if iteration != (chosen["iteration"] if chosen else last_iteration):
+        raise Refused(f"{stage.name} exited 0 at iteration {iteration} of {last_iteration}: it did not finish")
     files = _outputs(run, stage, iteration)
     sums = _sums(stage, files)
     identity = {
@@ -78,7 +78,7 @@ def _sums(stage: Stage, outputs: list[Path]) -> dict[Path, str]:
     sums: dict[Path, str] = {}
     for folder in {path.parent for path in outputs if path.name == NAME}:
         try:
-            sums |= {folder / name: digest_found for name, digest_found in check(folder).items()}
+            sums |= {folder / name: sha256 for name, sha256 in check(folder).items()}
         except Damaged as error:
             raise DamagedOutput(
                 f"{stage.name} can't be called done: {error.what}; resume goes on from the checkpoint before it"
@@ -86,7 +86,7 @@ def _sums(stage: Stage, outputs: list[Path]) -> dict[Path, str]:
     return sums | digests("", [path for path in outputs if path not in sums])
 
 
-def _chosen(run: Run, stage: Stage, iteration_wanted: int | None) -> dict | None:
+def _chosen(run: Run, stage: Stage, last_iteration: int | None) -> dict | None:
     """What a trainer with early stop said when it ended (training/checkpoint/stage_folder.py):
     patience had run out, or all iterations were run, and an earlier checkpoint than the last is the
     result. None where it said nothing, as one that died does."""
@@ -100,9 +100,7 @@ def _chosen(run: Run, stage: Stage, iteration_wanted: int | None) -> dict | None
     if not all(records.is_whole(early_stop.get(name)) for name in ("misses", "patience", "ended", "iteration")):
         raise Refused(f"{stage.name} can't be called done: {path} is damaged")
     return (
-        early_stop
-        if early_stop["misses"] >= early_stop["patience"] or early_stop["ended"] == iteration_wanted
-        else None
+        early_stop if early_stop["misses"] >= early_stop["patience"] or early_stop["ended"] == last_iteration else None
     )
 
 
@@ -183,8 +181,8 @@ def _check_content(run: Run, manifest: dict, memory: Path | None) -> None:
         known = {}
     seen = {path: [expected["sha256"], *touched(path)] for path, expected in outputs(run, manifest).items()}
     unread = [path for path in seen if str(path) not in known or known[str(path)] != seen[path]]
-    for path, digest_found in digests("", unread).items():
-        if digest_found != seen[path][0]:
+    for path, sha256 in digests("", unread).items():
+        if sha256 != seen[path][0]:
             raise Refused(f"{path} does not have the sha256 of its manifest: its content changed")
     if memory and unread:
         write_json(memory, {**known, **{str(path): seen[path] for path in unread}})
@@ -276,7 +274,7 @@ def commit(root: Path) -> dict[str, str]:
 def _outputs(run: Run, stage: Stage, iteration: int | None) -> list[Path]:
     """Files that the manifest lists; raises Refused for a pattern without a file."""
     folder = run.stage(stage.name)
-    digest_found = set()
+    files = set()
     iterations = {iteration}
     if stage.chosen_iteration and (chosen := run.config[stage.name][stage.chosen_iteration]):
         iterations.add(chosen)
@@ -286,11 +284,11 @@ def _outputs(run: Run, stage: Stage, iteration: int | None) -> list[Path]:
             matches = [Path(os.path.normpath(path)) for path in folder.glob(pattern) if path.is_file()]
             if not matches:
                 raise Refused(f"{stage.name} exited 0 but {folder / pattern} is missing")
-            digest_found.update(matches)
+            files.update(matches)
     if stage.checkpoints:
-        digest_found.add(folder / "latest")
+        files.add(folder / "latest")
         for number in iterations:
-            digest_found.update(
+            files.update(
                 path for path in (folder / "checkpoints" / iteration_folder(number or 0)).rglob("*") if path.is_file()
             )
-    return sorted(digest_found)
+    return sorted(files)

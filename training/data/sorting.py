@@ -39,7 +39,8 @@ class Writer:
     def open(self, *names: str) -> None:
         for name in names:
             self.counts[name] = 0
-            self._files[name] = open(self.temporary / name, "w", encoding="utf-8", newline="\n")  # noqa: SIM115 - publish closes it
+            path = self.temporary / name
+            self._files[name] = path.open("w", encoding="utf-8", newline="\n")  # publish closes it
 
     def add(self, name: str, row: dict) -> None:
         self._files[name].write(json.dumps(row, ensure_ascii=False) + "\n")
